@@ -1,0 +1,39 @@
+# Every verb works on a fresh machine: the first one makes the virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   roll out two tiny checkpoints through the real server; results in demo-out/"
+	@echo "make test   the whole test suite"
+	@echo "make check  format, lint, types, layers"
+	@echo "make bench  speed, side by side with diffusers; results in benchmarks/results/"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m examples.demo --out demo-out
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,144 @@
+"""Every exception flowroll raises, with its stable code and HTTP status.
+
+Owns the mapping between an error's class, its wire code and its HTTP status; the server writes it and the client reads it
+back, so both sides raise the same class. It must not know about models, tensors or HTTP libraries.
+
+    FlowrollError
+    ├── InvalidRequestError      422  a value breaks a rule; names field, rule, value and remedy
+    ├── MalformedRequestError    400  the body is not what its content type says
+    ├── UnauthorizedError        401  the bearer token is missing or wrong
+    ├── NotFoundError            404  no such route or model
+    ├── PayloadTooLargeError     413  the body is larger than the server accepts
+    ├── QueueFullError           429  too many requests are waiting; carries retry_after_s
+    ├── EngineError              500  the model failed while it ran this request
+    ├── ShuttingDownError        503  the engine stops and takes no more work
+    ├── CheckpointError           -   the folder cannot be loaded as a checkpoint
+    ├── UnsupportedModelError     -   the checkpoint is fine, but of no family that flowroll knows
+    ├── RolloutFileError          -   a saved rollout cannot be read
+    └── ServerConnectionError     -   client side: the server cannot be reached, or broke off
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FlowrollError(Exception):
+    """Base of everything flowroll raises on purpose.
+
+    Args:
+        message: `<subject> must <rule>, got <value>; <what to do>.`
+        field: The wire or parameter name that the message is about, if one is.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequestError(FlowrollError):
+    """A value of the request breaks a rule."""
+
+    code = "invalid_request"
+    status = 422
+
+
+class MalformedRequestError(FlowrollError):
+    """The body cannot be parsed as its content type says."""
+
+    code = "malformed_request"
+    status = 400
+
+
+class UnauthorizedError(FlowrollError):
+    """The request carries no valid bearer token."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class NotFoundError(FlowrollError):
+    """Nothing answers to that name here."""
+
+    code = "not_found"
+    status = 404
+
+
+class PayloadTooLargeError(FlowrollError):
+    """The request body is larger than the server accepts."""
+
+    code = "payload_too_large"
+    status = 413
+
+
+class QueueFullError(FlowrollError):
+    """Too many requests wait already; try again after `retry_after_s` seconds."""
+
+    code = "queue_full"
+    status = 429
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(FlowrollError):
+    """The engine failed while it ran an accepted request."""
+
+    code = "engine_error"
+    status = 500
+
+
+class ShuttingDownError(FlowrollError):
+    """The engine is closing; the request was not, or not wholly, run."""
+
+    code = "shutting_down"
+    status = 503
+
+
+class CheckpointError(FlowrollError):
+    """A folder is not a loadable checkpoint: no index, a missing file, a truncated or mismatched weight."""
+
+    code = "checkpoint"
+
+
+class UnsupportedModelError(FlowrollError):
+    """A checkpoint whose pipeline, scheduler or configuration flowroll does not support."""
+
+    code = "unsupported_model"
+
+
+class RolloutFileError(FlowrollError):
+    """A rollout file is missing, truncated or of another schema."""
+
+    code = "rollout_file"
+
+
+class ServerConnectionError(FlowrollError):
+    """The client could not reach the server, or the answer broke off."""
+
+    code = "server_connection"
+
+
+_WIRE_ERRORS: dict[str, type[FlowrollError]] = {
+    cls.code: cls
+    for cls in (
+        InvalidRequestError,
+        MalformedRequestError,
+        UnauthorizedError,
+        NotFoundError,
+        PayloadTooLargeError,
+        QueueFullError,
+        EngineError,
+        ShuttingDownError,
+    )
+}
+
+
+def error_from_wire(code: str, message: str, field: str | None) -> FlowrollError:
+    """The exception that a server meant by this `{"error": {...}}` body; an unknown code becomes an `EngineError`."""
+    return _WIRE_ERRORS.get(code, EngineError)(message, field=field)
