@@ -7,6 +7,7 @@ engine. Nothing here imports a model library.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from flowroll.errors import InvalidRequestError
 
 SdeType: TypeAlias = Literal["sde", "cps", "ode"]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
+Number: TypeAlias = int | float
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
 
@@ -88,12 +90,12 @@ class SamplingParams:
     height: int | None = None
     num_inference_steps: int | None = None
     num_outputs_per_prompt: int | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
-    sigmas: tuple[float, ...] | None = None
+    guidance_scale: Number | None = None
+    true_cfg_scale: Number | None = None
+    sigmas: tuple[Number, ...] | None = None
     rollout: bool = True
     sde_type: SdeType = "sde"
-    noise_level: float = 0.7
+    noise_level: Number = 0.7
     log_prob_no_const: bool = False
     debug_mode: bool = True
     return_denoising_env: bool = False
@@ -155,7 +157,7 @@ class SamplingParams:
         _require(all(map(_is_finite, values)), "sigmas", "be finite numbers", values, "send plain numbers")
         _require(values[-1] == 0, "sigmas", "end at 0", values[-1], "append a final 0")
         _require(values[0] <= 1, "sigmas", "start at 1 or below", values[0], "scale the list to [0, 1]")
-        gaps = [a - b for a, b in zip(values, values[1:], strict=False)]
+        gaps = [a - b for a, b in itertools.pairwise(values)]
         ok = min(gaps) >= MIN_SIGMA_GAP
         _require(ok, "sigmas", f"decrease by at least {MIN_SIGMA_GAP} at every step", min(gaps), "remove the repeated values")
         steps = self.num_inference_steps
@@ -212,10 +214,10 @@ class SamplingRecord:
     family: str
     variant: str
     sde_type: SdeType
-    noise_level: float
+    noise_level: Number
     log_prob_no_const: bool
     guidance_rule: str
-    guidance_scale: float
+    guidance_scale: Number
     negative_prompt: str | None
     height: int
     width: int
@@ -330,8 +332,8 @@ class Rollout:
     dit_trajectory: Trajectory | None = None
     weight_version: str
     sampling: SamplingRecord
-    inference_time_s: float
-    peak_memory_mb: float
+    inference_time_s: Number
+    peak_memory_mb: Number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,4 +358,4 @@ class GeneratedImage:
     latents: Float[Tensor, " *latent"]
     sampling: SamplingRecord
     weight_version: str
-    inference_time_s: float
+    inference_time_s: Number
