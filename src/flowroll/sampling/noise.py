@@ -1,0 +1,76 @@
+"""Addressable noise: what a sample draws depends on its seed and the step, on nothing else.
+
+Owns the seed of every random number of a rollout. The initial noise of a sample is drawn as the diffusers pipeline draws it,
+at batch 1 from a generator seeded with the sample's seed; the noise of step k comes from a generator keyed by `step_seed`.
+So it cannot depend on the group size, the batch, the parallel layout or which other steps are stochastic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_MASK64 = 2**64 - 1
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The 64-bit generator seed of one step of one sample.
+
+    The pair is packed as `seed * 2^32 + step`, advanced by the golden-ratio increment and finalised as splitmix64 does; then the
+    upper half is folded into the lower (`z ^ (z >> 32)`), because CPU generators use only the low 32 bits of a seed. Every part is
+    a bijection on 64 bits, so two different pairs never share all 64 bits.
+
+    Args:
+        seed: The sample's seed, in [0, 2^32).
+        step: The step index, in [0, 2^32).
+
+    Returns:
+        An integer in [0, 2^64).
+
+    Reference:
+        Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014); constants of the splitmix64
+        generator of the Java 8 standard library.
+    """
+    assert 0 <= seed < 2**32 and 0 <= step < 2**32
+    z = ((seed << 32 | step) + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z ^= z >> 31
+    return z ^ (z >> 32)
+
+
+def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Float[Tensor, "..."]:
+    """Standard normal float32 noise of step `step` of the sample `seed`.
+
+    Args:
+        seed: The sample's seed.
+        step: The step index, counted from 0.
+        shape: Shape of one sample's latents, without batch dimension.
+        device: Where the numbers are drawn; devices draw different numbers.
+
+    Returns:
+        Noise of that shape, on that device.
+    """
+    generator = torch.Generator(device).manual_seed(step_seed(seed, step))
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+
+
+def initial_noise(
+    seed: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Float[Tensor, "..."]:
+    """The noise that a diffusers pipeline draws for one sample from `torch.Generator(device).manual_seed(seed)`.
+
+    Args:
+        seed: The sample's seed.
+        shape: The pipeline's noise shape at batch 1, batch dimension included.
+        dtype: The dtype that the pipeline draws in; another dtype gives other numbers.
+        device: Where the numbers are drawn.
+
+    Returns:
+        Noise of that shape and dtype, on that device.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)

@@ -1,0 +1,112 @@
+"""One transition of a trajectory, and the only log-prob code of the project.
+
+Every stochastic sampler here is a Gaussian whose mean is affine in latents and velocity, so a step is four facts: its dynamics, the two
+factors of the mean and the total std. The samplers (`flow_sde`, `cps`) compute these facts from the sigmas; this module applies and
+scores them, for the engine and for replay alike. The tensor that is scored is the tensor that was stored: `next_latents` after
+all rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.types import SdeType
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """next ~ N(on_latents * x + on_velocity * v, std^2), for latents x and velocity v.
+
+    Attributes:
+        dynamics: The rule that made it. "ode" steps are executed by `ode.step`, in its dtypes.
+        on_latents: Factor of x, a float32 value.
+        on_velocity: Factor of v, a float32 value.
+        std: Total std, a float32 value; 0 for a deterministic step.
+    """
+
+    dynamics: SdeType
+    on_latents: float
+    on_velocity: float
+    std: float
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the step draws noise and has a density."""
+        return self.std > 0
+
+
+def mean(
+    transition: Transition, latents: Float[Tensor, " *shape"], velocity: Float[Tensor, " *shape"]
+) -> Float[Tensor, " *shape"]:
+    """The mean of the next latents, in float32; differentiable in the velocity.
+
+    Args:
+        transition: A stochastic sampler's step.
+        latents: x at sigma, any float dtype; taken to float32 first.
+        velocity: v, any float dtype; taken to float32 first.
+
+    Returns:
+        on_latents * x + on_velocity * v, float32.
+    """
+    return latents.to(torch.float32) * transition.on_latents + velocity.to(torch.float32) * transition.on_velocity
+
+
+def sample(
+    transition: Transition, mean: Float[Tensor, " *shape"], noise: Float[Tensor, " *shape"] | None
+) -> Float[Tensor, " *shape"]:
+    """mean + std * noise in float32; the mean itself where the step is deterministic.
+
+    Args:
+        transition: The step that `mean` belongs to.
+        mean: From `mean`, float32.
+        noise: Standard normal, float32; None exactly for deterministic steps.
+
+    Returns:
+        The next latents, float32.
+    """
+    assert (noise is not None) == transition.is_stochastic
+    return mean if noise is None else mean + noise * transition.std
+
+
+def log_prob(
+    transition: Transition,
+    next_latents: Float[Tensor, "batch *latent"],
+    mean: Float[Tensor, "batch *latent"],
+    *,
+    no_const: bool = False,
+) -> Float[Tensor, " batch"]:
+    """Log-density of the next latents, averaged over the elements of a sample.
+
+    With D elements and q = (1/D) sum (next - mean)^2:
+
+        log_prob = -q / (2 std^2) - log std - log sqrt(2 pi),   or -q for `no_const`
+
+    Each row is reduced on its own, as a full reduction of one sample: a reduction over a batch may sum in another order.
+
+    Args:
+        transition: The step that `mean` belongs to.
+        next_latents: What was stored, any float dtype.
+        mean: From `mean`, float32.
+        no_const: The wire convention without scale and constants.
+
+    Returns:
+        float32; exactly 0 where the step is deterministic and has no density.
+
+    Reference:
+        The convention of Flow-GRPO (arXiv:2505.05470): the mean, not the sum, over a sample's elements. `no_const` as in FlowCPS
+        (arXiv:2509.05952) and SGLang: not divided by 2 std^2.
+    """
+    if not transition.is_stochastic:
+        return mean.new_zeros(mean.shape[0])
+    difference = next_latents.to(torch.float32) - mean
+    squared = torch.stack([row.square().mean() for row in difference.unbind(0)])
+    if no_const:
+        return -squared
+    return -squared / (2 * transition.std**2) - (math.log(transition.std) + _HALF_LOG_2PI)
