@@ -29,6 +29,20 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 NOISE_LEVEL_MIN, NOISE_LEVEL_MAX, NOISE_LEVEL_MAX_CPS = 1e-4, 10.0, 1.0
 MIN_SIGMA_GAP = 1e-6
+# The fields that plain generation does not have.
+ROLLOUT_FIELDS = frozenset(
+    {
+        "rollout",
+        "sde_type",
+        "noise_level",
+        "log_prob_no_const",
+        "debug_mode",
+        "return_denoising_env",
+        "return_dit_trajectory",
+        "sde_step_indices",
+        "return_step_indices",
+    }
+)
 
 
 def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
@@ -291,6 +305,20 @@ class DenoisingEnv:
     neg_cond_kwargs: Mapping[str, EnvValue] | None
     guidance: Tensor | None = None
 
+    def on_cpu(self) -> DenoisingEnv:
+        """The same environment with its tensors on the CPU, sharing nothing with this one."""
+
+        def copied(value: EnvValue) -> EnvValue:
+            return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+        negative = self.neg_cond_kwargs
+        return DenoisingEnv(
+            image_kwargs={key: copied(value) for key, value in self.image_kwargs.items()},
+            pos_cond_kwargs={key: copied(value) for key, value in self.pos_cond_kwargs.items()},
+            neg_cond_kwargs=None if negative is None else {key: copied(value) for key, value in negative.items()},
+            guidance=None if self.guidance is None else self.guidance.detach().to("cpu", copy=True),
+        )
+
     def positive(self, key: str) -> Tensor:
         """The tensor `key` of the conditional branch."""
         return cast(Tensor, self.pos_cond_kwargs[key])
@@ -324,7 +352,7 @@ class Rollout:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, "3 1 height width"]
+    image: Float[Tensor, " 3 1 height width"]
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
     debug_tensors: DebugTensors | None = None
@@ -354,7 +382,7 @@ class GeneratedImage:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, "3 1 height width"]
+    image: Float[Tensor, " 3 1 height width"]
     latents: Float[Tensor, " *latent"]
     sampling: SamplingRecord
     weight_version: str

@@ -1,1 +1,7 @@
-"""Placeholder, written next."""
+"""The rollout engine over diffusers checkpoints: load, plan, encode, denoise, decode."""
+
+from flowroll.engine.config import EngineInfo, Limits
+from flowroll.engine.engine import Engine
+from flowroll.engine.plan import RequestPlan
+
+__all__ = ["Engine", "EngineInfo", "Limits", "RequestPlan"]

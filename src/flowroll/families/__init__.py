@@ -1,1 +1,28 @@
-"""Placeholder, written next."""
+"""The model families that flowroll rolls out: one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flowroll.errors import UnsupportedModelError
+from flowroll.families.base import Defaults, Family, Geometry, Guidance, ModelSpec
+from flowroll.families.qwen_image import QwenImage
+from flowroll.families.z_image import ZImage
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage())}
+
+
+def family_of_pipeline(pipeline_class: str) -> Family:
+    """The family of a checkpoint, by the pipeline class of its model_index.json.
+
+    Raises:
+        UnsupportedModelError: No family covers it; the message lists what is supported.
+    """
+    for family in FAMILIES.values():
+        if family.pipeline_class == pipeline_class:
+            return family
+    supported = ", ".join(f"{family.pipeline_class} ({family.name})" for family in FAMILIES.values())
+    raise UnsupportedModelError(f"pipeline must be one of {supported}, got {pipeline_class}; use a checkpoint of one of these.")
+
+
+__all__ = ["FAMILIES", "Defaults", "Family", "Geometry", "Guidance", "ModelSpec", "family_of_pipeline"]

@@ -10,7 +10,8 @@ of the grid, which keeps g finite.
 Reference:
     Liu et al., "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv:2505.05470), and its public code
     (yifan123/flow_grpo, `sd3_sde_with_logprob.py`), whose float32 order of operations the coefficients follow. The
-    tolerance of the test s = 1 is that of torch.isclose, as in SGLang: with `s == 1`, a grid that starts at 1 - 5e-6 has std 62.
+    tolerance of the test s = 1 is that of torch.isclose, as in SGLang: with `s == 1`, a grid that starts at 1 - 5e-6 has
+    std 62.
 """
 
 from __future__ import annotations

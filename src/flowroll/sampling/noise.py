@@ -19,9 +19,9 @@ _MASK64 = 2**64 - 1
 def step_seed(seed: int, step: int) -> int:
     """The 64-bit generator seed of one step of one sample.
 
-    The pair is packed as `seed * 2^32 + step`, advanced by the golden-ratio increment and finalised as splitmix64 does; then the
-    upper half is folded into the lower (`z ^ (z >> 32)`), because CPU generators use only the low 32 bits of a seed. Every part is
-    a bijection on 64 bits, so two different pairs never share all 64 bits.
+    The pair is packed as `seed * 2^32 + step`, advanced by the golden-ratio increment and finalised as splitmix64 does;
+    then the upper half is folded into the lower (`z ^ (z >> 32)`), because CPU generators use only the low 32 bits of a
+    seed. Every part is a bijection on 64 bits, so two different pairs never share all 64 bits.
 
     Args:
         seed: The sample's seed, in [0, 2^32).
@@ -42,7 +42,7 @@ def step_seed(seed: int, step: int) -> int:
     return z ^ (z >> 32)
 
 
-def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Float[Tensor, "..."]:
+def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Float[Tensor, " ..."]:
     """Standard normal float32 noise of step `step` of the sample `seed`.
 
     Args:
@@ -60,7 +60,7 @@ def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.devi
 
 def initial_noise(
     seed: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, " ..."]:
     """The noise that a diffusers pipeline draws for one sample from `torch.Generator(device).manual_seed(seed)`.
 
     Args:

@@ -2,8 +2,8 @@
 
     next = x + dt v
 
-The product dt v is rounded to the velocity's dtype, the sum is taken in float32 and rounded to the velocity's dtype: with a bf16
-velocity that is not the same as one rounding at the end.
+The product dt v is rounded to the velocity's dtype, the sum is taken in float32 and rounded to the velocity's dtype: with a
+bf16 velocity that is not the same as one rounding at the end.
 
 Reference:
     Lipman et al., "Flow Matching for Generative Modeling" (arXiv:2210.02747); diffusers 0.42.1.
@@ -24,7 +24,8 @@ def step(
     Args:
         latents: x at sigma, any float dtype.
         velocity: v, any float dtype.
-        dt: Next sigma minus sigma, a float32 scalar on the latents' device: there a Python number would be multiplied in another
+        dt: Next sigma minus sigma, a float32 scalar on the latents' device: there a Python number would be multiplied in
+        another
             precision than the scheduler's tensor is.
 
     Returns:

@@ -69,7 +69,7 @@ class ScheduleConfig:
         for flag in unsupported:
             if config.get(flag):
                 raise UnsupportedModelError(
-                    f"scheduler option {flag} must be false, got true; send explicit sigmas and set it to false in the checkpoint."
+                    f"scheduler option {flag} must be false, got true; set it to false and send explicit sigmas if need be."
                 )
         known = {key: config[key] for key in cls.__slots__ if config.get(key) is not None}
         return cls(**known)  # type: ignore[arg-type]
@@ -99,9 +99,10 @@ def linspace_float32(num_steps: int) -> Float[Tensor, " steps"]:
 def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, num_tokens: int) -> Schedule:
     """The checkpoint's own grid.
 
-    Dynamic shift: sigma = e^mu / (e^mu + 1/u - 1) with mu linear in the number of tokens (or the linear form, mu in place of e^mu).
-    Static shift: sigma = shift u / (1 + (shift - 1) u). Then, if configured, 1 - sigma is stretched so that the last step starts at
-    `shift_terminal`; a grid of one step has nothing to stretch and stays at its base value (diffusers divides 0 by 0 there).
+    Dynamic shift: sigma = e^mu / (e^mu + 1/u - 1) with mu linear in the number of tokens (or the linear form, mu in place
+    of e^mu). Static shift: sigma = shift u / (1 + (shift - 1) u). Then, if configured, 1 - sigma is stretched so that the
+    last step starts at `shift_terminal`; a grid of one step has nothing to stretch and stays at its base value (diffusers
+    divides 0 by 0 there).
 
     Args:
         config: The checkpoint's scheduler configuration.

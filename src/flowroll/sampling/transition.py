@@ -1,9 +1,9 @@
 """One transition of a trajectory, and the only log-prob code of the project.
 
-Every stochastic sampler here is a Gaussian whose mean is affine in latents and velocity, so a step is four facts: its dynamics, the two
-factors of the mean and the total std. The samplers (`flow_sde`, `cps`) compute these facts from the sigmas; this module applies and
-scores them, for the engine and for replay alike. The tensor that is scored is the tensor that was stored: `next_latents` after
-all rounding.
+Every stochastic sampler here is a Gaussian whose mean is affine in latents and velocity, so a step is four facts: its
+dynamics, the two factors of the mean and the total std. The samplers (`flow_sde`, `cps`) compute these facts from the
+sigmas; this module applies and scores them, for the engine and for replay alike. The tensor that is scored is the tensor
+that was stored: `next_latents` after all rounding.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def mean(
 def sample(
     transition: Transition, mean: Float[Tensor, " *shape"], noise: Float[Tensor, " *shape"] | None
 ) -> Float[Tensor, " *shape"]:
-    """mean + std * noise in float32; the mean itself where the step is deterministic.
+    """Mean + std * noise in float32; the mean itself where the step is deterministic.
 
     Args:
         transition: The step that `mean` belongs to.
@@ -77,8 +77,8 @@ def sample(
 
 def log_prob(
     transition: Transition,
-    next_latents: Float[Tensor, "batch *latent"],
-    mean: Float[Tensor, "batch *latent"],
+    next_latents: Float[Tensor, " batch *latent"],
+    mean: Float[Tensor, " batch *latent"],
     *,
     no_const: bool = False,
 ) -> Float[Tensor, " batch"]:
@@ -100,8 +100,8 @@ def log_prob(
         float32; exactly 0 where the step is deterministic and has no density.
 
     Reference:
-        The convention of Flow-GRPO (arXiv:2505.05470): the mean, not the sum, over a sample's elements. `no_const` as in FlowCPS
-        (arXiv:2509.05952) and SGLang: not divided by 2 std^2.
+        Flow-GRPO (arXiv:2505.05470) takes the mean, not the sum, over a sample's elements. `no_const` is FlowCPS's form
+        (arXiv:2509.05952), which SGLang applies to Flow-SDE as well.
     """
     if not transition.is_stochastic:
         return mean.new_zeros(mean.shape[0])

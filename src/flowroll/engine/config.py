@@ -1,0 +1,93 @@
+"""What an engine is started with, resolved once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flowroll.errors import InvalidRequestError
+from flowroll.families import Defaults
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        max_pixels: Height times width of a sample.
+        max_steps: Denoising steps.
+        max_outputs: Samples of one request.
+    """
+
+    max_pixels: int = 2048 * 2048
+    max_steps: int = 1000
+    max_outputs: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine runs: every "auto" is a value here.
+
+    Attributes:
+        model: The checkpoint folder.
+        family: Name of the model family.
+        variant: Its variant.
+        pipeline: The diffusers pipeline class.
+        dtype: Dtype of the weights, e.g. "bfloat16".
+        device: Device, e.g. "cuda:0".
+        parameters: Parameters of the transformer.
+        weight_version: Version of the loaded weights.
+        limits: What a request may ask for.
+        defaults: What a request leaves open.
+        pixel_unit: Height and width must be multiples of this.
+        versions: Of the libraries whose code shapes the bits.
+    """
+
+    model: str
+    family: str
+    variant: str
+    pipeline: str
+    dtype: str
+    device: str
+    parameters: int
+    weight_version: str
+    limits: Limits
+    defaults: Defaults
+    pixel_unit: int
+    versions: Mapping[str, str]
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device by name; "auto" is CUDA where there is one.
+
+    Raises:
+        InvalidRequestError: No such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequestError(
+            f"device must name a device, got {device}; use cpu, cuda or cuda:N.", field="device"
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequestError(f"device must exist on this machine, got {device}; use cpu.", field="device")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype by name; "auto" is bfloat16 on an accelerator and float32 on the CPU.
+
+    Raises:
+        InvalidRequestError: Not a dtype that flowroll's promises cover.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES:
+        raise InvalidRequestError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype}; use auto.", field="dtype")
+    return _DTYPES[dtype]

@@ -1,0 +1,165 @@
+"""From a request to everything that is decided before model work: the last place where a request can be refused."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from dataclasses import dataclass
+
+import torch
+
+from flowroll.engine.checkpoint import LoadedModel
+from flowroll.engine.config import Limits
+from flowroll.errors import InvalidRequestError
+from flowroll.families import Geometry, Guidance
+from flowroll.sampling.dynamics import transitions
+from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
+from flowroll.sampling.transition import Transition
+from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPlan:
+    """One accepted request: every open value filled in, shared by its samples.
+
+    Attributes:
+        params: What was asked for.
+        request_id: Given or made.
+        seeds: One per sample.
+        negative_prompt: None where no unconditional branch runs.
+        geometry: Shapes of a sample.
+        schedule: The sigma grid.
+        transitions: One per step; None for an evaluation, which takes plain ODE steps.
+        guidance: How the branches are combined.
+        generator_device: Where noise is drawn.
+        record: What the response says about all this.
+    """
+
+    params: SamplingParams
+    request_id: str
+    seeds: tuple[int, ...]
+    negative_prompt: str | None
+    geometry: Geometry
+    schedule: Schedule
+    transitions: tuple[Transition, ...] | None
+    guidance: Guidance
+    generator_device: torch.device
+    record: SamplingRecord
+
+
+def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> RequestPlan:
+    """Checks a request against the loaded model and fills in what it leaves open.
+
+    Raises:
+        InvalidRequestError: A value is off the model's grid or above a limit.
+    """
+    defaults = model.family.variants[model.variant]
+    geometry = _plan_geometry(params, model, limits)
+    schedule = _plan_schedule(params, model, limits, geometry)
+    _check_indices(params, schedule.num_steps)
+    scale = _first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale)
+    guidance = model.family.guidance(scale)
+    negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
+    negative_prompt = negative if guidance.is_active else None
+    chosen = None
+    if params.rollout:
+        chosen = transitions(
+            schedule.sigmas,
+            sde_type=params.sde_type,
+            noise_level=params.noise_level,
+            sde_step_indices=params.sde_step_indices,
+        )
+    generator_device = torch.device("cpu") if params.generator_device == "cpu" else model.device
+    record = SamplingRecord(
+        family=model.family.name,
+        variant=model.variant,
+        sde_type=params.sde_type if params.rollout else "ode",
+        noise_level=params.noise_level,
+        log_prob_no_const=params.log_prob_no_const,
+        guidance_rule=guidance.rule,
+        guidance_scale=guidance.scale,
+        negative_prompt=negative_prompt,
+        height=geometry.height,
+        width=geometry.width,
+        num_inference_steps=schedule.num_steps,
+        sigmas=tuple(schedule.sigmas.tolist()),
+        timesteps=tuple(schedule.timesteps.tolist()),
+        generator_device=generator_device.type,
+        model_dtype=str(model.dtype),
+        timestep_dtype=str(model.family.timestep_dtype(model.dtype)),
+        device=model.device.type,
+    )
+    return RequestPlan(
+        params=params,
+        request_id=params.request_id or uuid.uuid4().hex,
+        seeds=_plan_seeds(params, limits),
+        negative_prompt=negative_prompt,
+        geometry=geometry,
+        schedule=schedule,
+        transitions=chosen,
+        guidance=guidance,
+        generator_device=generator_device,
+        record=record,
+    )
+
+
+def _first(*values: Number | None) -> Number:
+    return next(value for value in values if value is not None)
+
+
+def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
+    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
+
+
+def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -> Geometry:
+    defaults = model.family.variants[model.variant]
+    size = {"height": params.height or defaults.height, "width": params.width or defaults.width}
+    unit = model.spec.pixel_unit
+    for field, value in size.items():
+        if value % unit:
+            below, above = value // unit * unit, (value // unit + 1) * unit
+            remedy = f"use {below} or {above}" if below else f"use {above}"
+            _refuse(field, f"be a multiple of {unit} for {model.family.name}", value, remedy)
+    if size["height"] * size["width"] > limits.max_pixels:
+        field = "height" if params.height else "width"
+        shown = f"{size['width']} x {size['height']}"
+        _refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
+    if model.spec.max_tokens_per_side is not None:
+        for (field, value), most in zip(size.items(), model.spec.max_tokens_per_side, strict=True):
+            if value // unit > most:
+                _refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
+    return model.family.geometry(model.spec, **size)
+
+
+def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, geometry: Geometry) -> Schedule:
+    if params.sigmas is not None:
+        num_steps, field = len(params.sigmas) - 1, "sigmas"
+    else:
+        defaults = model.family.variants[model.variant]
+        num_steps, field = params.num_inference_steps or defaults.num_inference_steps, "num_inference_steps"
+    if num_steps > limits.max_steps:
+        _refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
+    if params.sigmas is not None:
+        return explicit_schedule(model.schedule_config, params.sigmas)
+    base = model.family.base_grid(num_steps)
+    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens)
+
+
+def _plan_seeds(params: SamplingParams, limits: Limits) -> tuple[int, ...]:
+    count = len(params.seeds) if params.seeds is not None else params.num_outputs_per_prompt or 1
+    if count > limits.max_outputs:
+        field = "seeds" if params.seeds is not None else "num_outputs_per_prompt"
+        _refuse(field, f"ask for at most {limits.max_outputs} samples", count, "send several requests")
+    if params.seeds is not None:
+        return params.seeds
+    first = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED + 2 - count)
+    return tuple(range(first, first + count))
+
+
+def _check_indices(params: SamplingParams, num_steps: int) -> None:
+    for field, indices, last in (
+        ("sde_step_indices", params.sde_step_indices, num_steps - 1),
+        ("return_step_indices", params.return_step_indices, num_steps),
+    ):
+        if indices and max(indices) > last:
+            _refuse(field, f"lie in 0..{last} for {num_steps} steps", max(indices), "remove it")

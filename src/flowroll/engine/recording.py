@@ -1,0 +1,85 @@
+"""Keeps what a rollout asked for, step by step, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.engine.plan import RequestPlan
+from flowroll.types import DebugTensors, Trajectory
+
+
+@dataclass(slots=True, kw_only=True)
+class Recorder:
+    """The record of one sample, owned by that sample.
+
+    The loop never changes a tensor in place, so what is kept here are references; they are stacked once, at the end.
+    """
+
+    plan: RequestPlan
+    log_probs: list[Float[Tensor, ""]] = field(default_factory=list)
+    noises: list[Tensor] = field(default_factory=list)
+    means: list[Tensor] = field(default_factory=list)
+    velocities: list[Tensor] = field(default_factory=list)
+    latents: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
+        """Keeps x of this state (0..T) if the request wants it."""
+        params = self.plan.params
+        wanted = params.return_step_indices is None or state in params.return_step_indices
+        if params.return_dit_trajectory and wanted:
+            self.latents[state] = latents
+
+    def keep_step(
+        self,
+        *,
+        velocity: Float[Tensor, " *latent"],
+        noise: Float[Tensor, " *latent"] | None,
+        mean: Float[Tensor, " *latent"],
+        log_prob: Float[Tensor, ""],
+    ) -> None:
+        """Keeps one transition; `noise` is None at a deterministic step."""
+        self.log_probs.append(log_prob)
+        if self.plan.params.debug_mode:
+            self.velocities.append(velocity.to(torch.float32))
+            self.means.append(mean.to(torch.float32))
+            self.noises.append(torch.zeros_like(mean, dtype=torch.float32) if noise is None else noise)
+
+    def stacked_log_probs(self) -> Float[Tensor, " steps"]:
+        """The log-probs on the CPU."""
+        return torch.stack(self.log_probs).cpu()
+
+    def debug_tensors(self) -> DebugTensors | None:
+        """The debug tensors on the CPU, if asked for."""
+        if not self.plan.params.debug_mode:
+            return None
+        assert self.plan.transitions is not None
+        stds = torch.tensor([[transition.std] for transition in self.plan.transitions], dtype=torch.float32)
+        return DebugTensors(
+            variance_noise=torch.stack(self.noises).cpu(),
+            prev_sample_mean=torch.stack(self.means).cpu(),
+            noise_std_dev=stds,
+            model_output=torch.stack(self.velocities).cpu(),
+        )
+
+    def trajectory(self) -> Trajectory | None:
+        """The trajectory on the CPU, if asked for; float32 where the loop's dtypes differ."""
+        if not self.plan.params.return_dit_trajectory:
+            return None
+        schedule = self.plan.schedule
+        kept = [self.latents[state] for state in sorted(self.latents)]
+        dtypes = {latents.dtype for latents in kept}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        if kept:
+            stacked = torch.stack([latents.to(dtype) for latents in kept]).cpu()
+        else:
+            stacked = torch.empty((0, *self.plan.geometry.latent_shape))
+        return Trajectory(
+            latents=stacked,
+            latent_step_indices=tuple(sorted(self.latents)),
+            timesteps=schedule.timesteps.clone(),
+            sigmas=schedule.sigmas.clone(),
+        )

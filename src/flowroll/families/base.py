@@ -1,0 +1,204 @@
+"""What a model family has to say: the one place for a model's conventions.
+
+A `Family` is stateless. The engine and replay call the same `velocity`, so the forward that is replayed cannot drift from
+the one that was rolled out. Families use torch alone: pipelines, VAEs and transformers reach them as objects that they
+call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.types import DenoisingEnv, EnvValue, Number
+
+# Any callable with the diffusers class's call signature: the plain module, FSDP-wrapped, with LoRA.
+Transformer: TypeAlias = Callable[..., Any]
+
+NO_GUIDANCE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a request leaves open. Sizes in pixels."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: Number
+    negative_prompt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The facts of a loaded checkpoint that shape its latents.
+
+    Attributes:
+        latent_channels: Channels of the VAE's latents.
+        vae_scale_factor: Pixels per latent cell along one side.
+        max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
+    """
+
+    latent_channels: int
+    vae_scale_factor: int
+    max_tokens_per_side: tuple[int, int] | None = None
+
+    @property
+    def pixel_unit(self) -> int:
+        """Height and width must be multiples of this: one patch of 2 x 2 latent cells."""
+        return 2 * self.vae_scale_factor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """The shapes of one sample of a given size.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        rows: Rows of patches.
+        columns: Columns of patches.
+        noise_shape: What the pipeline draws, at batch 1.
+        latent_shape: One sample's latents in the denoising loop, without batch dimension.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    noise_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens, before any padding inside the model."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """How the conditional and the unconditional branch become one velocity.
+
+    Attributes:
+        rule: "none" (the conditional branch alone), or the family's rule.
+        scale: The guidance scale.
+    """
+
+    rule: str
+    scale: Number
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is an unconditional branch."""
+        return self.rule != NO_GUIDANCE
+
+
+class Family(ABC):
+    """A model family's conventions.
+
+    Attributes:
+        name: Name of the family, as in `SamplingRecord.family`.
+        pipeline_class: The `_class_name` in model_index.json.
+        variants: Defaults by variant; the first is what a checkpoint is taken for.
+        guidance_rule: Name of the rule that `velocity` applies when guidance is active.
+        embeds_key: Key of the text embedding in the branches of a `DenoisingEnv`.
+        env_schema: The other keys of a branch, each with its layout.
+    """
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    variants: ClassVar[Mapping[str, Defaults]]
+    guidance_rule: ClassVar[str]
+    embeds_key: ClassVar[str]
+    env_schema: ClassVar[Mapping[str, str]]
+
+    def guidance(self, scale: Number) -> Guidance:
+        """The guidance of this scale: active where the family's pipeline runs classifier-free guidance."""
+        return Guidance(rule=self.guidance_rule if self.guides(scale) else NO_GUIDANCE, scale=scale)
+
+    @abstractmethod
+    def guides(self, scale: Number) -> bool:
+        """Whether the pipeline runs the unconditional branch at this scale."""
+
+    @abstractmethod
+    def spec(self, pipeline: Any) -> ModelSpec:
+        """The facts of a loaded diffusers pipeline.
+
+        Raises:
+            UnsupportedModelError: The checkpoint is of a kind that the family does not cover.
+        """
+
+    @abstractmethod
+    def geometry(self, spec: ModelSpec, *, height: int, width: int) -> Geometry:
+        """The shapes of one sample; height and width are multiples of `spec.pixel_unit`."""
+
+    @abstractmethod
+    def base_grid(self, num_steps: int) -> Float[Tensor, " steps"]:
+        """The grid before the shift, as the family's pipeline makes it."""
+
+    @abstractmethod
+    def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the pipeline draws initial noise in."""
+
+    @abstractmethod
+    def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
+        """The first latents of one sample from the pipeline's noise."""
+
+    @abstractmethod
+    def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the pipeline computes the timestep given to the model."""
+
+    @abstractmethod
+    def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
+        """The schedule's timesteps as the model takes them.
+
+        Args:
+            timesteps: As the schedule has them, on the transformer's device.
+            dtype: From `timestep_dtype`; the latents' dtype does not matter.
+        """
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompt: str) -> Mapping[str, EnvValue]:
+        """The text arguments of one prompt, encoded alone as the pipeline encodes one prompt."""
+
+    @abstractmethod
+    def env(
+        self, positive: Mapping[str, EnvValue], negative: Mapping[str, EnvValue] | None, geometry: Geometry
+    ) -> DenoisingEnv:
+        """The environment of one sample from its encoded prompts."""
+
+    @abstractmethod
+    def velocity(
+        self,
+        transformer: Transformer,
+        latents: Float[Tensor, " *latent"],
+        timestep: Float[Tensor, " 1"],
+        env: DenoisingEnv,
+        guidance: Guidance,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, " *latent"]:
+        """The guided velocity v = eps - x0 of one sample.
+
+        Args:
+            transformer: The model, or a wrapper with its call signature.
+            latents: x at sigma, any float dtype.
+            timestep: This step's entry of `model_timesteps`.
+            env: The sample's environment, on the transformer's device.
+            guidance: How the branches are combined.
+            dtype: The transformer's dtype, to which its inputs are cast.
+
+        Returns:
+            The velocity, in the dtype that the pipeline gives to its scheduler.
+        """
+
+    @abstractmethod
+    def decode(
+        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
+    ) -> Float[Tensor, " 3 1 height width"]:
+        """The picture of one sample, decoded alone; float32 in [0, 1]."""

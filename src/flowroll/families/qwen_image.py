@@ -1,0 +1,167 @@
+"""Qwen-Image: packed tokens [S, 64], true CFG rescaled to the conditional norm token by token.
+
+Conventions of diffusers' `QwenImagePipeline` (0.42): initial noise in the model's dtype; the timestep is rounded to that dtype
+and divided by 1000; guidance runs above a scale of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from flowroll.errors import UnsupportedModelError
+from flowroll.families.base import Defaults, Family, Geometry, Guidance, ModelSpec, Transformer
+from flowroll.sampling.schedule import linspace_float64
+from flowroll.types import DenoisingEnv, EnvValue, Number
+
+MAX_TEXT_TOKENS = 512
+_MASK = "encoder_hidden_states_mask"
+
+
+class QwenImage(Family):
+    """Qwen/Qwen-Image and checkpoints of its pipeline class."""
+
+    name: ClassVar[str] = "qwen_image"
+    pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    variants: ClassVar[Mapping[str, Defaults]] = {
+        "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, negative_prompt=" ")
+    }
+    guidance_rule: ClassVar[str] = "cfg_norm_rescale"
+    embeds_key: ClassVar[str] = "encoder_hidden_states"
+    env_schema: ClassVar[Mapping[str, str]] = {
+        _MASK: "[L], only where a mask was passed",
+        "img_shapes": "[[[1, rows, columns]]]",
+        "txt_seq_lens": "[L], metadata; never passed to the transformer",
+    }
+
+    @override
+    def guides(self, scale: Number) -> bool:
+        return scale > 1
+
+    @override
+    def spec(self, pipeline: Any) -> ModelSpec:
+        config = pipeline.transformer.config
+        for option in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if config.get(option):
+                raise UnsupportedModelError(
+                    f"transformer option {option} must be false for {self.name}, got true; use a text-to-image checkpoint."
+                )
+        return ModelSpec(latent_channels=config.in_channels // 4, vae_scale_factor=pipeline.vae_scale_factor)
+
+    @override
+    def geometry(self, spec: ModelSpec, *, height: int, width: int) -> Geometry:
+        rows, columns = height // spec.pixel_unit, width // spec.pixel_unit
+        return Geometry(
+            height=height,
+            width=width,
+            rows=rows,
+            columns=columns,
+            noise_shape=(1, 1, spec.latent_channels, 2 * rows, 2 * columns),
+            latent_shape=(rows * columns, 4 * spec.latent_channels),
+        )
+
+    @override
+    def base_grid(self, num_steps: int) -> Float[Tensor, " steps"]:
+        return linspace_float64(num_steps)
+
+    @override
+    def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return model_dtype
+
+    @override
+    def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
+        _, _, channels, height, width = noise.shape
+        patches = noise.view(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
+        return patches.reshape(height // 2 * (width // 2), channels * 4)
+
+    @override
+    def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return model_dtype
+
+    @override
+    def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
+        return timesteps.to(dtype) / 1000
+
+    @override
+    def encode(self, pipeline: Any, prompt: str) -> Mapping[str, EnvValue]:
+        embeds, mask = pipeline.encode_prompt(prompt, max_sequence_length=MAX_TEXT_TOKENS)
+        branch: dict[str, EnvValue] = {self.embeds_key: embeds[0]}
+        if mask is not None:
+            branch[_MASK] = mask[0]
+        return branch
+
+    @override
+    def env(
+        self, positive: Mapping[str, EnvValue], negative: Mapping[str, EnvValue] | None, geometry: Geometry
+    ) -> DenoisingEnv:
+        def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
+            length = cast(Tensor, text[self.embeds_key]).shape[0]
+            return {**text, "img_shapes": [[[1, geometry.rows, geometry.columns]]], "txt_seq_lens": [length]}
+
+        return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
+
+    @override
+    def velocity(
+        self,
+        transformer: Transformer,
+        latents: Float[Tensor, " *latent"],
+        timestep: Float[Tensor, " 1"],
+        env: DenoisingEnv,
+        guidance: Guidance,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, " *latent"]:
+        tokens = latents.to(dtype)[None]
+        positive = self._forward(transformer, tokens, timestep, env.pos_cond_kwargs)
+        if not guidance.is_active:
+            return positive[0]
+        assert env.neg_cond_kwargs is not None
+        negative = self._forward(transformer, tokens, timestep, env.neg_cond_kwargs)
+        return self.combine(positive, negative, guidance.scale)[0]
+
+    def _forward(self, transformer: Transformer, tokens: Tensor, timestep: Tensor, branch: Mapping[str, EnvValue]) -> Tensor:
+        mask = branch.get(_MASK)
+        output = transformer(
+            hidden_states=tokens,
+            timestep=timestep,
+            encoder_hidden_states=cast(Tensor, branch[self.embeds_key])[None],
+            encoder_hidden_states_mask=None if mask is None else cast(Tensor, mask)[None],
+            img_shapes=branch["img_shapes"],
+            return_dict=False,
+        )
+        return cast(Tensor, output[0])
+
+    @staticmethod
+    def combine(
+        positive: Float[Tensor, " batch tokens channels"], negative: Float[Tensor, " batch tokens channels"], scale: Number
+    ) -> Float[Tensor, " batch tokens channels"]:
+        """Combines the branches: neg + scale (pos - neg), each token rescaled to the norm of its conditional velocity.
+
+        A token whose two branches cancel exactly has no direction to rescale: it gives 0/0 in the pipeline as it does here.
+        """
+        combined = negative + scale * (positive - negative)
+        rescale = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
+        return cast(Tensor, combined * rescale)
+
+    @override
+    def decode(
+        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
+    ) -> Float[Tensor, " 3 1 height width"]:
+        vae = pipeline.vae
+        channels = latents.shape[-1] // 4
+        grid = latents.view(geometry.rows, geometry.columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
+        cells = grid.reshape(1, channels, 1, 2 * geometry.rows, 2 * geometry.columns).to(vae.dtype)
+
+        def per_channel(values: list[float]) -> Tensor:
+            return torch.tensor(values).view(1, channels, 1, 1, 1)
+
+        shift = per_channel(vae.config.latents_mean).to(cells.device, cells.dtype)
+        # The pipeline divides by the rounded inverse; multiplying by the std would differ in the last bit.
+        inverse_std = 1.0 / per_channel(vae.config.latents_std).to(cells.device, cells.dtype)
+        image = vae.decode(cells / inverse_std + shift, return_dict=False)[0][:, :, 0]
+        pixels = cast(Tensor, pipeline.image_processor.postprocess(image, output_type="pt"))
+        return pixels[0].unsqueeze(1).to(torch.float32)
