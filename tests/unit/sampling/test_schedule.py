@@ -1,0 +1,95 @@
+"""Sigma grids are the bits of diffusers' scheduler."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.unit.sampling.golden import DATA
+
+from flowroll.errors import UnsupportedModelError
+from flowroll.sampling.schedule import (
+    ScheduleConfig,
+    explicit_schedule,
+    linspace_float32,
+    linspace_float64,
+    shifted_schedule,
+)
+
+QWEN_IMAGE = ScheduleConfig(
+    use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift=1.0, shift_terminal=0.02
+)
+Z_IMAGE = ScheduleConfig(shift=3.0)
+GRIDS = load_file(DATA / "sigma_grids.safetensors")
+
+
+@pytest.mark.parametrize("key", [key for key in GRIDS if key.startswith("qwen-image") and key.endswith("sigmas.diffusers")])
+def test_qwen_image_grids_are_bit_equal(key: str) -> None:
+    _, tokens, steps, _ = key.split("/")
+    schedule = shifted_schedule(QWEN_IMAGE, linspace_float64(int(steps[1:])), num_tokens=int(tokens[1:]))
+    assert torch.equal(schedule.sigmas, GRIDS[key])
+    assert torch.equal(schedule.timesteps, GRIDS[key.replace("sigmas", "timesteps")])
+
+
+@pytest.mark.parametrize("key", [key for key in GRIDS if key.endswith("sigmas.diffusers_pipeline")])
+def test_z_image_grids_are_bit_equal(key: str) -> None:
+    steps = int(key.split("/")[1][1:])
+    assert torch.equal(shifted_schedule(Z_IMAGE, linspace_float32(steps), num_tokens=256).sigmas, GRIDS[key])
+
+
+@given(
+    steps=st.integers(2, 300),
+    tokens=st.integers(1, 20_000),
+    shift=st.floats(0.1, 10),
+    base_shift=st.floats(0.1, 1),
+    max_shift=st.floats(1, 2),
+    terminal=st.none() | st.floats(0.001, 0.5),
+    kind=st.sampled_from(["static", "exponential", "linear"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_configuration_gives_the_schedulers_bits(
+    steps: int, tokens: int, shift: float, base_shift: float, max_shift: float, terminal: float | None, kind: str
+) -> None:
+    options = {
+        "shift": shift,
+        "use_dynamic_shifting": kind != "static",
+        "base_shift": base_shift,
+        "max_shift": max_shift,
+        "shift_terminal": terminal,
+        "time_shift_type": "linear" if kind == "linear" else "exponential",
+    }
+    scheduler = FlowMatchEulerDiscreteScheduler(**options)
+    config = ScheduleConfig.from_scheduler_config(scheduler.config)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=config.mu(tokens))
+    schedule = shifted_schedule(config, linspace_float64(steps), num_tokens=tokens)
+    assert torch.equal(schedule.sigmas, scheduler.sigmas)
+    assert torch.equal(schedule.timesteps, scheduler.timesteps)
+
+
+@pytest.mark.parametrize("config", [QWEN_IMAGE, Z_IMAGE])
+@pytest.mark.parametrize("base_grid", [linspace_float32, linspace_float64])
+def test_one_step_goes_from_noise_to_data(config: ScheduleConfig, base_grid) -> None:
+    # diffusers divides 0 by 0 in the terminal stretch of a one-step grid.
+    assert shifted_schedule(config, base_grid(1), num_tokens=256).sigmas.tolist() == [1.0, 0.0]
+
+
+def test_explicit_sigmas_are_used_verbatim() -> None:
+    schedule = explicit_schedule(QWEN_IMAGE, (0.9, 0.3, 0.1, 0))
+    assert torch.equal(schedule.sigmas, torch.tensor([0.9, 0.3, 0.1, 0.0]))
+    assert torch.equal(schedule.timesteps, torch.tensor([0.9, 0.3, 0.1]) * 1000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"invert_sigmas": True}, {"stochastic_sampling": True}],
+)
+def test_a_grid_that_is_not_computed_is_refused(options: dict) -> None:
+    with pytest.raises(UnsupportedModelError, match=next(iter(options))):
+        ScheduleConfig.from_scheduler_config(FlowMatchEulerDiscreteScheduler(**options).config)
+
+
+def test_another_scheduler_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="FlowMatchEulerDiscreteScheduler"):
+        ScheduleConfig.from_scheduler_config({"_class_name": "DDIMScheduler"})

@@ -1,0 +1,110 @@
+"""What every transition promises, whatever the sampler."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowroll.sampling import ode, transition
+from flowroll.sampling.dynamics import transitions
+
+SIGMAS = torch.tensor([1.0, 0.75, 0.4, 0.0])
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_a_bf16_model_output_gives_float32_statistics(sde_type: str) -> None:
+    latents, velocity = torch.randn(2, 6, 4, dtype=torch.bfloat16), torch.randn(2, 6, 4, dtype=torch.bfloat16)
+    for this in transitions(SIGMAS, sde_type=sde_type, noise_level=0.8):
+        mean = transition.mean(this, latents, velocity)
+        next_latents = transition.sample(this, mean, torch.randn(2, 6, 4) if this.is_stochastic else None)
+        log_prob = transition.log_prob(this, next_latents, mean)
+        assert mean.dtype == next_latents.dtype == log_prob.dtype == torch.float32
+        # float32 in fact, not bf16 values in a float32 box
+        assert not torch.equal(mean, mean.to(torch.bfloat16).float())
+
+
+def test_an_ode_step_leaves_dtypes_alone() -> None:
+    latents, velocity = torch.randn(6, 4, dtype=torch.bfloat16), torch.randn(6, 4, dtype=torch.bfloat16)
+    assert ode.step(latents, velocity, torch.tensor(-0.1)).dtype == torch.bfloat16
+    assert ode.step(latents.float(), velocity.float(), torch.tensor(-0.1)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps", "ode"])
+def test_steps_without_density_score_exactly_zero(sde_type: str) -> None:
+    for this in transitions(SIGMAS, sde_type=sde_type, noise_level=0.8, sde_step_indices=(1,)):
+        if this.is_stochastic:
+            continue
+        mean = torch.randn(2, 6, 4)
+        for no_const in (False, True):
+            assert transition.log_prob(this, mean, mean, no_const=no_const).tolist() == [0.0, 0.0]
+
+
+def test_only_the_last_cps_step_is_deterministic() -> None:
+    assert [this.is_stochastic for this in transitions(SIGMAS, sde_type="cps", noise_level=0.8)] == [True, True, False]
+    assert [this.is_stochastic for this in transitions(SIGMAS, sde_type="sde", noise_level=0.8)] == [True, True, True]
+    assert not any(this.is_stochastic for this in transitions(SIGMAS, sde_type="ode", noise_level=0.8))
+    assert not any(this.is_stochastic for this in transitions(SIGMAS, sde_type="sde", noise_level=0))
+
+
+def test_a_window_leaves_the_other_steps_to_the_ode() -> None:
+    chosen = transitions(SIGMAS, sde_type="sde", noise_level=0.7, sde_step_indices=(1,))
+    assert [this.dynamics for this in chosen] == ["ode", "sde", "ode"]
+    assert chosen[1] == transitions(SIGMAS, sde_type="sde", noise_level=0.7)[1]
+
+
+def test_the_log_prob_is_the_normal_density() -> None:
+    this = transitions(SIGMAS, sde_type="sde", noise_level=0.7)[1]
+    mean, next_latents = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    expected = torch.distributions.Normal(mean.double(), this.std).log_prob(next_latents.double()).mean(dim=(1, 2))
+    torch.testing.assert_close(transition.log_prob(this, next_latents, mean).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_scores_the_same_alone_and_in_a_batch() -> None:
+    this = transitions(SIGMAS, sde_type="sde", noise_level=0.7)[0]
+    mean, next_latents = torch.randn(5, 1023, 64), torch.randn(5, 1023, 64)
+    together = transition.log_prob(this, next_latents, mean)
+    for row in range(5):
+        alone = transition.log_prob(this, next_latents[row : row + 1].clone(), mean[row : row + 1].clone())
+        assert torch.equal(alone[0], together[row])
+
+
+def test_the_log_prob_is_differentiable_in_the_velocity() -> None:
+    this = transitions(SIGMAS, sde_type="sde", noise_level=0.7)[1]
+    latents, velocity = torch.randn(2, 6, 4), torch.randn(2, 6, 4, requires_grad=True)
+    next_latents = transition.sample(this, transition.mean(this, latents, velocity.detach()), torch.randn(2, 6, 4))
+    mean = transition.mean(this, latents, velocity)
+    transition.log_prob(this, next_latents, mean).sum().backward()
+    expected = (next_latents - mean.detach()) / this.std**2 * this.on_velocity / 24
+    torch.testing.assert_close(velocity.grad, expected)
+
+
+@given(
+    sde_type=st.sampled_from(["sde", "cps", "ode"]),
+    noise=st.one_of(st.sampled_from([0, 1e-4, 1, 10]), st.floats(1e-4, 10)),
+    gaps=st.lists(st.floats(1e-6, 1), min_size=1, max_size=20),
+    top=st.sampled_from([1.0, 0.999995, 0.99, 0.3]),
+)
+@settings(max_examples=300, deadline=None)
+def test_nothing_valid_gives_nan_or_infinity(sde_type: str, noise: float, gaps: list[float], top: float) -> None:
+    if sde_type == "cps":
+        noise = min(noise, 1)
+    total = sum(gaps)
+    gaps = [max(gap / total * top, 1e-6) for gap in gaps]
+    levels = [sum(gaps[step:]) for step in range(len(gaps))]
+    sigmas = torch.tensor([*(level / max(1.0, levels[0]) for level in levels), 0.0])
+    generator = torch.Generator().manual_seed(0)
+    for this in transitions(sigmas, sde_type=sde_type, noise_level=noise):
+        assert all(math.isfinite(value) for value in (this.on_latents, this.on_velocity, this.std)) and this.std >= 0
+        latents, velocity, drawn = torch.randn(3, 1, 8, generator=generator).unbind(0)
+        mean = transition.mean(this, latents, velocity)
+        next_latents = transition.sample(this, mean, drawn if this.is_stochastic else None)
+        for no_const in (False, True):
+            assert transition.log_prob(this, next_latents[None], mean[None], no_const=no_const).isfinite().all()
+
+
+def test_a_grid_that_starts_just_below_one_stays_tame() -> None:
+    # With `s == 1` in place of isclose, the std of the first step was 62.6 and its mean in the thousands.
+    sigmas = torch.tensor([1 - 5e-6, 0.96, 0.9, 0.0])
+    assert transitions(sigmas, sde_type="sde", noise_level=0.7)[0].std == pytest.approx(0.7, abs=0.01)
