@@ -1,1 +1,5 @@
-"""Placeholder, written next."""
+"""Checkpoints for tests, demos and benchmarks: real diffusers pipelines with random weights, made offline."""
+
+from flowroll.testing.checkpoints import FamilyName, Size, make_checkpoint
+
+__all__ = ["FamilyName", "Size", "make_checkpoint"]

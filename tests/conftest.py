@@ -1,0 +1,31 @@
+import os
+
+# Before the first import of a Hugging Face library: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# A fixed number, so that results do not depend on the machine; more threads only slow such small models down.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen-Image checkpoint folder; read only."""
+    return _make("qwen_image", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def z_image_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Z-Image checkpoint folder; read only."""
+    return _make("z_image", tmp_path_factory)
+
+
+def _make(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from flowroll.testing import make_checkpoint
+
+    return make_checkpoint(family, tmp_path_factory.mktemp("checkpoints") / family)
