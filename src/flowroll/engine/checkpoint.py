@@ -68,7 +68,7 @@ def load_model(folder: Path, *, variant: str | None, device: torch.device, dtype
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
     schedule_config = ScheduleConfig.from_scheduler_config(scheduler)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except Exception as error:
         # Whatever the libraries raise here is about this folder's content, checked above as far as it can be.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -75,7 +75,7 @@ class Engine:
             versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -86,7 +86,9 @@ class Engine:
 
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit.
+            ShuttingDownError: The engine was interrupted or closed.
         """
+        self._check_interrupt()
         return plan_request(params, self._model, self.info.limits)
 
     def rollout(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[Rollout]:
@@ -144,8 +146,9 @@ class Engine:
         Returns:
             float32 in [0, 1], on the CPU.
         """
-        geometry = self._model.family.geometry(self._model.spec, height=height, width=width)
         with self._lock, torch.no_grad():
+            self._check_interrupt()
+            geometry = self._model.family.geometry(self._model.spec, height=height, width=width)
             return self._model.family.decode(self._model.pipeline, latents.to(self._model.device), geometry).cpu()
 
     def interrupt(self) -> None:

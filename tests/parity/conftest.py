@@ -1,0 +1,46 @@
+"""Engines and pipelines on the tiny checkpoints, one of each per family and dtype."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from flowroll.engine import Engine
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path) -> dict[str, Path]:
+    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}
+
+
+@pytest.fixture(scope="session")
+def engine_of(checkpoints: dict[str, Path]) -> Iterator[Callable[[str, str], Engine]]:
+    engines: dict[tuple[str, str], Engine] = {}
+
+    def get(family: str, dtype: str) -> Engine:
+        if (family, dtype) not in engines:
+            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device=DEVICE)
+        return engines[family, dtype]
+
+    yield get
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def pipeline_of(checkpoints: dict[str, Path]) -> Callable[[str, str], Any]:
+    pipelines: dict[tuple[str, str], Any] = {}
+
+    def get(family: str, dtype: str) -> Any:
+        if (family, dtype) not in pipelines:
+            pipeline = DiffusionPipeline.from_pretrained(checkpoints[family], dtype=getattr(torch, dtype))
+            pipeline.set_progress_bar_config(disable=True)
+            pipelines[family, dtype] = pipeline.to(DEVICE)
+        return pipelines[family, dtype]
+
+    return get

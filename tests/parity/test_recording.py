@@ -1,0 +1,231 @@
+"""What a rollout returns is what the loop used."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.rollouts import tensors_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowroll import DebugTensors, Rollout, Trajectory
+from flowroll.engine import Engine
+from flowroll.families import FAMILIES, Guidance
+from flowroll.sampling import ode, transition
+from flowroll.sampling.dynamics import transitions
+
+ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
+REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
+NAMES = ["qwen_image", "z_image"]
+
+
+def parts(rollout: Rollout) -> tuple[DebugTensors, Trajectory]:
+    assert rollout.debug_tensors is not None and rollout.dit_trajectory is not None
+    return rollout.debug_tensors, rollout.dit_trajectory
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the operations that make new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def ops_per_step(run: Callable[[int], object]) -> Counter[str]:
+    counts = []
+    for steps in (2, 3):
+        with OpCounter() as counter:
+            run(steps)
+        counts.append(counter.counts)
+    counts[1].subtract(counts[0])
+    return +counts[1]
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", NAMES)
+def test_the_returned_tensors_reproduce_every_step(
+    engine_of: Callable[[str, str], Engine], family: str, dtype: str, sde_type: str
+) -> None:
+    rollout = engine_of(family, dtype).rollout(**REQUEST, **ALL, sde_type=sde_type)[0]
+    debug, trajectory = parts(rollout)
+    chosen = transitions(trajectory.sigmas, sde_type=sde_type, noise_level=0.7)
+    assert trajectory.latents.dtype == torch.float32 and trajectory.latents.shape[0] == 5
+    assert rollout.log_probs is not None and rollout.log_probs.dtype == torch.float32
+    for step, this in enumerate(chosen):
+        mean = transition.mean(this, trajectory.latents[step], debug.model_output[step])
+        assert torch.equal(mean, debug.prev_sample_mean[step])
+        noise = debug.variance_noise[step] if this.is_stochastic else None
+        assert torch.equal(transition.sample(this, mean, noise), trajectory.latents[step + 1])
+        score = transition.log_prob(this, trajectory.latents[step + 1][None], mean[None])[0]
+        assert torch.equal(score, rollout.log_probs[step])
+        assert debug.noise_std_dev[step].item() == this.std
+    assert rollout.sde_step_indices == tuple(step for step, this in enumerate(chosen) if this.is_stochastic)
+
+
+@pytest.mark.parametrize("cfg", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_environment_reproduces_every_velocity(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, cfg: bool
+) -> None:
+    rollout = engine_of(name, dtype).rollout(**REQUEST, **ALL, guidance_scale=3.0 if cfg else 0.0)[0]
+    debug, trajectory = parts(rollout)
+    record, family, transformer = rollout.sampling, FAMILIES[name], pipeline_of(name, dtype).transformer
+    guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
+    model_dtype = getattr(torch, record.model_dtype.removeprefix("torch."))
+    timesteps = family.model_timesteps(trajectory.timesteps, family.timestep_dtype(model_dtype))
+    env = rollout.denoising_env
+    assert env is not None and (env.neg_cond_kwargs is not None) == cfg
+    with torch.no_grad():
+        for step in range(4):
+            velocity = family.velocity(
+                transformer, trajectory.latents[step], timesteps[step : step + 1], env, guidance, model_dtype
+            )
+            assert torch.equal(velocity.float(), debug.model_output[step])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str], Engine], name: str) -> None:
+    family = FAMILIES[name]
+    env = engine_of(name, "float32").rollout(**REQUEST, **ALL)[0].denoising_env
+    assert env is not None and env.image_kwargs == {} and env.guidance is None
+    for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
+        assert branch is not None
+        assert set(branch) <= {family.embeds_key, *family.env_schema}
+        embeds = branch[family.embeds_key]
+        assert isinstance(embeds, torch.Tensor) and embeds.ndim == 2
+        assert branch["txt_seq_lens"] == [embeds.shape[0]]
+        assert "encoder_hidden_states_mask" not in branch and "freqs_cis" not in branch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_latents_are_the_ones_that_were_decoded(engine_of: Callable[[str, str], Engine], name: str) -> None:
+    engine = engine_of(name, "bfloat16")
+    rollout = engine.rollout(**REQUEST, **ALL)[0]
+    _, trajectory = parts(rollout)
+    assert trajectory.latent_step_indices == (0, 1, 2, 3, 4)
+    assert torch.equal(engine.decode(trajectory.latents[-1], height=64, width=64), rollout.image)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latents_are_raw_not_the_models_input(engine_of: Callable[[str, str], Engine], name: str) -> None:
+    _, trajectory = parts(engine_of(name, "bfloat16").rollout(**REQUEST, **ALL)[0])
+    for latents in trajectory.latents[1:]:
+        assert not torch.equal(latents, latents.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bf16_ode_rollout_keeps_the_loops_dtypes(engine_of: Callable[[str, str], Engine], name: str) -> None:
+    rollout = engine_of(name, "bfloat16").rollout(**REQUEST, **ALL, sde_type="ode")[0]
+    debug, trajectory = parts(rollout)
+    assert trajectory.latents.dtype == (torch.bfloat16 if name == "qwen_image" else torch.float32)
+    assert debug.model_output.dtype == debug.prev_sample_mean.dtype == torch.float32
+    assert torch.equal(debug.prev_sample_mean, trajectory.latents[1:].float())
+    assert not debug.variance_noise.any() and not debug.noise_std_dev.any()
+    assert rollout.log_probs is not None and rollout.log_probs.tolist() == [0.0] * 4
+    assert rollout.sde_step_indices == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_step_of_a_window_follows_its_own_rule(engine_of: Callable[[str, str], Engine], name: str) -> None:
+    rollout = engine_of(name, "bfloat16").rollout(**REQUEST, **ALL, sde_step_indices=(1, 2))[0]
+    debug, trajectory = parts(rollout)
+    assert rollout.sde_step_indices == (1, 2) and trajectory.latents.dtype == torch.float32
+    assert rollout.log_probs is not None
+    assert [value == 0 for value in rollout.log_probs.tolist()] == [True, False, False, True]
+    velocity_dtype = torch.bfloat16 if name == "qwen_image" else torch.float32
+    for step in (0, 3):
+        dt = trajectory.sigmas[step + 1] - trajectory.sigmas[step]
+        expected = ode.step(trajectory.latents[step], debug.model_output[step].to(velocity_dtype), dt)
+        assert torch.equal(expected.float(), trajectory.latents[step + 1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_returned_tensor_aliases_another(engine_of: Callable[[str, str], Engine], name: str) -> None:
+    group = engine_of(name, "float32").rollout(**REQUEST, **ALL, sde_type="ode", num_outputs_per_prompt=2)
+    seen: list[tuple[int, int]] = []
+    for rollout in group:
+        for _, tensor in tensors_of(rollout):
+            start = tensor.data_ptr()
+            end = start + tensor.numel() * tensor.element_size()
+            assert all(end <= other_start or start >= other_end for other_start, other_end in seen)
+            assert tensor.is_contiguous()
+            seen.append((start, end))
+
+
+def test_only_the_wanted_latents_are_returned(engine_of: Callable[[str, str], Engine]) -> None:
+    engine = engine_of("z_image", "float32")
+    _, full = parts(engine.rollout(**REQUEST, **ALL)[0])
+    _, kept = parts(engine.rollout(**REQUEST, **ALL, return_step_indices=(4, 1))[0])
+    assert kept.latent_step_indices == (1, 4)
+    assert torch.equal(kept.latents, full.latents[[1, 4]])
+    assert torch.equal(kept.sigmas, full.sigmas) and torch.equal(kept.timesteps, full.timesteps)
+    _, none = parts(engine.rollout(**REQUEST, **ALL, return_step_indices=())[0])
+    assert none.latents.shape == (0, *full.latents.shape[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_generation_runs_no_operation_that_the_pipeline_does_not(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    engine, pipeline = engine_of(name, "bfloat16"), pipeline_of(name, "bfloat16")
+    size = {"prompt": "a bowl", "height": 64, "width": 64}
+    theirs = ops_per_step(lambda steps: pipeline(**size, negative_prompt=" ", num_inference_steps=steps, output_type="latent"))
+    ours = ops_per_step(lambda steps: engine.generate(**size, num_inference_steps=steps))
+    recorded = ops_per_step(lambda steps: engine.rollout(**size, num_inference_steps=steps, debug_mode=False))
+    assert ours - theirs == Counter()
+    assert recorded - theirs != Counter()
+
+
+@pytest.mark.parametrize("options", [{"sde_type": "ode"}, {"noise_level": 0}, {"sde_step_indices": ()}, {"rollout": False}])
+def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str], Engine], options: dict[str, Any]) -> None:
+    engine = engine_of("qwen_image", "float32")
+    with OpCounter() as counter:
+        engine.rollout(**REQUEST, **options)
+    draws = {name: count for name, count in counter.counts.items() if "rand" in name or "normal" in name}
+    assert sum(draws.values()) == 1  # the initial noise alone
+    with OpCounter() as counter:
+        engine.rollout(**REQUEST, sde_type="cps")
+    assert sum(count for name, count in counter.counts.items() if "rand" in name or "normal" in name) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sde_type": "cps", "noise_level": 1},
+        {"sde_type": "cps", "noise_level": 1e-4},
+        {"sde_type": "cps", "log_prob_no_const": True},
+        {"sde_type": "cps", "noise_level": 0},
+        {"sde_type": "sde", "noise_level": 10},
+        {"sde_type": "sde", "noise_level": 1e-4},
+        {"sde_type": "sde", "noise_level": 0, "log_prob_no_const": True},
+        {"sde_type": "ode"},
+        {"sde_type": "sde", "num_inference_steps": 1},
+        {"sde_type": "cps", "num_inference_steps": 1},
+        {"sde_type": "ode", "num_inference_steps": 1},
+        {"sde_type": "sde", "num_inference_steps": 200},
+        {"sde_type": "cps", "num_inference_steps": 200},
+        {"sde_type": "sde", "num_inference_steps": 200, "noise_level": 10},
+        {"sigmas": (1.0, 0.999999, 0.5, 0.000001, 0.0), "num_inference_steps": None},
+        {"sigmas": (0.999995, 0.3, 0.0), "num_inference_steps": None, "noise_level": 10},
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_valid_gives_nan_or_infinity(
+    engine_of: Callable[[str, str], Engine], name: str, options: dict[str, Any]
+) -> None:
+    dtypes = ["bfloat16"] if options.get("num_inference_steps") == 200 else ["float32", "bfloat16"]
+    for dtype in dtypes:
+        rollout = engine_of(name, dtype).rollout(**{**REQUEST, **ALL, **options})[0]
+        for field, tensor in tensors_of(rollout):
+            assert tensor.float().isfinite().all(), field
+        assert all(math.isfinite(value) for value in (*rollout.sampling.sigmas, *rollout.sampling.timesteps))

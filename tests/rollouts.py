@@ -1,0 +1,37 @@
+"""Walks the tensors of a rollout, for tests that compare all of them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowroll import Rollout
+
+
+def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a rollout returns, by name."""
+    yield "image", rollout.image
+    if rollout.log_probs is not None:
+        yield "log_probs", rollout.log_probs
+    for part in (rollout.debug_tensors, rollout.dit_trajectory):
+        if part is not None:
+            for name in part.__dataclass_fields__:
+                value = getattr(part, name)
+                if isinstance(value, Tensor):
+                    yield name, value
+    if rollout.denoising_env is not None:
+        for branch in ("pos_cond_kwargs", "neg_cond_kwargs"):
+            for name, value in (getattr(rollout.denoising_env, branch) or {}).items():
+                if isinstance(value, Tensor):
+                    yield f"{branch}.{name}", value
+
+
+def assert_same_bits(a: Rollout, b: Rollout) -> None:
+    """Same tensors, same dtypes, same bits; and the same record of how they were made."""
+    left, right = dict(tensors_of(a)), dict(tensors_of(b))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+    assert a.sampling == b.sampling
+    assert a.sde_step_indices == b.sde_step_indices

@@ -1,0 +1,140 @@
+"""The engine's life cycle and what it refuses."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowroll import SamplingParams
+from flowroll.engine import Engine, Limits
+from flowroll.errors import InvalidRequestError, ShuttingDownError
+
+SMALL = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def engine(z_image_checkpoint: Path) -> Iterator[Engine]:
+    with Engine(z_image_checkpoint, limits=Limits(max_pixels=256 * 256, max_steps=300, max_outputs=3)) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        ("height", {"height": 100}, "use 96 or 112"),
+        ("width", {"width": 8}, "use 16"),
+        ("height", {"height": 512, "width": 512}, "65536 pixels"),
+        ("num_inference_steps", {"num_inference_steps": 301}, "300 steps"),
+        ("sigmas", {"num_inference_steps": None, "sigmas": tuple(1 - i / 301 for i in range(301)) + (0.0,)}, "300 steps"),
+        ("num_outputs_per_prompt", {"num_outputs_per_prompt": 4}, "3 samples"),
+        ("seeds", {"seeds": (1, 2, 3, 4)}, "3 samples"),
+        ("sde_step_indices", {"sde_step_indices": (0, 2)}, "0..1"),
+        ("return_step_indices", {"return_step_indices": (3,)}, "0..2"),
+        ("colour", {"colour": "red"}, "field of SamplingParams"),
+    ],
+)
+def test_a_request_off_the_models_grid_is_refused_before_model_work(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, field: str, values: dict[str, Any], words: str
+) -> None:
+    def no_model_work(*_: object) -> None:
+        raise AssertionError("the model was used")
+
+    monkeypatch.setattr(engine._model.pipeline.text_encoder, "forward", no_model_work)
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        engine.rollout(**{**SMALL, **values})
+    assert caught.value.field == field
+
+
+def test_a_side_beyond_the_position_table_is_refused(z_image_checkpoint: Path) -> None:
+    with Engine(z_image_checkpoint, limits=Limits(max_pixels=10**9)) as engine:
+        rows = engine._model.pipeline.transformer.config.axes_lens[1]
+        engine.plan(SamplingParams(prompt="", height=rows * 16, width=16))
+        with pytest.raises(InvalidRequestError, match=f"at most {rows * 16}") as caught:
+            engine.plan(SamplingParams(prompt="", height=(rows + 1) * 16, width=16))
+        assert caught.value.field == "height"
+
+
+@pytest.mark.parametrize(
+    "values", [{"sde_type": "ode"}, {"noise_level": 0.7}, {"return_dit_trajectory": False}, {"rollout": True}]
+)
+def test_plain_generation_refuses_rollout_fields(engine: Engine, values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="plain generation") as caught:
+        engine.generate(**SMALL, **values)
+    assert caught.value.field == next(iter(values))
+
+
+def test_plain_generation_refuses_a_request_with_rollout_fields(engine: Engine) -> None:
+    with pytest.raises(InvalidRequestError, match="noise_level"):
+        engine.generate(SamplingParams(**SMALL, rollout=False, noise_level=0.1))
+    assert len(engine.generate(SamplingParams(**SMALL, rollout=False))) == 1
+
+
+def test_an_evaluation_returns_the_image_alone(engine: Engine) -> None:
+    options = {"return_denoising_env": True, "return_dit_trajectory": True, "noise_level": 0.3}
+    rollout = engine.rollout(**SMALL, seed=1, rollout=False, **options)[0]
+    assert rollout.log_probs is rollout.debug_tensors is rollout.denoising_env is rollout.dit_trajectory is None
+    assert rollout.sde_step_indices is None
+    assert torch.equal(rollout.image, engine.generate(**SMALL, seed=1)[0].image)
+
+
+def test_each_distinct_prompt_is_encoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, prompts = engine._model.pipeline, []
+    encode = pipeline.encode_prompt
+    monkeypatch.setattr(
+        pipeline, "encode_prompt", lambda prompt, **options: (prompts.append(prompt), encode(prompt, **options))[1]
+    )
+    engine.rollout(**SMALL, num_outputs_per_prompt=3)
+    assert prompts == ["a bowl", ""]
+    prompts.clear()
+    engine.rollout(**SMALL, negative_prompt="a bowl", num_outputs_per_prompt=2)
+    assert prompts == ["a bowl"]
+    prompts.clear()
+    engine.rollout(**SMALL, guidance_scale=0)
+    assert prompts == ["a bowl"]
+
+
+def test_the_effective_scale_is_true_cfg_then_guidance_then_default(engine: Engine) -> None:
+    def scale(**values: float) -> float:
+        return engine.plan(SamplingParams(**SMALL, **values)).guidance.scale
+
+    assert scale() == 5.0
+    assert scale(guidance_scale=2.0) == 2.0
+    assert scale(guidance_scale=2.0, true_cfg_scale=3.0) == 3.0
+    assert not engine.plan(SamplingParams(**SMALL, true_cfg_scale=0)).guidance.is_active
+
+
+def test_the_interrupt_stops_a_running_rollout_at_its_next_step(z_image_checkpoint: Path) -> None:
+    engine = Engine(z_image_checkpoint)
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            engine.rollout(**{**SMALL, "num_inference_steps": 1000})
+        except ShuttingDownError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.3)
+    engine.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and len(caught) == 1
+    with pytest.raises(ShuttingDownError):
+        engine.rollout(**SMALL)
+    engine.close()
+
+
+def test_importing_the_trainers_side_loads_no_model_library() -> None:
+    code = (
+        "import sys, flowroll, flowroll.client, flowroll.families, flowroll.sampling.dynamics\n"
+        "heavy = {'diffusers', 'transformers', 'fastapi', 'starlette', 'uvicorn', 'pydantic'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stderr.strip() == "" and finished.returncode in (0, 1)
