@@ -21,8 +21,8 @@ def run(rounds: int) -> str:
     lines = [
         "## Engine against the diffusers pipeline",
         "",
-        f"{SIZE}x{SIZE}, {STEPS} steps, no guidance, float32, 1 thread, {rounds} rounds. Median paired ratio of CPU time with its",
-        "95 % interval. Every arm encodes, denoises and decodes.",
+        f"{SIZE}x{SIZE}, {STEPS} steps, no guidance, float32, 1 thread, {rounds} rounds. Median paired ratio of CPU time",
+        "with its 95 % interval. Every arm encodes, denoises and decodes.",
         "",
         "| family | parameters | image tokens | rollout=False / pipeline | log-probs only / rollout=False"
         " | everything recorded / rollout=False |",
