@@ -29,3 +29,12 @@ def _make(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from flowroll.testing import make_checkpoint
 
     return make_checkpoint(family, tmp_path_factory.mktemp("checkpoints") / family)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` or `multigpu` are skipped where there is no such hardware."""
+    needed = {"gpu": 1, "multigpu": 2}
+    for item in items:
+        for mark, count in needed.items():
+            if item.get_closest_marker(mark) and torch.cuda.device_count() < count:
+                item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA device(s)"))

@@ -10,7 +10,11 @@ from diffusers import DiffusionPipeline
 
 from flowroll.engine import Engine
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every parity test runs on the CPU and, where there is one, on the GPU."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +23,12 @@ def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path) -> dict[str, Pa
 
 
 @pytest.fixture(scope="session")
-def engine_of(checkpoints: dict[str, Path]) -> Iterator[Callable[[str, str], Engine]]:
+def engine_of(checkpoints: dict[str, Path], device: str) -> Iterator[Callable[[str, str], Engine]]:
     engines: dict[tuple[str, str], Engine] = {}
 
     def get(family: str, dtype: str) -> Engine:
         if (family, dtype) not in engines:
-            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device=DEVICE)
+            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device=device)
         return engines[family, dtype]
 
     yield get
@@ -33,14 +37,14 @@ def engine_of(checkpoints: dict[str, Path]) -> Iterator[Callable[[str, str], Eng
 
 
 @pytest.fixture(scope="session")
-def pipeline_of(checkpoints: dict[str, Path]) -> Callable[[str, str], Any]:
+def pipeline_of(checkpoints: dict[str, Path], device: str) -> Callable[[str, str], Any]:
     pipelines: dict[tuple[str, str], Any] = {}
 
     def get(family: str, dtype: str) -> Any:
         if (family, dtype) not in pipelines:
             pipeline = DiffusionPipeline.from_pretrained(checkpoints[family], dtype=getattr(torch, dtype))
             pipeline.set_progress_bar_config(disable=True)
-            pipelines[family, dtype] = pipeline.to(DEVICE)
+            pipelines[family, dtype] = pipeline.to(device)
         return pipelines[family, dtype]
 
     return get

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.conftest import DEVICE
 from torch import Tensor
 
 from flowroll.engine import Engine
@@ -19,7 +18,7 @@ def pipeline_output(
     pipeline: Any, family: str, output_type: str, *, seed: int, scale: float, negative: str, **size: int
 ) -> Tensor:
     guidance = {"true_cfg_scale": scale} if family == "qwen_image" else {"guidance_scale": scale}
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generator = torch.Generator(pipeline.device).manual_seed(seed)
     output = pipeline(PROMPT, negative_prompt=negative, generator=generator, output_type=output_type, **guidance, **size)
     return output.images[0].cpu()
 
@@ -98,7 +97,22 @@ def test_unusual_prompts_are_encoded_as_the_pipeline_does(
 ) -> None:
     scale = {"true_cfg_scale": 1.0} if family == "qwen_image" else {"guidance_scale": 0.0}
     size = {"height": 64, "width": 64, "num_inference_steps": 2}
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    expected = pipeline_of(family, "float32")(prompt, generator=generator, output_type="latent", **scale, **size).images[0]
+    pipeline = pipeline_of(family, "float32")
+    generator = torch.Generator(pipeline.device).manual_seed(1)
+    expected = pipeline(prompt, generator=generator, output_type="latent", **scale, **size).images[0]
     plain = engine_of(family, "float32").generate(prompt=prompt, seed=1, guidance_scale=0, **size)[0]
     assert torch.equal(plain.latents, expected.cpu())
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_the_bits_agree_at_another_thread_count(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], family: str
+) -> None:
+    ours, theirs = settings(family, True, 80, 144, 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = pipeline_output(pipeline_of(family, "float32"), family, "latent", **theirs)
+        assert torch.equal(engine_of(family, "float32").generate(**ours)[0].latents, expected)
+    finally:
+        torch.set_num_threads(threads)
