@@ -76,11 +76,12 @@ def _qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePi
     tokenizer = make_tokenizer()
     config = {"in_channels": 64, "out_channels": 16, "joint_attention_dim": _TEXT_DIM, **_QWEN_TRANSFORMERS[size], **overrides}
     transformer = QwenImageTransformer2DModel(**config)
-    fill_random(transformer, seed)
+    # Without it, a short prompt among hundreds of image tokens would hardly matter.
+    fill_random(transformer, seed, {"attn.add_v_proj.weight": 16.0})
     text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen_vl_config(tokenizer))
     fill_random(text_encoder, seed)
     vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=1)
-    fill_random(vae, seed)
+    _fill_vae(vae, seed)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=0.5,
@@ -94,6 +95,14 @@ def _qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePi
     return QwenImagePipeline(
         scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
     )
+
+
+def _fill_vae(vae: AutoencoderKL | AutoencoderKLQwenImage, seed: int) -> None:
+    fill_random(vae, seed, {"decoder.conv_out.weight": 1.5})
+    with torch.no_grad():
+        # What reaches the last convolution is positive on average: a colour cast, unless each colour's weights sum to 0.
+        weight = vae.decoder.conv_out.weight
+        weight -= weight.mean(dim=1, keepdim=True)
 
 
 def _qwen_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
@@ -161,6 +170,6 @@ def _z_image(size: Size, seed: int, overrides: dict[str, Any]) -> ZImagePipeline
         use_post_quant_conv=False,
         mid_block_add_attention=True,
     )
-    fill_random(vae, seed)
+    _fill_vae(vae, seed)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
     return ZImagePipeline(scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer)

@@ -124,7 +124,7 @@ def test_the_prompt_changes_the_picture(family, checkpoint):
         return output.images
 
     red, blue = latents("a red cube"), latents("a blue cube")
-    assert (red - blue).abs().mean() > 1e-3 * red.abs().mean()
+    assert (red - blue).abs().mean() > 0.01 * red.abs().mean()
 
 
 def test_different_prompts_give_different_embeddings(checkpoint):
