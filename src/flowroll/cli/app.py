@@ -1,0 +1,62 @@
+"""The command group: which commands there are, and how an error ends one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from flowroll.cli.generate import generate
+from flowroll.cli.inspect import inspect
+from flowroll.cli.options import quiet_model_libraries
+from flowroll.cli.rollout import rollout
+from flowroll.cli.sampling_flags import with_sampling_flags
+from flowroll.cli.serve import serve
+from flowroll.errors import FlowrollError
+
+
+class Commands(TyperGroup):
+    """Ends a command that the user got wrong with one line on stderr and status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except FlowrollError as error:
+            Console(stderr=True).print(f"Error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="flowroll",
+    cls=Commands,
+    help="Rollout engine for RL post-training of flow-matching text-to-image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    # The plain layout never cuts a flag's name short.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(with_sampling_flags(generate))
+# Every prompt is a request of its own, with its own id.
+app.command()(with_sampling_flags(rollout, without={"prompt", "request_id"}))
+app.command()(inspect)
+
+
+@app.command("make-checkpoint")
+def make_checkpoint_command(
+    family: Annotated[Literal["qwen_image", "z_image"], typer.Argument(metavar="FAMILY", help="qwen_image or z_image.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to save.")],
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    size: Annotated[Literal["tiny", "mid"], typer.Option(help="tiny, or mid: about 100 million parameters.")] = "tiny",
+) -> None:
+    """Make a checkpoint folder with random weights, offline."""
+    quiet_model_libraries()
+    from flowroll.testing import make_checkpoint
+
+    folder = make_checkpoint(family, directory, seed=seed, size=size)
+    Console().print(f"{family} checkpoint in {folder}", markup=False, soft_wrap=True)

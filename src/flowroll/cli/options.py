@@ -1,0 +1,31 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+Model: TypeAlias = Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers checkpoint folder.")]
+Variant: TypeAlias = Annotated[
+    str | None, typer.Option(help="Variant of the model family, e.g. turbo.", show_default="the family's first")
+]
+Dtype: TypeAlias = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto: bfloat16 on CUDA, float32 on the CPU.")
+]
+Device: TypeAlias = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
+ApiKey: TypeAlias = Annotated[
+    str | None, typer.Option(help="Bearer token.", envvar="FLOWROLL_API_KEY", show_envvar=True, show_default=False)
+]
+
+
+def quiet_model_libraries() -> None:
+    """Turns the progress bars of diffusers and transformers off, and loads both."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,125 @@
+"""What the commands print and write: rich tables, PNG pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jaxtyping import Float
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from flowroll.types import EnvValue, GeneratedImage, Rollout
+
+
+def save_png(image: Float[Tensor, " 3 1 height width"], path: Path) -> None:
+    """Writes a picture in [0, 1] as an 8-bit PNG."""
+    from PIL import Image
+
+    pixels = (image[:, 0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte()
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a rollout with its dotted name."""
+    for part in ("image", "log_probs", "debug_tensors", "dit_trajectory"):
+        value = getattr(rollout, part)
+        if isinstance(value, Tensor):
+            yield part, value
+        elif value is not None:
+            for field in fields(value):
+                if isinstance(tensor := getattr(value, field.name), Tensor):
+                    yield f"{part}.{field.name}", tensor
+    if (env := rollout.denoising_env) is not None:
+        for branch in ("image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs"):
+            for key, item in (getattr(env, branch) or {}).items():
+                yield from _env_tensors(f"denoising_env.{branch}.{key}", item)
+        if env.guidance is not None:
+            yield "denoising_env.guidance", env.guidance
+
+
+def _env_tensors(name: str, value: EnvValue) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _env_tensors(f"{name}[{index}]", item)
+
+
+def num_bytes(rollout: Rollout) -> int:
+    """Bytes of all its tensors."""
+    return sum(tensor.nbytes for _, tensor in tensors_of(rollout))
+
+
+def format_bytes(count: int) -> str:
+    """`12.3 MiB`."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def shape_of(tensor: Tensor) -> str:
+    """`11 x 256 x 64`."""
+    return " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def plain_table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table in the one style of all commands; columns named in `right` are flushed right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def samples_table(samples: Sequence[Rollout | GeneratedImage], files: Sequence[Path]) -> Table:
+    """One row per sample: what it is and where it was written."""
+    right = ("sample", "seed", "steps", "log-prob", "seconds")
+    table = plain_table("Samples", "sample", "seed", "size", "steps", "log-prob", "seconds", "file", right=right)
+    for index, (sample, file) in enumerate(zip(samples, files, strict=True)):
+        log_probs = sample.log_probs if isinstance(sample, Rollout) else None
+        table.add_row(
+            str(index),
+            str(sample.seed),
+            f"{sample.sampling.width} x {sample.sampling.height}",
+            str(sample.sampling.num_inference_steps),
+            "-" if log_probs is None else f"{log_probs.sum().item():.4f}",
+            f"{sample.inference_time_s:.2f}",
+            str(file),
+        )
+    return table
+
+
+def tensors_table(rollout: Rollout) -> Table:
+    """Name, shape, dtype, size of every tensor."""
+    table = plain_table("Tensors", "tensor", "shape", "dtype", "size", right=("shape", "size"))
+    for name, tensor in tensors_of(rollout):
+        table.add_row(name, shape_of(tensor), str(tensor.dtype).removeprefix("torch."), format_bytes(tensor.nbytes))
+    return table
+
+
+def log_probs_table(rollout: Rollout) -> Table:
+    """One row per step: its sigmas, the dynamics that it followed and its log-prob."""
+    assert rollout.log_probs is not None
+    record, stochastic = rollout.sampling, set(rollout.sde_step_indices or ())
+    right = ("step", "sigma", "next sigma", "log-prob")
+    table = plain_table("Log-probs", "step", "sigma", "next sigma", "dynamics", "log-prob", right=right)
+    for step, log_prob in enumerate(rollout.log_probs.tolist()):
+        dynamics = record.sde_type if step in stochastic else "deterministic"
+        table.add_row(str(step), f"{record.sigmas[step]:.4f}", f"{record.sigmas[step + 1]:.4f}", dynamics, f"{log_prob:+.6f}")
+    return table
+
+
+def record_table(rollout: Rollout) -> Table:
+    """What the sample is and how it was made."""
+    table = plain_table("Record", "field", "value")
+    for name in ("prompt", "seed", "request_id", "weight_version", "inference_time_s", "peak_memory_mb", "sde_step_indices"):
+        table.add_row(name, _shown(getattr(rollout, name)))
+    for field in fields(rollout.sampling):
+        table.add_row(f"sampling.{field.name}", _shown(getattr(rollout.sampling, field.name)))
+    return table
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_shown, value)) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,108 @@
+"""Pictures about rollouts: the log-probs of every step, and contact sheets of pictures through the steps.
+
+matplotlib is imported on use, and without pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.errors import InvalidRequestError
+from flowroll.types import Rollout
+
+_INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
+_COLOURS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c", "#5c940d", "#364fc7")
+_DPI = 150
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContactRow:
+    """One sample of a contact sheet.
+
+    Attributes:
+        label: What the sample is.
+        images: One picture per column, in [0, 1].
+    """
+
+    label: str
+    images: Sequence[Float[Tensor, " 3 1 height width"]]
+
+
+def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: str = "Log-probability per step") -> None:
+    """Writes a PNG with the log-probs of the stochastic steps over the step number, one line per rollout.
+
+    Args:
+        series: Label and rollout.
+        path: Where to write.
+        title: Above the plot.
+
+    Raises:
+        InvalidRequestError: A rollout has no log-probs.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(8.0, 4.5)
+    axes = figure.add_subplot()
+    for index, (label, rollout) in enumerate(series):
+        if rollout.log_probs is None:
+            raise InvalidRequestError(f"a plot must have log-probs, got an evaluation for {label}; roll out with rollout=True.")
+        steps = list(rollout.sde_step_indices or ())
+        values = rollout.log_probs[steps].tolist()
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(steps, values, marker="o", markersize=4, linewidth=1.5, color=colour, label=label)
+    axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=12)
+    axes.set_xlabel("step", color=_FAINT)
+    axes.set_ylabel("mean log-prob per element", color=_FAINT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=_GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_FAINT, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_GRID)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+
+
+def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Path, *, title: str) -> None:
+    """Writes a PNG grid: one row per sample, one captioned column per step.
+
+    Args:
+        rows: Every row has one picture per caption.
+        captions: Above the columns.
+        path: Where to write.
+        title: Above the grid.
+    """
+    assert rows and all(len(row.images) == len(captions) for row in rows)
+    cell, gap, label_width, head = 1.25, 0.06, 1.5, 0.85
+    width = label_width + len(captions) * (cell + gap) + gap
+    height = head + len(rows) * (cell + gap) + gap
+    figure = _figure(width, height)
+    figure.text(gap / width, 1 - 0.12 / height, title, ha="left", va="top", fontsize=11, color=_INK)
+    for r, row in enumerate(rows):
+        bottom = (height - head - (r + 1) * (cell + gap) + gap) / height
+        figure.text(gap / width, bottom + cell / 2 / height, row.label, ha="left", va="center", fontsize=8, color=_INK)
+        for c, image in enumerate(row.images):
+            left = (label_width + c * (cell + gap)) / width
+            axes = figure.add_axes((left, bottom, cell / width, cell / height))
+            axes.imshow(image[:, 0].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest", aspect="equal")
+            axes.set_axis_off()
+            if r == 0:
+                axes.set_title(captions[c], fontsize=8, color=_FAINT, pad=5)
+    figure.savefig(path, dpi=_DPI, facecolor="white")
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure

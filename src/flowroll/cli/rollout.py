@@ -1,0 +1,97 @@
+"""`flowroll rollout`: many prompts through a running server, one file per sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flowroll.cli.options import ApiKey
+from flowroll.errors import FlowrollError, InvalidRequestError
+from flowroll.types import SamplingParams
+
+
+def rollout(
+    given: dict[str, Any],
+    url: Annotated[str, typer.Option(help="Of the server, e.g. http://127.0.0.1:30000.")],
+    prompts: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help='One prompt a line; or .jsonl, objects with a "prompt" key.')
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rollouts.")],
+    api_key: ApiKey = None,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest wait for one prompt, in seconds.")] = 600.0,
+) -> None:
+    """Roll out every prompt of a file on a server.
+
+    Writes one safetensors file per sample, with its record. A prompt that fails is reported at the end; the others go on.
+    """
+    from flowroll.client import Client
+    from flowroll.wire.files import save_rollout
+
+    # Every request is checked before the first one is sent.
+    requests = [SamplingParams(prompt=prompt, **given) for prompt in read_prompts(prompts)]
+    out.mkdir(parents=True, exist_ok=True)
+    console, errors = Console(), Console(stderr=True)
+    failures: list[str] = []
+    num_samples = 0
+    with Client(url, api_key=api_key, timeout_s=timeout_s) as client, _progress(console) as progress:
+        for number, params in enumerate(progress.track(requests, description="rollouts"), start=1):
+            try:
+                samples = client.rollout(params)
+            except FlowrollError as error:
+                failures.append(f"prompt {number}: {error.message}")
+                continue
+            for index, sample in enumerate(samples):
+                save_rollout(out / f"prompt-{number:05d}-sample-{index:02d}-seed-{sample.seed}.safetensors", sample)
+            num_samples += len(samples)
+    console.print(f"{num_samples} rollouts of {len(requests) - len(failures)} prompts in {out}", markup=False, soft_wrap=True)
+    if failures:
+        errors.print(f"{len(failures)} of {len(requests)} prompts failed:", markup=False, highlight=False)
+        for line in failures:
+            errors.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: one a line, or in a .jsonl file the "prompt" of one object a line. Blank lines are skipped.
+
+    Raises:
+        InvalidRequestError: A line is no such object, or there is no prompt at all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{path} must be UTF-8 text, got other bytes; save it as UTF-8.", field="prompts") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise InvalidRequestError(f"{path} must hold at least one prompt, got none; write one a line.", field="prompts")
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_of(f"{path}, line {number},", line) for number, line in numbered]
+
+
+def _prompt_of(where: str, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InvalidRequestError(f"{where} must be JSON, got {error}; write one object a line.", field="prompts") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(prompt, str):
+        shown = line if len(line) <= 80 else line[:77] + "..."
+        raise InvalidRequestError(f'{where} must hold a text under "prompt", got {shown}; add one.', field="prompts")
+    return prompt
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

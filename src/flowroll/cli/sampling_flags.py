@@ -1,0 +1,98 @@
+"""One command-line flag per field of `SamplingParams`, derived from the dataclass and its docstring.
+
+A flag that is not set does not exist: it never enters `SamplingParams`, whose own defaults decide.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from flowroll.types import Number, SamplingParams
+
+_GIVEN = "given"
+
+
+def with_sampling_flags(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+    """Gives a command the sampling flags; those that were set reach it as the argument `given`, by field name.
+
+    Args:
+        command: Its parameter `given: dict[str, Any]` takes the flags.
+        without: Fields that this command has no flag for.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != _GIVEN
+    ]
+    flags = [_flag(field) for field in fields(SamplingParams) if field.name not in without]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = {flag.name: values.pop(flag.name) for flag in flags}
+        command(**values, given={name: value for name, value in given.items() if value is not None})
+
+    parameters = [*own, *flags]
+    # typer reads both.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _flag(field: Field[Any]) -> inspect.Parameter:
+    """The typer parameter of one field: required as the field is, else None until it is set."""
+    kind, options = _flag_type(get_type_hints(SamplingParams)[field.name])
+    flag = "--" + field.name.replace("_", "-")
+    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    option = typer.Option(
+        *names,
+        help=_field_help().get(field.name, ""),
+        show_default=False,
+        **options,
+    )
+    is_required = field.default is MISSING
+    annotation: Any = Annotated[kind if is_required else kind | None, option]
+    default = inspect.Parameter.empty if is_required else None
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
+    """What typer parses for a field's type, and the options that this takes."""
+    if get_origin(hint) in (Union, types.UnionType):
+        members = tuple(member for member in get_args(hint) if member is not type(None))
+        if members == get_args(Number):
+            return float, {}
+        assert len(members) == 1, f"no flag for {hint}"
+        return _flag_type(members[0])
+    if get_origin(hint) is tuple:
+        item, _ = _flag_type(get_args(hint)[0])
+        # typer would take several words for a tuple type; the parser makes one of a single word.
+        return str, {"parser": _comma_list(item), "metavar": "N,N,..."}
+    assert hint in (bool, int, str) or get_origin(hint) is Literal, f"no flag for {hint}"
+    return hint, {}
+
+
+def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(item(part) for part in text.split(",")) if text.strip() else ()
+        except ValueError as error:
+            kind = "integers" if item is int else "numbers"
+            raise typer.BadParameter(f"must be {kind} separated by commas, got {text!r}; write 0,1,2.") from error
+
+    return parse
+
+
+@functools.cache
+def _field_help() -> dict[str, str]:
+    """The description of each field, from the docstring that defines it."""
+    section = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].split("\n\n")[0]
+    return {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)}

@@ -1,0 +1,49 @@
+"""`flowroll serve`: the HTTP server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant, quiet_model_libraries
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 30000,
+    variant: Variant = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    api_key: ApiKey = None,
+    wire_format: Annotated[Literal["json", "msgpack"], typer.Option(help="Answer to Accept: */*.")] = "json",
+    wire_dialect: Annotated[
+        Literal["native", "sglang"], typer.Option(help="Names in the answer where a request does not choose.")
+    ] = "native",
+    max_pixels: Annotated[int, typer.Option(min=1, help="Width times height of one sample.")] = 2048 * 2048,
+    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one request.")] = 1000,
+    max_outputs: Annotated[int, typer.Option(min=1, help="Samples of one request.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
+) -> None:
+    """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
+    quiet_model_libraries()
+    from flowroll.engine import Limits
+    from flowroll.serving import serve as run_server
+    from flowroll.serving.config import ServerConfig
+
+    run_server(
+        ServerConfig(
+            model=str(model),
+            variant=variant,
+            dtype=dtype,
+            device=device,
+            limits=Limits(max_pixels=max_pixels, max_steps=max_steps, max_outputs=max_outputs),
+            host=host,
+            port=port,
+            api_key=api_key,
+            wire_format=wire_format,
+            wire_dialect=wire_dialect,
+            max_queue=max_queue,
+        )
+    )
