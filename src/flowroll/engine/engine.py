@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,17 @@ from flowroll.errors import InvalidRequestError, ShuttingDownError
 from flowroll.types import ROLLOUT_FIELDS, DenoisingEnv, EnvValue, GeneratedImage, Rollout, SamplingParams
 
 _INITIAL_WEIGHT_VERSION = "0"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finished:
+    """One finished sample, with its picture on the CPU."""
+
+    sample: Sample
+    env: DenoisingEnv
+    image: Tensor
+    seconds: float
 
 
 class Engine:
@@ -103,7 +114,7 @@ class Engine:
             ShuttingDownError: The engine was interrupted or closed.
         """
         plan = params if isinstance(params, RequestPlan) else self.plan(_as_params(params, values))
-        return [self._as_rollout(plan, *finished) for finished in self._run(plan)]
+        return self._run(plan, self._as_rollout)
 
     def generate(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[GeneratedImage]:
         """Plain text-to-image generation: the bits of the diffusers pipeline, one `GeneratedImage` per sample, on the CPU.
@@ -121,19 +132,7 @@ class Engine:
             params = _as_params(None, {**values, "rollout": False})
         plan = params if isinstance(params, RequestPlan) else self.plan(params)
         _refuse_rollout_params(plan.params)
-        return [
-            GeneratedImage(
-                request_id=plan.request_id,
-                prompt=plan.params.prompt,
-                seed=sample.seed,
-                image=image,
-                latents=sample.latents.cpu(),
-                sampling=plan.record,
-                weight_version=self.info.weight_version,
-                inference_time_s=seconds,
-            )
-            for sample, _, image, seconds in self._run(plan)
-        ]
+        return self._run(plan, self._as_image)
 
     def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
         """The picture of one sample's latents, e.g. of a predicted clean image.
@@ -168,20 +167,21 @@ class Engine:
         if self._interrupted.is_set():
             raise ShuttingDownError("the engine must run to answer, got a shutdown; send the request to another replica.")
 
-    def _run(self, plan: RequestPlan) -> Iterator[tuple[Sample, DenoisingEnv, Tensor, float]]:
-        """Yields every finished sample with its environment, picture and seconds, in the order of the seeds."""
+    def _run(self, plan: RequestPlan, finish: Callable[[RequestPlan, _Finished], Result]) -> list[Result]:
+        """Runs every sample of a request, in the order of the seeds; the lock is held until the last is finished."""
         with self._lock, torch.no_grad():
             self._check_interrupt()
             if self._model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._model.device)
-            env = self._encode(plan)
-            task = DenoisingTask.build(plan, self._model, env)
-            for seed in plan.seeds:
-                started = time.perf_counter()
-                sample = denoising.start(task, seed)
-                denoising.denoise(task, sample, self._check_interrupt)
-                image = self._model.family.decode(self._model.pipeline, sample.latents, plan.geometry).cpu()
-                yield sample, env, image, time.perf_counter() - started
+            task = DenoisingTask.build(plan, self._model, self._encode(plan))
+            return [finish(plan, self._run_sample(task, seed)) for seed in plan.seeds]
+
+    def _run_sample(self, task: DenoisingTask, seed: int) -> _Finished:
+        started = time.perf_counter()
+        sample = denoising.start(task, seed)
+        denoising.denoise(task, sample, self._check_interrupt)
+        image = self._model.family.decode(self._model.pipeline, sample.latents, task.plan.geometry).cpu()
+        return _Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
 
     def _encode(self, plan: RequestPlan) -> DenoisingEnv:
         """Encodes each distinct prompt of the request once, one prompt per call."""
@@ -193,8 +193,20 @@ class Engine:
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         return family.env(encoded[plan.params.prompt], negative, plan.geometry)
 
-    def _as_rollout(self, plan: RequestPlan, sample: Sample, env: DenoisingEnv, image: Tensor, seconds: float) -> Rollout:
-        recorder = sample.recorder
+    def _as_image(self, plan: RequestPlan, finished: _Finished) -> GeneratedImage:
+        return GeneratedImage(
+            request_id=plan.request_id,
+            prompt=plan.params.prompt,
+            seed=finished.sample.seed,
+            image=finished.image,
+            latents=finished.sample.latents.cpu(),
+            sampling=plan.record,
+            weight_version=self.info.weight_version,
+            inference_time_s=finished.seconds,
+        )
+
+    def _as_rollout(self, plan: RequestPlan, finished: _Finished) -> Rollout:
+        recorder = finished.sample.recorder
         steps = None
         if plan.transitions is not None:
             steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
@@ -202,16 +214,16 @@ class Engine:
         return Rollout(
             request_id=plan.request_id,
             prompt=plan.params.prompt,
-            seed=sample.seed,
-            image=image,
+            seed=finished.sample.seed,
+            image=finished.image,
             log_probs=None if recorder is None else recorder.stacked_log_probs(),
             sde_step_indices=steps,
             debug_tensors=None if recorder is None else recorder.debug_tensors(),
-            denoising_env=env.on_cpu() if wants_env else None,
+            denoising_env=finished.env.on_cpu() if wants_env else None,
             dit_trajectory=None if recorder is None else recorder.trajectory(),
             weight_version=self.info.weight_version,
             sampling=plan.record,
-            inference_time_s=seconds,
+            inference_time_s=finished.seconds,
             peak_memory_mb=self._peak_memory_mb(),
         )
 

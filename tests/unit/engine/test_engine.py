@@ -138,3 +138,17 @@ def test_importing_the_trainers_side_loads_no_model_library() -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_failure_after_the_loop_leaves_the_engine_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The traceback of a failed request used to keep the engine's lock, and the next request waited forever.
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_peak_memory_mb", fail)
+        with pytest.raises(RuntimeError, match="no memory") as caught:
+            engine.rollout(**SMALL)
+    assert caught.tb is not None and engine._lock.acquire(timeout=5)
+    engine._lock.release()
+    assert len(engine.rollout(**SMALL)) == 1
