@@ -1,0 +1,151 @@
+"""Answers <-> bytes: JSON with base64 tensors, or msgpack with raw ones.
+
+The structure is encoded with a placeholder for every tensor; the placeholders are then replaced by the tensors' own
+storage, so a body is a list of buffers and no tensor is copied before it is sent. Decoding reads a writable msgpack body
+in place: its large tensors are views into it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+import msgspec
+from torch import Tensor
+
+from flowroll.errors import ServerConnectionError
+from flowroll.types import GeneratedImage, Rollout
+from flowroll.wire.blob import data_view, plain, safetensors_prefix, tensor_from_blob
+from flowroll.wire.body import EncodedBody, Segment
+from flowroll.wire.dialects import (
+    Dialect,
+    WireImage,
+    WireSample,
+    image_from_wire,
+    image_to_wire,
+    rollout_from_wire,
+    rollout_to_wire,
+)
+from flowroll.wire.envelope import TOKEN_CHARS, json_envelope, msgpack_envelope
+
+WireFormat: TypeAlias = Literal["json", "msgpack"]
+Body: TypeAlias = bytes | bytearray | memoryview
+
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+# A prefix of whole base64 groups, 8-byte aligned: the data can be encoded on its own.
+_PREFIX_MULTIPLE = 24
+
+Data = TypeVar("Data")
+
+
+class _Blob(msgspec.Struct, Generic[Data], frozen=True):
+    """The envelope of a tensor; the safetensors header inside says dtype and shape again, and counts."""
+
+    data: Data
+
+
+# What an answer is decoded as: base64 into buffers of their own, raw bytes in place.
+_ROLLOUTS: Mapping[str, Any] = {
+    JSON: msgspec.json.Decoder(list[WireSample[_Blob[bytearray]]]),
+    MSGPACK: msgspec.msgpack.Decoder(list[WireSample[_Blob[memoryview]]]),
+}
+_IMAGES: Mapping[str, Any] = {
+    JSON: msgspec.json.Decoder(list[WireImage[_Blob[bytearray]]]),
+    MSGPACK: msgspec.msgpack.Decoder(list[WireImage[_Blob[memoryview]]]),
+}
+
+
+def encode_rollouts(rollouts: Sequence[Rollout], *, wire_format: WireFormat, dialect: Dialect = "native") -> EncodedBody:
+    """The body of an answer of POST /rollout/generate.
+
+    The body refers to the rollouts' tensors; do not write to them before it is sent.
+    """
+    return _encode([rollout_to_wire(rollout, dialect) for rollout in rollouts], wire_format)
+
+
+def encode_images(images: Sequence[GeneratedImage], *, wire_format: WireFormat) -> EncodedBody:
+    """The body of an answer of POST /generate; it refers to the images' tensors."""
+    return _encode([image_to_wire(image) for image in images], wire_format)
+
+
+def decode_rollouts(body: Body, content_type: str) -> list[Rollout]:
+    """The rollouts of an answer of POST /rollout/generate, in either dialect.
+
+    All tensors are writable and disjoint. Give a `bytearray` to have the large tensors of a msgpack answer without a copy:
+    it is taken over, must not be changed any more, and lives as long as one of them.
+
+    Args:
+        body: All of the answer.
+        content_type: Its media type.
+
+    Raises:
+        ServerConnectionError: It is truncated, or no such answer.
+    """
+    with _reading("rollouts"):
+        return [rollout_from_wire(sample, _load) for sample in _ROLLOUTS[_media_type(content_type)].decode(body)]
+
+
+def decode_images(body: Body, content_type: str) -> list[GeneratedImage]:
+    """The images of an answer of POST /generate; tensors as for `decode_rollouts`.
+
+    Raises:
+        ServerConnectionError: The body is truncated, or no such answer.
+    """
+    with _reading("images"):
+        return [image_from_wire(sample, _load) for sample in _IMAGES[_media_type(content_type)].decode(body)]
+
+
+def _encode(answer: list[dict[str, object]], wire_format: WireFormat) -> EncodedBody:
+    # Random, so that no prompt can hold it by accident or on purpose.
+    token = secrets.token_hex(TOKEN_CHARS // 2)
+    tensors: list[Tensor] = []
+
+    def placeholder(value: object) -> str:
+        assert isinstance(value, Tensor), f"{type(value).__name__} in an answer"
+        tensors.append(value)
+        return token
+
+    encode: Callable[..., bytes] = msgspec.json.encode if wire_format == "json" else msgspec.msgpack.encode
+    parts = encode(answer, enc_hook=placeholder).split(encode(token))
+    assert len(parts) == len(tensors) + 1
+    segments: list[Segment] = []
+    offset, before = 0, parts[0]
+    for tensor, part in zip(tensors, parts[1:], strict=True):
+        source = plain(tensor)
+        prefix = safetensors_prefix({"t": source}, multiple=_PREFIX_MULTIPLE)
+        if wire_format == "json":
+            head, tail = json_envelope(source, prefix)
+        else:
+            head, tail = msgpack_envelope(source, prefix, offset + len(before))
+        segments.append(Segment(data=before + head))
+        segments.append(Segment(data=data_view(source), is_base64=wire_format == "json", owner=source))
+        offset += segments[-2].length + segments[-1].length
+        before = tail + part
+    segments.append(Segment(data=before))
+    return EncodedBody(content_type=JSON if wire_format == "json" else MSGPACK, segments=tuple(segments))
+
+
+def _load(leaf: _Blob[Any]) -> Tensor:
+    return tensor_from_blob(leaf.data)
+
+
+def _media_type(content_type: str) -> str:
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in (JSON, MSGPACK):
+        raise ServerConnectionError(
+            f"the answer must be {JSON} or {MSGPACK}, got {content_type[:80]!r}; check that the URL is a flowroll server's."
+        )
+    return media_type
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (msgspec.DecodeError, ValueError, RecursionError, AssertionError) as error:
+        raise ServerConnectionError(
+            f"the answer must hold {what}, got {error}; check that client and server are of the same version, and retry."
+        ) from error

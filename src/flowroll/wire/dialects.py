@@ -1,0 +1,278 @@
+"""The layout of an answer, in both dialects: a `Rollout` <-> plain containers with tensors as leaves.
+
+Owns the names of every response field. It does not know how leaves become bytes: the codec and the rollout files use the
+same layout with leaves of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+
+import msgspec
+import torch
+from torch import Tensor
+
+from flowroll.types import (
+    SCHEMA_VERSION,
+    DebugTensors,
+    DenoisingEnv,
+    EnvValue,
+    GeneratedImage,
+    Number,
+    Rollout,
+    SamplingRecord,
+    Trajectory,
+)
+
+Dialect: TypeAlias = Literal["native", "sglang"]
+# How a tensor is written: an object of the wire format at hand.
+Leaf = TypeVar("Leaf")
+
+# Native name -> name in the sglang dialect.
+DEBUG_NAMES: Mapping[str, str] = {
+    "variance_noise": "rollout_variance_noises",
+    "prev_sample_mean": "rollout_prev_sample_means",
+    "noise_std_dev": "rollout_noise_std_devs",
+    "model_output": "rollout_model_outputs",
+}
+# The sglang dialect calls the text embedding this for every family, and holds it in a list.
+SGLANG_EMBEDS = "encoder_hidden_states"
+# What the families call it, where that differs.
+NATIVE_EMBEDS: Mapping[str, str] = {"z_image": "cap_feats"}
+
+LeafOrPlain: TypeAlias = Leaf | list[Any] | int | float | str | bool
+WireEnvValue: TypeAlias = Leaf | list[LeafOrPlain[Leaf]] | int | float | str | bool
+
+
+class LayoutError(ValueError):
+    """An answer that is well-formed but not laid out as a rollout."""
+
+
+class WireEnv(msgspec.Struct, Generic[Leaf], frozen=True):
+    """`denoising_env`."""
+
+    pos_cond_kwargs: dict[str, WireEnvValue[Leaf]]
+    image_kwargs: dict[str, WireEnvValue[Leaf]] = {}
+    neg_cond_kwargs: dict[str, WireEnvValue[Leaf]] | None = None
+    guidance: Leaf | None = None
+
+
+class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
+    """`dit_trajectory`."""
+
+    latents: Leaf
+    timesteps: Leaf
+    sigmas: Leaf
+    latent_step_indices: tuple[int, ...]
+
+
+class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
+    """One object of the answer of POST /rollout/generate."""
+
+    request_id: str
+    prompt: str
+    seed: int
+    generated_output: Leaf
+    weight_version: str
+    sampling: SamplingRecord
+    inference_time_s: Number
+    peak_memory_mb: Number
+    rollout_log_probs: Leaf | None = None
+    rollout_debug_tensors: dict[str, Leaf] | None = None
+    denoising_env: WireEnv[Leaf] | None = None
+    dit_trajectory: WireTrajectory[Leaf] | None = None
+    sde_step_indices: tuple[int, ...] | None = None
+
+
+class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
+    """One object of the answer of POST /generate."""
+
+    request_id: str
+    prompt: str
+    seed: int
+    generated_output: Leaf
+    latents: Leaf
+    weight_version: str
+    sampling: SamplingRecord
+    inference_time_s: Number
+
+
+def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:
+    """The response object of a rollout, tensors as they are."""
+    debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
+    embeds = NATIVE_EMBEDS.get(rollout.sampling.family, SGLANG_EMBEDS)
+    return {
+        "request_id": rollout.request_id,
+        "prompt": rollout.prompt,
+        "seed": rollout.seed,
+        "generated_output": rollout.image,
+        "rollout_log_probs": rollout.log_probs,
+        "rollout_debug_tensors": None if debug is None else _debug_to_wire(debug, dialect),
+        "denoising_env": None if env is None else _env_to_wire(env, dialect, embeds),
+        "dit_trajectory": None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
+        "sde_step_indices": rollout.sde_step_indices,
+        "weight_version": rollout.weight_version,
+        "sampling": rollout.sampling,
+        "inference_time_s": rollout.inference_time_s,
+        "peak_memory_mb": rollout.peak_memory_mb,
+    }
+
+
+def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) -> Rollout:
+    """The rollout of a response object of either dialect.
+
+    Each difference of the sglang dialect is told by its own mark: the debug names, embeds in a list, timesteps as long as
+    the sigmas.
+
+    Args:
+        sample: The decoded object.
+        load: Turns a leaf into its tensor.
+
+    Raises:
+        LayoutError: It is no rollout of this version of flowroll.
+    """
+    _check_version(sample.sampling)
+    debug, env, trajectory = sample.rollout_debug_tensors, sample.denoising_env, sample.dit_trajectory
+    log_probs = sample.rollout_log_probs
+    embeds = NATIVE_EMBEDS.get(sample.sampling.family, SGLANG_EMBEDS)
+    return Rollout(
+        request_id=sample.request_id,
+        prompt=sample.prompt,
+        seed=sample.seed,
+        image=_picture(load(sample.generated_output)),
+        log_probs=None if log_probs is None else _of_rank(1, load(log_probs), "rollout_log_probs"),
+        sde_step_indices=sample.sde_step_indices,
+        debug_tensors=None if debug is None else _debug_from_wire(debug, load),
+        denoising_env=None if env is None else _env_from_wire(env, load, embeds),
+        dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load),
+        weight_version=sample.weight_version,
+        sampling=sample.sampling,
+        inference_time_s=sample.inference_time_s,
+        peak_memory_mb=sample.peak_memory_mb,
+    )
+
+
+def image_to_wire(image: GeneratedImage) -> dict[str, object]:
+    """The response object of a generated image, tensors as they are."""
+    return {
+        "request_id": image.request_id,
+        "prompt": image.prompt,
+        "seed": image.seed,
+        "generated_output": image.image,
+        "latents": image.latents,
+        "weight_version": image.weight_version,
+        "sampling": image.sampling,
+        "inference_time_s": image.inference_time_s,
+    }
+
+
+def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> GeneratedImage:
+    """The generated image of a response object.
+
+    Raises:
+        LayoutError: It was made by another version of flowroll.
+    """
+    _check_version(sample.sampling)
+    return GeneratedImage(
+        request_id=sample.request_id,
+        prompt=sample.prompt,
+        seed=sample.seed,
+        image=_picture(load(sample.generated_output)),
+        latents=load(sample.latents),
+        sampling=sample.sampling,
+        weight_version=sample.weight_version,
+        inference_time_s=sample.inference_time_s,
+    )
+
+
+def _check_version(record: SamplingRecord) -> None:
+    if record.schema_version != SCHEMA_VERSION:
+        raise LayoutError(f"schema_version {record.schema_version} where this flowroll reads {SCHEMA_VERSION}")
+
+
+def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, object]:
+    return {(name if dialect == "native" else sglang): getattr(debug, name) for name, sglang in DEBUG_NAMES.items()}
+
+
+def _debug_from_wire(tensors: Mapping[str, Leaf], load: Callable[[Leaf], Tensor]) -> DebugTensors:
+    found = {}
+    for name, sglang in DEBUG_NAMES.items():
+        leaf = tensors.get(name, tensors.get(sglang))
+        if leaf is None:
+            raise LayoutError(f"rollout_debug_tensors without {name}")
+        found[name] = load(leaf)
+    return DebugTensors(**found)
+
+
+def _env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> dict[str, object]:
+    def branch(values: Mapping[str, EnvValue]) -> dict[str, object]:
+        renamed: dict[str, object] = dict(values)
+        if dialect == "sglang" and embeds in renamed:
+            renamed[SGLANG_EMBEDS] = [renamed.pop(embeds)]
+        return renamed
+
+    negative = env.neg_cond_kwargs
+    return {
+        "image_kwargs": dict(env.image_kwargs),
+        "pos_cond_kwargs": branch(env.pos_cond_kwargs),
+        "neg_cond_kwargs": None if negative is None else branch(negative),
+        "guidance": env.guidance,
+    }
+
+
+def _env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: str) -> DenoisingEnv:
+    def loaded(value: object) -> EnvValue:
+        if isinstance(value, list):
+            return [loaded(item) for item in value]
+        return value if isinstance(value, int | float | str) else load(cast(Leaf, value))
+
+    def branch(values: Mapping[str, object]) -> dict[str, EnvValue]:
+        native = {key: loaded(value) for key, value in values.items()}
+        if isinstance(native.get(SGLANG_EMBEDS), list):
+            match native.pop(SGLANG_EMBEDS):
+                case [Tensor() as tensor]:
+                    native[embeds] = tensor
+                case _:
+                    raise LayoutError(f"{SGLANG_EMBEDS} that is a list of anything but one tensor")
+        return native
+
+    return DenoisingEnv(
+        image_kwargs={key: loaded(value) for key, value in env.image_kwargs.items()},
+        pos_cond_kwargs=branch(env.pos_cond_kwargs),
+        neg_cond_kwargs=None if env.neg_cond_kwargs is None else branch(env.neg_cond_kwargs),
+        guidance=None if env.guidance is None else load(env.guidance),
+    )
+
+
+def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> dict[str, object]:
+    timesteps = trajectory.timesteps
+    return {
+        "latents": trajectory.latents,
+        "timesteps": timesteps if dialect == "native" else torch.cat([timesteps, timesteps.new_zeros(1)]),
+        "sigmas": trajectory.sigmas,
+        "latent_step_indices": trajectory.latent_step_indices,
+    }
+
+
+def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf], Tensor]) -> Trajectory:
+    latents, indices = load(trajectory.latents), trajectory.latent_step_indices
+    sigmas = _of_rank(1, load(trajectory.sigmas), "sigmas")
+    timesteps = _of_rank(1, load(trajectory.timesteps), "timesteps")
+    if len(timesteps) == len(sigmas):
+        timesteps = timesteps[:-1].clone()
+    if len(timesteps) != len(sigmas) - 1 or latents.shape[:1] != (len(indices),):
+        raise LayoutError("dit_trajectory whose latents, steps and sigmas differ in number")
+    return Trajectory(latents=latents, latent_step_indices=indices, timesteps=timesteps, sigmas=sigmas)
+
+
+def _of_rank(rank: int, tensor: Tensor, name: str) -> Tensor:
+    if tensor.ndim != rank or not tensor.is_floating_point():
+        raise LayoutError(f"{name} of shape {list(tensor.shape)[:8]} and {tensor.dtype}, not {rank} dimensions of floats")
+    return tensor
+
+
+def _picture(tensor: Tensor) -> Tensor:
+    if tensor.shape[:2] != (3, 1):
+        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3, 1, H, W]")
+    return _of_rank(4, tensor, "generated_output")

@@ -1,0 +1,24 @@
+"""The one table of names: what the wire calls the fields of `SamplingParams`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from flowroll.types import ROLLOUT_FIELDS
+
+EXTRA = "extra_sampling_params"
+ROLLOUT_ROUTE = "/rollout/generate"
+GENERATE_ROUTE = "/generate"
+
+# Fields that are not listed have one name for both.
+PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(ROLLOUT_FIELDS - {"rollout"})}
+WIRE_TO_PARAM: Mapping[str, str] = {wire: name for name, wire in PARAM_TO_WIRE.items()}
+# Fields that a request carries in its object of further parameters, not at its top level.
+EXTRA_ONLY = frozenset({"sigmas"})
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` is most likely a misspelling of."""
+    matches = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.7)
+    return matches[0] if matches else None

@@ -1,0 +1,131 @@
+"""Synthetic answers for tests of what carries them: every field filled in, shapes and dtypes as the families have them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, SamplingRecord, Trajectory
+
+
+def make_rollout(
+    *,
+    family: str = "qwen_image",
+    steps: int = 4,
+    height: int = 32,
+    width: int = 48,
+    text_tokens: int = 7,
+    dtype: torch.dtype = torch.bfloat16,
+    guided: bool = True,
+    seed: int = 0,
+    **overrides: Any,
+) -> Rollout:
+    """A rollout with random content that depends on the arguments alone.
+
+    Args:
+        family: "qwen_image" or "z_image"; gives the latents' shape and the env's keys.
+        steps: Number of transitions T.
+        height: Pixels, a multiple of 16.
+        width: Pixels, a multiple of 16.
+        text_tokens: Length of the prompt's embedding; the negative one is a token shorter.
+        dtype: Of the embeddings.
+        guided: Whether there is an unconditional branch.
+        seed: Of the sample, and of its content.
+        **overrides: Fields of `Rollout`, e.g. `debug_tensors=None`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rows, columns = height // 16, width // 16
+    latent = (rows * columns, 64) if family == "qwen_image" else (16, 2 * rows, 2 * columns)
+
+    def branch(tokens: int) -> dict[str, Any]:
+        if family == "z_image":
+            return {"cap_feats": normal(tokens, 32).to(dtype), "txt_seq_lens": [tokens]}
+        return {
+            "encoder_hidden_states": normal(tokens, 48).to(dtype),
+            "encoder_hidden_states_mask": torch.ones(tokens, dtype=torch.bool),
+            "img_shapes": [[[1, rows, columns]]],
+            "txt_seq_lens": [tokens],
+        }
+
+    record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
+    fields: dict[str, Any] = {
+        "request_id": "request-0",
+        "prompt": 'a cat that says "π ≈ 3", 猫',
+        "seed": seed,
+        "image": torch.rand((3, 1, height, width), generator=generator),
+        "log_probs": normal(steps),
+        "sde_step_indices": tuple(range(steps)),
+        "debug_tensors": DebugTensors(
+            variance_noise=normal(steps, *latent),
+            prev_sample_mean=normal(steps, *latent),
+            noise_std_dev=normal(steps, 1).abs(),
+            model_output=normal(steps, *latent),
+        ),
+        "denoising_env": DenoisingEnv(
+            pos_cond_kwargs=branch(text_tokens), neg_cond_kwargs=branch(text_tokens - 1) if guided else None
+        ),
+        "dit_trajectory": Trajectory(
+            latents=normal(steps + 1, *latent),
+            latent_step_indices=tuple(range(steps + 1)),
+            timesteps=torch.tensor(record.timesteps),
+            sigmas=torch.tensor(record.sigmas),
+        ),
+        "weight_version": "7",
+        "sampling": record,
+        "inference_time_s": 1.25,
+        "peak_memory_mb": 512.5,
+    }
+    return Rollout(**{**fields, **overrides})
+
+
+def make_evaluation(**options: Any) -> Rollout:
+    """What `rollout=False` gives: the picture alone."""
+    absent = ("log_probs", "sde_step_indices", "debug_tensors", "denoising_env", "dit_trajectory")
+    return make_rollout(**{**dict.fromkeys(absent), **options})
+
+
+def make_image(**options: Any) -> GeneratedImage:
+    """A generated image with the content of `make_rollout`."""
+    rollout = make_rollout(**options)
+    assert rollout.dit_trajectory is not None
+    return GeneratedImage(
+        request_id=rollout.request_id,
+        prompt=rollout.prompt,
+        seed=rollout.seed,
+        image=rollout.image,
+        latents=rollout.dit_trajectory.latents[-1],
+        sampling=rollout.sampling,
+        weight_version=rollout.weight_version,
+        inference_time_s=rollout.inference_time_s,
+    )
+
+
+def make_record(
+    *, family: str = "qwen_image", steps: int = 4, height: int = 32, width: int = 48, guided: bool = True
+) -> SamplingRecord:
+    """A record with sigmas that are no round numbers."""
+    grid = torch.linspace(1, 0, steps + 1) ** 1.1
+    sigmas = tuple(grid.tolist())
+    return SamplingRecord(
+        family=family,
+        variant="base",
+        sde_type="sde",
+        noise_level=0.7,
+        log_prob_no_const=False,
+        guidance_rule="cfg" if guided else "none",
+        guidance_scale=4 if guided else 0.1,
+        negative_prompt=" " if guided else None,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        sigmas=sigmas,
+        timesteps=tuple((1000 * grid[:-1]).tolist()),
+        generator_device="cpu",
+        model_dtype="torch.bfloat16",
+        timestep_dtype="torch.float32",
+        device="cpu",
+    )
