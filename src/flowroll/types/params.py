@@ -1,30 +1,18 @@
-"""The data that flows through flowroll: one frozen type per arrow.
-
-`SamplingParams` is what a caller asks for, `Rollout` is what comes back. Both are plain data: the HTTP names live in
-`wire/`, the model's rules in `families/`, and what depends on a loaded checkpoint (sizes, limits) is checked by the
-engine. Nothing here imports a model library.
-"""
+"""What a caller asks for: `SamplingParams`, and the rules that need no model."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, cast, get_args
-
-from jaxtyping import Float
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 from flowroll.errors import InvalidRequestError
 
 SdeType: TypeAlias = Literal["sde", "cps", "ode"]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
-# The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
-EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
 
-SCHEMA_VERSION = 1
 MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 NOISE_LEVEL_MIN, NOISE_LEVEL_MAX, NOISE_LEVEL_MAX_CPS = 1e-4, 10.0, 1.0
@@ -198,192 +186,3 @@ class SamplingParams:
             whole = all(_is_int(i) and i >= 0 for i in indices)
             _require(whole, name, "hold integers >= 0", indices, "count steps from 0")
             _require(len(set(indices)) == len(indices), name, "hold each step once", indices, "remove the duplicates")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingRecord:
-    """How a sample was made: everything that replay needs beside its tensors and the weights.
-
-    Attributes:
-        family: Name of the model family, e.g. "qwen_image".
-        variant: Variant of the family, e.g. "base", "turbo".
-        sde_type: Dynamics of the stochastic steps.
-        noise_level: The user's knob n.
-        log_prob_no_const: Which of the two log-prob conventions was used.
-        guidance_rule: How the branches were combined: "none", or the family's rule.
-        guidance_scale: The effective scale; meaningless for rule "none".
-        negative_prompt: Text of the unconditional branch; None without guidance.
-        height: Pixels.
-        width: Pixels.
-        num_inference_steps: Number of transitions T.
-        sigmas: T + 1 noise levels, float32 values.
-        timesteps: T timesteps as the model's schedule has them, float32 values.
-        generator_device: Device type that the noise was drawn on.
-        model_dtype: Dtype of the transformer's inputs, e.g. "torch.bfloat16".
-        timestep_dtype: Dtype in which the timestep given to the model was computed.
-        device: Device type that the transformer ran on.
-        schema_version: Version of this record.
-    """
-
-    family: str
-    variant: str
-    sde_type: SdeType
-    noise_level: Number
-    log_prob_no_const: bool
-    guidance_rule: str
-    guidance_scale: Number
-    negative_prompt: str | None
-    height: int
-    width: int
-    num_inference_steps: int
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
-    generator_device: str
-    model_dtype: str
-    timestep_dtype: str
-    device: str
-    schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        assert len(self.sigmas) == self.num_inference_steps + 1
-        assert len(self.timesteps) == self.num_inference_steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trajectory:
-    """The latents a sample went through.
-
-    Attributes:
-        latents: x before each kept step, then the final latents; in the loop's dtype, float32 where steps differ.
-        latent_step_indices: The state (0..T) that each row of `latents` is.
-        timesteps: float32, as the model's schedule has them.
-        sigmas: float32, 1 = noise.
-    """
-
-    latents: Float[Tensor, " kept *latent"]
-    latent_step_indices: tuple[int, ...]
-    timesteps: Float[Tensor, " steps"]
-    sigmas: Float[Tensor, " states"]
-
-    def __post_init__(self) -> None:
-        assert self.latents.shape[0] == len(self.latent_step_indices)
-        assert self.sigmas.shape[0] == self.timesteps.shape[0] + 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DebugTensors:
-    """What every transition saw and made; float32. At a deterministic step noise and std are zeros.
-
-    Attributes:
-        variance_noise: The standard normal noise of each step.
-        prev_sample_mean: Mean of the next latents (the next latents themselves at a deterministic step).
-        noise_std_dev: Total std of the transition.
-        model_output: The guided velocity given to the transition, v = eps - x0.
-    """
-
-    variance_noise: Float[Tensor, " steps *latent"]
-    prev_sample_mean: Float[Tensor, " steps *latent"]
-    noise_std_dev: Float[Tensor, " steps 1"]
-    model_output: Float[Tensor, " steps *latent"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoisingEnv:
-    """Every argument of the transformer that does not change along the trajectory, for one sample.
-
-    The families declare which keys there are (`Family.env_schema`). Tensors have no batch dimension.
-
-    Attributes:
-        image_kwargs: Arguments of image conditioning; empty for text-to-image.
-        pos_cond_kwargs: Arguments of the conditional branch.
-        neg_cond_kwargs: Arguments of the unconditional branch; None without guidance.
-        guidance: Guidance embedding input; None for models without one.
-    """
-
-    image_kwargs: Mapping[str, EnvValue] = field(default_factory=dict)
-    pos_cond_kwargs: Mapping[str, EnvValue]
-    neg_cond_kwargs: Mapping[str, EnvValue] | None
-    guidance: Tensor | None = None
-
-    def on_cpu(self) -> DenoisingEnv:
-        """The same environment with its tensors on the CPU, sharing nothing with this one."""
-
-        def copied(value: EnvValue) -> EnvValue:
-            return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-        negative = self.neg_cond_kwargs
-        return DenoisingEnv(
-            image_kwargs={key: copied(value) for key, value in self.image_kwargs.items()},
-            pos_cond_kwargs={key: copied(value) for key, value in self.pos_cond_kwargs.items()},
-            neg_cond_kwargs=None if negative is None else {key: copied(value) for key, value in negative.items()},
-            guidance=None if self.guidance is None else self.guidance.detach().to("cpu", copy=True),
-        )
-
-    def positive(self, key: str) -> Tensor:
-        """The tensor `key` of the conditional branch."""
-        return cast(Tensor, self.pos_cond_kwargs[key])
-
-    def negative(self, key: str) -> Tensor:
-        """The tensor `key` of the unconditional branch."""
-        assert self.neg_cond_kwargs is not None
-        return cast(Tensor, self.neg_cond_kwargs[key])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """One finished sample.
-
-    Attributes:
-        request_id: Of the request it belongs to.
-        prompt: The text.
-        seed: This sample's own seed.
-        image: Decoded picture in [0, 1], float32.
-        log_probs: Per step, float32; 0.0 at deterministic steps. None for an evaluation.
-        sde_step_indices: The steps that have a density, ascending. None for an evaluation.
-        debug_tensors: Present if asked for.
-        denoising_env: Present if asked for.
-        dit_trajectory: Present if asked for.
-        weight_version: Version of the weights that made it.
-        sampling: How it was made.
-        inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
-        peak_memory_mb: Peak memory of the engine's process so far (on CUDA: of this request), MiB.
-    """
-
-    request_id: str
-    prompt: str
-    seed: int
-    image: Float[Tensor, " 3 1 height width"]
-    log_probs: Float[Tensor, " steps"] | None = None
-    sde_step_indices: tuple[int, ...] | None = None
-    debug_tensors: DebugTensors | None = None
-    denoising_env: DenoisingEnv | None = None
-    dit_trajectory: Trajectory | None = None
-    weight_version: str
-    sampling: SamplingRecord
-    inference_time_s: Number
-    peak_memory_mb: Number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedImage:
-    """One picture of plain text-to-image generation.
-
-    Attributes:
-        request_id: Of the request it belongs to.
-        prompt: The text.
-        seed: This sample's own seed.
-        image: Decoded picture in [0, 1], float32.
-        latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.
-        sampling: How it was made.
-        weight_version: Version of the weights that made it.
-        inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
-    """
-
-    request_id: str
-    prompt: str
-    seed: int
-    image: Float[Tensor, " 3 1 height width"]
-    latents: Float[Tensor, " *latent"]
-    sampling: SamplingRecord
-    weight_version: str
-    inference_time_s: Number

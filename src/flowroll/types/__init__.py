@@ -1,0 +1,52 @@
+"""The data that flows through flowroll: one frozen type per arrow.
+
+`SamplingParams` is what a caller asks for, `Rollout` is what comes back. Both are plain data: the HTTP names live in `wire/`, the
+model's rules in `families/`, and what depends on a loaded checkpoint (sizes, limits) is checked by the engine. Nothing here
+imports a model library.
+"""
+
+from flowroll.types.params import (
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    MIN_SIGMA_GAP,
+    NOISE_LEVEL_MAX,
+    NOISE_LEVEL_MAX_CPS,
+    NOISE_LEVEL_MIN,
+    ROLLOUT_FIELDS,
+    GeneratorDevice,
+    Number,
+    SamplingParams,
+    SdeType,
+)
+from flowroll.types.results import (
+    SCHEMA_VERSION,
+    DebugTensors,
+    DenoisingEnv,
+    EnvValue,
+    GeneratedImage,
+    Rollout,
+    SamplingRecord,
+    Trajectory,
+)
+
+__all__ = [
+    "MAX_PROMPT_CHARS",
+    "MAX_SEED",
+    "MIN_SIGMA_GAP",
+    "NOISE_LEVEL_MAX",
+    "NOISE_LEVEL_MAX_CPS",
+    "NOISE_LEVEL_MIN",
+    "ROLLOUT_FIELDS",
+    "SCHEMA_VERSION",
+    "DebugTensors",
+    "DenoisingEnv",
+    "EnvValue",
+    "GeneratedImage",
+    "GeneratorDevice",
+    "Number",
+    "Rollout",
+    "SamplingParams",
+    "SamplingRecord",
+    "SdeType",
+    "Trajectory",
+]
