@@ -1,7 +1,7 @@
 """The data that flows through flowroll: one frozen type per arrow.
 
-`SamplingParams` is what a caller asks for, `Rollout` is what comes back. Both are plain data: the HTTP names live in `wire/`, the
-model's rules in `families/`, and what depends on a loaded checkpoint (sizes, limits) is checked by the engine. Nothing here
+`SamplingParams` is what a caller asks for, `Rollout` is what comes back. Both are plain data: the HTTP names live in `wire/`,
+the model's rules in `families/`, and what depends on a loaded checkpoint (sizes, limits) is checked by the engine. Nothing here
 imports a model library.
 """
 
