@@ -97,7 +97,7 @@ def _check_version(source: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _tensor(file: Any, name: str) -> Tensor:
-    # A clone: all that `get_tensor` returns share one storage as large as the file, and pickling one would write it all.
+    # A clone: `get_tensor` gives a window on the mapped file, which would change with a file that is rewritten in place.
     tensor: Tensor = file.get_tensor(name)
     return tensor.clone()
 

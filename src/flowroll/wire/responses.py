@@ -1,0 +1,141 @@
+"""The answers, for the OpenAPI document only: the codec writes them, and a test holds the two together.
+
+Shapes are per sample: T is the number of steps, H and W are pixels, L text tokens, and "latent" a sample's latents as the
+family's loop has them (Qwen-Image [H/16 * W/16, 64], Z-Image [16, H/8, W/8]).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flowroll.types import SCHEMA_VERSION, SdeType
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TensorObject(_Answer):
+    """A tensor. In msgpack, `data` is raw bytes."""
+
+    is_tensor: Literal[True] = Field(alias="__tensor__", description="Marks a tensor.")
+    data: str = Field(description='A safetensors blob with the key "t", in base64.')
+    shape: list[int] = Field(description="Its shape.", examples=[[3, 1, 1024, 1024]])
+    dtype: str = Field(description="Its dtype, as PyTorch prints it.", examples=["torch.float32", "torch.bfloat16"])
+
+
+class DebugTensorsObject(_Answer):
+    """What every transition saw and made; float32. At a deterministic step noise and std are zeros."""
+
+    variance_noise: TensorObject = Field(description="[T, latent]: standard normal noise.")
+    prev_sample_mean: TensorObject = Field(description="[T, latent]: mean of the next latents.")
+    noise_std_dev: TensorObject = Field(description="[T, 1]: total std of the transition.")
+    model_output: TensorObject = Field(description="[T, latent]: the guided velocity, v = eps - x0.")
+
+
+class SglangDebugTensorsObject(_Answer):
+    """The debug tensors as the sglang dialect names them."""
+
+    rollout_variance_noises: TensorObject = Field(description="variance_noise of the native dialect.")
+    rollout_prev_sample_means: TensorObject = Field(description="prev_sample_mean of the native dialect.")
+    rollout_noise_std_devs: TensorObject = Field(description="noise_std_dev of the native dialect.")
+    rollout_model_outputs: TensorObject = Field(description="model_output of the native dialect.")
+
+
+class DenoisingEnvObject(_Answer):
+    """Every argument of the transformer that does not change along the trajectory."""
+
+    image_kwargs: dict[str, Any] = Field(description="Arguments of image conditioning; empty for text-to-image.")
+    pos_cond_kwargs: dict[str, Any] = Field(
+        description="Arguments of the conditional branch: tensors without batch dimension and plain nested lists. "
+        "Qwen-Image: encoder_hidden_states [L, D], encoder_hidden_states_mask [L] where there is one, img_shapes; "
+        "Z-Image: cap_feats [L, D]. txt_seq_lens [L] is metadata, never passed to the transformer. "
+        "In the sglang dialect every family's embeds are encoder_hidden_states, a list of one tensor."
+    )
+    neg_cond_kwargs: dict[str, Any] | None = Field(description="Arguments of the unconditional branch; null without guidance.")
+    guidance: TensorObject | None = Field(description="Guidance embedding input; null for models without one.")
+
+
+class TrajectoryObject(_Answer):
+    """The latents a sample went through."""
+
+    latents: TensorObject = Field(
+        description="[T+1, latent], or the latents asked for: x before each step, then the final latents; in the loop's "
+        "dtype, float32 where steps differ."
+    )
+    timesteps: TensorObject = Field(
+        description="[T] float32, as the model's schedule has them; [T+1] with a final 0 in the sglang dialect."
+    )
+    sigmas: TensorObject = Field(description="[T+1] float32; 1 is noise.")
+    latent_step_indices: list[int] = Field(description="The state (0..T) of each returned latent.", examples=[[0, 1, 2]])
+
+
+class SamplingObject(_Answer):
+    """How a sample was made: everything that replay needs beside its tensors and the weights."""
+
+    family: str = Field(description="Model family.", examples=["qwen_image"])
+    variant: str = Field(description="Variant of the family.", examples=["base"])
+    sde_type: SdeType = Field(description="Dynamics of the stochastic steps.")
+    noise_level: float = Field(description="The noise level that was asked for.", examples=[0.7])
+    log_prob_no_const: bool = Field(description="Which of the two log-prob conventions was used.")
+    guidance_rule: str = Field(description='How the branches were combined: "none", or the family\'s rule.')
+    guidance_scale: float = Field(description='The effective scale; without meaning for rule "none".', examples=[4.0])
+    negative_prompt: str | None = Field(description="Text of the unconditional branch; null without guidance.")
+    height: int = Field(description="Pixels.", examples=[1024])
+    width: int = Field(description="Pixels.", examples=[1024])
+    num_inference_steps: int = Field(description="Number of steps T.", examples=[20])
+    sigmas: list[float] = Field(description="T+1 noise levels; float32 values.")
+    timesteps: list[float] = Field(description="T timesteps; float32 values.")
+    generator_device: str = Field(description="Device type that the noise was drawn on.", examples=["cpu"])
+    model_dtype: str = Field(description="Dtype of the transformer's inputs.", examples=["torch.bfloat16"])
+    timestep_dtype: str = Field(description="Dtype in which the model's timestep was computed.", examples=["torch.float32"])
+    device: str = Field(description="Device type that the transformer ran on.", examples=["cuda"])
+    schema_version: int = Field(description="Version of this layout.", examples=[SCHEMA_VERSION])
+
+
+class RolloutObject(_Answer):
+    """One sample of POST /rollout/generate, whose answer is a list of these. Evaluations have null rollout fields."""
+
+    request_id: str = Field(description="Of the request.", examples=["step-120-prompt-7"])
+    prompt: str = Field(description="The text.", examples=["a red fox in snow"])
+    seed: int = Field(description="This sample's own seed.", examples=[42])
+    generated_output: TensorObject = Field(description="[3, 1, H, W] float32 in [0, 1].")
+    rollout_log_probs: TensorObject | None = Field(description="[T] float32; 0.0 at deterministic steps.")
+    rollout_debug_tensors: DebugTensorsObject | SglangDebugTensorsObject | None = Field(
+        description="Per-step tensors, if rollout_debug_mode is true."
+    )
+    denoising_env: DenoisingEnvObject | None = Field(description="If rollout_return_denoising_env is true.")
+    dit_trajectory: TrajectoryObject | None = Field(description="If rollout_return_dit_trajectory is true.")
+    sde_step_indices: list[int] | None = Field(description="The steps that have a density.", examples=[[0, 1, 2]])
+    weight_version: str = Field(description="Version of the weights that made it.", examples=["0"])
+    sampling: SamplingObject = Field(description="How it was made.")
+    inference_time_s: float = Field(description="Wall time of the sample's denoising and decode, seconds.", examples=[1.8])
+    peak_memory_mb: float = Field(description="Peak memory, MiB.", examples=[61440.0])
+
+
+class GeneratedImageObject(_Answer):
+    """One image of POST /generate, whose JSON answer is a list of these."""
+
+    request_id: str = Field(description="Of the request.", examples=["poster-3"])
+    prompt: str = Field(description="The text.", examples=["a red fox in snow"])
+    seed: int = Field(description="This image's own seed.", examples=[42])
+    generated_output: TensorObject = Field(description="[3, 1, H, W] float32 in [0, 1].")
+    latents: TensorObject = Field(description="The final latents, in the loop's dtype.")
+    weight_version: str = Field(description="Version of the weights that made it.", examples=["0"])
+    sampling: SamplingObject = Field(description="How it was made.")
+    inference_time_s: float = Field(description="Wall time of the image's denoising and decode, seconds.", examples=[1.8])
+
+
+class Base64Image(_Answer):
+    """One image of an OpenAI answer."""
+
+    b64_json: str = Field(description="The PNG in base64.")
+
+
+class ImagesObject(_Answer):
+    """Answer of POST /v1/images/generations."""
+
+    created: int = Field(description="Unix time, seconds.", examples=[1767225600])
+    data: list[Base64Image] = Field(description="The images.")
