@@ -1,0 +1,113 @@
+"""The asyncio client: `Client`, with `await`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from flowroll.client import exchange
+from flowroll.client.exchange import Call
+from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.wire.codec import WireFormat
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Talks to one flowroll server from asyncio; requests may run at the same time. See `Client` for arguments and errors.
+
+    An asynchronous context manager: `close` closes its connections.
+
+    Args:
+        base_url: E.g. "http://127.0.0.1:30000".
+        api_key: The server's bearer token, if it demands one.
+        timeout_s: Longest silence of the server.
+        wire_format: "msgpack" or "json".
+        transport: Another httpx transport, e.g. to an app in this process.
+
+    Raises:
+        InvalidRequestError: The URL or the key cannot be used in HTTP.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = exchange.DEFAULT_TIMEOUT_S,
+        wire_format: WireFormat = "msgpack",
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.AsyncClient(**exchange.client_options(base_url, api_key), transport=transport)
+        self._timeout_s = timeout_s
+        self._wire_format: WireFormat = wire_format
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections; may be called twice."""
+        await self._http.aclose()
+
+    async def rollout(self, params: SamplingParams | None = None, /, **values: Any) -> list[Rollout]:
+        """Rolls out one request: one `Rollout` per sample. See `Client.rollout`."""
+        return await self._send(exchange.rollout_call(params, values, self._wire_format))
+
+    async def generate(self, params: SamplingParams | None = None, /, **values: Any) -> list[GeneratedImage]:
+        """Plain text-to-image generation: one `GeneratedImage` per sample. See `Client.generate`."""
+        return await self._send(exchange.generate_call(params, values, self._wire_format))
+
+    async def health(self) -> dict[str, Any]:
+        """What GET /health says; raises if the server is not healthy."""
+        return await self._send(exchange.object_call("/health"))
+
+    async def server_info(self) -> dict[str, Any]:
+        """The model that is served, the limits, the versions."""
+        return await self._send(exchange.object_call("/server_info"))
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The entries of GET /v1/models."""
+        return await self._send(exchange.models_call())
+
+    async def metrics(self) -> str:
+        """The Prometheus metrics, as text."""
+        return await self._send(exchange.metrics_call())
+
+    async def wait_ready(self, timeout_s: float = exchange.DEFAULT_TIMEOUT_S) -> None:
+        """Waits until the server takes requests.
+
+        Raises:
+            ServerConnectionError: It does not within `timeout_s` seconds; says why.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                await self._send(exchange.readiness_call(deadline - time.monotonic()))
+                return
+            except (ServerConnectionError, ShuttingDownError) as error:
+                if time.monotonic() + exchange.READY_POLL_S > deadline:
+                    raise exchange.not_ready(timeout_s, error) from error
+            await asyncio.sleep(exchange.READY_POLL_S)
+
+    async def _send(self, call: Call[T]) -> T:
+        timeout = call.timeout(self._timeout_s)
+        body = bytearray()
+        try:
+            async with self._http.stream(
+                call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
+            ) as response:
+                async for piece in response.aiter_bytes():
+                    body += piece
+        except httpx.HTTPError as error:
+            exchange.raise_connection_error(error, self._http.base_url)
+        return exchange.conclude(call, response, body)

@@ -1,0 +1,246 @@
+"""What both clients share: from arguments to a call, and from a response to a value or the exception that the server raised.
+
+Nothing here does input or output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Generic, NoReturn, TypeVar
+
+import httpx
+import msgspec
+
+from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
+from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
+from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, PARAM_TO_WIRE, ROLLOUT_ROUTE, closest
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 600.0
+READY_POLL_S = 0.2
+_CONNECT_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 5.0
+_MAX_SHOWN_CHARS = 200
+_ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
+_PARAMS = {field.name: field for field in fields(SamplingParams)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[T]):
+    """One request, and how its answer is read.
+
+    Attributes:
+        method: HTTP method.
+        path: Below the server's URL.
+        read: Makes the value of the body of a successful answer, which it may take over, and its content type.
+        accept: Media type asked for.
+        content: JSON body.
+        timeout_s: Longest silence of the server; None: the client's.
+    """
+
+    method: str
+    path: str
+    read: Callable[[bytearray, str], T]
+    accept: str = JSON
+    content: bytes | None = None
+    timeout_s: float | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of this call."""
+        return {"Accept": self.accept} | ({} if self.content is None else {"Content-Type": JSON})
+
+    def timeout(self, default_s: float) -> httpx.Timeout:
+        """The timeouts of this call."""
+        seconds = default_s if self.timeout_s is None else self.timeout_s
+        return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_S))
+
+
+class _ErrorDetail(msgspec.Struct, frozen=True):
+    code: str
+    message: str
+    field: str | None = None
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _ErrorDetail
+
+
+def rollout_call(params: SamplingParams | None, values: Mapping[str, Any], wire_format: WireFormat) -> Call[list[Rollout]]:
+    """POST /rollout/generate.
+
+    Raises:
+        InvalidRequestError: A value breaks a rule that needs no model.
+    """
+    body = _request_body(_given(params, values))
+    return Call(method="POST", path=ROLLOUT_ROUTE, read=decode_rollouts, accept=_ACCEPT[wire_format], content=body)
+
+
+def generate_call(
+    params: SamplingParams | None, values: Mapping[str, Any], wire_format: WireFormat
+) -> Call[list[GeneratedImage]]:
+    """POST /generate.
+
+    Raises:
+        InvalidRequestError: A value breaks a rule that needs no model.
+    """
+    given = _given(params, values)
+    if params is not None:
+        # Plain generation by definition; the route knows no such field.
+        given.pop("rollout", None)
+    body = _request_body(given)
+    return Call(method="POST", path=GENERATE_ROUTE, read=decode_images, accept=_ACCEPT[wire_format], content=body)
+
+
+def object_call(path: str) -> Call[dict[str, Any]]:
+    """GET of a route that answers with a JSON object."""
+    return Call(method="GET", path=path, read=_read_object)
+
+
+def models_call() -> Call[list[dict[str, Any]]]:
+    """GET /v1/models."""
+    return Call(method="GET", path="/v1/models", read=_read_models)
+
+
+def metrics_call() -> Call[str]:
+    """GET /metrics."""
+    return Call(method="GET", path="/metrics", read=_read_text, accept="text/plain")
+
+
+def readiness_call(remaining_s: float) -> Call[dict[str, Any]]:
+    """GET /readiness, without waiting for a server that does not answer at all."""
+    return Call(method="GET", path="/readiness", read=_read_object, timeout_s=min(max(remaining_s, 0.1), _PROBE_TIMEOUT_S))
+
+
+def client_options(base_url: str, api_key: str | None) -> dict[str, Any]:
+    """What both httpx clients are made with.
+
+    Raises:
+        InvalidRequestError: The URL or the key cannot be used in HTTP.
+    """
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise InvalidRequestError(f"base_url must be a URL, got {base_url!r} ({error}); use http://host:port.") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidRequestError(f"base_url must begin with http:// or https://, got {base_url!r}; use http://host:port.")
+    if api_key is None:
+        return {"base_url": url}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidRequestError("api_key must be printable ASCII, got other characters; use the server's --api-key.")
+    return {"base_url": url, "headers": {"Authorization": f"Bearer {api_key}"}}
+
+
+def conclude(call: Call[T], response: httpx.Response, body: bytearray) -> T:
+    """The value of a whole response.
+
+    Raises:
+        FlowrollError: The one that the server raised, with its class.
+        ServerConnectionError: The answer is not flowroll's.
+    """
+    if response.is_success:
+        return call.read(body, response.headers.get("content-type", ""))
+    try:
+        detail = msgspec.json.decode(body, type=_ErrorBody).error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ServerConnectionError(
+            f"{response.url} must answer as a flowroll server, got HTTP {response.status_code} {_excerpt(body)}; "
+            "check the URL, and any proxy in between."
+        ) from error
+    raised = error_from_wire(detail.code, detail.message, detail.field)
+    if isinstance(raised, QueueFullError):
+        raised.retry_after_s = _retry_after_s(response.headers, raised.retry_after_s)
+    raise raised
+
+
+def raise_connection_error(error: httpx.HTTPError, base_url: httpx.URL) -> NoReturn:
+    """Re-raises a failure of the transport.
+
+    Raises:
+        ServerConnectionError: Always.
+    """
+    remedy = "start it with `flowroll serve`, or check the URL"
+    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+        remedy = "ask for less at a time, or raise timeout_s"
+    elif isinstance(error, httpx.PoolTimeout):
+        remedy = "send fewer requests at a time"
+    elif isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
+        remedy = "look at the server's log, and retry"
+    reason = f"{type(error).__name__} {error}".strip()
+    raise ServerConnectionError(f"the server at {base_url} must answer, got {reason}; {remedy}.") from error
+
+
+def not_ready(timeout_s: float, reason: Exception) -> ServerConnectionError:
+    """The error of a server that did not become ready."""
+    return ServerConnectionError(
+        f"the server must be ready within {timeout_s:g} s, got ({reason}); look at its log, or wait longer for a large model."
+    )
+
+
+def _given(params: SamplingParams | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters to send, by the names of `SamplingParams`: those given, or those that differ from the defaults."""
+    if params is not None:
+        if values:
+            raise InvalidRequestError("params must be given alone, got further fields; set them in SamplingParams.")
+        return {
+            name: getattr(params, name)
+            for name, field in _PARAMS.items()
+            if field.default is MISSING or getattr(params, name) != field.default
+        }
+    for name in values:
+        if name not in _PARAMS:
+            guess = closest(name, _PARAMS)
+            remedy = f"use {guess} if that is meant" if guess else f"use one of {', '.join(_PARAMS)}"
+            raise InvalidRequestError(f"{name} must be a field of SamplingParams, got an unknown name; {remedy}.", field=name)
+    if "prompt" not in values:
+        raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    SamplingParams(**given)
+    return given
+
+
+def _request_body(given: Mapping[str, Any]) -> bytes:
+    sent: dict[str, Any] = {PARAM_TO_WIRE.get(name, name): value for name, value in given.items() if name not in EXTRA_ONLY}
+    if extra := {name: value for name, value in given.items() if name in EXTRA_ONLY}:
+        sent[EXTRA] = extra
+    try:
+        return msgspec.json.encode(sent)
+    except (TypeError, OverflowError) as error:
+        raise InvalidRequestError(f"the request must hold plain values, got {error}; convert it.") from error
+
+
+def _read_object(body: bytearray, content_type: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ServerConnectionError(
+            f"the answer must be a JSON object, got {content_type!r} {_excerpt(body)}; check the URL."
+        ) from error
+
+
+def _read_models(body: bytearray, content_type: str) -> list[dict[str, Any]]:
+    models = _read_object(body, content_type).get("data")
+    if not isinstance(models, list):
+        raise ServerConnectionError(f"the answer must list models in data, got {_excerpt(body)}; check the URL.")
+    return models
+
+
+def _read_text(body: bytearray, content_type: str) -> str:
+    return body.decode(errors="replace")
+
+
+def _excerpt(body: bytearray) -> str:
+    return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
+
+
+def _retry_after_s(headers: httpx.Headers, default_s: float) -> float:
+    """Seconds of the Retry-After header; the default where it is absent or a date."""
+    try:
+        seconds = float(headers.get("retry-after", default_s))
+    except ValueError:
+        return default_s
+    return seconds if math.isfinite(seconds) and seconds >= 0 else default_s

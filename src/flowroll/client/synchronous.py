@@ -1,0 +1,130 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from flowroll.client import exchange
+from flowroll.client.exchange import Call
+from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.wire.codec import WireFormat
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to one flowroll server. Threads may share it. A context manager: `close` closes its connections.
+
+    With msgpack, the large tensors of an answer lie in one buffer, which lives as long as any of them: clone what you keep
+    of an answer whose rest you drop.
+
+    Args:
+        base_url: E.g. "http://127.0.0.1:30000".
+        api_key: The server's bearer token, if it demands one.
+        timeout_s: Longest silence of the server; a rollout is silent while it is made.
+        wire_format: "msgpack", or "json", which is larger and slower, and easy to look at.
+        transport: Another httpx transport, e.g. to an app in this process.
+
+    Raises:
+        InvalidRequestError: The URL or the key cannot be used in HTTP.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = exchange.DEFAULT_TIMEOUT_S,
+        wire_format: WireFormat = "msgpack",
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.Client(**exchange.client_options(base_url, api_key), transport=transport)
+        self._timeout_s = timeout_s
+        self._wire_format: WireFormat = wire_format
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections; may be called twice."""
+        self._http.close()
+
+    def rollout(self, params: SamplingParams | None = None, /, **values: Any) -> list[Rollout]:
+        """Rolls out one request: one `Rollout` per sample.
+
+        Args:
+            params: The request, of which what differs from the defaults is sent; or give the fields by name.
+            **values: Fields of `SamplingParams`; only what is given is sent.
+
+        Raises:
+            InvalidRequestError: A value breaks a rule.
+            QueueFullError: Too many requests wait; carries `retry_after_s`.
+            ServerConnectionError: The server cannot be reached, or broke off.
+            FlowrollError: Whatever else the server raised.
+        """
+        return self._send(exchange.rollout_call(params, values, self._wire_format))
+
+    def generate(self, params: SamplingParams | None = None, /, **values: Any) -> list[GeneratedImage]:
+        """Plain text-to-image generation: one `GeneratedImage` per sample.
+
+        Args:
+            params: The request, without rollout fields; or give the fields by name.
+            **values: Fields of `SamplingParams` that are no rollout fields.
+
+        Raises:
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.generate_call(params, values, self._wire_format))
+
+    def health(self) -> dict[str, Any]:
+        """What GET /health says; raises if the server is not healthy."""
+        return self._send(exchange.object_call("/health"))
+
+    def server_info(self) -> dict[str, Any]:
+        """The model that is served, the limits, the versions."""
+        return self._send(exchange.object_call("/server_info"))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The entries of GET /v1/models."""
+        return self._send(exchange.models_call())
+
+    def metrics(self) -> str:
+        """The Prometheus metrics, as text."""
+        return self._send(exchange.metrics_call())
+
+    def wait_ready(self, timeout_s: float = exchange.DEFAULT_TIMEOUT_S) -> None:
+        """Waits until the server takes requests.
+
+        Raises:
+            ServerConnectionError: It does not within `timeout_s` seconds; says why.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._send(exchange.readiness_call(deadline - time.monotonic()))
+                return
+            except (ServerConnectionError, ShuttingDownError) as error:
+                if time.monotonic() + exchange.READY_POLL_S > deadline:
+                    raise exchange.not_ready(timeout_s, error) from error
+            time.sleep(exchange.READY_POLL_S)
+
+    def _send(self, call: Call[T]) -> T:
+        timeout = call.timeout(self._timeout_s)
+        body = bytearray()
+        try:
+            with self._http.stream(
+                call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
+            ) as response:
+                for piece in response.iter_bytes():
+                    body += piece
+        except httpx.HTTPError as error:
+            exchange.raise_connection_error(error, self._http.base_url)
+        return exchange.conclude(call, response, body)
