@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout, SamplingParams
 from flowroll.engine import Engine, RequestPlan
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError
-from tests.rollouts import assert_same_bits
 
 WAIT_S = 10.0
 
@@ -110,6 +110,7 @@ def test_retry_after_follows_from_how_long_recent_requests_of_that_size_took(pla
         worker.submit(small, "rollout").result(WAIT_S)
         large = _with_seeds(plan, tuple(range(10)))
         running = worker.submit(large, "rollout")
+        assert slow.entered.wait(WAIT_S)
         with pytest.raises(QueueFullError) as refused:
             worker.submit(small, "rollout")
         slow.opened.set()
@@ -169,7 +170,9 @@ def test_our_own_errors_pass_through_as_they_are(plan: RequestPlan) -> None:
 
 def test_close_interrupts_the_running_request_and_fails_the_waiting_ones(qwen_checkpoint: Path) -> None:
     with Engine(qwen_checkpoint, device="cpu") as engine:
-        long = engine.plan(SamplingParams(prompt="a cat", height=32, width=32, num_inference_steps=1000, seeds=tuple(range(64))))
+        long = engine.plan(
+            SamplingParams(prompt="a cat", height=32, width=32, num_inference_steps=1000, seeds=tuple(range(64)))
+        )
         worker = EngineWorker(engine, max_queue=4)
         futures = [worker.submit(long, "rollout") for _ in range(3)]
         _until(lambda: worker.running == 1)

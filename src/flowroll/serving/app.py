@@ -1,0 +1,39 @@
+"""The FastAPI app of one server. It has no state but what it is given."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from flowroll import __version__
+from flowroll.engine.worker import EngineWorker
+from flowroll.serving.config import ServerConfig
+from flowroll.serving.errors import install_error_handlers
+from flowroll.serving.middleware import RequestMiddleware
+from flowroll.serving.openapi import install_openapi
+from flowroll.serving.routers import generate, health, metrics, openai, rollout, server_info
+from flowroll.serving.services import Services
+
+
+def create_app(worker: EngineWorker, config: ServerConfig) -> FastAPI:
+    """The HTTP interface of a worker.
+
+    Args:
+        worker: Runs the requests. Who made it closes it, after the app's last request.
+        config: How to answer; its address is not used here.
+    """
+    services = Services.build(worker, config)
+    app = FastAPI(
+        title="flowroll",
+        version=__version__,
+        description="Rollouts of flow-matching text-to-image models for RL post-training.",
+        # Their pages load scripts from elsewhere; the document is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for group in (rollout, generate, openai, health, server_info, metrics):
+        app.include_router(group.build_router(services))
+    install_error_handlers(app)
+    install_openapi(app, needs_token=config.api_key is not None)
+    app.add_middleware(RequestMiddleware, metrics=services.metrics, api_key=config.api_key)
+    return app

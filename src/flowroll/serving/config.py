@@ -1,0 +1,78 @@
+"""What a server is started with, resolved and checked once."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from flowroll.engine import Limits
+from flowroll.errors import InvalidRequestError
+from flowroll.wire.codec import WireFormat
+from flowroll.wire.dialects import Dialect
+
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """How to serve one checkpoint.
+
+    Attributes:
+        model: A diffusers checkpoint folder.
+        variant: Variant of the model family; None: the family's first.
+        dtype: "auto", "float32" or "bfloat16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        limits: What one request may ask for.
+        host: Address to listen on.
+        port: 0 lets the system choose; the address is in the start-up message.
+        api_key: Bearer token that every route but /liveness demands; None: open. Never shown.
+        wire_format: Answer to `Accept: */*`.
+        wire_dialect: Names in the answer where the request does not choose.
+        max_queue: Requests that may wait behind the running one.
+        max_body_bytes: Size of a request body.
+        grace_s: Seconds that accepted requests get to finish once the server is told to stop.
+        log_level: Of the server's log, on standard error.
+
+    Raises:
+        InvalidRequestError: A value breaks its rule.
+    """
+
+    model: str
+    variant: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+    host: str = "127.0.0.1"
+    port: int = 30000
+    api_key: str | None = field(default=None, repr=False)
+    wire_format: WireFormat = "json"
+    wire_dialect: Dialect = "native"
+    max_queue: int = 64
+    max_body_bytes: int = 4 * 2**20
+    grace_s: int | float = 5.0
+    log_level: LogLevel = "info"
+
+    def __post_init__(self) -> None:
+        in_range = 0 <= self.port <= _MAX_PORT
+        _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
+        _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
+        _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
+        _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
+        key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
+        _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def _require(ok: bool, name: str, rule: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise InvalidRequestError(f"{name} must {rule}, got {value}; {remedy}.", field=name)

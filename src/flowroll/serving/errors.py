@@ -1,0 +1,88 @@
+"""Every error body the server sends: `{"error": {"code", "message", "field"}}`."""
+
+from __future__ import annotations
+
+import math
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
+from flowroll.errors import FlowrollError, MalformedRequestError, NotFoundError, QueueFullError, UnauthorizedError
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="Stable name of the kind of error.", examples=["invalid_request"])
+    message: str = Field(
+        description="Subject, rule, value and remedy.",
+        examples=["height must be a multiple of 16 for qwen_image, got 1000; use 992 or 1008."],
+    )
+    field: str | None = Field(description="The request's field that the message is about.", examples=["height"])
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+# What every route can answer; shown in the OpenAPI document.
+COMMON_RESPONSES: dict[int | str, dict[str, object]] = {401: {"model": ErrorBody, "description": "No valid bearer token"}}
+WORK_RESPONSES: dict[int | str, dict[str, object]] = {
+    **COMMON_RESPONSES,
+    400: {"model": ErrorBody, "description": "The body is not JSON"},
+    406: {"model": ErrorBody, "description": "None of the accepted media types is offered"},
+    413: {"model": ErrorBody, "description": "The body is too large"},
+    415: {"model": ErrorBody, "description": "The body is not sent as application/json"},
+    422: {"model": ErrorBody, "description": "A value breaks a rule, or a field is unknown"},
+    429: {"model": ErrorBody, "description": "The queue is full; see Retry-After"},
+    500: {"model": ErrorBody, "description": "The engine failed while it ran this request"},
+    503: {"model": ErrorBody, "description": "The server is shutting down"},
+}
+
+
+def error_response(error: FlowrollError, *, status: int | None = None) -> JSONResponse:
+    """The answer that tells the client of an error.
+
+    Args:
+        error: To be raised by the client again.
+        status: HTTP status, if not the one of the error's class.
+    """
+    headers = {}
+    if isinstance(error, QueueFullError):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    content = {"error": {"code": error.code, "message": error.message, "field": error.field}}
+    return JSONResponse(content, status_code=status or error.status, headers=headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes the app answer with our body whatever a route, or the routing itself, raises."""
+
+    async def on_flowroll_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, FlowrollError)
+        return error_response(error)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = error_response(_routing_error(request, error), status=error.status_code)
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(FlowrollError, on_flowroll_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+
+
+def _routing_error(request: Request, error: HTTPException) -> FlowrollError:
+    path = request.url.path[:200]
+    if error.status_code == 404:
+        return NotFoundError(f"the path must be a route of this server, got {path}; see /openapi.json.")
+    if error.status_code == 405:
+        allowed = Headers(dict(error.headers or {})).get("allow", "another method")
+        return NotFoundError(f"{path} must be called with {allowed}, got {request.method}; see /openapi.json.")
+    return MalformedRequestError(f"the request must be valid HTTP, got {error.detail}; see /openapi.json.")

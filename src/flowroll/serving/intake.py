@@ -1,0 +1,94 @@
+"""From an HTTP request to a plan: everything that can be refused before the engine is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+
+from flowroll.engine import Engine
+from flowroll.engine.plan import RequestPlan
+from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
+from flowroll.serving.middleware import exchange_of
+from flowroll.serving.services import Services
+from flowroll.wire.codec import JSON
+from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
+
+RequestT = TypeVar("RequestT", RolloutRequest, GenerateRequest, ImagesRequest)
+
+
+class UnsupportedMediaTypeError(MalformedRequestError):
+    """The body is of a type that no route reads; a `MalformedRequestError` to the client."""
+
+    status = 415
+
+
+async def accept_request(request: Request, services: Services, model: type[RequestT]) -> tuple[RequestT, RequestPlan]:
+    """Reads, parses and plans a request.
+
+    Args:
+        request: Its body is read here.
+        services: Of the app.
+        model: What the body must be.
+
+    Returns:
+        The request as it was sent, and the plan to submit.
+
+    Raises:
+        MalformedRequestError: The body is not JSON.
+        PayloadTooLargeError: It is longer than the server accepts.
+        InvalidRequestError: A value breaks a rule; named as the wire has it.
+        ShuttingDownError: The engine stops.
+    """
+    _check_media_type(request.headers)
+    body = await _read_body(request, services.config.max_body_bytes)
+    exchange = exchange_of(request)
+    # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
+    accepted, plan = await run_in_threadpool(_plan, services.worker.engine, model, body, exchange.request_id)
+    exchange.request_id = plan.request_id
+    exchange.suppress_logs = plan.params.suppress_logs
+    return accepted, plan
+
+
+def _plan(engine: Engine, model: type[RequestT], body: bytes, request_id: str) -> tuple[RequestT, RequestPlan]:
+    accepted = parse(model, parse_json_body(body))
+    params = accepted.to_params()
+    if params.request_id is None:
+        params = replace(params, request_id=request_id)
+    try:
+        return accepted, engine.plan(params)
+    except InvalidRequestError as error:
+        raise accepted.as_wire_error(error) from None
+
+
+def _check_media_type(headers: Headers) -> None:
+    sent = headers.get("content-type", "")
+    if sent.partition(";")[0].strip().lower() != JSON:
+        raise UnsupportedMediaTypeError(
+            f"content-type must be {JSON}, got {sent[:80] or 'none'}; send the request as JSON.", field="content-type"
+        )
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError(
+            f"content-encoding must be identity, got {encoding[:80]}; send the body uncompressed.", field="content-encoding"
+        )
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(max_bytes, f"{declared} bytes")
+    body = bytearray()
+    # A chunked body declares nothing, so it is also counted as it comes.
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes, "more")
+    return bytes(body)
+
+
+def _too_large(max_bytes: int, got: str) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"the body must have at most {max_bytes} bytes, got {got}; send a smaller request.")

@@ -1,0 +1,161 @@
+"""From a configuration to a running server, and down again.
+
+Owns the process: signals, the listening socket, the log. The order is the promise: the checkpoint is loaded before the port
+is bound, and everything that was accepted is answered before the port is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from flowroll.engine import Engine
+from flowroll.engine.worker import EngineWorker
+from flowroll.errors import FlowrollError
+from flowroll.serving.app import create_app
+from flowroll.serving.config import ServerConfig
+from flowroll.serving.logs import configure_logging
+
+_log = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DRAIN_POLL_S = 0.02
+# After the grace period every answer is made; a client gets so long to read the rest of a large one.
+_SEND_S = 2
+
+
+def serve(config: ServerConfig) -> None:
+    """Serves a checkpoint until SIGTERM or Ctrl-C.
+
+    On the first signal no request is taken any more (/readiness says so), those that were accepted get `config.grace_s`
+    seconds to finish, and what is left then ends in a `ShuttingDownError`. A second signal cuts the grace period short.
+
+    Raises:
+        SystemExit: With one line for the user and status 1: the checkpoint cannot be loaded, or the address cannot be bound.
+            With status 0: a signal came before the server was up.
+    """
+    configure_logging(config.log_level)
+    with _signals_end_start():
+        try:
+            engine = Engine(
+                config.model, variant=config.variant, dtype=config.dtype, device=config.device, limits=config.limits
+            )
+            listener = _bind(config)
+        except FlowrollError as error:
+            raise SystemExit(f"Error: {error.message}") from None
+        except OSError as error:
+            raise SystemExit(f"Error: {config.host}:{config.port} must be free to listen on, got {error}.") from None
+        with listener:
+            _announce(config, engine, listener)
+            worker = EngineWorker(engine, max_queue=config.max_queue)
+            try:
+                _DrainingServer(config, worker).run(sockets=[listener])
+            finally:
+                worker.close()
+                if not worker.is_alive:
+                    engine.close()
+    _log.info("stopped")
+
+
+class _DrainingServer(uvicorn.Server):
+    """uvicorn's server, which lets the engine finish before it stops to listen."""
+
+    def __init__(self, config: ServerConfig, worker: EngineWorker) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(worker, config),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=_SEND_S,
+            )
+        )
+        self._worker = worker
+        self._grace_s = config.grace_s
+        self._in_a_hurry = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Notes a signal. uvicorn's own would raise it again at the end, for an exit status that tells of a failure."""
+        self._in_a_hurry = self.should_exit
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to listen, and says so."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    async def main_loop(self) -> None:
+        """Serves until a signal, then drains."""
+        await super().main_loop()
+        _log.info("stopping: accepted requests have %g s to finish", self._grace_s)
+        self._worker.drain()
+        deadline_s = time.monotonic() + self._grace_s
+        while self._has_work() and time.monotonic() < deadline_s and not self._in_a_hurry:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        await asyncio.to_thread(self._worker.close)
+
+    def _has_work(self) -> bool:
+        """Whether a request is still to be run, or its answer to be sent."""
+        return bool(self._worker.pending or self._worker.running or self.server_state.tasks)
+
+
+@contextlib.contextmanager
+def _signals_end_start() -> Iterator[None]:
+    """Until uvicorn takes the signals over, and after, they end the process in order."""
+
+    def stop(sig: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {sig: signal.signal(sig, stop) for sig in _SIGNALS}
+    try:
+        yield
+    finally:
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """A bound socket, which does not listen yet. IPPROTO_TCP is said for asyncio: it turns Nagle's delay off only then."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        config.host, config.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _announce(config: ServerConfig, engine: Engine, listener: socket.socket) -> None:
+    """Prints the resolved configuration, once."""
+    shown = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.repr}
+    resolved = {
+        **shown,
+        **{field.name: getattr(engine.info, field.name) for field in dataclasses.fields(engine.info)},
+        "port": listener.getsockname()[1],
+        "api_key": "set" if config.api_key else "none",
+    }
+    _log.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in resolved.items()))
+    if config.api_key is None and not config.is_loopback:
+        _log.warning(
+            "%s is reachable from other machines and no api_key is set: anybody who reaches it can use this server", config.host
+        )

@@ -1,0 +1,79 @@
+"""Prometheus metrics of one app, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from flowroll.engine.plan import RequestPlan
+from flowroll.engine.worker import EngineWorker, RequestKind
+
+# From a probe's milliseconds to a group of large images.
+_SECONDS_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+class WorkerCollector(Collector):
+    """Reads the worker at every scrape, all of its numbers from the same moment, so that they balance."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Queue depth, running requests, and how every accepted request ended."""
+        stats = self._worker.stats()
+        yield GaugeMetricFamily("flowroll_queue_depth", "Accepted requests that wait.", stats.pending)
+        yield GaugeMetricFamily("flowroll_running_requests", "Requests that the engine runs now.", stats.running)
+        yield CounterMetricFamily("flowroll_accepted_requests", "Requests that entered the queue.", stats.accepted)
+        ended = CounterMetricFamily("flowroll_ended_requests", "Accepted requests that ended.", labels=["outcome"])
+        ended.add_metric(["completed"], stats.completed)
+        ended.add_metric(["failed"], stats.failed)
+        yield ended
+
+
+class Metrics:
+    """What the server counts.
+
+    Args:
+        worker: Read at every scrape.
+
+    Attributes:
+        registry: Holds all of it.
+        requests: HTTP requests by route and status code.
+        request_seconds: From the request's first byte to the answer's last, by route.
+        response_bytes: Of answer bodies, by route.
+        samples: Finished samples, by kind.
+        denoising_steps: Steps of finished samples, by kind.
+        sde_steps: Steps of finished samples that have a log-prob.
+    """
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        ProcessCollector(registry=own)
+        PlatformCollector(registry=own)
+        own.register(WorkerCollector(worker))
+        self.requests = Counter("flowroll_requests", "HTTP requests.", ["route", "code"], registry=own)
+        self.request_seconds = Histogram(
+            "flowroll_request_seconds", "Seconds per HTTP request.", ["route"], buckets=_SECONDS_BUCKETS, registry=own
+        )
+        self.response_bytes = Counter("flowroll_response_bytes", "Bytes of answer bodies.", ["route"], registry=own)
+        self.samples = Counter("flowroll_samples", "Finished samples.", ["kind"], registry=own)
+        self.denoising_steps = Counter("flowroll_denoising_steps", "Steps of finished samples.", ["kind"], registry=own)
+        self.sde_steps = Counter("flowroll_sde_steps", "Stochastic steps of finished samples.", registry=own)
+
+    def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int) -> None:
+        """Counts an answered HTTP request."""
+        self.requests.labels(route, str(code)).inc()
+        self.request_seconds.labels(route).observe(seconds)
+        self.response_bytes.labels(route).inc(body_bytes)
+
+    def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
+        """Counts the samples of a request that ended in a result."""
+        samples = len(plan.seeds)
+        self.samples.labels(kind).inc(samples)
+        self.denoising_steps.labels(kind).inc(samples * plan.schedule.num_steps)
+        stochastic = sum(transition.is_stochastic for transition in plan.transitions or ())
+        self.sde_steps.inc(samples * stochastic)

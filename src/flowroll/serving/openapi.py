@@ -1,0 +1,46 @@
+"""The OpenAPI document: the request models are shown in it although the routes read the raw body themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from flowroll.serving.middleware import OPEN_PATHS
+from flowroll.serving.negotiation import PNG
+from flowroll.wire.codec import MSGPACK
+from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
+
+_REF = "#/components/schemas/{model}"
+# The answers that are no JSON.
+MSGPACK_CONTENT: dict[str, Any] = {
+    MSGPACK: {"schema": {"type": "string", "format": "binary", "description": "The same; every `data` is raw bytes."}}
+}
+PNG_CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
+_REQUESTS: tuple[type[BaseModel], ...] = (RolloutRequest, GenerateRequest, ImagesRequest)
+
+
+def request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What a route that reads `model` adds to its entry in the document."""
+    assert model in _REQUESTS
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def install_openapi(app: FastAPI, *, needs_token: bool) -> None:
+    """Completes the app's document with the request models and the way to authenticate.
+
+    Call it after the last route was added: the document is made here, once, because making it takes a tenth of a second.
+    """
+    document = app.openapi()
+    components = document.setdefault("components", {})
+    _, models = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REF)
+    components.setdefault("schemas", {}).update(models["$defs"])
+    if needs_token:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path in OPEN_PATHS:
+            for operation in document["paths"][path].values():
+                operation["security"] = []

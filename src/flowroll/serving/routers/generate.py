@@ -1,0 +1,56 @@
+"""POST /generate: plain text-to-image."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.errors import InvalidRequestError
+from flowroll.serving.answers import png, stream
+from flowroll.serving.errors import WORK_RESPONSES
+from flowroll.serving.intake import accept_request
+from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
+from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body
+from flowroll.serving.services import Services
+from flowroll.wire.codec import encode_images
+from flowroll.wire.names import GENERATE_ROUTE
+from flowroll.wire.responses import GeneratedImageObject
+from flowroll.wire.schema import GenerateRequest
+
+SEED_HEADER = "x-flowroll-seed"
+
+
+def build_router(services: Services) -> APIRouter:
+    """The generation route."""
+    router = APIRouter(tags=["images"])
+
+    @router.post(
+        GENERATE_ROUTE,
+        summary="Generate images",
+        description=f"With `Accept: image/png` the answer is the picture itself, its seed in the header {SEED_HEADER}.",
+        response_class=Response,
+        responses={
+            **WORK_RESPONSES,
+            200: {
+                "model": list[GeneratedImageObject],
+                "description": "One object per image, or the one image",
+                "content": {**MSGPACK_CONTENT, **PNG_CONTENT},
+            },
+        },
+        openapi_extra=request_body(GenerateRequest),
+    )
+    async def generate(request: Request) -> Response:
+        media_type = choose_media_type(request.headers, [*wire_media_types(services.config), PNG])
+        _, plan = await accept_request(request, services, GenerateRequest)
+        if media_type == PNG and len(plan.seeds) > 1:
+            raise InvalidRequestError(
+                f"num_outputs_per_prompt must be 1 for {PNG}, got {len(plan.seeds)}; accept application/json for several.",
+                field="num_outputs_per_prompt",
+            )
+        images = await services.generate(plan)
+        if media_type == PNG:
+            content = await run_in_threadpool(png, images[0].image)
+            return Response(content, media_type=PNG, headers={SEED_HEADER: str(images[0].seed)})
+        return stream(await run_in_threadpool(encode_images, images, wire_format=WIRE_FORMATS[media_type]))
+
+    return router

@@ -1,0 +1,68 @@
+"""Is it alive, does it take requests, can it generate. All of these answer while a generation runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field
+
+from flowroll.errors import EngineError, FlowrollError, ShuttingDownError
+from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
+from flowroll.serving.probe import Evidence
+from flowroll.serving.services import Services
+
+
+class Health(BaseModel):
+    """The check passed."""
+
+    status: Literal["ok"] = "ok"
+
+
+class GenerationHealth(Health):
+    """The engine generates."""
+
+    evidence: Evidence = Field(
+        description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image."
+    )
+
+
+_FAILED: dict[int | str, dict[str, object]] = {
+    **COMMON_RESPONSES,
+    503: {"model": ErrorBody, "description": "The check failed"},
+}
+
+
+def build_router(services: Services) -> APIRouter:
+    """The health routes."""
+    router = APIRouter(tags=["health"])
+    worker = services.worker
+
+    @router.get("/liveness", summary="The process answers", description="Open even where the server demands a token.")
+    async def liveness() -> Health:
+        return Health()
+
+    @router.get("/health", summary="The engine's thread lives", response_model=Health, responses=_FAILED)
+    async def health() -> Health | Response:
+        if not worker.is_alive:
+            return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
+        return Health()
+
+    @router.get("/readiness", summary="New requests are taken", responses=_FAILED)
+    async def readiness() -> Health:
+        if not worker.is_accepting:
+            raise ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
+        return Health()
+
+    @router.get("/health_generate", summary="The engine generates", response_model=GenerationHealth, responses=_FAILED)
+    async def health_generate() -> GenerationHealth | Response:
+        try:
+            return GenerationHealth(evidence=await services.probe.check())
+        except FlowrollError as error:
+            return _unavailable(error)
+
+    return router
+
+
+def _unavailable(error: FlowrollError) -> Response:
+    return error_response(error, status=ShuttingDownError.status)

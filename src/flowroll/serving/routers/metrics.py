@@ -1,0 +1,20 @@
+"""GET /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from flowroll.serving.errors import COMMON_RESPONSES
+from flowroll.serving.services import Services
+
+
+def build_router(services: Services) -> APIRouter:
+    """The metrics route."""
+    router = APIRouter(tags=["status"])
+
+    @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=COMMON_RESPONSES)
+    async def metrics() -> Response:
+        return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,42 @@
+"""POST /rollout/generate."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.serving.answers import stream
+from flowroll.serving.errors import WORK_RESPONSES
+from flowroll.serving.intake import accept_request
+from flowroll.serving.negotiation import choose_dialect, choose_wire_format
+from flowroll.serving.openapi import MSGPACK_CONTENT, request_body
+from flowroll.serving.services import Services
+from flowroll.wire.codec import encode_rollouts
+from flowroll.wire.names import ROLLOUT_ROUTE
+from flowroll.wire.responses import RolloutObject
+from flowroll.wire.schema import RolloutRequest
+
+
+def build_router(services: Services) -> APIRouter:
+    """The rollout route."""
+    router = APIRouter(tags=["rollout"])
+
+    @router.post(
+        ROLLOUT_ROUTE,
+        summary="Roll out a prompt",
+        description="Images with the log-prob of every stochastic step and, as asked for, all that replays them.",
+        response_class=Response,
+        responses={
+            **WORK_RESPONSES,
+            200: {"model": list[RolloutObject], "description": "One object per sample", "content": MSGPACK_CONTENT},
+        },
+        openapi_extra=request_body(RolloutRequest),
+    )
+    async def generate_rollouts(request: Request) -> Response:
+        wire_format = choose_wire_format(request.headers, services.config)
+        dialect = choose_dialect(request.headers, services.config)
+        _, plan = await accept_request(request, services, RolloutRequest)
+        rollouts = await services.rollout(plan)
+        return stream(await run_in_threadpool(encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect))
+
+    return router

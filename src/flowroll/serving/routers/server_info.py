@@ -1,0 +1,72 @@
+"""GET /server_info: what runs here, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from flowroll.engine import Limits
+from flowroll.families import Defaults
+from flowroll.serving.errors import COMMON_RESPONSES
+from flowroll.serving.services import Services
+from flowroll.wire.codec import WireFormat
+from flowroll.wire.dialects import Dialect
+
+
+class Queue(BaseModel):
+    """The worker's counters: accepted = completed + failed + pending + running."""
+
+    accepted: int
+    completed: int
+    failed: int
+    pending: int
+    running: int
+
+
+class ServerInfo(BaseModel):
+    """What runs here, and how. Every "auto" of the start is a value."""
+
+    model: str = Field(description="The checkpoint folder.")
+    family: str = Field(examples=["qwen_image"])
+    variant: str = Field(examples=["base"])
+    pipeline: str = Field(description="The diffusers pipeline class.", examples=["QwenImagePipeline"])
+    dtype: str = Field(examples=["bfloat16"])
+    device: str = Field(examples=["cuda:0"])
+    parameters: int = Field(description="Of the transformer.")
+    weight_version: str
+    limits: Limits = Field(description="What one request may ask for.")
+    defaults: Defaults = Field(description="What a request leaves open.")
+    pixel_unit: int = Field(description="Height and width must be multiples of this.")
+    versions: Mapping[str, str] = Field(description="Of the libraries whose code shapes the bits.")
+    wire_format: WireFormat = Field(description="Answer to Accept: */*.")
+    wire_dialect: Dialect = Field(description="Names in the answer where the request does not choose.")
+    max_queue: int = Field(description="Requests that may wait.")
+    max_body_bytes: int = Field(description="Size of a request body.")
+    is_ready: bool = Field(description="Whether new requests are taken.")
+    queue: Queue
+    uptime_s: float
+
+
+def build_router(services: Services) -> APIRouter:
+    """The info route."""
+    router = APIRouter(tags=["status"])
+    info, config = services.worker.engine.info, services.config
+
+    @router.get("/server_info", summary="What runs here, and how", responses=COMMON_RESPONSES)
+    async def server_info() -> ServerInfo:
+        return ServerInfo(
+            **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
+            wire_format=config.wire_format,
+            wire_dialect=config.wire_dialect,
+            max_queue=config.max_queue,
+            max_body_bytes=config.max_body_bytes,
+            is_ready=services.worker.is_accepting,
+            queue=Queue(**dataclasses.asdict(services.worker.stats())),
+            uptime_s=time.monotonic() - services.started_s,
+        )
+
+    return router
