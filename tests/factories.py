@@ -1,5 +1,6 @@
 """Synthetic answers for tests of what carries them: every field filled in, shapes and dtypes as the families have them."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -129,3 +130,29 @@ def make_record(
         timestep_dtype="torch.float32",
         device="cpu",
     )
+
+
+def assert_same_answer(a: Any, b: Any, at: str = "answer") -> None:
+    """Equal in every field: the same types, the same values, tensors of the same dtype and bits."""
+    if isinstance(a, Tensor):
+        assert isinstance(b, Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape), at
+        assert raw_bytes(a) == raw_bytes(b), at
+    elif dataclasses.is_dataclass(a):
+        assert type(a) is type(b), at
+        for field in dataclasses.fields(a):
+            assert_same_answer(getattr(a, field.name), getattr(b, field.name), f"{at}.{field.name}")
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), at
+        for key in a:
+            assert_same_answer(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, list):
+        assert isinstance(b, list) and len(a) == len(b), at
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same_answer(left, right, f"{at}[{index}]")
+    else:
+        assert type(a) is type(b) and a == b, at
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

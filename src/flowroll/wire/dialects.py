@@ -122,8 +122,8 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:
 def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) -> Rollout:
     """The rollout of a response object of either dialect.
 
-    Each difference of the sglang dialect is told by its own mark: the debug names, embeds in a list, timesteps as long as
-    the sigmas.
+    Each difference of the sglang dialect is told by its own mark: the debug names, embeds in a list, a timestep more than
+    steps.
 
     Args:
         sample: The decoded object.
@@ -134,7 +134,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     """
     _check_version(sample.sampling)
     debug, env, trajectory = sample.rollout_debug_tensors, sample.denoising_env, sample.dit_trajectory
-    log_probs = sample.rollout_log_probs
+    log_probs, num_steps = sample.rollout_log_probs, sample.sampling.num_inference_steps
     embeds = NATIVE_EMBEDS.get(sample.sampling.family, SGLANG_EMBEDS)
     return Rollout(
         request_id=sample.request_id,
@@ -145,7 +145,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         sde_step_indices=sample.sde_step_indices,
         debug_tensors=None if debug is None else _debug_from_wire(debug, load),
         denoising_env=None if env is None else _env_from_wire(env, load, embeds),
-        dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load),
+        dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
         weight_version=sample.weight_version,
         sampling=sample.sampling,
         inference_time_s=sample.inference_time_s,
@@ -255,14 +255,14 @@ def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> dict[str, o
     }
 
 
-def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf], Tensor]) -> Trajectory:
+def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> Trajectory:
     latents, indices = load(trajectory.latents), trajectory.latent_step_indices
     sigmas = _of_rank(1, load(trajectory.sigmas), "sigmas")
     timesteps = _of_rank(1, load(trajectory.timesteps), "timesteps")
-    if len(timesteps) == len(sigmas):
+    if len(timesteps) == num_steps + 1:
         timesteps = timesteps[:-1].clone()
-    if len(timesteps) != len(sigmas) - 1 or latents.shape[:1] != (len(indices),):
-        raise LayoutError("dit_trajectory whose latents, steps and sigmas differ in number")
+    if (len(timesteps), len(sigmas)) != (num_steps, num_steps + 1) or latents.shape[:1] != (len(indices),):
+        raise LayoutError(f"dit_trajectory whose latents, timesteps or sigmas do not fit {num_steps} steps")
     return Trajectory(latents=latents, latent_step_indices=indices, timesteps=timesteps, sigmas=sigmas)
 
 

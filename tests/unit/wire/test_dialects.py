@@ -1,0 +1,179 @@
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from tests.factories import assert_same_answer, make_rollout
+from tests.unit.wire.test_codec import blob_of
+
+from flowroll.errors import ServerConnectionError
+from flowroll.families import FAMILIES
+from flowroll.wire.blob import tensor_from_blob
+from flowroll.wire.codec import decode_rollouts, encode_rollouts
+from flowroll.wire.dialects import NATIVE_EMBEDS, SGLANG_EMBEDS
+
+RESPONSE_FIELDS = {
+    "request_id",
+    "prompt",
+    "seed",
+    "generated_output",
+    "rollout_log_probs",
+    "rollout_debug_tensors",
+    "denoising_env",
+    "dit_trajectory",
+    "sde_step_indices",
+    "weight_version",
+    "sampling",
+    "inference_time_s",
+    "peak_memory_mb",
+}
+
+
+def sample_of(dialect: Any, **options: Any) -> dict[str, Any]:
+    body = encode_rollouts([make_rollout(**options)], wire_format="msgpack", dialect=dialect)
+    return msgspec.msgpack.decode(b"".join(body.chunks()))[0]
+
+
+def value_of(leaf: dict[str, Any]) -> torch.Tensor:
+    return tensor_from_blob(bytearray(blob_of(leaf)))
+
+
+def decoded(sample: dict[str, Any]) -> Any:
+    return decode_rollouts(msgspec.msgpack.encode([sample]), "application/msgpack")[0]
+
+
+@pytest.mark.parametrize("dialect", ["native", "sglang"])
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_a_response_has_the_documented_fields(dialect: Any, family: str) -> None:
+    sample = sample_of(dialect, family=family)
+    assert set(sample) == RESPONSE_FIELDS
+    assert set(sample["denoising_env"]) == {"image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs", "guidance"}
+    assert set(sample["dit_trajectory"]) == {"latents", "timesteps", "sigmas", "latent_step_indices"}
+    assert sample["denoising_env"]["image_kwargs"] == {} and sample["denoising_env"]["guidance"] is None
+    for branch, tokens in (("pos_cond_kwargs", 7), ("neg_cond_kwargs", 6)):
+        assert sample["denoising_env"][branch]["txt_seq_lens"] == [tokens]
+        assert "freqs_cis" not in sample["denoising_env"][branch]
+
+
+def test_the_native_dialect_uses_the_families_own_names() -> None:
+    qwen, z_image = sample_of("native"), sample_of("native", family="z_image")
+    debug_names = {"variance_noise", "prev_sample_mean", "noise_std_dev", "model_output"}
+    assert set(qwen["rollout_debug_tensors"]) == debug_names
+    mask = "encoder_hidden_states_mask"
+    assert set(qwen["denoising_env"]["pos_cond_kwargs"]) == {"encoder_hidden_states", mask, "img_shapes", "txt_seq_lens"}
+    assert set(z_image["denoising_env"]["pos_cond_kwargs"]) == {"cap_feats", "txt_seq_lens"}
+    assert z_image["denoising_env"]["pos_cond_kwargs"]["cap_feats"]["shape"] == [7, 32]
+    assert qwen["dit_trajectory"]["timesteps"]["shape"] == [4]
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_the_sglang_dialect_uses_its_names(family: str) -> None:
+    native, sample = sample_of("native", family=family), sample_of("sglang", family=family)
+    assert sample["rollout_debug_tensors"] == {
+        "rollout_variance_noises": native["rollout_debug_tensors"]["variance_noise"],
+        "rollout_prev_sample_means": native["rollout_debug_tensors"]["prev_sample_mean"],
+        "rollout_noise_std_devs": native["rollout_debug_tensors"]["noise_std_dev"],
+        "rollout_model_outputs": native["rollout_debug_tensors"]["model_output"],
+    }
+    for branch in ("pos_cond_kwargs", "neg_cond_kwargs"):
+        expected = dict(native["denoising_env"][branch])
+        embeds = expected.pop(FAMILIES[family].embeds_key)
+        assert sample["denoising_env"][branch] == expected | {"encoder_hidden_states": [embeds]}
+    timesteps, own = (value_of(answer["dit_trajectory"]["timesteps"]) for answer in (sample, native))
+    assert torch.equal(timesteps, torch.cat([own, torch.zeros(1)]))
+
+
+def test_the_sglang_timesteps_are_complete_when_latents_are_filtered() -> None:
+    rollout = make_rollout()
+    trajectory = rollout.dit_trajectory
+    assert trajectory is not None
+    filtered = type(trajectory)(
+        latents=trajectory.latents[[0, 4]],
+        latent_step_indices=(0, 4),
+        timesteps=trajectory.timesteps,
+        sigmas=trajectory.sigmas,
+    )
+    sample = sample_of("sglang", dit_trajectory=filtered)
+    assert sample["dit_trajectory"]["timesteps"]["shape"] == [5]
+    assert sample["dit_trajectory"]["latent_step_indices"] == [0, 4]
+    assert_same_answer(make_rollout(dit_trajectory=filtered), decoded(sample))
+
+
+def test_an_environment_without_a_mask_has_no_mask_key() -> None:
+    rollout = make_rollout()
+    assert rollout.denoising_env is not None
+    branch = {key: value for key, value in rollout.denoising_env.pos_cond_kwargs.items() if not key.endswith("_mask")}
+    env = type(rollout.denoising_env)(pos_cond_kwargs=branch, neg_cond_kwargs=None)
+    for dialect in ("native", "sglang"):
+        sample = sample_of(dialect, denoising_env=env)
+        assert set(sample["denoising_env"]["pos_cond_kwargs"]) == {"encoder_hidden_states", "img_shapes", "txt_seq_lens"}
+        assert sample["denoising_env"]["neg_cond_kwargs"] is None
+        assert_same_answer(make_rollout(denoising_env=env), decoded(sample))
+
+
+def test_the_table_of_embeddings_is_the_families_own() -> None:
+    for name, family in FAMILIES.items():
+        assert NATIVE_EMBEDS.get(name, SGLANG_EMBEDS) == family.embeds_key
+
+
+def test_fields_that_a_newer_server_adds_are_ignored() -> None:
+    assert_same_answer(make_rollout(), decoded(sample_of("native") | {"brand_new": 1}))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (("rollout_debug_tensors", "model_output"), "without model_output"),
+        (("sampling", "family"), "missing required field `family`"),
+        (("dit_trajectory", "sigmas"), "missing required field `sigmas`"),
+        (("generated_output",), "missing required field `generated_output`"),
+        (("denoising_env", "pos_cond_kwargs"), "missing required field `pos_cond_kwargs`"),
+    ],
+)
+def test_a_missing_part_is_named(path: tuple[str, ...], message: str) -> None:
+    sample = sample_of("native")
+    owner = sample
+    for key in path[:-1]:
+        owner = owner[key]
+    del owner[path[-1]]
+    with pytest.raises(ServerConnectionError, match=message):
+        decoded(sample)
+
+
+@pytest.mark.parametrize(
+    ("field", "source", "message"),
+    [
+        ("generated_output", "rollout_log_probs", "generated_output of shape"),
+        ("rollout_log_probs", "generated_output", "rollout_log_probs of shape"),
+    ],
+)
+def test_a_tensor_of_the_wrong_shape_is_named(field: str, source: str, message: str) -> None:
+    sample = sample_of("native")
+    sample[field] = sample[source]
+    with pytest.raises(ServerConnectionError, match=message):
+        decoded(sample)
+
+
+@pytest.mark.parametrize(
+    ("field", "source"), [("sigmas", "latents"), ("timesteps", "latents"), ("sigmas", "timesteps"), ("latents", "timesteps")]
+)
+def test_a_trajectory_whose_parts_do_not_fit_is_refused(field: str, source: str) -> None:
+    sample = sample_of("native")
+    sample["dit_trajectory"][field] = sample["dit_trajectory"][source]
+    with pytest.raises(ServerConnectionError, match="sigmas|timesteps|dit_trajectory"):
+        decoded(sample)
+
+
+def test_embeddings_that_are_not_one_tensor_are_refused() -> None:
+    sample = sample_of("sglang")
+    branch = sample["denoising_env"]["pos_cond_kwargs"]
+    branch["encoder_hidden_states"] = branch["encoder_hidden_states"] * 2
+    with pytest.raises(ServerConnectionError, match="anything but one tensor"):
+        decoded(sample)
+
+
+def test_a_record_whose_grid_does_not_fit_its_steps_is_refused() -> None:
+    sample = sample_of("native")
+    sample["sampling"]["num_inference_steps"] = 5
+    with pytest.raises(ServerConnectionError, match="must hold rollouts"):
+        decoded(sample)
