@@ -80,7 +80,7 @@ def _qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePi
     fill_random(transformer, seed, {"attn.add_v_proj.weight": 16.0})
     text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen_vl_config(tokenizer))
     fill_random(text_encoder, seed)
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=1)
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=0)
     _fill_vae(vae, seed)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
