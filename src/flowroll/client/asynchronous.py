@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
-from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class AsyncClient:
         base_url: str,
         *,
         api_key: str | None = None,
-        timeout_s: float = exchange.DEFAULT_TIMEOUT_S,
+        timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
         wire_format: WireFormat = "msgpack",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -47,7 +47,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._wire_format: WireFormat = wire_format
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncClient:
         return self
 
     async def __aexit__(
@@ -83,7 +83,7 @@ class AsyncClient:
         """The Prometheus metrics, as text."""
         return await self._send(exchange.metrics_call())
 
-    async def wait_ready(self, timeout_s: float = exchange.DEFAULT_TIMEOUT_S) -> None:
+    async def wait_ready(self, timeout_s: Number = exchange.DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server takes requests.
 
         Raises:

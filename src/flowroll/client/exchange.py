@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
-from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, PARAM_TO_WIRE, ROLLOUT_ROUTE, closest
 
@@ -25,6 +25,7 @@ READY_POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 5.0
 _MAX_SHOWN_CHARS = 200
+_MAX_PORT = 65535
 _ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
 _PARAMS = {field.name: field for field in fields(SamplingParams)}
 
@@ -47,14 +48,14 @@ class Call(Generic[T]):
     read: Callable[[bytearray, str], T]
     accept: str = JSON
     content: bytes | None = None
-    timeout_s: float | None = None
+    timeout_s: Number | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of this call."""
         return {"Accept": self.accept} | ({} if self.content is None else {"Content-Type": JSON})
 
-    def timeout(self, default_s: float) -> httpx.Timeout:
+    def timeout(self, default_s: Number) -> httpx.Timeout:
         """The timeouts of this call."""
         seconds = default_s if self.timeout_s is None else self.timeout_s
         return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_S))
@@ -111,7 +112,7 @@ def metrics_call() -> Call[str]:
     return Call(method="GET", path="/metrics", read=_read_text, accept="text/plain")
 
 
-def readiness_call(remaining_s: float) -> Call[dict[str, Any]]:
+def readiness_call(remaining_s: Number) -> Call[dict[str, Any]]:
     """GET /readiness, without waiting for a server that does not answer at all."""
     return Call(method="GET", path="/readiness", read=_read_object, timeout_s=min(max(remaining_s, 0.1), _PROBE_TIMEOUT_S))
 
@@ -126,8 +127,8 @@ def client_options(base_url: str, api_key: str | None) -> dict[str, Any]:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
         raise InvalidRequestError(f"base_url must be a URL, got {base_url!r} ({error}); use http://host:port.") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise InvalidRequestError(f"base_url must begin with http:// or https://, got {base_url!r}; use http://host:port.")
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > _MAX_PORT:
+        raise InvalidRequestError(f"base_url must be an http or https URL of a host, got {base_url!r}; use http://host:port.")
     if api_key is None:
         return {"base_url": url}
     if not (api_key.isascii() and api_key.isprintable()):
@@ -153,7 +154,7 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray) -> T:
         ) from error
     raised = error_from_wire(detail.code, detail.message, detail.field)
     if isinstance(raised, QueueFullError):
-        raised.retry_after_s = _retry_after_s(response.headers, raised.retry_after_s)
+        raised.retry_after_s = _retry_after_s(response.headers.get("retry-after", ""), raised.retry_after_s)
     raise raised
 
 
@@ -174,7 +175,7 @@ def raise_connection_error(error: httpx.HTTPError, base_url: httpx.URL) -> NoRet
     raise ServerConnectionError(f"the server at {base_url} must answer, got {reason}; {remedy}.") from error
 
 
-def not_ready(timeout_s: float, reason: Exception) -> ServerConnectionError:
+def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
     """The error of a server that did not become ready."""
     return ServerConnectionError(
         f"the server must be ready within {timeout_s:g} s, got ({reason}); look at its log, or wait longer for a large model."
@@ -237,10 +238,10 @@ def _excerpt(body: bytearray) -> str:
     return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
 
 
-def _retry_after_s(headers: httpx.Headers, default_s: float) -> float:
+def _retry_after_s(header: str, default_s: float) -> float:
     """Seconds of the Retry-After header; the default where it is absent or a date."""
     try:
-        seconds = float(headers.get("retry-after", default_s))
+        seconds = float(header)
     except ValueError:
         return default_s
     return seconds if math.isfinite(seconds) and seconds >= 0 else default_s

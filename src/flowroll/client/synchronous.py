@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
-from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Client:
         base_url: str,
         *,
         api_key: str | None = None,
-        timeout_s: float = exchange.DEFAULT_TIMEOUT_S,
+        timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
         wire_format: WireFormat = "msgpack",
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -47,7 +47,7 @@ class Client:
         self._timeout_s = timeout_s
         self._wire_format: WireFormat = wire_format
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -100,7 +100,7 @@ class Client:
         """The Prometheus metrics, as text."""
         return self._send(exchange.metrics_call())
 
-    def wait_ready(self, timeout_s: float = exchange.DEFAULT_TIMEOUT_S) -> None:
+    def wait_ready(self, timeout_s: Number = exchange.DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server takes requests.
 
         Raises:

@@ -7,7 +7,7 @@ The models carry what OpenAPI shows. Types are strict, unknown fields are refuse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -129,7 +129,7 @@ class _ExtensibleRequest(_Request):
     extra_sampling_params: ExtraGenerateParams | None = None
 
     @model_validator(mode="after")
-    def _check_given_once(self) -> Self:
+    def _check_given_once(self) -> _ExtensibleRequest:
         seen = set(self.given())
         for name, value in self._extra().items():
             wire = PARAM_TO_WIRE.get(name, name)

@@ -160,7 +160,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(field: str, source: str, message: 
 def test_a_trajectory_whose_parts_do_not_fit_is_refused(field: str, source: str) -> None:
     sample = sample_of("native")
     sample["dit_trajectory"][field] = sample["dit_trajectory"][source]
-    with pytest.raises(ServerConnectionError, match="sigmas|timesteps|dit_trajectory"):
+    with pytest.raises(ServerConnectionError, match=r"sigmas|timesteps|dit_trajectory"):
         decoded(sample)
 
 

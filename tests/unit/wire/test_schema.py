@@ -1,0 +1,407 @@
+"""Every line of the request tables: what is accepted, what is refused, and what is said then."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from flowroll import SamplingParams
+from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.types import MAX_PROMPT_CHARS, MAX_SEED
+from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
+
+PROMPT = {"prompt": "a red fox"}
+TOO_LARGE = 10**30
+MODELS = (RolloutRequest, GenerateRequest, ImagesRequest)
+
+
+def params(model: Any, body: dict[str, Any]) -> SamplingParams:
+    """What a server makes of a body."""
+    return parse(model, parse_json_body(json.dumps(body).encode())).to_params()
+
+
+def refusal(model: Any, body: dict[str, Any]) -> InvalidRequestError:
+    """The one error that a server makes of a body; complete, whatever it is about."""
+    with pytest.raises(InvalidRequestError) as caught:
+        params(model, body)
+    error = caught.value
+    assert error.field is not None
+    assert re.fullmatch(rf"{re.escape(error.field)} must .+, got .+; .+\.", error.message, re.DOTALL), error.message
+    assert len(error.message) < 800
+    return error
+
+
+# Wire name -> name in SamplingParams, accepted values, refused values.
+ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
+    "prompt": ("prompt", ["", "x" * MAX_PROMPT_CHARS, "猫が好き 🦊"], [None, 3, ["a"], "x" * (MAX_PROMPT_CHARS + 1)]),
+    "negative_prompt": ("negative_prompt", [None, "", "blurry"], [3, False, "x" * (MAX_PROMPT_CHARS + 1)]),
+    "seed": ("seed", [None, 0, MAX_SEED], [-1, MAX_SEED + 1, "4", True, 4.0, 4.5, TOO_LARGE, [1]]),
+    "seeds": ("seeds", [None, [7], [7, 7, MAX_SEED]], [[], 7, [-1], [MAX_SEED + 1], ["4"], [True], [4.0], [None], [[1]]]),
+    "generator_device": ("generator_device", ["cuda", "cpu"], [None, "mps", "cuda:0", 0, ["cpu"]]),
+    "width": ("width", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
+    "height": ("height", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
+    "num_inference_steps": ("num_inference_steps", [None, 1, 200], [0, -1, "4", True, 4.0]),
+    "num_outputs_per_prompt": ("num_outputs_per_prompt", [None, 1, 16], [0, -1, "4", True, 4.0]),
+    "guidance_scale": ("guidance_scale", [None, 0, 4, 3.5], [-0.1, "4", True, TOO_LARGE**12, [4]]),
+    "true_cfg_scale": ("true_cfg_scale", [None, 0, 4, 3.5], [-0.1, "4", True, TOO_LARGE**12, [4]]),
+    "suppress_logs": ("suppress_logs", [True, False], [None, 0, 1, "true"]),
+    "request_id": ("request_id", [None, "a", "x" * 256], ["", "x" * 257, 7, True]),
+}
+ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
+    "rollout": ("rollout", [True, False], [None, 0, 1, "true"]),
+    "rollout_sde_type": ("sde_type", ["sde", "cps", "ode"], [None, "SDE", "dance", 1, ["sde"]]),
+    "rollout_noise_level": ("noise_level", [0, 1e-4, 0.7, 1, 10], [None, -0.1, 9e-5, 10.1, "0.7", True, TOO_LARGE]),
+    "rollout_log_prob_no_const": ("log_prob_no_const", [True, False], [None, 0, 1, "no"]),
+    "rollout_debug_mode": ("debug_mode", [True, False], [None, 0, 1, "no"]),
+    "rollout_return_denoising_env": ("return_denoising_env", [True, False], [None, 0, 1, "no"]),
+    "rollout_return_dit_trajectory": ("return_dit_trajectory", [True, False], [None, 0, 1, "no"]),
+    "rollout_sde_step_indices": ("sde_step_indices", [None, [], [0, 3]], [0, [-1], [0, 0], ["0"], [True], [0.0], [[0]]]),
+    "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
+}
+SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
+    "sigmas": (
+        "sigmas",
+        [None, [1, 0], [0.9, 0.5, 0.0]],
+        [[], [0], [1, 0.5], [0.5, 0.5, 0], [0.5, 0.6, 0], [1.1, 0], [1, -0.1, 0], ["1", 0], [True, 0], 1, "1,0"],
+    )
+}
+
+
+def cases(rows: dict[str, tuple[str, list[Any], list[Any]]], accepted: bool) -> list[Any]:
+    return [
+        pytest.param(name, row[0], value, id=f"{name}={str(value)[:20]}")
+        for name, row in rows.items()
+        for value in row[1 if accepted else 2]
+    ]
+
+
+def stored(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(("name", "param", "value"), cases(ROWS | ROLLOUT_ROWS, accepted=True))
+def test_a_rollout_request_accepts(name: str, param: str, value: Any) -> None:
+    assert getattr(params(RolloutRequest, PROMPT | {name: value}), param) == stored(value)
+
+
+@pytest.mark.parametrize(("name", "param", "value"), cases(ROWS | ROLLOUT_ROWS, accepted=False))
+def test_a_rollout_request_refuses(name: str, param: str, value: Any) -> None:
+    assert refusal(RolloutRequest, PROMPT | {name: value}).field == name
+
+
+@pytest.mark.parametrize(("name", "param", "value"), cases(ROWS, accepted=True))
+def test_a_generate_request_accepts(name: str, param: str, value: Any) -> None:
+    assert getattr(params(GenerateRequest, PROMPT | {name: value}), param) == stored(value)
+
+
+@pytest.mark.parametrize(("name", "param", "value"), cases(ROWS, accepted=False))
+def test_a_generate_request_refuses(name: str, param: str, value: Any) -> None:
+    assert refusal(GenerateRequest, PROMPT | {name: value}).field == name
+
+
+FURTHER = {name: row for name, row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).items() if name != "prompt"}
+SHORT = {row[0]: row for row in ROLLOUT_ROWS.values()}
+
+
+@pytest.mark.parametrize(("name", "param", "value"), cases(FURTHER | SHORT, accepted=True))
+def test_extra_sampling_params_accept_every_field_by_both_names(name: str, param: str, value: Any) -> None:
+    assert getattr(params(RolloutRequest, PROMPT | {"extra_sampling_params": {name: value}}), param) == stored(value)
+
+
+@pytest.mark.parametrize(("name", "param", "value"), cases(FURTHER | SHORT, accepted=False))
+def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, param: str, value: Any) -> None:
+    error = refusal(RolloutRequest, PROMPT | {"extra_sampling_params": {name: value}})
+    assert error.field == f"extra_sampling_params.{name}"
+
+
+def test_every_parameter_can_be_sent() -> None:
+    reachable = {row[0] for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
+    assert reachable == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_minimal_request_is_the_defaults(model: Any) -> None:
+    plain = SamplingParams(prompt="a red fox", rollout=model is RolloutRequest)
+    assert params(model, PROMPT) == plain
+
+
+def test_documented_defaults_are_the_real_ones() -> None:
+    real = SamplingParams(prompt="")
+    for name, (param, _, _) in (ROWS | ROLLOUT_ROWS).items():
+        if name != "prompt":
+            assert RolloutRequest.model_fields[name].default == getattr(real, param)
+
+
+def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
+    nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
+    others = dict.fromkeys(("extra_sampling_params", "num_frames", "fps", "image_path"))
+    assert len(nullable) == 12
+    assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
+
+
+@pytest.mark.parametrize("name", ["num_frames", "fps", "image_path"])
+@pytest.mark.parametrize("value", [0, 1, "", "cat.png", False, []])
+def test_video_and_image_inputs_must_be_null(name: str, value: Any) -> None:
+    error = refusal(RolloutRequest, PROMPT | {name: value})
+    assert error.field == name and "images from text alone" in error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"seed": 1, "seeds": [1]}, "seeds"),
+        ({"seeds": [1, 2], "num_outputs_per_prompt": 3}, "seeds"),
+        ({"seed": MAX_SEED, "num_outputs_per_prompt": 2}, "seed"),
+        ({"rollout_sde_type": "cps", "rollout_noise_level": 1.01}, "rollout_noise_level"),
+        ({"extra_sampling_params": {"sigmas": [1, 0.5, 0]}, "num_inference_steps": 3}, "extra_sampling_params.sigmas"),
+        ({"extra_sampling_params": {"seeds": [1]}, "seed": 2}, "extra_sampling_params.seeds"),
+        ({"extra_sampling_params": {"noise_level": 2}, "rollout_sde_type": "cps"}, "extra_sampling_params.noise_level"),
+    ],
+)
+def test_values_that_do_not_go_together_are_named_as_they_were_sent(body: dict[str, Any], field: str) -> None:
+    assert refusal(RolloutRequest, PROMPT | body).field == field
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"seed": 1, "extra_sampling_params": {"seed": 1}}, "seed"),
+        ({"rollout_noise_level": 0.5, "extra_sampling_params": {"noise_level": 0.5}}, "noise_level"),
+        ({"rollout": True, "extra_sampling_params": {"rollout": False}}, "rollout"),
+        ({"extra_sampling_params": {"sde_type": "cps", "rollout_sde_type": "cps"}}, "sde_type"),
+    ],
+)
+def test_a_field_given_twice_is_refused(body: dict[str, Any], field: str) -> None:
+    error = refusal(RolloutRequest, PROMPT | body)
+    assert error.field == f"extra_sampling_params.{field}" and "must be given once" in error.message
+
+
+def test_a_null_beside_a_value_is_not_given_twice() -> None:
+    body = {"seed": None, "num_inference_steps": 7, "extra_sampling_params": {"seed": 5, "num_inference_steps": None}}
+    found = params(RolloutRequest, PROMPT | body)
+    assert (found.seed, found.num_inference_steps) == (5, 7)
+
+
+@pytest.mark.parametrize("value", [[], [1], "sigmas", 3, True])
+def test_extra_sampling_params_must_be_an_object(value: Any) -> None:
+    assert refusal(RolloutRequest, PROMPT | {"extra_sampling_params": value}).field == "extra_sampling_params"
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "field", "remedy"),
+    [
+        (RolloutRequest, {"promt": "x"}, "promt", "use prompt if that is meant"),
+        (RolloutRequest, {**PROMPT, "num_inference_step": 4}, "num_inference_step", "use num_inference_steps if"),
+        (RolloutRequest, {**PROMPT, "sigmas": [1, 0]}, "sigmas", "send it inside extra_sampling_params"),
+        (RolloutRequest, {**PROMPT, "noise_level": 0.5}, "noise_level", "use rollout_noise_level"),
+        (RolloutRequest, {**PROMPT, "zzz": 1}, "zzz", "use one of prompt, "),
+        (RolloutRequest, {**PROMPT, "x" * 5000: 1}, "x" * 80, "use one of prompt, "),
+        (RolloutRequest, {**PROMPT, "extra_sampling_params": {"sigma": []}}, "extra_sampling_params.sigma", "use sigmas if"),
+        (
+            RolloutRequest,
+            {**PROMPT, "extra_sampling_params": {"prompt": "x"}},
+            "extra_sampling_params.prompt",
+            "send it at the top level",
+        ),
+        (GenerateRequest, {**PROMPT, "sigmas": [1, 0]}, "sigmas", "send it inside extra_sampling_params"),
+        (ImagesRequest, {**PROMPT, "negativ_prompt": ""}, "negativ_prompt", "use negative_prompt if that is meant"),
+    ],
+)
+def test_an_unknown_field_is_named_with_its_remedy(model: Any, body: dict[str, Any], field: str, remedy: str) -> None:
+    error = refusal(model, body)
+    assert error.field == field and f"; {remedy}" in error.message
+
+
+@pytest.mark.parametrize("model", [GenerateRequest, ImagesRequest])
+@pytest.mark.parametrize("name", [*ROLLOUT_ROWS, *SHORT])
+def test_generic_routes_refuse_rollout_fields_and_name_the_rollout_route(model: Any, name: str) -> None:
+    value = (ROLLOUT_ROWS | SHORT)[name][1][0]
+    error = refusal(model, PROMPT | {name: value})
+    assert error.field == name and "POST /rollout/generate" in error.message
+
+
+def test_generate_refuses_rollout_fields_among_its_extra_parameters() -> None:
+    error = refusal(GenerateRequest, PROMPT | {"extra_sampling_params": {"sde_type": "cps"}})
+    assert error.field == "extra_sampling_params.sde_type" and "POST /rollout/generate" in error.message
+    assert params(GenerateRequest, PROMPT | {"extra_sampling_params": {"sigmas": [1, 0]}}).sigmas == (1, 0)
+
+
+def test_a_missing_prompt_is_named() -> None:
+    for model in MODELS:
+        error = refusal(model, {})
+        assert error.field == "prompt" and "got nothing" in error.message
+
+
+IMAGE_ROWS: dict[str, tuple[list[Any], list[Any]]] = {
+    "model": ([None, "Qwen-Image"], [3, []]),
+    "prompt": (["", "猫"], [None, 3, "x" * (MAX_PROMPT_CHARS + 1)]),
+    "n": ([None, 1, 4], [0, -1, "1", True, 1.0]),
+    "size": ([None, "auto", "64x32", "1024x768"], ["64", "64X32", "0x64", "064x64", "-1x2", "64x32\n", 64, [64, 32]]),
+    "response_format": ([None, "b64_json"], ["url", 1]),
+    "user": ([None, "me"], [1]),
+    "quality": ([None, "auto", "standard"], ["hd", "high", 1]),
+    "style": ([None], ["vivid", "natural"]),
+    "background": ([None, "auto", "opaque"], ["transparent"]),
+    "output_format": ([None, "png"], ["jpeg", "webp"]),
+    "output_compression": ([None, 100], [50, "100"]),
+    "moderation": ([None, "auto", "low"], ["high"]),
+    "stream": ([None, False], [True, "no"]),
+    "partial_images": ([None, 0], [1]),
+    "seed": ROWS["seed"][1:],
+    "negative_prompt": ROWS["negative_prompt"][1:],
+    "num_inference_steps": ROWS["num_inference_steps"][1:],
+    "guidance_scale": ROWS["guidance_scale"][1:],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, row in IMAGE_ROWS.items() for value in row[0]])
+def test_an_images_request_accepts(name: str, value: Any) -> None:
+    params(ImagesRequest, PROMPT | {name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, row in IMAGE_ROWS.items() for value in row[1]])
+def test_an_images_request_refuses(name: str, value: Any) -> None:
+    assert refusal(ImagesRequest, PROMPT | {name: value}).field == name
+
+
+def test_an_images_request_becomes_plain_generation() -> None:
+    assert set(IMAGE_ROWS) == set(ImagesRequest.model_fields)
+    body = {
+        **PROMPT,
+        "model": "Qwen-Image",
+        "n": 2,
+        "size": "64x32",
+        "seed": 5,
+        "negative_prompt": "",
+        "num_inference_steps": 3,
+        "guidance_scale": 2.5,
+    }
+    assert params(ImagesRequest, body) == SamplingParams(
+        prompt="a red fox",
+        rollout=False,
+        num_outputs_per_prompt=2,
+        width=64,
+        height=32,
+        seed=5,
+        negative_prompt="",
+        num_inference_steps=3,
+        guidance_scale=2.5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param", "wire"),
+    [
+        (RolloutRequest, {}, "sde_step_indices", "rollout_sde_step_indices"),
+        (RolloutRequest, {}, "height", "height"),
+        (RolloutRequest, {"extra_sampling_params": {"height": 9}}, "height", "extra_sampling_params.height"),
+        (
+            RolloutRequest,
+            {"extra_sampling_params": {"sde_step_indices": [9]}},
+            "sde_step_indices",
+            "extra_sampling_params.sde_step_indices",
+        ),
+        (ImagesRequest, {}, "width", "size"),
+        (ImagesRequest, {}, "num_outputs_per_prompt", "n"),
+    ],
+)
+def test_errors_of_the_engine_get_the_names_of_the_request(model: Any, body: dict[str, Any], param: str, wire: str) -> None:
+    request = parse(model, PROMPT | body)
+    error = request.as_wire_error(InvalidRequestError(f"{param} must be small, got 9; use 1.", field=param))
+    assert (error.message, error.field) == (f"{wire} must be small, got 9; use 1.", wire)
+    nameless = InvalidRequestError("all must be well.")
+    assert request.as_wire_error(nameless) is nameless
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_request_field_is_described_with_valid_examples(model: type[BaseModel]) -> None:
+    schema = model.model_json_schema()
+    assert schema["additionalProperties"] is False
+    for example in schema["examples"]:
+        params(model, example)
+    for part in (schema, *schema.get("$defs", {}).values()):
+        nested = part is not schema
+        for name, field in part["properties"].items():
+            assert field["description"] and field["examples"], name
+            for example in field["examples"]:
+                body = {"extra_sampling_params": {name: example}} if nested else {name: example}
+                params(model, PROMPT | body)
+
+
+def test_the_limits_are_in_the_openapi_document() -> None:
+    properties = RolloutRequest.model_json_schema()["properties"]
+    limits = {name: json.dumps(properties[name]) for name in properties}
+    assert '"maximum": 4294967295' in limits["seed"] and '"minimum": 0' in limits["seed"]
+    assert '"minItems": 1' in limits["seeds"] and '"maximum": 4294967295' in limits["seeds"]
+    assert '"maximum": 10.0' in limits["rollout_noise_level"]
+    assert '"enum": ["sde", "cps", "ode"]' in limits["rollout_sde_type"]
+    assert f'"maxLength": {MAX_PROMPT_CHARS}' in limits["prompt"]
+    for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
+        assert '"minimum": 1' in limits[name]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b'{"prompt": "x"',
+        b'{"prompt": "x"} {}',
+        b'{"prompt": NaN}',
+        b'{"guidance_scale": Infinity}',
+        b'{"guidance_scale": 1e999}',
+        b'{"seed": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b"\xff\xfe{\x00}\x00",
+        b"{'prompt': 'x'}",
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b"[]",
+        b'"prompt"',
+        b"null",
+        b"3",
+    ],
+    ids=lambda body: repr(body[:24]),
+)
+def test_a_body_that_is_no_json_object_is_malformed(body: bytes) -> None:
+    with pytest.raises(MalformedRequestError, match=r"body must be .*JSON.*, got .+; .+\.") as caught:
+        parse_json_body(body)
+    assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "x", "seed": 1' + b"0" * 300 + b"}",
+        b'{"prompt": "x", "guidance_scale": 1' + b"0" * 400 + b"}",
+        b'{"prompt": "x", "seeds": [' + b"1" * 400 + b"]}",
+        b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"prompt": "x", "seeds": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"prompt": {"a": ' + b'{"b":' * 300 + b"1" + b"}" * 301 + b"}",
+        b'{"prompt": "x", "extra_sampling_params": {"extra_sampling_params": {}}}',
+        b'{"": 1}',
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+def test_hostile_values_end_in_one_short_error(body: bytes) -> None:
+    with pytest.raises((InvalidRequestError, MalformedRequestError)) as caught:
+        parse(RolloutRequest, parse_json_body(body)).to_params()
+    assert len(caught.value.message) < 800
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 3, {1: 2}, {"prompt": 10**5000}, {"prompt": "x", "seed": 10**5000}])
+def test_python_data_that_no_json_gives_is_refused_too(data: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse(RolloutRequest, data)
+
+
+def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
+    for name in ("guidance_scale", "true_cfg_scale", "rollout_noise_level"):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            with pytest.raises(InvalidRequestError, match=f"{name} must "):
+                parse(RolloutRequest, PROMPT | {name: value})
