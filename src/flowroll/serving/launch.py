@@ -45,6 +45,7 @@ def serve(config: ServerConfig) -> None:
     """
     configure_logging(config.log_level)
     with _signals_end_start():
+        _log.info("loading %s", config.model)
         try:
             engine = Engine(
                 config.model, variant=config.variant, dtype=config.dtype, device=config.device, limits=config.limits

@@ -1,0 +1,153 @@
+"""Servers for the tests: in a thread of this process, or as the process that users start."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from flowroll import GeneratedImage, Rollout
+from flowroll.engine import Engine, RequestPlan
+from flowroll.engine.worker import EngineWorker
+from flowroll.serving import ServerConfig, create_app
+
+WAIT_S = 30.0
+# A small and quick request of either family.
+SMALL: dict[str, Any] = {"prompt": "a red fox in snow", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 2}
+# Minutes of work on any machine, in steps of a millisecond.
+LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 1000, "num_outputs_per_prompt": 64, "rollout_debug_mode": False}
+
+
+class HookedEngine(Engine):
+    """The real engine, with something to do before each request."""
+
+    hook: Callable[[RequestPlan], None] = staticmethod(lambda plan: None)
+
+    def rollout(self, params: Any = None, /, **values: Any) -> list[Rollout]:
+        self.hook(params)
+        return super().rollout(params, **values)
+
+    def generate(self, params: Any = None, /, **values: Any) -> list[GeneratedImage]:
+        self.hook(params)
+        return super().generate(params, **values)
+
+
+class Gate:
+    """A hook that holds every request until the test opens it."""
+
+    def __init__(self) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, plan: RequestPlan) -> None:
+        self.entered.set()
+        assert self.opened.wait(WAIT_S)
+
+
+@contextmanager
+def serving(worker: EngineWorker, **options: Any) -> Iterator[httpx.Client]:
+    """A client of a server over this worker, on a thread. The worker lives on."""
+    config = ServerConfig(model=worker.engine.info.model, **options)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(worker, config), log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=WAIT_S) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+class ServerProcess:
+    """`serve(ServerConfig(...))` in a process of its own, its log in a file.
+
+    Args:
+        log: Path of the log file.
+        options: Fields of `ServerConfig`.
+    """
+
+    def __init__(self, log: Path, **options: Any) -> None:
+        self._log = log
+        code = (
+            "import json, sys; from flowroll.serving import ServerConfig, serve; serve(ServerConfig(**json.loads(sys.argv[1])))"
+        )
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, json.dumps({"port": 0, "device": "cpu", **options})],
+                stderr=stderr,
+                env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            )
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(WAIT_S)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def client(self) -> httpx.Client:
+        """A client, once the server listens."""
+        found: list[str] = []
+
+        def listens() -> bool:
+            assert self.process.poll() is None, self.log
+            found[:] = re.findall(r"listening on (http://\S+)", self.log)
+            return bool(found)
+
+        until(listens)
+        return httpx.Client(base_url=found[0], timeout=WAIT_S)
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        """Sends a signal; does not wait."""
+        self.process.send_signal(sig)
+
+
+class Background:
+    """A request on a thread of its own."""
+
+    def __init__(self, send: Callable[[], httpx.Response]) -> None:
+        self._answer: httpx.Response | None = None
+        self._thread = threading.Thread(target=self._run, args=(send,))
+        self._thread.start()
+
+    def _run(self, send: Callable[[], httpx.Response]) -> None:
+        self._answer = send()
+
+    def answer(self) -> httpx.Response:
+        self._thread.join(WAIT_S)
+        assert self._answer is not None
+        return self._answer
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error in the body, which holds nothing else."""
+    body = response.json()
+    assert body.keys() == {"error"}, body
+    assert body["error"].keys() == {"code", "message", "field"}, body
+    assert "Traceback" not in response.text
+    return body["error"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,113 @@
+"""The OpenAPI document: complete although the routes read the raw body."""
+
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+from tests.serving.servers import serving
+
+from flowroll.engine.worker import EngineWorker
+from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject
+from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
+
+ROUTES = {
+    "/rollout/generate": {"post"},
+    "/generate": {"post"},
+    "/v1/images/generations": {"post"},
+    "/v1/models": {"get"},
+    "/health": {"get"},
+    "/health_generate": {"get"},
+    "/liveness": {"get"},
+    "/readiness": {"get"},
+    "/server_info": {"get"},
+    "/metrics": {"get"},
+}
+
+
+@pytest.fixture(scope="module")
+def document(server: httpx.Client) -> dict[str, Any]:
+    return server.get("/openapi.json").json()
+
+
+def test_document_lists_every_route(document: dict[str, Any]) -> None:
+    assert {path: set(methods) for path, methods in document["paths"].items()} == ROUTES
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("/rollout/generate", RolloutRequest), ("/generate", GenerateRequest), ("/v1/images/generations", ImagesRequest)],
+)
+def test_request_bodies_show_every_field_with_its_description(
+    document: dict[str, Any], path: str, model: type[BaseModel]
+) -> None:
+    body = document["paths"][path]["post"]["requestBody"]
+    assert body["required"]
+    shown = _resolve(document, body["content"]["application/json"]["schema"])
+    assert set(shown["properties"]) == set(model.model_fields)
+    assert all("description" in field for field in shown["properties"].values())
+    assert shown["additionalProperties"] is False
+    assert shown["examples"]
+
+
+def test_nested_parameters_are_shown_too(document: dict[str, Any]) -> None:
+    shown = document["components"]["schemas"]["ExtraSamplingParams"]
+    assert set(shown["properties"]) == set(ExtraSamplingParams.model_fields)
+
+
+@pytest.mark.parametrize(("path", "model"), [("/rollout/generate", RolloutObject), ("/generate", GeneratedImageObject)])
+def test_answers_show_every_field_and_media_type(document: dict[str, Any], path: str, model: type[BaseModel]) -> None:
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]
+    shown = _resolve(document, content["application/json"]["schema"]["items"])
+    assert set(shown["properties"]) == set(model.model_fields)
+    expected = {"application/json", "application/msgpack"} | ({"image/png"} if path == "/generate" else set())
+    assert set(content) == expected
+
+
+def test_openai_answer_is_shown(document: dict[str, Any]) -> None:
+    content = document["paths"]["/v1/images/generations"]["post"]["responses"]["200"]["content"]
+    assert set(_resolve(document, content["application/json"]["schema"])["properties"]) == set(ImagesObject.model_fields)
+
+
+def test_work_routes_show_every_error_status(document: dict[str, Any]) -> None:
+    for path in ("/rollout/generate", "/generate", "/v1/images/generations"):
+        responses = document["paths"][path]["post"]["responses"]
+        assert {"200", "400", "401", "406", "413", "415", "422", "429", "500", "503"} <= set(responses)
+        error = _resolve(document, responses["422"]["content"]["application/json"]["schema"])
+        assert set(error["properties"]) == {"error"}
+
+
+def test_every_reference_in_the_document_leads_somewhere(document: dict[str, Any]) -> None:
+    references = list(_references(document))
+    assert references
+    for reference in references:
+        _resolve(document, {"$ref": reference})
+
+
+def test_document_tells_of_the_token_where_one_is_demanded(document: dict[str, Any], worker: EngineWorker) -> None:
+    assert "security" not in document
+    with serving(worker, api_key="s3cret") as client:
+        guarded = client.get("/openapi.json", headers={"authorization": "Bearer s3cret"}).json()
+    assert guarded["security"] == [{"token": []}]
+    assert guarded["paths"]["/liveness"]["get"]["security"] == []
+
+
+def _references(node: Any) -> Any:
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+def _resolve(document: dict[str, Any], schema: dict[str, Any]) -> Any:
+    found: Any = schema
+    while "$ref" in found:
+        node: Any = document
+        for part in found["$ref"].removeprefix("#/").split("/"):
+            node = node[part]
+        found = node
+    return found

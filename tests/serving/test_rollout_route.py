@@ -1,0 +1,126 @@
+"""POST /rollout/generate: the bits of the engine, in both formats and both dialects."""
+
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from tests.rollouts import assert_same_bits
+from tests.serving.servers import SMALL, serving
+
+from flowroll import Rollout, SamplingParams
+from flowroll.engine.worker import EngineWorker
+from flowroll.wire.codec import decode_rollouts
+
+EVERYTHING = {
+    **SMALL,
+    "num_inference_steps": 3,
+    "num_outputs_per_prompt": 2,
+    "rollout_sde_step_indices": [0, 2],
+    "rollout_return_step_indices": [0, 3],
+    "rollout_return_denoising_env": True,
+    "rollout_return_dit_trajectory": True,
+}
+EXPECTED = SamplingParams(
+    prompt=SMALL["prompt"],
+    seed=7,
+    height=64,
+    width=64,
+    num_inference_steps=3,
+    num_outputs_per_prompt=2,
+    sde_step_indices=(0, 2),
+    return_step_indices=(0, 3),
+    return_denoising_env=True,
+    return_dit_trajectory=True,
+)
+
+
+def post(client: httpx.Client, body: dict[str, Any], **headers: str) -> httpx.Response:
+    return client.post("/rollout/generate", json=body, headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+
+def decoded(response: httpx.Response) -> list[Rollout]:
+    assert response.status_code == 200, response.text
+    return decode_rollouts(bytearray(response.content), response.headers["content-type"])
+
+
+@pytest.mark.parametrize("dialect", ["native", "sglang"])
+@pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_rollouts_over_http_have_the_bits_of_the_engine(
+    worker: EngineWorker, z_worker: EngineWorker, family: str, media_type: str, dialect: str
+) -> None:
+    served = worker if family == "qwen_image" else z_worker
+    with serving(served) as client:
+        response = post(client, EVERYTHING, accept=media_type, x_flowroll_dialect=dialect)
+    assert response.headers["content-type"] == media_type
+    assert int(response.headers["content-length"]) == len(response.content)
+    expected = served.engine.rollout(EXPECTED)
+    received = decoded(response)
+    assert len(received) == len(expected) == 2
+    for ours, theirs in zip(expected, received, strict=True):
+        assert_same_bits(ours, theirs)
+        assert (theirs.seed, theirs.prompt) == (ours.seed, ours.prompt)
+
+
+def test_dialect_of_the_server_holds_where_the_request_names_none(worker: EngineWorker, server: httpx.Client) -> None:
+    native = post(server, SMALL).json()[0]["rollout_debug_tensors"]
+    with serving(worker, wire_dialect="sglang") as client:
+        sglang = post(client, SMALL).json()[0]["rollout_debug_tensors"]
+        asked = post(client, SMALL, x_flowroll_dialect="native").json()[0]["rollout_debug_tensors"]
+    assert "variance_noise" in native and "rollout_variance_noises" in sglang
+    assert asked == native
+
+
+def test_json_answers_any_type_unless_the_server_was_started_with_msgpack(worker: EngineWorker, server: httpx.Client) -> None:
+    assert post(server, SMALL, accept="*/*").headers["content-type"] == "application/json"
+    with serving(worker, wire_format="msgpack") as client:
+        assert post(client, SMALL, accept="*/*").headers["content-type"] == "application/msgpack"
+        assert post(client, SMALL, accept="application/json").headers["content-type"] == "application/json"
+
+
+def test_the_minimal_request_works_with_the_familys_defaults(z_worker: EngineWorker) -> None:
+    with serving(z_worker, wire_format="msgpack") as client:
+        (rollout,) = decoded(post(client, {"prompt": "a cat"}))
+    assert rollout.image.shape == (3, 1, 1024, 1024)
+    assert rollout.log_probs is not None and rollout.log_probs.shape == (9,)
+    assert rollout.debug_tensors is not None
+
+
+def test_an_omitted_seed_is_drawn_and_the_echoed_one_gives_the_same_rollout(server: httpx.Client) -> None:
+    unseeded = {name: value for name, value in SMALL.items() if name != "seed"}
+    (first,), (second,) = decoded(post(server, unseeded)), decoded(post(server, unseeded))
+    assert first.seed != second.seed
+    (again,) = decoded(post(server, {**unseeded, "seed": first.seed}))
+    assert torch.equal(again.image, first.image)
+
+
+def test_an_evaluation_returns_the_image_alone(server: httpx.Client) -> None:
+    response = post(server, {**SMALL, "rollout": False})
+    (sample,) = response.json()
+    assert sample["rollout_log_probs"] is None and sample["rollout_debug_tensors"] is None
+    (rollout,) = decoded(response)
+    assert rollout.image.shape == (3, 1, 64, 64)
+
+
+def test_explicit_sigmas_are_taken_verbatim(server: httpx.Client) -> None:
+    body = {"prompt": "a cat", "height": 64, "width": 64, "extra_sampling_params": {"sigmas": [1.0, 0.5, 0.0]}}
+    (rollout,) = decoded(post(server, body))
+    assert rollout.sampling.sigmas == (1.0, 0.5, 0.0)
+
+
+def test_the_callers_request_id_comes_back_in_body_and_header(server: httpx.Client) -> None:
+    response = post(server, {**SMALL, "request_id": "step 12/é"})
+    assert response.json()[0]["request_id"] == "step 12/é"
+    assert response.headers["x-request-id"] == "step%2012/%C3%A9"
+
+
+def test_a_made_request_id_is_the_same_in_body_and_header(server: httpx.Client) -> None:
+    response = post(server, SMALL)
+    assert response.json()[0]["request_id"] == response.headers["x-request-id"] != ""
+
+
+@pytest.mark.parametrize("prompt", ["", "狐狸在雪地里 🦊 лиса", "fox " * 2500])
+def test_prompts_of_any_length_and_script_are_rolled_out_and_echoed(server: httpx.Client, prompt: str) -> None:
+    (rollout,) = decoded(post(server, {**SMALL, "prompt": prompt, "rollout_debug_mode": False}))
+    assert rollout.prompt == prompt
