@@ -58,6 +58,11 @@ def test_a_bad_value_is_a_422_that_names_the_field_as_the_wire_has_it(
     assert worker.stats().accepted == before
 
 
+def test_a_refused_request_carries_its_callers_id(server: httpx.Client) -> None:
+    response = server.post("/rollout/generate", json={**SMALL, "height": 100, "request_id": "mine"})
+    assert (response.status_code, response.headers["x-request-id"]) == (422, "mine")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"prompt": NaN}', b"\xff\xfe", b"[" * 20_000])
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_body_that_is_no_json_object_is_a_400(server: httpx.Client, route: str, body: bytes) -> None:

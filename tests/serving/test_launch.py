@@ -48,7 +48,6 @@ def test_probes_answer_within_100_ms_while_a_generation_runs_and_sigterm_ends_it
         assert client.get("/health_generate").json()["evidence"] == "running"
         assert running(client) == 1
 
-        client.post("/generate", json={**SMALL, "height": 100, "request_id": "refused"})
         server.stop(signal.SIGTERM)
         stopped_s = time.monotonic()
         until(lambda: client.get("/readiness").status_code == 503)

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from flowroll.engine import Engine
 from flowroll.engine.plan import RequestPlan
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
-from flowroll.serving.middleware import exchange_of
+from flowroll.serving.middleware import Exchange, exchange_of
 from flowroll.serving.services import Services
 from flowroll.wire.codec import JSON
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
@@ -45,19 +45,18 @@ async def accept_request(request: Request, services: Services, model: type[Reque
     """
     _check_media_type(request.headers)
     body = await _read_body(request, services.config.max_body_bytes)
-    exchange = exchange_of(request)
     # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
-    accepted, plan = await run_in_threadpool(_plan, services.worker.engine, model, body, exchange.request_id)
-    exchange.request_id = plan.request_id
-    exchange.suppress_logs = plan.params.suppress_logs
-    return accepted, plan
+    return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
 
 
-def _plan(engine: Engine, model: type[RequestT], body: bytes, request_id: str) -> tuple[RequestT, RequestPlan]:
+def _plan(engine: Engine, model: type[RequestT], body: bytes, exchange: Exchange) -> tuple[RequestT, RequestPlan]:
     accepted = parse(model, parse_json_body(body))
     params = accepted.to_params()
+    exchange.suppress_logs = params.suppress_logs
     if params.request_id is None:
-        params = replace(params, request_id=request_id)
+        params = replace(params, request_id=exchange.request_id)
+    else:
+        exchange.request_id = params.request_id
     try:
         return accepted, engine.plan(params)
     except InvalidRequestError as error:
