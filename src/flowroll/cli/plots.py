@@ -18,6 +18,15 @@ from flowroll.types import Rollout
 
 _INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
 _COLOURS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c", "#5c940d", "#364fc7")
+# Samples of one group have nearly the same log-probs: rings around dots, dashes over lines keep all of them visible.
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"linestyle": "-", "marker": "o", "markersize": 9, "markerfacecolor": "none"},
+    {"linestyle": "--", "marker": "o", "markersize": 4},
+    {"linestyle": "-", "marker": "s", "markersize": 9, "markerfacecolor": "none"},
+    {"linestyle": "--", "marker": "s", "markersize": 4},
+    {"linestyle": "-", "marker": "^", "markersize": 9, "markerfacecolor": "none"},
+    {"linestyle": "--", "marker": "^", "markersize": 4},
+)
 _DPI = 150
 
 
@@ -55,7 +64,7 @@ def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: 
         steps = list(rollout.sde_step_indices or ())
         values = rollout.log_probs[steps].tolist()
         colour = _COLOURS[index % len(_COLOURS)]
-        axes.plot(steps, values, marker="o", markersize=4, linewidth=1.5, color=colour, label=label)
+        axes.plot(steps, values, linewidth=1.5, color=colour, label=label, **_STYLES[index % len(_STYLES)])
     axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=12)
     axes.set_xlabel("step", color=_FAINT)
     axes.set_ylabel("mean log-prob per element", color=_FAINT)
@@ -66,7 +75,7 @@ def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: 
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_GRID)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
 
 
@@ -80,7 +89,7 @@ def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Pat
         title: Above the grid.
     """
     assert rows and all(len(row.images) == len(captions) for row in rows)
-    cell, gap, label_width, head = 1.25, 0.06, 1.5, 0.85
+    cell, gap, label_width, head = 1.25, 0.06, 1.1, 0.62
     width = label_width + len(captions) * (cell + gap) + gap
     height = head + len(rows) * (cell + gap) + gap
     figure = _figure(width, height)

@@ -29,8 +29,8 @@ def serve(
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     quiet_model_libraries()
     from flowroll.engine import Limits
+    from flowroll.serving import ServerConfig
     from flowroll.serving import serve as run_server
-    from flowroll.serving.config import ServerConfig
 
     run_server(
         ServerConfig(

@@ -1,0 +1,127 @@
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from diffusers import DiffusionPipeline
+from tests.unit.cli.invoking import assert_one_line_error, run_cli
+
+import flowroll.serving
+from flowroll.cli.serve import serve
+from flowroll.engine import Limits
+from flowroll.serving import ServerConfig
+
+
+def test_help_names_every_command():
+    result = run_cli("--help")
+    assert result.exit_code == 0
+    for command in ("serve", "generate", "rollout", "inspect", "make-checkpoint"):
+        assert command in result.stdout
+
+
+def test_help_loads_no_model_library_and_no_web_framework():
+    program = (
+        "import sys; from flowroll.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'diffusers', 'transformers', 'fastapi', 'httpx', 'matplotlib', 'PIL'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_unknown_command_is_a_usage_error():
+    assert run_cli("paint").exit_code == 2
+
+
+def test_a_users_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_path):
+    command = [sys.executable, "-c", "from flowroll.cli import app; app()", "inspect", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("family", "pipeline"), [("qwen_image", "QwenImagePipeline"), ("z_image", "ZImagePipeline")])
+def test_make_checkpoint_makes_a_checkpoint_of_the_family(family, pipeline, tmp_path):
+    result = run_cli("make-checkpoint", family, tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "made") in result.stdout
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "made", local_files_only=True)).__name__ == pipeline
+
+
+def test_make_checkpoint_takes_a_seed(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run_cli("make-checkpoint", "z_image", tmp_path / name, "--seed", seed).exit_code == 0
+    a, b, c = ((tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("words", [("sd3", "out"), ("z_image", "out", "--size", "huge"), ("z_image", "out", "--seed", "-1")])
+def test_make_checkpoint_refuses_what_it_does_not_know(words):
+    assert run_cli("make-checkpoint", *words).exit_code == 2
+
+
+def test_make_checkpoint_refuses_a_path_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert_one_line_error(run_cli("make-checkpoint", "z_image", tmp_path / "file"), "directory must be a folder or free")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The configurations that `flowroll serve` was started with."""
+    configs = []
+    monkeypatch.setattr(flowroll.serving, "serve", configs.append)
+    return configs
+
+
+def test_serve_without_flags_is_the_servers_own_configuration(served, tmp_path):
+    result = run_cli("serve", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert served == [ServerConfig(model=str(tmp_path))]
+
+
+def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
+    words = (
+        *("--host", "0.0.0.0", "--port", 8000, "--variant", "turbo", "--dtype", "bfloat16", "--device", "cpu"),
+        *("--api-key", "sesame", "--wire-format", "msgpack", "--wire-dialect", "sglang", "--max-pixels", 4096),
+        *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
+    )
+    result = run_cli("serve", tmp_path, *words)
+    assert result.exit_code == 0, result.output
+    assert served == [
+        ServerConfig(
+            model=str(tmp_path),
+            host="0.0.0.0",
+            port=8000,
+            variant="turbo",
+            dtype="bfloat16",
+            device="cpu",
+            api_key="sesame",
+            wire_format="msgpack",
+            wire_dialect="sglang",
+            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3),
+            max_queue=2,
+        )
+    ]
+
+
+def test_every_serve_flag_is_a_field_of_the_configuration():
+    known = {field.name for field in (*fields(ServerConfig), *fields(Limits))}
+    assert set(inspect.signature(serve).parameters) <= known
+
+
+def test_serve_refuses_what_the_configuration_refuses(tmp_path):
+    assert_one_line_error(run_cli("serve", tmp_path, "--port", 70_000), "port must lie in 0..65535, got 70000")
+
+
+def test_serve_on_a_folder_that_is_no_checkpoint_ends_with_one_clear_line(tmp_path):
+    # In a process of its own: the server sets the logging of its whole process.
+    command = [sys.executable, "-c", "from flowroll.cli import app; app()", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {tmp_path} must be a diffusers checkpoint folder")
+    assert "Traceback" not in done.stderr

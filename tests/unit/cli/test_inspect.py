@@ -1,0 +1,73 @@
+import pytest
+from PIL import Image
+from tests.factories import make_evaluation, make_rollout
+from tests.unit.cli.invoking import assert_one_line_error, run_cli
+
+from flowroll.cli.output import num_bytes, tensors_of
+from flowroll.wire.files import save_rollout
+
+
+@pytest.fixture
+def rollout():
+    return make_rollout(steps=4, sde_step_indices=(0, 1, 2))
+
+
+@pytest.fixture
+def file(tmp_path, rollout):
+    path = tmp_path / "one.safetensors"
+    save_rollout(path, rollout)
+    return path
+
+
+def test_it_shows_every_tensor_with_shape_and_dtype(file, rollout):
+    result = run_cli("inspect", file)
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for name, tensor in tensors_of(rollout):
+        [line] = [words for words in lines if words and words[0] == name]
+        assert " ".join(line).startswith(f"{name} {' x '.join(map(str, tensor.shape))} {str(tensor.dtype)[6:]} ")
+
+
+def test_it_shows_the_log_prob_and_the_dynamics_of_every_step(file, rollout):
+    lines = [line.split() for line in run_cli("inspect", file).stdout.splitlines()]
+    sigmas = rollout.sampling.sigmas
+    for step, log_prob in enumerate(rollout.log_probs.tolist()):
+        dynamics = "deterministic" if step == 3 else "sde"
+        assert [str(step), f"{sigmas[step]:.4f}", f"{sigmas[step + 1]:.4f}", dynamics, f"{log_prob:+.6f}"] in lines
+
+
+def test_it_shows_the_record(file):
+    text = " ".join(run_cli("inspect", file).stdout.split())
+    assert "sampling.family qwen_image" in text
+    assert "sampling.noise_level 0.7" in text
+    assert "sde_step_indices 0, 1, 2" in text
+    assert 'a cat that says "π ≈ 3", 猫' in text
+
+
+def test_it_writes_a_plot(file, tmp_path):
+    result = run_cli("inspect", file, "--plot", tmp_path / "plot.png")
+    assert result.exit_code == 0, result.output
+    width, height = Image.open(tmp_path / "plot.png").size
+    assert width > 600 and height > 400
+
+
+def test_an_evaluation_has_no_log_probs_to_show_or_to_plot(tmp_path):
+    file = tmp_path / "one.safetensors"
+    save_rollout(file, make_evaluation())
+    result = run_cli("inspect", file)
+    assert result.exit_code == 0
+    assert "Log-probs" not in result.stdout
+    assert_one_line_error(run_cli("inspect", file, "--plot", tmp_path / "plot.png"), "must have log-probs")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors file"])
+def test_a_file_that_is_no_rollout_is_one_clear_line(content, tmp_path):
+    path = tmp_path / "broken.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    assert_one_line_error(run_cli("inspect", path), "broken.safetensors")
+
+
+def test_bytes_are_those_of_all_tensors():
+    rollout = make_evaluation(height=32, width=48)
+    assert num_bytes(rollout) == 3 * 32 * 48 * 4

@@ -1,0 +1,172 @@
+import json
+import socket
+
+import pytest
+from tests.rollouts import assert_same_bits
+from tests.serving.servers import HookedEngine, serving
+from tests.unit.cli.invoking import assert_one_line_error, run_cli
+
+from flowroll.cli.rollout import read_prompts
+from flowroll.engine.worker import EngineWorker
+from flowroll.errors import InvalidRequestError
+from flowroll.wire.files import load_rollout
+
+SMALL = ("--width", 64, "--height", 64, "--num-inference-steps", 2)
+PROMPTS = ("a red fox", "三只猫", "a blue cow")
+
+
+@pytest.fixture(scope="module")
+def engine(qwen_checkpoint):
+    with HookedEngine(qwen_checkpoint, device="cpu") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def worker(engine):
+    with EngineWorker(engine, max_queue=4) as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def url(worker):
+    with serving(worker) as client:
+        yield str(client.base_url)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return path
+
+
+def rollout(*words):
+    return run_cli("rollout", *words)
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_sample_of_every_prompt_becomes_a_file_with_its_record(url, prompts, tmp_path, engine):
+    out = tmp_path / "deep" / "out"
+    flags = ("--seed", 5, "--num-outputs-per-prompt", 2, "--return-dit-trajectory", "--return-denoising-env")
+    result = rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, *flags)
+    assert result.exit_code == 0, result.output
+    assert files_in(out) == [
+        f"prompt-{number:05d}-sample-{index:02d}-seed-{5 + index}.safetensors" for number in (1, 2, 3) for index in (0, 1)
+    ]
+    assert "6 rollouts of 3 prompts" in result.stdout
+    for number, prompt in enumerate(PROMPTS, start=1):
+        expected = engine.rollout(
+            prompt=prompt,
+            seed=5,
+            num_outputs_per_prompt=2,
+            width=64,
+            height=64,
+            num_inference_steps=2,
+            return_dit_trajectory=True,
+            return_denoising_env=True,
+        )
+        for index, sample in enumerate(expected):
+            saved = load_rollout(out / f"prompt-{number:05d}-sample-{index:02d}-seed-{5 + index}.safetensors")
+            assert saved.prompt == prompt
+            assert_same_bits(saved, sample)
+
+
+def test_progress_is_shown(url, prompts, tmp_path):
+    result = rollout("--url", url, "--prompts", prompts, "--out", tmp_path / "out", *SMALL)
+    assert "3/3" in result.stdout
+
+
+def test_an_evaluation_is_saved_as_well(url, prompts, tmp_path):
+    out = tmp_path / "out"
+    assert rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--no-rollout", "--seed", 1).exit_code == 0
+    assert load_rollout(out / files_in(out)[0]).log_probs is None
+
+
+def test_a_failed_prompt_is_reported_at_the_end_and_the_others_are_saved(url, prompts, tmp_path, engine, monkeypatch):
+    def fail_at_the_second(plan):
+        if plan.params.prompt == PROMPTS[1]:
+            raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine, "hook", fail_at_the_second)
+    out = tmp_path / "out"
+    result = rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--seed", 0)
+    assert result.exit_code == 1
+    assert [name.partition("-sample")[0] for name in files_in(out)] == ["prompt-00001", "prompt-00003"]
+    assert "2 rollouts of 2 prompts" in result.stdout
+    assert "1 of 3 prompts failed" in result.stderr
+    assert "prompt 2: " in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_request_that_the_server_refuses_is_reported_with_its_reason(url, prompts, tmp_path):
+    result = rollout("--url", url, "--prompts", prompts, "--out", tmp_path / "out", "--height", 100)
+    assert result.exit_code == 1
+    assert "3 of 3 prompts failed" in result.stderr
+    assert "height must be a multiple of 16" in result.stderr
+
+
+def test_a_server_that_is_not_there_is_reported(prompts, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        result = rollout(
+            "--url", f"http://127.0.0.1:{taken.getsockname()[1]}", "--prompts", prompts, "--out", tmp_path / "out", *SMALL
+        )
+    assert result.exit_code == 1
+    assert "3 of 3 prompts failed" in result.stderr
+
+
+def test_the_api_key_is_sent(worker, prompts, tmp_path):
+    with serving(worker, api_key="sesame") as client:
+        words = ("--url", str(client.base_url), "--prompts", prompts, "--out", tmp_path / "out", *SMALL)
+        assert rollout(*words).exit_code == 1
+        assert rollout(*words, "--api-key", "sesame").exit_code == 0
+
+
+def test_a_bad_value_is_refused_before_anything_is_sent(prompts, tmp_path):
+    words = ("--url", "http://127.0.0.1:9", "--prompts", prompts, "--out", tmp_path / "out", "--noise-level", 99)
+    assert_one_line_error(rollout(*words), "noise_level must be 0 or from")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_prompt_file_is_a_usage_error(tmp_path):
+    result = rollout("--url", "http://127.0.0.1:9", "--prompts", tmp_path / "none.txt", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--prompts" in result.stderr
+
+
+def test_prompts_are_lines_without_the_blank_ones(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('a cat\n\n  {"prompt": "kept as text"}  \n三只猫\n', encoding="utf-8")
+    assert read_prompts(path) == ["a cat", '{"prompt": "kept as text"}', "三只猫"]
+
+
+def test_prompts_of_a_jsonl_file_are_its_prompt_keys(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"tag": "x", "prompt": "a cat\nin two lines"}, {"prompt": "", "n": 1}]
+    path.write_text("\n\n".join(map(json.dumps, lines)))
+    assert read_prompts(path) == ["a cat\nin two lines", ""]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"text": "no prompt"}', '{"prompt": 3}'])
+def test_a_bad_line_of_a_jsonl_file_is_named(line, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line)
+    with pytest.raises(InvalidRequestError, match="line 3, must"):
+        read_prompts(path)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n \n")
+    with pytest.raises(InvalidRequestError, match="must hold at least one prompt"):
+        read_prompts(path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidRequestError, match="must be UTF-8"):
+        read_prompts(path)

@@ -1,0 +1,128 @@
+from dataclasses import fields
+
+import pytest
+import typer
+from tests.unit.cli.invoking import run_cli
+from typer.testing import CliRunner
+
+from flowroll import SamplingParams
+from flowroll.cli.sampling_flags import with_sampling_flags
+
+FIELDS = [field.name for field in fields(SamplingParams)]
+# A value other than the default for every field: words of the command line, and what they mean.
+ALL_FLAGS = {
+    "prompt": (["--prompt", "a red fox"], "a red fox"),
+    "negative_prompt": (["--negative-prompt", "blur"], "blur"),
+    "seed": (["--seed", "7"], 7),
+    "seeds": (["--seeds", "7,9"], (7, 9)),
+    "generator_device": (["--generator-device", "cpu"], "cpu"),
+    "width": (["--width", "64"], 64),
+    "height": (["--height", "80"], 80),
+    "num_inference_steps": (["--num-inference-steps", "3"], 3),
+    "num_outputs_per_prompt": (["--num-outputs-per-prompt", "2"], 2),
+    "guidance_scale": (["--guidance-scale", "2.5"], 2.5),
+    "true_cfg_scale": (["--true-cfg-scale", "3"], 3.0),
+    "sigmas": (["--sigmas", "1,0.5,0"], (1.0, 0.5, 0.0)),
+    "rollout": (["--no-rollout"], False),
+    "sde_type": (["--sde-type", "cps"], "cps"),
+    "noise_level": (["--noise-level", "0.3"], 0.3),
+    "log_prob_no_const": (["--log-prob-no-const"], True),
+    "debug_mode": (["--no-debug-mode"], False),
+    "return_denoising_env": (["--return-denoising-env"], True),
+    "return_dit_trajectory": (["--return-dit-trajectory"], True),
+    "sde_step_indices": (["--sde-step-indices", "0,2"], (0, 2)),
+    "return_step_indices": (["--return-step-indices", "3"], (3,)),
+    "suppress_logs": (["--suppress-logs"], True),
+    "request_id": (["--request-id", "mine"], "mine"),
+}
+
+
+def given_by(*words, without=()):
+    """What a command with the sampling flags receives."""
+    received = []
+
+    def command(given: dict[str, object], out: str = "here") -> None:
+        received.append((given, out))
+
+    app = typer.Typer()
+    app.command()(with_sampling_flags(command, without=without))
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, result.output
+    [(given, out)] = received
+    assert out == "here"
+    return given
+
+
+def test_every_field_of_sampling_params_is_covered_here():
+    assert list(ALL_FLAGS) == FIELDS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_flag_sets_its_field_and_no_other(name):
+    words, value = ALL_FLAGS[name]
+    given = given_by("--prompt", "p", *words)
+    assert given == {"prompt": "p", name: value}
+    assert type(given[name]) is type(value)
+
+
+def test_unset_flags_are_not_given():
+    assert given_by("--prompt", "p") == {"prompt": "p"}
+
+
+def test_all_flags_together_are_given():
+    words = [word for flag, _ in ALL_FLAGS.values() for word in flag]
+    assert given_by(*words) == {name: value for name, (_, value) in ALL_FLAGS.items()}
+
+
+def test_a_switch_set_to_its_default_is_given():
+    assert given_by("--prompt", "p", "--rollout", "--debug-mode") == {"prompt": "p", "rollout": True, "debug_mode": True}
+
+
+def test_an_empty_list_is_a_list_and_not_an_unset_flag():
+    assert given_by("--prompt", "p", "--sde-step-indices", "") == {"prompt": "p", "sde_step_indices": ()}
+
+
+def test_an_empty_prompt_is_a_prompt():
+    assert given_by("--prompt", "") == {"prompt": ""}
+
+
+def test_left_out_fields_have_no_flag():
+    assert given_by(without={"prompt"}) == {}
+
+
+@pytest.mark.parametrize("command", ["generate", "rollout"])
+def test_every_flag_is_explained_by_the_fields_own_docstring(command):
+    result = run_cli(command, "--help")
+    text = " ".join(result.stdout.split())
+    names = [name for name in FIELDS if command == "generate" or name not in ("prompt", "request_id")]
+    for name in names:
+        assert "--" + name.replace("_", "-") in text
+    for description in (
+        "T + 1 noise levels used verbatim",
+        "Steps that follow `sde_type`",
+        "Return every transformer argument.",
+    ):
+        assert description in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1,x"], "must be integers separated by commas, got '1,x'"),
+        (["--seeds", "1.5"], "must be integers separated by commas"),
+        (["--sigmas", "1,,0"], "must be numbers separated by commas"),
+        (["--sde-type", "dance"], "'dance' is not one of"),
+        (["--seed", "many"], "--seed"),
+        (["--no-such-flag"], "No such option"),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_a_usage_error(words, message):
+    result = run_cli("generate", "nowhere", "--prompt", "p", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_missing_prompt_is_a_usage_error():
+    result = run_cli("generate", "nowhere")
+    assert result.exit_code == 2
+    assert "--prompt" in result.stderr
