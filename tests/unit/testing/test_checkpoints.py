@@ -115,12 +115,12 @@ def test_velocities_are_of_order_one(family, checkpoint):
     assert all(0.5 < value < 2.0 for value in seen), seen
 
 
-def test_the_prompt_changes_the_picture(family, checkpoint):
+def test_the_prompt_changes_the_picture_even_among_hundreds_of_image_tokens(family, checkpoint):
     pipeline = load(checkpoint)
 
     def latents(prompt):
         generator = torch.Generator().manual_seed(0)
-        output = pipeline(prompt, height=64, width=64, num_inference_steps=2, generator=generator, output_type="latent")
+        output = pipeline(prompt, height=256, width=256, num_inference_steps=2, generator=generator, output_type="latent")
         return output.images
 
     red, blue = latents("a red cube"), latents("a blue cube")
