@@ -24,7 +24,7 @@ from torch import Tensor
 from examples.server import running_server
 from flowroll import Rollout, SamplingParams
 from flowroll.cli.options import quiet_model_libraries
-from flowroll.cli.output import format_bytes, num_bytes, plain_table, save_png, shape_of
+from flowroll.cli.output import add_row, format_bytes, num_bytes, plain_table, save_png, shape_of
 from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.cli.rollout import read_prompts
 from flowroll.client import Client
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for index, family in enumerate(_FAMILIES):
         own = prompts[index * len(_DYNAMICS) : (index + 1) * len(_DYNAMICS)]
         run_family(family, own, out / family, console)
-    console.print(f"done in {time.perf_counter() - started:.0f} s; everything is in {out}/", highlight=False)
+    console.print(f"done in {time.perf_counter() - started:.0f} s; everything is in {out}/", highlight=False, markup=False)
 
 
 def run_family(family: FamilyName, prompts: Sequence[str], out: Path, console: Console) -> None:
@@ -85,14 +85,18 @@ def run_family(family: FamilyName, prompts: Sequence[str], out: Path, console: C
     console.rule(f"[bold]{family}")
     checkpoint = make_checkpoint(family, out / "checkpoint")
     with running_server(checkpoint, out / "server.log") as server:
-        console.print(f"checkpoint {checkpoint}, server {server.url} ready after {server.startup_s:.1f} s", highlight=False)
+        console.print(
+            f"checkpoint {checkpoint}, server {server.url} ready after {server.startup_s:.1f} s", highlight=False, markup=False
+        )
         started = time.perf_counter()
         samples = roll_out(server.url, prompts)
         seconds = time.perf_counter() - started
     console.print(f"{len(samples)} rollouts in {seconds:.1f} s; SIGTERM, and the server exited 0 after {server.stop_s:.1f} s")
     console.print(table(samples))
     write(samples, checkpoint, out, family)
-    console.print(f"{out}/contact_sheet.png, log_probs.png, images/*.png, rollouts/*.safetensors\n", highlight=False)
+    console.print(
+        f"{out}/contact_sheet.png, log_probs.png, images/*.png, rollouts/*.safetensors\n", highlight=False, markup=False
+    )
 
 
 def roll_out(url: str, prompts: Sequence[str]) -> list[Sample]:
@@ -131,7 +135,8 @@ def table(samples: Sequence[Sample]) -> Table:
         embeds = next(value for value in rollout.denoising_env.pos_cond_kwargs.values() if isinstance(value, Tensor))
         shapes = {"image": rollout.image, "latents": rollout.dit_trajectory.latents, "embeds": embeds}
         prompt = rollout.prompt if len(rollout.prompt) <= 80 else rollout.prompt[:77] + "..."
-        result.add_row(
+        add_row(
+            result,
             prompt,
             sample.dynamics,
             str(rollout.seed),

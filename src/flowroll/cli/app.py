@@ -26,8 +26,14 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except FlowrollError as error:
-            Console(stderr=True).print(f"Error: {error.message}", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error
+            message = error.message
+        except BrokenPipeError:
+            # The reader of our output has left; typer ends that quietly.
+            raise
+        except OSError as error:
+            message = f"every path must be usable, got {error}; choose another one."
+        Console(stderr=True).print(f"Error: {message}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 app = typer.Typer(

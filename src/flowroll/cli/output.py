@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxtyping import Float
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from flowroll.types import EnvValue, GeneratedImage, Rollout
@@ -55,6 +56,8 @@ def num_bytes(rollout: Rollout) -> int:
 
 def format_bytes(count: int) -> str:
     """`12.3 MiB`."""
+    if count < 2**10:
+        return f"{count} B"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
@@ -71,13 +74,19 @@ def plain_table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
     return table
 
 
+def add_row(table: Table, *cells: str, end_section: bool = False) -> None:
+    """Adds plain text: brackets in a prompt are no markup."""
+    table.add_row(*map(Text, cells), end_section=end_section)
+
+
 def samples_table(samples: Sequence[Rollout | GeneratedImage], files: Sequence[Path]) -> Table:
     """One row per sample: what it is and where it was written."""
     right = ("sample", "seed", "steps", "log-prob", "seconds")
     table = plain_table("Samples", "sample", "seed", "size", "steps", "log-prob", "seconds", "file", right=right)
     for index, (sample, file) in enumerate(zip(samples, files, strict=True)):
         log_probs = sample.log_probs if isinstance(sample, Rollout) else None
-        table.add_row(
+        add_row(
+            table,
             str(index),
             str(sample.seed),
             f"{sample.sampling.width} x {sample.sampling.height}",
@@ -93,7 +102,7 @@ def tensors_table(rollout: Rollout) -> Table:
     """Name, shape, dtype, size of every tensor."""
     table = plain_table("Tensors", "tensor", "shape", "dtype", "size", right=("shape", "size"))
     for name, tensor in tensors_of(rollout):
-        table.add_row(name, shape_of(tensor), str(tensor.dtype).removeprefix("torch."), format_bytes(tensor.nbytes))
+        add_row(table, name, shape_of(tensor), str(tensor.dtype).removeprefix("torch."), format_bytes(tensor.nbytes))
     return table
 
 
@@ -113,13 +122,13 @@ def record_table(rollout: Rollout) -> Table:
     """What the sample is and how it was made."""
     table = plain_table("Record", "field", "value")
     for name in ("prompt", "seed", "request_id", "weight_version", "inference_time_s", "peak_memory_mb", "sde_step_indices"):
-        table.add_row(name, _shown(getattr(rollout, name)))
+        add_row(table, name, _shown(getattr(rollout, name)))
     for field in fields(rollout.sampling):
-        table.add_row(f"sampling.{field.name}", _shown(getattr(rollout.sampling, field.name)))
+        add_row(table, f"sampling.{field.name}", _shown(getattr(rollout.sampling, field.name)))
     return table
 
 
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(_shown, value)) or "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value) or "(empty)"

@@ -3,7 +3,7 @@ from PIL import Image
 from tests.factories import make_evaluation, make_rollout
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
-from flowroll.cli.output import num_bytes, tensors_of
+from flowroll.cli.output import format_bytes, num_bytes, tensors_of
 from flowroll.wire.files import save_rollout
 
 
@@ -44,6 +44,18 @@ def test_it_shows_the_record(file):
     assert 'a cat that says "π ≈ 3", 猫' in text
 
 
+def test_brackets_in_a_prompt_are_shown_as_they_are(tmp_path):
+    prompt = "a sign that says [red] or [/bold]"
+    save_rollout(tmp_path / "one.safetensors", make_rollout(prompt=prompt))
+    result = run_cli("inspect", tmp_path / "one.safetensors")
+    assert result.exit_code == 0
+    assert prompt in result.stdout
+
+
+def test_a_plot_in_a_folder_that_is_not_there_is_one_clear_line(file, tmp_path):
+    assert_one_line_error(run_cli("inspect", file, "--plot", tmp_path / "none" / "plot.png"), "every path must be usable")
+
+
 def test_it_writes_a_plot(file, tmp_path):
     result = run_cli("inspect", file, "--plot", tmp_path / "plot.png")
     assert result.exit_code == 0, result.output
@@ -66,6 +78,11 @@ def test_a_file_that_is_no_rollout_is_one_clear_line(content, tmp_path):
     if content is not None:
         path.write_bytes(content)
     assert_one_line_error(run_cli("inspect", path), "broken.safetensors")
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB")])
+def test_bytes_are_shown_in_a_unit_that_fits(count, text):
+    assert format_bytes(count) == text
 
 
 def test_bytes_are_those_of_all_tensors():
