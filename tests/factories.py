@@ -155,4 +155,4 @@ def assert_same_answer(a: Any, b: Any, at: str = "answer") -> None:
 
 def raw_bytes(tensor: Tensor) -> bytes:
     """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -467,3 +467,9 @@ def test_importing_the_client_needs_no_model_library_no_pydantic_and_no_web_fram
     assert {"torch", "httpx", "msgspec", "flowroll"} <= set(loaded)
     unwanted = {"pydantic", "pydantic_core", "diffusers", "transformers", "fastapi", "starlette", "uvicorn", "typer"}
     assert not unwanted & set(loaded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_redirect_is_not_taken_for_metrics(kind: str) -> None:
+    with pytest.raises(ServerConnectionError, match="HTTP 302"):
+        ask(kind, answering(302, b""), "metrics")

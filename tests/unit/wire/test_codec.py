@@ -186,6 +186,17 @@ def test_large_tensors_of_a_writable_msgpack_body_are_aligned_views_and_small_on
     assert decoded.log_probs.data_ptr() not in inside
 
 
+def test_large_tensors_of_a_read_only_body_are_writable_all_the_same() -> None:
+    rollout = make_evaluation(height=512, width=512)
+    body = encode_rollouts([rollout], wire_format="msgpack")
+    whole = bytes(joined(body))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (decoded,) = decode_rollouts(whole, body.content_type)
+    decoded.image.zero_()
+    assert_same_answer([rollout], decode_rollouts(whole, body.content_type))
+
+
 def test_a_misaligned_foreign_body_is_decoded_by_copying() -> None:
     # Another server knows nothing of our alignment: plain msgpack of the same answer, one large tensor at every offset.
     for filling in range(8):
@@ -331,6 +342,7 @@ def safetensors_blob(header: bytes, data: bytes = b"") -> bytes:
         safetensors_blob(b'{"t":{"dtype":"F31","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
         safetensors_blob(b'{"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', bytes(4)),
         safetensors_blob(b'{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(3)),
+        safetensors_blob(b'{"t":{"dtype":"F32","shape":[3,1,2,2],"data_offsets":[0,0]}}'),
         safetensors_blob(b'{"t":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}', bytes(4)),
         safetensors_blob(b'{"t":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}', bytes(4)),
         safetensors_blob(b'{"t":{"dtype":"F32","shape":[0,9223372036854775807,4],"data_offsets":[0,0]}}'),

@@ -154,6 +154,23 @@ def test_a_tensor_of_the_wrong_shape_is_named(field: str, source: str, message: 
         decoded(sample)
 
 
+def test_a_picture_in_another_layout_is_refused() -> None:
+    sample = sample_of("native", family="z_image")
+    sample["generated_output"] = sample["dit_trajectory"]["latents"]
+    with pytest.raises(ServerConnectionError, match=r"not \[3, 1, H, W\]"):
+        decoded(sample)
+
+
+@pytest.mark.parametrize("name", ["request_id", "img_shapes"])
+def test_endless_nesting_is_a_clear_error(name: str) -> None:
+    body = b"".join(encode_rollouts([make_rollout()], wire_format="json").chunks())
+    before, _, _ = body.partition(b'"%s":' % name.encode())
+    # In an environment's value, and in a field that is skipped as unknown.
+    key = b'"img_shapes":' if name == "img_shapes" else b'"nonsense":'
+    with pytest.raises(ServerConnectionError, match="recursion"):
+        decode_rollouts(before + key + b"[" * 100_000, "application/json")
+
+
 @pytest.mark.parametrize(
     ("field", "source"), [("sigmas", "latents"), ("timesteps", "latents"), ("sigmas", "timesteps"), ("latents", "timesteps")]
 )

@@ -49,8 +49,20 @@ def test_the_file_is_plain_safetensors_with_json_metadata(tmp_path: Path) -> Non
     content = json.loads(metadata["flowroll.rollout"])
     assert content["seed"] == 0 and content["sampling"]["family"] == "qwen_image"
     assert content["dit_trajectory"]["latents"] == {"__tensor__": "dit_trajectory.latents"}
-    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_every_tensor_in_the_file_is_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_rollout(path, make_rollout(text_tokens=7))
+    whole = path.read_bytes()
+    header_bytes = int.from_bytes(whole[:8], "little")
     assert header_bytes % 8 == 0
+    header = json.loads(whole[8 : 8 + header_bytes])
+    del header["__metadata__"]
+    widths = {"F32": 4, "BF16": 2, "BOOL": 1}
+    assert {entry["dtype"] for entry in header.values()} == set(widths)
+    for entry in header.values():
+        assert entry["data_offsets"][0] % widths[entry["dtype"]] == 0
 
 
 def test_loaded_tensors_are_the_callers_own(tmp_path: Path) -> None:
