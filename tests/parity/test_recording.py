@@ -209,6 +209,8 @@ def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str
         {"sde_type": "sde", "noise_level": 1e-4},
         {"sde_type": "sde", "noise_level": 0, "log_prob_no_const": True},
         {"sde_type": "ode"},
+        {"sde_type": "sde", "noise_level": 10, "guidance_scale": 1000},
+        {"sde_type": "ode", "guidance_scale": 1000},
         {"sde_type": "sde", "num_inference_steps": 1},
         {"sde_type": "cps", "num_inference_steps": 1},
         {"sde_type": "ode", "num_inference_steps": 1},

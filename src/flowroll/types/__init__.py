@@ -6,6 +6,7 @@ imports a model library.
 """
 
 from flowroll.types.params import (
+    MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_SEED,
     MIN_SIGMA_GAP,
@@ -30,6 +31,7 @@ from flowroll.types.results import (
 )
 
 __all__ = [
+    "MAX_GUIDANCE_SCALE",
     "MAX_PROMPT_CHARS",
     "MAX_SEED",
     "MIN_SIGMA_GAP",

@@ -17,6 +17,8 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 NOISE_LEVEL_MIN, NOISE_LEVEL_MAX, NOISE_LEVEL_MAX_CPS = 1e-4, 10.0, 1.0
 MIN_SIGMA_GAP = 1e-6
+# Far above any use; without a limit the guided velocity would overflow float32.
+MAX_GUIDANCE_SCALE = 1000.0
 # The fields that plain generation does not have.
 ROLLOUT_FIELDS = frozenset(
     {
@@ -35,9 +37,15 @@ ROLLOUT_FIELDS = frozenset(
 
 def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
     if not ok:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise InvalidRequestError(f"{field_name} must {rule}, got {shown}; {remedy}.", field=field_name)
+        raise InvalidRequestError(f"{field_name} must {rule}, got {_shown(value)}; {remedy}.", field=field_name)
+
+
+def _shown(value: object) -> str:
+    """The value, short; Python refuses to print integers of several thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a huge integer"
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _is_int(value: object) -> bool:
@@ -64,8 +72,8 @@ class SamplingParams:
         height: Pixels.
         num_inference_steps: Number of transitions T.
         num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
-        guidance_scale: Guidance scale, used if `true_cfg_scale` is None.
-        true_cfg_scale: Guidance scale.
+        guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None.
+        true_cfg_scale: Guidance scale, 0 to 1000.
         sigmas: T + 1 noise levels used verbatim: in (0, 1], strictly decreasing by at least 1e-6, then a final 0.
         rollout: False: an evaluation, the image alone.
         sde_type: Dynamics of the stochastic steps.
@@ -148,8 +156,8 @@ class SamplingParams:
             _require(value is None or (_is_int(value) and value >= 1), name, "be an integer >= 1", value, "use 1 or more")
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)
-            ok = value is None or (_is_finite(value) and value >= 0)
-            _require(ok, name, "be finite and >= 0", value, "use 0 for no guidance")
+            ok = value is None or (_is_finite(value) and 0 <= value <= MAX_GUIDANCE_SCALE)
+            _require(ok, name, f"be a number from 0 to {MAX_GUIDANCE_SCALE:g}", value, "use 0 for no guidance")
 
     def _check_sigmas(self) -> None:
         if self.sigmas is None:

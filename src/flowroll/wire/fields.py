@@ -10,7 +10,15 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from flowroll.types import MAX_PROMPT_CHARS, MAX_SEED, NOISE_LEVEL_MAX, NOISE_LEVEL_MIN, GeneratorDevice, SdeType
+from flowroll.types import (
+    MAX_GUIDANCE_SCALE,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    NOISE_LEVEL_MAX,
+    NOISE_LEVEL_MIN,
+    GeneratorDevice,
+    SdeType,
+)
 
 MAX_REQUEST_ID_CHARS = 256
 
@@ -99,16 +107,17 @@ GuidanceScale: TypeAlias = Annotated[
     float | None,
     Field(
         ge=0,
+        le=MAX_GUIDANCE_SCALE,
         description="Guidance scale, used where `true_cfg_scale` is null. null: the family's. Guidance runs above 1 "
         "(Qwen-Image) or above 0 (Z-Image).",
         examples=[4.0],
     ),
-    Rule(text="be null or a finite number >= 0", remedy="use 0 for no guidance"),
+    Rule(text=f"be null or a number from 0 to {MAX_GUIDANCE_SCALE:g}", remedy="use 0 for no guidance"),
 ]
 TrueCfgScale: TypeAlias = Annotated[
     float | None,
-    Field(ge=0, description="Guidance scale; wins over `guidance_scale`.", examples=[4.0]),
-    Rule(text="be null or a finite number >= 0", remedy="use 0 for no guidance"),
+    Field(ge=0, le=MAX_GUIDANCE_SCALE, description="Guidance scale; wins over `guidance_scale`.", examples=[4.0]),
+    Rule(text=f"be null or a number from 0 to {MAX_GUIDANCE_SCALE:g}", remedy="use 0 for no guidance"),
 ]
 SuppressLogs: TypeAlias = Annotated[
     bool,

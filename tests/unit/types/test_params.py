@@ -22,6 +22,8 @@ from flowroll.errors import InvalidRequestError
         ("num_outputs_per_prompt", {"num_outputs_per_prompt": 0}),
         ("guidance_scale", {"guidance_scale": -0.1}),
         ("true_cfg_scale", {"true_cfg_scale": float("inf")}),
+        ("true_cfg_scale", {"true_cfg_scale": 1000.1}),
+        ("seed", {"seed": 10**5000}),
         ("true_cfg_scale", {"true_cfg_scale": float("nan")}),
         ("sigmas", {"sigmas": (1.0,)}),
         ("sigmas", {"sigmas": (1.0, 0.5)}),
@@ -61,6 +63,7 @@ def test_a_bad_value_is_refused_by_name(field: str, values: dict) -> None:
         {"sigmas": (0.999995, 0.5, 0), "num_inference_steps": 2},
         {"sde_step_indices": ()},
         {"guidance_scale": 0},
+        {"guidance_scale": 1000},
     ],
 )
 def test_values_at_the_limits_are_accepted(values: dict) -> None:

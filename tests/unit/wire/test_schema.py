@@ -45,8 +45,8 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "height": ("height", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
     "num_inference_steps": ("num_inference_steps", [None, 1, 200], [0, -1, "4", True, 4.0]),
     "num_outputs_per_prompt": ("num_outputs_per_prompt", [None, 1, 16], [0, -1, "4", True, 4.0]),
-    "guidance_scale": ("guidance_scale", [None, 0, 4, 3.5], [-0.1, "4", True, TOO_LARGE**12, [4]]),
-    "true_cfg_scale": ("true_cfg_scale", [None, 0, 4, 3.5], [-0.1, "4", True, TOO_LARGE**12, [4]]),
+    "guidance_scale": ("guidance_scale", [None, 0, 4, 3.5, 1000], [-0.1, 1000.1, "4", True, TOO_LARGE**12, [4]]),
+    "true_cfg_scale": ("true_cfg_scale", [None, 0, 4, 3.5, 1000], [-0.1, 1000.1, "4", True, TOO_LARGE**12, [4]]),
     "suppress_logs": ("suppress_logs", [True, False], [None, 0, 1, "true"]),
     "request_id": ("request_id", [None, "a", "x" * 256], ["", "x" * 257, 7, True]),
 }
