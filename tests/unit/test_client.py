@@ -195,7 +195,7 @@ def test_generate_leaves_a_rollout_field_for_the_server_to_refuse() -> None:
         ({}, "prompt must be given"),
         ({"prompt": "x", "num_inference_step": 3}, "use num_inference_steps if that is meant"),
         ({"prompt": "x", "zzz": 3}, "zzz must be a field of SamplingParams"),
-        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale must be finite"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale must be a number"),
         ({"prompt": "x", "seed": -1}, "seed must be >= 0"),
         ({"prompt": "\ud800"}, "prompt must be valid Unicode"),
     ],

@@ -244,6 +244,8 @@ def _as_params(params: SamplingParams | None, values: dict[str, Any]) -> Samplin
             f"{unknown[0]} must be a field of SamplingParams, got an unknown name; use one of {', '.join(sorted(known))}.",
             field=unknown[0],
         )
+    if "prompt" not in values:
+        raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
     return SamplingParams(**values)
 
 

@@ -8,6 +8,7 @@ imports a model library.
 from flowroll.types.params import (
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
+    MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     MIN_SIGMA_GAP,
     NOISE_LEVEL_MAX,
@@ -33,6 +34,7 @@ from flowroll.types.results import (
 __all__ = [
     "MAX_GUIDANCE_SCALE",
     "MAX_PROMPT_CHARS",
+    "MAX_REQUEST_ID_CHARS",
     "MAX_SEED",
     "MIN_SIGMA_GAP",
     "NOISE_LEVEL_MAX",

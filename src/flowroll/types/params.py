@@ -15,6 +15,7 @@ Number: TypeAlias = int | float
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
+MAX_REQUEST_ID_CHARS = 256
 NOISE_LEVEL_MIN, NOISE_LEVEL_MAX, NOISE_LEVEL_MAX_CPS = 1e-4, 10.0, 1.0
 MIN_SIGMA_GAP = 1e-6
 # Far above any use; without a limit the guided velocity would overflow float32.
@@ -33,6 +34,7 @@ ROLLOUT_FIELDS = frozenset(
         "return_step_indices",
     }
 )
+_FLAGS = ("rollout", "log_prob_no_const", "debug_mode", "return_denoising_env", "return_dit_trajectory", "suppress_logs")
 
 
 def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
@@ -41,10 +43,11 @@ def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -
 
 
 def _shown(value: object) -> str:
-    """The value, short; Python refuses to print integers of several thousand digits."""
-    if isinstance(value, int) and value.bit_length() > 256:
+    """The value, short."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to print integers of several thousand digits, also inside a tuple.
         return "a huge integer"
-    shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
@@ -53,14 +56,16 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # math.isfinite would overflow for a huge integer.
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """One request: a prompt and how to sample it. `None` means "the family's default".
 
-    Rules that need no model are checked here; the rest (pixel grid, server limits) when the engine plans the request.
+    Rules that need no model are checked here; the rest (pixel grid, server limits) when the engine plans the request. A list
+    where a tuple is expected becomes one.
 
     Attributes:
         prompt: The text; may be empty.
@@ -85,7 +90,7 @@ class SamplingParams:
         sde_step_indices: Steps that follow `sde_type`, the others are ODE steps. None: all.
         return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
         suppress_logs: Do not log this request.
-        request_id: Echoed; None: the engine makes one.
+        request_id: 1 to 256 characters, echoed; None: the engine makes one.
 
     Raises:
         InvalidRequestError: A value breaks its rule.
@@ -117,8 +122,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_text()
-        self._check_seeds()
+        self._check_flags()
+        self._take_sequences()
         self._check_numbers()
+        self._check_seeds()
         self._check_sigmas()
         self._check_rollout()
 
@@ -128,11 +135,24 @@ class SamplingParams:
             if text is None and name != "prompt":
                 continue
             _require(isinstance(text, str), name, "be text", text, "send a string")
-            _require(
-                len(text) <= MAX_PROMPT_CHARS, name, f"have at most {MAX_PROMPT_CHARS} characters", len(text), "shorten it"
-            )
+            most = MAX_REQUEST_ID_CHARS if name == "request_id" else MAX_PROMPT_CHARS
+            _require(len(text) <= most, name, f"have at most {most} characters", len(text), "shorten it")
             valid = text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
             _require(valid, name, "be valid Unicode", text, "remove the unpaired surrogates")
+        _require(self.request_id != "", "request_id", "not be empty", self.request_id, "leave it out for a generated one")
+
+    def _check_flags(self) -> None:
+        for name in _FLAGS:
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, "be True or False", value, "use a bool")
+
+    def _take_sequences(self) -> None:
+        """Refuses what is no sequence; a list becomes a tuple, so that nobody can change a checked request."""
+        for name in ("seeds", "sigmas", "sde_step_indices", "return_step_indices"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, (tuple, list)), name, "be a tuple", value, "put the values in a tuple")
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
 
     def _check_seeds(self) -> None:
         remedy = f"use an integer from 0 to {MAX_SEED}"
@@ -165,8 +185,8 @@ class SamplingParams:
         values = self.sigmas
         _require(len(values) >= 2, "sigmas", "hold T + 1 >= 2 values", values, "send one value per step and a final 0")
         _require(all(map(_is_finite, values)), "sigmas", "be finite numbers", values, "send plain numbers")
+        _require(all(0 <= v <= 1 for v in values), "sigmas", "lie in [0, 1]", values, "scale the list to [0, 1]")
         _require(values[-1] == 0, "sigmas", "end at 0", values[-1], "append a final 0")
-        _require(values[0] <= 1, "sigmas", "start at 1 or below", values[0], "scale the list to [0, 1]")
         gaps = [a - b for a, b in itertools.pairwise(values)]
         ok = min(gaps) >= MIN_SIGMA_GAP
         _require(ok, "sigmas", f"decrease by at least {MIN_SIGMA_GAP} at every step", min(gaps), "remove the repeated values")

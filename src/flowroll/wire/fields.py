@@ -13,14 +13,13 @@ from pydantic import Field
 from flowroll.types import (
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
+    MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     NOISE_LEVEL_MAX,
     NOISE_LEVEL_MIN,
     GeneratorDevice,
     SdeType,
 )
-
-MAX_REQUEST_ID_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
