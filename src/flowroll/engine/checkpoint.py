@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
-from flowroll.errors import CheckpointError, UnsupportedModelError
+from flowroll.errors import CheckpointError, FlowrollError, UnsupportedModelError
 from flowroll.families import Family, ModelSpec, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
 _TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
+_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_PROBE = "a red circle"
 _COMPONENTS = (*_TORCH_COMPONENTS, "tokenizer", "scheduler")
 
 
@@ -68,27 +72,53 @@ def load_model(folder: Path, *, variant: str | None, device: torch.device, dtype
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
     schedule_config = ScheduleConfig.from_scheduler_config(scheduler)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        pipeline = _load_pipeline(folder, index, dtype)
+        _check_complete(folder, "transformer", pipeline.transformer, weights["transformer"])
+        _check_complete(folder, "vae", pipeline.vae, weights["vae"])
+        pipeline.to(device)
+        spec = family.spec(pipeline)
+        _check_text(family, pipeline)
+    except FlowrollError:
+        raise
     except Exception as error:
         # Whatever the libraries raise here is about this folder's content, checked above as far as it can be.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{folder} must load as {family.pipeline_class}, got {reason}; save the checkpoint again."
         ) from error
-    _check_complete(folder, "transformer", pipeline.transformer, weights["transformer"])
-    _check_complete(folder, "vae", pipeline.vae, weights["vae"])
-    pipeline.set_progress_bar_config(disable=True)
-    for name in _TORCH_COMPONENTS:
-        getattr(pipeline, name).requires_grad_(False).eval()
     return LoadedModel(
         family=family,
         variant=variant,
-        pipeline=pipeline.to(device),
-        spec=family.spec(pipeline),
+        pipeline=pipeline,
+        spec=spec,
         schedule_config=schedule_config,
         device=device,
         dtype=dtype,
     )
+
+
+def _load_pipeline(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The pipeline in evaluation mode, on the CPU."""
+    text_class = getattr(transformers, str(index["text_encoder"][1]))
+    text_encoder, report = text_class.from_pretrained(
+        folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise _incomplete(folder, "text_encoder", text_encoder, missing)
+    pipeline = DiffusionPipeline.from_pretrained(folder, text_encoder=text_encoder, dtype=dtype, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for name in _TORCH_COMPONENTS:
+        getattr(pipeline, name).requires_grad_(False).eval()
+    return pipeline
+
+
+def _check_text(family: Family, pipeline: Any) -> None:
+    """Encodes a prompt: a broken tokenizer, template or text encoder shows here and not in the first request."""
+    with torch.no_grad():
+        embeds = family.encode(pipeline, _PROBE)[family.embeds_key]
+    assert isinstance(embeds, torch.Tensor)
+    if embeds.shape[0] < len(_PROBE.split()):
+        raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
 
 
 def _resolve_variant(family: Family, variant: str | None) -> str:
@@ -119,17 +149,28 @@ def _check_component(folder: Path, name: str) -> set[str]:
     component = folder / name
     if not component.is_dir():
         raise CheckpointError(f"{folder} must hold a folder {name}, got none; copy the whole checkpoint.")
+    if name == "tokenizer" and not any(all((component / file).is_file() for file in files) for files in _VOCABULARIES):
+        raise CheckpointError(f"{component} must hold a vocabulary, got no tokenizer.json; copy the whole checkpoint.")
     if name not in _TORCH_COMPONENTS:
         return set()
     _read_json(component / "config.json", f"{component} must have a configuration")
-    files = {path.name for path in component.glob("*.safetensors")}
-    for index in component.glob("*.safetensors.index.json"):
-        shards = set(_read_json(index, f"{index} must be readable").get("weight_map", {}).values())
-        if missing := sorted(shards - files):
-            raise CheckpointError(f"{component} must hold every shard, got no {', '.join(missing)}; copy the missing files.")
-    if not files:
-        raise CheckpointError(f"{component} must hold .safetensors weights, got none; copy the whole checkpoint.")
-    return {tensor for file in sorted(files) for tensor in _check_safetensors(component / file)}
+    return {tensor for file in _weight_files(component) for tensor in _check_safetensors(component / file)}
+
+
+def _weight_files(component: Path) -> list[str]:
+    """The files that the libraries will read: the shards of the index where there is one, else the single file."""
+    for stem in _WEIGHT_STEMS:
+        index = component / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            shards = set(_read_json(index, f"{index} must be readable").get("weight_map", {}).values())
+            if missing := sorted(shard for shard in shards if not (component / shard).is_file()):
+                raise CheckpointError(
+                    f"{component} must hold every shard, got no {', '.join(missing)}; copy the missing files."
+                )
+            return sorted(shards)
+        if (component / f"{stem}.safetensors").is_file():
+            return [f"{stem}.safetensors"]
+    raise CheckpointError(f"{component} must hold .safetensors weights, got none; copy the whole checkpoint.")
 
 
 def _check_safetensors(path: Path) -> set[str]:
@@ -151,7 +192,11 @@ def _check_safetensors(path: Path) -> set[str]:
 
 def _check_complete(folder: Path, name: str, module: torch.nn.Module, stored: set[str]) -> None:
     if missing := sorted(set(module.state_dict()) - stored):
-        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise CheckpointError(
-            f"{folder / name} must hold every weight of {type(module).__name__}, got none for {shown}; save it again."
-        )
+        raise _incomplete(folder, name, module, missing)
+
+
+def _incomplete(folder: Path, name: str, module: torch.nn.Module, missing: list[str]) -> CheckpointError:
+    shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+    return CheckpointError(
+        f"{folder / name} must hold every weight of {type(module).__name__}, got none for {shown}; save it again."
+    )

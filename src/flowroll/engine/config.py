@@ -21,11 +21,13 @@ class Limits:
         max_pixels: Height times width of a sample.
         max_steps: Denoising steps.
         max_outputs: Samples of one request.
+        max_answer_bytes: Image, debug and trajectory tensors of one request, held until its answer is sent.
     """
 
     max_pixels: int = 2048 * 2048
     max_steps: int = 1000
     max_outputs: int = 64
+    max_answer_bytes: int = 16 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +73,18 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise InvalidRequestError(f"device must be auto, cpu, cuda or cuda:N, got {device}; use auto.", field="device")
+    if resolved.type == "cpu":
+        return resolved
+    index, count = resolved.index or 0, torch.cuda.device_count()
+    if index >= count:
         raise InvalidRequestError(
-            f"device must name a device, got {device}; use cpu, cuda or cuda:N.", field="device"
-        ) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequestError(f"device must exist on this machine, got {device}; use cpu.", field="device")
-    return resolved
+            f"device must be on this machine, got {device} of {count} CUDA devices; use another index, or cpu.", field="device"
+        )
+    return torch.device("cuda", index)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

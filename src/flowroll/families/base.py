@@ -22,6 +22,8 @@ from flowroll.types import DenoisingEnv, EnvValue, Number
 Transformer: TypeAlias = Callable[..., Any]
 
 NO_GUIDANCE = "none"
+# Where the pipelines cut a prompt by default.
+MAX_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

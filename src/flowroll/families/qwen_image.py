@@ -15,11 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Defaults, Family, Geometry, Guidance, ModelSpec, Transformer
+from flowroll.families.base import MAX_TEXT_TOKENS, Defaults, Family, Geometry, Guidance, ModelSpec, Transformer
 from flowroll.sampling.schedule import linspace_float64
 from flowroll.types import DenoisingEnv, EnvValue, Number
 
-MAX_TEXT_TOKENS = 512
 _MASK = "encoder_hidden_states_mask"
 
 

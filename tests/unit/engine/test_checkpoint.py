@@ -32,6 +32,11 @@ def drop_tensor(path: Path) -> None:
     save_file(tensors, path)
 
 
+def hide_in_a_stray_file(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, (folder / WEIGHTS).with_name("stray.safetensors"))
+    drop_tensor(folder / WEIGHTS)
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [
@@ -47,6 +52,10 @@ def drop_tensor(path: Path) -> None:
         (lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 64), CheckpointError, "header"),
         (lambda d: drop_tensor(d / WEIGHTS), CheckpointError, "every weight"),
         (lambda d: drop(d / "scheduler" / "scheduler_config.json"), CheckpointError, "scheduler"),
+        (lambda d: drop_tensor(d / "text_encoder/model.safetensors"), CheckpointError, "text_encoder must hold every weight"),
+        (lambda d: drop(d / "tokenizer" / "tokenizer.json"), CheckpointError, "tokenizer.json"),
+        (lambda d: drop(d / "tokenizer" / "chat_template.jinja"), CheckpointError, "must load"),
+        (hide_in_a_stray_file, CheckpointError, "transformer must hold every weight"),
         (lambda d: edit_json(d / "transformer" / "config.json", n_heads=3), CheckpointError, "must load"),
         (lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"), UnsupportedModelError, "QwenImagePipeline"),
         (
@@ -102,7 +111,10 @@ def test_turbo_is_chosen_by_variant(z_image_checkpoint: Path, qwen_checkpoint: P
         Engine(qwen_checkpoint, variant="turbo")
 
 
-@pytest.mark.parametrize(("options", "field"), [({"dtype": "int8"}, "dtype"), ({"device": "warp"}, "device")])
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"dtype": "int8"}, "dtype"), *(({"device": name}, "device") for name in ("warp", "meta", "mps", "cuda:99"))],
+)
 def test_a_device_or_dtype_that_is_not_to_be_had_is_refused(z_image_checkpoint: Path, options: dict, field: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         Engine(z_image_checkpoint, **options)
