@@ -137,6 +137,19 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(hooked: HookedEngine)
         assert [request.answer().status_code for request in taken] == [200, 200]
 
 
+def test_a_client_that_goes_away_disturbs_no_other(hooked: HookedEngine) -> None:
+    hooked.hook = gate = Gate()
+    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/rollout/generate", json=SMALL, timeout=0.1)
+        other = Background(lambda: client.post("/rollout/generate", json=SMALL))
+        until(lambda: worker.pending == 1)
+        gate.opened.set()
+        assert other.answer().status_code == 200
+        stats = worker.stats()
+        assert (stats.accepted, stats.completed, stats.failed) == (2, 2, 0)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_failure_in_the_engine_is_a_500_of_that_request_alone(
     hooked: HookedEngine, route: str, caplog: pytest.LogCaptureFixture

@@ -1,5 +1,7 @@
 """POST /rollout/generate: the bits of the engine, in both formats and both dialects."""
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,6 +12,8 @@ from tests.serving.servers import SMALL, serving
 
 from flowroll import Rollout, SamplingParams
 from flowroll.engine.worker import EngineWorker
+from flowroll.serving.routers import rollout as rollout_route
+from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import decode_rollouts
 
 EVERYTHING = {
@@ -77,6 +81,32 @@ def test_json_answers_any_type_unless_the_server_was_started_with_msgpack(worker
     with serving(worker, wire_format="msgpack") as client:
         assert post(client, SMALL, accept="*/*").headers["content-type"] == "application/msgpack"
         assert post(client, SMALL, accept="application/json").headers["content-type"] == "application/json"
+
+
+def test_answers_are_encoded_off_the_event_loop(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, set[threading.Thread]] = {"loop": set(), "encoder": set(), "chunks": set()}
+    choose, encode, chunks = rollout_route.choose_dialect, rollout_route.encode_rollouts, EncodedBody.chunks
+
+    def recorded_choose(*args: Any) -> Any:
+        # The route itself calls this one.
+        threads["loop"].add(threading.current_thread())
+        return choose(*args)
+
+    def recorded_encode(*args: Any, **options: Any) -> EncodedBody:
+        threads["encoder"].add(threading.current_thread())
+        return encode(*args, **options)
+
+    def recorded_chunks(body: EncodedBody) -> Iterator[bytes]:
+        for chunk in chunks(body):
+            threads["chunks"].add(threading.current_thread())
+            yield chunk
+
+    monkeypatch.setattr(rollout_route, "choose_dialect", recorded_choose)
+    monkeypatch.setattr(rollout_route, "encode_rollouts", recorded_encode)
+    monkeypatch.setattr(EncodedBody, "chunks", recorded_chunks)
+    assert len(decoded(post(server, SMALL))) == 1
+    assert all(threads.values()), threads
+    assert not threads["loop"] & (threads["encoder"] | threads["chunks"])
 
 
 def test_the_minimal_request_works_with_the_familys_defaults(z_worker: EngineWorker) -> None:
