@@ -18,7 +18,7 @@ import torch
 from tests.factories import assert_same_answer, make_image, make_rollout
 
 from flowroll import SamplingParams, errors
-from flowroll.client import AsyncClient, Client
+from flowroll.client import AsyncClient, Client, exchange
 from flowroll.errors import (
     EngineError,
     FlowrollError,
@@ -70,6 +70,32 @@ def answering(status: int, body: Any, **headers: str) -> Handler:
         return httpx.Response(status, content=content, headers={"content-type": "application/json", **headers})
 
     return handler
+
+
+def test_the_async_client_decodes_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, int] = {}
+    loop_ticked = threading.Event()
+
+    def decode(body: bytearray, content_type: str) -> list[Any]:
+        threads["decoding"] = threading.get_ident()
+        # Waits for the loop, which it would hold up if it ran there.
+        assert loop_ticked.wait(10)
+        return []
+
+    monkeypatch.setattr(exchange, "decode_rollouts", decode)
+
+    async def tick() -> None:
+        threads["loop"] = threading.get_ident()
+        while "decoding" not in threads:
+            await asyncio.sleep(0.001)
+        loop_ticked.set()
+
+    async def run() -> None:
+        async with AsyncClient(URL, transport=httpx.MockTransport(answering(200, []))) as client:
+            await asyncio.gather(client.rollout(prompt="a cat"), tick())
+
+    asyncio.run(run())
+    assert threads["decoding"] != threads["loop"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

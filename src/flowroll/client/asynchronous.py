@@ -110,4 +110,5 @@ class AsyncClient:
                     body += piece
         except httpx.HTTPError as error:
             exchange.raise_connection_error(error, self._http.base_url)
-        return exchange.conclude(call, response, body)
+        # Decoding a rollout takes long enough to hold up the caller's event loop.
+        return await asyncio.to_thread(exchange.conclude, call, response, body)
