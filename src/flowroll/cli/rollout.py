@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowroll.cli.options import ApiKey
-from flowroll.errors import FlowrollError, InvalidRequestError
+from flowroll.errors import FlowrollError, InvalidRequestError, ServerConnectionError, UnauthorizedError
 from flowroll.types import SamplingParams
 
 
@@ -27,7 +27,8 @@ def rollout(
 ) -> None:
     """Roll out every prompt of a file on a server.
 
-    Writes one safetensors file per sample, with its record. A prompt that fails is reported at the end; the others go on.
+    Writes one safetensors file per sample, with its record. A prompt that fails is reported at the end and the others go on,
+    unless the server cannot be reached or refuses the key: then no other prompt is tried.
     """
     from flowroll.client import Client
     from flowroll.wire.files import save_rollout
@@ -37,20 +38,25 @@ def rollout(
     out.mkdir(parents=True, exist_ok=True)
     console, errors = Console(), Console(stderr=True)
     failures: list[str] = []
-    num_samples = 0
+    num_samples = num_rolled_out = 0
     with Client(url, api_key=api_key, timeout_s=timeout_s) as client, _progress(console) as progress:
         for number, params in enumerate(progress.track(requests, description="rollouts"), start=1):
             try:
                 samples = client.rollout(params)
             except FlowrollError as error:
                 failures.append(f"prompt {number}: {error.message}")
+                if isinstance(error, ServerConnectionError | UnauthorizedError):
+                    break
                 continue
             for index, sample in enumerate(samples):
                 save_rollout(out / f"prompt-{number:05d}-sample-{index:02d}-seed-{sample.seed}.safetensors", sample)
             num_samples += len(samples)
-    console.print(f"{num_samples} rollouts of {len(requests) - len(failures)} prompts in {out}", markup=False, soft_wrap=True)
+            num_rolled_out += 1
+    console.print(f"{num_samples} rollouts of {num_rolled_out} prompts in {out}", markup=False, soft_wrap=True)
     if failures:
-        errors.print(f"{len(failures)} of {len(requests)} prompts failed:", markup=False, highlight=False)
+        untried = len(requests) - num_rolled_out - len(failures)
+        summary = f"{len(failures)} of {len(requests)} prompts failed"
+        errors.print(summary + (f", {untried} were not tried:" if untried else ":"), markup=False, highlight=False)
         for line in failures:
             errors.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)

@@ -2,13 +2,15 @@ import json
 import socket
 
 import pytest
+from tests.factories import make_rollout
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import HookedEngine, serving
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 from flowroll.cli.rollout import read_prompts
+from flowroll.client import Client
 from flowroll.engine.worker import EngineWorker
-from flowroll.errors import InvalidRequestError
+from flowroll.errors import InvalidRequestError, ServerConnectionError
 from flowroll.wire.files import load_rollout
 
 SMALL = ("--width", 64, "--height", 64, "--num-inference-steps", 2)
@@ -115,13 +117,36 @@ def test_a_server_that_is_not_there_is_reported(prompts, tmp_path):
             "--url", f"http://127.0.0.1:{taken.getsockname()[1]}", "--prompts", prompts, "--out", tmp_path / "out", *SMALL
         )
     assert result.exit_code == 1
-    assert "3 of 3 prompts failed" in result.stderr
+    assert "1 of 3 prompts failed, 2 were not tried:" in result.stderr
+    assert "prompt 1: the server at " in result.stderr
+
+
+def test_a_server_that_dies_ends_the_command_and_what_was_saved_stays(prompts, tmp_path, monkeypatch):
+    tried = []
+
+    def answer_once(client, params):
+        tried.append(params.prompt)
+        if len(tried) > 1:
+            raise ServerConnectionError("the server is gone")
+        return [make_rollout(seed=5)]
+
+    monkeypatch.setattr(Client, "rollout", answer_once)
+    out = tmp_path / "out"
+    result = rollout("--url", "http://127.0.0.1:9", "--prompts", prompts, "--out", out)
+    assert result.exit_code == 1
+    assert tried == list(PROMPTS[:2])
+    assert files_in(out) == ["prompt-00001-sample-00-seed-5.safetensors"]
+    assert "1 rollouts of 1 prompts" in result.stdout
+    assert "1 of 3 prompts failed, 1 were not tried:" in result.stderr
+    assert "prompt 2: the server is gone" in result.stderr
 
 
 def test_the_api_key_is_sent(worker, prompts, tmp_path):
     with serving(worker, api_key="sesame") as client:
         words = ("--url", str(client.base_url), "--prompts", prompts, "--out", tmp_path / "out", *SMALL)
-        assert rollout(*words).exit_code == 1
+        refused = rollout(*words)
+        assert refused.exit_code == 1
+        assert "1 of 3 prompts failed, 2 were not tried:" in refused.stderr
         assert rollout(*words, "--api-key", "sesame").exit_code == 0
 
 
