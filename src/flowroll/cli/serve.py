@@ -24,7 +24,13 @@ def serve(
     max_pixels: Annotated[int, typer.Option(min=1, help="Width times height of one sample.")] = 2048 * 2048,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one request.")] = 1000,
     max_outputs: Annotated[int, typer.Option(min=1, help="Samples of one request.")] = 64,
+    max_answer_bytes: Annotated[int, typer.Option(min=1, help="Tensors of one request's answer.")] = 16 * 2**30,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
+    grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
+    ] = "info",
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     quiet_model_libraries()
@@ -38,12 +44,17 @@ def serve(
             variant=variant,
             dtype=dtype,
             device=device,
-            limits=Limits(max_pixels=max_pixels, max_steps=max_steps, max_outputs=max_outputs),
+            limits=Limits(
+                max_pixels=max_pixels, max_steps=max_steps, max_outputs=max_outputs, max_answer_bytes=max_answer_bytes
+            ),
             host=host,
             port=port,
             api_key=api_key,
             wire_format=wire_format,
             wire_dialect=wire_dialect,
             max_queue=max_queue,
+            max_body_bytes=max_body_bytes,
+            grace_s=grace_s,
+            log_level=log_level,
         )
     )

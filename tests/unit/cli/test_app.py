@@ -89,6 +89,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
         *("--host", "0.0.0.0", "--port", 8000, "--variant", "turbo", "--dtype", "bfloat16", "--device", "cpu"),
         *("--api-key", "sesame", "--wire-format", "msgpack", "--wire-dialect", "sglang", "--max-pixels", 4096),
         *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
+        *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--grace-s", 1.5, "--log-level", "warning"),
     )
     result = run_cli("serve", tmp_path, *words)
     assert result.exit_code == 0, result.output
@@ -103,15 +104,32 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             api_key="sesame",
             wire_format="msgpack",
             wire_dialect="sglang",
-            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3),
+            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000),
             max_queue=2,
+            max_body_bytes=1000,
+            grace_s=1.5,
+            log_level="warning",
         )
     ]
 
 
-def test_every_serve_flag_is_a_field_of_the_configuration():
-    known = {field.name for field in (*fields(ServerConfig), *fields(Limits))}
-    assert set(inspect.signature(serve).parameters) <= known
+def test_the_flags_of_serve_are_the_fields_of_the_configuration():
+    configurable = {field.name for field in (*fields(ServerConfig), *fields(Limits))} - {"limits"}
+    assert set(inspect.signature(serve).parameters) == configurable
+
+
+@pytest.mark.parametrize("words", [("--grace-s", -1), ("--max-body-bytes", 0), ("--log-level", "loud")])
+def test_serve_refuses_flags_out_of_range(served, words, tmp_path):
+    result = run_cli("serve", tmp_path, *words)
+    assert result.exit_code == 2
+    assert words[0] in result.stderr
+    assert served == []
+
+
+def test_python_m_flowroll_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "flowroll", "--help"], check=True, capture_output=True, text=True)
+    assert "Usage: flowroll [OPTIONS]" in done.stdout
+    assert "make-checkpoint" in done.stdout
 
 
 def test_serve_refuses_what_the_configuration_refuses(tmp_path):
