@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowroll import DebugTensors, Rollout, Trajectory
 from flowroll.engine import Engine
+from flowroll.errors import EngineError, InvalidRequestError
 from flowroll.families import FAMILIES, Guidance
 from flowroll.sampling import ode, transition
 from flowroll.sampling.dynamics import transitions
@@ -19,11 +20,24 @@ from flowroll.sampling.dynamics import transitions
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
 NAMES = ["qwen_image", "z_image"]
+# Operations of a whole request beyond the pipeline's: all of them on the sigma grid, or views of a constant.
+EXTRA_OPS: dict[str, Counter[str]] = {
+    "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1),
+    "z_image": Counter(mul=2, add=1, _to_copy=1),
+}
 
 
-def parts(rollout: Rollout) -> tuple[DebugTensors, Trajectory]:
+def parts(rollout: Rollout, device: str = "cpu") -> tuple[DebugTensors, Trajectory]:
+    """The debug tensors and the trajectory; what is recomputed from them has to be on the device that made them."""
     assert rollout.debug_tensors is not None and rollout.dit_trajectory is not None
-    return rollout.debug_tensors, rollout.dit_trajectory
+    return moved(rollout.debug_tensors, device), moved(rollout.dit_trajectory, device)
+
+
+def moved(part: Any, device: str) -> Any:
+    fields = {name: getattr(part, name) for name in part.__dataclass_fields__}
+    return type(part)(
+        **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
+    )
 
 
 class OpCounter(TorchDispatchMode):
@@ -55,8 +69,9 @@ def ops_per_step(run: Callable[[int], object]) -> Counter[str]:
 def test_the_returned_tensors_reproduce_every_step(
     engine_of: Callable[[str, str], Engine], family: str, dtype: str, sde_type: str
 ) -> None:
-    rollout = engine_of(family, dtype).rollout(**REQUEST, **ALL, sde_type=sde_type)[0]
-    debug, trajectory = parts(rollout)
+    engine = engine_of(family, dtype)
+    rollout = engine.rollout(**REQUEST, **ALL, sde_type=sde_type)[0]
+    debug, trajectory = parts(rollout, engine.info.device)
     chosen = transitions(trajectory.sigmas, sde_type=sde_type, noise_level=0.7)
     assert trajectory.latents.dtype == torch.float32 and trajectory.latents.shape[0] == 5
     assert rollout.log_probs is not None and rollout.log_probs.dtype == torch.float32
@@ -66,7 +81,7 @@ def test_the_returned_tensors_reproduce_every_step(
         noise = debug.variance_noise[step] if this.is_stochastic else None
         assert torch.equal(transition.sample(this, mean, noise), trajectory.latents[step + 1])
         score = transition.log_prob(this, trajectory.latents[step + 1][None], mean[None])[0]
-        assert torch.equal(score, rollout.log_probs[step])
+        assert torch.equal(score.cpu(), rollout.log_probs[step])
         assert debug.noise_std_dev[step].item() == this.std
     assert rollout.sde_step_indices == tuple(step for step, this in enumerate(chosen) if this.is_stochastic)
 
@@ -77,14 +92,16 @@ def test_the_returned_tensors_reproduce_every_step(
 def test_the_environment_reproduces_every_velocity(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, cfg: bool
 ) -> None:
-    rollout = engine_of(name, dtype).rollout(**REQUEST, **ALL, guidance_scale=3.0 if cfg else 0.0)[0]
-    debug, trajectory = parts(rollout)
+    engine = engine_of(name, dtype)
+    rollout = engine.rollout(**REQUEST, **ALL, guidance_scale=3.0 if cfg else 0.0)[0]
+    debug, trajectory = parts(rollout, engine.info.device)
     record, family, transformer = rollout.sampling, FAMILIES[name], pipeline_of(name, dtype).transformer
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
     model_dtype = getattr(torch, record.model_dtype.removeprefix("torch."))
     timesteps = family.model_timesteps(trajectory.timesteps, family.timestep_dtype(model_dtype))
-    env = rollout.denoising_env
-    assert env is not None and (env.neg_cond_kwargs is not None) == cfg
+    assert rollout.denoising_env is not None
+    env = rollout.denoising_env.to(engine.info.device)
+    assert (env.neg_cond_kwargs is not None) == cfg
     with torch.no_grad():
         for step in range(4):
             velocity = family.velocity(
@@ -137,8 +154,9 @@ def test_a_bf16_ode_rollout_keeps_the_loops_dtypes(engine_of: Callable[[str, str
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_step_of_a_window_follows_its_own_rule(engine_of: Callable[[str, str], Engine], name: str) -> None:
-    rollout = engine_of(name, "bfloat16").rollout(**REQUEST, **ALL, sde_step_indices=(1, 2))[0]
-    debug, trajectory = parts(rollout)
+    engine = engine_of(name, "bfloat16")
+    rollout = engine.rollout(**REQUEST, **ALL, sde_step_indices=(1, 2))[0]
+    debug, trajectory = parts(rollout, engine.info.device)
     assert rollout.sde_step_indices == (1, 2) and trajectory.latents.dtype == torch.float32
     assert rollout.log_probs is not None
     assert [value == 0 for value in rollout.log_probs.tolist()] == [True, False, False, True]
@@ -173,6 +191,33 @@ def test_only_the_wanted_latents_are_returned(engine_of: Callable[[str, str], En
     assert none.latents.shape == (0, *full.latents.shape[1:])
 
 
+def test_the_dtype_of_the_latents_does_not_depend_on_which_are_returned(engine_of: Callable[[str, str], Engine]) -> None:
+    engine = engine_of("qwen_image", "bfloat16")
+    for options, dtype in (({"sde_step_indices": (0,)}, torch.float32), ({"sde_type": "ode"}, torch.bfloat16)):
+        for kept in (None, (4,), ()):
+            _, trajectory = parts(engine.rollout(**REQUEST, **ALL, **options, return_step_indices=kept)[0])
+            assert trajectory.latents.dtype == dtype
+
+
+def test_a_trajectory_that_would_leave_float32_is_refused(engine_of: Callable[[str, str], Engine]) -> None:
+    # noise_level 10 over 50 steps multiplies the latents by up to 1e25; it used to come back as NaN with status 200.
+    with pytest.raises(InvalidRequestError, match="within float32") as caught:
+        engine_of("z_image", "float32").rollout(**{**REQUEST, "num_inference_steps": 50, "noise_level": 10})
+    assert caught.value.field == "noise_level"
+
+
+def test_a_trajectory_that_left_float32_is_an_error_not_a_sample(
+    engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of("z_image", "float32")
+    weight = engine._model.pipeline.transformer.all_final_layer["2-1"].linear.weight
+    with monkeypatch.context() as patch:
+        patch.setattr(weight, "data", torch.full_like(weight, float("nan")))
+        with pytest.raises(EngineError, match="stay finite"):
+            engine.rollout(**REQUEST)
+    assert engine.rollout(**REQUEST)[0].log_probs is not None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_generation_runs_no_operation_that_the_pipeline_does_not(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
@@ -184,6 +229,28 @@ def test_plain_generation_runs_no_operation_that_the_pipeline_does_not(
     recorded = ops_per_step(lambda steps: engine.rollout(**size, num_inference_steps=steps, debug_mode=False))
     assert ours - theirs == Counter()
     assert recorded - theirs != Counter()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_generation_allocates_nothing_that_the_pipeline_does_not(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    engine, pipeline = engine_of(name, "bfloat16"), pipeline_of(name, "bfloat16")
+    size = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 3}
+    negative = FAMILIES[name].variants["base"].negative_prompt
+    counts = []
+    for run in (
+        lambda: pipeline(**size, negative_prompt=negative, output_type="pt"),
+        lambda: engine.generate(**size),
+        lambda: engine.rollout(**size, rollout=False),
+    ):
+        run()  # the models fill caches of their own
+        with OpCounter() as counter:
+            run()
+        counts.append(counter.counts)
+    theirs, plain, evaluation = counts
+    assert plain == evaluation
+    assert plain - theirs == EXTRA_OPS[name]
 
 
 @pytest.mark.parametrize("options", [{"sde_type": "ode"}, {"noise_level": 0}, {"sde_step_indices": ()}, {"rollout": False}])
@@ -209,7 +276,9 @@ def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str
         {"sde_type": "sde", "noise_level": 1e-4},
         {"sde_type": "sde", "noise_level": 0, "log_prob_no_const": True},
         {"sde_type": "ode"},
-        {"sde_type": "sde", "noise_level": 10, "guidance_scale": 1000},
+        {"sde_type": "sde", "noise_level": 10, "num_inference_steps": 10},
+        {"sde_type": "sde", "noise_level": 7, "num_inference_steps": 50},
+        {"sde_type": "sde", "noise_level": 2, "guidance_scale": 1000},
         {"sde_type": "ode", "guidance_scale": 1000},
         {"sde_type": "sde", "num_inference_steps": 1},
         {"sde_type": "cps", "num_inference_steps": 1},

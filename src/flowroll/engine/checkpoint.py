@@ -108,7 +108,9 @@ def _load_pipeline(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -
     pipeline = DiffusionPipeline.from_pretrained(folder, text_encoder=text_encoder, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     for name in _TORCH_COMPONENTS:
-        getattr(pipeline, name).requires_grad_(False).eval()
+        # Not frozen: torch picks another kernel for some products whose weight needs no gradient, and a pipeline's weights,
+        # like a trainer's, do. Nothing here records a graph.
+        getattr(pipeline, name).eval()
     return pipeline
 
 

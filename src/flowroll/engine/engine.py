@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine import denoising
-from flowroll.engine.checkpoint import load_model
+from flowroll.engine.checkpoint import LoadedModel, load_model
 from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.denoising import DenoisingTask, Sample
-from flowroll.engine.plan import RequestPlan, plan_request
+from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.errors import InvalidRequestError, ShuttingDownError
 from flowroll.types import ROLLOUT_FIELDS, DenoisingEnv, EnvValue, GeneratedImage, Rollout, SamplingParams
 
@@ -100,7 +100,10 @@ class Engine:
             ShuttingDownError: The engine was interrupted or closed.
         """
         self._check_interrupt()
-        return plan_request(params, self._model, self.info.limits)
+        model: LoadedModel | None = getattr(self, "_model", None)
+        if model is None:  # closed since the check
+            raise _shutting_down()
+        return plan_request(params, model, self.info.limits)
 
     def rollout(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[Rollout]:
         """Rolls out one request: one `Rollout` per sample, on the CPU.
@@ -144,10 +147,20 @@ class Engine:
 
         Returns:
             float32 in [0, 1], on the CPU.
+
+        Raises:
+            InvalidRequestError: The size is off the model's grid, or the latents are not of that size.
+            ShuttingDownError: The engine was interrupted or closed.
         """
         with self._lock, torch.no_grad():
             self._check_interrupt()
-            geometry = self._model.family.geometry(self._model.spec, height=height, width=width)
+            geometry = plan_geometry(self._model, height=height, width=width)
+            if tuple(latents.shape) != geometry.latent_shape:
+                raise InvalidRequestError(
+                    f"latents must have the shape {geometry.latent_shape} at {width} x {height}, got {tuple(latents.shape)}; "
+                    "give one sample's latents, without batch dimension.",
+                    field="latents",
+                )
             return self._model.family.decode(self._model.pipeline, latents.to(self._model.device), geometry).cpu()
 
     def interrupt(self) -> None:
@@ -165,7 +178,7 @@ class Engine:
 
     def _check_interrupt(self) -> None:
         if self._interrupted.is_set():
-            raise ShuttingDownError("the engine must run to answer, got a shutdown; send the request to another replica.")
+            raise _shutting_down()
 
     def _run(self, plan: RequestPlan, finish: Callable[[RequestPlan, _Finished], Result]) -> list[Result]:
         """Runs every sample of a request, in the order of the seeds; the lock is held until the last is finished."""
@@ -180,6 +193,8 @@ class Engine:
         started = time.perf_counter()
         sample = denoising.start(task, seed)
         denoising.denoise(task, sample, self._check_interrupt)
+        if sample.recorder is not None:
+            sample.recorder.check_finite(sample.latents)
         image = self._model.family.decode(self._model.pipeline, sample.latents, task.plan.geometry).cpu()
         return _Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
 
@@ -219,7 +234,7 @@ class Engine:
             log_probs=None if recorder is None else recorder.stacked_log_probs(),
             sde_step_indices=steps,
             debug_tensors=None if recorder is None else recorder.debug_tensors(),
-            denoising_env=finished.env.on_cpu() if wants_env else None,
+            denoising_env=finished.env.to("cpu") if wants_env else None,
             dit_trajectory=None if recorder is None else recorder.trajectory(),
             weight_version=self.info.weight_version,
             sampling=plan.record,
@@ -231,6 +246,10 @@ class Engine:
         if self._model.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._model.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _shutting_down() -> ShuttingDownError:
+    return ShuttingDownError("the engine must run to answer, got a shutdown; send the request to another replica.")
 
 
 def _as_params(params: SamplingParams | None, values: dict[str, Any]) -> SamplingParams:

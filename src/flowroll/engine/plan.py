@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import uuid
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from flowroll.engine.checkpoint import LoadedModel
 from flowroll.engine.config import Limits
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
-from flowroll.sampling.dynamics import transitions
+from flowroll.sampling.dynamics import amplification, transitions
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import Transition
 from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
+
+# Squares of latents, which every norm in a model takes, overflow float32 beyond about this.
+_MAX_AMPLIFICATION = 1e18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +61,38 @@ def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> 
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
     _check_indices(params, schedule.num_steps)
+    seeds = _plan_seeds(params, limits)
     scale = _first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale)
     guidance = model.family.guidance(scale)
     negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
     negative_prompt = negative if guidance.is_active else None
-    chosen = None
-    if params.rollout:
-        chosen = transitions(
-            schedule.sigmas,
-            sde_type=params.sde_type,
-            noise_level=params.noise_level,
-            sde_step_indices=params.sde_step_indices,
-        )
+    chosen = _plan_transitions(params, schedule) if params.rollout else None
+    _check_answer_size(params, limits, geometry, schedule.num_steps, len(seeds))
     generator_device = torch.device("cpu") if params.generator_device == "cpu" else model.device
-    record = SamplingRecord(
+    return RequestPlan(
+        params=params,
+        request_id=params.request_id or uuid.uuid4().hex,
+        seeds=seeds,
+        negative_prompt=negative_prompt,
+        geometry=geometry,
+        schedule=schedule,
+        transitions=chosen,
+        guidance=guidance,
+        generator_device=generator_device,
+        record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device),
+    )
+
+
+def _record(
+    params: SamplingParams,
+    model: LoadedModel,
+    geometry: Geometry,
+    schedule: Schedule,
+    guidance: Guidance,
+    negative_prompt: str | None,
+    generator_device: torch.device,
+) -> SamplingRecord:
+    return SamplingRecord(
         family=model.family.name,
         variant=model.variant,
         sde_type=params.sde_type if params.rollout else "ode",
@@ -89,18 +111,6 @@ def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> 
         timestep_dtype=str(model.family.timestep_dtype(model.dtype)),
         device=model.device.type,
     )
-    return RequestPlan(
-        params=params,
-        request_id=params.request_id or uuid.uuid4().hex,
-        seeds=_plan_seeds(params, limits),
-        negative_prompt=negative_prompt,
-        geometry=geometry,
-        schedule=schedule,
-        transitions=chosen,
-        guidance=guidance,
-        generator_device=generator_device,
-        record=record,
-    )
 
 
 def _first(*values: Number | None) -> Number:
@@ -111,24 +121,34 @@ def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
     raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
 
 
-def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -> Geometry:
-    defaults = model.family.variants[model.variant]
-    size = {"height": params.height or defaults.height, "width": params.width or defaults.width}
+def plan_geometry(model: LoadedModel, *, height: int, width: int) -> Geometry:
+    """The shapes of a sample of this size.
+
+    Raises:
+        InvalidRequestError: The size is off the model's grid.
+    """
     unit = model.spec.pixel_unit
-    for field, value in size.items():
+    sides = {"height": height, "width": width}
+    for field, value in sides.items():
         if value % unit:
             below, above = value // unit * unit, (value // unit + 1) * unit
             remedy = f"use {below} or {above}" if below else f"use {above}"
             _refuse(field, f"be a multiple of {unit} for {model.family.name}", value, remedy)
-    if size["height"] * size["width"] > limits.max_pixels:
-        field = "height" if params.height else "width"
-        shown = f"{size['width']} x {size['height']}"
-        _refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
     if model.spec.max_tokens_per_side is not None:
-        for (field, value), most in zip(size.items(), model.spec.max_tokens_per_side, strict=True):
+        for (field, value), most in zip(sides.items(), model.spec.max_tokens_per_side, strict=True):
             if value // unit > most:
                 _refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
-    return model.family.geometry(model.spec, **size)
+    return model.family.geometry(model.spec, height=height, width=width)
+
+
+def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -> Geometry:
+    defaults = model.family.variants[model.variant]
+    geometry = plan_geometry(model, height=params.height or defaults.height, width=params.width or defaults.width)
+    if geometry.height * geometry.width > limits.max_pixels:
+        field = "height" if params.height else "width"
+        shown = f"{geometry.width} x {geometry.height}"
+        _refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
+    return geometry
 
 
 def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, geometry: Geometry) -> Schedule:
@@ -143,6 +163,34 @@ def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, g
         return explicit_schedule(model.schedule_config, params.sigmas)
     base = model.family.base_grid(num_steps)
     return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens)
+
+
+def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
+    chosen = transitions(
+        schedule.sigmas,
+        sde_type=params.sde_type,
+        noise_level=params.noise_level,
+        sde_step_indices=params.sde_step_indices,
+    )
+    growth = amplification(chosen)
+    if growth > _MAX_AMPLIFICATION:
+        shown = f"{params.noise_level}, which grows the latents {growth:.0e} times over these {schedule.num_steps} steps"
+        _refuse("noise_level", "keep the trajectory within float32", shown, "use a lower noise level or fewer stochastic steps")
+    return chosen
+
+
+def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:
+    latent_bytes = 4 * math.prod(geometry.latent_shape)
+    states = 0
+    if params.rollout and params.debug_mode:
+        states += 3 * num_steps
+    if params.rollout and params.return_dit_trajectory:
+        states += num_steps + 1 if params.return_step_indices is None else len(params.return_step_indices)
+    total = num_samples * (states * latent_bytes + 4 * 3 * geometry.height * geometry.width)
+    if total > limits.max_answer_bytes:
+        rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
+        shown = f"{num_samples} samples with {total / 2**30:.1f} GiB of tensors"
+        _refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
 
 
 def _plan_seeds(params: SamplingParams, limits: Limits) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.errors import EngineError
 from flowroll.types import DebugTensors, Trajectory
 
 
@@ -25,10 +26,12 @@ class Recorder:
     means: list[Tensor] = field(default_factory=list)
     velocities: list[Tensor] = field(default_factory=list)
     latents: dict[int, Tensor] = field(default_factory=dict)
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
-        """Keeps x of this state (0..T) if the request wants it."""
+        """Keeps x of this state (0..T) if the request wants it, and its dtype in any case."""
         params = self.plan.params
+        self.dtypes.add(latents.dtype)
         wanted = params.return_step_indices is None or state in params.return_step_indices
         if params.return_dit_trajectory and wanted:
             self.latents[state] = latents
@@ -47,6 +50,19 @@ class Recorder:
             self.velocities.append(velocity.to(torch.float32))
             self.means.append(mean.to(torch.float32))
             self.noises.append(torch.zeros_like(mean, dtype=torch.float32) if noise is None else noise)
+
+    def check_finite(self, final_latents: Float[Tensor, " *latent"]) -> None:
+        """Refuses a trajectory that left float32's range; what was made of it would be no sample.
+
+        Raises:
+            EngineError: A log-prob or the final latents hold NaN or infinity.
+        """
+        if not (torch.stack(self.log_probs).isfinite().all() and final_latents.isfinite().all()):
+            params = self.plan.params
+            raise EngineError(
+                f"the trajectory must stay finite, got NaN or infinity at noise_level {params.noise_level} and guidance scale "
+                f"{self.plan.guidance.scale}; lower one of the two, or check the weights."
+            )
 
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
         """The log-probs on the CPU."""
@@ -71,12 +87,10 @@ class Recorder:
             return None
         schedule = self.plan.schedule
         kept = [self.latents[state] for state in sorted(self.latents)]
-        dtypes = {latents.dtype for latents in kept}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
+        stacked = torch.empty((0, *self.plan.geometry.latent_shape), dtype=dtype)
         if kept:
             stacked = torch.stack([latents.to(dtype) for latents in kept]).cpu()
-        else:
-            stacked = torch.empty((0, *self.plan.geometry.latent_shape))
         return Trajectory(
             latents=stacked,
             latent_step_indices=tuple(sorted(self.latents)),

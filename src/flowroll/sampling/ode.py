@@ -24,9 +24,8 @@ def step(
     Args:
         latents: x at sigma, any float dtype.
         velocity: v, any float dtype.
-        dt: Next sigma minus sigma, a float32 scalar on the latents' device: there a Python number would be multiplied in
-        another
-            precision than the scheduler's tensor is.
+        dt: Next sigma minus sigma, a float32 scalar on the latents' device. (On an accelerator a Python number would be
+            multiplied in another precision than the scheduler's tensor is.)
 
     Returns:
         The next latents, in the velocity's dtype.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -122,18 +123,18 @@ class DenoisingEnv:
     neg_cond_kwargs: Mapping[str, EnvValue] | None
     guidance: Tensor | None = None
 
-    def on_cpu(self) -> DenoisingEnv:
-        """The same environment with its tensors on the CPU, sharing nothing with this one."""
+    def to(self, device: torch.device | str) -> DenoisingEnv:
+        """The same environment with its tensors on a device, copied: it shares nothing with this one."""
 
         def copied(value: EnvValue) -> EnvValue:
-            return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
 
         negative = self.neg_cond_kwargs
         return DenoisingEnv(
             image_kwargs={key: copied(value) for key, value in self.image_kwargs.items()},
             pos_cond_kwargs={key: copied(value) for key, value in self.pos_cond_kwargs.items()},
             neg_cond_kwargs=None if negative is None else {key: copied(value) for key, value in negative.items()},
-            guidance=None if self.guidance is None else self.guidance.detach().to("cpu", copy=True),
+            guidance=None if self.guidance is None else self.guidance.detach().to(device, copy=True),
         )
 
     def positive(self, key: str) -> Tensor:

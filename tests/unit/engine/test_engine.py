@@ -152,3 +152,26 @@ def test_a_failure_after_the_loop_leaves_the_engine_free(engine: Engine, monkeyp
     assert caught.tb is not None and engine._lock.acquire(timeout=5)
     engine._lock.release()
     assert len(engine.rollout(**SMALL)) == 1
+
+
+def test_an_answer_that_would_not_fit_is_refused(z_image_checkpoint: Path) -> None:
+    limits = Limits(max_answer_bytes=2 * 2**20)
+    with Engine(z_image_checkpoint, limits=limits) as engine:
+        engine.plan(SamplingParams(**SMALL))
+        big = {"prompt": "", "height": 256, "width": 256, "num_inference_steps": 20}
+        with pytest.raises(InvalidRequestError, match="GiB") as caught:
+            engine.plan(SamplingParams(**big))
+        assert caught.value.field == "num_outputs_per_prompt"
+        with pytest.raises(InvalidRequestError, match="GiB"):
+            engine.plan(SamplingParams(**big, debug_mode=False, return_dit_trajectory=True))
+        engine.plan(SamplingParams(**big, debug_mode=False))
+        engine.plan(SamplingParams(**big, debug_mode=False, return_dit_trajectory=True, return_step_indices=(20,)))
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 4), (1, 16, 8, 8), (16, 9, 8)])
+def test_latents_of_another_size_are_not_decoded(engine: Engine, shape: tuple[int, ...]) -> None:
+    assert engine.decode(torch.zeros(16, 8, 8), height=64, width=64).shape == (3, 1, 64, 64)
+    with pytest.raises(InvalidRequestError, match="shape"):
+        engine.decode(torch.zeros(shape), height=64, width=64)
+    with pytest.raises(InvalidRequestError, match="multiple of 16"):
+        engine.decode(torch.zeros(16, 8, 8), height=60, width=64)
