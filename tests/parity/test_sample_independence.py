@@ -9,6 +9,7 @@ from tests.rollouts import assert_same_bits, tensors_of
 from flowroll import SamplingParams
 from flowroll.engine import Engine
 from flowroll.sampling.noise import step_noise
+from flowroll.types import GeneratorDevice
 
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a pink handbag and black scissors", "height": 64, "width": 80, "num_inference_steps": 4}
@@ -42,15 +43,20 @@ def test_what_is_recorded_changes_nothing_else(engine_of: Callable[[str, str], E
     assert torch.equal(log_probs_only.image, everything.image)
 
 
+@pytest.mark.parametrize("generator_device", ["cuda", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_noise_of_a_step_depends_on_seed_and_step_alone(engine_of: Callable[[str, str], Engine], family: str) -> None:
+def test_the_noise_of_a_step_depends_on_seed_and_step_alone(
+    engine_of: Callable[[str, str], Engine], family: str, generator_device: GeneratorDevice
+) -> None:
     engine = engine_of(family, "float32")
-    full = engine.rollout(**REQUEST, seed=5)[0].debug_tensors
-    window = engine.rollout(**REQUEST, seed=5, sde_step_indices=(2,))[0].debug_tensors
+    request = {**REQUEST, "seed": 5, "generator_device": generator_device}
+    full = engine.rollout(**request)[0].debug_tensors
+    window = engine.rollout(**request, sde_step_indices=(2,))[0].debug_tensors
+    drawn_on = engine.info.device if generator_device == "cuda" else "cpu"
     assert full is not None and window is not None
     shape = full.variance_noise.shape[1:]
     for step in range(4):
-        assert torch.equal(full.variance_noise[step].cpu(), step_noise(5, step, shape, device=engine.info.device).cpu())
+        assert torch.equal(full.variance_noise[step].cpu(), step_noise(5, step, shape, device=drawn_on).cpu())
     assert torch.equal(window.variance_noise[2], full.variance_noise[2])
     for step in (0, 1, 3):
         assert not window.variance_noise[step].any()
