@@ -33,7 +33,7 @@ KEY = "s3cret"
         ({"seed": 2**32}, "seed", "4294967295"),
         ({"seed": -1}, "seed", "0"),
         ({"seeds": [1, 2]}, "seeds", "together with seed"),
-        ({"guidance_scale": -1}, "guidance_scale", ">= 0"),
+        ({"guidance_scale": -1}, "guidance_scale", "use 0"),
         ({"rollout_noise_level": 11}, "rollout_noise_level", "10"),
         ({"rollout_noise_level": 1.5, "rollout_sde_type": "cps"}, "rollout_noise_level", "cps"),
         ({"rollout_sde_type": "dance"}, "rollout_sde_type", "cps"),

@@ -145,7 +145,7 @@ def test_a_signal_while_the_checkpoint_loads_exits_with_0(monkeypatch: pytest.Mo
         ({"model": "/no/such/folder"}, "/no/such/folder must be a diffusers checkpoint folder"),
         ({"variant": "mega"}, "variant must be one of"),
         ({"dtype": "float8"}, "dtype must be one of"),
-        ({"device": "warp"}, "device must name a device"),
+        ({"device": "warp"}, "device must"),
     ],
 )
 def test_what_cannot_be_loaded_exits_with_one_line_before_the_port_is_bound(

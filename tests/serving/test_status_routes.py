@@ -1,5 +1,6 @@
 """Health, info and metrics."""
 
+import dataclasses
 import re
 
 import httpx
@@ -20,7 +21,7 @@ def test_server_info_shows_engine_limits_and_queue(server: httpx.Client, worker:
     info = server.get("/server_info").json()
     engine = worker.engine.info
     assert (info["family"], info["variant"], info["dtype"]) == ("qwen_image", engine.variant, "float32")
-    assert info["limits"] == {"max_pixels": 512 * 512, "max_steps": 1000, "max_outputs": 64}
+    assert info["limits"] == dataclasses.asdict(engine.limits)
     assert info["defaults"]["num_inference_steps"] == engine.defaults.num_inference_steps
     assert info["pixel_unit"] == 16 and info["weight_version"] == "0" and info["is_ready"]
     assert {"torch", "diffusers"} <= set(info["versions"])
