@@ -17,10 +17,9 @@ from flowroll.types import EnvValue, GeneratedImage, Rollout
 
 def save_png(image: Float[Tensor, " 3 1 height width"], path: Path) -> None:
     """Writes a picture in [0, 1] as an 8-bit PNG."""
-    from PIL import Image
+    from flowroll.wire.png import encode_png
 
-    pixels = (image[:, 0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte()
-    Image.fromarray(pixels.numpy()).save(path)
+    path.write_bytes(encode_png(image))
 
 
 def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:

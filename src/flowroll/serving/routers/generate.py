@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.errors import InvalidRequestError
-from flowroll.serving.answers import png, stream
+from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.intake import accept_request
 from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
@@ -14,6 +14,7 @@ from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body
 from flowroll.serving.services import Services
 from flowroll.wire.codec import encode_images
 from flowroll.wire.names import GENERATE_ROUTE
+from flowroll.wire.png import encode_png
 from flowroll.wire.responses import GeneratedImageObject
 from flowroll.wire.schema import GenerateRequest
 
@@ -49,7 +50,7 @@ def build_router(services: Services) -> APIRouter:
             )
         images = await services.generate(plan)
         if media_type == PNG:
-            content = await run_in_threadpool(png, images[0].image)
+            content = await run_in_threadpool(encode_png, images[0].image)
             return Response(content, media_type=PNG, headers={SEED_HEADER: str(images[0].seed)})
         return stream(await run_in_threadpool(encode_images, images, wire_format=WIRE_FORMATS[media_type]))
 

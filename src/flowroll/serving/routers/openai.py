@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.errors import NotFoundError
-from flowroll.serving.answers import png
 from flowroll.serving.errors import COMMON_RESPONSES, WORK_RESPONSES
 from flowroll.serving.intake import accept_request
 from flowroll.serving.negotiation import choose_media_type
@@ -21,6 +20,7 @@ from flowroll.serving.openapi import request_body
 from flowroll.serving.services import Services
 from flowroll.types import GeneratedImage
 from flowroll.wire.codec import JSON
+from flowroll.wire.png import encode_png
 from flowroll.wire.responses import Base64Image, ImagesObject
 from flowroll.wire.schema import ImagesRequest
 
@@ -73,5 +73,5 @@ def build_router(services: Services) -> APIRouter:
 
 
 def _answer(images: Sequence[GeneratedImage]) -> bytes:
-    data = [Base64Image(b64_json=base64.b64encode(png(image.image)).decode()) for image in images]
+    data = [Base64Image(b64_json=base64.b64encode(encode_png(image.image)).decode()) for image in images]
     return ImagesObject(created=int(time.time()), data=data).model_dump_json().encode()
