@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
-from flowroll.cli.output import samples_table, save_png
+from flowroll.cli.output import print_whole, samples_table, save_png
 from flowroll.types import ROLLOUT_FIELDS, GeneratedImage, Rollout, SamplingParams
 
 
@@ -38,7 +37,7 @@ def generate(
         samples: Sequence[Rollout | GeneratedImage]
         samples = engine.rollout(params) if is_rollout else engine.generate(params)
     files = _write(samples, out)
-    Console().print(samples_table(samples, files))
+    print_whole(samples_table(samples, files))
 
 
 def _write(samples: Sequence[Rollout | GeneratedImage], out: Path) -> list[Path]:

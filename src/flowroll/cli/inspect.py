@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowroll.cli.output import log_probs_table, record_table, tensors_table
+from flowroll.cli.output import log_probs_table, print_whole, record_table, tensors_table
 from flowroll.cli.plots import plot_log_probs
 
 
@@ -23,7 +23,7 @@ def inspect(
 
     rollout = load_rollout(file)
     console = Console()
-    console.print(tensors_table(rollout))
+    print_whole(tensors_table(rollout))
     if rollout.log_probs is not None:
         console.print(log_probs_table(rollout))
     console.print(record_table(rollout))

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 from jaxtyping import Float
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from flowroll.types import EnvValue, GeneratedImage, Rollout
+
+# Wider than any path.
+_ANY_WIDTH = 10_000
 
 
 def save_png(image: Float[Tensor, " 3 1 height width"], path: Path) -> None:
@@ -65,12 +70,18 @@ def shape_of(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "scalar"
 
 
-def plain_table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    """An empty table in the one style of all commands; columns named in `right` are flushed right."""
+def plain_table(title: str, *columns: str, right: Sequence[str] = (), unbroken: Sequence[str] = ()) -> Table:
+    """An empty table in the one style of all commands; columns in `right` are flushed right, those in `unbroken` never fold."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column in unbroken)
     return table
+
+
+def print_whole(table: Table) -> None:
+    """Prints a table as wide as it is: its names and paths can be copied, and found line by line in redirected output."""
+    Console(width=_ANY_WIDTH).print(table)
 
 
 def add_row(table: Table, *cells: str, end_section: bool = False) -> None:
@@ -119,7 +130,7 @@ def log_probs_table(rollout: Rollout) -> Table:
 
 def record_table(rollout: Rollout) -> Table:
     """What the sample is and how it was made."""
-    table = plain_table("Record", "field", "value")
+    table = plain_table("Record", "field", "value", unbroken=("field",))
     for name in ("prompt", "seed", "request_id", "weight_version", "inference_time_s", "peak_memory_mb", "sde_step_indices"):
         add_row(table, name, _shown(getattr(rollout, name)))
     for field in fields(rollout.sampling):

@@ -7,9 +7,9 @@ from typer.testing import CliRunner, Result
 from flowroll.cli import app
 
 
-def run_cli(*arguments: Any) -> Result:
-    """The result of a command; an exception that no command may end with is raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+def run_cli(*arguments: Any, columns: int = 200) -> Result:
+    """The result of a command on a terminal of this width; an exception that no command may end with is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

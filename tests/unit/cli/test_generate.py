@@ -12,8 +12,8 @@ from flowroll.wire.files import load_rollout
 SMALL = ("--prompt", "a red fox", "--width", 64, "--height", 64, "--num-inference-steps", 2)
 
 
-def generate(*words):
-    return run_cli("generate", *words)
+def generate(*words, **options):
+    return run_cli("generate", *words, **options)
 
 
 def files_in(folder):
@@ -75,11 +75,13 @@ def test_every_flag_reaches_the_rollout(qwen_checkpoint, tmp_path):
         assert_same_bits(saved, rollout)
 
 
-def test_the_table_names_every_sample_and_file(z_image_checkpoint, tmp_path):
-    result = generate(z_image_checkpoint, *SMALL, "--seeds", "3,4", "--rollout", "--out", tmp_path)
-    for seed in (3, 4):
-        assert f"seed-{seed}.safetensors" in result.stdout.replace("\n", "").replace(" ", "")
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_table_names_every_sample_and_file_so_that_it_can_be_copied(columns, z_image_checkpoint, tmp_path):
+    result = generate(z_image_checkpoint, *SMALL, "--seeds", "3,4", "--rollout", "--out", tmp_path, columns=columns)
+    for index, seed in enumerate((3, 4)):
+        assert f"  {tmp_path}/sample-{index:03d}-seed-{seed}.safetensors" in result.stdout
     assert "64 x 64" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 200
 
 
 def test_the_variant_decides_the_defaults(z_image_checkpoint, tmp_path):

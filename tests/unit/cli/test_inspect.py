@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 from PIL import Image
 from tests.factories import make_evaluation, make_rollout
@@ -19,8 +21,9 @@ def file(tmp_path, rollout):
     return path
 
 
-def test_it_shows_every_tensor_with_shape_and_dtype(file, rollout):
-    result = run_cli("inspect", file)
+@pytest.mark.parametrize("columns", [80, 200])
+def test_it_shows_every_tensor_with_shape_and_dtype_on_a_line(columns, file, rollout):
+    result = run_cli("inspect", file, columns=columns)
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
     for name, tensor in tensors_of(rollout):
@@ -34,6 +37,12 @@ def test_it_shows_the_log_prob_and_the_dynamics_of_every_step(file, rollout):
     for step, log_prob in enumerate(rollout.log_probs.tolist()):
         dynamics = "deterministic" if step == 3 else "sde"
         assert [str(step), f"{sigmas[step]:.4f}", f"{sigmas[step + 1]:.4f}", dynamics, f"{log_prob:+.6f}"] in lines
+
+
+def test_names_in_the_record_are_whole_on_a_narrow_terminal(file, rollout):
+    words = run_cli("inspect", file, columns=50).stdout.split()
+    for field in fields(rollout.sampling):
+        assert f"sampling.{field.name}" in words
 
 
 def test_it_shows_the_record(file):
