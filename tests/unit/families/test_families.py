@@ -8,7 +8,6 @@ from flowroll.errors import UnsupportedModelError
 from flowroll.families import FAMILIES, Guidance, ModelSpec, family_of_pipeline
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.z_image import ZImage
-from flowroll.wire.dialects import NATIVE_EMBEDS, SGLANG_EMBEDS
 
 SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8)
 
@@ -67,9 +66,3 @@ def test_an_unknown_pipeline_lists_the_known_ones() -> None:
     assert family_of_pipeline("ZImagePipeline").name == "z_image"
     with pytest.raises(UnsupportedModelError, match=r"QwenImagePipeline.*ZImagePipeline"):
         family_of_pipeline("FluxPipeline")
-
-
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_the_wire_knows_what_the_family_calls_its_embedding(name: str) -> None:
-    # wire/ and families/ may not see each other; this is where their two tables are held together.
-    assert NATIVE_EMBEDS.get(name, SGLANG_EMBEDS) == FAMILIES[name].embeds_key
