@@ -149,6 +149,7 @@ def test_a_bf16_ode_rollout_keeps_the_loops_dtypes(engine_of: Callable[[str, str
     assert torch.equal(debug.prev_sample_mean, trajectory.latents[1:].float())
     assert not debug.variance_noise.any() and not debug.noise_std_dev.any()
     assert rollout.log_probs is not None and rollout.log_probs.tolist() == [0.0] * 4
+    assert rollout.log_probs.dtype == torch.float32
     assert rollout.sde_step_indices == ()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -119,6 +118,6 @@ def recorded_step(task: DenoisingTask, sample: Sample) -> None:
             drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=task.plan.generator_device).to(mean.device)
         next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=task.plan.params.log_prob_no_const)[0]
-    sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob.to(torch.float32))
+    sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
     sample.latents = next_latents
     sample.recorder.keep_latents(sample.step + 1, next_latents)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -169,11 +169,20 @@ class Family(ABC):
     def encode(self, pipeline: Any, prompt: str) -> Mapping[str, EnvValue]:
         """The text arguments of one prompt, encoded alone as the pipeline encodes one prompt."""
 
-    @abstractmethod
+    def image_arguments(self, geometry: Geometry) -> Mapping[str, EnvValue]:
+        """The transformer's arguments about the image's shape, the same in both branches; none by default."""
+        return {}
+
     def env(
         self, positive: Mapping[str, EnvValue], negative: Mapping[str, EnvValue] | None, geometry: Geometry
     ) -> DenoisingEnv:
         """The environment of one sample from its encoded prompts."""
+
+        def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
+            length = cast(Tensor, text[self.embeds_key]).shape[0]
+            return {**text, **self.image_arguments(geometry), "txt_seq_lens": [length]}
+
+        return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
 
     @abstractmethod
     def velocity(
@@ -204,3 +213,9 @@ class Family(ABC):
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
     ) -> Float[Tensor, " 3 1 height width"]:
         """The picture of one sample, decoded alone; float32 in [0, 1]."""
+
+    @staticmethod
+    def picture(pipeline: Any, decoded: Float[Tensor, " 1 3 height width"]) -> Float[Tensor, " 3 1 height width"]:
+        """What the pipeline's image processor makes of a decoded batch of one, in the layout of a `Rollout`."""
+        pixels = cast(Tensor, pipeline.image_processor.postprocess(decoded, output_type="pt"))
+        return pixels[0].unsqueeze(1).to(torch.float32)

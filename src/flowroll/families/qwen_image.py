@@ -95,14 +95,8 @@ class QwenImage(Family):
         return branch
 
     @override
-    def env(
-        self, positive: Mapping[str, EnvValue], negative: Mapping[str, EnvValue] | None, geometry: Geometry
-    ) -> DenoisingEnv:
-        def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
-            length = cast(Tensor, text[self.embeds_key]).shape[0]
-            return {**text, "img_shapes": [[[1, geometry.rows, geometry.columns]]], "txt_seq_lens": [length]}
-
-        return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
+    def image_arguments(self, geometry: Geometry) -> Mapping[str, EnvValue]:
+        return {"img_shapes": [[[1, geometry.rows, geometry.columns]]]}
 
     @override
     def velocity(
@@ -162,5 +156,4 @@ class QwenImage(Family):
         # The pipeline divides by the rounded inverse; multiplying by the std would differ in the last bit.
         inverse_std = 1.0 / per_channel(vae.config.latents_std).to(cells.device, cells.dtype)
         image = vae.decode(cells / inverse_std + shift, return_dict=False)[0][:, :, 0]
-        pixels = cast(Tensor, pipeline.image_processor.postprocess(image, output_type="pt"))
-        return pixels[0].unsqueeze(1).to(torch.float32)
+        return self.picture(pipeline, image)

@@ -8,7 +8,7 @@ rows of modulation, the shorter caption padded to the longer), which is therefor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -90,15 +90,6 @@ class ZImage(Family):
         return {self.embeds_key: embeds[0]}
 
     @override
-    def env(
-        self, positive: Mapping[str, EnvValue], negative: Mapping[str, EnvValue] | None, geometry: Geometry
-    ) -> DenoisingEnv:
-        def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
-            return {**text, "txt_seq_lens": [cast(Tensor, text[self.embeds_key]).shape[0]]}
-
-        return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
-
-    @override
     def velocity(
         self,
         transformer: Transformer,
@@ -130,5 +121,4 @@ class ZImage(Family):
         vae = pipeline.vae
         cells = latents[None].to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(cells, return_dict=False)[0]
-        pixels = cast(Tensor, pipeline.image_processor.postprocess(image, output_type="pt"))
-        return pixels[0].unsqueeze(1).to(torch.float32)
+        return self.picture(pipeline, image)

@@ -104,7 +104,7 @@ def log_prob(
         (arXiv:2509.05952), which SGLang applies to Flow-SDE as well.
     """
     if not transition.is_stochastic:
-        return mean.new_zeros(mean.shape[0])
+        return mean.new_zeros(mean.shape[0], dtype=torch.float32)
     difference = next_latents.to(torch.float32) - mean
     squared = torch.stack([row.square().mean() for row in difference.unbind(0)])
     if no_const:
