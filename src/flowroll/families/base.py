@@ -8,7 +8,7 @@ call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -16,10 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.types import DenoisingEnv, EnvValue, Number
+from flowroll.types import DenoisingEnv, EnvValue, Number, ParallelPlan
 
 # Any callable with the diffusers class's call signature: the plain module, FSDP-wrapped, with LoRA.
 Transformer: TypeAlias = Callable[..., Any]
+# The keyword arguments of one forward, and what a forward returns: a batch, or a list of samples.
+Call: TypeAlias = Mapping[str, Any]
+Output: TypeAlias = "Tensor | list[Tensor]"
+# Runs the forwards of one step.
+RunCalls: TypeAlias = Callable[[Transformer, Sequence[Call]], list[Output]]
 
 NO_GUIDANCE = "none"
 # Where the pipelines cut a prompt by default.
@@ -101,6 +106,11 @@ class Guidance:
         return self.rule != NO_GUIDANCE
 
 
+def run_in_turn(transformer: Transformer, calls: Sequence[Call]) -> list[Output]:
+    """The outputs of all calls, one forward after the other."""
+    return [transformer(**call, return_dict=False)[0] for call in calls]
+
+
 class Family(ABC):
     """A model family's conventions.
 
@@ -111,6 +121,7 @@ class Family(ABC):
         guidance_rule: Name of the rule that `velocity` applies when guidance is active.
         embeds_key: Key of the text embedding in the branches of a `DenoisingEnv`.
         env_schema: The other keys of a branch, each with its layout.
+        parallel_plan: What of the transformer can be sharded.
     """
 
     name: ClassVar[str]
@@ -119,6 +130,7 @@ class Family(ABC):
     guidance_rule: ClassVar[str]
     embeds_key: ClassVar[str]
     env_schema: ClassVar[Mapping[str, str]]
+    parallel_plan: ClassVar[ParallelPlan]
 
     def guidance(self, scale: Number) -> Guidance:
         """The guidance of this scale: active where the family's pipeline runs classifier-free guidance."""
@@ -185,6 +197,20 @@ class Family(ABC):
         return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
 
     @abstractmethod
+    def calls(
+        self,
+        latents: Float[Tensor, " *latent"],
+        timestep: Float[Tensor, " 1"],
+        env: DenoisingEnv,
+        guidance: Guidance,
+        dtype: torch.dtype,
+    ) -> list[Call]:
+        """The transformer calls of one step of one sample; the arguments are those of `velocity`."""
+
+    @abstractmethod
+    def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+        """The guided velocity from the outputs of `calls`."""
+
     def velocity(
         self,
         transformer: Transformer,
@@ -193,6 +219,8 @@ class Family(ABC):
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
+        *,
+        run: RunCalls = run_in_turn,
     ) -> Float[Tensor, " *latent"]:
         """The guided velocity v = eps - x0 of one sample.
 
@@ -203,10 +231,12 @@ class Family(ABC):
             env: The sample's environment, on the transformer's device.
             guidance: How the branches are combined.
             dtype: The transformer's dtype, to which its inputs are cast.
+            run: Runs the step's forwards; one after the other by default.
 
         Returns:
             The velocity, in the dtype that the pipeline gives to its scheduler.
         """
+        return self.combine(run(transformer, self.calls(latents, timestep, env, guidance, dtype)), guidance)
 
     @abstractmethod
     def decode(

@@ -6,7 +6,7 @@ and divided by 1000; guidance runs above a scale of 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Defaults, Family, Geometry, Guidance, ModelSpec, Transformer
+from flowroll.families.base import MAX_TEXT_TOKENS, Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output
 from flowroll.sampling.schedule import linspace_float64
-from flowroll.types import DenoisingEnv, EnvValue, Number
+from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
 
 _MASK = "encoder_hidden_states_mask"
 
@@ -37,6 +37,35 @@ class QwenImage(Family):
         "img_shapes": "[[[1, rows, columns]]]",
         "txt_seq_lens": "[L], metadata; never passed to the transformer",
     }
+    # The image's rows are sharded from `img_in` to `proj_out`; the text stream, few rows that every image row attends to, is
+    # computed by every rank. The joint attention sees [text, image].
+    parallel_plan: ClassVar[ParallelPlan] = ParallelPlan(
+        regions=(
+            Region(
+                enter=Split(module="img_in", rows=1),
+                follow=(Split(module="pos_embed", item=0, rows=0),),
+                leave=Gather(module="proj_out", rows=1),
+                attention="transformer_blocks.*.attn",
+            ),
+        ),
+        columns=(
+            "transformer_blocks.*.img_mod.1",
+            "transformer_blocks.*.txt_mod.1",
+            "transformer_blocks.*.attn.to_q",
+            "transformer_blocks.*.attn.to_k",
+            "transformer_blocks.*.attn.to_v",
+            "transformer_blocks.*.attn.to_out.0",
+            "transformer_blocks.*.attn.add_q_proj",
+            "transformer_blocks.*.attn.add_k_proj",
+            "transformer_blocks.*.attn.add_v_proj",
+            "transformer_blocks.*.attn.to_add_out",
+            "transformer_blocks.*.img_mlp.net.0.proj",
+            "transformer_blocks.*.img_mlp.net.2",
+            "transformer_blocks.*.txt_mlp.net.0.proj",
+            "transformer_blocks.*.txt_mlp.net.2",
+            "norm_out.linear",
+        ),
+    )
 
     @override
     def guides(self, scale: Number) -> bool:
@@ -99,40 +128,41 @@ class QwenImage(Family):
         return {"img_shapes": [[[1, geometry.rows, geometry.columns]]]}
 
     @override
-    def velocity(
+    def calls(
         self,
-        transformer: Transformer,
         latents: Float[Tensor, " *latent"],
         timestep: Float[Tensor, " 1"],
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
-    ) -> Float[Tensor, " *latent"]:
+    ) -> list[Call]:
         tokens = latents.to(dtype)[None]
-        positive = self._forward(transformer, tokens, timestep, env.pos_cond_kwargs)
-        if not guidance.is_active:
-            return positive[0]
-        assert env.neg_cond_kwargs is not None
-        negative = self._forward(transformer, tokens, timestep, env.neg_cond_kwargs)
-        return self.combine(positive, negative, guidance.scale)[0]
+        branches = [env.pos_cond_kwargs]
+        if guidance.is_active:
+            assert env.neg_cond_kwargs is not None
+            branches.append(env.neg_cond_kwargs)
+        return [self._call(tokens, timestep, branch) for branch in branches]
 
-    def _forward(self, transformer: Transformer, tokens: Tensor, timestep: Tensor, branch: Mapping[str, EnvValue]) -> Tensor:
+    def _call(self, tokens: Tensor, timestep: Tensor, branch: Mapping[str, EnvValue]) -> Call:
         mask = branch.get(_MASK)
-        output = transformer(
-            hidden_states=tokens,
-            timestep=timestep,
-            encoder_hidden_states=cast(Tensor, branch[self.embeds_key])[None],
-            encoder_hidden_states_mask=None if mask is None else cast(Tensor, mask)[None],
-            img_shapes=branch["img_shapes"],
-            return_dict=False,
-        )
-        return cast(Tensor, output[0])
+        return {
+            "hidden_states": tokens,
+            "timestep": timestep,
+            "encoder_hidden_states": cast(Tensor, branch[self.embeds_key])[None],
+            "encoder_hidden_states_mask": None if mask is None else cast(Tensor, mask)[None],
+            "img_shapes": branch["img_shapes"],
+        }
+
+    @override
+    def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+        branches = cast("Sequence[Tensor]", outputs)
+        return branches[0][0] if len(branches) == 1 else self.guide(*branches, guidance.scale)[0]
 
     @staticmethod
-    def combine(
+    def guide(
         positive: Float[Tensor, " batch tokens channels"], negative: Float[Tensor, " batch tokens channels"], scale: Number
     ) -> Float[Tensor, " batch tokens channels"]:
-        """Combines the branches: neg + scale (pos - neg), each token rescaled to the norm of its conditional velocity.
+        """The true guidance: neg + scale (pos - neg), each token rescaled to the norm of its conditional velocity.
 
         A token whose two branches cancel exactly has no direction to rescale: it gives 0/0 in the pipeline as it does here.
         """

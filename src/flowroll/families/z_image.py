@@ -7,7 +7,7 @@ rows of modulation, the shorter caption padded to the longer), which is therefor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +16,27 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Defaults, Family, Geometry, Guidance, ModelSpec, Transformer
+from flowroll.families.base import MAX_TEXT_TOKENS, Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output
 from flowroll.sampling.schedule import linspace_float32
-from flowroll.types import DenoisingEnv, EnvValue, Number
+from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
+
+
+def _region(blocks: str, leave: str) -> Region:
+    """The blocks of one stack, up to the module whose output is gathered. The pair of branches is sharded along the batch.
+
+    Every block is given the whole sequence's mask and rotary table again; its keys are whole, so the mask keeps its columns.
+    """
+    return Region(
+        enter=Split(module=f"{blocks}.0", argument="x", rows=1, branches=0),
+        follow=(
+            Split(module=f"{blocks}.*", argument="attn_mask", branches=0),
+            Split(module=f"{blocks}.*", argument="freqs_cis", rows=1, branches=0),
+            # The modulation is computed for both rows of the pair, as the pipeline does, and one row is used.
+            Split(module=f"{blocks}.*.adaLN_modulation", branches=0),
+        ),
+        leave=Gather(module=leave, rows=1, branches=0),
+        attention=f"{blocks}.*.attention",
+    )
 
 
 class ZImage(Family):
@@ -33,6 +51,28 @@ class ZImage(Family):
     guidance_rule: ClassVar[str] = "cfg_pair"
     embeds_key: ClassVar[str] = "cap_feats"
     env_schema: ClassVar[Mapping[str, str]] = {"txt_seq_lens": "[L], metadata; never passed to the transformer"}
+    parallel_plan: ClassVar[ParallelPlan] = ParallelPlan(
+        regions=(
+            _region("noise_refiner", "noise_refiner.-1"),
+            _region("layers", "all_final_layer.2-1").following(
+                Split(module="all_final_layer.2-1.adaLN_modulation", branches=0)
+            ),
+        ),
+        columns=tuple(
+            f"{blocks}.*.{linear}"
+            for blocks in ("noise_refiner", "context_refiner", "layers")
+            for linear in (
+                "attention.to_q",
+                "attention.to_k",
+                "attention.to_v",
+                "attention.to_out.0",
+                "feed_forward.w1",
+                "feed_forward.w2",
+                "feed_forward.w3",
+                "adaLN_modulation.0",
+            )
+        ),
+    )
 
     @override
     def guides(self, scale: Number) -> bool:
@@ -90,24 +130,28 @@ class ZImage(Family):
         return {self.embeds_key: embeds[0]}
 
     @override
-    def velocity(
+    def calls(
         self,
-        transformer: Transformer,
         latents: Float[Tensor, " *latent"],
         timestep: Float[Tensor, " 1"],
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
-    ) -> Float[Tensor, " *latent"]:
-        branches = [env.positive(self.embeds_key)]
+    ) -> list[Call]:
+        captions = [env.positive(self.embeds_key)]
         if guidance.is_active:
-            branches.append(env.negative(self.embeds_key))
-        frames = [latents.to(dtype).unsqueeze(1)] * len(branches)
-        outputs = transformer(frames, timestep.repeat(len(branches)), branches, return_dict=False)[0]
-        return -self.combine([output.float() for output in outputs], guidance.scale).squeeze(1)
+            captions.append(env.negative(self.embeds_key))
+        frames = [latents.to(dtype).unsqueeze(1)] * len(captions)
+        return [{"x": frames, "t": timestep.repeat(len(captions)), "cap_feats": captions}]
+
+    @override
+    def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+        (pair,) = outputs
+        branches = [output.float() for output in pair]
+        return -self.guide(branches, guidance.scale).squeeze(1)
 
     @staticmethod
-    def combine(branches: list[Float[Tensor, " *latent"]], scale: Number) -> Float[Tensor, " *latent"]:
+    def guide(branches: list[Float[Tensor, " *latent"]], scale: Number) -> Float[Tensor, " *latent"]:
         """Pos + scale (pos - neg), in float32; the conditional branch where it is alone."""
         if len(branches) == 1:
             return branches[0]

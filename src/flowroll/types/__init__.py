@@ -5,6 +5,7 @@ the model's rules in `families/`, and what depends on a loaded checkpoint (sizes
 imports a model library.
 """
 
+from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
@@ -45,12 +46,17 @@ __all__ = [
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",
+    "Gather",
     "GeneratedImage",
     "GeneratorDevice",
+    "Layout",
     "Number",
+    "ParallelPlan",
+    "Region",
     "Rollout",
     "SamplingParams",
     "SamplingRecord",
     "SdeType",
+    "Split",
     "Trajectory",
 ]

@@ -40,7 +40,7 @@ def test_the_z_image_timestep_runs_from_noise_zero_to_data_one() -> None:
 
 def test_qwen_image_guidance_keeps_the_norm_of_every_conditional_token() -> None:
     positive, negative = torch.randn(1, 5, 64), torch.randn(1, 5, 64)
-    combined = QwenImage.combine(positive, negative, 4.0)
+    combined = QwenImage.guide(positive, negative, 4.0)
     torch.testing.assert_close(combined.norm(dim=-1), positive.norm(dim=-1))
     direction = negative + 4.0 * (positive - negative)
     cosine = torch.nn.functional.cosine_similarity(combined, direction, dim=-1)
@@ -49,8 +49,8 @@ def test_qwen_image_guidance_keeps_the_norm_of_every_conditional_token() -> None
 
 def test_z_image_guidance_starts_from_the_conditional_branch() -> None:
     positive, negative = torch.randn(16, 1, 4, 4), torch.randn(16, 1, 4, 4)
-    assert torch.equal(ZImage.combine([positive, negative], 2.0), positive + 2.0 * (positive - negative))
-    assert torch.equal(ZImage.combine([positive], 2.0), positive)
+    assert torch.equal(ZImage.guide([positive, negative], 2.0), positive + 2.0 * (positive - negative))
+    assert torch.equal(ZImage.guide([positive], 2.0), positive)
 
 
 @pytest.mark.parametrize(

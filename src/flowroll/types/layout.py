@@ -1,0 +1,143 @@
+"""How an engine is spread over ranks: `Layout`, and what a model family declares about its transformer: `ParallelPlan`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from flowroll.errors import InvalidRequestError
+
+_AXIS = re.compile(r"(sp|tp|cfg)(\d{1,4})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The degrees of an engine's parallel axes. One rank by default.
+
+    Attributes:
+        cfg_parallel: Whether the conditional and the unconditional branch run on two groups of ranks.
+        sp: Ranks that share the rows of the token sequence.
+        tp: Ranks that share the output columns of the transformer's linears.
+
+    Raises:
+        InvalidRequestError: A degree below 1.
+    """
+
+    cfg_parallel: bool = False
+    sp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cfg_parallel, bool):
+            raise InvalidRequestError(
+                f"cfg_parallel must be True or False, got {self.cfg_parallel!r}; there are two branches, so it has no degree.",
+                field="cfg_parallel",
+            )
+        for name in ("sp", "tp"):
+            degree = getattr(self, name)
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise InvalidRequestError(f"{name} must be an integer >= 1, got {degree!r}; use 1 for no sharding.", field=name)
+
+    @property
+    def cfg(self) -> int:
+        """Groups of ranks that the guidance branches are spread over: 2 or 1."""
+        return 2 if self.cfg_parallel else 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole replica."""
+        return self.cfg * self.sp * self.tp
+
+    @property
+    def name(self) -> str:
+        """E.g. "sp2xcfg2"; "single" for one rank. `parse` reads it."""
+        parts = [f"{axis}{degree}" for axis in ("sp", "cfg", "tp") if (degree := getattr(self, axis)) > 1]
+        return "x".join(parts) or "single"
+
+    @classmethod
+    def parse(cls, name: str) -> Layout:
+        """The layout of a name such as "sp2", "cfg2", "sp2xtp2" or "single".
+
+        Raises:
+            InvalidRequestError: No such layout.
+        """
+        degrees: dict[str, int] = {}
+        for part in [] if name == "single" else name.split("x"):
+            match = _AXIS.fullmatch(part)
+            if match is None or match[1] in degrees or (match[1] == "cfg" and match[2] not in ("1", "2")):
+                raise InvalidRequestError(
+                    f"a layout must be a product of spN, tpN and cfg2, got {name!r}; write e.g. sp2, cfg2 or sp2xtp2.",
+                    field="layouts",
+                )
+            degrees[match[1]] = int(match[2])
+        return cls(cfg_parallel=degrees.get("cfg", 1) == 2, sp=degrees.get("sp", 1), tp=degrees.get("tp", 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A tensor that is narrowed to the part of this rank.
+
+    Attributes:
+        module: Path of a module in the transformer; `*` stands for every index, `-1` for the last.
+        argument: Name of the argument to narrow; None: the module's output.
+        item: Index in an output that is a tuple; None: the output is the tensor.
+        rows: Dimension of the token rows (sequence parallel); None: not narrowed by rows.
+        branches: Dimension of the guidance branches (CFG-parallel); None: not narrowed by branches.
+    """
+
+    module: str
+    argument: str | None = None
+    item: int | None = None
+    rows: int | None = None
+    branches: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gather:
+    """A module whose output is made whole again.
+
+    Attributes:
+        module: Its path.
+        rows: Dimension of the token rows.
+        branches: Dimension of the guidance branches; None where branches are separate forwards.
+    """
+
+    module: str
+    rows: int
+    branches: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A part of the transformer in which a rank computes its own rows.
+
+    Every module between `enter` and `leave` treats rows independently, but for attention, whose keys and values are gathered.
+
+    Attributes:
+        enter: The hidden states, where they are narrowed.
+        follow: What else is narrowed along with them.
+        leave: Where they are gathered.
+        attention: Path of the attention modules inside. Keys that are not sharded stand before those that are.
+    """
+
+    enter: Split
+    follow: tuple[Split, ...] = ()
+    leave: Gather
+    attention: str
+
+    def following(self, *more: Split) -> Region:
+        """The same region with more tensors that are narrowed."""
+        return replace(self, follow=(*self.follow, *more))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPlan:
+    """What of a transformer can be sharded, declared from outside the model.
+
+    Attributes:
+        regions: Where rows (and branches that share a batch) are sharded.
+        columns: Paths of the linears whose output columns are sharded.
+    """
+
+    regions: tuple[Region, ...]
+    columns: tuple[str, ...]
