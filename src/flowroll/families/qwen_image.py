@@ -155,8 +155,8 @@ class QwenImage(Family):
 
     @override
     def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
-        branches = cast("Sequence[Tensor]", outputs)
-        return branches[0][0] if len(branches) == 1 else self.guide(*branches, guidance.scale)[0]
+        positive, *rest = cast("Sequence[Tensor]", outputs)
+        return self.guide(positive, rest[0], guidance.scale)[0] if rest else positive[0]
 
     @staticmethod
     def guide(
