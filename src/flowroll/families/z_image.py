@@ -71,6 +71,7 @@ class ZImage(Family):
                 "feed_forward.w3",
                 "adaLN_modulation.0",
             )
+            if not (blocks == "context_refiner" and linear == "adaLN_modulation.0")
         ),
     )
 

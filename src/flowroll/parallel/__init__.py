@@ -1,0 +1,6 @@
+"""Several ranks as one engine: the mesh, what of a transformer each rank computes, and the rank processes.
+
+Nothing here changes a bit of a result. Rows, branches and output columns are computed by the kernels that compute them on one
+rank, and gathered in the order that one rank has them in; there is no sum across ranks. This package knows torch and
+torch.distributed, and of models only the `ParallelPlan` that a family declares.
+"""

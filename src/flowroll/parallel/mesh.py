@@ -1,0 +1,150 @@
+"""The ranks of one replica on the axes cfg, sp and tp, and the few collectives that flowroll uses.
+
+Every collective moves bits and computes nothing. On GPUs the data goes through NCCL and the control messages, which are on the
+CPU, through gloo, so that no step waits for the device to tell whether it may go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from flowroll.errors import EngineError
+from flowroll.types import Layout
+
+Axis: TypeAlias = Literal["cfg", "sp", "tp"]
+AXES: tuple[Axis, ...] = ("cfg", "sp", "tp")
+
+
+class Mesh:
+    """This rank's place among the ranks of a replica. A context manager; `close` leaves the process group.
+
+    Rank r is at (cfg, sp, tp) in row-major order: tensor-parallel neighbours, which talk most, have neighbouring ranks.
+
+    Args:
+        layout: The degrees of the axes.
+        rank: Of this process.
+        store: Where the ranks find each other.
+        device: Of this rank's tensors.
+        timeout_s: How long a collective waits for the slowest rank.
+        loopback: Whether all ranks are on this machine and talk over its loopback interface alone.
+
+    Raises:
+        EngineError: The process is a member of a process group already.
+    """
+
+    def __init__(
+        self, layout: Layout, *, rank: int, store: dist.Store, device: torch.device, timeout_s: float, loopback: bool
+    ) -> None:
+        if dist.is_initialized():
+            raise EngineError(
+                "an engine of several ranks must be the only user of torch.distributed in its process, got a process group "
+                "that exists already; start the engine in a process of its own."
+            )
+        self.layout, self.rank, self.device = layout, rank, device
+        # Bytes that this rank received, by axis.
+        self.received_bytes: Counter[Axis] = Counter()
+        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+        with _loopback_interface() if loopback else contextlib.nullcontext():
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=layout.num_ranks, timeout=timedelta(seconds=timeout_s)
+            )
+            try:
+                degrees = tuple(self.degree(axis) for axis in AXES)
+                mesh = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
+            except BaseException:
+                dist.destroy_process_group()
+                raise
+        self._groups = {axis: mesh.get_group(axis) for axis in AXES}
+        self._coordinates = dict(zip(AXES, mesh.get_coordinate() or (), strict=True))
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def degree(self, axis: Axis) -> int:
+        """Ranks on this axis."""
+        return {"cfg": self.layout.cfg, "sp": self.layout.sp, "tp": self.layout.tp}[axis]
+
+    def coordinate(self, axis: Axis) -> int:
+        """This rank's index on this axis."""
+        return self._coordinates[axis]
+
+    def gather(self, part: Float[Tensor, ...], *, axis: Axis, dim: int, sizes: Sequence[int]) -> Float[Tensor, ...]:
+        """The parts of an axis's ranks side by side in rank order, contiguous.
+
+        Args:
+            part: This rank's part; all dimensions but `dim` are the same on every rank.
+            axis: Whose ranks hold the parts.
+            dim: The dimension to join them along.
+            sizes: Length of every rank's part. The transport sends equal lengths: shorter ones travel with filler rows, which
+                are dropped on arrival.
+        """
+        front = part.movedim(dim, 0)
+        longest = max(sizes)
+        if front.shape[0] < longest:
+            front = torch.cat([front, front.new_zeros((longest - front.shape[0], *front.shape[1:]))])
+        front = front.contiguous()
+        parts = front.new_empty((len(sizes), *front.shape))
+        dist.all_gather(list(parts.unbind(0)), front, group=self._groups[axis])
+        self.received_bytes[axis] += parts.nbytes - front.nbytes
+        if min(sizes) == longest:
+            whole = parts.flatten(0, 1)
+        else:
+            whole = torch.cat([received[:size] for received, size in zip(parts.unbind(0), sizes, strict=True)])
+        return whole.movedim(0, dim).contiguous()
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Fills the tensor with rank 0's, on every rank."""
+        dist.broadcast(tensor, 0)
+
+    def broadcast_flag(self, flag: bool) -> bool:
+        """Rank 0's flag."""
+        message = torch.tensor([flag], dtype=torch.uint8)
+        dist.broadcast(message, 0)
+        return bool(message.item())
+
+    def odd_ranks(self, tensor: Tensor) -> list[int]:
+        """The ranks whose tensor does not have rank 0's bits; the same list everywhere. Tensors have the same shape."""
+        own = _digest(tensor)
+        digests = [torch.zeros_like(own) for _ in range(self.layout.num_ranks)]
+        dist.all_gather(digests, own)
+        return [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
+
+    def close(self) -> None:
+        """Leaves the process group; may be called twice."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """64 bits that change with (nearly) any change of the tensor, on the CPU."""
+    bits = tensor.contiguous().flatten().view(torch.uint8).to(torch.int64)
+    places = torch.arange(1, 2 * bits.numel(), 2, device=bits.device) * 0x9E3779B1
+    return ((bits + 1) * (places ^ (places >> 15))).sum().reshape(1).cpu()
+
+
+@contextlib.contextmanager
+def _loopback_interface() -> Iterator[None]:
+    """Keeps gloo, which otherwise listens on the interface that the host's name resolves to, on the loopback interface."""
+    name = "GLOO_SOCKET_IFNAME"
+    before = os.environ.get(name)
+    os.environ[name] = before or ("lo0" if sys.platform == "darwin" else "lo")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

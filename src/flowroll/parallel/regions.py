@@ -1,0 +1,124 @@
+"""Row and branch shards inside a transformer, put there from outside with hooks.
+
+A region begins where hidden states are narrowed to this rank's rows and ends where its output is gathered. Between the two every
+module sees fewer rows and does not know; only attention is told, since its queries need everybody's keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowroll.parallel.attention import attend_own_rows, gather_keys, widen_mask, with_dispatch
+from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.paths import find_modules
+from flowroll.parallel.shards import Shard, shard_evenly, shard_rows
+from flowroll.types import Gather, ParallelPlan, Region, Split
+
+
+def shard_rows_of(transformer: nn.Module, plan: ParallelPlan, mesh: Mesh) -> None:
+    """Makes a transformer compute this rank's rows and branches only, in every region of its plan."""
+    for region in plan.regions:
+        ShardedRegion(region, mesh).install(transformer)
+
+
+class ShardedRegion:
+    """One region of one transformer. It holds the shards of the forward that is inside it.
+
+    Args:
+        region: What the family declares.
+        mesh: The ranks.
+    """
+
+    def __init__(self, region: Region, mesh: Mesh) -> None:
+        self._region = region
+        self._mesh = mesh
+        self._rows: Shard | None = None
+        self._branches: Shard | None = None
+
+    def install(self, transformer: nn.Module) -> None:
+        """Adds the hooks, and wraps the attention of the region."""
+        self._hook_split(transformer, self._region.enter, self._enter)
+        for split in self._region.follow:
+            self._hook_split(transformer, split, self._narrow)
+        for _, module in find_modules(transformer, self._region.leave.module):
+            module.register_forward_hook(lambda _, __, output: self._leave(self._region.leave, output))
+        if self._mesh.degree("sp") > 1:
+            for _, module in find_modules(transformer, self._region.attention):
+                module.set_processor(with_dispatch(module.processor, self._gathering))
+
+    def _hook_split(self, transformer: nn.Module, split: Split, narrow: Callable[[Split, Tensor], Tensor]) -> None:
+        for _, module in find_modules(transformer, split.module):
+            if split.argument is None:
+                module.register_forward_hook(lambda _, __, output: _replace_item(output, split, narrow))
+            else:
+                parameters = list(inspect.signature(module.forward).parameters)
+                place = parameters.index(split.argument)
+                module.register_forward_pre_hook(_argument_hook(split, place, narrow), with_kwargs=True)
+
+    def _enter(self, split: Split, hidden: Tensor) -> Tensor:
+        self._rows = None if split.rows is None else self._row_shard(hidden.shape[split.rows])
+        self._branches = None if split.branches is None else self._branch_shard(hidden.shape[split.branches])
+        return self._narrow(split, hidden)
+
+    def _narrow(self, split: Split, tensor: Tensor) -> Tensor:
+        """This rank's part; what it is follows from the tensor's own size, since some are narrowed before the region begins."""
+        if split.rows is not None and (rows := self._row_shard(tensor.shape[split.rows])):
+            tensor = tensor.narrow(split.rows, rows.start, rows.size)
+        if split.branches is not None and (branches := self._branch_shard(tensor.shape[split.branches])):
+            tensor = tensor.narrow(split.branches, branches.start, branches.size)
+        # Contiguous as the whole was: products of strided inputs may take other kernels.
+        return tensor.contiguous()
+
+    def _leave(self, gather: Gather, output: Tensor) -> Tensor:
+        if self._rows is not None:
+            output = self._mesh.gather(output, axis="sp", dim=gather.rows, sizes=self._rows.sizes)
+        if self._branches is not None:
+            assert gather.branches is not None
+            output = self._mesh.gather(output, axis="cfg", dim=gather.branches, sizes=self._branches.sizes)
+        self._rows = self._branches = None
+        return output
+
+    def _row_shard(self, total: int) -> Shard | None:
+        return shard_rows(total, self._mesh.coordinate("sp"), self._mesh.degree("sp"))
+
+    def _branch_shard(self, total: int) -> Shard | None:
+        """A batch of one has no branches to share."""
+        degree = self._mesh.degree("cfg")
+        return shard_evenly(total, self._mesh.coordinate("cfg"), degree) if degree > 1 and total == degree else None
+
+    def _gathering(self, dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def attend(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+            if self._rows is None:
+                return dispatch(query, key, value, attn_mask=attn_mask, **options)
+            key, value = gather_keys(self._mesh, self._rows, key, value)
+            if attn_mask is not None:
+                attn_mask = widen_mask(attn_mask, self._rows, key.shape[1])
+            return attend_own_rows(dispatch, query, key, value, self._rows, attn_mask=attn_mask, **options)
+
+        return attend
+
+
+def _argument_hook(
+    split: Split, place: int, narrow: Callable[[Split, Tensor], Tensor]
+) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    assert split.argument is not None
+    name = split.argument
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get(name) is not None:
+            kwargs = {**kwargs, name: narrow(split, kwargs[name])}
+        elif place < len(args) and args[place] is not None:
+            args = (*args[:place], narrow(split, args[place]), *args[place + 1 :])
+        return args, kwargs
+
+    return hook
+
+
+def _replace_item(output: Any, split: Split, narrow: Callable[[Split, Tensor], Tensor]) -> Any:
+    if split.item is None:
+        return narrow(split, output)
+    return tuple(narrow(split, value) if index == split.item else value for index, value in enumerate(output))
