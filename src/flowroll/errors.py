@@ -11,6 +11,7 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── PayloadTooLargeError     413  the body is larger than the server accepts
     ├── QueueFullError           429  too many requests are waiting; carries retry_after_s
     ├── EngineError              500  the model failed while it ran this request
+    │   └── RankLostError        503  a rank of the replica died or stalled; the replica is down
     ├── ShuttingDownError        503  the engine stops and takes no more work
     ├── CheckpointError           -   the folder cannot be loaded as a checkpoint
     ├── UnsupportedModelError     -   the checkpoint is fine, but of no family that flowroll knows
@@ -93,6 +94,13 @@ class EngineError(FlowrollError):
     status = 500
 
 
+class RankLostError(EngineError):
+    """A rank of a replica died, stalled, or cannot go on; nothing runs on this replica any more."""
+
+    code = "rank_lost"
+    status = 503
+
+
 class ShuttingDownError(FlowrollError):
     """The engine is closing; the request was not, or not wholly, run."""
 
@@ -134,6 +142,7 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         PayloadTooLargeError,
         QueueFullError,
         EngineError,
+        RankLostError,
         ShuttingDownError,
     )
 }

@@ -2,6 +2,7 @@
 
 from flowroll.engine.config import EngineInfo, Limits
 from flowroll.engine.engine import Engine
+from flowroll.engine.follower import follow
 from flowroll.engine.plan import RequestPlan
 
-__all__ = ["Engine", "EngineInfo", "Limits", "RequestPlan"]
+__all__ = ["Engine", "EngineInfo", "Limits", "RequestPlan", "follow"]

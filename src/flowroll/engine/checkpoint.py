@@ -1,7 +1,7 @@
-"""Loads a diffusers checkpoint folder, offline, after looking at its files.
+"""Looks at a diffusers checkpoint folder before anything is loaded from it.
 
-Owns everything that can be wrong with a folder. diffusers and transformers fill in missing weights with random ones, or
-fail deep inside; here a bad folder is one clear error before anything is built.
+Owns everything that can be wrong with the files of a folder. diffusers and transformers fill in missing weights with random
+ones, or fail deep inside; here a bad folder is one clear error before anything is built.
 """
 
 from __future__ import annotations
@@ -14,52 +14,69 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from diffusers import DiffusionPipeline
 
-from flowroll.errors import CheckpointError, FlowrollError, UnsupportedModelError
-from flowroll.families import Family, ModelSpec, family_of_pipeline
+from flowroll.errors import CheckpointError, UnsupportedModelError
+from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
-_TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
+TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_PROBE = "a red circle"
-_COMPONENTS = (*_TORCH_COMPONENTS, "tokenizer", "scheduler")
+_COMPONENTS = (*TORCH_COMPONENTS, "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A checkpoint in memory.
+class Checkpoint:
+    """A folder whose files are all there and whole.
 
     Attributes:
-        family: How to call it.
+        folder: Where it is.
+        index: Its model_index.json.
+        family: Whose checkpoint it is.
         variant: Which of the family's variants it is taken for.
-        pipeline: The diffusers pipeline that holds the modules.
-        spec: The facts that shape its latents.
         schedule_config: Its sigma grid.
-        device: Where the modules are.
-        dtype: Of the weights.
+        stored: Names of the tensors that each component's files hold.
     """
 
+    folder: Path
+    index: Mapping[str, Any]
     family: Family
     variant: str
-    pipeline: Any
-    spec: ModelSpec
     schedule_config: ScheduleConfig
-    device: torch.device
-    dtype: torch.dtype
+    stored: Mapping[str, set[str]]
+
+    def class_of(self, component: str) -> str:
+        """The class that the component is saved as."""
+        return str(self.index[component][1])
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component."""
+        return [self.folder / component / name for name in _weight_files(self.folder / component)]
+
+    def check_complete(self, component: str, module: torch.nn.Module) -> None:
+        """Refuses a component whose files lack a weight of the module.
+
+        Raises:
+            CheckpointError: It names some that are missing.
+        """
+        if missing := sorted(set(module.state_dict()) - self.stored[component]):
+            raise self.incomplete(component, module, missing)
+
+    def incomplete(self, component: str, module: torch.nn.Module, missing: list[str]) -> CheckpointError:
+        """What to raise where weights are missing."""
+        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        return CheckpointError(
+            f"{self.folder / component} must hold every weight of {type(module).__name__}, got none for {shown}; save it again."
+        )
 
 
-def load_model(folder: Path, *, variant: str | None, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads the checkpoint in `folder`.
+def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
+    """Looks at the files in `folder`; nothing is loaded or downloaded.
 
     Args:
-        folder: A diffusers checkpoint folder; nothing is downloaded.
+        folder: A diffusers checkpoint folder.
         variant: Variant of the family; None: the family's first.
-        device: Where to put the modules.
-        dtype: Dtype of all modules.
 
     Raises:
         CheckpointError: Not a checkpoint, or one with a missing, truncated or mismatched file.
@@ -68,59 +85,16 @@ def load_model(folder: Path, *, variant: str | None, device: torch.device, dtype
     index = _read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
     family = family_of_pipeline(str(index.get("_class_name")))
     variant = _resolve_variant(family, variant)
-    weights = {name: _check_component(folder, name) for name in _COMPONENTS}
+    stored = {name: _check_component(folder, name) for name in _COMPONENTS}
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
-    schedule_config = ScheduleConfig.from_scheduler_config(scheduler)
-    try:
-        pipeline = _load_pipeline(folder, index, dtype)
-        _check_complete(folder, "transformer", pipeline.transformer, weights["transformer"])
-        _check_complete(folder, "vae", pipeline.vae, weights["vae"])
-        pipeline.to(device)
-        spec = family.spec(pipeline)
-        _check_text(family, pipeline)
-    except FlowrollError:
-        raise
-    except Exception as error:
-        # Whatever the libraries raise here is about this folder's content, checked above as far as it can be.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{folder} must load as {family.pipeline_class}, got {reason}; save the checkpoint again."
-        ) from error
-    return LoadedModel(
+    return Checkpoint(
+        folder=folder,
+        index=index,
         family=family,
         variant=variant,
-        pipeline=pipeline,
-        spec=spec,
-        schedule_config=schedule_config,
-        device=device,
-        dtype=dtype,
+        schedule_config=ScheduleConfig.from_scheduler_config(scheduler),
+        stored=stored,
     )
-
-
-def _load_pipeline(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The pipeline in evaluation mode, on the CPU."""
-    text_class = getattr(transformers, str(index["text_encoder"][1]))
-    text_encoder, report = text_class.from_pretrained(
-        folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise _incomplete(folder, "text_encoder", text_encoder, missing)
-    pipeline = DiffusionPipeline.from_pretrained(folder, text_encoder=text_encoder, dtype=dtype, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    for name in _TORCH_COMPONENTS:
-        # Not frozen: torch picks another kernel for some products whose weight needs no gradient, and a pipeline's weights,
-        # like a trainer's, do. Nothing here records a graph.
-        getattr(pipeline, name).eval()
-    return pipeline
-
-
-def _check_text(family: Family, pipeline: Any) -> None:
-    """Encodes a prompt: a broken tokenizer, template or text encoder shows here and not in the first request."""
-    with torch.no_grad():
-        embeds = family.encode(pipeline, _PROBE)[family.embeds_key]
-    assert isinstance(embeds, torch.Tensor)
-    if embeds.shape[0] < len(_PROBE.split()):
-        raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
 
 
 def _resolve_variant(family: Family, variant: str | None) -> str:
@@ -153,7 +127,7 @@ def _check_component(folder: Path, name: str) -> set[str]:
         raise CheckpointError(f"{folder} must hold a folder {name}, got none; copy the whole checkpoint.")
     if name == "tokenizer" and not any(all((component / file).is_file() for file in files) for files in _VOCABULARIES):
         raise CheckpointError(f"{component} must hold a vocabulary, got no tokenizer.json; copy the whole checkpoint.")
-    if name not in _TORCH_COMPONENTS:
+    if name not in TORCH_COMPONENTS:
         return set()
     _read_json(component / "config.json", f"{component} must have a configuration")
     return {tensor for file in _weight_files(component) for tensor in _check_safetensors(component / file)}
@@ -190,15 +164,3 @@ def _check_safetensors(path: Path) -> set[str]:
     if end != size:
         raise CheckpointError(f"{path} must be {end} bytes long, got {size}; the file is truncated, copy it again.")
     return set(header) - {"__metadata__"}
-
-
-def _check_complete(folder: Path, name: str, module: torch.nn.Module, stored: set[str]) -> None:
-    if missing := sorted(set(module.state_dict()) - stored):
-        raise _incomplete(folder, name, module, missing)
-
-
-def _incomplete(folder: Path, name: str, module: torch.nn.Module, missing: list[str]) -> CheckpointError:
-    shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-    return CheckpointError(
-        f"{folder / name} must hold every weight of {type(module).__name__}, got none for {shown}; save it again."
-    )

@@ -9,6 +9,7 @@ import torch
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Defaults
+from flowroll.types import Layout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,7 +42,9 @@ class EngineInfo:
         pipeline: The diffusers pipeline class.
         dtype: Dtype of the weights, e.g. "bfloat16".
         device: Device, e.g. "cuda:0".
-        parameters: Parameters of the transformer.
+        parameters: Parameters of the transformer, those of all ranks together.
+        layout: How it is spread over ranks.
+        transformer_bytes: Of its weights, on this rank.
         weight_version: Version of the loaded weights.
         limits: What a request may ask for.
         defaults: What a request leaves open.
@@ -56,6 +59,8 @@ class EngineInfo:
     dtype: str
     device: str
     parameters: int
+    layout: Layout
+    transformer_bytes: int
     weight_version: str
     limits: Limits
     defaults: Defaults

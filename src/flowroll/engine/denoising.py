@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.engine.checkpoint import LoadedModel
+from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.recording import Recorder
 from flowroll.sampling import noise, ode, transition
@@ -49,7 +49,9 @@ class DenoisingTask:
         """The guided velocity at this step."""
         model = self.model
         timestep = self.timesteps[step : step + 1]
-        return model.family.velocity(model.pipeline.transformer, latents, timestep, self.env, self.plan.guidance, model.dtype)
+        return model.family.velocity(
+            model.transformer, latents, timestep, self.env, self.plan.guidance, model.dtype, run=model.run
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +17,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine import denoising
-from flowroll.engine.checkpoint import LoadedModel, load_model
+from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_rollout_params
+from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.denoising import DenoisingTask, Sample
+from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
-from flowroll.errors import InvalidRequestError, ShuttingDownError
-from flowroll.types import ROLLOUT_FIELDS, DenoisingEnv, EnvValue, GeneratedImage, Rollout, SamplingParams
+from flowroll.engine.replica import FailureListener, Replica, open_replica
+from flowroll.errors import FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
+from flowroll.parallel.linears import count_parameters
+from flowroll.parallel.shards import check_rows
+from flowroll.types import DenoisingEnv, EnvValue, GeneratedImage, Layout, Rollout, SamplingParams
 
 _INITIAL_WEIGHT_VERSION = "0"
+# How long a failed replica may take to let go of the request that it failed.
+_RELEASE_S = 5.0
 Result = TypeVar("Result")
 
 
@@ -49,12 +56,19 @@ class Engine:
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 on the CPU.
         device: "cpu", "cuda", "cuda:N", or "auto".
         limits: What one request may ask for.
+        layout: How the transformer is spread over ranks. The other ranks are started here, one process each, on this machine;
+            under torchrun they are its processes, which call `follow`.
+        rank_timeout_s: How long ranks wait for each other before the replica is taken down.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or an incomplete one.
         UnsupportedModelError: No family covers the checkpoint.
-        InvalidRequestError: A device or dtype that is not to be had.
+        InvalidRequestError: A device, dtype or layout that is not to be had.
+        RankLostError: A rank ended before it was up.
     """
+
+    # Of an engine with several ranks.
+    _replica: Replica | None = None
 
     def __init__(
         self,
@@ -64,27 +78,64 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         limits: Limits | None = None,
+        layout: Layout | None = None,
+        rank_timeout_s: float = 60.0,
     ) -> None:
         place = resolve_device(device)
-        folder = Path(model)
-        self._model = load_model(folder, variant=variant, device=place, dtype=resolve_dtype(dtype, place))
+        limits, layout = limits or Limits(), layout or Layout()
+        checkpoint = examine_checkpoint(Path(model), variant=variant)
+        weights = resolve_dtype(dtype, place)
         self._lock = threading.Lock()
         self._interrupted = threading.Event()
-        transformer = self._model.pipeline.transformer
+        if layout.num_ranks > 1:
+            self._replica = open_replica(checkpoint, layout, weights, place, rank_timeout_s)
+        mesh = self._replica.mesh if self._replica else None
+        try:
+            self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=mesh)
+            check_rows(layout.sp, limits.max_pixels // self._model.spec.pixel_unit**2)
+            if self._replica is not None:
+                self._replica.serve(self._model.spec, limits)
+        except BaseException:
+            if self._replica is not None:
+                self._replica.close()
+            raise
+        transformer = self._model.transformer
         self.info = EngineInfo(
-            model=str(folder),
+            model=str(checkpoint.folder),
             family=self._model.family.name,
             variant=self._model.variant,
             pipeline=self._model.family.pipeline_class,
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=str(place),
-            parameters=sum(parameter.numel() for parameter in transformer.parameters()),
+            parameters=count_parameters(transformer),
+            layout=layout,
+            transformer_bytes=sum(parameter.nbytes for parameter in transformer.parameters()),
             weight_version=_INITIAL_WEIGHT_VERSION,
-            limits=limits or Limits(),
+            limits=limits,
             defaults=self._model.family.variants[self._model.variant],
             pixel_unit=self._model.spec.pixel_unit,
             versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
         )
+
+    @property
+    def failure(self) -> RankLostError | None:
+        """Why this engine's ranks are down; None while they are up."""
+        return self._replica.failure if self._replica else None
+
+    @property
+    def rank_pids(self) -> Mapping[int, int]:
+        """Process ids of the ranks that this engine started, by rank."""
+        return self._replica.pids if self._replica else {}
+
+    @property
+    def received_bytes(self) -> Mapping[str, int]:
+        """Bytes that rank 0 has received from other ranks during forwards, by mesh axis."""
+        return {str(axis): count for axis, count in self._replica.mesh.received_bytes.items()} if self._replica else {}
+
+    def on_failure(self, listener: FailureListener) -> None:
+        """Calls it, on a thread of its own, once the ranks of this engine are down."""
+        if self._replica is not None:
+            self._replica.add_listener(listener)
 
     def __enter__(self) -> Engine:
         return self
@@ -116,7 +167,7 @@ class Engine:
             InvalidRequestError: Before any model work.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        plan = params if isinstance(params, RequestPlan) else self.plan(_as_params(params, values))
+        plan = params if isinstance(params, RequestPlan) else self.plan(as_params(params, values))
         return self._run(plan, self._as_rollout)
 
     def generate(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[GeneratedImage]:
@@ -131,10 +182,10 @@ class Engine:
             ShuttingDownError: The engine was interrupted or closed.
         """
         if params is None:
-            _refuse_rollout_fields(values)
-            params = _as_params(None, {**values, "rollout": False})
+            refuse_rollout_fields(values)
+            params = as_params(None, {**values, "rollout": False})
         plan = params if isinstance(params, RequestPlan) else self.plan(params)
-        _refuse_rollout_params(plan.params)
+        refuse_rollout_params(plan.params)
         return self._run(plan, self._as_image)
 
     def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
@@ -161,23 +212,39 @@ class Engine:
                     "give one sample's latents, without batch dimension.",
                     field="latents",
                 )
-            return self._model.family.decode(self._model.pipeline, latents.to(self._model.device), geometry).cpu()
+            return self._model.family.decode(self._pipeline, latents.to(self._model.device), geometry).cpu()
 
     def interrupt(self) -> None:
         """Makes what runs, and every later call, raise `ShuttingDownError` at its next step; may be called from any thread."""
         self._interrupted.set()
 
     def close(self) -> None:
-        """Interrupts what runs, waits for it and frees the model; may be called twice."""
+        """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
         self.interrupt()
-        with self._lock:
+        # A failed replica may hold its request in a collective for ever; what it holds is lost anyway.
+        has_lock = self._lock.acquire(timeout=-1 if self.failure is None else _RELEASE_S)
+        try:
+            if self._replica is not None:
+                self._replica.close()
             if hasattr(self, "_model"):
-                del self._model
+                del self._model, self._pipeline
                 if self.info.device.startswith("cuda"):
                     torch.cuda.empty_cache()
+        finally:
+            if has_lock:
+                self._lock.release()
 
     def _check_interrupt(self) -> None:
+        if self.failure is not None:
+            raise self.failure
         if self._interrupted.is_set():
+            raise _shutting_down()
+
+    def _check_step(self) -> None:
+        """Whether the next step is to be taken; every rank comes to the same answer."""
+        if self._replica is None:
+            self._check_interrupt()
+        elif not self._replica.goes_on(self._interrupted.is_set()):
             raise _shutting_down()
 
     def _run(self, plan: RequestPlan, finish: Callable[[RequestPlan, _Finished], Result]) -> list[Result]:
@@ -187,20 +254,38 @@ class Engine:
             if self._model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._model.device)
             task = DenoisingTask.build(plan, self._model, self._encode(plan))
+            if self._replica is not None:
+                self._replica.begin(plan, task.env)
             return [finish(plan, self._run_sample(task, seed)) for seed in plan.seeds]
 
     def _run_sample(self, task: DenoisingTask, seed: int) -> _Finished:
         started = time.perf_counter()
-        sample = denoising.start(task, seed)
-        denoising.denoise(task, sample, self._check_interrupt)
+        if self._replica is not None:
+            self._replica.start_sample(seed)
+        sample = self._denoise(task, seed)
         if sample.recorder is not None:
             sample.recorder.check_finite(sample.latents)
-        image = self._model.family.decode(self._model.pipeline, sample.latents, task.plan.geometry).cpu()
+        image = self._model.family.decode(self._pipeline, sample.latents, task.plan.geometry).cpu()
         return _Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
+
+    def _denoise(self, task: DenoisingTask, seed: int) -> Sample:
+        """All steps of a sample, on every rank."""
+        try:
+            sample = denoising.start(task, seed)
+            denoising.denoise(task, sample, self._check_step)
+            if self._replica is not None:
+                self._replica.finish_sample(sample.latents)
+        except FlowrollError:
+            raise
+        except BaseException as error:
+            if self._replica is None:
+                raise
+            raise self._replica.lost(error) from error
+        return sample
 
     def _encode(self, plan: RequestPlan) -> DenoisingEnv:
         """Encodes each distinct prompt of the request once, one prompt per call."""
-        family, pipeline = self._model.family, self._model.pipeline
+        family, pipeline = self._model.family, self._pipeline
         encoded: dict[str, Mapping[str, EnvValue]] = {}
         for prompt in (plan.params.prompt, plan.negative_prompt):
             if prompt is not None and prompt not in encoded:
@@ -250,33 +335,3 @@ class Engine:
 
 def _shutting_down() -> ShuttingDownError:
     return ShuttingDownError("the engine must run to answer, got a shutdown; send the request to another replica.")
-
-
-def _as_params(params: SamplingParams | None, values: dict[str, Any]) -> SamplingParams:
-    if params is not None:
-        if values:
-            raise InvalidRequestError("params must be given alone, got further fields; set them in SamplingParams.")
-        return params
-    known = {field.name for field in fields(SamplingParams)}
-    if unknown := sorted(set(values) - known):
-        raise InvalidRequestError(
-            f"{unknown[0]} must be a field of SamplingParams, got an unknown name; use one of {', '.join(sorted(known))}.",
-            field=unknown[0],
-        )
-    if "prompt" not in values:
-        raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
-    return SamplingParams(**values)
-
-
-def _refuse_rollout_fields(values: Mapping[str, Any]) -> None:
-    if given := sorted(ROLLOUT_FIELDS & set(values)):
-        raise InvalidRequestError(
-            f"{given[0]} must be left out of plain generation, got {values[given[0]]!r}; call rollout.", field=given[0]
-        )
-
-
-def _refuse_rollout_params(params: SamplingParams) -> None:
-    blank = SamplingParams(prompt="", rollout=False)
-    _refuse_rollout_fields(
-        {name: getattr(params, name) for name in ROLLOUT_FIELDS if getattr(params, name) != getattr(blank, name)}
-    )

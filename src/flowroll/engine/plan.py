@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flowroll.engine.checkpoint import LoadedModel
 from flowroll.engine.config import Limits
+from flowroll.engine.loading import LoadedModel
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.dynamics import amplification, transitions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Defaults, Family, Geometry, Guidance, ModelSpec
+from flowroll.families.base import Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output, RunCalls, run_in_turn
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.z_image import ZImage
 
@@ -25,4 +25,16 @@ def family_of_pipeline(pipeline_class: str) -> Family:
     raise UnsupportedModelError(f"pipeline must be one of {supported}, got {pipeline_class}; use a checkpoint of one of these.")
 
 
-__all__ = ["FAMILIES", "Defaults", "Family", "Geometry", "Guidance", "ModelSpec", "family_of_pipeline"]
+__all__ = [
+    "FAMILIES",
+    "Call",
+    "Defaults",
+    "Family",
+    "Geometry",
+    "Guidance",
+    "ModelSpec",
+    "Output",
+    "RunCalls",
+    "family_of_pipeline",
+    "run_in_turn",
+]

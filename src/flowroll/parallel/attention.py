@@ -1,8 +1,8 @@
 """Attention of own query rows over everybody's keys, each row with the bits that it has in the whole sequence.
 
-On the CPU, `scaled_dot_product_attention` takes queries in blocks of 32, 64 or 256 (by their number), and computes a last block of 1
-to 3 rows with other kernels than any larger one, with other bits; measured with torch 2.13, float32 and bfloat16. So a shard must
-not end in such a block unless the whole sequence does, and then it has to be the same block.
+On the CPU, `scaled_dot_product_attention` takes queries in blocks of 32, 64 or 256 (by their number), and computes a last
+block of 1 to 3 rows with other kernels than any larger one, with other bits; measured with torch 2.13, float32 and bfloat16.
+So a shard must not end in such a block unless the whole sequence does, and then it has to be the same block.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def with_dispatch(processor: Any, wrap: Callable[[Callable[..., Tensor]], Callab
     scope = {**own.__globals__, _DISPATCH: wrap(dispatch)}
     call = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
     call.__kwdefaults__ = own.__kwdefaults__
-    wrapped = type(f"Gathering{type(processor).__name__}", (type(processor),), {"__call__": call})
-    copy = wrapped.__new__(wrapped)
+    copy: Any = object.__new__(type(f"Gathering{type(processor).__name__}", (type(processor),), {"__call__": call}))
     copy.__dict__.update(processor.__dict__)
     return copy
 

@@ -20,8 +20,9 @@ from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.paths import find_modules
 from flowroll.parallel.shards import MIN_ROWS
 
-# Columns of a product are computed in blocks of this many; parts that end between blocks can change bits where there are few rows
-# (measured with torch 2.13 on CPU, float32: products of up to 5 rows in parts of 30 or 85 columns; none in parts of whole blocks).
+# Columns of a product are computed in blocks of this many; parts that end between blocks can change bits where there are few
+# rows (measured with torch 2.13 on CPU, float32: products of up to 5 rows in parts of 30 or 85 columns; none in parts of whole
+# blocks).
 COLUMN_BLOCK = 16
 
 
@@ -85,6 +86,16 @@ def shard_columns_of(transformer: nn.Module, paths: Sequence[str], mesh: Mesh) -
     for path, linear in _planned(transformer, paths):
         parent, _, name = path.rpartition(".")
         setattr(transformer.get_submodule(parent), name, ColumnParallelLinear(linear, mesh))
+
+
+def count_parameters(transformer: nn.Module) -> int:
+    """Parameters of the whole transformer, the columns that other ranks hold included."""
+    elsewhere = 0
+    for module in transformer.modules():
+        if isinstance(module, ColumnParallelLinear):
+            own = sum(parameter.numel() for parameter in module.parameters())
+            elsewhere += own * (module.out_features // module.columns - 1)
+    return elsewhere + sum(parameter.numel() for parameter in transformer.parameters())
 
 
 def _planned(transformer: nn.Module, paths: Sequence[str]) -> list[tuple[str, nn.Linear]]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
 from flowroll.errors import EngineError
 from flowroll.types import Layout
@@ -45,7 +46,7 @@ class Mesh:
     """
 
     def __init__(
-        self, layout: Layout, *, rank: int, store: dist.Store, device: torch.device, timeout_s: float, loopback: bool
+        self, layout: Layout, *, rank: int, store: Store, device: torch.device, timeout_s: float, loopback: bool
     ) -> None:
         if dist.is_initialized():
             raise EngineError(

@@ -1,7 +1,7 @@
 """Row and branch shards inside a transformer, put there from outside with hooks.
 
-A region begins where hidden states are narrowed to this rank's rows and ends where its output is gathered. Between the two every
-module sees fewer rows and does not know; only attention is told, since its queries need everybody's keys.
+A region begins where hidden states are narrowed to this rank's rows and ends where its output is gathered. Between the two
+every module sees fewer rows and does not know; only attention is told, since its queries need everybody's keys.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class ShardedRegion:
             module.register_forward_hook(lambda _, __, output: self._leave(self._region.leave, output))
         if self._mesh.degree("sp") > 1:
             for _, module in find_modules(transformer, self._region.attention):
-                module.set_processor(with_dispatch(module.processor, self._gathering))
+                # An `Attention` of diffusers.
+                attention: Any = module
+                attention.set_processor(with_dispatch(attention.processor, self._gathering))
 
     def _hook_split(self, transformer: nn.Module, split: Split, narrow: Callable[[Split, Tensor], Tensor]) -> None:
         for _, module in find_modules(transformer, split.module):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Products of fewer rows than this can take another kernel than products of more (measured with torch 2.13 on CPU, float32: of 1 to 3
-# rows always, of up to 23 sometimes). Where a rank would get fewer, nothing is sharded and every rank computes all of it.
+from flowroll.errors import InvalidRequestError
+
+# Products of fewer rows than this can take another kernel than products of more (measured with torch 2.13 on CPU, float32: of
+# 1 to 3 rows always, of up to 23 sometimes). Where a rank would get fewer, nothing is sharded and every rank computes all of
+# it.
 MIN_ROWS = 64
-# Shards begin at multiples of so many rows. Element-wise kernels compute the last few elements of a tensor with scalar code, whose
-# exp and tanh round otherwise than the vectorised code's; in shards of whole units of 32 rows, every element but the last ones of
-# the whole tensor is in a full vector, whatever the width (measured with torch 2.13 on CPU, float32, at a width of 170).
+# Shards begin at multiples of so many rows. Element-wise kernels compute the last few elements of a tensor with scalar code,
+# whose exp and tanh round otherwise than the vectorised code's; in shards of whole units of 32 rows, every element but the last
+# ones of the whole tensor is in a full vector, whatever the width (measured with torch 2.13 on CPU, float32, at a width of
+# 170).
 ROW_UNIT = 32
 
 
@@ -64,3 +68,21 @@ def shard_rows(total: int, index: int, ranks: int) -> Shard | None:
         return None
     sizes[-1] += rest
     return Shard(tuple(sizes), index)
+
+
+def check_rows(ranks: int, most_tokens: int) -> None:
+    """Refuses more ranks than the largest image can be shared out to.
+
+    Args:
+        ranks: Of the sequence axis.
+        most_tokens: Image tokens of the largest image that may be asked for.
+
+    Raises:
+        InvalidRequestError: It names the largest degree that fits.
+    """
+    if ranks > 1 and shard_rows(most_tokens, 0, ranks) is None:
+        fits = max(1, most_tokens // MIN_ROWS)
+        raise InvalidRequestError(
+            f"sp must leave every rank {MIN_ROWS} of the {most_tokens} tokens of the largest image, got {ranks}; use at most {fits}.",
+            field="sp",
+        )

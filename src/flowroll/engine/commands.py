@@ -1,0 +1,99 @@
+"""What rank 0 tells the ranks that follow it. JSON, and tensors by broadcast; nothing is pickled."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+import torch
+from torch import Tensor
+
+from flowroll.engine.config import Limits
+from flowroll.families import ModelSpec
+from flowroll.types import DenoisingEnv, EnvValue, SamplingParams
+
+
+class TensorShape(msgspec.Struct, frozen=True):
+    """A tensor whose data follows by broadcast."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Memory for it."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype.removeprefix("torch.")), device=device)
+
+
+class BranchShape(msgspec.Struct, frozen=True):
+    """The arguments of one guidance branch."""
+
+    tensors: dict[str, TensorShape]
+    plain: dict[str, Any]
+
+
+class Serve(msgspec.Struct, frozen=True, tag=True):
+    """The first command: what the follower cannot see for itself."""
+
+    spec: ModelSpec
+    limits: Limits
+
+
+class Request(msgspec.Struct, frozen=True, tag=True):
+    """A planned request begins; the tensors of its environment follow by broadcast."""
+
+    params: SamplingParams
+    positive: BranchShape
+    negative: BranchShape | None
+
+
+class Sample(msgspec.Struct, frozen=True, tag=True):
+    """A sample of that request begins."""
+
+    seed: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """No more commands."""
+
+
+Command: TypeAlias = Serve | Request | Sample | Stop
+_DECODER = msgspec.json.Decoder(Command)
+
+
+def encode_command(command: Command) -> str:
+    """The command as text."""
+    return msgspec.json.encode(command).decode()
+
+
+def decode_command(data: bytes) -> Command:
+    """The command in these bytes."""
+    command: Command = _DECODER.decode(data)
+    return command
+
+
+def describe_branch(branch: dict[str, EnvValue]) -> BranchShape:
+    """A branch without the data of its tensors."""
+    return BranchShape(
+        tensors={
+            key: TensorShape(shape=tuple(value.shape), dtype=str(value.dtype))
+            for key, value in branch.items()
+            if isinstance(value, Tensor)
+        },
+        plain={key: value for key, value in branch.items() if not isinstance(value, Tensor)},
+    )
+
+
+def empty_env(request: Request, device: torch.device) -> DenoisingEnv:
+    """The environment of a request, with memory for its tensors."""
+
+    def branch(shape: BranchShape) -> dict[str, EnvValue]:
+        return {**{key: tensor.empty(device) for key, tensor in shape.tensors.items()}, **shape.plain}
+
+    negative = None if request.negative is None else branch(request.negative)
+    return DenoisingEnv(pos_cond_kwargs=branch(request.positive), neg_cond_kwargs=negative)
+
+
+def env_tensors(env: DenoisingEnv) -> list[Tensor]:
+    """The tensors of an environment, in the same order on every rank."""
+    branches = [env.pos_cond_kwargs, env.neg_cond_kwargs or {}]
+    return [branch[key] for branch in branches for key in sorted(branch) if isinstance(branch[key], Tensor)]  # type: ignore[misc]

@@ -1,0 +1,136 @@
+"""Every rank but 0: loads its part of the transformer and takes the steps that rank 0 leads it through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from flowroll.engine import denoising
+from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.commands import Request, Sample, Serve, Stop, decode_command, empty_env, env_tensors
+from flowroll.engine.config import resolve_device, resolve_dtype
+from flowroll.engine.denoising import DenoisingTask
+from flowroll.engine.loading import LoadedModel, build_model, load_transformer
+from flowroll.engine.plan import plan_request
+from flowroll.engine.replica import RankConfig
+from flowroll.errors import FlowrollError, InvalidRequestError
+from flowroll.parallel.channel import Channel
+from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.rendezvous import check_world, second_connection, torchrun_rank, torchrun_store
+from flowroll.types import Layout
+
+
+class _Stopped(Exception):
+    """Rank 0 ended the sample before its last step."""
+
+
+def follow(
+    model: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    layout: Layout,
+    rank_timeout_s: float = 60.0,
+) -> None:
+    """Follows the `Engine` that rank 0 of a torchrun job opens with these same arguments, until that engine closes.
+
+    Raises:
+        InvalidRequestError: torchrun did not start this process, or started another number of them.
+        CheckpointError: This rank cannot load its part; rank 0 raises it too.
+    """
+    place = torchrun_rank()
+    if place is None or place.rank == 0:
+        raise InvalidRequestError(
+            "follow must be called on a rank above 0 of a torchrun job, got another process; open an Engine."
+        )
+    check_world(layout, place)
+    first = resolve_device(device)
+    own = torch.device("cuda", place.local_rank) if first.type == "cuda" else first
+    folder = Path(model)
+    config = RankConfig(
+        model=str(folder),
+        variant=examine_checkpoint(folder, variant=variant).variant,
+        dtype=str(resolve_dtype(dtype, own)).removeprefix("torch."),
+        device=str(own),
+        layout=layout,
+        timeout_s=rank_timeout_s,
+        num_threads=torch.get_num_threads(),
+        rank=place.rank,
+    )
+    follow_rank_0(config, torchrun_store(), own)
+
+
+def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> None:
+    """Takes part in a replica until rank 0 ends it.
+
+    Args:
+        config: Of this rank.
+        store: Shared by all ranks.
+        device: Of this rank.
+
+    Raises:
+        FlowrollError: This rank cannot load its part.
+    """
+    channel = Channel(store, rank=config.rank, num_ranks=config.layout.num_ranks)
+    channel.beat(second_connection(store))
+    channel.announce("here")
+    channel.wait_for("here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with Mesh(
+        config.layout,
+        rank=config.rank,
+        store=PrefixStore("mesh", store),
+        device=device,
+        timeout_s=config.timeout_s,
+        loopback=config.port is not None,
+    ) as mesh:
+        try:
+            checkpoint = examine_checkpoint(Path(config.model), variant=config.variant)
+            dtype = resolve_dtype(config.dtype, device)
+            transformer = load_transformer(checkpoint, dtype, mesh).to(device)
+        except FlowrollError as error:
+            channel.announce("failed", error.message)
+            raise
+        channel.announce("loaded")
+        serve = decode_command(channel.receive())
+        if isinstance(serve, Serve):
+            model = build_model(checkpoint, transformer, serve.spec, device=device, dtype=dtype, mesh=mesh)
+            with torch.no_grad():
+                _obey(model, serve, channel, mesh)
+    channel.stop()
+
+
+def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> None:
+    task: DenoisingTask | None = None
+    while True:
+        command = decode_command(channel.receive())
+        match command:
+            case Request():
+                env = empty_env(command, model.device)
+                for tensor in env_tensors(env):
+                    mesh.broadcast(tensor)
+                task = DenoisingTask.build(plan_request(command.params, model, serve.limits), model, env)
+            case Sample():
+                assert task is not None
+                _take_sample(task, command.seed, mesh)
+            case Stop():
+                return
+            case Serve():
+                raise AssertionError("served twice")
+
+
+def _take_sample(task: DenoisingTask, seed: int, mesh: Mesh) -> None:
+    def go_on() -> None:
+        if mesh.broadcast_flag(False):
+            raise _Stopped
+
+    sample = denoising.start(task, seed)
+    try:
+        denoising.denoise(task, sample, go_on)
+    except _Stopped:
+        return
+    mesh.odd_ranks(sample.latents)

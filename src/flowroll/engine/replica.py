@@ -1,0 +1,285 @@
+"""Rank 0's hold on the ranks of its replica: it starts them, leads them through every sample, notices what goes wrong.
+
+Every rank runs the same denoising loop on the same latents; only the transformer's forward is shared out. What rank 0 decides,
+which sample comes next and whether it goes on, it tells the others before it acts on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from flowroll.engine.checkpoint import Checkpoint
+from flowroll.engine.commands import Command, Request, Sample, Serve, Stop, describe_branch, encode_command, env_tensors
+from flowroll.engine.config import Limits
+from flowroll.engine.loading import check_degree
+from flowroll.engine.plan import RequestPlan
+from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, RankLostError
+from flowroll.families import ModelSpec
+from flowroll.parallel.channel import Channel, Pulse
+from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.processes import RankProcesses
+from flowroll.parallel.rendezvous import (
+    check_devices,
+    check_world,
+    second_connection,
+    serve_store,
+    torchrun_rank,
+    torchrun_store,
+)
+from flowroll.types import DenoisingEnv, Layout
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.1
+# After a failed collective, how long to look for the rank whose end explains it.
+_EXPLAIN_S = 2.0
+_JOIN_S = 5.0
+
+FailureListener = Callable[[RankLostError], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """What every rank of a replica is started with.
+
+    Attributes:
+        model: The checkpoint folder.
+        variant: Variant of the model family.
+        dtype: Of the weights, e.g. "bfloat16".
+        device: Of rank 0, e.g. "cuda:0".
+        layout: The degrees of the axes.
+        timeout_s: How long ranks wait for each other.
+        num_threads: CPU threads of each rank; they shape the bits on the CPU, so they are rank 0's.
+        rank: Of this process.
+        port: Of rank 0's store on this machine; None: torchrun's store.
+    """
+
+    model: str
+    variant: str
+    dtype: str
+    device: str
+    layout: Layout
+    timeout_s: float
+    num_threads: int
+    rank: int = 0
+    port: int | None = None
+
+
+class Replica:
+    """The ranks of one engine, seen from rank 0.
+
+    Args:
+        config: Of rank 0.
+        own_ranks: Whether to start the other ranks here; else torchrun has.
+
+    Raises:
+        RankLostError: A rank ended before it was up.
+    """
+
+    def __init__(self, config: RankConfig, *, own_ranks: bool) -> None:
+        self._config = config
+        self.failure: RankLostError | None = None
+        self._listeners: list[FailureListener] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._processes: RankProcesses | None = None
+        self._store: Store
+        if own_ranks:
+            self._store, port = serve_store()
+            others = {rank: replace(config, rank=rank, port=port) for rank in range(1, config.layout.num_ranks)}
+            self._processes = RankProcesses({rank: msgspec.json.encode(other).decode() for rank, other in others.items()})
+        else:
+            self._store = torchrun_store()
+        self._channel = Channel(self._store, rank=0, num_ranks=config.layout.num_ranks)
+        self._watch = threading.Thread(target=self._watch_ranks, name="flowroll-ranks", daemon=True)
+        self._watch.start()
+        try:
+            self._wait_for_all("here")
+            self._channel.announce("here")
+            self.mesh = Mesh(
+                config.layout,
+                rank=0,
+                store=PrefixStore("mesh", self._store),
+                device=torch.device(config.device),
+                timeout_s=config.timeout_s,
+                loopback=own_ranks,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids of the followers that were started here, by rank."""
+        return {} if self._processes is None else self._processes.pids
+
+    def add_listener(self, listener: FailureListener) -> None:
+        """Calls it, on another thread, if the replica fails; at once if it has."""
+        with self._lock:
+            self._listeners.append(listener)
+            failure = self.failure
+        if failure is not None:
+            listener(failure)
+
+    def serve(self, spec: ModelSpec, limits: Limits) -> None:
+        """Waits until every rank has loaded its part.
+
+        Raises:
+            CheckpointError: A rank could not.
+            RankLostError: A rank ended.
+        """
+        self._wait_for_all("loaded")
+        self._send(Serve(spec=spec, limits=limits))
+
+    def begin(self, plan: RequestPlan, env: DenoisingEnv) -> None:
+        """Makes every rank ready for the samples of a request."""
+        # What the others need to take the same steps. They record nothing.
+        params = replace(
+            plan.params,
+            seed=None,
+            seeds=plan.seeds,
+            num_outputs_per_prompt=None,
+            request_id=plan.request_id,
+            debug_mode=False,
+            return_denoising_env=False,
+            return_dit_trajectory=False,
+            return_step_indices=None,
+        )
+        negative = None if env.neg_cond_kwargs is None else describe_branch(dict(env.neg_cond_kwargs))
+        self._send(Request(params=params, positive=describe_branch(dict(env.pos_cond_kwargs)), negative=negative))
+        for tensor in env_tensors(env):
+            self.mesh.broadcast(tensor.contiguous())
+
+    def start_sample(self, seed: int) -> None:
+        """Makes every rank take this sample's steps."""
+        self._send(Sample(seed=seed))
+
+    def goes_on(self, stop: bool) -> bool:
+        """Tells every rank before a step whether to take it."""
+        return not self.mesh.broadcast_flag(stop)
+
+    def finish_sample(self, latents: torch.Tensor) -> None:
+        """Checks that every rank came to the same latents.
+
+        Raises:
+            EngineError: It did not: a device or a library differs.
+        """
+        odd = self.mesh.odd_ranks(latents)
+        self._channel.forget()
+        if odd:
+            shown = ", ".join(map(str, odd))
+            raise EngineError(
+                f"every rank must come to the same latents, got others on rank {shown}; use equal devices and library versions."
+            )
+
+    def lost(self, error: BaseException) -> RankLostError:
+        """What to raise for an error in the middle of a sample: the other ranks wait in a collective that this one has left."""
+        deadline_s = time.monotonic() + _EXPLAIN_S
+        while self.failure is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        if self.failure is None:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            self._fail(
+                f"every rank must take each step within {self._config.timeout_s:g} s, got {type(error).__name__}: {reason}; "
+                "see the log and restart the replica."
+            )
+        assert self.failure is not None
+        return self.failure
+
+    def close(self) -> None:
+        """Ends the other ranks and leaves the process group; may be called twice."""
+        if not self._closing.is_set():
+            self._closing.set()
+            if self.failure is None:
+                self._send(Stop())
+            if self._processes is not None:
+                self._processes.join(0.0 if self.failure else _JOIN_S)
+            self._watch.join()
+            if hasattr(self, "mesh"):
+                self.mesh.close()
+
+    def _send(self, command: Command) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self._channel.send(encode_command(command))
+
+    def _wait_for_all(self, stage: str) -> None:
+        while True:
+            if failed := self._channel.announced("failed"):
+                rank, reason = next(iter(failed.items()))
+                raise CheckpointError(f"rank {rank}: {reason}")
+            if self.failure is not None:
+                raise self.failure
+            if len(self._channel.announced(stage)) == self._config.layout.num_ranks - 1:
+                return
+            time.sleep(_POLL_S)
+
+    def _watch_ranks(self) -> None:
+        """Looks after the other ranks until the replica closes or fails."""
+        pulse = Pulse(second_connection(self._store), num_ranks=self._config.layout.num_ranks)
+        while not self._closing.wait(_POLL_S):
+            if self._processes is not None and (ended := self._processes.ended()):
+                rank, status = next(iter(ended.items()))
+                how = f"its end by signal {-status}" if status < 0 else f"its end with status {status}"
+                self._fail(f"rank {rank} must live as long as its replica, got {how}; see the log and restart the replica.")
+                return
+            for rank, silence_s in pulse.silent_for_s().items():
+                if silence_s > self._config.timeout_s:
+                    self._fail(
+                        f"rank {rank} must give a sign of life within {self._config.timeout_s:g} s, got {silence_s:.0f} s of "
+                        "silence; look after its machine and restart the replica."
+                    )
+                    return
+
+    def _fail(self, message: str) -> None:
+        """Takes the replica down, once."""
+        with self._lock:
+            if self.failure is not None or self._closing.is_set():
+                return
+            self.failure = RankLostError(message)
+            listeners = list(self._listeners)
+        _log.error("%s", message)
+        # A collective that waits for one of them ends now.
+        if self._processes is not None:
+            self._processes.kill()
+        for listener in listeners:
+            listener(self.failure)
+
+
+def open_replica(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, timeout_s: float) -> Replica:
+    """The other ranks, started here or by torchrun, once the layout is known to fit.
+
+    Raises:
+        InvalidRequestError: The layout does not fit the model or the machine.
+        RankLostError: A rank ended before it was up.
+    """
+    check_degree(checkpoint, layout.tp)
+    place = torchrun_rank()
+    if place is None:
+        check_devices(layout, device, torch.cuda.device_count())
+    else:
+        check_world(layout, place)
+        if place.rank > 0:
+            raise InvalidRequestError(
+                f"an Engine of several ranks must be opened on rank 0 alone, got rank {place.rank}; call "
+                "flowroll.engine.follow there."
+            )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    config = RankConfig(
+        model=str(checkpoint.folder),
+        variant=checkpoint.variant,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        layout=layout,
+        timeout_s=timeout_s,
+        num_threads=torch.get_num_threads(),
+    )
+    return Replica(config, own_ranks=place is None)

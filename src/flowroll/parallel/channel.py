@@ -1,0 +1,114 @@
+"""Messages between rank 0 and the ranks that follow it, through their store: commands one way, signs of life the other.
+
+A collective has a timeout, so nobody can wait in one for a request that may come tomorrow; here a rank can wait as long as it
+takes. The messages are text that the caller encodes; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed.distributed_c10d import Store
+
+_FOREVER = timedelta(days=365)
+_BEAT_S = 1.0
+
+
+class Channel:
+    """Rank 0's end, or a follower's.
+
+    Args:
+        store: Shared by all ranks.
+        rank: Of this process.
+        num_ranks: Of the replica.
+    """
+
+    def __init__(self, store: Store, *, rank: int, num_ranks: int) -> None:
+        self._store = store
+        self._rank, self._followers = rank, range(1, num_ranks)
+        self._next = self._oldest = 0
+        self._stopped = threading.Event()
+
+    def announce(self, stage: str, text: str = "") -> None:
+        """Tells that this rank has reached a stage of its start."""
+        self._store.set(f"{stage}/{self._rank}", text)
+
+    def announced(self, stage: str) -> dict[int, str]:
+        """The followers that have reached a stage, with what they said."""
+        keys = {rank: f"{stage}/{rank}" for rank in self._followers}
+        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+
+    def wait_for(self, stage: str) -> None:
+        """Waits until rank 0 has reached a stage."""
+        self._store.wait([f"{stage}/0"], _FOREVER)
+
+    def send(self, command: str) -> None:
+        """Gives all followers a command."""
+        self._store.set(f"command/{self._next}", command)
+        self._next += 1
+
+    def receive(self) -> bytes:
+        """The next command, as soon as there is one."""
+        key = f"command/{self._next}"
+        self._store.wait([key], _FOREVER)
+        self._next += 1
+        command: bytes = self._store.get(key)
+        return command
+
+    def forget(self) -> None:
+        """Deletes all commands that were sent; every follower must have received them."""
+        for number in range(self._oldest, self._next):
+            self._store.delete_key(f"command/{number}")
+        self._oldest = self._next
+
+    def beat(self, store: Store) -> None:
+        """Gives signs of life from now on, on a thread.
+
+        Args:
+            store: A connection for it alone: the commands' one is busy with waiting.
+        """
+
+        def run() -> None:
+            number = 0
+            while not self._stopped.wait(_BEAT_S):
+                number += 1
+                try:
+                    store.set(f"beat/{self._rank}", str(number))
+                except Exception:  # rank 0 is gone, which others notice as well
+                    return
+
+        threading.Thread(target=run, name="flowroll-beat", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the thread of `beat`."""
+        self._stopped.set()
+
+
+class Pulse:
+    """Rank 0's view of the followers' signs of life.
+
+    Args:
+        store: A connection for it alone.
+        num_ranks: Of the replica.
+        now_s: A clock.
+    """
+
+    def __init__(self, store: Store, *, num_ranks: int, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._now_s = store, now_s
+        self._last = {rank: ("", now_s()) for rank in range(1, num_ranks)}
+
+    def silent_for_s(self) -> dict[int, float]:
+        """Seconds since each follower's last sign of life; 0 for one that has not begun to give any."""
+        silences = {}
+        for rank, (beat, since_s) in self._last.items():
+            key = f"beat/{rank}"
+            heard = self._store.get(key).decode() if self._store.check([key]) else ""
+            if heard != beat or not heard:
+                self._last[rank] = (heard, self._now_s())
+                silences[rank] = 0.0
+            else:
+                silences[rank] = self._now_s() - since_s
+        return silences

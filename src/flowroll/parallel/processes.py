@@ -1,0 +1,88 @@
+"""The processes of the other ranks on this machine. They live exactly as long as this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+# What a follower is started as; it reads its configuration from the first line of its standard input.
+FOLLOWER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "flowroll.engine.rank")
+# A follower that outlives its standard input ends with this status.
+ORPHANED = 70
+
+
+class RankProcesses:
+    """Starts one process per follower and ends them.
+
+    A follower's standard input is its lifeline: it holds the configuration and then nothing, and when it ends, because this
+    process has ended in whatever way, the follower ends too. Followers are in sessions of their own, so a Ctrl-C at the
+    terminal reaches this process alone, which then ends them in order.
+
+    Args:
+        configurations: One line of text per follower, by rank.
+        command: What to start.
+    """
+
+    def __init__(self, configurations: Mapping[int, str], *, command: Sequence[str] | None = None) -> None:
+        self._processes: dict[int, subprocess.Popen[str]] = {}
+        try:
+            for rank, configuration in configurations.items():
+                process = subprocess.Popen(
+                    list(command or FOLLOWER_COMMAND),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
+                    start_new_session=True,
+                )
+                self._processes[rank] = process
+                assert process.stdin is not None
+                process.stdin.write(configuration + "\n")
+                process.stdin.flush()
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return {rank: process.pid for rank, process in self._processes.items()}
+
+    def ended(self) -> dict[int, int]:
+        """The ranks that have ended, each with its exit status (minus the signal's number, if a signal ended it)."""
+        return {rank: status for rank, process in self._processes.items() if (status := process.poll()) is not None}
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for all to end; kills those that take longer."""
+        deadline_s = time.monotonic() + timeout_s
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                break
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends all at once; none is left, and none is left to be waited for."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+def read_configuration() -> str:
+    """On a follower: its configuration. From then on the process ends when rank 0's does."""
+    line = sys.stdin.readline()
+
+    def watch() -> None:
+        sys.stdin.read()
+        # Not an exit: the main thread may be in a collective that never returns.
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, name="flowroll-lifeline", daemon=True).start()
+    return line
