@@ -100,10 +100,10 @@ class Kernels(TorchDispatchMode):
 
 
 def test_a_product_with_fetched_weights_runs_the_kernel_of_the_whole_linear() -> None:
-    # torch folds a batch into one `mm` only where the weight needs a gradient, as a linear's does.
+    # torch folds a strided batch into one `mm` only where the weight needs a gradient, as a linear's does.
     linear = nn.Linear(64, 170, bias=False)
     (part, _), _ = sharded(linear, 2)
-    tokens = torch.randn(2, 9, 64)
+    tokens = torch.randn(9, 2, 64).transpose(0, 1)
     kernels = []
     for module in (linear, part):
         with torch.no_grad(), Kernels() as noted:
