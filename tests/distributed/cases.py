@@ -5,10 +5,11 @@ from typing import Any
 FAMILIES = ("qwen_image", "z_image")
 DTYPES = ("float32", "bfloat16")
 _EVERYTHING = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
-# 156, 319 and 1,056 image tokens. With their text, the first two end in an attention block of one row for Qwen-Image.
+# 156, 319 and 1,056 image tokens. Attention computes a last block of 1 to 3 queries otherwise than a larger one. Qwen-Image's
+# text of 7 tokens makes the small sequence end in one, and that of 33 would make the ranks' shares of the odd one end in one.
 _SIZES = {"small": (192, 208), "odd": (464, 176), "large": (512, 528)}
-# The short prompts make pairs of captions of different padded lengths for Z-Image.
-_SHORT, _LONG = "a cat", "a red car beside a wooden table, " * 4
+# For Z-Image the captions of a pair have different padded lengths: the empty one has 32, the long one 64.
+_SHORT, _LONG = "a cat", "a red car beside a wooden table, " * 3 + "a red car beside"
 
 
 def _request(size: tuple[int, int], prompt: str, **fields: Any) -> dict[str, Any]:
