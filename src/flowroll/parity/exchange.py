@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from flowroll.types import Layout, SamplingParams
+from flowroll.types import Layout, Number, SamplingParams
 
 _FACTS = "facts.json"
 
@@ -36,7 +36,7 @@ class ChildSpec:
     dtype: str
     device: str
     layout: Layout
-    rank_timeout_s: float
+    rank_timeout_s: Number
     num_threads: int
     requests: Mapping[str, SamplingParams]
 

@@ -62,7 +62,7 @@ class ParityOptions:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    rank_timeout_s: float = 60.0
+    rank_timeout_s: Number = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class ParityPlan:
     requests: Mapping[SdeType, SamplingParams]
     request: RequestPlan
     num_threads: int
-    rank_timeout_s: float
+    rank_timeout_s: Number
 
 
 def plan_parity(options: ParityOptions) -> ParityPlan:
@@ -184,7 +184,7 @@ def _num_threads(threads: int | None, layouts: tuple[Layout, ...]) -> int:
     return threads
 
 
-def _check_timeout(seconds: float) -> None:
+def _check_timeout(seconds: Number) -> None:
     if not (math.isfinite(seconds) and seconds > 0):
         raise InvalidRequestError(
             f"rank_timeout_s must be a number of seconds above 0, got {seconds:g}; use e.g. 60.", field="rank_timeout_s"

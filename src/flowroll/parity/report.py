@@ -8,14 +8,16 @@ from pathlib import Path
 import msgspec
 
 from flowroll.parity.results import LayoutParity, Measure, ModeParity, ParityReport, TensorParity
+from flowroll.types import Number
 
 MARKDOWN_NAME, JSON_NAME = "parity.md", "parity.json"
 _HOW_TO_READ = (
     "*Equal* is `torch.equal` to the run on one rank, with the same shape and dtype and no tolerance. The other figures are "
-    "computed in float64 and are the worst over all samples (the mean absolute difference: their mean): *max abs* and *mean abs* "
-    "of the difference, and the smallest cosine over the steps (for tensors with one number a step, over all steps together). "
-    "The *first step* of `latents` and `sigmas` is what it starts from and what it makes. `record` is how the sample was made: "
-    "seed, schedule, guidance, dtypes."
+    "computed in float64 and are the worst over all samples (the mean absolute difference: their mean): *max abs* and "
+    "*mean abs* of the difference, and the smallest cosine over the steps (for tensors with one number a step, over all "
+    "steps together). The *first step* of `latents` and `sigmas` is what it starts from and what it makes. `record` is how "
+    "the sample was made: seed, schedule, guidance, dtypes. Layouts with the same figures share a table, modes with the "
+    "same figures a row."
 )
 
 
@@ -49,7 +51,7 @@ def to_markdown(report: ParityReport) -> str:
         f"```\n{report.command}\n```",
         "## Every figure",
         _HOW_TO_READ,
-        *(_details(layout) for layout in report.layouts),
+        *_details(report),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -95,7 +97,8 @@ def _layouts_table(report: ParityReport) -> str:
     for layout in report.layouts:
         cells = [mode_cell(layout, mode) for mode in modes]
         received = [_bytes(_received(layout, axis)) for axis in axes]
-        rows.append([layout.layout, str(layout.num_ranks), *cells, _weights(report, layout.transformer_bytes), *received])
+        name = f"{layout.layout} (one rank again)" if layout.num_ranks == 1 else layout.layout
+        rows.append([name, str(layout.num_ranks), *cells, _weights(report, layout.transformer_bytes), *received])
     note = (
         "Each cell counts the tensors of a mode that are equal to one rank's. Received: what rank 0 got from other ranks in "
         "the forwards of one step, by mesh axis, the mean over steps and modes."
@@ -136,21 +139,31 @@ def _facts_table(report: ParityReport) -> str:
     return _table(["", ""], [[name, _cell(value)] for name, value in facts.items()], left=2)
 
 
-def _details(layout: LayoutParity) -> str:
-    title = f"{layout.layout}: {_word(layout.is_exact)}, {layout.num_compared} tensors"
-    error = [f"It failed: {_line(layout.error)}"] if layout.error is not None else []
-    body = [*error, *(_mode_table(mode) for mode in layout.modes)]
-    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *body, "</details>"])
+def _details(report: ParityReport) -> Iterator[str]:
+    """One folded section for all layouts that have the same figures."""
+    groups: dict[str, list[LayoutParity]] = {}
+    for layout in report.layouts:
+        body = [f"It failed: {_line(layout.error)}"] if layout.error is not None else []
+        body += [_figures_table(layout.modes)] if layout.modes else []
+        groups.setdefault("\n\n".join(body), []).append(layout)
+    for text, layouts in groups.items():
+        names = ", ".join(layout.layout for layout in layouts)
+        title = f"{names}: {_word(layouts[0].is_exact)}, {layouts[0].num_compared} tensors{' each' if len(layouts) > 1 else ''}"
+        yield f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def _mode_table(mode: ModeParity) -> str:
-    figures = ["equal", "max abs", "mean abs", "min cosine"]
-    header = ["tensor", *(f"first step: {name}" for name in figures), *(f"all steps: {name}" for name in figures)]
-    rows = [
-        [f"`{tensor.name}`", *(_figures(tensor.first) if tensor.first else ["-"] * 4), *_figures(tensor.whole)]
-        for tensor in mode.tensors
-    ]
-    return f"**{mode.mode}**\n\n{_table(header, rows, left=1)}"
+def _figures_table(modes: Sequence[ModeParity]) -> str:
+    """One row per tensor and figures; modes that agree share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(tensor.name for mode in modes for tensor in mode.tensors):
+        for mode in modes:
+            for tensor in mode.tensors:
+                if tensor.name == name:
+                    first = _figures(tensor.first) if tensor.first else ["-"] * 4
+                    rows.setdefault((f"`{name}`", *first, *_figures(tensor.whole)), []).append(mode.mode)
+    figures = ["max abs", "mean abs", "min cosine"]
+    header = ["tensor", "modes", "first step: equal", *figures, "all steps: equal", *figures]
+    return _table(header, [[name, ", ".join(shared), *cells] for (name, *cells), shared in rows.items()], left=2)
 
 
 def _figures(measure: Measure) -> list[str]:
@@ -162,7 +175,7 @@ def _figures(measure: Measure) -> list[str]:
     ]
 
 
-def format_number(value: float | None) -> str:
+def format_number(value: Number | None) -> str:
     """Short, and never rounded to 0 or 1 unless it is that."""
     if value is None:
         return "-"
@@ -172,7 +185,7 @@ def format_number(value: float | None) -> str:
     return f"1 - {1 - value:.1e}" if 0.5 < value < 1 else f"{value:.1e}"
 
 
-def _received(layout: LayoutParity, axis: str) -> float:
+def _received(layout: LayoutParity, axis: str) -> Number:
     if not layout.modes:
         return 0.0
     return sum(mode.received_bytes_per_step.get(axis, 0.0) for mode in layout.modes) / len(layout.modes)
@@ -184,7 +197,7 @@ def _weights(report: ParityReport, count: int) -> str:
     return f"{_bytes(count)} ({count / report.transformer_bytes:.0%})" if report.transformer_bytes else _bytes(count)
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: Number) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"

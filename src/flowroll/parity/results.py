@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flowroll.types import Number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
@@ -21,9 +23,9 @@ class Measure:
     """
 
     equal: bool
-    max_abs: float | None = 0.0
-    mean_abs: float | None = 0.0
-    min_cosine: float | None = 1.0
+    max_abs: Number | None = 0.0
+    mean_abs: Number | None = 0.0
+    min_cosine: Number | None = 1.0
     first_step: int | None = None
     note: str = ""
 
@@ -55,7 +57,7 @@ class ModeParity:
 
     mode: str
     tensors: tuple[TensorParity, ...]
-    received_bytes_per_step: Mapping[str, float] = field(default_factory=dict)
+    received_bytes_per_step: Mapping[str, Number] = field(default_factory=dict)
 
     @property
     def differing(self) -> tuple[TensorParity, ...]:
