@@ -19,7 +19,7 @@ class _Entry:
 
     Attributes:
         value: A tensor, or plain data.
-        first: How many of its leading rows are the first step's; None for a value without steps.
+        first: How many of its leading rows are the first step's: 1, or 2 for states; None for a value without steps.
     """
 
     value: object
@@ -81,19 +81,19 @@ def _compare_entry(name: str, pairs: list[tuple[dict[str, _Entry], dict[str, _En
             wholes.append(Measure(equal=False, max_abs=None, mean_abs=None, min_cosine=None, note=note))
             continue
         expected, actual, first = left[name].value, right[name].value, left[name].first
-        wholes.append(measure(expected, actual, has_steps=first is not None))
+        wholes.append(measure(expected, actual, first=first))
         if first is not None and isinstance(expected, Tensor) and isinstance(actual, Tensor):
-            firsts.append(measure(expected[:first], actual[:first], has_steps=True))
+            firsts.append(measure(expected[:first], actual[:first], first=first))
     return TensorParity(name=name, first=combine(firsts) if firsts else None, whole=combine(wholes))
 
 
-def measure(expected: object, actual: object, *, has_steps: bool = False) -> Measure:
+def measure(expected: object, actual: object, *, first: int | None = None) -> Measure:
     """How far a value is from what it should be. Differences are computed in float64.
 
     Args:
-        expected: A tensor [...], or with `has_steps` [steps, ...]; or plain data.
+        expected: A tensor [...], or with `first` [steps, ...] or [states, ...]; or plain data.
         actual: The same, of the layout.
-        has_steps: Whether the first dimension is steps: the cosine is then the smallest over them.
+        first: How many leading rows are the first step's; None for a value without steps.
     """
     left, right = _numbers(expected), _numbers(actual)
     if left is None or right is None:
@@ -110,8 +110,8 @@ def measure(expected: object, actual: object, *, has_steps: bool = False) -> Mea
         equal=False,
         max_abs=differences.max().item(),
         mean_abs=differences.mean().item(),
-        min_cosine=_min_cosine(wide_left, wide_right, has_steps=has_steps),
-        first_step=_first_unequal(left, right) if has_steps else None,
+        min_cosine=_min_cosine(wide_left, wide_right, has_steps=first is not None),
+        first_step=None if first is None else _first_unequal(left, right, first),
         note=note,
     )
 
@@ -157,6 +157,8 @@ def _min_cosine(expected: Float[Tensor, " ..."], actual: Float[Tensor, " ..."], 
     return cosines.clamp(-1.0, 1.0).min().item()
 
 
-def _first_unequal(expected: Shaped[Tensor, "steps ..."], actual: Shaped[Tensor, "steps ..."]) -> int | None:
-    unequal = (step for step in range(expected.shape[0]) if not torch.equal(expected[step], actual[step]))
-    return next(unequal, None)
+def _first_unequal(expected: Shaped[Tensor, "rows ..."], actual: Shaped[Tensor, "rows ..."], first: int) -> int | None:
+    """The step that made the first row that differs: state k + 1 is made by step k."""
+    unequal = (row for row in range(expected.shape[0]) if not torch.equal(expected[row], actual[row]))
+    row = next(unequal, None)
+    return None if row is None else max(0, row - (first - 1))

@@ -59,7 +59,7 @@ def to_markdown(report: ParityReport) -> str:
 def verdict(report: ParityReport) -> str:
     """What was exact and what was not, in a few sentences."""
     exact = [layout for layout in report.layouts if layout.is_exact]
-    lines = []
+    lines = [] if exact else [f"**Exact: none of {len(report.layouts)} layouts.**"]
     if exact:
         counts = sorted({layout.num_compared for layout in exact})
         names = ", ".join(layout.layout for layout in exact)
@@ -169,20 +169,26 @@ def _figures_table(modes: Sequence[ModeParity]) -> str:
 def _figures(measure: Measure) -> list[str]:
     return [
         "yes" if measure.equal else "**no**",
-        format_number(measure.max_abs),
-        format_number(measure.mean_abs),
-        format_number(measure.min_cosine),
+        format_difference(measure.max_abs),
+        format_difference(measure.mean_abs),
+        format_cosine(measure.min_cosine),
     ]
 
 
-def format_number(value: Number | None) -> str:
-    """Short, and never rounded to 0 or 1 unless it is that."""
+def format_difference(value: Number | None) -> str:
+    """Two digits; 0 only if it is 0."""
     if value is None:
         return "-"
-    if value in (0.0, 1.0):
-        return f"{value:.0f}"
-    # How much a cosine lacks to 1 is what it tells.
-    return f"1 - {1 - value:.1e}" if 0.5 < value < 1 else f"{value:.1e}"
+    return f"{value:.1e}" if value else "0"
+
+
+def format_cosine(value: Number | None) -> str:
+    """Near 1, how much it lacks; 1 only if it is 1."""
+    if value is None:
+        return "-"
+    if value == 1:
+        return "1"
+    return f"1 - {1 - value:.1e}" if 0.999 < value < 1 else f"{value:.4f}"
 
 
 def _received(layout: LayoutParity, axis: str) -> Number:
