@@ -211,7 +211,7 @@ def test_a_trajectory_that_left_float32_is_an_error_not_a_sample(
     engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of("z_image", "float32")
-    weight = engine._model.pipeline.transformer.all_final_layer["2-1"].linear.weight
+    weight = engine._model.transformer.all_final_layer["2-1"].linear.weight
     with monkeypatch.context() as patch:
         patch.setattr(weight, "data", torch.full_like(weight, float("nan")))
         with pytest.raises(EngineError, match="stay finite"):

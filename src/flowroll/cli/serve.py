@@ -21,6 +21,12 @@ def serve(
     wire_dialect: Annotated[
         Literal["native", "sglang"], typer.Option(help="Names in the answer where a request does not choose.")
     ] = "native",
+    sp: Annotated[int, typer.Option(min=1, help="Ranks that share the rows of the token sequence.")] = 1,
+    cfg_parallel: Annotated[
+        bool, typer.Option("--cfg-parallel", help="Run the two guidance branches on two groups of ranks.")
+    ] = False,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that share the columns of the transformer's weights.")] = 1,
+    rank_timeout_s: Annotated[float, typer.Option(min=0.1, help="How long ranks wait for each other.")] = 60.0,
     max_pixels: Annotated[int, typer.Option(min=1, help="Width times height of one sample.")] = 2048 * 2048,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one request.")] = 1000,
     max_outputs: Annotated[int, typer.Option(min=1, help="Samples of one request.")] = 64,
@@ -37,6 +43,7 @@ def serve(
     from flowroll.engine import Limits
     from flowroll.serving import ServerConfig
     from flowroll.serving import serve as run_server
+    from flowroll.types import Layout
 
     run_server(
         ServerConfig(
@@ -47,6 +54,8 @@ def serve(
             limits=Limits(
                 max_pixels=max_pixels, max_steps=max_steps, max_outputs=max_outputs, max_answer_bytes=max_answer_bytes
             ),
+            layout=Layout(sp=sp, cfg_parallel=cfg_parallel, tp=tp),
+            rank_timeout_s=rank_timeout_s,
             host=host,
             port=port,
             api_key=api_key,

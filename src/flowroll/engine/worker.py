@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias, overload
 
 from flowroll.engine.engine import Engine
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import EngineError, FlowrollError, QueueFullError, ShuttingDownError
+from flowroll.errors import EngineError, FlowrollError, QueueFullError, RankLostError, ShuttingDownError
 from flowroll.types import GeneratedImage, Rollout
 
 RequestKind: TypeAlias = Literal["rollout", "generate"]
@@ -85,12 +85,14 @@ class EngineWorker:
         self._running: _Job | None = None
         self._accepting = True
         self._closing = False
+        self._failure: RankLostError | None = None
         self._accepted = self._completed = self._failed = 0
         self._paces: deque[float] = deque(maxlen=_RECENT_REQUESTS)  # seconds per unit of work
         self._last_success_s: float | None = None
         # A daemon, so that a kernel that never returns cannot keep the process alive after `close` gave it up.
         self._thread = threading.Thread(target=self._work, name="flowroll-engine", daemon=True)
         self._thread.start()
+        engine.on_failure(self._fail)
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -118,7 +120,7 @@ class EngineWorker:
         """
         with self._changed:
             if not self._accepting:
-                raise _shutting_down()
+                raise self._failure or _shutting_down()
             # Counting the running one makes the answer independent of how fast the thread takes up the first.
             taken = len(self._waiting) + (self._running is not None)
             if taken > self._max_queue:
@@ -145,6 +147,11 @@ class EngineWorker:
     def is_accepting(self) -> bool:
         """False once `drain` or `close` was called, or the thread died."""
         return self._accepting and self._thread.is_alive()
+
+    @property
+    def failure(self) -> RankLostError | None:
+        """Why the engine's ranks are down, which ended everything that was accepted; None while they are up."""
+        return self._failure
 
     @property
     def is_alive(self) -> bool:
@@ -193,6 +200,23 @@ class EngineWorker:
             timeout_s: How long the engine may take to its next step. Past it the running request fails all the same, and
                 the thread is left behind.
         """
+        self._abandon(_shutting_down())
+        self.engine.interrupt()
+        self._thread.join(0.0 if self._failure else timeout_s)
+        if self._thread.is_alive() and (stuck := self._running) is not None:
+            _log.error("request_id=%r does not react to the shutdown; leaving it behind", stuck.plan.request_id)
+            self._settle(stuck, error=_shutting_down())
+
+    def _fail(self, error: RankLostError) -> None:
+        """Ends everything with the error that took the engine's ranks down; the thread may still wait for one of them."""
+        with self._changed:
+            self._failure = error
+        self._abandon(error)
+        if (running := self._running) is not None:
+            self._settle(running, error=error)
+
+    def _abandon(self, error: FlowrollError) -> None:
+        """Takes no more requests, and ends those that wait."""
         with self._changed:
             self._accepting = False
             self._closing = True
@@ -200,14 +224,9 @@ class EngineWorker:
             self._waiting.clear()
             self._failed += len(abandoned)
             self._changed.notify_all()
-        self.engine.interrupt()
         for job in abandoned:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(_shutting_down())
-        self._thread.join(timeout_s)
-        if self._thread.is_alive() and (stuck := self._running) is not None:
-            _log.error("request_id=%r does not react to the shutdown; leaving it behind", stuck.plan.request_id)
-            self._settle(stuck, error=_shutting_down())
+                job.future.set_exception(error)
 
     def _work(self) -> None:
         while (job := self._next_job()) is not None:

@@ -83,6 +83,6 @@ def check_rows(ranks: int, most_tokens: int) -> None:
     if ranks > 1 and shard_rows(most_tokens, 0, ranks) is None:
         fits = max(1, most_tokens // MIN_ROWS)
         raise InvalidRequestError(
-            f"sp must leave every rank {MIN_ROWS} of the {most_tokens} tokens of the largest image, got {ranks}; use at most {fits}.",
+            f"sp must leave {MIN_ROWS} of the largest image's {most_tokens} tokens to a rank, got {ranks}; use {fits} at most.",
             field="sp",
         )

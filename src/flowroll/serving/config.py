@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from flowroll.engine import Limits
 from flowroll.errors import InvalidRequestError
+from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
 
@@ -26,6 +27,8 @@ class ServerConfig:
         dtype: "auto", "float32" or "bfloat16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         limits: What one request may ask for.
+        layout: How the engine is spread over ranks.
+        rank_timeout_s: How long ranks wait for each other before the server gives up.
         host: Address to listen on.
         port: 0 lets the system choose; the address is in the start-up message.
         api_key: Bearer token that every route but /liveness demands; None: open. Never shown.
@@ -45,6 +48,8 @@ class ServerConfig:
     dtype: str = "auto"
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    layout: Layout = field(default_factory=Layout)
+    rank_timeout_s: int | float = 60.0
     host: str = "127.0.0.1"
     port: int = 30000
     api_key: str | None = field(default=None, repr=False)
@@ -60,6 +65,7 @@ class ServerConfig:
         _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
+        _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
         _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")

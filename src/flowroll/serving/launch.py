@@ -19,9 +19,10 @@ from types import FrameType
 
 import uvicorn
 
-from flowroll.engine import Engine
+from flowroll.engine import Engine, follow
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import FlowrollError
+from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.logs import configure_logging
@@ -39,18 +40,32 @@ def serve(config: ServerConfig) -> None:
     On the first signal no request is taken any more (/readiness says so), those that were accepted get `config.grace_s`
     seconds to finish, and what is left then ends in a `ShuttingDownError`. A second signal cuts the grace period short.
 
+    Under torchrun rank 0 serves, and the other ranks follow it until it stops.
+
     Raises:
-        SystemExit: With one line for the user and status 1: the checkpoint cannot be loaded, or the address cannot be bound.
-            With status 0: a signal came before the server was up.
+        SystemExit: With one line for the user and status 1: the checkpoint cannot be loaded, the address cannot be bound, or a
+            rank was lost, which ends every request. With status 0: a signal came before the server was up.
     """
     configure_logging(config.log_level)
+    place = torchrun_rank()
+    if place is not None and place.rank > 0:
+        _follow(config)
+        return
     with _signals_end_start():
         _log.info("loading %s", config.model)
         try:
+            if place is not None:
+                check_world(config.layout, place)
             engine = Engine(
-                config.model, variant=config.variant, dtype=config.dtype, device=config.device, limits=config.limits
+                config.model,
+                variant=config.variant,
+                dtype=config.dtype,
+                device=config.device,
+                limits=config.limits,
+                layout=config.layout,
+                rank_timeout_s=config.rank_timeout_s,
             )
-            listener = _bind(config)
+            listener = _bind_for(config, engine)
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
         except OSError as error:
@@ -62,9 +77,28 @@ def serve(config: ServerConfig) -> None:
                 _DrainingServer(config, worker).run(sockets=[listener])
             finally:
                 worker.close()
-                if not worker.is_alive:
+                if engine.failure is not None or not worker.is_alive:
                     engine.close()
+    if engine.failure is not None:
+        raise SystemExit(f"Error: {engine.failure.message}")
     _log.info("stopped")
+
+
+def _follow(config: ServerConfig) -> None:
+    # torchrun signals every process; rank 0 is the one that says when to stop.
+    for sig in _SIGNALS:
+        signal.signal(sig, signal.SIG_IGN)
+    try:
+        follow(
+            config.model,
+            variant=config.variant,
+            dtype=config.dtype,
+            device=config.device,
+            layout=config.layout,
+            rank_timeout_s=config.rank_timeout_s,
+        )
+    except FlowrollError as error:
+        raise SystemExit(f"Error: {error.message}") from None
 
 
 class _DrainingServer(uvicorn.Server):
@@ -85,6 +119,11 @@ class _DrainingServer(uvicorn.Server):
         self._worker = worker
         self._grace_s = config.grace_s
         self._in_a_hurry = False
+        worker.engine.on_failure(self._on_failure)
+
+    def _on_failure(self, error: FlowrollError) -> None:
+        """Ends the main loop: nothing can be served any more."""
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes a signal. uvicorn's own would raise it again at the end, for an exit status that tells of a failure."""
@@ -101,6 +140,8 @@ class _DrainingServer(uvicorn.Server):
     async def main_loop(self) -> None:
         """Serves until a signal, then drains."""
         await super().main_loop()
+        if self._worker.failure is not None:
+            return
         _log.info("stopping: accepted requests have %g s to finish", self._grace_s)
         self._worker.drain()
         deadline_s = time.monotonic() + self._grace_s
@@ -129,6 +170,15 @@ def _signals_end_start() -> Iterator[None]:
     finally:
         for sig, handler in previous.items():
             signal.signal(sig, handler)
+
+
+def _bind_for(config: ServerConfig, engine: Engine) -> socket.socket:
+    """The socket for an engine, which is closed if there is none to be had."""
+    try:
+        return _bind(config)
+    except OSError:
+        engine.close()
+        raise
 
 
 def _bind(config: ServerConfig) -> socket.socket:

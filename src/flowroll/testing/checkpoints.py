@@ -25,7 +25,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from flowroll.errors import CheckpointError, InvalidRequestError
 from flowroll.testing.tokenizer import make_tokenizer
-from flowroll.testing.weights import fill_random
+from flowroll.testing.weights import align_file, fill_random
 
 FamilyName: TypeAlias = Literal["qwen_image", "z_image"]
 Size: TypeAlias = Literal["tiny", "mid"]
@@ -69,6 +69,8 @@ def make_checkpoint(family: FamilyName, directory: str | Path, *, seed: int = 0,
     with torch.random.fork_rng(devices=[]):
         pipeline = build(size, seed, overrides)
     pipeline.save_pretrained(folder)
+    for file in folder.glob("*/*.safetensors"):
+        align_file(file)
     return folder
 
 

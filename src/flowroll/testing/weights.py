@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,18 @@ def fill_random(module: nn.Module, seed: int, gains: Mapping[str, float] | None 
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
                 parameter.copy_(gain * _draw(name, parameter, generator))
+
+
+def align_file(path: Path) -> None:
+    """Makes the tensors of a safetensors file begin at a multiple of 64 bytes, by spaces at the end of its header.
+
+    Where they begin is where they lie in the memory of whoever maps the file, and on the CPU the bits of some float32 products
+    depend on that. With whole multiples they lie as torch's own memory does.
+    """
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * (-(8 + length) % 64)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def _is_norm_scale(name: str, parameter: nn.Parameter) -> bool:

@@ -114,7 +114,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
 
 
 def test_the_flags_of_serve_are_the_fields_of_the_configuration():
-    configurable = {field.name for field in (*fields(ServerConfig), *fields(Limits))} - {"limits"}
+    configurable = {field.name for field in (*fields(ServerConfig), *fields(Limits), *fields(Layout))} - {"limits", "layout"}
     assert set(inspect.signature(serve).parameters) == configurable
 
 

@@ -45,7 +45,7 @@ def test_a_request_off_the_models_grid_is_refused_before_model_work(
     def no_model_work(*_: object) -> None:
         raise AssertionError("the model was used")
 
-    monkeypatch.setattr(engine._model.pipeline.text_encoder, "forward", no_model_work)
+    monkeypatch.setattr(engine._pipeline.text_encoder, "forward", no_model_work)
     with pytest.raises(InvalidRequestError, match=words) as caught:
         engine.rollout(**{**SMALL, **values})
     assert caught.value.field == field
@@ -53,7 +53,7 @@ def test_a_request_off_the_models_grid_is_refused_before_model_work(
 
 def test_a_side_beyond_the_position_table_is_refused(z_image_checkpoint: Path) -> None:
     with Engine(z_image_checkpoint, limits=Limits(max_pixels=10**9)) as engine:
-        rows = engine._model.pipeline.transformer.config.axes_lens[1]
+        rows = engine._pipeline.transformer.config.axes_lens[1]
         engine.plan(SamplingParams(prompt="", height=rows * 16, width=16))
         with pytest.raises(InvalidRequestError, match=f"at most {rows * 16}") as caught:
             engine.plan(SamplingParams(prompt="", height=(rows + 1) * 16, width=16))
@@ -84,7 +84,7 @@ def test_an_evaluation_returns_the_image_alone(engine: Engine) -> None:
 
 
 def test_each_distinct_prompt_is_encoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, prompts = engine._model.pipeline, []
+    pipeline, prompts = engine._pipeline, []
     encode = pipeline.encode_prompt
     monkeypatch.setattr(
         pipeline, "encode_prompt", lambda prompt, **options: (prompts.append(prompt), encode(prompt, **options))[1]

@@ -13,6 +13,7 @@ from flowroll.engine import Limits
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.services import Services
+from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
 
@@ -37,6 +38,8 @@ class ServerInfo(BaseModel):
     dtype: str = Field(examples=["bfloat16"])
     device: str = Field(examples=["cuda:0"])
     parameters: int = Field(description="Of the transformer.")
+    layout: Layout = Field(description="How the transformer is spread over ranks.")
+    transformer_bytes: int = Field(description="Of its weights, on each rank.")
     weight_version: str
     limits: Limits = Field(description="What one request may ask for.")
     defaults: Defaults = Field(description="What a request leaves open.")
