@@ -10,7 +10,7 @@ from tests.unit.cli.invoking import run_cli
 from flowroll.parity import run
 
 # 144 image tokens: two ranks share them, unevenly.
-SMALL = ("--size", 192, "--steps", 3, "--threads", 1, "--dtype", "float32", "--device", "cpu")
+SMALL = ("--size", 192, "--steps", 3, "--threads", 1, "--dtype", "float32")
 
 
 def parity(folder, checkpoint, *words):
@@ -23,11 +23,13 @@ def broken(qwen_checkpoint, tmp_path_factory):
     """A run in which every layout has a fault of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CHILD_COMMAND", (sys.executable, str(Path(__file__).with_name("broken_child.py"))))
-        return parity(tmp_path_factory.mktemp("broken"), qwen_checkpoint, "--layouts", "sp2,tp2,cfg2", "--modes", "sde")
+        words = ("--layouts", "sp2,tp2,cfg2", "--modes", "sde", "--device", "cpu")
+        return parity(tmp_path_factory.mktemp("broken"), qwen_checkpoint, *words)
 
 
-def test_a_healthy_layout_is_exact_and_the_status_is_0(z_image_checkpoint, tmp_path):
-    words = ("--layouts", "sp2", "--modes", "sde,ode", "--num-outputs", 2, "--guidance-scale", 2)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)])
+def test_a_healthy_layout_is_exact_and_the_status_is_0(device, z_image_checkpoint, tmp_path):
+    words = ("--layouts", "sp2", "--modes", "sde,ode", "--num-outputs", 2, "--guidance-scale", 2, "--device", device)
     result, report, markdown = parity(tmp_path, z_image_checkpoint, *words)
     assert result.exit_code == 0, result.output
     assert report["is_exact"] is True

@@ -31,7 +31,7 @@ def write_results(line: str) -> None:
         if name == "cfg2":
             rollout.image[0, 0, 0, 0] += 1
         save_rollout(rollout_file(folder, mode, 3), rollout)
-    received = {mode: {"sp": 0 if name == "sp4" else 600, "cfg": 80, "tp": 0} for mode in spec.requests}
+    received = {mode: {"sp": 0 if name == "sp3" else 600, "cfg": 80, "tp": 0} for mode in spec.requests}
     seeds = {mode: (3,) for mode in spec.requests}
     write_facts(folder, Facts(transformer_bytes=10, parameters=5, seeds=seeds, received_bytes=received, versions={"a": "1"}))
     if name == "sp3":
