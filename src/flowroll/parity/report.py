@@ -48,12 +48,17 @@ def to_markdown(report: ParityReport) -> str:
         *_problems(report),
         "## What was run",
         _facts_table(report),
-        f"```\n{report.command}\n```",
+        _command_block(report.command),
         "## Every figure",
         _HOW_TO_READ,
         *_details(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _command_block(command: str) -> str:
+    """The command, with its flags on lines of their own."""
+    return "```\n" + command.replace(" --", " \\\n    --") + "\n```"
 
 
 def verdict(report: ParityReport) -> str:
@@ -64,8 +69,8 @@ def verdict(report: ParityReport) -> str:
         counts = sorted({layout.num_compared for layout in exact})
         names = ", ".join(layout.layout for layout in exact)
         lines.append(
-            f"**Exact: {len(exact)} of {len(report.layouts)} layouts** ({names}). All {' or '.join(map(str, counts))} tensors "
-            "that were compared, over every step and sample, have the bits of one rank (`torch.equal`)."
+            f"**Exact: {len(exact)} of {len(report.layouts)} layouts** ({names}). In each, all {' or '.join(map(str, counts))} "
+            "tensors that were compared, over every step and sample, have the bits of one rank (`torch.equal`)."
         )
     for layout in report.layouts:
         if not layout.is_exact:
@@ -136,7 +141,7 @@ def _first_step(tensor: TensorParity) -> str:
 def _facts_table(report: ParityReport) -> str:
     facts = {**report.configuration, **report.machine, "date": report.date}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return _table(["", ""], [[name, _cell(value)] for name, value in facts.items()], left=2)
+    return _table(["setting", "value"], [[name, _cell(value)] for name, value in facts.items()], left=2)
 
 
 def _details(report: ParityReport) -> Iterator[str]:

@@ -16,7 +16,7 @@ FAILED = make_layout("sp3", error="rank 1 must live, got its end by signal 9;\ns
 def test_the_verdict_comes_first_and_names_what_was_exact():
     title, _, second = to_markdown(make_report(EXACT)).split("\n")[:3]
     assert title == "# Parity of tiny, float32: exact"
-    assert second.startswith("**Exact: 1 of 1 layouts** (sp2). All 4 tensors that were compared")
+    assert second.startswith("**Exact: 1 of 1 layouts** (sp2). In each, all 4 tensors that were compared")
 
 
 def test_the_verdict_names_every_tensor_that_was_not():
@@ -65,6 +65,11 @@ def test_layouts_with_the_same_figures_share_a_table_and_modes_a_row():
     assert "<summary>sp2, sp4: exact, 4 tensors each</summary>" in text
     assert len(re.findall(r"\| `latents` +\| sde, ode \|", text)) == 1
     assert len(re.findall(r"\| `latents` +\| sde +\|", text)) == 1
+
+
+def test_the_command_can_be_copied():
+    text = to_markdown(make_report(EXACT, command="flowroll parity tiny --layouts sp2 --prompt 'a cat'"))
+    assert "```\nflowroll parity tiny \\\n    --layouts sp2 \\\n    --prompt 'a cat'\n```" in text
 
 
 def test_every_table_is_well_formed():
