@@ -48,17 +48,12 @@ def to_markdown(report: ParityReport) -> str:
         *_problems(report),
         "## What was run",
         _facts_table(report),
-        _command_block(report.command),
+        f"```\n{report.command}\n```",
         "## Every figure",
         _HOW_TO_READ,
         *_details(report),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _command_block(command: str) -> str:
-    """The command, with its flags on lines of their own."""
-    return "```\n" + command.replace(" --", " \\\n    --") + "\n```"
 
 
 def verdict(report: ParityReport) -> str:

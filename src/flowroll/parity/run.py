@@ -60,7 +60,7 @@ def run_parity(
     return ParityReport(
         model=plan.model.resolve().name,
         date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        command=shlex.join(_command(plan)),
+        command=_command(plan),
         configuration=_configuration(plan, facts),
         versions=facts.versions,
         machine=facts.machine,
@@ -153,18 +153,19 @@ def _without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
-def _command(plan: ParityPlan) -> list[str]:
-    """The command line that repeats a run, with every default filled in."""
+def _command(plan: ParityPlan) -> str:
+    """The command line that repeats a run, with every default filled in, on several lines."""
     params = next(iter(plan.requests.values()))
     request, geometry = plan.request, plan.request.geometry
-    return [
-        *("flowroll", "parity", plan.model.resolve().name),
-        *("--layouts", ",".join(layout.name for layout in plan.layouts), "--modes", ",".join(plan.requests)),
-        *("--prompt", params.prompt, "--seed", str(params.seed), "--num-outputs", str(len(request.seeds))),
-        *("--noise-level", f"{params.noise_level:g}", "--guidance-scale", f"{request.guidance.scale:g}"),
-        *("--size", f"{geometry.width}x{geometry.height}", "--steps", str(request.schedule.num_steps)),
-        *("--variant", plan.variant, "--dtype", plan.dtype, "--device", plan.device, "--threads", str(plan.num_threads)),
+    lines = [
+        ("flowroll", "parity", plan.model.resolve().name),
+        ("--layouts", ",".join(layout.name for layout in plan.layouts), "--modes", ",".join(plan.requests)),
+        ("--prompt", params.prompt, "--seed", str(params.seed), "--num-outputs", str(len(request.seeds))),
+        ("--size", f"{geometry.width}x{geometry.height}", "--steps", str(request.schedule.num_steps)),
+        ("--noise-level", f"{params.noise_level:g}", "--guidance-scale", f"{request.guidance.scale:g}"),
+        ("--variant", plan.variant, "--dtype", plan.dtype, "--device", plan.device, "--threads", str(plan.num_threads)),
     ]
+    return " \\\n    ".join(map(shlex.join, lines))
 
 
 def _configuration(plan: ParityPlan, facts: Facts) -> Mapping[str, str]:

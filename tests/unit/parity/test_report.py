@@ -67,11 +67,6 @@ def test_layouts_with_the_same_figures_share_a_table_and_modes_a_row():
     assert len(re.findall(r"\| `latents` +\| sde +\|", text)) == 1
 
 
-def test_the_command_can_be_copied():
-    text = to_markdown(make_report(EXACT, command="flowroll parity tiny --layouts sp2 --prompt 'a cat'"))
-    assert "```\nflowroll parity tiny \\\n    --layouts sp2 \\\n    --prompt 'a cat'\n```" in text
-
-
 def test_every_table_is_well_formed():
     for block in to_markdown(make_report(EXACT, BROKEN, FAILED)).split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]

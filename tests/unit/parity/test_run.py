@@ -1,5 +1,6 @@
 """Running a plan, with processes that need no model."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +17,15 @@ FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
 def make_plan(qwen_checkpoint):
     def make(layouts, modes="sde"):
         options = ParityOptions(
-            model=qwen_checkpoint, layouts=layouts, modes=modes, prompt="p", seed=3, size="64", steps=2, threads=1, device="cpu"
+            model=qwen_checkpoint,
+            layouts=layouts,
+            modes=modes,
+            prompt="a fox --fast",
+            seed=3,
+            size="64",
+            steps=2,
+            threads=1,
+            device="cpu",
         )
         return plan_parity(options)
 
@@ -84,8 +93,11 @@ def test_nothing_is_left_but_the_result(finished):
 def test_the_report_repeats_the_run_and_names_no_folder(finished, qwen_checkpoint):
     report = finished[0]
     assert report.model == qwen_checkpoint.name
-    assert "--layouts sp2,tp2,tp4,cfg2,sp3 --modes sde,ode --prompt p --seed 3" in report.command
-    assert "--size 64x64 --steps 2" in report.command
+    words = shlex.split(report.command.replace("\\\n", ""))
+    assert words[:7] == ["flowroll", "parity", qwen_checkpoint.name, "--layouts", "sp2,tp2,tp4,cfg2,sp3", "--modes", "sde,ode"]
+    flags = dict(zip(words[3::2], words[4::2], strict=True))
+    assert (flags["--prompt"], flags["--seed"], flags["--size"], flags["--steps"]) == ("a fox --fast", "3", "64x64", "2")
+    assert (flags["--guidance-scale"], flags["--dtype"], flags["--threads"]) == ("4", "float32", "1")
     assert str(qwen_checkpoint.parent) not in str(report)
     assert report.configuration["guidance"] == "cfg_norm_rescale, scale 4"
 
