@@ -10,6 +10,7 @@ from flowroll.errors import EngineError
 from flowroll.parity.plan import ParityOptions, plan_parity
 from flowroll.parity.run import run_parity
 
+LAYOUTS = "sp2,tp2,tp4,cfg2xtp2,cfg2,sp3"
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
 
 
@@ -34,9 +35,13 @@ def make_plan(qwen_checkpoint):
 
 @pytest.fixture(scope="module")
 def finished(make_plan, tmp_path_factory):
-    folder, seen = tmp_path_factory.mktemp("parity"), []
-    plan = make_plan("sp2,tp2,tp4,cfg2,sp3", "sde,ode")
-    report = run_parity(plan, folder, on_layout=lambda layout: seen.append(layout.layout), command=FAKE)
+    folder, seen = tmp_path_factory.mktemp("parity"), {}
+
+    def look(layout):
+        seen[layout.layout] = [path.name for path in folder.glob(".rollouts-*/*")]
+
+    plan = make_plan(LAYOUTS, "sde,ode")
+    report = run_parity(plan, folder, on_layout=look, command=FAKE)
     return report, seen, folder
 
 
@@ -47,7 +52,7 @@ def layout_of(finished):
 
 def test_every_layout_is_in_the_report_in_its_order(finished):
     report, seen, _ = finished
-    assert [layout.layout for layout in report.layouts] == seen == ["sp2", "tp2", "tp4", "cfg2", "sp3"]
+    assert [layout.layout for layout in report.layouts] == list(seen) == LAYOUTS.split(",")
     assert report.is_exact is False
 
 
@@ -69,6 +74,10 @@ def test_a_process_that_ends_early_is_an_error_with_its_last_words_and_no_folder
     assert layout_of("tp4").error.endswith("got its end with status 1; its last words: no memory left in cuda.cu")
 
 
+def test_what_a_process_says_of_its_end_goes_before_how_it_ended(layout_of):
+    assert layout_of("cfg2xtp2").error == "rank 1 must live, see rank.py."
+
+
 def test_a_difference_is_found_where_it_is(layout_of):
     cfg2 = layout_of("cfg2")
     assert not cfg2.is_exact and cfg2.error is None
@@ -86,6 +95,10 @@ def test_an_axis_without_traffic_is_idle(layout_of):
     assert layout_of("sp2").idle_axes == ()
 
 
+def test_the_rollouts_of_a_layout_are_gone_once_it_is_compared(finished):
+    assert list(finished[1].values()) == [["one-rank"]] * len(finished[1])
+
+
 def test_nothing_is_left_but_the_result(finished):
     assert list(finished[2].iterdir()) == []
 
@@ -94,7 +107,7 @@ def test_the_report_repeats_the_run_and_names_no_folder(finished, qwen_checkpoin
     report = finished[0]
     assert report.model == qwen_checkpoint.name
     words = shlex.split(report.command.replace("\\\n", ""))
-    assert words[:7] == ["flowroll", "parity", qwen_checkpoint.name, "--layouts", "sp2,tp2,tp4,cfg2,sp3", "--modes", "sde,ode"]
+    assert words[:7] == ["flowroll", "parity", qwen_checkpoint.name, "--layouts", LAYOUTS, "--modes", "sde,ode"]
     flags = dict(zip(words[3::2], words[4::2], strict=True))
     assert (flags["--prompt"], flags["--seed"], flags["--size"], flags["--steps"]) == ("a fox --fast", "3", "64x64", "2")
     assert (flags["--guidance-scale"], flags["--dtype"], flags["--threads"]) == ("4", "float32", "1")
