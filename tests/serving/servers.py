@@ -76,13 +76,15 @@ class ServerProcess:
 
     Args:
         log: Path of the log file.
-        options: Fields of `ServerConfig`.
+        options: Fields of `ServerConfig`; the layout by its name.
     """
 
     def __init__(self, log: Path, **options: Any) -> None:
         self._log = log
         code = (
-            "import json, sys; from flowroll.serving import ServerConfig, serve; serve(ServerConfig(**json.loads(sys.argv[1])))"
+            "import json, sys; from flowroll.serving import ServerConfig, serve; from flowroll.types import Layout; "
+            "options = json.loads(sys.argv[1]); options['layout'] = Layout.parse(options.get('layout', 'single')); "
+            "serve(ServerConfig(**options))"
         )
         with log.open("w") as stderr:
             self.process = subprocess.Popen(

@@ -24,7 +24,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, RankLostError
 from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel, Pulse
-from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.mesh import Mesh, check_alone
 from flowroll.parallel.processes import RankProcesses
 from flowroll.parallel.rendezvous import (
     check_devices,
@@ -258,8 +258,10 @@ def open_replica(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, dev
 
     Raises:
         InvalidRequestError: The layout does not fit the model or the machine.
+        EngineError: The process is a member of a process group already.
         RankLostError: A rank ended before it was up.
     """
+    check_alone()
     check_degree(checkpoint, layout.tp)
     place = torchrun_rank()
     if place is None:

@@ -28,6 +28,19 @@ Axis: TypeAlias = Literal["cfg", "sp", "tp"]
 AXES: tuple[Axis, ...] = ("cfg", "sp", "tp")
 
 
+def check_alone() -> None:
+    """Refuses to share torch.distributed, whose default group is the process's, with anybody.
+
+    Raises:
+        EngineError: The process is a member of a process group already.
+    """
+    if dist.is_initialized():
+        raise EngineError(
+            "an engine of several ranks must be the only user of torch.distributed in its process, got a process group that is "
+            "there already; start the engine in a process of its own."
+        )
+
+
 class Mesh:
     """This rank's place among the ranks of a replica. A context manager; `close` leaves the process group.
 
@@ -40,19 +53,11 @@ class Mesh:
         device: Of this rank's tensors.
         timeout_s: How long a collective waits for the slowest rank.
         loopback: Whether all ranks are on this machine and talk over its loopback interface alone.
-
-    Raises:
-        EngineError: The process is a member of a process group already.
     """
 
     def __init__(
         self, layout: Layout, *, rank: int, store: Store, device: torch.device, timeout_s: float, loopback: bool
     ) -> None:
-        if dist.is_initialized():
-            raise EngineError(
-                "an engine of several ranks must be the only user of torch.distributed in its process, got a process group "
-                "that exists already; start the engine in a process of its own."
-            )
         self.layout, self.rank, self.device = layout, rank, device
         # Bytes that this rank received, by axis.
         self.received_bytes: Counter[Axis] = Counter()

@@ -1,0 +1,77 @@
+"""What rank 0 tells the other ranks, and what it keeps from them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.rollouts import assert_same_bits
+
+from flowroll import Rollout
+from flowroll.engine import Engine, denoising
+from flowroll.errors import EngineError, InvalidRequestError
+from flowroll.types import Layout
+
+# 144 image tokens: two ranks share them.
+REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width": 192, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def expected(z_image_checkpoint: Path) -> Rollout:
+    with Engine(z_image_checkpoint, device="cpu") as engine:
+        return engine.rollout(**REQUEST)[0]
+
+
+@pytest.fixture(scope="module")
+def sp2(z_image_checkpoint: Path) -> Iterator[Engine]:
+    with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
+        yield engine
+
+
+def test_an_engine_starts_its_ranks_and_answers_with_the_bits_of_one_rank(sp2: Engine, expected: Rollout) -> None:
+    assert list(sp2.rank_pids) == [1]
+    before = sp2.received_bytes.get("sp", 0)
+    assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
+    assert sp2.received_bytes["sp"] > before
+    assert torch.equal(sp2.generate(**REQUEST)[0].image, sp2.rollout(**REQUEST, rollout=False)[0].image)
+
+
+def test_requests_one_after_the_other_leave_nothing_in_the_store(sp2: Engine, expected: Rollout) -> None:
+    assert sp2._replica is not None
+    keys = sp2._replica._store.num_keys()
+    for _ in range(3):
+        assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
+    assert sp2._replica._store.num_keys() <= keys + 1
+
+
+@pytest.mark.parametrize("fields", [{"height": 100}, {"num_inference_steps": 2000}, {"sde_step_indices": (9,)}])
+def test_a_bad_request_never_reaches_the_other_ranks(
+    sp2: Engine, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    assert sp2._replica is not None
+
+    def send(command: object) -> None:
+        raise AssertionError("a command was sent")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sp2._replica, "_send", send)
+        with pytest.raises(InvalidRequestError):
+            sp2.rollout(**{**REQUEST, **fields})
+
+
+def test_ranks_that_come_to_other_latents_fail_the_request_and_the_next_one_is_answered(
+    sp2: Engine, expected: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = denoising.recorded_step
+
+    def drift(task: denoising.DenoisingTask, sample: denoising.Sample) -> None:
+        take(task, sample)
+        sample.latents = sample.latents + 1e-3
+
+    with monkeypatch.context() as patch:
+        # On rank 0 alone.
+        patch.setattr(denoising, "recorded_step", drift)
+        with pytest.raises(EngineError, match="every rank must come to the same latents, got others on rank 1"):
+            sp2.rollout(**REQUEST)
+    assert_same_bits(sp2.rollout(**REQUEST)[0], expected)

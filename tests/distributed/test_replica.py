@@ -1,0 +1,238 @@
+"""The life of a replica: how its ranks come up, what happens when one is lost, and that none is ever left behind."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from tests.serving.servers import LONG, SMALL, Background, ServerProcess, error_of, until
+
+from flowroll.engine import Engine, Limits, denoising, follow, replica
+from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
+from flowroll.parallel import processes
+from flowroll.types import Layout
+
+SP2 = Layout(sp=2)
+# 144 image tokens: two ranks share them.
+REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width": 192, "num_inference_steps": 2}
+BODY = {**LONG, "height": 192, "width": 192}
+DOWN_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the suite itself run under torchrun, its engines start their own ranks all the same."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rank_process(server: ServerProcess) -> int:
+    """The process of rank 1."""
+    (pid,) = children_of(server.process.pid)
+    return pid
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def running(client: httpx.Client, count: int) -> bool:
+    queue = client.get("/server_info").json()["queue"]
+    return bool(queue["running"] + queue["pending"] == count)
+
+
+def two_requests(client: httpx.Client) -> list[Background]:
+    """One that runs and one that waits."""
+    requests = [Background(lambda: client.post("/rollout/generate", json=BODY)) for _ in range(2)]
+    until(lambda: running(client, 2))
+    time.sleep(0.3)
+    return requests
+
+
+def test_an_error_in_the_middle_of_a_step_takes_the_replica_down(
+    z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[FlowrollError] = []
+    with Engine(z_image_checkpoint, device="cpu", layout=SP2, rank_timeout_s=30.0) as engine:
+        engine.on_failure(heard.append)
+        (pid,) = engine.rank_pids.values()
+
+        def break_down(*_: object) -> None:
+            raise MemoryError("no memory left")
+
+        monkeypatch.setattr(denoising, "recorded_step", break_down)
+        with pytest.raises(RankLostError, match="MemoryError: no memory left"):
+            engine.rollout(**REQUEST)
+        monkeypatch.undo()
+        assert heard == [engine.failure]
+        with pytest.raises(RankLostError, match="no memory left"):
+            engine.rollout(**REQUEST)
+        until(lambda: is_gone(pid))
+
+
+def test_a_killed_rank_ends_the_running_and_the_waiting_request_with_its_reason_and_takes_the_server_down(
+    z_image_checkpoint: Path, tmp_path: Path
+) -> None:
+    with (
+        ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server,
+        server.client() as client,
+    ):
+        pid = rank_process(server)
+        requests = two_requests(client)
+        os.kill(pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        for request in requests:
+            answer = request.answer()
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "rank_lost")
+            assert "rank 1 must live as long as its replica, got its end by signal 9" in error_of(answer)["message"]
+        assert server.process.wait(DOWN_S) == 1
+        assert time.monotonic() - killed_s < DOWN_S
+    assert [line for line in server.log.splitlines() if line.startswith("Error: rank 1 must live")]
+    assert "Traceback" not in server.log
+
+
+def test_a_rank_that_dies_while_nothing_runs_takes_the_server_down_too(z_image_checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server, server.client():
+        os.kill(rank_process(server), signal.SIGTERM)
+        assert server.process.wait(DOWN_S) == 1
+    assert "got its end by signal 15" in server.log
+
+
+def test_a_rank_that_stalls_ends_the_request_after_the_timeout_and_nothing_is_left(
+    z_image_checkpoint: Path, tmp_path: Path
+) -> None:
+    with (
+        ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2", rank_timeout_s=4.0) as server,
+        server.client() as client,
+    ):
+        pid = rank_process(server)
+        requests = two_requests(client)
+        os.kill(pid, signal.SIGSTOP)
+        for request in requests:
+            answer = request.answer()
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "rank_lost")
+            assert "within 4 s" in error_of(answer)["message"]
+        assert server.process.wait(DOWN_S) == 1
+        assert is_gone(pid)
+
+
+def test_no_rank_outlives_a_killed_rank_0(z_image_checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server,
+        server.client() as client,
+    ):
+        pid = rank_process(server)
+        request = Background(lambda: _swallow(client))
+        until(lambda: running(client, 1))
+        server.stop(signal.SIGKILL)
+        until(lambda: is_gone(pid))
+        request._thread.join(DOWN_S)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_ranks_in_order(z_image_checkpoint: Path, tmp_path: Path, sig: signal.Signals) -> None:
+    with (
+        ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="cfg2", grace_s=0.5) as server,
+        server.client() as client,
+    ):
+        pid = rank_process(server)
+        info = client.get("/server_info").json()
+        assert info["layout"] == {"cfg_parallel": True, "sp": 1, "tp": 1}
+        requests = two_requests(client)
+        server.stop(sig)
+        stopped_s = time.monotonic()
+        answers = [request.answer() for request in requests]
+        assert [error_of(answer)["code"] for answer in answers] == ["shutting_down", "shutting_down"]
+        assert server.process.wait(DOWN_S) == 0
+        assert time.monotonic() - stopped_s < DOWN_S
+        assert is_gone(pid)
+    assert server.log.rstrip().endswith("stopped") and "Traceback" not in server.log
+
+
+def test_a_rank_that_cannot_start_is_an_error_at_once(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", "import sys; sys.exit(3)"))
+    with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 3"):
+        Engine(z_image_checkpoint, device="cpu", layout=SP2)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_process_group_of_somebody_else_is_left_alone(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(EngineError, match=r"must be the only user of torch\.distributed"):
+        Engine(z_image_checkpoint, device="cpu", layout=SP2)
+
+
+def test_a_degree_that_does_not_divide_the_weights_is_refused_before_a_process_is_started(
+    z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(replica, "RankProcesses", start)
+    with pytest.raises(InvalidRequestError, match=r"columns of every sharded linear, got 3 .*; use 1 or 2") as refused:
+        Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=3))
+    assert refused.value.field == "tp"
+
+
+def test_more_ranks_than_the_largest_image_can_be_shared_out_to_are_refused(z_image_checkpoint: Path) -> None:
+    limits = Limits(max_pixels=144 * 112)
+    with pytest.raises(
+        InvalidRequestError, match="leave 64 of the largest image's 63 tokens to a rank, got 2; use 1"
+    ) as refused:
+        Engine(z_image_checkpoint, device="cpu", layout=SP2, limits=limits)
+    assert refused.value.field == "sp"
+    assert not torch.distributed.is_initialized()
+
+
+def test_more_ranks_than_gpus_are_refused(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InvalidRequestError, match="at most the 1 GPUs from cuda:0 on, got 2"):
+        Engine(z_image_checkpoint, device="cuda:0", layout=SP2)
+
+
+def test_a_torchrun_job_of_another_size_is_refused(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidRequestError, match=r"processes that torchrun started, got 2 \(sp2\) for 3"):
+        Engine(z_image_checkpoint, device="cpu", layout=SP2)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InvalidRequestError, match=r"got 2 \(sp2\) for 3"):
+        follow(z_image_checkpoint, device="cpu", layout=SP2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidRequestError, match=r"opened on rank 0 alone, got rank 1; call flowroll\.engine\.follow"):
+        Engine(z_image_checkpoint, device="cpu", layout=SP2)
+
+
+def test_following_without_torchrun_is_refused(z_image_checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="rank above 0 of a torchrun job"):
+        follow(z_image_checkpoint, device="cpu", layout=SP2)
+
+
+def test_a_closed_engine_of_several_ranks_answers_as_a_closed_engine(z_image_checkpoint: Path) -> None:
+    engine = Engine(z_image_checkpoint, device="cpu", layout=SP2)
+    (pid,) = engine.rank_pids.values()
+    engine.close()
+    assert is_gone(pid) and not torch.distributed.is_initialized()
+    with pytest.raises(ShuttingDownError):
+        engine.rollout(**REQUEST)
+    engine.close()
+
+
+def _swallow(client: httpx.Client) -> httpx.Response:
+    try:
+        return client.post("/rollout/generate", json={**SMALL, **BODY})
+    except httpx.TransportError:
+        return httpx.Response(599)
