@@ -1,0 +1,242 @@
+"""What the exact layouts cost: bytes received a step, counted and by formula, and seconds a step beside diffusers' own layouts.
+
+`python -m benchmarks.parallel`: two processes with one thread each over gloo. One step is one guided velocity (both branches).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import ContextParallelConfig, ParallelConfig
+from diffusers.hooks.context_parallel import apply_context_parallel
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks.measure import hardware, ratio
+from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
+from flowroll.engine.loading import load_transformer
+from flowroll.families import Guidance
+from flowroll.parallel.branches import run_on_branches
+from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.rendezvous import join_store, serve_store
+from flowroll.parallel.shards import shard_rows
+from flowroll.testing import make_checkpoint
+from flowroll.types import DenoisingEnv, Layout
+
+RESULTS = Path(__file__).parent / "results"
+LAYOUTS = ("sp2", "cfg2", "tp2")
+# Its ring attention has no CPU kernel ("Native attention does not support return_lse"), and Z-Image has no plan.
+PEERS = {"diffusers, Ulysses 2": {"ulysses_degree": 2}}
+SIDE, TEXT = 512, 32
+TOKENS = (SIDE // 16) ** 2
+DTYPE = torch.float32
+
+
+def main() -> None:
+    """Measures both families and writes the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", choices=["tiny", "mid"], default="mid")
+    parser.add_argument("--out", type=Path, default=None, help="result file")
+    options = parser.parse_args()
+    today = datetime.datetime.now(datetime.UTC)
+    out = options.out or RESULTS / f"parallel_cpu_{today:%Y%m}.md"
+    sections = [
+        f"# The cost of the exact layouts, {today:%Y-%m-%d}",
+        f"Command: `python -m benchmarks.parallel --rounds {options.rounds}`. {hardware()}; gloo over loopback, one thread, "
+        f'float32, {SIDE}x{SIDE} ({TOKENS} image tokens), {TEXT} text tokens, guidance on, transformer size "{options.size}".',
+        "Ratio: median of the paired ratios of wall time against one rank in the same round, with its 95 % interval. Largest "
+        "difference: of the guided velocity, from one rank's.",
+        "Not claimed: absolute times (the machine is shared, and loopback sockets are no NVLink), any figure for a GPU.",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("qwen_image", "z_image"):
+            checkpoint = make_checkpoint(family, Path(folder) / family, size=options.size)
+            rows = [row for layout in LAYOUTS for row in measure(checkpoint, layout, options.rounds)]
+            sections.append(table(family, rows))
+    out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    print(out.read_text(encoding="utf-8"))
+
+
+def measure(folder: Path, layout: str, rounds: int) -> list[dict[str, Any]]:
+    """One row per arm of a layout, from one job of two ranks."""
+    store, port = serve_store()
+    with tempfile.TemporaryDirectory() as place:
+        result = Path(place) / "rows.json"
+        mp.spawn(run_rank, args=(str(folder), layout, rounds, port, str(result)), nprocs=2)
+        del store
+        rows: list[dict[str, Any]] = json.loads(result.read_text())
+    return rows
+
+
+def run_rank(rank: int, folder: str, layout_name: str, rounds: int, port: int, result: str) -> None:
+    """One rank: all arms once a round; rank 0 writes the rows."""
+    torch.set_num_threads(1)
+    layout = Layout.parse(layout_name)
+    checkpoint = examine_checkpoint(Path(folder), variant=None)
+    with (
+        Mesh(layout, rank=rank, store=join_store(port), device=torch.device("cpu"), timeout_s=600, loopback=True) as mesh,
+        torch.no_grad(),
+    ):
+        arms = build_arms(checkpoint, mesh, rank)
+        velocities: dict[str, Tensor] = {}
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for number in range(-1, rounds):
+            for name in arms if number % 2 else reversed(arms):
+                dist.barrier()
+                started = time.perf_counter()
+                velocities[name] = arms[name]()
+                dist.barrier()
+                if number >= 0:
+                    times[name].append(time.perf_counter() - started)
+        if rank == 0:
+            counted = sum(mesh.received_bytes.values()) // (rounds + 1)
+            assert counted == formula(checkpoint, layout), (counted, formula(checkpoint, layout))
+            Path(result).write_text(
+                json.dumps([row(name, velocities, times, layout, counted) for name in arms if name != "one rank"])
+            )
+
+
+def build_arms(checkpoint: Checkpoint, mesh: Mesh, rank: int) -> Mapping[str, Callable[[], Tensor]]:
+    """The steps to measure, by name. One rank is rank 0, while the other waits."""
+    family = checkpoint.family
+    generator = torch.Generator().manual_seed(0)
+    env, latents = environment(checkpoint, generator)
+    timestep = torch.tensor([0.62], dtype=family.timestep_dtype(DTYPE))
+    guidance = Guidance(rule=family.guidance_rule, scale=4.0)
+
+    def step(transformer: Any, run: Any = None) -> Tensor:
+        options = {} if run is None else {"run": run}
+        return family.velocity(transformer, latents, timestep, env, guidance, DTYPE, **options)
+
+    whole = load_transformer(checkpoint, DTYPE, None)
+    shared = load_transformer(checkpoint, DTYPE, mesh)
+    arms: dict[str, Callable[[], Tensor]] = {
+        "one rank": lambda: step(whole) if rank == 0 else latents,
+        f"flowroll, {mesh.layout.name}": lambda: step(shared, functools.partial(run_on_branches, mesh)),
+    }
+    if mesh.layout.name == "sp2" and hasattr(whole, "_cp_plan") and whole._cp_plan is not None:
+        for name, degrees in PEERS.items():
+            arms[name] = functools.partial(step, context_parallel(load_transformer(checkpoint, DTYPE, None), rank, degrees))
+    return arms
+
+
+def context_parallel(transformer: Any, rank: int, degrees: Mapping[str, int]) -> Any:
+    """The transformer under diffusers' context parallelism; its hooks, unlike `enable_parallelism`, need no accelerator."""
+    config = ContextParallelConfig(**degrees)
+    config.setup(rank, 2, torch.device("cpu"), init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names))
+    for module in transformer.modules():
+        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+            module.processor._parallel_config = ParallelConfig(context_parallel_config=config)
+    apply_context_parallel(transformer, config, transformer._cp_plan)
+    return transformer
+
+
+def environment(checkpoint: Checkpoint, generator: torch.Generator) -> tuple[DenoisingEnv, Tensor]:
+    """Random embeddings of both branches, and random latents."""
+    side = SIDE // 8
+    texts = [torch.randn(TEXT, 64, generator=generator) for _ in range(2)]
+    if checkpoint.family.name == "z_image":
+        positive, negative = ({"cap_feats": text} for text in texts)
+        return DenoisingEnv(pos_cond_kwargs=positive, neg_cond_kwargs=negative), torch.randn(
+            16, side, side, generator=generator
+        )
+    shapes = [[[1, side // 2, side // 2]]]
+    positive, negative = ({"encoder_hidden_states": text, "img_shapes": shapes} for text in texts)
+    return DenoisingEnv(pos_cond_kwargs=positive, neg_cond_kwargs=negative), torch.randn(TOKENS, 64, generator=generator)
+
+
+def formula(checkpoint: Checkpoint, layout: Layout) -> int:
+    """Bytes that a rank receives a step, by the formulas of docs/parallel.md."""
+    config = json.loads((checkpoint.folder / "transformer" / "config.json").read_text())
+    count = {"sp2": _rows, "cfg2": _branches, "tp2": _columns}[layout.name]
+    return 4 * count(config, checkpoint.family.name)
+
+
+def _rows(config: Mapping[str, Any], family: str) -> int:
+    """Keys and values of every block, and what leaves the regions, of the other rank's rows."""
+    if family == "qwen_image":
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return 2 * _longest(TOKENS) * (2 * width * config["num_layers"] + 64)
+    image, all_rows, width = _longest(TOKENS), _longest(TOKENS + TEXT), config["dim"]
+    return 2 * (image * width * (2 * config["n_refiner_layers"] + 1) + all_rows * (2 * width * config["n_layers"] + 64))
+
+
+def _branches(config: Mapping[str, Any], family: str) -> int:
+    """The other branch's velocity; for a pair, also what leaves the noise refiner."""
+    if family == "qwen_image":
+        return TOKENS * 64
+    return TOKENS * config["dim"] + (TOKENS + TEXT) * 64
+
+
+def _columns(config: Mapping[str, Any], family: str) -> int:
+    """The other rank's half of every sharded linear's output."""
+    if family == "qwen_image":
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        # Two modulations of 6 widths; q, k, v, out (4) and the two linears of the MLP (4 + 1) for image and text.
+        block = 2 * 6 * width + (TOKENS + TEXT) * 9 * width
+        return 2 * (config["num_layers"] * block + 2 * width) // 2
+    width = config["dim"]
+    hidden = width // 3 * 8 if width % 3 == 0 else int(width / 3 * 8)
+    linears = 5 * width + 2 * hidden
+    modulated = config["n_layers"] * (TOKENS + TEXT) + config["n_refiner_layers"] * TOKENS
+    rows = modulated + config["n_refiner_layers"] * TEXT
+    return 2 * (rows * linears + (config["n_layers"] + config["n_refiner_layers"]) * 4 * width) // 2
+
+
+def _longest(total: int) -> int:
+    shard = shard_rows(total, 0, 2)
+    assert shard is not None
+    return max(shard.sizes)
+
+
+def row(
+    name: str, velocities: Mapping[str, Tensor], times: Mapping[str, list[float]], layout: Layout, counted: int
+) -> dict[str, Any]:
+    """What one arm came to."""
+    one = velocities["one rank"]
+    ours = name.startswith("flowroll")
+    return {
+        "arm": name,
+        "seconds": statistics.median(times[name]),
+        "one": statistics.median(times["one rank"]),
+        "ratio": str(ratio(times[name], times["one rank"])),
+        "equal": torch.equal(velocities[name], one),
+        "difference": (velocities[name] - one).abs().max().item(),
+        "bytes": counted if ours else None,
+    }
+
+
+def table(family: str, rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"## {family}",
+        "",
+        "| layout | s a step (median) | one rank, s | ratio to one rank | torch.equal | largest difference | MiB a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in rows:
+        received = "-" if entry["bytes"] is None else f"{entry['bytes'] / 2**20:.2f}"
+        equal = "yes" if entry["equal"] else "no"
+        lines.append(
+            f"| {entry['arm']} | {entry['seconds']:.3f} | {entry['one']:.3f} | {entry['ratio']} | {equal} "
+            f"| {entry['difference']:.1e} | {received} |"
+        )
+    lines += ["", "Bytes counted = bytes by formula, asserted in every run."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Commands one way, signs of life the other."""
+
+import time
+
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from flowroll.parallel.channel import Channel, Pulse
+
+
+def test_every_follower_receives_every_command_in_order_and_none_is_kept() -> None:
+    store = HashStore()
+    leader, *followers = (Channel(store, rank=rank, num_ranks=3) for rank in range(3))
+    keys = store.num_keys()
+    for command in ("one", "zwei ☃", "three"):
+        leader.send(command)
+    for follower in followers:
+        assert [follower.receive().decode() for _ in range(3)] == ["one", "zwei ☃", "three"]
+    leader.forget()
+    assert store.num_keys() == keys
+    leader.send("four")
+    assert [follower.receive() for follower in followers] == [b"four", b"four"]
+
+
+def test_stages_are_announced_with_their_words() -> None:
+    store = HashStore()
+    leader, first, second = (Channel(store, rank=rank, num_ranks=3) for rank in range(3))
+    assert leader.announced("loaded") == {}
+    second.announce("loaded", "late")
+    assert leader.announced("loaded") == {2: "late"}
+    first.announce("loaded")
+    assert leader.announced("loaded") == {1: "", 2: "late"}
+    leader.announce("here")
+    first.wait_for("here")
+
+
+def test_a_rank_that_stops_to_beat_is_silent_from_then_on() -> None:
+    store, now_s = HashStore(), [0.0]
+    pulse = Pulse(store, num_ranks=3, now_s=lambda: now_s[0])
+    now_s[0] = 100.0
+    # Neither has begun.
+    assert pulse.silent_for_s() == {1: 0.0, 2: 0.0}
+    store.set("beat/1", "1")
+    assert pulse.silent_for_s() == {1: 0.0, 2: 0.0}
+    now_s[0] = 107.0
+    assert pulse.silent_for_s() == {1: 7.0, 2: 0.0}
+    store.set("beat/1", "2")
+    assert pulse.silent_for_s()[1] == 0.0
+
+
+def test_a_channel_beats_until_it_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.01)
+    store = HashStore()
+    channel = Channel(store, rank=1, num_ranks=2)
+    channel.beat(store)
+    store.wait(["beat/1"])
+    channel.stop()
+    time.sleep(0.1)
+    last = store.get("beat/1")
+    time.sleep(0.1)
+    assert store.get("beat/1") == last
