@@ -41,6 +41,7 @@ def torchrun_job(command: Sequence[str], num_ranks: int, logs: Path) -> Iterator
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
             }
             files.append(logs / f"rank-{rank}.log")
             with files[-1].open("w") as log:

@@ -71,15 +71,19 @@ class Channel:
             store: A connection for it alone: the commands' one is busy with waiting.
         """
 
+        key = f"beat/{self._rank}"
+
         def run() -> None:
             number = 0
             while not self._stopped.wait(_BEAT_S):
                 number += 1
                 try:
-                    store.set(f"beat/{self._rank}", str(number))
+                    store.set(key, str(number))
                 except Exception:  # rank 0 is gone, which others notice as well
                     return
 
+        # The first at once: a rank that never gave one counts as not yet begun.
+        store.set(key, "0")
         threading.Thread(target=run, name="flowroll-beat", daemon=True).start()
 
     def stop(self) -> None:

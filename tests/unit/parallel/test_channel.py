@@ -48,11 +48,13 @@ def test_a_rank_that_stops_to_beat_is_silent_from_then_on() -> None:
 
 
 def test_a_channel_beats_until_it_is_stopped(monkeypatch) -> None:
-    monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.01)
+    monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.05)
     store = HashStore()
     channel = Channel(store, rank=1, num_ranks=2)
     channel.beat(store)
-    store.wait(["beat/1"])
+    assert store.get("beat/1") == b"0"
+    while store.get("beat/1") == b"0":
+        time.sleep(0.01)
     channel.stop()
     time.sleep(0.1)
     last = store.get("beat/1")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowroll.errors import InvalidRequestError
 from flowroll.parallel.linears import ColumnParallelLinear, check_columns, count_parameters, shard_columns_of
@@ -84,6 +85,31 @@ def test_few_rows_fetch_the_weights_where_columns_end_between_blocks() -> None:
         mesh.inputs = torch.randn(1, 64)
         part(mesh.inputs)
     assert mesh.gathered == [-1]
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_product_with_fetched_weights_runs_the_kernel_of_the_whole_linear() -> None:
+    # torch folds a strided batch into one `mm` only where the weight needs a gradient, as a linear's does.
+    linear = nn.Linear(64, 170, bias=False)
+    (part, _), _ = sharded(linear, 2)
+    tokens = torch.randn(9, 2, 64).transpose(0, 1)
+    kernels = []
+    for module in (linear, part):
+        with torch.no_grad(), Kernels() as noted:
+            module(tokens)
+        kernels.append(noted.names & {"mm", "bmm"})
+    assert kernels == [{"mm"}, {"mm"}]
 
 
 class Model(nn.Module):
