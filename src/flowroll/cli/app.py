@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from flowroll.cli.generate import generate
 from flowroll.cli.inspect import inspect
 from flowroll.cli.options import quiet_model_libraries
+from flowroll.cli.parity import parity
 from flowroll.cli.rollout import rollout
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.cli.serve import serve
@@ -51,6 +52,7 @@ app.command()(with_sampling_flags(generate))
 # Every prompt is a request of its own, with its own id.
 app.command()(with_sampling_flags(rollout, without={"prompt", "request_id"}))
 app.command()(inspect)
+app.command()(parity)
 
 
 @app.command("make-checkpoint")

@@ -17,7 +17,7 @@ from flowroll.types import Layout
 def test_help_names_every_command():
     result = run_cli("--help")
     assert result.exit_code == 0
-    for command in ("serve", "generate", "rollout", "inspect", "make-checkpoint"):
+    for command in ("serve", "generate", "rollout", "inspect", "parity", "make-checkpoint"):
         assert command in result.stdout
 
 

@@ -1,0 +1,123 @@
+import subprocess
+
+import pytest
+from tests.unit.cli.invoking import assert_one_line_error, run_cli
+from tests.unit.parity.reports import EQUAL, OFF, make_layout, make_mode, make_report
+
+from flowroll.parity import run
+
+SMALL = ("--size", 64, "--steps", 2)
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """A process that is started fails the test."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layouts", "sp2,up2"), "a layout must be a product of spN, tpN and cfg2, got 'up2'"),
+        (("--layouts", "cfg3"), "a layout must be a product of spN, tpN and cfg2, got 'cfg3'"),
+        (("--layouts", ""), "a layout must be a product of spN, tpN and cfg2, got ''"),
+        (("--layouts", "sp2xtp2,tp2xsp2"), "layouts must name each one once, got sp2xtp2 twice; remove one."),
+        (("--layouts", "tp7"), "tp must"),
+        (("--layouts", "sp4096"), "sp must leave 64 of the largest image"),
+        (("--modes", "sde,dance"), "modes must be some of sde, cps, ode, got 'dance'; write e.g. sde,cps,ode."),
+        (("--modes", "ode,ode"), "modes must name each one once, got ode twice; remove one."),
+        (("--size", "64x"), "size must be WIDTHxHEIGHT or one number of pixels, got '64x'; write e.g. 1024x768 or 1024."),
+        (("--size", "100x64"), "width must be a multiple of 16 for qwen_image, got 100; use 96 or 112."),
+        (("--size", "64x100"), "height must be a multiple of 16 for qwen_image, got 100; use 96 or 112."),
+        (("--size", 0), "width must be an integer >= 1, got 0"),
+        (("--steps", 0), "num_inference_steps must be an integer >= 1, got 0"),
+        (("--steps", 2000), "num_inference_steps must ask for at most 1000 steps, got 2000"),
+        (("--seed", -1), "seed must be >= 0, got -1"),
+        (("--num-outputs", 0), "num_outputs_per_prompt must be an integer >= 1, got 0"),
+        (("--noise-level", 2), "noise_level must be 0 or from 0.0001 to 1 for cps, got 2"),
+        (("--noise-level", 10, "--modes", "sde", "--steps", 50), "noise_level must keep the trajectory within float32, got 10"),
+        (("--guidance-scale", -1), "guidance_scale must be a number from 0 to 1000, got -1"),
+        (("--threads", 0), "threads must be at least 1, got 0; use 1."),
+        (("--rank-timeout-s", 0), "rank_timeout_s must be a number of seconds above 0, got 0; use e.g. 60."),
+        (("--rank-timeout-s", "nan"), "rank_timeout_s must be a number of seconds above 0, got nan; use e.g. 60."),
+        (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got tpu"),
+        (("--device", "cuda:99"), "device must be on this machine, got cuda:99"),
+        (("--variant", "turbo"), "variant must be one of base for qwen_image, got turbo"),
+    ],
+)
+def test_a_bad_value_is_one_clear_line_before_any_process(words, message, no_process, qwen_checkpoint, tmp_path):
+    result = run_cli("parity", qwen_checkpoint, *SMALL, "--device", "cpu", *words, "--out", tmp_path / "out")
+    assert_one_line_error(result, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_one_clear_line(no_process, tmp_path):
+    assert_one_line_error(run_cli("parity", tmp_path / "nowhere"), "must be a diffusers checkpoint folder")
+
+
+def test_an_unknown_dtype_is_a_usage_error(no_process, qwen_checkpoint):
+    assert run_cli("parity", qwen_checkpoint, "--dtype", "float16").exit_code == 2
+
+
+@pytest.fixture
+def finished_with(monkeypatch, qwen_checkpoint, tmp_path):
+    """The command, where the run finds these layouts; and the plan that the run got."""
+
+    def finish(*layouts, words=()):
+        plans = []
+        monkeypatch.setattr(run, "run_parity", lambda plan, out, on_layout: plans.append(plan) or make_report(*layouts))
+        return run_cli("parity", qwen_checkpoint, *SMALL, *words, "--out", tmp_path), plans[0]
+
+    return finish
+
+
+def test_an_exact_run_ends_with_status_0_and_names_its_files(finished_with, tmp_path):
+    result, _ = finished_with(make_layout("sp2", make_mode("sde", image=EQUAL)))
+    assert result.exit_code == 0, result.output
+    [row] = [line for line in result.stdout.splitlines() if line.strip().startswith("sp2")]
+    assert "all 1 equal" in row and row.rstrip().endswith("exact")
+    assert f"report: {tmp_path / 'parity.md'} and {tmp_path / 'parity.json'}" in result.stdout
+    assert (tmp_path / "parity.md").is_file() and (tmp_path / "parity.json").is_file()
+
+
+def test_a_tensor_that_is_not_exact_ends_with_status_1(finished_with, tmp_path):
+    healthy, broken = make_layout("sp2", make_mode("sde", image=EQUAL)), make_layout("tp2", make_mode("sde", image=OFF))
+    result, _ = finished_with(healthy, broken)
+    assert result.exit_code == 1
+    [row] = [line for line in result.stdout.splitlines() if line.strip().startswith("tp2")]
+    assert "0 of 1 equal" in row and row.rstrip().endswith("not exact")
+    assert (tmp_path / "parity.md").is_file()
+
+
+def test_a_layout_that_failed_ends_with_status_1_and_shows_why(finished_with):
+    result, _ = finished_with(make_layout("sp2", error="rank 1 must live."))
+    assert result.exit_code == 1
+    assert "sp2 failed: rank 1 must live." in result.stderr
+
+
+def test_every_flag_reaches_the_plan(finished_with):
+    words = (
+        *("--layouts", "sp3,sp2xcfg2", "--modes", "ode,cps", "--prompt", "a red fox", "--seed", 5, "--num-outputs", 2),
+        *("--noise-level", 0.5, "--size", "96x64", "--steps", 4, "--guidance-scale", 3, "--dtype", "bfloat16"),
+        *("--device", "cpu", "--threads", 2, "--rank-timeout-s", 9, "--variant", "base"),
+    )
+    _, plan = finished_with(words=words)
+    assert [layout.name for layout in plan.layouts] == ["sp3", "sp2xcfg2"]
+    assert list(plan.requests) == ["ode", "cps"]
+    assert (plan.dtype, plan.device, plan.num_threads, plan.rank_timeout_s, plan.variant) == ("bfloat16", "cpu", 2, 9, "base")
+    for mode, params in plan.requests.items():
+        assert (params.sde_type, params.prompt, params.seed, params.num_outputs_per_prompt) == (mode, "a red fox", 5, 2)
+        assert (params.noise_level, params.width, params.height, params.num_inference_steps) == (0.5, 96, 64, 4)
+        assert params.guidance_scale == 3
+        assert params.debug_mode and params.return_denoising_env and params.return_dit_trajectory
+
+
+def test_what_is_left_open_is_the_familys(finished_with):
+    _, plan = finished_with()
+    assert [layout.name for layout in plan.layouts] == ["sp2", "cfg2", "tp2", "sp2xcfg2"]
+    assert list(plan.requests) == ["sde", "cps", "ode"]
+    assert plan.request.guidance.scale == 4
