@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Defaults, Family, Geometry, Guidance, ModelSpec
+from flowroll.families.base import Defaults, Family, Geometry, Guidance, ModelSpec, Transformer
 from flowroll.families.qwen_image import QwenImage
+from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.z_image import ZImage
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage())}
@@ -25,4 +26,15 @@ def family_of_pipeline(pipeline_class: str) -> Family:
     raise UnsupportedModelError(f"pipeline must be one of {supported}, got {pipeline_class}; use a checkpoint of one of these.")
 
 
-__all__ = ["FAMILIES", "Defaults", "Family", "Geometry", "Guidance", "ModelSpec", "family_of_pipeline"]
+__all__ = [
+    "FAMILIES",
+    "Defaults",
+    "Family",
+    "Geometry",
+    "Guidance",
+    "ModelSpec",
+    "Recipe",
+    "StepScore",
+    "Transformer",
+    "family_of_pipeline",
+]
