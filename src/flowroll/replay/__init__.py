@@ -4,12 +4,19 @@
 replay is exact, and if not, why. The forwards and the log-prob are those of the engine, through `families/` and `sampling/`.
 """
 
+from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
+from flowroll.replay.causes import Cause
 from flowroll.replay.losses import clipped_loss, group_advantages, normalised_ratio, ratio
 from flowroll.replay.scoring import MicroBatch, Scores, log_prob, micro_batches, score
 
 __all__ = [
+    "AuditReport",
+    "Cause",
     "MicroBatch",
+    "RolloutAudit",
     "Scores",
+    "StepAudit",
+    "audit",
     "clipped_loss",
     "group_advantages",
     "log_prob",

@@ -5,22 +5,18 @@ Log-probs here are flowroll's: per step, averaged over the elements of a sample'
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 
-StdOf = Literal["group", "global"]
-
 
 def group_advantages(
     rewards: Float[Tensor, " samples"],
     groups: Int[Tensor, " samples"],
     *,
-    std: StdOf = "group",
+    std: str = "group",
     eps: float = 1e-4,
 ) -> Float[Tensor, " samples"]:
     """How much better a sample is than the samples of its own prompt.
@@ -30,7 +26,7 @@ def group_advantages(
     Args:
         rewards: r, one per sample.
         groups: Samples with the same number have the same prompt.
-        std: Of the sample's own group, or of all rewards ("global"); the population std, without Bessel's correction.
+        std: "group": of the sample's own group, "global": of all rewards; the population std, without Bessel's correction.
         eps: Added to the std, so that a group of equal rewards gives 0.
 
     Returns:
