@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 
 from flowroll.errors import CheckpointError, FlowrollError, UnsupportedModelError
 from flowroll.families import Family, ModelSpec, family_of_pipeline
+from flowroll.families.alignment import align_weights
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
@@ -76,6 +77,8 @@ def load_model(folder: Path, *, variant: str | None, device: torch.device, dtype
         _check_complete(folder, "transformer", pipeline.transformer, weights["transformer"])
         _check_complete(folder, "vae", pipeline.vae, weights["vae"])
         pipeline.to(device)
+        # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
+        align_weights(pipeline.transformer)
         spec = family.spec(pipeline)
         _check_text(family, pipeline)
     except FlowrollError:

@@ -4,6 +4,7 @@
 replay is exact, and if not, why. The forwards and the log-prob are those of the engine, through `families/` and `sampling/`.
 """
 
+from flowroll.families.alignment import align_weights
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
 from flowroll.replay.causes import Cause
 from flowroll.replay.losses import clipped_loss, group_advantages, normalised_ratio, ratio
@@ -16,6 +17,7 @@ __all__ = [
     "RolloutAudit",
     "Scores",
     "StepAudit",
+    "align_weights",
     "audit",
     "clipped_loss",
     "group_advantages",

@@ -13,16 +13,17 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowroll.families import Guidance, StepScore, Transformer
+from flowroll.families.alignment import unaligned_weights
 from flowroll.families.base import NO_GUIDANCE, Output, run_in_turn
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
 from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Rollout
 
 Kind: TypeAlias = Literal[
-    "weight_version", "dtype", "device", "sigmas", "dynamics", "latents", "guidance", "env", "weights", "log_probs"
+    "weight_version", "dtype", "device", "alignment", "sigmas", "dynamics", "latents", "guidance", "env", "weights", "log_probs"
 ]
 Encode: TypeAlias = Callable[[Rollout], DenoisingEnv]
 
@@ -78,6 +79,9 @@ def _setting_causes(evidence: Evidence) -> Iterator[Cause]:
         yield Cause(kind="dtype", message=f"another dtype: {record.model_dtype} made the rollout, {place.dtype} replayed it")
     if place.device.type != record.device:
         yield Cause(kind="device", message=f"another device: {record.device} made the rollout, {place.device.type} replayed it")
+    if isinstance(evidence.transformer, nn.Module) and (names := unaligned_weights(evidence.transformer)):
+        shown = f"{names[0]} and others lie off multiples of 16 bytes; call flowroll.replay.align_weights(transformer)"
+        yield Cause(kind="alignment", message=f"other addresses of the weights: {shown}")
     rule = evidence.source.family.guidance(record.guidance_scale).rule
     if rule != record.guidance_rule:
         shown = f"a scale of {record.guidance_scale} means {rule}, the record says {record.guidance_rule}"

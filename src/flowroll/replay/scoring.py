@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
-from flowroll.replay.sources import Place, Source, pairs_of, place_of, sources_of, steps_of
+from flowroll.replay.sources import Place, Source, check_weights, pairs_of, place_of, sources_of, steps_of
 from flowroll.types import DenoisingEnv, Rollout
 
 
@@ -76,7 +76,7 @@ def micro_batches(
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
-        rollouts: Of one or several requests, with env and trajectory; sizes, prompts and families may be mixed.
+        rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
         micro_batch: Pairs per micro-batch, at least 1.
         device: Of the transformer; None: that of its first weight.
@@ -89,6 +89,7 @@ def micro_batches(
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
     _check_micro_batch(micro_batch)
+    check_weights(transformer)
     place = place_of(transformer, rollouts, device, dtype)
     sources = sources_of(rollouts, place)
     pairs = list(pairs_of(sources, steps_of(sources, steps), stochastic_only=True))
@@ -108,7 +109,7 @@ def log_prob(
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
-        rollouts: Of one or several requests, with env and trajectory; sizes, prompts and families may be mixed.
+        rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all, for rollouts of one length.
         micro_batch: Pairs whose inputs are on the device together, at least 1; it changes no bit. In gradient mode the graphs
             of all pairs are kept: `micro_batches` bounds those.
@@ -123,6 +124,7 @@ def log_prob(
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
     _check_micro_batch(micro_batch)
+    check_weights(transformer)
     place = place_of(transformer, rollouts, device, dtype)
     sources = sources_of(rollouts, place)
     chosen = steps_of(sources, steps)
@@ -149,6 +151,7 @@ def score(
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
     _check_micro_batch(micro_batch)
+    check_weights(transformer)
     place = place_of(transformer, rollouts, device, dtype)
     sources = sources_of(rollouts, place)
     chosen = steps_of(sources, steps)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
+from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
 from flowroll.types import DenoisingEnv, EnvValue, Rollout, Trajectory
 
@@ -63,7 +64,8 @@ class Source:
 
     def state(self, state: int, device: torch.device) -> Float[Tensor, " *latent"]:
         """The latents of one state (0..T) on a device."""
-        return self.trajectory.latents[self.trajectory.latent_step_indices.index(state)].to(device)
+        # Copied, because a decoded tensor may lie anywhere in its message, and bits can depend on that.
+        return self.trajectory.latents[self.trajectory.latent_step_indices.index(state)].to(device, copy=True)
 
     def env_on(self, place: Place) -> DenoisingEnv:
         """The environment where the transformer runs; in its dtype where that is not the recorded one."""
@@ -106,6 +108,9 @@ def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
     """
     if not rollouts:
         _refuse("rollouts", "hold at least one rollout", "none", "pass the rollouts of a request")
+    names = sorted({rollout.sampling.family for rollout in rollouts})
+    if len(names) > 1:
+        _refuse("rollouts", "be of one model family", " and ".join(names), "replay each family with its own transformer")
     sources = [source_of(index, rollout, place) for index, rollout in enumerate(rollouts)]
     for source in sources:
         if fault := grid_fault(source.rollout):
@@ -113,6 +118,22 @@ def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
                 "dit_trajectory", "have the record's grid", f"rollout {source.index}, where {fault}", "use it as it was sent"
             )
     return sources
+
+
+def check_weights(transformer: Transformer) -> None:
+    """Refuses weights whose place in memory changes bits.
+
+    Raises:
+        InvalidRequestError: Some lie where no allocation would put them.
+    """
+    names = unaligned_weights(transformer) if isinstance(transformer, nn.Module) else []
+    if names:
+        _refuse(
+            "transformer",
+            "have its float32 weights at multiples of 16 bytes, as allocated memory is",
+            f"{len(names)} that a file's mapping put elsewhere, such as {names[0]}",
+            "call flowroll.replay.align_weights(transformer) once after loading",
+        )
 
 
 def grid_fault(rollout: Rollout) -> str | None:
