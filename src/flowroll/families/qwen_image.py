@@ -172,14 +172,15 @@ class QwenImage(Family):
 
     @override
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
-        """The guided velocity of a token has the norm of its conditional one, up to rounding, whatever the other branch is."""
-        positive = cast(Tensor, outputs[0])
-        replayed = self.combine(outputs, guidance).float()
-        tolerance = torch.finfo(positive.dtype).eps * (8 if positive.dtype == torch.float32 else 1)
-        norms, moved = positive[0].float().norm(dim=-1), (velocity - replayed).norm(dim=-1)
-        # A difference as small as the tolerance says nothing.
-        same_norm = ((velocity.norm(dim=-1) - norms).abs() <= tolerance * norms).all()
-        return bool(same_norm and moved.mean() > 4 * tolerance * norms.mean())
+        """A token's guided velocity has the norm of its conditional one, whatever the other branch is.
+
+        Measured on small models: with another negative prompt the velocities move at least 100 times as far as their norms do
+        (which bfloat16 rounds), with other weights about 10 times.
+        """
+        positive = cast(Tensor, outputs[0])[0].float()
+        moved = (velocity - self.combine(outputs, guidance).float()).norm(dim=-1)
+        stretched = (velocity.norm(dim=-1) - positive.norm(dim=-1)).abs()
+        return bool(moved.mean() > 30 * stretched.mean())
 
     @override
     def decode(

@@ -20,7 +20,7 @@ from flowroll.families.alignment import unaligned_weights
 from flowroll.families.base import NO_GUIDANCE, Output, run_in_turn
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
-from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Rollout
+from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Number, Rollout
 
 Kind: TypeAlias = Literal[
     "weight_version", "dtype", "device", "alignment", "sigmas", "dynamics", "latents", "guidance", "env", "weights", "log_probs"
@@ -219,7 +219,7 @@ def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor) ->
     """The guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
     guidance, family = source.recipe.guidance, source.family
 
-    def error(scale: float) -> float:
+    def error(scale: Number) -> float:
         return _relative(family.combine(list(outputs), Guidance(rule=guidance.rule, scale=scale)).float(), velocity)
 
     grid = [0.5 * index for index in range(41)] + [20 * 50 ** (index / 20) for index in range(1, 21)]
