@@ -15,6 +15,7 @@ from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.rollout import rollout
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.cli.serve import serve
+from flowroll.cli.verify import verify
 from flowroll.errors import FlowrollError
 
 
@@ -51,6 +52,7 @@ app.command()(with_sampling_flags(generate))
 # Every prompt is a request of its own, with its own id.
 app.command()(with_sampling_flags(rollout, without={"prompt", "request_id"}))
 app.command()(inspect)
+app.command()(verify)
 
 
 @app.command("make-checkpoint")

@@ -163,7 +163,7 @@ def _replayed(transformer: Transformer, source: Source, place: Place) -> dict[in
             field="dit_trajectory",
         )
     env = source.env_on(place)
-    return {step: run_pair(transformer, source, step, env, place) for step in steps}
+    return {step: run_pair(transformer, source, step, place, env) for step in steps}
 
 
 def _compared(rollout: Rollout, step: int, score: StepScore) -> _Pair:

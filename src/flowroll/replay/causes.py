@@ -8,7 +8,7 @@ the negative prompt and the weights explains the difference.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowroll.families import Guidance, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.base import NO_GUIDANCE, Output, run_in_turn
+from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
 from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Number, Rollout
@@ -65,7 +66,9 @@ class Evidence:
 def causes_of(evidence: Evidence) -> list[Cause]:
     """The causes of a replay that is not exact; at least one."""
     source = evidence.source
-    certain = [*_setting_causes(evidence), *grid_causes(source), *_latent_causes(source), *_env_causes(evidence)]
+    certain = [*_setting_causes(evidence), *grid_causes(source), *_latent_causes(source)]
+    if not certain and (certain := list(_env_causes(evidence))):
+        certain += _weights_beside_env(evidence)
     return certain or [_velocity_cause(evidence)]
 
 
@@ -159,9 +162,26 @@ def _env_causes(evidence: Evidence) -> Iterator[Cause]:
             yield Cause(kind="env", message=f"another env: the {words}'s branch is not what this model makes of its text")
 
 
+def _weights_beside_env(evidence: Evidence) -> Iterator[Cause]:
+    """Whether the weights differ as well: with the env that the model makes, the recorded velocities are still missed."""
+    source, debug = evidence.source, evidence.source.rollout.debug_tensors
+    if evidence.encode is None or debug is None:
+        return
+    step = next(iter(evidence.scores))
+    right = replace(source, env=evidence.encode(source.rollout))
+    velocity = run_pair(evidence.transformer, right, step, evidence.place).velocity.float().cpu()
+    if (off := _relative(velocity, debug.model_output[step])) > _rounding(source):
+        shown = f"with the env that this model makes, the velocity of step {step} is off by {off:.1e} of its norm"
+        yield Cause(kind="weights", message=f"other weights: {shown}")
+
+
 def _same(a: EnvValue | Mapping[str, EnvValue], b: EnvValue | Mapping[str, EnvValue] | None) -> bool:
+    """Whether two branches are of the same text; other kernels may have rounded them differently."""
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+        if not isinstance(b, Tensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        left, right = a.float().cpu(), b.float().cpu()
+        return torch.equal(left, right) or _relative(left, right) < (1e-4 if a.dtype == torch.float32 else 1e-2)
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return bool(a == b)
@@ -198,13 +218,18 @@ def _velocity_cause(evidence: Evidence) -> Cause:
 def _weights_message(evidence: Evidence, difference: float, step: int) -> str:
     source = evidence.source
     shown = f"the velocity of step {step} is off by {difference:.1e} of its norm"
-    eps = torch.finfo(source.recipe.dtype).eps
-    if difference < (64 * eps if source.recipe.dtype == torch.float32 else eps):
+    if difference < _rounding(source):
         return f"other kernels (thread count, library versions), or weights that have hardly moved: {shown}"
     if evidence.encode is not None:
         return f"other weights: {shown}, and the env is what this model makes of the prompts"
     branch = "another prompt's env" if source.recipe.guidance.rule == NO_GUIDANCE else "another env"
     return f"other weights (or {branch}, which only the text encoder can tell): {shown}"
+
+
+def _rounding(source: Source) -> float:
+    """Below this relative difference it may be kernels that differ."""
+    eps = torch.finfo(source.recipe.dtype).eps
+    return 64 * eps if source.recipe.dtype == torch.float32 else eps
 
 
 def _outputs(evidence: Evidence, step: int) -> list[Output]:

@@ -177,7 +177,7 @@ def _run(transformer: Transformer, pairs: Sequence[tuple[Source, int]], micro_ba
         for source, step in chunk:
             if source.index not in envs:
                 envs[source.index] = source.env_on(place)
-            scores.append(run_pair(transformer, source, step, envs[source.index], place))
+            scores.append(run_pair(transformer, source, step, place, envs[source.index]))
         old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
         yield MicroBatch(
             samples=tuple(source.index for source, _ in chunk),
@@ -188,8 +188,9 @@ def _run(transformer: Transformer, pairs: Sequence[tuple[Source, int]], micro_ba
         )
 
 
-def run_pair(transformer: Transformer, source: Source, step: int, env: DenoisingEnv, place: Place) -> StepScore:
-    """One step of one sample, its latents taken from the trajectory."""
+def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:
+    """One step of one sample, latents from its trajectory; `env` is its own env on the device, where that is made already."""
+    env = source.env_on(place) if env is None else env
     latents, next_latents = source.state(step, place.device), source.state(step + 1, place.device)
     return source.recipe.score(transformer, latents, next_latents, step, env)
 
