@@ -98,6 +98,29 @@ class Recipe:
             no_const=record.log_prob_no_const,
         )
 
+    def check_env(self, env: DenoisingEnv, where: str = "") -> None:
+        """Refuses an environment that lacks what the forwards need.
+
+        Raises:
+            InvalidRequestError: No text embedding, or no negative branch though guidance is active.
+        """
+        branches = {"pos_cond_kwargs": env.pos_cond_kwargs}
+        if self.guidance.is_active:
+            if env.neg_cond_kwargs is None:
+                raise InvalidRequestError(
+                    f"denoising_env must hold neg_cond_kwargs for a guided rollout, got none{where}; "
+                    "use the env of the same response.",
+                    field="denoising_env",
+                )
+            branches["neg_cond_kwargs"] = env.neg_cond_kwargs
+        for name, branch in branches.items():
+            if not isinstance(branch.get(self.family.embeds_key), Tensor):
+                raise InvalidRequestError(
+                    f"denoising_env must hold the tensor {self.family.embeds_key} in {name} for {self.family.name}, "
+                    f"got {sorted(branch)}{where}; use the env of the same response.",
+                    field="denoising_env",
+                )
+
     def velocity(
         self, transformer: Transformer, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv
     ) -> Float[Tensor, " *latent"]:

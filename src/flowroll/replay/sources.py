@@ -209,7 +209,7 @@ def source_of(index: int, rollout: Rollout, place: Place) -> Source:
     if rollout.dit_trajectory is None:
         _refuse("dit_trajectory", "be there to replay", f"none in rollout {index}", "roll out with return_dit_trajectory=True")
     recipe = Recipe.of(record, family, sde_step_indices=rollout.sde_step_indices, device=place.device, dtype=place.dtype)
-    _check_env(index, rollout.denoising_env, family, recipe)
+    recipe.check_env(rollout.denoising_env, where=f" in rollout {index}")
     return Source(
         index=index,
         rollout=rollout,
@@ -218,27 +218,6 @@ def source_of(index: int, rollout: Rollout, place: Place) -> Source:
         trajectory=rollout.dit_trajectory,
         env=rollout.denoising_env,
     )
-
-
-def _check_env(index: int, env: DenoisingEnv, family: Family, recipe: Recipe) -> None:
-    branches = {"pos_cond_kwargs": env.pos_cond_kwargs}
-    if recipe.guidance.is_active:
-        if env.neg_cond_kwargs is None:
-            _refuse(
-                "denoising_env",
-                "hold neg_cond_kwargs for a guided rollout",
-                f"none in rollout {index}",
-                "use the env of the same response",
-            )
-        branches["neg_cond_kwargs"] = env.neg_cond_kwargs
-    for name, branch in branches.items():
-        if not isinstance(branch.get(family.embeds_key), Tensor):
-            _refuse(
-                "denoising_env",
-                f"hold the tensor {family.embeds_key} in {name} for {family.name}",
-                f"{sorted(branch)} in rollout {index}",
-                "use the env of the same response",
-            )
 
 
 def _cast(env: DenoisingEnv, dtype: torch.dtype) -> DenoisingEnv:

@@ -107,7 +107,7 @@ def test_an_audit_of_scattered_states_is_refused() -> None:
 
 
 def test_an_unknown_dtype_in_the_record_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="dtype must be the name of a torch dtype, got 'torch.complex'"):
+    with pytest.raises(InvalidRequestError, match=r"dtype must be the name of a torch dtype, got 'torch\.complex'"):
         replay.log_prob(never_called, [with_record(model_dtype="torch.complex")])
 
 
