@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,27 @@ def test_a_filtered_trajectory_replays_the_steps_whose_states_it_has(
     group = engine_of(name, "float32").rollout(**REQUEST, return_step_indices=(1, 2))
     log_probs = replay.log_prob(pipeline_of(name, "float32").transformer, group, steps=[1])
     assert torch.equal(log_probs.detach().cpu(), recorded(group)[:, 1:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_a_message_put_the_tensors_changes_nothing(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    def odd(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.numel() + 2, dtype=tensor.dtype)[2:].view(tensor.shape).copy_(tensor)
+
+    # Two tokens: products of so few rows depend on the address of their input.
+    rollout = engine_of(name, "float32").rollout(**{**REQUEST, "height": 16, "width": 32}, guidance_scale=0.0)[0]
+    trajectory, env = rollout.dit_trajectory, rollout.denoising_env
+    assert trajectory is not None and env is not None
+    branch = {key: odd(value) if isinstance(value, Tensor) else value for key, value in env.pos_cond_kwargs.items()}
+    moved = replace(
+        rollout,
+        dit_trajectory=replace(trajectory, latents=odd(trajectory.latents)),
+        denoising_env=replace(env, pos_cond_kwargs=branch),
+    )
+    log_probs = replay.log_prob(pipeline_of(name, "float32").transformer, [moved])
+    assert torch.equal(log_probs.detach().cpu(), recorded([rollout]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -167,7 +167,7 @@ def test_the_wrong_prompt_needs_the_text_encoder(
     other = engine_of(name, dtype).rollout(**{**REQUEST, "prompt": "two blue cows"}, guidance_scale=4.0)[0].denoising_env
     env = DenoisingEnv(pos_cond_kwargs=other.pos_cond_kwargs, neg_cond_kwargs=rollout.denoising_env.neg_cond_kwargs)
     wrong = changed(rollout, denoising_env=env)
-    only_cause(replay.audit(transformer, [wrong]), "weights", "or another env")
+    only_cause(replay.audit(transformer, [wrong]), "weights", "or another prompt's env")
     report = replay.audit(transformer, [wrong], encode=lambda _: rollout.denoising_env)
     only_cause(report, "env", "the prompt's branch is not what")
 
@@ -223,6 +223,29 @@ def test_without_debug_tensors_it_says_what_it_cannot_tell_apart(made: Any) -> N
     report = replay.audit(other_weights(transformer, 1e-2), [changed(rollout, debug_tensors=None)])
     only_cause(report, "weights", "without debug tensors they cannot be told apart")
     assert report.steps[0].max_velocity_error is None
+
+
+@pytest.mark.parametrize("dtype", ["float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_difference_of_rounding_is_put_down_to_kernels(made: Any) -> None:
+    rollout, transformer = made
+    velocity = rollout.debug_tensors.model_output * (1 + 2e-7)
+    wobbling = changed(rollout, debug_tensors={"model_output": velocity}, log_probs=rollout.log_probs + 1e-6)
+    only_cause(replay.audit(transformer, [wobbling]), "kernels", "thread count")
+
+
+@pytest.mark.parametrize("dtype", ["float32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_at_odd_addresses_are_named(made: Any) -> None:
+    rollout, transformer = made
+    odd = copy.deepcopy(transformer)
+    for weight in odd.parameters():
+        room = torch.empty(weight.numel() + 2, dtype=weight.dtype)
+        weight.data = room[2:].view(weight.shape).copy_(weight.data)
+    report = replay.audit(odd, [changed(rollout, log_probs=rollout.log_probs + 1e-6)])
+    only_cause(report, "alignment", "call flowroll.replay.align_weights(transformer)")
+    assert replay.align_weights(odd) > 0
+    assert replay.audit(odd, [rollout]).is_exact
 
 
 @pytest.mark.parametrize("dtype", ["float32"])

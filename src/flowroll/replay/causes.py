@@ -17,14 +17,25 @@ from torch import Tensor, nn
 
 from flowroll.families import Guidance, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
-from flowroll.families.base import NO_GUIDANCE, Output, run_in_turn
+from flowroll.families.base import Output, run_in_turn
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
 from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Number, Rollout
 
 Kind: TypeAlias = Literal[
-    "weight_version", "dtype", "device", "alignment", "sigmas", "dynamics", "latents", "guidance", "env", "weights", "log_probs"
+    "weight_version",
+    "dtype",
+    "device",
+    "alignment",
+    "sigmas",
+    "dynamics",
+    "latents",
+    "guidance",
+    "env",
+    "kernels",
+    "weights",
+    "log_probs",
 ]
 Encode: TypeAlias = Callable[[Rollout], DenoisingEnv]
 
@@ -201,29 +212,26 @@ def _velocity_cause(evidence: Evidence) -> Cause:
     step = max(differences, key=lambda step: differences[step])
     if differences[step] == 0:
         return Cause(kind="log_probs", message="other log-probs: every velocity is the recorded one, the log-probs are not")
+    shown = f"the velocity of step {step} is off by {differences[step]:.1e} of its norm"
+    if differences[step] < _rounding(source):
+        words = "other kernels (thread count, library versions), or weights that have hardly moved"
+        return Cause(kind="kernels", message=f"{words}: {shown}")
     guidance = source.recipe.guidance
     if guidance.is_active:
         outputs = _outputs(evidence, step)
         recorded = debug.model_output[step].to(evidence.place.device)
         scale = fitted_scale(source, outputs, recorded)
         if scale is not None:
-            shown = f"the record says {guidance.scale:g}, the recorded velocities fit {scale:g}"
-            return Cause(kind="guidance", message=f"another guidance scale: {shown}")
+            fit = f"the record says {guidance.scale:g}, the recorded velocities fit {scale:g}"
+            return Cause(kind="guidance", message=f"another guidance scale: {fit}")
         if source.family.fits_conditional(outputs, recorded, guidance):
-            shown = "the prompt's branch fits the recorded velocities, the negative prompt's does not"
-            return Cause(kind="env", message=f"another env: {shown}")
-    return Cause(kind="weights", message=_weights_message(evidence, differences[step], step))
-
-
-def _weights_message(evidence: Evidence, difference: float, step: int) -> str:
-    source = evidence.source
-    shown = f"the velocity of step {step} is off by {difference:.1e} of its norm"
-    if difference < _rounding(source):
-        return f"other kernels (thread count, library versions), or weights that have hardly moved: {shown}"
+            fit = "the prompt's branch fits the recorded velocities, the negative prompt's does not"
+            return Cause(kind="env", message=f"another env: {fit}")
     if evidence.encode is not None:
-        return f"other weights: {shown}, and the env is what this model makes of the prompts"
-    branch = "another prompt's env" if source.recipe.guidance.rule == NO_GUIDANCE else "another env"
-    return f"other weights (or {branch}, which only the text encoder can tell): {shown}"
+        message = f"other weights: {shown}, and the env is what this model makes of the prompts"
+    else:
+        message = f"other weights (or another prompt's env, which only the text encoder can tell): {shown}"
+    return Cause(kind="weights", message=message)
 
 
 def _rounding(source: Source) -> float:
