@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families.base import NO_GUIDANCE, Family, Guidance, Transformer
+from flowroll.families.base import NO_GUIDANCE, Family, Guidance, RunCalls, Transformer, run_in_turn
 from flowroll.sampling import dynamics, transition
 from flowroll.sampling.transition import Transition
 from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
@@ -121,13 +121,6 @@ class Recipe:
                     field="denoising_env",
                 )
 
-    def velocity(
-        self, transformer: Transformer, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv
-    ) -> Float[Tensor, " *latent"]:
-        """The guided velocity of one step; latents and env are on the transformer's device."""
-        timestep = self.timesteps[step : step + 1]
-        return self.family.velocity(transformer, latents, timestep, env, self.guidance, self.dtype)
-
     def score(
         self,
         transformer: Transformer,
@@ -135,6 +128,8 @@ class Recipe:
         next_latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
+        *,
+        run: RunCalls = run_in_turn,
     ) -> StepScore:
         """Runs one step again and scores the recorded next latents; differentiable in the transformer's weights.
 
@@ -144,8 +139,10 @@ class Recipe:
             next_latents: x after it, as recorded.
             step: Which step, counted from 0.
             env: The sample's environment, on the transformer's device.
+            run: Runs the step's forwards; one after the other by default.
         """
-        velocity = self.velocity(transformer, latents, step, env)
+        timestep = self.timesteps[step : step + 1]
+        velocity = self.family.velocity(transformer, latents, timestep, env, self.guidance, self.dtype, run=run)
         this = self.transitions[step]
         mean = dynamics.step_mean(this, latents, velocity, self.dts[step])
         log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
