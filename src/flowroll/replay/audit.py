@@ -14,7 +14,7 @@ from flowroll.families.recipe import dtype_named
 from flowroll.replay.causes import Cause, Encode, Evidence, causes_of, grid_causes
 from flowroll.replay.losses import ratio
 from flowroll.replay.scoring import run_pair
-from flowroll.replay.sources import Place, Source, place_of, source_of
+from flowroll.replay.sources import Place, Source, check_any, place_of, source_of
 from flowroll.types import Rollout
 
 
@@ -112,6 +112,7 @@ def audit(
     Raises:
         InvalidRequestError: A rollout cannot be replayed at all; the message names the remedy.
     """
+    check_any(rollouts)
     audits: list[RolloutAudit] = []
     pairs: dict[int, list[_Pair]] = {}
     for index, rollout in enumerate(rollouts):

@@ -106,8 +106,7 @@ def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
     Raises:
         InvalidRequestError: One cannot be replayed; the message names the remedy.
     """
-    if not rollouts:
-        _refuse("rollouts", "hold at least one rollout", "none", "pass the rollouts of a request")
+    check_any(rollouts)
     names = sorted({rollout.sampling.family for rollout in rollouts})
     if len(names) > 1:
         _refuse("rollouts", "be of one model family", " and ".join(names), "replay each family with its own transformer")
@@ -118,6 +117,16 @@ def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
                 "dit_trajectory", "have the record's grid", f"rollout {source.index}, where {fault}", "use it as it was sent"
             )
     return sources
+
+
+def check_any(rollouts: Sequence[Rollout]) -> None:
+    """Refuses an empty list, of which everything would be true.
+
+    Raises:
+        InvalidRequestError: There is no rollout.
+    """
+    if not rollouts:
+        _refuse("rollouts", "hold at least one rollout", "none", "pass the rollouts of a request")
 
 
 def check_weights(transformer: Transformer) -> None:
@@ -160,6 +169,8 @@ def steps_of(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[in
             _refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
         return tuple(range(lengths[0]))
     chosen = tuple(steps)
+    if not chosen:
+        _refuse("steps", "hold at least one step", "none", "leave it out for all steps")
     for step in chosen:
         if not isinstance(step, int) or not 0 <= step < lengths[0]:
             _refuse("steps", f"lie in 0..{lengths[0] - 1}", step, "count steps from 0")

@@ -82,6 +82,7 @@ def test_it_is_refused_before_model_work(call: Any, field: str, rollouts: list[R
 @pytest.mark.parametrize(
     ("field", "options", "words"),
     [
+        ("steps", {"steps": []}, "hold at least one step, got none"),
         ("steps", {"steps": [4]}, "lie in 0..3, got 4"),
         ("steps", {"steps": [-1]}, "lie in 0..3, got -1"),
         ("steps", {"steps": [1, 1]}, "hold each step once"),
@@ -104,6 +105,11 @@ def test_a_step_is_replayed_only_if_both_its_states_are_there() -> None:
 def test_an_audit_of_scattered_states_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match=r"hold two states in a row, got the states \[0, 2\]"):
         replay.audit(never_called, [filtered(0, 2)])
+
+
+def test_an_audit_of_nothing_is_not_exact() -> None:
+    with pytest.raises(InvalidRequestError, match="hold at least one rollout, got none"):
+        replay.audit(never_called, [])
 
 
 def test_an_unknown_dtype_in_the_record_is_refused() -> None:
