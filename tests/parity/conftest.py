@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from flowroll.engine import Engine
+from flowroll.families.alignment import align_weights
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -45,6 +46,8 @@ def pipeline_of(checkpoints: dict[str, Path], device: str) -> Callable[[str, str
             pipeline = DiffusionPipeline.from_pretrained(checkpoints[family], dtype=getattr(torch, dtype))
             pipeline.set_progress_bar_config(disable=True)
             pipelines[family, dtype] = pipeline.to(device)
+            # The bits of the pipeline itself depend on where a file's header puts its weights; see families/alignment.py.
+            align_weights(pipeline.transformer)
         return pipelines[family, dtype]
 
     return get

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.recording import Recorder
-from flowroll.sampling import noise, ode, transition
+from flowroll.sampling import dynamics, noise, ode, transition
 from flowroll.types import DenoisingEnv
 
 
@@ -111,14 +111,11 @@ def recorded_step(task: DenoisingTask, sample: Sample) -> None:
     assert task.plan.transitions is not None and sample.recorder is not None
     this = task.plan.transitions[sample.step]
     velocity = task.velocity(sample.latents, sample.step)
+    mean = dynamics.step_mean(this, sample.latents, velocity, task.dts[sample.step])
     drawn: Tensor | None = None
-    if this.dynamics == "ode":
-        mean = next_latents = ode.step(sample.latents, velocity, task.dts[sample.step])
-    else:
-        mean = transition.mean(this, sample.latents, velocity)
-        if this.is_stochastic:
-            drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=task.plan.generator_device).to(mean.device)
-        next_latents = transition.sample(this, mean, drawn)
+    if this.is_stochastic:
+        drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=task.plan.generator_device).to(mean.device)
+    next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=task.plan.params.log_prob_no_const)[0]
     sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
     sample.latents = next_latents

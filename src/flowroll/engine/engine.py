@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,12 @@ from flowroll.engine.denoising import DenoisingTask, Sample
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
+from flowroll.engine.scoring import score_step
 from flowroll.errors import FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
+from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
 from flowroll.parallel.shards import check_rows
-from flowroll.types import DenoisingEnv, EnvValue, GeneratedImage, Layout, Rollout, SamplingParams
+from flowroll.types import DenoisingEnv, EnvValue, GeneratedImage, Layout, Rollout, SamplingParams, SamplingRecord
 
 _INITIAL_WEIGHT_VERSION = "0"
 # How long a failed replica may take to let go of the request that it failed.
@@ -213,6 +215,50 @@ class Engine:
                     field="latents",
                 )
             return self._model.family.decode(self._pipeline, latents.to(self._model.device), geometry).cpu()
+
+    def score(
+        self,
+        *,
+        latents: Float[Tensor, " *latent"],
+        next_latents: Float[Tensor, " *latent"],
+        step: int,
+        env: DenoisingEnv,
+        record: SamplingRecord,
+        sde_step_indices: Collection[int] | None = None,
+    ) -> StepScore:
+        """Log-prob, mean and velocity of one recorded step under the weights in memory, by the code that replay uses.
+
+        Args:
+            latents: x before the step, as a trajectory holds it.
+            next_latents: x after it.
+            step: Which step, counted from 0.
+            env: Of the rollout.
+            record: Its `sampling`.
+            sde_step_indices: Of the rollout; None: every step is stochastic.
+
+        Returns:
+            On the CPU, float32.
+
+        Raises:
+            InvalidRequestError: The record is of another model, dtype or schema, or a value does not fit it; or this engine
+                has several ranks.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        if self._replica is not None:
+            raise InvalidRequestError(
+                f"score must run on an engine of one rank, got {self.info.layout.name}; start one beside it, bits are the same."
+            )
+        with self._lock:
+            self._check_interrupt()
+            return score_step(
+                self._model,
+                latents=latents,
+                next_latents=next_latents,
+                step=step,
+                env=env,
+                record=record,
+                sde_step_indices=sde_step_indices,
+            )
 
     def interrupt(self) -> None:
         """Makes what runs, and every later call, raise `ShuttingDownError` at its next step; may be called from any thread."""

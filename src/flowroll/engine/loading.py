@@ -17,6 +17,7 @@ from torch import nn
 from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.families import Family, ModelSpec, RunCalls, run_in_turn
+from flowroll.families.alignment import align_weights
 from flowroll.parallel.branches import run_on_branches
 from flowroll.parallel.linears import ColumnParallelLinear, check_columns, shard_columns_of
 from flowroll.parallel.mesh import Mesh
@@ -24,8 +25,6 @@ from flowroll.parallel.regions import shard_rows_of
 from flowroll.sampling.schedule import ScheduleConfig
 
 _PROBE = "a red circle"
-# As torch's own memory is.
-_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +111,8 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
     try:
         if mesh is None or mesh.degree("tp") == 1:
             transformer = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            _align_weights(transformer)
+            # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
+            align_weights(transformer)
         else:
             transformer = _empty_transformer(checkpoint)
             shard_columns_of(transformer, plan.columns, mesh)
@@ -163,17 +163,6 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
                         f"{file} must hold {name} as {list(empty.shape)}, got {list(tensor.shape)}; save it again."
                     )
                 setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True)))
-
-
-def _align_weights(module: nn.Module) -> None:
-    """Copies weights that do not lie as torch's own memory does.
-
-    A checkpoint that is mapped into memory can begin at any multiple of 8 bytes. On the CPU, float32 products of one row differ
-    in their last bits with the place of the weight modulo 16 bytes, so the same weights would not always be the same policy.
-    """
-    for parameter in module.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT_BYTES:
-            parameter.data = parameter.data.clone()
 
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output, RunCalls, run_in_turn
+from flowroll.families.base import (
+    Call,
+    Defaults,
+    Family,
+    Geometry,
+    Guidance,
+    ModelSpec,
+    Output,
+    RunCalls,
+    Transformer,
+    run_in_turn,
+)
 from flowroll.families.qwen_image import QwenImage
+from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.z_image import ZImage
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage())}
@@ -34,7 +46,10 @@ __all__ = [
     "Guidance",
     "ModelSpec",
     "Output",
+    "Recipe",
     "RunCalls",
+    "StepScore",
+    "Transformer",
     "family_of_pipeline",
     "run_in_turn",
 ]

@@ -211,6 +211,19 @@ class Family(ABC):
     def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
         """The guided velocity from the outputs of `calls`."""
 
+    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
+        """Whether some other unconditional branch would make this velocity of the conditional branch in `outputs`.
+
+        An audit asks this of a recorded velocity that replay does not reproduce: if so, weights, latents and the prompt are
+        right, and the negative prompt is not. A family that cannot tell says no.
+
+        Args:
+            outputs: Of the calls of a guided step, replayed.
+            velocity: The recorded velocity, float32.
+            guidance: The recorded guidance, active.
+        """
+        return False
+
     def velocity(
         self,
         transformer: Transformer,

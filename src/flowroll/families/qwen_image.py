@@ -171,6 +171,18 @@ class QwenImage(Family):
         return cast(Tensor, combined * rescale)
 
     @override
+    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
+        """A token's guided velocity has the norm of its conditional one, whatever the other branch is.
+
+        Measured on small models: with another negative prompt the velocities move at least 100 times as far as their norms do
+        (which bfloat16 rounds), with other weights about 10 times.
+        """
+        positive = cast(Tensor, outputs[0])[0].float()
+        moved = (velocity - self.combine(outputs, guidance).float()).norm(dim=-1)
+        stretched = (velocity.norm(dim=-1) - positive.norm(dim=-1)).abs()
+        return bool(moved.mean() > 30 * stretched.mean())
+
+    @override
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
     ) -> Float[Tensor, " 3 1 height width"]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.sampling import cps, flow_sde
+from flowroll.sampling import cps, flow_sde, ode, transition
 from flowroll.sampling.transition import Transition
 from flowroll.types import SdeType
 
@@ -34,6 +34,23 @@ def transitions(
         _transition(sigmas, step, sde_type if _chosen(step, noise_level, sde_step_indices) else "ode", noise_level)
         for step in range(sigmas.shape[0] - 1)
     )
+
+
+def step_mean(
+    this: Transition, latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], dt: Float[Tensor, ""]
+) -> Float[Tensor, " *latent"]:
+    """The mean of the next latents, by the step's own rule.
+
+    Args:
+        this: The step.
+        latents: x at sigma, any float dtype.
+        velocity: v, any float dtype.
+        dt: Next sigma minus sigma, float32, on the latents' device; used by ODE steps alone.
+
+    Returns:
+        float32; at an ODE step the next latents, in the velocity's dtype.
+    """
+    return ode.step(latents, velocity, dt) if this.dynamics == "ode" else transition.mean(this, latents, velocity)
 
 
 def amplification(chosen: Sequence[Transition]) -> float:

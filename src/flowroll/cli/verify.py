@@ -1,0 +1,99 @@
+"""`flowroll verify`: whether a checkpoint's weights reproduce saved rollouts bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowroll.cli.options import Device, Variant, quiet_model_libraries
+from flowroll.cli.output import plain_table
+from flowroll.errors import InvalidRequestError
+from flowroll.types import DenoisingEnv, EnvValue, Rollout
+
+if TYPE_CHECKING:
+    from flowroll.engine.loading import LoadedModel
+    from flowroll.replay import AuditReport
+
+
+def verify(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Rollouts saved as safetensors.")],
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The diffusers checkpoint folder that made them.")],
+    variant: Variant = None,
+    device: Device = "auto",
+) -> None:
+    """Replay saved rollouts with a checkpoint's weights, and say what differs.
+
+    Ends with status 1 unless every log-prob and every recorded velocity comes out bit for bit. Weights, prompts, guidance,
+    sigmas, latents and dtypes are told apart.
+    """
+    from flowroll.wire.files import load_rollout
+
+    rollouts = [load_rollout(file) for file in files]
+    dtype = _only("dtype", [rollout.sampling.model_dtype for rollout in rollouts])
+    family = _only("family", [rollout.sampling.family for rollout in rollouts])
+    quiet_model_libraries()
+    from flowroll.engine.checkpoint import examine_checkpoint
+    from flowroll.engine.config import resolve_device, resolve_dtype
+    from flowroll.engine.loading import load_model
+    from flowroll.replay import audit
+
+    place = resolve_device(device)
+    checkpoint = examine_checkpoint(model, variant=variant)
+    if checkpoint.family.name != family:
+        raise InvalidRequestError(
+            f"model must be of the rollouts' family {family}, got {checkpoint.family.name}; give its folder."
+        )
+    loaded, pipeline = load_model(checkpoint, device=place, dtype=resolve_dtype(dtype.removeprefix("torch."), place))
+    report = audit(loaded.transformer, rollouts, encode=lambda rollout: encoded_again(loaded, pipeline, rollout))
+    console = Console()
+    console.print(_steps_table(report))
+    for index, file in enumerate(files):
+        console.print(f"rollout {index}: {file}", markup=False, highlight=False, soft_wrap=True)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    if not report.is_exact:
+        raise typer.Exit(1)
+
+
+def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> DenoisingEnv:
+    """The env that this model makes of a rollout's prompts."""
+    import torch
+
+    from flowroll.engine.plan import plan_geometry
+
+    record = rollout.sampling
+
+    def branch(prompt: str) -> Mapping[str, EnvValue]:
+        with torch.no_grad():
+            return model.family.encode(pipeline, prompt)
+
+    negative = None if record.negative_prompt is None else branch(record.negative_prompt)
+    return model.family.env(branch(rollout.prompt), negative, plan_geometry(model, height=record.height, width=record.width))
+
+
+def _only(what: str, values: Sequence[str]) -> str:
+    distinct = sorted(set(values))
+    if len(distinct) != 1:
+        raise InvalidRequestError(f"files must be of one {what}, got {', '.join(distinct)}; verify them separately.")
+    return distinct[0]
+
+
+def _steps_table(report: AuditReport) -> Table:
+    """One row per step: how far ratio and velocity (dv) are off."""
+    right = ("step", "rollouts", "max |ratio-1|", "mean |ratio-1|", "max |dv|")
+    table = plain_table("Replay", *right[:2], "exact", *right[2:], right=right)
+    for step in report.steps:
+        off = step.max_velocity_error
+        table.add_row(
+            str(step.step),
+            str(step.num_samples),
+            "yes" if step.is_exact else "no",
+            f"{step.max_ratio_error:.3g}",
+            f"{step.mean_ratio_error:.3g}",
+            "-" if off is None else f"{off:.3g}",
+        )
+    return table

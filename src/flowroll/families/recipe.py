@@ -1,0 +1,181 @@
+"""How the steps of one sample are taken, from its record alone: what replay and `Engine.score` share.
+
+Owns the way from a `SamplingRecord` to a step's velocity, mean and log-prob. It uses the family's `velocity`, the
+transitions of `sampling/dynamics` and the one log-prob, as the engine's loop does, and adds no formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.errors import InvalidRequestError
+from flowroll.families.base import NO_GUIDANCE, Family, Guidance, RunCalls, Transformer, run_in_turn
+from flowroll.sampling import dynamics, transition
+from flowroll.sampling.transition import Transition
+from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepScore:
+    """One step of one sample, evaluated again.
+
+    Attributes:
+        velocity: The guided velocity, in the dtype that the family gives to the transition.
+        mean: Mean of the next latents, float32; at an ODE step the next latents themselves, in the loop's dtype.
+        std: Total std of the transition; 0 at a deterministic step.
+        log_prob: Of the next latents, float32; exactly 0 at a deterministic step.
+    """
+
+    velocity: Float[Tensor, " *latent"]
+    mean: Float[Tensor, " *latent"]
+    std: float
+    log_prob: Float[Tensor, ""]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The steps of one sample.
+
+    Attributes:
+        family: How its transformer is called.
+        guidance: How the branches are combined.
+        transitions: One per step.
+        timesteps: As the model takes them, on its device.
+        dts: Next sigma minus sigma, on the model's device.
+        dtype: Of the transformer's inputs.
+        no_const: Which of the two log-prob conventions is used.
+    """
+
+    family: Family
+    guidance: Guidance
+    transitions: tuple[Transition, ...]
+    timesteps: Float[Tensor, " steps"]
+    dts: Float[Tensor, " steps"]
+    dtype: torch.dtype
+    no_const: bool
+
+    @classmethod
+    def of(
+        cls,
+        record: SamplingRecord,
+        family: Family,
+        *,
+        sde_step_indices: Collection[int] | None,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> Recipe:
+        """The recipe that a record describes.
+
+        Args:
+            record: How the sample was made.
+            family: The family that the record names.
+            sde_step_indices: The stochastic steps; None: every step follows the record's dynamics.
+            device: The transformer's device.
+            dtype: Of the transformer's inputs; None: as recorded. The timesteps keep the recorded dtype in any case.
+
+        Raises:
+            InvalidRequestError: The record is of another schema, or names a guidance rule that the family does not have.
+        """
+        _check_record(record, family)
+        sigmas = torch.tensor(record.sigmas, dtype=torch.float32)
+        chosen = None if sde_step_indices is None or _is_whole(record, sde_step_indices) else sde_step_indices
+        timesteps = torch.tensor(record.timesteps, dtype=torch.float32).to(device)
+        on_device = sigmas.to(device)
+        return cls(
+            family=family,
+            guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
+            transitions=dynamics.transitions(
+                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=chosen
+            ),
+            timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
+            dts=on_device[1:] - on_device[:-1],
+            dtype=dtype or dtype_named(record.model_dtype),
+            no_const=record.log_prob_no_const,
+        )
+
+    def check_env(self, env: DenoisingEnv, where: str = "") -> None:
+        """Refuses an environment that lacks what the forwards need.
+
+        Raises:
+            InvalidRequestError: No text embedding, or no negative branch though guidance is active.
+        """
+        branches = {"pos_cond_kwargs": env.pos_cond_kwargs}
+        if self.guidance.is_active:
+            if env.neg_cond_kwargs is None:
+                raise InvalidRequestError(
+                    f"denoising_env must hold neg_cond_kwargs for a guided rollout, got none{where}; "
+                    "use the env of the same response.",
+                    field="denoising_env",
+                )
+            branches["neg_cond_kwargs"] = env.neg_cond_kwargs
+        for name, branch in branches.items():
+            if not isinstance(branch.get(self.family.embeds_key), Tensor):
+                raise InvalidRequestError(
+                    f"denoising_env must hold the tensor {self.family.embeds_key} in {name} for {self.family.name}, "
+                    f"got {sorted(branch)}{where}; use the env of the same response.",
+                    field="denoising_env",
+                )
+
+    def score(
+        self,
+        transformer: Transformer,
+        latents: Float[Tensor, " *latent"],
+        next_latents: Float[Tensor, " *latent"],
+        step: int,
+        env: DenoisingEnv,
+        *,
+        run: RunCalls = run_in_turn,
+    ) -> StepScore:
+        """Runs one step again and scores the recorded next latents; differentiable in the transformer's weights.
+
+        Args:
+            transformer: The model, or a wrapper with its call signature.
+            latents: x before the step, as recorded, on the transformer's device.
+            next_latents: x after it, as recorded.
+            step: Which step, counted from 0.
+            env: The sample's environment, on the transformer's device.
+            run: Runs the step's forwards; one after the other by default.
+        """
+        timestep = self.timesteps[step : step + 1]
+        velocity = self.family.velocity(transformer, latents, timestep, env, self.guidance, self.dtype, run=run)
+        this = self.transitions[step]
+        mean = dynamics.step_mean(this, latents, velocity, self.dts[step])
+        log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
+        return StepScore(velocity=velocity, mean=mean, std=this.std, log_prob=log_prob)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a record's "torch.bfloat16".
+
+    Raises:
+        InvalidRequestError: No such dtype.
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidRequestError(f"dtype must be the name of a torch dtype, got {name!r}; use the record as it was sent.")
+    return dtype
+
+
+def _is_whole(record: SamplingRecord, sde_step_indices: Collection[int]) -> bool:
+    """Whether every step was chosen. CPS's last step has no density, so it is never listed."""
+    missing = set(range(record.num_inference_steps)) - set(sde_step_indices)
+    return not missing or (record.sde_type == "cps" and missing == {record.num_inference_steps - 1})
+
+
+def _check_record(record: SamplingRecord, family: Family) -> None:
+    if record.schema_version != SCHEMA_VERSION:
+        raise InvalidRequestError(
+            f"schema_version must be {SCHEMA_VERSION}, got {record.schema_version}; use the flowroll that made the rollout.",
+            field="schema_version",
+        )
+    if record.guidance_rule not in (NO_GUIDANCE, family.guidance_rule):
+        raise InvalidRequestError(
+            f"guidance_rule must be {NO_GUIDANCE} or {family.guidance_rule} for {family.name}, got {record.guidance_rule}; "
+            "use the record as it was sent.",
+            field="guidance_rule",
+        )

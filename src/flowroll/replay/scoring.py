@@ -1,0 +1,202 @@
+"""Re-runs recorded steps and scores them, with gradients.
+
+Every (sample, step) pair is run in forwards of its own, shaped as the engine's, because a forward's bits depend on what else is
+in its batch: docs/architecture.md has the measurements. A micro-batch therefore bounds memory, and changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.errors import InvalidRequestError
+from flowroll.families import StepScore, Transformer
+from flowroll.replay.sources import Place, Source, check_weights, pairs_of, place_of, sources_of, steps_of
+from flowroll.types import DenoisingEnv, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Some (sample, step) pairs, scored; everything on the transformer's device.
+
+    Attributes:
+        samples: Index of each pair's rollout.
+        steps: Step of each pair.
+        log_probs: By the transformer as it is now; differentiable, float32.
+        old_log_probs: As recorded in the rollouts, float32.
+        scores: Velocity, mean, std and log-prob of each pair.
+    """
+
+    samples: tuple[int, ...]
+    steps: tuple[int, ...]
+    log_probs: Float[Tensor, " pairs"]
+    old_log_probs: Float[Tensor, " pairs"]
+    scores: tuple[StepScore, ...]
+
+    @property
+    def stds(self) -> Float[Tensor, " pairs"]:
+        """Total std of each transition, float32."""
+        return torch.tensor([score.std for score in self.scores], dtype=torch.float32, device=self.log_probs.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Every asked step of every sample, scored; everything on the transformer's device.
+
+    Attributes:
+        steps: The steps, in the order of the last dimension of the tensors.
+        log_probs: Differentiable, float32; 0 at deterministic steps.
+        stds: Total std of the transitions, float32; 0 at deterministic steps.
+        means: Per sample, mean of the next latents, float32.
+        velocities: Per sample, the guided velocity given to the transition, float32.
+    """
+
+    steps: tuple[int, ...]
+    log_probs: Float[Tensor, " samples steps"]
+    stds: Float[Tensor, " samples steps"]
+    means: tuple[Float[Tensor, " steps *latent"], ...]
+    velocities: tuple[Float[Tensor, " steps *latent"], ...]
+
+
+def micro_batches(
+    transformer: Transformer,
+    rollouts: Sequence[Rollout],
+    *,
+    steps: Sequence[int] | None = None,
+    micro_batch: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[MicroBatch]:
+    """Scores the stochastic steps of rollouts a few at a time: call `backward` on each and its graph is freed.
+
+    Args:
+        transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
+        rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
+        steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
+        micro_batch: Pairs per micro-batch, at least 1.
+        device: Of the transformer; None: that of its first weight.
+        dtype: Of the transformer's inputs; None: as each rollout records.
+
+    Returns:
+        Micro-batches, sample by sample and step by step. All rollouts are checked before the first forward.
+
+    Raises:
+        InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
+    """
+    _check_micro_batch(micro_batch)
+    check_weights(transformer)
+    place = place_of(transformer, rollouts, device, dtype)
+    sources = sources_of(rollouts, place)
+    pairs = list(pairs_of(sources, steps_of(sources, steps), stochastic_only=True))
+    return _run(transformer, pairs, micro_batch, place)
+
+
+def log_prob(
+    transformer: Transformer,
+    rollouts: Sequence[Rollout],
+    *,
+    steps: Sequence[int] | None = None,
+    micro_batch: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, " samples steps"]:
+    """Log-prob of recorded steps under the transformer as it is now: before the first update, the recorded bits.
+
+    Args:
+        transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
+        rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
+        steps: Which steps, 0-based; None: all, for rollouts of one length.
+        micro_batch: Pairs whose inputs are on the device together, at least 1; it changes no bit. In gradient mode the graphs
+            of all pairs are kept: `micro_batches` bounds those.
+        device: Of the transformer; None: that of its first weight.
+        dtype: Of the transformer's inputs; None: as each rollout records.
+
+    Returns:
+        float32 on the device, differentiable in the transformer's weights. Exactly 0 at deterministic steps, for which no
+        forward is run.
+
+    Raises:
+        InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
+    """
+    _check_micro_batch(micro_batch)
+    check_weights(transformer)
+    place = place_of(transformer, rollouts, device, dtype)
+    sources = sources_of(rollouts, place)
+    chosen = steps_of(sources, steps)
+    pairs = list(pairs_of(sources, chosen, stochastic_only=True))
+    found: dict[tuple[int, int], Tensor] = {}
+    for batch in _run(transformer, pairs, micro_batch, place):
+        found.update(zip(zip(batch.samples, batch.steps, strict=True), batch.log_probs.unbind(), strict=True))
+    none = torch.zeros((), dtype=torch.float32, device=place.device)
+    return torch.stack([torch.stack([found.get((source.index, step), none) for step in chosen]) for source in sources])
+
+
+def score(
+    transformer: Transformer,
+    rollouts: Sequence[Rollout],
+    *,
+    steps: Sequence[int] | None = None,
+    micro_batch: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Scores:
+    """As `log_prob`, with the mean, the std and the velocity of every step, deterministic ones included.
+
+    Raises:
+        InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
+    """
+    _check_micro_batch(micro_batch)
+    check_weights(transformer)
+    place = place_of(transformer, rollouts, device, dtype)
+    sources = sources_of(rollouts, place)
+    chosen = steps_of(sources, steps)
+    pairs = list(pairs_of(sources, chosen, stochastic_only=False))
+    rows: list[list[StepScore]] = [[] for _ in sources]
+    for batch in _run(transformer, pairs, micro_batch, place):
+        for sample, step_score in zip(batch.samples, batch.scores, strict=True):
+            rows[sample].append(step_score)
+    return Scores(
+        steps=chosen,
+        log_probs=torch.stack([torch.stack([one.log_prob for one in row]) for row in rows]),
+        stds=torch.tensor([[one.std for one in row] for row in rows], dtype=torch.float32, device=place.device),
+        means=tuple(torch.stack([one.mean.to(torch.float32) for one in row]) for row in rows),
+        velocities=tuple(torch.stack([one.velocity.to(torch.float32) for one in row]) for row in rows),
+    )
+
+
+def _run(transformer: Transformer, pairs: Sequence[tuple[Source, int]], micro_batch: int, place: Place) -> Iterator[MicroBatch]:
+    waiting = iter(pairs)
+    while chunk := list(islice(waiting, micro_batch)):
+        envs: dict[int, DenoisingEnv] = {}
+        scores = []
+        for source, step in chunk:
+            if source.index not in envs:
+                envs[source.index] = source.env_on(place)
+            scores.append(run_pair(transformer, source, step, place, envs[source.index]))
+        old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
+        yield MicroBatch(
+            samples=tuple(source.index for source, _ in chunk),
+            steps=tuple(step for _, step in chunk),
+            log_probs=torch.stack([one.log_prob for one in scores]),
+            old_log_probs=torch.stack(old).to(place.device),
+            scores=tuple(scores),
+        )
+
+
+def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:
+    """One step of one sample, latents from its trajectory; `env` is its own env on the device, where that is made already."""
+    env = source.env_on(place) if env is None else env
+    latents, next_latents = source.state(step, place.device), source.state(step + 1, place.device)
+    return source.recipe.score(transformer, latents, next_latents, step, env)
+
+
+def _check_micro_batch(micro_batch: int) -> None:
+    if not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1:
+        raise InvalidRequestError(
+            f"micro_batch must be an integer >= 1, got {micro_batch!r}; use 1 for the least memory.", field="micro_batch"
+        )

@@ -1,0 +1,250 @@
+"""What of a rollout replay needs, checked before any model work.
+
+Owns every reason why a rollout cannot be replayed, and which (sample, step) pairs a call is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flowroll.errors import InvalidRequestError
+from flowroll.families import FAMILIES, Family, Recipe, Transformer
+from flowroll.families.alignment import unaligned_weights
+from flowroll.families.recipe import dtype_named
+from flowroll.types import DenoisingEnv, EnvValue, Rollout, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where and in what a transformer runs.
+
+    Attributes:
+        device: Its device.
+        dtype: Of its inputs; None: as each rollout records.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One rollout that can be replayed.
+
+    Attributes:
+        index: Its place among the rollouts of the call.
+        rollout: The rollout.
+        family: Its family.
+        recipe: How its steps are taken.
+        trajectory: Its latents.
+        env: Its environment, as it came.
+    """
+
+    index: int
+    rollout: Rollout
+    family: Family
+    recipe: Recipe
+    trajectory: Trajectory
+    env: DenoisingEnv
+
+    @property
+    def num_steps(self) -> int:
+        """The number of transitions T."""
+        return len(self.recipe.transitions)
+
+    def has_states(self, step: int) -> bool:
+        """Whether the latents before and after this step were returned."""
+        return {step, step + 1} <= set(self.trajectory.latent_step_indices)
+
+    def state(self, state: int, device: torch.device) -> Float[Tensor, " *latent"]:
+        """The latents of one state (0..T) on a device."""
+        # Copied, because a decoded tensor may lie anywhere in its message, and bits can depend on that.
+        return self.trajectory.latents[self.trajectory.latent_step_indices.index(state)].to(device, copy=True)
+
+    def env_on(self, place: Place) -> DenoisingEnv:
+        """The environment where the transformer runs; in its dtype where that is not the recorded one."""
+        env = self.env.to(place.device)
+        if place.dtype is None or str(place.dtype) == self.rollout.sampling.model_dtype:
+            return env
+        return _cast(env, place.dtype)
+
+
+def place_of(
+    transformer: Transformer, rollouts: Sequence[Rollout], device: torch.device | str | None, dtype: torch.dtype | None
+) -> Place:
+    """Resolves device and dtype once.
+
+    Raises:
+        InvalidRequestError: No dtype is given, and the module's weights have another one than the rollouts record.
+    """
+    weights = list(transformer.parameters()) if isinstance(transformer, nn.Module) else []
+    if device is None:
+        device = weights[0].device if weights else "cpu"
+    dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
+    recorded = {dtype_named(rollout.sampling.model_dtype) for rollout in rollouts}
+    if dtype is None and dtypes and not recorded <= dtypes:
+        shown = ", ".join(sorted(map(str, dtypes)))
+        wanted = ", ".join(sorted(map(str, recorded)))
+        _refuse(
+            "dtype",
+            f"be that of the rollouts, {wanted}",
+            f"a transformer in {shown}",
+            "convert the transformer, or pass dtype= where its inputs are cast (FSDP mixed precision) or may differ",
+        )
+    return Place(device=torch.device(device), dtype=dtype)
+
+
+def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
+    """Checks every rollout.
+
+    Raises:
+        InvalidRequestError: One cannot be replayed; the message names the remedy.
+    """
+    check_any(rollouts)
+    names = sorted({rollout.sampling.family for rollout in rollouts})
+    if len(names) > 1:
+        _refuse("rollouts", "be of one model family", " and ".join(names), "replay each family with its own transformer")
+    sources = [source_of(index, rollout, place) for index, rollout in enumerate(rollouts)]
+    for source in sources:
+        if fault := grid_fault(source.rollout):
+            _refuse(
+                "dit_trajectory", "have the record's grid", f"rollout {source.index}, where {fault}", "use it as it was sent"
+            )
+    return sources
+
+
+def check_any(rollouts: Sequence[Rollout]) -> None:
+    """Refuses an empty list, of which everything would be true.
+
+    Raises:
+        InvalidRequestError: There is no rollout.
+    """
+    if not rollouts:
+        _refuse("rollouts", "hold at least one rollout", "none", "pass the rollouts of a request")
+
+
+def check_weights(transformer: Transformer) -> None:
+    """Refuses weights whose place in memory changes bits.
+
+    Raises:
+        InvalidRequestError: Some lie where no allocation would put them.
+    """
+    names = unaligned_weights(transformer) if isinstance(transformer, nn.Module) else []
+    if names:
+        _refuse(
+            "transformer",
+            "have its float32 weights at multiples of 16 bytes, as allocated memory is",
+            f"{len(names)} that a file's mapping put elsewhere, such as {names[0]}",
+            "call flowroll.replay.align_weights(transformer) once after loading",
+        )
+
+
+def grid_fault(rollout: Rollout) -> str | None:
+    """Where the trajectory's grid is not the record's, in words; None where they agree."""
+    trajectory, record = rollout.dit_trajectory, rollout.sampling
+    assert trajectory is not None
+    if trajectory.sigmas.tolist() != list(record.sigmas):
+        return "the sigmas of dit_trajectory are not those of the record"
+    if trajectory.timesteps.tolist() != list(record.timesteps):
+        return "the timesteps of dit_trajectory are not those of the record"
+    return None
+
+
+def steps_of(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[int, ...]:
+    """The steps of a call: the given ones, or all of them.
+
+    Raises:
+        InvalidRequestError: A step is out of range, or the rollouts differ in length and no steps are given.
+    """
+    lengths = sorted({source.num_steps for source in sources})
+    if steps is None:
+        if len(lengths) > 1:
+            shown = f"rollouts of {' and '.join(map(str, lengths))} steps"
+            _refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
+        return tuple(range(lengths[0]))
+    chosen = tuple(steps)
+    if not chosen:
+        _refuse("steps", "hold at least one step", "none", "leave it out for all steps")
+    for step in chosen:
+        if not isinstance(step, int) or not 0 <= step < lengths[0]:
+            _refuse("steps", f"lie in 0..{lengths[0] - 1}", step, "count steps from 0")
+    if len(set(chosen)) != len(chosen):
+        _refuse("steps", "hold each step once", list(chosen), "remove the duplicates")
+    return chosen
+
+
+def check_states(source: Source, step: int) -> None:
+    """Refuses a step whose latents were not returned.
+
+    Raises:
+        InvalidRequestError: The trajectory lacks the state before or after it.
+    """
+    if not source.has_states(step):
+        _refuse(
+            "dit_trajectory",
+            f"hold the states {step} and {step + 1} to replay step {step}",
+            f"the states {list(source.trajectory.latent_step_indices)} in rollout {source.index}",
+            f"roll out with {step} and {step + 1} in return_step_indices, or leave that out",
+        )
+
+
+def pairs_of(sources: Sequence[Source], steps: Sequence[int], *, stochastic_only: bool) -> Iterator[tuple[Source, int]]:
+    """The (sample, step) pairs of a call, sample by sample, each checked."""
+    for source in sources:
+        for step in steps:
+            if source.recipe.transitions[step].is_stochastic or not stochastic_only:
+                check_states(source, step)
+                yield source, step
+
+
+def source_of(index: int, rollout: Rollout, place: Place) -> Source:
+    """Checks one rollout, but for its trajectory's own copy of the grid.
+
+    Raises:
+        InvalidRequestError: It cannot be replayed; the message names the remedy.
+    """
+    record = rollout.sampling
+    family = FAMILIES.get(record.family)
+    if family is None:
+        _refuse("family", f"be one of {', '.join(FAMILIES)}", record.family, "use the flowroll that made the rollout")
+    if rollout.log_probs is None or rollout.sde_step_indices is None:
+        _refuse("rollouts", "have log-probs", f"an evaluation at index {index}", "roll out with rollout=True")
+    if rollout.denoising_env is None:
+        _refuse("denoising_env", "be there to replay", f"none in rollout {index}", "roll out with return_denoising_env=True")
+    if rollout.dit_trajectory is None:
+        _refuse("dit_trajectory", "be there to replay", f"none in rollout {index}", "roll out with return_dit_trajectory=True")
+    recipe = Recipe.of(record, family, sde_step_indices=rollout.sde_step_indices, device=place.device, dtype=place.dtype)
+    recipe.check_env(rollout.denoising_env, where=f" in rollout {index}")
+    return Source(
+        index=index,
+        rollout=rollout,
+        family=family,
+        recipe=recipe,
+        trajectory=rollout.dit_trajectory,
+        env=rollout.denoising_env,
+    )
+
+
+def _cast(env: DenoisingEnv, dtype: torch.dtype) -> DenoisingEnv:
+    def branch(values: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
+        return {
+            key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in values.items()
+        }
+
+    return DenoisingEnv(
+        image_kwargs=branch(env.image_kwargs),
+        pos_cond_kwargs=branch(env.pos_cond_kwargs),
+        neg_cond_kwargs=None if env.neg_cond_kwargs is None else branch(env.neg_cond_kwargs),
+        guidance=None if env.guidance is None else env.guidance.to(dtype),
+    )
+
+
+def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
+    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

@@ -1,0 +1,267 @@
+"""A trainer that holds the weights recomputes every log-prob of a rollout bit for bit, with gradients on."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.parity.adapters import add_adapters
+from torch import Tensor, nn
+
+from flowroll import Rollout, replay
+from flowroll.engine import Engine
+from flowroll.errors import InvalidRequestError
+from flowroll.wire.codec import decode_rollouts, encode_rollouts
+from flowroll.wire.files import load_rollout, save_rollout
+
+NAMES = ["qwen_image", "z_image"]
+REQUEST = {
+    "prompt": "a red apple on a wooden table",
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 3,
+    "seed": 5,
+    "return_denoising_env": True,
+    "return_dit_trajectory": True,
+}
+DYNAMICS: dict[str, dict[str, Any]] = {
+    "sde": {"sde_type": "sde"},
+    "cps": {"sde_type": "cps"},
+    "window": {"sde_type": "sde", "sde_step_indices": (1,)},
+    "cps window": {"sde_type": "cps", "sde_step_indices": (0, 1)},
+    "last step alone": {"sde_type": "sde", "sde_step_indices": (2,), "log_prob_no_const": True},
+}
+
+
+def recorded(rollouts: list[Rollout]) -> Tensor:
+    return torch.stack([rollout.log_probs for rollout in rollouts if rollout.log_probs is not None])
+
+
+def trainer_of(pipeline: Any) -> nn.Module:
+    """The trainer's own copy of the weights."""
+    return copy.deepcopy(pipeline.transformer)
+
+
+def long_prompt(name: str) -> str:
+    return " ".join(["a photo of two wine glasses"] * (4 if name == "qwen_image" else 9))
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("cfg", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ratio_is_exactly_one_before_the_first_update(
+    engine_of: Callable[[str, str], Engine],
+    pipeline_of: Callable[[str, str], Any],
+    name: str,
+    dtype: str,
+    cfg: bool,
+    dynamics: str,
+) -> None:
+    options = {**REQUEST, **DYNAMICS[dynamics], "guidance_scale": 3.0 if cfg else 0.0}
+    group = engine_of(name, dtype).rollout(**options, num_outputs_per_prompt=2)
+    transformer = pipeline_of(name, dtype).transformer
+    assert next(transformer.parameters()).requires_grad and torch.is_grad_enabled()
+    log_probs = replay.log_prob(transformer, group, micro_batch=4)
+    assert log_probs.dtype == torch.float32 and log_probs.requires_grad
+    assert torch.equal(log_probs.detach().cpu(), recorded(group))
+    assert torch.equal(replay.ratio(log_probs.cpu(), recorded(group)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps", "ode"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_what_the_engine_recorded(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, sde_type: str
+) -> None:
+    group = engine_of(name, dtype).rollout(**REQUEST, sde_type=sde_type, num_outputs_per_prompt=2)
+    scores = replay.score(pipeline_of(name, dtype).transformer, group)
+    assert torch.equal(scores.log_probs.detach().cpu(), recorded(group))
+    for sample, rollout in enumerate(group):
+        debug = rollout.debug_tensors
+        assert debug is not None
+        assert torch.equal(scores.stds[sample].cpu(), debug.noise_std_dev[:, 0])
+        assert torch.equal(scores.means[sample].detach().cpu(), debug.prev_sample_mean)
+        assert torch.equal(scores.velocities[sample].detach().cpu(), debug.model_output)
+
+
+@pytest.mark.parametrize("carrier", ["json", "msgpack", "json sglang", "msgpack sglang", "file"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ratio_is_exactly_one_however_the_rollout_travelled(
+    engine_of: Callable[[str, str], Engine],
+    pipeline_of: Callable[[str, str], Any],
+    tmp_path: Path,
+    name: str,
+    dtype: str,
+    carrier: str,
+) -> None:
+    group = engine_of(name, dtype).rollout(**REQUEST, num_outputs_per_prompt=2)
+    if carrier == "file":
+        save_rollout(tmp_path / "0", group[0])
+        save_rollout(tmp_path / "1", group[1])
+        received = [load_rollout(tmp_path / "0"), load_rollout(tmp_path / "1")]
+    else:
+        wire_format, *dialect = carrier.split()
+        body = encode_rollouts(group, wire_format=wire_format, dialect=dialect[0] if dialect else "native")  # type: ignore
+        received = decode_rollouts(bytearray(b"".join(body.chunks())), body.content_type)
+    log_probs = replay.log_prob(pipeline_of(name, dtype).transformer, received)
+    assert torch.equal(log_probs.detach().cpu(), recorded(group))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
+) -> None:
+    engine = engine_of(name, dtype)
+    rollouts = [
+        *engine.rollout(**REQUEST, num_outputs_per_prompt=2),
+        *engine.rollout(**{**REQUEST, "prompt": long_prompt(name), "width": 96}),
+        *engine.rollout(**{**REQUEST, "prompt": "", "height": 144}, guidance_scale=0.0, sde_type="cps"),
+        *engine.rollout(**{**REQUEST, "negative_prompt": long_prompt(name)}, noise_level=0.3, sde_step_indices=(0, 2)),
+    ]
+    transformer = pipeline_of(name, dtype).transformer
+    for micro_batch in (1, 2, 5, 100):
+        with torch.no_grad():
+            assert torch.equal(replay.log_prob(transformer, rollouts, micro_batch=micro_batch).cpu(), recorded(rollouts))
+    backwards = list(reversed(rollouts))
+    with torch.no_grad():
+        assert torch.equal(replay.log_prob(transformer, backwards, steps=[2, 0]).cpu(), recorded(backwards)[:, [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
+) -> None:
+    group = engine_of(name, dtype).rollout(**REQUEST)
+    plain, checkpointed = (trainer_of(pipeline_of(name, dtype)) for _ in range(2))
+    checkpointed.train()
+    checkpointed.enable_gradient_checkpointing()
+    gradients = []
+    for transformer in (plain, checkpointed):
+        log_probs = replay.log_prob(transformer, group)
+        assert torch.equal(log_probs.detach().cpu(), recorded(group))
+        log_probs.sum().backward()
+        gradients.append([weight.grad for weight in transformer.parameters()])
+    assert any(gradient is not None and gradient.any() for gradient in gradients[0])
+    for left, right in zip(*gradients, strict=True):
+        assert (left is None and right is None) or torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_on_frozen_weights_start_at_ratio_one_and_alone_get_gradients(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
+) -> None:
+    group = engine_of(name, dtype).rollout(**REQUEST)
+    transformer = trainer_of(pipeline_of(name, dtype))
+    transformer.requires_grad_(False)
+    assert torch.equal(replay.log_prob(transformer, group).cpu(), recorded(group))
+    adapters = add_adapters(transformer)
+    log_probs = replay.log_prob(transformer, group)
+    assert torch.equal(log_probs.detach().cpu(), recorded(group))
+    log_probs.sum().backward()
+    trained = {id(weight) for adapter in adapters for weight in (adapter.down, adapter.up)}
+    for weight in transformer.parameters():
+        assert (weight.grad is not None) == (id(weight) in trained)
+    assert all(adapter.up.grad is not None and adapter.up.grad.any() for adapter in adapters)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ratio_is_exactly_one_at_another_thread_count(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        group = engine_of(name, "float32").rollout(**{**REQUEST, "height": 80, "num_inference_steps": 2})
+        log_probs = replay.log_prob(pipeline_of(name, "float32").transformer, group, micro_batch=2)
+        assert torch.equal(log_probs.detach().cpu(), recorded(group))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_filtered_trajectory_replays_the_steps_whose_states_it_has(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    group = engine_of(name, "float32").rollout(**REQUEST, return_step_indices=(1, 2))
+    log_probs = replay.log_prob(pipeline_of(name, "float32").transformer, group, steps=[1])
+    assert torch.equal(log_probs.detach().cpu(), recorded(group)[:, 1:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_a_message_put_the_tensors_changes_nothing(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    def odd(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.numel() + 2, dtype=tensor.dtype)[2:].view(tensor.shape).copy_(tensor)
+
+    # Two tokens: products of so few rows depend on the address of their input.
+    rollout = engine_of(name, "float32").rollout(**{**REQUEST, "height": 16, "width": 32}, guidance_scale=0.0)[0]
+    trajectory, env = rollout.dit_trajectory, rollout.denoising_env
+    assert trajectory is not None and env is not None
+    branch = {key: odd(value) if isinstance(value, Tensor) else value for key, value in env.pos_cond_kwargs.items()}
+    moved = replace(
+        rollout,
+        dit_trajectory=replace(trajectory, latents=odd(trajectory.latents)),
+        denoising_env=replace(env, pos_cond_kwargs=branch),
+    )
+    log_probs = replay.log_prob(pipeline_of(name, "float32").transformer, [moved])
+    assert torch.equal(log_probs.detach().cpu(), recorded([rollout]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_forward_is_run_for_a_step_without_density(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    group = engine_of(name, "float32").rollout(**REQUEST, sde_step_indices=(1,), guidance_scale=0.0, num_outputs_per_prompt=2)
+    transformer = pipeline_of(name, "float32").transformer
+    calls = []
+    handle = transformer.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        assert torch.equal(replay.log_prob(transformer, group).detach().cpu(), recorded(group))
+        assert len(calls) == 2
+        assert len(list(replay.micro_batches(transformer, group))) == 2
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_give_the_gradient_of_the_whole(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    group = engine_of(name, "float32").rollout(**REQUEST, num_outputs_per_prompt=2)
+    advantages = torch.tensor([1.0, -1.0])
+    whole, parts = (trainer_of(pipeline_of(name, "float32")) for _ in range(2))
+    (replay.log_prob(whole, group).cpu() * advantages[:, None]).sum().backward()
+    seen = []
+    for batch in replay.micro_batches(parts, group, micro_batch=4):
+        assert torch.equal(batch.log_probs.detach(), batch.old_log_probs)
+        assert len(batch.scores) == len(batch.stds) <= 4
+        seen += list(zip(batch.samples, batch.steps, strict=True))
+        (batch.log_probs.cpu() * advantages[list(batch.samples)]).sum().backward()
+    assert seen == [(sample, step) for sample in (0, 1) for step in (0, 1, 2)]
+    for left, right in zip(whole.parameters(), parts.parameters(), strict=True):
+        if left.grad is not None:
+            torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trainer_in_another_dtype_is_refused_unless_it_says_so(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
+) -> None:
+    group = engine_of(name, "bfloat16").rollout(**REQUEST)
+    transformer = pipeline_of(name, "float32").transformer
+    with pytest.raises(InvalidRequestError, match=r"dtype must be that of the rollouts, torch.bfloat16") as caught:
+        replay.log_prob(transformer, group)
+    assert caught.value.field == "dtype"
+    log_probs = replay.log_prob(transformer, group, dtype=torch.float32)
+    assert not torch.equal(log_probs.detach().cpu(), recorded(group))
+    torch.testing.assert_close(log_probs.detach().cpu(), recorded(group), rtol=0, atol=0.05)

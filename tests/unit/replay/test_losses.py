@@ -1,0 +1,101 @@
+"""The losses, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from flowroll.errors import InvalidRequestError
+from flowroll.replay import clipped_loss, group_advantages, normalised_ratio, ratio
+
+
+def test_an_advantage_is_the_distance_to_the_groups_mean_in_the_groups_std() -> None:
+    # Group 5 has rewards 1, 3 (mean 2, std 1); group 2 has 0, 0, 6 (mean 2, std sqrt(8)).
+    rewards = torch.tensor([1.0, 0.0, 3.0, 0.0, 6.0])
+    groups = torch.tensor([5, 2, 5, 2, 2])
+    root = math.sqrt(8)
+    expected = torch.tensor([-1, -2 / root, 1, -2 / root, 4 / root])
+    torch.testing.assert_close(group_advantages(rewards, groups, eps=0.0), expected)
+
+
+def test_the_global_std_is_that_of_all_rewards_the_mean_stays_the_groups() -> None:
+    rewards = torch.tensor([1.0, 2.0, 5.0, 4.0])
+    groups = torch.tensor([0, 0, 1, 1])
+    # mean 3: deviations -2, -1, 2, 1, squares 4 + 1 + 4 + 1 = 10, std sqrt(2.5).
+    expected = torch.tensor([-0.5, 0.5, 0.5, -0.5]) / (math.sqrt(2.5) + 0.1)
+    torch.testing.assert_close(group_advantages(rewards, groups, std="global", eps=0.1), expected)
+
+
+def test_a_group_of_equal_rewards_has_no_advantage() -> None:
+    assert group_advantages(torch.full((3,), 0.1), torch.zeros(3, dtype=torch.long)).tolist() == [0.0] * 3
+
+
+def test_an_unknown_std_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="std must be group or global, got 'batch'"):
+        group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long), std="batch")  # type: ignore[arg-type]
+
+
+def test_the_ratio_is_exactly_one_for_the_same_bits() -> None:
+    log_probs = torch.randn(100)
+    assert torch.equal(ratio(log_probs, log_probs.clone()), torch.ones(100))
+    assert ratio(torch.tensor(math.log(3.0)), torch.tensor(0.0)).item() == pytest.approx(3)
+
+
+def test_the_loss_stops_an_update_that_has_gone_far_enough() -> None:
+    # r = 1.5 and 0.5, clipped to 1.2 and 0.8; A = 2 and -2: max(-3, -2.4) = -2.4 and max(1, 1.6) = 1.6; mean -0.4.
+    ratios = torch.tensor([1.5, 0.5], requires_grad=True)
+    loss = clipped_loss(ratios, torch.tensor([2.0, -2.0]), clip_range=0.2)
+    assert loss.item() == pytest.approx(-0.4)
+    loss.backward()
+    assert ratios.grad is not None and ratios.grad.tolist() == [0.0, 0.0]
+
+
+def test_the_loss_pulls_back_what_went_the_wrong_way() -> None:
+    # A = -2 at r = 1.5: max(3, 2.4) = 3; A = 2 at r = 0.5: max(-1, -1.6) = -1. Gradients -A / 2.
+    ratios = torch.tensor([1.5, 0.5], requires_grad=True)
+    loss = clipped_loss(ratios, torch.tensor([-2.0, 2.0]), clip_range=0.2)
+    assert loss.item() == pytest.approx(1.0)
+    loss.backward()
+    assert ratios.grad is not None and ratios.grad.tolist() == [1.0, -1.0]
+
+
+def test_advantages_are_bounded_and_pairs_weighted() -> None:
+    # A = 9 counts as 5: -5 and +5 weighted 1 and 3, mean (-5 + 15) / 2.
+    loss = clipped_loss(torch.ones(2), torch.tensor([9.0, -9.0]), weights=torch.tensor([1.0, 3.0]))
+    assert loss.item() == pytest.approx(5.0)
+
+
+def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient() -> None:
+    log_probs = torch.tensor([-1.0, -1.2], requires_grad=True)
+    clipped_loss(ratio(log_probs, log_probs.detach()), torch.tensor([0.5, -3.0])).backward()
+    assert log_probs.grad is not None and log_probs.grad.tolist() == [-0.25, 1.5]
+
+
+def test_the_normalised_ratio_by_hand() -> None:
+    # std 0.5, means 0.1 and 0.3 off: drift (0.01 + 0.09) / 2 = 0.05, over 2 * 0.25 gives 0.1; exp(0.5 (-0.3 + 0.1)).
+    means, old_means = torch.tensor([[0.1, -0.3]]), torch.zeros(1, 2)
+    value = normalised_ratio(torch.tensor([-1.3]), torch.tensor([-1.0]), means, old_means, torch.tensor([0.5]))
+    assert value.item() == pytest.approx(math.exp(-0.1))
+
+
+def test_the_normalised_ratio_is_exactly_one_where_nothing_changed() -> None:
+    log_probs, means = torch.randn(5), torch.randn(5, 7, 3)
+    value = normalised_ratio(log_probs, log_probs.clone(), means, means.clone(), torch.rand(5) + 0.1)
+    assert torch.equal(value, torch.ones(5))
+
+
+def test_the_normalised_ratio_has_no_bias_and_one_spread_for_all_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples, elements = 4000, 16
+    old = torch.zeros(samples, elements)
+    new = old + 0.02
+    for std in (0.05, 0.5):
+        drawn = old + std * torch.randn(samples, elements, generator=generator)
+        stds = torch.full((samples,), std)
+        new_log, old_log = (-((drawn - mean) ** 2).mean(dim=1) / (2 * std**2) for mean in (new, old))
+        plain = ratio(new_log, old_log).log()
+        normalised = normalised_ratio(new_log, old_log, new, old, stds).log()
+        # Standard deviation 0.02 / sqrt(16) whatever the std; the mean within four standard errors of 0.
+        assert abs(normalised.mean().item()) < 4 * 0.005 / math.sqrt(samples)
+        assert normalised.std().item() == pytest.approx(0.005, rel=0.05)
+        assert plain.mean().item() < normalised.mean().item()
