@@ -70,7 +70,6 @@ class Channel:
         Args:
             store: A connection for it alone: the commands' one is busy with waiting.
         """
-
         key = f"beat/{self._rank}"
 
         def run() -> None:
