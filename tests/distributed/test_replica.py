@@ -174,26 +174,23 @@ def test_a_process_group_of_somebody_else_is_left_alone(z_image_checkpoint: Path
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
 
 
-def test_a_degree_that_does_not_divide_the_weights_is_refused_before_a_process_is_started(
-    z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("layout", "limits", "field", "words"),
+    [
+        (Layout(tp=3), Limits(), "tp", r"columns of every sharded linear, got 3 .*; use 1 or 2"),
+        (SP2, Limits(max_pixels=144 * 112), "sp", "leave 64 of the largest image's 63 tokens to a rank, got 2; use 1"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_a_process_is_started(
+    z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout, limits: Limits, field: str, words: str
 ) -> None:
     def start(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(replica, "RankProcesses", start)
-    with pytest.raises(InvalidRequestError, match=r"columns of every sharded linear, got 3 .*; use 1 or 2") as refused:
-        Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=3))
-    assert refused.value.field == "tp"
-
-
-def test_more_ranks_than_the_largest_image_can_be_shared_out_to_are_refused(z_image_checkpoint: Path) -> None:
-    limits = Limits(max_pixels=144 * 112)
-    with pytest.raises(
-        InvalidRequestError, match="leave 64 of the largest image's 63 tokens to a rank, got 2; use 1"
-    ) as refused:
-        Engine(z_image_checkpoint, device="cpu", layout=SP2, limits=limits)
-    assert refused.value.field == "sp"
-    assert not torch.distributed.is_initialized()
+    with pytest.raises(InvalidRequestError, match=words) as refused:
+        Engine(z_image_checkpoint, device="cpu", layout=layout, limits=limits)
+    assert refused.value.field == field
 
 
 def test_more_ranks_than_gpus_are_refused(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

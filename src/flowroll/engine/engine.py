@@ -28,7 +28,6 @@ from flowroll.engine.scoring import score_step
 from flowroll.errors import FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
-from flowroll.parallel.shards import check_rows
 from flowroll.types import DenoisingEnv, EnvValue, GeneratedImage, Layout, Rollout, SamplingParams, SamplingRecord
 
 _INITIAL_WEIGHT_VERSION = "0"
@@ -90,11 +89,10 @@ class Engine:
         self._lock = threading.Lock()
         self._interrupted = threading.Event()
         if layout.num_ranks > 1:
-            self._replica = open_replica(checkpoint, layout, weights, place, rank_timeout_s)
+            self._replica = open_replica(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         mesh = self._replica.mesh if self._replica else None
         try:
             self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=mesh)
-            check_rows(layout.sp, limits.max_pixels // self._model.spec.pixel_unit**2)
             if self._replica is not None:
                 self._replica.serve(self._model.spec, limits)
         except BaseException:

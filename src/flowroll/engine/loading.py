@@ -19,7 +19,7 @@ from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.families import Family, ModelSpec, RunCalls, run_in_turn
 from flowroll.families.alignment import align_weights
 from flowroll.parallel.branches import run_on_branches
-from flowroll.parallel.linears import ColumnParallelLinear, check_columns, shard_columns_of
+from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
 from flowroll.sampling.schedule import ScheduleConfig
@@ -114,7 +114,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
             # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
             align_weights(transformer)
         else:
-            transformer = _empty_transformer(checkpoint)
+            transformer = empty_module(checkpoint, "transformer")
             shard_columns_of(transformer, plan.columns, mesh)
             checkpoint.check_complete("transformer", transformer)
             _load_shards(checkpoint, transformer, dtype)
@@ -130,21 +130,11 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
     return transformer.eval()  # type: ignore[no-any-return]
 
 
-def check_degree(checkpoint: Checkpoint, tp: int) -> None:
-    """Refuses a tensor-parallel degree that does not fit the transformer, before any weight is loaded.
-
-    Raises:
-        InvalidRequestError: It lists the degrees that fit.
-    """
-    if tp > 1:
-        check_columns(_empty_transformer(checkpoint), checkpoint.family.parallel_plan.columns, tp)
-
-
-def _empty_transformer(checkpoint: Checkpoint) -> Any:
-    """The transformer without memory for its weights."""
-    model_class = getattr(diffusers, checkpoint.class_of("transformer"))
+def empty_module(checkpoint: Checkpoint, component: str) -> Any:
+    """A component of the pipeline without memory for its weights."""
+    model_class = getattr(diffusers, checkpoint.class_of(component))
     with init_empty_weights(include_buffers=False):
-        return model_class.from_config(model_class.load_config(checkpoint.folder / "transformer"))
+        return model_class.from_config(model_class.load_config(checkpoint.folder / component))
 
 
 def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dtype) -> None:

@@ -1,16 +1,17 @@
-"""What a checkpoint's configurations alone say: enough to check a request, with no weight in memory."""
+"""What a checkpoint's configurations alone say: enough to check a request or a layout, with no weight in memory."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 import torch
-from accelerate import init_empty_weights
 
 from flowroll.engine.checkpoint import Checkpoint
-from flowroll.engine.loading import LoadedModel, build_model
+from flowroll.engine.config import Limits
+from flowroll.engine.loading import LoadedModel, build_model, empty_module
 from flowroll.errors import CheckpointError, FlowrollError
+from flowroll.parallel.linears import check_columns
+from flowroll.parallel.shards import check_rows
+from flowroll.types import Layout
 
 
 def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -26,7 +27,7 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
         UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
     """
     try:
-        modules = {name: _empty(checkpoint, name) for name in ("transformer", "vae")}
+        modules = {name: empty_module(checkpoint, name) for name in ("transformer", "vae")}
         # The pipeline's own arithmetic over the configurations is part of what a request is checked against.
         pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
         pipeline = pipeline_class(scheduler=None, text_encoder=None, tokenizer=None, **modules)
@@ -41,7 +42,11 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
     return build_model(checkpoint, modules["transformer"], spec, device=device, dtype=dtype, mesh=None)
 
 
-def _empty(checkpoint: Checkpoint, component: str) -> Any:
-    model_class = getattr(diffusers, checkpoint.class_of(component))
-    with init_empty_weights():
-        return model_class.from_config(model_class.load_config(checkpoint.folder / component))
+def check_layout(outline: LoadedModel, layout: Layout, limits: Limits) -> None:
+    """Refuses degrees that do not fit a model, before any weight is loaded or any rank is started.
+
+    Raises:
+        InvalidRequestError: It names the degrees that fit.
+    """
+    check_columns(outline.transformer, outline.family.parallel_plan.columns, layout.tp)
+    check_rows(layout.sp, limits.max_pixels // outline.spec.pixel_unit**2)

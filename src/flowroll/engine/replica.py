@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.commands import Command, Request, Sample, Serve, Stop, describe_branch, encode_command, env_tensors
 from flowroll.engine.config import Limits
-from flowroll.engine.loading import check_degree
+from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
 from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, RankLostError
 from flowroll.families import ModelSpec
@@ -253,7 +253,9 @@ class Replica:
             listener(self.failure)
 
 
-def open_replica(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, timeout_s: float) -> Replica:
+def open_replica(
+    checkpoint: Checkpoint, layout: Layout, limits: Limits, *, dtype: torch.dtype, device: torch.device, timeout_s: float
+) -> Replica:
     """The other ranks, started here or by torchrun, once the layout is known to fit.
 
     Raises:
@@ -262,7 +264,7 @@ def open_replica(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, dev
         RankLostError: A rank ended before it was up.
     """
     check_alone()
-    check_degree(checkpoint, layout.tp)
+    check_layout(outline_model(checkpoint, device=device, dtype=dtype), layout, limits)
     place = torchrun_rank()
     if place is None:
         check_devices(layout, device, torch.cuda.device_count())

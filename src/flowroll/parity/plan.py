@@ -13,14 +13,12 @@ from typing import cast, get_args
 import torch
 
 from flowroll.engine import Limits, RequestPlan
-from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
+from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import resolve_device, resolve_dtype
-from flowroll.engine.loading import check_degree
-from flowroll.engine.outline import outline_model
+from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.errors import InvalidRequestError
 from flowroll.parallel.rendezvous import check_devices, torchrun_rank
-from flowroll.parallel.shards import check_rows
 from flowroll.types import Layout, Number, SamplingParams, SdeType
 
 _SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?")
@@ -112,9 +110,9 @@ def plan_parity(options: ParityOptions) -> ParityPlan:
     limits = Limits()
     outline = outline_model(checkpoint, device=device, dtype=dtype)
     plans = [plan_request(params, outline, limits) for params in requests.values()]
-    most_tokens = limits.max_pixels // outline.spec.pixel_unit**2
     for layout in layouts:
-        _check_layout(layout, checkpoint, device, most_tokens)
+        check_devices(layout, device, torch.cuda.device_count())
+        check_layout(outline, layout, limits)
     return ParityPlan(
         model=options.model,
         variant=checkpoint.variant,
@@ -210,9 +208,3 @@ def _requests(options: ParityOptions, modes: tuple[SdeType, ...]) -> dict[SdeTyp
         )
         for mode in modes
     }
-
-
-def _check_layout(layout: Layout, checkpoint: Checkpoint, device: torch.device, most_tokens: int) -> None:
-    check_degree(checkpoint, layout.tp)
-    check_rows(layout.sp, most_tokens)
-    check_devices(layout, device, torch.cuda.device_count())

@@ -10,11 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 from tests.unit.parallel.test_linears import KnowingMesh
 
-from flowroll.engine import Engine
+from flowroll.engine import Engine, Limits
 from flowroll.engine.checkpoint import examine_checkpoint
-from flowroll.engine.loading import check_degree, load_transformer
+from flowroll.engine.loading import load_transformer
+from flowroll.engine.outline import check_layout, outline_model
 from flowroll.errors import CheckpointError, InvalidRequestError
 from flowroll.parallel.linears import ColumnParallelLinear, count_parameters
+from flowroll.types import Layout
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -87,10 +89,12 @@ def test_a_weight_that_is_missing_is_named_before_any_is_read(folder: Path, tmp_
 
 def test_a_degree_is_checked_without_weights(folder: Path) -> None:
     checkpoint = examine_checkpoint(folder, variant=None)
-    check_degree(checkpoint, 1)
-    check_degree(checkpoint, 2)
+    outline = outline_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    check_layout(outline, Layout(tp=2, sp=4), Limits())
     with pytest.raises(InvalidRequestError, match="tp must divide"):
-        check_degree(checkpoint, 7)
+        check_layout(outline, Layout(tp=7), Limits())
+    with pytest.raises(InvalidRequestError, match="sp must leave"):
+        check_layout(outline, Layout(sp=4), Limits(max_pixels=128 * 128))
 
 
 def test_weights_lie_aligned_wherever_the_file_begins_and_the_bits_stay(folder: Path, tmp_path: Path) -> None:
