@@ -6,7 +6,6 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +20,12 @@ from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_r
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.denoising import DenoisingTask, Sample
+from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
 from flowroll.engine.scoring import score_step
-from flowroll.errors import FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
+from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import DenoisingEnv, EnvValue, GeneratedImage, Layout, Rollout, SamplingParams, SamplingRecord
@@ -34,16 +34,6 @@ _INITIAL_WEIGHT_VERSION = "0"
 # How long a failed replica may take to let go of the request that it failed.
 _RELEASE_S = 5.0
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Finished:
-    """One finished sample, with its picture on the CPU."""
-
-    sample: Sample
-    env: DenoisingEnv
-    image: Tensor
-    seconds: float
 
 
 class Engine:
@@ -284,14 +274,13 @@ class Engine:
         if self._interrupted.is_set():
             raise _shutting_down()
 
-    def _check_step(self) -> None:
+    def _check_all_ranks(self) -> None:
         """Whether the next step is to be taken; every rank comes to the same answer."""
-        if self._replica is None:
-            self._check_interrupt()
-        elif not self._replica.goes_on(self._interrupted.is_set()):
+        assert self._replica is not None
+        if not self._replica.goes_on(self._interrupted.is_set()):
             raise _shutting_down()
 
-    def _run(self, plan: RequestPlan, finish: Callable[[RequestPlan, _Finished], Result]) -> list[Result]:
+    def _run(self, plan: RequestPlan, finish: Callable[[RequestPlan, Finished], Result]) -> list[Result]:
         """Runs every sample of a request, in the order of the seeds; the lock is held until the last is finished."""
         with self._lock, torch.no_grad():
             self._check_interrupt()
@@ -299,33 +288,30 @@ class Engine:
                 torch.cuda.reset_peak_memory_stats(self._model.device)
             task = DenoisingTask.build(plan, self._model, self._encode(plan))
             if self._replica is not None:
-                self._replica.begin(plan, task.env)
+                with self._replica.in_step():
+                    self._replica.begin(plan, task.env)
             return [finish(plan, self._run_sample(task, seed)) for seed in plan.seeds]
 
-    def _run_sample(self, task: DenoisingTask, seed: int) -> _Finished:
+    def _run_sample(self, task: DenoisingTask, seed: int) -> Finished:
         started = time.perf_counter()
-        if self._replica is not None:
-            self._replica.start_sample(seed)
         sample = self._denoise(task, seed)
         if sample.recorder is not None:
             sample.recorder.check_finite(sample.latents)
         image = self._model.family.decode(self._pipeline, sample.latents, task.plan.geometry).cpu()
-        return _Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
+        return Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
 
     def _denoise(self, task: DenoisingTask, seed: int) -> Sample:
         """All steps of a sample, on every rank."""
-        try:
+        if self._replica is None:
             sample = denoising.start(task, seed)
-            denoising.denoise(task, sample, self._check_step)
-            if self._replica is not None:
-                self._replica.finish_sample(sample.latents)
-        except FlowrollError:
-            raise
-        except BaseException as error:
-            if self._replica is None:
-                raise
-            raise self._replica.lost(error) from error
-        return sample
+            denoising.denoise(task, sample, self._check_interrupt)
+            return sample
+        with self._replica.in_step():
+            self._replica.start_sample(seed)
+            sample = denoising.start(task, seed)
+            denoising.denoise(task, sample, self._check_all_ranks)
+            self._replica.finish_sample(sample.latents)
+            return sample
 
     def _encode(self, plan: RequestPlan) -> DenoisingEnv:
         """Encodes each distinct prompt of the request once, one prompt per call."""
@@ -337,39 +323,12 @@ class Engine:
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         return family.env(encoded[plan.params.prompt], negative, plan.geometry)
 
-    def _as_image(self, plan: RequestPlan, finished: _Finished) -> GeneratedImage:
-        return GeneratedImage(
-            request_id=plan.request_id,
-            prompt=plan.params.prompt,
-            seed=finished.sample.seed,
-            image=finished.image,
-            latents=finished.sample.latents.cpu(),
-            sampling=plan.record,
-            weight_version=self.info.weight_version,
-            inference_time_s=finished.seconds,
-        )
+    def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
+        return as_image(plan, finished, weight_version=self.info.weight_version)
 
-    def _as_rollout(self, plan: RequestPlan, finished: _Finished) -> Rollout:
-        recorder = finished.sample.recorder
-        steps = None
-        if plan.transitions is not None:
-            steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
-        wants_env = recorder is not None and plan.params.return_denoising_env
-        return Rollout(
-            request_id=plan.request_id,
-            prompt=plan.params.prompt,
-            seed=finished.sample.seed,
-            image=finished.image,
-            log_probs=None if recorder is None else recorder.stacked_log_probs(),
-            sde_step_indices=steps,
-            debug_tensors=None if recorder is None else recorder.debug_tensors(),
-            denoising_env=finished.env.to("cpu") if wants_env else None,
-            dit_trajectory=None if recorder is None else recorder.trajectory(),
-            weight_version=self.info.weight_version,
-            sampling=plan.record,
-            inference_time_s=finished.seconds,
-            peak_memory_mb=self._peak_memory_mb(),
-        )
+    def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
+        peak_memory_mb = self._peak_memory_mb()
+        return as_rollout(plan, finished, weight_version=self.info.weight_version, peak_memory_mb=peak_memory_mb)
 
     def _peak_memory_mb(self) -> float:
         if self._model.device.type == "cuda":

@@ -6,10 +6,11 @@ which sample comes next and whether it goes on, it tells the others before it ac
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -21,7 +22,7 @@ from flowroll.engine.commands import Command, Request, Sample, Serve, Stop, desc
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, RankLostError
+from flowroll.errors import CheckpointError, EngineError, FlowrollError, InvalidRequestError, RankLostError
 from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel, Pulse
 from flowroll.parallel.mesh import Mesh, check_alone
@@ -179,8 +180,26 @@ class Replica:
                 f"every rank must come to the same latents, got others on rank {shown}; use equal devices and library versions."
             )
 
-    def lost(self, error: BaseException) -> RankLostError:
-        """What to raise for an error in the middle of a sample: the other ranks wait in a collective that this one has left."""
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """What every rank does at the same time. An error of this rank's alone takes the replica down: the others wait for it.
+
+        Raises:
+            RankLostError: In place of any other exception than ours.
+        """
+        try:
+            yield
+        except FlowrollError:
+            raise
+        except Exception as error:
+            raise self._lost(error) from error
+        except BaseException as error:
+            # A Ctrl-C in a script, say.
+            self._lost(error)
+            raise
+
+    def _lost(self, error: BaseException) -> RankLostError:
+        """Why this rank could not go on: a rank that ended, if one is found, else what was raised here."""
         deadline_s = time.monotonic() + _EXPLAIN_S
         while self.failure is None and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
@@ -202,7 +221,8 @@ class Replica:
             if self._processes is not None:
                 self._processes.join(0.0 if self.failure else _JOIN_S)
             self._watch.join()
-            if hasattr(self, "mesh"):
+            # A broken group on GPUs can be waited for without end; it goes with the process.
+            if hasattr(self, "mesh") and (self.failure is None or self.mesh.device.type == "cpu"):
                 self.mesh.close()
 
     def _send(self, command: Command) -> None:

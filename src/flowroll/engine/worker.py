@@ -27,6 +27,8 @@ Results: TypeAlias = list[Rollout] | list[GeneratedImage]
 _log = logging.getLogger(__name__)
 _RECENT_REQUESTS = 32
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 120.0
+# What a thread gets to come back from the collective of a lost rank.
+_LOST_S = 3.0
 # A request counts as stuck when it has run this many times longer than recent ones of its size, and at least the floor.
 _STALL_FACTOR, _STALL_FLOOR_S = 10.0, 60.0
 # Before anything was measured there is nothing to compare with: a first, large request on a slow device takes its time.
@@ -202,7 +204,7 @@ class EngineWorker:
         """
         self._abandon(_shutting_down())
         self.engine.interrupt()
-        self._thread.join(0.0 if self._failure else timeout_s)
+        self._thread.join(min(timeout_s, _LOST_S) if self._failure else timeout_s)
         if self._thread.is_alive() and (stuck := self._running) is not None:
             _log.error("request_id=%r does not react to the shutdown; leaving it behind", stuck.plan.request_id)
             self._settle(stuck, error=_shutting_down())

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import socket
 import threading
@@ -80,6 +81,11 @@ def serve(config: ServerConfig) -> None:
                 if engine.failure is not None or not worker.is_alive:
                     engine.close()
     if engine.failure is not None:
+        if worker.is_alive:
+            # Stuck in a collective of the lost rank, as a GPU's can be; an orderly exit could wait for it.
+            _log.error("Error: %s", engine.failure.message)
+            logging.shutdown()
+            os._exit(1)
         raise SystemExit(f"Error: {engine.failure.message}")
     _log.info("stopped")
 
