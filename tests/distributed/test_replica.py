@@ -13,7 +13,7 @@ import torch
 from tests.serving.servers import LONG, SMALL, Background, ServerProcess, error_of, until
 
 from flowroll.engine import Engine, Limits, denoising, follow, replica
-from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
+from flowroll.errors import CheckpointError, EngineError, FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.parallel import processes
 from flowroll.types import Layout
 
@@ -159,6 +159,40 @@ def test_a_signal_ends_all_ranks_in_order(z_image_checkpoint: Path, tmp_path: Pa
         assert time.monotonic() - stopped_s < DOWN_S
         assert is_gone(pid)
     assert server.log.rstrip().endswith("stopped") and "Traceback" not in server.log
+
+
+def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
+    z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its process gives signs of life; only the collectives of one axis wait for it.
+    stalling = (
+        "import time; from flowroll.parallel.mesh import Mesh; gather = Mesh.gather\n"
+        "def gather_or_stall(self, *a, **k): return time.sleep(600) if self.rank == 3 else gather(self, *a, **k)\n"
+        "Mesh.gather = gather_or_stall\n"
+        "from flowroll.engine.rank import main; main()"
+    )
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", stalling))
+    layout = Layout(sp=2, cfg_parallel=True)
+    with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=3.0) as engine:
+        pids = list(engine.rank_pids.values())
+        started_s = time.monotonic()
+        with pytest.raises(RankLostError, match=r"within 3 s|must live"):
+            engine.rollout(**REQUEST)
+        assert time.monotonic() - started_s < 20.0
+    assert len(pids) == 3 and all(map(is_gone, pids))
+
+
+def test_a_rank_that_cannot_load_its_part_says_why(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = (
+        "import flowroll.engine.follower as follower; from flowroll.errors import CheckpointError\n"
+        "def load(*_): raise CheckpointError('the file must be whole, got half; copy it again.')\n"
+        "follower.load_transformer = load\n"
+        "from flowroll.engine.rank import main; main()"
+    )
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", failing))
+    with pytest.raises((CheckpointError, RankLostError), match="rank 1"):
+        Engine(z_image_checkpoint, device="cpu", layout=SP2)
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_rank_that_cannot_start_is_an_error_at_once(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

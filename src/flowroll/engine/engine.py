@@ -255,8 +255,7 @@ class Engine:
     def close(self) -> None:
         """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
         self.interrupt()
-        # A failed replica may hold its request in a collective for ever; what it holds is lost anyway.
-        has_lock = self._lock.acquire(timeout=-1 if self.failure is None else _RELEASE_S)
+        has_lock = self._acquire()
         try:
             if self._replica is not None:
                 self._replica.close()
@@ -267,6 +266,13 @@ class Engine:
         finally:
             if has_lock:
                 self._lock.release()
+
+    def _acquire(self) -> bool:
+        """Takes the lock; gives up where a failed replica may hold its request, which is lost, in a collective for ever."""
+        while not self._lock.acquire(timeout=_RELEASE_S):
+            if self.failure is not None:
+                return False
+        return True
 
     def _check_interrupt(self) -> None:
         if self.failure is not None:
@@ -310,8 +316,8 @@ class Engine:
             self._replica.start_sample(seed)
             sample = denoising.start(task, seed)
             denoising.denoise(task, sample, self._check_all_ranks)
-            self._replica.finish_sample(sample.latents)
-            return sample
+        self._replica.finish_sample(sample.latents)
+        return sample
 
     def _encode(self, plan: RequestPlan) -> DenoisingEnv:
         """Encodes each distinct prompt of the request once, one prompt per call."""

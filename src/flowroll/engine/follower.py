@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,15 +11,17 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from flowroll.engine import denoising
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.commands import Request, Sample, Serve, Stop, decode_command, empty_env, env_tensors
-from flowroll.engine.config import resolve_device, resolve_dtype
+from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.denoising import DenoisingTask
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
+from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.engine.replica import RankConfig
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.mesh import Mesh
-from flowroll.parallel.rendezvous import check_world, second_connection, torchrun_rank, torchrun_store
+from flowroll.parallel.processes import ORPHANED
+from flowroll.parallel.rendezvous import check_world, rank_device, second_connection, torchrun_rank, torchrun_store
 from flowroll.types import Layout
 
 
@@ -48,11 +51,14 @@ def follow(
         )
     check_world(layout, place)
     first = resolve_device(device)
-    own = torch.device("cuda", place.local_rank) if first.type == "cuda" else first
+    own = resolve_device(str(rank_device(first, place.local_rank)))
     folder = Path(model)
+    checkpoint = examine_checkpoint(folder, variant=variant)
+    # As rank 0 does, which will not be there if it refuses.
+    check_layout(outline_model(checkpoint, device=own, dtype=resolve_dtype(dtype, own)), layout, Limits())
     config = RankConfig(
         model=str(folder),
-        variant=examine_checkpoint(folder, variant=variant).variant,
+        variant=checkpoint.variant,
         dtype=str(resolve_dtype(dtype, own)).removeprefix("torch."),
         device=str(own),
         layout=layout,
@@ -75,7 +81,8 @@ def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> Non
         FlowrollError: This rank cannot load its part.
     """
     channel = Channel(store, rank=config.rank, num_ranks=config.layout.num_ranks)
-    channel.beat(second_connection(store))
+    # Not an exit: the main thread may be in a collective that never returns.
+    channel.beat(second_connection(store), lambda: os._exit(ORPHANED))
     channel.announce("here")
     channel.wait_for("here")
     if device.type == "cuda":
@@ -101,7 +108,6 @@ def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> Non
             model = build_model(checkpoint, transformer, serve.spec, device=device, dtype=dtype, mesh=mesh)
             with torch.no_grad():
                 _obey(model, serve, channel, mesh)
-    channel.stop()
 
 
 def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> None:
@@ -118,6 +124,8 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 assert task is not None
                 _take_sample(task, command.seed, mesh)
             case Stop():
+                channel.stop()
+                channel.announce("stopped")
                 return
             case Serve():
                 raise AssertionError("served twice")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from flowroll.engine.commands import Command, Request, Sample, Serve, Stop, desc
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import CheckpointError, EngineError, FlowrollError, InvalidRequestError, RankLostError
+from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel, Pulse
 from flowroll.parallel.mesh import Mesh, check_alone
@@ -42,6 +43,8 @@ _POLL_S = 0.1
 # After a failed collective, how long to look for the rank whose end explains it.
 _EXPLAIN_S = 2.0
 _JOIN_S = 5.0
+# How long the processes of a replica may take to start, before any of them loads.
+_START_S = 300.0
 
 FailureListener = Callable[[RankLostError], None]
 
@@ -91,6 +94,7 @@ class Replica:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._processes: RankProcesses | None = None
+        self._is_up = False
         self._store: Store
         if own_ranks:
             self._store, port = serve_store()
@@ -102,7 +106,7 @@ class Replica:
         self._watch = threading.Thread(target=self._watch_ranks, name="flowroll-ranks", daemon=True)
         self._watch.start()
         try:
-            self._wait_for_all("here")
+            self._wait_for_all("here", _START_S)
             self._channel.announce("here")
             self.mesh = Mesh(
                 config.layout,
@@ -137,6 +141,7 @@ class Replica:
             RankLostError: A rank ended.
         """
         self._wait_for_all("loaded")
+        self._is_up = True
         self._send(Serve(spec=spec, limits=limits))
 
     def begin(self, plan: RequestPlan, env: DenoisingEnv) -> None:
@@ -153,9 +158,13 @@ class Replica:
             return_dit_trajectory=False,
             return_step_indices=None,
         )
+        tensors = env_tensors(env)
+        # What commands.py does not carry, and where broadcast needs it to be.
+        assert env.guidance is None and not env.image_kwargs
+        assert all(tensor.device.type == self.mesh.device.type for tensor in tensors)
         negative = None if env.neg_cond_kwargs is None else describe_branch(dict(env.neg_cond_kwargs))
         self._send(Request(params=params, positive=describe_branch(dict(env.pos_cond_kwargs)), negative=negative))
-        for tensor in env_tensors(env):
+        for tensor in tensors:
             self.mesh.broadcast(tensor.contiguous())
 
     def start_sample(self, seed: int) -> None:
@@ -172,8 +181,9 @@ class Replica:
         Raises:
             EngineError: It did not: a device or a library differs.
         """
-        odd = self.mesh.odd_ranks(latents)
-        self._channel.forget()
+        with self.in_step():
+            odd = self.mesh.odd_ranks(latents)
+            self._channel.forget()
         if odd:
             shown = ", ".join(map(str, odd))
             raise EngineError(
@@ -189,7 +199,8 @@ class Replica:
         """
         try:
             yield
-        except FlowrollError:
+        except (ShuttingDownError, RankLostError):
+            # Every rank came to the first; after the second there are no ranks.
             raise
         except Exception as error:
             raise self._lost(error) from error
@@ -209,54 +220,83 @@ class Replica:
                 f"every rank must take each step within {self._config.timeout_s:g} s, got {type(error).__name__}: {reason}; "
                 "see the log and restart the replica."
             )
-        assert self.failure is not None
-        return self.failure
+        return self.failure or RankLostError("every rank must run to take a step, got the replica's end; restart it.")
 
     def close(self) -> None:
         """Ends the other ranks and leaves the process group; may be called twice."""
-        if not self._closing.is_set():
+        with self._lock:
+            if self._closing.is_set():
+                return
             self._closing.set()
-            if self.failure is None:
-                self._send(Stop())
+        try:
+            if self._is_up and self.failure is None:
+                self._channel.send(encode_command(Stop()))
+                self._join()
+            else:
+                self._channel.take_down()
+        finally:
             if self._processes is not None:
-                self._processes.join(0.0 if self.failure else _JOIN_S)
+                self._processes.join(_JOIN_S if self.failure is None and self._is_up else 0.0)
             self._watch.join()
             # A broken group on GPUs can be waited for without end; it goes with the process.
             if hasattr(self, "mesh") and (self.failure is None or self.mesh.device.type == "cpu"):
                 self.mesh.close()
+
+    def _join(self) -> None:
+        """Waits for ranks that torchrun started; the store must not go before they have read the last command."""
+        deadline_s = time.monotonic() + _JOIN_S
+        others = self._config.layout.num_ranks - 1
+        while self._processes is None and len(self._channel.announced("stopped")) < others and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
 
     def _send(self, command: Command) -> None:
         if self.failure is not None:
             raise self.failure
         self._channel.send(encode_command(command))
 
-    def _wait_for_all(self, stage: str) -> None:
+    def _wait_for_all(self, stage: str, timeout_s: float = math.inf) -> None:
+        """Waits for every follower to reach a stage; as long as it takes where none is given, since loading takes its time."""
+        deadline_s = time.monotonic() + timeout_s
         while True:
             if failed := self._channel.announced("failed"):
                 rank, reason = next(iter(failed.items()))
                 raise CheckpointError(f"rank {rank}: {reason}")
             if self.failure is not None:
                 raise self.failure
-            if len(self._channel.announced(stage)) == self._config.layout.num_ranks - 1:
+            missing = set(range(1, self._config.layout.num_ranks)) - set(self._channel.announced(stage))
+            if not missing:
                 return
+            if time.monotonic() > deadline_s:
+                shown = ", ".join(map(str, sorted(missing)))
+                raise RankLostError(
+                    f"every rank must start within {timeout_s:g} s, got no sign of rank {shown}; start them all."
+                )
             time.sleep(_POLL_S)
 
     def _watch_ranks(self) -> None:
         """Looks after the other ranks until the replica closes or fails."""
-        pulse = Pulse(second_connection(self._store), num_ranks=self._config.layout.num_ranks)
-        while not self._closing.wait(_POLL_S):
-            if self._processes is not None and (ended := self._processes.ended()):
-                rank, status = next(iter(ended.items()))
-                how = f"its end by signal {-status}" if status < 0 else f"its end with status {status}"
-                self._fail(f"rank {rank} must live as long as its replica, got {how}; see the log and restart the replica.")
+        try:
+            pulse = Pulse(second_connection(self._store), num_ranks=self._config.layout.num_ranks)
+            while not self._closing.wait(_POLL_S) and self.failure is None:
+                self._look_at_processes()
+                self._look_at_pulse(pulse)
+        except Exception as error:
+            self._fail(f"the ranks' store must answer, got {type(error).__name__}: {error}; restart the replica.")
+
+    def _look_at_processes(self) -> None:
+        if self._processes is not None and (ended := self._processes.ended()) and not self._closing.is_set():
+            rank, status = next(iter(ended.items()))
+            how = f"its end by signal {-status}" if status < 0 else f"its end with status {status}"
+            self._fail(f"rank {rank} must live as long as its replica, got {how}; see the log and restart the replica.")
+
+    def _look_at_pulse(self, pulse: Pulse) -> None:
+        for rank, silence_s in pulse.silent_for_s().items():
+            if silence_s > self._config.timeout_s:
+                self._fail(
+                    f"rank {rank} must give a sign of life within {self._config.timeout_s:g} s, got {silence_s:.0f} s of "
+                    "silence; look after its machine and restart the replica."
+                )
                 return
-            for rank, silence_s in pulse.silent_for_s().items():
-                if silence_s > self._config.timeout_s:
-                    self._fail(
-                        f"rank {rank} must give a sign of life within {self._config.timeout_s:g} s, got {silence_s:.0f} s of "
-                        "silence; look after its machine and restart the replica."
-                    )
-                    return
 
     def _fail(self, message: str) -> None:
         """Takes the replica down, once."""
@@ -269,6 +309,9 @@ class Replica:
         # A collective that waits for one of them ends now.
         if self._processes is not None:
             self._processes.kill()
+        else:
+            with contextlib.suppress(Exception):  # the store may be what is lost
+                self._channel.take_down()
         for listener in listeners:
             listener(self.failure)
 

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 _FOREVER = timedelta(days=365)
 _BEAT_S = 1.0
+_DOWN = "down"
 
 
 class Channel:
@@ -64,11 +65,16 @@ class Channel:
             self._store.delete_key(f"command/{number}")
         self._oldest = self._next
 
-    def beat(self, store: Store) -> None:
-        """Gives signs of life from now on, on a thread.
+    def take_down(self) -> None:
+        """Ends all followers, wherever they are: in a collective, or waiting for a command."""
+        self._store.set(_DOWN, "")
+
+    def beat(self, store: Store, on_down: Callable[[], object]) -> None:
+        """Gives signs of life from now on, on a thread, and listens for the end.
 
         Args:
             store: A connection for it alone: the commands' one is busy with waiting.
+            on_down: Called when rank 0 takes the replica down, or is gone.
         """
         key = f"beat/{self._rank}"
 
@@ -78,7 +84,11 @@ class Channel:
                 number += 1
                 try:
                     store.set(key, str(number))
-                except Exception:  # rank 0 is gone, which others notice as well
+                    down = store.check([_DOWN])
+                except Exception:  # the store is gone, and rank 0 with it
+                    down = True
+                if down and not self._stopped.is_set():
+                    on_down()
                     return
 
         # The first at once: a rank that never gave one counts as not yet begun.

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store
 
 from flowroll.errors import EngineError
@@ -26,6 +26,7 @@ from flowroll.types import Layout
 
 Axis: TypeAlias = Literal["cfg", "sp", "tp"]
 AXES: tuple[Axis, ...] = ("cfg", "sp", "tp")
+_NCCL_PATIENCE = 3
 
 
 def check_alone() -> None:
@@ -66,9 +67,12 @@ class Mesh:
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=layout.num_ranks, timeout=timedelta(seconds=timeout_s)
             )
+            # NCCL ends the process when it is out of patience; gloo, whose error can be told to the requests, comes first.
+            patience_s = timeout_s if device.type == "cpu" else _NCCL_PATIENCE * timeout_s
+            grid = torch.arange(layout.num_ranks).view([self.degree(axis) for axis in AXES])
             try:
-                degrees = tuple(self.degree(axis) for axis in AXES)
-                mesh = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
+                groups = [_own_group(grid, dim, rank, patience_s) for dim in range(len(AXES))]
+                mesh = DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=AXES)
             except BaseException:
                 dist.destroy_process_group()
                 raise
@@ -134,6 +138,17 @@ class Mesh:
         """Leaves the process group; may be called twice."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_group(grid: Tensor, dim: int, rank: int, timeout_s: float) -> dist.ProcessGroup:
+    """The group along one axis that a rank is in; every rank makes every group, in the same order."""
+    own = None
+    for ranks in grid.movedim(dim, -1).flatten(0, -2).tolist():
+        # A group that a device mesh makes by itself would have torch's own timeout, of many minutes.
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+        own = group if rank in ranks else own
+    assert own is not None
+    return own  # type: ignore[no-any-return]
 
 
 def _digest(tensor: Tensor) -> Tensor:

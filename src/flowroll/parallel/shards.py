@@ -81,7 +81,7 @@ def check_rows(ranks: int, most_tokens: int) -> None:
         InvalidRequestError: It names the largest degree that fits.
     """
     if ranks > 1 and shard_rows(most_tokens, 0, ranks) is None:
-        fits = max(1, most_tokens // MIN_ROWS)
+        fits = max(1, most_tokens // ROW_UNIT // (MIN_ROWS // ROW_UNIT))
         raise InvalidRequestError(
             f"sp must leave {MIN_ROWS} of the largest image's {most_tokens} tokens to a rank, got {ranks}; use {fits} at most.",
             field="sp",

@@ -66,28 +66,35 @@ def serve(config: ServerConfig) -> None:
                 layout=config.layout,
                 rank_timeout_s=config.rank_timeout_s,
             )
-            listener = _bind_for(config, engine)
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
-        except OSError as error:
-            raise SystemExit(f"Error: {config.host}:{config.port} must be free to listen on, got {error}.") from None
-        with listener:
-            _announce(config, engine, listener)
-            worker = EngineWorker(engine, max_queue=config.max_queue)
-            try:
+        worker = None
+        try:
+            with _bind(config) as listener:
+                _announce(config, engine, listener)
+                worker = EngineWorker(engine, max_queue=config.max_queue)
                 _DrainingServer(config, worker).run(sockets=[listener])
-            finally:
-                worker.close()
-                if engine.failure is not None or not worker.is_alive:
-                    engine.close()
+        finally:
+            _close(engine, worker)
     if engine.failure is not None:
-        if worker.is_alive:
-            # Stuck in a collective of the lost rank, as a GPU's can be; an orderly exit could wait for it.
-            _log.error("Error: %s", engine.failure.message)
-            logging.shutdown()
-            os._exit(1)
         raise SystemExit(f"Error: {engine.failure.message}")
     _log.info("stopped")
+
+
+def _close(engine: Engine, worker: EngineWorker | None) -> None:
+    """Ends the worker's thread, then the engine with its ranks."""
+    if worker is not None:
+        worker.close()
+        if worker.is_alive and engine.info.layout.num_ranks > 1:
+            # Stuck with the other ranks, on a GPU perhaps in a collective of one that is lost: an orderly exit would wait for
+            # it.
+            if engine.failure is not None:
+                _log.error("Error: %s", engine.failure.message)
+            logging.shutdown()
+            os._exit(1)
+        if worker.is_alive:
+            return
+    engine.close()
 
 
 def _follow(config: ServerConfig) -> None:
@@ -178,17 +185,19 @@ def _signals_end_start() -> Iterator[None]:
             signal.signal(sig, handler)
 
 
-def _bind_for(config: ServerConfig, engine: Engine) -> socket.socket:
-    """The socket for an engine, which is closed if there is none to be had."""
-    try:
-        return _bind(config)
-    except OSError:
-        engine.close()
-        raise
-
-
 def _bind(config: ServerConfig) -> socket.socket:
-    """A bound socket, which does not listen yet. IPPROTO_TCP is said for asyncio: it turns Nagle's delay off only then."""
+    """A bound socket, which does not listen yet. IPPROTO_TCP is said for asyncio: it turns Nagle's delay off only then.
+
+    Raises:
+        SystemExit: The address is not to be had.
+    """
+    try:
+        return _bound_socket(config)
+    except OSError as error:
+        raise SystemExit(f"Error: {config.host}:{config.port} must be free to listen on, got {error}.") from None
+
+
+def _bound_socket(config: ServerConfig) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(
         config.host, config.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
     )[0]

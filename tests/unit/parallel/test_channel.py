@@ -1,5 +1,6 @@
 """Commands one way, signs of life the other."""
 
+import threading
 import time
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -51,7 +52,7 @@ def test_a_channel_beats_until_it_is_stopped(monkeypatch) -> None:
     monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.05)
     store = HashStore()
     channel = Channel(store, rank=1, num_ranks=2)
-    channel.beat(store)
+    channel.beat(store, lambda: None)
     assert store.get("beat/1") == b"0"
     while store.get("beat/1") == b"0":
         time.sleep(0.01)
@@ -60,3 +61,22 @@ def test_a_channel_beats_until_it_is_stopped(monkeypatch) -> None:
     last = store.get("beat/1")
     time.sleep(0.1)
     assert store.get("beat/1") == last
+
+
+def test_followers_hear_that_the_replica_is_taken_down_or_its_store_lost(monkeypatch) -> None:
+    monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.02)
+    heard = threading.Event()
+    store = HashStore()
+    leader, follower = (Channel(store, rank=rank, num_ranks=2) for rank in range(2))
+    follower.beat(store, heard.set)
+    assert not heard.wait(0.1)
+    leader.take_down()
+    assert heard.wait(5.0)
+
+    class Lost(HashStore):
+        def check(self, keys):
+            raise RuntimeError("connection reset")
+
+    heard.clear()
+    Channel(store, rank=1, num_ranks=2).beat(Lost(), heard.set)
+    assert heard.wait(5.0)

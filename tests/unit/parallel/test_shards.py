@@ -1,5 +1,7 @@
 """Whose rows are whose."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,3 +46,12 @@ def test_more_ranks_than_the_largest_image_has_rows_for_are_refused() -> None:
     check_rows(4, 256)
     with pytest.raises(InvalidRequestError, match="leave 64 of the largest image's 255 tokens to a rank, got 4; use 3"):
         check_rows(4, 255)
+
+
+@given(total=st.integers(64, 5_000), ranks=st.integers(2, 99))
+def test_the_degree_that_a_refusal_names_fits(total: int, ranks: int) -> None:
+    try:
+        check_rows(ranks, total)
+    except InvalidRequestError as refused:
+        (named,) = re.findall(r"use (\d+)", refused.message)
+        check_rows(int(named), total)
