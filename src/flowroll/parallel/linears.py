@@ -38,6 +38,8 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self._mesh = mesh
         self.in_features, self.out_features = whole.in_features, whole.out_features
+        # `check_columns` has refused all other degrees.
+        assert whole.out_features % mesh.degree("tp") == 0
         self.columns = whole.out_features // mesh.degree("tp")
         device, dtype = whole.weight.device, whole.weight.dtype
         self.weight = nn.Parameter(torch.empty(self.columns, self.in_features, device=device, dtype=dtype))
