@@ -18,7 +18,10 @@ def _request(size: tuple[int, int], prompt: str, **fields: Any) -> dict[str, Any
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "tiny": _request((64, 64), _SHORT, sde_type="sde", num_outputs_per_prompt=4),
+    **{
+        f"tiny, four, {kind}": _request((64, 64), _SHORT, sde_type=kind, num_outputs_per_prompt=4)
+        for kind in ("sde", "cps", "ode")
+    },
     "small, four, window, no guidance": _request(
         _SIZES["small"], _SHORT, num_inference_steps=3, sde_step_indices=(1,), guidance_scale=0.0, num_outputs_per_prompt=4
     ),
