@@ -25,6 +25,12 @@ def z_image_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _make("z_image", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path) -> dict[str, Path]:
+    """Both, by family."""
+    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}
+
+
 def _make(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from flowroll.testing import make_checkpoint
 

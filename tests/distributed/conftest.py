@@ -17,11 +17,6 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path) -> dict[str, Path]:
-    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}
-
-
-@pytest.fixture(scope="session")
 def one_rank(checkpoints: dict[str, Path], device: str) -> Callable[[str, str], list[list[Rollout]]]:
     """The rollouts of every case, by family and dtype."""
     found: dict[tuple[str, str], list[list[Rollout]]] = {}

@@ -19,11 +19,6 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path) -> dict[str, Path]:
-    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}
-
-
-@pytest.fixture(scope="session")
 def engine_of(checkpoints: dict[str, Path], device: str) -> Iterator[Callable[[str, str], Engine]]:
     engines: dict[tuple[str, str], Engine] = {}
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -57,15 +58,7 @@ def serve(config: ServerConfig) -> None:
         try:
             if place is not None:
                 check_world(config.layout, place)
-            engine = Engine(
-                config.model,
-                variant=config.variant,
-                dtype=config.dtype,
-                device=config.device,
-                limits=config.limits,
-                layout=config.layout,
-                rank_timeout_s=config.rank_timeout_s,
-            )
+            engine = Engine(config.model, limits=config.limits, **_rank_options(config))
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
         worker = None
@@ -97,19 +90,18 @@ def _close(engine: Engine, worker: EngineWorker | None) -> None:
     engine.close()
 
 
+def _rank_options(config: ServerConfig) -> dict[str, Any]:
+    """What every rank of the engine has to be given alike."""
+    names = ("variant", "dtype", "device", "layout", "rank_timeout_s")
+    return {name: getattr(config, name) for name in names}
+
+
 def _follow(config: ServerConfig) -> None:
     # torchrun signals every process; rank 0 is the one that says when to stop.
     for sig in _SIGNALS:
         signal.signal(sig, signal.SIG_IGN)
     try:
-        follow(
-            config.model,
-            variant=config.variant,
-            dtype=config.dtype,
-            device=config.device,
-            layout=config.layout,
-            rank_timeout_s=config.rank_timeout_s,
-        )
+        follow(config.model, **_rank_options(config))
     except FlowrollError as error:
         raise SystemExit(f"Error: {error.message}") from None
 
