@@ -17,7 +17,7 @@ from flowroll.engine.replica import Replica
 from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weights import StagedWeights, WeightFiles, listed, stage_weights
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
-from flowroll.families.checksums import tensor_checksum, weights_checksum
+from flowroll.families.checksums import checksum_of, tensor_checksum
 from flowroll.parallel.linears import whole_tensors
 from flowroll.types import ModuleName, WeightUpdate
 
@@ -79,7 +79,7 @@ class WeightStore:
     def checksum(self, module: str) -> str:
         """sha256 over a module's names and tensors."""
         with self._tensors(module) as tensors:
-            return weights_checksum(tensors)
+            return checksum_of(tensors)
 
     def verify(self, expected: Iterable[tuple[str, str]], module: str) -> int:
         """Compares a module's tensors, one by one, with the sums that the caller expects."""

@@ -6,7 +6,17 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """sha256 over a module's weights, as an engine that has the same ones answers."""
+    return checksum_of(sorted(module.state_dict().items()))
+
+
+def tensor_checksums(module: nn.Module) -> dict[str, str]:
+    """sha256 of each of a module's tensors by name, for an engine to compare with its own."""
+    return {name: tensor_checksum(tensor) for name, tensor in module.state_dict().items()}
 
 
 def tensor_checksum(tensor: Tensor) -> str:
@@ -16,7 +26,7 @@ def tensor_checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def weights_checksum(named: Iterable[tuple[str, Tensor]]) -> str:
+def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over all tensors, as hexadecimal digits: of each its name in UTF-8, then its raw bytes.
 
     Args:

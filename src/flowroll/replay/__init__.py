@@ -5,6 +5,7 @@ replay is exact, and if not, why. The forwards and the log-prob are those of the
 """
 
 from flowroll.families.alignment import align_weights
+from flowroll.families.checksums import tensor_checksums, weights_checksum
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
 from flowroll.replay.causes import Cause
 from flowroll.replay.losses import clipped_loss, group_advantages, normalised_ratio, ratio
@@ -26,4 +27,6 @@ __all__ = [
     "normalised_ratio",
     "ratio",
     "score",
+    "tensor_checksums",
+    "weights_checksum",
 ]
