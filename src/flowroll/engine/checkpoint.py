@@ -104,7 +104,7 @@ def _noted_variant(folder: Path) -> str | None:
     path = folder / _NOTES
     if not path.is_file():
         return None
-    notes = _read_json(path, f"{path} must be readable")
+    notes = read_json(path, f"{path} must be readable")
     variant = notes.get("variant")
     if set(notes) != {"variant"} or not isinstance(variant, str):
         raise CheckpointError(f'{path} must be {{"variant": NAME}}, got {json.dumps(notes)[:100]}; correct or remove it.')
