@@ -1,13 +1,14 @@
 """Flow-GRPO against a running server: the policy learns from rewards to draw what the prompt says.
 
-    python -m examples.flow_grpo --out runs/sde                    # every step stochastic
-    python -m examples.flow_grpo --out runs/window --window 2      # two stochastic steps, moved every round
+    python -m examples.flow_grpo --out runs/sde                                         # every step stochastic
+    python -m examples.flow_grpo --out runs/window --window 2 --learning-rate 5e-4      # the first two
     python -m examples.flow_grpo --out runs/cps --dynamics cps
 
 Rollouts come over HTTP, are replayed with gradients, and the new weights go back to the server. Before the first update of a
 round every ratio is exactly 1; the run stops if one is not.
 
-Reference: Liu et al., "Flow-GRPO" (arXiv:2505.05470); the window is that of Li et al., "MixGRPO" (arXiv:2507.21802).
+Reference: Liu et al., "Flow-GRPO" (arXiv:2505.05470); stochastic steps in a window alone: Li et al., "MixGRPO" (arXiv:2507.21802),
+which moves it along.
 """
 
 from __future__ import annotations

@@ -40,7 +40,11 @@ class Example:
 
 EXAMPLES = (
     Example(name="sde", title="Flow-GRPO, every step stochastic", command=("examples.flow_grpo",), mistakes=MISTAKES),
-    Example(name="window", title="Flow-GRPO, two stochastic steps", command=("examples.flow_grpo", "--window", "2")),
+    Example(
+        name="window",
+        title="Flow-GRPO, two stochastic steps",
+        command=("examples.flow_grpo", "--window", "2", "--learning-rate", "5e-4"),
+    ),
     Example(name="cps", title="Flow-GRPO with CPS", command=("examples.flow_grpo", "--dynamics", "cps")),
     Example(name="nft", title="DiffusionNFT", command=("examples.diffusion_nft",)),
 )
