@@ -7,8 +7,8 @@
 Rollouts come over HTTP, are replayed with gradients, and the new weights go back to the server. Before the first update of a
 round every ratio is exactly 1; the run stops if one is not.
 
-Reference: Liu et al., "Flow-GRPO" (arXiv:2505.05470); stochastic steps in a window alone: Li et al., "MixGRPO" (arXiv:2507.21802),
-which moves it along.
+Reference: Liu et al., "Flow-GRPO" (arXiv:2505.05470); stochastic steps in a window alone, which they move along: Li et al.,
+"MixGRPO" (arXiv:2507.21802).
 """
 
 from __future__ import annotations
