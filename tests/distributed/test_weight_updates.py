@@ -107,8 +107,9 @@ def test_after_an_update_several_ranks_have_the_bits_of_one_that_was_started_on_
     keys = several._replica._store.num_keys()
     for _ in range(3):
         several.update_weights_from_disk(z_image_checkpoint)
-    assert_same_bits(several.rollout(**REQUEST)[0], old)
+    # The last command alone: who received it is not known yet.
     assert several._replica._store.num_keys() <= keys + 1
+    assert_same_bits(several.rollout(**REQUEST)[0], old)
 
 
 def test_several_ranks_verify_whole_tensors(several: Engine, z_image_checkpoint: Path) -> None:

@@ -35,7 +35,9 @@ def serve(
     weights_roots: Annotated[
         list[Path] | None,
         typer.Option(
-            "--weights-root", metavar="DIR", help="A folder from which clients may have weights read; may be given several times."
+            "--weights-root",
+            metavar="DIR",
+            help="A folder from which clients may have weights read; may be given several times.",
         ),
     ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
