@@ -14,6 +14,7 @@ from flowroll.families.base import (
     ModelSpec,
     Output,
     RunCalls,
+    StepInput,
     Transformer,
     run_in_turn,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Output",
     "Recipe",
     "RunCalls",
+    "StepInput",
     "StepScore",
     "Transformer",
     "family_of_pipeline",
