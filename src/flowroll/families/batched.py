@@ -121,8 +121,10 @@ class PerSample(TorchFunctionMode):
 
 def _in_whole_vectors(numel: int) -> bool:
     """Whether every thread's part of so many elements ends between vectors."""
-    threads = max(1, min(torch.get_num_threads(), -(-numel // _GRAIN)))
-    return numel % _VECTORS == 0 and -(-numel // threads) % _VECTORS == 0
+    threads = torch.get_num_threads()
+    # Most kernels give a thread no less than the grain; gelu uses all threads from half of it on.
+    counts = {threads, max(1, min(threads, -(-numel // _GRAIN)))}
+    return numel % _VECTORS == 0 and all(-(-numel // count) % _VECTORS == 0 for count in counts)
 
 
 _HANDLERS: Mapping[Any, Callable[..., Any]] = {
