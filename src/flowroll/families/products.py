@@ -126,13 +126,13 @@ def _attends_alike(
     )
     noisy = (laid_out(first * 2.0**11, queries), laid_out(second * 2.0**11, keys))
     values = laid_out(_random(batch * heads * keys, channels, generator, dtype), keys)
-    # Equal weights and values that cancel: the order of the sums over keys.
+    # Equal weights and values that cancel: the order of the sums over keys. Plain bfloat16 numbers are summed here, not
+    # products: only far apart are their sums rounded.
     zeros = (torch.zeros_like(noisy[0]), torch.zeros_like(noisy[1]))
-    pairs = _random(batch * keys // 2, heads * channels, generator, dtype)
-    cancelling = torch.cat((pairs, -pairs, pairs.new_zeros(batch * keys - 2 * len(pairs), heads * channels)))
-    shuffled = cancelling.view(-1, batch, heads, channels).transpose(0, 1)[
-        :, torch.randperm(keys, generator=generator, device=device)
-    ]
+    pairs = _random(keys // 2 * batch, heads * channels, generator, dtype, octaves=14)
+    cancelling = torch.cat((pairs, -pairs, pairs.new_zeros(keys % 2 * batch, heads * channels)))
+    order = torch.randperm(keys, generator=generator, device=device)
+    shuffled = cancelling.view(keys, batch, heads, channels)[order].transpose(0, 1)
     for attended in ((*noisy, values), (*zeros, laid_out(shuffled.reshape(-1, channels), keys))):
         alone = [
             F.scaled_dot_product_attention(*own) for own in zip(*(parts_of(x, num_samples) for x in attended), strict=True)
@@ -160,10 +160,12 @@ def cancelling_product(
     return inputs.contiguous().view(shape), weight.contiguous(), bias.to(dtype)
 
 
-def _random(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+def _random(
+    rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype, octaves: int = 5
+) -> Float[Tensor, "rows columns"]:
     """Numbers of many magnitudes, so that their sums are rounded in bfloat16's short fractions too; few are drawn."""
     pool = torch.randn(_POOL, columns, generator=generator, device=generator.device)
-    magnitudes = torch.randint(-5, 6, pool.shape, generator=generator, device=generator.device)
+    magnitudes = torch.randint(-octaves, octaves + 1, pool.shape, generator=generator, device=generator.device)
     pool = torch.ldexp(pool, magnitudes).to(dtype)
     return pool[torch.arange(rows, device=pool.device) % _POOL]
 
