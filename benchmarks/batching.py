@@ -70,10 +70,10 @@ def main() -> None:
         f"Command: `python -m benchmarks.batching {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine at the start: "
         f"{os.getloadavg()[0]:.1f}. One step of n guided samples, {TEXTS[0]} and {TEXTS[1]} text tokens: in turn 2 n forwards "
         "for Qwen-Image, n forwards of a pair for Z-Image.",
-        "Exact, group and inexact: how many times as fast as in turn; medians of paired ratios of time (CPU time with one thread, "
-        "wall time with two) with their 95 % intervals. Group: exact, all samples at one noise level. Inexact: the model's own "
-        "batch, the bound. Equal: samples whose velocity is that of the sample alone (`torch.equal`), exact and inexact. With "
-        "n = 1 all but the last arm are the same code.",
+        "Exact, group and inexact: how many times as fast as in turn; medians of paired ratios of time (CPU time with one "
+        "thread, wall time with two) with their 95 % intervals. Group: exact, all samples at one noise level. Inexact: the "
+        "model's own batch, the bound. Equal: samples whose velocity is that of the sample alone (`torch.equal`), exact and "
+        "inexact. With n = 1 all but the last arm are the same code.",
         "Not claimed: absolute times (the machine is shared), any figure for a GPU.",
     ]
     with tempfile.TemporaryDirectory() as folder:

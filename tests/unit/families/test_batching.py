@@ -13,6 +13,7 @@ from torch import Tensor
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
 from flowroll.families import FAMILIES, Family, StepInput, products, run_in_turn
+from flowroll.families.batched import PerSample
 from flowroll.types import DenoisingEnv
 
 NAMES = ["qwen_image", "z_image"]
@@ -193,6 +194,27 @@ def test_adapters_are_exact_too(checkpoints: dict[str, Path], name: str) -> None
     for adapter in add_adapters(transformer):
         adapter.up.normal_(generator=torch.Generator().manual_seed(1))
     assert_exact(name, transformer, "float32", seed=5, mixtures=3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("shape", [(7, 5), (16, 256), (110, 256)], ids=str)
+def test_element_wise_functions_have_no_other_ends_in_a_batch(shape: tuple[int, int], threads: int) -> None:
+    """Odd sizes, and sizes at which gelu divides a batch among threads but not a sample."""
+    batch = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    complex_batch = torch.complex(batch, batch.flip(0))
+    functions: list[Callable[[Tensor], Tensor]] = [
+        torch.nn.functional.silu,
+        lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        torch.Tensor.tanh,
+    ]
+    for function in functions:
+        with PerSample(range(5)):
+            together = function(batch)
+        assert torch.equal(together, torch.cat([function(part) for part in batch.split(1)]))
+    table = complex_batch[0]
+    with PerSample(range(5)):
+        turned = complex_batch * table
+    assert torch.equal(turned, torch.cat([part * table for part in complex_batch.split(1)]))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
