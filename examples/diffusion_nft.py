@@ -57,7 +57,8 @@ class Learner:
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._options.learning_rate, weight_decay=0.0)
         old = copy.deepcopy(policy).requires_grad_(False)
-        optimality = 0.5 + 0.5 * batch.advantages.clamp(-1, 1)
+        # Scaled, not cut: rewards of samples at random must have a mean of 1/2, or the policy would learn from itself.
+        optimality = 0.5 + 0.5 * batch.advantages / batch.advantages.abs().max().clamp(min=1e-6)
         order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
         size = len(order) // self._updates
         for number in range(self._updates):
