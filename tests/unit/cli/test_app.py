@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 import flowroll.serving
+from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.serve import serve
 from flowroll.engine import Limits
 from flowroll.serving import ServerConfig
@@ -83,6 +84,12 @@ def test_serve_without_flags_is_the_servers_own_configuration(served, tmp_path):
     result = run_cli("serve", tmp_path)
     assert result.exit_code == 0, result.output
     assert served == [ServerConfig(model=str(tmp_path))]
+
+
+@pytest.mark.parametrize(("words", "family"), [((), "z_image"), (("shapes-qwen_image",), "qwen_image")])
+def test_serve_has_checkpoints_of_its_own(served, words, family):
+    assert run_cli("serve", *words).exit_code == 0
+    assert served == [ServerConfig(model=str(shapes_checkpoint(family)))]
 
 
 def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
