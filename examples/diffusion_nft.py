@@ -57,8 +57,7 @@ class Learner:
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._options.learning_rate, weight_decay=0.0)
         old = copy.deepcopy(policy).requires_grad_(False)
-        # Scaled, not cut: rewards of samples at random must have a mean of 1/2, or the policy would learn from itself.
-        optimality = 0.5 + 0.5 * batch.advantages / batch.advantages.abs().max().clamp(min=1e-6)
+        optimality = optimality_of(batch.advantages)
         order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
         size = len(order) // self._updates
         for number in range(self._updates):
@@ -85,6 +84,17 @@ class Learner:
         good = ((1 - b) * before + b * now - target).square().mean()
         bad = ((1 + b) * before - b * now - target).square().mean()
         return optimality * good + (1 - optimality) * bad
+
+
+def optimality_of(advantages: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """The probability r in [0, 1] that a sample is a good one, from its advantage.
+
+    Cut at one std, then centred: where rewards are no more than chance r is 1/2 on average, and nothing is learned from samples
+    merely because they are the policy's own.
+    """
+    cut = advantages.clamp(-1, 1)
+    centred = cut - cut.mean()
+    return 0.5 + 0.5 * centred / centred.abs().max().clamp(min=1e-6)
 
 
 if __name__ == "__main__":
