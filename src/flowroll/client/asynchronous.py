@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import httpx
 from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
 from flowroll.wire.codec import WireFormat
 
@@ -66,6 +68,14 @@ class AsyncClient:
     async def generate(self, params: SamplingParams | None = None, /, **values: Any) -> list[GeneratedImage]:
         """Plain text-to-image generation: one `GeneratedImage` per sample. See `Client.generate`."""
         return await self._send(exchange.generate_call(params, values, self._wire_format))
+
+    async def score(
+        self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False
+    ) -> Scores:
+        """Has the server score steps of rollouts again. See `Client.score`."""
+        # Encoding takes long enough to hold up the caller's event loop, as decoding does.
+        call = await asyncio.to_thread(exchange.score_call, rollouts, steps, log_probs_only, self._wire_format)
+        return await self._send(call)
 
     async def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""

@@ -46,14 +46,15 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Every asked step of every sample, scored; everything on the transformer's device.
+    """Every asked step of every sample, scored; everything on the transformer's device, or from a server on the CPU.
 
     Attributes:
         steps: The steps, in the order of the last dimension of the tensors.
         log_probs: Differentiable, float32; 0 at deterministic steps.
         stds: Total std of the transitions, float32; 0 at deterministic steps.
-        means: Per sample, mean of the next latents, float32.
-        velocities: Per sample, the guided velocity given to the transition, float32.
+        means: Per sample, mean of the next latents, float32; none if a server was asked for log-probs only.
+        velocities: Per sample, the guided velocity given to the transition, float32; as the means.
+        weight_version: Of the server's weights that scored all of it; None where it was the caller's transformer.
     """
 
     steps: tuple[int, ...]
@@ -61,6 +62,7 @@ class Scores:
     stds: Float[Tensor, " samples steps"]
     means: tuple[Float[Tensor, " steps *latent"], ...]
     velocities: tuple[Float[Tensor, " steps *latent"], ...]
+    weight_version: str | None = None
 
 
 def micro_batches(

@@ -47,6 +47,7 @@ class Metrics:
         samples: Finished samples, by kind.
         denoising_steps: Steps of finished samples, by kind.
         sde_steps: Steps of finished samples that have a log-prob.
+        scored_steps: Recorded steps that were scored again.
     """
 
     def __init__(self, worker: EngineWorker) -> None:
@@ -63,6 +64,7 @@ class Metrics:
         self.samples = Counter("flowroll_samples", "Finished samples.", ["kind"], registry=own)
         self.denoising_steps = Counter("flowroll_denoising_steps", "Steps of finished samples.", ["kind"], registry=own)
         self.sde_steps = Counter("flowroll_sde_steps", "Stochastic steps of finished samples.", registry=own)
+        self.scored_steps = Counter("flowroll_scored_steps", "Recorded steps that were scored again.", registry=own)
 
     def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int) -> None:
         """Counts an answered HTTP request."""

@@ -7,11 +7,12 @@ import time
 from dataclasses import dataclass, field
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.metrics import Metrics
 from flowroll.serving.probe import GenerationProbe
-from flowroll.types import GeneratedImage, Rollout
+from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +49,9 @@ class Services:
         images = await asyncio.wrap_future(self.worker.submit(plan, "generate"))
         self.metrics.observe_result(plan, "generate")
         return images
+
+    async def score(self, plan: ScorePlan) -> ScoreAnswer:
+        """Scores recorded steps on the engine's thread."""
+        answer = await asyncio.wrap_future(self.worker.submit(plan, "score"))
+        self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
+        return answer

@@ -31,6 +31,7 @@ from flowroll.types.results import (
     SamplingRecord,
     Trajectory,
 )
+from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
@@ -52,10 +53,14 @@ __all__ = [
     "Layout",
     "Number",
     "ParallelPlan",
+    "RecordedSteps",
     "Region",
     "Rollout",
+    "SampleScores",
     "SamplingParams",
     "SamplingRecord",
+    "ScoreAnswer",
+    "ScoreParams",
     "SdeType",
     "Split",
     "Trajectory",

@@ -9,6 +9,7 @@ from flowroll.types import ROLLOUT_FIELDS
 
 EXTRA = "extra_sampling_params"
 ROLLOUT_ROUTE = "/rollout/generate"
+SCORE_ROUTE = "/rollout/score"
 GENERATE_ROUTE = "/generate"
 
 # Fields that are not listed have one name for both.
