@@ -51,6 +51,11 @@ class InvalidRequestError(FlowrollError):
     code = "invalid_request"
     status = 422
 
+    def within(self, parent: str) -> InvalidRequestError:
+        """The same error about a value inside `parent`; the field stands at the beginning of the message."""
+        field = parent if self.field is None else f"{parent}.{self.field}"
+        return InvalidRequestError(f"{parent}.{self.message}" if self.field else f"{parent}: {self.message}", field=field)
+
 
 class MalformedRequestError(FlowrollError):
     """The body cannot be parsed as its content type says."""

@@ -40,8 +40,10 @@ def serve(
             help="A folder from which clients may have weights read; may be given several times.",
         ),
     ] = None,
+    max_scores: Annotated[int, typer.Option(min=1, help="Recorded steps that one request may have scored again.")] = 4096,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
+    max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body of /rollout/score.")] = 2**30,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
@@ -61,7 +63,11 @@ def serve(
             dtype=dtype,
             device=device,
             limits=Limits(
-                max_pixels=max_pixels, max_steps=max_steps, max_outputs=max_outputs, max_answer_bytes=max_answer_bytes
+                max_pixels=max_pixels,
+                max_steps=max_steps,
+                max_outputs=max_outputs,
+                max_answer_bytes=max_answer_bytes,
+                max_scores=max_scores,
             ),
             layout=Layout(sp=sp, cfg_parallel=cfg_parallel, tp=tp),
             rank_timeout_s=rank_timeout_s,
@@ -73,6 +79,7 @@ def serve(
             weights_roots=tuple(map(str, weights_roots or ())),
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
+            max_score_body_bytes=max_score_body_bytes,
             grace_s=grace_s,
             log_level=log_level,
         )

@@ -24,7 +24,7 @@ from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
-from flowroll.engine.scoring import score_step
+from flowroll.engine.scoring import ScorePlan, check_sample, forward_rows, plan_score, recipe_of, sample_scores, velocities_of
 from flowroll.engine.weight_store import WeightStore
 from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError
@@ -35,9 +35,13 @@ from flowroll.types import (
     EnvValue,
     GeneratedImage,
     Layout,
+    RecordedSteps,
     Rollout,
+    SampleScores,
     SamplingParams,
     SamplingRecord,
+    ScoreAnswer,
+    ScoreParams,
     WeightUpdate,
 )
 
@@ -156,10 +160,7 @@ class Engine:
             OutdatedWeightsError: The weights are older than the request demands.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        self._check_interrupt()
-        model: LoadedModel | None = getattr(self, "_model", None)
-        if model is None:  # closed since the check
-            raise _shutting_down()
+        model = self._open_model()
         self._weights.versions.demand(params.min_weight_version)
         return plan_request(params, model, self.info.limits)
 
@@ -245,25 +246,75 @@ class Engine:
             On the CPU, float32.
 
         Raises:
-            InvalidRequestError: The record is of another model, dtype or schema, or a value does not fit it; or this engine
-                has several ranks.
+            InvalidRequestError: The record is of another model, dtype or schema, or a value does not fit it.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        if self._replica is not None:
-            raise InvalidRequestError(
-                f"score must run on an engine of one rank, got {self.info.layout.name}; start one beside it, bits are the same."
-            )
-        with self._lock:
-            self._check_interrupt()
-            return score_step(
-                self._model,
-                latents=latents,
-                next_latents=next_latents,
-                step=step,
-                env=env,
-                record=record,
-                sde_step_indices=sde_step_indices,
-            )
+        sample = RecordedSteps(
+            steps=(step,),
+            latents=latents[None],
+            next_latents=next_latents[None],
+            denoising_env=env,
+            sampling=record,
+            sde_step_indices=None if sde_step_indices is None else tuple(sorted(sde_step_indices)),
+        )
+        check_sample(sample, self._open_model(), self.info.limits)
+        with self._lock, torch.no_grad():
+            scores = self._score_sample(sample, log_probs_only=False)
+        assert scores.velocities is not None and scores.means is not None
+        return StepScore(
+            velocity=scores.velocities[0], mean=scores.means[0], std=scores.stds[0].item(), log_prob=scores.log_probs[0]
+        )
+
+    def plan_score(self, params: ScoreParams) -> ScorePlan:
+        """Checks a request for scores against the model, without model work; may be called from any thread.
+
+        Raises:
+            InvalidRequestError: A sample does not fit the model, or is above a limit.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        return plan_score(params, self._open_model(), self.info.limits)
+
+    def run_scores(self, params: ScoreParams | ScorePlan) -> ScoreAnswer:
+        """As `score`, for several steps of several samples; each is scored alone, so neither their order nor number matters.
+
+        Raises:
+            InvalidRequestError: A sample does not fit the model, or is above a limit.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        plan = params if isinstance(params, ScorePlan) else self.plan_score(params)
+        started = time.perf_counter()
+        found = []
+        with self._lock, torch.no_grad():
+            for index, sample in enumerate(plan.params.samples):
+                try:
+                    found.append(self._score_sample(sample, log_probs_only=plan.params.log_probs_only))
+                except InvalidRequestError as error:
+                    raise error.within(f"samples[{index}]") from None
+            version = self.weight_version
+        return ScoreAnswer(
+            request_id=plan.request_id,
+            weight_version=version,
+            samples=tuple(found),
+            inference_time_s=time.perf_counter() - started,
+        )
+
+    def _score_sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> SampleScores:
+        """Scores one checked sample, on every rank; the lock is held."""
+        self._check_interrupt()
+        model = self._model
+        recipe = recipe_of(sample, model, device=model.device)
+        rows = forward_rows(sample, recipe, log_probs_only=log_probs_only)
+        steps, velocities = [sample.steps[row] for row in rows], list[Tensor]()
+        if rows:
+            env, latents = sample.denoising_env.to(model.device), sample.latents[rows].to(model.device)
+            if self._replica is None:
+                velocities = velocities_of(model, recipe, latents, steps, env, self._check_interrupt)
+            else:
+                with self._replica.in_step():
+                    self._replica.begin_scores(sample.sampling, sample.sde_step_indices, steps, latents, env)
+                    velocities = velocities_of(model, recipe, latents, steps, env, self._check_all_ranks)
+                self._replica.finish_sample(torch.stack(velocities))
+        return sample_scores(sample, recipe, dict(zip(rows, velocities, strict=True)), log_probs_only=log_probs_only)
 
     def update_weights_from_disk(
         self, folder: str | Path, *, module: str = "transformer", weight_version: str | None = None
@@ -376,6 +427,13 @@ class Engine:
             raise self.failure
         if self._interrupted.is_set():
             raise _shutting_down()
+
+    def _open_model(self) -> LoadedModel:
+        self._check_interrupt()
+        model: LoadedModel | None = getattr(self, "_model", None)
+        if model is None:  # closed since the check
+            raise _shutting_down()
+        return model
 
     def _check_all_ranks(self) -> None:
         """Whether the next step is to be taken; every rank comes to the same answer."""

@@ -19,11 +19,12 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from flowroll.engine.engine import Engine
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scoring import ScorePlan
 from flowroll.errors import EngineError, FlowrollError, QueueFullError, RankLostError, ShuttingDownError
-from flowroll.types import GeneratedImage, Rollout
+from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
-RequestKind: TypeAlias = Literal["rollout", "generate"]
-Results: TypeAlias = list[Rollout] | list[GeneratedImage]
+RequestKind: TypeAlias = Literal["rollout", "generate", "score"]
+Results: TypeAlias = list[Rollout] | list[GeneratedImage] | ScoreAnswer
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -60,16 +61,10 @@ class WorkerStats:
 class _Job:
     """An accepted request. Whoever takes it out of `_waiting` or `_running`, under the lock, ends its future."""
 
-    plan: RequestPlan
+    plan: RequestPlan | ScorePlan
     kind: RequestKind
     future: Future[Results]
     started_s: float = 0.0
-
-    @property
-    def work(self) -> int:
-        """What its time is roughly proportional to: pixels x steps x samples."""
-        geometry = self.plan.geometry
-        return geometry.height * geometry.width * self.plan.schedule.num_steps * len(self.plan.seeds)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -118,7 +113,11 @@ class EngineWorker:
     def submit(self, plan: RequestPlan, kind: Literal["rollout"]) -> Future[list[Rollout]]: ...
     @overload
     def submit(self, plan: RequestPlan, kind: Literal["generate"]) -> Future[list[GeneratedImage]]: ...
-    def submit(self, plan: RequestPlan, kind: RequestKind) -> Future[list[Rollout]] | Future[list[GeneratedImage]]:
+    @overload
+    def submit(self, plan: ScorePlan, kind: Literal["score"]) -> Future[ScoreAnswer]: ...
+    def submit(
+        self, plan: RequestPlan | ScorePlan, kind: RequestKind
+    ) -> Future[list[Rollout]] | Future[list[GeneratedImage]] | Future[ScoreAnswer]:
         """Takes a planned request; may be called from any thread.
 
         Args:
@@ -145,7 +144,7 @@ class EngineWorker:
             self._waiting.append(job)
             self._accepted += 1
             self._changed.notify()
-        return job.future  # type: ignore[return-value]  # the overloads tell which of the two it holds
+        return job.future  # type: ignore[return-value]  # the overloads tell which of them it holds
 
     def between_requests(self, action: Callable[[], T]) -> Future[T]:
         """Has something done to the engine as soon as the request that runs has ended, before those that wait.
@@ -302,6 +301,8 @@ class EngineWorker:
     def _outcome(self, job: _Job | _Errand) -> Any:
         if isinstance(job, _Errand):
             return job.action()
+        if isinstance(job.plan, ScorePlan):
+            return self.engine.run_scores(job.plan)
         return self.engine.rollout(job.plan) if job.kind == "rollout" else self.engine.generate(job.plan)
 
     def _settle(self, job: _Job | _Errand, *, results: Any = None, error: FlowrollError | None = None) -> None:
@@ -317,7 +318,7 @@ class EngineWorker:
             else:
                 self._completed += 1
                 self._last_success_s = time.monotonic()
-                self._paces.append((self._last_success_s - job.started_s) / job.work)
+                self._paces.append((self._last_success_s - job.started_s) / job.plan.work)
         # Outside the lock: a future runs its callbacks here.
         if error is not None:
             job.future.set_exception(error)
@@ -326,7 +327,7 @@ class EngineWorker:
 
     def _expected_s(self, job: _Job) -> float:
         """Seconds that the job should take in all, from recent ones; 0 if there were none."""
-        return statistics.median(self._paces) * job.work if self._paces else 0.0
+        return statistics.median(self._paces) * job.plan.work if self._paces else 0.0
 
     def _retry_after_s(self) -> float:
         """When a place should be free: the rest of what runs now."""

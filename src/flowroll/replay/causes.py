@@ -91,6 +91,9 @@ def _setting_causes(evidence: Evidence) -> Iterator[Cause]:
         yield Cause(kind="weight_version", message=f"other weights: {shown}")
     if place.dtype is not None and str(place.dtype) != record.model_dtype:
         yield Cause(kind="dtype", message=f"another dtype: {record.model_dtype} made the rollout, {place.dtype} replayed it")
+    if torch.is_autocast_enabled(place.device.type):
+        shown = f"torch.autocast is on for {place.device.type}, and the engine rolls out without it"
+        yield Cause(kind="dtype", message=f"other dtypes in the forward: {shown}")
     if place.device.type != record.device:
         yield Cause(kind="device", message=f"another device: {record.device} made the rollout, {place.device.type} replayed it")
     if isinstance(evidence.transformer, nn.Module) and (names := unaligned_weights(evidence.transformer)):

@@ -51,6 +51,7 @@ class Metrics:
         sde_steps: Steps of finished samples that have a log-prob.
         weight_updates: Updates of weights, by outcome.
         weight_pause_seconds: For which no request could run because weights were exchanged.
+        scored_steps: Recorded steps that were scored again.
     """
 
     def __init__(self, worker: EngineWorker) -> None:
@@ -71,6 +72,7 @@ class Metrics:
         self.weight_pause_seconds = Counter(
             "flowroll_weight_pause_seconds", "Seconds for which no request ran because of an update.", registry=own
         )
+        self.scored_steps = Counter("flowroll_scored_steps", "Recorded steps that were scored again.", registry=own)
 
     def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int) -> None:
         """Counts an answered HTTP request."""

@@ -12,12 +12,13 @@ from typing import TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.weights import WeightFiles
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.metrics import Metrics
 from flowroll.serving.probe import GenerationProbe
-from flowroll.types import GeneratedImage, Rollout, WeightUpdate
+from flowroll.types import GeneratedImage, Rollout, ScoreAnswer, WeightUpdate
 
 T = TypeVar("T")
 
@@ -77,3 +78,9 @@ class Services:
     async def between_requests(self, action: Callable[[], T]) -> T:
         """Has something done on the engine's thread while no request runs."""
         return await asyncio.wrap_future(self.worker.between_requests(action))
+
+    async def score(self, plan: ScorePlan) -> ScoreAnswer:
+        """Scores recorded steps on the engine's thread."""
+        answer = await asyncio.wrap_future(self.worker.submit(plan, "score"))
+        self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
+        return answer

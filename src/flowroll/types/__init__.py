@@ -31,6 +31,7 @@ from flowroll.types.results import (
     SamplingRecord,
     Trajectory,
 )
+from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
 from flowroll.types.weights import MAX_VERSION_CHARS, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
@@ -55,10 +56,14 @@ __all__ = [
     "ModuleName",
     "Number",
     "ParallelPlan",
+    "RecordedSteps",
     "Region",
     "Rollout",
+    "SampleScores",
     "SamplingParams",
     "SamplingRecord",
+    "ScoreAnswer",
+    "ScoreParams",
     "SdeType",
     "Split",
     "Trajectory",

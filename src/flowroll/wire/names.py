@@ -9,6 +9,7 @@ from flowroll.types import ROLLOUT_FIELDS
 
 EXTRA = "extra_sampling_params"
 ROLLOUT_ROUTE = "/rollout/generate"
+SCORE_ROUTE = "/rollout/score"
 GENERATE_ROUTE = "/generate"
 UPDATE_FROM_DISK_ROUTE = "/update_weights_from_disk"
 CHECKSUM_ROUTE = "/get_weights_checksum"

@@ -99,7 +99,8 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
         *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
         *("--weights-root", tmp_path, "--weights-root", "/"),
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
-        *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--grace-s", 1.5, "--log-level", "warning"),
+        *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
+        *("--grace-s", 1.5, "--log-level", "warning"),
     )
     result = run_cli("serve", tmp_path, *words)
     assert result.exit_code == 0, result.output
@@ -114,12 +115,13 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             api_key="sesame",
             wire_format="msgpack",
             wire_dialect="sglang",
-            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000),
+            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000, max_scores=9),
             layout=Layout(cfg_parallel=True, sp=2, tp=4),
             rank_timeout_s=7.5,
             weights_roots=(str(tmp_path), "/"),
             max_queue=2,
             max_body_bytes=1000,
+            max_score_body_bytes=2000,
             grace_s=1.5,
             log_level="warning",
         )

@@ -49,6 +49,7 @@ class ServerInfo(BaseModel):
     wire_dialect: Dialect = Field(description="Names in the answer where the request does not choose.")
     max_queue: int = Field(description="Requests that may wait.")
     max_body_bytes: int = Field(description="Size of a request body.")
+    max_score_body_bytes: int = Field(description="Size of a body of POST /rollout/score.")
     is_ready: bool = Field(description="Whether new requests are taken.")
     queue: Queue
     uptime_s: float
@@ -68,6 +69,7 @@ def build_router(services: Services) -> APIRouter:
             wire_dialect=config.wire_dialect,
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
+            max_score_body_bytes=config.max_score_body_bytes,
             is_ready=services.worker.is_accepting,
             queue=Queue(**dataclasses.asdict(services.worker.stats())),
             uptime_s=time.monotonic() - services.started_s,
