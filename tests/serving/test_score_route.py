@@ -348,7 +348,7 @@ def test_too_many_steps_too_large_answers_and_bodies_are_refused(served: Served)
     [
         (b"{", {"content-type": "application/json"}, 400),
         (b"\xc1", {"content-type": "application/msgpack"}, 400),
-        (b"[" * 20_000, {"content-type": "application/json"}, 400),
+        (b'{"samples":[{"sampling":{"a":' + b"[" * 20_000, {"content-type": "application/json"}, 400),
         (b"{}", {"content-type": "text/plain"}, 415),
         (b"{}", {"content-type": "application/json", "content-encoding": "gzip"}, 415),
         (b"{}", {"content-type": "application/json", "accept": "text/html"}, 406),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from flowroll.engine.denoising import Sample
 from flowroll.engine.plan import RequestPlan
-from flowroll.types import DenoisingEnv, GeneratedImage, Number, Rollout
+from flowroll.types import DenoisingEnv, GeneratedImage, Number, Rollout, SamplingRecord, branch_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,7 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
     if plan.transitions is not None:
         steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
     wants_env = recorder is not None and plan.params.return_denoising_env
+    env = finished.env.to("cpu") if wants_env else None
     return Rollout(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
@@ -57,10 +58,19 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,
         debug_tensors=None if recorder is None else recorder.debug_tensors(),
-        denoising_env=finished.env.to("cpu") if wants_env else None,
+        denoising_env=env,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
         weight_version=weight_version,
-        sampling=plan.record,
+        sampling=plan.record if env is None else _with_digests(plan.record, env),
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
+    )
+
+
+def _with_digests(record: SamplingRecord, env: DenoisingEnv) -> SamplingRecord:
+    negative = env.neg_cond_kwargs
+    return replace(
+        record,
+        pos_cond_sha256=branch_digest(env.pos_cond_kwargs),
+        neg_cond_sha256=None if negative is None else branch_digest(negative),
     )

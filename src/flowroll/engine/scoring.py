@@ -73,9 +73,9 @@ def check_sample(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> N
     _check_record(sample, model, limits)
     try:
         recipe = recipe_of(sample, model, device="cpu")
+        geometry = plan_geometry(model, height=record.height, width=record.width)
     except InvalidRequestError as error:
         raise error.within("sampling") from None
-    geometry = plan_geometry(model, height=record.height, width=record.width)
     for field, tensor in (("latents", sample.latents), ("next_latents", sample.next_latents)):
         if tuple(tensor.shape[1:]) != geometry.latent_shape:
             size = f"{record.height} x {record.width}"

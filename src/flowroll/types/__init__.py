@@ -5,6 +5,7 @@ the model's rules in `families/`, and what depends on a loaded checkpoint (sizes
 imports a model library.
 """
 
+from flowroll.types.digest import branch_digest
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     MAX_GUIDANCE_SCALE,
@@ -68,6 +69,7 @@ __all__ = [
     "Split",
     "Trajectory",
     "WeightUpdate",
+    "branch_digest",
     "check_version",
     "version_number",
 ]

@@ -19,8 +19,8 @@ class RecordedSteps:
 
     Attributes:
         steps: Which steps, counted from 0.
-        latents: x before each of them, as a trajectory holds it.
-        next_latents: x after each of them.
+        latents: x before each of them, as a trajectory holds it; [steps, latent].
+        next_latents: x after each of them; as `latents`.
         denoising_env: Of the rollout.
         sampling: Of the rollout.
         sde_step_indices: Of the rollout; None: every step follows the record's dynamics.
@@ -30,8 +30,9 @@ class RecordedSteps:
     """
 
     steps: tuple[int, ...]
-    latents: Float[Tensor, " steps *latent"]
-    next_latents: Float[Tensor, " steps *latent"]
+    # Whatever a caller sends: their shapes, steps and the latents' own, are checked below and by the engine.
+    latents: Tensor
+    next_latents: Tensor
     denoising_env: DenoisingEnv
     sampling: SamplingRecord
     sde_step_indices: tuple[int, ...] | None = None

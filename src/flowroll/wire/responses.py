@@ -93,6 +93,10 @@ class SamplingObject(_Answer):
     timestep_dtype: str = Field(description="Dtype in which the model's timestep was computed.", examples=["torch.float32"])
     device: str = Field(description="Device type that the transformer ran on.", examples=["cuda"])
     schema_version: int = Field(description="Version of this layout.", examples=[SCHEMA_VERSION])
+    pos_cond_sha256: str | None = Field(
+        default=None, description="Digest of denoising_env.pos_cond_kwargs as it was made; null where no env was returned."
+    )
+    neg_cond_sha256: str | None = Field(default=None, description="Digest of denoising_env.neg_cond_kwargs.")
 
 
 class RolloutObject(_Answer):
