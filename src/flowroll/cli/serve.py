@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -10,7 +11,7 @@ from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant, quiet_mo
 
 
 def serve(
-    model: Model,
+    model: Model = Path("shapes-z_image"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 30000,
     variant: Variant = None,

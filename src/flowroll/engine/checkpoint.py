@@ -20,6 +20,8 @@ from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
+# Ours, optional: what model_index.json does not say.
+_NOTES = "flowroll.json"
 TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -76,7 +78,7 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
 
     Args:
         folder: A diffusers checkpoint folder.
-        variant: Variant of the family; None: the family's first.
+        variant: Variant of the family; None: the one that the folder's flowroll.json names, else the family's first.
 
     Raises:
         CheckpointError: Not a checkpoint, or one with a missing, truncated or mismatched file.
@@ -84,7 +86,7 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
     """
     index = _read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
     family = family_of_pipeline(str(index.get("_class_name")))
-    variant = _resolve_variant(family, variant)
+    variant = _resolve_variant(family, variant or _noted_variant(folder))
     stored = {name: _check_component(folder, name) for name in _COMPONENTS}
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
     return Checkpoint(
@@ -95,6 +97,18 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
         schedule_config=ScheduleConfig.from_scheduler_config(scheduler),
         stored=stored,
     )
+
+
+def _noted_variant(folder: Path) -> str | None:
+    """What the folder's own flowroll.json says; None where there is no such file."""
+    path = folder / _NOTES
+    if not path.is_file():
+        return None
+    notes = _read_json(path, f"{path} must be readable")
+    variant = notes.get("variant")
+    if set(notes) != {"variant"} or not isinstance(variant, str):
+        raise CheckpointError(f'{path} must be {{"variant": NAME}}, got {json.dumps(notes)[:100]}; correct or remove it.')
+    return variant
 
 
 def _resolve_variant(family: Family, variant: str | None) -> str:

@@ -28,7 +28,8 @@ class QwenImage(Family):
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
     variants: ClassVar[Mapping[str, Defaults]] = {
-        "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, negative_prompt=" ")
+        "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, negative_prompt=" "),
+        "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=" "),
     }
     guidance_rule: ClassVar[str] = "cfg_norm_rescale"
     embeds_key: ClassVar[str] = "encoder_hidden_states"

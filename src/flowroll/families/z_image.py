@@ -50,6 +50,7 @@ class ZImage(Family):
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=5.0, negative_prompt=""),
         "turbo": Defaults(height=1024, width=1024, num_inference_steps=9, guidance_scale=0.0, negative_prompt=""),
+        "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=""),
     }
     guidance_rule: ClassVar[str] = "cfg_pair"
     embeds_key: ClassVar[str] = "cap_feats"

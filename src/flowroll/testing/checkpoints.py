@@ -28,16 +28,24 @@ from flowroll.testing.tokenizer import make_tokenizer
 from flowroll.testing.weights import align_file, fill_random
 
 FamilyName: TypeAlias = Literal["qwen_image", "z_image"]
-Size: TypeAlias = Literal["tiny", "mid"]
+Size: TypeAlias = Literal["tiny", "mid", "shapes"]
 
 _TEXT_DIM = 64
 _QWEN_TRANSFORMERS: Mapping[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
     "mid": {"num_layers": 11, "num_attention_heads": 4, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)},
+    "shapes": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 24, "axes_dims_rope": (8, 8, 8)},
+}
+# Without blocks the encoder cannot run, which a random one need not.
+_QWEN_VAES: Mapping[str, dict[str, Any]] = {
+    "tiny": {"base_dim": 8, "num_res_blocks": 0},
+    "mid": {"base_dim": 8, "num_res_blocks": 0},
+    "shapes": {"base_dim": 8, "num_res_blocks": 1},
 }
 _Z_TRANSFORMERS: Mapping[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [4, 6, 6]},
     "mid": {"dim": 512, "n_layers": 24, "n_refiner_layers": 2, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [32, 48, 48]},
+    "shapes": {"dim": 96, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [8, 8, 8]},
 }
 
 
@@ -48,7 +56,8 @@ def make_checkpoint(family: FamilyName, directory: str | Path, *, seed: int = 0,
         family: "qwen_image" or "z_image".
         directory: Where to save; made if need be. A checkpoint that is there is overwritten.
         seed: Same seed, same bytes.
-        size: "tiny", or "mid": about 100 million parameters in the transformer.
+        size: "tiny"; "mid": about 100 million parameters in the transformer; or "shapes": about one million, the architecture
+            that `examples.shapes.train` trains.
         **overrides: Fields of the transformer's configuration, e.g. `num_layers`.
 
     Returns:
@@ -82,7 +91,7 @@ def _qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePi
     fill_random(transformer, seed, {"attn.add_v_proj.weight": 16.0})
     text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen_vl_config(tokenizer))
     fill_random(text_encoder, seed)
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=0)
+    vae = AutoencoderKLQwenImage(z_dim=16, **_QWEN_VAES[size])
     _fill_vae(vae, seed)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
