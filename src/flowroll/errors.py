@@ -8,8 +8,11 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── MalformedRequestError    400  the body is not what its content type says
     ├── UnauthorizedError        401  the bearer token is missing or wrong
     ├── NotFoundError            404  no such route or model
+    ├── DeadlineExceededError    408  the request's own deadline passed before its answer was made
+    ├── PausedError              409  generation is paused and takes no new request
     ├── PayloadTooLargeError     413  the body is larger than the server accepts
     ├── QueueFullError           429  too many requests are waiting; carries retry_after_s
+    ├── CancelledRequestError    499  the caller took the request back, or went away
     ├── EngineError              500  the model failed while it ran this request
     │   └── RankLostError        503  a rank of the replica died or stalled; the replica is down
     ├── ShuttingDownError        503  the engine stops and takes no more work
@@ -67,6 +70,27 @@ class NotFoundError(FlowrollError):
 
     code = "not_found"
     status = 404
+
+
+class DeadlineExceededError(FlowrollError):
+    """The request's deadline passed before its answer was made; what was done for it is dropped."""
+
+    code = "deadline_exceeded"
+    status = 408
+
+
+class PausedError(FlowrollError):
+    """Generation is paused; continue it, or send the request to another replica."""
+
+    code = "paused"
+    status = 409
+
+
+class CancelledRequestError(FlowrollError):
+    """The request was aborted by its id, or its client went away; what was done for it is dropped."""
+
+    code = "cancelled"
+    status = 499
 
 
 class PayloadTooLargeError(FlowrollError):
@@ -139,6 +163,9 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         MalformedRequestError,
         UnauthorizedError,
         NotFoundError,
+        DeadlineExceededError,
+        PausedError,
+        CancelledRequestError,
         PayloadTooLargeError,
         QueueFullError,
         EngineError,

@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import resource
-import threading
-import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.engine import denoising
 from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_rollout_params
+from flowroll.engine.batching import Accepted, Batcher, BatchLimits, ExclusiveMode, LoadStats, PauseMode
+from flowroll.engine.batching.limits import ONE_BY_ONE
+from flowroll.engine.batching.steps import LedSteps
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
-from flowroll.engine.denoising import DenoisingTask, Sample
 from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
 from flowroll.engine.scoring import score_step
+from flowroll.engine.work import ModelWork
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
-from flowroll.types import DenoisingEnv, EnvValue, GeneratedImage, Layout, Rollout, SamplingParams, SamplingRecord
+from flowroll.types import DenoisingEnv, GeneratedImage, Layout, Rollout, SamplingParams, SamplingRecord
 
 _INITIAL_WEIGHT_VERSION = "0"
 # How long a failed replica may take to let go of the request that it failed.
 _RELEASE_S = 5.0
-Result = TypeVar("Result")
+T = TypeVar("T")
+RequestKind: TypeAlias = Literal["rollout", "generate"]
 
 
 class Engine:
     """Rolls out one checkpoint.
 
-    One request runs at a time; calls from several threads wait for each other. A context manager: `close` frees the model.
+    Calls from several threads share forwards, each with the bits that it has alone, under the CPU thread count of its caller. A
+    context manager: `close` frees the model.
 
     Args:
         model: A diffusers checkpoint folder.
@@ -47,6 +50,7 @@ class Engine:
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 on the CPU.
         device: "cpu", "cuda", "cuda:N", or "auto".
         limits: What one request may ask for.
+        batching: How much runs at once; an engine of several ranks runs one sample at a time.
         layout: How the transformer is spread over ranks. The other ranks are started here, one process each, on this machine;
             under torchrun they are its processes, which call `follow`.
         rank_timeout_s: How long ranks wait for each other before the replica is taken down.
@@ -69,6 +73,7 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         limits: Limits | None = None,
+        batching: BatchLimits | None = None,
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
     ) -> None:
@@ -76,8 +81,6 @@ class Engine:
         limits, layout = limits or Limits(), layout or Layout()
         checkpoint = examine_checkpoint(Path(model), variant=variant)
         weights = resolve_dtype(dtype, place)
-        self._lock = threading.Lock()
-        self._interrupted = threading.Event()
         if layout.num_ranks > 1:
             self._replica = open_replica(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         mesh = self._replica.mesh if self._replica else None
@@ -89,6 +92,8 @@ class Engine:
             if self._replica is not None:
                 self._replica.close()
             raise
+        self._work = ModelWork(self._model, self._pipeline)
+        self._batcher = self._open_batcher(batching or BatchLimits())
         transformer = self._model.transformer
         self.info = EngineInfo(
             model=str(checkpoint.folder),
@@ -158,7 +163,7 @@ class Engine:
             ShuttingDownError: The engine was interrupted or closed.
         """
         plan = params if isinstance(params, RequestPlan) else self.plan(as_params(params, values))
-        return self._run(plan, self._as_rollout)
+        return self._answer(self.submit(plan, "rollout"))
 
     def generate(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[GeneratedImage]:
         """Plain text-to-image generation: the bits of the diffusers pipeline, one `GeneratedImage` per sample, on the CPU.
@@ -176,7 +181,88 @@ class Engine:
             params = as_params(None, {**values, "rollout": False})
         plan = params if isinstance(params, RequestPlan) else self.plan(params)
         refuse_rollout_params(plan.params)
-        return self._run(plan, self._as_image)
+        return self._answer(self.submit(plan, "generate"))
+
+    @overload
+    def submit(
+        self, plan: RequestPlan, kind: Literal["rollout"], *, timeout_s: float | None = None, max_waiting: int | None = None
+    ) -> Accepted[Rollout]: ...
+    @overload
+    def submit(
+        self, plan: RequestPlan, kind: Literal["generate"], *, timeout_s: float | None = None, max_waiting: int | None = None
+    ) -> Accepted[GeneratedImage]: ...
+    def submit(
+        self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None, max_waiting: int | None = None
+    ) -> Accepted[Any]:
+        """Takes a planned request without waiting for its answer.
+
+        Args:
+            plan: From `plan`.
+            kind: What its samples become.
+            timeout_s: It is given up when it has not ended after so long; None: never.
+            max_waiting: It is refused where so many wait; None: never.
+
+        Raises:
+            PausedError: Between `pause` and `resume`.
+            QueueFullError: Too many wait.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        self._batcher.start()
+        finish: Callable[[RequestPlan, Finished], Any] = self._as_rollout if kind == "rollout" else self._as_image
+        return self._batcher.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
+
+    def cancel(self, accepted: Accepted[Any]) -> bool:
+        """Ends a request in a `CancelledRequestError`; its samples leave at the next step. False: it has ended already."""
+        return self._batcher.cancel(accepted)
+
+    def abort(self, request_id: str | None = None) -> int:
+        """Cancels the requests of this id, or all; returns how many there were."""
+        return self._batcher.abort(request_id)
+
+    def pause(self, mode: PauseMode = "finish") -> None:
+        """Refuses new requests and takes up none of those that wait, until `resume`.
+
+        Args:
+            mode: What becomes of those that run: they "finish", or "freeze" at their next step.
+
+        Raises:
+            InvalidRequestError: Frozen ranks would take each other for dead.
+        """
+        if mode == "freeze" and self._replica is not None:
+            raise InvalidRequestError(
+                f"mode must be finish with several ranks, got freeze with {self.info.layout.name}; use finish.", field="mode"
+            )
+        self._batcher.pause(mode)
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._batcher.resume()
+
+    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
+        """Has something done to the model while no request runs; see `Batcher.exclusive`."""
+        self._batcher.start()
+        return self._batcher.exclusive(action, mode=mode)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the threads run that work for requests; they are started by the first."""
+        return self._batcher.is_alive
+
+    def start(self) -> None:
+        """Starts the threads that work for requests, unless they run."""
+        self._batcher.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the threads to end after `interrupt`; False: one is still at its work after so long."""
+        return self._batcher.join(timeout_s)
+
+    def is_progressing(self) -> bool:
+        """Whether requests run now, and something came to an end lately, measured by what recent work took."""
+        return self._batcher.is_progressing()
+
+    def load(self) -> LoadStats:
+        """What runs and what ran, all numbers from the same moment."""
+        return self._batcher.load()
 
     def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
         """The picture of one sample's latents, e.g. of a predicted clean image.
@@ -193,16 +279,15 @@ class Engine:
             InvalidRequestError: The size is off the model's grid, or the latents are not of that size.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        with self._lock, torch.no_grad():
-            self._check_interrupt()
-            geometry = plan_geometry(self._model, height=height, width=width)
-            if tuple(latents.shape) != geometry.latent_shape:
-                raise InvalidRequestError(
-                    f"latents must have the shape {geometry.latent_shape} at {width} x {height}, got {tuple(latents.shape)}; "
-                    "give one sample's latents, without batch dimension.",
-                    field="latents",
-                )
-            return self._model.family.decode(self._pipeline, latents.to(self._model.device), geometry).cpu()
+        self._check_interrupt()
+        geometry = plan_geometry(self._model, height=height, width=width)
+        if tuple(latents.shape) != geometry.latent_shape:
+            raise InvalidRequestError(
+                f"latents must have the shape {geometry.latent_shape} at {width} x {height}, got {tuple(latents.shape)}; "
+                "give one sample's latents, without batch dimension.",
+                field="latents",
+            )
+        return self._between_steps(lambda: self._work.picture(latents.to(self._model.device), geometry))
 
     def score(
         self,
@@ -236,9 +321,9 @@ class Engine:
             raise InvalidRequestError(
                 f"score must run on an engine of one rank, got {self.info.layout.name}; start one beside it, bits are the same."
             )
-        with self._lock:
-            self._check_interrupt()
-            return score_step(
+        self._check_interrupt()
+        return self._between_steps(
+            lambda: score_step(
                 self._model,
                 latents=latents,
                 next_latents=next_latents,
@@ -247,87 +332,48 @@ class Engine:
                 record=record,
                 sde_step_indices=sde_step_indices,
             )
+        )
 
     def interrupt(self) -> None:
-        """Makes what runs, and every later call, raise `ShuttingDownError` at its next step; may be called from any thread."""
-        self._interrupted.set()
+        """Ends every request, and every later call, in a `ShuttingDownError`; may be called from any thread."""
+        self._batcher.stop(_shutting_down())
 
     def close(self) -> None:
         """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
         self.interrupt()
-        has_lock = self._acquire()
-        try:
-            if self._replica is not None:
-                self._replica.close()
-            if hasattr(self, "_model"):
-                del self._model, self._pipeline
-                if self.info.device.startswith("cuda"):
-                    torch.cuda.empty_cache()
-        finally:
-            if has_lock:
-                self._lock.release()
+        # Given up where a lost rank may hold a step for ever.
+        while not self._batcher.join(_RELEASE_S) and self.failure is None:
+            pass
+        if self._replica is not None:
+            self._replica.close()
+        if hasattr(self, "_model"):
+            self._work.release()
+            del self._model, self._pipeline
+            if self.info.device.startswith("cuda"):
+                torch.cuda.empty_cache()
 
-    def _acquire(self) -> bool:
-        """Takes the lock; gives up where a failed replica may hold its request, which is lost, in a collective for ever."""
-        while not self._lock.acquire(timeout=_RELEASE_S):
-            if self.failure is not None:
-                return False
-        return True
+    def _open_batcher(self, limits: BatchLimits) -> Batcher:
+        if self._replica is None:
+            return Batcher(self._work, limits)
+        batcher = Batcher(self._work, ONE_BY_ONE, steps=LedSteps(self._replica), max_running_requests=1)
+        self._replica.add_listener(batcher.stop)
+        return batcher
 
     def _check_interrupt(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-        if self._interrupted.is_set():
-            raise _shutting_down()
+        if (stopped := self.failure or self._batcher.stopped) is not None:
+            raise stopped
 
-    def _check_all_ranks(self) -> None:
-        """Whether the next step is to be taken; every rank comes to the same answer."""
-        assert self._replica is not None
-        if not self._replica.goes_on(self._interrupted.is_set()):
-            raise _shutting_down()
+    def _answer(self, accepted: Accepted[Any]) -> list[Any]:
+        """Waits for a request, which goes if its caller does."""
+        try:
+            return accepted.result()
+        except BaseException:
+            self._batcher.cancel(accepted)
+            raise
 
-    def _run(self, plan: RequestPlan, finish: Callable[[RequestPlan, Finished], Result]) -> list[Result]:
-        """Runs every sample of a request, in the order of the seeds; the lock is held until the last is finished."""
-        with self._lock, torch.no_grad():
-            self._check_interrupt()
-            if self._model.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self._model.device)
-            task = DenoisingTask.build(plan, self._model, self._encode(plan))
-            if self._replica is not None:
-                with self._replica.in_step():
-                    self._replica.begin(plan, task.env)
-            return [finish(plan, self._run_sample(task, seed)) for seed in plan.seeds]
-
-    def _run_sample(self, task: DenoisingTask, seed: int) -> Finished:
-        started = time.perf_counter()
-        sample = self._denoise(task, seed)
-        if sample.recorder is not None:
-            sample.recorder.check_finite(sample.latents)
-        image = self._model.family.decode(self._pipeline, sample.latents, task.plan.geometry).cpu()
-        return Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
-
-    def _denoise(self, task: DenoisingTask, seed: int) -> Sample:
-        """All steps of a sample, on every rank."""
-        if self._replica is None:
-            sample = denoising.start(task, seed)
-            denoising.denoise(task, sample, self._check_interrupt)
-            return sample
-        with self._replica.in_step():
-            self._replica.start_sample(seed)
-            sample = denoising.start(task, seed)
-            denoising.denoise(task, sample, self._check_all_ranks)
-        self._replica.finish_sample(sample.latents)
-        return sample
-
-    def _encode(self, plan: RequestPlan) -> DenoisingEnv:
-        """Encodes each distinct prompt of the request once, one prompt per call."""
-        family, pipeline = self._model.family, self._pipeline
-        encoded: dict[str, Mapping[str, EnvValue]] = {}
-        for prompt in (plan.params.prompt, plan.negative_prompt):
-            if prompt is not None and prompt not in encoded:
-                encoded[prompt] = family.encode(pipeline, prompt)
-        negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
-        return family.env(encoded[plan.params.prompt], negative, plan.geometry)
+    def _between_steps(self, action: Callable[[], T]) -> T:
+        self._batcher.start()
+        return self._batcher.between_steps(action).result()
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
         return as_image(plan, finished, weight_version=self.info.weight_version)

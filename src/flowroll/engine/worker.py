@@ -1,100 +1,45 @@
-"""One thread that runs the engine, behind a bounded queue.
+"""A server's hold on an engine: a bounded queue in front of it, and what a server has to know of its state.
 
-Owns the life of an accepted request: it ends in exactly one result or one error, whatever happens to the engine, to the
-requests around it or to the process. It knows nothing of HTTP.
+It knows nothing of HTTP. The life of an accepted request is the batcher's (batching/): it ends in exactly one result or one
+error, whatever happens to the engine, to the requests around it or to the process.
 """
 
 from __future__ import annotations
 
-import logging
-import statistics
-import threading
 import time
-from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, TypeVar, overload
 
-from flowroll.engine.engine import Engine
+from flowroll.engine.batching import Accepted, ExclusiveMode, LoadStats, PauseMode, WorkerStats
+from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import EngineError, FlowrollError, QueueFullError, RankLostError, ShuttingDownError
+from flowroll.errors import RankLostError, ShuttingDownError
 from flowroll.types import GeneratedImage, Rollout
 
-RequestKind: TypeAlias = Literal["rollout", "generate"]
-Results: TypeAlias = list[Rollout] | list[GeneratedImage]
+__all__ = ["EngineWorker", "RequestKind", "WorkerStats"]
 
-_log = logging.getLogger(__name__)
-_RECENT_REQUESTS = 32
-_MIN_RETRY_S, _MAX_RETRY_S = 1.0, 120.0
+T = TypeVar("T")
 # What a thread gets to come back from the collective of a lost rank.
 _LOST_S = 3.0
-# A request counts as stuck when it has run this many times longer than recent ones of its size, and at least the floor.
-_STALL_FACTOR, _STALL_FLOOR_S = 10.0, 60.0
-# Before anything was measured there is nothing to compare with: a first, large request on a slow device takes its time.
-_STALL_UNKNOWN_S = 1800.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerStats:
-    """One consistent look at a worker: accepted = completed + failed + pending + running, always.
-
-    Attributes:
-        accepted: Requests taken since the start.
-        completed: Of these, ended in a result.
-        failed: Of these, ended in an error.
-        pending: Waiting now.
-        running: 1 while the engine runs a request, else 0.
-    """
-
-    accepted: int
-    completed: int
-    failed: int
-    pending: int
-    running: int
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Job:
-    """An accepted request. Whoever takes it out of `_waiting` or `_running`, under the lock, ends its future."""
-
-    plan: RequestPlan
-    kind: RequestKind
-    future: Future[Results]
-    started_s: float = 0.0
-
-    @property
-    def work(self) -> int:
-        """What its time is roughly proportional to: pixels x steps x samples."""
-        geometry = self.plan.geometry
-        return geometry.height * geometry.width * self.plan.schedule.num_steps * len(self.plan.seeds)
 
 
 class EngineWorker:
-    """Runs accepted requests one after the other on its own thread. A context manager: `close` ends the thread.
+    """Gives requests to an engine's threads. A context manager: `close` ends the threads.
 
     Args:
         engine: Used by this worker alone from now on; its owner closes it, after the worker.
-        max_queue: Requests that may wait behind the one that runs.
+        max_queue: Requests that may wait behind those that run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int) -> None:
         assert max_queue >= 0
         self.engine = engine
         self._max_queue = max_queue
-        self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
-        self._accepting = True
-        self._closing = False
-        self._failure: RankLostError | None = None
-        self._accepted = self._completed = self._failed = 0
-        self._paces: deque[float] = deque(maxlen=_RECENT_REQUESTS)  # seconds per unit of work
+        self._is_draining = False
         self._last_success_s: float | None = None
-        # A daemon, so that a kernel that never returns cannot keep the process alive after `close` gave it up.
-        self._thread = threading.Thread(target=self._work, name="flowroll-engine", daemon=True)
-        self._thread.start()
-        engine.on_failure(self._fail)
+        engine.start()
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -103,37 +48,54 @@ class EngineWorker:
         self.close()
 
     @overload
-    def submit(self, plan: RequestPlan, kind: Literal["rollout"]) -> Future[list[Rollout]]: ...
+    def submit(self, plan: RequestPlan, kind: Literal["rollout"], *, timeout_s: float | None = None) -> Accepted[Rollout]: ...
     @overload
-    def submit(self, plan: RequestPlan, kind: Literal["generate"]) -> Future[list[GeneratedImage]]: ...
-    def submit(self, plan: RequestPlan, kind: RequestKind) -> Future[list[Rollout]] | Future[list[GeneratedImage]]:
+    def submit(
+        self, plan: RequestPlan, kind: Literal["generate"], *, timeout_s: float | None = None
+    ) -> Accepted[GeneratedImage]: ...
+    def submit(self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None) -> Accepted[Any]:
         """Takes a planned request; may be called from any thread.
 
         Args:
             plan: From this worker's engine.
-            kind: Which method of the engine runs it.
+            kind: What its samples become.
+            timeout_s: It is given up when it has not ended after so long; None: never.
 
         Returns:
             Ends in the engine's answer, a `FlowrollError`, or, if cancelled while it waits, in that.
 
         Raises:
+            PausedError: Generation is paused.
             QueueFullError: Too many wait; try again after its `retry_after_s`.
             ShuttingDownError: The worker takes no more requests.
         """
-        with self._changed:
-            if not self._accepting:
-                raise self._failure or _shutting_down()
-            # Counting the running one makes the answer independent of how fast the thread takes up the first.
-            taken = len(self._waiting) + (self._running is not None)
-            if taken > self._max_queue:
-                rule = f"the queue must have a free place to take a request, got {len(self._waiting)} waiting"
-                retry_s = self._retry_after_s()
-                raise QueueFullError(f"{rule}; try again in {retry_s:.0f} s.", retry_after_s=retry_s)
-            job = _Job(plan=plan, kind=kind, future=Future())
-            self._waiting.append(job)
-            self._accepted += 1
-            self._changed.notify()
-        return job.future  # type: ignore[return-value]  # the overloads tell which of the two it holds
+        if self._is_draining:
+            raise self.failure or ShuttingDownError(
+                "the server must run to answer, got a shutdown; send the request to another replica."
+            )
+        accepted = self.engine.submit(plan, kind, timeout_s=timeout_s, max_waiting=self._max_queue)
+        accepted.add_done_callback(self._note_end)
+        return accepted
+
+    def cancel(self, accepted: Accepted[Any]) -> bool:
+        """Ends a request whose caller went away, whether it waits or runs. False: it has ended already."""
+        return self.engine.cancel(accepted)
+
+    def abort(self, request_id: str | None) -> int:
+        """Cancels the requests of this id, or all; returns how many there were."""
+        return self.engine.abort(request_id)
+
+    def pause(self, mode: PauseMode) -> None:
+        """Refuses new requests, and takes up none of those that wait, until `resume`; see `Engine.pause`."""
+        self.engine.pause(mode)
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self.engine.resume()
+
+    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
+        """Has something done to the model while no request runs, before those that wait; see `Batcher.exclusive`."""
+        return self.engine.exclusive(action, mode=mode)
 
     @property
     def pending(self) -> int:
@@ -142,162 +104,54 @@ class EngineWorker:
 
     @property
     def running(self) -> int:
-        """Requests that run: 0 or 1."""
+        """Requests that were taken up and have not ended."""
         return self.stats().running
 
     @property
     def is_accepting(self) -> bool:
-        """False once `drain` or `close` was called, or the thread died."""
-        return self._accepting and self._thread.is_alive()
+        """False once `drain` or `close` was called, or a thread died. A pause refuses requests too, but ends."""
+        return not self._is_draining and self.engine.is_alive
 
     @property
     def failure(self) -> RankLostError | None:
         """Why the engine's ranks are down, which ended everything that was accepted; None while they are up."""
-        return self._failure
+        return self.engine.failure
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the threads run."""
+        return self.engine.is_alive
+
+    def load(self) -> LoadStats:
+        """What runs and what ran, all numbers from the same moment."""
+        return self.engine.load()
 
     def stats(self) -> WorkerStats:
         """The counters, all from the same moment."""
-        with self._changed:
-            return WorkerStats(
-                accepted=self._accepted,
-                completed=self._completed,
-                failed=self._failed,
-                pending=len(self._waiting),
-                running=int(self._running is not None),
-            )
+        return self.load().requests
 
     def seconds_since_success(self) -> float | None:
         """Since a request last ended in a result; None: none has."""
-        with self._changed:
-            return None if self._last_success_s is None else time.monotonic() - self._last_success_s
+        return None if self._last_success_s is None else time.monotonic() - self._last_success_s
 
     def is_progressing(self) -> bool:
-        """Whether a request runs now, and not for much longer than its size explains.
-
-        The measure is time, against the recent requests scaled by pixels, steps and samples.
-        """
-        with self._changed:
-            job = self._running
-            if job is None:
-                return False
-            allowed_s = _STALL_UNKNOWN_S
-            if self._paces:
-                allowed_s = max(_STALL_FLOOR_S, _STALL_FACTOR * self._expected_s(job))
-            return time.monotonic() - job.started_s < allowed_s
+        """Whether requests run now, and something came to an end lately, measured by what recent work took."""
+        return self.engine.is_progressing()
 
     def drain(self) -> None:
         """Takes no more requests; those that were accepted run on."""
-        with self._changed:
-            self._accepting = False
+        self._is_draining = True
 
     def close(self, *, timeout_s: float = 10.0) -> None:
-        """Interrupts the engine, fails what waits or runs with `ShuttingDownError`, ends the thread. May be called twice.
+        """Fails what waits or runs with `ShuttingDownError`, ends the threads. May be called twice.
 
         Args:
-            timeout_s: How long the engine may take to its next step. Past it the running request fails all the same, and
-                the thread is left behind.
+            timeout_s: How long the engine may take to end what it is at. Past it the threads are left behind.
         """
-        self._abandon(_shutting_down())
+        self._is_draining = True
         self.engine.interrupt()
-        self._thread.join(min(timeout_s, _LOST_S) if self._failure else timeout_s)
-        if self._thread.is_alive() and (stuck := self._running) is not None:
-            _log.error("request_id=%r does not react to the shutdown; leaving it behind", stuck.plan.request_id)
-            self._settle(stuck, error=_shutting_down())
+        self.engine.join(min(timeout_s, _LOST_S) if self.failure else timeout_s)
 
-    def _fail(self, error: RankLostError) -> None:
-        """Ends everything with the error that took the engine's ranks down; the thread may still wait for one of them."""
-        with self._changed:
-            self._failure = error
-        self._abandon(error)
-        if (running := self._running) is not None:
-            self._settle(running, error=error)
-
-    def _abandon(self, error: FlowrollError) -> None:
-        """Takes no more requests, and ends those that wait."""
-        with self._changed:
-            self._accepting = False
-            self._closing = True
-            abandoned = list(self._waiting)
-            self._waiting.clear()
-            self._failed += len(abandoned)
-            self._changed.notify_all()
-        for job in abandoned:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
-
-    def _work(self) -> None:
-        while (job := self._next_job()) is not None:
-            self._run(job)
-            # Not to keep this request's tensors until the next one comes.
-            del job
-
-    def _next_job(self) -> _Job | None:
-        with self._changed:
-            while True:
-                if self._closing:
-                    return None
-                if not self._waiting:
-                    self._changed.wait()
-                    continue
-                job = self._waiting.popleft()
-                if job.future.set_running_or_notify_cancel():
-                    job.started_s = time.monotonic()
-                    self._running = job
-                    return job
-                self._failed += 1
-
-    def _run(self, job: _Job) -> None:
-        try:
-            results: Results = self.engine.rollout(job.plan) if job.kind == "rollout" else self.engine.generate(job.plan)
-        except FlowrollError as error:
-            self._settle(job, error=error)
-        except BaseException as error:
-            # Whatever ends one request must not end the thread. The cause is not chained: its traceback holds tensors.
-            _log.exception("request_id=%r failed in the engine", job.plan.request_id)
-            self._settle(job, error=_engine_error(error))
-        else:
-            self._settle(job, results=results)
-
-    def _settle(self, job: _Job, *, results: Results | None = None, error: FlowrollError | None = None) -> None:
-        """Ends the running job's future, unless `close` has already."""
-        with self._changed:
-            if job is not self._running:
-                return
-            self._running = None
-            if results is None:
-                self._failed += 1
-            else:
-                self._completed += 1
-                self._last_success_s = time.monotonic()
-                self._paces.append((self._last_success_s - job.started_s) / job.work)
-        # Outside the lock: a future runs its callbacks here.
-        if results is None:
-            job.future.set_exception(error)
-        else:
-            job.future.set_result(results)
-
-    def _expected_s(self, job: _Job) -> float:
-        """Seconds that the job should take in all, from recent ones; 0 if there were none."""
-        return statistics.median(self._paces) * job.work if self._paces else 0.0
-
-    def _retry_after_s(self) -> float:
-        """When a place should be free: the rest of what runs now."""
-        job = self._running
-        rest_s = 0.0 if job is None else self._expected_s(job) - (time.monotonic() - job.started_s)
-        return min(max(rest_s, _MIN_RETRY_S), _MAX_RETRY_S)
-
-
-def _shutting_down() -> ShuttingDownError:
-    return ShuttingDownError("the server must run to answer, got a shutdown; send the request to another replica.")
-
-
-def _engine_error(error: BaseException) -> EngineError:
-    """What the caller may know of an unexpected failure: its kind and first line, no traceback."""
-    reason = str(error).strip().splitlines()
-    shown = f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__
-    return EngineError(f"the engine must run the request to its end, got {shown}; see the server's log for the request id.")
+    def _note_end(self, ended: Future[Any]) -> None:
+        if not ended.cancelled() and ended.exception() is None:
+            self._last_success_s = time.monotonic()
