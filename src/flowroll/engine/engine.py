@@ -254,7 +254,7 @@ class Engine:
 
     def join(self, timeout_s: float) -> bool:
         """Waits for the threads to end after `interrupt`; False: one is still at its work after so long."""
-        return self._batcher.join(timeout_s)
+        return self._batcher.halt(timeout_s)
 
     def is_progressing(self) -> bool:
         """Whether requests run now, and something came to an end lately, measured by what recent work took."""
@@ -342,7 +342,7 @@ class Engine:
         """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
         self.interrupt()
         # Given up where a lost rank may hold a step for ever.
-        while not self._batcher.join(_RELEASE_S) and self.failure is None:
+        while not self._batcher.halt(_RELEASE_S) and self.failure is None:
             pass
         if self._replica is not None:
             self._replica.close()

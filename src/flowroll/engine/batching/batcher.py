@@ -228,8 +228,8 @@ class Batcher:
         _log.error("the engine's threads cannot go on", exc_info=error)
         self.stop(engine_error(error))
 
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Ends the threads after what they are at; False: one is still at it after so long. Call `stop` first."""
+    def halt(self, timeout_s: float | None = None) -> bool:
+        """Ends the threads after what they are at; False: one is still at it after so long. `start` starts others."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads.values():
             thread.stop()
@@ -238,6 +238,7 @@ class Batcher:
                 thread.join(None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0))
         if any(thread.is_alive for thread in self._threads.values()):
             return False
+        self._threads = {}
         self.stepping.let_go()
         return True
 
