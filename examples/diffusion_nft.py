@@ -33,7 +33,7 @@ _MAX_GRADIENT = 1.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, and writes the curve."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add_arguments(parser)
+    add_arguments(parser, learning_rate=2e-4)
     parser.add_argument("--strength", type=float, default=1.0, help="b: how far the implicit policies lie from the old one")
     parser.add_argument("--noise-levels", type=int, default=3, help="per sample and update")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps of a round")

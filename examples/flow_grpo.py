@@ -1,13 +1,14 @@
 """Flow-GRPO against a running server: the policy learns from rewards to draw what the prompt says.
 
-    python -m examples.flow_grpo --out runs/sde                    # every step stochastic
-    python -m examples.flow_grpo --out runs/window --window 2      # two stochastic steps, moved every round
+    python -m examples.flow_grpo --out runs/sde                                         # every step stochastic
+    python -m examples.flow_grpo --out runs/window --window 2 --learning-rate 5e-4      # the first two
     python -m examples.flow_grpo --out runs/cps --dynamics cps
 
 Rollouts come over HTTP, are replayed with gradients, and the new weights go back to the server. Before the first update of a
 round every ratio is exactly 1; the run stops if one is not.
 
-Reference: Liu et al., "Flow-GRPO" (arXiv:2505.05470); the window is that of Li et al., "MixGRPO" (arXiv:2507.21802).
+Reference: Liu et al., "Flow-GRPO" (arXiv:2505.05470); stochastic steps in a window alone, which they move along: Li et al.,
+"MixGRPO" (arXiv:2507.21802).
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options_of(parsed)
     learner = Learner(options, updates=parsed.updates)
     request: dict[str, Any] = {"sde_type": parsed.dynamics, "noise_level": parsed.noise_level}
+    if parsed.dynamics == "cps":
+        # Its std falls to 0 along the steps: with the constants the last of them would outweigh all others.
+        request["log_prob_no_const"] = True
     kind = parsed.dynamics if parsed.window is None else f"{parsed.dynamics}, {parsed.window} steps"
     if parsed.window is not None:
         # The early steps, where it is decided what is drawn.

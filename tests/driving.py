@@ -36,7 +36,7 @@ def generate_here(engine: Engine, **fields: Any) -> list[GeneratedImage]:
 
 
 def _answer_here(engine: Engine, params: SamplingParams, finish: Any) -> list[Any]:
-    assert engine._batcher.halt(10.0)
-    accepted = engine._batcher.submit(engine.plan(params), finish)
-    drive_to_end(engine._batcher, accepted)
+    assert engine.batcher.halt(10.0)
+    accepted = engine.batcher.submit(engine.plan(params), finish)
+    drive_to_end(engine.batcher, accepted)
     return accepted.result()

@@ -57,11 +57,11 @@ class Options:
     out: Path
     family: str = "qwen_image"
     seed: int = 0
-    rounds: int = 30
+    rounds: int = 20
     prompts: int = 8
     group_size: int = 8
     num_steps: int = 6
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     evaluate_every: int = 5
     mistake: str | None = None
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from examples.shapes.world import SCENES, draw
+from examples.shapes.world import GROUND, SCENES, draw
 
 _LEARNING_RATE = 2e-3
-_KL_WEIGHT = 1e-5
+# Of the penalty that keeps latents near 0.
+_PULL = 0.01
+_SHAPE_WEIGHT = 5.0
 # Added to the latents of a picture, so that the decoder forgives what a denoiser gets a little wrong.
 _LATENT_NOISE = 0.1
 
@@ -41,6 +45,7 @@ def train(
         report: Called with the step and the loss.
     """
     vae.train()
+    _flatten_time(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.05)
     for step in range(steps):
@@ -48,16 +53,17 @@ def train(
         posterior = vae.encode(_frames(vae, images)).latent_dist
         latents = posterior.mean + _LATENT_NOISE * torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decode(latents).sample.reshape(images.shape)
-        error = decoded - images
-        loss = (
-            error.square().mean() + 0.2 * error.abs().mean() + _KL_WEIGHT * posterior.mean.square().mean() * latents[0].numel()
-        )
+        # The ground is most of a picture, and the easy part.
+        weight = 1 + _SHAPE_WEIGHT * (images - (2 * GROUND - 1)).abs().amax(dim=1, keepdim=True)
+        error = weight * (decoded - images)
+        loss = (error * (decoded - images)).mean() + 0.2 * error.abs().mean() + _PULL * posterior.mean.square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         report(step, float(loss.detach()))
+    _restore_time(vae)
     vae.eval()
     _set_scale(vae, generator)
 
@@ -82,6 +88,29 @@ def _set_scale(vae: AutoencoderKL | AutoencoderKLQwenImage, generator: torch.Gen
         vae.register_to_config(latents_mean=means.mean(dims).tolist(), latents_std=means.std(dims).tolist())
     else:
         vae.register_to_config(shift_factor=float(means.mean()), scaling_factor=float(1 / means.std()))
+
+
+def _flatten_time(vae: nn.Module) -> None:
+    """Runs convolutions over time in two dimensions: before a video's first frame there are zeros, which weigh nothing.
+
+    The last slice of a kernel is what meets the frame; the others are never trained. Four times as fast on a CPU.
+    """
+
+    def run(convolution: nn.Conv3d, frame: Tensor, cache: None = None) -> Tensor:
+        assert frame.shape[2] == 1 and cache is None
+        left, _, top, _, _, _ = convolution._padding
+        kernel, stride = convolution.weight[:, :, -1], convolution.stride[1:]
+        return F.conv2d(frame[:, :, 0], kernel, convolution.bias, stride=stride, padding=(top, left)).unsqueeze(2)
+
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.forward = functools.partial(run, module)
+
+
+def _restore_time(vae: nn.Module) -> None:
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            del module.forward
 
 
 def _frames(vae: AutoencoderKL | AutoencoderKLQwenImage, images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Trains a pipeline's transformer to draw the world's prompts.
 
-The captions are noisy on purpose: a third of them belong to another picture. So the model knows what a prompt means and draws
+The captions are noisy on purpose: a quarter of them belong to another picture. So the model knows what a prompt means and draws
 something else now and then, as real models do, which guidance and reinforcement learning can both put right.
 """
 
@@ -19,7 +19,7 @@ from examples.shapes.world import SCENES
 from flowroll.families import Family
 
 _LEARNING_RATE = 2e-3
-_WRONG_CAPTIONS, _NO_CAPTIONS = 0.35, 0.1
+_WRONG_CAPTIONS, _NO_CAPTIONS = 0.25, 0.1
 _PICTURES, _CHUNK = 4096, 64
 # Noise levels are drawn evenly, then moved towards 1, where it is decided what is drawn.
 _SIGMA_SHIFT = 2.0

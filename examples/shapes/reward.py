@@ -9,7 +9,7 @@ from torch import Tensor
 from examples.shapes.world import COLOURS, coverage, scene_of
 
 # How far a pixel's colour may be from the prompt's, as a standard deviation of each channel.
-_COLOUR_STD = 0.15
+_COLOUR_STD = 0.2
 
 
 def reward(image: Float[Tensor, "3 1 height width"], prompt: str) -> float:

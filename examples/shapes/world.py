@@ -15,11 +15,11 @@ from torch import Tensor
 SIZE = 64
 GROUND = 0.1
 COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.9, 0.15, 0.15),
-    "green": (0.15, 0.75, 0.2),
-    "blue": (0.2, 0.35, 0.95),
-    "yellow": (0.95, 0.85, 0.2),
-    "pink": (0.95, 0.5, 0.75),
+    "red": (0.9, 0.1, 0.1),
+    "green": (0.1, 0.8, 0.1),
+    "blue": (0.15, 0.25, 0.95),
+    "yellow": (0.95, 0.85, 0.1),
+    "pink": (0.95, 0.3, 0.85),
     "white": (0.95, 0.95, 0.95),
 }
 SHAPES = ("circle", "square", "triangle")

@@ -10,11 +10,15 @@ from tests.serving.servers import serving
 from flowroll.engine.worker import EngineWorker
 from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
+from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
 ROUTES = {
     "/rollout/generate": {"post"},
     "/generate": {"post"},
     "/v1/images/generations": {"post"},
+    "/update_weights_from_disk": {"post"},
+    "/get_weights_checksum": {"post"},
+    "/verify_weights": {"post"},
     "/v1/models": {"get"},
     "/health": {"get"},
     "/health_generate": {"get"},
@@ -36,7 +40,14 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("path", "model"),
-    [("/rollout/generate", RolloutRequest), ("/generate", GenerateRequest), ("/v1/images/generations", ImagesRequest)],
+    [
+        ("/rollout/generate", RolloutRequest),
+        ("/generate", GenerateRequest),
+        ("/v1/images/generations", ImagesRequest),
+        ("/update_weights_from_disk", UpdateFromDiskRequest),
+        ("/get_weights_checksum", ChecksumRequest),
+        ("/verify_weights", VerifyRequest),
+    ],
 )
 def test_request_bodies_show_every_field_with_its_description(
     document: dict[str, Any], path: str, model: type[BaseModel]

@@ -19,7 +19,10 @@ Model: TypeAlias = Annotated[
     ),
 ]
 Variant: TypeAlias = Annotated[
-    str | None, typer.Option(help="Variant of the model family, e.g. turbo.", show_default="the folder's flowroll.json, else the family's first")
+    str | None,
+    typer.Option(
+        help="Variant of the model family, e.g. turbo.", show_default="the folder's flowroll.json, else the family's first"
+    ),
 ]
 Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto: bfloat16 on CUDA, float32 on the CPU.")

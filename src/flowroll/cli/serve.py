@@ -32,6 +32,14 @@ def serve(
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one request.")] = 1000,
     max_outputs: Annotated[int, typer.Option(min=1, help="Samples of one request.")] = 64,
     max_answer_bytes: Annotated[int, typer.Option(min=1, help="Tensors of one request's answer.")] = 16 * 2**30,
+    weights_roots: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--weights-root",
+            metavar="DIR",
+            help="A folder from which clients may have weights read; may be given several times.",
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
@@ -62,6 +70,7 @@ def serve(
             api_key=api_key,
             wire_format=wire_format,
             wire_dialect=wire_dialect,
+            weights_roots=tuple(map(str, weights_roots or ())),
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
             grace_s=grace_s,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_rollout_params
-from flowroll.engine.batching import Accepted, Batcher, BatchLimits, ExclusiveMode, LoadStats, PauseMode
+from flowroll.engine.batching import Accepted, Batcher, BatchLimits, ExclusiveMode
 from flowroll.engine.batching.limits import ONE_BY_ONE
 from flowroll.engine.batching.steps import LedSteps
 from flowroll.engine.checkpoint import examine_checkpoint
@@ -25,13 +24,22 @@ from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
 from flowroll.engine.scoring import score_step
+from flowroll.engine.weight_store import WeightStore
+from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
 from flowroll.engine.work import ModelWork
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
-from flowroll.types import DenoisingEnv, GeneratedImage, Layout, Rollout, SamplingParams, SamplingRecord
+from flowroll.types import (
+    DenoisingEnv,
+    GeneratedImage,
+    Layout,
+    Rollout,
+    SamplingParams,
+    SamplingRecord,
+    WeightUpdate,
+)
 
-_INITIAL_WEIGHT_VERSION = "0"
 # How long a failed replica may take to let go of the request that it failed.
 _RELEASE_S = 5.0
 T = TypeVar("T")
@@ -62,6 +70,8 @@ class Engine:
         RankLostError: A rank ended before it was up.
     """
 
+    # Runs its requests: cancels, pauses, counts them; see `Batcher`.
+    batcher: Batcher
     # Of an engine with several ranks.
     _replica: Replica | None = None
 
@@ -92,8 +102,9 @@ class Engine:
             if self._replica is not None:
                 self._replica.close()
             raise
-        self._work = ModelWork(self._model, self._pipeline)
-        self._batcher = self._open_batcher(batching or BatchLimits())
+        self._weights = WeightStore(self._pipeline, self._replica)
+        self._work = ModelWork(self._model, self._pipeline, self._weights.versions)
+        self.batcher = self._open_batcher(batching or BatchLimits())
         transformer = self._model.transformer
         self.info = EngineInfo(
             model=str(checkpoint.folder),
@@ -105,7 +116,6 @@ class Engine:
             parameters=count_parameters(transformer),
             layout=layout,
             transformer_bytes=sum(parameter.nbytes for parameter in transformer.parameters()),
-            weight_version=_INITIAL_WEIGHT_VERSION,
             limits=limits,
             defaults=self._model.family.variants[self._model.variant],
             pixel_unit=self._model.spec.pixel_unit,
@@ -118,13 +128,18 @@ class Engine:
         return self._replica.failure if self._replica else None
 
     @property
+    def weight_version(self) -> str:
+        """Version of the weights in memory."""
+        return self._weights.versions.current
+
+    @property
     def rank_pids(self) -> Mapping[int, int]:
         """Process ids of the ranks that this engine started, by rank."""
         return self._replica.pids if self._replica else {}
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """Bytes that rank 0 has received from other ranks during forwards, by mesh axis."""
+        """Bytes that rank 0 has received from other ranks, by mesh axis."""
         return {str(axis): count for axis, count in self._replica.mesh.received_bytes.items()} if self._replica else {}
 
     def on_failure(self, listener: FailureListener) -> None:
@@ -143,12 +158,14 @@ class Engine:
 
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit.
+            OutdatedWeightsError: The weights are older than the request demands.
             ShuttingDownError: The engine was interrupted or closed.
         """
         self._check_interrupt()
         model: LoadedModel | None = getattr(self, "_model", None)
         if model is None:  # closed since the check
             raise _shutting_down()
+        self._weights.versions.demand(params.min_weight_version)
         return plan_request(params, model, self.info.limits)
 
     def rollout(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[Rollout]:
@@ -207,62 +224,9 @@ class Engine:
             QueueFullError: Too many wait.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        self._batcher.start()
+        self.batcher.start()
         finish: Callable[[RequestPlan, Finished], Any] = self._as_rollout if kind == "rollout" else self._as_image
-        return self._batcher.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
-
-    def cancel(self, accepted: Accepted[Any]) -> bool:
-        """Ends a request in a `CancelledRequestError`; its samples leave at the next step. False: it has ended already."""
-        return self._batcher.cancel(accepted)
-
-    def abort(self, request_id: str | None = None) -> int:
-        """Cancels the requests of this id, or all; returns how many there were."""
-        return self._batcher.abort(request_id)
-
-    def pause(self, mode: PauseMode = "finish") -> None:
-        """Refuses new requests and takes up none of those that wait, until `resume`.
-
-        Args:
-            mode: What becomes of those that run: they "finish", or "freeze" at their next step.
-
-        Raises:
-            InvalidRequestError: Frozen ranks would take each other for dead.
-        """
-        if mode == "freeze" and self._replica is not None:
-            raise InvalidRequestError(
-                f"mode must be finish with several ranks, got freeze with {self.info.layout.name}; use finish.", field="mode"
-            )
-        self._batcher.pause(mode)
-
-    def resume(self) -> None:
-        """Goes on after `pause`."""
-        self._batcher.resume()
-
-    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
-        """Has something done to the model while no request runs; see `Batcher.exclusive`."""
-        self._batcher.start()
-        return self._batcher.exclusive(action, mode=mode)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the threads run that work for requests; they are started by the first."""
-        return self._batcher.is_alive
-
-    def start(self) -> None:
-        """Starts the threads that work for requests, unless they run."""
-        self._batcher.start()
-
-    def join(self, timeout_s: float) -> bool:
-        """Waits for the threads to end after `interrupt`; False: one is still at its work after so long."""
-        return self._batcher.halt(timeout_s)
-
-    def is_progressing(self) -> bool:
-        """Whether requests run now, and something came to an end lately, measured by what recent work took."""
-        return self._batcher.is_progressing()
-
-    def load(self) -> LoadStats:
-        """What runs and what ran, all numbers from the same moment."""
-        return self._batcher.load()
+        return self.batcher.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
 
     def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
         """The picture of one sample's latents, e.g. of a predicted clean image.
@@ -334,20 +298,109 @@ class Engine:
             )
         )
 
+    def update_weights_from_disk(
+        self,
+        folder: str | Path,
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: ExclusiveMode = "drain",
+    ) -> WeightUpdate:
+        """Replaces the weights of a module by others of the same shapes: all of them, or, whatever goes wrong, none.
+
+        Requests go on while the files are read and checked; then the change waits for those that run. With several ranks
+        each reads its own part, from the same path, when its turn has come. Afterwards rollouts have the bits of an engine that
+        was started on the new weights.
+
+        Args:
+            folder: A checkpoint folder, whose subfolder of the module's name is read; the module's own folder; or one
+                .safetensors file.
+            module: "transformer" or "vae".
+            weight_version: Of the new weights; None: one more than the highest number that a version had so far.
+            mode: What becomes of the requests that run: "drain": they finish first; "abort": they are done again, wholly, with
+                the new weights.
+
+        Raises:
+            InvalidRequestError: Another module, or a version that is no short text.
+            WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        staged = self.stage_weights(find_weights(folder, module))
+        return self.commit_weights(staged, weight_version=weight_version, mode=mode)
+
+    def stage_weights(self, files: WeightFiles) -> StagedWeights:
+        """The first half of an update: reads and checks; may be called from any thread, while requests run.
+
+        Raises:
+            WeightsRejectedError: Files that cannot be read to their end, or are not the module's.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        self._check_interrupt()
+        return self._weights.stage(files)
+
+    def commit_weights(
+        self, staged: StagedWeights, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
+    ) -> WeightUpdate:
+        """The second half: exchanges the weights once no request runs.
+
+        Args:
+            staged: From `stage_weights`.
+            weight_version: Of the new weights; None: one more than the highest number that a version had so far.
+            mode: What becomes of the requests that run; see `Batcher.exclusive`.
+
+        Raises:
+            InvalidRequestError: A version that is no short text.
+            WeightsRejectedError: Another rank cannot read its part. Everything is as it was.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        return self._alone(lambda: self._weights.commit(staged, weight_version), mode)
+
+    def weights_checksum(self, module: str = "transformer") -> str:
+        """sha256 over the module's tensors in the order of their names, of each its name and then its bytes, of all ranks.
+
+        Waits for the requests that run. `flowroll.replay.weights_checksum` is the same for a trainer's module.
+
+        Args:
+            module: "transformer", "text_encoder" or "vae".
+
+        Raises:
+            InvalidRequestError: Another module.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        return self._alone(lambda: self._weights.checksum(module))
+
+    def verify_weights(self, expected: Iterable[tuple[str, str]], *, module: str = "transformer") -> int:
+        """Compares every tensor of a module with what the caller expects. Waits for the requests that run.
+
+        Args:
+            expected: Name and sha256 of the raw bytes, of every tensor.
+            module: "transformer", "text_encoder" or "vae".
+
+        Returns:
+            How many tensors there are.
+
+        Raises:
+            WeightsMismatchError: Names that are unknown, missing or doubled, or tensors that differ; lists them.
+            InvalidRequestError: Another module.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        return self._alone(lambda: self._weights.verify(expected, module))
+
     def interrupt(self) -> None:
         """Ends every request, and every later call, in a `ShuttingDownError`; may be called from any thread."""
-        self._batcher.stop(_shutting_down())
+        self.batcher.stop(_shutting_down())
 
     def close(self) -> None:
         """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
         self.interrupt()
         # Given up where a lost rank may hold a step for ever.
-        while not self._batcher.halt(_RELEASE_S) and self.failure is None:
+        while not self.batcher.halt(_RELEASE_S) and self.failure is None:
             pass
         if self._replica is not None:
             self._replica.close()
         if hasattr(self, "_model"):
             self._work.release()
+            self._weights.release()
             del self._model, self._pipeline
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -360,7 +413,7 @@ class Engine:
         return batcher
 
     def _check_interrupt(self) -> None:
-        if (stopped := self.failure or self._batcher.stopped) is not None:
+        if (stopped := self.failure or self.batcher.stopped) is not None:
             raise stopped
 
     def _answer(self, accepted: Accepted[Any]) -> list[Any]:
@@ -368,19 +421,27 @@ class Engine:
         try:
             return accepted.result()
         except BaseException:
-            self._batcher.cancel(accepted)
+            self.batcher.cancel(accepted)
             raise
 
+    def _alone(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
+        """Does it while no request runs; at once where that is the case already, inside of an `exclusive` action."""
+        self._check_interrupt()
+        if self.batcher.is_alone:
+            return action()
+        self.batcher.start()
+        return self.batcher.exclusive(action, mode=mode).result()
+
     def _between_steps(self, action: Callable[[], T]) -> T:
-        self._batcher.start()
-        return self._batcher.between_steps(action).result()
+        self.batcher.start()
+        return self.batcher.between_steps(action).result()
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
-        return as_image(plan, finished, weight_version=self.info.weight_version)
+        return as_image(plan, finished, weight_version=self.weight_version)
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
         peak_memory_mb = self._peak_memory_mb()
-        return as_rollout(plan, finished, weight_version=self.info.weight_version, peak_memory_mb=peak_memory_mb)
+        return as_rollout(plan, finished, weight_version=self.weight_version, peak_memory_mb=peak_memory_mb)
 
     def _peak_memory_mb(self) -> float:
         if self._model.device.type == "cuda":

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowroll.engine.denoising import DenoisingTask, Sample
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.versions import WeightVersions
 from flowroll.families import Geometry
 from flowroll.types import DenoisingEnv, EnvValue
 
@@ -23,16 +24,23 @@ class ModelWork:
     Args:
         model: The model.
         pipeline: The diffusers pipeline that holds its modules.
+        versions: Of the weights.
     """
 
-    def __init__(self, model: LoadedModel, pipeline: Any) -> None:
+    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions) -> None:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
+        self._versions = versions
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it decodes.
         self._decoder = threading.Lock()
 
     def encode(self, plan: RequestPlan) -> DenoisingTask:
-        """The request's conditioning and schedule: each distinct prompt encoded once, one prompt per call."""
+        """The request's conditioning and schedule: each distinct prompt encoded once, one prompt per call.
+
+        Raises:
+            OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
+        """
+        self._versions.demand(plan.params.min_weight_version)
         model, pipeline = self._get()
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)

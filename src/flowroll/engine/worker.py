@@ -6,6 +6,7 @@ error, whatever happens to the engine, to the requests around it or to the proce
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,14 +14,16 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
 from flowroll.engine.batching import Accepted, ExclusiveMode, LoadStats, PauseMode, WorkerStats
+from flowroll.engine.batching.steps import engine_error
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import RankLostError, ShuttingDownError
+from flowroll.errors import FlowrollError, RankLostError, ShuttingDownError
 from flowroll.types import GeneratedImage, Rollout
 
 __all__ = ["EngineWorker", "RequestKind", "WorkerStats"]
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 # What a thread gets to come back from the collective of a lost rank.
 _LOST_S = 3.0
 
@@ -39,7 +42,7 @@ class EngineWorker:
         self._max_queue = max_queue
         self._is_draining = False
         self._last_success_s: float | None = None
-        engine.start()
+        engine.batcher.start()
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -69,33 +72,51 @@ class EngineWorker:
             QueueFullError: Too many wait; try again after its `retry_after_s`.
             ShuttingDownError: The worker takes no more requests.
         """
-        if self._is_draining:
-            raise self.failure or ShuttingDownError(
-                "the server must run to answer, got a shutdown; send the request to another replica."
-            )
+        self._check_draining()
         accepted = self.engine.submit(plan, kind, timeout_s=timeout_s, max_waiting=self._max_queue)
         accepted.add_done_callback(self._note_end)
         return accepted
 
     def cancel(self, accepted: Accepted[Any]) -> bool:
         """Ends a request whose caller went away, whether it waits or runs. False: it has ended already."""
-        return self.engine.cancel(accepted)
+        return self.engine.batcher.cancel(accepted)
 
     def abort(self, request_id: str | None) -> int:
         """Cancels the requests of this id, or all; returns how many there were."""
-        return self.engine.abort(request_id)
+        return self.engine.batcher.abort(request_id)
 
     def pause(self, mode: PauseMode) -> None:
-        """Refuses new requests, and takes up none of those that wait, until `resume`; see `Engine.pause`."""
-        self.engine.pause(mode)
+        """Refuses new requests, and takes up none of those that wait, until `resume`; see `Batcher.pause`."""
+        self.engine.batcher.pause(mode)
 
     def resume(self) -> None:
         """Goes on after `pause`."""
-        self.engine.resume()
+        self.engine.batcher.resume()
 
-    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
-        """Has something done to the model while no request runs, before those that wait; see `Batcher.exclusive`."""
-        return self.engine.exclusive(action, mode=mode)
+    def between_requests(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
+        """Has something done to the engine while no request runs, before those that wait; see `Batcher.exclusive`.
+
+        There is no limit on how many wait: callers take turns.
+
+        Returns:
+            Ends in what the action returns or raises; any other exception than a `FlowrollError` as an `EngineError`.
+
+        Raises:
+            ShuttingDownError: The worker takes nothing more.
+        """
+        self._check_draining()
+
+        def guarded() -> T:
+            try:
+                return action()
+            except FlowrollError:
+                raise
+            except BaseException as error:
+                _log.exception("what was to be done between requests failed in the engine")
+                # Not chained: its traceback holds tensors.
+                raise engine_error(error) from None
+
+        return self.engine.batcher.exclusive(guarded, mode=mode)
 
     @property
     def pending(self) -> int:
@@ -110,7 +131,7 @@ class EngineWorker:
     @property
     def is_accepting(self) -> bool:
         """False once `drain` or `close` was called, or a thread died. A pause refuses requests too, but ends."""
-        return not self._is_draining and self.engine.is_alive
+        return not self._is_draining and self.engine.batcher.is_alive
 
     @property
     def failure(self) -> RankLostError | None:
@@ -120,11 +141,11 @@ class EngineWorker:
     @property
     def is_alive(self) -> bool:
         """Whether the threads run."""
-        return self.engine.is_alive
+        return self.engine.batcher.is_alive
 
     def load(self) -> LoadStats:
         """What runs and what ran, all numbers from the same moment."""
-        return self.engine.load()
+        return self.engine.batcher.load()
 
     def stats(self) -> WorkerStats:
         """The counters, all from the same moment."""
@@ -136,21 +157,30 @@ class EngineWorker:
 
     def is_progressing(self) -> bool:
         """Whether requests run now, and something came to an end lately, measured by what recent work took."""
-        return self.engine.is_progressing()
+        return self.engine.batcher.is_progressing()
 
     def drain(self) -> None:
         """Takes no more requests; those that were accepted run on."""
         self._is_draining = True
 
-    def close(self, *, timeout_s: float = 10.0) -> None:
+    def close(self, *, timeout_s: float = 10.0) -> bool:
         """Fails what waits or runs with `ShuttingDownError`, ends the threads. May be called twice.
 
         Args:
             timeout_s: How long the engine may take to end what it is at. Past it the threads are left behind.
+
+        Returns:
+            Whether the threads have ended.
         """
         self._is_draining = True
         self.engine.interrupt()
-        self.engine.join(min(timeout_s, _LOST_S) if self.failure else timeout_s)
+        return self.engine.batcher.halt(min(timeout_s, _LOST_S) if self.failure else timeout_s)
+
+    def _check_draining(self) -> None:
+        if self._is_draining:
+            raise self.failure or ShuttingDownError(
+                "the server must run to answer, got a shutdown; send the request to another replica."
+            )
 
     def _note_end(self, ended: Future[Any]) -> None:
         if not ended.cancelled() and ended.exception() is None:

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flowroll.families.products import attention_is_independent, parts_of, product
+
 # Elements between which element-wise kernels may pass from one thread or kind of code to another: two vectors of 64 bytes, in
 # the smallest dtype that we run.
 _VECTORS = 64
 # torch divides element-wise work among threads in parts of at least this many elements.
 _GRAIN = 32768
-# Where torch's allocator puts a tensor; products of few rows depend on it.
-_ALLOCATED = 64
 
 
 class PerSample(TorchFunctionMode):
@@ -47,6 +47,7 @@ class PerSample(TorchFunctionMode):
         super().__init__()
         self._num_samples = len(same_conditioning)
         self._same = same_conditioning
+        self._distinct = list(dict.fromkeys(same_conditioning))
         self._entries = 1
 
     def forward(self, transformer: Callable[..., Any], call: Mapping[str, Any], entries: int) -> Any:
@@ -64,59 +65,69 @@ class PerSample(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handle = _HANDLERS.get(func)
-        return func(*args, **kwargs) if handle is None else handle(self, func, args, kwargs)
+        return func(*args, **kwargs) if handle is None else handle(self, func, *args, **kwargs)
 
-    def linear(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """A product per sample, of the rows that it has alone; one for all samples whose conditioning is the same."""
-        inputs, *weights = args
-        parts = self._split(inputs)
-        if inputs.ndim != 2 or len(inputs) != self._num_samples * self._entries:
-            return torch.cat([func(part, *weights, **kwargs) for part in parts])
+    def linear(
+        self, func: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Products of the rows that each sample has alone, once for samples of the same conditioning."""
+        if inputs.ndim != 2 or len(inputs) != self._num_samples * self._entries or len(self._distinct) == self._num_samples:
+            return product(inputs, self._num_samples, weight, bias)
         # One row per entry, without a sequence: a function of the conditioning.
-        products = {first: func(parts[first], *weights, **kwargs) for first in dict.fromkeys(self._same)}
+        parts = parts_of(inputs, self._num_samples)
+        distinct = product(torch.cat([parts[first] for first in self._distinct]), len(self._distinct), weight, bias)
+        products = dict(zip(self._distinct, torch.split(distinct, self._entries), strict=True))
         return torch.cat([products[first] for first in self._same])
 
-    def pointwise(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def attention(
+        self,
+        func: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The whole batch at once where that is known to change nothing; else each sample's."""
+        if attn_mask is None and attention_is_independent(query, key, self._num_samples):
+            return func(query, key, value, **options)
+        return self.each(func, query, key, value, attn_mask=attn_mask, **options)
+
+    def pointwise(self, func: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         """The whole tensor at once, where no sample has elements at an end of a part; else each sample's."""
         inputs: Tensor = args[0]
         total = inputs.numel()
         own, rest = divmod(total, self._num_samples)
         if inputs.device.type != "cpu" or (not rest and _in_whole_vectors(own) and _in_whole_vectors(total)):
-            return func(*args, **kwargs)
-        return self.each(func, args, kwargs)
+            return func(*args, **options)
+        return self.each(func, *args, **options)
 
-    def product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def multiply(self, func: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """A product of real numbers is one rounded operation; of complex numbers it is several."""
         if any(isinstance(factor, Tensor) and factor.is_complex() for factor in args):
-            return self.pointwise(func, args, kwargs)
-        return func(*args, **kwargs)
+            return self.pointwise(func, *args, **options)
+        return func(*args, **options)
 
-    def each(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def each(self, func: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         """The function of each sample's part of every batched argument."""
-        batched: Tensor = args[0] if args else kwargs["query"]
+        batched: Tensor = args[0]
         if batched.ndim == 1:
             # Of no sample: a table of frequencies.
-            return func(*args, **kwargs)
+            return func(*args, **options)
 
         def parts(value: Any) -> Sequence[Any]:
             # What is broadcast along the samples has fewer dimensions, whatever its length.
             is_batched = isinstance(value, Tensor) and value.ndim == batched.ndim and len(value) == len(batched)
-            return self._split(value) if is_batched else [value] * self._num_samples
+            return parts_of(value, self._num_samples) if is_batched else [value] * self._num_samples
 
         columns = [parts(value) for value in args]
-        named = {name: parts(value) for name, value in kwargs.items()}
+        named = {name: parts(value) for name, value in options.items()}
         return torch.cat(
             [
                 func(*(column[i] for column in columns), **{name: column[i] for name, column in named.items()})
                 for i in range(self._num_samples)
             ]
         )
-
-    def _split(self, batched: Tensor) -> list[Tensor]:
-        """Each sample's part, where memory of its own would lie."""
-        assert len(batched) % self._num_samples == 0
-        parts = torch.split(batched, len(batched) // self._num_samples)
-        return [part if part.data_ptr() % _ALLOCATED == 0 else part.clone() for part in parts]
 
 
 def _in_whole_vectors(numel: int) -> bool:
@@ -129,8 +140,8 @@ def _in_whole_vectors(numel: int) -> bool:
 
 _HANDLERS: Mapping[Any, Callable[..., Any]] = {
     F.linear: PerSample.linear,
-    F.scaled_dot_product_attention: PerSample.each,
-    Tensor.mul: PerSample.product,
+    F.scaled_dot_product_attention: PerSample.attention,
+    Tensor.mul: PerSample.multiply,
     **dict.fromkeys(
         (F.silu, F.gelu, Tensor.tanh, torch.tanh, torch.sigmoid, Tensor.sigmoid, torch.exp, torch.sin, torch.cos),
         PerSample.pointwise,

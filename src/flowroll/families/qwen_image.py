@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output
+from flowroll.families.base import MAX_TEXT_TOKENS, Call, Family, Guidance, Output
+from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import linspace_float64
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
 

@@ -6,6 +6,7 @@ are those of the engine, through `families/` and `sampling/`.
 """
 
 from flowroll.families.alignment import align_weights
+from flowroll.families.checksums import tensor_checksums, weights_checksum
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
 from flowroll.replay.causes import Cause
 from flowroll.replay.forward import velocities
@@ -28,5 +29,7 @@ __all__ = [
     "normalised_ratio",
     "ratio",
     "score",
+    "tensor_checksums",
     "velocities",
+    "weights_checksum",
 ]

@@ -43,10 +43,20 @@ async def accept_request(request: Request, services: Services, model: type[Reque
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
-    _check_media_type(request.headers)
-    body = await _read_body(request, services.config.max_body_bytes)
+    body = await read_body(request, services)
     # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
     return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
+
+
+async def read_body(request: Request, services: Services) -> bytes:
+    """The body of a request that has to be JSON.
+
+    Raises:
+        MalformedRequestError: It is sent as something else.
+        PayloadTooLargeError: It is longer than the server accepts.
+    """
+    _check_media_type(request.headers)
+    return await _receive(request, services.config.max_body_bytes)
 
 
 def _plan(engine: Engine, model: type[RequestT], body: bytes, exchange: Exchange) -> tuple[RequestT, RequestPlan]:
@@ -76,7 +86,7 @@ def _check_media_type(headers: Headers) -> None:
         )
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _receive(request: Request, max_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes, f"{declared} bytes")

@@ -76,17 +76,15 @@ def serve(config: ServerConfig) -> None:
 
 def _close(engine: Engine, worker: EngineWorker | None) -> None:
     """Ends the worker's thread, then the engine with its ranks."""
-    if worker is not None:
-        worker.close()
-        if worker.is_alive and engine.info.layout.num_ranks > 1:
+    if worker is not None and not worker.close():
+        if engine.info.layout.num_ranks > 1:
             # Stuck with the other ranks, on a GPU perhaps in a collective of one that is lost: an orderly exit would wait for
             # it.
             if engine.failure is not None:
                 _log.error("Error: %s", engine.failure.message)
             logging.shutdown()
             os._exit(1)
-        if worker.is_alive:
-            return
+        return
     engine.close()
 
 

@@ -12,6 +12,7 @@ from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
+from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
 _REF = "#/components/schemas/{model}"
 # The answers that are no JSON.
@@ -19,7 +20,14 @@ MSGPACK_CONTENT: dict[str, Any] = {
     MSGPACK: {"schema": {"type": "string", "format": "binary", "description": "The same; every `data` is raw bytes."}}
 }
 PNG_CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
-_REQUESTS: tuple[type[BaseModel], ...] = (RolloutRequest, GenerateRequest, ImagesRequest)
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    RolloutRequest,
+    GenerateRequest,
+    ImagesRequest,
+    UpdateFromDiskRequest,
+    ChecksumRequest,
+    VerifyRequest,
+)
 
 
 def request_body(model: type[BaseModel]) -> dict[str, Any]:

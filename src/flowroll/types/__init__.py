@@ -31,12 +31,14 @@ from flowroll.types.results import (
     SamplingRecord,
     Trajectory,
 )
+from flowroll.types.weights import MAX_VERSION_CHARS, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
     "MAX_PROMPT_CHARS",
     "MAX_REQUEST_ID_CHARS",
     "MAX_SEED",
+    "MAX_VERSION_CHARS",
     "MIN_SIGMA_GAP",
     "NOISE_LEVEL_MAX",
     "NOISE_LEVEL_MAX_CPS",
@@ -50,6 +52,7 @@ __all__ = [
     "GeneratedImage",
     "GeneratorDevice",
     "Layout",
+    "ModuleName",
     "Number",
     "ParallelPlan",
     "Region",
@@ -59,4 +62,7 @@ __all__ = [
     "SdeType",
     "Split",
     "Trajectory",
+    "WeightUpdate",
+    "check_version",
+    "version_number",
 ]

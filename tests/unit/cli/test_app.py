@@ -90,6 +90,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
         *("--host", "0.0.0.0", "--port", 8000, "--variant", "turbo", "--dtype", "bfloat16", "--device", "cpu"),
         *("--api-key", "sesame", "--wire-format", "msgpack", "--wire-dialect", "sglang", "--max-pixels", 4096),
         *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
+        *("--weights-root", tmp_path, "--weights-root", "/"),
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--grace-s", 1.5, "--log-level", "warning"),
     )
@@ -109,6 +110,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000),
             layout=Layout(cfg_parallel=True, sp=2, tp=4),
             rank_timeout_s=7.5,
+            weights_roots=(str(tmp_path), "/"),
             max_queue=2,
             max_body_bytes=1000,
             grace_s=1.5,

@@ -22,7 +22,7 @@ from flowroll.engine.batching.lines import DecodeLine, EncodeLine, Line, StepLin
 from flowroll.engine.batching.steps import Steps, engine_error
 from flowroll.engine.batching.threads import LineThread
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import FlowrollError, PausedError, QueueFullError
+from flowroll.errors import FlowrollError, InvalidRequestError, PausedError, QueueFullError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class Batcher:
         self._floor = Floor(limits, max_running_requests=max_running_requests, clock=clock)
         self._num_accepted = 0
         self.encoding = EncodeLine(self._floor, work)
-        self.stepping = StepLine(self._floor, work, steps or Steps())
+        self._steps = steps or Steps()
+        self.stepping = StepLine(self._floor, work, self._steps)
         self.decoding = DecodeLine(self._floor, work)
         self._threads: dict[str, LineThread] = {}
         self._floor.wake = self._wake
@@ -121,7 +122,13 @@ class Batcher:
 
         Args:
             mode: What becomes of those that run: they "finish", or "freeze" at their next step.
+
+        Raises:
+            InvalidRequestError: Frozen ranks would take each other for dead.
+            FlowrollError: What `stop` was called with.
         """
+        if mode == "freeze" and not self._steps.can_freeze:
+            raise InvalidRequestError("mode must be finish with several ranks, got freeze; use finish.", field="mode")
         with self._floor.change():
             self._floor.check_running()
             self._floor.pause = mode
@@ -142,7 +149,7 @@ class Batcher:
                 done again, wholly, afterwards.
 
         Returns:
-            What the action returns or raises; an exception that is not ours as an `EngineError`.
+            What the action returns or raises.
 
         Raises:
             PausedError: Frozen requests would never finish.
@@ -181,13 +188,21 @@ class Batcher:
             )
 
     def is_progressing(self) -> bool:
-        """Whether something runs now, and it has not been silent for much longer than recent work explains."""
+        """Whether a request or an errand runs now, and it has not been silent for much longer than recent work explains."""
         with self._floor.look():
-            oldest = next(iter(self._floor.book.running), None)
+            floor, now_s = self._floor, self._clock()
+            if (since_s := floor.errands.current_since_s) is not None:
+                return not floor.pace.is_errand_stuck(since_s, now_s)
+            oldest = next(iter(floor.book.running), None)
             if oldest is None:
                 return False
             assert oldest.taken_s is not None
-            return self._floor.pause == "freeze" or not self._floor.pace.is_stuck(oldest.taken_s, self._clock())
+            return floor.pause == "freeze" or not floor.pace.is_stuck(oldest.taken_s, now_s)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the calling thread is in an `exclusive` action."""
+        return self.stepping.is_alone
 
     @property
     def stopped(self) -> FlowrollError | None:
@@ -237,10 +252,18 @@ class Batcher:
             if not thread.is_current:
                 thread.join(None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0))
         if any(thread.is_alive for thread in self._threads.values()):
+            self._give_up()
             return False
         self._threads = {}
         self.stepping.let_go()
         return True
+
+    def _give_up(self) -> None:
+        """Ends an errand that hangs, where everything else has been told of the end."""
+        with self._floor.change():
+            hanging = None if self.stopped is None else self._floor.errands.give_up()
+        if hanging is not None:
+            hanging.future.set_exception(self.stopped)
 
     def _wake(self) -> None:
         for thread in self._threads.values():

@@ -37,6 +37,7 @@ class Errands:
         self._between: deque[Errand] = deque()
         self._exclusive: deque[Errand] = deque()
         self._current: Errand | None = None
+        self._begun_s = 0.0
 
     @property
     def needs_rest(self) -> bool:
@@ -47,18 +48,31 @@ class Errands:
         """Puts it in line."""
         (self._exclusive if errand.needs_rest else self._between).append(errand)
 
-    def next(self, *, is_at_rest: bool) -> Errand | None:
+    @property
+    def current_since_s(self) -> float | None:
+        """When what is being done was begun; None: nothing is."""
+        return None if self._current is None else self._begun_s
+
+    def next(self, now_s: float, *, is_at_rest: bool) -> Errand | None:
         """Takes out what can be done now; it is being done until `done`."""
-        assert self._current is None
+        if self._current is not None:
+            return None
         if self._between:
             self._current = self._between.popleft()
         elif self._exclusive and is_at_rest:
             self._current = self._exclusive.popleft()
+        self._begun_s = now_s
         return self._current
 
-    def done(self) -> None:
-        """What was taken out is done."""
-        self._current = None
+    def done(self) -> bool:
+        """What was taken out is done; False: it has been given up meanwhile, and its future ended."""
+        is_awaited, self._current = self._current is not None, None
+        return is_awaited
+
+    def give_up(self) -> Errand | None:
+        """What is being done, and does not come to an end."""
+        hanging, self._current = self._current, None
+        return hanging
 
     def clear(self) -> list[Errand]:
         """Takes out all that wait."""

@@ -6,7 +6,7 @@ in a piece of work ends the request that it was for, never the line.
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
@@ -19,13 +19,11 @@ from flowroll.engine.batching.errands import Errand
 from flowroll.engine.batching.floor import Floor
 from flowroll.engine.batching.jobs import RunningSample
 from flowroll.engine.batching.samples import Start
-from flowroll.engine.batching.steps import Steps, engine_error
+from flowroll.engine.batching.steps import Steps
 from flowroll.engine.denoising import DenoisingTask, Sample
 from flowroll.engine.finishing import Finished
 from flowroll.engine.plan import RequestPlan
 from flowroll.errors import FlowrollError
-
-_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -120,6 +118,13 @@ class StepLine(Line):
     def __init__(self, floor: Floor, work: Work, steps: Steps) -> None:
         super().__init__(floor, work)
         self._steps = steps
+        # The thread that is in an errand for which everything rests.
+        self._alone: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the calling thread is in an errand for which everything rests."""
+        return self._alone == threading.get_ident()
 
     @override
     def work(self) -> bool:
@@ -127,7 +132,7 @@ class StepLine(Line):
         floor = self._floor
         with floor.change():
             floor.book.sweep()
-            errand = floor.errands.next(is_at_rest=floor.is_at_rest())
+            errand = floor.errands.next(floor.clock(), is_at_rest=floor.is_at_rest())
             starts = [] if errand or floor.pause == "freeze" else floor.samples.next_starts()
         let_go = self.let_go()
         if errand is not None:
@@ -159,20 +164,19 @@ class StepLine(Line):
 
     def _run(self, errand: Errand) -> None:
         result: Any = None
-        failure: FlowrollError | None = None
+        failure: BaseException | None = None
         is_wanted = errand.future.set_running_or_notify_cancel()
+        self._alone = threading.get_ident() if errand.needs_rest else None
         try:
             if is_wanted:
                 with self._working(errand.num_threads):
                     result = errand.action()
-        except FlowrollError as error:
-            failure = error
         except BaseException as error:
-            _log.exception("an errand failed in the engine")
-            failure = engine_error(error)
+            failure = error
+        self._alone = None
         with self._floor.change():
-            self._floor.errands.done()
-        if not is_wanted:
+            is_awaited = self._floor.errands.done()
+        if not (is_wanted and is_awaited):
             return
         if failure is None:
             errand.future.set_result(result)

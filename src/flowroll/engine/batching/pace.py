@@ -40,6 +40,11 @@ class Pace:
         rests = [pace * job.work - (now_s - job.taken_s) for job in running if job.taken_s is not None]
         return min(max(min(rests, default=0.0), _MIN_RETRY_S), _MAX_RETRY_S)
 
+    @staticmethod
+    def is_errand_stuck(since_s: float, now_s: float) -> bool:
+        """Whether something that is done between steps takes longer than anything should."""
+        return now_s - since_s >= _STALL_UNKNOWN_S
+
     def is_stuck(self, since_s: float, now_s: float) -> bool:
         """Whether nothing came to an end for longer than recent work explains.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,7 +45,13 @@ class Leader(Protocol):
 
 
 class Steps:
-    """The steps of an engine of one rank."""
+    """The steps of an engine of one rank.
+
+    Attributes:
+        can_freeze: Whether a sample may stay between two steps for as long as it likes.
+    """
+
+    can_freeze: ClassVar[bool] = True
 
     def take_step(self, batch: Sequence[RunningSample]) -> dict[RunningSample, BaseException]:
         """Advances every sample of the batch by a step; returns those that could not be, with the reason."""
@@ -82,6 +88,9 @@ class LedSteps(Steps):
     Args:
         leader: Speaks to the other ranks.
     """
+
+    # The others wait for the next step in a collective.
+    can_freeze: ClassVar[bool] = False
 
     def __init__(self, leader: Leader) -> None:
         self._leader = leader

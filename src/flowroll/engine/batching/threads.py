@@ -10,6 +10,9 @@ from typing import TypeVar
 from flowroll.engine.batching.lines import Line
 
 T = TypeVar("T")
+# How often a thread that has nothing to do looks whether its owner is still there. Nobody can tell it: what runs when an object
+# is collected must not wait for a lock, as waking a thread may.
+_LOOK_S = 5.0
 
 
 class LineThread:
@@ -28,8 +31,6 @@ class LineThread:
         self._thread = threading.Thread(
             target=_drive, name=name, args=(weakref.ref(owner), line, crash, self._woken, self._stopped), daemon=True
         )
-        self._end = weakref.finalize(owner, _stop, self._woken, self._stopped)
-        self._end.atexit = False
         self._thread.start()
 
     @property
@@ -48,16 +49,12 @@ class LineThread:
 
     def stop(self) -> None:
         """Ends it after the piece of work that it is at; does not wait."""
-        self._end()
+        self._stopped.set()
+        self._woken.set()
 
     def join(self, timeout_s: float | None = None) -> None:
         """Waits for its end."""
         self._thread.join(timeout_s)
-
-
-def _stop(woken: threading.Event, stopped: threading.Event) -> None:
-    stopped.set()
-    woken.set()
 
 
 def _drive(
@@ -80,4 +77,4 @@ def _drive(
             return
         del held
         if not worked:
-            woken.wait(idle_s)
+            woken.wait(_LOOK_S if idle_s is None else min(idle_s, _LOOK_S))
