@@ -19,6 +19,7 @@ from flowroll.engine.batching.limits import ONE_BY_ONE
 from flowroll.engine.batching.steps import LedSteps
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
+from flowroll.engine.estimate import describe_memory
 from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
@@ -385,6 +386,12 @@ class Engine:
             ShuttingDownError: The engine was interrupted or closed.
         """
         return self._alone(lambda: self._weights.verify(expected, module))
+
+    def describe_memory(self) -> str:
+        """How much memory the samples that run at once can take, in words."""
+        defaults = self.info.defaults
+        geometry = plan_geometry(self._model, height=defaults.height, width=defaults.width)
+        return describe_memory(self.info, geometry, self.batcher.limits)
 
     def interrupt(self) -> None:
         """Ends every request, and every later call, in a `ShuttingDownError`; may be called from any thread."""

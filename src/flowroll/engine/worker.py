@@ -143,6 +143,11 @@ class EngineWorker:
         """Whether the threads run."""
         return self.engine.batcher.is_alive
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether new requests are refused until `resume`."""
+        return self.load().is_paused
+
     def load(self) -> LoadStats:
         """What runs and what ran, all numbers from the same moment."""
         return self.engine.batcher.load()

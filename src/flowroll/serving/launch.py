@@ -58,7 +58,7 @@ def serve(config: ServerConfig) -> None:
         try:
             if place is not None:
                 check_world(config.layout, place)
-            engine = Engine(config.model, limits=config.limits, **_rank_options(config))
+            engine = Engine(config.model, limits=config.limits, batching=config.batching, **_rank_options(config))
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
         worker = None
@@ -211,6 +211,7 @@ def _announce(config: ServerConfig, engine: Engine, listener: socket.socket) -> 
         "api_key": "set" if config.api_key else "none",
     }
     _log.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in resolved.items()))
+    _log.info("memory: %s", engine.describe_memory())
     if config.api_key is None and not config.is_loopback:
         _log.warning(
             "%s is reachable from other machines and no api_key is set: anybody who reaches it can use this server", config.host
