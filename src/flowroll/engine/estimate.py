@@ -24,6 +24,6 @@ def describe_memory(info: EngineInfo, geometry: Geometry, limits: BatchLimits) -
     batch = min(samples, limits.max_batch_samples)
     return (
         f"transformer {info.transformer_bytes / _GIB:.2f} GiB; {samples} samples of {geometry.width} x {geometry.height}: "
-        f"{samples * state / _GIB:.2f} GiB of latents, or {samples * recorded / _GIB:.2f} GiB with all tensors of {steps}; "
+        f"{samples * state / _GIB:.2f} GiB of latents, or {samples * recorded / _GIB:.2f} GiB with every tensor recorded; "
         f"beside them the activations of a forward of {batch}"
     )

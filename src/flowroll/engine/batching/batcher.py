@@ -7,6 +7,7 @@ take steps that they share with others, and are decoded; its future ends. An err
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.errors import FlowrollError, InvalidRequestError, PausedError, QueueFullError
 
 T = TypeVar("T")
+# The lines by the names of their attributes.
+_LINES = ("encoding", "stepping", "decoding")
 _log = logging.getLogger(__name__)
 
 
@@ -219,13 +222,10 @@ class Batcher:
         with self._floor.look():
             if self._threads or self._floor.stopped is not None:
                 return
-            lines: dict[str, Callable[[Any], Line]] = {
-                "encode": lambda own: own.encoding,
-                "steps": lambda own: own.stepping,
-                "decode": lambda own: own.decoding,
+            # By name: a thread must not hold the batcher while it sleeps.
+            self._threads = {
+                name: LineThread(f"flowroll-{name}", self, operator.attrgetter(name), Batcher.crash) for name in _LINES
             }
-            for name, line in lines.items():
-                self._threads[name] = LineThread(f"flowroll-{name}", self, line, Batcher.crash)
 
     def stop(self, error: FlowrollError) -> None:
         """Ends every request and errand in this error, and refuses new ones; what the model is at is dropped when it ends."""
@@ -266,9 +266,10 @@ class Batcher:
             hanging.future.set_exception(self.stopped)
 
     def _wake(self) -> None:
-        for thread in self._threads.values():
+        for name, thread in self._threads.items():
+            line: Line = getattr(self, name)
             # A thread looks again by itself after whatever it did.
-            if not thread.is_current:
+            if not thread.is_current and line.may_work():
                 thread.wake()
 
     def _cancel_where(self, is_meant: Callable[[Job], bool]) -> int:

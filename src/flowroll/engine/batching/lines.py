@@ -56,6 +56,10 @@ class Line:
         """Does one piece of work; False: there was none."""
         raise NotImplementedError
 
+    def may_work(self) -> bool:
+        """Whether there may be something to do, so that a thread that sleeps has to look."""
+        return True
+
     def idle_s(self) -> float | None:
         """How long there is nothing to do if nobody changes anything; None: for ever."""
         return None
@@ -78,6 +82,10 @@ class Line:
 
 class EncodeLine(Line):
     """Encodes the prompts of one request at a time."""
+
+    @override
+    def may_work(self) -> bool:
+        return bool(self._floor.to_encode)
 
     @override
     def work(self) -> bool:
@@ -224,6 +232,10 @@ class StepLine(Line):
 
 class DecodeLine(Line):
     """Makes the answers of finished samples, one at a time."""
+
+    @override
+    def may_work(self) -> bool:
+        return bool(self._floor.to_decode)
 
     @override
     def work(self) -> bool:
