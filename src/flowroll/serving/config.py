@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from flowroll.engine import Limits
+from flowroll.engine import BatchLimits, Limits
 from flowroll.errors import InvalidRequestError
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
@@ -28,6 +28,7 @@ class ServerConfig:
         dtype: "auto", "float32" or "bfloat16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         limits: What one request may ask for.
+        batching: How much runs at once.
         layout: How the engine is spread over ranks.
         rank_timeout_s: How long ranks wait for each other before the server gives up.
         host: Address to listen on.
@@ -36,7 +37,7 @@ class ServerConfig:
         wire_format: Answer to `Accept: */*`.
         wire_dialect: Names in the answer where the request does not choose.
         weights_roots: Folders, absolute, from which clients may have weights read; none: no client may.
-        max_queue: Requests that may wait behind the running one.
+        max_queue: Requests that may wait behind those that run.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
@@ -52,6 +53,7 @@ class ServerConfig:
     dtype: str = "auto"
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    batching: BatchLimits = field(default_factory=BatchLimits)
     layout: Layout = field(default_factory=Layout)
     rank_timeout_s: int | float = 60.0
     host: str = "127.0.0.1"

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
 from flowroll.wire.codec import MSGPACK
+from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
 from flowroll.wire.responses import ScoreRequestObject
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
@@ -29,6 +30,9 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     UpdateFromDiskRequest,
     ChecksumRequest,
     VerifyRequest,
+    AbortRequest,
+    PauseRequest,
+    ContinueRequest,
 )
 
 

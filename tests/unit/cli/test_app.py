@@ -10,7 +10,7 @@ from tests.unit.cli.invoking import assert_one_line_error, run_cli
 import flowroll.serving
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.serve import serve
-from flowroll.engine import Limits
+from flowroll.engine import BatchLimits, Limits
 from flowroll.serving import ServerConfig
 from flowroll.types import Layout
 
@@ -97,6 +97,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
         *("--host", "0.0.0.0", "--port", 8000, "--variant", "turbo", "--dtype", "bfloat16", "--device", "cpu"),
         *("--api-key", "sesame", "--wire-format", "msgpack", "--wire-dialect", "sglang", "--max-pixels", 4096),
         *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
+        *("--max-batch-samples", 5, "--max-running-samples", 9, "--max-running-pixels", 70_000),
         *("--weights-root", tmp_path, "--weights-root", "/"),
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
@@ -116,6 +117,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             wire_format="msgpack",
             wire_dialect="sglang",
             limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000, max_scores=9),
+            batching=BatchLimits(max_batch_samples=5, max_running_samples=9, max_running_pixels=70_000),
             layout=Layout(cfg_parallel=True, sp=2, tp=4),
             rank_timeout_s=7.5,
             weights_roots=(str(tmp_path), "/"),
@@ -129,7 +131,8 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
 
 
 def test_the_flags_of_serve_are_the_fields_of_the_configuration():
-    configurable = {field.name for field in (*fields(ServerConfig), *fields(Limits), *fields(Layout))} - {"limits", "layout"}
+    parts = {"limits": Limits, "layout": Layout, "batching": BatchLimits}
+    configurable = {field.name for owner in (ServerConfig, *parts.values()) for field in fields(owner)} - parts.keys()
     assert set(inspect.signature(serve).parameters) == configurable
 
 
