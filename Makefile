@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test proofs check bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   roll out two tiny checkpoints through the real server; results in demo-out/"
+	@echo "make demo   roll out two small trained checkpoints through the real server; results in demo-out/"
 	@echo "make test   the whole test suite"
+	@echo "make proofs the tests that take minutes each: that training learns, and what it cannot learn from"
 	@echo "make check  format, lint, types, layers"
 	@echo "make bench  speed, side by side with diffusers; results in benchmarks/results/"
 
@@ -25,6 +26,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+proofs: setup
+	$(BIN)/python -m pytest --proofs -m proof
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
-"""Rolls out a tiny checkpoint of each family through the real server, and shows what comes back.
+"""Rolls out the small checkpoint of each family that flowroll ships through the real server, and shows what comes back.
 
-For each family: make a checkpoint folder, start `flowroll serve` on it, post prompts in groups with three kinds of dynamics,
-write pictures, rollout files, a contact sheet and a plot of the log-probs, and stop the server with SIGTERM.
+For each family: start `flowroll serve` on its checkpoint, post prompts in groups with three kinds of dynamics, write pictures,
+rollout files, a contact sheet and a plot of the log-probs, and stop the server with SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from examples.server import running_server
 from flowroll import Rollout, SamplingParams
+from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.output import add_row, format_bytes, num_bytes, plain_table, save_png, shape_of
 from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.cli.rollout import read_prompts
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.testing import FamilyName, make_checkpoint
 from flowroll.wire.files import save_rollout
 
-_FAMILIES: tuple[FamilyName, ...] = ("qwen_image", "z_image")
+_FAMILIES = ("qwen_image", "z_image")
 _STEPS = 8
 # Label and fields of each request: every step stochastic under either dynamics, and a window of stochastic steps.
 _DYNAMICS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -80,13 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"done in {time.perf_counter() - started:.0f} s; everything is in {out}/", highlight=False, markup=False)
 
 
-def run_family(family: FamilyName, prompts: Sequence[str], out: Path, console: Console) -> None:
-    """Makes, serves and rolls out one family's checkpoint; all files go to `out`."""
+def run_family(family: str, prompts: Sequence[str], out: Path, console: Console) -> None:
+    """Serves and rolls out one family's checkpoint; all files go to `out`."""
     console.rule(f"[bold]{family}")
-    checkpoint = make_checkpoint(family, out / "checkpoint")
+    checkpoint = shapes_checkpoint(family)
+    out.mkdir(parents=True, exist_ok=True)
     with running_server(checkpoint, out / "server.log") as server:
         console.print(
-            f"checkpoint {checkpoint}, server {server.url} ready after {server.startup_s:.1f} s", highlight=False, markup=False
+            f"checkpoint {checkpoint.name}, server {server.url} ready after {server.startup_s:.1f} s",
+            highlight=False,
+            markup=False,
         )
         started = time.perf_counter()
         samples = roll_out(server.url, prompts)
@@ -108,10 +111,7 @@ def roll_out(url: str, prompts: Sequence[str]) -> list[Sample]:
                 prompt=prompt,
                 seed=42,
                 num_outputs_per_prompt=2,
-                height=256,
-                width=256,
                 num_inference_steps=_STEPS,
-                guidance_scale=4.0,
                 debug_mode=True,
                 return_denoising_env=True,
                 return_dit_trajectory=True,

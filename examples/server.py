@@ -37,7 +37,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(checkpoint: Path, log: Path) -> Iterator[Server]:
+def running_server(checkpoint: Path, log: Path, *options: str) -> Iterator[Server]:
     """Serves a checkpoint on a free port; the block starts when the server is ready.
 
     Leaving the block sends SIGTERM and checks that the server exits with status 0. Whatever fails, no server is left behind.
@@ -45,12 +45,13 @@ def running_server(checkpoint: Path, log: Path) -> Iterator[Server]:
     Args:
         checkpoint: What to serve.
         log: Takes the server's output.
+        *options: Further ones of `flowroll serve`.
 
     Raises:
         RuntimeError: The server did not get ready, or did not stop as it should; with the end of its log.
     """
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("flowroll")), "serve", str(checkpoint), "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("flowroll")), "serve", str(checkpoint), "--port", str(port), *options]
     started = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT})

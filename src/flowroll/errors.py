@@ -7,7 +7,11 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── InvalidRequestError      422  a value breaks a rule; names field, rule, value and remedy
     ├── MalformedRequestError    400  the body is not what its content type says
     ├── UnauthorizedError        401  the bearer token is missing or wrong
+    ├── ForbiddenError           403  the server was not started with leave to do this
     ├── NotFoundError            404  no such route or model
+    ├── OutdatedWeightsError     409  the weights are older than the request demands
+    ├── WeightsMismatchError     409  the weights are not those that the caller expects
+    ├── WeightsRejectedError     422  new weights cannot be taken; the old ones stay
     ├── PayloadTooLargeError     413  the body is larger than the server accepts
     ├── QueueFullError           429  too many requests are waiting; carries retry_after_s
     ├── EngineError              500  the model failed while it ran this request
@@ -65,6 +69,34 @@ class UnauthorizedError(FlowrollError):
 
     code = "unauthorized"
     status = 401
+
+
+class ForbiddenError(FlowrollError):
+    """The server was not started with leave to do this, e.g. to read that path."""
+
+    code = "forbidden"
+    status = 403
+
+
+class OutdatedWeightsError(FlowrollError):
+    """The weights in memory are older than the request's `min_weight_version`."""
+
+    code = "outdated_weights"
+    status = 409
+
+
+class WeightsMismatchError(FlowrollError):
+    """The weights in memory do not have the checksums that the caller expects."""
+
+    code = "weights_mismatch"
+    status = 409
+
+
+class WeightsRejectedError(FlowrollError):
+    """New weights are not those of the module, or cannot be read; weights, version and checksum are as they were."""
+
+    code = "weights_rejected"
+    status = 422
 
 
 class NotFoundError(FlowrollError):
@@ -143,6 +175,10 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         InvalidRequestError,
         MalformedRequestError,
         UnauthorizedError,
+        ForbiddenError,
+        OutdatedWeightsError,
+        WeightsMismatchError,
+        WeightsRejectedError,
         NotFoundError,
         PayloadTooLargeError,
         QueueFullError,

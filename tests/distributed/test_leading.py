@@ -11,7 +11,6 @@ from tests.rollouts import assert_same_bits
 from flowroll import Rollout
 from flowroll.engine import Engine, denoising
 from flowroll.errors import EngineError, InvalidRequestError
-from flowroll.replay.remote import score_params
 from flowroll.types import Layout
 
 # 144 image tokens: two ranks share them.
@@ -76,25 +75,3 @@ def test_ranks_that_come_to_other_latents_fail_the_request_and_the_next_one_is_a
         with pytest.raises(EngineError, match="every rank must come to the same latents, got others on rank 1"):
             sp2.rollout(**REQUEST)
     assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
-
-
-@pytest.mark.parametrize("layout", [Layout(sp=2), Layout(tp=2), Layout(cfg_parallel=True)], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
-def test_recorded_steps_are_scored_on_every_layout_with_the_bits_that_were_recorded(
-    checkpoints: dict[str, Path], family: str, layout: Layout
-) -> None:
-    request = {**REQUEST, "guidance_scale": 3.0, "return_denoising_env": True, "return_dit_trajectory": True}
-    with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
-        rollouts = engine.rollout(**request, sde_step_indices=(1,), num_outputs_per_prompt=2)
-        assert engine._replica is not None
-        keys = engine._replica._store.num_keys()
-        answer = engine.run_scores(score_params(rollouts, None, log_probs_only=False))
-        assert engine._replica._store.num_keys() <= keys + 1
-        only = engine.run_scores(score_params(rollouts, None, log_probs_only=True))
-        again = engine.rollout(**request, sde_step_indices=(1,))
-    for rollout, scores, log_probs in zip(rollouts, answer.samples, only.samples, strict=True):
-        assert rollout.debug_tensors is not None and rollout.log_probs is not None
-        assert torch.equal(scores.log_probs, rollout.log_probs) and torch.equal(log_probs.log_probs, rollout.log_probs)
-        assert torch.equal(scores.velocities, rollout.debug_tensors.model_output)
-        assert torch.equal(scores.means, rollout.debug_tensors.prev_sample_mean)
-    assert_same_bits(again[0], rollouts[0])

@@ -1,4 +1,3 @@
-import json
 import re
 import signal
 import socket
@@ -57,11 +56,9 @@ def test_the_demo_writes_everything_that_it_promises(tmp_path):
             rollout = load_rollout(out / "rollouts" / f"{name}.safetensors")
             assert rollout.sampling.family == family
             assert rollout.denoising_env and rollout.dit_trajectory and rollout.debug_tensors
-            assert Image.open(out / "images" / f"{name}.png").size == (256, 256)
+            assert Image.open(out / "images" / f"{name}.png").size == (64, 64)
         for picture in ("contact_sheet.png", "log_probs.png"):
             assert len(np.unique(np.asarray(Image.open(out / picture).convert("L")))) > 50
-        index = json.loads((out / "checkpoint" / "model_index.json").read_text())
-        assert index["_class_name"] == {"qwen_image": "QwenImagePipeline", "z_image": "ZImagePipeline"}[family]
 
 
 @pytest.mark.slow

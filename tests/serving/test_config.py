@@ -17,6 +17,8 @@ from flowroll.serving import ServerConfig
         ("max_body_bytes", 0),
         ("max_score_body_bytes", 0),
         ("grace_s", -1.0),
+        ("weights_roots", ("/no/such/folder",)),
+        ("weights_roots", (__file__,)),
         ("api_key", ""),
         ("api_key", "a\nb"),
     ],

@@ -12,12 +12,16 @@ from flowroll.engine.worker import EngineWorker
 from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject, ScoreRequestObject
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.scoring import WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps, decode_score_request
+from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
 ROUTES = {
     "/rollout/generate": {"post"},
     "/rollout/score": {"post"},
     "/generate": {"post"},
     "/v1/images/generations": {"post"},
+    "/update_weights_from_disk": {"post"},
+    "/get_weights_checksum": {"post"},
+    "/verify_weights": {"post"},
     "/v1/models": {"get"},
     "/health": {"get"},
     "/health_generate": {"get"},
@@ -44,6 +48,9 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
         ("/rollout/score", ScoreRequestObject),
         ("/generate", GenerateRequest),
         ("/v1/images/generations", ImagesRequest),
+        ("/update_weights_from_disk", UpdateFromDiskRequest),
+        ("/get_weights_checksum", ChecksumRequest),
+        ("/verify_weights", VerifyRequest),
     ],
 )
 def test_request_bodies_show_every_field_with_its_description(

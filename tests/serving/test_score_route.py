@@ -103,7 +103,7 @@ def test_scores_over_http_are_the_recorded_ones_those_of_replay_and_those_of_the
     with served.client(wire_format) as client:
         scores = client.score(served.rollouts)
         assert torch.equal(client.score(served.rollouts, log_probs_only=True).log_probs, scores.log_probs)
-    assert scores.weight_version == served.engine.info.weight_version
+    assert scores.weight_version == served.engine.weight_version
     assert torch.equal(scores.log_probs, torch.stack([rollout.log_probs for rollout in served.rollouts]))
     assert_equal_scores(scores, replay.score(served.engine._model.transformer, served.rollouts))
     rollout = served.rollouts[0]

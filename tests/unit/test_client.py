@@ -1,6 +1,7 @@
 """Both clients against a handler in this process: what they send, what they return, what they raise."""
 
 import asyncio
+import dataclasses
 import inspect
 import json
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,7 +30,7 @@ from flowroll.errors import (
     ShuttingDownError,
     UnauthorizedError,
 )
-from flowroll.types import ROLLOUT_FIELDS
+from flowroll.types import ROLLOUT_FIELDS, WeightUpdate
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
 
@@ -184,6 +186,7 @@ FULL = {
     "sigmas": (1.0, 0.25, 0.0),
     "suppress_logs": True,
     "request_id": "r",
+    "min_weight_version": "7",
 }
 FULL_ROLLOUT = {
     "rollout": False,
@@ -283,7 +286,7 @@ def test_the_class_that_the_server_raised_is_raised(kind: str, error: type[Flowr
 
 
 def test_there_are_errors_to_raise() -> None:
-    assert len(WIRE_ERRORS) == 9
+    assert len(WIRE_ERRORS) == 13
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -410,6 +413,56 @@ def test_an_unhealthy_server_raises(kind: str) -> None:
     body = {"error": {"code": "engine_error", "message": "dead", "field": None}}
     with pytest.raises(EngineError, match="dead"):
         ask(kind, answering(503, body), "health")
+
+
+UPDATED = WeightUpdate(
+    module="vae", weight_version="8", previous_version="7", num_tensors=3, num_bytes=12, read_s=0.5, paused_s=0.1
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "path", "sent", "body", "value"),
+    [
+        (
+            "update_weights_from_disk",
+            [Path("/w/8")],
+            {"module": "vae", "weight_version": "8"},
+            "/update_weights_from_disk",
+            {"model_path": "/w/8", "module": "vae", "weight_version": "8"},
+            {"success": True, "message": "done", **dataclasses.asdict(UPDATED)},
+            UPDATED,
+        ),
+        (
+            "weights_checksum",
+            ["vae"],
+            {},
+            "/get_weights_checksum",
+            {"module_names": ["vae"]},
+            {"vae": "ab"},
+            "ab",
+        ),
+        (
+            "verify_weights",
+            [{"a.weight": "ab"}],
+            {},
+            "/verify_weights",
+            {"module": "transformer", "expected": {"a.weight": "ab"}},
+            {"success": True, "num_tensors": 1},
+            1,
+        ),
+    ],
+)
+def test_weights_routes(
+    kind: str, method: str, arguments: list[Any], options: dict[str, Any], path: str, sent: Any, body: Any, value: Any
+) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert (request.method, request.url.path, json.loads(request.content)) == ("POST", path, sent)
+        return answering(200, body)(request)
+
+    assert ask(kind, handler, method, *arguments, **options) == value
+    with pytest.raises(ServerConnectionError, match="the answer must"):
+        ask(kind, answering(200, {}), method, *arguments, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,9 +49,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
-app.command()(with_sampling_flags(generate))
+# The weights of a command are those that it loads.
+app.command()(with_sampling_flags(generate, without={"min_weight_version"}))
 # Every prompt is a request of its own, with its own id.
-app.command()(with_sampling_flags(rollout, without={"prompt", "request_id"}))
+app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min_weight_version"}))
 app.command()(inspect)
 app.command()(parity)
 app.command()(verify)

@@ -8,9 +8,21 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-Model: TypeAlias = Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers checkpoint folder.")]
+from flowroll.checkpoints import SHAPES, resolve
+
+Model: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"A diffusers checkpoint folder, or one that flowroll ships: {' or '.join(SHAPES)}.",
+        callback=resolve,
+    ),
+]
 Variant: TypeAlias = Annotated[
-    str | None, typer.Option(help="Variant of the model family, e.g. turbo.", show_default="the family's first")
+    str | None,
+    typer.Option(
+        help="Variant of the model family, e.g. turbo.", show_default="the folder's flowroll.json, else the family's first"
+    ),
 ]
 Dtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto: bfloat16 on CUDA, float32 on the CPU.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -10,7 +11,7 @@ from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant, quiet_mo
 
 
 def serve(
-    model: Model,
+    model: Model = Path("shapes-z_image"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 30000,
     variant: Variant = None,
@@ -31,6 +32,14 @@ def serve(
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one request.")] = 1000,
     max_outputs: Annotated[int, typer.Option(min=1, help="Samples of one request.")] = 64,
     max_answer_bytes: Annotated[int, typer.Option(min=1, help="Tensors of one request's answer.")] = 16 * 2**30,
+    weights_roots: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--weights-root",
+            metavar="DIR",
+            help="A folder from which clients may have weights read; may be given several times.",
+        ),
+    ] = None,
     max_scores: Annotated[int, typer.Option(min=1, help="Recorded steps that one request may have scored again.")] = 4096,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
@@ -67,6 +76,7 @@ def serve(
             api_key=api_key,
             wire_format=wire_format,
             wire_dialect=wire_dialect,
+            weights_roots=tuple(map(str, weights_roots or ())),
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
             max_score_body_bytes=max_score_body_bytes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -68,6 +69,20 @@ class AsyncClient:
     async def generate(self, params: SamplingParams | None = None, /, **values: Any) -> list[GeneratedImage]:
         """Plain text-to-image generation: one `GeneratedImage` per sample. See `Client.generate`."""
         return await self._send(exchange.generate_call(params, values, self._wire_format))
+
+    async def update_weights_from_disk(
+        self, path: str | PathLike[str], *, module: str = "transformer", weight_version: str | None = None
+    ) -> WeightUpdate:
+        """Has the server take new weights from its disk. See `Client.update_weights_from_disk`."""
+        return await self._send(exchange.update_from_disk_call(path, module, weight_version))
+
+    async def weights_checksum(self, module: str = "transformer") -> str:
+        """sha256 over the server's weights. See `Client.weights_checksum`."""
+        return await self._send(exchange.checksum_call(module))
+
+    async def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
+        """Has the server compare its weights with the trainer's. See `Client.verify_weights`."""
+        return await self._send(exchange.verify_call(expected, module))
 
     async def score(
         self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False

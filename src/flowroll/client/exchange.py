@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from os import PathLike
 from typing import Any, Generic, NoReturn, TypeVar
 
 import httpx
@@ -16,9 +17,20 @@ import msgspec
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
-from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, PARAM_TO_WIRE, ROLLOUT_ROUTE, SCORE_ROUTE, closest
+from flowroll.wire.names import (
+    CHECKSUM_ROUTE,
+    EXTRA,
+    EXTRA_ONLY,
+    GENERATE_ROUTE,
+    PARAM_TO_WIRE,
+    ROLLOUT_ROUTE,
+    SCORE_ROUTE,
+    UPDATE_FROM_DISK_ROUTE,
+    VERIFY_ROUTE,
+    closest,
+)
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
 
 T = TypeVar("T")
@@ -72,8 +84,18 @@ class _ErrorDetail(msgspec.Struct, frozen=True):
     field: str | None = None
 
 
+class _Verified(msgspec.Struct, frozen=True):
+    num_tensors: int
+
+
 class _ErrorBody(msgspec.Struct, frozen=True):
     error: _ErrorDetail
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
+_UPDATE = msgspec.json.Decoder(WeightUpdate)
+_SUMS = msgspec.json.Decoder(dict[str, str])
+_VERIFIED = msgspec.json.Decoder(_Verified)
 
 
 def rollout_call(params: SamplingParams | None, values: Mapping[str, Any], wire_format: WireFormat) -> Call[list[Rollout]]:
@@ -100,6 +122,23 @@ def generate_call(
         given.pop("rollout", None)
     body = _request_body(given)
     return Call(method="POST", path=GENERATE_ROUTE, read=decode_images, accept=_ACCEPT[wire_format], content=body)
+
+
+def update_from_disk_call(path: str | PathLike[str], module: str, weight_version: str | None) -> Call[WeightUpdate]:
+    """POST /update_weights_from_disk."""
+    sent = {"model_path": str(path), "module": module, "weight_version": weight_version}
+    return _post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: _read_by(_UPDATE, body))
+
+
+def checksum_call(module: str) -> Call[str]:
+    """POST /get_weights_checksum."""
+    return _post(CHECKSUM_ROUTE, {"module_names": [module]}, lambda body, _: _read_sum(body, module))
+
+
+def verify_call(expected: Mapping[str, str], module: str) -> Call[int]:
+    """POST /verify_weights."""
+    sent = {"module": module, "expected": dict(expected)}
+    return _post(VERIFY_ROUTE, sent, lambda body, _: _read_by(_VERIFIED, body).num_tensors)
 
 
 def score_call(
@@ -232,6 +271,10 @@ def _given(params: SamplingParams | None, values: Mapping[str, Any]) -> dict[str
     return given
 
 
+def _post(path: str, sent: Mapping[str, Any], read: Callable[[bytearray, str], T]) -> Call[T]:
+    return Call(method="POST", path=path, read=read, content=msgspec.json.encode(sent))
+
+
 def _request_body(given: Mapping[str, Any]) -> bytes:
     sent: dict[str, Any] = {PARAM_TO_WIRE.get(name, name): value for name, value in given.items() if name not in EXTRA_ONLY}
     if extra := {name: value for name, value in given.items() if name in EXTRA_ONLY}:
@@ -243,12 +286,23 @@ def _request_body(given: Mapping[str, Any]) -> bytes:
 
 
 def _read_object(body: bytearray, content_type: str) -> dict[str, Any]:
+    return _read_by(_OBJECT, body)
+
+
+def _read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
     try:
-        return msgspec.json.decode(body, type=dict[str, Any])
+        return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ServerConnectionError(
-            f"the answer must be a JSON object, got {content_type!r} {_excerpt(body)}; check the URL."
+            f"the answer must be flowroll's JSON object, got {_excerpt(body)}; check the URL."
         ) from error
+
+
+def _read_sum(body: bytearray, module: str) -> str:
+    digest = _read_by(_SUMS, body).get(module)
+    if digest is None:
+        raise ServerConnectionError(f"the answer must hold the sum of {module}, got {_excerpt(body)}; check the URL.")
+    return digest
 
 
 def _read_models(body: bytearray, content_type: str) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -85,6 +86,47 @@ class Client:
             FlowrollError: As for `rollout`.
         """
         return self._send(exchange.generate_call(params, values, self._wire_format))
+
+    def update_weights_from_disk(
+        self, path: str | PathLike[str], *, module: str = "transformer", weight_version: str | None = None
+    ) -> WeightUpdate:
+        """Has the server take new weights from its disk: all of them, or, whatever goes wrong, none.
+
+        Args:
+            path: On the server's disk, absolute, inside a folder of its --weights-root: a checkpoint folder, the module's own,
+                or one .safetensors file.
+            module: "transformer" or "vae".
+            weight_version: Of the new weights; None: the server counts.
+
+        Raises:
+            ForbiddenError: The server may not read there.
+            WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.update_from_disk_call(path, module, weight_version))
+
+    def weights_checksum(self, module: str = "transformer") -> str:
+        """sha256 over the server's weights; `flowroll.replay.weights_checksum` is the same for a trainer's module.
+
+        Args:
+            module: "transformer", "text_encoder" or "vae".
+        """
+        return self._send(exchange.checksum_call(module))
+
+    def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
+        """Has the server compare its weights with the trainer's, tensor by tensor.
+
+        Args:
+            expected: sha256 of every tensor by its name, as `flowroll.replay.tensor_checksums` makes them.
+            module: "transformer", "text_encoder" or "vae".
+
+        Returns:
+            How many tensors were compared.
+
+        Raises:
+            WeightsMismatchError: It names those that differ, are missing or unknown.
+        """
+        return self._send(exchange.verify_call(expected, module))
 
     def score(self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False) -> Scores:
         """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.

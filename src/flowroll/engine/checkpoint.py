@@ -7,7 +7,6 @@ ones, or fail deep inside; here a bad folder is one clear error before anything 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,14 @@ from typing import Any
 
 import torch
 
+from flowroll.engine.tensorfile import TensorFile
 from flowroll.errors import CheckpointError, UnsupportedModelError
 from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
+# Ours, optional: what model_index.json does not say.
+_NOTES = "flowroll.json"
 TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -52,7 +54,7 @@ class Checkpoint:
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component."""
-        return [self.folder / component / name for name in _weight_files(self.folder / component)]
+        return [self.folder / component / name for name in weight_files(self.folder / component)]
 
     def check_complete(self, component: str, module: torch.nn.Module) -> None:
         """Refuses a component whose files lack a weight of the module.
@@ -76,17 +78,17 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
 
     Args:
         folder: A diffusers checkpoint folder.
-        variant: Variant of the family; None: the family's first.
+        variant: Variant of the family; None: the one that the folder's flowroll.json names, else the family's first.
 
     Raises:
         CheckpointError: Not a checkpoint, or one with a missing, truncated or mismatched file.
         UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
     """
-    index = _read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
+    index = read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
     family = family_of_pipeline(str(index.get("_class_name")))
-    variant = _resolve_variant(family, variant)
+    variant = _resolve_variant(family, variant or _noted_variant(folder))
     stored = {name: _check_component(folder, name) for name in _COMPONENTS}
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
     return Checkpoint(
         folder=folder,
         index=index,
@@ -95,6 +97,18 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
         schedule_config=ScheduleConfig.from_scheduler_config(scheduler),
         stored=stored,
     )
+
+
+def _noted_variant(folder: Path) -> str | None:
+    """What the folder's own flowroll.json says; None where there is no such file."""
+    path = folder / _NOTES
+    if not path.is_file():
+        return None
+    notes = read_json(path, f"{path} must be readable")
+    variant = notes.get("variant")
+    if set(notes) != {"variant"} or not isinstance(variant, str):
+        raise CheckpointError(f'{path} must be {{"variant": NAME}}, got {json.dumps(notes)[:100]}; correct or remove it.')
+    return variant
 
 
 def _resolve_variant(family: Family, variant: str | None) -> str:
@@ -108,12 +122,17 @@ def _resolve_variant(family: Family, variant: str | None) -> str:
     return variant
 
 
-def _read_json(path: Path, rule: str) -> Mapping[str, Any]:
+def read_json(path: Path, rule: str) -> Mapping[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: There is none; it begins with `rule` if there is no such file.
+    """
     if not path.is_file():
         raise CheckpointError(f"{rule}, got no {path.name}; give the folder that holds {_INDEX}.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be JSON, got {error}; copy the file again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}; copy the file again.")
@@ -129,38 +148,36 @@ def _check_component(folder: Path, name: str) -> set[str]:
         raise CheckpointError(f"{component} must hold a vocabulary, got no tokenizer.json; copy the whole checkpoint.")
     if name not in TORCH_COMPONENTS:
         return set()
-    _read_json(component / "config.json", f"{component} must have a configuration")
-    return {tensor for file in _weight_files(component) for tensor in _check_safetensors(component / file)}
+    read_json(component / "config.json", f"{component} must have a configuration")
+    names: set[str] = set()
+    for file in weight_files(component):
+        with TensorFile(component / file) as tensors:
+            names |= {tensor.name for tensor in tensors.stored}
+    return names
 
 
-def _weight_files(component: Path) -> list[str]:
-    """The files that the libraries will read: the shards of the index where there is one, else the single file."""
+def weight_files(folder: Path) -> list[str]:
+    """The files of a module's folder that the libraries will read: the shards of the index where there is one, else one file.
+
+    Raises:
+        CheckpointError: There are none, or some are missing.
+    """
     for stem in _WEIGHT_STEMS:
-        index = component / f"{stem}.safetensors.index.json"
+        index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            shards = set(_read_json(index, f"{index} must be readable").get("weight_map", {}).values())
-            if missing := sorted(shard for shard in shards if not (component / shard).is_file()):
-                raise CheckpointError(
-                    f"{component} must hold every shard, got no {', '.join(missing)}; copy the missing files."
-                )
-            return sorted(shards)
-        if (component / f"{stem}.safetensors").is_file():
+            return _shards(folder, index)
+        if (folder / f"{stem}.safetensors").is_file():
             return [f"{stem}.safetensors"]
-    raise CheckpointError(f"{component} must hold .safetensors weights, got none; copy the whole checkpoint.")
+    raise CheckpointError(f"{folder} must hold .safetensors weights, got none; copy the whole checkpoint.")
 
 
-def _check_safetensors(path: Path) -> set[str]:
-    """Names of the tensors in a file whose length is what its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        raw = file.read(length) if 0 < length <= size - 8 else b""
-    try:
-        header = json.loads(raw)
-        end = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} must be a safetensors file, got a broken header; copy the file again.") from error
-    if end != size:
-        raise CheckpointError(f"{path} must be {end} bytes long, got {size}; the file is truncated, copy it again.")
-    return set(header) - {"__metadata__"}
+def _shards(folder: Path, index: Path) -> list[str]:
+    weight_map = read_json(index, f"{index} must be readable").get("weight_map")
+    found = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    shards = {shard for shard in found if isinstance(shard, str)}
+    # A name with a folder in it could lead anywhere.
+    if not shards or not all(isinstance(shard, str) and Path(shard).name == shard != "" for shard in found):
+        raise CheckpointError(f"{index} must map weights to files beside it, got something else; save the checkpoint again.")
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise CheckpointError(f"{folder} must hold every shard, got no {', '.join(missing)}; copy the missing files.")
+    return sorted(shards)

@@ -63,11 +63,30 @@ class Score(msgspec.Struct, frozen=True, tag=True):
     negative: BranchShape | None
 
 
+class StageWeights(msgspec.Struct, frozen=True, tag=True):
+    """New weights of the transformer are to be read beside the old; every follower says whether it could."""
+
+    files: list[str]
+    config: str | None
+
+
+class CommitWeights(msgspec.Struct, frozen=True, tag=True):
+    """Every rank could: they take the place of the old."""
+
+
+class DropWeights(msgspec.Struct, frozen=True, tag=True):
+    """A rank could not: nobody takes them."""
+
+
+class GatherWeights(msgspec.Struct, frozen=True, tag=True):
+    """The sharded weights are gathered, one after the other in the order of their names."""
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """No more commands."""
 
 
-Command: TypeAlias = Serve | Request | Sample | Score | Stop
+Command: TypeAlias = Serve | Request | Sample | Score | StageWeights | CommitWeights | DropWeights | GatherWeights | Stop
 _DECODER = msgspec.json.Decoder(Command)
 
 

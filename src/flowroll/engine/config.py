@@ -47,7 +47,6 @@ class EngineInfo:
         parameters: Parameters of the transformer, those of all ranks together.
         layout: How it is spread over ranks.
         transformer_bytes: Of its weights, on this rank.
-        weight_version: Version of the loaded weights.
         limits: What a request may ask for.
         defaults: What a request leaves open.
         pixel_unit: Height and width must be multiples of this.
@@ -63,7 +62,6 @@ class EngineInfo:
     parameters: int
     layout: Layout
     transformer_bytes: int
-    weight_version: str
     limits: Limits
     defaults: Defaults
     pixel_unit: int

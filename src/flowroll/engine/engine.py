@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,8 @@ from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
 from flowroll.engine.scoring import ScorePlan, check_sample, forward_rows, plan_score, recipe_of, sample_scores, velocities_of
+from flowroll.engine.weight_store import WeightStore
+from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
@@ -40,9 +42,9 @@ from flowroll.types import (
     SamplingRecord,
     ScoreAnswer,
     ScoreParams,
+    WeightUpdate,
 )
 
-_INITIAL_WEIGHT_VERSION = "0"
 # How long a failed replica may take to let go of the request that it failed.
 _RELEASE_S = 5.0
 Result = TypeVar("Result")
@@ -102,6 +104,7 @@ class Engine:
                 self._replica.close()
             raise
         transformer = self._model.transformer
+        self._weights = WeightStore(self._pipeline, self._replica)
         self.info = EngineInfo(
             model=str(checkpoint.folder),
             family=self._model.family.name,
@@ -112,7 +115,6 @@ class Engine:
             parameters=count_parameters(transformer),
             layout=layout,
             transformer_bytes=sum(parameter.nbytes for parameter in transformer.parameters()),
-            weight_version=_INITIAL_WEIGHT_VERSION,
             limits=limits,
             defaults=self._model.family.variants[self._model.variant],
             pixel_unit=self._model.spec.pixel_unit,
@@ -125,13 +127,18 @@ class Engine:
         return self._replica.failure if self._replica else None
 
     @property
+    def weight_version(self) -> str:
+        """Version of the weights in memory."""
+        return self._weights.versions.current
+
+    @property
     def rank_pids(self) -> Mapping[int, int]:
         """Process ids of the ranks that this engine started, by rank."""
         return self._replica.pids if self._replica else {}
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """Bytes that rank 0 has received from other ranks during forwards, by mesh axis."""
+        """Bytes that rank 0 has received from other ranks, by mesh axis."""
         return {str(axis): count for axis, count in self._replica.mesh.received_bytes.items()} if self._replica else {}
 
     def on_failure(self, listener: FailureListener) -> None:
@@ -150,9 +157,12 @@ class Engine:
 
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit.
+            OutdatedWeightsError: The weights are older than the request demands.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        return plan_request(params, self._open_model(), self.info.limits)
+        model = self._open_model()
+        self._weights.versions.demand(params.min_weight_version)
+        return plan_request(params, model, self.info.limits)
 
     def rollout(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[Rollout]:
         """Rolls out one request: one `Rollout` per sample, on the CPU.
@@ -280,7 +290,7 @@ class Engine:
                     found.append(self._score_sample(sample, log_probs_only=plan.params.log_probs_only))
                 except InvalidRequestError as error:
                     raise error.within(f"samples[{index}]") from None
-            version = self.info.weight_version
+            version = self.weight_version
         return ScoreAnswer(
             request_id=plan.request_id,
             weight_version=version,
@@ -306,6 +316,85 @@ class Engine:
                 self._replica.finish_sample(torch.stack(velocities))
         return sample_scores(sample, recipe, dict(zip(rows, velocities, strict=True)), log_probs_only=log_probs_only)
 
+    def update_weights_from_disk(
+        self, folder: str | Path, *, module: str = "transformer", weight_version: str | None = None
+    ) -> WeightUpdate:
+        """Replaces the weights of a module by others of the same shapes: all of them, or, whatever goes wrong, none.
+
+        Requests go on while the files are read and checked; then the change waits for the one that runs. With several ranks
+        each reads its own part, from the same path, when its turn has come. Afterwards rollouts have the bits of an engine that
+        was started on the new weights.
+
+        Args:
+            folder: A checkpoint folder, whose subfolder of the module's name is read; the module's own folder; or one
+                .safetensors file.
+            module: "transformer" or "vae".
+            weight_version: Of the new weights; None: one more than the highest number that a version had so far.
+
+        Raises:
+            InvalidRequestError: Another module, or a version that is no short text.
+            WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        return self.commit_weights(self.stage_weights(find_weights(folder, module)), weight_version=weight_version)
+
+    def stage_weights(self, files: WeightFiles) -> StagedWeights:
+        """The first half of an update: reads and checks; may be called from any thread, while requests run.
+
+        Raises:
+            WeightsRejectedError: Files that cannot be read to their end, or are not the module's.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        self._check_interrupt()
+        return self._weights.stage(files)
+
+    def commit_weights(self, staged: StagedWeights, *, weight_version: str | None = None) -> WeightUpdate:
+        """The second half: waits for the request that runs, then exchanges the weights.
+
+        Raises:
+            InvalidRequestError: A version that is no short text.
+            WeightsRejectedError: Another rank cannot read its part. Everything is as it was.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        with self._lock:
+            self._check_interrupt()
+            return self._weights.commit(staged, weight_version)
+
+    def weights_checksum(self, module: str = "transformer") -> str:
+        """sha256 over the module's tensors in the order of their names, of each its name and then its bytes, of all ranks.
+
+        Waits for the request that runs. `flowroll.replay.weights_checksum` is the same for a trainer's module.
+
+        Args:
+            module: "transformer", "text_encoder" or "vae".
+
+        Raises:
+            InvalidRequestError: Another module.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        with self._lock:
+            self._check_interrupt()
+            return self._weights.checksum(module)
+
+    def verify_weights(self, expected: Iterable[tuple[str, str]], *, module: str = "transformer") -> int:
+        """Compares every tensor of a module with what the caller expects. Waits for the request that runs.
+
+        Args:
+            expected: Name and sha256 of the raw bytes, of every tensor.
+            module: "transformer", "text_encoder" or "vae".
+
+        Returns:
+            How many tensors there are.
+
+        Raises:
+            WeightsMismatchError: Names that are unknown, missing or doubled, or tensors that differ; lists them.
+            InvalidRequestError: Another module.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        with self._lock:
+            self._check_interrupt()
+            return self._weights.verify(expected, module)
+
     def interrupt(self) -> None:
         """Makes what runs, and every later call, raise `ShuttingDownError` at its next step; may be called from any thread."""
         self._interrupted.set()
@@ -319,6 +408,7 @@ class Engine:
                 self._replica.close()
             if hasattr(self, "_model"):
                 del self._model, self._pipeline
+                self._weights.release()
                 if self.info.device.startswith("cuda"):
                     torch.cuda.empty_cache()
         finally:
@@ -355,6 +445,8 @@ class Engine:
         """Runs every sample of a request, in the order of the seeds; the lock is held until the last is finished."""
         with self._lock, torch.no_grad():
             self._check_interrupt()
+            # Again: the weights may have been changed, even to older ones, while the request waited.
+            self._weights.versions.demand(plan.params.min_weight_version)
             if self._model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._model.device)
             task = DenoisingTask.build(plan, self._model, self._encode(plan))
@@ -395,11 +487,11 @@ class Engine:
         return family.env(encoded[plan.params.prompt], negative, plan.geometry)
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
-        return as_image(plan, finished, weight_version=self.info.weight_version)
+        return as_image(plan, finished, weight_version=self.weight_version)
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
         peak_memory_mb = self._peak_memory_mb()
-        return as_rollout(plan, finished, weight_version=self.info.weight_version, peak_memory_mb=peak_memory_mb)
+        return as_rollout(plan, finished, weight_version=self.weight_version, peak_memory_mb=peak_memory_mb)
 
     def _peak_memory_mb(self) -> float:
         if self._model.device.type == "cuda":

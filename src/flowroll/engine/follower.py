@@ -13,17 +13,32 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.engine import denoising
 from flowroll.engine.checkpoint import examine_checkpoint
-from flowroll.engine.commands import Request, Sample, Score, Serve, Stop, decode_command, empty_env, env_tensors
+from flowroll.engine.commands import (
+    CommitWeights,
+    DropWeights,
+    GatherWeights,
+    Request,
+    Sample,
+    Score,
+    Serve,
+    StageWeights,
+    Stop,
+    decode_command,
+    empty_env,
+    env_tensors,
+)
 from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.denoising import DenoisingTask
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
-from flowroll.engine.replica import RankConfig
+from flowroll.engine.replica import STAGED, RankConfig
 from flowroll.engine.scoring import velocities_of
-from flowroll.errors import FlowrollError, InvalidRequestError
+from flowroll.engine.weights import StagedWeights, WeightFiles, stage_weights
+from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
 from flowroll.parallel.channel import Channel
+from flowroll.parallel.linears import whole_tensors
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.processes import ORPHANED
 from flowroll.parallel.rendezvous import check_world, rank_device, second_connection, torchrun_rank, torchrun_store
@@ -117,6 +132,7 @@ def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> Non
 
 def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> None:
     task: DenoisingTask | None = None
+    staged: StagedWeights | None = None
     while True:
         command = decode_command(channel.receive())
         match command:
@@ -129,12 +145,39 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 _take_sample(task, command.seed, mesh)
             case Score():
                 _take_scores(model, command, mesh)
+            case StageWeights():
+                staged = _stage(model, command, channel)
+            case CommitWeights():
+                assert staged is not None
+                staged.commit(lambda: None)
+                staged = None
+            case DropWeights():
+                staged = None
+            case GatherWeights():
+                for _ in whole_tensors(model.transformer):
+                    pass
             case Stop():
                 channel.stop()
                 channel.announce("stopped")
                 return
             case Serve():
                 raise AssertionError("served twice")
+
+
+def _stage(model: LoadedModel, command: StageWeights, channel: Channel) -> StagedWeights | None:
+    """Reads new weights and says how it went; whether anybody takes them is rank 0's to say."""
+    files = WeightFiles(
+        module="transformer",
+        files=tuple(map(Path, command.files)),
+        config=None if command.config is None else Path(command.config),
+    )
+    try:
+        staged = stage_weights(model.transformer, files)
+    except WeightsRejectedError as error:
+        channel.announce(STAGED, error.message)
+        return None
+    channel.announce(STAGED)
+    return staged
 
 
 def _receive(tensors: Sequence[Tensor], mesh: Mesh) -> None:

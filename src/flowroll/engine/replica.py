@@ -22,10 +22,14 @@ from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.commands import (
     BranchShape,
     Command,
+    CommitWeights,
+    DropWeights,
+    GatherWeights,
     Request,
     Sample,
     Score,
     Serve,
+    StageWeights,
     Stop,
     describe_branch,
     describe_tensor,
@@ -35,7 +39,15 @@ from flowroll.engine.commands import (
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, RankLostError, ShuttingDownError
+from flowroll.engine.weights import WeightFiles
+from flowroll.errors import (
+    CheckpointError,
+    EngineError,
+    InvalidRequestError,
+    RankLostError,
+    ShuttingDownError,
+    WeightsRejectedError,
+)
 from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel, Pulse
 from flowroll.parallel.mesh import Mesh, check_alone
@@ -52,11 +64,16 @@ from flowroll.types import DenoisingEnv, Layout, SamplingRecord
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
+# No request runs while the ranks read new weights.
+_STAGED_POLL_S = 0.005
 # After a failed collective, how long to look for the rank whose end explains it.
 _EXPLAIN_S = 2.0
 _JOIN_S = 5.0
 # How long the processes of a replica may take to start, before any of them loads.
 _START_S = 300.0
+
+# What a follower announces once it has read new weights: nothing, or why it could not.
+STAGED = "staged"
 
 FailureListener = Callable[[RankLostError], None]
 
@@ -231,6 +248,42 @@ class Replica:
                 f"every rank must come to the same latents, got others on rank {shown}; use equal devices and library versions."
             )
 
+    def stage_weights(self, files: WeightFiles) -> None:
+        """Makes every other rank read new weights of the transformer beside the old ones.
+
+        Raises:
+            WeightsRejectedError: A rank could not; all have dropped them.
+            RankLostError: A rank ended.
+        """
+        config = None if files.config is None else str(files.config)
+        self._send(StageWeights(files=[str(file) for file in files.files], config=config))
+        # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
+        with self.in_step():
+            self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
+        refused = {rank: reason for rank, reason in self._channel.announced(STAGED).items() if reason}
+        self._channel.retract(STAGED)
+        self._channel.forget()
+        if refused:
+            self.drop_weights()
+            rank, reason = next(iter(refused.items()))
+            raise WeightsRejectedError(f"rank {rank}: {reason}", field="model_path")
+
+    def commit_weights(self) -> None:
+        """Makes every other rank take what it has read. One that cannot ends, and the replica with it."""
+        self._send(CommitWeights())
+
+    def drop_weights(self) -> None:
+        """Makes every other rank forget what it has read."""
+        self._send(DropWeights())
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Makes every rank go through `whole_tensors` of its transformer, as this one does in the block."""
+        with self.in_step():
+            self._send(GatherWeights())
+            yield
+            self._channel.forget()
+
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """What every rank does at the same time. An error of this rank's alone takes the replica down: the others wait for it.
@@ -295,7 +348,7 @@ class Replica:
             raise self.failure
         self._channel.send(encode_command(command))
 
-    def _wait_for_all(self, stage: str, timeout_s: float = math.inf) -> None:
+    def _wait_for_all(self, stage: str, timeout_s: float = math.inf, *, poll_s: float = _POLL_S) -> None:
         """Waits for every follower to reach a stage; as long as it takes where none is given, since loading takes its time."""
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -312,7 +365,7 @@ class Replica:
                 raise RankLostError(
                     f"every rank must start within {timeout_s:g} s, got no sign of rank {shown}; start them all."
                 )
-            time.sleep(_POLL_S)
+            time.sleep(poll_s)
 
     def _watch_ranks(self) -> None:
         """Looks after the other ranks until the replica closes or fails."""

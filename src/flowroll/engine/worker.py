@@ -11,10 +11,11 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from flowroll.engine.engine import Engine
 from flowroll.engine.plan import RequestPlan
@@ -24,6 +25,7 @@ from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
 RequestKind: TypeAlias = Literal["rollout", "generate", "score"]
 Results: TypeAlias = list[Rollout] | list[GeneratedImage] | ScoreAnswer
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _RECENT_REQUESTS = 32
@@ -65,6 +67,15 @@ class _Job:
     started_s: float = 0.0
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Errand:
+    """Something to be done while no request runs. Its future is ended by the same rule; it counts as no request."""
+
+    action: Callable[[], Any]
+    future: Future[Any]
+    started_s: float = 0.0
+
+
 class EngineWorker:
     """Runs accepted requests one after the other on its own thread. A context manager: `close` ends the thread.
 
@@ -79,7 +90,8 @@ class EngineWorker:
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
+        self._errands: deque[_Errand] = deque()
+        self._running: _Job | _Errand | None = None
         self._accepting = True
         self._closing = False
         self._failure: RankLostError | None = None
@@ -123,7 +135,7 @@ class EngineWorker:
             if not self._accepting:
                 raise self._failure or _shutting_down()
             # Counting the running one makes the answer independent of how fast the thread takes up the first.
-            taken = len(self._waiting) + (self._running is not None)
+            taken = len(self._waiting) + isinstance(self._running, _Job)
             if taken > self._max_queue:
                 rule = f"the queue must have a free place to take a request, got {len(self._waiting)} waiting"
                 retry_s = self._retry_after_s()
@@ -133,6 +145,29 @@ class EngineWorker:
             self._accepted += 1
             self._changed.notify()
         return job.future  # type: ignore[return-value]  # the overloads tell which of them it holds
+
+    def between_requests(self, action: Callable[[], T]) -> Future[T]:
+        """Has something done to the engine as soon as the request that runs has ended, before those that wait.
+
+        May be called from any thread. What is asked for first is done first. There is no limit on how many wait: callers take
+        turns.
+
+        Args:
+            action: Runs on the worker's thread, while no request does.
+
+        Returns:
+            Ends in what the action returns or raises; any other exception than a `FlowrollError` as an `EngineError`.
+
+        Raises:
+            ShuttingDownError: The worker takes nothing more.
+        """
+        with self._changed:
+            if not self._accepting:
+                raise self._failure or _shutting_down()
+            errand = _Errand(action=action, future=Future())
+            self._errands.append(errand)
+            self._changed.notify()
+        return errand.future
 
     @property
     def pending(self) -> int:
@@ -167,7 +202,7 @@ class EngineWorker:
                 completed=self._completed,
                 failed=self._failed,
                 pending=len(self._waiting),
-                running=int(self._running is not None),
+                running=int(isinstance(self._running, _Job)),
             )
 
     def seconds_since_success(self) -> float | None:
@@ -176,7 +211,7 @@ class EngineWorker:
             return None if self._last_success_s is None else time.monotonic() - self._last_success_s
 
     def is_progressing(self) -> bool:
-        """Whether a request runs now, and not for much longer than its size explains.
+        """Whether a request runs now, and not for much longer than its size explains; or something between requests.
 
         The measure is time, against the recent requests scaled by pixels, steps and samples.
         """
@@ -185,7 +220,7 @@ class EngineWorker:
             if job is None:
                 return False
             allowed_s = _STALL_UNKNOWN_S
-            if self._paces:
+            if self._paces and isinstance(job, _Job):
                 allowed_s = max(_STALL_FLOOR_S, _STALL_FACTOR * self._expected_s(job))
             return time.monotonic() - job.started_s < allowed_s
 
@@ -205,7 +240,7 @@ class EngineWorker:
         self.engine.interrupt()
         self._thread.join(min(timeout_s, _LOST_S) if self._failure else timeout_s)
         if self._thread.is_alive() and (stuck := self._running) is not None:
-            _log.error("request_id=%r does not react to the shutdown; leaving it behind", stuck.plan.request_id)
+            _log.error("%s does not react to the shutdown; leaving it behind", _shown(stuck))
             self._settle(stuck, error=_shutting_down())
 
     def _fail(self, error: RankLostError) -> None:
@@ -221,9 +256,10 @@ class EngineWorker:
         with self._changed:
             self._accepting = False
             self._closing = True
-            abandoned = list(self._waiting)
+            abandoned: list[_Job | _Errand] = [*self._errands, *self._waiting]
+            self._failed += len(self._waiting)
             self._waiting.clear()
-            self._failed += len(abandoned)
+            self._errands.clear()
             self._changed.notify_all()
         for job in abandoned:
             if job.future.set_running_or_notify_cancel():
@@ -235,52 +271,56 @@ class EngineWorker:
             # Not to keep this request's tensors until the next one comes.
             del job
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> _Job | _Errand | None:
         with self._changed:
             while True:
                 if self._closing:
                     return None
-                if not self._waiting:
+                if not self._waiting and not self._errands:
                     self._changed.wait()
                     continue
-                job = self._waiting.popleft()
+                job: _Job | _Errand = self._errands.popleft() if self._errands else self._waiting.popleft()
                 if job.future.set_running_or_notify_cancel():
                     job.started_s = time.monotonic()
                     self._running = job
                     return job
-                self._failed += 1
+                self._failed += isinstance(job, _Job)
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _Job | _Errand) -> None:
         try:
-            results = self._results(job.plan, job.kind)
+            results = self._outcome(job)
         except FlowrollError as error:
             self._settle(job, error=error)
         except BaseException as error:
             # Whatever ends one request must not end the thread. The cause is not chained: its traceback holds tensors.
-            _log.exception("request_id=%r failed in the engine", job.plan.request_id)
+            _log.exception("%s failed in the engine", _shown(job))
             self._settle(job, error=_engine_error(error))
         else:
             self._settle(job, results=results)
 
-    def _results(self, plan: RequestPlan | ScorePlan, kind: RequestKind) -> Results:
-        if isinstance(plan, ScorePlan):
-            return self.engine.run_scores(plan)
-        return self.engine.rollout(plan) if kind == "rollout" else self.engine.generate(plan)
+    def _outcome(self, job: _Job | _Errand) -> Any:
+        if isinstance(job, _Errand):
+            return job.action()
+        if isinstance(job.plan, ScorePlan):
+            return self.engine.run_scores(job.plan)
+        return self.engine.rollout(job.plan) if job.kind == "rollout" else self.engine.generate(job.plan)
 
-    def _settle(self, job: _Job, *, results: Results | None = None, error: FlowrollError | None = None) -> None:
+    def _settle(self, job: _Job | _Errand, *, results: Any = None, error: FlowrollError | None = None) -> None:
         """Ends the running job's future, unless `close` has already."""
         with self._changed:
             if job is not self._running:
                 return
             self._running = None
-            if results is None:
+            if isinstance(job, _Errand):
+                pass
+            elif error is not None:
                 self._failed += 1
             else:
                 self._completed += 1
                 self._last_success_s = time.monotonic()
                 self._paces.append((self._last_success_s - job.started_s) / job.plan.work)
         # Outside the lock: a future runs its callbacks here.
-        if results is None:
+        if error is not None:
             job.future.set_exception(error)
         else:
             job.future.set_result(results)
@@ -292,8 +332,13 @@ class EngineWorker:
     def _retry_after_s(self) -> float:
         """When a place should be free: the rest of what runs now."""
         job = self._running
-        rest_s = 0.0 if job is None else self._expected_s(job) - (time.monotonic() - job.started_s)
+        rest_s = 0.0 if not isinstance(job, _Job) else self._expected_s(job) - (time.monotonic() - job.started_s)
         return min(max(rest_s, _MIN_RETRY_S), _MAX_RETRY_S)
+
+
+def _shown(job: _Job | _Errand) -> str:
+    """What the log says of it."""
+    return f"request_id={job.plan.request_id!r}" if isinstance(job, _Job) else "what was to be done between requests"
 
 
 def _shutting_down() -> ShuttingDownError:

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from flowroll.errors import UnsupportedModelError
 from flowroll.families.base import (
     Call,
-    Defaults,
     Family,
-    Geometry,
     Guidance,
-    ModelSpec,
     Output,
     RunCalls,
+    StepInput,
     Transformer,
     run_in_turn,
 )
+from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.z_image import ZImage
@@ -48,6 +47,7 @@ __all__ = [
     "Output",
     "Recipe",
     "RunCalls",
+    "StepInput",
     "StepScore",
     "Transformer",
     "family_of_pipeline",

@@ -8,7 +8,7 @@ call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.families.batched import PerSample
+from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, Number, ParallelPlan
 
 # Any callable with the diffusers class's call signature: the plain module, FSDP-wrapped, with LoRA.
@@ -29,65 +31,6 @@ RunCalls: TypeAlias = Callable[[Transformer, Sequence[Call]], list[Output]]
 NO_GUIDANCE = "none"
 # Where the pipelines cut a prompt by default.
 MAX_TEXT_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
-    """What a request leaves open. Sizes in pixels."""
-
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: Number
-    negative_prompt: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """The facts of a loaded checkpoint that shape its latents.
-
-    Attributes:
-        latent_channels: Channels of the VAE's latents.
-        vae_scale_factor: Pixels per latent cell along one side.
-        text_width: Width of the text embeddings that the transformer takes.
-        max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
-    """
-
-    latent_channels: int
-    vae_scale_factor: int
-    text_width: int
-    max_tokens_per_side: tuple[int, int] | None = None
-
-    @property
-    def pixel_unit(self) -> int:
-        """Height and width must be multiples of this: one patch of 2 x 2 latent cells."""
-        return 2 * self.vae_scale_factor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """The shapes of one sample of a given size.
-
-    Attributes:
-        height: Pixels.
-        width: Pixels.
-        rows: Rows of patches.
-        columns: Columns of patches.
-        noise_shape: What the pipeline draws, at batch 1.
-        latent_shape: One sample's latents in the denoising loop, without batch dimension.
-    """
-
-    height: int
-    width: int
-    rows: int
-    columns: int
-    noise_shape: tuple[int, ...]
-    latent_shape: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens, before any padding inside the model."""
-        return self.rows * self.columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +49,23 @@ class Guidance:
     def is_active(self) -> bool:
         """Whether there is an unconditional branch."""
         return self.rule != NO_GUIDANCE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """One sample's next velocity: the arguments of `Family.velocity` that are its own.
+
+    Attributes:
+        latents: x at sigma, any float dtype.
+        timestep: This step's entry of `model_timesteps`.
+        env: The sample's environment, on the transformer's device.
+        guidance: How the branches are combined.
+    """
+
+    latents: Float[Tensor, " *latent"]
+    timestep: Float[Tensor, " 1"]
+    env: DenoisingEnv
+    guidance: Guidance
 
 
 def run_in_turn(transformer: Transformer, calls: Sequence[Call]) -> list[Output]:
@@ -253,6 +213,71 @@ class Family(ABC):
         """
         return self.combine(run(transformer, self.calls(latents, timestep, env, guidance, dtype)), guidance)
 
+    def velocities(
+        self, transformer: Transformer, inputs: Sequence[StepInput], dtype: torch.dtype, *, run: RunCalls = run_in_turn
+    ) -> list[Tensor]:
+        """The guided velocities of several samples, bit for bit what `velocity` gives for each.
+
+        Forwards of the same `call_key` are run as one, whichever samples and branches they belong to. With another `run` than
+        the default (ranks that share a forward) samples run in turn.
+
+        Args:
+            transformer: The model, or a wrapper with its call signature.
+            inputs: Samples at any steps of any schedules.
+            dtype: The transformer's dtype.
+            run: Runs a step's forwards.
+
+        Returns:
+            The velocities in the order of the inputs.
+        """
+        if len(inputs) == 1 or run is not run_in_turn:
+            return [
+                self.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, dtype, run=run) for one in inputs
+            ]
+        calls = [self.calls(one.latents, one.timestep, one.env, one.guidance, dtype) for one in inputs]
+        owners = [index for index, own in enumerate(calls) for _ in own]
+        timesteps = _first_of_same([one.timestep for one in inputs])
+        outputs = iter(self._run_together(transformer, [call for own in calls for call in own], [timesteps[i] for i in owners]))
+        return [self.combine([next(outputs) for _ in own], one.guidance) for own, one in zip(calls, inputs, strict=True)]
+
+    def batch_key(self, one: StepInput) -> Hashable:
+        """Samples with equal keys share all their forwards in `velocities`; it is the same at every step of a sample."""
+        calls = self.calls(one.latents, one.timestep, one.env, one.guidance, one.latents.dtype)
+        return tuple(self.call_key(call) for call in calls)
+
+    def _run_together(self, transformer: Transformer, calls: Sequence[Call], timesteps: Sequence[int]) -> list[Output]:
+        """The outputs of all calls; those of one key in one forward."""
+        groups: dict[Hashable, list[int]] = {}
+        for index, call in enumerate(calls):
+            groups.setdefault(self.call_key(call), []).append(index)
+        outputs: dict[int, Output] = {}
+        for members in groups.values():
+            if len(members) == 1:
+                outputs[members[0]] = run_in_turn(transformer, [calls[members[0]]])[0]
+                continue
+            place = {timesteps[index]: position for position, index in reversed(list(enumerate(members)))}
+            mode = PerSample([place[timesteps[index]] for index in members])
+            batched = self.merge([calls[index] for index in members])
+            output = mode.forward(transformer, batched, self.entries(calls[members[0]]))
+            outputs.update(zip(members, self.split(output, len(members)), strict=True))
+        return [outputs[index] for index in range(len(calls))]
+
+    @abstractmethod
+    def call_key(self, call: Call) -> Hashable:
+        """Calls with equal keys have inputs of the same shapes, and can be merged."""
+
+    @abstractmethod
+    def merge(self, calls: Sequence[Call]) -> Call:
+        """One call for several of the same key."""
+
+    @abstractmethod
+    def split(self, output: Output, num_calls: int) -> list[Output]:
+        """The outputs of the merged calls."""
+
+    @abstractmethod
+    def entries(self, call: Call) -> int:
+        """How many entries of a batch this call has."""
+
     @abstractmethod
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
@@ -264,3 +289,9 @@ class Family(ABC):
         """What the pipeline's image processor makes of a decoded batch of one, in the layout of a `Rollout`."""
         pixels = cast(Tensor, pipeline.image_processor.postprocess(decoded, output_type="pt"))
         return pixels[0].unsqueeze(1).to(torch.float32)
+
+
+def _first_of_same(timesteps: Sequence[Float[Tensor, " 1"]]) -> list[int]:
+    """For each timestep the first that is the same; on a GPU only those in the same memory, since looking would wait for it."""
+    keys = [one.item() if one.device.type == "cpu" else one.data_ptr() for one in timesteps]
+    return [keys.index(key) for key in keys]

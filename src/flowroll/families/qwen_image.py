@@ -6,7 +6,7 @@ and divided by 1000; guidance runs above a scale of 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output
+from flowroll.families.base import MAX_TEXT_TOKENS, Call, Family, Guidance, Output
+from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import linspace_float64
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
 
@@ -28,7 +29,8 @@ class QwenImage(Family):
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
     variants: ClassVar[Mapping[str, Defaults]] = {
-        "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, negative_prompt=" ")
+        "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, negative_prompt=" "),
+        "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=" "),
     }
     guidance_rule: ClassVar[str] = "cfg_norm_rescale"
     embeds_key: ClassVar[str] = "encoder_hidden_states"
@@ -156,6 +158,33 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": None if mask is None else cast(Tensor, mask)[None],
             "img_shapes": branch["img_shapes"],
         }
+
+    @override
+    def call_key(self, call: Call) -> Hashable:
+        (((frames, rows, columns),),) = call["img_shapes"]
+        text: Tensor = call["encoder_hidden_states"]
+        return frames, rows, columns, text.shape[1], call[_MASK] is not None
+
+    @override
+    def merge(self, calls: Sequence[Call]) -> Call:
+        def joined(key: str) -> Tensor:
+            return torch.cat([call[key] for call in calls])
+
+        return {
+            "hidden_states": joined("hidden_states"),
+            "timestep": joined("timestep"),
+            "encoder_hidden_states": joined("encoder_hidden_states"),
+            "encoder_hidden_states_mask": None if calls[0][_MASK] is None else joined(_MASK),
+            "img_shapes": [shape for call in calls for shape in call["img_shapes"]],
+        }
+
+    @override
+    def split(self, output: Output, num_calls: int) -> list[Output]:
+        return list(torch.split(cast(Tensor, output), 1))
+
+    @override
+    def entries(self, call: Call) -> int:
+        return 1
 
     @override
     def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:

@@ -7,8 +7,8 @@ rows of modulation, the shorter caption padded to the longer), which is therefor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Call, Defaults, Family, Geometry, Guidance, ModelSpec, Output
+from flowroll.families.base import MAX_TEXT_TOKENS, Call, Family, Guidance, Output
+from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import linspace_float32
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
+
+# The model fills captions and images up to a multiple of so many rows.
+_PADDED = 32
 
 
 def _region(blocks: str, leave: str) -> Region:
@@ -47,6 +51,7 @@ class ZImage(Family):
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=5.0, negative_prompt=""),
         "turbo": Defaults(height=1024, width=1024, num_inference_steps=9, guidance_scale=0.0, negative_prompt=""),
+        "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=""),
     }
     guidance_rule: ClassVar[str] = "cfg_pair"
     embeds_key: ClassVar[str] = "cap_feats"
@@ -145,6 +150,28 @@ class ZImage(Family):
             captions.append(env.negative(self.embeds_key))
         frames = [latents.to(dtype).unsqueeze(1)] * len(captions)
         return [{"x": frames, "t": timestep.repeat(len(captions)), "cap_feats": captions}]
+
+    @override
+    def call_key(self, call: Call) -> Hashable:
+        # Captions whose padded lengths are the same have the same shapes from the first product on.
+        return tuple(call["x"][0].shape), tuple(-(-len(caption) // _PADDED) for caption in call["cap_feats"])
+
+    @override
+    def merge(self, calls: Sequence[Call]) -> Call:
+        return {
+            "x": [frames for call in calls for frames in call["x"]],
+            "t": torch.cat([call["t"] for call in calls]),
+            "cap_feats": [caption for call in calls for caption in call["cap_feats"]],
+        }
+
+    @override
+    def split(self, output: Output, num_calls: int) -> list[Output]:
+        entries = len(output) // num_calls
+        return [cast("list[Tensor]", output[start : start + entries]) for start in range(0, len(output), entries)]
+
+    @override
+    def entries(self, call: Call) -> int:
+        return len(call["x"])
 
     @override
     def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:

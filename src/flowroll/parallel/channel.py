@@ -34,13 +34,18 @@ class Channel:
         self._stopped = threading.Event()
 
     def announce(self, stage: str, text: str = "") -> None:
-        """Tells that this rank has reached a stage of its start."""
+        """Tells that this rank has reached a stage."""
         self._store.set(f"{stage}/{self._rank}", text)
 
     def announced(self, stage: str) -> dict[int, str]:
         """The followers that have reached a stage, with what they said."""
         keys = {rank: f"{stage}/{rank}" for rank in self._followers}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+
+    def retract(self, stage: str) -> None:
+        """Deletes what all followers announced, so that the stage can be reached again."""
+        for rank in self._followers:
+            self._store.delete_key(f"{stage}/{rank}")
 
     def wait_for(self, stage: str) -> None:
         """Waits until rank 0 has reached a stage."""

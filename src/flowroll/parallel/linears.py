@@ -9,7 +9,7 @@ floating point.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -57,10 +57,14 @@ class ColumnParallelLinear(nn.Module):
         if num_rows >= MIN_ROWS or self.columns % COLUMN_BLOCK == 0:
             return self._gather(nn.functional.linear(inputs, self.weight, self.bias), dim=-1)
         # Too few rows to split the columns anywhere: the product is done whole, with the weights fetched for it.
-        bias = None if self.bias is None else self._gather(self.bias.detach(), dim=0)
+        bias = None if self.bias is None else self.gather_whole(self.bias)
         # As a parameter is: torch takes another kernel for some products whose weight needs no gradient.
-        weight = self._gather(self.weight.detach(), dim=0).requires_grad_()
+        weight = self.gather_whole(self.weight).requires_grad_()
         return nn.functional.linear(inputs, weight, bias)
+
+    def gather_whole(self, part: Tensor) -> Tensor:
+        """The whole weight or bias of which every rank has its part."""
+        return self._gather(part.detach(), dim=0)
 
     def _gather(self, part: Tensor, *, dim: int) -> Tensor:
         return self._mesh.gather(part, axis="tp", dim=dim, sizes=[self.columns] * self._mesh.degree("tp"))
@@ -98,6 +102,16 @@ def count_parameters(transformer: nn.Module) -> int:
             own = sum(parameter.numel() for parameter in module.parameters())
             elsewhere += own * (module.out_features // module.columns - 1)
     return elsewhere + sum(parameter.numel() for parameter in transformer.parameters())
+
+
+def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors of a module in the order of the names; what is sharded is gathered when its turn comes.
+
+    Where something is, every rank has to go through all of it.
+    """
+    for name, tensor in sorted(module.state_dict().items()):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        yield name, owner.gather_whole(tensor) if isinstance(owner, ColumnParallelLinear) else tensor
 
 
 def _planned(transformer: nn.Module, paths: Sequence[str]) -> list[tuple[str, nn.Linear]]:

@@ -1,12 +1,15 @@
 """The trainer's side: recorded steps re-run and scored with gradients, audited, and turned into losses. torch alone.
 
-`log_prob` and `score` replay rollouts; `micro_batches` does so a few pairs at a time, for training; `audit` says whether a
-replay is exact, and if not, why. The forwards and the log-prob are those of the engine, through `families/` and `sampling/`.
+`log_prob` and `score` replay rollouts; `micro_batches` does so a few pairs at a time, for training; `velocities` evaluates the
+policy at latents of the caller's own; `audit` says whether a replay is exact, and if not, why. The forwards and the log-prob
+are those of the engine, through `families/` and `sampling/`.
 """
 
 from flowroll.families.alignment import align_weights
+from flowroll.families.checksums import tensor_checksums, weights_checksum
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
 from flowroll.replay.causes import Cause
+from flowroll.replay.forward import velocities
 from flowroll.replay.losses import clipped_loss, group_advantages, normalised_ratio, ratio
 from flowroll.replay.scoring import MicroBatch, Scores, log_prob, micro_batches, score
 
@@ -26,4 +29,7 @@ __all__ = [
     "normalised_ratio",
     "ratio",
     "score",
+    "tensor_checksums",
+    "velocities",
+    "weights_checksum",
 ]

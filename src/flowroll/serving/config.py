@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -34,6 +35,7 @@ class ServerConfig:
         api_key: Bearer token that every route but /liveness demands; None: open. Never shown.
         wire_format: Answer to `Accept: */*`.
         wire_dialect: Names in the answer where the request does not choose.
+        weights_roots: Folders, absolute, from which clients may have weights read; none: no client may.
         max_queue: Requests that may wait behind the running one.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
@@ -57,6 +59,7 @@ class ServerConfig:
     api_key: str | None = field(default=None, repr=False)
     wire_format: WireFormat = "json"
     wire_dialect: Dialect = "native"
+    weights_roots: tuple[str, ...] = ()
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
@@ -64,6 +67,10 @@ class ServerConfig:
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
+        for root in self.weights_roots:
+            _require(os.path.isdir(root), "weights_roots", "be folders that are there", root, "make it first")
+        # Resolved once: what a link points to later is not what was allowed.
+        object.__setattr__(self, "weights_roots", tuple(os.path.realpath(root) for root in self.weights_roots))
         in_range = 0 <= self.port <= _MAX_PORT
         _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")

@@ -38,10 +38,16 @@ WORK_RESPONSES: dict[int | str, dict[str, object]] = {
     406: {"model": ErrorBody, "description": "None of the accepted media types is offered"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     415: {"model": ErrorBody, "description": "The body is not sent as application/json"},
+    409: {"model": ErrorBody, "description": "The weights are not of the version that is demanded"},
     422: {"model": ErrorBody, "description": "A value breaks a rule, or a field is unknown"},
     429: {"model": ErrorBody, "description": "The queue is full; see Retry-After"},
     500: {"model": ErrorBody, "description": "The engine failed while it ran this request"},
     503: {"model": ErrorBody, "description": "The server is shutting down"},
+}
+WEIGHTS_RESPONSES: dict[int | str, dict[str, object]] = {
+    **{status: response for status, response in WORK_RESPONSES.items() if status not in (406, 429)},
+    409: {"model": ErrorBody, "description": "The weights are not those that are expected"},
+    422: {"model": ErrorBody, "description": "A value breaks a rule, or the new weights are not the module's; nothing changed"},
 }
 
 

@@ -46,10 +46,20 @@ async def accept_request(request: Request, services: Services, model: type[Reque
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
-    _media_type(request.headers, (JSON,))
-    body = await _read_body(request, services.config.max_body_bytes)
+    body = await read_body(request, services)
     # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
     return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
+
+
+async def read_body(request: Request, services: Services) -> bytearray:
+    """The body of a request that has to be JSON.
+
+    Raises:
+        MalformedRequestError: It is sent as something else.
+        PayloadTooLargeError: It is longer than the server accepts.
+    """
+    _media_type(request.headers, (JSON,))
+    return await _receive(request, services.config.max_body_bytes)
 
 
 async def accept_score_request(request: Request, services: Services) -> ScorePlan:
@@ -62,7 +72,7 @@ async def accept_score_request(request: Request, services: Services) -> ScorePla
         ShuttingDownError: The engine stops.
     """
     media_type = _media_type(request.headers, (JSON, MSGPACK))
-    body = await _read_body(request, services.config.max_score_body_bytes)
+    body = await _receive(request, services.config.max_score_body_bytes)
     return await run_in_threadpool(_plan_score, services.worker.engine, body, media_type, exchange_of(request))
 
 
@@ -106,7 +116,7 @@ def _media_type(headers: Headers, known: Sequence[str]) -> str:
     return media_type
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytearray:
+async def _receive(request: Request, max_bytes: int) -> bytearray:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes, f"{declared} bytes")

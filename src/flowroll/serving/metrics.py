@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from flowroll.engine.plan import RequestPlan
@@ -31,6 +31,8 @@ class WorkerCollector(Collector):
         ended.add_metric(["completed"], stats.completed)
         ended.add_metric(["failed"], stats.failed)
         yield ended
+        version = {"version": self._worker.engine.weight_version}
+        yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", version)
 
 
 class Metrics:
@@ -47,6 +49,8 @@ class Metrics:
         samples: Finished samples, by kind.
         denoising_steps: Steps of finished samples, by kind.
         sde_steps: Steps of finished samples that have a log-prob.
+        weight_updates: Updates of weights, by outcome.
+        weight_pause_seconds: For which no request could run because weights were exchanged.
         scored_steps: Recorded steps that were scored again.
     """
 
@@ -64,6 +68,10 @@ class Metrics:
         self.samples = Counter("flowroll_samples", "Finished samples.", ["kind"], registry=own)
         self.denoising_steps = Counter("flowroll_denoising_steps", "Steps of finished samples.", ["kind"], registry=own)
         self.sde_steps = Counter("flowroll_sde_steps", "Stochastic steps of finished samples.", registry=own)
+        self.weight_updates = Counter("flowroll_weight_updates", "Updates of weights.", ["outcome"], registry=own)
+        self.weight_pause_seconds = Counter(
+            "flowroll_weight_pause_seconds", "Seconds for which no request ran because of an update.", registry=own
+        )
         self.scored_steps = Counter("flowroll_scored_steps", "Recorded steps that were scored again.", registry=own)
 
     def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int) -> None:

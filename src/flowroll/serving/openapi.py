@@ -13,6 +13,7 @@ from flowroll.serving.negotiation import PNG
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.responses import ScoreRequestObject
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
+from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
 _REF = "#/components/schemas/{model}"
 # The answers that are no JSON.
@@ -20,7 +21,15 @@ MSGPACK_CONTENT: dict[str, Any] = {
     MSGPACK: {"schema": {"type": "string", "format": "binary", "description": "The same; every `data` is raw bytes."}}
 }
 PNG_CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
-_REQUESTS: tuple[type[BaseModel], ...] = (RolloutRequest, GenerateRequest, ImagesRequest, ScoreRequestObject)
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    RolloutRequest,
+    GenerateRequest,
+    ImagesRequest,
+    ScoreRequestObject,
+    UpdateFromDiskRequest,
+    ChecksumRequest,
+    VerifyRequest,
+)
 
 
 def request_body(model: type[BaseModel], **other_content: Any) -> dict[str, Any]:

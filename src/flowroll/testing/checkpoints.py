@@ -28,16 +28,26 @@ from flowroll.testing.tokenizer import make_tokenizer
 from flowroll.testing.weights import align_file, fill_random
 
 FamilyName: TypeAlias = Literal["qwen_image", "z_image"]
-Size: TypeAlias = Literal["tiny", "mid"]
+Size: TypeAlias = Literal["tiny", "mid", "shapes"]
 
 _TEXT_DIM = 64
+# 16 in the real ones; few are learned faster.
+_LATENT_CHANNELS: Mapping[str, int] = {"tiny": 16, "mid": 16, "shapes": 4}
 _QWEN_TRANSFORMERS: Mapping[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
     "mid": {"num_layers": 11, "num_attention_heads": 4, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)},
+    "shapes": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 24, "axes_dims_rope": (8, 8, 8)},
+}
+# Without blocks the encoder cannot run, which a random one need not.
+_QWEN_VAES: Mapping[str, dict[str, Any]] = {
+    "tiny": {"base_dim": 8, "num_res_blocks": 0},
+    "mid": {"base_dim": 8, "num_res_blocks": 0},
+    "shapes": {"base_dim": 8, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
 }
 _Z_TRANSFORMERS: Mapping[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [4, 6, 6]},
     "mid": {"dim": 512, "n_layers": 24, "n_refiner_layers": 2, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [32, 48, 48]},
+    "shapes": {"dim": 96, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [8, 8, 8]},
 }
 
 
@@ -48,7 +58,8 @@ def make_checkpoint(family: FamilyName, directory: str | Path, *, seed: int = 0,
         family: "qwen_image" or "z_image".
         directory: Where to save; made if need be. A checkpoint that is there is overwritten.
         seed: Same seed, same bytes.
-        size: "tiny", or "mid": about 100 million parameters in the transformer.
+        size: "tiny"; "mid": about 100 million parameters in the transformer; or "shapes": about one million, the architecture
+            that `examples.shapes.train` trains.
         **overrides: Fields of the transformer's configuration, e.g. `num_layers`.
 
     Returns:
@@ -75,14 +86,20 @@ def make_checkpoint(family: FamilyName, directory: str | Path, *, seed: int = 0,
 
 
 def _qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePipeline:
-    tokenizer = make_tokenizer()
-    config = {"in_channels": 64, "out_channels": 16, "joint_attention_dim": _TEXT_DIM, **_QWEN_TRANSFORMERS[size], **overrides}
+    tokenizer, channels = make_tokenizer(), _LATENT_CHANNELS[size]
+    config = {
+        "in_channels": 4 * channels,
+        "out_channels": channels,
+        "joint_attention_dim": _TEXT_DIM,
+        **_QWEN_TRANSFORMERS[size],
+        **overrides,
+    }
     transformer = QwenImageTransformer2DModel(**config)
     # Without it, a short prompt among hundreds of image tokens would hardly matter.
     fill_random(transformer, seed, {"attn.add_v_proj.weight": 16.0})
     text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen_vl_config(tokenizer))
     fill_random(text_encoder, seed)
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=0)
+    vae = AutoencoderKLQwenImage(z_dim=channels, **_QWEN_VAES[size])
     _fill_vae(vae, seed)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
@@ -152,8 +169,14 @@ def _decoder_config(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
 
 
 def _z_image(size: Size, seed: int, overrides: dict[str, Any]) -> ZImagePipeline:
-    tokenizer = make_tokenizer()
-    config = {"in_channels": 16, "cap_feat_dim": _TEXT_DIM, "axes_lens": [1536, 512, 512], **_Z_TRANSFORMERS[size], **overrides}
+    tokenizer, channels = make_tokenizer(), _LATENT_CHANNELS[size]
+    config = {
+        "in_channels": channels,
+        "cap_feat_dim": _TEXT_DIM,
+        "axes_lens": [1536, 512, 512],
+        **_Z_TRANSFORMERS[size],
+        **overrides,
+    }
     transformer = ZImageTransformer2DModel(**config)
     fill_random(transformer, seed)
     text_encoder = Qwen3Model(Qwen3Config(head_dim=16, **_decoder_config(tokenizer)))
@@ -163,7 +186,7 @@ def _z_image(size: Size, seed: int, overrides: dict[str, Any]) -> ZImagePipeline
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=1024,
         scaling_factor=0.3611,

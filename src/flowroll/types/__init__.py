@@ -33,12 +33,14 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
+from flowroll.types.weights import MAX_VERSION_CHARS, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
     "MAX_PROMPT_CHARS",
     "MAX_REQUEST_ID_CHARS",
     "MAX_SEED",
+    "MAX_VERSION_CHARS",
     "MIN_SIGMA_GAP",
     "NOISE_LEVEL_MAX",
     "NOISE_LEVEL_MAX_CPS",
@@ -52,6 +54,7 @@ __all__ = [
     "GeneratedImage",
     "GeneratorDevice",
     "Layout",
+    "ModuleName",
     "Number",
     "ParallelPlan",
     "RecordedSteps",
@@ -65,5 +68,8 @@ __all__ = [
     "SdeType",
     "Split",
     "Trajectory",
+    "WeightUpdate",
     "branch_digest",
+    "check_version",
+    "version_number",
 ]

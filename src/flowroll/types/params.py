@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from flowroll.errors import InvalidRequestError
+from flowroll.types.weights import check_version
 
 SdeType: TypeAlias = Literal["sde", "cps", "ode"]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
@@ -91,6 +92,7 @@ class SamplingParams:
         return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
+        min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
 
     Raises:
         InvalidRequestError: A value breaks its rule.
@@ -119,6 +121,7 @@ class SamplingParams:
     return_step_indices: tuple[int, ...] | None = None
     suppress_logs: bool = False
     request_id: str | None = None
+    min_weight_version: str | None = None
 
     def __post_init__(self) -> None:
         self._check_text()
@@ -139,6 +142,8 @@ class SamplingParams:
             _require(len(text) <= most, name, f"have at most {most} characters", len(text), "shorten it")
             valid = text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
             _require(valid, name, "be valid Unicode", text, "remove the unpaired surrogates")
+        if self.min_weight_version is not None:
+            check_version(self.min_weight_version, "min_weight_version")
         _require(self.request_id != "", "request_id", "not be empty", self.request_id, "leave it out for a generated one")
 
     def _check_flags(self) -> None:

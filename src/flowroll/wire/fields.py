@@ -15,6 +15,7 @@ from flowroll.types import (
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
+    MAX_VERSION_CHARS,
     NOISE_LEVEL_MAX,
     NOISE_LEVEL_MIN,
     GeneratorDevice,
@@ -132,6 +133,17 @@ RequestId: TypeAlias = Annotated[
         examples=["step-120-prompt-7"],
     ),
     Rule(text=f"be null or a string of 1 to {MAX_REQUEST_ID_CHARS} characters", remedy="leave it out for a generated one"),
+]
+MinWeightVersion: TypeAlias = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=MAX_VERSION_CHARS,
+        description="Refuse weights that are older than this version (409). Two numbers compare as numbers; otherwise every "
+        "version that this server has had so far counts as no newer than the current one.",
+        examples=["120"],
+    ),
+    Rule(text=f"be null or a string of 1 to {MAX_VERSION_CHARS} characters", remedy="leave it out for any version"),
 ]
 Sigmas: TypeAlias = Annotated[
     list[Annotated[float, Field(ge=0, le=1)]] | None,

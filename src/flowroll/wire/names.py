@@ -11,6 +11,9 @@ EXTRA = "extra_sampling_params"
 ROLLOUT_ROUTE = "/rollout/generate"
 SCORE_ROUTE = "/rollout/score"
 GENERATE_ROUTE = "/generate"
+UPDATE_FROM_DISK_ROUTE = "/update_weights_from_disk"
+CHECKSUM_ROUTE = "/get_weights_checksum"
+VERIFY_ROUTE = "/verify_weights"
 
 # Fields that are not listed have one name for both.
 PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(ROLLOUT_FIELDS - {"rollout"})}

@@ -24,13 +24,16 @@ __all__ = [
     "GenerateRequest",
     "ImagesRequest",
     "RolloutRequest",
+    "Strict",
     "error_from_validation",
     "parse",
     "parse_json_body",
 ]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What every request has in common."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     def given(self) -> dict[str, Any]:
@@ -39,11 +42,11 @@ class _Strict(BaseModel):
         return {name: tuple(value) if isinstance(value, list) else value for name, value in sent.items() if value is not None}
 
 
-class _Prompted(_Strict):
+class _Prompted(Strict):
     prompt: fields.Prompt
 
 
-class _SamplingFields(_Strict):
+class _SamplingFields(Strict):
     negative_prompt: fields.NegativePrompt = None
     seed: fields.Seed = None
     seeds: fields.Seeds = None
@@ -56,9 +59,10 @@ class _SamplingFields(_Strict):
     true_cfg_scale: fields.TrueCfgScale = None
     suppress_logs: fields.SuppressLogs = False
     request_id: fields.RequestId = None
+    min_weight_version: fields.MinWeightVersion = None
 
 
-class _RolloutFields(_Strict):
+class _RolloutFields(Strict):
     rollout: fields.RolloutFlag = True
     rollout_sde_type: fields.SdeTypeName = "sde"
     rollout_noise_level: fields.NoiseLevel = 0.7

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 import flowroll.serving
+from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.serve import serve
 from flowroll.engine import Limits
 from flowroll.serving import ServerConfig
@@ -85,11 +86,18 @@ def test_serve_without_flags_is_the_servers_own_configuration(served, tmp_path):
     assert served == [ServerConfig(model=str(tmp_path))]
 
 
+@pytest.mark.parametrize(("words", "family"), [((), "z_image"), (("shapes-qwen_image",), "qwen_image")])
+def test_serve_has_checkpoints_of_its_own(served, words, family):
+    assert run_cli("serve", *words).exit_code == 0
+    assert served == [ServerConfig(model=str(shapes_checkpoint(family)))]
+
+
 def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
     words = (
         *("--host", "0.0.0.0", "--port", 8000, "--variant", "turbo", "--dtype", "bfloat16", "--device", "cpu"),
         *("--api-key", "sesame", "--wire-format", "msgpack", "--wire-dialect", "sglang", "--max-pixels", 4096),
         *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
+        *("--weights-root", tmp_path, "--weights-root", "/"),
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
         *("--grace-s", 1.5, "--log-level", "warning"),
@@ -110,6 +118,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000, max_scores=9),
             layout=Layout(cfg_parallel=True, sp=2, tp=4),
             rank_timeout_s=7.5,
+            weights_roots=(str(tmp_path), "/"),
             max_queue=2,
             max_body_bytes=1000,
             max_score_body_bytes=2000,

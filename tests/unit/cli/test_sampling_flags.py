@@ -34,6 +34,7 @@ ALL_FLAGS = {
     "return_step_indices": (["--return-step-indices", "3"], (3,)),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
+    "min_weight_version": (["--min-weight-version", "7"], "7"),
 }
 
 
@@ -94,9 +95,11 @@ def test_left_out_fields_have_no_flag():
 def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     result = run_cli(command, "--help")
     text = " ".join(result.stdout.split())
-    names = [name for name in FIELDS if command == "generate" or name not in ("prompt", "request_id")]
+    without = {"generate": {"min_weight_version"}, "rollout": {"min_weight_version", "prompt", "request_id"}}[command]
+    names = [name for name in FIELDS if name not in without]
     for name in names:
         assert "--" + name.replace("_", "-") in text
+    assert "--min-weight-version" not in text
     for description in (
         "T + 1 noise levels used verbatim",
         "Steps that follow `sde_type`",

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flowroll.engine import Engine
+from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.errors import CheckpointError, FlowrollError, InvalidRequestError, UnsupportedModelError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -119,3 +120,21 @@ def test_a_device_or_dtype_that_is_not_to_be_had_is_refused(z_image_checkpoint: 
     with pytest.raises(InvalidRequestError) as caught:
         Engine(z_image_checkpoint, **options)
     assert caught.value.field == field
+
+
+def test_the_folder_itself_can_name_its_variant(z_image_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(z_image_checkpoint, folder)
+    notes = folder / "flowroll.json"
+    notes.write_text('{"variant": "turbo"}')
+    assert examine_checkpoint(folder, variant=None).variant == "turbo"
+    assert examine_checkpoint(folder, variant="base").variant == "base"
+    for text, error, words in (
+        ('{"variant": "fast"}', UnsupportedModelError, "base, turbo, shapes"),
+        ('{"variant": 1}', CheckpointError, "flowroll.json must be"),
+        ('{"varient": "turbo"}', CheckpointError, "flowroll.json must be"),
+        ("{", CheckpointError, "flowroll.json must be JSON"),
+    ):
+        notes.write_text(text)
+        with pytest.raises(error, match=words):
+            examine_checkpoint(folder, variant=None)

@@ -303,3 +303,67 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_what_is_to_be_done_between_requests_goes_before_those_that_wait_and_counts_as_none(plan: RequestPlan) -> None:
+    gate, done = Gate(), []
+
+    def script(plan: RequestPlan) -> list[Rollout]:
+        done.append("request")
+        return gate(plan)
+
+    with EngineWorker(ScriptedEngine(script), max_queue=2) as worker:
+        requests = [worker.submit(plan, "rollout") for _ in range(2)]
+        assert gate.entered.wait(WAIT_S)
+        errands = [worker.between_requests(lambda name=name: done.append(name) or name) for name in ("first", "second")]
+        assert not any(errand.done() for errand in errands)
+        assert (worker.pending, worker.running) == (1, 1)
+        gate.opened.set()
+        assert [errand.result(WAIT_S) for errand in errands] == ["first", "second"]
+        for request in requests:
+            request.result(WAIT_S)
+        assert done == ["request", "first", "second", "request"]
+        assert (worker.stats().accepted, worker.stats().completed) == (2, 2)
+        assert_balanced(worker)
+
+
+def test_an_errand_ends_in_its_error_and_the_thread_goes_on(plan: RequestPlan) -> None:
+    refused = InvalidRequestError("module must be one, got two; choose.", field="module")
+
+    def refuse() -> None:
+        raise refused
+
+    def fail() -> None:
+        raise RuntimeError("no such tensor")
+
+    with EngineWorker(ScriptedEngine(lambda _: []), max_queue=1) as worker:
+        assert worker.between_requests(refuse).exception(WAIT_S) is refused
+        logging.getLogger("flowroll.engine.worker").setLevel(logging.CRITICAL)
+        with pytest.raises(EngineError, match="RuntimeError: no such tensor"):
+            worker.between_requests(fail).result(WAIT_S)
+        logging.getLogger("flowroll.engine.worker").setLevel(logging.NOTSET)
+        assert worker.submit(plan, "rollout").result(WAIT_S) == []
+        assert worker.stats().failed == 0
+
+
+def test_close_ends_errands_that_wait_or_hang(plan: RequestPlan) -> None:
+    entered, opened = threading.Event(), threading.Event()
+    worker = EngineWorker(ScriptedEngine(lambda _: []), max_queue=1)
+
+    def hang() -> None:
+        entered.set()
+        assert opened.wait(WAIT_S)
+
+    hanging = worker.between_requests(hang)
+    assert entered.wait(WAIT_S)
+    assert worker.running == 0 and worker.is_progressing()
+    waiting = worker.between_requests(lambda: None)
+    worker.close(timeout_s=0.05)
+    for errand in (hanging, waiting):
+        with pytest.raises(ShuttingDownError):
+            errand.result(0)
+    with pytest.raises(ShuttingDownError):
+        worker.between_requests(lambda: None)
+    opened.set()
+    _until(lambda: not worker.is_alive)
+    assert_balanced(worker)

@@ -40,7 +40,7 @@ class ServerInfo(BaseModel):
     parameters: int = Field(description="Of the transformer.")
     layout: Layout = Field(description="How the transformer is spread over ranks.")
     transformer_bytes: int = Field(description="Of its weights, on each rank.")
-    weight_version: str
+    weight_version: str = Field(description="Of the weights in memory.", examples=["0"])
     limits: Limits = Field(description="What one request may ask for.")
     defaults: Defaults = Field(description="What a request leaves open.")
     pixel_unit: int = Field(description="Height and width must be multiples of this.")
@@ -64,6 +64,7 @@ def build_router(services: Services) -> APIRouter:
     async def server_info() -> ServerInfo:
         return ServerInfo(
             **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
+            weight_version=services.worker.engine.weight_version,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
             max_queue=config.max_queue,

@@ -1,0 +1,101 @@
+"""DiffusionNFT against a running server: learning from clean latents and rewards alone, no log-prob, no trajectory.
+
+    python -m examples.diffusion_nft --out runs/nft
+
+The server samples with its deterministic sampler and returns the final latents and the environment; the trainer noises the
+latents itself. With b the strength, v_old the velocity of the policy that sampled and v that of the one that learns, a sample
+of optimality r in [0, 1] gives
+
+    r |(1 - b) v_old + b v - u|^2 + (1 - r) |(1 + b) v_old - b v - u|^2,    u = eps - x0:
+
+a good sample pulls the policy towards itself, a bad one pushes it away.
+
+Reference: Zheng et al., "DiffusionNFT: Online Diffusion Reinforcement with Forward Process" (arXiv:2509.16117).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from examples.rl.loop import Batch, Options, add_arguments, options_of, train
+from flowroll import Rollout, replay
+
+_MAX_GRADIENT = 1.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, and writes the curve."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_arguments(parser, learning_rate=2e-4)
+    parser.add_argument("--strength", type=float, default=1.0, help="b: how far the implicit policies lie from the old one")
+    parser.add_argument("--noise-levels", type=int, default=3, help="per sample and update")
+    parser.add_argument("--updates", type=int, default=2, help="optimizer steps of a round")
+    parsed = parser.parse_args(arguments)
+    options = options_of(parsed)
+    learner = Learner(options, strength=parsed.strength, noise_levels=parsed.noise_levels, updates=parsed.updates)
+    # Of all latents the last alone.
+    request: dict[str, Any] = {"sde_type": "ode", "return_step_indices": (options.num_steps,)}
+    train(options, request, learner.update, title=f"DiffusionNFT, {options.family}")
+
+
+class Learner:
+    """The loss with its optimizer."""
+
+    def __init__(self, options: Options, *, strength: float, noise_levels: int, updates: int) -> None:
+        self._options, self._strength, self._noise_levels, self._updates = options, strength, noise_levels, updates
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def update(self, policy: nn.Module, batch: Batch) -> None:
+        """Some optimizer steps on a round's clean latents; there is no ratio."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._options.learning_rate, weight_decay=0.0)
+        old = copy.deepcopy(policy).requires_grad_(False)
+        optimality = optimality_of(batch.advantages)
+        order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
+        size = len(order) // self._updates
+        for number in range(self._updates):
+            for index in order[number * size : (number + 1) * size]:
+                loss = self._loss(policy, old, batch.rollouts[index], optimality[index], batch.generator)
+                (loss / size).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def _loss(
+        self, policy: nn.Module, old: nn.Module, rollout: Rollout, optimality: Float[Tensor, ""], generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """The mean over some noise levels of one sample."""
+        assert rollout.dit_trajectory is not None
+        clean, sigmas = rollout.dit_trajectory.latents[-1].float(), rollout.sampling.sigmas
+        steps = torch.randperm(len(sigmas) - 1, generator=generator)[: self._noise_levels].tolist()
+        noises = [torch.randn(clean.shape, generator=generator) for _ in steps]
+        mixed = [torch.lerp(clean, noise, sigmas[step]) for noise, step in zip(noises, steps, strict=True)]
+        with torch.no_grad():
+            before = torch.stack(replay.velocities(old, rollout, mixed, steps=steps))
+        now = torch.stack(replay.velocities(policy, rollout, mixed, steps=steps))
+        target, b = torch.stack(noises) - clean, self._strength
+        good = ((1 - b) * before + b * now - target).square().mean()
+        bad = ((1 + b) * before - b * now - target).square().mean()
+        return optimality * good + (1 - optimality) * bad
+
+
+def optimality_of(advantages: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """The probability r in [0, 1] that a sample is a good one, from its advantage.
+
+    Cut at one std, then centred: where rewards are no more than chance r is 1/2 on average, and nothing is learned from samples
+    merely because they are the policy's own.
+    """
+    cut = advantages.clamp(-1, 1)
+    centred = cut - cut.mean()
+    return 0.5 + 0.5 * centred / centred.abs().max().clamp(min=1e-6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The small checkpoints that flowroll ships: policies that draw one coloured shape where the prompt says, 64 x 64 pixels.
+
+`python -m examples.shapes.train` made them. A prompt reads "a red circle at the top left": red, green, blue, yellow, pink or
+white; circle, square or triangle; at the top left, top right, bottom left or bottom right, or in the center.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowroll.errors import CheckpointError
+
+_PREFIX = "shapes-"
+_FOLDER = Path(__file__).parent
+SHAPES = tuple(_PREFIX + family for family in ("qwen_image", "z_image"))
+
+
+def shapes_checkpoint(family: str) -> Path:
+    """The folder of a family's shipped checkpoint.
+
+    Args:
+        family: "qwen_image" or "z_image".
+
+    Raises:
+        CheckpointError: None is shipped for this family.
+    """
+    name = _PREFIX + family
+    if name not in SHAPES:
+        shown = ", ".join(shipped.removeprefix(_PREFIX) for shipped in SHAPES)
+        raise CheckpointError(f"family must be one of {shown}, got {family}; choose one.")
+    return _FOLDER / name
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder that MODEL means: a path, or where there is no such path, the name of a shipped checkpoint."""
+    path = Path(model)
+    return _FOLDER / str(model) if str(model) in SHAPES and not path.exists() else path

@@ -1,0 +1,123 @@
+"""The weights of one engine: their version, their change, their checksums.
+
+It decides nothing about when: whoever calls `commit`, `checksum` or `verify` sees to it that no request runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
+
+from torch import Tensor
+
+from flowroll.engine.replica import Replica
+from flowroll.engine.versions import WeightVersions
+from flowroll.engine.weights import StagedWeights, WeightFiles, listed, stage_weights
+from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
+from flowroll.families.checksums import checksum_of, tensor_checksum
+from flowroll.parallel.linears import whole_tensors
+from flowroll.types import ModuleName, WeightUpdate
+
+
+class WeightStore:
+    """See the module.
+
+    Args:
+        pipeline: The diffusers pipeline that holds the modules.
+        replica: The other ranks, if there are any. Of the modules they hold the transformer.
+
+    Attributes:
+        versions: Of the weights; one for all modules together.
+    """
+
+    def __init__(self, pipeline: Any, replica: Replica | None) -> None:
+        self._pipeline, self._replica = pipeline, replica
+        self.versions = WeightVersions()
+
+    def release(self) -> None:
+        """Lets go of the modules."""
+        self._pipeline = None
+
+    def stage(self, files: WeightFiles) -> StagedWeights:
+        """Reads new weights beside the old, on this rank."""
+        return stage_weights(self._module(files.module), files)
+
+    def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
+        """Puts new weights in place on every rank, or on none."""
+        started_s = time.perf_counter()
+        module, previous = staged.files.module, self.versions.current
+        version = self.versions.following(weight_version)
+        num_tensors, num_bytes = staged.num_tensors, staged.num_bytes
+        replica = self._replica if module == "transformer" else None
+        if replica is not None:
+            replica.stage_weights(staged.files)
+
+        def conclude() -> None:
+            if replica is not None:
+                replica.commit_weights()
+            self.versions.advance(version)
+
+        try:
+            staged.commit(conclude)
+        except BaseException:
+            if replica is not None:
+                replica.drop_weights()
+            raise
+        return WeightUpdate(
+            module=module,
+            weight_version=version,
+            previous_version=previous,
+            num_tensors=num_tensors,
+            num_bytes=num_bytes,
+            read_s=staged.seconds,
+            paused_s=time.perf_counter() - started_s,
+        )
+
+    def checksum(self, module: str) -> str:
+        """sha256 over a module's names and tensors."""
+        with self._tensors(module) as tensors:
+            return checksum_of(tensors)
+
+    def verify(self, expected: Iterable[tuple[str, str]], module: str) -> int:
+        """Compares a module's tensors, one by one, with the sums that the caller expects."""
+        pairs = list(expected)
+        counts = Counter(name for name, _ in pairs)
+        with self._tensors(module) as tensors:
+            actual = {name: tensor_checksum(tensor) for name, tensor in tensors}
+        wanted = {name: digest.lower() for name, digest in pairs}
+        findings = {
+            "doubled": [name for name, count in counts.items() if count > 1],
+            "unknown": set(counts) - set(actual),
+            "missing": set(actual) - set(counts),
+            "different": [name for name, digest in actual.items() if name in wanted and wanted[name] != digest],
+        }
+        if found := "; ".join(f"{kind}: {listed(names)}" for kind, names in findings.items() if names):
+            raise WeightsMismatchError(
+                f"{module} must have the expected tensors in version {self.versions.current}, got {found}; update the weights, "
+                "or compare with the version that is meant.",
+                field="expected",
+            )
+        return len(actual)
+
+    @contextlib.contextmanager
+    def _tensors(self, name: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """All of a module's tensors, whole, in the order of their names. What is sharded is gathered from every rank."""
+        module = self._module(name)
+        replica = self._replica
+        if name == "transformer" and replica is not None and replica.mesh.degree("tp") > 1:
+            with replica.gathering():
+                yield whole_tensors(module)
+        else:
+            yield whole_tensors(module)
+
+    def _module(self, name: str) -> Any:
+        known = get_args(ModuleName)
+        if name not in known:
+            raise InvalidRequestError(f"module must be one of {', '.join(known)}, got {name}; choose one.", field="module")
+        pipeline = self._pipeline
+        if pipeline is None:
+            raise ShuttingDownError("the engine must run to use its weights, got a shutdown; ask another replica.")
+        return getattr(pipeline, name)

@@ -1,0 +1,249 @@
+"""New weights for a module in memory: found, checked and read in full beside the old ones, then put in their place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowroll.engine.checkpoint import read_json, weight_files
+from flowroll.engine.tensorfile import StoredTensor, TensorFile
+from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
+from flowroll.parallel.linears import ColumnParallelLinear
+from flowroll.types import ModuleName
+
+# The text encoder is not among them: transformers translates the names of its file while it loads it.
+UPDATABLE: tuple[ModuleName, ...] = ("transformer", "vae")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """Where new weights of a module are; nothing is read yet.
+
+    Attributes:
+        module: What they are for.
+        files: Their safetensors files, symbolic links resolved.
+        config: The configuration that belongs to them, if there is one.
+    """
+
+    module: ModuleName
+    files: tuple[Path, ...]
+    config: Path | None
+
+
+def find_weights(source: str | Path, module: str) -> WeightFiles:
+    """The files of a module's weights.
+
+    Args:
+        source: A checkpoint folder, whose subfolder of the module's name is taken; the module's own folder; or one
+            .safetensors file.
+        module: "transformer" or "vae".
+
+    Raises:
+        InvalidRequestError: Another module.
+        WeightsRejectedError: There are no such files.
+    """
+    if module not in UPDATABLE:
+        raise InvalidRequestError(
+            f"module must be {' or '.join(UPDATABLE)}, got {module}; start an engine on other weights of anything else.",
+            field="module",
+        )
+    try:
+        path = Path(source).resolve()
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise CheckpointError(f"{path} must be a .safetensors file or a folder, got another file; save it as one.")
+            return WeightFiles(module=module, files=(path,), config=None)
+        folder = path / module if (path / module).is_dir() else path
+        files = tuple((folder / name).resolve() for name in weight_files(folder))
+        config = folder / "config.json"
+        return WeightFiles(module=module, files=files, config=config.resolve() if config.is_file() else None)
+    except (CheckpointError, OSError, ValueError, RuntimeError) as error:  # the last two: no path at all, a loop of links
+        raise rejected(error) from error
+
+
+def rejected(error: Exception) -> WeightsRejectedError:
+    """What the caller is told of an error before the old weights were touched."""
+    if isinstance(error, CheckpointError):
+        return WeightsRejectedError(error.message, field="model_path")
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return WeightsRejectedError(
+        f"new weights must be read to their end, got {type(error).__name__}: {reason}; the old ones stay, ask again.",
+        field="model_path",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slot:
+    """A tensor of a module in memory.
+
+    Attributes:
+        live: It, or this rank's rows of it.
+        shape: Of the whole.
+        first_row: Where this rank's rows begin in the whole.
+    """
+
+    live: Tensor
+    shape: tuple[int, ...]
+    first_row: int = 0
+
+
+class StagedWeights:
+    """New weights of one module, complete and checked, in memory beside the old ones.
+
+    Args:
+        files: Where they were read from.
+        pairs: Every tensor of the module in memory, with what replaces its data.
+        seconds: That reading took.
+    """
+
+    def __init__(self, files: WeightFiles, pairs: list[tuple[Tensor, Tensor]], seconds: float) -> None:
+        self.files, self.seconds = files, seconds
+        self._pairs = pairs
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors of the module."""
+        return len(self._pairs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Their size in memory."""
+        return sum(new.nbytes for _, new in self._pairs)
+
+    def commit(self, conclude: Callable[[], None]) -> None:
+        """Puts the new weights in place of the old, or, if anything goes wrong, leaves the old.
+
+        The parameters stay the objects that they are, so hooks, shards and gradient flags stay; their data is exchanged, not
+        copied over. An exchange moves no byte, cannot stop half-way in a tensor, and can be undone as long as the old data is
+        held here; and new memory from the allocator lies as a fresh load's does, which float32 bits depend on.
+
+        Args:
+            conclude: What belongs to the change; if it raises, the old weights are back.
+        """
+        old = [live.data for live, _ in self._pairs]
+        try:
+            for live, new in self._pairs:
+                live.data = new
+            conclude()
+        except BaseException:
+            for (live, _), data in zip(self._pairs, old, strict=True):
+                live.data = data
+            raise
+        # Or whoever keeps this object keeps the weights.
+        self._pairs = []
+
+
+def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
+    """Reads new weights of a module beside the old ones; of a sharded weight, this rank's rows alone.
+
+    Args:
+        module: In memory. It is looked at, not changed, and may run meanwhile.
+        files: From `find_weights`.
+
+    Raises:
+        WeightsRejectedError: A name is missing, unknown or doubled, a shape, a dtype or the configuration differs, or a file
+            cannot be read to its end.
+    """
+    started_s = time.perf_counter()
+    try:
+        if files.config is not None:
+            _check_config(module, files.config)
+        with contextlib.ExitStack() as stack:
+            pairs = _read(_slots(module), [stack.enter_context(TensorFile(path)) for path in files.files])
+    except (CheckpointError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
+        raise rejected(error) from error
+    return StagedWeights(files, pairs, time.perf_counter() - started_s)
+
+
+def _slots(module: nn.Module) -> dict[str, _Slot]:
+    """The tensors of a module by the names that its files have."""
+    slots = {}
+    for name, live in module.state_dict(keep_vars=True).items():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, ColumnParallelLinear):
+            shape = (owner.out_features, *live.shape[1:])
+            slots[name] = _Slot(live=live, shape=shape, first_row=owner.own_columns.start)
+        else:
+            slots[name] = _Slot(live=live, shape=tuple(live.shape))
+    # Two names of one parameter would need a rule for which of them counts; no module that is updated here has any.
+    assert len({id(slot.live) for slot in slots.values()}) == len(slots)
+    return slots
+
+
+def _read(slots: Mapping[str, _Slot], files: Sequence[TensorFile]) -> list[tuple[Tensor, Tensor]]:
+    """Every slot's tensor with its new data. All of it is checked before the first byte is read."""
+    found = [(tensor, file) for file in files for tensor in file.stored]
+    counts = Counter(tensor.name for tensor, _ in found)
+    _refuse_names("hold every weight once", "several of", [name for name, count in counts.items() if count > 1])
+    _refuse_names("hold the module's weights alone", "others:", set(counts) - set(slots))
+    _refuse_names("hold every weight of the module", "none for", set(slots) - set(counts))
+    for tensor, file in found:
+        _check_tensor(tensor, slots[tensor.name], file.path)
+    pairs = [(slots[tensor.name].live, _read_tensor(tensor, slots[tensor.name], file)) for tensor, file in found]
+    for file in files:
+        file.check_unchanged()
+    return pairs
+
+
+def _refuse_names(rule: str, got: str, names: Collection[str]) -> None:
+    if names:
+        raise CheckpointError(f"the files must {rule}, got {got} {listed(names)}; save the module again.")
+
+
+def listed(names: Collection[str]) -> str:
+    """Names as a message shows them: in order, and not too many."""
+    rest = len(names) - _MOST_SHOWN
+    return ", ".join(sorted(names)[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_tensor(tensor: StoredTensor, slot: _Slot, path: Path) -> None:
+    if tensor.shape != slot.shape:
+        raise CheckpointError(
+            f"{path} must hold {tensor.name} as {list(slot.shape)}, got {list(tensor.shape)}; save the module that is served."
+        )
+    if tensor.dtype not in _FLOATS or not slot.live.is_floating_point():
+        raise CheckpointError(
+            f"{path} must hold {tensor.name} in one of {', '.join(_FLOATS)}, got {tensor.dtype}; save it in one of these."
+        )
+
+
+def _read_tensor(tensor: StoredTensor, slot: _Slot, file: TensorFile) -> Tensor:
+    """The new data of a slot, in memory of its own: cast and placed as loading does it."""
+    stored = torch.empty(slot.live.shape, dtype=_FLOATS[tensor.dtype])
+    row_bytes = (tensor.stop - tensor.start) // slot.shape[0] if slot.first_row else 0
+    file.read_into(stored, tensor.start + slot.first_row * row_bytes)
+    return stored.to(device=slot.live.device, dtype=slot.live.dtype)
+
+
+def _check_config(module: nn.Module, path: Path) -> None:
+    """Refuses weights of a module that is built otherwise: a number of heads, say, shows in no shape."""
+    given = read_json(path, f"{path} must be readable")
+    live: Mapping[str, Any] = module.config  # type: ignore[assignment]
+    name = type(module).__name__
+    if given.get("_class_name", name) != name:
+        raise CheckpointError(f"{path} must be of a {name}, got {given['_class_name']}; save the module that is served.")
+    for key, parameter in inspect.signature(type(module).__init__).parameters.items():
+        # A file of another library version may lack what has a default; what no longer exists shapes nothing.
+        default = "nothing" if parameter.default is parameter.empty else parameter.default
+        value = _plain(given.get(key, default))
+        if key in live and value != _plain(live[key]):
+            raise CheckpointError(
+                f"{path} must have {key} = {_plain(live[key])}, as the engine has, got {value}; save the module that is served."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: a tuple and a list are the same."""
+    return json.loads(json.dumps(value, default=str))

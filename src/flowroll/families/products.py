@@ -1,0 +1,175 @@
+"""How products and attention of several samples may be computed together without another bit for any of them.
+
+Whether a product of more rows, or attention over a larger batch, has the same bits depends on shapes, dtype, thread count,
+library and device. It is not assumed but asked: the first time a shape is met, the very function is run on made-up inputs of
+that shape both ways, and the answer is kept for as long as the process lives.
+
+The inputs are made so that a wrong answer shows. Every sum is of pairs that cancel exactly, in a shuffled order, so that what
+a kernel returns is its rounding error and nothing else. Another order of summation is another rounding error, in nearly every
+element and in bfloat16 too, where ordinary numbers would hide it behind the rounding of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# A product of several samples: inputs with the samples in front, how many, weight, bias.
+Product: TypeAlias = Callable[[Tensor, int, Tensor, "Tensor | None"], Tensor]
+
+# Where torch's allocator puts every tensor, and what products of few rows depend on.
+_ALLOCATED = 64
+# More shapes than a server meets between two restarts.
+_SHAPES = 65536
+# Rows that random inputs are made of; no divisor of anything.
+_POOL = 61
+# Of the elements, how many must have a rounding error for an answer to count.
+_TELLING = 0.5
+
+
+def parts_of(batched: Tensor, num_samples: int) -> list[Tensor]:
+    """Each sample's part of a batched tensor, lying as memory of its own would."""
+    assert len(batched) % num_samples == 0
+    parts = torch.split(batched, len(batched) // num_samples)
+    return [part if part.data_ptr() % _ALLOCATED == 0 else part.clone() for part in parts]
+
+
+def each(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product per sample: exact, whatever the machine."""
+    return torch.cat([F.linear(part, weight, bias) for part in parts_of(inputs, num_samples)])
+
+
+def merged(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One product of all rows."""
+    return F.linear(inputs, weight, bias)
+
+
+def stacked(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One call with a product per sample in it."""
+    rows = inputs.reshape(num_samples, -1, inputs.shape[-1])
+    columns = weight.t().expand(num_samples, *weight.t().shape)
+    products = torch.bmm(rows, columns) if bias is None else torch.baddbmm(bias, rows, columns)
+    return products.view(*inputs.shape[:-1], -1)
+
+
+def product(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of every sample's rows with the bits it has alone, in the fastest way that has them."""
+    ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and inputs.is_contiguous()
+    if num_samples == 1 or not ordinary or weight.data_ptr() % _ALLOCATED:
+        return each(inputs, num_samples, weight, bias)
+    way = _way(
+        inputs.shape,
+        num_samples,
+        weight.shape,
+        bias is not None,
+        weight.requires_grad,
+        (inputs.dtype, inputs.device, torch.get_num_threads()),
+    )
+    return way(inputs, num_samples, weight, bias)
+
+
+@lru_cache(maxsize=_SHAPES)
+def _way(
+    shape: torch.Size,
+    num_samples: int,
+    weight_shape: torch.Size,
+    has_bias: bool,
+    requires_grad: bool,
+    setting: tuple[torch.dtype, torch.device, int],
+) -> Product:
+    """The first way whose rounding errors on a product of these shapes are those of each sample alone."""
+    dtype, device, _ = setting
+    inputs, weight, bias = cancelling_product(shape, weight_shape, dtype, device)
+    operands = (inputs, num_samples, weight.requires_grad_(requires_grad), bias if has_bias else None)
+    expected = each(*operands)
+    if not _tells(expected):
+        return each
+    # For bfloat16 on the CPU torch has no fast kernel of that kind; on a GPU nobody has measured whether it pays.
+    ways = (merged, stacked) if dtype == torch.float32 and device.type == "cpu" else (merged,)
+    return next((way for way in ways if torch.equal(way(*operands), expected)), each)
+
+
+def attention_is_independent(query: Tensor, key: Tensor, num_samples: int) -> bool:
+    """Whether attention over this batch, without a mask, has for every sample the bits that it has alone."""
+    setting = (query.dtype, query.device, torch.get_num_threads())
+    return _attends_alike(query.shape, query.stride(), key.shape, num_samples, setting)
+
+
+@lru_cache(maxsize=_SHAPES)
+def _attends_alike(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    key_shape: torch.Size,
+    num_samples: int,
+    setting: tuple[torch.dtype, torch.device, int],
+) -> bool:
+    dtype, device, _ = setting
+    generator = torch.Generator(device).manual_seed(0)
+    batch, heads, queries, channels = shape
+    keys = key_shape[2]
+
+    def laid_out(rows: Tensor, length: int) -> Tensor:
+        """As the models hand them over: heads beside each other, or as they come."""
+        if strides[1] < strides[2]:
+            return rows.view(batch, length, heads, channels).transpose(1, 2)
+        return rows.view(batch, heads, length, channels)
+
+    # Logits that are rounding errors, made large: the order of the sums over channels.
+    first, second, _ = cancelling_product(
+        torch.Size((batch * heads * queries, channels)), torch.Size((batch * heads * keys, channels)), dtype, device
+    )
+    noisy = (laid_out(first * 2.0**11, queries), laid_out(second * 2.0**11, keys))
+    values = laid_out(_random(batch * heads * keys, channels, generator, dtype), keys)
+    # Equal weights and values that cancel: the order of the sums over keys. Plain bfloat16 numbers are summed here, not
+    # products: only far apart are their sums rounded.
+    zeros = (torch.zeros_like(noisy[0]), torch.zeros_like(noisy[1]))
+    pairs = _random(keys // 2 * batch, heads * channels, generator, dtype, octaves=14)
+    cancelling = torch.cat((pairs, -pairs, pairs.new_zeros(keys % 2 * batch, heads * channels)))
+    order = torch.randperm(keys, generator=generator, device=device)
+    shuffled = cancelling.view(keys, batch, heads, channels)[order].transpose(0, 1)
+    for attended in ((*noisy, values), (*zeros, laid_out(shuffled.reshape(-1, channels), keys))):
+        alone = [
+            F.scaled_dot_product_attention(*own) for own in zip(*(parts_of(x, num_samples) for x in attended), strict=True)
+        ]
+        expected = torch.cat(alone)
+        if not _tells(expected) or not torch.equal(F.scaled_dot_product_attention(*attended), expected):
+            return False
+    return True
+
+
+def cancelling_product(
+    shape: torch.Size, weight_shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "... inputs"], Float[Tensor, "outputs inputs"], Float[Tensor, " outputs"]]:
+    """Inputs, weight and bias of a product that is the bias, which is as small as the rounding errors of the sums."""
+    generator = torch.Generator(device).manual_seed(0)
+    columns = shape[-1]
+    half, rows = columns // 2, shape[:-1].numel()
+    left = _random(rows, half, generator, dtype)
+    right = _random(weight_shape[0], half, generator, dtype)
+    odd = columns - 2 * half
+    order = torch.randperm(columns, generator=generator, device=device)
+    inputs = torch.cat((left, left, left.new_ones(rows, odd)), dim=1)[:, order]
+    weight = torch.cat((right, -right, right.new_zeros(weight_shape[0], odd)), dim=1)[:, order]
+    bias = torch.randn(weight_shape[0], generator=generator, device=device) * 2.0**-18
+    return inputs.contiguous().view(shape), weight.contiguous(), bias.to(dtype)
+
+
+def _random(
+    rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype, octaves: int = 5
+) -> Float[Tensor, "rows columns"]:
+    """Numbers of many magnitudes, so that their sums are rounded in bfloat16's short fractions too; few are drawn."""
+    pool = torch.randn(_POOL, columns, generator=generator, device=generator.device)
+    magnitudes = torch.randint(-octaves, octaves + 1, pool.shape, generator=generator, device=generator.device)
+    pool = torch.ldexp(pool, magnitudes).to(dtype)
+    return pool[torch.arange(rows, device=pool.device) % _POOL]
+
+
+def _tells(errors: Tensor) -> bool:
+    """Whether there are rounding errors to compare."""
+    return bool(torch.isfinite(errors).all()) and bool((errors != 0).float().mean() >= _TELLING)

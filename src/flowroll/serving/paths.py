@@ -1,0 +1,65 @@
+"""Which paths of this machine a client may name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flowroll.errors import ForbiddenError, InvalidRequestError
+
+_MOST_SHOWN = 200
+
+
+def allowed_path(text: str, roots: Sequence[str]) -> Path:
+    """The path that a client sent, symbolic links resolved.
+
+    Nothing is said of what lies outside the roots, not even whether it is there.
+
+    Args:
+        text: As sent.
+        roots: Resolved folders; none: no path is allowed.
+
+    Raises:
+        ForbiddenError: It does not lead into a root.
+        InvalidRequestError: It is relative.
+    """
+    if not roots:
+        raise ForbiddenError(
+            "the server must be started with leave to read weights from its disk, got none; start it with --weights-root DIR.",
+            field="model_path",
+        )
+    if not os.path.isabs(text):
+        raise InvalidRequestError(
+            f"model_path must be an absolute path on the server's disk, got {text[:_MOST_SHOWN]!r}; begin it with /.",
+            field="model_path",
+        )
+    try:
+        resolved = Path(text).resolve()
+    except (OSError, ValueError, RuntimeError):  # no name that a file can have, or links in a circle
+        resolved = None
+    if resolved is None or not _is_inside(resolved, roots):
+        raise _forbidden(text)
+    return resolved
+
+
+def check_inside(files: Iterable[Path], roots: Sequence[str]) -> None:
+    """Refuses resolved files, found at an allowed path, of which one is a link that leads out.
+
+    Raises:
+        ForbiddenError: One does.
+    """
+    for file in files:
+        if not _is_inside(file, roots):
+            raise _forbidden(file.name)
+
+
+def _is_inside(path: Path, roots: Sequence[str]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
+
+
+def _forbidden(shown: str) -> ForbiddenError:
+    return ForbiddenError(
+        f"model_path must lead into a folder of --weights-root, got {shown[:_MOST_SHOWN]!r}; save the weights there.",
+        field="model_path",
+    )

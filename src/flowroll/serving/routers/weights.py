@@ -1,0 +1,118 @@
+"""POST /update_weights_from_disk, /get_weights_checksum and /verify_weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, get_args
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.engine.weights import WeightFiles, find_weights
+from flowroll.serving.config import ServerConfig
+from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.intake import read_body
+from flowroll.serving.openapi import request_body
+from flowroll.serving.paths import allowed_path, check_inside
+from flowroll.serving.services import Services
+from flowroll.types import ModuleName, check_version
+from flowroll.wire.names import CHECKSUM_ROUTE, UPDATE_FROM_DISK_ROUTE, VERIFY_ROUTE
+from flowroll.wire.schema import parse, parse_json_body
+from flowroll.wire.weights import (
+    ChecksumRequest,
+    ChecksumsObject,
+    UpdateFromDiskRequest,
+    UpdateObject,
+    VerifiedObject,
+    VerifyRequest,
+)
+
+
+def build_router(services: Services) -> APIRouter:
+    """The routes about weights."""
+    router = APIRouter(tags=["weights"])
+    engine = services.worker.engine
+
+    @router.post(
+        UPDATE_FROM_DISK_ROUTE,
+        summary="Take new weights from disk",
+        description="All or nothing: read and checked while requests run, exchanged between two of them. On any error weights, "
+        "version and checksum are as they were.",
+        responses={
+            **WEIGHTS_RESPONSES,
+            403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root"},
+        },
+        openapi_extra=request_body(UpdateFromDiskRequest),
+    )
+    async def update_weights_from_disk(request: Request) -> UpdateObject:
+        accepted = parse(UpdateFromDiskRequest, parse_json_body(await read_body(request, services)))
+        files = await run_in_threadpool(_find, accepted, services.config)
+        update = await services.update_weights(files, accepted.weight_version)
+        message = f"{update.module} is of version {update.weight_version}, was of {update.previous_version}"
+        return UpdateObject(message=message, **dataclasses.asdict(update))
+
+    @router.post(
+        CHECKSUM_ROUTE,
+        summary="Checksum the weights",
+        description="sha256 over a module's tensors in the order of their names: of each its name, then its raw bytes. Waits "
+        "for the request that runs.",
+        response_model_exclude_none=True,
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(ChecksumRequest),
+    )
+    async def get_weights_checksum(request: Request) -> ChecksumsObject:
+        accepted = parse(ChecksumRequest, parse_json_body(await read_body(request, services)))
+        names = accepted.module_names or get_args(ModuleName)
+        sums = await services.between_requests(lambda: {name: engine.weights_checksum(name) for name in names})
+        return ChecksumsObject(**sums)
+
+    @router.post(
+        VERIFY_ROUTE,
+        summary="Compare the weights with what they should be",
+        description="409 with the names of tensors that differ, are missing, unknown or named twice. Waits for the request "
+        "that runs.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(VerifyRequest),
+    )
+    async def verify_weights(request: Request) -> VerifiedObject:
+        body = await read_body(request, services)
+        accepted, expected = await run_in_threadpool(_read_expected, body)
+        module = accepted.module
+
+        def verify() -> VerifiedObject:
+            count = engine.verify_weights(expected, module=module)
+            return VerifiedObject(
+                message=f"{count} tensors are as expected",
+                module=module,
+                weight_version=engine.weight_version,
+                num_tensors=count,
+            )
+
+        return await services.between_requests(verify)
+
+    return router
+
+
+def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
+    """The files that are to be read; all of them lie where the client may have them read."""
+    if accepted.weight_version is not None:
+        check_version(accepted.weight_version, "weight_version")
+    path = allowed_path(accepted.model_path, config.weights_roots)
+    files = find_weights(path, accepted.chosen_module)
+    check_inside([*files.files, *([files.config] if files.config else [])], config.weights_roots)
+    return files
+
+
+def _read_expected(body: bytearray) -> tuple[VerifyRequest, list[tuple[str, str]]]:
+    """The request, and what it expects with names that are there twice, of which a parser keeps the last in silence."""
+    accepted = parse(VerifyRequest, parse_json_body(body))
+
+    class Pairs(dict[str, Any]):
+        """An object that remembers all that was in it."""
+
+        def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+            super().__init__(pairs)
+            self.pairs = pairs
+
+    return accepted, json.loads(body, object_pairs_hook=Pairs)["expected"].pairs

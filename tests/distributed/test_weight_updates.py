@@ -1,0 +1,140 @@
+"""New weights for an engine of several ranks: every rank takes its part, or none does."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.rollouts import assert_same_bits
+from tests.weights import REQUEST as SMALL
+from tests.weights import in_shards, with_other
+
+from flowroll import Rollout, replay
+from flowroll.engine import Engine
+from flowroll.errors import RankLostError, WeightsMismatchError, WeightsRejectedError
+from flowroll.parallel import processes
+from flowroll.types import Layout
+
+# 144 image tokens: two ranks share them.
+REQUEST: dict[str, Any] = {**SMALL, "height": 192, "width": 192}
+LAYOUTS = {"sp2": Layout(sp=2), "tp2": Layout(tp=2)}
+
+
+@pytest.fixture(scope="module")
+def other(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with another transformer, in two files."""
+    other = with_other(z_image_checkpoint, tmp_path_factory.mktemp("other") / "z_image")
+    in_shards(other / "transformer", 2)
+    return other
+
+
+@pytest.fixture(scope="module")
+def expected(z_image_checkpoint: Path, other: Path) -> list[tuple[Rollout, str]]:
+    """Rollout and checksum of one rank, with the old and the new weights."""
+    found = []
+    for folder in (z_image_checkpoint, other):
+        with Engine(folder, device="cpu") as engine:
+            found.append((engine.rollout(**REQUEST)[0], engine.weights_checksum()))
+    return found
+
+
+# An engine of several ranks is alone in its process: these come before the one that the others share.
+FAILING = (
+    "import flowroll.engine.follower as follower\n"
+    "from flowroll.engine.weights import StagedWeights, rejected\n"
+    "{fault}\n"
+    "from flowroll.engine.rank import main; main()"
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
+    layout: str, z_image_checkpoint: Path, other: Path, expected: list[tuple[Rollout, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = (
+        "calls, stage = iter(range(9)), follower.stage_weights\n"
+        "def fail_once(*a):\n"
+        "    if next(calls) == 0: raise rejected(OSError(5, 'Input/output error'))\n"
+        "    return stage(*a)\n"
+        "follower.stage_weights = fail_once"
+    )
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    (old, old_sum), (new, new_sum) = expected
+    with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine:
+        with pytest.raises(WeightsRejectedError, match=r"rank 1: .*Input/output error"):
+            engine.update_weights_from_disk(other)
+        assert (engine.weight_version, engine.weights_checksum()) == ("0", old_sum)
+        assert_same_bits(engine.rollout(**REQUEST)[0], old)
+        # The next one, which every rank can read, is taken by all.
+        assert engine.update_weights_from_disk(other).weight_version == "1"
+        assert_same_bits(engine.rollout(**REQUEST)[0], new)
+        assert engine.weights_checksum() == new_sum
+
+
+def test_a_rank_that_dies_while_it_reads_takes_the_replica_down(
+    z_image_checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = "import os; follower.stage_weights = lambda *_: os._exit(7)"
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
+        with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 7"):
+            engine.update_weights_from_disk(other)
+        assert engine.weight_version == "0"
+        with pytest.raises(RankLostError):
+            engine.rollout(**REQUEST)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def several(request: pytest.FixtureRequest, z_image_checkpoint: Path) -> Iterator[Engine]:
+    with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[request.param], rank_timeout_s=30.0) as engine:
+        yield engine
+
+
+def test_after_an_update_several_ranks_have_the_bits_of_one_that_was_started_on_the_new_weights(
+    several: Engine, other: Path, z_image_checkpoint: Path, expected: list[tuple[Rollout, str]]
+) -> None:
+    (old, old_sum), (new, new_sum) = expected
+    assert several.weights_checksum() == old_sum
+    assert_same_bits(several.rollout(**REQUEST)[0], old)
+    several.update_weights_from_disk(other, weight_version="5")
+    (got,) = several.rollout(**REQUEST)
+    assert_same_bits(got, new)
+    assert not torch.equal(got.dit_trajectory.latents, old.dit_trajectory.latents)
+    assert got.weight_version == "5" and several.weights_checksum() == new_sum
+    keys = several._replica._store.num_keys()
+    for _ in range(3):
+        several.update_weights_from_disk(z_image_checkpoint)
+    # The last command alone: who received it is not known yet.
+    assert several._replica._store.num_keys() <= keys + 1
+    assert_same_bits(several.rollout(**REQUEST)[0], old)
+
+
+def test_several_ranks_verify_whole_tensors(several: Engine, z_image_checkpoint: Path) -> None:
+    several.update_weights_from_disk(z_image_checkpoint)
+    with Engine(z_image_checkpoint, device="cpu") as engine:
+        sums = replay.tensor_checksums(engine._model.transformer)
+    assert several.verify_weights(sums.items()) == len(sums)
+    with pytest.raises(WeightsMismatchError, match="different: x_pad_token"):
+        several.verify_weights({**sums, "x_pad_token": "0"}.items())
+    several.update_weights_from_disk(z_image_checkpoint, module="vae")
+    assert several.rollout(**REQUEST)
+
+
+def test_an_exchange_that_fails_on_rank_0_is_made_by_no_rank(
+    several: Engine, z_image_checkpoint: Path, other: Path, expected: list[tuple[Rollout, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several.update_weights_from_disk(z_image_checkpoint)
+    version = several.weight_version
+
+    def refuse(*_: object) -> None:
+        raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(several._replica, "commit_weights", refuse)
+        with pytest.raises(MemoryError):
+            several.update_weights_from_disk(other)
+    assert several.weight_version == version
+    assert_same_bits(several.rollout(**REQUEST)[0], expected[0][0])

@@ -1,0 +1,151 @@
+"""The training examples: what they write, how they can be spoiled, and that they learn, or do not."""
+
+import copy
+from pathlib import Path
+
+import examples.diffusion_nft as diffusion_nft
+import examples.flow_grpo as flow_grpo
+import pytest
+import torch
+from examples.rl.journal import Journal, Row, plot, read_rows
+from examples.rl.loop import Batch, Options, load_policy
+from examples.rl.spoiling import SPOIL_ROLLOUTS, permuted_latents, shuffled, wrong_env, wrong_sigmas
+from PIL import Image
+from tests.factories import make_rollout
+
+from flowroll import Rollout, replay
+from flowroll.engine import Engine
+from flowroll.errors import InvalidRequestError
+
+REQUEST = {
+    "prompt": "a red circle at the top left",
+    "height": 64,
+    "width": 64,
+    "seed": 3,
+    "num_inference_steps": 3,
+    "num_outputs_per_prompt": 4,
+    "guidance_scale": 0.0,
+    "return_denoising_env": True,
+    "return_dit_trajectory": True,
+}
+
+
+def test_a_journal_reads_back_what_it_wrote_also_of_a_run_that_was_cut_off(tmp_path):
+    journal = Journal(tmp_path / "rewards.csv")
+    rows = [Row(round=0, reward=0.25, evaluation=0.5, ratio_error=0.0, seconds=1.5), Row(round=1, evaluation=0.75, seconds=2.0)]
+    for number, row in enumerate(rows):
+        journal.add(row)
+        assert read_rows(journal.path) == rows[: number + 1]
+    assert journal.evaluations == [(0, 0.5), (1, 0.75)]
+    plot({"one": rows, "two": rows}, tmp_path / "rewards.png", title="a title")
+    assert min(Image.open(tmp_path / "rewards.png").size) > 300
+
+
+def groups() -> list[Rollout]:
+    """Two groups of two."""
+    return [make_rollout(seed=seed, family="z_image", prompt="ab"[seed // 2], guided=False) for seed in range(4)]
+
+
+def test_shuffled_rewards_are_the_same_rewards():
+    rewards = [0.1, 0.2, 0.3, 0.4, 0.5]
+    mixed = shuffled(rewards, torch.Generator().manual_seed(0))
+    assert mixed != rewards and sorted(mixed) == rewards
+
+
+def test_a_wrong_env_is_that_of_another_prompt():
+    rollouts = groups()
+    spoilt = wrong_env(rollouts, torch.Generator())
+    for index, rollout in enumerate(spoilt):
+        donor = rollouts[(index + 2) % 4]
+        assert rollout.denoising_env is donor.denoising_env and rollout.prompt != donor.prompt
+        assert rollout.dit_trajectory is rollouts[index].dit_trajectory
+
+
+def test_wrong_sigmas_are_those_of_the_next_step():
+    rollout = groups()[0]
+    spoilt = wrong_sigmas([rollout], torch.Generator())[0]
+    before, after = rollout.dit_trajectory.sigmas, spoilt.dit_trajectory.sigmas
+    assert torch.equal(after[:-2], before[1:-1]) and after[-1] == 0 and (after.diff() < 0).all()
+    assert spoilt.sampling.sigmas == tuple(after.tolist())
+
+
+def test_permuted_latents_pair_no_state_with_its_own_next():
+    rollouts = groups()
+    for index, spoilt in enumerate(permuted_latents(rollouts, torch.Generator())):
+        own, other = rollouts[index].dit_trajectory.latents, rollouts[(index + 1) % 4].dit_trajectory.latents
+        assert torch.equal(spoilt.dit_trajectory.latents[::2], own[::2])
+        assert torch.equal(spoilt.dit_trajectory.latents[1::2], other[1::2])
+
+
+@pytest.fixture(scope="module")
+def engine(z_image_checkpoint):
+    with Engine(z_image_checkpoint) as engine:
+        yield engine
+
+
+@pytest.fixture
+def policy(z_image_checkpoint):
+    return load_policy(z_image_checkpoint)
+
+
+def batch_of(rollouts: list[Rollout], advantages: list[float]) -> Batch:
+    return Batch(rollouts=rollouts, advantages=torch.tensor(advantages), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("window", [None, (0, 1)])
+def test_a_policy_gradient_step_starts_at_one_and_favours_the_better_samples(engine, policy, window):
+    rollouts = engine.rollout(**REQUEST, sde_step_indices=window)
+    learner = flow_grpo.Learner(Options(out=Path(), learning_rate=1e-3), updates=1)
+    assert learner.update(policy, batch_of(rollouts, [1.0, -1.0, 1.0, -1.0])) == 0
+    moved = (replay.log_prob(policy, rollouts) - torch.stack([one.log_probs for one in rollouts])).sum(dim=1)
+    assert moved[0] > moved[1] and moved[2] > moved[3] and moved.abs().min() > 0
+
+
+@pytest.mark.parametrize("mistake", SPOIL_ROLLOUTS)
+def test_a_ratio_that_is_not_one_stops_the_run_unless_it_was_asked_for(engine, policy, mistake):
+    rollouts = engine.rollout(**REQUEST) + engine.rollout(**{**REQUEST, "prompt": "a blue square in the center"})
+    batch = batch_of(SPOIL_ROLLOUTS[mistake](rollouts, torch.Generator()), [1.0, -1.0] * 4)
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(RuntimeError, match="exactly 1 before the first update"):
+        flow_grpo.Learner(Options(out=Path()), updates=1).update(policy, batch)
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert flow_grpo.Learner(Options(out=Path(), mistake=mistake), updates=1).update(policy, batch) > 0
+
+
+def test_nft_pulls_towards_good_samples_and_away_from_bad_ones(engine, policy):
+    rollouts = engine.rollout(**REQUEST, sde_type="ode", return_step_indices=(3,))
+    learner = diffusion_nft.Learner(Options(out=Path(), learning_rate=1e-3), strength=1.0, noise_levels=3, updates=1)
+
+    def losses() -> torch.Tensor:
+        """How far the policy's velocities are from each sample, over fixed noise."""
+        found = []
+        for rollout in rollouts:
+            clean = rollout.dit_trajectory.latents[-1]
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9))
+            mixed = [torch.lerp(clean, noise, rollout.sampling.sigmas[step]) for step in range(3)]
+            velocities = torch.stack(replay.velocities(policy, rollout, mixed, steps=[0, 1, 2]))
+            found.append((velocities - (noise - clean)).square().mean())
+        return torch.stack(found).detach()
+
+    before = losses()
+    learner.update(policy, batch_of(rollouts, [1.0, -1.0, 1.0, -1.0]))
+    moved = losses() - before
+    assert moved[0] < moved[1] and moved[2] < moved[3]
+
+
+def test_the_optimality_is_a_probability_with_a_mean_of_one_half():
+    advantages = torch.tensor([-3.0, 0.5, 0.5, 0.5, 0.25])
+    found = diffusion_nft.optimality_of(advantages)
+    assert found.min() == 0 and found.max() <= 1 and found.mean() == pytest.approx(0.5)
+    assert found[1] == found[2] > found[4] > found[0]
+    assert torch.equal(diffusion_nft.optimality_of(torch.zeros(3)), torch.full((3,), 0.5))
+
+
+def test_nft_needs_no_more_than_the_last_state_and_the_env(engine, policy):
+    rollouts = engine.rollout(**REQUEST, sde_type="ode", return_step_indices=(3,), debug_mode=False)
+    learner = diffusion_nft.Learner(Options(out=Path()), strength=1.0, noise_levels=1, updates=2)
+    before = copy.deepcopy(policy.state_dict())
+    learner.update(policy, batch_of(rollouts, [1.0, -1.0, 0.0, 0.0]))
+    assert any(not torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    with pytest.raises(InvalidRequestError):
+        replay.score(policy, rollouts)

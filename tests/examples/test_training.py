@@ -1,0 +1,52 @@
+"""The whole loop over HTTP: a policy learns from its rewards, and learns nothing from a spoilt trajectory."""
+
+from pathlib import Path
+
+import examples.diffusion_nft as diffusion_nft
+import examples.flow_grpo as flow_grpo
+import pytest
+from examples.rl.journal import Row, read_rows
+from examples.rl.spoiling import MISTAKES, SPOIL_ROLLOUTS
+from PIL import Image
+
+
+def run(main, out: Path, *flags: str) -> list[Row]:
+    out.mkdir(exist_ok=True)
+    main(["--out", str(out), "--evaluate-every", "100", *flags])
+    return read_rows(out / "rewards.csv")
+
+
+@pytest.mark.slow
+def test_every_round_starts_at_a_ratio_of_one_with_the_weights_of_the_round_before(tmp_path):
+    rows = run(flow_grpo.main, tmp_path, "--window", "2", "--rounds", "2", "--prompts", "2", "--group-size", "3")
+    assert [row.ratio_error for row in rows] == [0.0, 0.0, None]
+    # The server draws otherwise now: it has the new weights.
+    assert rows[0].evaluation != rows[-1].evaluation
+    log = (tmp_path / "server.log").read_text()
+    assert log.count("path=/update_weights_from_disk status=200") == 2
+    for picture in ("rewards.png", "pictures.png"):
+        assert min(Image.open(tmp_path / picture).size) > 200
+
+
+ROUNDS = ("--window", "2", "--rounds", "8")
+
+
+@pytest.mark.proof
+def test_rewards_teach(tmp_path):
+    rows = run(flow_grpo.main, tmp_path, *ROUNDS)
+    assert rows[-1].evaluation > rows[0].evaluation + 0.08
+
+
+@pytest.mark.proof
+def test_clean_latents_alone_teach_too(tmp_path):
+    rows = run(diffusion_nft.main, tmp_path, "--rounds", "10")
+    assert rows[-1].evaluation > rows[0].evaluation + 0.08
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_teaches_nothing(tmp_path, mistake):
+    rows = run(flow_grpo.main, tmp_path, *ROUNDS, "--mistake", mistake)
+    assert rows[-1].evaluation < rows[0].evaluation + 0.03
+    # What is wrong with the rollouts shows in the ratio; wrong rewards do not.
+    assert (rows[0].ratio_error > 0) == (mistake in SPOIL_ROLLOUTS)
