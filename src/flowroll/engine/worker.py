@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
@@ -46,7 +47,7 @@ class EngineWorker:
         self._is_draining = False
         self._last_success_s: float | None = None
         self._lock = threading.Lock()
-        self._num_scoring = 0
+        self._scores = WorkerStats(accepted=0, completed=0, failed=0, pending=0, running=0)
         engine.batcher.start()
 
     def __enter__(self) -> EngineWorker:
@@ -85,7 +86,7 @@ class EngineWorker:
     def submit_scores(self, plan: ScorePlan) -> Future[ScoreAnswer]:
         """Takes a planned request for scores; may be called from any thread.
 
-        It is no request of the queue: scores are made between the steps of requests, one request for scores after the other.
+        It waits in no queue of requests: scores are made between the steps of requests, one request for scores after the other.
 
         Returns:
             Ends in the scores or a `FlowrollError`.
@@ -96,24 +97,27 @@ class EngineWorker:
         """
         self._check_draining()
         with self._lock:
-            if self._num_scoring > self._max_queue:
+            if self._scores.pending > self._max_queue:
                 raise QueueFullError(
                     f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
                     f"{_RETRY_SCORES_S:.0f} s.",
                     retry_after_s=_RETRY_SCORES_S,
                 )
-            self._num_scoring += 1
-        try:
             scores = self.engine.submit_scores(plan)
-        except BaseException:
-            self._scores_ended()
-            raise
-        scores.add_done_callback(lambda _: self._scores_ended())
+            self._scores = replace(self._scores, accepted=self._scores.accepted + 1, pending=self._scores.pending + 1)
+        scores.add_done_callback(self._note_scores)
         return scores
 
-    def _scores_ended(self) -> None:
+    def _note_scores(self, ended: Future[ScoreAnswer]) -> None:
+        failed = ended.cancelled() or ended.exception() is not None
         with self._lock:
-            self._num_scoring -= 1
+            before = self._scores
+            self._scores = replace(
+                before,
+                pending=before.pending - 1,
+                failed=before.failed + failed,
+                completed=before.completed + (not failed),
+            )
 
     def cancel(self, accepted: Accepted[Any]) -> bool:
         """Ends a request whose caller went away, whether it waits or runs. False: it has ended already."""
@@ -191,8 +195,12 @@ class EngineWorker:
         return self.engine.batcher.load()
 
     def stats(self) -> WorkerStats:
-        """The counters, all from the same moment."""
-        return self.load().requests
+        """The counters, requests for scores among them."""
+        with self._lock:
+            scores, requests = self._scores, self.load().requests
+        return WorkerStats(
+            **{field.name: getattr(scores, field.name) + getattr(requests, field.name) for field in fields(WorkerStats)}
+        )
 
     def seconds_since_success(self) -> float | None:
         """Since a request last ended in a result; None: none has."""

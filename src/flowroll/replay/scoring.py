@@ -60,6 +60,7 @@ class Scores:
     steps: tuple[int, ...]
     log_probs: Float[Tensor, " samples steps"]
     stds: Float[Tensor, " samples steps"]
+    # The samples' sizes may differ.
     means: tuple[Float[Tensor, " steps *_"], ...]
     velocities: tuple[Float[Tensor, " steps *_"], ...]
     weight_version: str | None = None
