@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from examples.rl.loop import Batch, Options, add_arguments, options_of, train
+from examples.server import exit_on_sigterm
 from flowroll import Rollout, replay
 
 _MAX_GRADIENT = 1.0
@@ -98,4 +99,5 @@ def optimality_of(advantages: Float[Tensor, " samples"]) -> Float[Tensor, " samp
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()
