@@ -20,7 +20,7 @@ from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_r
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.denoising import DenoisingTask, Sample
-from flowroll.engine.finishing import Finished, as_image, as_rollout
+from flowroll.engine.finishing import Finished, as_image, as_rollout, record_of
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.replica import FailureListener, Replica, open_replica
@@ -453,15 +453,17 @@ class Engine:
             if self._replica is not None:
                 with self._replica.in_step():
                     self._replica.begin(plan, task.env)
-            return [finish(plan, self._run_sample(task, seed)) for seed in plan.seeds]
+            record = record_of(plan, task.env)
+            return [finish(plan, self._run_sample(task, record, seed)) for seed in plan.seeds]
 
-    def _run_sample(self, task: DenoisingTask, seed: int) -> Finished:
+    def _run_sample(self, task: DenoisingTask, record: SamplingRecord, seed: int) -> Finished:
         started = time.perf_counter()
         sample = self._denoise(task, seed)
         if sample.recorder is not None:
             sample.recorder.check_finite(sample.latents)
         image = self._model.family.decode(self._pipeline, sample.latents, task.plan.geometry).cpu()
-        return Finished(sample=sample, env=task.env, image=image, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Finished(sample=sample, env=task.env, record=record, image=image, seconds=seconds)
 
     def _denoise(self, task: DenoisingTask, seed: int) -> Sample:
         """All steps of a sample, on every rank."""
