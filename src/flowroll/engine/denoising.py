@@ -19,7 +19,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.recording import Recorder
 from flowroll.families import StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
-from flowroll.types import DenoisingEnv
+from flowroll.types import DenoisingEnv, SamplingRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class DenoisingTask:
         env: The transformer's fixed arguments.
         timesteps: As the model takes them.
         dts: Next sigma minus sigma.
+        record: How its samples are made.
     """
 
     plan: RequestPlan
@@ -39,14 +40,15 @@ class DenoisingTask:
     env: DenoisingEnv
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
+    record: SamplingRecord
 
     @classmethod
-    def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv) -> DenoisingTask:
+    def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv, record: SamplingRecord) -> DenoisingTask:
         """Puts the schedule on the model's device, where the pipeline has it too."""
         dtype = model.family.timestep_dtype(model.dtype)
         timesteps = model.family.model_timesteps(plan.schedule.timesteps.to(model.device), dtype)
         sigmas = plan.schedule.sigmas.to(model.device)
-        return cls(plan=plan, model=model, env=env, timesteps=timesteps, dts=sigmas[1:] - sigmas[:-1])
+        return cls(plan=plan, model=model, env=env, timesteps=timesteps, dts=sigmas[1:] - sigmas[:-1], record=record)
 
     def next_input(self, sample: Sample) -> StepInput:
         """What the next velocity of one of its samples is a function of."""

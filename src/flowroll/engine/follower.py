@@ -139,7 +139,8 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
             case Request():
                 env = empty_env(command, model.device)
                 _receive(env_tensors(env), mesh)
-                task = DenoisingTask.build(plan_request(command.params, model, serve.limits), model, env)
+                plan = plan_request(command.params, model, serve.limits)
+                task = DenoisingTask.build(plan, model, env, plan.record)
             case Sample():
                 assert task is not None
                 _take_sample(task, command.seed, mesh)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.denoising import DenoisingTask, Sample
+from flowroll.engine.finishing import record_of
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.versions import WeightVersions
@@ -50,7 +51,7 @@ class ModelWork:
                 encoded[prompt] = model.family.encode(pipeline, prompt)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
-        return DenoisingTask.build(plan, model, env)
+        return DenoisingTask.build(plan, model, env, record_of(plan, env))
 
     def decode(self, task: DenoisingTask, sample: Sample) -> Tensor:
         """A finished sample's picture, on the CPU.

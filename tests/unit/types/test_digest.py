@@ -20,6 +20,7 @@ def test_a_digest_depends_on_the_values_alone() -> None:
         {"embeds": torch.arange(6.0).view(3, 2)},
         {"embeds": torch.arange(6.0).view(2, 3).to(torch.bfloat16)},
         {"embeds": torch.arange(6.0).view(2, 3) + torch.tensor([0, 0, 1e-6])},
+        {"embeds": torch.arange(6.0).view(2, 3).view(torch.int32)},
         {"mask": torch.tensor([True, False])},
         {"shapes": [[[1, 2, 4]]]},
         {"more": 1},

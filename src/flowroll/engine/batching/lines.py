@@ -270,4 +270,5 @@ class DecodeLine(Line):
         task, sample = running.task, running.sample
         image = self._work.decode(task, sample)
         seconds = self._floor.clock() - running.started_s
-        return running.job.finish(task.plan, Finished(sample=sample, env=task.env, image=image, seconds=seconds))
+        finished = Finished(sample=sample, env=task.env, record=task.record, image=image, seconds=seconds)
+        return running.job.finish(task.plan, finished)
