@@ -36,9 +36,7 @@ def test_samples_of_different_requests_share_steps_and_join_and_leave_between_th
 
 
 def test_only_samples_of_equal_keys_share_and_lanes_take_turns(hand: Hand) -> None:
-    small = [hand.submit(seed=seed) for seed in (1, 2)]
-    large = hand.submit(height=64)
-    hand.finish(*small, large)
+    hand.finish(*hand.begin({"seed": 1}, {"seed": 2}, {"height": 64}))
     assert hand.batcher.load().batches == {2: 4, 1: 4}
 
 
@@ -362,9 +360,9 @@ def test_threads_end_with_an_engine_that_nobody_holds_any_more(engine: Engine, m
     assert len(started) == 3 and batcher.is_alive
     gone = weakref.ref(batcher)
     del batcher
-    gc.collect()
     deadline = time.monotonic() + 30.0
     while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
+        gc.collect()  # a thread that looks at this moment holds it
         time.sleep(0.01)
     assert gone() is None and not any(thread.is_alive() for thread in started)
 
