@@ -249,6 +249,53 @@ def test_an_exclusive_action_that_aborts_has_running_requests_done_again_wholly(
     assert hand.stats() == {"accepted": 2, "completed": 2, "failed": 0, "pending": 0, "running": 0}
 
 
+@pytest.mark.parametrize("line", ["encoding", "decoding"])
+def test_an_exclusive_action_waits_for_what_still_works_for_an_aborted_request(hand: Hand, line: str) -> None:
+    """The text encoder and the VAE are the model too."""
+    request = hand.submit(num_inference_steps=1)
+    if line == "decoding":
+        hand.batcher.encoding.work()
+        hand.step()
+    done = hand.batcher.exclusive(lambda: None, mode="abort")
+    hand.step()
+    assert not done.done()
+    getattr(hand.batcher, line).work()
+    hand.step()
+    assert done.done()
+    assert len(hand.finish(request)[0]) == 1
+
+
+def test_requests_that_were_put_back_go_before_those_that_waited(engine: Engine) -> None:
+    hand = Hand(engine, max_running_samples=1)
+    order: list[int] = []
+    requests = hand.begin(*[{"seed": seed} for seed in (1, 2)])
+    requests.append(hand.submit(seed=3))
+    hand.batcher.pause("finish")
+    hand.batcher.exclusive(lambda: None, mode="abort")
+    hand.work.before_decode = lambda task, sample: order.append(sample.seed)
+    hand.batcher.resume()
+    requests.append(hand.submit(seed=4))
+    hand.finish(*requests)
+    assert order == [1, 2, 3, 4]
+
+
+def test_nothing_starts_in_a_freeze(hand: Hand) -> None:
+    hand.begin({})
+    hand.batcher.pause("freeze")
+    hand.drain()
+    assert hand.batcher.load().running_samples == 0
+
+
+def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=2, max_running_samples=1)
+    hand.begin(*[{"seed": seed} for seed in range(8)])
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (2, 6)
+    hand.step()  # one of them starts
+    while hand.batcher.encoding.work():
+        pass
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (3, 5)
+
+
 def test_an_exclusive_action_that_aborts_goes_through_a_freeze(hand: Hand) -> None:
     (request,) = hand.begin({"seed": 5})
     hand.step()
