@@ -266,7 +266,7 @@ def test_an_exclusive_action_waits_for_what_still_works_for_an_aborted_request(h
 
 
 def test_requests_that_were_put_back_go_before_those_that_waited(engine: Engine) -> None:
-    hand = Hand(engine, max_running_samples=1)
+    hand = Hand(engine, max_batch_samples=1, max_running_samples=1)
     order: list[int] = []
     requests = hand.begin(*[{"seed": seed} for seed in (1, 2)])
     requests.append(hand.submit(seed=3))
