@@ -17,7 +17,7 @@ from flowroll import Rollout, SamplingParams
 from flowroll.engine import Accepted, Engine
 
 NAMES = ["qwen_image", "z_image"]
-ORDERS = 12
+ORDERS = 4
 BASE: dict[str, Any] = {
     "prompt": "a bowl",
     "height": 64,
@@ -72,7 +72,7 @@ def test_every_sample_has_the_bits_that_it_has_alone_in_any_order_of_arrivals(
         assert stats["accepted"] == len(accepted) and stats["pending"] == stats["running"] == 0
         assert stats["completed"] >= len(accepted) // 2
         shared += sum(count for samples, count in hand.batcher.load().batches.items() if samples > 1)
-    assert shared > 10 * ORDERS
+    assert shared > 5 * ORDERS
 
 
 def _arrive(hand: Hand, source: random.Random) -> list[tuple[int, Accepted[Any]]]:

@@ -59,7 +59,8 @@ class Hand:
 
     def submit(self, *, timeout_s: float | None = None, max_waiting: int | None = None, **fields: Any) -> Accepted[Any]:
         """A request of `SMALL` with these fields on top."""
-        plan = self.engine.plan(SamplingParams(**{**SMALL, **({} if "seeds" in fields else {"seed": 1}), **fields}))
+        seed = {} if "seeds" in fields else {"seed": 1}
+        plan = self.engine.plan(SamplingParams(**{**SMALL, **seed, **fields}))
         finish = self.engine._as_rollout
         return self.batcher.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
 

@@ -36,9 +36,7 @@ def test_samples_of_different_requests_share_steps_and_join_and_leave_between_th
 
 
 def test_only_samples_of_equal_keys_share_and_lanes_take_turns(hand: Hand) -> None:
-    small = [hand.submit(seed=seed) for seed in (1, 2)]
-    large = hand.submit(height=64)
-    hand.finish(*small, large)
+    hand.finish(*hand.begin({"seed": 1}, {"seed": 2}, {"height": 64}))
     assert hand.batcher.load().batches == {2: 4, 1: 4}
 
 
@@ -251,6 +249,53 @@ def test_an_exclusive_action_that_aborts_has_running_requests_done_again_wholly(
     assert hand.stats() == {"accepted": 2, "completed": 2, "failed": 0, "pending": 0, "running": 0}
 
 
+@pytest.mark.parametrize("line", ["encoding", "decoding"])
+def test_an_exclusive_action_waits_for_what_still_works_for_an_aborted_request(hand: Hand, line: str) -> None:
+    """The text encoder and the VAE are the model too."""
+    request = hand.submit(num_inference_steps=1)
+    if line == "decoding":
+        hand.batcher.encoding.work()
+        hand.step()
+    done = hand.batcher.exclusive(lambda: None, mode="abort")
+    hand.step()
+    assert not done.done()
+    getattr(hand.batcher, line).work()
+    hand.step()
+    assert done.done()
+    assert len(hand.finish(request)[0]) == 1
+
+
+def test_requests_that_were_put_back_go_before_those_that_waited(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=1, max_running_samples=1)
+    order: list[int] = []
+    requests = hand.begin(*[{"seed": seed} for seed in (1, 2)])
+    requests.append(hand.submit(seed=3))
+    hand.batcher.pause("finish")
+    hand.batcher.exclusive(lambda: None, mode="abort")
+    hand.work.before_decode = lambda task, sample: order.append(sample.seed)
+    hand.batcher.resume()
+    requests.append(hand.submit(seed=4))
+    hand.finish(*requests)
+    assert order == [1, 2, 3, 4]
+
+
+def test_nothing_starts_in_a_freeze(hand: Hand) -> None:
+    hand.begin({})
+    hand.batcher.pause("freeze")
+    hand.drain()
+    assert hand.batcher.load().running_samples == 0
+
+
+def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=2, max_running_samples=1)
+    hand.begin(*[{"seed": seed} for seed in range(8)])
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (2, 6)
+    hand.step()  # one of them starts
+    while hand.batcher.encoding.work():
+        pass
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (3, 5)
+
+
 def test_an_exclusive_action_that_aborts_goes_through_a_freeze(hand: Hand) -> None:
     (request,) = hand.begin({"seed": 5})
     hand.step()
@@ -362,9 +407,9 @@ def test_threads_end_with_an_engine_that_nobody_holds_any_more(engine: Engine, m
     assert len(started) == 3 and batcher.is_alive
     gone = weakref.ref(batcher)
     del batcher
-    gc.collect()
     deadline = time.monotonic() + 30.0
     while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
+        gc.collect()  # a thread that looks at this moment holds it
         time.sleep(0.01)
     assert gone() is None and not any(thread.is_alive() for thread in started)
 
