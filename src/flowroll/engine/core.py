@@ -1,0 +1,175 @@
+"""The life of an engine: its model, its ranks, its threads, from the first to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from flowroll.engine.batching import Batcher, BatchLimits, ExclusiveMode
+from flowroll.engine.batching.limits import ONE_BY_ONE
+from flowroll.engine.batching.steps import LedSteps
+from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
+from flowroll.engine.estimate import describe_memory
+from flowroll.engine.loading import LoadedModel, load_model
+from flowroll.engine.plan import plan_geometry
+from flowroll.engine.replica import FailureListener, Replica, open_replica
+from flowroll.engine.weight_store import WeightStore
+from flowroll.engine.work import ModelWork
+from flowroll.errors import RankLostError, ShuttingDownError
+from flowroll.parallel.linears import count_parameters
+from flowroll.types import Layout
+
+# How long a failed replica may take to let go of the request that it failed.
+_RELEASE_S = 5.0
+T = TypeVar("T")
+
+
+class EngineCore:
+    """What `Engine` is built on. Its parts are in files of their own: scores.py, updates.py, engine.py."""
+
+    # Runs its requests: cancels, pauses, counts them; see `Batcher`.
+    batcher: Batcher
+    # Of an engine with several ranks.
+    _replica: Replica | None = None
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        variant: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        limits: Limits | None = None,
+        batching: BatchLimits | None = None,
+        layout: Layout | None = None,
+        rank_timeout_s: float = 60.0,
+    ) -> None:
+        place = resolve_device(device)
+        limits, layout = limits or Limits(), layout or Layout()
+        checkpoint = examine_checkpoint(Path(model), variant=variant)
+        weights = resolve_dtype(dtype, place)
+        if layout.num_ranks > 1:
+            self._replica = open_replica(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
+        mesh = self._replica.mesh if self._replica else None
+        try:
+            self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=mesh)
+            if self._replica is not None:
+                self._replica.serve(self._model.spec, limits)
+        except BaseException:
+            if self._replica is not None:
+                self._replica.close()
+            raise
+        self._weights = WeightStore(self._pipeline, self._replica)
+        self._work = ModelWork(self._model, self._pipeline, self._weights.versions)
+        self.batcher = self._open_batcher(batching or BatchLimits())
+        transformer = self._model.transformer
+        self.info = EngineInfo(
+            model=str(checkpoint.folder),
+            family=self._model.family.name,
+            variant=self._model.variant,
+            pipeline=self._model.family.pipeline_class,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=str(place),
+            parameters=count_parameters(transformer),
+            layout=layout,
+            transformer_bytes=sum(parameter.nbytes for parameter in transformer.parameters()),
+            limits=limits,
+            defaults=self._model.family.variants[self._model.variant],
+            pixel_unit=self._model.spec.pixel_unit,
+            versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
+        )
+
+    @property
+    def failure(self) -> RankLostError | None:
+        """Why this engine's ranks are down; None while they are up."""
+        return self._replica.failure if self._replica else None
+
+    @property
+    def weight_version(self) -> str:
+        """Version of the weights in memory."""
+        return self._weights.versions.current
+
+    @property
+    def rank_pids(self) -> Mapping[int, int]:
+        """Process ids of the ranks that this engine started, by rank."""
+        return self._replica.pids if self._replica else {}
+
+    @property
+    def received_bytes(self) -> Mapping[str, int]:
+        """Bytes that rank 0 has received from other ranks, by mesh axis."""
+        return {str(axis): count for axis, count in self._replica.mesh.received_bytes.items()} if self._replica else {}
+
+    def on_failure(self, listener: FailureListener) -> None:
+        """Calls it, on a thread of its own, once the ranks of this engine are down."""
+        if self._replica is not None:
+            self._replica.add_listener(listener)
+
+    def describe_memory(self) -> str:
+        """How much memory the samples that run at once can take, in words."""
+        defaults = self.info.defaults
+        geometry = plan_geometry(self._model, height=defaults.height, width=defaults.width)
+        return describe_memory(self.info, geometry, self.batcher.limits)
+
+    def interrupt(self) -> None:
+        """Ends every request, and every later call, in a `ShuttingDownError`; may be called from any thread."""
+        self.batcher.stop(_shutting_down())
+
+    def close(self) -> None:
+        """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
+        self.interrupt()
+        # Given up where a lost rank may hold a step for ever.
+        while not self.batcher.halt(_RELEASE_S) and self.failure is None:
+            pass
+        if self._replica is not None:
+            self._replica.close()
+        if hasattr(self, "_model"):
+            self._work.release()
+            self._weights.release()
+            del self._model, self._pipeline
+            if self.info.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+
+    def _open_batcher(self, limits: BatchLimits) -> Batcher:
+        if self._replica is None:
+            return Batcher(self._work, limits)
+        batcher = Batcher(self._work, ONE_BY_ONE, steps=LedSteps(self._replica), max_running_requests=1)
+        self._replica.add_listener(batcher.stop)
+        return batcher
+
+    def _check_interrupt(self) -> None:
+        if (stopped := self.failure or self.batcher.stopped) is not None:
+            raise stopped
+
+    def _open_model(self) -> LoadedModel:
+        self._check_interrupt()
+        model: LoadedModel | None = getattr(self, "_model", None)
+        if model is None:  # closed since the check
+            raise _shutting_down()
+        return model
+
+    def _check_all_ranks(self) -> None:
+        """Whether the next step is to be taken; every rank comes to the same answer."""
+        assert self._replica is not None
+        if not self._replica.goes_on(self.batcher.stopped is not None):
+            raise _shutting_down()
+
+    def _alone(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
+        """Does it while no request runs; at once where that is the case already, inside of an `exclusive` action."""
+        self._check_interrupt()
+        if self.batcher.is_alone:
+            return action()
+        self.batcher.start()
+        return self.batcher.exclusive(action, mode=mode).result()
+
+    def _between_steps(self, action: Callable[[], T]) -> T:
+        self.batcher.start()
+        return self.batcher.between_steps(action).result()
+
+
+def _shutting_down() -> ShuttingDownError:
+    return ShuttingDownError("the engine must run to answer, got a shutdown; send the request to another replica.")
