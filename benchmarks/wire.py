@@ -1,8 +1,8 @@
 """Encoding and decoding of one large answer, beside the usual way of doing it: time and memory.
 
-`python -m benchmarks.wire`: a 50-step sample of 1024 x 1024 with everything recorded. The peer makes a safetensors blob of every
-tensor with the library's own `save`, puts the blobs into the answer and encodes that; it decodes with msgspec and the library's
-`load`. Warm: arms in turn in one process. Fresh: every measurement in a process of its own, in memory that nobody touched.
+`python -m benchmarks.wire`: a 50-step sample of 1024 x 1024 with everything recorded. The peer makes a safetensors blob of
+every tensor with the library's own `save`, puts the blobs into the answer and encodes that; it decodes with msgspec and the
+library's `load`. Warm: arms in turn in one process. Fresh: every measurement in a process of its own, in memory that nobody touched.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 import msgspec
 import safetensors.torch
 import torch
+from tests.factories import make_rollout
 from torch import Tensor
 
 from benchmarks.measure import hardware, paired_times, ratio
 from flowroll.types import Rollout
 from flowroll.wire.codec import WireFormat, decode_rollouts, encode_rollouts
 from flowroll.wire.dialects import rollout_to_wire
-from tests.factories import make_rollout
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, SIZE, TEXT_TOKENS = 50, 1024, 40
@@ -58,13 +58,13 @@ def main() -> None:
         f"# Bytes of one large answer, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.wire --rounds {options.rounds} --fresh {options.fresh}`. {hardware()}; one thread. "
         f"{STEPS} steps, {SIZE} x {SIZE}, everything recorded: {payload / MIB:.0f} MiB of tensors.",
-        "Time: CPU time; median of paired ratios to the peer with its 95 % interval (warm), ratio of medians (fresh). Memory: how "
-        "far the peak of resident memory rises above what the tensors (encoding) or the body (decoding) take, as a share of the "
-        "payload; of fresh processes. Encoding includes making every chunk that is sent.",
+        "Time: CPU time; median of paired ratios to the peer with its 95 % interval (warm), ratio of medians (fresh). Memory: "
+        "how far the peak of resident memory rises above what the tensors (encoding) or the body (decoding) take, as a share "
+        "of the payload; of fresh processes. Encoding includes making every chunk that is sent.",
         "Not claimed: absolute times (the machine is shared).",
         _table(rollout, payload, options.rounds, options.fresh),
-        "Aims: msgpack at most 1/2 of the usual way warm, 1/3 fresh; memory at most 10 % of the payload. In JSON a client must hold "
-        "the tensors beside the text that it has received.",
+        "Aims: msgpack at most 1/2 of the usual way warm, 1/3 fresh; memory at most 10 % of the payload. In JSON a client must "
+        "hold the tensors beside the text that it has received.",
     ]
     out.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     print(out.read_text(encoding="utf-8"))
@@ -72,7 +72,8 @@ def main() -> None:
 
 def _table(rollout: Rollout, payload: int, rounds: int, fresh: int) -> str:
     lines = [
-        "| direction | format | warm ratio | warm ms (ours, peer) | fresh ratio | fresh ms (ours, peer) | extra memory (ours, peer) |",
+        "| direction | format | warm ratio | warm ms (ours, peer) | fresh ratio | fresh ms (ours, peer)"
+        " | extra memory (ours, peer) |",
         "|---|---|---|---|---|---|---|",
     ]
     for direction in ("encode", "decode"):
