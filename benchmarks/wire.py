@@ -2,7 +2,8 @@
 
 `python -m benchmarks.wire`: a 50-step sample of 1024 x 1024 with everything recorded. The peer makes a safetensors blob of
 every tensor with the library's own `save`, puts the blobs into the answer and encodes that; it decodes with msgspec and the
-library's `load`. Warm: arms in turn in one process. Fresh: every measurement in a process of its own, in memory that nobody touched.
+library's `load`. Warm: arms in turn in one process. Fresh: every measurement in a process of its own, in memory that
+nobody touched.
 """
 
 from __future__ import annotations
