@@ -16,6 +16,8 @@ from flowroll.wire.dialects import Dialect
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 
 _MAX_PORT = 65535
+# The kernel counts milliseconds in 32 bits.
+_MAX_SEND_S = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class ServerConfig:
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
+        send_timeout_s: Seconds for which a client may take no byte of its answer before its connection is broken off (Linux).
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
 
@@ -65,6 +68,7 @@ class ServerConfig:
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
+    send_timeout_s: int | float = 60.0
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
 
@@ -79,6 +83,13 @@ class ServerConfig:
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
         _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
         _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
+        _require(
+            0 < self.send_timeout_s <= _MAX_SEND_S,
+            "send_timeout_s",
+            f"lie in 0..{_MAX_SEND_S}",
+            self.send_timeout_s,
+            "leave it out",
+        )
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
         _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")
