@@ -85,11 +85,18 @@ class AsyncClient:
         return await self._send(exchange.verify_call(expected, module))
 
     async def score(
-        self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        steps: Sequence[int] | None = None,
+        log_probs_only: bool = False,
+        min_weight_version: str | None = None,
     ) -> Scores:
         """Has the server score steps of rollouts again. See `Client.score`."""
         # Encoding takes long enough to hold up the caller's event loop, as decoding does.
-        call = await asyncio.to_thread(exchange.score_call, rollouts, steps, log_probs_only, self._wire_format)
+        call = await asyncio.to_thread(
+            exchange.score_call, rollouts, steps, log_probs_only, min_weight_version, self._wire_format
+        )
         return await self._send(call)
 
     async def health(self) -> dict[str, Any]:

@@ -142,14 +142,18 @@ def verify_call(expected: Mapping[str, str], module: str) -> Call[int]:
 
 
 def score_call(
-    rollouts: Sequence[Rollout], steps: Sequence[int] | None, log_probs_only: bool, wire_format: WireFormat
+    rollouts: Sequence[Rollout],
+    steps: Sequence[int] | None,
+    log_probs_only: bool,
+    min_weight_version: str | None,
+    wire_format: WireFormat,
 ) -> Call[Scores]:
     """POST /rollout/score.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    params = score_params(rollouts, steps, log_probs_only=log_probs_only)
+    params = score_params(rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version)
     body = encode_score_request(params, wire_format=wire_format)
     asked = [sample.steps for sample in params.samples]
 

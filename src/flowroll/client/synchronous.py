@@ -128,7 +128,14 @@ class Client:
         """
         return self._send(exchange.verify_call(expected, module))
 
-    def score(self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False) -> Scores:
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        steps: Sequence[int] | None = None,
+        log_probs_only: bool = False,
+        min_weight_version: str | None = None,
+    ) -> Scores:
         """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.
 
         All of it is scored by the weights of one version, which the answer tells, and every step alone: before an update the
@@ -138,13 +145,15 @@ class Client:
             rollouts: Of one or several requests, with env and trajectory.
             steps: Which steps, 0-based; None: all, for rollouts of one length.
             log_probs_only: Leave means and velocities out of the answer, which are most of its bytes.
+            min_weight_version: Refuse weights that are older than this version.
 
         Raises:
             InvalidRequestError: A rollout cannot be replayed, or not by this server's model.
+            OutdatedWeightsError: The server's weights are older than `min_weight_version`.
             PayloadTooLargeError: Too much at once; score fewer rollouts at a time.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.score_call(rollouts, steps, log_probs_only, self._wire_format))
+        return self._send(exchange.score_call(rollouts, steps, log_probs_only, min_weight_version, self._wire_format))
 
     def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""
