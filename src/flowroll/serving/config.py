@@ -41,6 +41,8 @@ class ServerConfig:
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
+        max_weights_body_bytes: Size of a body with tensors of new weights. What is held is bounded by the module's own size.
+        weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped: its trainer may be dead.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
 
@@ -65,6 +67,8 @@ class ServerConfig:
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
+    max_weights_body_bytes: int = 8 * 2**30
+    weights_idle_s: int | float = 60.0
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
 
@@ -78,6 +82,10 @@ class ServerConfig:
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
         _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
+        _require(
+            self.max_weights_body_bytes > 0, "max_weights_body_bytes", "be > 0", self.max_weights_body_bytes, "leave it out"
+        )
+        _require(self.weights_idle_s > 0, "weights_idle_s", "be > 0", self.weights_idle_s, "leave it out")
         _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
