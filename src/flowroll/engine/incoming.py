@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.tensorfile import TensorHead
-from flowroll.engine.weights import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected
+from flowroll.engine.weights import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
 
 _CPU = torch.device("cpu")
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _SUBJECT = "the new weights"
-
-
-def head_of(name: str, tensor: Tensor) -> TensorHead:
-    """A tensor without its data."""
-    return TensorHead(name=name, dtype=_NAMES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape))
 
 
 class IncomingWeights:
@@ -123,7 +117,7 @@ class IncomingWeights:
         Raises:
             WeightsRejectedError: See `open`.
         """
-        with self.bucket([head_of(name, tensor) for name, tensor in named_tensors]) as targets:
+        with self.bucket([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in named_tensors]) as targets:
             for target, (_, tensor) in zip(targets, named_tensors, strict=True):
                 target.copy_(tensor.detach())
 

@@ -236,6 +236,12 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def tensor_head(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorHead:
+    """A tensor without its data; of a dtype that no weight has, too."""
+    names = {known: name for name, known in FLOATS.items()}
+    return TensorHead(name=name, dtype=names.get(dtype, str(dtype)), shape=tuple(shape))
+
+
 def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
     """Refuses a tensor that cannot be a slot's.
 

@@ -43,6 +43,8 @@ class ServerConfig:
             samples of 10 steps of Qwen-Image at 1024 x 1024.
         max_weights_body_bytes: Size of a body with tensors of new weights. What is held is bounded by the module's own size.
         weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped: its trainer may be dead.
+        allow_pickle_weights: Whether POST /update_weights_from_tensor is open; wire/pickled.py says what its clients are
+            trusted with.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
 
@@ -69,6 +71,7 @@ class ServerConfig:
     max_score_body_bytes: int = 2**30
     max_weights_body_bytes: int = 8 * 2**30
     weights_idle_s: int | float = 60.0
+    allow_pickle_weights: bool = False
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
 

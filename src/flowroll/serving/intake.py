@@ -51,15 +51,20 @@ async def accept_request(request: Request, services: Services, model: type[Reque
     return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
 
 
-async def read_body(request: Request, services: Services) -> bytearray:
+async def read_body(request: Request, services: Services, max_bytes: int | None = None) -> bytearray:
     """The body of a request that has to be JSON.
+
+    Args:
+        request: Its body is read here.
+        services: Of the app.
+        max_bytes: Its size, if not `max_body_bytes`.
 
     Raises:
         MalformedRequestError: It is sent as something else.
         PayloadTooLargeError: It is longer than the server accepts.
     """
     check_media_type(request.headers, (JSON,))
-    return await _receive(request, services.config.max_body_bytes)
+    return await _receive(request, max_bytes or services.config.max_body_bytes)
 
 
 async def read_optional(request: Request, services: Services) -> dict[str, object]:

@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
-from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest
+from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
 from flowroll.wire.responses import ScoreRequestObject
@@ -33,6 +33,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     VerifyRequest,
     BeginUpdateRequest,
     CommitUpdateRequest,
+    UpdateFromTensorRequest,
     AbortRequest,
     PauseRequest,
     ContinueRequest,

@@ -19,7 +19,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.weights import StagedWeights
 from flowroll.engine.worker import EngineWorker, RequestKind
-from flowroll.serving.arrivals import WeightArrivals
+from flowroll.serving.arrivals import Arrival, WeightArrivals
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
@@ -100,6 +100,17 @@ class Services:
         self.metrics.weight_updates.labels("completed").inc()
         self.metrics.weight_pause_seconds.inc(update.paused_s)
         return update
+
+    async def commit_arrival(self, arrival: Arrival, mode: ExclusiveMode = "drain") -> WeightUpdate:
+        """Ends an update whose tensors have arrived; one that lacks some goes on."""
+        arrival.is_committing = True
+        try:
+            return await self.update_weights(arrival.incoming.stage, arrival.weight_version, mode)
+        finally:
+            arrival.is_committing = False
+            arrival.touch()
+            if not arrival.incoming.is_open:
+                self.arriving.end(arrival)
 
     async def between_requests(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
         """Has something done on the engine's thread while no request runs."""

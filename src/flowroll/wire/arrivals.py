@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flowroll.types import ModuleName
 from flowroll.wire.fields import Rule
 from flowroll.wire.schema import Strict
-from flowroll.wire.weights import Updatable, Version
+from flowroll.wire.weights import Targeted, Updatable, Version
 
 _Module: TypeAlias = Annotated[
     Updatable,
@@ -55,6 +55,41 @@ class BodyUpdateRequest(Strict):
     module: _Module = "transformer"
     weight_version: Version = None
     mode: _Mode = "drain"
+
+
+class UpdateFromTensorRequest(Targeted):
+    """Body of POST /update_weights_from_tensor."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"serialized_named_tensors": ["gASV..."], "load_format": "flattened_bucket"}]}
+    )
+
+    serialized_named_tensors: Annotated[
+        list[str],
+        Field(
+            min_length=1,
+            description="Pickled named tensors as base64, whole ones: an entry for each rank, of which the first is read.",
+            examples=[["gASV..."]],
+        ),
+        Rule(text="be a list of at least one string", remedy="send what MultiprocessingSerializer makes"),
+    ]
+    load_format: Annotated[
+        Literal["flattened_bucket"] | None,
+        Field(description="What is pickled; null: (name, tensor) pairs.", examples=["flattened_bucket"]),
+        Rule(text='be null or "flattened_bucket"', remedy="leave it out for named tensors"),
+    ] = None
+
+
+class SharedUpdateObject(BaseModel):
+    """What has arrived; once nothing is missing, the weights are exchanged."""
+
+    success: Literal[True] = True
+    message: str = Field(description="The same in words.", examples=["40 of 73 tensors have arrived"])
+    module: ModuleName
+    is_complete: bool = Field(description="Whether the weights were exchanged.")
+    weight_version: str = Field(description="The version from now on.", examples=["120"])
+    num_arrived: int = Field(description="Tensors that have arrived so far.")
+    num_tensors: int = Field(description="Tensors of the module.")
 
 
 class BegunObject(BaseModel):

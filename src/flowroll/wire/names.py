@@ -21,6 +21,7 @@ BEGIN_ROUTE = "/weights/begin"
 BUCKETS_ROUTE = "/weights/{update_id}/buckets"
 COMMIT_ROUTE = "/weights/{update_id}/commit"
 ABANDON_ROUTE = "/weights/{update_id}/abort"
+UPDATE_FROM_TENSOR_ROUTE = "/update_weights_from_tensor"
 UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
 
 # Fields that are not listed have one name for both.

@@ -43,12 +43,9 @@ Version: TypeAlias = Annotated[
 ]
 
 
-class UpdateFromDiskRequest(Strict):
-    """Body of POST /update_weights_from_disk."""
+class Targeted(Strict):
+    """What the requests of SGLang-Diffusion's clients for an update have in common."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model_path": "/runs/7/step-120", "weight_version": "120"}]})
-
-    model_path: _ModulePath
     module: Annotated[
         Updatable | None,
         Field(description="What to update. null: the transformer.", examples=["transformer"]),
@@ -72,7 +69,7 @@ class UpdateFromDiskRequest(Strict):
     ] = None
 
     @model_validator(mode="after")
-    def _check_one_name(self) -> UpdateFromDiskRequest:
+    def _check_one_name(self) -> Targeted:
         if self.module is not None and self.target_modules is not None:
             raise InvalidRequestError(
                 f"target_modules must not be given beside module, got {self.target_modules}; send one of the two.",
@@ -84,6 +81,14 @@ class UpdateFromDiskRequest(Strict):
     def chosen_module(self) -> ModuleName:
         """What is to be updated."""
         return self.module or (self.target_modules or ["transformer"])[0]
+
+
+class UpdateFromDiskRequest(Targeted):
+    """Body of POST /update_weights_from_disk."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model_path": "/runs/7/step-120", "weight_version": "120"}]})
+
+    model_path: _ModulePath
 
 
 class ChecksumRequest(Strict):

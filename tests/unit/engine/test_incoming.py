@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
-from flowroll.engine.incoming import head_of
 from flowroll.engine.tensorfile import TensorHead
 from flowroll.engine.tensorstream import TensorStream
+from flowroll.engine.weights import tensor_head
 from flowroll.errors import FlowrollError, InvalidRequestError, ShuttingDownError, WeightsRejectedError
 
 
@@ -161,7 +161,7 @@ def test_a_stream_that_is_cut_or_too_long_leaves_nothing(
 
 def test_an_update_that_is_dropped_takes_nothing_more(engine: Engine, tensors: dict[str, Tensor]) -> None:
     incoming = engine.receive_weights()
-    bucket = incoming.open([head_of(name, tensor) for name, tensor in tensors.items()])
+    bucket = incoming.open([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
     incoming.drop()
     with pytest.raises(WeightsRejectedError, match="begin another"):
         bucket.keep()

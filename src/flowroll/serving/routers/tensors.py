@@ -118,13 +118,6 @@ def build_router(services: Services) -> APIRouter:
         await read_bucket(request, arrival, max_bytes=config.max_weights_body_bytes, idle_s=arriving.idle_s)
 
     async def _commit(arrival: Arrival, mode: ExclusiveMode) -> UpdateObject:
-        arrival.is_committing = True
-        try:
-            return UpdateObject.of(await services.update_weights(arrival.incoming.stage, arrival.weight_version, mode))
-        finally:
-            arrival.is_committing = False
-            arrival.touch()
-            if not arrival.incoming.is_open:
-                arriving.end(arrival)
+        return UpdateObject.of(await services.commit_arrival(arrival, mode))
 
     return router
