@@ -12,6 +12,7 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── DeadlineExceededError    408  the request's own deadline passed before its answer was made
     ├── PausedError              409  generation is paused and takes no new request
     ├── OutdatedWeightsError     409  the weights are older than the request demands
+    ├── WeightsBusyError         409  another update of the weights is under way
     ├── WeightsMismatchError     409  the weights are not those that the caller expects
     ├── WeightsRejectedError     422  new weights cannot be taken; the old ones stay
     ├── PayloadTooLargeError     413  the body is larger than the server accepts
@@ -92,6 +93,13 @@ class WeightsMismatchError(FlowrollError):
     """The weights in memory do not have the checksums that the caller expects."""
 
     code = "weights_mismatch"
+    status = 409
+
+
+class WeightsBusyError(FlowrollError):
+    """Another update of the weights is under way; wait for its end, or end it."""
+
+    code = "weights_busy"
     status = 409
 
 
@@ -201,6 +209,7 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         UnauthorizedError,
         ForbiddenError,
         OutdatedWeightsError,
+        WeightsBusyError,
         WeightsMismatchError,
         WeightsRejectedError,
         NotFoundError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -10,9 +11,10 @@ from typing import Any, TypeVar
 
 import httpx
 
-from flowroll.client import exchange
+from flowroll.client import exchange, pushing
 from flowroll.client.exchange import Call
-from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.client.pushing import NamedTensors, UpdateMode
+from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
@@ -105,6 +107,46 @@ class Client:
         """
         return self._send(exchange.update_from_disk_call(path, module, weight_version))
 
+    def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
+        bucket_bytes: int = pushing.BUCKET_BYTES,
+        partial: bool = False,
+    ) -> WeightUpdate:
+        """Sends the server new weights over HTTP: it takes all of them, or, whatever goes wrong, none.
+
+        They go in buckets, while the server goes on with its requests; its weights change at the end, between two requests.
+
+        Args:
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.named_parameters()`, or a generator that
+                gathers them; on any device. Only one bucket of them is held at a time, and none is copied as a whole.
+            module: "transformer" or "vae".
+            weight_version: Of the new weights; None: the server counts.
+            mode: What becomes of the requests that run there: "drain": they finish first; "abort": they are done again, wholly,
+                with the new weights.
+            bucket_bytes: Size of a bucket; at most the server's --max-weights-body-bytes.
+            partial: Whether what is not sent stays as it is; otherwise it is an error.
+
+        Raises:
+            WeightsRejectedError: The tensors are not the module's. Everything is as it was.
+            WeightsBusyError: Another update is under way.
+            FlowrollError: As for `rollout`. After a `ServerConnectionError` at the end, `server_info` tells the version.
+        """
+        update_id = self._send(pushing.begin_call(module, weight_version, partial))
+        try:
+            for bucket in pushing.buckets_of(named_tensors, bucket_bytes):
+                self._send(pushing.bucket_call(update_id, bucket))
+            return self._send(pushing.commit_call(update_id, mode))
+        except BaseException:
+            # Or the next update waits for this one.
+            with contextlib.suppress(FlowrollError):
+                self._send(pushing.abandon_call(update_id))
+            raise
+
     def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the server's weights; `flowroll.replay.weights_checksum` is the same for a trainer's module.
 
@@ -192,7 +234,7 @@ class Client:
         body = bytearray()
         try:
             with self._http.stream(
-                call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
+                call.method, call.path, content=call.body(), headers=call.headers, timeout=timeout
             ) as response:
                 for piece in response.iter_bytes():
                     body += piece

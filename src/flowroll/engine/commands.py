@@ -12,6 +12,9 @@ from flowroll.engine.config import Limits
 from flowroll.families import ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, SamplingParams, SamplingRecord
 
+# What a follower announces once it has read new weights, or has memory for them: nothing, or why it could not.
+STAGED = "staged"
+
 
 class TensorShape(msgspec.Struct, frozen=True):
     """A tensor whose data follows by broadcast."""
@@ -70,6 +73,16 @@ class StageWeights(msgspec.Struct, frozen=True, tag=True):
     config: str | None
 
 
+class PrepareWeights(msgspec.Struct, frozen=True, tag=True):
+    """New weights of the transformer will be broadcast, in this order; every follower says whether it has the memory."""
+
+    tensors: dict[str, TensorShape]
+
+
+class FillWeights(msgspec.Struct, frozen=True, tag=True):
+    """Every rank has: they come now."""
+
+
 class CommitWeights(msgspec.Struct, frozen=True, tag=True):
     """Every rank could: they take the place of the old."""
 
@@ -86,7 +99,19 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """No more commands."""
 
 
-Command: TypeAlias = Serve | Request | Sample | Score | StageWeights | CommitWeights | DropWeights | GatherWeights | Stop
+Command: TypeAlias = (
+    Serve
+    | Request
+    | Sample
+    | Score
+    | StageWeights
+    | PrepareWeights
+    | FillWeights
+    | CommitWeights
+    | DropWeights
+    | GatherWeights
+    | Stop
+)
 _DECODER = msgspec.json.Decoder(Command)
 
 

@@ -14,9 +14,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from flowroll.engine import denoising
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.commands import (
+    STAGED,
     CommitWeights,
     DropWeights,
+    FillWeights,
     GatherWeights,
+    PrepareWeights,
     Request,
     Sample,
     Score,
@@ -32,8 +35,9 @@ from flowroll.engine.denoising import DenoisingTask
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
-from flowroll.engine.replica import STAGED, RankConfig
+from flowroll.engine.replica import RankConfig
 from flowroll.engine.scoring import velocities_of
+from flowroll.engine.shares import Shares, prepare_shares
 from flowroll.engine.weights import StagedWeights, WeightFiles, stage_weights
 from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
@@ -133,6 +137,7 @@ def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> Non
 def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> None:
     task: DenoisingTask | None = None
     staged: StagedWeights | None = None
+    shares: Shares | None = None
     while True:
         command = decode_command(channel.receive())
         match command:
@@ -148,12 +153,17 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 _take_scores(model, command, mesh)
             case StageWeights():
                 staged = _stage(model, command, channel)
+            case PrepareWeights():
+                shares = prepare_shares(model.transformer, command, channel)
+            case FillWeights():
+                assert shares is not None
+                staged, shares = shares.fill(mesh), None
             case CommitWeights():
                 assert staged is not None
                 staged.commit(lambda: None)
                 staged = None
             case DropWeights():
-                staged = None
+                staged = shares = None
             case GatherWeights():
                 for _ in whole_tensors(model.transformer):
                     pass

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -20,11 +20,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.commands import (
+    STAGED,
     BranchShape,
     Command,
     CommitWeights,
     DropWeights,
+    FillWeights,
     GatherWeights,
+    PrepareWeights,
     Request,
     Sample,
     Score,
@@ -39,6 +42,7 @@ from flowroll.engine.commands import (
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.shares import as_bytes
 from flowroll.engine.weights import WeightFiles
 from flowroll.errors import (
     CheckpointError,
@@ -71,9 +75,6 @@ _EXPLAIN_S = 2.0
 _JOIN_S = 5.0
 # How long the processes of a replica may take to start, before any of them loads.
 _START_S = 300.0
-
-# What a follower announces once it has read new weights: nothing, or why it could not.
-STAGED = "staged"
 
 FailureListener = Callable[[RankLostError], None]
 
@@ -257,6 +258,32 @@ class Replica:
         """
         config = None if files.config is None else str(files.config)
         self._send(StageWeights(files=[str(file) for file in files.files], config=config))
+        self._wait_for_staged("model_path")
+
+    def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Sends every other rank new weights of the transformer, of which it keeps its part beside the old ones.
+
+        Args:
+            tensors: Whole, by name, in the dtype of the weights.
+
+        Raises:
+            WeightsRejectedError: A rank has no memory for them; all have dropped them.
+            RankLostError: A rank ended.
+        """
+        self._send(PrepareWeights(tensors={name: describe_tensor(tensor) for name, tensor in tensors.items()}))
+        self._wait_for_staged(None)
+        with self.in_step():
+            self._send(FillWeights())
+            for tensor in tensors.values():
+                self.mesh.broadcast(as_bytes(tensor.to(self.mesh.device)))
+            self._channel.forget()
+
+    def _wait_for_staged(self, field: str | None) -> None:
+        """Waits until every other rank is ready to commit.
+
+        Raises:
+            WeightsRejectedError: One cannot be; about the field. All have dropped what they had.
+        """
         # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
         with self.in_step():
             self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
@@ -266,7 +293,7 @@ class Replica:
         if refused:
             self.drop_weights()
             rank, reason = next(iter(refused.items()))
-            raise WeightsRejectedError(f"rank {rank}: {reason}", field="model_path")
+            raise WeightsRejectedError(f"rank {rank}: {reason}", field=field)
 
     def commit_weights(self) -> None:
         """Makes every other rank take what it has read. One that cannot ends, and the replica with it."""

@@ -17,6 +17,12 @@ CONTINUE_ROUTE = "/continue_generation"
 UPDATE_FROM_DISK_ROUTE = "/update_weights_from_disk"
 CHECKSUM_ROUTE = "/get_weights_checksum"
 VERIFY_ROUTE = "/verify_weights"
+BEGIN_ROUTE = "/weights/begin"
+BUCKETS_ROUTE = "/weights/{update_id}/buckets"
+COMMIT_ROUTE = "/weights/{update_id}/commit"
+ABANDON_ROUTE = "/weights/{update_id}/abort"
+UPDATE_FROM_TENSOR_ROUTE = "/update_weights_from_tensor"
+UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
 
 # Fields that are not listed have one name for both.
 PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(ROLLOUT_FIELDS - {"rollout"})}
