@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import httpx
 
 from flowroll.client import exchange, pushing
-from flowroll.client.exchange import Call
-from flowroll.client.pushing import NamedTensors, UpdateMode
+from flowroll.client.exchange import Call, UpdateMode
+from flowroll.client.pushing import NamedTensors
 from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
@@ -73,10 +73,15 @@ class AsyncClient:
         return await self._send(exchange.generate_call(params, values, self._wire_format))
 
     async def update_weights_from_disk(
-        self, path: str | PathLike[str], *, module: str = "transformer", weight_version: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> WeightUpdate:
         """Has the server take new weights from its disk. See `Client.update_weights_from_disk`."""
-        return await self._send(exchange.update_from_disk_call(path, module, weight_version))
+        return await self._send(exchange.update_from_disk_call(path, module, weight_version, mode))
 
     async def update_weights(
         self,

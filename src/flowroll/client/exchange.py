@@ -10,7 +10,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from os import PathLike
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
 import httpx
 import msgspec
@@ -36,6 +36,7 @@ from flowroll.wire.names import (
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
 
 T = TypeVar("T")
+UpdateMode: TypeAlias = Literal["drain", "abort"]
 
 DEFAULT_TIMEOUT_S = 600.0
 READY_POLL_S = 0.2
@@ -146,9 +147,11 @@ def generate_call(
     return Call(method="POST", path=GENERATE_ROUTE, read=decode_images, accept=_ACCEPT[wire_format], content=body)
 
 
-def update_from_disk_call(path: str | PathLike[str], module: str, weight_version: str | None) -> Call[WeightUpdate]:
+def update_from_disk_call(
+    path: str | PathLike[str], module: str, weight_version: str | None, mode: UpdateMode
+) -> Call[WeightUpdate]:
     """POST /update_weights_from_disk."""
-    sent = {"model_path": str(path), "module": module, "weight_version": weight_version}
+    sent = {"model_path": str(path), "module": module, "weight_version": weight_version, "mode": mode}
     return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
 
 

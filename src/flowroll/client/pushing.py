@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
-from flowroll.client.exchange import UPDATE, Call, post, read_by, read_object
+from flowroll.client.exchange import UPDATE, Call, UpdateMode, post, read_by, read_object
 from flowroll.errors import InvalidRequestError
 from flowroll.types import WeightUpdate
 from flowroll.wire.blob import data_view, plain, safetensors_prefix
@@ -16,7 +16,6 @@ from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-UpdateMode: TypeAlias = Literal["drain", "abort"]
 
 BUCKET_BYTES = 512 * 2**20
 _OCTETS = "application/octet-stream"

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import httpx
 
 from flowroll.client import exchange, pushing
-from flowroll.client.exchange import Call
-from flowroll.client.pushing import NamedTensors, UpdateMode
+from flowroll.client.exchange import Call, UpdateMode
+from flowroll.client.pushing import NamedTensors
 from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
@@ -90,7 +90,12 @@ class Client:
         return self._send(exchange.generate_call(params, values, self._wire_format))
 
     def update_weights_from_disk(
-        self, path: str | PathLike[str], *, module: str = "transformer", weight_version: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> WeightUpdate:
         """Has the server take new weights from its disk: all of them, or, whatever goes wrong, none.
 
@@ -99,13 +104,14 @@ class Client:
                 or one .safetensors file.
             module: "transformer" or "vae".
             weight_version: Of the new weights; None: the server counts.
+            mode: As for `update_weights`.
 
         Raises:
             ForbiddenError: The server may not read there.
             WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.update_from_disk_call(path, module, weight_version))
+        return self._send(exchange.update_from_disk_call(path, module, weight_version, mode))
 
     def update_weights(
         self,

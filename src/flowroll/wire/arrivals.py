@@ -9,21 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from flowroll.types import ModuleName
 from flowroll.wire.fields import Rule
 from flowroll.wire.schema import Strict
-from flowroll.wire.weights import Targeted, Updatable, Version
+from flowroll.wire.weights import Mode, Targeted, Updatable, Version
 
 _Module: TypeAlias = Annotated[
     Updatable,
     Field(description="What to update.", examples=["transformer"]),
     Rule(text='be "transformer" or "vae"', remedy="leave it out for the transformer"),
-]
-_Mode: TypeAlias = Annotated[
-    Literal["drain", "abort"],
-    Field(
-        description="What becomes of the requests that run: they finish first, or are done again, wholly, with the new "
-        "weights.",
-        examples=["drain"],
-    ),
-    Rule(text='be "drain" or "abort"', remedy='leave it out for "drain"'),
 ]
 
 
@@ -46,7 +37,7 @@ class CommitUpdateRequest(Strict):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"mode": "abort"}]})
 
-    mode: _Mode = "drain"
+    mode: Mode = "drain"
 
 
 class BodyUpdateRequest(Strict):
@@ -54,7 +45,7 @@ class BodyUpdateRequest(Strict):
 
     module: _Module = "transformer"
     weight_version: Version = None
-    mode: _Mode = "drain"
+    mode: Mode = "drain"
 
 
 class UpdateFromTensorRequest(Targeted):

@@ -42,6 +42,16 @@ Version: TypeAlias = Annotated[
     Rule(text=f"be null or a string of 1 to {MAX_VERSION_CHARS} characters", remedy="leave it out for a counted one"),
 ]
 
+Mode: TypeAlias = Annotated[
+    Literal["drain", "abort"],
+    Field(
+        description="What becomes of the requests that run: they finish first, or are done again, wholly, with the new "
+        "weights.",
+        examples=["drain"],
+    ),
+    Rule(text='be "drain" or "abort"', remedy='leave it out for "drain"'),
+]
+
 
 class Targeted(Strict):
     """What the requests of SGLang-Diffusion's clients for an update have in common."""
@@ -52,6 +62,7 @@ class Targeted(Strict):
         Rule(text='be null, "transformer" or "vae"', remedy="leave it out for the transformer"),
     ] = None
     weight_version: Version = None
+    mode: Mode = "drain"
     target_modules: Annotated[
         list[Updatable] | None,
         Field(

@@ -56,7 +56,7 @@ def build_router(services: Services) -> APIRouter:
             count, total = incoming.num_arrived, incoming.num_tensors
             is_complete = incoming.is_complete and not arrival.is_committing
             if is_complete:
-                await services.commit_arrival(arrival)
+                await services.commit_arrival(arrival, accepted.mode)
         except BaseException:
             arriving.end(arrival)
             raise

@@ -47,7 +47,7 @@ def build_router(services: Services) -> APIRouter:
     async def update_weights_from_disk(request: Request) -> UpdateObject:
         accepted = parse(UpdateFromDiskRequest, parse_json_body(await read_body(request, services)))
         files = await run_in_threadpool(_find, accepted, services.config)
-        update = await services.update_weights(lambda: engine.stage_weights(files), accepted.weight_version)
+        update = await services.update_weights(lambda: engine.stage_weights(files), accepted.weight_version, accepted.mode)
         return UpdateObject.of(update)
 
     @router.post(
