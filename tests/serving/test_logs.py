@@ -2,15 +2,13 @@
 
 import json
 import logging
-import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.serving.servers import SMALL, HookedEngine, ServerProcess, serving, until
+from tests.serving.servers import SMALL, HookedEngine, serving, until
 
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving.logs import JsonFormatter, RequestIdFilter, TextFormatter, configure_logging
@@ -121,20 +119,6 @@ def test_no_value_forges_a_line_or_another_value() -> None:
     entry = json.loads(as_json.lines[0])
     assert "\n" not in as_json.lines[0] and entry.pop("time").endswith("+00:00")
     assert entry == {"level": "info", "logger": "flowroll.access", "message": "answered", **values}
-
-
-def test_a_server_writes_what_it_is_told_to(z_image_checkpoint: Path, tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), log_format="json") as server:
-        until(lambda: "listening on" in server.log)
-        url = re.findall(r"listening on (http://[^\s\"]+)", server.log)[0]
-        with httpx.Client(base_url=url, timeout=60.0) as client:
-            client.post("/generate", json={**SMALL, "request_id": "one"})
-            client.get("/server_info")
-        server.stop(signal.SIGTERM)
-        server.process.wait(60)
-    entries = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
-    assert [entry["path"] for entry in entries if entry.get("request_id")] == ["/generate"]
-    assert entries[-1]["message"] == "stopped"
 
 
 def test_configuring_twice_leaves_one_handler(monkeypatch: pytest.MonkeyPatch) -> None:

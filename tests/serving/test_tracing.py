@@ -1,9 +1,8 @@
 """Spans of requests, with the SDK's in-memory exporter, and over OTLP from a real server."""
 
 import itertools
-import os
+import json
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.serving.servers import SMALL, WAIT_S, Gate, HookedEngine, ServerProcess, until
 
 from flowroll.engine.worker import EngineWorker
-from flowroll.serving import ServerConfig, create_app, tracing
+from flowroll.serving import ServerConfig, create_app, launch, serve, tracing
 from flowroll.serving.tracing import Tracing
 
 ROLLOUT = "/rollout/generate"
@@ -171,19 +170,17 @@ def test_without_a_provider_of_the_sdk_there_is_no_tracing() -> None:
     assert tracing.current_tracing() is None
 
 
-def test_without_the_sdk_the_server_runs_and_an_endpoint_is_refused_with_the_remedy() -> None:
-    code = (
-        "import sys; sys.modules['opentelemetry.sdk'] = None\n"
-        "from flowroll.serving import ServerConfig, serve, tracing\n"
-        "assert tracing.current_tracing() is None\n"
-        "serve(ServerConfig(model='/none', otlp_endpoint='http://127.0.0.1:1'))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S)
-    assert run.returncode == 1
-    assert run.stderr.rstrip().splitlines()[-1].endswith("pip install 'flowroll[otel]'.")
+def test_without_the_sdk_there_is_no_tracing_and_an_endpoint_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
+    assert tracing.current_tracing() is None
+    with pytest.raises(SystemExit, match=r"pip install 'flowroll\[otel\]'\.$"):
+        serve(ServerConfig(model="/none", otlp_endpoint="http://127.0.0.1:1"))
 
 
-def test_a_server_sends_its_spans_by_otlp_and_those_that_are_left_when_it_stops(
+def test_a_server_sends_its_spans_by_otlp_those_left_at_the_end_too_with_their_id_in_the_json_log(
     z_image_checkpoint: Path, tmp_path: Path
 ) -> None:
     received: list[tuple[str, bytes]] = []
@@ -204,14 +201,18 @@ def test_a_server_sends_its_spans_by_otlp_and_those_that_are_left_when_it_stops(
     try:
         with ServerProcess(tmp_path / "log", **options) as server, server.client() as client:
             client.post("/generate", json={**SMALL, "request_id": "traced"}, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+            client.get("/server_info")
             server.stop(signal.SIGTERM)
             assert server.process.wait(WAIT_S) == 0
-        assert f'"trace_id": "{TRACE}"' in server.log
+        entries = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+        (answered,) = [entry for entry in entries if entry["logger"] == "flowroll.access"]
+        assert (answered["path"], answered["request_id"], answered["trace_id"]) == ("/generate", "traced", TRACE)
+        assert entries[-1]["message"] == "stopped"
     finally:
         collector.shutdown()
         collector.server_close()
     (path, body), *_ = received
-    assert path == "/v1/traces" and os.path.basename(path) == "traces"
+    assert path == "/v1/traces"
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans

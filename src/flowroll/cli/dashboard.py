@@ -15,6 +15,7 @@ from rich.text import Text
 
 from flowroll.cli.output import format_bytes
 from flowroll.cli.scrape import Change, Scrape
+from flowroll.types import Number
 
 STAGES = ("queue", "encode", "denoise", "decode", "serialise", "send")
 # Looks over which what is not a rate of this second is taken together.
@@ -191,7 +192,7 @@ def _alarm(share: float) -> str:
     return _ACCENT if share < 0.75 else _WARN if share < 1 else _BAD
 
 
-def _number(value: float) -> str:
+def _number(value: Number) -> str:
     return f"{value:,.0f}".replace(",", " ") if value >= 100 or value == round(value) else f"{value:.1f}"
 
 
@@ -203,7 +204,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{_number(count)} {noun}{'' if count == 1 else 's'}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: Number) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -43,12 +43,13 @@ class Scrape:
         series: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                series.setdefault(sample.name, []).append(Sample(labels=sample.labels, value=sample.value))
+                series.setdefault(sample.name, []).append(Sample(labels=sample.labels, value=float(sample.value)))
         return cls(at_s=at_s, series={name: tuple(samples) for name, samples in series.items()})
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of the samples with these labels; 0 where there are none."""
-        return sum(sample.value for sample in self.series.get(name, ()) if labels.items() <= sample.labels.items())
+        samples = self.series.get(name, ())
+        return sum((sample.value for sample in samples if labels.items() <= sample.labels.items()), start=0.0)
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """Sums by one label."""

@@ -100,8 +100,10 @@ def otlp_provider(endpoint: str) -> TracerProvider:
     except ImportError as error:
         message = f"otlp_endpoint must go with the OpenTelemetry SDK, got {error}; pip install 'flowroll[otel]'."
         raise InvalidRequestError(message, field="otlp_endpoint") from None
-    # What the environment says about the service goes before this.
-    resource = Resource({"service.name": "flowroll"}).merge(Resource.create())
+    # From the environment; unless that names the service, this does.
+    resource = Resource.create()
+    if str(resource.attributes["service.name"]).startswith("unknown_service"):
+        resource = resource.merge(Resource({"service.name": "flowroll"}))
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return provider
