@@ -36,6 +36,9 @@ RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("qwen_image", "z_image")
 # Small enough that queue and memory limits are met.
 SERVER_OPTIONS = ("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES))
+# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes: resident memory then tells of it, not of
+# the server. So set, what is freed goes back.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _WATCH_S = 2.0
 _REST_LIMIT_S = 60.0
 
@@ -73,10 +76,14 @@ def main() -> None:
     parser.add_argument("--check-share", type=float, default=0.15, help="share of the answers that are compared")
     parser.add_argument("--no-updates", action="store_true", help="leave the weights as they are")
     parser.add_argument("--most-kib-per-minute", type=float, default=100.0, help="upper bound of a flat slope of memory")
+    parser.add_argument("--keep-allocator", action="store_true", help="leave glibc's allocator of the servers as it is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="result file; a chart is put beside it")
     options = parser.parse_args()
     exit_on_sigterm()
+    # Read by a process at its start: of the servers.
+    os.environ.update({} if options.keep_allocator else ALLOCATOR)
+    allocator = "glibc's defaults" if options.keep_allocator else " ".join(f"{key}={value}" for key, value in ALLOCATOR.items())
     today = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"soak_cpu_{today:%Y%m}.md"
     soaked = asyncio.run(soak(options))
@@ -85,7 +92,8 @@ def main() -> None:
     sections = [
         f"# Soak, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.soak {' '.join(sys.argv[1:])}`. {hardware()}; {os.cpu_count()} cores, shared. Tiny "
-        f"checkpoints, `flowroll serve {' '.join(SERVER_OPTIONS)}` with one thread each, {options.clients} clients a server.",
+        f"checkpoints, `flowroll serve {' '.join(SERVER_OPTIONS)}` with one thread each, {options.clients} clients a server; "
+        f"allocator of the servers: {allocator}.",
         "Slopes are per minute, by least squares through the means of equal stretches of time after the warm-up, with their "
         "95 % intervals. Not claimed: throughput, anything about a GPU or about real sizes.",
         f"![memory and file descriptors]({out.with_suffix('.png').name})",
