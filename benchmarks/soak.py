@@ -36,8 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("qwen_image", "z_image")
 # Small enough that queue and memory limits are met.
 SERVER_OPTIONS = ("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES))
-# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes: resident memory then tells of it, not of
-# the server. So set, what is freed goes back.
+# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes: resident memory then tells of it, not
+# of the server. So set, what is freed goes back.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _WATCH_S = 2.0
 _REST_LIMIT_S = 60.0
