@@ -97,7 +97,7 @@ class ServerProcess:
 
         def listens() -> bool:
             assert self.process.poll() is None, self.log
-            found[:] = re.findall(r"listening on (http://\S+)", self.log)
+            found[:] = re.findall(r"listening on (http://[^\s\"]+)", self.log)
             return bool(found)
 
         until(listens)

@@ -16,6 +16,7 @@ from flowroll.cli.parity import parity
 from flowroll.cli.rollout import rollout
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.cli.serve import serve
+from flowroll.cli.top import top
 from flowroll.cli.verify import verify
 from flowroll.errors import FlowrollError
 
@@ -56,6 +57,7 @@ app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min
 app.command()(inspect)
 app.command()(parity)
 app.command()(verify)
+app.command()(top)
 
 
 @app.command("make-checkpoint")

@@ -64,6 +64,10 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
     ] = "info",
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="Lines to read, or a JSON object a line.")] = "text",
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send spans of requests there, by OTLP over HTTP (extra: otel).")
+    ] = None,
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     quiet_model_libraries()
@@ -107,5 +111,7 @@ def serve(
             allow_pickle_weights=allow_pickle_weights,
             grace_s=grace_s,
             log_level=log_level,
+            log_format=log_format,
+            otlp_endpoint=otlp_endpoint,
         )
     )

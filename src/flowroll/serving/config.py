@@ -14,6 +14,7 @@ from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+LogFormat: TypeAlias = Literal["text", "json"]
 
 _MAX_PORT = 65535
 # The kernel counts milliseconds in 32 bits.
@@ -50,6 +51,9 @@ class ServerConfig:
             trusted with.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
+        log_format: Lines to read, or one JSON object a line.
+        otlp_endpoint: Where spans of requests are sent, by OTLP over HTTP, e.g. "http://127.0.0.1:4318/v1/traces"; None: spans
+            are made only where the process has a tracer provider of the OpenTelemetry SDK already.
 
     Raises:
         InvalidRequestError: A value breaks its rule.
@@ -78,6 +82,8 @@ class ServerConfig:
     allow_pickle_weights: bool = False
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for root in self.weights_roots:
@@ -102,6 +108,9 @@ class ServerConfig:
             "leave it out",
         )
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
+        url = self.otlp_endpoint
+        url_ok = url is None or url.startswith(("http://", "https://"))
+        _require(url_ok, "otlp_endpoint", "be an http or https URL", url, "use http://host:4318/v1/traces")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
         _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")
 

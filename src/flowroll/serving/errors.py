@@ -75,13 +75,16 @@ def error_response(error: FlowrollError, *, status: int | None = None) -> JSONRe
 def install_error_handlers(app: FastAPI) -> None:
     """Makes the app answer with our body whatever a route, or the routing itself, raises."""
 
-    async def on_flowroll_error(_: Request, error: Exception) -> Response:
+    async def on_flowroll_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, FlowrollError)
+        request.state.exchange.error = error.code
         return error_response(error)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = error_response(_routing_error(request, error), status=error.status_code)
+        shown = _routing_error(request, error)
+        request.state.exchange.error = shown.code
+        response = error_response(shown, status=error.status_code)
         response.headers.update(error.headers or {})
         return response
 
