@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from flowroll.cli.bench import bench
 from flowroll.cli.generate import generate
 from flowroll.cli.inspect import inspect
 from flowroll.cli.options import quiet_model_libraries
@@ -56,6 +57,7 @@ app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min
 app.command()(inspect)
 app.command()(parity)
 app.command()(verify)
+app.add_typer(bench, name="bench")
 
 
 @app.command("make-checkpoint")
