@@ -53,8 +53,8 @@ def serve(
 ) -> None:
     """Send load to a server and measure it.
 
-    Every request draws its prompt, size, steps, samples and dynamics from those given. In the open loop, latency counts from the
-    moment a request was due. Exit status 1 if a request failed otherwise than by 429.
+    Every request draws its prompt, size, steps, samples and dynamics from those given. In the open loop, latency counts from
+    the moment a request was due. Exit status 1 if a request failed otherwise than by 429.
     """
     from flowroll.loadgen.plan import Load, Mix
     from flowroll.loadgen.run import run_load
