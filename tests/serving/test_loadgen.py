@@ -24,7 +24,7 @@ def test_good_and_rejected_requests_balance(hooked: HookedEngine) -> None:
         load = Load(rate=1000.0, num_requests=6)
         running = asyncio.create_task(run_load(str(http.base_url), MIX, load))
         # One runs and one waits until the other four were refused.
-        await asyncio.to_thread(until, lambda: 'code="429"} 4.0' in http.get("/metrics").text)
+        await asyncio.to_thread(until, lambda: 'code="429",route="/rollout/generate"} 4.0' in http.get("/metrics").text)
         gate.opened.set()
         report = await running
         assert (report.sent, report.completed, report.rejected, report.failed, report.rejections) == (6, 2, 4, 0, 4)
