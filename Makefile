@@ -24,8 +24,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m examples.demo --out demo-out
 
+# Two at a time, a module on one worker: modules share engines, and a process can hold one engine of several ranks.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 proofs: setup
 	$(BIN)/python -m pytest --proofs -m proof

@@ -7,7 +7,6 @@ rollout files, a contact sheet and a plot of the log-probs, and stop the server 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from examples.server import running_server
+from examples.server import exit_on_sigterm, running_server
 from flowroll import Rollout, SamplingParams
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
@@ -67,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything that the demo writes")
     out = parser.parse_args(arguments).out
-    # A polite kill of the demo takes the server down as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    exit_on_sigterm()
     started = time.perf_counter()
     console = Console() if sys.stdout.isatty() else Console(width=140)
     prompts = read_prompts(Path(__file__).with_name("prompts.txt"))

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from examples.rl.loop import Batch, Options, add_arguments, options_of, train
+from examples.server import exit_on_sigterm
 from flowroll import Rollout, replay
 
 _MAX_GRADIENT = 1.0
@@ -57,7 +58,7 @@ class Learner:
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._options.learning_rate, weight_decay=0.0)
         old = copy.deepcopy(policy).requires_grad_(False)
-        optimality = 0.5 + 0.5 * batch.advantages.clamp(-1, 1)
+        optimality = optimality_of(batch.advantages)
         order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
         size = len(order) // self._updates
         for number in range(self._updates):
@@ -86,5 +87,17 @@ class Learner:
         return optimality * good + (1 - optimality) * bad
 
 
+def optimality_of(advantages: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """The probability r in [0, 1] that a sample is a good one, from its advantage.
+
+    Cut at one std, then centred: where rewards are no more than chance r is 1/2 on average, and nothing is learned from samples
+    merely because they are the policy's own.
+    """
+    cut = advantages.clamp(-1, 1)
+    centred = cut - cut.mean()
+    return 0.5 + 0.5 * centred / centred.abs().max().clamp(min=1e-6)
+
+
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

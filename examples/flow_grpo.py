@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from examples.rl.loop import Batch, Options, add_arguments, options_of, train
+from examples.server import exit_on_sigterm
 from flowroll import replay
 
 _CLIP_RANGE = 1e-3
@@ -94,4 +95,5 @@ class Learner:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

@@ -21,6 +21,11 @@ _STOP_LIMIT_S = 15.0
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM an ordinary exit of this process, so that a server that it started goes with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @dataclass(slots=True, kw_only=True)
 class Server:
     """A running server.

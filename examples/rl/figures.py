@@ -21,6 +21,10 @@ from examples.rl.spoiling import MISTAKES, SPOIL_REWARDS
 _SEEDS = (0, 1, 2)
 
 
+# Where chance alone moves a run by as much as 0.05, one control says little.
+_EVERY_SEED = tuple(f"{mistake}, seed {seed}" for mistake in SPOIL_REWARDS for seed in _SEEDS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One training example.
@@ -29,7 +33,7 @@ class Example:
         name: Of its files.
         title: Above its curves.
         command: Module and flags.
-        mistakes: With which it is run as well.
+        mistakes: With which it is run as well, each with the first seed unless it says ", seed N".
     """
 
     name: str
@@ -46,7 +50,7 @@ EXAMPLES = (
         command=("examples.flow_grpo", "--window", "2", "--learning-rate", "5e-4"),
     ),
     Example(name="cps", title="Flow-GRPO with CPS", command=("examples.flow_grpo", "--dynamics", "cps")),
-    Example(name="nft", title="DiffusionNFT", command=("examples.diffusion_nft",)),
+    Example(name="nft", title="DiffusionNFT", command=("examples.diffusion_nft",), mistakes=_EVERY_SEED),
 )
 
 
@@ -77,14 +81,17 @@ def _labels(example: Example) -> tuple[str, ...]:
 
 
 def _folder(example: Example, label: str, runs: Path) -> Path:
-    return runs / f"{example.name}-{label.replace(' ', '-')}"
+    return runs / f"{example.name}-{label.replace(',', '').replace(' ', '-')}"
 
 
 def _run(example: Example, label: str, runs: Path) -> None:
     folder = _folder(example, label, runs)
     if (folder / "rewards.png").is_file():
         return
-    flags = ["--seed", label.removeprefix("seed ")] if label.startswith("seed ") else ["--mistake", label]
+    mistake, _, seed = label.rpartition("seed ") if "seed " in label else (label, "", "0")
+    flags = ["--seed", seed]
+    if mistake:
+        flags += ["--mistake", mistake.removesuffix(", ")]
     subprocess.run([sys.executable, "-m", *example.command, "--out", str(folder), *flags], check=True)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
-_COLOURS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c")
+_COLOURS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c", "#6b7280")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str) -> None:
     axes.set_xlabel("round (one update of the server's weights each)", color=_FAINT)
     axes.set_ylabel("mean reward", color=_FAINT)
     axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=_GRID)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_FAINT, length=0)

@@ -9,11 +9,14 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── UnauthorizedError        401  the bearer token is missing or wrong
     ├── ForbiddenError           403  the server was not started with leave to do this
     ├── NotFoundError            404  no such route or model
+    ├── DeadlineExceededError    408  the request's own deadline passed before its answer was made
+    ├── PausedError              409  generation is paused and takes no new request
     ├── OutdatedWeightsError     409  the weights are older than the request demands
     ├── WeightsMismatchError     409  the weights are not those that the caller expects
     ├── WeightsRejectedError     422  new weights cannot be taken; the old ones stay
     ├── PayloadTooLargeError     413  the body is larger than the server accepts
     ├── QueueFullError           429  too many requests are waiting; carries retry_after_s
+    ├── CancelledRequestError    499  the caller took the request back, or went away
     ├── EngineError              500  the model failed while it ran this request
     │   └── RankLostError        503  a rank of the replica died or stalled; the replica is down
     ├── ShuttingDownError        503  the engine stops and takes no more work
@@ -50,6 +53,11 @@ class InvalidRequestError(FlowrollError):
 
     code = "invalid_request"
     status = 422
+
+    def within(self, parent: str) -> InvalidRequestError:
+        """The same error about a value inside `parent`; the field stands at the beginning of the message."""
+        field = parent if self.field is None else f"{parent}.{self.field}"
+        return InvalidRequestError(f"{parent}.{self.message}" if self.field else f"{parent}: {self.message}", field=field)
 
 
 class MalformedRequestError(FlowrollError):
@@ -99,6 +107,27 @@ class NotFoundError(FlowrollError):
 
     code = "not_found"
     status = 404
+
+
+class DeadlineExceededError(FlowrollError):
+    """The request's deadline passed before its answer was made; what was done for it is dropped."""
+
+    code = "deadline_exceeded"
+    status = 408
+
+
+class PausedError(FlowrollError):
+    """Generation is paused; continue it, or send the request to another replica."""
+
+    code = "paused"
+    status = 409
+
+
+class CancelledRequestError(FlowrollError):
+    """The request was aborted by its id, or its client went away; what was done for it is dropped."""
+
+    code = "cancelled"
+    status = 499
 
 
 class PayloadTooLargeError(FlowrollError):
@@ -175,6 +204,9 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         WeightsMismatchError,
         WeightsRejectedError,
         NotFoundError,
+        DeadlineExceededError,
+        PausedError,
+        CancelledRequestError,
         PayloadTooLargeError,
         QueueFullError,
         EngineError,

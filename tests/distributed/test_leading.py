@@ -65,8 +65,8 @@ def test_ranks_that_come_to_other_latents_fail_the_request_and_the_next_one_is_a
 ) -> None:
     take = denoising.recorded_step
 
-    def drift(task: denoising.DenoisingTask, sample: denoising.Sample) -> None:
-        take(task, sample)
+    def drift(task: denoising.DenoisingTask, sample: denoising.Sample, velocity: torch.Tensor) -> None:
+        take(task, sample, velocity)
         sample.latents = sample.latents + 1e-3
 
     with monkeypatch.context() as patch:

@@ -133,6 +133,14 @@ def test_nft_pulls_towards_good_samples_and_away_from_bad_ones(engine, policy):
     assert moved[0] < moved[1] and moved[2] < moved[3]
 
 
+def test_the_optimality_is_a_probability_with_a_mean_of_one_half():
+    advantages = torch.tensor([-3.0, 0.5, 0.5, 0.5, 0.25])
+    found = diffusion_nft.optimality_of(advantages)
+    assert found.min() == 0 and found.max() <= 1 and found.mean() == pytest.approx(0.5)
+    assert found[1] == found[2] > found[4] > found[0]
+    assert torch.equal(diffusion_nft.optimality_of(torch.zeros(3)), torch.full((3,), 0.5))
+
+
 def test_nft_needs_no_more_than_the_last_state_and_the_env(engine, policy):
     rollouts = engine.rollout(**REQUEST, sde_type="ode", return_step_indices=(3,), debug_mode=False)
     learner = diffusion_nft.Learner(Options(out=Path()), strength=1.0, noise_levels=1, updates=2)

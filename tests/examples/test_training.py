@@ -39,7 +39,7 @@ def test_rewards_teach(tmp_path):
 
 @pytest.mark.proof
 def test_clean_latents_alone_teach_too(tmp_path):
-    rows = run(diffusion_nft.main, tmp_path, "--rounds", "10")
+    rows = run(diffusion_nft.main, tmp_path, "--rounds", "15")
     assert rows[-1].evaluation > rows[0].evaluation + 0.08
 
 

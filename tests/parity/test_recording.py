@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.driving import generate_here, rollout_here
 from tests.rollouts import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,9 +227,9 @@ def test_plain_generation_runs_no_operation_that_the_pipeline_does_not(
     engine, pipeline = engine_of(name, "bfloat16"), pipeline_of(name, "bfloat16")
     size = {"prompt": "a bowl", "height": 64, "width": 64}
     theirs = ops_per_step(lambda steps: pipeline(**size, negative_prompt=" ", num_inference_steps=steps, output_type="latent"))
-    ours = ops_per_step(lambda steps: engine.generate(**size, num_inference_steps=steps))
-    recorded = ops_per_step(lambda steps: engine.rollout(**size, num_inference_steps=steps, debug_mode=False))
-    assert ours - theirs == Counter()
+    ours = ops_per_step(lambda steps: generate_here(engine, **size, num_inference_steps=steps))
+    recorded = ops_per_step(lambda steps: rollout_here(engine, **size, num_inference_steps=steps, debug_mode=False))
+    assert ours and ours - theirs == Counter()
     assert recorded - theirs != Counter()
 
 
@@ -242,8 +243,8 @@ def test_plain_generation_allocates_nothing_that_the_pipeline_does_not(
     counts = []
     for run in (
         lambda: pipeline(**size, negative_prompt=negative, output_type="pt"),
-        lambda: engine.generate(**size),
-        lambda: engine.rollout(**size, rollout=False),
+        lambda: generate_here(engine, **size),
+        lambda: rollout_here(engine, **size, rollout=False),
     ):
         run()  # the models fill caches of their own
         with OpCounter() as counter:
@@ -258,11 +259,11 @@ def test_plain_generation_allocates_nothing_that_the_pipeline_does_not(
 def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str], Engine], options: dict[str, Any]) -> None:
     engine = engine_of("qwen_image", "float32")
     with OpCounter() as counter:
-        engine.rollout(**REQUEST, **options)
+        rollout_here(engine, **{**REQUEST, **options})
     draws = {name: count for name, count in counter.counts.items() if "rand" in name or "normal" in name}
     assert sum(draws.values()) == 1  # the initial noise alone
     with OpCounter() as counter:
-        engine.rollout(**REQUEST, sde_type="cps")
+        rollout_here(engine, **REQUEST, sde_type="cps")
     assert sum(count for name, count in counter.counts.items() if "rand" in name or "normal" in name) == 1 + 3
 
 

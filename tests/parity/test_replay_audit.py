@@ -50,6 +50,11 @@ def other_weights(transformer: nn.Module, size: float) -> nn.Module:
     return other
 
 
+def as_of_old(rollout: Rollout) -> Rollout:
+    """The rollout as a version without digests recorded it."""
+    return changed(rollout, sampling={"pos_cond_sha256": None, "neg_cond_sha256": None})
+
+
 def only_cause(report: replay.AuditReport, kind: str, *words: str) -> None:
     assert not report.is_exact and not report.rollouts[0].is_exact
     assert [cause.kind for cause in report.causes] == [kind], str(report)
@@ -89,7 +94,7 @@ def test_every_kind_of_rollout_can_be_exact(
 def test_other_weights(made: Any, size: float) -> None:
     rollout, transformer = made
     report = replay.audit(other_weights(transformer, size), [rollout])
-    only_cause(report, "weights", "not exact: 1 of 1", "other weights")
+    only_cause(report, "weights", "not exact: 1 of 1", "other weights", "the env is the one that the rollout was made with")
     worst = max(report.steps, key=lambda step: step.max_ratio_error)
     assert worst.max_ratio_error >= worst.mean_ratio_error > 0
     assert worst.max_velocity_error > worst.mean_velocity_error > 0
@@ -153,6 +158,8 @@ def test_the_wrong_negative_prompt(engine_of: Callable[[str, str], Engine], made
     rollout, transformer = made
     other = engine_of(name, dtype).rollout(**REQUEST, negative_prompt="many ugly bears", guidance_scale=4.0)[0]
     wrong = changed(rollout, denoising_env=other.denoising_env)
+    only_cause(replay.audit(transformer, [wrong]), "env", "the negative prompt's branch is not the one that the rollout")
+    wrong = as_of_old(wrong)
     only_cause(replay.audit(transformer, [wrong]), "env", "the negative prompt's does not")
     report = replay.audit(transformer, [wrong], encode=lambda _: rollout.denoising_env)
     only_cause(report, "env", "the negative prompt's branch is not what this model makes of its text")
@@ -160,13 +167,17 @@ def test_the_wrong_negative_prompt(engine_of: Callable[[str, str], Engine], made
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_wrong_prompt_needs_the_text_encoder(
+def test_the_wrong_prompt_needs_the_records_digest_or_the_text_encoder(
     engine_of: Callable[[str, str], Engine], made: Any, name: str, dtype: str
 ) -> None:
     rollout, transformer = made
     other = engine_of(name, dtype).rollout(**{**REQUEST, "prompt": "two blue cows"}, guidance_scale=4.0)[0].denoising_env
     env = DenoisingEnv(pos_cond_kwargs=other.pos_cond_kwargs, neg_cond_kwargs=rollout.denoising_env.neg_cond_kwargs)
     wrong = changed(rollout, denoising_env=env)
+    for debug in (rollout.debug_tensors, None):
+        report = replay.audit(transformer, [changed(wrong, debug_tensors=debug)])
+        only_cause(report, "env", "the prompt's branch is not the one that the rollout was made with")
+    wrong = as_of_old(wrong)
     only_cause(replay.audit(transformer, [wrong]), "weights", "or another prompt's env")
     report = replay.audit(transformer, [wrong], encode=lambda _: rollout.denoising_env)
     only_cause(report, "env", "the prompt's branch is not what")

@@ -58,3 +58,14 @@ def test_steps_and_latents_must_fit(engine_of: Callable[[str, str], Engine], pip
     for latents, steps in (([state], [3]), ([state], [-1]), ([state], [0, 1]), ([state, state], [0])):
         with pytest.raises(InvalidRequestError, match="one of the 3 steps for each of"):
             replay.velocities(transformer, rollout, latents, steps=steps)
+
+
+def test_autocast_is_refused_as_in_every_replay(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any]
+) -> None:
+    rollout = engine_of("z_image", "float32").rollout(**REQUEST)[0]
+    transformer = pipeline_of("z_image", "float32").transformer
+    assert rollout.dit_trajectory is not None
+    device = next(transformer.parameters()).device.type
+    with torch.autocast(device, dtype=torch.bfloat16), pytest.raises(InvalidRequestError, match="autocast must be off"):
+        replay.velocities(transformer, rollout, [rollout.dit_trajectory.latents[0]], steps=[0])

@@ -16,42 +16,28 @@ from typing import Any
 
 import httpx
 import uvicorn
+from tests.hooked import WAIT_S, Gate, HookedEngine
 
-from flowroll import GeneratedImage, Rollout
-from flowroll.engine import Engine, RequestPlan
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving import ServerConfig, create_app
 
-WAIT_S = 30.0
+__all__ = [
+    "LONG",
+    "SMALL",
+    "WAIT_S",
+    "Background",
+    "Gate",
+    "HookedEngine",
+    "ServerProcess",
+    "error_of",
+    "serving",
+    "until",
+]
+
 # A small and quick request of either family.
 SMALL: dict[str, Any] = {"prompt": "a red fox in snow", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 2}
 # Minutes of work on any machine, in steps of a millisecond.
 LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 1000, "num_outputs_per_prompt": 64, "rollout_debug_mode": False}
-
-
-class HookedEngine(Engine):
-    """The real engine, with something to do before each request."""
-
-    hook: Callable[[RequestPlan], None] = staticmethod(lambda plan: None)
-
-    def rollout(self, params: Any = None, /, **values: Any) -> list[Rollout]:
-        self.hook(params)
-        return super().rollout(params, **values)
-
-    def generate(self, params: Any = None, /, **values: Any) -> list[GeneratedImage]:
-        self.hook(params)
-        return super().generate(params, **values)
-
-
-class Gate:
-    """A hook that holds every request until the test opens it."""
-
-    def __init__(self) -> None:
-        self.entered, self.opened = threading.Event(), threading.Event()
-
-    def __call__(self, plan: RequestPlan) -> None:
-        self.entered.set()
-        assert self.opened.wait(WAIT_S)
 
 
 @contextmanager

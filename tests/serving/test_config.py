@@ -15,6 +15,7 @@ from flowroll.serving import ServerConfig
         ("port", 65536),
         ("max_queue", -1),
         ("max_body_bytes", 0),
+        ("max_score_body_bytes", 0),
         ("grace_s", -1.0),
         ("weights_roots", ("/no/such/folder",)),
         ("weights_roots", (__file__,)),

@@ -1,5 +1,6 @@
 """The OpenAPI document: complete although the routes read the raw body."""
 
+import json
 from typing import Any
 
 import httpx
@@ -8,18 +9,23 @@ from pydantic import BaseModel
 from tests.serving.servers import serving
 
 from flowroll.engine.worker import EngineWorker
-from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject
+from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject, ScoreRequestObject
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
+from flowroll.wire.scoring import WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps, decode_score_request
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
 ROUTES = {
     "/rollout/generate": {"post"},
+    "/rollout/score": {"post"},
     "/generate": {"post"},
     "/v1/images/generations": {"post"},
     "/update_weights_from_disk": {"post"},
     "/get_weights_checksum": {"post"},
     "/verify_weights": {"post"},
     "/v1/models": {"get"},
+    "/abort_request": {"post"},
+    "/pause_generation": {"post"},
+    "/continue_generation": {"post"},
     "/health": {"get"},
     "/health_generate": {"get"},
     "/liveness": {"get"},
@@ -42,6 +48,7 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
     ("path", "model"),
     [
         ("/rollout/generate", RolloutRequest),
+        ("/rollout/score", ScoreRequestObject),
         ("/generate", GenerateRequest),
         ("/v1/images/generations", ImagesRequest),
         ("/update_weights_from_disk", UpdateFromDiskRequest),
@@ -75,13 +82,35 @@ def test_answers_show_every_field_and_media_type(document: dict[str, Any], path:
     assert set(content) == expected
 
 
+def test_requests_and_answers_of_scores_are_shown_as_the_codec_has_them(document: dict[str, Any]) -> None:
+    route = document["paths"]["/rollout/score"]["post"]
+    request, answer = route["requestBody"]["content"], route["responses"]["200"]["content"]
+    assert set(request) == set(answer) == {"application/json", "application/msgpack"}
+    for shown, struct, nested in (
+        (request, WireScoreRequest, WireSteps),
+        (answer, WireScoreAnswer, WireSampleScores),
+    ):
+        schema = _resolve(document, shown["application/json"]["schema"])
+        assert set(schema["properties"]) == set(struct.__struct_fields__)
+        inner = _resolve(document, schema["properties"]["samples"]["items"])
+        assert set(inner["properties"]) == set(nested.__struct_fields__)
+        assert all("description" in field for field in inner["properties"].values())
+
+
+def test_the_example_of_a_request_for_scores_can_be_read(document: dict[str, Any]) -> None:
+    route = document["paths"]["/rollout/score"]["post"]
+    schema = _resolve(document, route["requestBody"]["content"]["application/json"]["schema"])
+    params = decode_score_request(json.dumps(schema["examples"][0]).encode(), "application/json")
+    assert params.samples[0].latents.tolist() == [[0.5, -1.0]]
+
+
 def test_openai_answer_is_shown(document: dict[str, Any]) -> None:
     content = document["paths"]["/v1/images/generations"]["post"]["responses"]["200"]["content"]
     assert set(_resolve(document, content["application/json"]["schema"])["properties"]) == set(ImagesObject.model_fields)
 
 
 def test_work_routes_show_every_error_status(document: dict[str, Any]) -> None:
-    for path in ("/rollout/generate", "/generate", "/v1/images/generations"):
+    for path in ("/rollout/generate", "/rollout/score", "/generate", "/v1/images/generations"):
         responses = document["paths"][path]["post"]["responses"]
         assert {"200", "400", "401", "406", "413", "415", "422", "429", "500", "503"} <= set(responses)
         error = _resolve(document, responses["422"]["content"]["application/json"]["schema"])

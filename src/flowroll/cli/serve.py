@@ -40,8 +40,13 @@ def serve(
             help="A folder from which clients may have weights read; may be given several times.",
         ),
     ] = None,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind the running one.")] = 64,
+    max_scores: Annotated[int, typer.Option(min=1, help="Recorded steps that one request may have scored again.")] = 4096,
+    max_batch_samples: Annotated[int, typer.Option(min=1, help="Samples in one forward.")] = 16,
+    max_running_samples: Annotated[int, typer.Option(min=1, help="Samples in memory at once.")] = 32,
+    max_running_pixels: Annotated[int, typer.Option(min=1, help="Their pixels together.")] = 32 * 2**20,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind those that run.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
+    max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body of /rollout/score.")] = 2**30,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
@@ -49,7 +54,7 @@ def serve(
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     quiet_model_libraries()
-    from flowroll.engine import Limits
+    from flowroll.engine import BatchLimits, Limits
     from flowroll.serving import ServerConfig
     from flowroll.serving import serve as run_server
     from flowroll.types import Layout
@@ -61,7 +66,16 @@ def serve(
             dtype=dtype,
             device=device,
             limits=Limits(
-                max_pixels=max_pixels, max_steps=max_steps, max_outputs=max_outputs, max_answer_bytes=max_answer_bytes
+                max_pixels=max_pixels,
+                max_steps=max_steps,
+                max_outputs=max_outputs,
+                max_answer_bytes=max_answer_bytes,
+                max_scores=max_scores,
+            ),
+            batching=BatchLimits(
+                max_batch_samples=max_batch_samples,
+                max_running_samples=max_running_samples,
+                max_running_pixels=max_running_pixels,
             ),
             layout=Layout(sp=sp, cfg_parallel=cfg_parallel, tp=tp),
             rank_timeout_s=rank_timeout_s,
@@ -73,6 +87,7 @@ def serve(
             weights_roots=tuple(map(str, weights_roots or ())),
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
+            max_score_body_bytes=max_score_body_bytes,
             grace_s=grace_s,
             log_level=log_level,
         )

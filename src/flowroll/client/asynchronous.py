@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import httpx
 from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
 
@@ -82,6 +83,14 @@ class AsyncClient:
     async def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
         """Has the server compare its weights with the trainer's. See `Client.verify_weights`."""
         return await self._send(exchange.verify_call(expected, module))
+
+    async def score(
+        self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False
+    ) -> Scores:
+        """Has the server score steps of rollouts again. See `Client.score`."""
+        # Encoding takes long enough to hold up the caller's event loop, as decoding does.
+        call = await asyncio.to_thread(exchange.score_call, rollouts, steps, log_probs_only, self._wire_format)
+        return await self._send(call)
 
     async def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""

@@ -6,7 +6,7 @@ Nothing here does input or output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from os import PathLike
 from typing import Any, Generic, NoReturn, TypeVar
@@ -15,6 +15,8 @@ import httpx
 import msgspec
 
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
+from flowroll.replay.remote import score_params, scores_of
+from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import (
@@ -24,10 +26,12 @@ from flowroll.wire.names import (
     GENERATE_ROUTE,
     PARAM_TO_WIRE,
     ROLLOUT_ROUTE,
+    SCORE_ROUTE,
     UPDATE_FROM_DISK_ROUTE,
     VERIFY_ROUTE,
     closest,
 )
+from flowroll.wire.scoring import decode_score_answer, encode_score_request
 
 T = TypeVar("T")
 
@@ -50,7 +54,8 @@ class Call(Generic[T]):
         path: Below the server's URL.
         read: Makes the value of the body of a successful answer, which it may take over, and its content type.
         accept: Media type asked for.
-        content: JSON body.
+        content: Body.
+        content_type: Its media type.
         timeout_s: Longest silence of the server; None: the client's.
     """
 
@@ -59,12 +64,13 @@ class Call(Generic[T]):
     read: Callable[[bytearray, str], T]
     accept: str = JSON
     content: bytes | None = None
+    content_type: str = JSON
     timeout_s: Number | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of this call."""
-        return {"Accept": self.accept} | ({} if self.content is None else {"Content-Type": JSON})
+        return {"Accept": self.accept} | ({} if self.content is None else {"Content-Type": self.content_type})
 
     def timeout(self, default_s: Number) -> httpx.Timeout:
         """The timeouts of this call."""
@@ -133,6 +139,29 @@ def verify_call(expected: Mapping[str, str], module: str) -> Call[int]:
     """POST /verify_weights."""
     sent = {"module": module, "expected": dict(expected)}
     return _post(VERIFY_ROUTE, sent, lambda body, _: _read_by(_VERIFIED, body).num_tensors)
+
+
+def score_call(
+    rollouts: Sequence[Rollout], steps: Sequence[int] | None, log_probs_only: bool, wire_format: WireFormat
+) -> Call[Scores]:
+    """POST /rollout/score.
+
+    Raises:
+        InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
+    """
+    params = score_params(rollouts, steps, log_probs_only=log_probs_only)
+    body = encode_score_request(params, wire_format=wire_format)
+    asked = [sample.steps for sample in params.samples]
+
+    def read(answer_body: bytearray, content_type: str) -> Scores:
+        answer = decode_score_answer(answer_body, content_type)
+        if [sample.steps for sample in answer.samples] != asked:
+            raise ServerConnectionError("the answer must hold the scores that were asked for, got others; retry.")
+        return scores_of(answer)
+
+    content = b"".join(body.chunks())
+    accept = _ACCEPT[wire_format]
+    return Call(method="POST", path=SCORE_ROUTE, read=read, accept=accept, content=content, content_type=body.content_type)
 
 
 def object_call(path: str) -> Call[dict[str, Any]]:

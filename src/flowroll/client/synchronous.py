@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import httpx
 from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.replay.scoring import Scores
 from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
 
@@ -126,6 +127,24 @@ class Client:
             WeightsMismatchError: It names those that differ, are missing or unknown.
         """
         return self._send(exchange.verify_call(expected, module))
+
+    def score(self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False) -> Scores:
+        """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.
+
+        All of it is scored by the weights of one version, which the answer tells, and every step alone: before an update the
+        log-probs are the recorded bits. The whole call is one request.
+
+        Args:
+            rollouts: Of one or several requests, with env and trajectory.
+            steps: Which steps, 0-based; None: all, for rollouts of one length.
+            log_probs_only: Leave means and velocities out of the answer, which are most of its bytes.
+
+        Raises:
+            InvalidRequestError: A rollout cannot be replayed, or not by this server's model.
+            PayloadTooLargeError: Too much at once; score fewer rollouts at a time.
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.score_call(rollouts, steps, log_probs_only, self._wire_format))
 
     def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""

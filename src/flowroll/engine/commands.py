@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.families import ModelSpec
-from flowroll.types import DenoisingEnv, EnvValue, SamplingParams
+from flowroll.types import DenoisingEnv, EnvValue, SamplingParams, SamplingRecord
 
 
 class TensorShape(msgspec.Struct, frozen=True):
@@ -52,6 +52,17 @@ class Sample(msgspec.Struct, frozen=True, tag=True):
     seed: int
 
 
+class Score(msgspec.Struct, frozen=True, tag=True):
+    """Steps of one sample are to be scored; its environment and the states before the steps follow by broadcast."""
+
+    record: SamplingRecord
+    sde_step_indices: tuple[int, ...] | None
+    steps: tuple[int, ...]
+    latents: TensorShape
+    positive: BranchShape
+    negative: BranchShape | None
+
+
 class StageWeights(msgspec.Struct, frozen=True, tag=True):
     """New weights of the transformer are to be read beside the old; every follower says whether it could."""
 
@@ -75,7 +86,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """No more commands."""
 
 
-Command: TypeAlias = Serve | Request | Sample | StageWeights | CommitWeights | DropWeights | GatherWeights | Stop
+Command: TypeAlias = Serve | Request | Sample | Score | StageWeights | CommitWeights | DropWeights | GatherWeights | Stop
 _DECODER = msgspec.json.Decoder(Command)
 
 
@@ -90,26 +101,27 @@ def decode_command(data: bytes) -> Command:
     return command
 
 
+def describe_tensor(tensor: Tensor) -> TensorShape:
+    """A tensor without its data."""
+    return TensorShape(shape=tuple(tensor.shape), dtype=str(tensor.dtype))
+
+
 def describe_branch(branch: dict[str, EnvValue]) -> BranchShape:
     """A branch without the data of its tensors."""
     return BranchShape(
-        tensors={
-            key: TensorShape(shape=tuple(value.shape), dtype=str(value.dtype))
-            for key, value in branch.items()
-            if isinstance(value, Tensor)
-        },
+        tensors={key: describe_tensor(value) for key, value in branch.items() if isinstance(value, Tensor)},
         plain={key: value for key, value in branch.items() if not isinstance(value, Tensor)},
     )
 
 
-def empty_env(request: Request, device: torch.device) -> DenoisingEnv:
-    """The environment of a request, with memory for its tensors."""
+def empty_env(command: Request | Score, device: torch.device) -> DenoisingEnv:
+    """The environment that a command describes, with memory for its tensors."""
 
     def branch(shape: BranchShape) -> dict[str, EnvValue]:
         return {**{key: tensor.empty(device) for key, tensor in shape.tensors.items()}, **shape.plain}
 
-    negative = None if request.negative is None else branch(request.negative)
-    return DenoisingEnv(pos_cond_kwargs=branch(request.positive), neg_cond_kwargs=negative)
+    negative = None if command.negative is None else branch(command.negative)
+    return DenoisingEnv(pos_cond_kwargs=branch(command.positive), neg_cond_kwargs=negative)
 
 
 def env_tensors(env: DenoisingEnv) -> list[Tensor]:

@@ -23,12 +23,14 @@ class Limits:
         max_steps: Denoising steps.
         max_outputs: Samples of one request.
         max_answer_bytes: Image, debug and trajectory tensors of one request, held until its answer is sent.
+        max_scores: Recorded steps that one request may have scored again.
     """
 
     max_pixels: int = 2048 * 2048
     max_steps: int = 1000
     max_outputs: int = 64
     max_answer_bytes: int = 16 * 2**30
+    max_scores: int = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

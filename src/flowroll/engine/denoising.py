@@ -1,13 +1,15 @@
-"""The denoising loop of one sample.
+"""The steps of one sample.
 
 Two step functions: `plain_step` is the diffusers pipeline's own step and knows nothing of rollouts; `recorded_step` follows the
-request's transitions and keeps what was asked for. A sample takes one of them from start to end.
+request's transitions and keeps what was asked for. A sample takes one of them from start to end. Both are given the velocity:
+whether its forward was shared with other samples makes no difference to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,8 +17,9 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.recording import Recorder
+from flowroll.families import StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
-from flowroll.types import DenoisingEnv
+from flowroll.types import DenoisingEnv, SamplingRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,7 @@ class DenoisingTask:
         env: The transformer's fixed arguments.
         timesteps: As the model takes them.
         dts: Next sigma minus sigma.
+        record: How its samples are made.
     """
 
     plan: RequestPlan
@@ -36,21 +40,23 @@ class DenoisingTask:
     env: DenoisingEnv
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
+    record: SamplingRecord
 
     @classmethod
-    def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv) -> DenoisingTask:
+    def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv, record: SamplingRecord) -> DenoisingTask:
         """Puts the schedule on the model's device, where the pipeline has it too."""
         dtype = model.family.timestep_dtype(model.dtype)
         timesteps = model.family.model_timesteps(plan.schedule.timesteps.to(model.device), dtype)
         sigmas = plan.schedule.sigmas.to(model.device)
-        return cls(plan=plan, model=model, env=env, timesteps=timesteps, dts=sigmas[1:] - sigmas[:-1])
+        return cls(plan=plan, model=model, env=env, timesteps=timesteps, dts=sigmas[1:] - sigmas[:-1], record=record)
 
-    def velocity(self, latents: Float[Tensor, " *latent"], step: int) -> Float[Tensor, " *latent"]:
-        """The guided velocity at this step."""
-        model = self.model
-        timestep = self.timesteps[step : step + 1]
-        return model.family.velocity(
-            model.transformer, latents, timestep, self.env, self.plan.guidance, model.dtype, run=model.run
+    def next_input(self, sample: Sample) -> StepInput:
+        """What the next velocity of one of its samples is a function of."""
+        return StepInput(
+            latents=sample.latents,
+            timestep=self.timesteps[sample.step : sample.step + 1],
+            env=self.env,
+            guidance=self.plan.guidance,
         )
 
 
@@ -85,32 +91,36 @@ def start(task: DenoisingTask, seed: int) -> Sample:
     return Sample(seed=seed, latents=latents, recorder=recorder)
 
 
+def step_function(sample: Sample) -> StepFunction:
+    """The one that this sample takes from start to end."""
+    return plain_step if sample.recorder is None else recorded_step
+
+
 def denoise(task: DenoisingTask, sample: Sample, check_interrupt: Callable[[], None]) -> None:
-    """Takes the sample through all its steps.
+    """Takes a sample through all its steps, alone.
 
     Args:
         task: The request it belongs to.
         sample: Advanced in place.
         check_interrupt: Called before every step; raises to stop.
     """
-    take_step = plain_step if sample.recorder is None else recorded_step
+    model, take_step = task.model, step_function(sample)
     while sample.step < task.plan.schedule.num_steps:
         check_interrupt()
-        take_step(task, sample)
-        sample.step += 1
+        (velocity,) = model.family.velocities(model.transformer, [task.next_input(sample)], model.dtype, run=model.run)
+        take_step(task, sample, velocity)
 
 
-def plain_step(task: DenoisingTask, sample: Sample) -> None:
+def plain_step(task: DenoisingTask, sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     """One ODE step."""
-    velocity = task.velocity(sample.latents, sample.step)
     sample.latents = ode.step(sample.latents, velocity, task.dts[sample.step])
+    sample.step += 1
 
 
-def recorded_step(task: DenoisingTask, sample: Sample) -> None:
+def recorded_step(task: DenoisingTask, sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     """One step of the request's own dynamics: transition, log-prob, record."""
     assert task.plan.transitions is not None and sample.recorder is not None
     this = task.plan.transitions[sample.step]
-    velocity = task.velocity(sample.latents, sample.step)
     mean = dynamics.step_mean(this, sample.latents, velocity, task.dts[sample.step])
     drawn: Tensor | None = None
     if this.is_stochastic:
@@ -119,4 +129,8 @@ def recorded_step(task: DenoisingTask, sample: Sample) -> None:
     log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=task.plan.params.log_prob_no_const)[0]
     sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
     sample.latents = next_latents
-    sample.recorder.keep_latents(sample.step + 1, next_latents)
+    sample.step += 1
+    sample.recorder.keep_latents(sample.step, next_latents)
+
+
+StepFunction: TypeAlias = Callable[[DenoisingTask, Sample, Tensor], None]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from flowroll.engine.denoising import Sample
 from flowroll.engine.plan import RequestPlan
-from flowroll.types import DenoisingEnv, GeneratedImage, Number, Rollout
+from flowroll.types import DenoisingEnv, GeneratedImage, Number, Rollout, SamplingRecord, branch_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,12 +18,14 @@ class Finished:
     Attributes:
         sample: After its last step.
         env: The transformer's fixed arguments.
+        record: How it was made; one for all samples of a request.
         image: Its picture, on the CPU.
         seconds: Wall time of the loop and the decode.
     """
 
     sample: Sample
     env: DenoisingEnv
+    record: SamplingRecord
     image: Tensor
     seconds: float
 
@@ -36,7 +38,7 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
         seed=finished.sample.seed,
         image=finished.image,
         latents=finished.sample.latents.cpu(),
-        sampling=plan.record,
+        sampling=finished.record,
         weight_version=weight_version,
         inference_time_s=finished.seconds,
     )
@@ -48,7 +50,6 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
     steps = None
     if plan.transitions is not None:
         steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
-    wants_env = recorder is not None and plan.params.return_denoising_env
     return Rollout(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
@@ -57,10 +58,26 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,
         debug_tensors=None if recorder is None else recorder.debug_tensors(),
-        denoising_env=finished.env.to("cpu") if wants_env else None,
+        denoising_env=finished.env.to("cpu") if _returns_env(plan) else None,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
         weight_version=weight_version,
-        sampling=plan.record,
+        sampling=finished.record,
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
     )
+
+
+def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:
+    """How the samples of a request are made, with the digests of their environment where that is returned."""
+    if not _returns_env(plan):
+        return plan.record
+    negative = env.neg_cond_kwargs
+    return replace(
+        plan.record,
+        pos_cond_sha256=branch_digest(env.pos_cond_kwargs),
+        neg_cond_sha256=None if negative is None else branch_digest(negative),
+    )
+
+
+def _returns_env(plan: RequestPlan) -> bool:
+    return plan.params.rollout and plan.params.return_denoising_env

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.engine import denoising
@@ -16,6 +19,7 @@ from flowroll.engine.commands import (
     GatherWeights,
     Request,
     Sample,
+    Score,
     Serve,
     StageWeights,
     Stop,
@@ -29,8 +33,10 @@ from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.engine.replica import STAGED, RankConfig
+from flowroll.engine.scoring import velocities_of
 from flowroll.engine.weights import StagedWeights, WeightFiles, stage_weights
 from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
+from flowroll.families import Recipe
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.linears import whole_tensors
 from flowroll.parallel.mesh import Mesh
@@ -132,12 +138,14 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
         match command:
             case Request():
                 env = empty_env(command, model.device)
-                for tensor in env_tensors(env):
-                    mesh.broadcast(tensor)
-                task = DenoisingTask.build(plan_request(command.params, model, serve.limits), model, env)
+                _receive(env_tensors(env), mesh)
+                plan = plan_request(command.params, model, serve.limits)
+                task = DenoisingTask.build(plan, model, env, plan.record)
             case Sample():
                 assert task is not None
                 _take_sample(task, command.seed, mesh)
+            case Score():
+                _take_scores(model, command, mesh)
             case StageWeights():
                 staged = _stage(model, command, channel)
             case CommitWeights():
@@ -173,14 +181,31 @@ def _stage(model: LoadedModel, command: StageWeights, channel: Channel) -> Stage
     return staged
 
 
-def _take_sample(task: DenoisingTask, seed: int, mesh: Mesh) -> None:
-    def go_on() -> None:
-        if mesh.broadcast_flag(False):
-            raise _Stopped
+def _receive(tensors: Sequence[Tensor], mesh: Mesh) -> None:
+    for tensor in tensors:
+        mesh.broadcast(tensor)
 
+
+def _check_stop(mesh: Mesh) -> None:
+    if mesh.broadcast_flag(False):
+        raise _Stopped
+
+
+def _take_sample(task: DenoisingTask, seed: int, mesh: Mesh) -> None:
     sample = denoising.start(task, seed)
     try:
-        denoising.denoise(task, sample, go_on)
+        denoising.denoise(task, sample, functools.partial(_check_stop, mesh))
     except _Stopped:
         return
     mesh.odd_ranks(sample.latents)
+
+
+def _take_scores(model: LoadedModel, command: Score, mesh: Mesh) -> None:
+    env, latents = empty_env(command, model.device), command.latents.empty(model.device)
+    _receive([*env_tensors(env), latents], mesh)
+    recipe = Recipe.of(command.record, model.family, sde_step_indices=command.sde_step_indices, device=model.device)
+    try:
+        velocities = velocities_of(model, recipe, latents, command.steps, env, functools.partial(_check_stop, mesh))
+    except _Stopped:
+        return
+    mesh.odd_ranks(torch.stack(velocities))

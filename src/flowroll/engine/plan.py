@@ -50,6 +50,11 @@ class RequestPlan:
     generator_device: torch.device
     record: SamplingRecord
 
+    @property
+    def work(self) -> int:
+        """What its time is roughly proportional to: pixels x steps x samples."""
+        return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
+
 
 def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> RequestPlan:
     """Checks a request against the loaded model and fills in what it leaves open.

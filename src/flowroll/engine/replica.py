@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -20,16 +20,19 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.commands import (
+    BranchShape,
     Command,
     CommitWeights,
     DropWeights,
     GatherWeights,
     Request,
     Sample,
+    Score,
     Serve,
     StageWeights,
     Stop,
     describe_branch,
+    describe_tensor,
     encode_command,
     env_tensors,
 )
@@ -57,7 +60,7 @@ from flowroll.parallel.rendezvous import (
     torchrun_rank,
     torchrun_store,
 )
-from flowroll.types import DenoisingEnv, Layout
+from flowroll.types import DenoisingEnv, Layout, SamplingRecord
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -184,12 +187,41 @@ class Replica:
             return_dit_trajectory=False,
             return_step_indices=None,
         )
-        tensors = env_tensors(env)
-        # What commands.py does not carry, and where broadcast needs it to be.
+        positive, negative = self._described(env)
+        self._send(Request(params=params, positive=positive, negative=negative))
+        self._broadcast(env_tensors(env))
+
+    def begin_scores(
+        self,
+        record: SamplingRecord,
+        sde_step_indices: tuple[int, ...] | None,
+        steps: Sequence[int],
+        latents: torch.Tensor,
+        env: DenoisingEnv,
+    ) -> None:
+        """Makes every rank run these steps of one sample."""
+        positive, negative = self._described(env)
+        self._send(
+            Score(
+                record=record,
+                sde_step_indices=sde_step_indices,
+                steps=tuple(steps),
+                latents=describe_tensor(latents),
+                positive=positive,
+                negative=negative,
+            )
+        )
+        self._broadcast([*env_tensors(env), latents])
+
+    def _described(self, env: DenoisingEnv) -> tuple[BranchShape, BranchShape | None]:
+        # What commands.py does not carry.
         assert env.guidance is None and not env.image_kwargs
-        assert all(tensor.device.type == self.mesh.device.type for tensor in tensors)
         negative = None if env.neg_cond_kwargs is None else describe_branch(dict(env.neg_cond_kwargs))
-        self._send(Request(params=params, positive=describe_branch(dict(env.pos_cond_kwargs)), negative=negative))
+        return describe_branch(dict(env.pos_cond_kwargs)), negative
+
+    def _broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        # Where broadcast needs them to be.
+        assert all(tensor.device.type == self.mesh.device.type for tensor in tensors)
         for tensor in tensors:
             self.mesh.broadcast(tensor.contiguous())
 

@@ -1,112 +1,54 @@
-"""One thread that runs the engine, behind a bounded queue.
+"""A server's hold on an engine: a bounded queue in front of it, and what a server has to know of its state.
 
-Owns the life of an accepted request: it ends in exactly one result or one error, whatever happens to the engine, to the
-requests around it or to the process. It knows nothing of HTTP.
+It knows nothing of HTTP. The life of an accepted request is the batcher's (batching/): it ends in exactly one result or one
+error, whatever happens to the engine, to the requests around it or to the process.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import fields, replace
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
-from flowroll.engine.engine import Engine
+from flowroll.engine.batching import Accepted, ExclusiveMode, LoadStats, PauseMode, WorkerStats
+from flowroll.engine.batching.steps import engine_error
+from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import EngineError, FlowrollError, QueueFullError, RankLostError, ShuttingDownError
-from flowroll.types import GeneratedImage, Rollout
+from flowroll.engine.scoring import ScorePlan
+from flowroll.errors import FlowrollError, QueueFullError, RankLostError, ShuttingDownError
+from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
-RequestKind: TypeAlias = Literal["rollout", "generate"]
-Results: TypeAlias = list[Rollout] | list[GeneratedImage]
+__all__ = ["EngineWorker", "RequestKind", "WorkerStats"]
+
 T = TypeVar("T")
-
 _log = logging.getLogger(__name__)
-_RECENT_REQUESTS = 32
-_MIN_RETRY_S, _MAX_RETRY_S = 1.0, 120.0
 # What a thread gets to come back from the collective of a lost rank.
 _LOST_S = 3.0
-# A request counts as stuck when it has run this many times longer than recent ones of its size, and at least the floor.
-_STALL_FACTOR, _STALL_FLOOR_S = 10.0, 60.0
-# Before anything was measured there is nothing to compare with: a first, large request on a slow device takes its time.
-_STALL_UNKNOWN_S = 1800.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerStats:
-    """One consistent look at a worker: accepted = completed + failed + pending + running, always.
-
-    Attributes:
-        accepted: Requests taken since the start.
-        completed: Of these, ended in a result.
-        failed: Of these, ended in an error.
-        pending: Waiting now.
-        running: 1 while the engine runs a request, else 0.
-    """
-
-    accepted: int
-    completed: int
-    failed: int
-    pending: int
-    running: int
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Job:
-    """An accepted request. Whoever takes it out of `_waiting` or `_running`, under the lock, ends its future."""
-
-    plan: RequestPlan
-    kind: RequestKind
-    future: Future[Results]
-    started_s: float = 0.0
-
-    @property
-    def work(self) -> int:
-        """What its time is roughly proportional to: pixels x steps x samples."""
-        geometry = self.plan.geometry
-        return geometry.height * geometry.width * self.plan.schedule.num_steps * len(self.plan.seeds)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Errand:
-    """Something to be done while no request runs. Its future is ended by the same rule; it counts as no request."""
-
-    action: Callable[[], Any]
-    future: Future[Any]
-    started_s: float = 0.0
+_RETRY_SCORES_S = 1.0
 
 
 class EngineWorker:
-    """Runs accepted requests one after the other on its own thread. A context manager: `close` ends the thread.
+    """Gives requests to an engine's threads. A context manager: `close` ends the threads.
 
     Args:
         engine: Used by this worker alone from now on; its owner closes it, after the worker.
-        max_queue: Requests that may wait behind the one that runs.
+        max_queue: Requests that may wait behind those that run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int) -> None:
         assert max_queue >= 0
         self.engine = engine
         self._max_queue = max_queue
-        self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._errands: deque[_Errand] = deque()
-        self._running: _Job | _Errand | None = None
-        self._accepting = True
-        self._closing = False
-        self._failure: RankLostError | None = None
-        self._accepted = self._completed = self._failed = 0
-        self._paces: deque[float] = deque(maxlen=_RECENT_REQUESTS)  # seconds per unit of work
+        self._is_draining = False
         self._last_success_s: float | None = None
-        # A daemon, so that a kernel that never returns cannot keep the process alive after `close` gave it up.
-        self._thread = threading.Thread(target=self._work, name="flowroll-engine", daemon=True)
-        self._thread.start()
-        engine.on_failure(self._fail)
+        self._lock = threading.Lock()
+        self._scores = WorkerStats(accepted=0, completed=0, failed=0, pending=0, running=0)
+        engine.batcher.start()
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -115,46 +57,88 @@ class EngineWorker:
         self.close()
 
     @overload
-    def submit(self, plan: RequestPlan, kind: Literal["rollout"]) -> Future[list[Rollout]]: ...
+    def submit(self, plan: RequestPlan, kind: Literal["rollout"], *, timeout_s: float | None = None) -> Accepted[Rollout]: ...
     @overload
-    def submit(self, plan: RequestPlan, kind: Literal["generate"]) -> Future[list[GeneratedImage]]: ...
-    def submit(self, plan: RequestPlan, kind: RequestKind) -> Future[list[Rollout]] | Future[list[GeneratedImage]]:
+    def submit(
+        self, plan: RequestPlan, kind: Literal["generate"], *, timeout_s: float | None = None
+    ) -> Accepted[GeneratedImage]: ...
+    def submit(self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None) -> Accepted[Any]:
         """Takes a planned request; may be called from any thread.
 
         Args:
             plan: From this worker's engine.
-            kind: Which method of the engine runs it.
+            kind: What its samples become.
+            timeout_s: It is given up when it has not ended after so long; None: never.
 
         Returns:
             Ends in the engine's answer, a `FlowrollError`, or, if cancelled while it waits, in that.
 
         Raises:
+            PausedError: Generation is paused.
             QueueFullError: Too many wait; try again after its `retry_after_s`.
             ShuttingDownError: The worker takes no more requests.
         """
-        with self._changed:
-            if not self._accepting:
-                raise self._failure or _shutting_down()
-            # Counting the running one makes the answer independent of how fast the thread takes up the first.
-            taken = len(self._waiting) + isinstance(self._running, _Job)
-            if taken > self._max_queue:
-                rule = f"the queue must have a free place to take a request, got {len(self._waiting)} waiting"
-                retry_s = self._retry_after_s()
-                raise QueueFullError(f"{rule}; try again in {retry_s:.0f} s.", retry_after_s=retry_s)
-            job = _Job(plan=plan, kind=kind, future=Future())
-            self._waiting.append(job)
-            self._accepted += 1
-            self._changed.notify()
-        return job.future  # type: ignore[return-value]  # the overloads tell which of the two it holds
+        self._check_draining()
+        accepted = self.engine.submit(plan, kind, timeout_s=timeout_s, max_waiting=self._max_queue)
+        accepted.add_done_callback(self._note_end)
+        return accepted
 
-    def between_requests(self, action: Callable[[], T]) -> Future[T]:
-        """Has something done to the engine as soon as the request that runs has ended, before those that wait.
+    def submit_scores(self, plan: ScorePlan) -> Future[ScoreAnswer]:
+        """Takes a planned request for scores; may be called from any thread.
 
-        May be called from any thread. What is asked for first is done first. There is no limit on how many wait: callers take
-        turns.
+        It waits in no queue of requests: scores are made between the steps of requests, one request for scores after the other.
 
-        Args:
-            action: Runs on the worker's thread, while no request does.
+        Returns:
+            Ends in the scores or a `FlowrollError`.
+
+        Raises:
+            QueueFullError: As many requests for scores wait as may wait for samples.
+            ShuttingDownError: The worker takes no more requests.
+        """
+        self._check_draining()
+        with self._lock:
+            if self._scores.pending > self._max_queue:
+                raise QueueFullError(
+                    f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
+                    f"{_RETRY_SCORES_S:.0f} s.",
+                    retry_after_s=_RETRY_SCORES_S,
+                )
+            scores = self.engine.submit_scores(plan)
+            self._scores = replace(self._scores, accepted=self._scores.accepted + 1, pending=self._scores.pending + 1)
+        scores.add_done_callback(self._note_scores)
+        return scores
+
+    def _note_scores(self, ended: Future[ScoreAnswer]) -> None:
+        failed = ended.cancelled() or ended.exception() is not None
+        with self._lock:
+            before = self._scores
+            self._scores = replace(
+                before,
+                pending=before.pending - 1,
+                failed=before.failed + failed,
+                completed=before.completed + (not failed),
+            )
+
+    def cancel(self, accepted: Accepted[Any]) -> bool:
+        """Ends a request whose caller went away, whether it waits or runs. False: it has ended already."""
+        return self.engine.batcher.cancel(accepted)
+
+    def abort(self, request_id: str | None) -> int:
+        """Cancels the requests of this id, or all; returns how many there were."""
+        return self.engine.batcher.abort(request_id)
+
+    def pause(self, mode: PauseMode) -> None:
+        """Refuses new requests, and takes up none of those that wait, until `resume`; see `Batcher.pause`."""
+        self.engine.batcher.pause(mode)
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self.engine.batcher.resume()
+
+    def between_requests(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
+        """Has something done to the engine while no request runs, before those that wait; see `Batcher.exclusive`.
+
+        There is no limit on how many wait: callers take turns.
 
         Returns:
             Ends in what the action returns or raises; any other exception than a `FlowrollError` as an `EngineError`.
@@ -162,13 +146,19 @@ class EngineWorker:
         Raises:
             ShuttingDownError: The worker takes nothing more.
         """
-        with self._changed:
-            if not self._accepting:
-                raise self._failure or _shutting_down()
-            errand = _Errand(action=action, future=Future())
-            self._errands.append(errand)
-            self._changed.notify()
-        return errand.future
+        self._check_draining()
+
+        def guarded() -> T:
+            try:
+                return action()
+            except FlowrollError:
+                raise
+            except BaseException as error:
+                _log.exception("what was to be done between requests failed in the engine")
+                # Not chained: its traceback holds tensors.
+                raise engine_error(error) from None
+
+        return self.engine.batcher.exclusive(guarded, mode=mode)
 
     @property
     def pending(self) -> int:
@@ -177,175 +167,72 @@ class EngineWorker:
 
     @property
     def running(self) -> int:
-        """Requests that run: 0 or 1."""
+        """Requests that were taken up and have not ended."""
         return self.stats().running
 
     @property
     def is_accepting(self) -> bool:
-        """False once `drain` or `close` was called, or the thread died."""
-        return self._accepting and self._thread.is_alive()
+        """False once `drain` or `close` was called, or a thread died. A pause refuses requests too, but ends."""
+        return not self._is_draining and self.engine.batcher.is_alive
 
     @property
     def failure(self) -> RankLostError | None:
         """Why the engine's ranks are down, which ended everything that was accepted; None while they are up."""
-        return self._failure
+        return self.engine.failure
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the threads run."""
+        return self.engine.batcher.is_alive
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether new requests are refused until `resume`."""
+        return self.load().is_paused
+
+    def load(self) -> LoadStats:
+        """What runs and what ran, all numbers from the same moment."""
+        return self.engine.batcher.load()
 
     def stats(self) -> WorkerStats:
-        """The counters, all from the same moment."""
-        with self._changed:
-            return WorkerStats(
-                accepted=self._accepted,
-                completed=self._completed,
-                failed=self._failed,
-                pending=len(self._waiting),
-                running=int(isinstance(self._running, _Job)),
-            )
+        """The counters, requests for scores among them."""
+        with self._lock:
+            scores, requests = self._scores, self.load().requests
+        return WorkerStats(
+            **{field.name: getattr(scores, field.name) + getattr(requests, field.name) for field in fields(WorkerStats)}
+        )
 
     def seconds_since_success(self) -> float | None:
         """Since a request last ended in a result; None: none has."""
-        with self._changed:
-            return None if self._last_success_s is None else time.monotonic() - self._last_success_s
+        return None if self._last_success_s is None else time.monotonic() - self._last_success_s
 
     def is_progressing(self) -> bool:
-        """Whether a request runs now, and not for much longer than its size explains; or something between requests.
-
-        The measure is time, against the recent requests scaled by pixels, steps and samples.
-        """
-        with self._changed:
-            job = self._running
-            if job is None:
-                return False
-            allowed_s = _STALL_UNKNOWN_S
-            if self._paces and isinstance(job, _Job):
-                allowed_s = max(_STALL_FLOOR_S, _STALL_FACTOR * self._expected_s(job))
-            return time.monotonic() - job.started_s < allowed_s
+        """Whether requests run now, and something came to an end lately, measured by what recent work took."""
+        return self.engine.batcher.is_progressing()
 
     def drain(self) -> None:
         """Takes no more requests; those that were accepted run on."""
-        with self._changed:
-            self._accepting = False
+        self._is_draining = True
 
-    def close(self, *, timeout_s: float = 10.0) -> None:
-        """Interrupts the engine, fails what waits or runs with `ShuttingDownError`, ends the thread. May be called twice.
+    def close(self, *, timeout_s: float = 10.0) -> bool:
+        """Fails what waits or runs with `ShuttingDownError`, ends the threads. May be called twice.
 
         Args:
-            timeout_s: How long the engine may take to its next step. Past it the running request fails all the same, and
-                the thread is left behind.
+            timeout_s: How long the engine may take to end what it is at. Past it the threads are left behind.
+
+        Returns:
+            Whether the threads have ended.
         """
-        self._abandon(_shutting_down())
+        self._is_draining = True
         self.engine.interrupt()
-        self._thread.join(min(timeout_s, _LOST_S) if self._failure else timeout_s)
-        if self._thread.is_alive() and (stuck := self._running) is not None:
-            _log.error("%s does not react to the shutdown; leaving it behind", _shown(stuck))
-            self._settle(stuck, error=_shutting_down())
+        return self.engine.batcher.halt(min(timeout_s, _LOST_S) if self.failure else timeout_s)
 
-    def _fail(self, error: RankLostError) -> None:
-        """Ends everything with the error that took the engine's ranks down; the thread may still wait for one of them."""
-        with self._changed:
-            self._failure = error
-        self._abandon(error)
-        if (running := self._running) is not None:
-            self._settle(running, error=error)
+    def _check_draining(self) -> None:
+        if self._is_draining:
+            raise self.failure or ShuttingDownError(
+                "the server must run to answer, got a shutdown; send the request to another replica."
+            )
 
-    def _abandon(self, error: FlowrollError) -> None:
-        """Takes no more requests, and ends those that wait."""
-        with self._changed:
-            self._accepting = False
-            self._closing = True
-            abandoned: list[_Job | _Errand] = [*self._errands, *self._waiting]
-            self._failed += len(self._waiting)
-            self._waiting.clear()
-            self._errands.clear()
-            self._changed.notify_all()
-        for job in abandoned:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
-
-    def _work(self) -> None:
-        while (job := self._next_job()) is not None:
-            self._run(job)
-            # Not to keep this request's tensors until the next one comes.
-            del job
-
-    def _next_job(self) -> _Job | _Errand | None:
-        with self._changed:
-            while True:
-                if self._closing:
-                    return None
-                if not self._waiting and not self._errands:
-                    self._changed.wait()
-                    continue
-                job: _Job | _Errand = self._errands.popleft() if self._errands else self._waiting.popleft()
-                if job.future.set_running_or_notify_cancel():
-                    job.started_s = time.monotonic()
-                    self._running = job
-                    return job
-                self._failed += isinstance(job, _Job)
-
-    def _run(self, job: _Job | _Errand) -> None:
-        try:
-            results = self._outcome(job)
-        except FlowrollError as error:
-            self._settle(job, error=error)
-        except BaseException as error:
-            # Whatever ends one request must not end the thread. The cause is not chained: its traceback holds tensors.
-            _log.exception("%s failed in the engine", _shown(job))
-            self._settle(job, error=_engine_error(error))
-        else:
-            self._settle(job, results=results)
-
-    def _outcome(self, job: _Job | _Errand) -> Any:
-        if isinstance(job, _Errand):
-            return job.action()
-        return self.engine.rollout(job.plan) if job.kind == "rollout" else self.engine.generate(job.plan)
-
-    def _settle(self, job: _Job | _Errand, *, results: Any = None, error: FlowrollError | None = None) -> None:
-        """Ends the running job's future, unless `close` has already."""
-        with self._changed:
-            if job is not self._running:
-                return
-            self._running = None
-            if isinstance(job, _Errand):
-                pass
-            elif error is not None:
-                self._failed += 1
-            else:
-                self._completed += 1
-                self._last_success_s = time.monotonic()
-                self._paces.append((self._last_success_s - job.started_s) / job.work)
-        # Outside the lock: a future runs its callbacks here.
-        if error is not None:
-            job.future.set_exception(error)
-        else:
-            job.future.set_result(results)
-
-    def _expected_s(self, job: _Job) -> float:
-        """Seconds that the job should take in all, from recent ones; 0 if there were none."""
-        return statistics.median(self._paces) * job.work if self._paces else 0.0
-
-    def _retry_after_s(self) -> float:
-        """When a place should be free: the rest of what runs now."""
-        job = self._running
-        rest_s = 0.0 if not isinstance(job, _Job) else self._expected_s(job) - (time.monotonic() - job.started_s)
-        return min(max(rest_s, _MIN_RETRY_S), _MAX_RETRY_S)
-
-
-def _shown(job: _Job | _Errand) -> str:
-    """What the log says of it."""
-    return f"request_id={job.plan.request_id!r}" if isinstance(job, _Job) else "what was to be done between requests"
-
-
-def _shutting_down() -> ShuttingDownError:
-    return ShuttingDownError("the server must run to answer, got a shutdown; send the request to another replica.")
-
-
-def _engine_error(error: BaseException) -> EngineError:
-    """What the caller may know of an unexpected failure: its kind and first line, no traceback."""
-    reason = str(error).strip().splitlines()
-    shown = f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__
-    return EngineError(f"the engine must run the request to its end, got {shown}; see the server's log for the request id.")
+    def _note_end(self, ended: Future[Any]) -> None:
+        if not ended.cancelled() and ended.exception() is None:
+            self._last_success_s = time.monotonic()

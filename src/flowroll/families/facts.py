@@ -25,11 +25,13 @@ class ModelSpec:
     Attributes:
         latent_channels: Channels of the VAE's latents.
         vae_scale_factor: Pixels per latent cell along one side.
+        text_width: Width of the text embeddings that the transformer takes.
         max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
     """
 
     latent_channels: int
     vae_scale_factor: int
+    text_width: int
     max_tokens_per_side: tuple[int, int] | None = None
 
     @property

@@ -81,7 +81,11 @@ class QwenImage(Family):
                 raise UnsupportedModelError(
                     f"transformer option {option} must be false for {self.name}, got true; use a text-to-image checkpoint."
                 )
-        return ModelSpec(latent_channels=config.in_channels // 4, vae_scale_factor=pipeline.vae_scale_factor)
+        return ModelSpec(
+            latent_channels=config.in_channels // 4,
+            vae_scale_factor=pipeline.vae_scale_factor,
+            text_width=config.joint_attention_dim,
+        )
 
     @override
     def geometry(self, spec: ModelSpec, *, height: int, width: int) -> Geometry:

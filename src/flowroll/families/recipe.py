@@ -141,12 +141,33 @@ class Recipe:
             env: The sample's environment, on the transformer's device.
             run: Runs the step's forwards; one after the other by default.
         """
-        timestep = self.timesteps[step : step + 1]
-        velocity = self.family.velocity(transformer, latents, timestep, env, self.guidance, self.dtype, run=run)
+        return self.evaluate(self.velocity(transformer, latents, step, env, run=run), latents, next_latents, step)
+
+    def evaluate(
+        self,
+        velocity: Float[Tensor, " *latent"],
+        latents: Float[Tensor, " *latent"],
+        next_latents: Float[Tensor, " *latent"],
+        step: int,
+    ) -> StepScore:
+        """Scores the recorded next latents by a velocity; the other arguments are those of `score`."""
         this = self.transitions[step]
         mean = dynamics.step_mean(this, latents, velocity, self.dts[step])
         log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
         return StepScore(velocity=velocity, mean=mean, std=this.std, log_prob=log_prob)
+
+    def velocity(
+        self,
+        transformer: Transformer,
+        latents: Float[Tensor, " *latent"],
+        step: int,
+        env: DenoisingEnv,
+        *,
+        run: RunCalls = run_in_turn,
+    ) -> Float[Tensor, " *latent"]:
+        """The guided velocity of one step; the arguments are those of `score`."""
+        timestep = self.timesteps[step : step + 1]
+        return self.family.velocity(transformer, latents, timestep, env, self.guidance, self.dtype, run=run)
 
 
 def dtype_named(name: str) -> torch.dtype:

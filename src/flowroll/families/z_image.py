@@ -101,6 +101,7 @@ class ZImage(Family):
         return ModelSpec(
             latent_channels=config.in_channels,
             vae_scale_factor=pipeline.vae_scale_factor,
+            text_width=config.cap_feat_dim,
             max_tokens_per_side=(rows, columns),
         )
 

@@ -103,7 +103,8 @@ def audit(
         transformer: With the weights that should have made them; its own dtype is used.
         rollouts: With env and trajectory; debug tensors let the audit tell more causes apart.
         weight_version: Of the transformer's weights; None: not compared.
-        encode: Encodes a rollout's prompts again, to tell a wrong env from wrong weights; None: not compared.
+        encode: Encodes a rollout's prompts again, to tell a wrong env from wrong weights; None: the env is compared with the
+            digests in the record alone, which rollouts of older versions lack.
         device: Of the transformer; None: that of its first weight.
 
     Returns:

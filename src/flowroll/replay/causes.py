@@ -21,7 +21,7 @@ from flowroll.families.base import Output, run_in_turn
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
-from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Number, Rollout
+from flowroll.types import DebugTensors, DenoisingEnv, EnvValue, Number, Rollout, branch_digest
 
 Kind: TypeAlias = Literal[
     "weight_version",
@@ -91,6 +91,9 @@ def _setting_causes(evidence: Evidence) -> Iterator[Cause]:
         yield Cause(kind="weight_version", message=f"other weights: {shown}")
     if place.dtype is not None and str(place.dtype) != record.model_dtype:
         yield Cause(kind="dtype", message=f"another dtype: {record.model_dtype} made the rollout, {place.dtype} replayed it")
+    if torch.is_autocast_enabled(place.device.type):
+        shown = f"torch.autocast is on for {place.device.type}, and the engine rolls out without it"
+        yield Cause(kind="dtype", message=f"other dtypes in the forward: {shown}")
     if place.device.type != record.device:
         yield Cause(kind="device", message=f"another device: {record.device} made the rollout, {place.device.type} replayed it")
     if isinstance(evidence.transformer, nn.Module) and (names := unaligned_weights(evidence.transformer)):
@@ -160,6 +163,7 @@ def _latent_causes(source: Source) -> Iterator[Cause]:
 def _env_causes(evidence: Evidence) -> Iterator[Cause]:
     source = evidence.source
     expected = None if evidence.encode is None else evidence.encode(source.rollout)
+    digests = _recorded_digests(source)
     for name, words in (("pos_cond_kwargs", "prompt"), ("neg_cond_kwargs", "negative prompt")):
         branch: Mapping[str, EnvValue] | None = getattr(source.env, name)
         if branch is None or (name == "neg_cond_kwargs" and not source.recipe.guidance.is_active):
@@ -169,8 +173,15 @@ def _env_causes(evidence: Evidence) -> Iterator[Cause]:
         if branch.get("txt_seq_lens", [embeds.shape[0]]) != [embeds.shape[0]]:
             shown = f"txt_seq_lens is {branch['txt_seq_lens']}, {source.family.embeds_key} has {embeds.shape[0]} tokens"
             yield Cause(kind="env", message=f"another env: in the {words}'s branch {shown}")
+        elif digests[name] not in (None, branch_digest(branch)):
+            yield Cause(kind="env", message=f"another env: the {words}'s branch is not the one that the rollout was made with")
         elif expected is not None and not _same(branch, getattr(expected, name)):
             yield Cause(kind="env", message=f"another env: the {words}'s branch is not what this model makes of its text")
+
+
+def _recorded_digests(source: Source) -> dict[str, str | None]:
+    record = source.rollout.sampling
+    return {"pos_cond_kwargs": record.pos_cond_sha256, "neg_cond_kwargs": record.neg_cond_sha256}
 
 
 def _weights_beside_env(evidence: Evidence) -> Iterator[Cause]:
@@ -202,10 +213,9 @@ def _velocity_cause(evidence: Evidence) -> Cause:
     """What explains the step whose velocity differs most."""
     source, debug = evidence.source, evidence.source.rollout.debug_tensors
     if debug is None:
-        return Cause(
-            kind="weights",
-            message="other weights, another env or another guidance: without debug tensors they cannot be told apart",
-        )
+        env = "" if source.rollout.sampling.pos_cond_sha256 else ", another env"
+        message = f"other weights{env} or another guidance: without debug tensors they cannot be told apart"
+        return Cause(kind="weights", message=message)
     differences = {
         step: _relative(score.velocity.float().cpu(), debug.model_output[step]) for step, score in evidence.scores.items()
     }
@@ -229,6 +239,9 @@ def _velocity_cause(evidence: Evidence) -> Cause:
             return Cause(kind="env", message=f"another env: {fit}")
     if evidence.encode is not None:
         message = f"other weights: {shown}, and the env is what this model makes of the prompts"
+    elif source.rollout.sampling.pos_cond_sha256 is not None:
+        # An altered env would have been found before.
+        message = f"other weights: {shown}, and the env is the one that the rollout was made with"
     else:
         message = f"other weights (or another prompt's env, which only the text encoder can tell): {shown}"
     return Cause(kind="weights", message=message)

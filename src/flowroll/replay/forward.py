@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Transformer
-from flowroll.replay.sources import check_any, check_weights, place_of, source_of
+from flowroll.replay.sources import check_autocast, check_weights, place_of, source_of
 from flowroll.types import Rollout
 
 
@@ -31,7 +31,7 @@ def velocities(
         latents: x at the sigma of the step beside it, e.g. (1 - sigma) x0 + sigma eps of clean latents x0.
         steps: The step whose sigma, and timestep, each of the latents is at.
         device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as the rollout records.
+        dtype: Of the transformer's inputs; None: as the rollout records. Given, it also lets autocast run other kernels.
 
     Returns:
         v = eps - x0, float32, differentiable in the transformer's weights.
@@ -39,7 +39,6 @@ def velocities(
     Raises:
         InvalidRequestError: The rollout has no env, or latents and steps do not fit it.
     """
-    check_any([rollout])
     check_weights(transformer)
     place = place_of(transformer, [rollout], device, dtype)
     source = source_of(0, rollout, place)
@@ -49,10 +48,10 @@ def velocities(
             "count them from 0.",
             field="steps",
         )
+    check_autocast(place)
     recipe, env = source.recipe, source.env_on(place)
-    results = []
-    for one, step in zip(latents, steps, strict=True):
-        timestep = recipe.timesteps[step : step + 1]
-        velocity = recipe.family.velocity(transformer, one.to(place.device), timestep, env, recipe.guidance, recipe.dtype)
-        results.append(velocity.to(torch.float32))
-    return results
+    # Copied, because what the caller cut out of a decoded message may lie anywhere, and bits can depend on that.
+    return [
+        recipe.velocity(transformer, one.to(place.device, copy=True), step, env).to(torch.float32)
+        for one, step in zip(latents, steps, strict=True)
+    ]

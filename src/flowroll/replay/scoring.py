@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
-from flowroll.replay.sources import Place, Source, check_weights, pairs_of, place_of, sources_of, steps_of
+from flowroll.replay.sources import Place, Source, check_autocast, check_weights, pairs_of, place_of, sources_of, steps_of
 from flowroll.types import DenoisingEnv, Rollout
 
 
@@ -46,21 +46,24 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Every asked step of every sample, scored; everything on the transformer's device.
+    """Every asked step of every sample, scored; everything on the transformer's device, or from a server on the CPU.
 
     Attributes:
         steps: The steps, in the order of the last dimension of the tensors.
         log_probs: Differentiable, float32; 0 at deterministic steps.
         stds: Total std of the transitions, float32; 0 at deterministic steps.
-        means: Per sample, mean of the next latents, float32.
-        velocities: Per sample, the guided velocity given to the transition, float32.
+        means: Per sample, mean of the next latents, float32; none if a server was asked for log-probs only.
+        velocities: Per sample, the guided velocity given to the transition, float32; as the means.
+        weight_version: Of the server's weights that scored all of it; None where it was the caller's transformer.
     """
 
     steps: tuple[int, ...]
     log_probs: Float[Tensor, " samples steps"]
     stds: Float[Tensor, " samples steps"]
-    means: tuple[Float[Tensor, " steps *latent"], ...]
-    velocities: tuple[Float[Tensor, " steps *latent"], ...]
+    # The samples' sizes may differ.
+    means: tuple[Float[Tensor, " steps *_"], ...]
+    velocities: tuple[Float[Tensor, " steps *_"], ...]
+    weight_version: str | None = None
 
 
 def micro_batches(
@@ -80,7 +83,7 @@ def micro_batches(
         steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
         micro_batch: Pairs per micro-batch, at least 1.
         device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as each rollout records.
+        dtype: Of the transformer's inputs; None: as each rollout records. Given, it also lets autocast run other kernels.
 
     Returns:
         Micro-batches, sample by sample and step by step. All rollouts are checked before the first forward.
@@ -88,12 +91,8 @@ def micro_batches(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    _check_micro_batch(micro_batch)
-    check_weights(transformer)
-    place = place_of(transformer, rollouts, device, dtype)
-    sources = sources_of(rollouts, place)
-    pairs = list(pairs_of(sources, steps_of(sources, steps), stochastic_only=True))
-    return _run(transformer, pairs, micro_batch, place)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, stochastic_only=True)
+    return _run(transformer, work)
 
 
 def log_prob(
@@ -114,7 +113,7 @@ def log_prob(
         micro_batch: Pairs whose inputs are on the device together, at least 1; it changes no bit. In gradient mode the graphs
             of all pairs are kept: `micro_batches` bounds those.
         device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as each rollout records.
+        dtype: Of the transformer's inputs; None: as each rollout records. Given, it also lets autocast run other kernels.
 
     Returns:
         float32 on the device, differentiable in the transformer's weights. Exactly 0 at deterministic steps, for which no
@@ -123,17 +122,12 @@ def log_prob(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    _check_micro_batch(micro_batch)
-    check_weights(transformer)
-    place = place_of(transformer, rollouts, device, dtype)
-    sources = sources_of(rollouts, place)
-    chosen = steps_of(sources, steps)
-    pairs = list(pairs_of(sources, chosen, stochastic_only=True))
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, stochastic_only=True)
     found: dict[tuple[int, int], Tensor] = {}
-    for batch in _run(transformer, pairs, micro_batch, place):
+    for batch in _run(transformer, work):
         found.update(zip(zip(batch.samples, batch.steps, strict=True), batch.log_probs.unbind(), strict=True))
-    none = torch.zeros((), dtype=torch.float32, device=place.device)
-    return torch.stack([torch.stack([found.get((source.index, step), none) for step in chosen]) for source in sources])
+    none = torch.zeros((), dtype=torch.float32, device=work.place.device)
+    return torch.stack([torch.stack([found.get((source.index, step), none) for step in work.steps]) for source in work.sources])
 
 
 def score(
@@ -150,28 +144,55 @@ def score(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    _check_micro_batch(micro_batch)
-    check_weights(transformer)
-    place = place_of(transformer, rollouts, device, dtype)
-    sources = sources_of(rollouts, place)
-    chosen = steps_of(sources, steps)
-    pairs = list(pairs_of(sources, chosen, stochastic_only=False))
-    rows: list[list[StepScore]] = [[] for _ in sources]
-    for batch in _run(transformer, pairs, micro_batch, place):
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, stochastic_only=False)
+    rows: list[list[StepScore]] = [[] for _ in work.sources]
+    for batch in _run(transformer, work):
         for sample, step_score in zip(batch.samples, batch.scores, strict=True):
             rows[sample].append(step_score)
     return Scores(
-        steps=chosen,
+        steps=work.steps,
         log_probs=torch.stack([torch.stack([one.log_prob for one in row]) for row in rows]),
-        stds=torch.tensor([[one.std for one in row] for row in rows], dtype=torch.float32, device=place.device),
+        stds=torch.tensor([[one.std for one in row] for row in rows], dtype=torch.float32, device=work.place.device),
         means=tuple(torch.stack([one.mean.to(torch.float32) for one in row]) for row in rows),
         velocities=tuple(torch.stack([one.velocity.to(torch.float32) for one in row]) for row in rows),
     )
 
 
-def _run(transformer: Transformer, pairs: Sequence[tuple[Source, int]], micro_batch: int, place: Place) -> Iterator[MicroBatch]:
-    waiting = iter(pairs)
-    while chunk := list(islice(waiting, micro_batch)):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a call is about, checked: no forward has been run yet."""
+
+    place: Place
+    sources: tuple[Source, ...]
+    steps: tuple[int, ...]
+    pairs: tuple[tuple[Source, int], ...]
+    micro_batch: int
+
+
+def _plan(
+    transformer: Transformer,
+    rollouts: Sequence[Rollout],
+    steps: Sequence[int] | None,
+    micro_batch: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    *,
+    stochastic_only: bool,
+) -> _Work:
+    _check_micro_batch(micro_batch)
+    check_weights(transformer)
+    place = place_of(transformer, rollouts, device, dtype)
+    sources = sources_of(rollouts, place)
+    chosen = steps_of(sources, steps)
+    pairs = tuple(pairs_of(sources, chosen, stochastic_only=stochastic_only))
+    return _Work(place=place, sources=tuple(sources), steps=chosen, pairs=pairs, micro_batch=micro_batch)
+
+
+def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
+    place, waiting = work.place, iter(work.pairs)
+    while chunk := list(islice(waiting, work.micro_batch)):
+        # Here, because a caller may turn it on between two micro-batches.
+        check_autocast(place)
         envs: dict[int, DenoisingEnv] = {}
         scores = []
         for source, step in chunk:

@@ -145,6 +145,23 @@ def check_weights(transformer: Transformer) -> None:
         )
 
 
+def check_autocast(place: Place) -> None:
+    """Refuses kernels of other dtypes than the engine's, unless the caller chose a dtype and thereby other bits.
+
+    It is not turned off here instead: a trainer that relies on it for speed or memory would not notice that it lost both.
+
+    Raises:
+        InvalidRequestError: Autocast is on for the transformer's device.
+    """
+    if place.dtype is None and torch.is_autocast_enabled(place.device.type):
+        _refuse(
+            "autocast",
+            "be off, since the engine rolls out without it",
+            f"torch.autocast to {torch.get_autocast_dtype(place.device.type)} on {place.device.type}",
+            f'put replay in torch.autocast("{place.device.type}", enabled=False), or pass dtype= and accept other bits',
+        )
+
+
 def grid_fault(rollout: Rollout) -> str | None:
     """Where the trajectory's grid is not the record's, in words; None where they agree."""
     trajectory, record = rollout.dit_trajectory, rollout.sampling

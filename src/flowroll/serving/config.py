@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from flowroll.engine import Limits
+from flowroll.engine import BatchLimits, Limits
 from flowroll.errors import InvalidRequestError
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
@@ -28,6 +28,7 @@ class ServerConfig:
         dtype: "auto", "float32" or "bfloat16".
         device: "auto", "cpu", "cuda" or "cuda:N".
         limits: What one request may ask for.
+        batching: How much runs at once.
         layout: How the engine is spread over ranks.
         rank_timeout_s: How long ranks wait for each other before the server gives up.
         host: Address to listen on.
@@ -36,8 +37,10 @@ class ServerConfig:
         wire_format: Answer to `Accept: */*`.
         wire_dialect: Names in the answer where the request does not choose.
         weights_roots: Folders, absolute, from which clients may have weights read; none: no client may.
-        max_queue: Requests that may wait behind the running one.
+        max_queue: Requests that may wait behind those that run.
         max_body_bytes: Size of a request body.
+        max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
+            samples of 10 steps of Qwen-Image at 1024 x 1024.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
 
@@ -50,6 +53,7 @@ class ServerConfig:
     dtype: str = "auto"
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    batching: BatchLimits = field(default_factory=BatchLimits)
     layout: Layout = field(default_factory=Layout)
     rank_timeout_s: int | float = 60.0
     host: str = "127.0.0.1"
@@ -60,6 +64,7 @@ class ServerConfig:
     weights_roots: tuple[str, ...] = ()
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
+    max_score_body_bytes: int = 2**30
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
 
@@ -72,6 +77,7 @@ class ServerConfig:
         _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
+        _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
         _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())

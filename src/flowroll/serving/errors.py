@@ -38,16 +38,21 @@ WORK_RESPONSES: dict[int | str, dict[str, object]] = {
     406: {"model": ErrorBody, "description": "None of the accepted media types is offered"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     415: {"model": ErrorBody, "description": "The body is not sent as application/json"},
-    409: {"model": ErrorBody, "description": "The weights are not of the version that is demanded"},
+    408: {"model": ErrorBody, "description": "The request's own deadline passed"},
+    409: {"model": ErrorBody, "description": "Generation is paused, or the weights are not of the version that is demanded"},
     422: {"model": ErrorBody, "description": "A value breaks a rule, or a field is unknown"},
     429: {"model": ErrorBody, "description": "The queue is full; see Retry-After"},
+    499: {"model": ErrorBody, "description": "The request was aborted"},
     500: {"model": ErrorBody, "description": "The engine failed while it ran this request"},
     503: {"model": ErrorBody, "description": "The server is shutting down"},
 }
 WEIGHTS_RESPONSES: dict[int | str, dict[str, object]] = {
-    **{status: response for status, response in WORK_RESPONSES.items() if status not in (406, 429)},
+    **{status: response for status, response in WORK_RESPONSES.items() if status not in (406, 408, 429, 499)},
     409: {"model": ErrorBody, "description": "The weights are not those that are expected"},
     422: {"model": ErrorBody, "description": "A value breaks a rule, or the new weights are not the module's; nothing changed"},
+}
+CONTROL_RESPONSES: dict[int | str, dict[str, object]] = {
+    status: response for status, response in WORK_RESPONSES.items() if status in (400, 401, 413, 415, 422, 503)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -11,11 +12,13 @@ from starlette.datastructures import Headers
 
 from flowroll.engine import Engine
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scoring import ScorePlan
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.serving.middleware import Exchange, exchange_of
 from flowroll.serving.services import Services
-from flowroll.wire.codec import JSON
+from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
+from flowroll.wire.scoring import decode_score_request
 
 RequestT = TypeVar("RequestT", RolloutRequest, GenerateRequest, ImagesRequest)
 
@@ -48,18 +51,42 @@ async def accept_request(request: Request, services: Services, model: type[Reque
     return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
 
 
-async def read_body(request: Request, services: Services) -> bytes:
+async def read_body(request: Request, services: Services) -> bytearray:
     """The body of a request that has to be JSON.
 
     Raises:
         MalformedRequestError: It is sent as something else.
         PayloadTooLargeError: It is longer than the server accepts.
     """
-    _check_media_type(request.headers)
+    _media_type(request.headers, (JSON,))
     return await _receive(request, services.config.max_body_bytes)
 
 
-def _plan(engine: Engine, model: type[RequestT], body: bytes, exchange: Exchange) -> tuple[RequestT, RequestPlan]:
+async def accept_score_request(request: Request, services: Services) -> ScorePlan:
+    """Reads, decodes and checks a request for scores; see `accept_request`.
+
+    Raises:
+        MalformedRequestError: The body is not what its content type says.
+        PayloadTooLargeError: It is longer than the server accepts.
+        InvalidRequestError: A value breaks a rule; named as the wire has it.
+        ShuttingDownError: The engine stops.
+    """
+    media_type = _media_type(request.headers, (JSON, MSGPACK))
+    body = await _receive(request, services.config.max_score_body_bytes)
+    return await run_in_threadpool(_plan_score, services.worker.engine, body, media_type, exchange_of(request))
+
+
+def _plan_score(engine: Engine, body: bytearray, media_type: str, exchange: Exchange) -> ScorePlan:
+    params = decode_score_request(body, media_type)
+    exchange.suppress_logs = params.suppress_logs
+    if params.request_id is None:
+        params = replace(params, request_id=exchange.request_id)
+    else:
+        exchange.request_id = params.request_id
+    return engine.plan_score(params)
+
+
+def _plan(engine: Engine, model: type[RequestT], body: bytearray, exchange: Exchange) -> tuple[RequestT, RequestPlan]:
     accepted = parse(model, parse_json_body(body))
     params = accepted.to_params()
     exchange.suppress_logs = params.suppress_logs
@@ -73,20 +100,23 @@ def _plan(engine: Engine, model: type[RequestT], body: bytes, exchange: Exchange
         raise accepted.as_wire_error(error) from None
 
 
-def _check_media_type(headers: Headers) -> None:
+def _media_type(headers: Headers, known: Sequence[str]) -> str:
     sent = headers.get("content-type", "")
-    if sent.partition(";")[0].strip().lower() != JSON:
+    media_type = sent.partition(";")[0].strip().lower()
+    if media_type not in known:
         raise UnsupportedMediaTypeError(
-            f"content-type must be {JSON}, got {sent[:80] or 'none'}; send the request as JSON.", field="content-type"
+            f"content-type must be {' or '.join(known)}, got {sent[:80] or 'none'}; send the request as JSON.",
+            field="content-type",
         )
     encoding = headers.get("content-encoding", "identity")
     if encoding.strip().lower() != "identity":
         raise UnsupportedMediaTypeError(
             f"content-encoding must be identity, got {encoding[:80]}; send the body uncompressed.", field="content-encoding"
         )
+    return media_type
 
 
-async def _receive(request: Request, max_bytes: int) -> bytes:
+async def _receive(request: Request, max_bytes: int) -> bytearray:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes, f"{declared} bytes")
@@ -96,7 +126,7 @@ async def _receive(request: Request, max_bytes: int) -> bytes:
         body += chunk
         if len(body) > max_bytes:
             raise _too_large(max_bytes, "more")
-    return bytes(body)
+    return body
 
 
 def _too_large(max_bytes: int, got: str) -> PayloadTooLargeError:

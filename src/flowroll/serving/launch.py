@@ -58,7 +58,7 @@ def serve(config: ServerConfig) -> None:
         try:
             if place is not None:
                 check_world(config.layout, place)
-            engine = Engine(config.model, limits=config.limits, **_rank_options(config))
+            engine = Engine(config.model, limits=config.limits, batching=config.batching, **_rank_options(config))
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
         worker = None
@@ -76,17 +76,15 @@ def serve(config: ServerConfig) -> None:
 
 def _close(engine: Engine, worker: EngineWorker | None) -> None:
     """Ends the worker's thread, then the engine with its ranks."""
-    if worker is not None:
-        worker.close()
-        if worker.is_alive and engine.info.layout.num_ranks > 1:
+    if worker is not None and not worker.close():
+        if engine.info.layout.num_ranks > 1:
             # Stuck with the other ranks, on a GPU perhaps in a collective of one that is lost: an orderly exit would wait for
             # it.
             if engine.failure is not None:
                 _log.error("Error: %s", engine.failure.message)
             logging.shutdown()
             os._exit(1)
-        if worker.is_alive:
-            return
+        return
     engine.close()
 
 
@@ -213,6 +211,7 @@ def _announce(config: ServerConfig, engine: Engine, listener: socket.socket) -> 
         "api_key": "set" if config.api_key else "none",
     }
     _log.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in resolved.items()))
+    _log.info("memory: %s", engine.describe_memory())
     if config.api_key is None and not config.is_loopback:
         _log.warning(
             "%s is reachable from other machines and no api_key is set: anybody who reaches it can use this server", config.host

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from flowroll.engine.batching import LoadStats
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.worker import EngineWorker, RequestKind
 
 # From a probe's milliseconds to a group of large images.
 _SECONDS_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_OCCUPANCY_EDGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class WorkerCollector(Collector):
@@ -20,19 +22,50 @@ class WorkerCollector(Collector):
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
+        # Answers are encoded after their requests have ended, on the server's threads.
+        self.serialise_s = 0.0
 
     def collect(self) -> Iterator[Metric]:
-        """Queue depth, running requests, and how every accepted request ended."""
-        stats = self._worker.stats()
+        """Queue, running requests and samples, batches, stages, and how every accepted request ended."""
+        load = self._worker.load()
+        stats = load.requests
         yield GaugeMetricFamily("flowroll_queue_depth", "Accepted requests that wait.", stats.pending)
         yield GaugeMetricFamily("flowroll_running_requests", "Requests that the engine runs now.", stats.running)
         yield CounterMetricFamily("flowroll_accepted_requests", "Requests that entered the queue.", stats.accepted)
+        yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", load.oldest_waiting_s)
+        yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
+        yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
+        yield CounterMetricFamily("flowroll_steps", "Denoising steps of all samples, also of those that failed.", load.steps)
+        yield self._occupancy(load)
+        yield self._stages(load)
+        failures = CounterMetricFamily("flowroll_failed_requests", "Requests that ended in an error.", labels=["code"])
+        for code, count in sorted(load.failures.items()):
+            failures.add_metric([code], count)
+        yield failures
         ended = CounterMetricFamily("flowroll_ended_requests", "Accepted requests that ended.", labels=["outcome"])
         ended.add_metric(["completed"], stats.completed)
         ended.add_metric(["failed"], stats.failed)
         yield ended
         version = {"version": self._worker.engine.weight_version}
         yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", version)
+
+    @staticmethod
+    def _occupancy(load: LoadStats) -> Metric:
+        """Forwards by the number of samples in them, as a histogram."""
+        buckets = [
+            (f"{edge:g}", float(sum(count for size, count in load.batches.items() if size <= edge)))
+            for edge in _OCCUPANCY_EDGES
+        ]
+        total = float(sum(load.batches.values()))
+        name, text = "flowroll_batch_samples", "Samples in a shared forward."
+        return HistogramMetricFamily(name, text, buckets=[*buckets, ("+Inf", total)], sum_value=load.steps)
+
+    def _stages(self, load: LoadStats) -> Metric:
+        stages = CounterMetricFamily("flowroll_stage_seconds", "Seconds of ended requests, by stage.", labels=["stage"])
+        for stage, seconds in load.stage_s.items():
+            stages.add_metric([stage], seconds)
+        stages.add_metric(["serialise"], self.serialise_s)
+        return stages
 
 
 class Metrics:
@@ -51,6 +84,7 @@ class Metrics:
         sde_steps: Steps of finished samples that have a log-prob.
         weight_updates: Updates of weights, by outcome.
         weight_pause_seconds: For which no request could run because weights were exchanged.
+        scored_steps: Recorded steps that were scored again.
     """
 
     def __init__(self, worker: EngineWorker) -> None:
@@ -58,7 +92,8 @@ class Metrics:
         own = self.registry
         ProcessCollector(registry=own)
         PlatformCollector(registry=own)
-        own.register(WorkerCollector(worker))
+        self._collector = WorkerCollector(worker)
+        own.register(self._collector)
         self.requests = Counter("flowroll_requests", "HTTP requests.", ["route", "code"], registry=own)
         self.request_seconds = Histogram(
             "flowroll_request_seconds", "Seconds per HTTP request.", ["route"], buckets=_SECONDS_BUCKETS, registry=own
@@ -71,12 +106,17 @@ class Metrics:
         self.weight_pause_seconds = Counter(
             "flowroll_weight_pause_seconds", "Seconds for which no request ran because of an update.", registry=own
         )
+        self.scored_steps = Counter("flowroll_scored_steps", "Recorded steps that were scored again.", registry=own)
 
     def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int) -> None:
         """Counts an answered HTTP request."""
         self.requests.labels(route, str(code)).inc()
         self.request_seconds.labels(route).observe(seconds)
         self.response_bytes.labels(route).inc(body_bytes)
+
+    def observe_serialise(self, seconds: float) -> None:
+        """Counts the time that an answer took to be encoded; on the event loop."""
+        self._collector.serialise_s += seconds
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""

@@ -23,6 +23,8 @@ from flowroll.serving.logs import log_request
 from flowroll.serving.metrics import Metrics
 
 REQUEST_ID_HEADER = "x-request-id"
+# Milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
+TIMING_HEADER = "x-flowroll-timing"
 OPEN_PATHS = frozenset({"/liveness"})
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Exchange:
         status: Of the answer, once it began.
         body_bytes: Of the answer, so far.
         started_s: Monotonic clock.
+        stages: Seconds that the answer took, by stage.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -47,11 +50,17 @@ class Exchange:
     status: int | None = None
     body_bytes: int = 0
     started_s: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def shown_id(self) -> str:
         """The id as a header or a log line can carry it: percent-encoded, and cut where the caller's is very long."""
         return quote(self.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
+
+    @property
+    def shown_stages(self) -> str:
+        """The stages as the header has them, in the way of Server-Timing."""
+        return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in self.stages.items())
 
 
 def exchange_of(request: Request) -> Exchange:
@@ -86,7 +95,10 @@ class RequestMiddleware:
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = exchange.shown_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = exchange.shown_id
+                if exchange.stages:
+                    headers[TIMING_HEADER] = exchange.shown_stages
             elif message["type"] == "http.response.body":
                 exchange.body_bytes += len(message.get("body", b""))
             await send(message)

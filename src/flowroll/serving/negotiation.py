@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
@@ -15,6 +16,7 @@ from flowroll.wire.dialects import Dialect
 
 PNG = "image/png"
 DIALECT_HEADER = "x-flowroll-dialect"
+DEADLINE_HEADER = "x-flowroll-deadline-s"
 
 WIRE_FORMATS: Mapping[str, WireFormat] = {JSON: "json", MSGPACK: "msgpack"}
 _NOT_ACCEPTABLE = 0.0
@@ -97,6 +99,27 @@ def choose_dialect(headers: Headers, config: ServerConfig) -> Dialect:
     raise InvalidRequestError(
         f"{DIALECT_HEADER} must be {' or '.join(known)}, got {asked[:80]!r}; leave the header out for {config.wire_dialect}.",
         field=DIALECT_HEADER,
+    )
+
+
+def choose_deadline_s(headers: Headers) -> float | None:
+    """Seconds from now after which the request is given up; None: never.
+
+    Raises:
+        InvalidRequestError: The header is no number of seconds.
+    """
+    asked = headers.get(DEADLINE_HEADER)
+    if asked is None:
+        return None
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = math.nan
+    if math.isfinite(seconds) and seconds > 0:
+        return seconds
+    raise InvalidRequestError(
+        f"{DEADLINE_HEADER} must be a number of seconds > 0, got {asked[:80]!r}; leave it out for no deadline.",
+        field=DEADLINE_HEADER,
     )
 
 

@@ -11,6 +11,8 @@ from pydantic.json_schema import models_json_schema
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
 from flowroll.wire.codec import MSGPACK
+from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
+from flowroll.wire.responses import ScoreRequestObject
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
@@ -24,17 +26,21 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     RolloutRequest,
     GenerateRequest,
     ImagesRequest,
+    ScoreRequestObject,
     UpdateFromDiskRequest,
     ChecksumRequest,
     VerifyRequest,
+    AbortRequest,
+    PauseRequest,
+    ContinueRequest,
 )
 
 
-def request_body(model: type[BaseModel]) -> dict[str, Any]:
-    """What a route that reads `model` adds to its entry in the document."""
+def request_body(model: type[BaseModel], **other_content: Any) -> dict[str, Any]:
+    """What a route that reads `model`, or other content, adds to its entry in the document."""
     assert model in _REQUESTS
     schema = {"$ref": _REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}, **other_content}}}
 
 
 def install_openapi(app: FastAPI, *, needs_token: bool) -> None:

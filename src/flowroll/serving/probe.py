@@ -10,7 +10,7 @@ from flowroll.engine.worker import EngineWorker
 from flowroll.errors import EngineError, ShuttingDownError
 from flowroll.types import GeneratedImage, SamplingParams
 
-Evidence: TypeAlias = Literal["recent", "running", "probe"]
+Evidence: TypeAlias = Literal["recent", "running", "paused", "probe"]
 
 _RECENT_S = 30.0
 _TIMEOUT_S = 20.0
@@ -30,6 +30,8 @@ class GenerationProbe:
     async def check(self) -> Evidence:
         """What shows that the engine works: a result in the last 30 s, a request that makes progress, or a one-step image.
 
+        A paused engine shows nothing and is well.
+
         Callers at the same time share one generation.
 
         Raises:
@@ -45,6 +47,8 @@ class GenerationProbe:
             return "recent"
         if self._is_held_up():
             return "running"
+        if worker.is_paused:
+            return "paused"
         if worker.running and not self._is_running():
             raise EngineError("the running request must come to an end, got far more time than its size explains; restart.")
         return await self._generate()

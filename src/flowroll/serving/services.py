@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from flowroll.engine import Accepted
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.weights import WeightFiles
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.worker import EngineWorker, RequestKind
 from flowroll.serving.config import ServerConfig
+from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
+from flowroll.serving.middleware import exchange_of
+from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.probe import GenerationProbe
-from flowroll.types import GeneratedImage, Rollout, WeightUpdate
+from flowroll.types import GeneratedImage, Rollout, ScoreAnswer, WeightUpdate
 
 T = TypeVar("T")
 
@@ -47,17 +54,30 @@ class Services:
         """The services of a new app."""
         return cls(config=config, worker=worker, metrics=Metrics(worker), probe=GenerationProbe(worker))
 
-    async def rollout(self, plan: RequestPlan) -> list[Rollout]:
-        """Runs a planned rollout on the engine's thread."""
-        rollouts = await asyncio.wrap_future(self.worker.submit(plan, "rollout"))
-        self.metrics.observe_result(plan, "rollout")
-        return rollouts
+    async def rollout(self, request: Request, plan: RequestPlan) -> list[Rollout]:
+        """Runs a planned rollout, for as long as its client is there."""
+        return await self._run(request, plan, self.worker.submit(plan, "rollout", timeout_s=_timeout_s(request)), "rollout")
 
-    async def generate(self, plan: RequestPlan) -> list[GeneratedImage]:
-        """Runs a planned generation on the engine's thread."""
-        images = await asyncio.wrap_future(self.worker.submit(plan, "generate"))
-        self.metrics.observe_result(plan, "generate")
-        return images
+    async def generate(self, request: Request, plan: RequestPlan) -> list[GeneratedImage]:
+        """Runs a planned generation, for as long as its client is there."""
+        return await self._run(request, plan, self.worker.submit(plan, "generate", timeout_s=_timeout_s(request)), "generate")
+
+    async def serialise(self, request: Request, encode: Callable[..., T], /, *values: Any, **options: Any) -> T:
+        """Encodes an answer on a thread, and notes how long that took."""
+        started_s = time.perf_counter()
+        encoded = await run_in_threadpool(encode, *values, **options)
+        seconds = time.perf_counter() - started_s
+        exchange_of(request).stages["serialise"] = seconds
+        self.metrics.observe_serialise(seconds)
+        return encoded
+
+    async def _run(self, request: Request, plan: RequestPlan, accepted: Accepted[T], kind: RequestKind) -> list[T]:
+        try:
+            results = await while_connected(request, accepted, self.worker.cancel)
+        finally:
+            exchange_of(request).stages.update(dataclasses.asdict(accepted.timing))
+        self.metrics.observe_result(plan, kind)
+        return results
 
     async def update_weights(self, files: WeightFiles, weight_version: str | None) -> WeightUpdate:
         """Reads new weights while requests run, and exchanges them between two requests."""
@@ -77,3 +97,13 @@ class Services:
     async def between_requests(self, action: Callable[[], T]) -> T:
         """Has something done on the engine's thread while no request runs."""
         return await asyncio.wrap_future(self.worker.between_requests(action))
+
+    async def score(self, plan: ScorePlan) -> ScoreAnswer:
+        """Scores recorded steps, between the steps of requests."""
+        answer = await asyncio.wrap_future(self.worker.submit_scores(plan))
+        self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
+        return answer
+
+
+def _timeout_s(request: Request) -> float | None:
+    return choose_deadline_s(request.headers)

@@ -5,6 +5,7 @@ the model's rules in `families/`, and what depends on a loaded checkpoint (sizes
 imports a model library.
 """
 
+from flowroll.types.digest import branch_digest
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     MAX_GUIDANCE_SCALE,
@@ -31,6 +32,7 @@ from flowroll.types.results import (
     SamplingRecord,
     Trajectory,
 )
+from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
 from flowroll.types.weights import MAX_VERSION_CHARS, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
@@ -55,14 +57,19 @@ __all__ = [
     "ModuleName",
     "Number",
     "ParallelPlan",
+    "RecordedSteps",
     "Region",
     "Rollout",
+    "SampleScores",
     "SamplingParams",
     "SamplingRecord",
+    "ScoreAnswer",
+    "ScoreParams",
     "SdeType",
     "Split",
     "Trajectory",
     "WeightUpdate",
+    "branch_digest",
     "check_version",
     "version_number",
 ]

@@ -41,6 +41,8 @@ class SamplingRecord:
         timestep_dtype: Dtype in which the timestep given to the model was computed.
         device: Device type that the transformer ran on.
         schema_version: Version of this record.
+        pos_cond_sha256: `branch_digest` of the environment's conditional branch; None where no environment was returned.
+        neg_cond_sha256: Of the unconditional branch; None without one.
     """
 
     family: str
@@ -61,6 +63,9 @@ class SamplingRecord:
     timestep_dtype: str
     device: str
     schema_version: int = SCHEMA_VERSION
+    # Later than the rest, and without meaning for the steps: records that lack them are of the same schema.
+    pos_cond_sha256: str | None = None
+    neg_cond_sha256: str | None = None
 
     def __post_init__(self) -> None:
         assert len(self.sigmas) == self.num_inference_steps + 1

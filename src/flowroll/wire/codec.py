@@ -41,7 +41,7 @@ _PREFIX_MULTIPLE = 24
 Data = TypeVar("Data")
 
 
-class _Blob(msgspec.Struct, Generic[Data], frozen=True):
+class Blob(msgspec.Struct, Generic[Data], frozen=True):
     """The envelope of a tensor; the safetensors header inside says dtype and shape again, and counts."""
 
     data: Data
@@ -49,12 +49,12 @@ class _Blob(msgspec.Struct, Generic[Data], frozen=True):
 
 # What an answer is decoded as: base64 into buffers of their own, raw bytes in place.
 _ROLLOUTS: Mapping[str, Any] = {
-    JSON: msgspec.json.Decoder(list[WireSample[_Blob[bytearray]]]),
-    MSGPACK: msgspec.msgpack.Decoder(list[WireSample[_Blob[memoryview]]]),
+    JSON: msgspec.json.Decoder(list[WireSample[Blob[bytearray]]]),
+    MSGPACK: msgspec.msgpack.Decoder(list[WireSample[Blob[memoryview]]]),
 }
 _IMAGES: Mapping[str, Any] = {
-    JSON: msgspec.json.Decoder(list[WireImage[_Blob[bytearray]]]),
-    MSGPACK: msgspec.msgpack.Decoder(list[WireImage[_Blob[memoryview]]]),
+    JSON: msgspec.json.Decoder(list[WireImage[Blob[bytearray]]]),
+    MSGPACK: msgspec.msgpack.Decoder(list[WireImage[Blob[memoryview]]]),
 }
 
 
@@ -63,12 +63,12 @@ def encode_rollouts(rollouts: Sequence[Rollout], *, wire_format: WireFormat, dia
 
     The body refers to the rollouts' tensors; do not write to them before it is sent.
     """
-    return _encode([rollout_to_wire(rollout, dialect) for rollout in rollouts], wire_format)
+    return encode([rollout_to_wire(rollout, dialect) for rollout in rollouts], wire_format)
 
 
 def encode_images(images: Sequence[GeneratedImage], *, wire_format: WireFormat) -> EncodedBody:
     """The body of an answer of POST /generate; it refers to the images' tensors."""
-    return _encode([image_to_wire(image) for image in images], wire_format)
+    return encode([image_to_wire(image) for image in images], wire_format)
 
 
 def decode_rollouts(body: Body, content_type: str) -> list[Rollout]:
@@ -84,8 +84,8 @@ def decode_rollouts(body: Body, content_type: str) -> list[Rollout]:
     Raises:
         ServerConnectionError: It is truncated, or no such answer.
     """
-    with _reading("rollouts"):
-        return [rollout_from_wire(sample, _load) for sample in _ROLLOUTS[_media_type(content_type)].decode(body)]
+    with reading("rollouts"):
+        return [rollout_from_wire(sample, load) for sample in _ROLLOUTS[media_type_of(content_type)].decode(body)]
 
 
 def decode_images(body: Body, content_type: str) -> list[GeneratedImage]:
@@ -94,11 +94,12 @@ def decode_images(body: Body, content_type: str) -> list[GeneratedImage]:
     Raises:
         ServerConnectionError: The body is truncated, or no such answer.
     """
-    with _reading("images"):
-        return [image_from_wire(sample, _load) for sample in _IMAGES[_media_type(content_type)].decode(body)]
+    with reading("images"):
+        return [image_from_wire(sample, load) for sample in _IMAGES[media_type_of(content_type)].decode(body)]
 
 
-def _encode(answer: list[dict[str, object]], wire_format: WireFormat) -> EncodedBody:
+def encode(answer: object, wire_format: WireFormat) -> EncodedBody:
+    """The body of plain containers with tensors as leaves; it refers to the tensors' storage."""
     # Random, so that no prompt can hold it by accident or on purpose.
     token = secrets.token_hex(TOKEN_CHARS // 2)
     tensors: list[Tensor] = []
@@ -108,8 +109,8 @@ def _encode(answer: list[dict[str, object]], wire_format: WireFormat) -> Encoded
         tensors.append(value)
         return token
 
-    encode: Callable[..., bytes] = msgspec.json.encode if wire_format == "json" else msgspec.msgpack.encode
-    parts = encode(answer, enc_hook=placeholder).split(encode(token))
+    dump: Callable[..., bytes] = msgspec.json.encode if wire_format == "json" else msgspec.msgpack.encode
+    parts = dump(answer, enc_hook=placeholder).split(dump(token))
     assert len(parts) == len(tensors) + 1
     segments: list[Segment] = []
     offset, before = 0, parts[0]
@@ -128,11 +129,17 @@ def _encode(answer: list[dict[str, object]], wire_format: WireFormat) -> Encoded
     return EncodedBody(content_type=JSON if wire_format == "json" else MSGPACK, segments=tuple(segments))
 
 
-def _load(leaf: _Blob[Any]) -> Tensor:
+def load(leaf: Blob[Any]) -> Tensor:
+    """The tensor of a leaf."""
     return tensor_from_blob(leaf.data)
 
 
-def _media_type(content_type: str) -> str:
+def media_type_of(content_type: str) -> str:
+    """The media type of an answer.
+
+    Raises:
+        ServerConnectionError: It is none of flowroll's.
+    """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in (JSON, MSGPACK):
         raise ServerConnectionError(
@@ -142,7 +149,8 @@ def _media_type(content_type: str) -> str:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
+    """Turns whatever is wrong with an answer into one error of the connection."""
     try:
         yield
     except (msgspec.DecodeError, ValueError, RecursionError, AssertionError) as error:

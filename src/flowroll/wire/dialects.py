@@ -101,7 +101,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
 def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:
     """The response object of a rollout, tensors as they are."""
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
-    embeds = NATIVE_EMBEDS.get(rollout.sampling.family, SGLANG_EMBEDS)
+    embeds = embeds_name(rollout.sampling)
     return {
         "request_id": rollout.request_id,
         "prompt": rollout.prompt,
@@ -109,7 +109,7 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:
         "generated_output": rollout.image,
         "rollout_log_probs": rollout.log_probs,
         "rollout_debug_tensors": None if debug is None else _debug_to_wire(debug, dialect),
-        "denoising_env": None if env is None else _env_to_wire(env, dialect, embeds),
+        "denoising_env": None if env is None else env_to_wire(env, dialect, embeds),
         "dit_trajectory": None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
         "sde_step_indices": rollout.sde_step_indices,
         "weight_version": rollout.weight_version,
@@ -135,7 +135,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     _check_version(sample.sampling)
     debug, env, trajectory = sample.rollout_debug_tensors, sample.denoising_env, sample.dit_trajectory
     log_probs, num_steps = sample.rollout_log_probs, sample.sampling.num_inference_steps
-    embeds = NATIVE_EMBEDS.get(sample.sampling.family, SGLANG_EMBEDS)
+    embeds = embeds_name(sample.sampling)
     return Rollout(
         request_id=sample.request_id,
         prompt=sample.prompt,
@@ -144,7 +144,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         log_probs=None if log_probs is None else _of_rank(1, load(log_probs), "rollout_log_probs"),
         sde_step_indices=sample.sde_step_indices,
         debug_tensors=None if debug is None else _debug_from_wire(debug, load),
-        denoising_env=None if env is None else _env_from_wire(env, load, embeds),
+        denoising_env=None if env is None else env_from_wire(env, load, embeds),
         dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
         weight_version=sample.weight_version,
         sampling=sample.sampling,
@@ -205,7 +205,14 @@ def _debug_from_wire(tensors: Mapping[str, Leaf], load: Callable[[Leaf], Tensor]
     return DebugTensors(**found)
 
 
-def _env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> dict[str, object]:
+def embeds_name(record: SamplingRecord) -> str:
+    """What the family of a record calls the text embedding."""
+    return NATIVE_EMBEDS.get(record.family, SGLANG_EMBEDS)
+
+
+def env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> dict[str, object]:
+    """The object of an environment, tensors as they are; `embeds` is the family's name of the text embedding."""
+
     def branch(values: Mapping[str, EnvValue]) -> dict[str, object]:
         renamed: dict[str, object] = dict(values)
         if dialect == "sglang" and embeds in renamed:
@@ -221,7 +228,13 @@ def _env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> dict[str, 
     }
 
 
-def _env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: str) -> DenoisingEnv:
+def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: str) -> DenoisingEnv:
+    """The environment of an object of either dialect.
+
+    Raises:
+        LayoutError: The embeds are in a list, and not alone.
+    """
+
     def loaded(value: object) -> EnvValue:
         if isinstance(value, list):
             return [loaded(item) for item in value]

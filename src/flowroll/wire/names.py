@@ -9,7 +9,11 @@ from flowroll.types import ROLLOUT_FIELDS
 
 EXTRA = "extra_sampling_params"
 ROLLOUT_ROUTE = "/rollout/generate"
+SCORE_ROUTE = "/rollout/score"
 GENERATE_ROUTE = "/generate"
+ABORT_ROUTE = "/abort_request"
+PAUSE_ROUTE = "/pause_generation"
+CONTINUE_ROUTE = "/continue_generation"
 UPDATE_FROM_DISK_ROUTE = "/update_weights_from_disk"
 CHECKSUM_ROUTE = "/get_weights_checksum"
 VERIFY_ROUTE = "/verify_weights"

@@ -1,4 +1,4 @@
-"""The answers, for the OpenAPI document only: the codec writes them, and a test holds the two together.
+"""What the codec writes and reads, for the OpenAPI document only; a test holds the two together.
 
 Shapes are per sample: T is the number of steps, H and W are pixels, L text tokens, and "latent" a sample's latents as the
 family's loop has them (Qwen-Image [H/16 * W/16, 64], Z-Image [16, H/8, W/8]).
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flowroll.types import SCHEMA_VERSION, SdeType
+from flowroll.types import MAX_REQUEST_ID_CHARS, SCHEMA_VERSION, SdeType
 
 
 class _Answer(BaseModel):
@@ -93,6 +93,10 @@ class SamplingObject(_Answer):
     timestep_dtype: str = Field(description="Dtype in which the model's timestep was computed.", examples=["torch.float32"])
     device: str = Field(description="Device type that the transformer ran on.", examples=["cuda"])
     schema_version: int = Field(description="Version of this layout.", examples=[SCHEMA_VERSION])
+    pos_cond_sha256: str | None = Field(
+        default=None, description="Digest of denoising_env.pos_cond_kwargs as it was made; null where no env was returned."
+    )
+    neg_cond_sha256: str | None = Field(default=None, description="Digest of denoising_env.neg_cond_kwargs.")
 
 
 class RolloutObject(_Answer):
@@ -113,6 +117,103 @@ class RolloutObject(_Answer):
     sampling: SamplingObject = Field(description="How it was made.")
     inference_time_s: float = Field(description="Wall time of the sample's denoising and decode, seconds.", examples=[1.8])
     peak_memory_mb: float = Field(description="Peak memory, MiB.", examples=[61440.0])
+
+
+_RECORD_EXAMPLE: dict[str, Any] = {
+    "family": "z_image",
+    "variant": "turbo",
+    "sde_type": "sde",
+    "noise_level": 0.7,
+    "log_prob_no_const": False,
+    "guidance_rule": "none",
+    "guidance_scale": 0.0,
+    "negative_prompt": None,
+    "height": 1024,
+    "width": 1024,
+    "num_inference_steps": 1,
+    "sigmas": [1.0, 0.0],
+    "timesteps": [1000.0],
+    "generator_device": "cuda",
+    "model_dtype": "torch.bfloat16",
+    "timestep_dtype": "torch.float32",
+    "device": "cuda",
+    "schema_version": SCHEMA_VERSION,
+}
+# A safetensors blob of a [1, 2] tensor, in base64.
+_BLOB = "QAAAAAAAAAB7InQiOnsiZHR5cGUiOiJGMzIiLCJzaGFwZSI6WzEsMl0sImRhdGFfb2Zmc2V0cyI6WzAsOF19fSAgICAgICAgAAAAPwAAgL8="
+_TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
+
+
+class RecordedStepsObject(_Answer):
+    """Some steps of one sample; n is their number."""
+
+    steps: list[int] = Field(min_length=1, description="Which steps, 0-based.", examples=[[0, 3]])
+    latents: TensorObject = Field(description="[n, latent]: x before each step, as dit_trajectory has it.")
+    next_latents: TensorObject = Field(description="[n, latent]: x after each step.")
+    denoising_env: DenoisingEnvObject = Field(description="Of the rollout.")
+    sampling: SamplingObject = Field(description="Of the rollout.")
+    sde_step_indices: list[int] | None = Field(
+        default=None, description="Of the rollout. null: every step follows sampling.sde_type.", examples=[[0, 1, 2]]
+    )
+
+
+class ScoreRequestObject(_Answer):
+    """Body of POST /rollout/score; read by the codec, which refuses unknown names."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "samples": [
+                        {
+                            "steps": [0],
+                            "latents": _TENSOR_EXAMPLE,
+                            "next_latents": _TENSOR_EXAMPLE,
+                            "denoising_env": {
+                                "image_kwargs": {},
+                                "pos_cond_kwargs": {"cap_feats": _TENSOR_EXAMPLE},
+                                "neg_cond_kwargs": None,
+                                "guidance": None,
+                            },
+                            "sampling": _RECORD_EXAMPLE,
+                            "sde_step_indices": [0],
+                        }
+                    ],
+                    "log_probs_only": True,
+                }
+            ]
+        }
+    )
+
+    samples: list[RecordedStepsObject] = Field(
+        min_length=1, description="What to score; each step is scored alone. At most max_scores steps in all."
+    )
+    log_probs_only: bool = Field(
+        default=False, description="Leave means and velocities out; no forward is run for a step without density."
+    )
+    suppress_logs: bool = Field(default=False, description="Do not log this request.")
+    request_id: str | None = Field(
+        default=None, min_length=1, max_length=MAX_REQUEST_ID_CHARS, description="Echoed. null: the server makes one."
+    )
+
+
+class SampleScoresObject(_Answer):
+    """The scored steps of one sample; float32."""
+
+    steps: list[int] = Field(description="Which steps, as asked for.", examples=[[0, 3]])
+    log_probs: TensorObject = Field(description="[n]; 0.0 at deterministic steps.")
+    stds: TensorObject = Field(description="[n]: total std of the transitions; 0.0 at deterministic steps.")
+    means: TensorObject | None = Field(description="[n, latent]: mean of the next latents; null with log_probs_only.")
+    velocities: TensorObject | None = Field(description="[n, latent]: the guided velocities; null with log_probs_only.")
+
+
+class ScoreAnswerObject(_Answer):
+    """Answer of POST /rollout/score."""
+
+    request_id: str = Field(description="Of the request.", examples=["step-120-scores"])
+    weight_version: str = Field(description="Version of the weights that scored all of it.", examples=["0"])
+    inference_time_s: float = Field(description="Wall time, seconds.", examples=[0.8])
+    samples: list[SampleScoresObject] = Field(description="In the order of the request.")
 
 
 class GeneratedImageObject(_Answer):

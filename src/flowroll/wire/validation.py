@@ -25,7 +25,7 @@ _BODY_RULE = Rule(text="be a JSON object of valid text", remedy="send the reques
 _ROLLOUT_NAMES = ROLLOUT_FIELDS | set(PARAM_TO_WIRE.values())
 
 
-def parse_json_body(body: bytes) -> dict[str, Any]:
+def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object in a request body; NaN, infinities and numbers out of range are no JSON.
 
     Raises:

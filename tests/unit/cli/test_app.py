@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 import flowroll.serving
+from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.serve import serve
-from flowroll.engine import Limits
+from flowroll.engine import BatchLimits, Limits
 from flowroll.serving import ServerConfig
 from flowroll.types import Layout
 
@@ -85,14 +86,22 @@ def test_serve_without_flags_is_the_servers_own_configuration(served, tmp_path):
     assert served == [ServerConfig(model=str(tmp_path))]
 
 
+@pytest.mark.parametrize(("words", "family"), [((), "z_image"), (("shapes-qwen_image",), "qwen_image")])
+def test_serve_has_checkpoints_of_its_own(served, words, family):
+    assert run_cli("serve", *words).exit_code == 0
+    assert served == [ServerConfig(model=str(shapes_checkpoint(family)))]
+
+
 def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
     words = (
         *("--host", "0.0.0.0", "--port", 8000, "--variant", "turbo", "--dtype", "bfloat16", "--device", "cpu"),
         *("--api-key", "sesame", "--wire-format", "msgpack", "--wire-dialect", "sglang", "--max-pixels", 4096),
         *("--max-steps", 20, "--max-outputs", 3, "--max-queue", 2),
+        *("--max-batch-samples", 5, "--max-running-samples", 9, "--max-running-pixels", 70_000),
         *("--weights-root", tmp_path, "--weights-root", "/"),
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
-        *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--grace-s", 1.5, "--log-level", "warning"),
+        *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
+        *("--grace-s", 1.5, "--log-level", "warning"),
     )
     result = run_cli("serve", tmp_path, *words)
     assert result.exit_code == 0, result.output
@@ -107,12 +116,14 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             api_key="sesame",
             wire_format="msgpack",
             wire_dialect="sglang",
-            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000),
+            limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000, max_scores=9),
+            batching=BatchLimits(max_batch_samples=5, max_running_samples=9, max_running_pixels=70_000),
             layout=Layout(cfg_parallel=True, sp=2, tp=4),
             rank_timeout_s=7.5,
             weights_roots=(str(tmp_path), "/"),
             max_queue=2,
             max_body_bytes=1000,
+            max_score_body_bytes=2000,
             grace_s=1.5,
             log_level="warning",
         )
@@ -120,7 +131,8 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
 
 
 def test_the_flags_of_serve_are_the_fields_of_the_configuration():
-    configurable = {field.name for field in (*fields(ServerConfig), *fields(Limits), *fields(Layout))} - {"limits", "layout"}
+    parts = {"limits": Limits, "layout": Layout, "batching": BatchLimits}
+    configurable = {field.name for owner in (ServerConfig, *parts.values()) for field in fields(owner)} - parts.keys()
     assert set(inspect.signature(serve).parameters) == configurable
 
 

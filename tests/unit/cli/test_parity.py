@@ -46,7 +46,7 @@ def no_process(monkeypatch):
         (("--rank-timeout-s", "nan"), "rank_timeout_s must be a number of seconds above 0, got nan; use e.g. 60."),
         (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got tpu"),
         (("--device", "cuda:99"), "device must be on this machine, got cuda:99"),
-        (("--variant", "turbo"), "variant must be one of base for qwen_image, got turbo"),
+        (("--variant", "turbo"), "variant must be one of base, shapes for qwen_image, got turbo"),
     ],
 )
 def test_a_bad_value_is_one_clear_line_before_any_process(words, message, no_process, qwen_checkpoint, tmp_path):

@@ -61,7 +61,7 @@ def test_an_env_of_another_text_is_named(files, qwen_checkpoint, tmp_path):
     swapped = {"neg_cond_kwargs": rollout.denoising_env.pos_cond_kwargs}
     result = run_cli("verify", "--model", qwen_checkpoint, saved(files, tmp_path, denoising_env=swapped))
     assert result.exit_code == 1
-    assert "the negative prompt's branch is not what this model makes of its text" in result.stdout
+    assert "the negative prompt's branch is not the one that the rollout was made with" in result.stdout
     assert "other weights" not in result.stdout
 
 

@@ -53,11 +53,11 @@ def test_a_score_has_the_bits_of_the_rollout(engine: Engine, options: dict[str, 
 @pytest.mark.parametrize(
     ("field", "values", "words"),
     [
-        ("step", {"step": 3}, "lie in 0..2, got 3"),
-        ("step", {"step": -1}, "lie in 0..2, got -1"),
-        ("latents", {"latents": torch.ones(2, 3)}, r"of 64 x 64, got \[2, 3\]; send one state"),
-        ("family", {"family": "sdxl"}, "which this engine has, got sdxl"),
-        ("model_dtype", {"model_dtype": "torch.float32"}, "which this engine has, got torch.float32"),
+        ("steps", {"step": 3}, "lie in 0..2, got 3"),
+        ("steps", {"step": -1}, "lie in 0..2, got -1"),
+        ("latents", {"latents": torch.ones(2, 3)}, r"at 64 x 64, got \[2, 3\]; send one state"),
+        ("sampling.family", {"family": "sdxl"}, "which this engine has, got sdxl"),
+        ("sampling.model_dtype", {"model_dtype": "torch.float32"}, "which this engine has, got torch.float32"),
         ("denoising_env", {"neg_cond_kwargs": None}, "hold neg_cond_kwargs for a guided rollout"),
     ],
 )

@@ -93,6 +93,22 @@ def test_saving_replaces_a_file_only_as_a_whole(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_from_before_the_record_had_digests_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    rollout = make_rollout()
+    save_rollout(path, rollout)
+    whole = path.read_bytes()
+    for name in (b"pos", b"neg"):
+        field = rb",\"" + name + rb"_cond_sha256\":null"
+        assert field in whole
+        # Spaces keep the lengths, and mean nothing.
+        whole = whole.replace(field, b" " * len(field))
+    path.write_bytes(whole)
+    loaded = load_rollout(path)
+    assert_same_answer(rollout, loaded)
+    assert loaded.sampling.pos_cond_sha256 is loaded.sampling.neg_cond_sha256 is None
+
+
 @pytest.mark.parametrize("place", ["missing/a.safetensors", "."])
 def test_a_place_that_cannot_be_written_is_a_clear_error(place: str, tmp_path: Path) -> None:
     with pytest.raises(RolloutFileError, match="path must be writable, got "):

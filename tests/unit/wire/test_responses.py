@@ -25,7 +25,15 @@ def test_the_documented_image_is_what_the_codec_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [responses.RolloutObject, responses.GeneratedImageObject, responses.ImagesObject], ids=lambda m: m.__name__
+    "model",
+    [
+        responses.RolloutObject,
+        responses.GeneratedImageObject,
+        responses.ImagesObject,
+        responses.ScoreRequestObject,
+        responses.ScoreAnswerObject,
+    ],
+    ids=lambda m: m.__name__,
 )
 def test_every_response_field_is_described(model: type[BaseModel]) -> None:
     schema = model.model_json_schema()

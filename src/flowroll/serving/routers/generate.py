@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from flowroll.errors import InvalidRequestError
 from flowroll.serving.answers import stream
@@ -48,10 +47,10 @@ def build_router(services: Services) -> APIRouter:
                 f"num_outputs_per_prompt must be 1 for {PNG}, got {len(plan.seeds)}; accept application/json for several.",
                 field="num_outputs_per_prompt",
             )
-        images = await services.generate(plan)
+        images = await services.generate(request, plan)
         if media_type == PNG:
-            content = await run_in_threadpool(encode_png, images[0].image)
+            content = await services.serialise(request, encode_png, images[0].image)
             return Response(content, media_type=PNG, headers={SEED_HEADER: str(images[0].seed)})
-        return stream(await run_in_threadpool(encode_images, images, wire_format=WIRE_FORMATS[media_type]))
+        return stream(await services.serialise(request, encode_images, images, wire_format=WIRE_FORMATS[media_type]))
 
     return router

@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from flowroll.errors import EngineError, FlowrollError, ShuttingDownError
+from flowroll.errors import EngineError, FlowrollError, PausedError, ShuttingDownError
 from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
 from flowroll.serving.probe import Evidence
 from flowroll.serving.services import Services
@@ -23,7 +23,8 @@ class GenerationHealth(Health):
     """The engine generates."""
 
     evidence: Evidence = Field(
-        description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image."
+        description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image; "
+        "paused: generation is paused."
     )
 
 
@@ -48,10 +49,14 @@ def build_router(services: Services) -> APIRouter:
             return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
         return Health()
 
-    @router.get("/readiness", summary="New requests are taken", responses=_FAILED)
-    async def readiness() -> Health:
+    @router.get("/readiness", summary="New requests are taken", response_model=Health, responses=_FAILED)
+    async def readiness() -> Health | Response:
         if not worker.is_accepting:
-            raise ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
+            return _unavailable(
+                ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
+            )
+        if worker.is_paused:
+            return _unavailable(PausedError("generation must go on to be ready, got a pause; continue it."))
         return Health()
 
     @router.get("/health_generate", summary="The engine generates", response_model=GenerationHealth, responses=_FAILED)

@@ -10,7 +10,6 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
 
 from flowroll.errors import NotFoundError
 from flowroll.serving.errors import COMMON_RESPONSES, WORK_RESPONSES
@@ -66,8 +65,8 @@ def build_router(services: Services) -> APIRouter:
         accepted, plan = await accept_request(request, services, ImagesRequest)
         if accepted.model not in (None, served.id, info.model):
             raise NotFoundError(f"model must be {served.id}, got {accepted.model[:80]!r}; leave it out.", field="model")
-        images = await services.generate(plan)
-        return Response(await run_in_threadpool(_answer, images), media_type=JSON)
+        images = await services.generate(request, plan)
+        return Response(await services.serialise(request, _answer, images), media_type=JSON)
 
     return router
 

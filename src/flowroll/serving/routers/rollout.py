@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
@@ -36,7 +35,8 @@ def build_router(services: Services) -> APIRouter:
         wire_format = choose_wire_format(request.headers, services.config)
         dialect = choose_dialect(request.headers, services.config)
         _, plan = await accept_request(request, services, RolloutRequest)
-        rollouts = await services.rollout(plan)
-        return stream(await run_in_threadpool(encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect))
+        rollouts = await services.rollout(request, plan)
+        body = await services.serialise(request, encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect)
+        return stream(body)
 
     return router

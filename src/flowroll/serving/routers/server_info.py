@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from flowroll.engine import Limits
+from flowroll.engine import BatchLimits, Limits
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.services import Services
@@ -47,8 +47,11 @@ class ServerInfo(BaseModel):
     versions: Mapping[str, str] = Field(description="Of the libraries whose code shapes the bits.")
     wire_format: WireFormat = Field(description="Answer to Accept: */*.")
     wire_dialect: Dialect = Field(description="Names in the answer where the request does not choose.")
+    batching: BatchLimits = Field(description="How much runs at once.")
     max_queue: int = Field(description="Requests that may wait.")
     max_body_bytes: int = Field(description="Size of a request body.")
+    max_score_body_bytes: int = Field(description="Size of a body of POST /rollout/score.")
+    is_paused: bool = Field(description="Whether new requests are refused until /continue_generation.")
     is_ready: bool = Field(description="Whether new requests are taken.")
     queue: Queue
     uptime_s: float
@@ -61,15 +64,19 @@ def build_router(services: Services) -> APIRouter:
 
     @router.get("/server_info", summary="What runs here, and how", responses=COMMON_RESPONSES)
     async def server_info() -> ServerInfo:
+        load = services.worker.load()
         return ServerInfo(
             **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
             weight_version=services.worker.engine.weight_version,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
+            batching=services.worker.engine.batcher.limits,
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
-            is_ready=services.worker.is_accepting,
-            queue=Queue(**dataclasses.asdict(services.worker.stats())),
+            max_score_body_bytes=config.max_score_body_bytes,
+            is_paused=load.is_paused,
+            is_ready=services.worker.is_accepting and not load.is_paused,
+            queue=Queue(**dataclasses.asdict(load.requests)),
             uptime_s=time.monotonic() - services.started_s,
         )
 

@@ -104,7 +104,7 @@ def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
     return files
 
 
-def _read_expected(body: bytes) -> tuple[VerifyRequest, list[tuple[str, str]]]:
+def _read_expected(body: bytearray) -> tuple[VerifyRequest, list[tuple[str, str]]]:
     """The request, and what it expects with names that are there twice, of which a parser keeps the last in silence."""
     accepted = parse(VerifyRequest, parse_json_body(body))
 

@@ -1,0 +1,274 @@
+"""The three lines of work: prompts are encoded, shared steps are taken, pictures are decoded.
+
+Each does one piece of work per call of `work`, on whatever thread calls it: one of its own (threads.py), or a test's. An error
+in a piece of work ends the request that it was for, never the line.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from flowroll.engine.batching.errands import Errand
+from flowroll.engine.batching.floor import Floor
+from flowroll.engine.batching.jobs import RunningSample
+from flowroll.engine.batching.samples import Start
+from flowroll.engine.batching.steps import Steps
+from flowroll.engine.denoising import DenoisingTask, Sample
+from flowroll.engine.finishing import Finished
+from flowroll.engine.plan import RequestPlan
+from flowroll.errors import FlowrollError
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What is done for a request or a sample besides its steps, by whoever holds the model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+
+    def encode(self, plan: RequestPlan) -> DenoisingTask:
+        """The request's conditioning and schedule."""
+
+    def decode(self, task: DenoisingTask, sample: Sample) -> Tensor:
+        """A finished sample's picture, on the CPU."""
+
+
+class Line:
+    """One line of work.
+
+    Args:
+        floor: What the lines share.
+        work: Encodes and decodes.
+    """
+
+    def __init__(self, floor: Floor, work: Work) -> None:
+        self._floor, self._work = floor, work
+
+    def work(self) -> bool:
+        """Does one piece of work; False: there was none."""
+        raise NotImplementedError
+
+    def may_work(self) -> bool:
+        """Whether there may be something to do, so that a thread that sleeps has to look."""
+        return True
+
+    def idle_s(self) -> float | None:
+        """How long there is nothing to do if nobody changes anything; None: for ever."""
+        return None
+
+    @contextmanager
+    def _working(self, num_threads: int) -> Iterator[None]:
+        """Torch's settings, which are each thread's own, as the request of a caller with so many CPU threads needs them."""
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        if self._work.device.type == "cuda":
+            torch.cuda.set_device(self._work.device)
+        clock = self._floor.clock
+        started_s = clock()
+        with torch.no_grad():
+            yield
+        now_s = clock()
+        with self._floor.look():
+            self._floor.pace.note_piece(now_s - started_s, now_s)
+
+
+class EncodeLine(Line):
+    """Encodes the prompts of one request at a time."""
+
+    @override
+    def may_work(self) -> bool:
+        return bool(self._floor.to_encode)
+
+    @override
+    def work(self) -> bool:
+        """Encodes for one request."""
+        floor = self._floor
+        if not floor.to_encode:
+            return False
+        job, attempt = floor.to_encode.popleft()
+        task: DenoisingTask | None = None
+        failure: BaseException | None = None
+        try:
+            if job.attempt == attempt:
+                with self._working(job.num_threads):
+                    task = self._work.encode(job.plan)
+        except BaseException as error:
+            failure = error
+        with floor.change():
+            floor.is_encoding = False
+            if job.attempt != attempt:
+                return True
+            if failure is not None:
+                floor.book.fail(job, failure)
+            else:
+                job.task, job.encoded_s = task, floor.clock()
+                floor.samples.add_ready(job)
+        return True
+
+
+class StepLine(Line):
+    """The denoising loop.
+
+    Args:
+        floor: What the lines share.
+        work: Of the model.
+        steps: Takes the steps.
+    """
+
+    def __init__(self, floor: Floor, work: Work, steps: Steps) -> None:
+        super().__init__(floor, work)
+        self._steps = steps
+        # The thread that is in an errand for which everything rests.
+        self._alone: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the calling thread is in an errand for which everything rests."""
+        return self._alone == threading.get_ident()
+
+    @override
+    def work(self) -> bool:
+        """One turn: ends what is due; then an errand, or the samples that there is room for start and one step is taken."""
+        floor = self._floor
+        with floor.change():
+            floor.book.sweep()
+            errand = floor.errands.next(floor.clock(), is_at_rest=floor.is_at_rest())
+            starts = [] if errand or floor.pause == "freeze" else floor.samples.next_starts()
+        let_go = self.let_go()
+        if errand is not None:
+            self._run(errand)
+            return True
+        for start in starts:
+            self._start(start)
+        with floor.look():
+            batch = [] if floor.pause == "freeze" else floor.samples.next_batch()
+        if batch:
+            self._step(batch)
+        return bool(let_go or starts or batch)
+
+    @override
+    def idle_s(self) -> float | None:
+        """Until the next deadline."""
+        with self._floor.look():
+            deadline_s = self._floor.book.next_deadline_s()
+        return None if deadline_s is None else max(deadline_s - self._floor.clock(), 0.0)
+
+    def let_go(self) -> bool:
+        """Has other ranks leave the samples that have left; False: there were none."""
+        with self._floor.look():
+            dropped, self._floor.dropped = self._floor.dropped, []
+        for running in dropped:
+            with suppress(FlowrollError):  # of a lost rank, which has ended everything
+                self._steps.stop(running)
+        return bool(dropped)
+
+    def _run(self, errand: Errand) -> None:
+        result: Any = None
+        failure: BaseException | None = None
+        is_wanted = errand.future.set_running_or_notify_cancel()
+        self._alone = threading.get_ident() if errand.needs_rest else None
+        try:
+            if is_wanted:
+                with self._working(errand.num_threads):
+                    result = errand.action()
+        except BaseException as error:
+            failure = error
+        self._alone = None
+        with self._floor.change():
+            is_awaited = self._floor.errands.done()
+        if not (is_wanted and is_awaited):
+            return
+        if failure is None:
+            errand.future.set_result(result)
+        else:
+            errand.future.set_exception(failure)
+
+    def _start(self, start: Start) -> None:
+        """Draws a sample's initial noise and gives it a place in the turns."""
+        floor, job, task = self._floor, start.job, start.job.task
+        running: RunningSample | None = None
+        failure: BaseException | None = None
+        try:
+            if start.is_wanted and task is not None:
+                with self._working(job.num_threads):
+                    running = start.begin(task, floor.clock())
+        except BaseException as error:
+            failure = error
+        with floor.change():
+            if start.is_wanted and running is not None:
+                job.started_s = running.started_s if job.started_s is None else job.started_s
+                floor.samples.run(running)
+                return
+            floor.samples.release(job)
+            if start.is_wanted and failure is not None:
+                floor.book.fail(job, failure)
+
+    def _step(self, batch: list[RunningSample]) -> None:
+        floor = self._floor
+        with self._working(batch[0].job.num_threads):
+            failures = self._steps.take_step(batch)
+        with floor.change():
+            floor.book.ledger.batches[len(batch)] += 1
+            for running in batch:
+                # Asked for each: the failure of one takes the others of its request out.
+                if not running.is_wanted:
+                    continue
+                if running in failures:
+                    floor.book.fail(running.job, failures[running])
+                elif running.is_denoised:
+                    floor.samples.rest(running)
+                    floor.num_decoding += 1
+                    running.job.note_denoised(floor.clock())
+                    floor.to_decode.append(running)
+
+
+class DecodeLine(Line):
+    """Makes the answers of finished samples, one at a time."""
+
+    @override
+    def may_work(self) -> bool:
+        return bool(self._floor.to_decode)
+
+    @override
+    def work(self) -> bool:
+        """Decodes one sample."""
+        floor = self._floor
+        if not floor.to_decode:
+            return False
+        running = floor.to_decode.popleft()
+        job, result = running.job, None
+        failure: BaseException | None = None
+        try:
+            if running.is_wanted:
+                with self._working(job.num_threads):
+                    result = self._result(running)
+        except BaseException as error:
+            failure = error
+        with floor.change():
+            floor.num_decoding -= 1
+            floor.samples.release(job)
+            if not running.is_wanted:
+                return True
+            if failure is not None:
+                floor.book.fail(job, failure)
+                return True
+            job.results[running.index] = result
+            if len(job.results) == len(job.plan.seeds):
+                floor.pace.note_request(job, floor.clock())
+                floor.book.complete(job)
+        return True
+
+    def _result(self, running: RunningSample) -> Any:
+        task, sample = running.task, running.sample
+        image = self._work.decode(task, sample)
+        seconds = self._floor.clock() - running.started_s
+        finished = Finished(sample=sample, env=task.env, record=task.record, image=image, seconds=seconds)
+        return running.job.finish(task.plan, finished)

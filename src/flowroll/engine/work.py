@@ -1,0 +1,78 @@
+"""What the engine does for a request or a sample besides its steps: encode, decode."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.engine.denoising import DenoisingTask, Sample
+from flowroll.engine.finishing import record_of
+from flowroll.engine.loading import LoadedModel
+from flowroll.engine.plan import RequestPlan
+from flowroll.engine.versions import WeightVersions
+from flowroll.families import Geometry
+from flowroll.types import DenoisingEnv, EnvValue
+
+
+class ModelWork:
+    """Encodes and decodes with a loaded pipeline; `release` lets go of it.
+
+    Args:
+        model: The model.
+        pipeline: The diffusers pipeline that holds its modules.
+        versions: Of the weights.
+    """
+
+    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions) -> None:
+        self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
+        self._versions = versions
+        self.device = model.device
+        # The VAE of Qwen-Image keeps state while it decodes.
+        self._decoder = threading.Lock()
+
+    def encode(self, plan: RequestPlan) -> DenoisingTask:
+        """The request's conditioning and schedule: each distinct prompt encoded once, one prompt per call.
+
+        Raises:
+            OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
+        """
+        self._versions.demand(plan.params.min_weight_version)
+        model, pipeline = self._get()
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        encoded: dict[str, Mapping[str, EnvValue]] = {}
+        for prompt in (plan.params.prompt, plan.negative_prompt):
+            if prompt is not None and prompt not in encoded:
+                encoded[prompt] = model.family.encode(pipeline, prompt)
+        negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
+        env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
+        return DenoisingTask.build(plan, model, env, record_of(plan, env))
+
+    def decode(self, task: DenoisingTask, sample: Sample) -> Tensor:
+        """A finished sample's picture, on the CPU.
+
+        Raises:
+            EngineError: Its trajectory left float32's range.
+        """
+        if sample.recorder is not None:
+            sample.recorder.check_finite(sample.latents)
+        return self.picture(sample.latents, task.plan.geometry)
+
+    def picture(self, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 3 1 height width"]:
+        """The picture of one sample's latents, on the CPU."""
+        model, pipeline = self._get()
+        with self._decoder:
+            return model.family.decode(pipeline, latents, geometry).cpu()
+
+    def release(self) -> None:
+        """Lets go of the model; nothing works after that."""
+        self._loaded = None
+
+    def _get(self) -> tuple[LoadedModel, Any]:
+        assert self._loaded is not None
+        return self._loaded

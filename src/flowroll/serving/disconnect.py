@@ -1,0 +1,44 @@
+"""Work goes on only for as long as its client is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from flowroll.engine import Accepted
+
+T = TypeVar("T")
+
+
+async def while_connected(request: Request, accepted: Accepted[T], cancel: Callable[[Accepted[Any]], object]) -> list[T]:
+    """The answer of an accepted request, which is cancelled if its client goes away first.
+
+    Args:
+        request: Its body has been read.
+        accepted: What is waited for.
+        cancel: Ends it early.
+
+    Raises:
+        CancelledRequestError: The client went away.
+        FlowrollError: What the request ended in.
+    """
+    answer = asyncio.wrap_future(accepted)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            cancel(accepted)
+        return await answer
+    except asyncio.CancelledError:
+        cancel(accepted)
+        raise
+    finally:
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,66 @@
+"""POST /abort_request, /pause_generation and /continue_generation."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from flowroll.serving.errors import CONTROL_RESPONSES
+from flowroll.serving.intake import read_body
+from flowroll.serving.openapi import request_body
+from flowroll.serving.services import Services
+from flowroll.wire.control import AbortedObject, AbortRequest, ContinueRequest, GenerationObject, PauseRequest
+from flowroll.wire.names import ABORT_ROUTE, CONTINUE_ROUTE, PAUSE_ROUTE
+from flowroll.wire.schema import parse, parse_json_body
+
+
+def build_router(services: Services) -> APIRouter:
+    """The routes that steer generation."""
+    router = APIRouter(tags=["control"])
+    worker = services.worker
+
+    @router.post(
+        ABORT_ROUTE,
+        summary="End requests that wait or run",
+        description="By their request id, or all. Samples leave at their next step; the requests are answered with 499.",
+        responses=CONTROL_RESPONSES,
+        openapi_extra=request_body(AbortRequest),
+    )
+    async def abort_request(request: Request) -> AbortedObject:
+        accepted = parse(AbortRequest, parse_json_body(await read_body(request, services)))
+        return AbortedObject(num_aborted=worker.abort(accepted.meant))
+
+    @router.post(
+        PAUSE_ROUTE,
+        summary="Pause generation",
+        description="Requests that wait keep their places, new ones are answered with 409 until /continue_generation.",
+        responses=CONTROL_RESPONSES,
+        openapi_extra=request_body(PauseRequest),
+    )
+    async def pause_generation(request: Request) -> GenerationObject:
+        worker.pause(parse(PauseRequest, await _optional(request, services)).mode)
+        return _state()
+
+    @router.post(
+        CONTINUE_ROUTE,
+        summary="Go on with generation",
+        responses=CONTROL_RESPONSES,
+        openapi_extra=request_body(ContinueRequest),
+    )
+    async def continue_generation(request: Request) -> GenerationObject:
+        parse(ContinueRequest, await _optional(request, services))
+        worker.resume()
+        return _state()
+
+    def _state() -> GenerationObject:
+        load = worker.load()
+        requests = load.requests
+        return GenerationObject(is_paused=load.is_paused, num_running=requests.running, num_waiting=requests.pending)
+
+    return router
+
+
+async def _optional(request: Request, services: Services) -> dict[str, object]:
+    """The object in the body; an empty one where there is no body."""
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return {}
+    return parse_json_body(await read_body(request, services))

@@ -1,0 +1,41 @@
+"""POST /rollout/score."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.serving.answers import stream
+from flowroll.serving.errors import WORK_RESPONSES
+from flowroll.serving.intake import accept_score_request
+from flowroll.serving.negotiation import choose_wire_format
+from flowroll.serving.openapi import MSGPACK_CONTENT, request_body
+from flowroll.serving.services import Services
+from flowroll.wire.names import SCORE_ROUTE
+from flowroll.wire.responses import ScoreAnswerObject, ScoreRequestObject
+from flowroll.wire.scoring import encode_score_answer
+
+
+def build_router(services: Services) -> APIRouter:
+    """The score route."""
+    router = APIRouter(tags=["rollout"])
+
+    @router.post(
+        SCORE_ROUTE,
+        summary="Score recorded steps",
+        description="Log-probs, means and velocities of steps that were rolled out before, under the weights in memory. "
+        "Nothing is kept: send the parts of a rollout back as they came, tensors included, in either dialect.",
+        response_class=Response,
+        responses={
+            **WORK_RESPONSES,
+            415: {**WORK_RESPONSES[415], "description": "The body is sent neither as JSON nor as msgpack"},
+            200: {"model": ScoreAnswerObject, "description": "The scores", "content": MSGPACK_CONTENT},
+        },
+        openapi_extra=request_body(ScoreRequestObject, **MSGPACK_CONTENT),
+    )
+    async def score_steps(request: Request) -> Response:
+        wire_format = choose_wire_format(request.headers, services.config)
+        answer = await services.score(await accept_score_request(request, services))
+        return stream(await run_in_threadpool(encode_score_answer, answer, wire_format=wire_format))
+
+    return router

@@ -1,0 +1,237 @@
+"""POST /rollout/score: recorded steps <-> bytes, and their scores <-> bytes.
+
+A request carries its tensors as an answer of POST /rollout/generate does, in JSON or msgpack, so that a trainer can send the
+parts of a rollout back as they came, in either dialect. Unlike an answer it is read strictly: an unknown name is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Generic, Literal, NoReturn, TypeVar
+
+import msgspec
+from torch import Tensor
+
+from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.types import Number, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.wire.blob import BlobError, tensor_from_blob
+from flowroll.wire.body import EncodedBody
+from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
+from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, embeds_name, env_from_wire, env_to_wire
+
+Leaf = TypeVar("Leaf")
+Data = TypeVar("Data")
+_RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
+_REMEDY = "see /openapi.json"
+
+
+class _Tensor(msgspec.Struct, Generic[Data], frozen=True, forbid_unknown_fields=True):
+    """A tensor of a request."""
+
+    is_tensor: Literal[True] = msgspec.field(name="__tensor__")
+    data: Data
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Env(WireEnv[Leaf], Generic[Leaf], frozen=True, forbid_unknown_fields=True):
+    """`denoising_env` of a request."""
+
+
+class WireSteps(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
+    """One object of `samples`."""
+
+    steps: tuple[int, ...]
+    latents: Leaf
+    next_latents: Leaf
+    denoising_env: _Env[Leaf]
+    sampling: dict[str, Any]
+    sde_step_indices: tuple[int, ...] | None = None
+
+
+class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
+    """The body of a request."""
+
+    samples: list[WireSteps[Leaf]]
+    log_probs_only: bool = False
+    suppress_logs: bool = False
+    request_id: str | None = None
+
+
+class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
+    """One object of `samples` of an answer."""
+
+    steps: tuple[int, ...]
+    log_probs: Leaf
+    stds: Leaf
+    means: Leaf | None = None
+    velocities: Leaf | None = None
+
+
+class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
+    """The body of an answer."""
+
+    request_id: str
+    weight_version: str
+    samples: list[WireSampleScores[Leaf]]
+    inference_time_s: Number
+
+
+_REQUESTS: Mapping[str, Any] = {
+    JSON: msgspec.json.Decoder(WireScoreRequest[_Tensor[bytearray]]),
+    MSGPACK: msgspec.msgpack.Decoder(WireScoreRequest[_Tensor[memoryview]]),
+}
+_ANSWERS: Mapping[str, Any] = {
+    JSON: msgspec.json.Decoder(WireScoreAnswer[Blob[bytearray]]),
+    MSGPACK: msgspec.msgpack.Decoder(WireScoreAnswer[Blob[memoryview]]),
+}
+
+
+def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialect: Dialect = "native") -> EncodedBody:
+    """The body of a request; it refers to the tensors of `params`."""
+    samples = [
+        {
+            "steps": sample.steps,
+            "latents": sample.latents,
+            "next_latents": sample.next_latents,
+            "denoising_env": env_to_wire(sample.denoising_env, dialect, embeds_name(sample.sampling)),
+            "sampling": sample.sampling,
+            "sde_step_indices": sample.sde_step_indices,
+        }
+        for sample in params.samples
+    ]
+    options: dict[str, Any] = {"log_probs_only": params.log_probs_only, "suppress_logs": params.suppress_logs}
+    return encode({"samples": samples, **options, "request_id": params.request_id}, wire_format)
+
+
+def decode_score_request(body: Body, media_type: str) -> ScoreParams:
+    """What a request asks for. The large tensors of a msgpack body that is a `bytearray` are views into it.
+
+    Args:
+        body: All of it.
+        media_type: `JSON` or `MSGPACK`.
+
+    Raises:
+        MalformedRequestError: The body is not of that type.
+        InvalidRequestError: A field is missing, unknown, or of another type; it is named with its place.
+    """
+    try:
+        sent = _REQUESTS[media_type].decode(body)
+    except msgspec.ValidationError as error:
+        _raise_invalid("", error)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedRequestError(f"body must be {media_type}, got {error}; send one object.") from error
+    except RecursionError as error:
+        raise MalformedRequestError(f"body must be {media_type}, got too many nested levels; send flat values.") from error
+    samples = []
+    for index, sample in enumerate(sent.samples):
+        try:
+            samples.append(_steps_of(sample))
+        except InvalidRequestError as error:
+            raise error.within(f"samples[{index}]") from None
+    return ScoreParams(
+        samples=tuple(samples),
+        log_probs_only=sent.log_probs_only,
+        suppress_logs=sent.suppress_logs,
+        request_id=sent.request_id,
+    )
+
+
+def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> EncodedBody:
+    """The body of an answer; it refers to the tensors of `answer`."""
+    samples = [{name: getattr(sample, name) for name in WireSampleScores.__struct_fields__} for sample in answer.samples]
+    names = ("request_id", "weight_version", "inference_time_s")
+    return encode({**{name: getattr(answer, name) for name in names}, "samples": samples}, wire_format)
+
+
+def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
+    """The scores of an answer; tensors as for `decode_rollouts`.
+
+    Raises:
+        ServerConnectionError: The body is truncated, or no such answer.
+    """
+    with reading("scores"):
+        answer = _ANSWERS[media_type_of(content_type)].decode(body)
+        samples = tuple(
+            SampleScores(
+                steps=sample.steps,
+                log_probs=load(sample.log_probs),
+                stds=load(sample.stds),
+                means=None if sample.means is None else load(sample.means),
+                velocities=None if sample.velocities is None else load(sample.velocities),
+            )
+            for sample in answer.samples
+        )
+    return ScoreAnswer(
+        request_id=answer.request_id,
+        weight_version=answer.weight_version,
+        samples=samples,
+        inference_time_s=answer.inference_time_s,
+    )
+
+
+def _steps_of(sample: WireSteps[_Tensor[Any]]) -> RecordedSteps:
+    record = _record(sample.sampling)
+    try:
+        env = env_from_wire(sample.denoising_env, _load, embeds_name(record))
+    except (BlobError, LayoutError) as error:
+        _refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
+    return RecordedSteps(
+        steps=sample.steps,
+        latents=_states(sample.latents, "latents"),
+        next_latents=_states(sample.next_latents, "next_latents"),
+        denoising_env=env,
+        sampling=record,
+        sde_step_indices=sample.sde_step_indices,
+    )
+
+
+def _record(sent: dict[str, Any]) -> SamplingRecord:
+    for name in sent:
+        if name not in _RECORD_FIELDS:
+            _refuse(f"sampling.{name[:80]}", "be a field of the record", "an unknown name", "use the record as it was sent")
+    try:
+        return msgspec.convert(sent, SamplingRecord)
+    except msgspec.ValidationError as error:
+        _raise_invalid("sampling", error)
+    except AssertionError:
+        rule = "hold num_inference_steps timesteps and one sigma more"
+        _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
+
+
+def _states(sent: _Tensor[Any], field: str) -> Tensor:
+    try:
+        return _load(sent)
+    except (BlobError, LayoutError) as error:
+        _refuse(field, "be a tensor", error, 'send base64 (JSON) or bytes (msgpack) of a safetensors blob with the key "t"')
+
+
+def _load(sent: object) -> Tensor:
+    if not isinstance(sent, _Tensor):
+        raise LayoutError(f"{type(sent).__name__} where a tensor should be")
+    tensor = tensor_from_blob(sent.data)
+    if tuple(tensor.shape) != sent.shape or str(tensor.dtype) != sent.dtype:
+        said = f"{list(sent.shape)[:8]} of {sent.dtype[:80]}"
+        raise LayoutError(f"{list(tensor.shape)[:8]} of {tensor.dtype} in the blob of a tensor that says {said}")
+    return tensor
+
+
+def _raise_invalid(parent: str, error: msgspec.ValidationError) -> NoReturn:
+    """Raises the error in our words, with its place."""
+    words, _, place = str(error).partition(" - at `$")
+    field = ".".join(part for part in (parent, place.rstrip("`").lstrip(".")) if part)
+    if found := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", words, re.DOTALL):
+        field = ".".join(part for part in (field, found[2][:80]) if part)
+        missing = found[1].startswith("missing")
+        rule, value = ("be given", "nothing") if missing else ("be a known field", "an unknown name")
+    elif found := re.fullmatch(r"Expected `(.*?)`, got `(.*)`", words, re.DOTALL):
+        rule, value = f"be of the type {found[1]}", found[2][:80]
+    else:
+        rule, value = "be valid", words[:200]
+    _refuse(field or "body", rule, value, _REMEDY)
+
+
+def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
+    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

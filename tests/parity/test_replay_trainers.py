@@ -1,0 +1,94 @@
+"""What trainers do to a transformer: peft's own LoRA on it, autocast around it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowroll import Rollout, replay
+from flowroll.engine import Engine
+from flowroll.errors import InvalidRequestError
+
+NAMES = ["qwen_image", "z_image"]
+REQUEST = {
+    "prompt": "a red apple on a wooden table",
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 2,
+    "seed": 5,
+    "return_denoising_env": True,
+    "return_dit_trajectory": True,
+}
+# The names that diffusers' training scripts give; alpha over rank is not 1, so that the scale is part of it.
+LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian", "target_modules": ["to_k", "to_q", "to_v", "to_out.0"]}
+
+
+def wrapped_by_peft(transformer: nn.Module) -> nn.Module:
+    """As trainers do that keep to peft: another module around the model."""
+    return peft.get_peft_model(transformer, peft.LoraConfig(**LORA))
+
+
+def with_diffusers_adapter(transformer: nn.Module) -> nn.Module:
+    """As diffusers' training scripts do: the model stays, its linears are replaced."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(peft.LoraConfig(**LORA))
+    return transformer
+
+
+def recorded(rollouts: list[Rollout]) -> Tensor:
+    return torch.stack([rollout.log_probs for rollout in rollouts if rollout.log_probs is not None])
+
+
+@pytest.mark.parametrize("adapt", [wrapped_by_peft, with_diffusers_adapter])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_of_pefts_starts_at_ratio_one_is_alone_trained_and_leaves_ratio_one_with_its_first_step(
+    engine_of: Callable[[str, str], Engine],
+    pipeline_of: Callable[[str, str], Any],
+    name: str,
+    dtype: str,
+    adapt: Callable[[nn.Module], nn.Module],
+) -> None:
+    group = engine_of(name, dtype).rollout(**REQUEST, guidance_scale=3.0, num_outputs_per_prompt=2)
+    policy = adapt(copy.deepcopy(pipeline_of(name, dtype).transformer))
+    trained = {key: weight for key, weight in policy.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in key for key in trained)
+    assert all(not weight.any() for key, weight in trained.items() if "lora_B" in key)
+    log_probs = replay.log_prob(policy, group)
+    assert torch.equal(log_probs.detach().cpu(), recorded(group))
+    optimizer = torch.optim.SGD(trained.values(), lr=10.0)
+    (log_probs * torch.tensor([[1.0], [-1.0]])).sum().backward()
+    assert all(weight.grad is None for key, weight in policy.named_parameters() if key not in trained)
+    assert all(weight.grad is not None and weight.grad.any() for key, weight in trained.items() if "lora_B" in key)
+    optimizer.step()
+    with torch.no_grad():
+        ratio = replay.ratio(replay.log_prob(policy, group).cpu(), recorded(group))
+    assert ratio.isfinite().all() and (ratio != 1).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_is_refused_where_it_would_run_other_kernels(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], device: str, name: str
+) -> None:
+    group = engine_of(name, "float32").rollout(**REQUEST)
+    transformer = pipeline_of(name, "float32").transformer
+    waiting = replay.micro_batches(transformer, group)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for score in (replay.log_prob, replay.score, lambda *given: next(replay.micro_batches(*given))):
+            with pytest.raises(
+                InvalidRequestError, match=rf"to torch\.bfloat16 on {device}; put replay in .*enabled=False"
+            ) as caught:
+                score(transformer, group)
+            assert caught.value.field == "autocast"
+        with pytest.raises(InvalidRequestError, match="autocast must be off"):
+            next(waiting)
+        with torch.autocast(device, enabled=False):
+            assert torch.equal(replay.log_prob(transformer, group).detach().cpu(), recorded(group))
+        on_purpose = replay.log_prob(transformer, group, dtype=torch.float32)
+        (cause,) = replay.audit(transformer, group).causes
+    assert not torch.equal(on_purpose.detach().cpu(), recorded(group))
+    assert cause.kind == "dtype" and "torch.autocast is on" in cause.message

@@ -1,0 +1,446 @@
+"""How requests run beside each other, leave early, wait, and how each of them ends once. Driven by hand, without a thread."""
+
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+import torch
+from tests.rollouts import assert_same_bits
+from tests.unit.engine.batching.hand import ALL, Hand
+
+from flowroll.engine import Engine
+from flowroll.engine.batching import Batcher, BatchLimits
+from flowroll.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    PausedError,
+    QueueFullError,
+    ShuttingDownError,
+)
+
+
+def test_samples_of_different_requests_share_steps_and_join_and_leave_between_them(hand: Hand) -> None:
+    first, second = hand.begin({"num_inference_steps": 3}, {"num_inference_steps": 2, "sde_type": "cps"})
+    hand.step()
+    (third,) = hand.begin({"num_inference_steps": 2, "rollout": False})
+    hand.finish(first, second, third)
+    # Steps: {1, 2}, {1, 2, 3}, {1, 3}.
+    assert hand.batcher.load().batches == {2: 2, 3: 1}
+    assert hand.batcher.load().steps == 7
+    assert hand.stats() == {"accepted": 3, "completed": 3, "failed": 0, "pending": 0, "running": 0}
+
+
+def test_only_samples_of_equal_keys_share_and_lanes_take_turns(hand: Hand) -> None:
+    hand.finish(*hand.begin({"seed": 1}, {"seed": 2}, {"height": 64}))
+    assert hand.batcher.load().batches == {2: 4, 1: 4}
+
+
+def test_a_group_is_encoded_once_and_its_samples_share_the_conditioning(hand: Hand) -> None:
+    plans: list[Any] = []
+    hand.work.before_encode = plans.append
+    (group,) = hand.begin({"num_outputs_per_prompt": 4, "guidance_scale": 3.0, **ALL})
+    hand.step()
+    pointers = {id(tensor): tensor.data_ptr() for running in _running(hand) for tensor in _env_tensors(running.task.env)}
+    assert len(_running(hand)) == 4 and len(plans) == 1
+    # A positive and a negative embedding, each in one place for all four.
+    assert len(set(pointers.values())) == len(pointers) == 2
+    (rollouts,) = hand.finish(group)
+    assert [rollout.seed for rollout in rollouts] == [1, 2, 3, 4]
+
+
+def test_what_is_in_memory_stays_within_the_limits_and_a_large_sample_runs_alone(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=2, max_running_samples=3, max_running_pixels=3 * 32 * 32)
+    requests = [hand.submit(num_outputs_per_prompt=4), hand.submit(height=128, width=128), hand.submit(seed=9)]
+    seen: set[tuple[int, int]] = set()
+
+    def look(*_: object) -> None:
+        running = [sample for sample in _running(hand)]
+        seen.add((hand.batcher.load().running_samples, sum(sample.job.pixels for sample in running)))
+
+    hand.work.before_decode = look
+    while not all(request.done() for request in requests):
+        hand.batcher.encoding.work()
+        hand.step()
+        look()
+        hand.batcher.decoding.work()
+    assert max(samples for samples, _ in seen) == 3
+    assert {pixels for _, pixels in seen if pixels > 3 * 32 * 32} == {128 * 128}
+    assert all(samples == 1 for samples, pixels in seen if pixels == 128 * 128)
+    assert max(hand.batcher.load().batches) == 2
+
+
+def test_samples_start_in_the_order_of_acceptance_whatever_their_shape(engine: Engine) -> None:
+    hand = Hand(engine, max_running_samples=1)
+    order: list[int] = []
+    hand.work.before_decode = lambda task, sample: order.append(sample.seed)
+    hand.finish(*[hand.submit(seed=seed, height=height) for seed, height in ((1, 32), (2, 64), (3, 32), (4, 64))])
+    assert order == [1, 2, 3, 4]
+
+
+def test_a_rare_shape_ends_although_a_stream_of_another_never_does(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=2, max_running_samples=4)
+    stream = [hand.submit(seed=seed) for seed in range(6)]
+    rare = hand.submit(height=64, seed=100)
+    turns = 0
+    while not rare.done():
+        stream.append(hand.submit(seed=1000 + turns))
+        hand.batcher.encoding.work()
+        hand.step()
+        hand.batcher.decoding.work()
+        turns += 1
+        # It starts after the six before it, two by two, and then has every other turn.
+        assert turns <= 3 * 4 + 2 * 4 + 8
+    assert not stream[-1].done()
+
+
+@pytest.mark.parametrize("when", ["waiting", "encoded", "stepping", "decoding"])
+def test_a_cancelled_request_leaves_at_once_and_the_others_keep_their_bits(hand: Hand, when: str) -> None:
+    other = hand.submit(seed=5, **ALL)
+    if when == "waiting":
+        meant = hand.submit(seed=6)
+    elif when == "encoded":
+        (meant,) = hand.begin({"seed": 6})
+    else:
+        (meant,) = hand.begin({"seed": 6, "num_inference_steps": 3, "num_outputs_per_prompt": 2})
+        hand.step(2 if when == "stepping" else 3)
+    assert hand.batcher.cancel(meant)
+    assert isinstance(meant.exception(0), CancelledRequestError)
+    assert not hand.batcher.cancel(meant)
+    before = hand.batcher.load().steps
+    ((rollout,),) = hand.finish(other)
+    hand.drain()
+    steps_of_other = 4 if when in ("waiting", "encoded") else 4 - (2 if when == "stepping" else 3)
+    assert hand.batcher.load().steps - before == steps_of_other
+    assert_same_bits(rollout, hand.alone(seed=5, **ALL)[0])
+    assert hand.stats() == {"accepted": 2, "completed": 1, "failed": 1, "pending": 0, "running": 0}
+    assert hand.batcher.load().failures == {"cancelled": 1}
+    assert hand.batcher.load().running_samples == 0
+
+
+def test_abort_ends_the_requests_of_an_id_or_all(hand: Hand) -> None:
+    ids = ["mine", "yours", "mine", "theirs"]
+    requests = [hand.submit(request_id=name) for name in ids]
+    hand.batcher.encoding.work()
+    assert hand.batcher.abort("nobody") == 0
+    assert hand.batcher.abort("mine") == 2
+    assert [request.done() for request in requests] == [True, False, True, False]
+    assert hand.batcher.abort(None) == 2
+    hand.drain()
+    assert all(isinstance(request.exception(0), CancelledRequestError) for request in requests)
+    assert hand.stats()["failed"] == 4
+
+
+def test_a_future_that_is_cancelled_while_it_waits_is_never_taken_up(hand: Hand) -> None:
+    first, second = hand.submit(), hand.submit()
+    plans: list[Any] = []
+    hand.work.before_encode = plans.append
+    assert not first.cancel() and second.cancel()
+    hand.step()
+    assert hand.stats()["pending"] == 0
+    hand.finish(first)
+    with pytest.raises(CancelledError):
+        second.result(0)
+    assert len(plans) == 1 and hand.stats()["failed"] == 1
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=1, max_running_samples=1)
+    running = hand.submit(timeout_s=10.0)
+    ready = hand.submit(timeout_s=20.0)
+    waiting = hand.submit(timeout_s=30.0)
+    patient = hand.submit()
+    while hand.batcher.encoding.work():
+        pass
+    hand.step(2)
+    assert hand.batcher.stepping.idle_s() == 10.0
+    hand.clock.now_s += 9.9
+    hand.step()
+    assert not running.done()
+    for late, request in ((0.1, running), (10.0, ready), (10.0, waiting)):
+        hand.clock.now_s += late
+        hand.step()
+        assert isinstance(request.exception(0), DeadlineExceededError), late
+    assert len(hand.finish(patient)[0]) == 1
+    assert hand.batcher.load().failures == {"deadline_exceeded": 3}
+    assert hand.batcher.stepping.idle_s() is None
+
+
+def test_a_full_queue_refuses_until_there_is_room(hand: Hand) -> None:
+    first = hand.submit(max_waiting=1)
+    hand.submit(max_waiting=1)
+    with pytest.raises(QueueFullError, match="1 waiting"):
+        hand.submit(max_waiting=1)
+    hand.batcher.encoding.work()
+    hand.submit(max_waiting=1)
+    hand.finish(first)
+    assert hand.stats()["accepted"] == 3
+
+
+def test_a_pause_refuses_new_requests_holds_those_that_wait_and_lets_the_others_finish(hand: Hand) -> None:
+    running, waiting = hand.submit(), hand.submit()
+    hand.batcher.pause("finish")
+    with pytest.raises(PausedError):
+        hand.submit()
+    assert len(hand.finish(running)[0]) == 1
+    hand.drain()
+    assert not waiting.done() and hand.stats()["pending"] == 1
+    assert hand.batcher.load().is_paused
+    hand.batcher.resume()
+    assert len(hand.finish(waiting)[0]) == 1
+
+
+def test_a_freeze_stops_between_two_steps_and_changes_no_bit(hand: Hand) -> None:
+    (frozen,) = hand.begin({**ALL, "seed": 5})
+    hand.step(2)
+    hand.batcher.pause("freeze")
+    hand.drain()
+    assert hand.batcher.load().steps == 2 and not frozen.done()
+    hand.clock.now_s += 1e6
+    assert hand.batcher.is_progressing()
+    with pytest.raises(PausedError, match="frozen"):
+        hand.batcher.exclusive(lambda: None)
+    hand.batcher.resume()
+    ((rollout,),) = hand.finish(frozen)
+    assert_same_bits(rollout, hand.alone(seed=5, **ALL)[0])
+
+
+def test_an_exclusive_action_that_drains_waits_for_what_runs_and_goes_before_what_waits(hand: Hand) -> None:
+    running = hand.submit()
+    hand.batcher.encoding.work()
+    hand.step()
+    waiting = hand.submit()  # in the encoder already
+    behind = hand.submit()
+    seen: list[tuple[bool, bool, bool]] = []
+    done = hand.batcher.exclusive(lambda: seen.append((running.done(), waiting.done(), behind.done())) or "done")
+    after = hand.submit()
+    hand.finish(running, waiting, behind, after)
+    assert done.result(0) == "done"
+    assert seen == [(True, True, False)]
+
+
+@pytest.mark.parametrize("stage", ["encode", "step", "decode"])
+def test_an_exclusive_action_that_aborts_has_running_requests_done_again_wholly(hand: Hand, stage: str) -> None:
+    """The model is changed in between: no trajectory may see both."""
+    fields = {**ALL, "seed": 5, "num_outputs_per_prompt": 2, "num_inference_steps": 2}
+    request = hand.submit(**fields)
+    others = hand.submit(seed=9)
+    if stage != "encode":
+        hand.batcher.encoding.work()
+        hand.step(1 if stage == "step" else 2)
+    bias = hand.engine._model.transformer.all_final_layer["2-1"].linear.bias
+    old = bias.data.clone()
+    try:
+        done = hand.batcher.exclusive(lambda: bias.data.add_(0.5), mode="abort")
+        assert hand.stats()["running"] == 0 and hand.stats()["pending"] == 2
+        group, _ = hand.finish(request, others)
+        assert done.done()
+        expected = hand.alone(**fields)
+    finally:
+        bias.data.copy_(old)
+    for ours, alone in zip(group, expected, strict=True):
+        assert_same_bits(ours, alone)
+    before = hand.alone(**fields)
+    assert not torch.equal(before[0].image, group[0].image)
+    assert hand.stats() == {"accepted": 2, "completed": 2, "failed": 0, "pending": 0, "running": 0}
+
+
+@pytest.mark.parametrize("line", ["encoding", "decoding"])
+def test_an_exclusive_action_waits_for_what_still_works_for_an_aborted_request(hand: Hand, line: str) -> None:
+    """The text encoder and the VAE are the model too."""
+    request = hand.submit(num_inference_steps=1)
+    if line == "decoding":
+        hand.batcher.encoding.work()
+        hand.step()
+    done = hand.batcher.exclusive(lambda: None, mode="abort")
+    hand.step()
+    assert not done.done()
+    getattr(hand.batcher, line).work()
+    hand.step()
+    assert done.done()
+    assert len(hand.finish(request)[0]) == 1
+
+
+def test_requests_that_were_put_back_go_before_those_that_waited(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=1, max_running_samples=1)
+    order: list[int] = []
+    requests = hand.begin(*[{"seed": seed} for seed in (1, 2)])
+    requests.append(hand.submit(seed=3))
+    hand.batcher.pause("finish")
+    hand.batcher.exclusive(lambda: None, mode="abort")
+    hand.work.before_decode = lambda task, sample: order.append(sample.seed)
+    hand.batcher.resume()
+    requests.append(hand.submit(seed=4))
+    hand.finish(*requests)
+    assert order == [1, 2, 3, 4]
+
+
+def test_nothing_starts_in_a_freeze(hand: Hand) -> None:
+    hand.begin({})
+    hand.batcher.pause("freeze")
+    hand.drain()
+    assert hand.batcher.load().running_samples == 0
+
+
+def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) -> None:
+    hand = Hand(engine, max_batch_samples=2, max_running_samples=1)
+    hand.begin(*[{"seed": seed} for seed in range(8)])
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (2, 6)
+    hand.step()  # one of them starts
+    while hand.batcher.encoding.work():
+        pass
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (3, 5)
+
+
+def test_an_exclusive_action_that_aborts_goes_through_a_freeze(hand: Hand) -> None:
+    (request,) = hand.begin({"seed": 5})
+    hand.step()
+    hand.batcher.pause("freeze")
+    done = hand.batcher.exclusive(lambda: 7, mode="abort")
+    hand.drain()
+    assert done.result(0) == 7 and not request.done()
+    hand.batcher.resume()
+    assert len(hand.finish(request)[0]) == 1
+
+
+def test_what_is_done_between_steps_does_not_wait_for_requests(hand: Hand) -> None:
+    (request,) = hand.begin({})
+    hand.step()
+    asked = hand.batcher.between_steps(lambda: request.done())
+    hand.step()
+    assert asked.result(0) is False
+    with pytest.raises(ZeroDivisionError):
+        failing = hand.batcher.between_steps(lambda: 1 // 0)
+        hand.step()
+        failing.result(0)
+    assert len(hand.finish(request)[0]) == 1
+
+
+def test_stop_ends_everything_once_and_refuses_what_comes(hand: Hand) -> None:
+    requests = [hand.submit(seed=seed) for seed in range(3)]
+    hand.batcher.encoding.work()
+    hand.step()
+    errand = hand.batcher.exclusive(lambda: None)
+    end = ShuttingDownError("the engine must run, got its end; go elsewhere.")
+    hand.batcher.stop(end)
+    assert [request.exception(0) for request in (*requests, errand)] == [end] * 4
+    for call in (hand.submit, hand.batcher.exclusive, hand.batcher.between_steps):
+        with pytest.raises(ShuttingDownError):
+            call(lambda: None) if call != hand.submit else call()
+    hand.drain()
+    assert hand.stats()["failed"] == 3
+
+
+def test_the_stages_of_a_request_follow_each_other_without_a_gap(hand: Hand) -> None:
+    def passing(seconds: float) -> Any:
+        def passes(*_: object) -> None:
+            hand.clock.now_s += seconds
+
+        return passes
+
+    hand.work.before_encode, hand.work.before_decode = passing(2.0), passing(8.0)
+    request = hand.submit(num_inference_steps=2)
+    hand.clock.now_s += 0.5
+    hand.batcher.encoding.work()
+    hand.clock.now_s += 1.0
+    hand.step()
+    hand.clock.now_s += 4.0
+    hand.finish(request)
+    timing = request.timing
+    # Taken up at once, so that waiting for the encoder counts as encoding.
+    assert (timing.queue, timing.encode, timing.denoise, timing.decode) == (1.0, 2.5, 4.0, 8.0)
+    assert hand.batcher.load().stage_s == {"queue": 1.0, "encode": 2.5, "denoise": 4.0, "decode": 8.0}
+
+
+def test_retry_after_follows_from_how_long_recent_requests_of_that_size_took(hand: Hand) -> None:
+    first = hand.submit()
+    hand.clock.now_s += 4.0
+    hand.finish(first)
+    hand.submit(num_outputs_per_prompt=10)
+    hand.clock.now_s += 15.0
+    with pytest.raises(QueueFullError) as refused:
+        hand.submit(max_waiting=0)
+    # One sample took 4 s, so ten take 40 s, of which 15 have passed.
+    assert refused.value.retry_after_s == 25.0
+
+
+def test_requests_count_as_stuck_only_far_beyond_what_recent_work_took(hand: Hand) -> None:
+    assert not hand.batcher.is_progressing()
+    request = hand.submit()
+    hand.clock.now_s += 1000.0
+    assert hand.batcher.is_progressing()  # nothing to compare with
+    hand.clock.now_s += 1000.0
+    assert not hand.batcher.is_progressing()
+    hand.finish(request)
+    hand.submit()
+    hand.clock.now_s += 59.0
+    assert hand.batcher.is_progressing()
+    hand.clock.now_s += 2.0
+    assert not hand.batcher.is_progressing()
+
+
+def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_like_alone(hand: Hand) -> None:
+    counts: list[int] = []
+    hand.work.before_encode = hand.work.before_decode = lambda *_: counts.append(torch.get_num_threads())
+    before = torch.get_num_threads()
+    try:
+        one = hand.begin({"seed": 1}, {"seed": 2})
+        torch.set_num_threads(2)
+        two = hand.begin({"seed": 3})
+        hand.finish(*one, *two)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(counts) == [1, 1, 1, 1, 2, 2]
+    assert hand.batcher.load().batches == {2: 4, 1: 4}
+
+
+def test_threads_end_with_an_engine_that_nobody_holds_any_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowroll.engine.batching.threads._LOOK_S", 0.02)
+    threads = set(threading.enumerate())
+    batcher = Batcher(Hand(engine).work, BatchLimits())
+    batcher.start()
+    started = set(threading.enumerate()) - threads
+    assert len(started) == 3 and batcher.is_alive
+    gone = weakref.ref(batcher)
+    del batcher
+    deadline = time.monotonic() + 30.0
+    while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
+        gc.collect()  # a thread that looks at this moment holds it
+        time.sleep(0.01)
+    assert gone() is None and not any(thread.is_alive() for thread in started)
+
+
+def test_a_defect_of_a_line_ends_every_request_instead_of_leaving_it_for_ever(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hand = Hand(engine)
+
+    def defect() -> bool:
+        raise AssertionError("an invariant broke")
+
+    monkeypatch.setattr(hand.batcher.decoding, "work", defect)
+    request = hand.submit()
+    hand.batcher.start()
+    with pytest.raises(Exception, match="an invariant broke"):
+        request.result(30.0)
+    assert hand.batcher.halt(30.0)
+    assert not hand.batcher.is_alive and "cannot go on" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["max_batch_samples", "max_running_samples", "max_running_pixels"])
+def test_limits_are_at_least_1(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name} must be >= 1"):
+        BatchLimits(**{name: 0})
+
+
+def _running(hand: Hand) -> list[Any]:
+    return list(hand.batcher._floor.samples._turns)
+
+
+def _env_tensors(env: Any) -> list[torch.Tensor]:
+    branches = (env.pos_cond_kwargs, env.neg_cond_kwargs or {})
+    return [value for branch in branches for value in branch.values() if isinstance(value, torch.Tensor)]
