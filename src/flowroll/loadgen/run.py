@@ -4,73 +4,143 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from itertools import count, islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import httpx
 
-from flowroll.client import AsyncClient
-from flowroll.errors import FlowrollError, QueueFullError
-from flowroll.loadgen.plan import Load, Mix, arrivals, requests, warmup_requests
-from flowroll.loadgen.report import OK, LoadReport, Outcome, summarize
-from flowroll.types import SamplingParams
+from flowroll.client import exchange
+from flowroll.errors import ServerConnectionError
+from flowroll.loadgen.answer import error_code, sample_counter, stages_of
+from flowroll.loadgen.plan import Load, Mix, arrivals, requests, values_of, warmup_requests
+from flowroll.loadgen.report import OK, REJECTED, LoadReport, Outcome, Tally
+from flowroll.types import Number, SamplingParams
+from flowroll.wire.codec import WireFormat
+
+_TIMING_HEADER = "x-flowroll-timing"
+_DEFAULT_RETRY_S = 1.0
+_MAX_ERROR_BYTES = 64 * 1024
+# What a server said that answered, but not what was asked.
+WRONG_ANSWER = "wrong_answer"
+# What became of a request that was due while too many were in flight.
+NOT_SENT = "not_sent"
 
 
-class _CountedStream(httpx.AsyncByteStream):
-    def __init__(self, stream: httpx.AsyncByteStream, counter: CountingTransport) -> None:
-        self._stream, self._counter = stream, counter
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The server, and how it is spoken to.
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for piece in self._stream:
-            self._counter.received_bytes += len(piece)
-            yield piece
+    Attributes:
+        url: E.g. "http://127.0.0.1:30000".
+        api_key: Its bearer token, if it demands one.
+        wire_format: "json", which every server with the API has, or "msgpack".
+        timeout_s: Longest silence of the server.
+    """
 
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-class CountingTransport(httpx.AsyncHTTPTransport):
-    """Counts the bytes of bodies, and lets any number of requests be in flight: waiting for a connection is no latency."""
-
-    received_bytes = 0
-
-    def __init__(self) -> None:
-        super().__init__(limits=httpx.Limits(max_connections=None, max_keepalive_connections=None))
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Sends one request."""
-        response = await super().handle_async_request(request)
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        response.stream = _CountedStream(response.stream, self)
-        return response
+    url: str
+    api_key: str | None = None
+    wire_format: WireFormat = "json"
+    timeout_s: Number = exchange.DEFAULT_TIMEOUT_S
 
 
-async def run_load(url: str, mix: Mix, load: Load, *, api_key: str | None = None, timeout_s: float = 600.0) -> LoadReport:
+async def run_load(
+    target: Target, mix: Mix, load: Load, *, on_outcome: Callable[[Outcome], None] = lambda outcome: None
+) -> LoadReport:
     """Sends the load and waits for every answer.
 
+    Args:
+        target: Where to.
+        mix: What.
+        load: When.
+        on_outcome: Called whenever a request has ended.
+
     Raises:
-        FlowrollError: A request of the warm-up failed, other than by 429.
+        ServerConnectionError: A request of the warm-up failed, other than by 429.
+        InvalidRequestError: The URL or the key cannot be used in HTTP.
     """
-    transport = CountingTransport()
-    async with AsyncClient(url, api_key=api_key, timeout_s=timeout_s, transport=transport) as client:
-        for params in islice(warmup_requests(mix), load.warmup):
-            try:
-                await client.rollout(params)
-            except QueueFullError as error:
-                await asyncio.sleep(error.retry_after_s)
-        transport.received_bytes = 0
-        run = _Run(client, load, islice(requests(mix), load.num_requests))
+    # Any number may be in flight: waiting for a connection of the client's own would be no latency of the server.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    options = exchange.client_options(target.url, target.api_key)
+    # Not compressed, so that bytes are those of the wire, and its samples can be counted.
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    async with httpx.AsyncClient(**options, headers=headers, limits=limits) as http:
+        sender = _Sender(http, target, mix)
+        await sender.warm_up(load.warmup)
+        run = _Run(sender, load, islice(requests(mix), load.num_requests), on_outcome)
         if load.rate is not None:
             await run.open_loop(arrivals(load.rate, mix.seed))
         else:
             await run.closed_loop()
-        return summarize(run.outcomes, time.monotonic() - run.started_s, transport.received_bytes)
+        return run.tally.report(time.monotonic() - run.started_s)
+
+
+class _Sender:
+    """Sends one request at a time to its end."""
+
+    def __init__(self, http: httpx.AsyncClient, target: Target, mix: Mix) -> None:
+        self._http, self._target, self._mix = http, target, mix
+
+    async def warm_up(self, num_requests: int) -> None:
+        for params in islice(warmup_requests(self._mix), num_requests):
+            outcome, wait_s = await self.send(params)
+            if outcome.code != OK and outcome.status != REJECTED:
+                raise ServerConnectionError(
+                    f"the server at {self._target.url} must answer the warm-up, got {outcome.status or 'no answer'} "
+                    f"{outcome.code}; check the URL and the requests."
+                )
+            await asyncio.sleep(wait_s)
+
+    async def send(self, params: SamplingParams) -> tuple[Outcome, float]:
+        """Sends a request once; gives how it ended, and how long the server wants its caller to wait."""
+        call = exchange.rollout_call(None, values_of(params, self._mix), self._target.wire_format)
+        status, received = None, 0
+        started_s = time.monotonic()
+        try:
+            async with self._http.stream(
+                call.method,
+                call.path,
+                content=call.content,
+                headers=call.headers,
+                timeout=call.timeout(self._target.timeout_s),
+            ) as response:
+                status, wait_s = response.status_code, 0.0
+                counter, error_body = sample_counter(response.headers.get("content-type", "")), b""
+                async for piece in response.aiter_bytes():
+                    received += len(piece)
+                    counter.add(piece)
+                    if not response.is_success and len(error_body) < _MAX_ERROR_BYTES:
+                        error_body += piece
+        except httpx.HTTPError as error:
+            latency_s = time.monotonic() - started_s
+            return Outcome(status=status, code=type(error).__name__, latency_s=latency_s, received_bytes=received), 0.0
+        samples, code = counter.total(), OK
+        if status == REJECTED:
+            wait_s = exchange.retry_after_s(response.headers.get("retry-after", ""), _DEFAULT_RETRY_S)
+        if not response.is_success:
+            samples, code = 0, error_code(error_body)
+        elif samples != params.num_outputs_per_prompt:
+            samples, code = 0, WRONG_ANSWER
+        outcome = Outcome(
+            status=status,
+            code=code,
+            latency_s=time.monotonic() - started_s,
+            samples=samples,
+            steps=samples * (params.num_inference_steps or 0),
+            received_bytes=received,
+            rejections=int(status == REJECTED),
+            stages=stages_of(response.headers.get(_TIMING_HEADER, "")),
+        )
+        return outcome, wait_s
 
 
 class _Run:
-    def __init__(self, client: AsyncClient, load: Load, planned: Iterator[SamplingParams]) -> None:
-        self._client, self._load, self._planned = client, load, planned
-        self.outcomes: list[Outcome] = []
+    def __init__(
+        self, sender: _Sender, load: Load, planned: Iterator[SamplingParams], on_outcome: Callable[[Outcome], None]
+    ) -> None:
+        self._sender, self._load, self._planned, self._on_outcome = sender, load, planned, on_outcome
+        self._in_flight = 0
+        self.tally = Tally()
         self.started_s = time.monotonic()
         self._end_s = self.started_s + (float("inf") if load.duration_s is None else load.duration_s)
 
@@ -82,7 +152,12 @@ class _Run:
                 if due_s >= self._end_s:
                     return
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-                tasks.create_task(self._send(params, due_s))
+                if self._in_flight < self._load.max_in_flight:
+                    # Counted here: the task itself begins later.
+                    self._in_flight += 1
+                    tasks.create_task(self._send(params, due_s))
+                else:
+                    self._note(Outcome(status=None, code=NOT_SENT, latency_s=0.0))
 
     async def closed_loop(self) -> None:
         """Keeps so many requests in flight."""
@@ -93,23 +168,24 @@ class _Run:
 
     async def _caller(self) -> None:
         while time.monotonic() < self._end_s and (params := next(self._planned, None)) is not None:
+            self._in_flight += 1
             await asyncio.sleep(await self._send(params, time.monotonic()))
 
     async def _send(self, params: SamplingParams, due_s: float) -> float:
-        """Sends one request; returns how long the server wants its caller to wait before the next."""
-        for rejections in count():
-            code, samples, wait_s = OK, 0, 0.0
-            try:
-                samples = len(await self._client.rollout(params))
-            except QueueFullError as error:
-                code, wait_s, rejections = error.code, error.retry_after_s, rejections + 1
-                if rejections <= self._load.retries:
-                    await asyncio.sleep(wait_s)
-                    continue
-            except FlowrollError as error:
-                code = error.code
-            break
-        steps = samples * (params.num_inference_steps or 0)
+        """Sends one request, again where it is refused; returns how long its caller has to wait before the next."""
+        rejections = received = 0
+        while True:
+            outcome, wait_s = await self._sender.send(params)
+            rejections += outcome.rejections
+            received += outcome.received_bytes
+            if outcome.status != REJECTED or rejections > self._load.retries:
+                break
+            await asyncio.sleep(wait_s)
+        self._in_flight -= 1
         latency_s = time.monotonic() - due_s
-        self.outcomes.append(Outcome(code=code, latency_s=latency_s, samples=samples, steps=steps, rejections=rejections))
+        self._note(replace(outcome, latency_s=latency_s, received_bytes=received, rejections=rejections))
         return wait_s
+
+    def _note(self, outcome: Outcome) -> None:
+        self.tally.add(outcome)
+        self._on_outcome(outcome)
