@@ -47,6 +47,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind those that run.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
     max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body of /rollout/score.")] = 2**30,
+    receive_timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a request's headers to come, and its body (and a second per 64 KiB).")
+    ] = 20.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
@@ -88,6 +91,7 @@ def serve(
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
             max_score_body_bytes=max_score_body_bytes,
+            receive_timeout_s=receive_timeout_s,
             grace_s=grace_s,
             log_level=log_level,
         )

@@ -41,6 +41,8 @@ class ServerConfig:
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
+        receive_timeout_s: Seconds that a request's headers may take to come, and its body, which gets another second for every
+            64 KiB of it; what is slower is answered with 408. A connection may idle as long between two requests.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
 
@@ -65,6 +67,7 @@ class ServerConfig:
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
+    receive_timeout_s: int | float = 20.0
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
 
@@ -79,6 +82,7 @@ class ServerConfig:
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
         _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
         _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
+        _require(self.receive_timeout_s > 0, "receive_timeout_s", "be > 0", self.receive_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
         _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")

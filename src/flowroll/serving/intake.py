@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -14,6 +15,7 @@ from flowroll.engine import Engine
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
+from flowroll.serving.errors import SlowRequestError
 from flowroll.serving.middleware import Exchange, exchange_of
 from flowroll.serving.services import Services
 from flowroll.wire.codec import JSON, MSGPACK
@@ -21,6 +23,11 @@ from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest,
 from flowroll.wire.scoring import decode_score_request
 
 RequestT = TypeVar("RequestT", RolloutRequest, GenerateRequest, ImagesRequest)
+
+# A body that comes more slowly than this in the long run is not waited for.
+_MIN_BODY_BYTES_PER_S = 64 * 1024
+# A number of so many digits is above every limit, whatever follows.
+_MAX_LENGTH_DIGITS = 20
 
 
 class UnsupportedMediaTypeError(MalformedRequestError):
@@ -43,6 +50,7 @@ async def accept_request(request: Request, services: Services, model: type[Reque
     Raises:
         MalformedRequestError: The body is not JSON.
         PayloadTooLargeError: It is longer than the server accepts.
+        SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
@@ -57,9 +65,10 @@ async def read_body(request: Request, services: Services) -> bytearray:
     Raises:
         MalformedRequestError: It is sent as something else.
         PayloadTooLargeError: It is longer than the server accepts.
+        SlowRequestError: It does not come to an end in time.
     """
     _media_type(request.headers, (JSON,))
-    return await _receive(request, services.config.max_body_bytes)
+    return await _receive(request, services.config.max_body_bytes, services.config.receive_timeout_s)
 
 
 async def accept_score_request(request: Request, services: Services) -> ScorePlan:
@@ -68,11 +77,12 @@ async def accept_score_request(request: Request, services: Services) -> ScorePla
     Raises:
         MalformedRequestError: The body is not what its content type says.
         PayloadTooLargeError: It is longer than the server accepts.
+        SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
     media_type = _media_type(request.headers, (JSON, MSGPACK))
-    body = await _receive(request, services.config.max_score_body_bytes)
+    body = await _receive(request, services.config.max_score_body_bytes, services.config.receive_timeout_s)
     return await run_in_threadpool(_plan_score, services.worker.engine, body, media_type, exchange_of(request))
 
 
@@ -116,17 +126,34 @@ def _media_type(headers: Headers, known: Sequence[str]) -> str:
     return media_type
 
 
-async def _receive(request: Request, max_bytes: int) -> bytearray:
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
+async def _receive(request: Request, max_bytes: int, timeout_s: float) -> bytearray:
+    if (declared := _declared_bytes(request.headers)) is not None and declared > max_bytes:
         raise _too_large(max_bytes, f"{declared} bytes")
     body = bytearray()
-    # A chunked body declares nothing, so it is also counted as it comes.
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes, "more")
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    try:
+        async with asyncio.timeout_at(deadline_s) as bound:
+            # A chunked body declares nothing, so it is also counted as it comes.
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes, "more")
+                bound.reschedule(deadline_s + len(body) / _MIN_BODY_BYTES_PER_S)
+    except TimeoutError:
+        raise SlowRequestError(
+            f"the body must come within {timeout_s:g} s and a second for every {_MIN_BODY_BYTES_PER_S} bytes, got {len(body)} "
+            "bytes and no end; send it faster."
+        ) from None
     return body
+
+
+def _declared_bytes(headers: Headers) -> int | None:
+    """The length that the request declares; None: none, or none that a number could be made of."""
+    text = headers.get("content-length", "")
+    # Python's int takes digits of every script, and no more than some thousand of them.
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return int(text[:_MAX_LENGTH_DIGITS])
 
 
 def _too_large(max_bytes: int, got: str) -> PayloadTooLargeError:

@@ -51,6 +51,7 @@ class ServerInfo(BaseModel):
     max_queue: int = Field(description="Requests that may wait.")
     max_body_bytes: int = Field(description="Size of a request body.")
     max_score_body_bytes: int = Field(description="Size of a body of POST /rollout/score.")
+    receive_timeout_s: float = Field(description="Seconds for headers to come, and a body (and a second per 64 KiB of it).")
     is_paused: bool = Field(description="Whether new requests are refused until /continue_generation.")
     is_ready: bool = Field(description="Whether new requests are taken.")
     queue: Queue
@@ -74,6 +75,7 @@ def build_router(services: Services) -> APIRouter:
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,
+            receive_timeout_s=config.receive_timeout_s,
             is_paused=load.is_paused,
             is_ready=services.worker.is_accepting and not load.is_paused,
             queue=Queue(**dataclasses.asdict(load.requests)),
