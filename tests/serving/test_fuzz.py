@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ HOSTILE = (
 )
 
 
+# Part of a path that shows up nowhere else.
+CANARY = "canary-7f3a"
+
+
 @schemathesis.serializer("application/msgpack")
 def _raw(_: Any, value: Any) -> Any:
     data = getattr(value, "data", value)
@@ -73,10 +78,21 @@ def _raw(_: Any, value: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def server(qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a root for weights, and something beside it that nobody may read."""
+    folder = tmp_path_factory.mktemp("disk")
+    (folder / "root").mkdir()
+    (folder / CANARY).mkdir()
+    (folder / CANARY / "x.safetensors").write_bytes(b"secret")
+    (folder / "root" / "link").symlink_to(folder / CANARY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(qwen_checkpoint: Path, folder: Path) -> Iterator[httpx.Client]:
     """A server on which whatever is valid is cheap, too."""
     limits = Limits(max_pixels=64 * 64, max_steps=3, max_outputs=2)
-    roots = (str(tmp_path_factory.mktemp("weights")),)
+    roots = (str(folder / "root"),)
     with (
         Engine(qwen_checkpoint, device="cpu", limits=limits) as engine,
         EngineWorker(engine, max_queue=4) as worker,
@@ -145,6 +161,36 @@ def test_msgpack_that_is_cut_or_changed_in_any_byte_is_refused_or_scored(server:
             del changed[draw.randrange(len(changed)) :]
         answer = server.post("/rollout/score", content=bytes(changed), headers=headers)
         check(answer.status_code, answer.text, bytes(changed))
+
+
+def test_no_text_of_a_request_is_opened_as_a_path(server: httpx.Client, bodies: dict[str, Any], folder: Path) -> None:
+    """Every value of every request, and all that Python opens or lists meanwhile; the one path is held to its root."""
+    opened: list[str] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching[0] and event in ("open", "os.listdir", "os.scandir") and CANARY in str(arguments[0]):
+            opened.append(f"{event} {arguments[0]}")
+
+    # Hooks cannot be taken out again.
+    sys.addaudithook(watch)
+    (folder / CANARY / "x.safetensors").read_bytes()
+    assert len(opened) == 1
+    opened.clear()
+    inside = folder / CANARY / "x.safetensors"
+    names = (str(inside), f"file://{inside}", f"{folder}/root/../{CANARY}/x.safetensors", f"{folder}/root/link/x.safetensors")
+    try:
+        for path, body in bodies.items():
+            for place, name in itertools.product(places(body), names):
+                answer = server.post(path, json=replaced(body, place, name))
+                check(answer.status_code, answer.text, path, place)
+                if place == ("model_path",):
+                    assert answer.status_code == (422 if "file:" in name else 403), answer.text
+                    assert "secret" not in answer.text
+    finally:
+        watching[0] = False
+    assert not opened
+    server.post("/continue_generation").raise_for_status()
 
 
 @pytest.fixture(scope="module")

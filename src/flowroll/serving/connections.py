@@ -19,8 +19,9 @@ from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import SlowRequestError, error_response
 
-# Request line and headers together.
+# Request line and headers together; a piece more may pass.
 MAX_HEADER_BYTES = 16 * 1024
+_PIECE_BYTES = 1024
 # After the grace period every answer is made; a client gets so long to read the rest of a large one.
 _SEND_S = 2
 
@@ -63,7 +64,12 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Takes bytes from the client."""
-        super().data_received(data)
+        # The parser's limit is one on headers that are not whole yet. In small pieces they are that for long enough.
+        while data and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            super().data_received(data[:_PIECE_BYTES])
+            data = data[_PIECE_BYTES:]
+        if data and not self.transport.is_closing():
+            super().data_received(data)
         self._keep_deadline()
 
     def on_response_complete(self) -> None:
