@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from flowroll.cli.bench import bench
 from flowroll.cli.generate import generate
 from flowroll.cli.inspect import inspect
 from flowroll.cli.options import quiet_model_libraries
@@ -58,6 +59,7 @@ app.command()(inspect)
 app.command()(parity)
 app.command()(verify)
 app.command()(top)
+app.add_typer(bench, name="bench")
 
 
 @app.command("make-checkpoint")

@@ -49,6 +49,8 @@ class ServerConfig:
         weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped: its trainer may be dead.
         allow_pickle_weights: Whether POST /update_weights_from_tensor is open; wire/pickled.py says what its clients are
             trusted with.
+        receive_timeout_s: Seconds that a request's headers may take to come, and its body, which gets another second for every
+            64 KiB of it; what is slower is answered with 408. A connection may idle as long between two requests.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
         log_format: Lines to read, or one JSON object a line.
@@ -80,6 +82,7 @@ class ServerConfig:
     max_weights_body_bytes: int = 8 * 2**30
     weights_idle_s: int | float = 60.0
     allow_pickle_weights: bool = False
+    receive_timeout_s: int | float = 20.0
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
@@ -107,6 +110,7 @@ class ServerConfig:
             self.send_timeout_s,
             "leave it out",
         )
+        _require(self.receive_timeout_s > 0, "receive_timeout_s", "be > 0", self.receive_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         url = self.otlp_endpoint
         url_ok = url is None or url.startswith(("http://", "https://"))

@@ -27,6 +27,7 @@ from flowroll.errors import FlowrollError
 from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
+from flowroll.serving.connections import HttpConfig
 from flowroll.serving.listening import open_listener
 from flowroll.serving.logs import configure_logging
 from flowroll.serving.tracing import Tracing, otlp_provider
@@ -34,8 +35,6 @@ from flowroll.serving.tracing import Tracing, otlp_provider
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN_POLL_S = 0.02
-# After the grace period every answer is made; a client gets so long to read the rest of a large one.
-_SEND_S = 2
 
 
 def serve(config: ServerConfig) -> None:
@@ -110,17 +109,7 @@ class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets the engine finish before it stops to listen."""
 
     def __init__(self, config: ServerConfig, worker: EngineWorker, tracing: Tracing | None) -> None:
-        super().__init__(
-            uvicorn.Config(
-                create_app(worker, config, tracing=tracing),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                ws="none",
-                timeout_graceful_shutdown=_SEND_S,
-            )
-        )
+        super().__init__(HttpConfig(create_app(worker, config, tracing=tracing), config))
         self._worker = worker
         self._grace_s = config.grace_s
         self._in_a_hurry = False
