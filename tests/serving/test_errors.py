@@ -168,7 +168,7 @@ def test_a_failure_in_the_engine_is_a_500_of_that_request_alone(
         assert "the device fell over" in error["message"] and "frame" not in error["message"]
         assert client.post(route, json=body).status_code == 200
     logged = [record for record in caplog.records if record.exc_info]
-    assert response.headers["x-request-id"] in logged[0].getMessage()
+    assert logged[0].request_id == response.headers["x-request-id"]
 
 
 def test_a_defect_of_the_server_itself_is_a_500_with_our_body_and_a_trace_in_the_log(

@@ -155,7 +155,7 @@ def test_what_cannot_be_loaded_exits_with_one_line_before_the_port_is_bound(
     def bind(config: ServerConfig) -> socket.socket:
         raise AssertionError("the port was bound")
 
-    monkeypatch.setattr(launch, "_bind", bind)
+    monkeypatch.setattr(launch, "open_listener", bind)
     monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
     handlers = [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as exited:
