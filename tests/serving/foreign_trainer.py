@@ -35,7 +35,7 @@ place = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "
 joining = threading.Thread(target=post, args=("/init_weights_update_group",), kwargs=place)
 joining.start()
 timeout = timedelta(seconds=60)
-store, rank, world_size = next(rendezvous(f"tcp://127.0.0.1:{port}?rank=0&world_size=2", 0, 2, timeout=timeout))
+store, rank, world_size = next(rendezvous(f"tcp://127.0.0.1:{port}", 0, 2, timeout=timeout))
 store.set_timeout(timeout)
 group, _ = _new_process_group_helper(
     world_size, rank, [], Backend("gloo"), PrefixStore(NAME, store), group_name=NAME, timeout=timeout

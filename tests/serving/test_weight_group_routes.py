@@ -95,7 +95,7 @@ def test_broadcast_weights_give_the_rollouts_of_an_engine_started_on_them(
         assert engine.weights_checksum() == old_sum
         assert not torch.distributed.is_initialized()
         name = group._name
-    with pytest.raises(RuntimeError):
+    with pytest.raises(WeightsRejectedError, match="make another"):
         group.update_weights(tensors)
     answer = httpx.post(f"{client._http.base_url}{DESTROY}", json={"group_name": name})
     assert (answer.status_code, error_of(answer)["field"]) == (404, "group_name")
