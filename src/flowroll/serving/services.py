@@ -128,8 +128,12 @@ class Services:
         arrival = self.arriving.join(accepted.chosen_module, accepted.weight_version, names)
         incoming = arrival.incoming
         try:
-            await run_in_threadpool(fill, incoming)
-            arrival.touch()
+            arrival.fills += 1
+            try:
+                await run_in_threadpool(fill, incoming)
+            finally:
+                arrival.fills -= 1
+                arrival.touch()
             count, total = incoming.num_arrived, incoming.num_tensors
             is_complete = incoming.is_complete and not arrival.is_committing
             if is_complete:
