@@ -161,6 +161,26 @@ def test_a_refused_bucket_leaves_everything_and_is_never_taken_for_the_next(
     assert_untouched(engine, truth)
 
 
+@pytest.mark.parametrize(
+    ("change", "status"), [({"shapes": [[7]]}, 422), ({"names": ["no.such"]}, 422), ({"dtypes": ["int8"]}, 422), ({}, 409)]
+)
+def test_a_group_whose_bucket_was_refused_receives_nothing_more(
+    change: dict[str, Any], status: int, client: Client, server: httpx.Client, engine: Engine, truth: Truth, old: Rollout
+) -> None:
+    free(server)
+    with WeightGroup([client], timeout_s=20.0) as group:
+        good = {"names": ["x_pad_token"], "dtypes": ["float32"], "shapes": [[1, 64]], "group_name": group._name}
+        begun = None if change else server.post("/weights/begin").json()["update_id"]
+        assert server.post(UPDATE, json={**good, **change}).status_code == status
+        if begun:
+            server.post(f"/weights/{begun}/abort")
+        # The trainer has sent it all the same: its bytes would be taken for these.
+        answer = server.post(UPDATE, json=good)
+        assert answer.status_code == 422
+        assert "got a bucket that was refused; destroy it and make another" in error_of(answer)["message"]
+    assert_untouched(engine, truth)
+
+
 def test_a_trainer_that_falls_silent_is_waited_for_no_longer_than_is_said(
     worker: EngineWorker, engine: Engine, truth: Truth, old: Rollout
 ) -> None:
