@@ -1,8 +1,10 @@
 """Tensors that rank 0 shares out: every rank takes its part, or none does."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,12 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
+from flowroll.engine.groups import receive_from_group
+from flowroll.engine.weights import tensor_head
 from flowroll.errors import RankLostError, WeightsRejectedError
 from flowroll.parallel import processes
+from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.parallel.rendezvous import serve_store
 from flowroll.types import Layout
 
 Truth = list[tuple[dict[str, Tensor], Rollout, str]]
@@ -93,6 +99,33 @@ def test_shared_tensors_give_every_rank_the_bits_of_one_that_was_started_on_them
     assert several._replica._store.num_keys() <= keys + 1
     assert several.weights_checksum() == old_sum
     assert_same_bits(several.rollout(**REQUEST)[0], old)
+
+
+def test_broadcast_tensors_reach_every_rank_through_rank_0(several: Engine, truth: Truth) -> None:
+    several.update_weights_from_tensors(truth[0][0])
+    tensors, new, new_sum = truth[1]
+    store, port = serve_store()
+    place: dict[str, Any] = {"world_size": 2, "backend": "gloo", "address": "127.0.0.1", "port": port, "timeout_s": 30.0}
+
+    def send() -> None:
+        with BroadcastGroup("trainer", rank=0, store=store, **place) as group:
+            for tensor in tensors.values():
+                group.broadcast(tensor)
+            assert done.wait(60)
+
+    done = threading.Event()
+    trainer = threading.Thread(target=send)
+    trainer.start()
+    incoming = several.receive_weights()
+    with BroadcastGroup("trainer", rank=1, **place) as group:
+        heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+        receive_from_group(incoming, group, heads)
+        done.set()
+        trainer.join()
+    several.commit_weights(incoming.stage())
+    assert_same_bits(several.rollout(**REQUEST)[0], new)
+    assert several.weights_checksum() == new_sum
+    several.update_weights_from_tensors(truth[0][0])
 
 
 def test_an_exchange_that_fails_on_rank_0_is_made_by_no_rank(

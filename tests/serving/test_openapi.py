@@ -10,6 +10,7 @@ from tests.serving.servers import serving
 
 from flowroll.engine.worker import EngineWorker
 from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
+from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject, ScoreRequestObject
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.scoring import WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps, decode_score_request
@@ -23,6 +24,9 @@ ROUTES = {
     "/update_weights_from_disk": {"post"},
     "/update_weights_from_safetensors": {"post"},
     "/update_weights_from_tensor": {"post"},
+    "/init_weights_update_group": {"post"},
+    "/update_weights_from_distributed": {"post"},
+    "/destroy_weights_update_group": {"post"},
     "/weights/begin": {"post"},
     "/weights/{update_id}/buckets": {"post"},
     "/weights/{update_id}/commit": {"post"},
@@ -62,6 +66,9 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
         ("/get_weights_checksum", ChecksumRequest),
         ("/verify_weights", VerifyRequest),
         ("/update_weights_from_tensor", UpdateFromTensorRequest),
+        ("/init_weights_update_group", InitGroupRequest),
+        ("/update_weights_from_distributed", UpdateFromGroupRequest),
+        ("/destroy_weights_update_group", DestroyGroupRequest),
         ("/weights/begin", BeginUpdateRequest),
         ("/weights/{update_id}/commit", CommitUpdateRequest),
     ],

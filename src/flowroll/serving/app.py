@@ -21,6 +21,7 @@ from flowroll.serving.routers import (
     server_info,
     shared_tensors,
     tensors,
+    weight_group,
     weights,
 )
 from flowroll.serving.services import Services
@@ -47,7 +48,20 @@ def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing |
         # Newer versions make spans and records of their own, with the messages of exceptions; ours say what there is to say.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    for group in (rollout, score, generate, openai, control, weights, tensors, shared_tensors, health, server_info, metrics):
+    for group in (
+        rollout,
+        score,
+        generate,
+        openai,
+        control,
+        weights,
+        tensors,
+        shared_tensors,
+        weight_group,
+        health,
+        server_info,
+        metrics,
+    ):
         app.include_router(group.build_router(services))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)

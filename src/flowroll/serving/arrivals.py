@@ -26,6 +26,7 @@ class Arrival:
         weight_version: Of the new weights; None: counted.
         last_s: When somebody last sent something, by the loop's clock.
         is_committing: Whether it waits for its commit.
+        fills: Buckets that are filled just now by what has a patience of its own.
         is_implied: Whether nobody began it by name: it began with a bucket, and ends with the last one.
     """
 
@@ -33,6 +34,7 @@ class Arrival:
         self.update_id = secrets.token_hex(8)
         self.incoming, self.weight_version = incoming, weight_version
         self.is_committing, self.is_implied = False, is_implied
+        self.fills = 0
         self.touch()
 
     def touch(self) -> None:
@@ -112,7 +114,7 @@ class WeightArrivals:
         if self._arrival is not arrival:
             return
         loop = asyncio.get_running_loop()
-        rest_s = self.idle_s if arrival.is_committing else arrival.last_s + self.idle_s - loop.time()
+        rest_s = self.idle_s if arrival.is_committing or arrival.fills else arrival.last_s + self.idle_s - loop.time()
         if rest_s > 0:
             loop.call_later(rest_s, self._watch, arrival)
             return

@@ -13,6 +13,7 @@ from flowroll.serving.negotiation import PNG
 from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
+from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.responses import ScoreRequestObject
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
@@ -34,6 +35,9 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     BeginUpdateRequest,
     CommitUpdateRequest,
     UpdateFromTensorRequest,
+    InitGroupRequest,
+    UpdateFromGroupRequest,
+    DestroyGroupRequest,
     AbortRequest,
     PauseRequest,
     ContinueRequest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine import Accepted
 from flowroll.engine.batching import ExclusiveMode
+from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.weights import StagedWeights
@@ -26,6 +27,8 @@ from flowroll.serving.middleware import exchange_of
 from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.probe import GenerationProbe
 from flowroll.types import GeneratedImage, Rollout, ScoreAnswer, WeightUpdate
+from flowroll.wire.arrivals import SharedUpdateObject
+from flowroll.wire.weights import Targeted
 
 T = TypeVar("T")
 
@@ -109,6 +112,41 @@ class Services:
             arrival.touch()
             if not arrival.incoming.is_open:
                 self.arriving.end(arrival)
+
+    async def take_bucket(
+        self, accepted: Targeted, names: Collection[str], fill: Callable[[IncomingWeights], None]
+    ) -> SharedUpdateObject:
+        """Adds a bucket to the update that it belongs to, and commits that once it is whole. An error ends the update.
+
+        Args:
+            accepted: What the sender says of the update.
+            names: Of the bucket's tensors.
+            fill: Adds them; called on a thread.
+        """
+        arrival = self.arriving.join(accepted.chosen_module, accepted.weight_version, names)
+        incoming = arrival.incoming
+        try:
+            arrival.fills += 1
+            try:
+                await run_in_threadpool(fill, incoming)
+            finally:
+                arrival.fills -= 1
+                arrival.touch()
+            count, total = incoming.num_arrived, incoming.num_tensors
+            is_complete = incoming.is_complete and not arrival.is_committing
+            if is_complete:
+                await self.commit_arrival(arrival, accepted.mode)
+        except BaseException:
+            self.arriving.end(arrival)
+            raise
+        return SharedUpdateObject(
+            message=f"{count} of {total} tensors have arrived" + ("; the weights are exchanged" if is_complete else ""),
+            module=incoming.module,
+            is_complete=is_complete,
+            weight_version=self.worker.engine.weight_version,
+            num_arrived=count,
+            num_tensors=total,
+        )
 
     async def between_requests(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
         """Has something done on the engine's thread while no request runs."""

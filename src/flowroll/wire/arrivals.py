@@ -83,6 +83,13 @@ class SharedUpdateObject(BaseModel):
     num_tensors: int = Field(description="Tensors of the module.")
 
 
+class DoneObject(BaseModel):
+    """It is done."""
+
+    success: Literal[True] = True
+    message: str = Field(description="What.", examples=["trainer-0 is destroyed"])
+
+
 class BegunObject(BaseModel):
     """An update of which the server waits for the tensors."""
 

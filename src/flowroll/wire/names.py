@@ -22,6 +22,9 @@ BUCKETS_ROUTE = "/weights/{update_id}/buckets"
 COMMIT_ROUTE = "/weights/{update_id}/commit"
 ABANDON_ROUTE = "/weights/{update_id}/abort"
 UPDATE_FROM_TENSOR_ROUTE = "/update_weights_from_tensor"
+INIT_GROUP_ROUTE = "/init_weights_update_group"
+UPDATE_FROM_GROUP_ROUTE = "/update_weights_from_distributed"
+DESTROY_GROUP_ROUTE = "/destroy_weights_update_group"
 UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
 
 # Fields that are not listed have one name for both.

@@ -83,13 +83,13 @@ def test_a_stream_is_taken_in_pieces_of_any_size_and_lies_where_memory_is_alloca
 ) -> None:
     with Engine(z_image_checkpoint, device="cpu") as engine, Engine(other, device="cpu") as fresh:
         incoming = engine.receive_weights()
-        names = sorted(tensors)
+        names, targets = sorted(tensors), {}
         # A header whose length puts no tensor at a multiple of 16 bytes of the file.
         for part, text in ((names[::2], {"a": "b" * 13}), (names[1::2], None)):
             data = save({name: tensors[name] for name in part}, metadata=text)
             stream = streamed(incoming, data, size)
+            targets |= {name: tensor.data_ptr() for name, tensor in zip(part, stream._bucket.targets, strict=True)}
             assert stream.finish() == len(part)
-        targets = {name: tensor.data_ptr() for name, tensor in incoming._arrived.items()}
         engine.commit_weights(incoming.stage())
         assert engine.weights_checksum() == fresh.weights_checksum()
         assert_same_bits(engine.rollout(**REQUEST)[0], fresh.rollout(**REQUEST)[0])

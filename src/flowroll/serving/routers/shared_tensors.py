@@ -28,7 +28,6 @@ _MAX_BODY = 64 * 2**20
 def build_router(services: Services) -> APIRouter:
     """The route for tensors that are not in the body."""
     router = APIRouter(tags=["weights"])
-    engine, arriving = services.worker.engine, services.arriving
 
     @router.post(
         UPDATE_FROM_TENSOR_ROUTE,
@@ -49,25 +48,8 @@ def build_router(services: Services) -> APIRouter:
             )
         body = await read_body(request, services, _MAX_BODY)
         accepted, tensors = await run_in_threadpool(_decode, body)
-        arrival = arriving.join(accepted.chosen_module, accepted.weight_version, [name for name, _ in tensors])
-        try:
-            await run_in_threadpool(_copy, arrival.incoming, tensors)
-            incoming = arrival.incoming
-            count, total = incoming.num_arrived, incoming.num_tensors
-            is_complete = incoming.is_complete and not arrival.is_committing
-            if is_complete:
-                await services.commit_arrival(arrival, accepted.mode)
-        except BaseException:
-            arriving.end(arrival)
-            raise
-        return SharedUpdateObject(
-            message=f"{count} of {total} tensors have arrived" + ("; the weights are exchanged" if is_complete else ""),
-            module=incoming.module,
-            is_complete=is_complete,
-            weight_version=engine.weight_version,
-            num_arrived=count,
-            num_tensors=total,
-        )
+        names = [name for name, _ in tensors]
+        return await services.take_bucket(accepted, names, lambda incoming: _copy(incoming, tensors))
 
     return router
 

@@ -1,0 +1,188 @@
+"""A process group through which rank 0, a trainer, broadcasts tensors, beside the default group of a process.
+
+It is the group that torch's own `_new_process_group_helper` makes after a `tcp://` rendezvous: the store's keys begin alike, so
+that a trainer that makes its end that way, as SGLang's do, meets ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from flowroll.errors import InvalidRequestError, WeightsRejectedError
+
+Backend: TypeAlias = Literal["gloo", "nccl"]
+
+_POLL_S, _LONGEST_POLL_S = 0.0002, 0.01
+# NCCL ends the process when it is out of patience; we are so before.
+_NCCL_PATIENCE = 10
+
+
+class BroadcastGroup:
+    """This process's place in such a group.
+
+    Args:
+        name: Of the group, the same in all of its processes.
+        rank: Of this process; 0 sends.
+        world_size: Processes of the group.
+        backend: "gloo" for tensors on the CPU, "nccl" for tensors on GPUs.
+        address: Where rank 0's store listens.
+        port: Of the same.
+        timeout_s: How long to wait for the other processes, here and in every broadcast.
+        device: Of the tensors; a GPU for nccl.
+        store: Rank 0's, if that is this process.
+
+    Attributes:
+        device: Of the tensors.
+
+    Raises:
+        InvalidRequestError: The others did not come, or this machine cannot take part.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        rank: int,
+        world_size: int,
+        backend: Backend,
+        address: str,
+        port: int,
+        timeout_s: float,
+        device: str = "cpu",
+        store: Store | None = None,
+    ) -> None:
+        self.name, self._timeout_s = name, timeout_s
+        self.device = torch.device(device)
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        wanted = "cuda" if backend == "nccl" else "cpu"
+        if self.device.type != wanted:
+            raise InvalidRequestError(
+                f"backend must be gloo for tensors on the CPU and nccl on GPUs, got {backend} on {device}; use the other.",
+                field="backend",
+            )
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            # Counted by a rank 0 that waits for all of its workers.
+            found = TCPStore(address, port, world_size, False, timeout) if store is None else store
+            prefixed = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, found)))
+            self._group = (
+                _gloo(prefixed, rank, world_size, timeout, address)
+                if backend == "gloo"
+                else _nccl(prefixed, rank, world_size, timeout * _NCCL_PATIENCE)
+            )
+        except (RuntimeError, OSError) as error:  # torch's errors of networks and stores are RuntimeErrors
+            raise InvalidRequestError(
+                f"master_address must be where rank 0 of {name} waits for {world_size} processes, got {address}:{port} "
+                f"({_first_line(error)}); start all of them within {timeout_s:g} s.",
+                field="master_address",
+            ) from error
+
+    def __enter__(self) -> BroadcastGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def turn(self) -> Any:
+        """For broadcasts that belong together; others wait."""
+        with self._lock:
+            yield
+
+    def broadcast(self, tensor: Tensor, check: Callable[[], object] = lambda: None) -> None:
+        """Sends a contiguous tensor, or fills it with rank 0's; returns when this process is done with it.
+
+        Args:
+            tensor: On a device of this group.
+            check: Called now and then; what it raises ends the wait, and the group.
+
+        Raises:
+            WeightsRejectedError: The other end is gone, or was silent for too long. The group can only be closed then.
+        """
+        if self._failure is not None:
+            raise self._broken()
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        try:
+            self._wait(self._group.broadcast([tensor], options), check)
+        except (RuntimeError, TimeoutError) as error:
+            self._failure = _first_line(error)
+            self._abort()
+            raise self._broken() from error
+        except BaseException as error:
+            self._failure = _first_line(error)
+            self._abort()
+            raise
+
+    def close(self, reason: str = "its end") -> None:
+        """Leaves the group; a broadcast that waits ends with an error. May be called twice.
+
+        Args:
+            reason: What a later broadcast is told.
+        """
+        if self._failure is None:
+            self._failure = reason
+            self._abort()
+
+    def _wait(self, work: Any, check: Callable[[], object]) -> None:
+        deadline_s, pause_s = time.monotonic() + self._timeout_s, _POLL_S
+        while not work.is_completed():
+            check()
+            if self._failure is not None:
+                raise RuntimeError(self._failure)
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"silence for {self._timeout_s:g} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+        work.wait()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _abort(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._group.abort()
+
+    def _broken(self) -> WeightsRejectedError:
+        return WeightsRejectedError(
+            f"the group {self.name} must deliver every tensor, got {self._failure}; destroy it and make another.",
+            field="group_name",
+        )
+
+
+def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta, address: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    # Over the interface that leads to rank 0; by itself gloo takes that which the host's name resolves to.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(address))]
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _nccl(store: Store, rank: int, world_size: int, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+def _own_address(peer: str) -> str:
+    """This machine's address on the way to another. Nothing is sent: connecting a datagram socket only asks for the way."""
+    family, kind, protocol, _, place = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(place)
+        return str(probe.getsockname()[0])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,113 @@
+"""New weights from a process group: its beginning, its broadcasts and its end, as SGLang has them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.engine.groups import UNRECEIVED, receive_from_group
+from flowroll.engine.tensorfile import TensorHead
+from flowroll.engine.weights import tensor_head
+from flowroll.errors import NotFoundError
+from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.intake import read_body
+from flowroll.serving.openapi import request_body
+from flowroll.serving.services import Services
+from flowroll.types import check_version
+from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
+from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
+from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+from flowroll.wire.schema import parse, parse_json_body
+
+_RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
+
+
+def build_router(services: Services) -> APIRouter:
+    """The routes about process groups."""
+    router = APIRouter(tags=["weights"])
+    groups: dict[str, BroadcastGroup] = {}
+    # Each holds a thread for as long as its trainer does not come.
+    joining = asyncio.Lock()
+
+    def find(name: str) -> BroadcastGroup:
+        if name not in groups:
+            raise NotFoundError(f"group_name must be of a group, got {name[:80]}; init it first.", field="group_name")
+        return groups[name]
+
+    @router.post(
+        INIT_GROUP_ROUTE,
+        summary="Join a trainer's process group",
+        description="Whatever the engine's layout, the server is one member, of rank `rank_offset`. Waits for the others, at "
+        "most for --rank-timeout-s. A group of the same name is destroyed first: its trainer has begun again.",
+        responses=_RESPONSES,
+        openapi_extra=request_body(InitGroupRequest),
+    )
+    async def init_group(request: Request) -> DoneObject:
+        accepted = parse(InitGroupRequest, parse_json_body(await read_body(request, services)))
+        async with joining:
+            if (former := groups.pop(accepted.group_name, None)) is not None:
+                former.close()
+            groups[accepted.group_name] = await run_in_threadpool(
+                BroadcastGroup,
+                accepted.group_name,
+                rank=accepted.rank_offset,
+                world_size=accepted.world_size,
+                backend=accepted.backend,
+                address=accepted.master_address,
+                port=accepted.master_port,
+                device=services.worker.engine.info.device if accepted.backend == "nccl" else "cpu",
+                timeout_s=services.config.rank_timeout_s,
+            )
+        return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
+
+    @router.post(
+        UPDATE_FROM_GROUP_ROUTE,
+        summary="Take new weights from a process group",
+        description="A bucket of an update: rank 0 broadcasts these tensors in this order. The weights are exchanged once all "
+        "tensors of the module are there. Buckets of one update have the same `weight_version`. An error ends the update; "
+        "everything stays.",
+        responses=_RESPONSES,
+        openapi_extra=request_body(UpdateFromGroupRequest),
+    )
+    async def update_from_group(request: Request) -> SharedUpdateObject:
+        sent = parse_json_body(await read_body(request, services))
+        group = find(str(sent.get("group_name", DEFAULT_GROUP)))
+        try:
+            accepted = parse(UpdateFromGroupRequest, sent)
+            if accepted.weight_version is not None:
+                check_version(accepted.weight_version, "weight_version")
+            heads, flattened = _heads(accepted), accepted.load_format is not None
+            return await services.take_bucket(
+                accepted,
+                accepted.names,
+                lambda incoming: receive_from_group(incoming, group, heads, flattened=flattened),
+            )
+        except BaseException:
+            # The trainer sends them all the same, and nobody receives them.
+            group.close(UNRECEIVED)
+            raise
+
+    @router.post(
+        DESTROY_GROUP_ROUTE,
+        summary="Leave a process group",
+        description="A broadcast that is under way ends with an error.",
+        responses=_RESPONSES,
+        openapi_extra=request_body(DestroyGroupRequest),
+    )
+    async def destroy_group(request: Request) -> DoneObject:
+        accepted = parse(DestroyGroupRequest, parse_json_body(await read_body(request, services)))
+        group = find(accepted.group_name)
+        del groups[accepted.group_name]
+        await run_in_threadpool(group.close)
+        return DoneObject(message=f"{accepted.group_name} is destroyed")
+
+    return router
+
+
+def _heads(accepted: UpdateFromGroupRequest) -> list[TensorHead]:
+    described = zip(accepted.names, accepted.dtypes, accepted.shapes, strict=True)
+    return [tensor_head(name, getattr(torch, dtype.removeprefix("torch.")), shape) for name, dtype, shape in described]
