@@ -15,7 +15,7 @@ from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import AdapterChange, GeneratedImage, LoraAdapter, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -83,6 +83,20 @@ class AsyncClient:
     async def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
         """Has the server compare its weights with the trainer's. See `Client.verify_weights`."""
         return await self._send(exchange.verify_call(expected, module))
+
+    async def load_lora_adapter(
+        self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
+    ) -> AdapterChange:
+        """Has the server load a LoRA adapter. See `Client.load_lora_adapter`."""
+        return await self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+
+    async def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
+        """Has the server forget an adapter. See `Client.unload_lora_adapter`."""
+        return await self._send(exchange.unload_adapter_call(name, weight_version))
+
+    async def lora_adapters(self) -> list[LoraAdapter]:
+        """The server's adapters, in the order of loading."""
+        return await self._send(exchange.adapters_call())
 
     async def score(
         self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False

@@ -17,16 +17,19 @@ import msgspec
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import AdapterChange, GeneratedImage, LoraAdapter, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import (
+    ADAPTERS_ROUTE,
     CHECKSUM_ROUTE,
     EXTRA,
     EXTRA_ONLY,
     GENERATE_ROUTE,
+    LOAD_ADAPTER_ROUTE,
     PARAM_TO_WIRE,
     ROLLOUT_ROUTE,
     SCORE_ROUTE,
+    UNLOAD_ADAPTER_ROUTE,
     UPDATE_FROM_DISK_ROUTE,
     VERIFY_ROUTE,
     closest,
@@ -88,12 +91,18 @@ class _Verified(msgspec.Struct, frozen=True):
     num_tensors: int
 
 
+class _Adapters(msgspec.Struct, frozen=True):
+    adapters: list[LoraAdapter]
+
+
 class _ErrorBody(msgspec.Struct, frozen=True):
     error: _ErrorDetail
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 _UPDATE = msgspec.json.Decoder(WeightUpdate)
+_CHANGE = msgspec.json.Decoder(AdapterChange)
+_ADAPTERS = msgspec.json.Decoder(_Adapters)
 _SUMS = msgspec.json.Decoder(dict[str, str])
 _VERIFIED = msgspec.json.Decoder(_Verified)
 
@@ -128,6 +137,23 @@ def update_from_disk_call(path: str | PathLike[str], module: str, weight_version
     """POST /update_weights_from_disk."""
     sent = {"model_path": str(path), "module": module, "weight_version": weight_version}
     return _post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: _read_by(_UPDATE, body))
+
+
+def load_adapter_call(name: str, path: str | PathLike[str], merged: bool, weight_version: str | None) -> Call[AdapterChange]:
+    """POST /load_lora_adapter."""
+    sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version}
+    return _post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: _read_by(_CHANGE, body))
+
+
+def unload_adapter_call(name: str, weight_version: str | None) -> Call[AdapterChange]:
+    """POST /unload_lora_adapter."""
+    sent = {"lora_name": name, "weight_version": weight_version}
+    return _post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: _read_by(_CHANGE, body))
+
+
+def adapters_call() -> Call[list[LoraAdapter]]:
+    """GET /lora_adapters."""
+    return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: _read_by(_ADAPTERS, body).adapters)
 
 
 def checksum_call(module: str) -> Call[str]:

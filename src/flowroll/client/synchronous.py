@@ -14,7 +14,7 @@ from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import AdapterChange, GeneratedImage, LoraAdapter, Number, Rollout, SamplingParams, WeightUpdate
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -127,6 +127,37 @@ class Client:
             WeightsMismatchError: It names those that differ, are missing or unknown.
         """
         return self._send(exchange.verify_call(expected, module))
+
+    def load_lora_adapter(
+        self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
+    ) -> AdapterChange:
+        """Has the server load a LoRA adapter, or replace the one of that name; requests choose it by `lora_name`.
+
+        Args:
+            path: On the server's disk, absolute, inside a folder of its --weights-root: what peft's `save_pretrained` wrote.
+            name: Printable text of 1 to 128 characters.
+            merged: Add it to a copy of the weights that it changes, instead of running it beside them.
+            weight_version: Of the server's weights from now on; None: the server counts.
+
+        Raises:
+            ForbiddenError: The server may not read there.
+            WeightsRejectedError: No plain LoRA adapter of the server's model, or there is no room. Everything is as it was.
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+
+    def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
+        """Has the server forget an adapter.
+
+        Args:
+            name: Of the adapter.
+            weight_version: Of the server's weights from now on; None: the server counts.
+        """
+        return self._send(exchange.unload_adapter_call(name, weight_version))
+
+    def lora_adapters(self) -> list[LoraAdapter]:
+        """The server's adapters, in the order of loading."""
+        return self._send(exchange.adapters_call())
 
     def score(self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False) -> Scores:
         """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.

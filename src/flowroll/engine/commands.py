@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.families import ModelSpec
-from flowroll.types import DenoisingEnv, EnvValue, SamplingParams, SamplingRecord
+from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
 
 
 class TensorShape(msgspec.Struct, frozen=True):
@@ -70,8 +70,21 @@ class StageWeights(msgspec.Struct, frozen=True, tag=True):
     config: str | None
 
 
+class StageAdapter(msgspec.Struct, frozen=True, tag=True):
+    """An adapter is to be read beside those that are loaded; every follower says whether it could, and found the same."""
+
+    folder: str
+    about: LoraAdapter
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """An adapter is to be forgotten."""
+
+    name: str
+
+
 class CommitWeights(msgspec.Struct, frozen=True, tag=True):
-    """Every rank could: they take the place of the old."""
+    """Every rank could: the new weights, or the adapter, take the place of the old."""
 
 
 class DropWeights(msgspec.Struct, frozen=True, tag=True):
@@ -86,7 +99,19 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """No more commands."""
 
 
-Command: TypeAlias = Serve | Request | Sample | Score | StageWeights | CommitWeights | DropWeights | GatherWeights | Stop
+Command: TypeAlias = (
+    Serve
+    | Request
+    | Sample
+    | Score
+    | StageWeights
+    | StageAdapter
+    | UnloadAdapter
+    | CommitWeights
+    | DropWeights
+    | GatherWeights
+    | Stop
+)
 _DECODER = msgspec.json.Decoder(Command)
 
 

@@ -13,7 +13,7 @@ from flowroll.engine.batching import Batcher, BatchLimits, ExclusiveMode
 from flowroll.engine.batching.limits import ONE_BY_ONE
 from flowroll.engine.batching.steps import LedSteps
 from flowroll.engine.checkpoint import examine_checkpoint
-from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
+from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import plan_geometry
@@ -46,6 +46,7 @@ class EngineCore:
         device: str = "auto",
         limits: Limits | None = None,
         batching: BatchLimits | None = None,
+        adapter_limits: AdapterLimits | None = None,
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
     ) -> None:
@@ -64,7 +65,7 @@ class EngineCore:
             if self._replica is not None:
                 self._replica.close()
             raise
-        self._weights = WeightStore(self._pipeline, self._replica)
+        self._weights = WeightStore(self._pipeline, self._replica, self._model.adapters)
         self._work = ModelWork(self._model, self._pipeline, self._weights.versions)
         self.batcher = self._open_batcher(batching or BatchLimits())
         transformer = self._model.transformer
@@ -79,6 +80,7 @@ class EngineCore:
             layout=layout,
             transformer_bytes=sum(parameter.nbytes for parameter in transformer.parameters()),
             limits=limits,
+            adapter_limits=adapter_limits or AdapterLimits(),
             defaults=self._model.family.variants[self._model.variant],
             pixel_unit=self._model.spec.pixel_unit,
             versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},

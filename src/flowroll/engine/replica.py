@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import torch
@@ -29,8 +30,10 @@ from flowroll.engine.commands import (
     Sample,
     Score,
     Serve,
+    StageAdapter,
     StageWeights,
     Stop,
+    UnloadAdapter,
     describe_branch,
     describe_tensor,
     encode_command,
@@ -60,7 +63,7 @@ from flowroll.parallel.rendezvous import (
     torchrun_rank,
     torchrun_store,
 )
-from flowroll.types import DenoisingEnv, Layout, SamplingRecord
+from flowroll.types import DenoisingEnv, Layout, LoraAdapter, SamplingRecord
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -256,7 +259,24 @@ class Replica:
             RankLostError: A rank ended.
         """
         config = None if files.config is None else str(files.config)
-        self._send(StageWeights(files=[str(file) for file in files.files], config=config))
+        self._stage(StageWeights(files=[str(file) for file in files.files], config=config), field="model_path")
+
+    def load_adapter(self, folder: Path, about: LoraAdapter) -> None:
+        """Makes every other rank load an adapter, or none.
+
+        Raises:
+            WeightsRejectedError: A rank could not; all have dropped it.
+            RankLostError: A rank ended.
+        """
+        self._stage(StageAdapter(folder=str(folder), about=about), field="lora_path")
+        self.commit_weights()
+
+    def unload_adapter(self, name: str) -> None:
+        """Makes every other rank forget an adapter."""
+        self._send(UnloadAdapter(name=name))
+
+    def _stage(self, command: StageWeights | StageAdapter, *, field: str) -> None:
+        self._send(command)
         # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
         with self.in_step():
             self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
@@ -266,7 +286,7 @@ class Replica:
         if refused:
             self.drop_weights()
             rank, reason = next(iter(refused.items()))
-            raise WeightsRejectedError(f"rank {rank}: {reason}", field="model_path")
+            raise WeightsRejectedError(f"rank {rank}: {reason}", field=field)
 
     def commit_weights(self) -> None:
         """Makes every other rank take what it has read. One that cannot ends, and the replica with it."""

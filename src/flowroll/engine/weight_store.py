@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.replica import Replica
 from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weights import StagedWeights, WeightFiles, listed, stage_weights
@@ -28,13 +29,14 @@ class WeightStore:
     Args:
         pipeline: The diffusers pipeline that holds the modules.
         replica: The other ranks, if there are any. Of the modules they hold the transformer.
+        adapters: Of the transformer; merged ones are merged again when it changes.
 
     Attributes:
         versions: Of the weights; one for all modules together.
     """
 
-    def __init__(self, pipeline: Any, replica: Replica | None) -> None:
-        self._pipeline, self._replica = pipeline, replica
+    def __init__(self, pipeline: Any, replica: Replica | None, adapters: AdapterSet) -> None:
+        self._pipeline, self._replica, self._adapters = pipeline, replica, adapters
         self.versions = WeightVersions()
 
     def release(self) -> None:
@@ -56,9 +58,12 @@ class WeightStore:
             replica.stage_weights(staged.files)
 
         def conclude() -> None:
+            adapters = self._adapters.over_new_base() if module == "transformer" else None
             if replica is not None:
                 replica.commit_weights()
             self.versions.advance(version)
+            if adapters is not None:
+                self._adapters.adopt(adapters)
 
         try:
             staged.commit(conclude)

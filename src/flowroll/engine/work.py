@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class ModelWork:
 
         Raises:
             OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
+            InvalidRequestError: Its adapter was unloaded while it waited.
         """
         self._versions.demand(plan.params.min_weight_version)
         model, pipeline = self._get()
@@ -51,7 +53,8 @@ class ModelWork:
                 encoded[prompt] = model.family.encode(pipeline, prompt)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
-        return DenoisingTask.build(plan, model, env, record_of(plan, env))
+        record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
+        return DenoisingTask.build(plan, model, env, record)
 
     def decode(self, task: DenoisingTask, sample: Sample) -> Tensor:
         """A finished sample's picture, on the CPU.

@@ -17,6 +17,9 @@ CONTINUE_ROUTE = "/continue_generation"
 UPDATE_FROM_DISK_ROUTE = "/update_weights_from_disk"
 CHECKSUM_ROUTE = "/get_weights_checksum"
 VERIFY_ROUTE = "/verify_weights"
+LOAD_ADAPTER_ROUTE = "/load_lora_adapter"
+UNLOAD_ADAPTER_ROUTE = "/unload_lora_adapter"
+ADAPTERS_ROUTE = "/lora_adapters"
 
 # Fields that are not listed have one name for both.
 PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(ROLLOUT_FIELDS - {"rollout"})}

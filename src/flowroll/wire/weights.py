@@ -11,26 +11,26 @@ from flowroll.types import MAX_VERSION_CHARS, ModuleName
 from flowroll.wire.fields import Rule
 from flowroll.wire.schema import Strict
 
-_MAX_PATH_CHARS = 4096
+MAX_PATH_CHARS = 4096
 
 _Updatable: TypeAlias = Literal["transformer", "vae"]
 _ModulePath: TypeAlias = Annotated[
     str,
     Field(
         min_length=1,
-        max_length=_MAX_PATH_CHARS,
+        max_length=MAX_PATH_CHARS,
         description="On the server's disk, absolute, inside a folder of --weights-root: a checkpoint folder, whose subfolder "
         "of the module's name is read; the module's own folder; or one .safetensors file.",
         examples=["/runs/7/step-120"],
     ),
-    Rule(text=f"be a path of 1 to {_MAX_PATH_CHARS} characters", remedy="send an absolute path on the server's disk"),
+    Rule(text=f"be a path of 1 to {MAX_PATH_CHARS} characters", remedy="send an absolute path on the server's disk"),
 ]
 _Module: TypeAlias = Annotated[
     ModuleName,
     Field(description="Part of the checkpoint.", examples=["transformer"]),
     Rule(text='be "transformer", "text_encoder" or "vae"', remedy="choose one of these"),
 ]
-_Version: TypeAlias = Annotated[
+Version: TypeAlias = Annotated[
     str | None,
     Field(
         min_length=1,
@@ -53,7 +53,7 @@ class UpdateFromDiskRequest(Strict):
         Field(description="What to update. null: the transformer.", examples=["transformer"]),
         Rule(text='be null, "transformer" or "vae"', remedy="leave it out for the transformer"),
     ] = None
-    weight_version: _Version = None
+    weight_version: Version = None
     target_modules: Annotated[
         list[_Updatable] | None,
         Field(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from flowroll.engine import BatchLimits, Limits
+from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.services import Services
@@ -42,6 +42,7 @@ class ServerInfo(BaseModel):
     transformer_bytes: int = Field(description="Of its weights, on each rank.")
     weight_version: str = Field(description="Of the weights in memory.", examples=["0"])
     limits: Limits = Field(description="What one request may ask for.")
+    adapter_limits: AdapterLimits = Field(description="How many LoRA adapters there may be.")
     defaults: Defaults = Field(description="What a request leaves open.")
     pixel_unit: int = Field(description="Height and width must be multiples of this.")
     versions: Mapping[str, str] = Field(description="Of the libraries whose code shapes the bits.")
