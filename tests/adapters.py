@@ -1,6 +1,7 @@
 """LoRA adapters on disk, made by peft itself, and the models of a trainer that has them."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def policy(
 
 
 def saved(model: peft.PeftModel, folder: Path) -> Path:
-    """What the trainer saves."""
+    """What the trainer saves, in place of what is there."""
+    # peft cannot read its own model card.
+    shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(str(folder))
     return folder

@@ -15,7 +15,16 @@ from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import AdapterChange, GeneratedImage, LoraAdapter, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import (
+    AdapterChange,
+    GeneratedImage,
+    LoraAdapter,
+    MemoryChange,
+    Number,
+    Rollout,
+    SamplingParams,
+    WeightUpdate,
+)
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -97,6 +106,14 @@ class AsyncClient:
     async def lora_adapters(self) -> list[LoraAdapter]:
         """The server's adapters, in the order of loading."""
         return await self._send(exchange.adapters_call())
+
+    async def release_memory(self, mode: str = "offload") -> MemoryChange:
+        """Has the server release the memory of its weights. See `Client.release_memory`."""
+        return await self._send(exchange.release_memory_call(mode))
+
+    async def resume_memory(self) -> MemoryChange:
+        """Has the server take the memory of its weights again. See `Client.resume_memory`."""
+        return await self._send(exchange.resume_memory_call())
 
     async def score(
         self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False

@@ -17,7 +17,16 @@ import msgspec
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
-from flowroll.types import AdapterChange, GeneratedImage, LoraAdapter, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import (
+    AdapterChange,
+    GeneratedImage,
+    LoraAdapter,
+    MemoryChange,
+    Number,
+    Rollout,
+    SamplingParams,
+    WeightUpdate,
+)
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import (
     ADAPTERS_ROUTE,
@@ -27,6 +36,8 @@ from flowroll.wire.names import (
     GENERATE_ROUTE,
     LOAD_ADAPTER_ROUTE,
     PARAM_TO_WIRE,
+    RELEASE_ROUTE,
+    RESUME_ROUTE,
     ROLLOUT_ROUTE,
     SCORE_ROUTE,
     UNLOAD_ADAPTER_ROUTE,
@@ -103,6 +114,7 @@ _OBJECT = msgspec.json.Decoder(dict[str, Any])
 _UPDATE = msgspec.json.Decoder(WeightUpdate)
 _CHANGE = msgspec.json.Decoder(AdapterChange)
 _ADAPTERS = msgspec.json.Decoder(_Adapters)
+_MEMORY = msgspec.json.Decoder(MemoryChange)
 _SUMS = msgspec.json.Decoder(dict[str, str])
 _VERIFIED = msgspec.json.Decoder(_Verified)
 
@@ -154,6 +166,16 @@ def unload_adapter_call(name: str, weight_version: str | None) -> Call[AdapterCh
 def adapters_call() -> Call[list[LoraAdapter]]:
     """GET /lora_adapters."""
     return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: _read_by(_ADAPTERS, body).adapters)
+
+
+def release_memory_call(mode: str) -> Call[MemoryChange]:
+    """POST /release_memory_occupation."""
+    return _post(RELEASE_ROUTE, {"mode": mode}, lambda body, _: _read_by(_MEMORY, body))
+
+
+def resume_memory_call() -> Call[MemoryChange]:
+    """POST /resume_memory_occupation."""
+    return _post(RESUME_ROUTE, {}, lambda body, _: _read_by(_MEMORY, body))
 
 
 def checksum_call(module: str) -> Call[str]:

@@ -14,7 +14,16 @@ from flowroll.client import exchange
 from flowroll.client.exchange import Call
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import AdapterChange, GeneratedImage, LoraAdapter, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import (
+    AdapterChange,
+    GeneratedImage,
+    LoraAdapter,
+    MemoryChange,
+    Number,
+    Rollout,
+    SamplingParams,
+    WeightUpdate,
+)
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -158,6 +167,21 @@ class Client:
     def lora_adapters(self) -> list[LoraAdapter]:
         """The server's adapters, in the order of loading."""
         return self._send(exchange.adapters_call())
+
+    def release_memory(self, mode: str = "offload") -> MemoryChange:
+        """Has the server release the memory of its weights, once the requests that run have finished.
+
+        Args:
+            mode: "offload": to pinned memory of the host; "disk": to a file without a name.
+
+        Raises:
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.release_memory_call(mode))
+
+    def resume_memory(self) -> MemoryChange:
+        """Has the server take the memory of its weights again; they are as they were."""
+        return self._send(exchange.resume_memory_call())
 
     def score(self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False) -> Scores:
         """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.

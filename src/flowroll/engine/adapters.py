@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,12 @@ class AdapterSet:
     def loaded(self) -> tuple[LoraAdapter, ...]:
         """What there is, in the order of loading."""
         return tuple(adapter.about for adapter in self._loaded.values())
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Of all trees and layers; those of the base are among them, and some come several times."""
+        for adapter in self._loaded.values():
+            for module in (adapter.transformer, *adapter.layers.values()):
+                yield from module.parameters()
 
     def transformer(self, name: str | None) -> Any:
         """What runs with this adapter; None: the base.

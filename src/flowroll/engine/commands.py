@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.rest import SleepMode
 from flowroll.families import ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
 
@@ -83,8 +84,18 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class ReleaseMemory(msgspec.Struct, frozen=True, tag=True):
+    """The weights are to be kept elsewhere; every follower copies them and says whether it could."""
+
+    mode: SleepMode
+
+
+class ResumeMemory(msgspec.Struct, frozen=True, tag=True):
+    """The weights are to be made again; every follower says whether it could."""
+
+
 class CommitWeights(msgspec.Struct, frozen=True, tag=True):
-    """Every rank could: the new weights, or the adapter, take the place of the old."""
+    """Every rank could: what was staged takes the place of the old."""
 
 
 class DropWeights(msgspec.Struct, frozen=True, tag=True):
@@ -107,6 +118,8 @@ Command: TypeAlias = (
     | StageWeights
     | StageAdapter
     | UnloadAdapter
+    | ReleaseMemory
+    | ResumeMemory
     | CommitWeights
     | DropWeights
     | GatherWeights

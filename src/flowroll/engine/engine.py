@@ -17,6 +17,7 @@ from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.lora import LoraEngine
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.scores import ScoringEngine
+from flowroll.engine.sleeping import SleepingEngine
 from flowroll.engine.updates import UpdatableEngine
 from flowroll.errors import InvalidRequestError
 from flowroll.types import GeneratedImage, Rollout, SamplingParams
@@ -24,7 +25,7 @@ from flowroll.types import GeneratedImage, Rollout, SamplingParams
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 
 
-class Engine(ScoringEngine, UpdatableEngine, LoraEngine):
+class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
     """Rolls out one checkpoint.
 
     Calls from several threads share forwards, each with the bits that it has alone, under the CPU thread count of its caller. A
@@ -60,10 +61,12 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine):
 
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit.
+            AsleepError: The memory of the weights is released.
             OutdatedWeightsError: The weights are older than the request demands.
             ShuttingDownError: The engine was interrupted or closed.
         """
         model = self._open_model()
+        self._rest.check_awake()
         self._weights.versions.demand(params.min_weight_version)
         return plan_request(params, model, self.info.limits)
 

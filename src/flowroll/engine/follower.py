@@ -19,7 +19,9 @@ from flowroll.engine.commands import (
     CommitWeights,
     DropWeights,
     GatherWeights,
+    ReleaseMemory,
     Request,
+    ResumeMemory,
     Sample,
     Score,
     Serve,
@@ -37,9 +39,10 @@ from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.engine.replica import STAGED, RankConfig
+from flowroll.engine.rest import Rest
 from flowroll.engine.scoring import velocities_of
 from flowroll.engine.weights import WeightFiles, stage_weights
-from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
+from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.linears import whole_tensors
@@ -137,7 +140,8 @@ def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> Non
 def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> None:
     task: DenoisingTask | None = None
     # Puts in place what was read.
-    take: Callable[[], None] | None = None
+    take: Callable[[], object] | None = None
+    rest = Rest(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
     while True:
         command = decode_command(channel.receive())
         match command:
@@ -155,6 +159,10 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 take = _stage(functools.partial(_read_weights, model, command), channel)
             case StageAdapter():
                 take = _stage(functools.partial(_read_adapter, model, command), channel)
+            case ReleaseMemory():
+                take = _stage(functools.partial(rest.prepare_release, command.mode), channel)
+            case ResumeMemory():
+                take = _stage(rest.prepare_resume, channel)
             case CommitWeights():
                 assert take is not None
                 take()
@@ -174,11 +182,11 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 raise AssertionError("served twice")
 
 
-def _stage(read: Callable[[], Callable[[], None]], channel: Channel) -> Callable[[], None] | None:
-    """Reads something new and says how it went; whether anybody takes it is rank 0's to say."""
+def _stage(prepare: Callable[[], Callable[[], object]], channel: Channel) -> Callable[[], object] | None:
+    """Prepares a change and says how it went; whether anybody makes it is rank 0's to say."""
     try:
-        take = read()
-    except WeightsRejectedError as error:
+        take = prepare()
+    except (WeightsRejectedError, EngineError) as error:
         channel.announce(STAGED, error.message)
         return None
     channel.announce(STAGED)

@@ -83,6 +83,7 @@ class LoraEngine(EngineCore):
         started_s = time.perf_counter()
         check_lora_name(name)
         adapters = self._open_model().adapters
+        self._rest.check_awake()
         data = read_adapter(files, max_bytes=self.info.adapter_limits.max_adapter_bytes)
         adapter = adapters.stage(data, name=name, merged=merged)
         self._check_room(adapter.about)
@@ -137,6 +138,7 @@ class LoraEngine(EngineCore):
         read_s: float,
     ) -> AdapterChange:
         def run() -> AdapterChange:
+            self._rest.check_awake()
             started_s = time.perf_counter()
             versions = self._weights.versions
             version, previous = versions.following(weight_version), versions.current

@@ -26,7 +26,9 @@ from flowroll.engine.commands import (
     CommitWeights,
     DropWeights,
     GatherWeights,
+    ReleaseMemory,
     Request,
+    ResumeMemory,
     Sample,
     Score,
     Serve,
@@ -42,6 +44,7 @@ from flowroll.engine.commands import (
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.rest import SleepMode
 from flowroll.engine.weights import WeightFiles
 from flowroll.errors import (
     CheckpointError,
@@ -275,7 +278,22 @@ class Replica:
         """Makes every other rank forget an adapter."""
         self._send(UnloadAdapter(name=name))
 
-    def _stage(self, command: StageWeights | StageAdapter, *, field: str) -> None:
+    def release_memory(self, mode: SleepMode) -> None:
+        """Makes every other rank release the memory of its weights, or none.
+
+        Raises:
+            EngineError: A rank could not.
+            RankLostError: A rank ended.
+        """
+        self._stage(ReleaseMemory(mode=mode))
+        self.commit_weights()
+
+    def resume_memory(self) -> None:
+        """Makes every other rank take its weights into memory again, or none; errors as for `release_memory`."""
+        self._stage(ResumeMemory())
+        self.commit_weights()
+
+    def _stage(self, command: StageWeights | StageAdapter | ReleaseMemory | ResumeMemory, *, field: str | None = None) -> None:
         self._send(command)
         # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
         with self.in_step():
@@ -286,7 +304,8 @@ class Replica:
         if refused:
             self.drop_weights()
             rank, reason = next(iter(refused.items()))
-            raise WeightsRejectedError(f"rank {rank}: {reason}", field=field)
+            message = f"rank {rank}: {reason}"
+            raise EngineError(message) if field is None else WeightsRejectedError(message, field=field)
 
     def commit_weights(self) -> None:
         """Makes every other rank take what it has read. One that cannot ends, and the replica with it."""

@@ -73,7 +73,9 @@ class ScoringEngine(EngineCore):
             InvalidRequestError: A sample does not fit the model, or is above a limit.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        return plan_score(params, self._open_model(), self.info.limits)
+        model = self._open_model()
+        self._rest.check_awake()
+        return plan_score(params, model, self.info.limits)
 
     def run_scores(self, params: ScoreParams | ScorePlan) -> ScoreAnswer:
         """As `score`, for several steps of several samples; each is scored alone, so neither their order nor number matters.
@@ -118,6 +120,7 @@ class ScoringEngine(EngineCore):
     def _score_sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> SampleScores:
         """Scores one checked sample, on every rank and on the loop's thread."""
         self._check_interrupt()
+        self._rest.check_awake()
         model, lora = self._model, sample.sampling.lora
         name = None if lora is None else lora.name
         transformer, used = model.adapters.transformer(name), model.adapters.record(name)

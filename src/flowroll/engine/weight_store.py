@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.replica import Replica
+from flowroll.engine.rest import Rest
 from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weights import StagedWeights, WeightFiles, listed, stage_weights
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
@@ -30,13 +31,15 @@ class WeightStore:
         pipeline: The diffusers pipeline that holds the modules.
         replica: The other ranks, if there are any. Of the modules they hold the transformer.
         adapters: Of the transformer; merged ones are merged again when it changes.
+        rest: Without weights, nothing can be said of them or done to them.
 
     Attributes:
         versions: Of the weights; one for all modules together.
     """
 
-    def __init__(self, pipeline: Any, replica: Replica | None, adapters: AdapterSet) -> None:
+    def __init__(self, pipeline: Any, replica: Replica | None, adapters: AdapterSet, rest: Rest) -> None:
         self._pipeline, self._replica, self._adapters = pipeline, replica, adapters
+        self._rest = rest
         self.versions = WeightVersions()
 
     def release(self) -> None:
@@ -49,6 +52,7 @@ class WeightStore:
 
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
         """Puts new weights in place on every rank, or on none."""
+        self._rest.check_awake()
         started_s = time.perf_counter()
         module, previous = staged.files.module, self.versions.current
         version = self.versions.following(weight_version)
@@ -125,4 +129,5 @@ class WeightStore:
         pipeline = self._pipeline
         if pipeline is None:
             raise ShuttingDownError("the engine must run to use its weights, got a shutdown; ask another replica.")
+        self._rest.check_awake()
         return getattr(pipeline, name)

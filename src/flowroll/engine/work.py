@@ -15,6 +15,7 @@ from flowroll.engine.denoising import DenoisingTask, Sample
 from flowroll.engine.finishing import record_of
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.rest import Rest
 from flowroll.engine.versions import WeightVersions
 from flowroll.families import Geometry
 from flowroll.types import DenoisingEnv, EnvValue
@@ -27,11 +28,12 @@ class ModelWork:
         model: The model.
         pipeline: The diffusers pipeline that holds its modules.
         versions: Of the weights.
+        rest: Whether they are there.
     """
 
-    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions) -> None:
+    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions, rest: Rest) -> None:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
-        self._versions = versions
+        self._versions, self._rest = versions, rest
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it decodes.
         self._decoder = threading.Lock()
@@ -40,9 +42,11 @@ class ModelWork:
         """The request's conditioning and schedule: each distinct prompt encoded once, one prompt per call.
 
         Raises:
+            AsleepError: The memory of the weights was released while it waited.
             OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
             InvalidRequestError: Its adapter was unloaded while it waited.
         """
+        self._rest.check_awake()
         self._versions.demand(plan.params.min_weight_version)
         model, pipeline = self._get()
         if model.device.type == "cuda":
@@ -67,7 +71,12 @@ class ModelWork:
         return self.picture(sample.latents, task.plan.geometry)
 
     def picture(self, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 3 1 height width"]:
-        """The picture of one sample's latents, on the CPU."""
+        """The picture of one sample's latents, on the CPU.
+
+        Raises:
+            AsleepError: The memory of the weights is released.
+        """
+        self._rest.check_awake()
         model, pipeline = self._get()
         with self._decoder:
             return model.family.decode(pipeline, latents, geometry).cpu()

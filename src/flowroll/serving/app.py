@@ -10,7 +10,19 @@ from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
 from flowroll.serving.openapi import install_openapi
-from flowroll.serving.routers import adapters, control, generate, health, metrics, openai, rollout, score, server_info, weights
+from flowroll.serving.routers import (
+    adapters,
+    control,
+    generate,
+    health,
+    memory,
+    metrics,
+    openai,
+    rollout,
+    score,
+    server_info,
+    weights,
+)
 from flowroll.serving.services import Services
 
 
@@ -31,7 +43,7 @@ def create_app(worker: EngineWorker, config: ServerConfig) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for group in (rollout, score, generate, openai, control, weights, adapters, health, server_info, metrics):
+    for group in (rollout, score, generate, openai, control, weights, adapters, memory, health, server_info, metrics):
         app.include_router(group.build_router(services))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)

@@ -62,6 +62,18 @@ async def read_body(request: Request, services: Services) -> bytearray:
     return await _receive(request, services.config.max_body_bytes)
 
 
+async def read_optional_body(request: Request, services: Services) -> dict[str, object]:
+    """The object in the body; an empty one where there is no body.
+
+    Raises:
+        MalformedRequestError: It is no JSON, or sent as something else.
+        PayloadTooLargeError: It is longer than the server accepts.
+    """
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return {}
+    return parse_json_body(await read_body(request, services))
+
+
 async def accept_score_request(request: Request, services: Services) -> ScorePlan:
     """Reads, decodes and checks a request for scores; see `accept_request`.
 

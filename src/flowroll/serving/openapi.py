@@ -10,8 +10,10 @@ from pydantic.json_schema import models_json_schema
 
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
+from flowroll.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
+from flowroll.wire.memory import ReleaseRequest, ResumeRequest
 from flowroll.wire.responses import ScoreRequestObject
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
@@ -30,6 +32,10 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     UpdateFromDiskRequest,
     ChecksumRequest,
     VerifyRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    ReleaseRequest,
+    ResumeRequest,
     AbortRequest,
     PauseRequest,
     ContinueRequest,

@@ -62,5 +62,5 @@ def _is_inside(path: Path, roots: Sequence[str]) -> bool:
 def _forbidden(shown: str, field: str) -> ForbiddenError:
     return ForbiddenError(
         f"{field} must lead into a folder of --weights-root, got {shown[:_MOST_SHOWN]!r}; save the weights there.",
-        field="model_path",
+        field=field,
     )

@@ -34,7 +34,7 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
-from flowroll.types.weights import MAX_VERSION_CHARS, ModuleName, WeightUpdate, check_version, version_number
+from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
@@ -59,6 +59,7 @@ __all__ = [
     "GeneratorDevice",
     "Layout",
     "LoraAdapter",
+    "MemoryChange",
     "ModuleName",
     "Number",
     "ParallelPlan",

@@ -19,6 +19,8 @@ CHECKSUM_ROUTE = "/get_weights_checksum"
 VERIFY_ROUTE = "/verify_weights"
 LOAD_ADAPTER_ROUTE = "/load_lora_adapter"
 UNLOAD_ADAPTER_ROUTE = "/unload_lora_adapter"
+RELEASE_ROUTE = "/release_memory_occupation"
+RESUME_ROUTE = "/resume_memory_occupation"
 ADAPTERS_ROUTE = "/lora_adapters"
 
 # Fields that are not listed have one name for both.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import CONTROL_RESPONSES
-from flowroll.serving.intake import read_body
+from flowroll.serving.intake import read_body, read_optional_body
 from flowroll.serving.openapi import request_body
 from flowroll.serving.services import Services
 from flowroll.wire.control import AbortedObject, AbortRequest, ContinueRequest, GenerationObject, PauseRequest
@@ -37,7 +37,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(PauseRequest),
     )
     async def pause_generation(request: Request) -> GenerationObject:
-        worker.pause(parse(PauseRequest, await _optional(request, services)).mode)
+        worker.pause(parse(PauseRequest, await read_optional_body(request, services)).mode)
         return _state()
 
     @router.post(
@@ -47,7 +47,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ContinueRequest),
     )
     async def continue_generation(request: Request) -> GenerationObject:
-        parse(ContinueRequest, await _optional(request, services))
+        parse(ContinueRequest, await read_optional_body(request, services))
         worker.resume()
         return _state()
 
@@ -57,10 +57,3 @@ def build_router(services: Services) -> APIRouter:
         return GenerationObject(is_paused=load.is_paused, num_running=requests.running, num_waiting=requests.pending)
 
     return router
-
-
-async def _optional(request: Request, services: Services) -> dict[str, object]:
-    """The object in the body; an empty one where there is no body."""
-    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
-        return {}
-    return parse_json_body(await read_body(request, services))

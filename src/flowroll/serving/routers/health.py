@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from flowroll.errors import EngineError, FlowrollError, PausedError, ShuttingDownError
+from flowroll.errors import AsleepError, EngineError, FlowrollError, PausedError, ShuttingDownError
 from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
 from flowroll.serving.probe import Evidence
 from flowroll.serving.services import Services
@@ -17,6 +17,7 @@ class Health(BaseModel):
     """The check passed."""
 
     status: Literal["ok"] = "ok"
+    is_asleep: bool = Field(default=False, description="Whether the memory of the weights is released.")
 
 
 class GenerationHealth(Health):
@@ -24,7 +25,7 @@ class GenerationHealth(Health):
 
     evidence: Evidence = Field(
         description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image; "
-        "paused: generation is paused."
+        "paused: generation is paused; asleep: the memory of the weights is released."
     )
 
 
@@ -47,7 +48,7 @@ def build_router(services: Services) -> APIRouter:
     async def health() -> Health | Response:
         if not worker.is_alive:
             return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
-        return Health()
+        return Health(is_asleep=worker.engine.is_asleep)
 
     @router.get("/readiness", summary="New requests are taken", response_model=Health, responses=_FAILED)
     async def readiness() -> Health | Response:
@@ -55,6 +56,8 @@ def build_router(services: Services) -> APIRouter:
             return _unavailable(
                 ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
             )
+        if worker.engine.is_asleep:
+            return _unavailable(AsleepError("the engine must be awake to be ready, got released memory; wake it."))
         if worker.is_paused:
             return _unavailable(PausedError("generation must go on to be ready, got a pause; continue it."))
         return Health()

@@ -53,6 +53,7 @@ class ServerInfo(BaseModel):
     max_body_bytes: int = Field(description="Size of a request body.")
     max_score_body_bytes: int = Field(description="Size of a body of POST /rollout/score.")
     is_paused: bool = Field(description="Whether new requests are refused until /continue_generation.")
+    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
     is_ready: bool = Field(description="Whether new requests are taken.")
     queue: Queue
     uptime_s: float
@@ -76,7 +77,8 @@ def build_router(services: Services) -> APIRouter:
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,
             is_paused=load.is_paused,
-            is_ready=services.worker.is_accepting and not load.is_paused,
+            is_asleep=services.worker.engine.is_asleep,
+            is_ready=services.worker.is_accepting and not (load.is_paused or services.worker.engine.is_asleep),
             queue=Queue(**dataclasses.asdict(load.requests)),
             uptime_s=time.monotonic() - services.started_s,
         )
