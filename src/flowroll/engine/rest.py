@@ -9,8 +9,9 @@ may have been updated since.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
-from typing import IO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class Rest:
         parameters = list({id(parameter): parameter for parameter in self._parameters()}.values())
         try:
             if mode == "disk":
-                kept = _on_disk(parameters)
+                spill = _Spill()
+                kept = [spill.keep(parameter) for parameter in parameters]
             else:
                 kept = [_in_host_memory(parameter) for parameter in parameters if parameter.device.type == "cuda"]
                 _synchronize(parameters)
@@ -113,28 +115,31 @@ def _in_host_memory(parameter: Tensor) -> _Kept:
     return parameter, lambda: kept.to(device, non_blocking=True)
 
 
-def _on_disk(parameters: Iterable[Tensor]) -> list[_Kept]:
-    # Gone with the last that holds it, and with the process.
-    file = tempfile.TemporaryFile(prefix="flowroll-")  # noqa: SIM115
-    return [_in_file(parameter, file) for parameter in parameters]
+class _Spill:
+    """A file without a name, closed with the last that holds it, and gone with the process."""
 
+    def __init__(self) -> None:
+        self._file: Any = tempfile.TemporaryFile(prefix="flowroll-")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
-def _in_file(parameter: Tensor, file: IO[bytes]) -> _Kept:
-    data, start = parameter.data, file.tell()
-    shape, dtype, device = data.shape, data.dtype, data.device
-    layout = data.stride(), data.data_ptr() % _ALLOCATED
-    file.write(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    file.flush()
+    def keep(self, parameter: Tensor) -> _Kept:
+        """Appends a parameter's data."""
+        data, start = parameter.data, self._file.tell()
+        shape, dtype, device = data.shape, data.dtype, data.device
+        layout = data.stride(), data.data_ptr() % _ALLOCATED
+        self._file.write(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # Now, and not with what is written last: a full disk is to be found before anything is released.
+        self._file.flush()
 
-    def load() -> Tensor:
-        stored = torch.empty(shape, dtype=dtype)
-        file.seek(start)
-        view = stored.reshape(-1).view(torch.uint8).numpy().data
-        if file.readinto(view) != len(view):  # type: ignore[attr-defined]  # a buffered file has it
-            raise OSError("the file of the kept weights ended before its end")
-        return _empty(shape, *layout, dtype, device).copy_(stored)
+        def load() -> Tensor:
+            stored = torch.empty(shape, dtype=dtype)
+            view = stored.reshape(-1).view(torch.uint8).numpy().data
+            self._file.seek(start)
+            if self._file.readinto(view) != len(view):
+                raise OSError("the file of the kept weights ended before its end")
+            return _empty(shape, *layout, dtype, device).copy_(stored)
 
-    return parameter, load
+        return parameter, load
 
 
 def _empty(shape: torch.Size, stride: tuple[int, ...], offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:

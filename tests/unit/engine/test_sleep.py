@@ -126,15 +126,15 @@ def test_where_there_is_no_room_to_keep_the_weights_the_engine_stays_awake(
     engine: HookedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _state(engine)
-    keep, calls = rest._in_file, iter(range(1000))
+    keep, calls = rest._Spill.keep, iter(range(1000))
 
-    def fill(parameter: torch.Tensor, file: Any) -> Any:
+    def fill(spill: Any, parameter: torch.Tensor) -> Any:
         if next(calls) == 40:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return keep(parameter, file)
+        return keep(spill, parameter)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rest, "_in_file", fill)
+        patch.setattr(rest._Spill, "keep", fill)
         with pytest.raises(EngineError, match="No space left on device; make room"):
             engine.sleep("disk")
     assert not engine.is_asleep
