@@ -17,7 +17,12 @@ class Health(BaseModel):
     """The check passed."""
 
     status: Literal["ok"] = "ok"
-    is_asleep: bool = Field(default=False, description="Whether the memory of the weights is released.")
+
+
+class EngineHealth(Health):
+    """The engine is there."""
+
+    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
 
 
 class GenerationHealth(Health):
@@ -44,11 +49,11 @@ def build_router(services: Services) -> APIRouter:
     async def liveness() -> Health:
         return Health()
 
-    @router.get("/health", summary="The engine's thread lives", response_model=Health, responses=_FAILED)
-    async def health() -> Health | Response:
+    @router.get("/health", summary="The engine's thread lives", response_model=EngineHealth, responses=_FAILED)
+    async def health() -> EngineHealth | Response:
         if not worker.is_alive:
             return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
-        return Health(is_asleep=worker.engine.is_asleep)
+        return EngineHealth(is_asleep=worker.engine.is_asleep)
 
     @router.get("/readiness", summary="New requests are taken", response_model=Health, responses=_FAILED)
     async def readiness() -> Health | Response:
