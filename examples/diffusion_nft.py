@@ -24,11 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from examples.rl.learner import Descent
 from examples.rl.loop import Batch, Options, add_arguments, options_of, train
 from examples.server import exit_on_sigterm
 from flowroll import Rollout, replay
-
-_MAX_GRADIENT = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,27 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Learner:
-    """The loss with its optimizer."""
+    """The loss."""
 
     def __init__(self, options: Options, *, strength: float, noise_levels: int, updates: int) -> None:
-        self._options, self._strength, self._noise_levels, self._updates = options, strength, noise_levels, updates
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._strength, self._noise_levels = strength, noise_levels
+        self._descent = Descent(learning_rate=options.learning_rate, updates=updates)
 
     def update(self, policy: nn.Module, batch: Batch) -> None:
         """Some optimizer steps on a round's clean latents; there is no ratio."""
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._options.learning_rate, weight_decay=0.0)
         old = copy.deepcopy(policy).requires_grad_(False)
         optimality = optimality_of(batch.advantages)
-        order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
-        size = len(order) // self._updates
-        for number in range(self._updates):
-            for index in order[number * size : (number + 1) * size]:
+        for chosen in self._descent.steps(policy, batch):
+            for index in chosen:
                 loss = self._loss(policy, old, batch.rollouts[index], optimality[index], batch.generator)
-                (loss / size).backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+                (loss / len(chosen)).backward()
 
     def _loss(
         self, policy: nn.Module, old: nn.Module, rollout: Rollout, optimality: Float[Tensor, ""], generator: torch.Generator

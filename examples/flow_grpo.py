@@ -17,16 +17,15 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
+from examples.rl.learner import Descent
 from examples.rl.loop import Batch, Options, add_arguments, options_of, train
 from examples.server import exit_on_sigterm
 from flowroll import replay
 
 _CLIP_RANGE = 1e-3
 _MICRO_BATCH = 8
-_MAX_GRADIENT = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Learner:
-    """The policy gradient with its optimizer."""
+    """The policy gradient."""
 
     def __init__(self, options: Options, *, updates: int) -> None:
-        self._options, self._updates = options, updates
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._may_be_off = options.mistake is not None
+        self._descent = Descent(learning_rate=options.learning_rate, updates=updates)
 
     def update(self, policy: nn.Module, batch: Batch) -> float:
         """Some optimizer steps on a round's rollouts; returns the largest |ratio - 1| before the first.
@@ -64,22 +63,12 @@ class Learner:
         Raises:
             RuntimeError: A ratio is not exactly 1 before the first step, and no mistake was asked for.
         """
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._options.learning_rate, weight_decay=0.0)
-        order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
-        size = len(order) // self._updates
-        ratio_error = 0.0
-        for number in range(self._updates):
-            chosen = order[number * size : (number + 1) * size]
-            error = self._gradient(policy, batch, chosen)
-            if number == 0:
-                ratio_error = error
-                if error and self._options.mistake is None:
-                    raise RuntimeError(f"every ratio must be exactly 1 before the first update, got one {error:g} off")
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-        return ratio_error
+        errors = []
+        for chosen in self._descent.steps(policy, batch):
+            errors.append(self._gradient(policy, batch, chosen))
+            if errors[0] and not self._may_be_off:
+                raise RuntimeError(f"every ratio must be exactly 1 before the first update, got one {errors[0]:g} off")
+        return errors[0]
 
     def _gradient(self, policy: nn.Module, batch: Batch, chosen: Sequence[int]) -> float:
         """Adds up the gradient over these samples; returns the largest |ratio - 1|."""

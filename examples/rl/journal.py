@@ -7,12 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-_INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
-_COLOURS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c", "#6b7280")
+from flowroll.cli.plots import colour_of, line_chart, save_chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,28 +66,15 @@ def read_rows(path: Path) -> list[Row]:
 
 def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str) -> None:
     """Writes a PNG: rewards of the rounds (dots), evaluations (lines), one colour per run."""
-    figure = Figure(figsize=(8.0, 4.5))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = line_chart(title, x="round (one update of the server's weights each)", y="mean reward")
+    axes.set_ylim(0, 1)
     for index, (label, rows) in enumerate(runs.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = colour_of(index)
         rounds = [(row.round, row.reward) for row in rows if row.reward is not None]
         evaluations = [(row.round, row.evaluation) for row in rows if row.evaluation is not None]
         axes.plot(*zip(*rounds, strict=True), ".", markersize=3, alpha=0.5, color=colour)
         axes.plot(*zip(*evaluations, strict=True), "o-", markersize=4, linewidth=1.8, color=colour, label=label)
-    axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=12)
-    axes.set_xlabel("round (one update of the server's weights each)", color=_FAINT)
-    axes.set_ylabel("mean reward", color=_FAINT)
-    axes.set_ylim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color=_GRID)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_FAINT, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_GRID)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    save_chart(figure, path)
 
 
 def _number(text: str) -> float | None:

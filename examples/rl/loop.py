@@ -32,9 +32,9 @@ from flowroll.cli.plots import ContactRow, contact_sheet
 from flowroll.client import Client
 
 _FAMILIES = ("qwen_image", "z_image")
-# Below these the families run no guidance: one forward per step, as Flow-GRPO trains.
-_NO_GUIDANCE = {"qwen_image": 1.0, "z_image": 0.0}
 _SHOWN_PROMPTS = 8
+# One forward per step, as Flow-GRPO trains: at this scale neither family runs guidance.
+_UNGUIDED = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ def load_policy(checkpoint: Path) -> nn.Module:
     """The checkpoint's transformer in float32, to be trained."""
     name = diffusers.DiffusionPipeline.load_config(checkpoint)["transformer"][1]
     policy: nn.Module = getattr(diffusers, name).from_pretrained(
-        checkpoint / "transformer", torch_dtype=torch.float32, local_files_only=True
+        checkpoint / "transformer", dtype=torch.float32, local_files_only=True
     )
     replay.align_weights(policy)
     return policy
@@ -160,12 +160,15 @@ class _Run:
         self._policy, self._journal, self._weights = policy, journal, weights
         self._generator = torch.Generator().manual_seed(options.seed)
         self._started_s = time.perf_counter()
-        self._first_pictures: Sequence[Tensor] = ()
+        self._before: Sequence[Tensor] = ()
         self.state = ""
 
     def round(self, number: int, update: Update) -> None:
         """One round: rollouts from the server, an update of the policy, its weights to the server."""
-        evaluation = self._evaluate() if number % self._options.evaluate_every == 0 else None
+        evaluation = None
+        if number % self._options.evaluate_every == 0:
+            evaluation, pictures = self._evaluate()
+            self._before = self._before or pictures
         batch, mean = self._collect()
         ratio_error = update(self._policy, batch)
         self._push(number)
@@ -177,15 +180,13 @@ class _Run:
 
     def finish(self, title: str) -> None:
         """The last evaluation, the curve, the pictures."""
-        first = self._first_pictures
-        evaluation = self._evaluate()
+        evaluation, after = self._evaluate()
         seconds = time.perf_counter() - self._started_s
         self._journal.add(Row(round=self._options.rounds, evaluation=evaluation, seconds=round(seconds, 1)))
         plot({f"seed {self._options.seed}": self._journal.rows}, self._options.out / "rewards.png", title=title)
         step = len(SCENES) // _SHOWN_PROMPTS
         rows = [
-            ContactRow(label=label, images=images[::step])
-            for label, images in (("before", first), ("after", self._first_pictures))
+            ContactRow(label=label, images=images[::step]) for label, images in (("before", self._before), ("after", after))
         ]
         contact_sheet(
             rows,
@@ -205,7 +206,7 @@ class _Run:
                 seed=int(torch.randint(2**31, (), generator=generator)),
                 num_outputs_per_prompt=options.group_size,
                 num_inference_steps=options.num_steps,
-                guidance_scale=_NO_GUIDANCE[options.family],
+                guidance_scale=_UNGUIDED,
                 debug_mode=False,
                 return_denoising_env=True,
                 return_dit_trajectory=True,
@@ -216,7 +217,7 @@ class _Run:
         if options.mistake in SPOIL_REWARDS:
             rewards = SPOIL_REWARDS[options.mistake](rewards, generator)
         if options.mistake in SPOIL_ROLLOUTS:
-            rollouts = SPOIL_ROLLOUTS[options.mistake](rollouts, generator)
+            rollouts = SPOIL_ROLLOUTS[options.mistake](rollouts)
         groups = torch.arange(len(chosen)).repeat_interleave(options.group_size)
         advantages = replay.group_advantages(torch.tensor(rewards), groups, std="global")
         return Batch(rollouts=rollouts, advantages=advantages, generator=generator), mean
@@ -227,19 +228,18 @@ class _Run:
         self._policy.save_pretrained(folder)  # type: ignore[operator]
         self._client.update_weights_from_disk(str(folder), weight_version=str(number + 1))
 
-    def _evaluate(self) -> float:
-        """Mean reward of one deterministic sample of every prompt, always from the same noise."""
+    def _evaluate(self) -> tuple[float, list[Tensor]]:
+        """Mean reward of one deterministic sample of every prompt, always from the same noise, and the samples."""
         images = [
             self._client.generate(
                 prompt=scene.prompt,
                 seed=index,
                 num_inference_steps=self._options.num_steps,
-                guidance_scale=_NO_GUIDANCE[self._options.family],
+                guidance_scale=_UNGUIDED,
             )[0].image
             for index, scene in enumerate(SCENES)
         ]
-        self._first_pictures = images
-        return sum(reward(image, scene.prompt) for image, scene in zip(images, SCENES, strict=True)) / len(SCENES)
+        return sum(reward(image, scene.prompt) for image, scene in zip(images, SCENES, strict=True)) / len(SCENES), images
 
 
 def _progress() -> Progress:

@@ -18,25 +18,25 @@ def shuffled(rewards: Sequence[float], generator: torch.Generator) -> list[float
     return [rewards[index] for index in torch.randperm(len(rewards), generator=generator).tolist()]
 
 
-def wrong_env(rollouts: Sequence[Rollout], generator: torch.Generator) -> list[Rollout]:
+def wrong_env(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Every sample with the environment of a sample of another prompt."""
     # Groups lie side by side: moved by half of all, each lands on another prompt.
     moved = [rollouts[(index + len(rollouts) // 2) % len(rollouts)] for index in range(len(rollouts))]
     return [replace(rollout, denoising_env=other.denoising_env) for rollout, other in zip(rollouts, moved, strict=True)]
 
 
-def wrong_sigmas(rollouts: Sequence[Rollout], generator: torch.Generator) -> list[Rollout]:
+def wrong_sigmas(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Every sample with the noise levels and timesteps moved by one step."""
     return [_with_next_sigmas(rollout) for rollout in rollouts]
 
 
-def permuted_latents(rollouts: Sequence[Rollout], generator: torch.Generator) -> list[Rollout]:
+def permuted_latents(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Every other state of a sample replaced by its neighbour's: next latents that were never next."""
     neighbours = [*rollouts[1:], rollouts[0]]
     return [_with_odd_states_of(other, rollout) for rollout, other in zip(rollouts, neighbours, strict=True)]
 
 
-SPOIL_ROLLOUTS: Mapping[str, Callable[[Sequence[Rollout], torch.Generator], list[Rollout]]] = {
+SPOIL_ROLLOUTS: Mapping[str, Callable[[Sequence[Rollout]], list[Rollout]]] = {
     "wrong-env": wrong_env,
     "wrong-sigmas": wrong_sigmas,
     "permuted-latents": permuted_latents,

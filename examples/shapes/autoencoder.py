@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.shapes.descent import minimise
 from examples.shapes.world import GROUND, SCENES, draw
 
-_LEARNING_RATE = 2e-3
 # Of the penalty that keeps latents near 0.
 _PULL = 0.01
 _SHAPE_WEIGHT = 5.0
@@ -44,11 +44,8 @@ def train(
         generator: Of scenes and noise.
         report: Called with the step and the loss.
     """
-    vae.train()
-    _flatten_time(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
+
+    def loss() -> Tensor:
         images, _ = pictures(batch, generator)
         posterior = vae.encode(_frames(vae, images)).latent_dist
         latents = posterior.mean + _LATENT_NOISE * torch.randn(posterior.mean.shape, generator=generator)
@@ -56,15 +53,11 @@ def train(
         # The ground is most of a picture, and the easy part.
         weight = 1 + _SHAPE_WEIGHT * (images - (2 * GROUND - 1)).abs().amax(dim=1, keepdim=True)
         error = weight * (decoded - images)
-        loss = (error * (decoded - images)).mean() + 0.2 * error.abs().mean() + _PULL * posterior.mean.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        report(step, float(loss.detach()))
+        return (error * (decoded - images)).mean() + 0.2 * error.abs().mean() + _PULL * posterior.mean.square().mean()
+
+    _flatten_time(vae)
+    minimise(vae, loss, steps=steps, weight_decay=0.0, report=report)
     _restore_time(vae)
-    vae.eval()
     _set_scale(vae, generator)
 
 

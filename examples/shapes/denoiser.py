@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from examples.shapes import autoencoder
+from examples.shapes.descent import minimise
 from examples.shapes.world import SCENES
 from flowroll.families import Family
 
-_LEARNING_RATE = 2e-3
 _WRONG_CAPTIONS, _NO_CAPTIONS = 0.25, 0.1
 _PICTURES, _CHUNK = 4096, 64
 # Noise levels are drawn evenly, then moved towards 1, where it is decided what is drawn.
@@ -42,10 +42,8 @@ def train(
     _initialise(transformer, generator)
     embeds = _captions(pipeline, family)
     latents, scenes = _dataset(pipeline.vae, generator)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    transformer.train()
-    for step in range(steps):
+
+    def loss() -> Tensor:
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=generator)
@@ -53,14 +51,9 @@ def train(
         sigmas = _SIGMA_SHIFT * even / (1 + (_SIGMA_SHIFT - 1) * even)
         mixed = torch.lerp(clean, noise, sigmas.view(-1, 1, 1, 1))
         texts = [embeds[caption] for caption in _noisy(scenes[chosen].tolist(), generator)]
-        loss = (velocities(transformer, family, mixed, sigmas, texts) - (noise - clean)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        report(step, float(loss.detach()))
-    transformer.eval()
+        return (velocities(transformer, family, mixed, sigmas, texts) - (noise - clean)).square().mean()
+
+    minimise(transformer, loss, steps=steps, weight_decay=0.01, report=report)
 
 
 def velocities(

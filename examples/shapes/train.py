@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(
         f"{options.family} in {time.perf_counter() - started:.0f} s, {_size(options.out) / 2**20:.2f} MiB", markup=False
     )
-    for scale in (1.0 if options.family == "qwen_image" else 0.0, 4.0):
+    for scale in (0.0, 4.0):
         console.print(f"guidance {scale:g}: mean reward {evaluate(options.out, scale):.3f} over {len(SCENES)} prompts")
 
 

@@ -13,6 +13,7 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── PausedError              409  generation is paused and takes no new request
     ├── AsleepError              409  the memory of the weights is released
     ├── OutdatedWeightsError     409  the weights are older than the request demands
+    ├── WeightsBusyError         409  another update of the weights is under way
     ├── WeightsMismatchError     409  the weights are not those that the caller expects
     ├── WeightsRejectedError     422  new weights cannot be taken; the old ones stay
     ├── PayloadTooLargeError     413  the body is larger than the server accepts
@@ -93,6 +94,13 @@ class WeightsMismatchError(FlowrollError):
     """The weights in memory do not have the checksums that the caller expects."""
 
     code = "weights_mismatch"
+    status = 409
+
+
+class WeightsBusyError(FlowrollError):
+    """Another update of the weights is under way; wait for its end, or end it."""
+
+    code = "weights_busy"
     status = 409
 
 
@@ -209,6 +217,7 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         UnauthorizedError,
         ForbiddenError,
         OutdatedWeightsError,
+        WeightsBusyError,
         WeightsMismatchError,
         WeightsRejectedError,
         NotFoundError,

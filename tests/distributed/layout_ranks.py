@@ -1,13 +1,12 @@
-"""One rank of a job that runs every case with one layout: `python -m tests.distributed.layout_ranks LAYOUT DEVICE OUT
-FOLDER...`.
+"""One rank of a job that runs every case with one layout.
 
-Rank 0 writes every rollout to OUT; the others follow it. The engines of all checkpoints and dtypes are opened one after the
-other.
+Rank 0 writes every rollout to a folder; the others follow it. The engines of all checkpoints and dtypes are opened one after
+the other.
 """
 
 import json
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from flowroll.types import Layout
 from flowroll.wire.files import save_rollout
 
 
-def main(layout_name: str, device: str, out: str, *folders: str) -> None:
+def run_cases(layout_name: str, device: str, out: Path, folders: Sequence[Path]) -> None:
     torch.set_num_threads(1)
     layout = Layout.parse(layout_name)
     for folder in folders:
@@ -28,7 +27,7 @@ def main(layout_name: str, device: str, out: str, *folders: str) -> None:
                 follow(folder, **options)
                 continue
             with Engine(folder, **options) as engine:
-                target = Path(out) / Path(folder).name / dtype
+                target = out / folder.name / dtype
                 target.mkdir(parents=True)
                 for number, request in enumerate(CASES.values()):
                     for index, rollout in enumerate(engine.rollout(**request)):
@@ -39,7 +38,3 @@ def main(layout_name: str, device: str, out: str, *folders: str) -> None:
                     "all": engine.info.parameters,
                 }
                 (target / "facts.json").write_text(json.dumps(facts))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.distributed.cases import CASES, DTYPES, FAMILIES
-from tests.distributed.jobs import torchrun_job
+from tests.distributed.jobs import run_ranks
+from tests.distributed.layout_ranks import run_cases
 from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout
@@ -32,10 +33,7 @@ def answers_of(checkpoints: dict[str, Path], device: str, tmp_path_factory: pyte
             if device == "cuda" and torch.cuda.device_count() < layout.num_ranks:
                 pytest.skip(f"needs {layout.num_ranks} CUDA devices")
             out = tmp_path_factory.mktemp(name)
-            words = ["-m", "tests.distributed.layout_ranks", name, device, str(out), *map(str, checkpoints.values())]
-            with torchrun_job(words, layout.num_ranks, out) as job:
-                statuses = job.wait()
-                assert statuses == [0] * layout.num_ranks, [job.log(rank)[-2000:] for rank in range(layout.num_ranks)]
+            run_ranks(run_cases, (name, device, out, list(checkpoints.values())), layout.num_ranks, out)
             folders[name] = out
         return folders[name]
 

@@ -7,13 +7,16 @@ import examples.diffusion_nft as diffusion_nft
 import examples.flow_grpo as flow_grpo
 import pytest
 import torch
+from examples.rl import loop
 from examples.rl.journal import Journal, Row, plot, read_rows
 from examples.rl.loop import Batch, Options, load_policy
 from examples.rl.spoiling import SPOIL_ROLLOUTS, permuted_latents, shuffled, wrong_env, wrong_sigmas
+from examples.shapes.world import SCENES
 from PIL import Image
 from tests.factories import make_rollout
 
 from flowroll import Rollout, replay
+from flowroll.cli.plots import ContactRow
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
 
@@ -41,6 +44,24 @@ def test_a_journal_reads_back_what_it_wrote_also_of_a_run_that_was_cut_off(tmp_p
     assert min(Image.open(tmp_path / "rewards.png").size) > 300
 
 
+def test_the_pictures_of_before_are_those_of_the_first_evaluation(tmp_path, monkeypatch):
+    taken = [torch.full((3, 1, 8, 8), 0.1 * number) for number in range(4)]
+    evaluations = iter((float(number), [picture] * len(SCENES)) for number, picture in enumerate(taken))
+    shown: list[ContactRow] = []
+    monkeypatch.setattr(loop._Run, "_evaluate", lambda self: next(evaluations))
+    monkeypatch.setattr(loop._Run, "_collect", lambda self: (None, 0.5))
+    monkeypatch.setattr(loop._Run, "_push", lambda self, number: None)
+    monkeypatch.setattr(loop, "contact_sheet", lambda rows, captions, path, title: shown.extend(rows))
+    run = loop._Run(
+        Options(out=tmp_path, rounds=3, evaluate_every=1), {}, None, None, Journal(tmp_path / "rewards.csv"), tmp_path
+    )
+    for number in range(3):
+        run.round(number, lambda policy, batch: 0.0)
+    run.finish("a run")
+    assert [row.label for row in shown] == ["before", "after"]
+    assert torch.equal(shown[0].images[0], taken[0]) and torch.equal(shown[1].images[0], taken[3])
+
+
 def groups() -> list[Rollout]:
     """Two groups of two."""
     return [make_rollout(seed=seed, family="z_image", prompt="ab"[seed // 2], guided=False) for seed in range(4)]
@@ -54,7 +75,7 @@ def test_shuffled_rewards_are_the_same_rewards():
 
 def test_a_wrong_env_is_that_of_another_prompt():
     rollouts = groups()
-    spoilt = wrong_env(rollouts, torch.Generator())
+    spoilt = wrong_env(rollouts)
     for index, rollout in enumerate(spoilt):
         donor = rollouts[(index + 2) % 4]
         assert rollout.denoising_env is donor.denoising_env and rollout.prompt != donor.prompt
@@ -63,7 +84,7 @@ def test_a_wrong_env_is_that_of_another_prompt():
 
 def test_wrong_sigmas_are_those_of_the_next_step():
     rollout = groups()[0]
-    spoilt = wrong_sigmas([rollout], torch.Generator())[0]
+    spoilt = wrong_sigmas([rollout])[0]
     before, after = rollout.dit_trajectory.sigmas, spoilt.dit_trajectory.sigmas
     assert torch.equal(after[:-2], before[1:-1]) and after[-1] == 0 and (after.diff() < 0).all()
     assert spoilt.sampling.sigmas == tuple(after.tolist())
@@ -71,7 +92,7 @@ def test_wrong_sigmas_are_those_of_the_next_step():
 
 def test_permuted_latents_pair_no_state_with_its_own_next():
     rollouts = groups()
-    for index, spoilt in enumerate(permuted_latents(rollouts, torch.Generator())):
+    for index, spoilt in enumerate(permuted_latents(rollouts)):
         own, other = rollouts[index].dit_trajectory.latents, rollouts[(index + 1) % 4].dit_trajectory.latents
         assert torch.equal(spoilt.dit_trajectory.latents[::2], own[::2])
         assert torch.equal(spoilt.dit_trajectory.latents[1::2], other[1::2])
@@ -104,7 +125,7 @@ def test_a_policy_gradient_step_starts_at_one_and_favours_the_better_samples(eng
 @pytest.mark.parametrize("mistake", SPOIL_ROLLOUTS)
 def test_a_ratio_that_is_not_one_stops_the_run_unless_it_was_asked_for(engine, policy, mistake):
     rollouts = engine.rollout(**REQUEST) + engine.rollout(**{**REQUEST, "prompt": "a blue square in the center"})
-    batch = batch_of(SPOIL_ROLLOUTS[mistake](rollouts, torch.Generator()), [1.0, -1.0] * 4)
+    batch = batch_of(SPOIL_ROLLOUTS[mistake](rollouts), [1.0, -1.0] * 4)
     before = copy.deepcopy(policy.state_dict())
     with pytest.raises(RuntimeError, match="exactly 1 before the first update"):
         flow_grpo.Learner(Options(out=Path()), updates=1).update(policy, batch)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from tests.hooked import WAIT_S, Gate, HookedEngine
 
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving import ServerConfig, create_app
+from flowroll.serving.listening import open_listener
 
 __all__ = [
     "LONG",
@@ -43,8 +43,8 @@ LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 1000, "num_outputs_per_p
 @contextmanager
 def serving(worker: EngineWorker, **options: Any) -> Iterator[httpx.Client]:
     """A client of a server over this worker, on a thread. The worker lives on."""
-    config = ServerConfig(model=worker.engine.info.model, **options)
-    listener = socket.create_server(("127.0.0.1", 0))
+    config = ServerConfig(model=worker.engine.info.model, port=0, **options)
+    listener = open_listener(config)
     server = uvicorn.Server(uvicorn.Config(create_app(worker, config), log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -16,6 +16,8 @@ from flowroll.serving import ServerConfig
         ("max_queue", -1),
         ("max_body_bytes", 0),
         ("max_score_body_bytes", 0),
+        ("max_weights_body_bytes", 0),
+        ("weights_idle_s", 0),
         ("grace_s", -1.0),
         ("weights_roots", ("/no/such/folder",)),
         ("weights_roots", (__file__,)),

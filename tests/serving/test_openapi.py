@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from tests.serving.servers import serving
 
 from flowroll.engine.worker import EngineWorker
+from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject, ScoreRequestObject
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.scoring import WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps, decode_score_request
@@ -20,6 +21,12 @@ ROUTES = {
     "/generate": {"post"},
     "/v1/images/generations": {"post"},
     "/update_weights_from_disk": {"post"},
+    "/update_weights_from_safetensors": {"post"},
+    "/update_weights_from_tensor": {"post"},
+    "/weights/begin": {"post"},
+    "/weights/{update_id}/buckets": {"post"},
+    "/weights/{update_id}/commit": {"post"},
+    "/weights/{update_id}/abort": {"post"},
     "/get_weights_checksum": {"post"},
     "/verify_weights": {"post"},
     "/load_lora_adapter": {"post"},
@@ -59,6 +66,9 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
         ("/update_weights_from_disk", UpdateFromDiskRequest),
         ("/get_weights_checksum", ChecksumRequest),
         ("/verify_weights", VerifyRequest),
+        ("/update_weights_from_tensor", UpdateFromTensorRequest),
+        ("/weights/begin", BeginUpdateRequest),
+        ("/weights/{update_id}/commit", CommitUpdateRequest),
     ],
 )
 def test_request_bodies_show_every_field_with_its_description(

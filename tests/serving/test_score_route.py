@@ -18,7 +18,7 @@ from flowroll import Rollout, replay
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine, Limits
 from flowroll.engine.worker import EngineWorker
-from flowroll.errors import InvalidRequestError, PayloadTooLargeError
+from flowroll.errors import InvalidRequestError, OutdatedWeightsError, PayloadTooLargeError
 from flowroll.replay.remote import score_params
 from flowroll.types import RecordedSteps, ScoreAnswer, ScoreParams
 from flowroll.wire.codec import encode
@@ -199,6 +199,36 @@ def test_a_step_may_be_scored_with_several_next_states(served: Served) -> None:
     (scores,) = served.engine.run_scores(ScoreParams(samples=(sample,))).samples
     assert scores.log_probs[1] == rollout.log_probs[0] != scores.log_probs[0]
     assert torch.equal(*scores.velocities)
+
+
+@pytest.mark.parametrize("branch", ["pos_cond_kwargs", "neg_cond_kwargs"])
+def test_an_env_without_what_the_forward_needs_is_refused_before_it_is_sent(
+    served_of: Callable[[str, str], Served], branch: str
+) -> None:
+    served = served_of("qwen_image", "bfloat16")
+    rollout = served.rollouts[0]
+    kept = {key: value for key, value in getattr(rollout.denoising_env, branch).items() if key != "img_shapes"}
+    lacking = replace(rollout, denoising_env=replace(rollout.denoising_env, **{branch: kept}))
+    with served.client() as client, pytest.raises(InvalidRequestError, match=f"must hold img_shapes in {branch}"):
+        client.score([lacking])
+    with pytest.raises(InvalidRequestError, match=f"must hold img_shapes in {branch}"):
+        replay.score(served.engine._model.transformer, [lacking])
+
+
+def test_scores_can_demand_a_version_of_the_weights(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions, rollouts = served.engine._weights.versions, served.rollouts[:1]
+    monkeypatch.setattr(versions, "current", "7")
+    with served.client() as client:
+        assert client.score(rollouts, min_weight_version="7").weight_version == "7"
+        with pytest.raises(OutdatedWeightsError):
+            client.score(rollouts, min_weight_version="8")
+    body = {**served.sent(), "min_weight_version": "8"}
+    assert (served.post(body).status_code, error_of(served.post(body))["field"]) == (409, "min_weight_version")
+    # Older weights may come while a request waits.
+    plan = served.engine.plan_score(score_params(rollouts, [0], log_probs_only=True, min_weight_version="7"))
+    monkeypatch.setattr(versions, "current", "6")
+    with pytest.raises(OutdatedWeightsError):
+        served.engine.run_scores(plan)
 
 
 def test_what_cannot_be_replayed_is_refused_before_it_is_sent(served: Served) -> None:

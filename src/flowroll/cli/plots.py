@@ -54,20 +54,31 @@ def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: 
     Raises:
         InvalidRequestError: A rollout has no log-probs.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure(8.0, 4.5)
-    axes = figure.add_subplot()
+    figure, axes = line_chart(title, x="step", y="mean log-prob per element")
     for index, (label, rollout) in enumerate(series):
         if rollout.log_probs is None:
             raise InvalidRequestError(f"a plot must have log-probs, got an evaluation for {label}; roll out with rollout=True.")
         steps = list(rollout.sde_step_indices or ())
         values = rollout.log_probs[steps].tolist()
-        colour = _COLOURS[index % len(_COLOURS)]
-        axes.plot(steps, values, linewidth=1.5, color=colour, label=label, **_STYLES[index % len(_STYLES)])
+        axes.plot(steps, values, linewidth=1.5, color=colour_of(index), label=label, **_STYLES[index % len(_STYLES)])
+    save_chart(figure, path)
+
+
+def line_chart(title: str, *, x: str, y: str) -> tuple[Any, Any]:
+    """An empty chart over whole numbers: figure and axes, to draw labelled lines in; `save_chart` writes it.
+
+    Args:
+        title: Above the chart.
+        x: Name of the whole numbers.
+        y: Name of the values.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(8.0, 4.5)
+    axes = figure.add_subplot()
     axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=12)
-    axes.set_xlabel("step", color=_FAINT)
-    axes.set_ylabel("mean log-prob per element", color=_FAINT)
+    axes.set_xlabel(x, color=_FAINT)
+    axes.set_ylabel(y, color=_FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=_GRID)
     axes.set_axisbelow(True)
@@ -75,8 +86,18 @@ def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: 
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_GRID)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure, axes
+
+
+def save_chart(figure: Any, path: Path) -> None:
+    """Writes a chart of `line_chart` as a PNG, its legend beside it."""
+    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+
+
+def colour_of(index: int) -> str:
+    """The colour of a chart's line."""
+    return _COLOURS[index % len(_COLOURS)]
 
 
 def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Path, *, title: str) -> None:

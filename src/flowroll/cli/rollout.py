@@ -11,8 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowroll.cli.options import ApiKey
-from flowroll.errors import FlowrollError, InvalidRequestError, ServerConnectionError, UnauthorizedError
+from flowroll.errors import (
+    FlowrollError,
+    InvalidRequestError,
+    RolloutFileError,
+    ServerConnectionError,
+    UnauthorizedError,
+)
 from flowroll.types import SamplingParams
+
+# The next prompt would fare no better.
+_HOPELESS = (ServerConnectionError, UnauthorizedError, RolloutFileError)
 
 
 def rollout(
@@ -28,7 +37,7 @@ def rollout(
     """Roll out every prompt of a file on a server.
 
     Writes one safetensors file per sample, with its record. A prompt that fails is reported at the end and the others go on,
-    unless the server cannot be reached or refuses the key: then no other prompt is tried.
+    unless the server cannot be reached, refuses the key, or a file cannot be written: then no other prompt is tried.
     """
     from flowroll.client import Client
     from flowroll.wire.files import save_rollout
@@ -42,15 +51,14 @@ def rollout(
     with Client(url, api_key=api_key, timeout_s=timeout_s) as client, _progress(console) as progress:
         for number, params in enumerate(progress.track(requests, description="rollouts"), start=1):
             try:
-                samples = client.rollout(params)
+                for index, sample in enumerate(client.rollout(params)):
+                    save_rollout(out / f"prompt-{number:05d}-sample-{index:02d}-seed-{sample.seed}.safetensors", sample)
+                    num_samples += 1
             except FlowrollError as error:
                 failures.append(f"prompt {number}: {error.message}")
-                if isinstance(error, ServerConnectionError | UnauthorizedError):
+                if isinstance(error, _HOPELESS):
                     break
                 continue
-            for index, sample in enumerate(samples):
-                save_rollout(out / f"prompt-{number:05d}-sample-{index:02d}-seed-{sample.seed}.safetensors", sample)
-            num_samples += len(samples)
             num_rolled_out += 1
     console.print(f"{num_samples} rollouts of {num_rolled_out} prompts in {out}", markup=False, soft_wrap=True)
     if failures:

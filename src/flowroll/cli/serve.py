@@ -49,6 +49,19 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind those that run.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
     max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body of /rollout/score.")] = 2**30,
+    send_timeout_s: Annotated[
+        float, typer.Option(min=0.1, max=10**6, help="Seconds for which a client may take nothing of its answer.")
+    ] = 60.0,
+    max_weights_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body with tensors of new weights.")] = 8 * 2**30,
+    weights_idle_s: Annotated[
+        float, typer.Option(min=0.1, help="Silence after which an update that arrives in buckets is dropped.")
+    ] = 60.0,
+    allow_pickle_weights: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle-weights", help="Take tensors in shared memory and on GPUs, as SGLang's trainers send them."
+        ),
+    ] = False,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
@@ -91,6 +104,10 @@ def serve(
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
             max_score_body_bytes=max_score_body_bytes,
+            send_timeout_s=send_timeout_s,
+            max_weights_body_bytes=max_weights_body_bytes,
+            weights_idle_s=weights_idle_s,
+            allow_pickle_weights=allow_pickle_weights,
             grace_s=grace_s,
             log_level=log_level,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 
 import httpx
 
-from flowroll.client import exchange
-from flowroll.client.exchange import Call
-from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.client import exchange, pushing
+from flowroll.client.exchange import Call, UpdateMode
+from flowroll.client.pushing import NamedTensors
+from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
     AdapterChange,
@@ -80,10 +82,37 @@ class AsyncClient:
         return await self._send(exchange.generate_call(params, values, self._wire_format))
 
     async def update_weights_from_disk(
-        self, path: str | PathLike[str], *, module: str = "transformer", weight_version: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> WeightUpdate:
         """Has the server take new weights from its disk. See `Client.update_weights_from_disk`."""
-        return await self._send(exchange.update_from_disk_call(path, module, weight_version))
+        return await self._send(exchange.update_from_disk_call(path, module, weight_version, mode))
+
+    async def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
+        bucket_bytes: int = pushing.BUCKET_BYTES,
+        partial: bool = False,
+    ) -> WeightUpdate:
+        """Sends the server new weights over HTTP. See `Client.update_weights`."""
+        update_id = await self._send(pushing.begin_call(module, weight_version, partial))
+        try:
+            for bucket in pushing.buckets_of(named_tensors, bucket_bytes):
+                await self._send(pushing.bucket_call(update_id, bucket))
+            return await self._send(pushing.commit_call(update_id, mode))
+        except BaseException:
+            # Or the next update waits for this one.
+            with contextlib.suppress(FlowrollError):
+                await self._send(pushing.abandon_call(update_id))
+            raise
 
     async def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the server's weights. See `Client.weights_checksum`."""
@@ -116,11 +145,18 @@ class AsyncClient:
         return await self._send(exchange.resume_memory_call())
 
     async def score(
-        self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        steps: Sequence[int] | None = None,
+        log_probs_only: bool = False,
+        min_weight_version: str | None = None,
     ) -> Scores:
         """Has the server score steps of rollouts again. See `Client.score`."""
         # Encoding takes long enough to hold up the caller's event loop, as decoding does.
-        call = await asyncio.to_thread(exchange.score_call, rollouts, steps, log_probs_only, self._wire_format)
+        call = await asyncio.to_thread(
+            exchange.score_call, rollouts, steps, log_probs_only, min_weight_version, self._wire_format
+        )
         return await self._send(call)
 
     async def health(self) -> dict[str, Any]:
@@ -160,7 +196,7 @@ class AsyncClient:
         body = bytearray()
         try:
             async with self._http.stream(
-                call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
+                call.method, call.path, content=call.async_body(), headers=call.headers, timeout=timeout
             ) as response:
                 async for piece in response.aiter_bytes():
                     body += piece

@@ -5,11 +5,12 @@ Nothing here does input or output.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from os import PathLike
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
 import httpx
 import msgspec
@@ -27,6 +28,7 @@ from flowroll.types import (
     SamplingParams,
     WeightUpdate,
 )
+from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import (
     ADAPTERS_ROUTE,
@@ -48,6 +50,7 @@ from flowroll.wire.names import (
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
 
 T = TypeVar("T")
+UpdateMode: TypeAlias = Literal["drain", "abort"]
 
 DEFAULT_TIMEOUT_S = 600.0
 READY_POLL_S = 0.2
@@ -77,19 +80,39 @@ class Call(Generic[T]):
     path: str
     read: Callable[[bytearray, str], T]
     accept: str = JSON
-    content: bytes | None = None
+    content: bytes | EncodedBody | None = None
     content_type: str = JSON
     timeout_s: Number | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of this call."""
-        return {"Accept": self.accept} | ({} if self.content is None else {"Content-Type": self.content_type})
+        headers = {"Accept": self.accept}
+        if self.content is not None:
+            headers["Content-Type"] = self.content_type
+        if isinstance(self.content, EncodedBody):
+            headers["Content-Length"] = str(self.content.content_length)
+        return headers
+
+    def body(self) -> bytes | Iterator[bytes] | None:
+        """The body for a transport that does not await."""
+        return self.content.chunks() if isinstance(self.content, EncodedBody) else self.content
+
+    def async_body(self) -> bytes | AsyncIterator[bytes] | None:
+        """The body for one that does."""
+        return _awaited(self.content) if isinstance(self.content, EncodedBody) else self.content
 
     def timeout(self, default_s: Number) -> httpx.Timeout:
         """The timeouts of this call."""
         seconds = default_s if self.timeout_s is None else self.timeout_s
         return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_S))
+
+
+async def _awaited(content: EncodedBody) -> AsyncIterator[bytes]:
+    # A piece at a time, on a thread: it copies.
+    pieces = content.chunks()
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece
 
 
 class _ErrorDetail(msgspec.Struct, frozen=True):
@@ -111,7 +134,7 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
-_UPDATE = msgspec.json.Decoder(WeightUpdate)
+UPDATE = msgspec.json.Decoder(WeightUpdate)
 _CHANGE = msgspec.json.Decoder(AdapterChange)
 _ADAPTERS = msgspec.json.Decoder(_Adapters)
 _MEMORY = msgspec.json.Decoder(MemoryChange)
@@ -145,59 +168,65 @@ def generate_call(
     return Call(method="POST", path=GENERATE_ROUTE, read=decode_images, accept=_ACCEPT[wire_format], content=body)
 
 
-def update_from_disk_call(path: str | PathLike[str], module: str, weight_version: str | None) -> Call[WeightUpdate]:
+def update_from_disk_call(
+    path: str | PathLike[str], module: str, weight_version: str | None, mode: UpdateMode
+) -> Call[WeightUpdate]:
     """POST /update_weights_from_disk."""
-    sent = {"model_path": str(path), "module": module, "weight_version": weight_version}
-    return _post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: _read_by(_UPDATE, body))
+    sent = {"model_path": str(path), "module": module, "weight_version": weight_version, "mode": mode}
+    return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
 
 
 def load_adapter_call(name: str, path: str | PathLike[str], merged: bool, weight_version: str | None) -> Call[AdapterChange]:
     """POST /load_lora_adapter."""
     sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version}
-    return _post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: _read_by(_CHANGE, body))
+    return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(_CHANGE, body))
 
 
 def unload_adapter_call(name: str, weight_version: str | None) -> Call[AdapterChange]:
     """POST /unload_lora_adapter."""
     sent = {"lora_name": name, "weight_version": weight_version}
-    return _post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: _read_by(_CHANGE, body))
+    return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(_CHANGE, body))
 
 
 def adapters_call() -> Call[list[LoraAdapter]]:
     """GET /lora_adapters."""
-    return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: _read_by(_ADAPTERS, body).adapters)
+    return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: read_by(_ADAPTERS, body).adapters)
 
 
 def release_memory_call(mode: str) -> Call[MemoryChange]:
     """POST /release_memory_occupation."""
-    return _post(RELEASE_ROUTE, {"mode": mode}, lambda body, _: _read_by(_MEMORY, body))
+    return post(RELEASE_ROUTE, {"mode": mode}, lambda body, _: read_by(_MEMORY, body))
 
 
 def resume_memory_call() -> Call[MemoryChange]:
     """POST /resume_memory_occupation."""
-    return _post(RESUME_ROUTE, {}, lambda body, _: _read_by(_MEMORY, body))
+    return post(RESUME_ROUTE, {}, lambda body, _: read_by(_MEMORY, body))
 
 
 def checksum_call(module: str) -> Call[str]:
     """POST /get_weights_checksum."""
-    return _post(CHECKSUM_ROUTE, {"module_names": [module]}, lambda body, _: _read_sum(body, module))
+    return post(CHECKSUM_ROUTE, {"module_names": [module]}, lambda body, _: _read_sum(body, module))
 
 
 def verify_call(expected: Mapping[str, str], module: str) -> Call[int]:
     """POST /verify_weights."""
     sent = {"module": module, "expected": dict(expected)}
-    return _post(VERIFY_ROUTE, sent, lambda body, _: _read_by(_VERIFIED, body).num_tensors)
+    return post(VERIFY_ROUTE, sent, lambda body, _: read_by(_VERIFIED, body).num_tensors)
 
 
 def score_call(
-    rollouts: Sequence[Rollout], steps: Sequence[int] | None, log_probs_only: bool, wire_format: WireFormat
+    rollouts: Sequence[Rollout],
+    steps: Sequence[int] | None,
+    log_probs_only: bool,
+    min_weight_version: str | None,
+    wire_format: WireFormat,
 ) -> Call[Scores]:
     """POST /rollout/score.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    params = score_params(rollouts, steps, log_probs_only=log_probs_only)
+    params = score_params(rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version)
     body = encode_score_request(params, wire_format=wire_format)
     asked = [sample.steps for sample in params.samples]
 
@@ -214,7 +243,7 @@ def score_call(
 
 def object_call(path: str) -> Call[dict[str, Any]]:
     """GET of a route that answers with a JSON object."""
-    return Call(method="GET", path=path, read=_read_object)
+    return Call(method="GET", path=path, read=read_object)
 
 
 def models_call() -> Call[list[dict[str, Any]]]:
@@ -229,7 +258,7 @@ def metrics_call() -> Call[str]:
 
 def readiness_call(remaining_s: Number) -> Call[dict[str, Any]]:
     """GET /readiness, without waiting for a server that does not answer at all."""
-    return Call(method="GET", path="/readiness", read=_read_object, timeout_s=min(max(remaining_s, 0.1), _PROBE_TIMEOUT_S))
+    return Call(method="GET", path="/readiness", read=read_object, timeout_s=min(max(remaining_s, 0.1), _PROBE_TIMEOUT_S))
 
 
 def client_options(base_url: str, api_key: str | None) -> dict[str, Any]:
@@ -319,7 +348,8 @@ def _given(params: SamplingParams | None, values: Mapping[str, Any]) -> dict[str
     return given
 
 
-def _post(path: str, sent: Mapping[str, Any], read: Callable[[bytearray, str], T]) -> Call[T]:
+def post(path: str, sent: Mapping[str, Any], read: Callable[[bytearray, str], T]) -> Call[T]:
+    """POST of a JSON object."""
     return Call(method="POST", path=path, read=read, content=msgspec.json.encode(sent))
 
 
@@ -333,11 +363,17 @@ def _request_body(given: Mapping[str, Any]) -> bytes:
         raise InvalidRequestError(f"the request must hold plain values, got {error}; convert it.") from error
 
 
-def _read_object(body: bytearray, content_type: str) -> dict[str, Any]:
-    return _read_by(_OBJECT, body)
+def read_object(body: bytearray, content_type: str) -> dict[str, Any]:
+    """The JSON object of an answer."""
+    return read_by(_OBJECT, body)
 
 
-def _read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
+def read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
+    """What a decoder makes of a JSON answer.
+
+    Raises:
+        ServerConnectionError: The answer is not flowroll's.
+    """
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -347,14 +383,14 @@ def _read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
 
 
 def _read_sum(body: bytearray, module: str) -> str:
-    digest = _read_by(_SUMS, body).get(module)
+    digest = read_by(_SUMS, body).get(module)
     if digest is None:
         raise ServerConnectionError(f"the answer must hold the sum of {module}, got {_excerpt(body)}; check the URL.")
     return digest
 
 
 def _read_models(body: bytearray, content_type: str) -> list[dict[str, Any]]:
-    models = _read_object(body, content_type).get("data")
+    models = read_object(body, content_type).get("data")
     if not isinstance(models, list):
         raise ServerConnectionError(f"the answer must list models in data, got {_excerpt(body)}; check the URL.")
     return models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -10,9 +11,10 @@ from typing import Any, TypeVar
 
 import httpx
 
-from flowroll.client import exchange
-from flowroll.client.exchange import Call
-from flowroll.errors import ServerConnectionError, ShuttingDownError
+from flowroll.client import exchange, pushing
+from flowroll.client.exchange import Call, UpdateMode
+from flowroll.client.pushing import NamedTensors
+from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
     AdapterChange,
@@ -97,7 +99,12 @@ class Client:
         return self._send(exchange.generate_call(params, values, self._wire_format))
 
     def update_weights_from_disk(
-        self, path: str | PathLike[str], *, module: str = "transformer", weight_version: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> WeightUpdate:
         """Has the server take new weights from its disk: all of them, or, whatever goes wrong, none.
 
@@ -106,13 +113,54 @@ class Client:
                 or one .safetensors file.
             module: "transformer" or "vae".
             weight_version: Of the new weights; None: the server counts.
+            mode: As for `update_weights`.
 
         Raises:
             ForbiddenError: The server may not read there.
             WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.update_from_disk_call(path, module, weight_version))
+        return self._send(exchange.update_from_disk_call(path, module, weight_version, mode))
+
+    def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
+        bucket_bytes: int = pushing.BUCKET_BYTES,
+        partial: bool = False,
+    ) -> WeightUpdate:
+        """Sends the server new weights over HTTP: it takes all of them, or, whatever goes wrong, none.
+
+        They go in buckets, while the server goes on with its requests; its weights change at the end, between two requests.
+
+        Args:
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.named_parameters()`, or a generator that
+                gathers them; on any device. Only one bucket of them is held at a time, and none is copied as a whole.
+            module: "transformer" or "vae".
+            weight_version: Of the new weights; None: the server counts.
+            mode: What becomes of the requests that run there: "drain": they finish first; "abort": they are done again, wholly,
+                with the new weights.
+            bucket_bytes: Size of a bucket; at most the server's --max-weights-body-bytes.
+            partial: Whether what is not sent stays as it is; otherwise it is an error.
+
+        Raises:
+            WeightsRejectedError: The tensors are not the module's. Everything is as it was.
+            WeightsBusyError: Another update is under way.
+            FlowrollError: As for `rollout`. After a `ServerConnectionError` at the end, `server_info` tells the version.
+        """
+        update_id = self._send(pushing.begin_call(module, weight_version, partial))
+        try:
+            for bucket in pushing.buckets_of(named_tensors, bucket_bytes):
+                self._send(pushing.bucket_call(update_id, bucket))
+            return self._send(pushing.commit_call(update_id, mode))
+        except BaseException:
+            # Or the next update waits for this one.
+            with contextlib.suppress(FlowrollError):
+                self._send(pushing.abandon_call(update_id))
+            raise
 
     def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the server's weights; `flowroll.replay.weights_checksum` is the same for a trainer's module.
@@ -183,7 +231,14 @@ class Client:
         """Has the server take the memory of its weights again; they are as they were."""
         return self._send(exchange.resume_memory_call())
 
-    def score(self, rollouts: Sequence[Rollout], *, steps: Sequence[int] | None = None, log_probs_only: bool = False) -> Scores:
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        steps: Sequence[int] | None = None,
+        log_probs_only: bool = False,
+        min_weight_version: str | None = None,
+    ) -> Scores:
         """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.
 
         All of it is scored by the weights of one version, which the answer tells, and every step alone: before an update the
@@ -193,13 +248,15 @@ class Client:
             rollouts: Of one or several requests, with env and trajectory.
             steps: Which steps, 0-based; None: all, for rollouts of one length.
             log_probs_only: Leave means and velocities out of the answer, which are most of its bytes.
+            min_weight_version: Refuse weights that are older than this version.
 
         Raises:
             InvalidRequestError: A rollout cannot be replayed, or not by this server's model.
+            OutdatedWeightsError: The server's weights are older than `min_weight_version`.
             PayloadTooLargeError: Too much at once; score fewer rollouts at a time.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.score_call(rollouts, steps, log_probs_only, self._wire_format))
+        return self._send(exchange.score_call(rollouts, steps, log_probs_only, min_weight_version, self._wire_format))
 
     def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""
@@ -238,7 +295,7 @@ class Client:
         body = bytearray()
         try:
             with self._http.stream(
-                call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
+                call.method, call.path, content=call.body(), headers=call.headers, timeout=timeout
             ) as response:
                 for piece in response.iter_bytes():
                     body += piece

@@ -13,6 +13,9 @@ from flowroll.engine.rest import SleepMode
 from flowroll.families import ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
 
+# What a follower announces once it has read new weights, or has memory for them: nothing, or why it could not.
+STAGED = "staged"
+
 
 class TensorShape(msgspec.Struct, frozen=True):
     """A tensor whose data follows by broadcast."""
@@ -94,6 +97,16 @@ class ResumeMemory(msgspec.Struct, frozen=True, tag=True):
     """The weights are to be made again; every follower says whether it could."""
 
 
+class PrepareWeights(msgspec.Struct, frozen=True, tag=True):
+    """New weights of the transformer will be broadcast, in this order; every follower says whether it has the memory."""
+
+    tensors: dict[str, TensorShape]
+
+
+class FillWeights(msgspec.Struct, frozen=True, tag=True):
+    """Every rank has: they come now."""
+
+
 class CommitWeights(msgspec.Struct, frozen=True, tag=True):
     """Every rank could: what was staged takes the place of the old."""
 
@@ -120,6 +133,8 @@ Command: TypeAlias = (
     | UnloadAdapter
     | ReleaseMemory
     | ResumeMemory
+    | PrepareWeights
+    | FillWeights
     | CommitWeights
     | DropWeights
     | GatherWeights

@@ -16,9 +16,12 @@ from flowroll.engine import denoising
 from flowroll.engine.adapter_files import find_adapter, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.commands import (
+    STAGED,
     CommitWeights,
     DropWeights,
+    FillWeights,
     GatherWeights,
+    PrepareWeights,
     ReleaseMemory,
     Request,
     ResumeMemory,
@@ -38,10 +41,11 @@ from flowroll.engine.denoising import DenoisingTask
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
-from flowroll.engine.replica import STAGED, RankConfig
+from flowroll.engine.replica import RankConfig
 from flowroll.engine.rest import Rest
 from flowroll.engine.scoring import velocities_of
-from flowroll.engine.weights import WeightFiles, stage_weights
+from flowroll.engine.shares import Shares, prepare_shares
+from flowroll.engine.weights import StagedWeights, WeightFiles, stage_weights
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
 from flowroll.parallel.channel import Channel
@@ -142,6 +146,7 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
     # Puts in place what was read.
     take: Callable[[], object] | None = None
     rest = Rest(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
+    shares: Shares | None = None
     while True:
         command = decode_command(channel.receive())
         match command:
@@ -163,12 +168,17 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 take = _stage(functools.partial(rest.prepare_release, command.mode), channel)
             case ResumeMemory():
                 take = _stage(rest.prepare_resume, channel)
+            case PrepareWeights():
+                shares = prepare_shares(model.transformer, command, channel)
+            case FillWeights():
+                assert shares is not None
+                take, shares = _taking(model, shares.fill(mesh)), None
             case CommitWeights():
                 assert take is not None
                 take()
                 take = None
             case DropWeights():
-                take = None
+                take = shares = None
             case UnloadAdapter():
                 model.adapters.drop(command.name)
             case GatherWeights():
@@ -199,7 +209,10 @@ def _read_weights(model: LoadedModel, command: StageWeights) -> Callable[[], Non
         files=tuple(map(Path, command.files)),
         config=None if command.config is None else Path(command.config),
     )
-    staged = stage_weights(model.transformer, files)
+    return _taking(model, stage_weights(model.transformer, files))
+
+
+def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
     return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
 
 

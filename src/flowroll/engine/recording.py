@@ -17,7 +17,9 @@ from flowroll.types import DebugTensors, Trajectory
 class Recorder:
     """The record of one sample, owned by that sample.
 
-    The loop never changes a tensor in place, so what is kept here are references; they are stacked once, at the end.
+    The loop never changes a tensor in place, so on the CPU what is kept here are references. From a GPU each tensor leaves for
+    pinned memory at its step, and the loop does not wait for it: whoever reads the record calls `wait` first. It is stacked
+    once, at the end.
     """
 
     plan: RequestPlan
@@ -27,6 +29,7 @@ class Recorder:
     velocities: list[Tensor] = field(default_factory=list)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
+    _copied: torch.cuda.Event | None = None
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
         """Keeps x of this state (0..T) if the request wants it, and its dtype in any case."""
@@ -34,7 +37,8 @@ class Recorder:
         self.dtypes.add(latents.dtype)
         wanted = params.return_step_indices is None or state in params.return_step_indices
         if params.return_dit_trajectory and wanted:
-            self.latents[state] = latents
+            self.latents[state] = _to_host(latents)
+        self._note_copies(latents)
 
     def keep_step(
         self,
@@ -45,11 +49,17 @@ class Recorder:
         log_prob: Float[Tensor, ""],
     ) -> None:
         """Keeps one transition; `noise` is None at a deterministic step."""
-        self.log_probs.append(log_prob)
+        self.log_probs.append(_to_host(log_prob))
         if self.plan.params.debug_mode:
-            self.velocities.append(velocity.to(torch.float32))
-            self.means.append(mean.to(torch.float32))
-            self.noises.append(torch.zeros_like(mean, dtype=torch.float32) if noise is None else noise)
+            self.velocities.append(_to_host(velocity.to(torch.float32)))
+            self.means.append(_to_host(mean.to(torch.float32)))
+            self.noises.append(torch.zeros(mean.shape) if noise is None else _to_host(noise))
+        self._note_copies(mean)
+
+    def wait(self) -> None:
+        """Until everything that was kept so far has arrived in host memory."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def check_finite(self, final_latents: Float[Tensor, " *latent"]) -> None:
         """Refuses a trajectory that left float32's range; what was made of it would be no sample.
@@ -66,7 +76,7 @@ class Recorder:
 
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
         """The log-probs on the CPU."""
-        return torch.stack(self.log_probs).cpu()
+        return torch.stack(self.log_probs)
 
     def debug_tensors(self) -> DebugTensors | None:
         """The debug tensors on the CPU, if asked for."""
@@ -75,10 +85,10 @@ class Recorder:
         assert self.plan.transitions is not None
         stds = torch.tensor([[transition.std] for transition in self.plan.transitions], dtype=torch.float32)
         return DebugTensors(
-            variance_noise=torch.stack(self.noises).cpu(),
-            prev_sample_mean=torch.stack(self.means).cpu(),
+            variance_noise=torch.stack(self.noises),
+            prev_sample_mean=torch.stack(self.means),
             noise_std_dev=stds,
-            model_output=torch.stack(self.velocities).cpu(),
+            model_output=torch.stack(self.velocities),
         )
 
     def trajectory(self) -> Trajectory | None:
@@ -90,10 +100,20 @@ class Recorder:
         dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
         stacked = torch.empty((0, *self.plan.geometry.latent_shape), dtype=dtype)
         if kept:
-            stacked = torch.stack([latents.to(dtype) for latents in kept]).cpu()
+            stacked = torch.stack([latents.to(dtype) for latents in kept])
         return Trajectory(
             latents=stacked,
             latent_step_indices=tuple(sorted(self.latents)),
             timesteps=schedule.timesteps.clone(),
             sigmas=schedule.sigmas.clone(),
         )
+
+    def _note_copies(self, kept: Tensor) -> None:
+        if kept.device.type == "cuda":
+            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(kept.device))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The tensor itself on the CPU; from a GPU a pinned copy, complete once the stream has come so far."""
+    return tensor.to("cpu", non_blocking=True)

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +21,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.commands import (
+    STAGED,
     BranchShape,
     Command,
     CommitWeights,
     DropWeights,
+    FillWeights,
     GatherWeights,
+    PrepareWeights,
     ReleaseMemory,
     Request,
     ResumeMemory,
@@ -45,10 +48,12 @@ from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.rest import SleepMode
+from flowroll.engine.shares import as_bytes
 from flowroll.engine.weights import WeightFiles
 from flowroll.errors import (
     CheckpointError,
     EngineError,
+    FlowrollError,
     InvalidRequestError,
     RankLostError,
     ShuttingDownError,
@@ -77,9 +82,6 @@ _EXPLAIN_S = 2.0
 _JOIN_S = 5.0
 # How long the processes of a replica may take to start, before any of them loads.
 _START_S = 300.0
-
-# What a follower announces once it has read new weights: nothing, or why it could not.
-STAGED = "staged"
 
 FailureListener = Callable[[RankLostError], None]
 
@@ -264,6 +266,24 @@ class Replica:
         config = None if files.config is None else str(files.config)
         self._stage(StageWeights(files=[str(file) for file in files.files], config=config), field="model_path")
 
+    def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Sends every other rank new weights of the transformer, of which it keeps its part beside the old ones.
+
+        Args:
+            tensors: Whole, by name, in the dtype of the weights.
+
+        Raises:
+            WeightsRejectedError: A rank has no memory for them; all have dropped them.
+            RankLostError: A rank ended.
+        """
+        described = {name: describe_tensor(tensor) for name, tensor in tensors.items()}
+        self._stage(PrepareWeights(tensors=described))
+        with self.in_step():
+            self._send(FillWeights())
+            for tensor in tensors.values():
+                self.mesh.broadcast(as_bytes(tensor.to(self.mesh.device)))
+            self._channel.forget()
+
     def load_adapter(self, folder: Path, about: LoraAdapter) -> None:
         """Makes every other rank load an adapter, or none.
 
@@ -285,15 +305,15 @@ class Replica:
             EngineError: A rank could not.
             RankLostError: A rank ended.
         """
-        self._stage(ReleaseMemory(mode=mode))
+        self._stage(ReleaseMemory(mode=mode), error=EngineError)
         self.commit_weights()
 
     def resume_memory(self) -> None:
         """Makes every other rank take its weights into memory again, or none; errors as for `release_memory`."""
-        self._stage(ResumeMemory())
+        self._stage(ResumeMemory(), error=EngineError)
         self.commit_weights()
 
-    def _stage(self, command: StageWeights | StageAdapter | ReleaseMemory | ResumeMemory, *, field: str | None = None) -> None:
+    def _stage(self, command: Command, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
         self._send(command)
         # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
         with self.in_step():
@@ -304,8 +324,7 @@ class Replica:
         if refused:
             self.drop_weights()
             rank, reason = next(iter(refused.items()))
-            message = f"rank {rank}: {reason}"
-            raise EngineError(message) if field is None else WeightsRejectedError(message, field=field)
+            raise error(f"rank {rank}: {reason}", field=field)
 
     def commit_weights(self) -> None:
         """Makes every other rank take what it has read. One that cannot ends, and the replica with it."""

@@ -71,10 +71,12 @@ class ScoringEngine(EngineCore):
 
         Raises:
             InvalidRequestError: A sample does not fit the model, or is above a limit.
+            OutdatedWeightsError: The weights are older than the request demands.
             ShuttingDownError: The engine was interrupted or closed.
         """
         model = self._open_model()
         self._rest.check_awake()
+        self._weights.versions.demand(params.min_weight_version)
         return plan_score(params, model, self.info.limits)
 
     def run_scores(self, params: ScoreParams | ScorePlan) -> ScoreAnswer:
@@ -102,6 +104,8 @@ class ScoringEngine(EngineCore):
         return self.batcher.between_steps(action) if self._replica is None else self.batcher.exclusive(action)
 
     def _score_samples(self, plan: ScorePlan) -> ScoreAnswer:
+        # Again: the weights may have been changed, even to older ones, while the request waited.
+        self._weights.versions.demand(plan.params.min_weight_version)
         started = time.perf_counter()
         found = []
         for index, sample in enumerate(plan.params.samples):

@@ -29,20 +29,29 @@ _ITEM_BYTES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """A tensor of a file.
+class TensorHead:
+    """A tensor without its data.
 
     Attributes:
         name: Its key.
         dtype: As safetensors names it, e.g. "BF16".
         shape: Its shape.
-        start: Where its bytes begin in the file.
-        stop: Where they end.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor(TensorHead):
+    """A tensor of a file.
+
+    Attributes:
+        start: Where its bytes begin in the file.
+        stop: Where they end.
+    """
+
     start: int
     stop: int
 
@@ -115,26 +124,39 @@ class TensorFile:
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
         raw = self._file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
-        try:
-            entries = json.loads(raw, object_pairs_hook=_no_doubles)
-            entries.pop("__metadata__", None)
-            stored = [_stored_tensor(name, entry, 8 + length) for name, entry in entries.items()]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = f" ({error})" if isinstance(error, _DoubledError) else ""
-            raise CheckpointError(
-                f"{self.path} must be a safetensors file, got a broken header{reason}; copy the file again."
-            ) from error
-        end = 8 + length
-        for tensor in sorted(stored, key=lambda tensor: (tensor.start, tensor.stop)):
-            if tensor.start != end:
-                raise CheckpointError(
-                    f"{self.path} must be a safetensors file, got a broken header (a gap or an overlap at {tensor.name}); copy "
-                    "the file again."
-                )
-            end = tensor.stop
+        stored = parse_header(raw, str(self.path), "copy the file again")
+        end = stored[-1].stop if stored else 8 + length
         if end != size:
             raise CheckpointError(f"{self.path} must be {end} bytes long, got {size}; the file is truncated, copy it again.")
         return stored
+
+
+def parse_header(raw: bytes | bytearray, subject: str, remedy: str) -> list[StoredTensor]:
+    """The tensors that the header of a safetensors file names, in the order of their data, which has no gap.
+
+    Args:
+        raw: The header, without the eight bytes before it that tell its length.
+        subject: What a message is about.
+        remedy: What it tells to do.
+
+    Raises:
+        CheckpointError: It is no such header.
+    """
+    end = 8 + len(raw)
+    try:
+        entries = json.loads(raw, object_pairs_hook=_no_doubles)
+        entries.pop("__metadata__", None)
+        stored = [_stored_tensor(name, entry, end) for name, entry in entries.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f" ({error})" if isinstance(error, _DoubledError) else ""
+        raise CheckpointError(f"{subject} must be a safetensors file, got a broken header{reason}; {remedy}.") from error
+    stored.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    for tensor in stored:
+        if tensor.start != end:
+            reason = f" (a gap or an overlap at {tensor.name})"
+            raise CheckpointError(f"{subject} must be a safetensors file, got a broken header{reason}; {remedy}.")
+        end = tensor.stop
+    return stored
 
 
 class _DoubledError(ValueError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from flowroll.engine.batching import ExclusiveMode
 from flowroll.engine.core import EngineCore
+from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
 from flowroll.types import WeightUpdate
 
@@ -54,13 +57,55 @@ class UpdatableEngine(EngineCore):
         self._check_interrupt()
         return self._weights.stage(files)
 
+    def update_weights_from_tensors(
+        self,
+        named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        module: str = "transformer",
+        weight_version: str | None = None,
+        mode: ExclusiveMode = "drain",
+        partial: bool = False,
+    ) -> WeightUpdate:
+        """Replaces the weights of a module by copies of a trainer's tensors in this process: all of them, or none.
+
+        Args:
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.named_parameters()`; taken one at a time.
+            module: "transformer" or "vae".
+            weight_version: Of the new weights; None: one more than the highest number that a version had so far.
+            mode: What becomes of the requests that run; see `update_weights_from_disk`.
+            partial: Whether what is not given stays as it is; otherwise it is an error.
+
+        Raises:
+            InvalidRequestError: Another module, or a version that is no short text.
+            WeightsRejectedError: Tensors that are not the module's. Everything is as it was.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        incoming = self.receive_weights(module, partial=partial)
+        for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
+            incoming.put([(name, tensor)])
+        return self.commit_weights(incoming.stage(), weight_version=weight_version, mode=mode)
+
+    def receive_weights(self, module: str = "transformer", *, partial: bool = False) -> IncomingWeights:
+        """Makes room for new weights that arrive in buckets, while requests run; what `stage` then gives can be committed.
+
+        Args:
+            module: "transformer" or "vae".
+            partial: Whether tensors that do not arrive stay as they are; otherwise it is an error.
+
+        Raises:
+            InvalidRequestError: Another module.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        self._check_interrupt()
+        return self._weights.receive(module, partial=partial)
+
     def commit_weights(
         self, staged: StagedWeights, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> WeightUpdate:
         """The second half: exchanges the weights once no request runs.
 
         Args:
-            staged: From `stage_weights`.
+            staged: From `stage_weights`, or of `receive_weights`.
             weight_version: Of the new weights; None: one more than the highest number that a version had so far.
             mode: What becomes of the requests that run; see `Batcher.exclusive`.
 

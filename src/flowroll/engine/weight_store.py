@@ -14,10 +14,11 @@ from typing import Any, get_args
 from torch import Tensor
 
 from flowroll.engine.adapters import AdapterSet
+from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.replica import Replica
 from flowroll.engine.rest import Rest
 from flowroll.engine.versions import WeightVersions
-from flowroll.engine.weights import StagedWeights, WeightFiles, listed, stage_weights
+from flowroll.engine.weights import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
 from flowroll.families.checksums import checksum_of, tensor_checksum
 from flowroll.parallel.linears import whole_tensors
@@ -50,16 +51,25 @@ class WeightStore:
         """Reads new weights beside the old, on this rank."""
         return stage_weights(self._module(files.module), files)
 
+    def receive(self, module: str, *, partial: bool) -> IncomingWeights:
+        """Makes room for new weights that arrive tensor by tensor."""
+        name = check_updatable(module)
+        return IncomingWeights(name, slots_of(self._module(name)), partial=partial)
+
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
         """Puts new weights in place on every rank, or on none."""
         self._rest.check_awake()
+        staged.check_whole()
         started_s = time.perf_counter()
-        module, previous = staged.files.module, self.versions.current
+        module, previous = staged.module, self.versions.current
         version = self.versions.following(weight_version)
         num_tensors, num_bytes = staged.num_tensors, staged.num_bytes
         replica = self._replica if module == "transformer" else None
         if replica is not None:
-            replica.stage_weights(staged.files)
+            if isinstance(staged.source, WeightFiles):
+                replica.stage_weights(staged.source)
+            else:
+                replica.share_weights(staged.source)
 
         def conclude() -> None:
             adapters = self._adapters.over_new_base() if module == "transformer" else None

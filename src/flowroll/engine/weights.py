@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from flowroll.engine.checkpoint import read_json, weight_files
-from flowroll.engine.tensorfile import StoredTensor, TensorFile
+from flowroll.engine.tensorfile import StoredTensor, TensorFile, TensorHead
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName
 
 # The text encoder is not among them: transformers translates the names of its file while it loads it.
 UPDATABLE: tuple[ModuleName, ...] = ("transformer", "vae")
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_SHOWN = 20
 
 
@@ -54,38 +54,49 @@ def find_weights(source: str | Path, module: str) -> WeightFiles:
         InvalidRequestError: Another module.
         WeightsRejectedError: There are no such files.
     """
-    if module not in UPDATABLE:
-        raise InvalidRequestError(
-            f"module must be {' or '.join(UPDATABLE)}, got {module}; start an engine on other weights of anything else.",
-            field="module",
-        )
+    name = check_updatable(module)
     try:
         path = Path(source).resolve()
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise CheckpointError(f"{path} must be a .safetensors file or a folder, got another file; save it as one.")
-            return WeightFiles(module=module, files=(path,), config=None)
-        folder = path / module if (path / module).is_dir() else path
-        files = tuple((folder / name).resolve() for name in weight_files(folder))
+            return WeightFiles(module=name, files=(path,), config=None)
+        folder = path / name if (path / name).is_dir() else path
+        files = tuple((folder / file).resolve() for file in weight_files(folder))
         config = folder / "config.json"
-        return WeightFiles(module=module, files=files, config=config.resolve() if config.is_file() else None)
+        return WeightFiles(module=name, files=files, config=config.resolve() if config.is_file() else None)
     except (CheckpointError, OSError, ValueError, RuntimeError) as error:  # the last two: no path at all, a loop of links
         raise rejected(error) from error
 
 
-def rejected(error: Exception) -> WeightsRejectedError:
+def check_updatable(module: str) -> ModuleName:
+    """The name of a module that takes new weights.
+
+    Raises:
+        InvalidRequestError: Another module.
+    """
+    for name in UPDATABLE:
+        if name == module:
+            return name
+    raise InvalidRequestError(
+        f"module must be {' or '.join(UPDATABLE)}, got {module}; start an engine on other weights of anything else.",
+        field="module",
+    )
+
+
+def rejected(error: Exception, field: str | None = "model_path") -> WeightsRejectedError:
     """What the caller is told of an error before the old weights were touched."""
     if isinstance(error, CheckpointError):
-        return WeightsRejectedError(error.message, field="model_path")
+        return WeightsRejectedError(error.message, field=field)
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     return WeightsRejectedError(
         f"new weights must be read to their end, got {type(error).__name__}: {reason}; the old ones stay, ask again.",
-        field="model_path",
+        field=field,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Slot:
+class Slot:
     """A tensor of a module in memory.
 
     Attributes:
@@ -98,29 +109,55 @@ class _Slot:
     shape: tuple[int, ...]
     first_row: int = 0
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other ranks hold other rows."""
+        return self.shape != tuple(self.live.shape)
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a whole tensor."""
+        return whole[self.first_row : self.first_row + self.live.shape[0]] if self.is_sharded else whole
+
 
 class StagedWeights:
     """New weights of one module, complete and checked, in memory beside the old ones.
 
     Args:
-        files: Where they were read from.
-        pairs: Every tensor of the module in memory, with what replaces its data.
+        module: What they are for.
+        source: Where the other ranks get them: files that each of them reads, or whole tensors by name, which it has to be
+            sent.
+        pairs: Tensors of the module in memory, each with what replaces its data.
         seconds: That reading took.
     """
 
-    def __init__(self, files: WeightFiles, pairs: list[tuple[Tensor, Tensor]], seconds: float) -> None:
-        self.files, self.seconds = files, seconds
+    def __init__(
+        self,
+        module: ModuleName,
+        source: WeightFiles | Mapping[str, Tensor],
+        pairs: list[tuple[Tensor, Tensor]],
+        seconds: float,
+    ) -> None:
+        self.module, self.source, self.seconds = module, source, seconds
         self._pairs = pairs
 
     @property
     def num_tensors(self) -> int:
-        """Tensors of the module."""
+        """Tensors that are replaced."""
         return len(self._pairs)
 
     @property
     def num_bytes(self) -> int:
         """Their size in memory."""
         return sum(new.nbytes for _, new in self._pairs)
+
+    def check_whole(self) -> None:
+        """Refuses what was read while the memory of the old weights was released: there was nothing to fit it to.
+
+        Raises:
+            WeightsRejectedError: It was.
+        """
+        if any(live.numel() and not new.numel() for live, new in self._pairs):
+            raise WeightsRejectedError("new weights must be read while the engine is awake, got a sleep meanwhile; ask again.")
 
     def commit(self, conclude: Callable[[], None]) -> None:
         """Puts the new weights in place of the old, or, if anything goes wrong, leaves the old.
@@ -142,7 +179,7 @@ class StagedWeights:
                 live.data = data
             raise
         # Or whoever keeps this object keeps the weights.
-        self._pairs = []
+        self._pairs, self.source = [], {}
 
 
 def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
@@ -161,28 +198,28 @@ def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
         if files.config is not None:
             _check_config(module, files.config)
         with contextlib.ExitStack() as stack:
-            pairs = _read(_slots(module), [stack.enter_context(TensorFile(path)) for path in files.files])
+            pairs = _read(slots_of(module), [stack.enter_context(TensorFile(path)) for path in files.files])
     except (CheckpointError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
         raise rejected(error) from error
-    return StagedWeights(files, pairs, time.perf_counter() - started_s)
+    return StagedWeights(files.module, files, pairs, time.perf_counter() - started_s)
 
 
-def _slots(module: nn.Module) -> dict[str, _Slot]:
+def slots_of(module: nn.Module) -> dict[str, Slot]:
     """The tensors of a module by the names that its files have."""
     slots = {}
     for name, live in module.state_dict(keep_vars=True).items():
         owner = module.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, ColumnParallelLinear):
             shape = (owner.out_features, *live.shape[1:])
-            slots[name] = _Slot(live=live, shape=shape, first_row=owner.own_columns.start)
+            slots[name] = Slot(live=live, shape=shape, first_row=owner.own_columns.start)
         else:
-            slots[name] = _Slot(live=live, shape=tuple(live.shape))
+            slots[name] = Slot(live=live, shape=tuple(live.shape))
     # Two names of one parameter would need a rule for which of them counts; no module that is updated here has any.
     assert len({id(slot.live) for slot in slots.values()}) == len(slots)
     return slots
 
 
-def _read(slots: Mapping[str, _Slot], files: Sequence[TensorFile]) -> list[tuple[Tensor, Tensor]]:
+def _read(slots: Mapping[str, Slot], files: Sequence[TensorFile]) -> list[tuple[Tensor, Tensor]]:
     """Every slot's tensor with its new data. All of it is checked before the first byte is read."""
     found = [(tensor, file) for file in files for tensor in file.stored]
     counts = Counter(tensor.name for tensor, _ in found)
@@ -190,7 +227,7 @@ def _read(slots: Mapping[str, _Slot], files: Sequence[TensorFile]) -> list[tuple
     _refuse_names("hold the module's weights alone", "others:", set(counts) - set(slots))
     _refuse_names("hold every weight of the module", "none for", set(slots) - set(counts))
     for tensor, file in found:
-        _check_tensor(tensor, slots[tensor.name], file.path)
+        check_tensor(tensor, slots[tensor.name], str(file.path))
     pairs = [(slots[tensor.name].live, _read_tensor(tensor, slots[tensor.name], file)) for tensor, file in found]
     for file in files:
         file.check_unchanged()
@@ -208,20 +245,35 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _check_tensor(tensor: StoredTensor, slot: _Slot, path: Path) -> None:
+def tensor_head(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorHead:
+    """A tensor without its data; of a dtype that no weight has, too."""
+    names = {known: name for name, known in FLOATS.items()}
+    return TensorHead(name=name, dtype=names.get(dtype, str(dtype)), shape=tuple(shape))
+
+
+def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
+    """Refuses a tensor that cannot be a slot's.
+
+    Args:
+        tensor: What is offered.
+        slot: Of its name.
+        subject: What the message is about.
+
+    Raises:
+        CheckpointError: Another shape, or no float.
+    """
     if tensor.shape != slot.shape:
+        shapes = f"{list(slot.shape)}, got {list(tensor.shape)}"
+        raise CheckpointError(f"{subject} must hold {tensor.name} as {shapes}; save the module that is served.")
+    if tensor.dtype not in FLOATS or not slot.live.is_floating_point():
         raise CheckpointError(
-            f"{path} must hold {tensor.name} as {list(slot.shape)}, got {list(tensor.shape)}; save the module that is served."
-        )
-    if tensor.dtype not in _FLOATS or not slot.live.is_floating_point():
-        raise CheckpointError(
-            f"{path} must hold {tensor.name} in one of {', '.join(_FLOATS)}, got {tensor.dtype}; save it in one of these."
+            f"{subject} must hold {tensor.name} in one of {', '.join(FLOATS)}, got {tensor.dtype}; save it in one of these."
         )
 
 
-def _read_tensor(tensor: StoredTensor, slot: _Slot, file: TensorFile) -> Tensor:
+def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile) -> Tensor:
     """The new data of a slot, in memory of its own: cast and placed as loading does it."""
-    stored = torch.empty(slot.live.shape, dtype=_FLOATS[tensor.dtype])
+    stored = torch.empty(slot.live.shape, dtype=FLOATS[tensor.dtype])
     row_bytes = (tensor.stop - tensor.start) // slot.shape[0] if slot.first_row else 0
     file.read_into(stored, tensor.start + slot.first_row * row_bytes)
     return stored.to(device=slot.live.device, dtype=slot.live.dtype)

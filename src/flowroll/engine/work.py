@@ -67,6 +67,7 @@ class ModelWork:
             EngineError: Its trajectory left float32's range.
         """
         if sample.recorder is not None:
+            sample.recorder.wait()
             sample.recorder.check_finite(sample.latents)
         return self.picture(sample.latents, task.plan.geometry)
 

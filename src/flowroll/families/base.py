@@ -83,6 +83,7 @@ class Family(ABC):
         guidance_rule: Name of the rule that `velocity` applies when guidance is active.
         embeds_key: Key of the text embedding in the branches of a `DenoisingEnv`.
         env_schema: The other keys of a branch, each with its layout.
+        env_required: Those of them that no forward can do without.
         parallel_plan: What of the transformer can be sharded.
     """
 
@@ -92,6 +93,7 @@ class Family(ABC):
     guidance_rule: ClassVar[str]
     embeds_key: ClassVar[str]
     env_schema: ClassVar[Mapping[str, str]]
+    env_required: ClassVar[tuple[str, ...]] = ()
     parallel_plan: ClassVar[ParallelPlan]
 
     def guidance(self, scale: Number) -> Guidance:

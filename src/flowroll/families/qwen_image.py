@@ -39,6 +39,7 @@ class QwenImage(Family):
         "img_shapes": "[[[1, rows, columns]]]",
         "txt_seq_lens": "[L], metadata; never passed to the transformer",
     }
+    env_required: ClassVar[tuple[str, ...]] = ("img_shapes",)
     # The image's rows are sharded from `img_in` to `proj_out`; the text stream, few rows that every image row attends to, is
     # computed by every rank. The joint attention sees [text, image].
     parallel_plan: ClassVar[ParallelPlan] = ParallelPlan(

@@ -102,7 +102,7 @@ class Recipe:
         """Refuses an environment that lacks what the forwards need.
 
         Raises:
-            InvalidRequestError: No text embedding, or no negative branch though guidance is active.
+            InvalidRequestError: A branch lacks something, or there is no negative one though guidance is active.
         """
         branches = {"pos_cond_kwargs": env.pos_cond_kwargs}
         if self.guidance.is_active:
@@ -120,6 +120,13 @@ class Recipe:
                     f"got {sorted(branch)}{where}; use the env of the same response.",
                     field="denoising_env",
                 )
+            for key in self.family.env_required:
+                if branch.get(key) is None:
+                    raise InvalidRequestError(
+                        f"denoising_env must hold {key} in {name} for {self.family.name}, got {sorted(branch)}{where}; "
+                        "use the env of the same response.",
+                        field="denoising_env",
+                    )
 
     def score(
         self,

@@ -13,20 +13,31 @@ from flowroll.types import RecordedSteps, Rollout, ScoreAnswer, ScoreParams
 _CPU = Place(device=torch.device("cpu"), dtype=None)
 
 
-def score_params(rollouts: Sequence[Rollout], steps: Sequence[int] | None, *, log_probs_only: bool) -> ScoreParams:
+def score_params(
+    rollouts: Sequence[Rollout],
+    steps: Sequence[int] | None,
+    *,
+    log_probs_only: bool,
+    min_weight_version: str | None = None,
+) -> ScoreParams:
     """What to ask a server.
 
     Args:
         rollouts: Of one or several requests, with env and trajectory.
         steps: Which steps, 0-based; None: all, for rollouts of one length.
         log_probs_only: Leave means and velocities out.
+        min_weight_version: Refuse weights that are older than this version.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
     sources = sources_of(rollouts, _CPU)
     chosen = steps_of(sources, steps)
-    return ScoreParams(samples=tuple(_recorded(source, chosen) for source in sources), log_probs_only=log_probs_only)
+    return ScoreParams(
+        samples=tuple(_recorded(source, chosen) for source in sources),
+        log_probs_only=log_probs_only,
+        min_weight_version=min_weight_version,
+    )
 
 
 def scores_of(answer: ScoreAnswer) -> Scores:

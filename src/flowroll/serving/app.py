@@ -21,6 +21,8 @@ from flowroll.serving.routers import (
     rollout,
     score,
     server_info,
+    shared_tensors,
+    tensors,
     weights,
 )
 from flowroll.serving.services import Services
@@ -43,7 +45,21 @@ def create_app(worker: EngineWorker, config: ServerConfig) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for group in (rollout, score, generate, openai, control, weights, adapters, memory, health, server_info, metrics):
+    for group in (
+        rollout,
+        score,
+        generate,
+        openai,
+        control,
+        weights,
+        tensors,
+        shared_tensors,
+        adapters,
+        memory,
+        health,
+        server_info,
+        metrics,
+    ):
         app.include_router(group.build_router(services))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)

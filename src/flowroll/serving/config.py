@@ -16,6 +16,8 @@ from flowroll.wire.dialects import Dialect
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 
 _MAX_PORT = 65535
+# The kernel counts milliseconds in 32 bits.
+_MAX_SEND_S = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,11 @@ class ServerConfig:
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
+        send_timeout_s: Seconds for which a client may take no byte of its answer before its connection is broken off (Linux).
+        max_weights_body_bytes: Size of a body with tensors of new weights. What is held is bounded by the module's own size.
+        weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped: its trainer may be dead.
+        allow_pickle_weights: Whether POST /update_weights_from_tensor is open; wire/pickled.py says what its clients are
+            trusted with.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
 
@@ -67,6 +74,10 @@ class ServerConfig:
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
+    send_timeout_s: int | float = 60.0
+    max_weights_body_bytes: int = 8 * 2**30
+    weights_idle_s: int | float = 60.0
+    allow_pickle_weights: bool = False
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
 
@@ -80,7 +91,18 @@ class ServerConfig:
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
         _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
+        _require(
+            self.max_weights_body_bytes > 0, "max_weights_body_bytes", "be > 0", self.max_weights_body_bytes, "leave it out"
+        )
+        _require(self.weights_idle_s > 0, "weights_idle_s", "be > 0", self.weights_idle_s, "leave it out")
         _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
+        _require(
+            0 < self.send_timeout_s <= _MAX_SEND_S,
+            "send_timeout_s",
+            f"lie in 0..{_MAX_SEND_S}",
+            self.send_timeout_s,
+            "leave it out",
+        )
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
         _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -51,24 +51,24 @@ async def accept_request(request: Request, services: Services, model: type[Reque
     return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
 
 
-async def read_body(request: Request, services: Services) -> bytearray:
+async def read_body(request: Request, services: Services, max_bytes: int | None = None) -> bytearray:
     """The body of a request that has to be JSON.
+
+    Args:
+        request: Its body is read here.
+        services: Of the app.
+        max_bytes: Its size, if not `max_body_bytes`.
 
     Raises:
         MalformedRequestError: It is sent as something else.
         PayloadTooLargeError: It is longer than the server accepts.
     """
-    _media_type(request.headers, (JSON,))
-    return await _receive(request, services.config.max_body_bytes)
+    check_media_type(request.headers, (JSON,))
+    return await _receive(request, max_bytes or services.config.max_body_bytes)
 
 
-async def read_optional_body(request: Request, services: Services) -> dict[str, object]:
-    """The object in the body; an empty one where there is no body.
-
-    Raises:
-        MalformedRequestError: It is no JSON, or sent as something else.
-        PayloadTooLargeError: It is longer than the server accepts.
-    """
+async def read_optional(request: Request, services: Services) -> dict[str, object]:
+    """The object in a JSON body; an empty one where there is no body. See `read_body`."""
     if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
         return {}
     return parse_json_body(await read_body(request, services))
@@ -83,7 +83,7 @@ async def accept_score_request(request: Request, services: Services) -> ScorePla
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
-    media_type = _media_type(request.headers, (JSON, MSGPACK))
+    media_type = check_media_type(request.headers, (JSON, MSGPACK))
     body = await _receive(request, services.config.max_score_body_bytes)
     return await run_in_threadpool(_plan_score, services.worker.engine, body, media_type, exchange_of(request))
 
@@ -112,12 +112,17 @@ def _plan(engine: Engine, model: type[RequestT], body: bytearray, exchange: Exch
         raise accepted.as_wire_error(error) from None
 
 
-def _media_type(headers: Headers, known: Sequence[str]) -> str:
+def check_media_type(headers: Headers, known: Sequence[str]) -> str:
+    """The body's media type, one of those known.
+
+    Raises:
+        UnsupportedMediaTypeError: It is sent as something else, or compressed.
+    """
     sent = headers.get("content-type", "")
     media_type = sent.partition(";")[0].strip().lower()
     if media_type not in known:
         raise UnsupportedMediaTypeError(
-            f"content-type must be {' or '.join(known)}, got {sent[:80] or 'none'}; send the request as JSON.",
+            f"content-type must be {' or '.join(known)}, got {sent[:80] or 'none'}; send the request as {known[0]}.",
             field="content-type",
         )
     encoding = headers.get("content-encoding", "identity")
@@ -129,16 +134,28 @@ def _media_type(headers: Headers, known: Sequence[str]) -> str:
 
 
 async def _receive(request: Request, max_bytes: int) -> bytearray:
+    body = bytearray()
+    async for chunk in bounded_stream(request, max_bytes):
+        body += chunk
+    return body
+
+
+async def bounded_stream(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """The pieces of a body.
+
+    Raises:
+        PayloadTooLargeError: It is longer than `max_bytes`.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes, f"{declared} bytes")
-    body = bytearray()
+    count = 0
     # A chunked body declares nothing, so it is also counted as it comes.
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
+        count += len(chunk)
+        if count > max_bytes:
             raise _too_large(max_bytes, "more")
-    return body
+        yield chunk
 
 
 def _too_large(max_bytes: int, got: str) -> PayloadTooLargeError:

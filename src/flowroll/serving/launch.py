@@ -27,6 +27,7 @@ from flowroll.errors import FlowrollError
 from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
+from flowroll.serving.listening import open_listener
 from flowroll.serving.logs import configure_logging
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def serve(config: ServerConfig) -> None:
             raise SystemExit(f"Error: {error.message}") from None
         worker = None
         try:
-            with _bind(config) as listener:
+            with open_listener(config) as listener:
                 _announce(config, engine, listener)
                 worker = EngineWorker(engine, max_queue=config.max_queue)
                 _DrainingServer(config, worker).run(sockets=[listener])
@@ -179,32 +180,6 @@ def _signals_end_start() -> Iterator[None]:
     finally:
         for sig, handler in previous.items():
             signal.signal(sig, handler)
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    """A bound socket, which does not listen yet. IPPROTO_TCP is said for asyncio: it turns Nagle's delay off only then.
-
-    Raises:
-        SystemExit: The address is not to be had.
-    """
-    try:
-        return _bound_socket(config)
-    except OSError as error:
-        raise SystemExit(f"Error: {config.host}:{config.port} must be free to listen on, got {error}.") from None
-
-
-def _bound_socket(config: ServerConfig) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _announce(config: ServerConfig, engine: Engine, listener: socket.socket) -> None:

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
 from flowroll.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
+from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
 from flowroll.wire.memory import ReleaseRequest, ResumeRequest
@@ -36,10 +37,25 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     UnloadAdapterRequest,
     ReleaseRequest,
     ResumeRequest,
+    BeginUpdateRequest,
+    CommitUpdateRequest,
+    UpdateFromTensorRequest,
     AbortRequest,
     PauseRequest,
     ContinueRequest,
 )
+
+
+SAFETENSORS_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {
+                "schema": {"type": "string", "format": "binary", "description": "A safetensors file: tensors by their names."}
+            }
+        },
+    }
+}
 
 
 def request_body(model: type[BaseModel], **other_content: Any) -> dict[str, Any]:

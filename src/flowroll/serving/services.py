@@ -14,10 +14,12 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine import Accepted
+from flowroll.engine.batching import ExclusiveMode
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
-from flowroll.engine.weights import WeightFiles
+from flowroll.engine.weights import StagedWeights
 from flowroll.engine.worker import EngineWorker, RequestKind
+from flowroll.serving.arrivals import Arrival, WeightArrivals
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
@@ -39,7 +41,8 @@ class Services:
         metrics: Counts.
         probe: Tells whether the engine can generate.
         started_s: Monotonic clock at the start.
-        updating: Held by the one update of weights that is under way: each needs memory for a second set.
+        updating: Held by the one update of weights that reads or commits: each needs memory for a second set.
+        arriving: The update whose tensors arrive over HTTP.
     """
 
     config: ServerConfig
@@ -48,11 +51,13 @@ class Services:
     probe: GenerationProbe
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+    arriving: WeightArrivals
 
     @classmethod
     def build(cls, worker: EngineWorker, config: ServerConfig) -> Services:
         """The services of a new app."""
-        return cls(config=config, worker=worker, metrics=Metrics(worker), probe=GenerationProbe(worker))
+        arriving = WeightArrivals(worker.engine, idle_s=config.weights_idle_s)
+        return cls(config=config, worker=worker, metrics=Metrics(worker), probe=GenerationProbe(worker), arriving=arriving)
 
     async def rollout(self, request: Request, plan: RequestPlan) -> list[Rollout]:
         """Runs a planned rollout, for as long as its client is there."""
@@ -79,14 +84,16 @@ class Services:
         self.metrics.observe_result(plan, kind)
         return results
 
-    async def update_weights(self, files: WeightFiles, weight_version: str | None) -> WeightUpdate:
-        """Reads new weights while requests run, and exchanges them between two requests."""
+    async def update_weights(
+        self, stage: Callable[[], StagedWeights], weight_version: str | None, mode: ExclusiveMode = "drain"
+    ) -> WeightUpdate:
+        """Gets new weights ready while requests run, and exchanges them between two requests."""
         engine = self.worker.engine
         async with self.updating:
             try:
-                staged = await run_in_threadpool(engine.stage_weights, files)
-                commit = functools.partial(engine.commit_weights, staged, weight_version=weight_version)
-                update = await self.between_requests(commit)
+                staged = await run_in_threadpool(stage)
+                commit = functools.partial(engine.commit_weights, staged, weight_version=weight_version, mode=mode)
+                update = await self.between_requests(commit, mode)
             except BaseException:
                 self.metrics.weight_updates.labels("failed").inc()
                 raise
@@ -94,9 +101,20 @@ class Services:
         self.metrics.weight_pause_seconds.inc(update.paused_s)
         return update
 
-    async def between_requests(self, action: Callable[[], T]) -> T:
+    async def commit_arrival(self, arrival: Arrival, mode: ExclusiveMode = "drain") -> WeightUpdate:
+        """Ends an update whose tensors have arrived; one that lacks some goes on."""
+        arrival.is_committing = True
+        try:
+            return await self.update_weights(arrival.incoming.stage, arrival.weight_version, mode)
+        finally:
+            arrival.is_committing = False
+            arrival.touch()
+            if not arrival.incoming.is_open:
+                self.arriving.end(arrival)
+
+    async def between_requests(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
         """Has something done on the engine's thread while no request runs."""
-        return await asyncio.wrap_future(self.worker.between_requests(action))
+        return await asyncio.wrap_future(self.worker.between_requests(action, mode=mode))
 
     async def score(self, plan: ScorePlan) -> ScoreAnswer:
         """Scores recorded steps, between the steps of requests."""

@@ -61,21 +61,23 @@ class ScoreParams:
         log_probs_only: Leave means and velocities out of the answer; no forward is run for a step without density.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
+        min_weight_version: Refuse weights that are older than this version; as in `SamplingParams`.
 
     Raises:
-        InvalidRequestError: There is no sample, or the id breaks its rule.
+        InvalidRequestError: There is no sample, or the id or the version breaks its rule.
     """
 
     samples: tuple[RecordedSteps, ...]
     log_probs_only: bool = False
     suppress_logs: bool = False
     request_id: str | None = None
+    min_weight_version: str | None = None
 
     def __post_init__(self) -> None:
         if not self.samples:
             _refuse("samples", "hold at least one sample", "none", "send the samples to score")
-        # The id of every request has the same rule.
-        SamplingParams(prompt="", request_id=self.request_id)
+        # Every request has the same rules for these.
+        SamplingParams(prompt="", request_id=self.request_id, min_weight_version=self.min_weight_version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,12 @@ UNLOAD_ADAPTER_ROUTE = "/unload_lora_adapter"
 RELEASE_ROUTE = "/release_memory_occupation"
 RESUME_ROUTE = "/resume_memory_occupation"
 ADAPTERS_ROUTE = "/lora_adapters"
+BEGIN_ROUTE = "/weights/begin"
+BUCKETS_ROUTE = "/weights/{update_id}/buckets"
+COMMIT_ROUTE = "/weights/{update_id}/commit"
+ABANDON_ROUTE = "/weights/{update_id}/abort"
+UPDATE_FROM_TENSOR_ROUTE = "/update_weights_from_tensor"
+UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
 
 # Fields that are not listed have one name for both.
 PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(ROLLOUT_FIELDS - {"rollout"})}

@@ -207,6 +207,11 @@ class ScoreRequestObject(_Answer):
     request_id: str | None = Field(
         default=None, min_length=1, max_length=MAX_REQUEST_ID_CHARS, description="Echoed. null: the server makes one."
     )
+    min_weight_version: str | None = Field(
+        default=None,
+        description="409 if the weights are older than this version. Numbers compare as numbers, names by arrival.",
+        examples=["120"],
+    )
 
 
 class SampleScoresObject(_Answer):

@@ -59,6 +59,7 @@ class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknow
     log_probs_only: bool = False
     suppress_logs: bool = False
     request_id: str | None = None
+    min_weight_version: str | None = None
 
 
 class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
@@ -104,8 +105,8 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
         }
         for sample in params.samples
     ]
-    options: dict[str, Any] = {"log_probs_only": params.log_probs_only, "suppress_logs": params.suppress_logs}
-    return encode({"samples": samples, **options, "request_id": params.request_id}, wire_format)
+    names = ("log_probs_only", "suppress_logs", "request_id", "min_weight_version")
+    return encode({"samples": samples, **{name: getattr(params, name) for name in names}}, wire_format)
 
 
 def decode_score_request(body: Body, media_type: str) -> ScoreParams:
@@ -138,6 +139,7 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
         log_probs_only=sent.log_probs_only,
         suppress_logs=sent.suppress_logs,
         request_id=sent.request_id,
+        min_weight_version=sent.min_weight_version,
     )
 
 

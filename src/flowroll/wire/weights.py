@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import MAX_VERSION_CHARS, ModuleName
+from flowroll.types import MAX_VERSION_CHARS, ModuleName, WeightUpdate
 from flowroll.wire.fields import Rule
 from flowroll.wire.schema import Strict
 
 MAX_PATH_CHARS = 4096
 
-_Updatable: TypeAlias = Literal["transformer", "vae"]
+Updatable: TypeAlias = Literal["transformer", "vae"]
 _ModulePath: TypeAlias = Annotated[
     str,
     Field(
@@ -41,21 +42,29 @@ Version: TypeAlias = Annotated[
     Rule(text=f"be null or a string of 1 to {MAX_VERSION_CHARS} characters", remedy="leave it out for a counted one"),
 ]
 
+Mode: TypeAlias = Annotated[
+    Literal["drain", "abort"],
+    Field(
+        description="What becomes of the requests that run: they finish first, or are done again, wholly, with the new "
+        "weights.",
+        examples=["drain"],
+    ),
+    Rule(text='be "drain" or "abort"', remedy='leave it out for "drain"'),
+]
 
-class UpdateFromDiskRequest(Strict):
-    """Body of POST /update_weights_from_disk."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model_path": "/runs/7/step-120", "weight_version": "120"}]})
+class Targeted(Strict):
+    """What the requests of SGLang-Diffusion's clients for an update have in common."""
 
-    model_path: _ModulePath
     module: Annotated[
-        _Updatable | None,
+        Updatable | None,
         Field(description="What to update. null: the transformer.", examples=["transformer"]),
         Rule(text='be null, "transformer" or "vae"', remedy="leave it out for the transformer"),
     ] = None
     weight_version: Version = None
+    mode: Mode = "drain"
     target_modules: Annotated[
-        list[_Updatable] | None,
+        list[Updatable] | None,
         Field(
             min_length=1,
             max_length=1,
@@ -71,7 +80,7 @@ class UpdateFromDiskRequest(Strict):
     ] = None
 
     @model_validator(mode="after")
-    def _check_one_name(self) -> UpdateFromDiskRequest:
+    def _check_one_name(self) -> Targeted:
         if self.module is not None and self.target_modules is not None:
             raise InvalidRequestError(
                 f"target_modules must not be given beside module, got {self.target_modules}; send one of the two.",
@@ -83,6 +92,14 @@ class UpdateFromDiskRequest(Strict):
     def chosen_module(self) -> ModuleName:
         """What is to be updated."""
         return self.module or (self.target_modules or ["transformer"])[0]
+
+
+class UpdateFromDiskRequest(Targeted):
+    """Body of POST /update_weights_from_disk."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model_path": "/runs/7/step-120", "weight_version": "120"}]})
+
+    model_path: _ModulePath
 
 
 class ChecksumRequest(Strict):
@@ -125,6 +142,12 @@ class UpdateObject(BaseModel):
     num_bytes: int = Field(description="Of these tensors in memory, on rank 0.")
     read_s: float = Field(description="Seconds of reading and checking, while generation went on.")
     paused_s: float = Field(description="Seconds for which no request could run.")
+
+    @classmethod
+    def of(cls, update: WeightUpdate) -> UpdateObject:
+        """What is said of an update."""
+        message = f"{update.module} is of version {update.weight_version}, was of {update.previous_version}"
+        return cls(message=message, **dataclasses.asdict(update))
 
 
 class ChecksumsObject(BaseModel):

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import socket
 
 import pytest
@@ -139,6 +141,24 @@ def test_a_server_that_dies_ends_the_command_and_what_was_saved_stays(prompts, t
     assert "1 rollouts of 1 prompts" in result.stdout
     assert "1 of 3 prompts failed, 1 were not tried:" in result.stderr
     assert "prompt 2: the server is gone" in result.stderr
+
+
+def test_a_full_disk_ends_the_command_and_what_was_saved_stays(url, prompts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write = os.fsync
+    written = []
+
+    def full_at_the_third(descriptor):
+        written.append(descriptor)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_third)
+    result = rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--seed", 5, "--num-outputs-per-prompt", 2)
+    assert result.exit_code == 1
+    assert "prompt 2: path must be writable" in result.output and "1 were not tried" in result.output
+    assert files_in(out) == [f"prompt-00001-sample-{index:02d}-seed-{5 + index}.safetensors" for index in (0, 1)]
 
 
 def test_the_api_key_is_sent(worker, prompts, tmp_path):

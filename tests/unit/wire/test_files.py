@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ def test_saving_replaces_a_file_only_as_a_whole(tmp_path: Path, monkeypatch: pyt
         save_rollout(path, make_rollout(seed=3))
     assert load_rollout(path).seed == 2
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new(tmp_path: Path) -> None:
+    target = tmp_path / "sample.safetensors"
+    save_rollout(target, make_rollout(seed=1))
+    before = target.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The kernel refuses the write half-way, as it does on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+        with pytest.raises(RolloutFileError, match="free some space"):
+            save_rollout(target, make_rollout(seed=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_file_from_before_the_record_had_digests_is_read(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import CONTROL_RESPONSES
-from flowroll.serving.intake import read_body, read_optional_body
+from flowroll.serving.intake import read_body, read_optional
 from flowroll.serving.openapi import request_body
 from flowroll.serving.services import Services
 from flowroll.wire.control import AbortedObject, AbortRequest, ContinueRequest, GenerationObject, PauseRequest
@@ -37,7 +37,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(PauseRequest),
     )
     async def pause_generation(request: Request) -> GenerationObject:
-        worker.pause(parse(PauseRequest, await read_optional_body(request, services)).mode)
+        worker.pause(parse(PauseRequest, await read_optional(request, services)).mode)
         return _state()
 
     @router.post(
@@ -47,7 +47,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ContinueRequest),
     )
     async def continue_generation(request: Request) -> GenerationObject:
-        parse(ContinueRequest, await read_optional_body(request, services))
+        parse(ContinueRequest, await read_optional(request, services))
         worker.resume()
         return _state()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any, get_args
 
@@ -48,9 +47,8 @@ def build_router(services: Services) -> APIRouter:
     async def update_weights_from_disk(request: Request) -> UpdateObject:
         accepted = parse(UpdateFromDiskRequest, parse_json_body(await read_body(request, services)))
         files = await run_in_threadpool(_find, accepted, services.config)
-        update = await services.update_weights(files, accepted.weight_version)
-        message = f"{update.module} is of version {update.weight_version}, was of {update.previous_version}"
-        return UpdateObject(message=message, **dataclasses.asdict(update))
+        update = await services.update_weights(lambda: engine.stage_weights(files), accepted.weight_version, accepted.mode)
+        return UpdateObject.of(update)
 
     @router.post(
         CHECKSUM_ROUTE,

@@ -1,0 +1,221 @@
+"""New weights that arrive tensor by tensor, from HTTP, from shared memory or from a process group, beside the old ones.
+
+What has arrived lies where it will stay: in memory of its own, one allocation a tensor, which is what float32 bits depend on
+(families/alignment.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowroll.engine.tensorfile import TensorHead
+from flowroll.engine.weights import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
+from flowroll.errors import CheckpointError, WeightsRejectedError
+from flowroll.types import ModuleName
+
+_CPU = torch.device("cpu")
+_SUBJECT = "the new weights"
+
+
+class IncomingWeights:
+    """New weights of one module, of which some have arrived. Threads may share it.
+
+    A bucket is checked by the names, shapes and dtypes of its tensors before its data is here. One that is refused, or breaks
+    off, leaves no trace: its tensors may come again. Every tensor comes once; so what is held is at most the module's bytes,
+    and of buckets on their way at most eight bytes an element.
+
+    Args:
+        module: What they are for.
+        slots: Of the module in memory, which is looked at, not changed, and may run meanwhile.
+        partial: Whether tensors that do not arrive stay as they are.
+    """
+
+    def __init__(self, module: ModuleName, slots: Mapping[str, Slot], *, partial: bool = False) -> None:
+        self.module, self.partial = module, partial
+        self._slots = slots
+        self._lock = threading.Lock()
+        self._is_open = True
+        # Arrived or on their way; and arrived, whole, in the dtype of the weights.
+        self._claimed: set[str] = set()
+        self._arrived: dict[str, Tensor] = {}
+        self._started_s = time.perf_counter()
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors of the module."""
+        return len(self._slots)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the module's tensors, in the dtype of the weights."""
+        return sum(torch.Size(slot.shape).numel() * slot.live.itemsize for slot in self._slots.values())
+
+    @property
+    def num_arrived(self) -> int:
+        """Tensors that are here."""
+        return len(self._arrived)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was neither staged nor dropped."""
+        return self._is_open
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tensors of the module are here."""
+        return len(self._arrived) == len(self._slots)
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Whether any of these is here, or on its way."""
+        return not self._claimed.isdisjoint(names)
+
+    def open(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Bucket:
+        """Checks what a bucket will hold, and makes room for it.
+
+        Args:
+            heads: Its tensors.
+            device: Where their data will arrive.
+
+        Raises:
+            WeightsRejectedError: A name is unknown, came already or comes twice, a shape or a dtype is another, or there is no
+                memory.
+        """
+        try:
+            self._claim(heads)
+        except CheckpointError as error:
+            raise rejected(error, None) from error
+        try:
+            targets = [torch.empty(head.shape, dtype=FLOATS[head.dtype], device=device) for head in heads]
+        except BaseException as error:
+            self._release(heads)
+            if isinstance(error, MemoryError | RuntimeError):  # torch's lack of memory is a RuntimeError
+                raise rejected(error, None) from error
+            raise
+        return Bucket(self, heads, targets)
+
+    @contextlib.contextmanager
+    def bucket(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Iterator[list[Tensor]]:
+        """The block fills these tensors; if it fails, they are dropped. See `open`."""
+        bucket = self.open(heads, device=device)
+        try:
+            yield bucket.targets
+            bucket.keep()
+        except BaseException:
+            bucket.drop()
+            raise
+
+    def put(self, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Copies tensors.
+
+        Raises:
+            WeightsRejectedError: See `open`.
+        """
+        with self.bucket([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in named_tensors]) as targets:
+            for target, (_, tensor) in zip(targets, named_tensors, strict=True):
+                target.copy_(tensor.detach())
+
+    def stage(self) -> StagedWeights:
+        """What has arrived, ready to be committed; nothing more is taken from then on.
+
+        Raises:
+            WeightsRejectedError: Something is missing. It may still come.
+        """
+        with self._lock:
+            self._check_open()
+            missing = set(self._slots) - set(self._arrived)
+            if not self._arrived or (missing and not self.partial):
+                raise WeightsRejectedError(
+                    f"{_SUBJECT} must be all of the {self.module}'s, got none for {listed(missing)}; send the rest, or begin a "
+                    "partial update."
+                )
+            self._is_open = False
+            arrived, self._arrived = self._arrived, {}
+        try:
+            pairs = [(self._slots[name].live, self._own_part(name, tensor)) for name, tensor in arrived.items()]
+        except (MemoryError, RuntimeError) as error:
+            raise rejected(error, None) from error
+        return StagedWeights(self.module, arrived, pairs, time.perf_counter() - self._started_s)
+
+    def drop(self) -> None:
+        """Forgets what has arrived; nothing more is taken. May be called twice."""
+        with self._lock:
+            self._is_open = False
+            self._arrived = {}
+
+    def _own_part(self, name: str, tensor: Tensor) -> Tensor:
+        slot = self._slots[name]
+        # A copy of a sharded one: rows of the whole would keep the whole, and lie anywhere.
+        return slot.own_rows(tensor).to(slot.live.device, copy=slot.is_sharded)
+
+    def _claim(self, heads: Sequence[TensorHead]) -> None:
+        names = [head.name for head in heads]
+        with self._lock:
+            self._check_open()
+            doubled = {name for name, count in Counter(names).items() if count > 1} | (self._claimed & set(names))
+            if doubled:
+                raise CheckpointError(f"{_SUBJECT} must come once, got {listed(doubled)} twice; send each in one bucket.")
+            if unknown := set(names) - set(self._slots):
+                raise CheckpointError(
+                    f"{_SUBJECT} must be the {self.module}'s alone, got others: {listed(unknown)}; send the served module's."
+                )
+            for head in heads:
+                check_tensor(head, self._slots[head.name], _SUBJECT)
+            self._claimed |= set(names)
+
+    def _release(self, heads: Sequence[TensorHead]) -> None:
+        with self._lock:
+            self._claimed -= {head.name for head in heads}
+
+    def _keep(self, heads: Sequence[TensorHead], targets: Sequence[Tensor]) -> None:
+        try:
+            placed = {
+                head.name: self._place(self._slots[head.name], target) for head, target in zip(heads, targets, strict=True)
+            }
+        except (MemoryError, RuntimeError) as error:
+            raise rejected(error, None) from error
+        with self._lock:
+            self._check_open()
+            self._arrived |= placed
+
+    def _place(self, slot: Slot, target: Tensor) -> Tensor:
+        # Of a sharded one the whole is needed until the other ranks have their parts.
+        device = target.device if slot.is_sharded else slot.live.device
+        return target.to(device=device, dtype=slot.live.dtype)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise WeightsRejectedError(f"{_SUBJECT} must come before their update ends, got a bucket after it; begin another.")
+
+
+class Bucket:
+    """Tensors on their way; from `IncomingWeights.open`. Ends with `keep` or `drop`.
+
+    Attributes:
+        targets: To be filled, contiguous, in the order of the heads.
+    """
+
+    def __init__(self, incoming: IncomingWeights, heads: Sequence[TensorHead], targets: list[Tensor]) -> None:
+        self.targets = targets
+        self._incoming, self._heads = incoming, heads
+        self._is_kept = False
+
+    def keep(self) -> None:
+        """They have arrived.
+
+        Raises:
+            WeightsRejectedError: The update has ended meanwhile, or there is no memory on the device.
+        """
+        self._incoming._keep(self._heads, self.targets)
+        self._is_kept = True
+
+    def drop(self) -> None:
+        """They will not; another bucket may hold them. Without effect after `keep`."""
+        if not self._is_kept:
+            self._incoming._release(self._heads)

@@ -1,0 +1,120 @@
+"""The update whose tensors arrive over HTTP: there is at most one, since it needs memory for a second set of weights.
+
+Everything here is called on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Collection
+
+from flowroll.engine import Engine
+from flowroll.engine.incoming import IncomingWeights
+from flowroll.errors import NotFoundError, WeightsBusyError
+
+_log = logging.getLogger(__name__)
+
+
+class Arrival:
+    """An update that was begun and not yet ended.
+
+    Attributes:
+        update_id: Names it.
+        incoming: What has arrived.
+        weight_version: Of the new weights; None: counted.
+        last_s: When somebody last sent something, by the loop's clock.
+        is_committing: Whether it waits for its commit.
+        is_implied: Whether nobody began it by name: it began with a bucket, and ends with the last one.
+    """
+
+    def __init__(self, incoming: IncomingWeights, weight_version: str | None, *, is_implied: bool) -> None:
+        self.update_id = secrets.token_hex(8)
+        self.incoming, self.weight_version = incoming, weight_version
+        self.is_committing, self.is_implied = False, is_implied
+        self.touch()
+
+    def touch(self) -> None:
+        """Somebody has sent something."""
+        self.last_s = asyncio.get_running_loop().time()
+
+
+class WeightArrivals:
+    """See the module.
+
+    Args:
+        engine: Whose weights they are.
+        idle_s: Seconds of silence after which an update is dropped.
+    """
+
+    def __init__(self, engine: Engine, *, idle_s: float) -> None:
+        self._engine, self.idle_s = engine, idle_s
+        self._arrival: Arrival | None = None
+
+    def begin(self, module: str, weight_version: str | None, *, partial: bool = False, is_implied: bool = False) -> Arrival:
+        """Makes room for an update.
+
+        Raises:
+            WeightsBusyError: Another one is under way.
+        """
+        if (other := self._arrival) is not None:
+            raise WeightsBusyError(
+                f"one update of weights must end before another begins, got {other.update_id} under way; commit it, abort it, "
+                f"or wait until it was silent for {self.idle_s:g} s."
+            )
+        incoming = self._engine.receive_weights(module, partial=partial)
+        self._arrival = Arrival(incoming, weight_version, is_implied=is_implied)
+        self._watch(self._arrival)
+        return self._arrival
+
+    def join(self, module: str, weight_version: str | None, names: Collection[str]) -> Arrival:
+        """The update that a bucket belongs to whose sender names none: of this module and version.
+
+        A name that came already, or another module or version, tells that the sender has begun again: what had arrived is
+        dropped, so that nothing of two updates is ever mixed.
+
+        Raises:
+            WeightsBusyError: Another one is under way.
+        """
+        current = self._arrival
+        if current is not None and current.is_implied and not current.is_committing:
+            same = (current.incoming.module, current.weight_version) == (module, weight_version)
+            if same and not current.incoming.holds(names):
+                current.touch()
+                return current
+            _log.warning("%d tensors of an update are dropped: another has begun", current.incoming.num_arrived)
+            self.end(current)
+        return self.begin(module, weight_version, is_implied=True)
+
+    def get(self, update_id: str) -> Arrival:
+        """The update of this id.
+
+        Raises:
+            NotFoundError: It has ended, or there never was one.
+        """
+        if self._arrival is None or self._arrival.update_id != update_id:
+            raise NotFoundError(
+                f"update_id must be of an update that is under way, got {update_id[:80]}; it was committed, aborted or dropped "
+                "after a silence: begin another.",
+                field="update_id",
+            )
+        return self._arrival
+
+    def end(self, arrival: Arrival) -> None:
+        """Forgets an update; what it holds goes, unless it was staged. May be called twice."""
+        if self._arrival is arrival:
+            self._arrival = None
+        arrival.incoming.drop()
+
+    def _watch(self, arrival: Arrival) -> None:
+        """Drops the update once it was silent for too long."""
+        if self._arrival is not arrival:
+            return
+        loop = asyncio.get_running_loop()
+        rest_s = self.idle_s if arrival.is_committing else arrival.last_s + self.idle_s - loop.time()
+        if rest_s > 0:
+            loop.call_later(rest_s, self._watch, arrival)
+            return
+        _log.warning("update %s was silent for %g s and is dropped; the weights stay", arrival.update_id, self.idle_s)
+        self.end(arrival)

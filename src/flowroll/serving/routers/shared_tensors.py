@@ -1,0 +1,100 @@
+"""POST /update_weights_from_tensor: pickled handles of tensors in shared memory or on GPUs, as SGLang's trainers send them."""
+
+from __future__ import annotations
+
+import binascii
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.engine.incoming import IncomingWeights
+from flowroll.engine.weights import tensor_head
+from flowroll.errors import ForbiddenError, MalformedRequestError
+from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.intake import read_body
+from flowroll.serving.openapi import request_body
+from flowroll.serving.services import Services
+from flowroll.types import check_version
+from flowroll.wire.arrivals import SharedUpdateObject, UpdateFromTensorRequest
+from flowroll.wire.names import UPDATE_FROM_TENSOR_ROUTE
+from flowroll.wire.pickled import FIELD, named_tensors
+from flowroll.wire.schema import parse, parse_json_body
+from flowroll.wire.sent_tensors import SentTensor, SharedStorage
+
+# Handles, not data: a thousand tensors take half a megabyte a rank.
+_MAX_BODY = 64 * 2**20
+
+
+def build_router(services: Services) -> APIRouter:
+    """The route for tensors that are not in the body."""
+    router = APIRouter(tags=["weights"])
+    engine, arriving = services.worker.engine, services.arriving
+
+    @router.post(
+        UPDATE_FROM_TENSOR_ROUTE,
+        summary="Take new weights from shared memory or a GPU",
+        description="A bucket of an update, as SGLang's trainers send it; the weights are exchanged once all tensors of the "
+        "module are there. Buckets of one update have the same `weight_version`. An error ends the update; everything stays.",
+        responses={
+            **WEIGHTS_RESPONSES,
+            403: {"model": ErrorBody, "description": "Not started with --allow-pickle-weights, or no tensors in the pickle"},
+        },
+        openapi_extra=request_body(UpdateFromTensorRequest),
+    )
+    async def update_weights_from_tensor(request: Request) -> SharedUpdateObject:
+        if not services.config.allow_pickle_weights:
+            raise ForbiddenError(
+                "the server must be started with leave to read pickled tensors, got none; start it with "
+                "--allow-pickle-weights, or send safetensors."
+            )
+        body = await read_body(request, services, _MAX_BODY)
+        accepted, tensors = await run_in_threadpool(_decode, body)
+        arrival = arriving.join(accepted.chosen_module, accepted.weight_version, [name for name, _ in tensors])
+        try:
+            await run_in_threadpool(_copy, arrival.incoming, tensors)
+            incoming = arrival.incoming
+            count, total = incoming.num_arrived, incoming.num_tensors
+            is_complete = incoming.is_complete and not arrival.is_committing
+            if is_complete:
+                await services.commit_arrival(arrival, accepted.mode)
+        except BaseException:
+            arriving.end(arrival)
+            raise
+        return SharedUpdateObject(
+            message=f"{count} of {total} tensors have arrived" + ("; the weights are exchanged" if is_complete else ""),
+            module=incoming.module,
+            is_complete=is_complete,
+            weight_version=engine.weight_version,
+            num_arrived=count,
+            num_tensors=total,
+        )
+
+    return router
+
+
+def _decode(body: bytearray) -> tuple[UpdateFromTensorRequest, list[tuple[str, SentTensor]]]:
+    accepted = parse(UpdateFromTensorRequest, parse_json_body(body))
+    if accepted.weight_version is not None:
+        check_version(accepted.weight_version, "weight_version")
+    try:
+        data = binascii.a2b_base64(accepted.serialized_named_tensors[0], strict_mode=True)
+    except ValueError as error:
+        raise MalformedRequestError(f"{FIELD} must be base64, got {error}; encode it again.", field=FIELD) from error
+    return accepted, named_tensors(data, flattened=accepted.load_format is not None)
+
+
+def _copy(incoming: IncomingWeights, tensors: list[tuple[str, SentTensor]]) -> None:
+    """Copies the data, and lets the sender have its memory back, whatever comes of it."""
+    try:
+        if tensors:
+            heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
+            with incoming.bucket(heads, device=tensors[0][1].device) as targets:
+                for target, (_, tensor) in zip(targets, tensors, strict=True):
+                    tensor.copy_to(target)
+    except ValueError as error:
+        raise MalformedRequestError(f"{FIELD} must be readable to its end, got {error}; send it again.", field=FIELD) from error
+    finally:
+        shared = {id(tensor.source): tensor.source for _, tensor in tensors if isinstance(tensor.source, SharedStorage)}
+        for source in shared.values():
+            source.release()
+            source.close()

@@ -1,0 +1,123 @@
+"""New weights as safetensors bodies: POST /weights/begin, /weights/{update_id}/..., and all at once."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from flowroll.engine.batching import ExclusiveMode
+from flowroll.serving.arrivals import Arrival
+from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.intake import read_optional
+from flowroll.serving.openapi import SAFETENSORS_BODY, request_body
+from flowroll.serving.services import Services
+from flowroll.serving.uploads import read_bucket
+from flowroll.types import check_version
+from flowroll.wire.arrivals import (
+    AbandonedObject,
+    ArrivedObject,
+    BeginUpdateRequest,
+    BegunObject,
+    BodyUpdateRequest,
+    CommitUpdateRequest,
+)
+from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
+from flowroll.wire.schema import parse
+from flowroll.wire.weights import UpdateObject
+
+_RESPONSES = {
+    **WEIGHTS_RESPONSES,
+    404: {"model": ErrorBody, "description": "The update has ended, or there never was one"},
+    409: {"model": ErrorBody, "description": "Another update is under way"},
+}
+
+
+def build_router(services: Services) -> APIRouter:
+    """The routes that take tensors."""
+    router = APIRouter(tags=["weights"])
+    arriving, config = services.arriving, services.config
+
+    @router.post(
+        BEGIN_ROUTE,
+        summary="Begin an update whose tensors come in buckets",
+        description="One at a time. Nothing changes before the commit; an update that is silent for `idle_s` is dropped.",
+        responses=_RESPONSES,
+        openapi_extra=request_body(BeginUpdateRequest),
+    )
+    async def begin(request: Request) -> BegunObject:
+        accepted = parse(BeginUpdateRequest, await read_optional(request, services))
+        if accepted.weight_version is not None:
+            check_version(accepted.weight_version, "weight_version")
+        arrival = arriving.begin(accepted.module, accepted.weight_version, partial=accepted.partial)
+        incoming = arrival.incoming
+        return BegunObject(
+            update_id=arrival.update_id,
+            module=incoming.module,
+            num_tensors=incoming.num_tensors,
+            num_bytes=incoming.num_bytes,
+            max_body_bytes=config.max_weights_body_bytes,
+            idle_s=arriving.idle_s,
+        )
+
+    @router.post(
+        BUCKETS_ROUTE,
+        summary="Send a bucket of tensors",
+        description="A safetensors file. Names, shapes and dtypes are checked before the data is read. A bucket that is "
+        "refused, or breaks off, is dropped; the update goes on, and its tensors may come again.",
+        responses=_RESPONSES,
+        openapi_extra=SAFETENSORS_BODY,
+    )
+    async def put_bucket(update_id: str, request: Request) -> ArrivedObject:
+        arrival = arriving.get(update_id)
+        await _read(request, arrival)
+        return ArrivedObject(
+            update_id=update_id,
+            module=arrival.incoming.module,
+            num_arrived=arrival.incoming.num_arrived,
+            num_tensors=arrival.incoming.num_tensors,
+        )
+
+    @router.post(
+        COMMIT_ROUTE,
+        summary="Put the tensors that arrived in place",
+        description="All or nothing, between two requests. If tensors are missing, the update goes on and they may still come; "
+        "otherwise it has ended, whatever comes of it.",
+        responses=_RESPONSES,
+        openapi_extra=request_body(CommitUpdateRequest),
+    )
+    async def commit(update_id: str, request: Request) -> UpdateObject:
+        accepted = parse(CommitUpdateRequest, await read_optional(request, services))
+        return await _commit(arriving.get(update_id), accepted.mode)
+
+    @router.post(
+        ABANDON_ROUTE, summary="Drop an update", description="Weights, version and checksum stay.", responses=_RESPONSES
+    )
+    async def abandon(update_id: str) -> AbandonedObject:
+        arriving.end(arriving.get(update_id))
+        return AbandonedObject(update_id=update_id)
+
+    @router.post(
+        UPDATE_FROM_BODY_ROUTE,
+        summary="Take new weights from one body",
+        description="A whole module as one safetensors file; `module`, `weight_version` and `mode` are in the query. All or "
+        "nothing.",
+        responses=_RESPONSES,
+        openapi_extra=SAFETENSORS_BODY,
+    )
+    async def update_from_body(request: Request) -> UpdateObject:
+        accepted = parse(BodyUpdateRequest, dict(request.query_params))
+        if accepted.weight_version is not None:
+            check_version(accepted.weight_version, "weight_version")
+        arrival = arriving.begin(accepted.module, accepted.weight_version)
+        try:
+            await _read(request, arrival)
+            return await _commit(arrival, accepted.mode)
+        finally:
+            arriving.end(arrival)
+
+    async def _read(request: Request, arrival: Arrival) -> None:
+        await read_bucket(request, arrival, max_bytes=config.max_weights_body_bytes, idle_s=arriving.idle_s)
+
+    async def _commit(arrival: Arrival, mode: ExclusiveMode) -> UpdateObject:
+        return UpdateObject.of(await services.commit_arrival(arrival, mode))
+
+    return router

@@ -1,0 +1,68 @@
+"""From the body of an HTTP request to tensors, without a second copy, and without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.engine.tensorstream import TensorStream
+from flowroll.errors import WeightsRejectedError
+from flowroll.serving.arrivals import Arrival
+from flowroll.serving.intake import bounded_stream, check_media_type
+
+# So much is handed to a thread at a time: the copy then takes longer than the change of threads.
+_LOT_BYTES = 4 * 2**20
+_OCTETS = ("application/octet-stream", "application/safetensors")
+
+
+async def read_bucket(request: Request, arrival: Arrival, *, max_bytes: int, idle_s: float) -> int:
+    """Reads a safetensors body into memory that the engine will hold.
+
+    Args:
+        request: Its body is read here.
+        arrival: What the bucket is part of.
+        max_bytes: Size of the body.
+        idle_s: Longest pause in it.
+
+    Returns:
+        How many tensors it held.
+
+    Raises:
+        WeightsRejectedError: It is not whole, stalls, or holds what is not wanted. Nothing is left of the bucket.
+        PayloadTooLargeError: It is longer than `max_bytes`.
+        UnsupportedMediaTypeError: It is sent as something else.
+    """
+    check_media_type(request.headers, _OCTETS)
+    stream, loop = TensorStream(arrival.incoming), asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(idle_s) as silence:
+            async for pieces in _in_lots(bounded_stream(request, max_bytes)):
+                await run_in_threadpool(_feed, stream, pieces)
+                arrival.touch()
+                silence.reschedule(loop.time() + idle_s)
+            return await run_in_threadpool(stream.finish)
+    except TimeoutError:
+        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
+    finally:
+        arrival.touch()
+        stream.drop()
+
+
+async def _in_lots(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    """The pieces in lists, each worth a change of threads."""
+    lot, size = [], 0
+    async for piece in pieces:
+        lot.append(piece)
+        size += len(piece)
+        if size >= _LOT_BYTES:
+            yield lot
+            lot, size = [], 0
+    yield lot
+
+
+def _feed(stream: TensorStream, pieces: list[bytes]) -> None:
+    for piece in pieces:
+        stream.feed(piece)

@@ -1,0 +1,113 @@
+"""Tensors that rank 0 shares out: every rank takes its part, or none does."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
+from tests.rollouts import assert_same_bits
+from tests.weights import WEIGHTS, with_other
+from torch import Tensor
+
+from flowroll import Rollout
+from flowroll.engine import Engine
+from flowroll.errors import RankLostError, WeightsRejectedError
+from flowroll.parallel import processes
+from flowroll.types import Layout
+
+Truth = list[tuple[dict[str, Tensor], Rollout, str]]
+
+
+@pytest.fixture(scope="module")
+def truth(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    """Weights, rollout and checksum of one rank, for the old and for the new weights."""
+    found = []
+    for folder in (z_image_checkpoint, with_other(z_image_checkpoint, tmp_path_factory.mktemp("other") / "z_image")):
+        with Engine(folder, device="cpu") as engine:
+            (rollout,) = engine.rollout(**REQUEST)
+            found.append((load_file(folder / "transformer" / WEIGHTS), rollout, engine.weights_checksum()))
+    return found
+
+
+# An engine of several ranks is alone in its process: these come before the one that the others share.
+FAILING = "import flowroll.engine.shares as shares\n{fault}\nfrom flowroll.engine.rank import main; main()"
+
+
+def test_a_rank_without_memory_leaves_the_old_weights_on_all(
+    z_image_checkpoint: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = (
+        "calls, Shares = iter(range(9)), shares.Shares\n"
+        "def fail_once(*a):\n"
+        "    if next(calls) == 0: raise MemoryError('no memory left')\n"
+        "    return Shares(*a)\n"
+        "shares.Shares = fail_once"
+    )
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    (_, old, old_sum), (tensors, new, new_sum) = truth
+    with Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=2), rank_timeout_s=30.0) as engine:
+        with pytest.raises(WeightsRejectedError, match=r"rank 1: .*no memory left"):
+            engine.update_weights_from_tensors(tensors)
+        assert (engine.weight_version, engine.weights_checksum()) == ("0", old_sum)
+        assert_same_bits(engine.rollout(**REQUEST)[0], old)
+        assert engine.update_weights_from_tensors(tensors).weight_version == "1"
+        assert_same_bits(engine.rollout(**REQUEST)[0], new)
+        assert engine.weights_checksum() == new_sum
+
+
+def test_a_rank_that_dies_while_it_receives_takes_the_replica_down(
+    z_image_checkpoint: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = "import os; shares.Shares.fill = lambda *_: os._exit(7)"
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
+        with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 7"):
+            engine.update_weights_from_tensors(truth[1][0])
+        assert engine.weight_version == "0"
+        with pytest.raises(RankLostError):
+            engine.rollout(**REQUEST)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def several(request: pytest.FixtureRequest, z_image_checkpoint: Path) -> Iterator[Engine]:
+    with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[request.param], rank_timeout_s=30.0) as engine:
+        yield engine
+
+
+def test_shared_tensors_give_every_rank_the_bits_of_one_that_was_started_on_them(several: Engine, truth: Truth) -> None:
+    (before, old, old_sum), (tensors, new, new_sum) = truth
+    several.update_weights_from_tensors(tensors, weight_version="5")
+    (got,) = several.rollout(**REQUEST)
+    assert_same_bits(got, new)
+    assert not torch.equal(got.dit_trajectory.latents, old.dit_trajectory.latents)
+    assert got.weight_version == "5" and several.weights_checksum() == new_sum
+    keys = several._replica._store.num_keys()
+    items = list(before.items())
+    for part in (items[::2], items[1::2]):
+        several.update_weights_from_tensors(part, partial=True)
+    # The last command alone: who received it is not known yet.
+    assert several._replica._store.num_keys() <= keys + 1
+    assert several.weights_checksum() == old_sum
+    assert_same_bits(several.rollout(**REQUEST)[0], old)
+
+
+def test_an_exchange_that_fails_on_rank_0_is_made_by_no_rank(
+    several: Engine, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = several.weight_version
+
+    def refuse(*_: object) -> None:
+        raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(several._replica, "commit_weights", refuse)
+        with pytest.raises(MemoryError):
+            several.update_weights_from_tensors(truth[1][0])
+    assert several.weight_version == version and several.weights_checksum() == truth[0][2]
+    assert_same_bits(several.rollout(**REQUEST)[0], truth[0][1])
+    several.update_weights_from_tensors(truth[1][0])
+    assert_same_bits(several.rollout(**REQUEST)[0], truth[1][1])

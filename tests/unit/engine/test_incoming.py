@@ -1,0 +1,256 @@
+"""New weights that arrive tensor by tensor: all of them, exactly, or none."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from tests.rollouts import assert_same_bits
+from tests.weights import REQUEST, WEIGHTS, with_other
+from torch import Tensor
+
+from flowroll import Rollout
+from flowroll.engine import Engine
+from flowroll.engine.tensorfile import TensorHead
+from flowroll.engine.tensorstream import TensorStream
+from flowroll.engine.weights import tensor_head
+from flowroll.errors import FlowrollError, InvalidRequestError, ShuttingDownError, WeightsRejectedError
+
+
+@pytest.fixture(scope="module")
+def other(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with another transformer; read only."""
+    return with_other(z_image_checkpoint, tmp_path_factory.mktemp("other") / "z_image")
+
+
+@pytest.fixture(scope="module")
+def tensors(other: Path) -> dict[str, Tensor]:
+    return load_file(other / "transformer" / WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def engine(z_image_checkpoint: Path) -> Iterator[Engine]:
+    """Shared by the tests whose update is refused."""
+    with Engine(z_image_checkpoint, device="cpu") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def before(engine: Engine) -> tuple[Rollout, str]:
+    return engine.rollout(**REQUEST)[0], engine.weights_checksum()
+
+
+def assert_untouched(engine: Engine, before: tuple[Rollout, str]) -> None:
+    assert engine.weights_checksum() == before[1]
+    (after,) = engine.rollout(**REQUEST)
+    assert_same_bits(after, before[0])
+    assert after.weight_version == engine.weight_version == "0"
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen_image", "float32"), ("z_image", "float32"), ("z_image", "bfloat16")])
+def test_tensors_of_this_process_give_the_rollouts_of_an_engine_started_on_them(
+    family: str, dtype: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    new = with_other(checkpoints[family], tmp_path / "other")
+    sent = load_file(new / "transformer" / WEIGHTS)
+    with Engine(new, device="cpu", dtype=dtype) as fresh:
+        (expected,), checksum = fresh.rollout(**REQUEST), fresh.weights_checksum()
+    with Engine(checkpoints[family], device="cpu", dtype=dtype) as engine:
+        (old,) = engine.rollout(**REQUEST)
+        update = engine.update_weights_from_tensors(sent, weight_version="7")
+        assert (update.weight_version, update.num_tensors) == ("7", len(sent))
+        (got,) = engine.rollout(**REQUEST)
+        assert_same_bits(got, expected)
+        assert not torch.equal(got.dit_trajectory.latents, old.dit_trajectory.latents)
+        assert engine.weights_checksum() == checksum
+        for tensor in sent.values():
+            tensor.zero_()  # they are the caller's
+        assert engine.weights_checksum() == checksum
+
+
+def streamed(incoming: object, data: bytes, size: int) -> TensorStream:
+    stream = TensorStream(incoming)
+    for start in range(0, len(data), size):
+        stream.feed(data[start : start + size])
+    return stream
+
+
+@pytest.mark.parametrize("size", [997, 65536, 10**9])
+def test_a_stream_is_taken_in_pieces_of_any_size_and_lies_where_memory_is_allocated(
+    size: int, z_image_checkpoint: Path, other: Path, tensors: dict[str, Tensor]
+) -> None:
+    with Engine(z_image_checkpoint, device="cpu") as engine, Engine(other, device="cpu") as fresh:
+        incoming = engine.receive_weights()
+        names = sorted(tensors)
+        # A header whose length puts no tensor at a multiple of 16 bytes of the file.
+        for part, text in ((names[::2], {"a": "b" * 13}), (names[1::2], None)):
+            data = save({name: tensors[name] for name in part}, metadata=text)
+            stream = streamed(incoming, data, size)
+            assert stream.finish() == len(part)
+        targets = {name: tensor.data_ptr() for name, tensor in incoming._arrived.items()}
+        engine.commit_weights(incoming.stage())
+        assert engine.weights_checksum() == fresh.weights_checksum()
+        assert_same_bits(engine.rollout(**REQUEST)[0], fresh.rollout(**REQUEST)[0])
+        for name, parameter in engine._model.transformer.named_parameters():
+            # The bytes are where the stream put them: there was no second copy.
+            assert parameter.data_ptr() == targets[name] and parameter.data_ptr() % 64 == 0 and parameter.requires_grad
+
+
+def test_a_bucket_is_refused_before_its_data_and_may_come_again(
+    engine: Engine, before: tuple[Rollout, str], tensors: dict[str, Tensor]
+) -> None:
+    incoming = engine.receive_weights()
+    name = "cap_embedder.1.bias"
+    good = tensors[name]
+    wrong: list[tuple[dict[str, Tensor], str]] = [
+        ({name: good[:-1]}, rf"hold {name} as \[64\], got \[63\]"),
+        ({name: good.to(torch.int32)}, f"hold {name} in one of F64, F32, F16, BF16, got I32"),
+        ({name: good, "no.such": good.clone()}, "alone, got others: no.such"),
+    ]
+    for bucket, words in wrong:
+        data = save(bucket)
+        head = data[: 8 + int.from_bytes(data[:8], "little")]
+        with pytest.raises(WeightsRejectedError, match=words):
+            TensorStream(incoming).feed(head)
+    assert incoming.num_arrived == 0
+    incoming.put([(name, good)])
+    with pytest.raises(WeightsRejectedError, match=rf"come once, got {name} twice"):
+        incoming.put([("x_pad_token", tensors["x_pad_token"]), (name, good)])
+    with pytest.raises(WeightsRejectedError, match="come once, got x_pad_token twice"):
+        incoming.put([("x_pad_token", tensors["x_pad_token"])] * 2)
+    incoming.put([("x_pad_token", tensors["x_pad_token"])])
+    assert incoming.num_arrived == 2
+    with pytest.raises(WeightsRejectedError, match=r"all of the transformer's, got none for .* and 51 more"):
+        incoming.stage()
+    incoming.put([(key, tensor) for key, tensor in tensors.items() if key not in (name, "x_pad_token")])
+    assert incoming.is_complete
+    incoming.stage()
+    for late in (lambda: incoming.put([(name, good)]), incoming.stage):
+        with pytest.raises(WeightsRejectedError, match="begin another"):
+            late()
+    assert_untouched(engine, before)
+
+
+def test_a_stream_that_is_cut_or_too_long_leaves_nothing(
+    engine: Engine, before: tuple[Rollout, str], tensors: dict[str, Tensor]
+) -> None:
+    data = save(tensors)
+    incoming = engine.receive_weights()
+    for end in (0, 5, 100, len(data) - 1):
+        stream = streamed(incoming, data[:end], 10**6)
+        with pytest.raises(WeightsRejectedError, match="must be a whole safetensors file"):
+            stream.finish()
+        stream.drop()
+        assert incoming.num_arrived == 0
+    for spoilt, words in (
+        (data + b"x", "more bytes"),
+        (b"\xff" * 64, "broken header"),
+        ((5).to_bytes(8, "little") + b"[1,2]", "broken header"),
+        ((2**40).to_bytes(8, "little"), "broken header"),
+    ):
+        stream = TensorStream(incoming)
+        with pytest.raises(WeightsRejectedError, match=words):
+            stream.feed(spoilt)
+        stream.drop()
+    assert streamed(incoming, data, 10**6).finish() == len(tensors)
+    incoming.drop()
+    assert_untouched(engine, before)
+
+
+def test_an_update_that_is_dropped_takes_nothing_more(engine: Engine, tensors: dict[str, Tensor]) -> None:
+    incoming = engine.receive_weights()
+    bucket = incoming.open([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+    incoming.drop()
+    with pytest.raises(WeightsRejectedError, match="begin another"):
+        bucket.keep()
+    assert not incoming._arrived
+
+
+def test_a_lack_of_memory_is_told_and_leaves_nothing(
+    engine: Engine, before: tuple[Rollout, str], tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    incoming = engine.receive_weights()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory left")))
+        with pytest.raises(WeightsRejectedError, match="no memory left"):
+            incoming.put(list(tensors.items()))
+    incoming.put(list(tensors.items()))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(incoming._slots["x_pad_token"]), "own_rows", lambda *_: (_ for _ in ()).throw(MemoryError("none left"))
+        )
+        with pytest.raises(WeightsRejectedError, match="none left"):
+            incoming.stage()
+    assert_untouched(engine, before)
+
+
+def test_buckets_of_several_threads_arrive_each_once(engine: Engine, tensors: dict[str, Tensor]) -> None:
+    incoming = engine.receive_weights()
+    refused: list[FlowrollError] = []
+
+    def put() -> None:
+        for pair in tensors.items():
+            try:
+                incoming.put([pair])
+            except FlowrollError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=put) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert incoming.is_complete and len(refused) == 2 * len(tensors)
+    assert all(torch.equal(incoming._arrived[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_partial_update_leaves_the_rest(z_image_checkpoint: Path, other: Path, tensors: dict[str, Tensor]) -> None:
+    half = dict(list(tensors.items())[::2])
+    with Engine(z_image_checkpoint, device="cpu") as engine:
+        with pytest.raises(WeightsRejectedError, match="begin a partial update"):
+            engine.update_weights_from_tensors(half)
+        with pytest.raises(WeightsRejectedError):
+            engine.update_weights_from_tensors({}, partial=True)
+        update = engine.update_weights_from_tensors(half, partial=True)
+        assert (update.num_tensors, update.weight_version) == (len(half), "1")
+        rest = {name: tensor for name, tensor in tensors.items() if name not in half}
+        engine.update_weights_from_tensors(rest, partial=True)
+        with Engine(other, device="cpu") as fresh:
+            assert engine.weights_checksum() == fresh.weights_checksum()
+
+
+def test_bad_modules_versions_and_a_closed_engine_are_refused(
+    engine: Engine, before: tuple[Rollout, str], z_image_checkpoint: Path, tensors: dict[str, Tensor]
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        engine.receive_weights("text_encoder")
+    assert refused.value.field == "module"
+    with pytest.raises(InvalidRequestError):
+        engine.update_weights_from_tensors(tensors, weight_version="a\nb")
+    assert_untouched(engine, before)
+    closed = Engine(z_image_checkpoint, device="cpu")
+    incoming = closed.receive_weights()
+    incoming.put(list(tensors.items()))
+    closed.close()
+    with pytest.raises(ShuttingDownError):
+        closed.commit_weights(incoming.stage())
+    with pytest.raises(ShuttingDownError):
+        closed.receive_weights()
+
+
+def test_sharded_rows_are_cut_out_of_whole_tensors() -> None:
+    from flowroll.engine.incoming import IncomingWeights
+    from flowroll.engine.weights import Slot
+
+    live = torch.zeros(2, 3)
+    incoming = IncomingWeights("transformer", {"w": Slot(live=live, shape=(6, 3), first_row=2)})
+    whole = torch.arange(18.0).view(6, 3)
+    with pytest.raises(WeightsRejectedError, match=r"as \[6, 3\]"):
+        incoming.open([TensorHead(name="w", dtype="F32", shape=(2, 3))])
+    incoming.put([("w", whole)])
+    staged = incoming.stage()
+    assert staged.num_bytes == 24
+    staged.commit(lambda: None)
+    assert torch.equal(live, whole[2:4]) and live.untyped_storage().nbytes() == 24

@@ -1,0 +1,369 @@
+"""Pickled tensors: what a trainer sends comes through to the bit; whatever else is in a stream is refused and not run."""
+
+import builtins
+import copyreg
+import functools
+import io
+import os
+import pickle
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.pickling import FlattenedTensorMetadata, flattened, pickled, trainer
+from torch import Tensor, nn
+
+from flowroll.errors import ForbiddenError, MalformedRequestError
+from flowroll.wire.pickled import named_tensors
+from flowroll.wire.sent_tensors import SharedStorage, cuda_tensor
+
+TENSORS = {
+    "a": torch.arange(7.0),
+    "b": torch.randn(3, 5).to(torch.bfloat16),
+    "c": torch.randn(2, 3, dtype=torch.float64),
+    "scalar": torch.tensor(3.5),
+    "none": torch.empty(0, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_a_trainer() -> Iterator[None]:
+    with trainer():
+        yield
+
+
+def received(data: bytes, *, is_flattened: bool = False) -> dict[str, Tensor]:
+    found, sources = {}, {}
+    for name, sent in named_tensors(data, flattened=is_flattened):
+        found[name] = torch.full(sent.shape, 9, dtype=sent.dtype)
+        sent.copy_to(found[name])
+        sources[id(sent.source)] = sent.source
+    for source in sources.values():
+        if source is not None:
+            source.release()
+    return found
+
+
+def assert_same(found: dict[str, Tensor], sent: dict[str, Tensor]) -> None:
+    assert found.keys() == sent.keys()
+    for name, tensor in sent.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["pairs", "dict", "parameters", "bytes", "older", "other module"])
+def test_what_a_trainer_sends_comes_through_to_the_bit(kind: str) -> None:
+    sent = dict(TENSORS)
+    if kind == "pairs":
+        assert_same(received(pickled(list(sent.items()))), sent)
+    elif kind == "dict":
+        assert_same(received(pickled(sent)), sent)
+    elif kind == "parameters":
+        assert_same(received(pickled([(name, nn.Parameter(tensor)) for name, tensor in sent.items()])), sent)
+    elif kind == "bytes":
+        assert_same(received(pickled(flattened(sent)), is_flattened=True), sent)
+    elif kind == "older":
+        sent = {name: tensor.to(torch.bfloat16) for name, tensor in sent.items()}
+        assert_same(received(pickled(flattened(sent, as_bytes=False)), is_flattened=True), sent)
+    else:
+        with trainer("miles.backends.weight_sync.tensor_bucket"):
+            assert_same(received(pickled(flattened(sent)), is_flattened=True), sent)
+
+
+def test_views_are_read_as_views() -> None:
+    base = torch.arange(24.0).view(4, 6)
+    views = {"t": base.t(), "rows": base[1:3], "columns": base[:, 2:5], "steps": base[::2, ::3], "wide": base[0].expand(3, 6)}
+    assert_same(received(pickled(list(views.items()))), views)
+
+
+def _segments() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}
+
+
+def test_a_sender_gets_its_memory_back() -> None:
+    before = _segments()
+    tensor = torch.arange(100.0)
+    data = pickled([("a", tensor), ("b", tensor[5:])])
+    assert len(_segments() - before) == 1
+    received(data)
+    assert len(_segments() - before) == 1  # it is the sender's still
+    del tensor
+    assert _segments() <= before
+
+
+class _Reduced:
+    """Pickles as a call of anything."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+class _Persistent(pickle.Pickler):
+    def persistent_id(self, value: object) -> object:
+        return ("storage", torch.FloatStorage, "0", "cpu", 4) if isinstance(value, bytearray) else None
+
+
+def _persistent(protocol: int) -> bytes:
+    buffer = io.BytesIO()
+    _Persistent(buffer, protocol=protocol).dump([("a", bytearray(b"x"))])
+    return buffer.getvalue()
+
+
+def _stack_global(module: str, name: str, tail: bytes = b")R.") -> bytes:
+    def word(text: str) -> bytes:
+        return b"\x8c" + bytes([len(text)]) + text.encode()
+
+    return b"\x80\x04" + word(module) + word(name) + b"\x93" + tail
+
+
+MARK = "{marker}"
+
+
+def _hostile(marker: str) -> dict[str, bytes]:
+    touch = f"touch {marker}"
+    reductions = "torch.multiprocessing.reductions"
+    protocols = {
+        f"os.system, protocol {protocol}": pickle.dumps(_Reduced(os.system, touch), protocol=protocol) for protocol in range(6)
+    }
+    inner = pickle.dumps(_Reduced(os.system, touch))
+    return protocols | {
+        "eval": pickle.dumps(_Reduced(builtins.eval, f"open({marker!r}, 'w')")),
+        "exec": pickle.dumps(_Reduced(builtins.exec, f"open({marker!r}, 'w')")),
+        "getattr": _stack_global("builtins", "getattr"),
+        "a dotted name": _stack_global("torch", "os.system", b"\x8c" + bytes([len(touch)]) + touch.encode() + b"\x85R."),
+        "a dotted name under what is known": _stack_global(reductions, "os.system"),
+        "a known name elsewhere": _stack_global("os", "rebuild_tensor"),
+        "a dtype's name elsewhere": _stack_global("os", "float32"),
+        "torch.load": pickle.dumps(_Reduced(torch.load, marker)),
+        "storage bytes": pickle.dumps([("a", torch.ones(2))], protocol=4),
+        "nested": pickle.dumps(_Reduced(pickle.loads, inner)),
+        "partial": pickle.dumps(functools.partial(os.system, touch)),
+        "copyreg": pickle.dumps(_Reduced(copyreg._reconstructor, object, object, None)),
+        "copyreg, protocol 0": b"ccopyreg\n_reconstructor\n(cbuiltins\nobject\ncbuiltins\nobject\nNtR.",
+        "instance": b"(S'" + touch.encode() + b"'\nios\nsystem\n.",
+        "object": b"(cos\nsystem\nS'" + touch.encode() + b"'\no.",
+        "a registered extension": b"\x80\x02\x82\x01.",
+        "a persistent id": _persistent(4),
+        "a persistent id as text": b"Pstorage\n.",
+        "a socket": pickle.dumps(_Reduced(__import__("socket").create_connection, ("127.0.0.1", 1))),
+        "a call of a dtype": _stack_global("torch", "float32"),
+        "a call of a class": _stack_global("torch", "Tensor"),
+        "a new object of a class": _stack_global("torch", "Tensor", b")\x81."),
+        "a new object of metadata with arguments": _stack_global("x", "FlattenedTensorMetadata", b"K\x01\x85\x81."),
+        "a method of what is known": _stack_global(reductions, "rebuild_tensor.__globals__"),
+        "a huge number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
+        "bytes of 8 EiB": b"\x80\x04\x8e" + struct.pack("<Q", 2**63 - 1) + b".",
+        "text of 8 EiB": b"\x80\x04\x8d" + struct.pack("<Q", 2**63 - 1) + b".",
+        "a set": pickle.dumps({1, 2}),
+        "a float": pickle.dumps([1.5]),
+    }
+
+
+@pytest.mark.parametrize("kind", _hostile(MARK))
+def test_whatever_else_is_in_a_stream_is_refused_and_not_run(kind: str, tmp_path: Path) -> None:
+    marker = tmp_path / "run"
+    for is_flattened in (False, True):
+        with pytest.raises((ForbiddenError, MalformedRequestError)) as refused:
+            named_tensors(_hostile(str(marker))[kind], flattened=is_flattened)
+        assert "EiB" in kind or "huge" in kind or isinstance(refused.value, ForbiddenError), refused.value
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    {
+        "nothing": b"",
+        "no end": b"\x80\x04]",
+        "an empty stack": b"\x80\x04.",
+        "two values": b"\x80\x04]].",
+        "no mark": b"\x80\x04]e.",
+        "a mark as a value": b"\x80\x04(.",
+        "an item of nothing": b"\x80\x04a.",
+        "an unknown memo": b"\x80\x04h\x05.",
+        "a huge memo": b"\x80\x04]r\xff\xff\xff\xffK\x01.",
+        "unknown bytes": b"\x80\x04\xff.",
+        "keys that are no text": b"\x80\x04}K\x01K\x02s.",
+        "an odd number of items": b"\x80\x04}(K\x01u.",
+        "attributes of a function": b"\x80\x04" + _stack_global("torch", "Size", b"}\x8c\x01xK\x01sb.")[2:],
+        "attributes of a dtype": b"\x80\x04" + _stack_global("torch", "float32", b"}b.")[2:],
+        "attributes by a pair": b"\x80\x04" + _stack_global("x", "FlattenedTensorMetadata", b")\x81N}\x86b.")[2:],
+        "pairs that are none": pickled([("a", 1)]),
+        "a tensor alone": b"\x80\x04K\x01.",
+        "a deep list": b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".",
+        "a list of itself": b"\x80\x04]\x94h\x00a.",
+        "a name that is none": b"\x80\x04K\x01K\x02\x93.",
+    }.items(),
+)
+def test_a_broken_stream_is_refused(kind: str, data: bytes) -> None:
+    for is_flattened in (False, True):
+        with pytest.raises(MalformedRequestError):
+            named_tensors(data, flattened=is_flattened)
+
+
+def _sent(offset: object = 0, size: object = (2,), stride: object = (1,), edit: Callable[[bytes], bytes] = bytes) -> bytes:
+    """The stream of one float32 tensor of six elements, with another offset, size and stride, or other bytes."""
+    tensor = torch.arange(6.0)
+    _sent.kept = tensor  # type: ignore[attr-defined]  # its segment lives as long
+    from torch.multiprocessing import reductions
+
+    rebuild, (kind, storage, _) = reductions.reduce_tensor(tensor)
+    return edit(pickled([("a", _Reduced(rebuild, kind, storage, (offset, size, stride, False)))]))
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [
+        (5, (2,), (1,)),
+        (0, (7,), (1,)),
+        (0, (2, 2), (5, 1)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (-2,), (1,)),
+        (0, (2,), (1, 1)),
+        (2**62, (1,), (1,)),
+        (0, (2**62,), (1,)),
+        (0, (2,), (2**62,)),
+        (0, (2**40, 2**40), (0, 0)),
+        (True, (2,), (1,)),
+        (0, (2.0,), (1,)),
+        (0, [2], (1,)),
+        (0, (1,) * 20, (1,) * 20),
+        ("0", (2,), (1,)),
+    ],
+)
+def test_a_tensor_that_leaves_its_storage_is_refused(offset: object, size: object, stride: object) -> None:
+    assert list(received(_sent(2, (2, 2), (2, 1)))["a"].flatten()) == [2, 3, 4, 5]
+    with pytest.raises((MalformedRequestError, ForbiddenError)):
+        named_tensors(_sent(offset, size, stride), flattened=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"/etc/passwd",
+        b"../../etc/passwd",
+        b"/torch_1_1_1/../../etc/passwd",
+        b"torch_1_1_1",
+        b"/torch_1_1_1\n",
+        b"/torch_1_1_1\0",
+        b"/torch_1_1_x",
+        "/torch_1_1_1",
+        b"/sem.torch_1_1_1",
+        b"",
+        None,
+    ],
+)
+def test_a_segment_is_one_of_torchs_and_nothing_else(name: object) -> None:
+    from flowroll.wire.sent_tensors import shared_storage
+
+    with pytest.raises((ValueError, TypeError)):
+        shared_storage(name, 8, torch.uint8)
+
+
+def test_a_segment_is_a_regular_file_as_long_as_is_said(tmp_path: Path) -> None:
+    name = f"torch_{os.getpid()}_1_999999"
+    path = Path("/dev/shm") / name
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(1000))
+    try:
+        path.symlink_to(secret)
+        with pytest.raises(ValueError, match="must be there"):
+            SharedStorage(f"/{name}".encode(), 8)
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match="must be this user's"):
+            SharedStorage(f"/{name}".encode(), 8)
+        path.unlink()
+        path.write_bytes(bytes(64 + 8))
+        with pytest.raises(ValueError, match="as long as is said"):
+            SharedStorage(f"/{name}".encode(), 9)
+        storage = SharedStorage(f"/{name}".encode(), 8)
+        os.truncate(path, 70)
+        with pytest.raises(ValueError, match="must stay while it is read"):
+            storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
+    finally:
+        path.unlink()
+
+
+def _bucket(**changes: object) -> bytes:
+    state = {"name": "a", "shape": (2,), "dtype": torch.float32, "start_idx": 0, "end_idx": 8, "numel": 2} | changes
+    flat = torch.zeros(16, dtype=torch.uint8)
+    _bucket.kept = flat  # type: ignore[attr-defined]
+    metadata = FlattenedTensorMetadata("", torch.Size(()), torch.float32, 0, 0, 0)
+    metadata.__dict__.clear()
+    metadata.__dict__.update(state)
+    return pickled({"flattened_tensor": flat, "metadata": [metadata]})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"end_idx": 24, "shape": (6,), "numel": 6},
+        {"start_idx": -8, "end_idx": 0},
+        {"start_idx": 8, "end_idx": 0},
+        {"end_idx": 12},
+        {"shape": (3,)},
+        {"numel": 3},
+        {"shape": (-1,)},
+        {"dtype": "float32"},
+        {"name": 3},
+        {"more": 3},
+        {"start_idx": False},
+    ],
+)
+def test_metadata_that_does_not_fit_its_bucket_is_refused(changes: dict[str, object]) -> None:
+    assert torch.equal(received(_bucket(), is_flattened=True)["a"], torch.zeros(2))
+    with pytest.raises(MalformedRequestError):
+        named_tensors(_bucket(**changes), flattened=True)
+
+
+def test_file_descriptors_are_refused_with_the_remedy() -> None:
+    with trainer(strategy="file_descriptor"):
+        tensor = torch.ones(3)
+        data = pickled([("a", tensor)])
+    with pytest.raises(ForbiddenError, match=r'set_sharing_strategy\("file_system"\)'):
+        named_tensors(data, flattened=False)
+
+
+CUDA = {
+    "size": (2,),
+    "stride": (1,),
+    "offset": 0,
+    "dtype": torch.float32,
+    "device": 0,
+    "handle": b"\x02c" + bytes(64),
+    "storage_bytes": 512,
+    "storage_offset": 0,
+    "requires_grad": False,
+    "counter_name": b"/torch_1_2_3",
+    "counter_offset": 0,
+    "event_handle": bytes(64),
+    "event_sync_required": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": (129,)}, "lie in its storage"),
+        ({"offset": 127}, "lie in its storage"),
+        ({"handle": b"\x02e" + bytes(64)}, "switch expandable segments off"),
+        ({"handle": bytes(63)}, "cudaMalloc"),
+        ({"handle": "x" * 64}, "bytes"),
+        ({"handle": None}, "bytes"),
+        ({"event_handle": bytes(63)}, "CUDA's"),
+        ({"counter_name": b"/etc/passwd"}, "torch's"),
+        ({"storage_offset": -1}, "natural"),
+        ({"counter_offset": "0"}, "natural"),
+        ({"device": 99}, "this machine's"),
+        ({"device": "GPU-1"}, "this machine's"),
+    ],
+)
+def test_a_handle_of_a_gpu_is_checked_before_it_is_opened(change: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        cuda_tensor(**{**CUDA, **change})
