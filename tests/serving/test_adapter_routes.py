@@ -1,6 +1,7 @@
 """LoRA adapters over HTTP: loaded, chosen per request, swapped, unloaded; and who may have what read."""
 
 import asyncio
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from tests.adapters import policy, saved
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import SMALL, error_of, serving
@@ -149,3 +152,37 @@ def test_an_unknown_adapter_is_a_422_of_the_request(server: httpx.Client) -> Non
     for body in ({**SMALL, "lora_name": "q"}, {**SMALL, "extra_sampling_params": {"lora_name": "q"}}):
         answer = server.post("/rollout/generate", json=body)
         assert answer.status_code == 422 and error_of(answer)["field"].endswith("lora_name")
+
+
+def test_an_adapter_from_tensors_is_the_one_from_disk(client: Client, engine: Engine, root: Path) -> None:
+    trainer = policy(engine._model.transformer, 1)
+    tensors, config = peft.get_peft_model_state_dict(trainer), trainer.peft_config["default"].to_dict()
+    sent = client.load_lora_adapter_from_tensors(tensors, config, name="sent", merged=True, weight_version="300")
+    own = engine.load_lora_adapter_from_tensors(tensors, config, name="own")
+    disk = client.load_lora_adapter(root / "new", name="disk", merged=True)
+    assert sent.weight_version == "300" and sent.adapter.merged and not own.adapter.merged
+    assert sent.adapter.sha256 == own.adapter.sha256 == disk.adapter.sha256 == replay.adapter_checksum(trainer)
+    (one,), (other,) = (client.rollout(**REQUEST, lora_name=name) for name in ("sent", "disk"))
+    assert torch.equal(one.debug_tensors.model_output, other.debug_tensors.model_output)
+
+
+@pytest.mark.parametrize(
+    ("query", "edit", "words"),
+    [
+        ({}, {}, "lora_name"),
+        ({"lora_name": "p", "merged": "yes"}, {}, "merged"),
+        ({"lora_name": "p"}, {"metadata": None}, "must carry adapter_config in its metadata"),
+        ({"lora_name": "p"}, {"metadata": {"adapter_config": "[1"}}, "must be JSON"),
+        ({"lora_name": "p"}, {"cut": 4}, "SafetensorError|truncated"),
+    ],
+)
+def test_a_bad_body_is_a_422_and_leaves_nothing(
+    query: dict[str, str], edit: dict[str, Any], words: str, server: httpx.Client, root: Path
+) -> None:
+    metadata = edit.get("metadata", {"adapter_config": (root / "old" / "adapter_config.json").read_text()})
+    body = save(load_file(root / "old" / "adapter_model.safetensors"), metadata)
+    body = body[: len(body) - edit.get("cut", 0)]
+    headers = {"content-type": "application/octet-stream"}
+    answer = server.post("/load_lora_adapter_from_tensors", params=query, content=body, headers=headers)
+    assert answer.status_code == 422 and re.search(words, error_of(answer)["message"])
+    assert server.get("/lora_adapters").json() == {"adapters": []}

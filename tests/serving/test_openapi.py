@@ -30,6 +30,7 @@ ROUTES = {
     "/get_weights_checksum": {"post"},
     "/verify_weights": {"post"},
     "/load_lora_adapter": {"post"},
+    "/load_lora_adapter_from_tensors": {"post"},
     "/unload_lora_adapter": {"post"},
     "/lora_adapters": {"get"},
     "/release_memory_occupation": {"post"},

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from torch import Tensor
 
 from flowroll.client import exchange, pushing
 from flowroll.client.exchange import Call, UpdateMode
@@ -127,6 +128,18 @@ class AsyncClient:
     ) -> AdapterChange:
         """Has the server load a LoRA adapter. See `Client.load_lora_adapter`."""
         return await self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+
+    async def load_lora_adapter_from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+    ) -> AdapterChange:
+        """Sends the server a LoRA adapter. See `Client.load_lora_adapter_from_tensors`."""
+        return await self._send(pushing.adapter_call(tensors, config, name, merged, weight_version))
 
     async def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
         """Has the server forget an adapter. See `Client.unload_lora_adapter`."""

@@ -135,7 +135,7 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 UPDATE = msgspec.json.Decoder(WeightUpdate)
-_CHANGE = msgspec.json.Decoder(AdapterChange)
+CHANGE = msgspec.json.Decoder(AdapterChange)
 _ADAPTERS = msgspec.json.Decoder(_Adapters)
 _MEMORY = msgspec.json.Decoder(MemoryChange)
 _SUMS = msgspec.json.Decoder(dict[str, str])
@@ -179,13 +179,13 @@ def update_from_disk_call(
 def load_adapter_call(name: str, path: str | PathLike[str], merged: bool, weight_version: str | None) -> Call[AdapterChange]:
     """POST /load_lora_adapter."""
     sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version}
-    return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(_CHANGE, body))
+    return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 
 def unload_adapter_call(name: str, weight_version: str | None) -> Call[AdapterChange]:
     """POST /unload_lora_adapter."""
     sent = {"lora_name": name, "weight_version": weight_version}
-    return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(_CHANGE, body))
+    return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 
 def adapters_call() -> Call[list[LoraAdapter]]:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from torch import Tensor
 
 from flowroll.client import exchange, pushing
 from flowroll.client.exchange import Call, UpdateMode
@@ -202,6 +203,26 @@ class Client:
             FlowrollError: As for `rollout`.
         """
         return self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+
+    def load_lora_adapter_from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+    ) -> AdapterChange:
+        """Sends the server a LoRA adapter; see `load_lora_adapter`.
+
+        Args:
+            tensors: `peft.get_peft_model_state_dict(model)`.
+            config: `model.peft_config["default"].to_dict()`.
+            name: See `load_lora_adapter`, as for the rest.
+            merged: The same.
+            weight_version: The same.
+        """
+        return self._send(pushing.adapter_call(tensors, config, name, merged, weight_version))
 
     def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
         """Has the server forget an adapter.

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flowroll.engine.checkpoint import read_json
@@ -23,6 +25,7 @@ from flowroll.engine.tensorfile import StoredTensor, TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG_KEY = "adapter_config"
 _PREFIX = "base_model.model."
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What decides which layers there are, of which rank and scale.
@@ -102,6 +105,32 @@ def find_adapter(source: str | Path) -> AdapterFiles:
         return AdapterFiles(folder=folder, config=(folder / _CONFIG).resolve(), weights=(folder / _WEIGHTS).resolve())
     except (OSError, ValueError, RuntimeError) as error:  # the last two: no path at all, a loop of links
         raise unreadable(error) from error
+
+
+def unpack_config(weights: Path) -> None:
+    """Puts the configuration that a file of tensors carries in its metadata, as `adapter_config`, beside it.
+
+    Raises:
+        WeightsRejectedError: It carries none, or is no safetensors file.
+    """
+    try:
+        with safe_open(weights, framework="pt") as file:
+            config = (file.metadata() or {})[_CONFIG_KEY]
+        (weights.parent / _CONFIG).write_text(config)
+    except KeyError:
+        raise refused(
+            f"the body must carry {_CONFIG_KEY} in its metadata, got none; send adapter_config.json as that."
+        ) from None
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise unreadable(error) from error
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Saves an adapter as peft does."""
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(copies, folder / _WEIGHTS)
+    # peft's own object has sets in it.
+    (folder / _CONFIG).write_text(json.dumps(dict(config), default=sorted))
 
 
 def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:

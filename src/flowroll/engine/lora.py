@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from flowroll.engine.adapter_files import AdapterFiles, find_adapter, read_adapter, refused
+from torch import Tensor
+
+from flowroll.engine.adapter_files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
 from flowroll.engine.adapters import Adapter
 from flowroll.engine.batching import ExclusiveMode
 from flowroll.engine.core import EngineCore
@@ -71,6 +75,31 @@ class LoraEngine(EngineCore):
         """
         staged = self.stage_lora_adapter(find_adapter(folder), name=name, merged=merged)
         return self.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+
+    def load_lora_adapter_from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+        mode: ExclusiveMode = "drain",
+    ) -> AdapterChange:
+        """As `load_lora_adapter`, from a trainer in this process. Other ranks have to be on this machine.
+
+        Args:
+            tensors: `peft.get_peft_model_state_dict(model)`.
+            config: `model.peft_config["default"].to_dict()`.
+            name: See `load_lora_adapter`, as for the rest.
+            merged: The same.
+            weight_version: The same.
+            mode: The same.
+        """
+        # Where other ranks read it too.
+        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+            write_adapter(Path(folder), tensors, config)
+            return self.load_lora_adapter(folder, name=name, merged=merged, weight_version=weight_version, mode=mode)
 
     def stage_lora_adapter(self, files: AdapterFiles, *, name: str, merged: bool = False) -> StagedAdapter:
         """The first half of loading: reads and checks; may be called from any thread, while requests run.

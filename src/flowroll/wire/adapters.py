@@ -48,6 +48,18 @@ class LoadAdapterRequest(Strict):
     weight_version: Version = None
 
 
+class AdapterFromTensorsRequest(Strict):
+    """Query of POST /load_lora_adapter_from_tensors."""
+
+    lora_name: _Name
+    merged: Annotated[
+        Literal["true", "false"],
+        Field(description="As for /load_lora_adapter."),
+        Rule(text="be true or false", remedy="leave it out for an adapter beside the weights"),
+    ] = "false"
+    weight_version: Version = None
+
+
 class UnloadAdapterRequest(Strict):
     """Body of POST /unload_lora_adapter."""
 

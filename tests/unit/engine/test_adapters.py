@@ -63,7 +63,8 @@ def test_samples_of_several_adapters_and_none_have_the_bits_that_they_have_alone
     assert hand.batcher.load().batches == {2: 4 * 4}
 
 
-def test_new_weights_below_reach_every_adapter(checkpoints: dict[str, Path], engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["disk", "tensors"])
+def test_new_weights_below_reach_every_adapter(how: str, checkpoints: dict[str, Path], engine: Engine, tmp_path: Path) -> None:
     family = engine.info.family
     other = with_other(checkpoints[family], tmp_path / "other")
     adapter = saved(policy(engine._model.transformer, 3), tmp_path / "adapter")
@@ -73,7 +74,10 @@ def test_new_weights_below_reach_every_adapter(checkpoints: dict[str, Path], eng
                 one.load_lora_adapter(adapter, name=name, merged=name == "merged")
         staged = updated.stage_lora_adapter(_files(adapter), name="staged", merged=True)
         old = updated.rollout(**REQUEST, lora_name="merged")[0]
-        updated.update_weights_from_disk(other)
+        if how == "disk":
+            updated.update_weights_from_disk(other)
+        else:
+            updated.update_weights_from_tensors(fresh._model.transformer.state_dict())
         # Read under the old weights, put under the new.
         updated.commit_lora_adapter(staged)
         for name, twin in (("beside", "beside"), ("merged", "merged"), ("staged", "merged")):

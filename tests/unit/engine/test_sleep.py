@@ -14,8 +14,8 @@ from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, with_other
 
 from flowroll import Rollout
-from flowroll.engine import Engine, rest
-from flowroll.errors import AsleepError, EngineError
+from flowroll.engine import Engine, rest, weights
+from flowroll.errors import AsleepError, EngineError, WeightsRejectedError
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MODULES = ("transformer", "text_encoder", "vae")
@@ -120,6 +120,35 @@ def test_a_request_that_waits_when_the_engine_falls_asleep_ends_in_an_error(engi
     finally:
         engine.hook = lambda plan: None
         engine.wake()
+
+
+def test_weights_that_arrive_before_and_after_a_sleep_are_taken_whole_or_not_at_all(
+    engine: HookedEngine, z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _state(engine)
+    tensors = {name: tensor.detach().cpu() * 1.5 for name, tensor in engine._model.transformer.state_dict().items()}
+    incoming = engine.receive_weights()
+    engine.sleep("disk")
+    incoming.put(list(tensors.items()))
+    staged = incoming.stage()
+    with pytest.raises(AsleepError):
+        engine.commit_weights(staged)
+    engine.wake()
+    assert_same_state(engine, before)
+    # As where a sleep comes between the names and the data of a file.
+    read = weights._read_tensor
+
+    def sleep_and_read(*arguments: Any) -> torch.Tensor:
+        engine.sleep("disk")
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_read_tensor", sleep_and_read)
+        staged = engine.stage_weights(weights.find_weights(z_image_checkpoint, "transformer"))
+    engine.wake()
+    with pytest.raises(WeightsRejectedError, match="read while the engine is awake"):
+        engine.commit_weights(staged)
+    assert_same_state(engine, before)
 
 
 def test_where_there_is_no_room_to_keep_the_weights_the_engine_stays_awake(
