@@ -136,6 +136,7 @@ def test_an_adapter_is_replaced_at_once_and_every_change_has_a_version(z_image: 
     gone = z_image.unload_lora_adapter("p")
     assert (gone.previous_version, gone.weight_version, gone.adapter) == ("120", "121", None)
     for call in (
+        lambda: z_image.plan(SamplingParams(**REQUEST, lora_name="p")),
         lambda: z_image.rollout(**REQUEST, lora_name="p"),
         lambda: z_image.rollout(plan),  # it waited while the adapter went
         lambda: z_image.unload_lora_adapter("p"),
