@@ -11,6 +11,7 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── NotFoundError            404  no such route or model
     ├── DeadlineExceededError    408  the request's own deadline passed before its answer was made
     ├── PausedError              409  generation is paused and takes no new request
+    ├── AsleepError              409  the memory of the weights is released
     ├── OutdatedWeightsError     409  the weights are older than the request demands
     ├── WeightsBusyError         409  another update of the weights is under way
     ├── WeightsMismatchError     409  the weights are not those that the caller expects
@@ -131,6 +132,13 @@ class PausedError(FlowrollError):
     status = 409
 
 
+class AsleepError(FlowrollError):
+    """The memory of the weights is released; wake the engine, or send the request to another replica."""
+
+    code = "asleep"
+    status = 409
+
+
 class CancelledRequestError(FlowrollError):
     """The request was aborted by its id, or its client went away; what was done for it is dropped."""
 
@@ -215,6 +223,7 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         NotFoundError,
         DeadlineExceededError,
         PausedError,
+        AsleepError,
         CancelledRequestError,
         PayloadTooLargeError,
         QueueFullError,

@@ -41,7 +41,7 @@ def test_images_through_the_client_have_the_bits_of_the_engine(server: httpx.Cli
 def test_the_clients_status_calls_find_their_routes(server: httpx.Client, worker: EngineWorker) -> None:
     with Client(str(server.base_url)) as client:
         client.wait_ready(5)
-        assert client.health() == {"status": "ok"}
+        assert client.health() == {"status": "ok", "is_asleep": False}
         assert client.server_info()["family"] == "qwen_image"
         assert client.models()[0]["object"] == "model"
         assert "flowroll_queue_depth" in client.metrics()

@@ -187,6 +187,7 @@ FULL = {
     "suppress_logs": True,
     "request_id": "r",
     "min_weight_version": "7",
+    "lora_name": "old",
 }
 FULL_ROLLOUT = {
     "rollout": False,

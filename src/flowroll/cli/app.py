@@ -52,9 +52,9 @@ app = typer.Typer(
 )
 app.command()(serve)
 # The weights of a command are those that it loads.
-app.command()(with_sampling_flags(generate, without={"min_weight_version"}))
+app.command()(with_sampling_flags(generate, without={"min_weight_version", "lora_name"}))
 # Every prompt is a request of its own, with its own id.
-app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min_weight_version"}))
+app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min_weight_version", "lora_name"}))
 app.command()(inspect)
 app.command()(parity)
 app.command()(verify)

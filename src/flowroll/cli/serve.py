@@ -44,6 +44,8 @@ def serve(
     max_batch_samples: Annotated[int, typer.Option(min=1, help="Samples in one forward.")] = 16,
     max_running_samples: Annotated[int, typer.Option(min=1, help="Samples in memory at once.")] = 32,
     max_running_pixels: Annotated[int, typer.Option(min=1, help="Their pixels together.")] = 32 * 2**20,
+    max_adapters: Annotated[int, typer.Option(min=0, help="LoRA adapters at once.")] = 16,
+    max_adapter_bytes: Annotated[int, typer.Option(min=0, help="Bytes of all of them.")] = 8 * 2**30,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind those that run.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
     max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body of /rollout/score.")] = 2**30,
@@ -74,7 +76,7 @@ def serve(
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     quiet_model_libraries()
-    from flowroll.engine import BatchLimits, Limits
+    from flowroll.engine import AdapterLimits, BatchLimits, Limits
     from flowroll.serving import ServerConfig
     from flowroll.serving import serve as run_server
     from flowroll.types import Layout
@@ -97,6 +99,7 @@ def serve(
                 max_running_samples=max_running_samples,
                 max_running_pixels=max_running_pixels,
             ),
+            adapter_limits=AdapterLimits(max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes),
             layout=Layout(sp=sp, cfg_parallel=cfg_parallel, tp=tp),
             rank_timeout_s=rank_timeout_s,
             host=host,

@@ -11,13 +11,23 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from torch import Tensor
 
 from flowroll.client import exchange, pushing
 from flowroll.client.exchange import Call, UpdateMode
 from flowroll.client.pushing import NamedTensors
 from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import (
+    AdapterChange,
+    GeneratedImage,
+    LoraAdapter,
+    MemoryChange,
+    Number,
+    Rollout,
+    SamplingParams,
+    WeightUpdate,
+)
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -112,6 +122,40 @@ class AsyncClient:
     async def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
         """Has the server compare its weights with the trainer's. See `Client.verify_weights`."""
         return await self._send(exchange.verify_call(expected, module))
+
+    async def load_lora_adapter(
+        self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
+    ) -> AdapterChange:
+        """Has the server load a LoRA adapter. See `Client.load_lora_adapter`."""
+        return await self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+
+    async def load_lora_adapter_from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+    ) -> AdapterChange:
+        """Sends the server a LoRA adapter. See `Client.load_lora_adapter_from_tensors`."""
+        return await self._send(pushing.adapter_call(tensors, config, name, merged, weight_version))
+
+    async def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
+        """Has the server forget an adapter. See `Client.unload_lora_adapter`."""
+        return await self._send(exchange.unload_adapter_call(name, weight_version))
+
+    async def lora_adapters(self) -> list[LoraAdapter]:
+        """The server's adapters, in the order of loading."""
+        return await self._send(exchange.adapters_call())
+
+    async def release_memory(self, mode: str = "offload") -> MemoryChange:
+        """Has the server release the memory of its weights. See `Client.release_memory`."""
+        return await self._send(exchange.release_memory_call(mode))
+
+    async def resume_memory(self) -> MemoryChange:
+        """Has the server take the memory of its weights again. See `Client.resume_memory`."""
+        return await self._send(exchange.resume_memory_call())
 
     async def score(
         self,

@@ -18,17 +18,31 @@ import msgspec
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import (
+    AdapterChange,
+    GeneratedImage,
+    LoraAdapter,
+    MemoryChange,
+    Number,
+    Rollout,
+    SamplingParams,
+    WeightUpdate,
+)
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import (
+    ADAPTERS_ROUTE,
     CHECKSUM_ROUTE,
     EXTRA,
     EXTRA_ONLY,
     GENERATE_ROUTE,
+    LOAD_ADAPTER_ROUTE,
     PARAM_TO_WIRE,
+    RELEASE_ROUTE,
+    RESUME_ROUTE,
     ROLLOUT_ROUTE,
     SCORE_ROUTE,
+    UNLOAD_ADAPTER_ROUTE,
     UPDATE_FROM_DISK_ROUTE,
     VERIFY_ROUTE,
     closest,
@@ -111,12 +125,19 @@ class _Verified(msgspec.Struct, frozen=True):
     num_tensors: int
 
 
+class _Adapters(msgspec.Struct, frozen=True):
+    adapters: list[LoraAdapter]
+
+
 class _ErrorBody(msgspec.Struct, frozen=True):
     error: _ErrorDetail
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 UPDATE = msgspec.json.Decoder(WeightUpdate)
+CHANGE = msgspec.json.Decoder(AdapterChange)
+_ADAPTERS = msgspec.json.Decoder(_Adapters)
+_MEMORY = msgspec.json.Decoder(MemoryChange)
 _SUMS = msgspec.json.Decoder(dict[str, str])
 _VERIFIED = msgspec.json.Decoder(_Verified)
 
@@ -153,6 +174,33 @@ def update_from_disk_call(
     """POST /update_weights_from_disk."""
     sent = {"model_path": str(path), "module": module, "weight_version": weight_version, "mode": mode}
     return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
+
+
+def load_adapter_call(name: str, path: str | PathLike[str], merged: bool, weight_version: str | None) -> Call[AdapterChange]:
+    """POST /load_lora_adapter."""
+    sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version}
+    return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
+
+
+def unload_adapter_call(name: str, weight_version: str | None) -> Call[AdapterChange]:
+    """POST /unload_lora_adapter."""
+    sent = {"lora_name": name, "weight_version": weight_version}
+    return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
+
+
+def adapters_call() -> Call[list[LoraAdapter]]:
+    """GET /lora_adapters."""
+    return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: read_by(_ADAPTERS, body).adapters)
+
+
+def release_memory_call(mode: str) -> Call[MemoryChange]:
+    """POST /release_memory_occupation."""
+    return post(RELEASE_ROUTE, {"mode": mode}, lambda body, _: read_by(_MEMORY, body))
+
+
+def resume_memory_call() -> Call[MemoryChange]:
+    """POST /resume_memory_occupation."""
+    return post(RESUME_ROUTE, {}, lambda body, _: read_by(_MEMORY, body))
 
 
 def checksum_call(module: str) -> Call[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
+from urllib.parse import urlencode
 
 from torch import Tensor
 
-from flowroll.client.exchange import UPDATE, Call, UpdateMode, post, read_by, read_object
+from flowroll.client.exchange import CHANGE, UPDATE, Call, UpdateMode, post, read_by, read_object
 from flowroll.errors import InvalidRequestError
-from flowroll.types import WeightUpdate
+from flowroll.types import AdapterChange, WeightUpdate
 from flowroll.wire.blob import data_view, plain, safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
-from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
+from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -42,6 +44,27 @@ def bucket_call(update_id: str, bucket: Mapping[str, Tensor]) -> Call[dict[str, 
     content = EncodedBody(content_type=_OCTETS, segments=(Segment(data=prefix), *data))
     path = BUCKETS_ROUTE.format(update_id=update_id)
     return Call(method="POST", path=path, read=read_object, content=content, content_type=_OCTETS)
+
+
+def adapter_call(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str, merged: bool, weight_version: str | None
+) -> Call[AdapterChange]:
+    """POST /load_lora_adapter_from_tensors. The data is sent from where it lies.
+
+    Raises:
+        InvalidRequestError: A tensor of a dtype that cannot be sent, or a configuration that is none.
+    """
+    try:
+        sent = {key: plain(tensor) for key, tensor in tensors.items()}
+        # peft's own object has sets in it.
+        prefix = safetensors_prefix(sent, metadata={"adapter_config": json.dumps(dict(config), default=sorted)})
+    except (KeyError, TypeError) as error:
+        raise InvalidRequestError(f"tensors and config must be peft's, got {error}; use get_peft_model_state_dict.") from error
+    data = [Segment(data=data_view(tensor), owner=tensor) for tensor in sent.values()]
+    content = EncodedBody(content_type=_OCTETS, segments=(Segment(data=prefix), *data))
+    version = {} if weight_version is None else {"weight_version": weight_version}
+    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode({'lora_name': name, 'merged': str(merged).lower(), **version})}"
+    return Call(method="POST", path=path, read=lambda body, _: read_by(CHANGE, body), content=content, content_type=_OCTETS)
 
 
 def commit_call(update_id: str, mode: UpdateMode) -> Call[WeightUpdate]:

@@ -10,13 +10,23 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from torch import Tensor
 
 from flowroll.client import exchange, pushing
 from flowroll.client.exchange import Call, UpdateMode
 from flowroll.client.pushing import NamedTensors
 from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
-from flowroll.types import GeneratedImage, Number, Rollout, SamplingParams, WeightUpdate
+from flowroll.types import (
+    AdapterChange,
+    GeneratedImage,
+    LoraAdapter,
+    MemoryChange,
+    Number,
+    Rollout,
+    SamplingParams,
+    WeightUpdate,
+)
 from flowroll.wire.codec import WireFormat
 
 T = TypeVar("T")
@@ -175,6 +185,72 @@ class Client:
             WeightsMismatchError: It names those that differ, are missing or unknown.
         """
         return self._send(exchange.verify_call(expected, module))
+
+    def load_lora_adapter(
+        self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
+    ) -> AdapterChange:
+        """Has the server load a LoRA adapter, or replace the one of that name; requests choose it by `lora_name`.
+
+        Args:
+            path: On the server's disk, absolute, inside a folder of its --weights-root: what peft's `save_pretrained` wrote.
+            name: Printable text of 1 to 128 characters.
+            merged: Add it to a copy of the weights that it changes, instead of running it beside them.
+            weight_version: Of the server's weights from now on; None: the server counts.
+
+        Raises:
+            ForbiddenError: The server may not read there.
+            WeightsRejectedError: No plain LoRA adapter of the server's model, or there is no room. Everything is as it was.
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+
+    def load_lora_adapter_from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+    ) -> AdapterChange:
+        """Sends the server a LoRA adapter; see `load_lora_adapter`.
+
+        Args:
+            tensors: `peft.get_peft_model_state_dict(model)`.
+            config: `model.peft_config["default"].to_dict()`.
+            name: See `load_lora_adapter`, as for the rest.
+            merged: The same.
+            weight_version: The same.
+        """
+        return self._send(pushing.adapter_call(tensors, config, name, merged, weight_version))
+
+    def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
+        """Has the server forget an adapter.
+
+        Args:
+            name: Of the adapter.
+            weight_version: Of the server's weights from now on; None: the server counts.
+        """
+        return self._send(exchange.unload_adapter_call(name, weight_version))
+
+    def lora_adapters(self) -> list[LoraAdapter]:
+        """The server's adapters, in the order of loading."""
+        return self._send(exchange.adapters_call())
+
+    def release_memory(self, mode: str = "offload") -> MemoryChange:
+        """Has the server release the memory of its weights, once the requests that run have finished.
+
+        Args:
+            mode: "offload": to pinned memory of the host; "disk": to a file without a name.
+
+        Raises:
+            FlowrollError: As for `rollout`.
+        """
+        return self._send(exchange.release_memory_call(mode))
+
+    def resume_memory(self) -> MemoryChange:
+        """Has the server take the memory of its weights again; they are as they were."""
+        return self._send(exchange.resume_memory_call())
 
     def score(
         self,

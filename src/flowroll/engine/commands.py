@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.rest import SleepMode
 from flowroll.families import ModelSpec
-from flowroll.types import DenoisingEnv, EnvValue, SamplingParams, SamplingRecord
+from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
 
 # What a follower announces once it has read new weights, or has memory for them: nothing, or why it could not.
 STAGED = "staged"
@@ -73,6 +74,29 @@ class StageWeights(msgspec.Struct, frozen=True, tag=True):
     config: str | None
 
 
+class StageAdapter(msgspec.Struct, frozen=True, tag=True):
+    """An adapter is to be read beside those that are loaded; every follower says whether it could, and found the same."""
+
+    folder: str
+    about: LoraAdapter
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """An adapter is to be forgotten."""
+
+    name: str
+
+
+class ReleaseMemory(msgspec.Struct, frozen=True, tag=True):
+    """The weights are to be kept elsewhere; every follower copies them and says whether it could."""
+
+    mode: SleepMode
+
+
+class ResumeMemory(msgspec.Struct, frozen=True, tag=True):
+    """The weights are to be made again; every follower says whether it could."""
+
+
 class PrepareWeights(msgspec.Struct, frozen=True, tag=True):
     """New weights of the transformer will be broadcast, in this order; every follower says whether it has the memory."""
 
@@ -84,7 +108,7 @@ class FillWeights(msgspec.Struct, frozen=True, tag=True):
 
 
 class CommitWeights(msgspec.Struct, frozen=True, tag=True):
-    """Every rank could: they take the place of the old."""
+    """Every rank could: what was staged takes the place of the old."""
 
 
 class DropWeights(msgspec.Struct, frozen=True, tag=True):
@@ -105,6 +129,10 @@ Command: TypeAlias = (
     | Sample
     | Score
     | StageWeights
+    | StageAdapter
+    | UnloadAdapter
+    | ReleaseMemory
+    | ResumeMemory
     | PrepareWeights
     | FillWeights
     | CommitWeights

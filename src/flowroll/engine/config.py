@@ -34,6 +34,27 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLimits:
+    """How many LoRA adapters an engine holds.
+
+    Attributes:
+        max_adapters: At once.
+        max_adapter_bytes: Of all of them on rank 0, the weights of merged ones included.
+
+    Raises:
+        InvalidRequestError: A negative number.
+    """
+
+    max_adapters: int = 16
+    max_adapter_bytes: int = 8 * 2**30
+
+    def __post_init__(self) -> None:
+        for name in ("max_adapters", "max_adapter_bytes"):
+            if getattr(self, name) < 0:
+                raise InvalidRequestError(f"{name} must be >= 0, got {getattr(self, name)}; use 0 for no adapters.", field=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What an engine runs: every "auto" is a value here.
 
@@ -48,6 +69,7 @@ class EngineInfo:
         layout: How it is spread over ranks.
         transformer_bytes: Of its weights, on this rank.
         limits: What a request may ask for.
+        adapter_limits: How many adapters there may be.
         defaults: What a request leaves open.
         pixel_unit: Height and width must be multiples of this.
         versions: Of the libraries whose code shapes the bits.
@@ -63,6 +85,7 @@ class EngineInfo:
     layout: Layout
     transformer_bytes: int
     limits: Limits
+    adapter_limits: AdapterLimits
     defaults: Defaults
     pixel_unit: int
     versions: Mapping[str, str]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from flowroll.engine.batching import Batcher, BatchLimits, ExclusiveMode
 from flowroll.engine.batching.limits import ONE_BY_ONE
 from flowroll.engine.batching.steps import LedSteps
-from flowroll.engine.checkpoint import examine_checkpoint
-from flowroll.engine.config import EngineInfo, Limits, resolve_device, resolve_dtype
+from flowroll.engine.checkpoint import TORCH_COMPONENTS, examine_checkpoint
+from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import plan_geometry
 from flowroll.engine.replica import FailureListener, Replica, open_replica
+from flowroll.engine.rest import Rest
 from flowroll.engine.weight_store import WeightStore
 from flowroll.engine.work import ModelWork
 from flowroll.errors import RankLostError, ShuttingDownError
@@ -46,6 +49,7 @@ class EngineCore:
         device: str = "auto",
         limits: Limits | None = None,
         batching: BatchLimits | None = None,
+        adapter_limits: AdapterLimits | None = None,
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
     ) -> None:
@@ -64,8 +68,9 @@ class EngineCore:
             if self._replica is not None:
                 self._replica.close()
             raise
-        self._weights = WeightStore(self._pipeline, self._replica)
-        self._work = ModelWork(self._model, self._pipeline, self._weights.versions)
+        self._rest = Rest(functools.partial(_parameters, self._model, self._pipeline))
+        self._weights = WeightStore(self._pipeline, self._replica, self._model.adapters, self._rest)
+        self._work = ModelWork(self._model, self._pipeline, self._weights.versions, self._rest)
         self.batcher = self._open_batcher(batching or BatchLimits())
         transformer = self._model.transformer
         self.info = EngineInfo(
@@ -79,6 +84,7 @@ class EngineCore:
             layout=layout,
             transformer_bytes=sum(parameter.nbytes for parameter in transformer.parameters()),
             limits=limits,
+            adapter_limits=adapter_limits or AdapterLimits(),
             defaults=self._model.family.variants[self._model.variant],
             pixel_unit=self._model.spec.pixel_unit,
             versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
@@ -130,6 +136,7 @@ class EngineCore:
         if hasattr(self, "_model"):
             self._work.release()
             self._weights.release()
+            self._rest.forget()
             del self._model, self._pipeline
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -169,6 +176,13 @@ class EngineCore:
     def _between_steps(self, action: Callable[[], T]) -> T:
         self.batcher.start()
         return self.batcher.between_steps(action).result()
+
+
+def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:
+    """All weights of this rank."""
+    for name in TORCH_COMPONENTS:
+        yield from getattr(pipeline, name).parameters()
+    yield from model.adapters.parameters()
 
 
 def _shutting_down() -> ShuttingDownError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +29,7 @@ class DenoisingTask:
     Attributes:
         plan: The request.
         model: The model that runs it.
+        transformer: Its denoiser, with the adapter that the request names.
         env: The transformer's fixed arguments.
         timesteps: As the model takes them.
         dts: Next sigma minus sigma.
@@ -37,6 +38,7 @@ class DenoisingTask:
 
     plan: RequestPlan
     model: LoadedModel
+    transformer: Any
     env: DenoisingEnv
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
@@ -44,11 +46,23 @@ class DenoisingTask:
 
     @classmethod
     def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv, record: SamplingRecord) -> DenoisingTask:
-        """Puts the schedule on the model's device, where the pipeline has it too."""
+        """Puts the schedule on the model's device, where the pipeline has it too.
+
+        Raises:
+            InvalidRequestError: The request's adapter is not loaded any more.
+        """
         dtype = model.family.timestep_dtype(model.dtype)
         timesteps = model.family.model_timesteps(plan.schedule.timesteps.to(model.device), dtype)
         sigmas = plan.schedule.sigmas.to(model.device)
-        return cls(plan=plan, model=model, env=env, timesteps=timesteps, dts=sigmas[1:] - sigmas[:-1], record=record)
+        return cls(
+            plan=plan,
+            model=model,
+            transformer=model.adapters.transformer(plan.params.lora_name),
+            env=env,
+            timesteps=timesteps,
+            dts=sigmas[1:] - sigmas[:-1],
+            record=record,
+        )
 
     def next_input(self, sample: Sample) -> StepInput:
         """What the next velocity of one of its samples is a function of."""
@@ -107,7 +121,7 @@ def denoise(task: DenoisingTask, sample: Sample, check_interrupt: Callable[[], N
     model, take_step = task.model, step_function(sample)
     while sample.step < task.plan.schedule.num_steps:
         check_interrupt()
-        (velocity,) = model.family.velocities(model.transformer, [task.next_input(sample)], model.dtype, run=model.run)
+        (velocity,) = model.family.velocities(task.transformer, [task.next_input(sample)], model.dtype, run=model.run)
         take_step(task, sample, velocity)
 
 

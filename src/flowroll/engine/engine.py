@@ -14,8 +14,10 @@ from torch import Tensor
 from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_rollout_params
 from flowroll.engine.batching import Accepted
 from flowroll.engine.finishing import Finished, as_image, as_rollout
+from flowroll.engine.lora import LoraEngine
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.scores import ScoringEngine
+from flowroll.engine.sleeping import SleepingEngine
 from flowroll.engine.updates import UpdatableEngine
 from flowroll.errors import InvalidRequestError
 from flowroll.types import GeneratedImage, Rollout, SamplingParams
@@ -23,7 +25,7 @@ from flowroll.types import GeneratedImage, Rollout, SamplingParams
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 
 
-class Engine(ScoringEngine, UpdatableEngine):
+class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
     """Rolls out one checkpoint.
 
     Calls from several threads share forwards, each with the bits that it has alone, under the CPU thread count of its caller. A
@@ -36,6 +38,7 @@ class Engine(ScoringEngine, UpdatableEngine):
         device: "cpu", "cuda", "cuda:N", or "auto".
         limits: What one request may ask for.
         batching: How much runs at once; an engine of several ranks runs one sample at a time.
+        adapter_limits: How many LoRA adapters it holds.
         layout: How the transformer is spread over ranks. The other ranks are started here, one process each, on this machine;
             under torchrun they are its processes, which call `follow`.
         rank_timeout_s: How long ranks wait for each other before the replica is taken down.
@@ -58,10 +61,12 @@ class Engine(ScoringEngine, UpdatableEngine):
 
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit.
+            AsleepError: The memory of the weights is released.
             OutdatedWeightsError: The weights are older than the request demands.
             ShuttingDownError: The engine was interrupted or closed.
         """
         model = self._open_model()
+        self._rest.check_awake()
         self._weights.versions.demand(params.min_weight_version)
         return plan_request(params, model, self.info.limits)
 

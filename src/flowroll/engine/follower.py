@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.engine import denoising
+from flowroll.engine.adapter_files import find_adapter, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.commands import (
     STAGED,
@@ -20,12 +22,16 @@ from flowroll.engine.commands import (
     FillWeights,
     GatherWeights,
     PrepareWeights,
+    ReleaseMemory,
     Request,
+    ResumeMemory,
     Sample,
     Score,
     Serve,
+    StageAdapter,
     StageWeights,
     Stop,
+    UnloadAdapter,
     decode_command,
     empty_env,
     env_tensors,
@@ -36,10 +42,11 @@ from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.engine.replica import RankConfig
+from flowroll.engine.rest import Rest
 from flowroll.engine.scoring import velocities_of
 from flowroll.engine.shares import Shares, prepare_shares
 from flowroll.engine.weights import StagedWeights, WeightFiles, stage_weights
-from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
+from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.linears import whole_tensors
@@ -136,7 +143,9 @@ def follow_rank_0(config: RankConfig, store: Store, device: torch.device) -> Non
 
 def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> None:
     task: DenoisingTask | None = None
-    staged: StagedWeights | None = None
+    # Puts in place what was read.
+    take: Callable[[], object] | None = None
+    rest = Rest(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
     shares: Shares | None = None
     while True:
         command = decode_command(channel.receive())
@@ -152,18 +161,26 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
             case Score():
                 _take_scores(model, command, mesh)
             case StageWeights():
-                staged = _stage(model, command, channel)
+                take = _stage(functools.partial(_read_weights, model, command), channel)
+            case StageAdapter():
+                take = _stage(functools.partial(_read_adapter, model, command), channel)
+            case ReleaseMemory():
+                take = _stage(functools.partial(rest.prepare_release, command.mode), channel)
+            case ResumeMemory():
+                take = _stage(rest.prepare_resume, channel)
             case PrepareWeights():
                 shares = prepare_shares(model.transformer, command, channel)
             case FillWeights():
                 assert shares is not None
-                staged, shares = shares.fill(mesh), None
+                take, shares = _taking(model, shares.fill(mesh)), None
             case CommitWeights():
-                assert staged is not None
-                staged.commit(lambda: None)
-                staged = None
+                assert take is not None
+                take()
+                take = None
             case DropWeights():
-                staged = shares = None
+                take = shares = None
+            case UnloadAdapter():
+                model.adapters.drop(command.name)
             case GatherWeights():
                 for _ in whole_tensors(model.transformer):
                     pass
@@ -175,20 +192,39 @@ def _obey(model: LoadedModel, serve: Serve, channel: Channel, mesh: Mesh) -> Non
                 raise AssertionError("served twice")
 
 
-def _stage(model: LoadedModel, command: StageWeights, channel: Channel) -> StagedWeights | None:
-    """Reads new weights and says how it went; whether anybody takes them is rank 0's to say."""
+def _stage(prepare: Callable[[], Callable[[], object]], channel: Channel) -> Callable[[], object] | None:
+    """Prepares a change and says how it went; whether anybody makes it is rank 0's to say."""
+    try:
+        take = prepare()
+    except (WeightsRejectedError, EngineError) as error:
+        channel.announce(STAGED, error.message)
+        return None
+    channel.announce(STAGED)
+    return take
+
+
+def _read_weights(model: LoadedModel, command: StageWeights) -> Callable[[], None]:
     files = WeightFiles(
         module="transformer",
         files=tuple(map(Path, command.files)),
         config=None if command.config is None else Path(command.config),
     )
-    try:
-        staged = stage_weights(model.transformer, files)
-    except WeightsRejectedError as error:
-        channel.announce(STAGED, error.message)
-        return None
-    channel.announce(STAGED)
-    return staged
+    return _taking(model, stage_weights(model.transformer, files))
+
+
+def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
+    return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
+
+
+def _read_adapter(model: LoadedModel, command: StageAdapter) -> Callable[[], None]:
+    about, files = command.about, find_adapter(command.folder)
+    # Rank 0 has counted its bytes.
+    adapter = model.adapters.stage(read_adapter(files, max_bytes=sys.maxsize), name=about.name, merged=about.merged)
+    if adapter.about.sha256 != about.sha256:
+        raise refused(
+            f"{files.folder} must hold the same adapter on every rank, got another one; save it where all ranks read."
+        )
+    return lambda: model.adapters.put(model.adapters.finished(adapter, about.version))
 
 
 def _receive(tensors: Sequence[Tensor], mesh: Mesh) -> None:
@@ -214,8 +250,11 @@ def _take_scores(model: LoadedModel, command: Score, mesh: Mesh) -> None:
     env, latents = empty_env(command, model.device), command.latents.empty(model.device)
     _receive([*env_tensors(env), latents], mesh)
     recipe = Recipe.of(command.record, model.family, sde_step_indices=command.sde_step_indices, device=model.device)
+    transformer = model.adapters.transformer(None if command.record.lora is None else command.record.lora.name)
     try:
-        velocities = velocities_of(model, recipe, latents, command.steps, env, functools.partial(_check_stop, mesh))
+        velocities = velocities_of(
+            model, transformer, recipe, latents, command.steps, env, functools.partial(_check_stop, mesh)
+        )
     except _Stopped:
         return
     mesh.odd_ranks(torch.stack(velocities))

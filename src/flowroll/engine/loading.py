@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
+from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.families import Family, ModelSpec, RunCalls, run_in_turn
@@ -35,6 +36,7 @@ class LoadedModel:
         family: How to call it.
         variant: Which of the family's variants it is taken for.
         transformer: The denoiser, or this rank's part of it.
+        adapters: The same with LoRA adapters.
         run: Runs the forwards of a step.
         spec: The facts that shape its latents.
         schedule_config: Its sigma grid.
@@ -45,6 +47,7 @@ class LoadedModel:
     family: Family
     variant: str
     transformer: Any
+    adapters: AdapterSet
     run: RunCalls
     spec: ModelSpec
     schedule_config: ScheduleConfig
@@ -91,6 +94,7 @@ def build_model(
         family=checkpoint.family,
         variant=checkpoint.variant,
         transformer=transformer,
+        adapters=AdapterSet(transformer),
         run=run_in_turn if mesh is None else functools.partial(run_on_branches, mesh),
         spec=spec,
         schedule_config=checkpoint.schedule_config,

@@ -62,6 +62,8 @@ def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> 
     Raises:
         InvalidRequestError: A value is off the model's grid or above a limit.
     """
+    # Of an adapter that is not there, before anything else is looked at.
+    model.adapters.record(params.lora_name)
     defaults = model.family.variants[model.variant]
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import torch
@@ -28,12 +29,16 @@ from flowroll.engine.commands import (
     FillWeights,
     GatherWeights,
     PrepareWeights,
+    ReleaseMemory,
     Request,
+    ResumeMemory,
     Sample,
     Score,
     Serve,
+    StageAdapter,
     StageWeights,
     Stop,
+    UnloadAdapter,
     describe_branch,
     describe_tensor,
     encode_command,
@@ -42,11 +47,13 @@ from flowroll.engine.commands import (
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.rest import SleepMode
 from flowroll.engine.shares import as_bytes
 from flowroll.engine.weights import WeightFiles
 from flowroll.errors import (
     CheckpointError,
     EngineError,
+    FlowrollError,
     InvalidRequestError,
     RankLostError,
     ShuttingDownError,
@@ -64,7 +71,7 @@ from flowroll.parallel.rendezvous import (
     torchrun_rank,
     torchrun_store,
 )
-from flowroll.types import DenoisingEnv, Layout, SamplingRecord
+from flowroll.types import DenoisingEnv, Layout, LoraAdapter, SamplingRecord
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -257,8 +264,7 @@ class Replica:
             RankLostError: A rank ended.
         """
         config = None if files.config is None else str(files.config)
-        self._send(StageWeights(files=[str(file) for file in files.files], config=config))
-        self._wait_for_staged("model_path")
+        self._stage(StageWeights(files=[str(file) for file in files.files], config=config), field="model_path")
 
     def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Sends every other rank new weights of the transformer, of which it keeps its part beside the old ones.
@@ -270,20 +276,45 @@ class Replica:
             WeightsRejectedError: A rank has no memory for them; all have dropped them.
             RankLostError: A rank ended.
         """
-        self._send(PrepareWeights(tensors={name: describe_tensor(tensor) for name, tensor in tensors.items()}))
-        self._wait_for_staged(None)
+        described = {name: describe_tensor(tensor) for name, tensor in tensors.items()}
+        self._stage(PrepareWeights(tensors=described))
         with self.in_step():
             self._send(FillWeights())
             for tensor in tensors.values():
                 self.mesh.broadcast(as_bytes(tensor.to(self.mesh.device)))
             self._channel.forget()
 
-    def _wait_for_staged(self, field: str | None) -> None:
-        """Waits until every other rank is ready to commit.
+    def load_adapter(self, folder: Path, about: LoraAdapter) -> None:
+        """Makes every other rank load an adapter, or none.
 
         Raises:
-            WeightsRejectedError: One cannot be; about the field. All have dropped what they had.
+            WeightsRejectedError: A rank could not; all have dropped it.
+            RankLostError: A rank ended.
         """
+        self._stage(StageAdapter(folder=str(folder), about=about), field="lora_path")
+        self.commit_weights()
+
+    def unload_adapter(self, name: str) -> None:
+        """Makes every other rank forget an adapter."""
+        self._send(UnloadAdapter(name=name))
+
+    def release_memory(self, mode: SleepMode) -> None:
+        """Makes every other rank release the memory of its weights, or none.
+
+        Raises:
+            EngineError: A rank could not.
+            RankLostError: A rank ended.
+        """
+        self._stage(ReleaseMemory(mode=mode), error=EngineError)
+        self.commit_weights()
+
+    def resume_memory(self) -> None:
+        """Makes every other rank take its weights into memory again, or none; errors as for `release_memory`."""
+        self._stage(ResumeMemory(), error=EngineError)
+        self.commit_weights()
+
+    def _stage(self, command: Command, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
+        self._send(command)
         # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
         with self.in_step():
             self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
@@ -293,7 +324,7 @@ class Replica:
         if refused:
             self.drop_weights()
             rank, reason = next(iter(refused.items()))
-            raise WeightsRejectedError(f"rank {rank}: {reason}", field=field)
+            raise error(f"rank {rank}: {reason}", field=field)
 
     def commit_weights(self) -> None:
         """Makes every other rank take what it has read. One that cannot ends, and the replica with it."""

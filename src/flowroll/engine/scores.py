@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -74,6 +75,7 @@ class ScoringEngine(EngineCore):
             ShuttingDownError: The engine was interrupted or closed.
         """
         model = self._open_model()
+        self._rest.check_awake()
         self._weights.versions.demand(params.min_weight_version)
         return plan_score(params, model, self.info.limits)
 
@@ -122,17 +124,21 @@ class ScoringEngine(EngineCore):
     def _score_sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> SampleScores:
         """Scores one checked sample, on every rank and on the loop's thread."""
         self._check_interrupt()
-        model = self._model
+        self._rest.check_awake()
+        model, lora = self._model, sample.sampling.lora
+        name = None if lora is None else lora.name
+        transformer, used = model.adapters.transformer(name), model.adapters.record(name)
         recipe = recipe_of(sample, model, device=model.device)
         rows = forward_rows(sample, recipe, log_probs_only=log_probs_only)
         steps, velocities = [sample.steps[row] for row in rows], list[Tensor]()
         if rows:
             env, latents = sample.denoising_env.to(model.device), sample.latents[rows].to(model.device)
             if self._replica is None:
-                velocities = velocities_of(model, recipe, latents, steps, env, self._check_interrupt)
+                velocities = velocities_of(model, transformer, recipe, latents, steps, env, self._check_interrupt)
             else:
                 with self._replica.in_step():
                     self._replica.begin_scores(sample.sampling, sample.sde_step_indices, steps, latents, env)
-                    velocities = velocities_of(model, recipe, latents, steps, env, self._check_all_ranks)
+                    velocities = velocities_of(model, transformer, recipe, latents, steps, env, self._check_all_ranks)
                 self._replica.finish_sample(torch.stack(velocities))
-        return sample_scores(sample, recipe, dict(zip(rows, velocities, strict=True)), log_probs_only=log_probs_only)
+        scores = sample_scores(sample, recipe, dict(zip(rows, velocities, strict=True)), log_probs_only=log_probs_only)
+        return replace(scores, lora=used)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -100,6 +100,7 @@ def forward_rows(sample: RecordedSteps, recipe: Recipe, *, log_probs_only: bool)
 
 def velocities_of(
     model: LoadedModel,
+    transformer: Any,
     recipe: Recipe,
     latents: Float[Tensor, " steps *latent"],
     steps: Sequence[int],
@@ -110,6 +111,7 @@ def velocities_of(
 
     Args:
         model: The model, or this rank's part.
+        transformer: The denoiser, with an adapter or without.
         recipe: Of the sample.
         latents: x before each step, on the model's device.
         steps: Which steps.
@@ -120,7 +122,7 @@ def velocities_of(
     for row, step in zip(latents, steps, strict=True):
         before_step()
         # Copied: a row of a stack lies anywhere, and bits can depend on that.
-        found.append(recipe.velocity(model.transformer, row.clone(), step, env, run=model.run))
+        found.append(recipe.velocity(transformer, row.clone(), step, env, run=model.run))
     return found
 
 
@@ -161,6 +163,10 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def _check_record(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> None:
     record, steps = sample.sampling, sample.sampling.num_inference_steps
+    try:
+        model.adapters.record(None if record.lora is None else record.lora.name)
+    except InvalidRequestError as error:
+        raise error.within("sampling") from None
     if record.family != model.family.name:
         rule = f"be {model.family.name}, which this engine has"
         _refuse("sampling.family", rule, record.family[:80], "send it to that family's engine")

@@ -13,8 +13,10 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.replica import Replica
+from flowroll.engine.rest import Rest
 from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weights import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
@@ -29,13 +31,16 @@ class WeightStore:
     Args:
         pipeline: The diffusers pipeline that holds the modules.
         replica: The other ranks, if there are any. Of the modules they hold the transformer.
+        adapters: Of the transformer; merged ones are merged again when it changes.
+        rest: Without weights, nothing can be said of them or done to them.
 
     Attributes:
         versions: Of the weights; one for all modules together.
     """
 
-    def __init__(self, pipeline: Any, replica: Replica | None) -> None:
-        self._pipeline, self._replica = pipeline, replica
+    def __init__(self, pipeline: Any, replica: Replica | None, adapters: AdapterSet, rest: Rest) -> None:
+        self._pipeline, self._replica, self._adapters = pipeline, replica, adapters
+        self._rest = rest
         self.versions = WeightVersions()
 
     def release(self) -> None:
@@ -53,6 +58,8 @@ class WeightStore:
 
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
         """Puts new weights in place on every rank, or on none."""
+        self._rest.check_awake()
+        staged.check_whole()
         started_s = time.perf_counter()
         module, previous = staged.module, self.versions.current
         version = self.versions.following(weight_version)
@@ -65,9 +72,12 @@ class WeightStore:
                 replica.share_weights(staged.source)
 
         def conclude() -> None:
+            adapters = self._adapters.over_new_base() if module == "transformer" else None
             if replica is not None:
                 replica.commit_weights()
             self.versions.advance(version)
+            if adapters is not None:
+                self._adapters.adopt(adapters)
 
         try:
             staged.commit(conclude)
@@ -129,4 +139,5 @@ class WeightStore:
         pipeline = self._pipeline
         if pipeline is None:
             raise ShuttingDownError("the engine must run to use its weights, got a shutdown; ask another replica.")
+        self._rest.check_awake()
         return getattr(pipeline, name)

@@ -150,6 +150,15 @@ class StagedWeights:
         """Their size in memory."""
         return sum(new.nbytes for _, new in self._pairs)
 
+    def check_whole(self) -> None:
+        """Refuses what was read while the memory of the old weights was released: there was nothing to fit it to.
+
+        Raises:
+            WeightsRejectedError: It was.
+        """
+        if any(live.numel() and not new.numel() for live, new in self._pairs):
+            raise WeightsRejectedError("new weights must be read while the engine is awake, got a sleep meanwhile; ask again.")
+
     def commit(self, conclude: Callable[[], None]) -> None:
         """Puts the new weights in place of the old, or, if anything goes wrong, leaves the old.
 

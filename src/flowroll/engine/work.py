@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flowroll.engine.denoising import DenoisingTask, Sample
 from flowroll.engine.finishing import record_of
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.rest import Rest
 from flowroll.engine.versions import WeightVersions
 from flowroll.families import Geometry
 from flowroll.types import DenoisingEnv, EnvValue
@@ -26,11 +28,12 @@ class ModelWork:
         model: The model.
         pipeline: The diffusers pipeline that holds its modules.
         versions: Of the weights.
+        rest: Whether they are there.
     """
 
-    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions) -> None:
+    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions, rest: Rest) -> None:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
-        self._versions = versions
+        self._versions, self._rest = versions, rest
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it decodes.
         self._decoder = threading.Lock()
@@ -39,8 +42,11 @@ class ModelWork:
         """The request's conditioning and schedule: each distinct prompt encoded once, one prompt per call.
 
         Raises:
+            AsleepError: The memory of the weights was released while it waited.
             OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
+            InvalidRequestError: Its adapter was unloaded while it waited.
         """
+        self._rest.check_awake()
         self._versions.demand(plan.params.min_weight_version)
         model, pipeline = self._get()
         if model.device.type == "cuda":
@@ -51,7 +57,8 @@ class ModelWork:
                 encoded[prompt] = model.family.encode(pipeline, prompt)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
-        return DenoisingTask.build(plan, model, env, record_of(plan, env))
+        record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
+        return DenoisingTask.build(plan, model, env, record)
 
     def decode(self, task: DenoisingTask, sample: Sample) -> Tensor:
         """A finished sample's picture, on the CPU.
@@ -65,7 +72,12 @@ class ModelWork:
         return self.picture(sample.latents, task.plan.geometry)
 
     def picture(self, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 3 1 height width"]:
-        """The picture of one sample's latents, on the CPU."""
+        """The picture of one sample's latents, on the CPU.
+
+        Raises:
+            AsleepError: The memory of the weights is released.
+        """
+        self._rest.check_awake()
         model, pipeline = self._get()
         with self._decoder:
             return model.family.decode(pipeline, latents, geometry).cpu()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,36 @@ def weights_checksum(module: nn.Module) -> str:
 def tensor_checksums(module: nn.Module) -> dict[str, str]:
     """sha256 of each of a module's tensors by name, for an engine to compare with its own."""
     return {name: tensor_checksum(tensor) for name, tensor in module.state_dict().items()}
+
+
+def adapter_checksum(module: nn.Module, adapter: str = "default") -> str:
+    """sha256 over a LoRA adapter that peft has put on a module, as an engine that has loaded it answers.
+
+    Over the names of its tensors, without peft's prefix and the adapter's name, and their bytes, and over each layer's scale.
+
+    Args:
+        module: A peft model, or a model with peft's layers in it.
+        adapter: Its name there.
+    """
+    return layers_checksum(module.named_modules(), adapter)
+
+
+def layers_checksum(named: Iterable[tuple[str, nn.Module]], adapter: str) -> str:
+    """The same over modules by their paths; those without the adapter do not count."""
+    return checksum_of(sorted(_adapter_tensors(named, adapter), key=lambda tensor: tensor[0]))
+
+
+def _adapter_tensors(named: Iterable[tuple[str, nn.Module]], adapter: str) -> Iterator[tuple[str, Tensor]]:
+    # Of peft's layers; this package does not need the library.
+    for path, layer in named:
+        factors: Any = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+        if adapter not in factors[0]:
+            continue
+        path = path.removeprefix("base_model.model.")
+        for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
+            yield f"{path}.{name}.weight", factor[adapter].weight
+        scale: Any = layer.scaling
+        yield f"{path}.scaling", torch.tensor(scale[adapter], dtype=torch.float64)
 
 
 def tensor_checksum(tensor: Tensor) -> str:

@@ -6,7 +6,7 @@ are those of the engine, through `families/` and `sampling/`.
 """
 
 from flowroll.families.alignment import align_weights
-from flowroll.families.checksums import tensor_checksums, weights_checksum
+from flowroll.families.checksums import adapter_checksum, tensor_checksums, weights_checksum
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
 from flowroll.replay.causes import Cause
 from flowroll.replay.forward import velocities
@@ -20,6 +20,7 @@ __all__ = [
     "RolloutAudit",
     "Scores",
     "StepAudit",
+    "adapter_checksum",
     "align_weights",
     "audit",
     "clipped_loss",

@@ -11,9 +11,11 @@ from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
 from flowroll.serving.openapi import install_openapi
 from flowroll.serving.routers import (
+    adapters,
     control,
     generate,
     health,
+    memory,
     metrics,
     openai,
     rollout,
@@ -58,6 +60,8 @@ def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing |
         tensors,
         shared_tensors,
         weight_group,
+        adapters,
+        memory,
         health,
         server_info,
         metrics,

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from flowroll.engine import BatchLimits, Limits
+from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.errors import InvalidRequestError
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
@@ -32,6 +32,7 @@ class ServerConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         limits: What one request may ask for.
         batching: How much runs at once.
+        adapter_limits: How many LoRA adapters it holds.
         layout: How the engine is spread over ranks.
         rank_timeout_s: How long ranks wait for each other before the server gives up.
         host: Address to listen on.
@@ -67,6 +68,7 @@ class ServerConfig:
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
     batching: BatchLimits = field(default_factory=BatchLimits)
+    adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
     layout: Layout = field(default_factory=Layout)
     rank_timeout_s: int | float = 60.0
     host: str = "127.0.0.1"

@@ -59,7 +59,13 @@ def serve(config: ServerConfig) -> None:
         try:
             if place is not None:
                 check_world(config.layout, place)
-            engine = Engine(config.model, limits=config.limits, batching=config.batching, **_rank_options(config))
+            engine = Engine(
+                config.model,
+                limits=config.limits,
+                batching=config.batching,
+                adapter_limits=config.adapter_limits,
+                **_rank_options(config),
+            )
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
         worker = None

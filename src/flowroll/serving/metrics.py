@@ -35,6 +35,8 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", load.oldest_waiting_s)
         yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
         yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
+        asleep = int(self._worker.engine.is_asleep)
+        yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", asleep)
         yield CounterMetricFamily("flowroll_steps", "Denoising steps of all samples, also of those that failed.", load.steps)
         yield self._occupancy(load)
         yield self._stages(load)

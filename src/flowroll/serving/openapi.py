@@ -10,10 +10,12 @@ from pydantic.json_schema import models_json_schema
 
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
+from flowroll.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
+from flowroll.wire.memory import ReleaseRequest, ResumeRequest
 from flowroll.wire.responses import ScoreRequestObject
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
@@ -32,6 +34,10 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     UpdateFromDiskRequest,
     ChecksumRequest,
     VerifyRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    ReleaseRequest,
+    ResumeRequest,
     BeginUpdateRequest,
     CommitUpdateRequest,
     UpdateFromTensorRequest,

@@ -11,7 +11,7 @@ from flowroll.errors import ForbiddenError, InvalidRequestError
 _MOST_SHOWN = 200
 
 
-def allowed_path(text: str, roots: Sequence[str]) -> Path:
+def allowed_path(text: str, roots: Sequence[str], field: str = "model_path") -> Path:
     """The path that a client sent, symbolic links resolved.
 
     Nothing is said of what lies outside the roots, not even whether it is there.
@@ -19,6 +19,7 @@ def allowed_path(text: str, roots: Sequence[str]) -> Path:
     Args:
         text: As sent.
         roots: Resolved folders; none: no path is allowed.
+        field: What the request calls it.
 
     Raises:
         ForbiddenError: It does not lead into a root.
@@ -27,23 +28,23 @@ def allowed_path(text: str, roots: Sequence[str]) -> Path:
     if not roots:
         raise ForbiddenError(
             "the server must be started with leave to read weights from its disk, got none; start it with --weights-root DIR.",
-            field="model_path",
+            field=field,
         )
     if not os.path.isabs(text):
         raise InvalidRequestError(
-            f"model_path must be an absolute path on the server's disk, got {text[:_MOST_SHOWN]!r}; begin it with /.",
-            field="model_path",
+            f"{field} must be an absolute path on the server's disk, got {text[:_MOST_SHOWN]!r}; begin it with /.",
+            field=field,
         )
     try:
         resolved = Path(text).resolve()
     except (OSError, ValueError, RuntimeError):  # no name that a file can have, or links in a circle
         resolved = None
     if resolved is None or not _is_inside(resolved, roots):
-        raise _forbidden(text)
+        raise _forbidden(text, field)
     return resolved
 
 
-def check_inside(files: Iterable[Path], roots: Sequence[str]) -> None:
+def check_inside(files: Iterable[Path], roots: Sequence[str], field: str = "model_path") -> None:
     """Refuses resolved files, found at an allowed path, of which one is a link that leads out.
 
     Raises:
@@ -51,15 +52,15 @@ def check_inside(files: Iterable[Path], roots: Sequence[str]) -> None:
     """
     for file in files:
         if not _is_inside(file, roots):
-            raise _forbidden(file.name)
+            raise _forbidden(file.name, field)
 
 
 def _is_inside(path: Path, roots: Sequence[str]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def _forbidden(shown: str) -> ForbiddenError:
+def _forbidden(shown: str, field: str) -> ForbiddenError:
     return ForbiddenError(
-        f"model_path must lead into a folder of --weights-root, got {shown[:_MOST_SHOWN]!r}; save the weights there.",
-        field="model_path",
+        f"{field} must lead into a folder of --weights-root, got {shown[:_MOST_SHOWN]!r}; save the weights there.",
+        field=field,
     )

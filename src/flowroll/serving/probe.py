@@ -10,7 +10,7 @@ from flowroll.engine.worker import EngineWorker
 from flowroll.errors import EngineError, ShuttingDownError
 from flowroll.types import GeneratedImage, SamplingParams
 
-Evidence: TypeAlias = Literal["recent", "running", "paused", "probe"]
+Evidence: TypeAlias = Literal["recent", "running", "paused", "asleep", "probe"]
 
 _RECENT_S = 30.0
 _TIMEOUT_S = 20.0
@@ -30,7 +30,7 @@ class GenerationProbe:
     async def check(self) -> Evidence:
         """What shows that the engine works: a result in the last 30 s, a request that makes progress, or a one-step image.
 
-        A paused engine shows nothing and is well.
+        A paused engine, or one that sleeps, shows nothing and is well.
 
         Callers at the same time share one generation.
 
@@ -42,6 +42,8 @@ class GenerationProbe:
         worker = self._worker
         if not worker.is_accepting:
             raise ShuttingDownError("the engine must take requests to generate, got a shutdown; use another replica.")
+        if worker.engine.is_asleep:
+            return "asleep"
         since_s = worker.seconds_since_success()
         if since_s is not None and since_s < _RECENT_S:
             return "recent"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -49,6 +50,34 @@ async def read_bucket(request: Request, arrival: Arrival, *, max_bytes: int, idl
     finally:
         arrival.touch()
         stream.drop()
+
+
+async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: float) -> None:
+    """Writes a safetensors body to a file.
+
+    Args:
+        request: Its body is read here.
+        path: Of the new file.
+        max_bytes: Size of the body.
+        idle_s: Longest pause in it.
+
+    Raises:
+        WeightsRejectedError: It stalls, or there is no room for it.
+        PayloadTooLargeError: It is longer than `max_bytes`.
+        UnsupportedMediaTypeError: It is sent as something else.
+    """
+    check_media_type(request.headers, _OCTETS)
+    loop = asyncio.get_running_loop()
+    try:
+        with path.open("xb") as file:
+            async with asyncio.timeout(idle_s) as silence:
+                async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
+                    await run_in_threadpool(file.writelines, pieces)
+                    silence.reschedule(loop.time() + idle_s)
+    except TimeoutError:
+        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
+    except OSError as error:
+        raise WeightsRejectedError(f"the body must find room on the disk, got {error.strerror}; make some.") from error
 
 
 async def _in_lots(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:

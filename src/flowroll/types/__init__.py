@@ -5,6 +5,7 @@ the model's rules in `families/`, and what depends on a loaded checkpoint (sizes
 imports a model library.
 """
 
+from flowroll.types.adapters import MAX_LORA_NAME_CHARS, AdapterChange, AdapterRecord, LoraAdapter, check_lora_name
 from flowroll.types.digest import branch_digest
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
@@ -33,10 +34,11 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
-from flowroll.types.weights import MAX_VERSION_CHARS, ModuleName, WeightUpdate, check_version, version_number
+from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
     "MAX_GUIDANCE_SCALE",
+    "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
     "MAX_REQUEST_ID_CHARS",
     "MAX_SEED",
@@ -47,6 +49,8 @@ __all__ = [
     "NOISE_LEVEL_MIN",
     "ROLLOUT_FIELDS",
     "SCHEMA_VERSION",
+    "AdapterChange",
+    "AdapterRecord",
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",
@@ -54,6 +58,8 @@ __all__ = [
     "GeneratedImage",
     "GeneratorDevice",
     "Layout",
+    "LoraAdapter",
+    "MemoryChange",
     "ModuleName",
     "Number",
     "ParallelPlan",
@@ -70,6 +76,7 @@ __all__ = [
     "Trajectory",
     "WeightUpdate",
     "branch_digest",
+    "check_lora_name",
     "check_version",
     "version_number",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from flowroll.errors import InvalidRequestError
+from flowroll.types.adapters import check_lora_name
 from flowroll.types.weights import check_version
 
 SdeType: TypeAlias = Literal["sde", "cps", "ode"]
@@ -93,6 +94,7 @@ class SamplingParams:
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
+        lora_name: The loaded adapter to run with. None: the model as it is.
 
     Raises:
         InvalidRequestError: A value breaks its rule.
@@ -122,6 +124,7 @@ class SamplingParams:
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
+    lora_name: str | None = None
 
     def __post_init__(self) -> None:
         self._check_text()
@@ -144,6 +147,8 @@ class SamplingParams:
             _require(valid, name, "be valid Unicode", text, "remove the unpaired surrogates")
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
+        if self.lora_name is not None:
+            check_lora_name(self.lora_name)
         _require(self.request_id != "", "request_id", "not be empty", self.request_id, "leave it out for a generated one")
 
     def _check_flags(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import Number, SdeType
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
@@ -43,6 +44,7 @@ class SamplingRecord:
         schema_version: Version of this record.
         pos_cond_sha256: `branch_digest` of the environment's conditional branch; None where no environment was returned.
         neg_cond_sha256: Of the unconditional branch; None without one.
+        lora: The adapter that it was made with; None: the model as it is.
     """
 
     family: str
@@ -66,6 +68,7 @@ class SamplingRecord:
     # Later than the rest, and without meaning for the steps: records that lack them are of the same schema.
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
+    lora: AdapterRecord | None = None
 
     def __post_init__(self) -> None:
         assert len(self.sigmas) == self.num_inference_steps + 1

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
+from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import Number, SamplingParams
 from flowroll.types.results import DenoisingEnv, SamplingRecord
 
@@ -89,6 +90,7 @@ class SampleScores:
         stds: Total std of the transitions; 0 at deterministic steps.
         means: Of the next latents; None if only log-probs were asked for.
         velocities: The guided velocities given to the transitions; None if only log-probs were asked for.
+        lora: The adapter that scored them: what now has the name that the sample's record gives; None: the model as it is.
     """
 
     steps: tuple[int, ...]
@@ -96,6 +98,7 @@ class SampleScores:
     stds: Float[Tensor, " steps"]
     means: Float[Tensor, " steps *latent"] | None
     velocities: Float[Tensor, " steps *latent"] | None
+    lora: AdapterRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,21 @@ class WeightUpdate:
     paused_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryChange:
+    """Memory of weights that was released or taken again.
+
+    Attributes:
+        mode: Where the weights are kept now, "offload" or "disk"; None: they are in place.
+        num_bytes: That moved, on rank 0.
+        seconds: For which no request could run.
+    """
+
+    mode: Literal["offload", "disk"] | None
+    num_bytes: int
+    seconds: float
+
+
 def version_number(version: str) -> int | None:
     """The number that a version is, if it is one as a counter writes it."""
     return int(version) if _INTEGER.fullmatch(version) else None

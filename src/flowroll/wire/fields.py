@@ -12,6 +12,7 @@ from pydantic import Field
 
 from flowroll.types import (
     MAX_GUIDANCE_SCALE,
+    MAX_LORA_NAME_CHARS,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
@@ -144,6 +145,16 @@ MinWeightVersion: TypeAlias = Annotated[
         examples=["120"],
     ),
     Rule(text=f"be null or a string of 1 to {MAX_VERSION_CHARS} characters", remedy="leave it out for any version"),
+]
+LoraName: TypeAlias = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=MAX_LORA_NAME_CHARS,
+        description="The loaded adapter to run with; see /lora_adapters. null: the model as it is.",
+        examples=["step-120"],
+    ),
+    Rule(text=f"be null or a string of 1 to {MAX_LORA_NAME_CHARS} characters", remedy="leave it out for the model as it is"),
 ]
 Sigmas: TypeAlias = Annotated[
     list[Annotated[float, Field(ge=0, le=1)]] | None,

@@ -72,6 +72,15 @@ class TrajectoryObject(_Answer):
     latent_step_indices: list[int] = Field(description="The state (0..T) of each returned latent.", examples=[[0, 1, 2]])
 
 
+class AdapterRecordObject(_Answer):
+    """The adapter that made a sample."""
+
+    name: str = Field(description="It was loaded under.", examples=["step-120"])
+    version: str = Field(description="Of the server's weights when it was loaded.", examples=["120"])
+    sha256: str = Field(description="Over its tensors, their names and scales, as replay.adapter_checksum makes it.")
+    merged: bool = Field(description="Whether it was added to the weights; else it ran beside them.")
+
+
 class SamplingObject(_Answer):
     """How a sample was made: everything that replay needs beside its tensors and the weights."""
 
@@ -97,6 +106,9 @@ class SamplingObject(_Answer):
         default=None, description="Digest of denoising_env.pos_cond_kwargs as it was made; null where no env was returned."
     )
     neg_cond_sha256: str | None = Field(default=None, description="Digest of denoising_env.neg_cond_kwargs.")
+    lora: AdapterRecordObject | None = Field(
+        default=None, description="The adapter that it was made with; null: the model as it is."
+    )
 
 
 class RolloutObject(_Answer):
@@ -210,6 +222,9 @@ class SampleScoresObject(_Answer):
     stds: TensorObject = Field(description="[n]: total std of the transitions; 0.0 at deterministic steps.")
     means: TensorObject | None = Field(description="[n, latent]: mean of the next latents; null with log_probs_only.")
     velocities: TensorObject | None = Field(description="[n, latent]: the guided velocities; null with log_probs_only.")
+    lora: AdapterRecordObject | None = Field(
+        description="What scored them: the adapter that now has the name in sampling.lora; null: the model as it is."
+    )
 
 
 class ScoreAnswerObject(_Answer):

@@ -60,6 +60,7 @@ class _SamplingFields(Strict):
     suppress_logs: fields.SuppressLogs = False
     request_id: fields.RequestId = None
     min_weight_version: fields.MinWeightVersion = None
+    lora_name: fields.LoraName = None
 
 
 class _RolloutFields(Strict):

@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import Number, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.types import AdapterRecord, Number, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.blob import BlobError, tensor_from_blob
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
@@ -24,6 +24,7 @@ from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, embeds_name, e
 Leaf = TypeVar("Leaf")
 Data = TypeVar("Data")
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
+_ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _REMEDY = "see /openapi.json"
 
 
@@ -69,6 +70,7 @@ class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
     stds: Leaf
     means: Leaf | None = None
     velocities: Leaf | None = None
+    lora: AdapterRecord | None = None
 
 
 class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
@@ -163,6 +165,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
                 stds=load(sample.stds),
                 means=None if sample.means is None else load(sample.means),
                 velocities=None if sample.velocities is None else load(sample.velocities),
+                lora=sample.lora,
             )
             for sample in answer.samples
         )
@@ -191,9 +194,15 @@ def _steps_of(sample: WireSteps[_Tensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    for name in sent:
-        if name not in _RECORD_FIELDS:
-            _refuse(f"sampling.{name[:80]}", "be a field of the record", "an unknown name", "use the record as it was sent")
+    lora = sent.get("lora")
+    for where, given, known in (
+        ("sampling", sent, _RECORD_FIELDS),
+        ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
+    ):
+        for name in given:
+            if name not in known:
+                field = f"{where}.{str(name)[:80]}"
+                _refuse(field, "be a field of the record", "an unknown name", "use the record as it was sent")
     try:
         return msgspec.convert(sent, SamplingRecord)
     except msgspec.ValidationError as error:

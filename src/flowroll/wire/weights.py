@@ -12,19 +12,19 @@ from flowroll.types import MAX_VERSION_CHARS, ModuleName, WeightUpdate
 from flowroll.wire.fields import Rule
 from flowroll.wire.schema import Strict
 
-_MAX_PATH_CHARS = 4096
+MAX_PATH_CHARS = 4096
 
 Updatable: TypeAlias = Literal["transformer", "vae"]
 _ModulePath: TypeAlias = Annotated[
     str,
     Field(
         min_length=1,
-        max_length=_MAX_PATH_CHARS,
+        max_length=MAX_PATH_CHARS,
         description="On the server's disk, absolute, inside a folder of --weights-root: a checkpoint folder, whose subfolder "
         "of the module's name is read; the module's own folder; or one .safetensors file.",
         examples=["/runs/7/step-120"],
     ),
-    Rule(text=f"be a path of 1 to {_MAX_PATH_CHARS} characters", remedy="send an absolute path on the server's disk"),
+    Rule(text=f"be a path of 1 to {MAX_PATH_CHARS} characters", remedy="send an absolute path on the server's disk"),
 ]
 _Module: TypeAlias = Annotated[
     ModuleName,

@@ -10,7 +10,7 @@ from tests.unit.cli.invoking import assert_one_line_error, run_cli
 import flowroll.serving
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.serve import serve
-from flowroll.engine import BatchLimits, Limits
+from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.serving import ServerConfig
 from flowroll.types import Layout
 
@@ -101,6 +101,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
         *("--weights-root", tmp_path, "--weights-root", "/"),
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
+        *("--max-adapters", 3, "--max-adapter-bytes", 4000),
         *("--max-weights-body-bytes", 3000, "--weights-idle-s", 2.5, "--allow-pickle-weights"),
         *("--grace-s", 1.5, "--log-level", "warning"),
     )
@@ -119,6 +120,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             wire_dialect="sglang",
             limits=Limits(max_pixels=4096, max_steps=20, max_outputs=3, max_answer_bytes=5000, max_scores=9),
             batching=BatchLimits(max_batch_samples=5, max_running_samples=9, max_running_pixels=70_000),
+            adapter_limits=AdapterLimits(max_adapters=3, max_adapter_bytes=4000),
             layout=Layout(cfg_parallel=True, sp=2, tp=4),
             rank_timeout_s=7.5,
             weights_roots=(str(tmp_path), "/"),
@@ -135,7 +137,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
 
 
 def test_the_flags_of_serve_are_the_fields_of_the_configuration():
-    parts = {"limits": Limits, "layout": Layout, "batching": BatchLimits}
+    parts = {"limits": Limits, "adapter_limits": AdapterLimits, "layout": Layout, "batching": BatchLimits}
     configurable = {field.name for owner in (ServerConfig, *parts.values()) for field in fields(owner)} - parts.keys()
     assert set(inspect.signature(serve).parameters) == configurable
 

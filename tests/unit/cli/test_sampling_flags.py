@@ -35,6 +35,7 @@ ALL_FLAGS = {
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),
+    "lora_name": (["--lora-name", "old"], "old"),
 }
 
 
@@ -95,7 +96,8 @@ def test_left_out_fields_have_no_flag():
 def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     result = run_cli(command, "--help")
     text = " ".join(result.stdout.split())
-    without = {"generate": {"min_weight_version"}, "rollout": {"min_weight_version", "prompt", "request_id"}}[command]
+    own = {"min_weight_version", "lora_name"}
+    without = {"generate": own, "rollout": {*own, "prompt", "request_id"}}[command]
     names = [name for name in FIELDS if name not in without]
     for name in names:
         assert "--" + name.replace("_", "-") in text

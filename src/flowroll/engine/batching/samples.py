@@ -42,8 +42,8 @@ class Start:
             task=task,
             sample=sample,
             take_step=denoising.step_function(sample),
-            # A forward runs with one number of CPU threads.
-            key=(self.job.num_threads, batch_key),
+            # A forward runs with one number of CPU threads and one adapter, each of which has a transformer of its own.
+            key=(self.job.num_threads, id(task.transformer), batch_key),
             started_s=now_s,
         )
 

@@ -132,7 +132,7 @@ def forward(batch: Sequence[RunningSample]) -> list[Tensor]:
     """The velocities of samples with equal keys."""
     model = batch[0].task.model
     inputs = [sample.task.next_input(sample.sample) for sample in batch]
-    return model.family.velocities(model.transformer, inputs, model.dtype, run=model.run)
+    return model.family.velocities(batch[0].task.transformer, inputs, model.dtype, run=model.run)
 
 
 def engine_error(error: BaseException) -> EngineError:

@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from flowroll.errors import EngineError, FlowrollError, PausedError, ShuttingDownError
+from flowroll.errors import AsleepError, EngineError, FlowrollError, PausedError, ShuttingDownError
 from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
 from flowroll.serving.probe import Evidence
 from flowroll.serving.services import Services
@@ -19,12 +19,18 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class EngineHealth(Health):
+    """The engine is there."""
+
+    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
+
+
 class GenerationHealth(Health):
     """The engine generates."""
 
     evidence: Evidence = Field(
         description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image; "
-        "paused: generation is paused."
+        "paused: generation is paused; asleep: the memory of the weights is released."
     )
 
 
@@ -43,11 +49,11 @@ def build_router(services: Services) -> APIRouter:
     async def liveness() -> Health:
         return Health()
 
-    @router.get("/health", summary="The engine's thread lives", response_model=Health, responses=_FAILED)
-    async def health() -> Health | Response:
+    @router.get("/health", summary="The engine's thread lives", response_model=EngineHealth, responses=_FAILED)
+    async def health() -> EngineHealth | Response:
         if not worker.is_alive:
             return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
-        return Health()
+        return EngineHealth(is_asleep=worker.engine.is_asleep)
 
     @router.get("/readiness", summary="New requests are taken", response_model=Health, responses=_FAILED)
     async def readiness() -> Health | Response:
@@ -55,6 +61,8 @@ def build_router(services: Services) -> APIRouter:
             return _unavailable(
                 ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
             )
+        if worker.engine.is_asleep:
+            return _unavailable(AsleepError("the engine must be awake to be ready, got released memory; wake it."))
         if worker.is_paused:
             return _unavailable(PausedError("generation must go on to be ready, got a pause; continue it."))
         return Health()

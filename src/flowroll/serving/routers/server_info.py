@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from flowroll.engine import BatchLimits, Limits
+from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.services import Services
@@ -42,6 +42,7 @@ class ServerInfo(BaseModel):
     transformer_bytes: int = Field(description="Of its weights, on each rank.")
     weight_version: str = Field(description="Of the weights in memory.", examples=["0"])
     limits: Limits = Field(description="What one request may ask for.")
+    adapter_limits: AdapterLimits = Field(description="How many LoRA adapters there may be.")
     defaults: Defaults = Field(description="What a request leaves open.")
     pixel_unit: int = Field(description="Height and width must be multiples of this.")
     versions: Mapping[str, str] = Field(description="Of the libraries whose code shapes the bits.")
@@ -54,6 +55,7 @@ class ServerInfo(BaseModel):
     max_weights_body_bytes: int = Field(description="Size of a body with tensors of new weights.")
     receive_timeout_s: float = Field(description="Seconds for headers to come, and a body (and a second per 64 KiB of it).")
     is_paused: bool = Field(description="Whether new requests are refused until /continue_generation.")
+    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
     is_ready: bool = Field(description="Whether new requests are taken.")
     queue: Queue
     uptime_s: float
@@ -79,7 +81,8 @@ def build_router(services: Services) -> APIRouter:
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
             is_paused=load.is_paused,
-            is_ready=services.worker.is_accepting and not load.is_paused,
+            is_asleep=services.worker.engine.is_asleep,
+            is_ready=services.worker.is_accepting and not (load.is_paused or services.worker.engine.is_asleep),
             queue=Queue(**dataclasses.asdict(load.requests)),
             uptime_s=time.monotonic() - services.started_s,
         )

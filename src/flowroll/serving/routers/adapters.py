@@ -1,0 +1,126 @@
+"""POST /load_lora_adapter and /unload_lora_adapter, GET /lora_adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_config
+from flowroll.serving.config import ServerConfig
+from flowroll.serving.errors import COMMON_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.intake import read_body
+from flowroll.serving.openapi import SAFETENSORS_BODY, request_body
+from flowroll.serving.paths import allowed_path, check_inside
+from flowroll.serving.services import Services
+from flowroll.serving.uploads import save_body
+from flowroll.types import AdapterChange, check_lora_name, check_version
+from flowroll.wire.adapters import (
+    AdapterChangeObject,
+    AdapterFromTensorsRequest,
+    LoadAdapterRequest,
+    LoraAdapterObject,
+    LoraAdaptersObject,
+    UnloadAdapterRequest,
+)
+from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
+from flowroll.wire.schema import parse, parse_json_body
+
+
+def build_router(services: Services) -> APIRouter:
+    """The routes about adapters."""
+    router = APIRouter(tags=["weights"])
+    engine = services.worker.engine
+
+    @router.post(
+        LOAD_ADAPTER_ROUTE,
+        summary="Load a LoRA adapter",
+        description="As peft saves it. One that has the name is replaced at once. Read and checked while requests run, put in "
+        "place between two of them; on any error everything is as it was.",
+        responses={
+            **WEIGHTS_RESPONSES,
+            403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root"},
+        },
+        openapi_extra=request_body(LoadAdapterRequest),
+    )
+    async def load_lora_adapter(request: Request) -> AdapterChangeObject:
+        accepted = parse(LoadAdapterRequest, parse_json_body(await read_body(request, services)))
+        _check_words(accepted)
+        files = await run_in_threadpool(_find, accepted, services.config)
+        return await _load(files, accepted)
+
+    @router.post(
+        ADAPTER_FROM_TENSORS_ROUTE,
+        summary="Load a LoRA adapter from one body",
+        description="A safetensors file with the adapter's tensors, and its adapter_config.json as text in the file's "
+        "metadata, as `adapter_config`; `lora_name`, `merged` and `weight_version` are in the query.",
+        responses={
+            **WEIGHTS_RESPONSES,
+            415: {"model": ErrorBody, "description": "The body is not sent as application/octet-stream"},
+        },
+        openapi_extra=SAFETENSORS_BODY,
+    )
+    async def load_lora_adapter_from_tensors(request: Request) -> AdapterChangeObject:
+        query = parse(AdapterFromTensorsRequest, dict(request.query_params))
+        _check_words(query)
+        # A file, so that ranks of this machine read it too; its bound is the adapters' own, with room for a header.
+        max_bytes = services.config.adapter_limits.max_adapter_bytes + services.config.max_body_bytes
+        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+            path = Path(folder) / "adapter_model.safetensors"
+            await save_body(request, path, max_bytes=max_bytes, idle_s=services.config.weights_idle_s)
+            await run_in_threadpool(unpack_config, path)
+            accepted = LoadAdapterRequest(
+                lora_name=query.lora_name,
+                lora_path=folder,
+                merged=query.merged == "true",
+                weight_version=query.weight_version,
+            )
+            return await _load(await run_in_threadpool(find_adapter, folder), accepted)
+
+    async def _load(files: AdapterFiles, accepted: LoadAdapterRequest) -> AdapterChangeObject:
+        stage = functools.partial(engine.stage_lora_adapter, files, name=accepted.lora_name, merged=accepted.merged)
+        async with services.updating:
+            staged = await run_in_threadpool(stage)
+            commit = functools.partial(engine.commit_lora_adapter, staged, weight_version=accepted.weight_version)
+            change = await services.between_requests(commit)
+        return _answer(change, f"{change.lora_name} is loaded, in version {change.weight_version}")
+
+    @router.post(
+        UNLOAD_ADAPTER_ROUTE,
+        summary="Unload a LoRA adapter",
+        description="Waits for the requests that run; those that wait for it end in an error.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(UnloadAdapterRequest),
+    )
+    async def unload_lora_adapter(request: Request) -> AdapterChangeObject:
+        accepted = parse(UnloadAdapterRequest, parse_json_body(await read_body(request, services)))
+        name, version = accepted.lora_name, accepted.weight_version
+        change = await services.between_requests(lambda: engine.unload_lora_adapter(name, weight_version=version))
+        return _answer(change, f"{name} is unloaded, in version {change.weight_version}")
+
+    @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)
+    async def lora_adapters() -> LoraAdaptersObject:
+        return LoraAdaptersObject(adapters=[LoraAdapterObject(**dataclasses.asdict(one)) for one in engine.lora_adapters()])
+
+    return router
+
+
+def _find(accepted: LoadAdapterRequest, config: ServerConfig) -> AdapterFiles:
+    """The files that are to be read; all of them lie where the client may have them read."""
+    files = find_adapter(allowed_path(accepted.lora_path, config.weights_roots, "lora_path"))
+    check_inside([files.config, files.weights], config.weights_roots, "lora_path")
+    return files
+
+
+def _check_words(accepted: LoadAdapterRequest | AdapterFromTensorsRequest) -> None:
+    check_lora_name(accepted.lora_name)
+    if accepted.weight_version is not None:
+        check_version(accepted.weight_version, "weight_version")
+
+
+def _answer(change: AdapterChange, message: str) -> AdapterChangeObject:
+    return AdapterChangeObject(message=message, **dataclasses.asdict(change))

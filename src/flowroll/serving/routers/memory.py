@@ -1,0 +1,56 @@
+"""POST /release_memory_occupation and /resume_memory_occupation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request
+
+from flowroll.serving.errors import WEIGHTS_RESPONSES
+from flowroll.serving.intake import read_optional
+from flowroll.serving.openapi import request_body
+from flowroll.serving.services import Services
+from flowroll.types import MemoryChange
+from flowroll.wire.memory import MemoryObject, ReleaseRequest, ResumeRequest
+from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
+from flowroll.wire.schema import parse
+
+
+def build_router(services: Services) -> APIRouter:
+    """The routes about memory."""
+    router = APIRouter(tags=["weights"])
+    engine = services.worker.engine
+
+    @router.post(
+        RELEASE_ROUTE,
+        summary="Release the memory of the weights",
+        description="Waits for the requests that run. Until it is resumed, whatever needs weights is answered with 409, also "
+        "requests that wait already.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(ReleaseRequest),
+    )
+    async def release_memory_occupation(request: Request) -> MemoryObject:
+        accepted = parse(ReleaseRequest, await read_optional(request, services))
+        return await _do(accepted, lambda: engine.sleep(accepted.mode))
+
+    @router.post(
+        RESUME_ROUTE,
+        summary="Take the memory of the weights again",
+        description="Weights, version, adapters and checksums are as they were.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(ResumeRequest),
+    )
+    async def resume_memory_occupation(request: Request) -> MemoryObject:
+        return await _do(parse(ResumeRequest, await read_optional(request, services)), engine.wake)
+
+    async def _do(accepted: ResumeRequest, action: Callable[[], MemoryChange]) -> MemoryObject:
+        # Not beside an update that is being read: it would find no weights to fit in.
+        async with services.updating:
+            if accepted.means_weights:
+                change = await services.between_requests(action)
+            else:
+                change = MemoryChange(mode=engine.memory_mode, num_bytes=0, seconds=0.0)
+        return MemoryObject(is_asleep=change.mode is not None, **dataclasses.asdict(change))
+
+    return router

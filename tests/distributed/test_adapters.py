@@ -1,0 +1,100 @@
+"""LoRA adapters on several ranks: every rank has them, or none; every tensor is that of one rank."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.adapters import policy, saved
+from tests.rollouts import assert_same_bits
+from tests.weights import REQUEST, with_other
+
+from flowroll import Rollout
+from flowroll.engine import Engine
+from flowroll.errors import WeightsRejectedError
+from flowroll.types import Layout
+
+LAYOUTS = {"sp2": Layout(sp=2), "tp2": Layout(tp=2), "cfg2": Layout(cfg_parallel=True)}
+# Enough image tokens for two ranks: rows are shared from 64 a rank on.
+ROLLOUT = {**REQUEST, "height": 192, "width": 192, "guidance_scale": 3.0}
+# With linears that regions hook: rows are narrowed and gathered there.
+TARGETS = {
+    "qwen_image": ["to_q", "to_out.0", "net.2", "img_mod.1", "img_in", "proj_out"],
+    "z_image": ["to_q", "to_out.0", "w2", "0.adaLN_modulation.0"],
+}
+
+
+@pytest.fixture(scope="module", params=["qwen_image", "z_image"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def adapters(family: str, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    with Engine(checkpoints[family], device="cpu") as engine:
+        for seed, name in enumerate(("a", "b")):
+            saved(policy(engine._model.transformer, seed, targets=TARGETS[family]), folder / name)
+    with_other(checkpoints[family], folder / "other")
+    return folder
+
+
+def _load(engine: Engine, folder: Path) -> None:
+    engine.load_lora_adapter(folder / "a", name="a")
+    engine.load_lora_adapter(folder / "b", name="m", merged=True)
+
+
+def _everything(engine: Engine, folder: Path) -> list[Rollout]:
+    """Rollouts with and without adapters, also after the weights below were changed."""
+    _load(engine, folder)
+    found = [engine.rollout(**ROLLOUT, lora_name=name)[0] for name in (None, "a", "m")]
+    engine.update_weights_from_disk(folder / "other")
+    return found + [engine.rollout(**ROLLOUT, lora_name=name)[0] for name in ("a", "m")]
+
+
+@pytest.fixture(scope="module")
+def expected(family: str, checkpoints: dict[str, Path], adapters: Path) -> list[Rollout]:
+    with Engine(checkpoints[family], device="cpu") as engine:
+        return _everything(engine, adapters)
+
+
+@pytest.fixture(params=LAYOUTS)
+def several(request: pytest.FixtureRequest, family: str, checkpoints: dict[str, Path]) -> Iterator[Engine]:
+    layout = LAYOUTS[request.param]
+    with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=30.0) as engine:
+        yield engine
+
+
+def test_several_ranks_have_the_bits_of_one(several: Engine, adapters: Path, expected: list[Rollout]) -> None:
+    found = _everything(several, adapters)
+    for rollout, wanted in zip(found, expected, strict=True):
+        assert_same_bits(rollout, wanted)
+    scored = several.score(
+        latents=found[4].dit_trajectory.latents[0],
+        next_latents=found[4].dit_trajectory.latents[1],
+        step=0,
+        env=found[4].denoising_env,
+        record=found[4].sampling,
+    )
+    assert (scored.velocity == found[4].debug_tensors.model_output[0]).all()
+    several.unload_lora_adapter("a")
+    assert [adapter.name for adapter in several.lora_adapters()] == ["m"]
+    assert_same_bits(several.rollout(**ROLLOUT, lora_name="m")[0], expected[4])
+
+
+def test_an_adapter_that_another_rank_reads_otherwise_is_loaded_by_none(z_image_checkpoint: Path, tmp_path: Path) -> None:
+    with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
+        transformer = engine._model.transformer
+        saved(policy(transformer, 1), tmp_path / "p")
+        staged = engine.stage_lora_adapter(_files(tmp_path / "p"), name="p")
+        saved(policy(transformer, 2), tmp_path / "p")
+        with pytest.raises(WeightsRejectedError, match=r"rank 1: .* must hold the same adapter on every rank"):
+            engine.commit_lora_adapter(staged)
+        assert engine.lora_adapters() == () and engine.weight_version == "0"
+        engine.load_lora_adapter(tmp_path / "p", name="p")
+        assert engine.rollout(**REQUEST, lora_name="p")[0].sampling.lora.name == "p"
+
+
+def _files(folder: Path) -> object:
+    from flowroll.engine.adapter_files import find_adapter
+
+    return find_adapter(folder)

@@ -1,0 +1,56 @@
+"""Sleep and wake on several ranks: all of them, or none."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.adapters import policy, saved
+from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_weight_updates import FAILING
+from tests.rollouts import assert_same_bits
+from tests.weights import REQUEST
+
+from flowroll.engine import Engine
+from flowroll.errors import AsleepError, EngineError
+from flowroll.parallel import processes
+from flowroll.types import Layout
+
+FAULT = (
+    "from flowroll.engine.rest import Rest; from flowroll.errors import EngineError\n"
+    "calls = {}\n"
+    "def failing(name):\n"
+    "    do = getattr(Rest, name)\n"
+    "    def fail_once(*a):\n"
+    "        calls[name] = calls.get(name, 0) + 1\n"
+    "        if calls[name] == 1: raise EngineError('No space left')\n"
+    "        return do(*a)\n"
+    "    setattr(Rest, name, fail_once)\n"
+    "failing('prepare_release'); failing('prepare_resume')"
+)
+
+
+@pytest.mark.parametrize("layout", [Layout(sp=2), Layout(tp=2)], ids=["sp2", "tp2"])
+def test_every_rank_sleeps_and_wakes_or_none_does(
+    layout: Layout, z_image_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=FAULT)))
+    with Engine(z_image_checkpoint, device="cpu") as single:
+        saved(policy(single._model.transformer), tmp_path / "a")
+    with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=30.0) as engine:
+        engine.load_lora_adapter(tmp_path / "a", name="a", merged=True)
+        before = [engine.rollout(**REQUEST, lora_name=name)[0] for name in (None, "a")]
+        checksum = engine.weights_checksum()
+        with pytest.raises(EngineError, match="rank 1: No space left"):
+            engine.sleep("disk")
+        assert not engine.is_asleep
+        assert_same_bits(engine.rollout(**REQUEST)[0], before[0])
+        released = engine.sleep("disk")
+        with pytest.raises(AsleepError):
+            engine.rollout(**REQUEST)
+        with pytest.raises(EngineError, match="rank 1: No space left"):
+            engine.wake()
+        assert engine.is_asleep
+        assert engine.wake().num_bytes == released.num_bytes > 0
+        for name, rollout in zip((None, "a"), before, strict=True):
+            assert_same_bits(engine.rollout(**REQUEST, lora_name=name)[0], rollout)
+        assert engine.weights_checksum() == checksum
