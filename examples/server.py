@@ -32,11 +32,13 @@ class Server:
 
     Attributes:
         url: Where it answers.
+        pid: Of its process.
         startup_s: Seconds until it was ready.
         stop_s: Seconds from SIGTERM to its exit; set when the block ends.
     """
 
     url: str
+    pid: int
     startup_s: float
     stop_s: float = 0.0
 
@@ -63,7 +65,7 @@ def running_server(checkpoint: Path, log: Path, *options: str) -> Iterator[Serve
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(process, url, log)
-        server = Server(url=url, startup_s=time.perf_counter() - started)
+        server = Server(url=url, pid=process.pid, startup_s=time.perf_counter() - started)
         yield server
         stopping = time.perf_counter()
         process.send_signal(signal.SIGTERM)

@@ -19,6 +19,7 @@ from tests.hooked import WAIT_S, Gate, HookedEngine
 
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving import ServerConfig, create_app
+from flowroll.serving.connections import HttpConfig
 from flowroll.serving.listening import open_listener
 
 __all__ = [
@@ -45,7 +46,7 @@ def serving(worker: EngineWorker, **options: Any) -> Iterator[httpx.Client]:
     """A client of a server over this worker, on a thread. The worker lives on."""
     config = ServerConfig(model=worker.engine.info.model, port=0, **options)
     listener = open_listener(config)
-    server = uvicorn.Server(uvicorn.Config(create_app(worker, config), log_config=None, lifespan="off"))
+    server = uvicorn.Server(HttpConfig(create_app(worker, config), config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -97,7 +98,7 @@ class ServerProcess:
 
         def listens() -> bool:
             assert self.process.poll() is None, self.log
-            found[:] = re.findall(r"listening on (http://\S+)", self.log)
+            found[:] = re.findall(r"listening on (http://[^\s\"]+)", self.log)
             return bool(found)
 
         until(listens)

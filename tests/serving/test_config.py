@@ -18,6 +18,7 @@ from flowroll.serving import ServerConfig
         ("max_score_body_bytes", 0),
         ("max_weights_body_bytes", 0),
         ("weights_idle_s", 0),
+        ("receive_timeout_s", 0),
         ("grace_s", -1.0),
         ("weights_roots", ("/no/such/folder",)),
         ("weights_roots", (__file__,)),

@@ -130,6 +130,6 @@ def test_metrics_show_batches_stages_and_failures(hooked: HookedEngine) -> None:
     assert values["flowroll_batch_samples_count"] == values['flowroll_batch_samples_bucket{le="+Inf"}']
     assert values['flowroll_batch_samples_bucket{le="4"}'] == values["flowroll_batch_samples_count"]
     assert values['flowroll_failed_requests_total{code="engine_error"}'] == 1
-    for stage in ("encode", "denoise", "decode", "serialise"):
+    for stage in ("encode", "denoise", "decode", "serialise", "send"):
         assert values[f'flowroll_stage_seconds_total{{stage="{stage}"}}'] > 0
     assert values["flowroll_queue_age_seconds"] == values["flowroll_running_samples"] == values["flowroll_is_paused"] == 0

@@ -18,6 +18,7 @@ import pytest
 from tests.serving.servers import LONG, SMALL, WAIT_S, Background, ServerProcess, error_of, until
 
 from flowroll.serving import ServerConfig, launch, serve
+from flowroll.serving.logs import TextFormatter
 
 NUM_PROBES = 40
 # Loading takes seconds of CPU; what follows a signal must not.
@@ -132,7 +133,7 @@ def test_a_signal_while_the_checkpoint_loads_exits_with_0(monkeypatch: pytest.Mo
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("loading went on")
 
-    monkeypatch.setattr(launch, "configure_logging", lambda level: None)
+    monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
     monkeypatch.setattr(launch, "Engine", load)
     with pytest.raises(SystemExit) as exited:
         serve(ServerConfig(model="x"))
@@ -155,7 +156,7 @@ def test_what_cannot_be_loaded_exits_with_one_line_before_the_port_is_bound(
         raise AssertionError("the port was bound")
 
     monkeypatch.setattr(launch, "_bind", bind)
-    monkeypatch.setattr(launch, "configure_logging", lambda level: None)
+    monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
     handlers = [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as exited:
         serve(ServerConfig(**{"model": str(qwen_checkpoint), "device": "cpu", **options}))
@@ -166,7 +167,7 @@ def test_what_cannot_be_loaded_exits_with_one_line_before_the_port_is_bound(
 
 
 def test_a_port_that_is_taken_exits_with_one_line(qwen_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "configure_logging", lambda level: None)
+    monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"127.0.0.1:{port} must be free"):
@@ -177,8 +178,9 @@ def _serve_here(
     act: Callable[[httpx.Client], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, **options: Any
 ) -> None:
     """Serves in this process, whose main thread has to be the server's, while `act` is the client and ends it."""
-    monkeypatch.setattr(launch, "configure_logging", lambda level: None)
+    monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
     caplog.set_level(logging.INFO, logger="flowroll")
+    caplog.handler.setFormatter(TextFormatter())
     failures: list[BaseException] = []
 
     def client_thread() -> None:

@@ -134,6 +134,8 @@ def test_metrics_count_requests_samples_steps_and_balance(hooked: HookedEngine) 
     assert values['flowroll_requests_total{code="422",route="/rollout/generate"}'] == 1
     assert values['flowroll_requests_total{code="500",route="/generate"}'] == 1
     assert values['flowroll_requests_total{code="404",route="other"}'] == 2
+    codes = {"invalid_request": 1, "not_found": 2, "engine_error": 1}
+    assert {name: values[f'flowroll_errors_total{{code="{name}"}}'] for name in codes} == codes
     assert values['flowroll_samples_total{kind="rollout"}'] == 2
     assert values['flowroll_samples_total{kind="generate"}'] == 1
     assert values['flowroll_denoising_steps_total{kind="rollout"}'] == 6

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from flowroll.cli.bench import bench
 from flowroll.cli.generate import generate
 from flowroll.cli.inspect import inspect
 from flowroll.cli.options import quiet_model_libraries
@@ -16,6 +17,7 @@ from flowroll.cli.parity import parity
 from flowroll.cli.rollout import rollout
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.cli.serve import serve
+from flowroll.cli.top import top
 from flowroll.cli.verify import verify
 from flowroll.errors import FlowrollError
 
@@ -56,6 +58,8 @@ app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min
 app.command()(inspect)
 app.command()(parity)
 app.command()(verify)
+app.command()(top)
+app.add_typer(bench, name="bench")
 
 
 @app.command("make-checkpoint")

@@ -10,6 +10,7 @@ from typing import Literal
 from jaxtyping import Float
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -82,6 +83,19 @@ def plain_table(title: str, *columns: str, right: Sequence[str] = (), unbroken: 
 def print_whole(table: Table) -> None:
     """Prints a table as wide as it is: its names and paths can be copied, and found line by line in redirected output."""
     Console(width=_ANY_WIDTH).print(table)
+
+
+def progress_bar(console: Console, *, is_shown: bool = True) -> Progress:
+    """How many are done, of how many, and for how long yet."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not is_shown,
+    )
 
 
 def add_row(table: Table, *cells: str, end_section: bool = False) -> None:

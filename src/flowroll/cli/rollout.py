@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowroll.cli.options import ApiKey
+from flowroll.cli.output import progress_bar
 from flowroll.errors import (
     FlowrollError,
     InvalidRequestError,
@@ -48,7 +48,7 @@ def rollout(
     console, errors = Console(), Console(stderr=True)
     failures: list[str] = []
     num_samples = num_rolled_out = 0
-    with Client(url, api_key=api_key, timeout_s=timeout_s) as client, _progress(console) as progress:
+    with Client(url, api_key=api_key, timeout_s=timeout_s) as client, progress_bar(console) as progress:
         for number, params in enumerate(progress.track(requests, description="rollouts"), start=1):
             try:
                 for index, sample in enumerate(client.rollout(params)):
@@ -98,14 +98,3 @@ def _prompt_of(where: str, line: str) -> str:
         shown = line if len(line) <= 80 else line[:77] + "..."
         raise InvalidRequestError(f'{where} must hold a text under "prompt", got {shown}; add one.', field="prompts")
     return prompt
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

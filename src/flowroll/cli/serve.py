@@ -62,10 +62,17 @@ def serve(
             "--allow-pickle-weights", help="Take tensors in shared memory and on GPUs, as SGLang's trainers send them."
         ),
     ] = False,
+    receive_timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a request's headers to come, and its body (and a second per 64 KiB).")
+    ] = 20.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
     ] = "info",
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="Lines to read, or a JSON object a line.")] = "text",
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send spans of requests there, by OTLP over HTTP (extra: otel).")
+    ] = None,
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     quiet_model_libraries()
@@ -108,7 +115,10 @@ def serve(
             max_weights_body_bytes=max_weights_body_bytes,
             weights_idle_s=weights_idle_s,
             allow_pickle_weights=allow_pickle_weights,
+            receive_timeout_s=receive_timeout_s,
             grace_s=grace_s,
             log_level=log_level,
+            log_format=log_format,
+            otlp_endpoint=otlp_endpoint,
         )
     )

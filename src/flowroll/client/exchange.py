@@ -298,7 +298,7 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray) -> T:
         ) from error
     raised = error_from_wire(detail.code, detail.message, detail.field)
     if isinstance(raised, QueueFullError):
-        raised.retry_after_s = _retry_after_s(response.headers.get("retry-after", ""), raised.retry_after_s)
+        raised.retry_after_s = retry_after_s(response.headers.get("retry-after", ""), raised.retry_after_s)
     raise raised
 
 
@@ -404,7 +404,7 @@ def _excerpt(body: bytearray) -> str:
     return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
 
 
-def _retry_after_s(header: str, default_s: float) -> float:
+def retry_after_s(header: str, default_s: float) -> float:
     """Seconds of the Retry-After header; the default where it is absent or a date."""
     try:
         seconds = float(header)

@@ -26,14 +26,16 @@ from flowroll.serving.routers import (
     weights,
 )
 from flowroll.serving.services import Services
+from flowroll.serving.tracing import Tracing, current_tracing
 
 
-def create_app(worker: EngineWorker, config: ServerConfig) -> FastAPI:
+def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
     """The HTTP interface of a worker.
 
     Args:
         worker: Runs the requests. Who made it closes it, after the app's last request.
         config: How to answer; its address is not used here.
+        tracing: Makes spans of requests; None: spans go to the process's own provider, if it has one.
     """
     services = Services.build(worker, config)
     app = FastAPI(
@@ -44,6 +46,8 @@ def create_app(worker: EngineWorker, config: ServerConfig) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # Newer versions make spans and records of their own, with the messages of exceptions; ours say what there is to say.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     for group in (
         rollout,
@@ -63,5 +67,7 @@ def create_app(worker: EngineWorker, config: ServerConfig) -> FastAPI:
         app.include_router(group.build_router(services))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)
-    app.add_middleware(RequestMiddleware, metrics=services.metrics, api_key=config.api_key)
+    app.add_middleware(
+        RequestMiddleware, metrics=services.metrics, api_key=config.api_key, tracing=tracing or current_tracing()
+    )
     return app

@@ -14,6 +14,7 @@ from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+LogFormat: TypeAlias = Literal["text", "json"]
 
 _MAX_PORT = 65535
 # The kernel counts milliseconds in 32 bits.
@@ -49,8 +50,13 @@ class ServerConfig:
         weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped: its trainer may be dead.
         allow_pickle_weights: Whether POST /update_weights_from_tensor is open; wire/pickled.py says what its clients are
             trusted with.
+        receive_timeout_s: Seconds that a request's headers may take to come, and its body, which gets another second for every
+            64 KiB of it; what is slower is answered with 408. A connection may idle as long between two requests.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: Of the server's log, on standard error.
+        log_format: Lines to read, or one JSON object a line.
+        otlp_endpoint: Where spans of requests are sent, by OTLP over HTTP, e.g. "http://127.0.0.1:4318/v1/traces"; None: spans
+            are made only where the process has a tracer provider of the OpenTelemetry SDK already.
 
     Raises:
         InvalidRequestError: A value breaks its rule.
@@ -78,8 +84,11 @@ class ServerConfig:
     max_weights_body_bytes: int = 8 * 2**30
     weights_idle_s: int | float = 60.0
     allow_pickle_weights: bool = False
+    receive_timeout_s: int | float = 20.0
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for root in self.weights_roots:
@@ -103,7 +112,11 @@ class ServerConfig:
             self.send_timeout_s,
             "leave it out",
         )
+        _require(self.receive_timeout_s > 0, "receive_timeout_s", "be > 0", self.receive_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
+        url = self.otlp_endpoint
+        url_ok = url is None or url.startswith(("http://", "https://"))
+        _require(url_ok, "otlp_endpoint", "be an http or https URL", url, "use http://host:4318/v1/traces")
         key_ok = self.api_key is None or (self.api_key != "" and self.api_key.isprintable() and self.api_key.isascii())
         _require(key_ok, "api_key", "be printable ASCII text", "something else", "choose another token")
 

@@ -13,6 +13,12 @@ from starlette.exceptions import HTTPException
 from flowroll.errors import FlowrollError, MalformedRequestError, NotFoundError, QueueFullError, UnauthorizedError
 
 
+class SlowRequestError(MalformedRequestError):
+    """The request does not come to an end in time; a `MalformedRequestError` to the client."""
+
+    status = 408
+
+
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
@@ -38,7 +44,7 @@ WORK_RESPONSES: dict[int | str, dict[str, object]] = {
     406: {"model": ErrorBody, "description": "None of the accepted media types is offered"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     415: {"model": ErrorBody, "description": "The body is not sent as application/json"},
-    408: {"model": ErrorBody, "description": "The request's own deadline passed"},
+    408: {"model": ErrorBody, "description": "The request's own deadline passed, or its body came too slowly"},
     409: {"model": ErrorBody, "description": "Generation is paused, or the weights are not of the version that is demanded"},
     422: {"model": ErrorBody, "description": "A value breaks a rule, or a field is unknown"},
     429: {"model": ErrorBody, "description": "The queue is full; see Retry-After"},
@@ -47,13 +53,15 @@ WORK_RESPONSES: dict[int | str, dict[str, object]] = {
     503: {"model": ErrorBody, "description": "The server is shutting down"},
 }
 WEIGHTS_RESPONSES: dict[int | str, dict[str, object]] = {
-    **{status: response for status, response in WORK_RESPONSES.items() if status not in (406, 408, 429, 499)},
+    **{status: response for status, response in WORK_RESPONSES.items() if status not in (406, 429, 499)},
+    408: {"model": ErrorBody, "description": "The body came too slowly"},
     409: {"model": ErrorBody, "description": "The weights are not those that are expected"},
     422: {"model": ErrorBody, "description": "A value breaks a rule, or the new weights are not the module's; nothing changed"},
 }
 CONTROL_RESPONSES: dict[int | str, dict[str, object]] = {
-    status: response for status, response in WORK_RESPONSES.items() if status in (400, 401, 413, 415, 422, 503)
+    status: response for status, response in WEIGHTS_RESPONSES.items() if status in (400, 401, 408, 413, 415, 503)
 }
+CONTROL_RESPONSES[422] = WORK_RESPONSES[422]
 
 
 def error_response(error: FlowrollError, *, status: int | None = None) -> JSONResponse:
@@ -68,6 +76,9 @@ def error_response(error: FlowrollError, *, status: int | None = None) -> JSONRe
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, SlowRequestError):
+        # The rest of it is not waited for.
+        headers["Connection"] = "close"
     content = {"error": {"code": error.code, "message": error.message, "field": error.field}}
     return JSONResponse(content, status_code=status or error.status, headers=headers)
 
@@ -75,13 +86,16 @@ def error_response(error: FlowrollError, *, status: int | None = None) -> JSONRe
 def install_error_handlers(app: FastAPI) -> None:
     """Makes the app answer with our body whatever a route, or the routing itself, raises."""
 
-    async def on_flowroll_error(_: Request, error: Exception) -> Response:
+    async def on_flowroll_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, FlowrollError)
+        request.state.exchange.error = error.code
         return error_response(error)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = error_response(_routing_error(request, error), status=error.status_code)
+        shown = _routing_error(request, error)
+        request.state.exchange.error = shown.code
+        response = error_response(shown, status=error.status_code)
         response.headers.update(error.headers or {})
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -14,6 +15,7 @@ from flowroll.engine import Engine
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
+from flowroll.serving.errors import SlowRequestError
 from flowroll.serving.middleware import Exchange, exchange_of
 from flowroll.serving.services import Services
 from flowroll.wire.codec import JSON, MSGPACK
@@ -21,6 +23,11 @@ from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest,
 from flowroll.wire.scoring import decode_score_request
 
 RequestT = TypeVar("RequestT", RolloutRequest, GenerateRequest, ImagesRequest)
+
+# A body that comes more slowly than this in the long run is not waited for.
+_MIN_BODY_BYTES_PER_S = 64 * 1024
+# A number of so many digits is above every limit, whatever follows.
+_MAX_LENGTH_DIGITS = 20
 
 
 class UnsupportedMediaTypeError(MalformedRequestError):
@@ -43,6 +50,7 @@ async def accept_request(request: Request, services: Services, model: type[Reque
     Raises:
         MalformedRequestError: The body is not JSON.
         PayloadTooLargeError: It is longer than the server accepts.
+        SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
@@ -62,9 +70,10 @@ async def read_body(request: Request, services: Services, max_bytes: int | None 
     Raises:
         MalformedRequestError: It is sent as something else.
         PayloadTooLargeError: It is longer than the server accepts.
+        SlowRequestError: It does not come to an end in time.
     """
     check_media_type(request.headers, (JSON,))
-    return await _receive(request, max_bytes or services.config.max_body_bytes)
+    return await _receive(request, max_bytes or services.config.max_body_bytes, services.config.receive_timeout_s)
 
 
 async def read_optional(request: Request, services: Services) -> dict[str, object]:
@@ -80,11 +89,12 @@ async def accept_score_request(request: Request, services: Services) -> ScorePla
     Raises:
         MalformedRequestError: The body is not what its content type says.
         PayloadTooLargeError: It is longer than the server accepts.
+        SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
     media_type = check_media_type(request.headers, (JSON, MSGPACK))
-    body = await _receive(request, services.config.max_score_body_bytes)
+    body = await _receive(request, services.config.max_score_body_bytes, services.config.receive_timeout_s)
     return await run_in_threadpool(_plan_score, services.worker.engine, body, media_type, exchange_of(request))
 
 
@@ -133,29 +143,55 @@ def check_media_type(headers: Headers, known: Sequence[str]) -> str:
     return media_type
 
 
-async def _receive(request: Request, max_bytes: int) -> bytearray:
+async def _receive(request: Request, max_bytes: int, timeout_s: float) -> bytearray:
     body = bytearray()
-    async for chunk in bounded_stream(request, max_bytes):
+    async for chunk in bounded_stream(request, max_bytes, timeout_s):
         body += chunk
     return body
 
 
-async def bounded_stream(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+async def bounded_stream(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
     """The pieces of a body.
 
+    Args:
+        request: Whose body it is.
+        max_bytes: At most as many.
+        timeout_s: For the whole of it, and another second for every 64 KiB that came.
+
     Raises:
-        PayloadTooLargeError: It is longer than `max_bytes`.
+        PayloadTooLargeError: It is longer.
+        SlowRequestError: It does not come to an end in time.
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
+    if (declared := _declared_bytes(request.headers)) is not None and declared > max_bytes:
         raise _too_large(max_bytes, f"{declared} bytes")
-    count = 0
-    # A chunked body declares nothing, so it is also counted as it comes.
-    async for chunk in request.stream():
-        count += len(chunk)
+    count, pieces = 0, request.stream()
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        try:
+            # Around the wait alone: what is done with a piece is no fault of its sender.
+            async with asyncio.timeout_at(deadline_s + count / _MIN_BODY_BYTES_PER_S):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            raise SlowRequestError(
+                f"the body must come within {timeout_s:g} s and a second for every {_MIN_BODY_BYTES_PER_S} bytes, got {count} "
+                "bytes and no end; send it faster."
+            ) from None
+        if piece is None:
+            return
+        # A chunked body declares nothing, so it is also counted as it comes.
+        count += len(piece)
         if count > max_bytes:
             raise _too_large(max_bytes, "more")
-        yield chunk
+        yield piece
+
+
+def _declared_bytes(headers: Headers) -> int | None:
+    """The length that the request declares; None: none, or none that a number could be made of."""
+    text = headers.get("content-length", "")
+    # Python's int takes digits of every script, and no more than some thousand of them.
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return int(text[:_MAX_LENGTH_DIGITS])
 
 
 def _too_large(max_bytes: int, got: str) -> PayloadTooLargeError:

@@ -27,14 +27,14 @@ from flowroll.errors import FlowrollError
 from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
+from flowroll.serving.connections import HttpConfig
 from flowroll.serving.listening import open_listener
 from flowroll.serving.logs import configure_logging
+from flowroll.serving.tracing import Tracing, otlp_provider
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN_POLL_S = 0.02
-# After the grace period every answer is made; a client gets so long to read the rest of a large one.
-_SEND_S = 2
 
 
 def serve(config: ServerConfig) -> None:
@@ -49,12 +49,12 @@ def serve(config: ServerConfig) -> None:
         SystemExit: With one line for the user and status 1: the checkpoint cannot be loaded, the address cannot be bound, or a
             rank was lost, which ends every request. With status 0: a signal came before the server was up.
     """
-    configure_logging(config.log_level)
+    configure_logging(config.log_level, config.log_format)
     place = torchrun_rank()
     if place is not None and place.rank > 0:
         _follow(config)
         return
-    with _signals_end_start():
+    with _signals_end_start(), _spans(config) as tracing:
         _log.info("loading %s", config.model)
         try:
             if place is not None:
@@ -73,7 +73,7 @@ def serve(config: ServerConfig) -> None:
             with open_listener(config) as listener:
                 _announce(config, engine, listener)
                 worker = EngineWorker(engine, max_queue=config.max_queue)
-                _DrainingServer(config, worker).run(sockets=[listener])
+                _DrainingServer(config, worker, tracing).run(sockets=[listener])
         finally:
             _close(engine, worker)
     if engine.failure is not None:
@@ -114,18 +114,8 @@ def _follow(config: ServerConfig) -> None:
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets the engine finish before it stops to listen."""
 
-    def __init__(self, config: ServerConfig, worker: EngineWorker) -> None:
-        super().__init__(
-            uvicorn.Config(
-                create_app(worker, config),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                ws="none",
-                timeout_graceful_shutdown=_SEND_S,
-            )
-        )
+    def __init__(self, config: ServerConfig, worker: EngineWorker, tracing: Tracing | None) -> None:
+        super().__init__(HttpConfig(create_app(worker, config, tracing=tracing), config))
         self._worker = worker
         self._grace_s = config.grace_s
         self._in_a_hurry = False
@@ -162,6 +152,26 @@ class _DrainingServer(uvicorn.Server):
     def _has_work(self) -> bool:
         """Whether a request is still to be run, or its answer to be sent."""
         return bool(self._worker.pending or self._worker.running or self.server_state.tasks)
+
+
+@contextlib.contextmanager
+def _spans(config: ServerConfig) -> Iterator[Tracing | None]:
+    """Sends spans where the configuration says; at the end, those that are left.
+
+    Raises:
+        SystemExit: The libraries for that are not installed.
+    """
+    if config.otlp_endpoint is None:
+        yield None
+        return
+    try:
+        provider = otlp_provider(config.otlp_endpoint)
+    except FlowrollError as error:
+        raise SystemExit(f"Error: {error.message}") from None
+    try:
+        yield Tracing(provider)
+    finally:
+        provider.shutdown()
 
 
 @contextlib.contextmanager

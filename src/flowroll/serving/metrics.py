@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowroll.engine.batching import LoadStats
+from flowroll.engine.batching import LoadStats, Stretch
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.worker import EngineWorker, RequestKind
 
@@ -22,8 +22,8 @@ class WorkerCollector(Collector):
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
-        # Answers are encoded after their requests have ended, on the server's threads.
-        self.serialise_s = 0.0
+        # What happens to answers after their requests have ended.
+        self.answer_s: dict[str, float] = {"serialise": 0.0, "send": 0.0}
 
     def collect(self) -> Iterator[Metric]:
         """Queue, running requests and samples, batches, stages, and how every accepted request ended."""
@@ -64,9 +64,8 @@ class WorkerCollector(Collector):
 
     def _stages(self, load: LoadStats) -> Metric:
         stages = CounterMetricFamily("flowroll_stage_seconds", "Seconds of ended requests, by stage.", labels=["stage"])
-        for stage, seconds in load.stage_s.items():
+        for stage, seconds in (*load.stage_s.items(), *self.answer_s.items()):
             stages.add_metric([stage], seconds)
-        stages.add_metric(["serialise"], self.serialise_s)
         return stages
 
 
@@ -79,6 +78,7 @@ class Metrics:
     Attributes:
         registry: Holds all of it.
         requests: HTTP requests by route and status code.
+        errors: Answers that are an error, by its code.
         request_seconds: From the request's first byte to the answer's last, by route.
         response_bytes: Of answer bodies, by route.
         samples: Finished samples, by kind.
@@ -97,6 +97,7 @@ class Metrics:
         self._collector = WorkerCollector(worker)
         own.register(self._collector)
         self.requests = Counter("flowroll_requests", "HTTP requests.", ["route", "code"], registry=own)
+        self.errors = Counter("flowroll_errors", "Answers that are an error.", ["code"], registry=own)
         self.request_seconds = Histogram(
             "flowroll_request_seconds", "Seconds per HTTP request.", ["route"], buckets=_SECONDS_BUCKETS, registry=own
         )
@@ -110,15 +111,19 @@ class Metrics:
         )
         self.scored_steps = Counter("flowroll_scored_steps", "Recorded steps that were scored again.", registry=own)
 
-    def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int) -> None:
-        """Counts an answered HTTP request."""
+    def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int, error: str | None) -> None:
+        """Counts an answered HTTP request; on the event loop."""
         self.requests.labels(route, str(code)).inc()
         self.request_seconds.labels(route).observe(seconds)
         self.response_bytes.labels(route).inc(body_bytes)
+        if error is not None:
+            self.errors.labels(error).inc()
 
-    def observe_serialise(self, seconds: float) -> None:
-        """Counts the time that an answer took to be encoded; on the event loop."""
-        self._collector.serialise_s += seconds
+    def observe_stages(self, stretches: Iterable[Stretch]) -> None:
+        """Counts the time that an answer took after its request had ended; on the event loop."""
+        for stretch in stretches:
+            if stretch.stage in self._collector.answer_s:
+                self._collector.answer_s[stretch.stage] += stretch.seconds
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""

@@ -9,6 +9,8 @@ import hmac
 import logging
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
@@ -17,10 +19,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flowroll.engine.batching import Stretch
 from flowroll.errors import EngineError, UnauthorizedError
 from flowroll.serving.errors import error_response
-from flowroll.serving.logs import log_request
+from flowroll.serving.logs import POLLED, log_request, name_request
 from flowroll.serving.metrics import Metrics
+from flowroll.serving.tracing import Tracing
 
 REQUEST_ID_HEADER = "x-request-id"
 # Milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
@@ -40,27 +44,52 @@ class Exchange:
         request_id: Made here; replaced by the caller's own once the body is read.
         suppress_logs: The caller wants no log line.
         status: Of the answer, once it began.
+        error: Code of the error that the answer is; None: it is none.
         body_bytes: Of the answer, so far.
         started_s: Monotonic clock.
-        stages: Seconds that the answer took, by stage.
+        answered_s: When the answer began.
+        stretches: Where the time went, as far as it is known.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     suppress_logs: bool = False
     status: int | None = None
+    error: str | None = None
     body_bytes: int = 0
-    started_s: float = field(default_factory=time.perf_counter)
-    stages: dict[str, float] = field(default_factory=dict)
+    started_s: float = field(default_factory=time.monotonic)
+    answered_s: float | None = None
+    stretches: list[Stretch] = field(default_factory=list)
 
     @property
     def shown_id(self) -> str:
-        """The id as a header or a log line can carry it: percent-encoded, and cut where the caller's is very long."""
+        """The id as a header can carry it: percent-encoded, and cut where the caller's is very long."""
         return quote(self.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
 
     @property
-    def shown_stages(self) -> str:
-        """The stages as the header has them, in the way of Server-Timing."""
-        return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in self.stages.items())
+    def stages(self) -> dict[str, float]:
+        """Milliseconds by stage, in the order in which the stages were reached."""
+        totals: dict[str, float] = {}
+        for stretch in self.stretches:
+            totals[stretch.stage] = totals.get(stretch.stage, 0.0) + stretch.seconds * 1000
+        return totals
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What happens inside is that stage."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stretches.append(Stretch(stage=name, start_s=start_s, end_s=time.monotonic()))
+
+    def note_start(self, status: int) -> None:
+        """The answer begins."""
+        self.status, self.answered_s = status, time.monotonic()
+
+    def note_end(self) -> None:
+        """The answer has ended; what was done for it is complete."""
+        if self.stretches and self.answered_s is not None:
+            self.stretches.append(Stretch(stage="send", start_s=self.answered_s, end_s=time.monotonic()))
 
 
 def exchange_of(request: Request) -> Exchange:
@@ -77,11 +106,13 @@ class RequestMiddleware:
         app: What it wraps.
         metrics: Counts every request.
         api_key: Demanded of every path but the open ones; None: of none.
+        tracing: Makes spans; None: there are none.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, tracing: Tracing | None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
         self._token = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,14 +122,15 @@ class RequestMiddleware:
             return
         exchange = Exchange()
         scope.setdefault("state", {})["exchange"] = exchange
+        name_request(lambda: exchange.request_id)
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
+                exchange.note_start(message["status"])
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = exchange.shown_id
-                if exchange.stages:
-                    headers[TIMING_HEADER] = exchange.shown_stages
+                if stages := exchange.stages:
+                    headers[TIMING_HEADER] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages.items())
             elif message["type"] == "http.response.body":
                 exchange.body_bytes += len(message.get("body", b""))
             await send(message)
@@ -113,18 +145,20 @@ class RequestMiddleware:
             error = UnauthorizedError(
                 "the request must carry the server's token, got none or another; send Authorization: Bearer."
             )
+            exchange.error = error.code
             await error_response(error)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         except ClientDisconnect:
-            _log.info("request_id=%s: the client went away before its request was read", exchange.shown_id)
+            _log.info("the client went away before its request was read")
         except Exception:
             if exchange.status is not None:
                 # The answer has begun: only breaking it off tells the client.
                 raise
-            _log.exception("request_id=%s failed in the server", exchange.shown_id)
+            _log.exception("the request failed in the server")
             message = "the server must answer every request, got an internal error; see its log for the request id."
+            exchange.error = EngineError.code
             await error_response(EngineError(message))(scope, receive, send)
 
     def _is_authorized(self, scope: Scope) -> bool:
@@ -136,17 +170,48 @@ class RequestMiddleware:
         return hmac.compare_digest(f"{scheme.capitalize()} {token.strip()}".encode(), self._token)
 
     def _observe(self, exchange: Exchange, scope: Scope) -> None:
-        seconds = time.perf_counter() - exchange.started_s
+        exchange.note_end()
+        seconds = time.monotonic() - exchange.started_s
         status = exchange.status or _CLIENT_CLOSED
         # Unknown paths share one label: their number is the caller's choice.
         route = getattr(scope.get("route"), "path", "other")
-        self._metrics.observe_request(route=route, code=status, seconds=seconds, body_bytes=exchange.body_bytes)
-        if not exchange.suppress_logs:
-            log_request(
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                seconds=seconds,
-                body_bytes=exchange.body_bytes,
-                request_id=exchange.shown_id,
-            )
+        self._metrics.observe_request(
+            route=route, code=status, seconds=seconds, body_bytes=exchange.body_bytes, error=exchange.error
+        )
+        self._metrics.observe_stages(exchange.stretches)
+        trace_id = self._trace(exchange, scope, route, status)
+        if exchange.suppress_logs:
+            return
+        values: dict[str, object] = {
+            "request_id": exchange.request_id,
+            "method": scope["method"],
+            "duration_ms": round(seconds * 1000, 1),
+            "bytes": exchange.body_bytes,
+        }
+        if exchange.error is not None:
+            values["error"] = exchange.error
+        if trace_id is not None:
+            values["trace_id"] = trace_id
+        values |= {f"{stage}_ms": round(ms, 1) for stage, ms in exchange.stages.items()}
+        log_request(path=scope["path"], status=status, values=values)
+
+    def _trace(self, exchange: Exchange, scope: Scope, route: str, status: int) -> str | None:
+        """Makes the request's spans; returns the id of its trace, if it has one."""
+        if self._tracing is None or route in POLLED:
+            return None
+        attributes: dict[str, str | int] = {
+            "http.request.method": scope["method"],
+            "http.route": route,
+            "http.response.status_code": status,
+            "http.response.body.size": exchange.body_bytes,
+            "flowroll.request_id": exchange.request_id,
+        }
+        if exchange.error is not None:
+            attributes["error.type"] = exchange.error
+        return self._tracing.record(
+            f"{scope['method']} {route}",
+            headers=Headers(scope=scope),
+            start_s=exchange.started_s,
+            stretches=exchange.stretches,
+            attributes=attributes,
+        )

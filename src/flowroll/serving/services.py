@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -68,19 +67,18 @@ class Services:
         return await self._run(request, plan, self.worker.submit(plan, "generate", timeout_s=_timeout_s(request)), "generate")
 
     async def serialise(self, request: Request, encode: Callable[..., T], /, *values: Any, **options: Any) -> T:
-        """Encodes an answer on a thread, and notes how long that took."""
-        started_s = time.perf_counter()
-        encoded = await run_in_threadpool(encode, *values, **options)
-        seconds = time.perf_counter() - started_s
-        exchange_of(request).stages["serialise"] = seconds
-        self.metrics.observe_serialise(seconds)
-        return encoded
+        """Encodes an answer on a thread, and notes how long that took.
+
+        A streamed body's base64 is made later, piece by piece, while it is sent.
+        """
+        with exchange_of(request).stage("serialise"):
+            return await run_in_threadpool(encode, *values, **options)
 
     async def _run(self, request: Request, plan: RequestPlan, accepted: Accepted[T], kind: RequestKind) -> list[T]:
         try:
             results = await while_connected(request, accepted, self.worker.cancel)
         finally:
-            exchange_of(request).stages.update(dataclasses.asdict(accepted.timing))
+            exchange_of(request).stretches += accepted.stretches
         self.metrics.observe_result(plan, kind)
         return results
 
@@ -116,9 +114,10 @@ class Services:
         """Has something done on the engine's thread while no request runs."""
         return await asyncio.wrap_future(self.worker.between_requests(action, mode=mode))
 
-    async def score(self, plan: ScorePlan) -> ScoreAnswer:
+    async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
         """Scores recorded steps, between the steps of requests."""
-        answer = await asyncio.wrap_future(self.worker.submit_scores(plan))
+        with exchange_of(request).stage("score"):
+            answer = await asyncio.wrap_future(self.worker.submit_scores(plan))
         self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
         return answer
 

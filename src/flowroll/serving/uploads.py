@@ -40,7 +40,7 @@ async def read_bucket(request: Request, arrival: Arrival, *, max_bytes: int, idl
     stream, loop = TensorStream(arrival.incoming), asyncio.get_running_loop()
     try:
         async with asyncio.timeout(idle_s) as silence:
-            async for pieces in _in_lots(bounded_stream(request, max_bytes)):
+            async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
                 await run_in_threadpool(_feed, stream, pieces)
                 arrival.touch()
                 silence.reschedule(loop.time() + idle_s)
@@ -71,7 +71,7 @@ async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: flo
     try:
         with path.open("xb") as file:
             async with asyncio.timeout(idle_s) as silence:
-                async for pieces in _in_lots(bounded_stream(request, max_bytes)):
+                async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
                     await run_in_threadpool(file.writelines, pieces)
                     silence.reschedule(loop.time() + idle_s)
     except TimeoutError:

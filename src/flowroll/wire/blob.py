@@ -40,7 +40,8 @@ class BlobError(ValueError):
 
 class _Entry(msgspec.Struct, frozen=True):
     dtype: str
-    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    # Bounded, because the product of a million numbers takes minutes, in which Python does nothing else.
+    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(max_length=64)]
     data_offsets: tuple[int, int]
 
 

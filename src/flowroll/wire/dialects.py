@@ -44,6 +44,9 @@ NATIVE_EMBEDS: Mapping[str, str] = {"z_image": "cap_feats"}
 LeafOrPlain: TypeAlias = Leaf | list[Any] | int | float | str | bool
 WireEnvValue: TypeAlias = Leaf | list[LeafOrPlain[Leaf]] | int | float | str | bool
 
+# Image shapes have three levels.
+_MAX_ENV_DEPTH = 8
+
 
 class LayoutError(ValueError):
     """An answer that is well-formed but not laid out as a rollout."""
@@ -232,12 +235,14 @@ def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: st
     """The environment of an object of either dialect.
 
     Raises:
-        LayoutError: The embeds are in a list, and not alone.
+        LayoutError: The embeds are in a list, and not alone, or lists are nested beyond any use.
     """
 
-    def loaded(value: object) -> EnvValue:
+    def loaded(value: object, depth: int = 0) -> EnvValue:
         if isinstance(value, list):
-            return [loaded(item) for item in value]
+            if depth == _MAX_ENV_DEPTH:
+                raise LayoutError(f"lists in more than {_MAX_ENV_DEPTH} levels")
+            return [loaded(item, depth + 1) for item in value]
         return value if isinstance(value, int | float | str) else load(cast(Leaf, value))
 
     def branch(values: Mapping[str, object]) -> dict[str, EnvValue]:

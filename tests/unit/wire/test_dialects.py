@@ -10,7 +10,7 @@ from flowroll.errors import ServerConnectionError
 from flowroll.families import FAMILIES
 from flowroll.wire.blob import tensor_from_blob
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
-from flowroll.wire.dialects import NATIVE_EMBEDS, SGLANG_EMBEDS
+from flowroll.wire.dialects import NATIVE_EMBEDS, SGLANG_EMBEDS, LayoutError, WireEnv, env_from_wire
 
 RESPONSE_FIELDS = {
     "request_id",
@@ -194,3 +194,14 @@ def test_a_record_whose_grid_does_not_fit_its_steps_is_refused() -> None:
     sample["sampling"]["num_inference_steps"] = 5
     with pytest.raises(ServerConnectionError, match="must hold rollouts"):
         decoded(sample)
+
+
+def test_an_env_with_lists_beyond_any_use_is_refused_before_python_runs_out_of_frames() -> None:
+    nested: list[object] = []
+    for _ in range(400):
+        nested = [nested]
+    with pytest.raises(LayoutError, match="more than 8 levels"):
+        env_from_wire(WireEnv(pos_cond_kwargs={"img_shapes": nested}), lambda leaf: leaf, "encoder_hidden_states")
+    shapes = [[[1, 4, 4]]]
+    env = env_from_wire(WireEnv(pos_cond_kwargs={"img_shapes": shapes}), lambda leaf: leaf, "encoder_hidden_states")
+    assert env.pos_cond_kwargs["img_shapes"] == shapes

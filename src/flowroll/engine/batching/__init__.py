@@ -22,7 +22,7 @@ from flowroll.engine.batching.batcher import Batcher
 from flowroll.engine.batching.errands import ExclusiveMode
 from flowroll.engine.batching.floor import PauseMode
 from flowroll.engine.batching.jobs import Accepted
-from flowroll.engine.batching.ledger import STAGES, LoadStats, Timing, WorkerStats
+from flowroll.engine.batching.ledger import STAGES, LoadStats, Stretch, Timing, WorkerStats
 from flowroll.engine.batching.limits import BatchLimits
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ExclusiveMode",
     "LoadStats",
     "PauseMode",
+    "Stretch",
     "Timing",
     "WorkerStats",
 ]

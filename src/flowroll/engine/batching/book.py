@@ -39,7 +39,8 @@ class End:
         """Ends the future."""
         future = self.job.future
         if self.cause is not None:
-            _log.error("request_id=%r failed in the engine", self.job.plan.request_id, exc_info=self.cause)
+            request = {"request_id": self.job.plan.request_id}
+            _log.error("the request failed in the engine", exc_info=self.cause, extra=request)
             # Its frames hold tensors, and, through them, itself.
             self.cause.__traceback__ = None
         if self.job.has_begun:
@@ -168,7 +169,7 @@ class Book:
         else:
             self._waiting.remove(job)
         now_s = self._clock()
-        job.future.timing = job.timing(now_s)
+        job.future.stretches = job.stretches(now_s)
         self.ledger.note_end(job.future.timing, None if end.error is None else end.error.code)
         # Whatever still works for it is not wanted any more.
         job.restart()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,12 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from flowroll.engine.batching.ledger import Timing
+from flowroll.engine.batching.ledger import StageName, Stretch, Timing
 from flowroll.engine.denoising import DenoisingTask, Sample, StepFunction
 from flowroll.engine.finishing import Finished
 from flowroll.engine.plan import RequestPlan
 
 T = TypeVar("T")
+# The stages between the moments that a job notes.
+_BETWEEN: tuple[StageName, ...] = ("queue", "encode", "queue", "denoise", "decode")
 # What a finished sample becomes.
 Finish = Callable[[RequestPlan, Finished], Any]
 
@@ -26,13 +29,18 @@ class Accepted(Future[list[T]]):
 
     Attributes:
         request_id: Of the request; callers may give several requests the same.
-        timing: Where its time went, once it has ended.
+        stretches: Where its time went, in order and without a gap, once it has ended; only the stages that it reached.
     """
 
     def __init__(self, request_id: str) -> None:
         super().__init__()
         self.request_id = request_id
-        self.timing = Timing()
+        self.stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def timing(self) -> Timing:
+        """Where its time went, by stage."""
+        return Timing.of(self.stretches)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -99,17 +107,13 @@ class Job:
         self.taken_s = self.encoded_s = self.started_s = self.denoised_s = None
         self.num_denoised = 0
 
-    def timing(self, now_s: float) -> Timing:
-        """Where its time went if it ends now; the stages that it did not reach took none."""
-        taken_s = now_s if self.taken_s is None else self.taken_s
-        encoded_s = now_s if self.encoded_s is None else self.encoded_s
-        started_s = now_s if self.started_s is None else self.started_s
-        denoised_s = now_s if self.denoised_s is None else self.denoised_s
-        return Timing(
-            queue=taken_s - self.accepted_s + started_s - encoded_s,
-            encode=encoded_s - taken_s,
-            denoise=denoised_s - started_s,
-            decode=now_s - denoised_s,
+    def stretches(self, now_s: float) -> tuple[Stretch, ...]:
+        """Where its time went if it ends now."""
+        moments = (self.accepted_s, self.taken_s, self.encoded_s, self.started_s, self.denoised_s)
+        noted = [moment_s for moment_s in moments if moment_s is not None]
+        return tuple(
+            Stretch(stage=stage, start_s=start_s, end_s=end_s)
+            for stage, (start_s, end_s) in zip(_BETWEEN, itertools.pairwise([*noted, now_s]), strict=False)
         )
 
 

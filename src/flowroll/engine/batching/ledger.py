@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 StageName: TypeAlias = Literal["queue", "encode", "denoise", "decode"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """A stretch of time that a request spent in one stage.
+
+    Attributes:
+        stage: Which; one of `STAGES`, or what happens to its answer afterwards.
+        start_s: Monotonic clock.
+        end_s: Monotonic clock.
+    """
+
+    stage: str
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it was."""
+        return self.end_s - self.start_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +46,14 @@ class Timing:
     encode: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
+
+    @classmethod
+    def of(cls, stretches: Iterable[Stretch]) -> Timing:
+        """The sums by stage; a stage that was not reached took no time."""
+        totals = dict.fromkeys(STAGES, 0.0)
+        for stretch in stretches:
+            totals[cast(StageName, stretch.stage)] += stretch.seconds
+        return cls(**totals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

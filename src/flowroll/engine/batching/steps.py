@@ -75,7 +75,9 @@ class Steps:
             if len(batch) == 1:
                 failures[batch[0]] = error
                 return []
-            _log.warning("a forward of %d samples failed (%s); taking it again one by one", len(batch), type(error).__name__)
+            shared = {"request_ids": sorted({sample.job.plan.request_id for sample in batch})}
+            message = "a forward of %d samples failed (%s); taking it again one by one"
+            _log.warning(message, len(batch), type(error).__name__, extra=shared)
         # After the handler, so that the failed forward's tensors are free.
         if batch[0].task.model.device.type == "cuda":
             torch.cuda.empty_cache()

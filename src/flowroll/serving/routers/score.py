@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
@@ -35,7 +34,7 @@ def build_router(services: Services) -> APIRouter:
     )
     async def score_steps(request: Request) -> Response:
         wire_format = choose_wire_format(request.headers, services.config)
-        answer = await services.score(await accept_score_request(request, services))
-        return stream(await run_in_threadpool(encode_score_answer, answer, wire_format=wire_format))
+        answer = await services.score(request, await accept_score_request(request, services))
+        return stream(await services.serialise(request, encode_score_answer, answer, wire_format=wire_format))
 
     return router

@@ -53,6 +53,7 @@ class ServerInfo(BaseModel):
     max_body_bytes: int = Field(description="Size of a request body.")
     max_score_body_bytes: int = Field(description="Size of a body of POST /rollout/score.")
     max_weights_body_bytes: int = Field(description="Size of a body with tensors of new weights.")
+    receive_timeout_s: float = Field(description="Seconds for headers to come, and a body (and a second per 64 KiB of it).")
     is_paused: bool = Field(description="Whether new requests are refused until /continue_generation.")
     is_asleep: bool = Field(description="Whether the memory of the weights is released.")
     is_ready: bool = Field(description="Whether new requests are taken.")
@@ -78,6 +79,7 @@ def build_router(services: Services) -> APIRouter:
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
+            receive_timeout_s=config.receive_timeout_s,
             is_paused=load.is_paused,
             is_asleep=services.worker.engine.is_asleep,
             is_ready=services.worker.is_accepting and not (load.is_paused or services.worker.engine.is_asleep),

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.weights import WeightFiles, find_weights
+from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import read_body
@@ -113,4 +114,10 @@ def _read_expected(body: bytearray) -> tuple[VerifyRequest, list[tuple[str, str]
             super().__init__(pairs)
             self.pairs = pairs
 
-    return accepted, json.loads(body, object_pairs_hook=Pairs)["expected"].pairs
+    try:
+        return accepted, json.loads(body, object_pairs_hook=Pairs)["expected"].pairs
+    except (ValueError, RecursionError) as error:
+        # A value that another of the same name replaced, which the first parser did not mind.
+        raise MalformedRequestError(
+            "body must be plain JSON, got a value that is too deep or too long; send each name once."
+        ) from error

@@ -1,0 +1,174 @@
+"""`flowroll bench serve`: load on a running server, and how it held up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+from rich.console import Console
+
+from flowroll.cli.options import ApiKey
+from flowroll.cli.output import add_row, format_bytes, plain_table, print_whole, progress_bar
+from flowroll.cli.rollout import read_prompts
+from flowroll.cli.sampling_flags import with_sampling_flags
+from flowroll.errors import InvalidRequestError
+from flowroll.types.params import SdeType
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flowroll.loadgen.plan import Load, Mix
+    from flowroll.loadgen.report import LoadReport, Outcome
+    from flowroll.loadgen.run import Target
+
+# Drawn for each request, or a matter of one request alone.
+_NO_FLAG = {
+    *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "sde_type", "seed", "seeds"),
+    *("request_id", "min_weight_version"),
+}
+
+
+def serve(
+    given: dict[str, Any],
+    url: Annotated[str, typer.Option(help="Of the server, e.g. http://127.0.0.1:30000.")],
+    prompts: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help='One prompt a line; or .jsonl, objects with a "prompt" key.')
+    ],
+    rate: Annotated[float | None, typer.Option(help="Open loop: arrivals per second (Poisson).")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Closed loop: requests in flight.")] = None,
+    num_requests: Annotated[int | None, typer.Option(help="How many to send.")] = None,
+    duration_s: Annotated[float | None, typer.Option(help="For how long to start requests, in seconds.")] = None,
+    sizes: Annotated[str, typer.Option(metavar="WxH,...", help="Pixels.")] = "512x512",
+    steps: Annotated[str, typer.Option(metavar="N,...", help="Denoising steps.")] = "10",
+    group_sizes: Annotated[str, typer.Option(metavar="N,...", help="Samples per request.")] = "1",
+    dynamics: Annotated[str, typer.Option(metavar="NAME,...", help="sde, cps, ode.")] = "sde",
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same requests at the same times.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests sent first that are not measured.")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="How often to send a request again that got 429.")] = 0,
+    max_in_flight: Annotated[
+        int, typer.Option(min=1, help="Open loop: a request that is due while so many are unanswered is not sent, and failed.")
+    ] = 512,
+    wire_format: Annotated[
+        Literal["json", "msgpack"], typer.Option(help="Of the answers; json is what every server with the API has.")
+    ] = "json",
+    api_key: ApiKey = None,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest silence of the server, in seconds.")] = 600.0,
+    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for the figures.")] = None,
+) -> None:
+    """Send load to a server and measure it.
+
+    Any server that has POST /rollout/generate will do; nothing of flowroll's own is needed. Every request draws its prompt,
+    size, steps, samples and dynamics from those given, by --seed; all other fields are the same in all of them.
+
+    Give --rate (open loop) or --concurrency (closed loop), and --num-requests or --duration-s. Latency counts from the moment
+    a request was due to the last byte of its answer. Time by stage is shown where the answers carry x-flowroll-timing.
+
+    Exit status 1 if a request failed otherwise than by 429.
+
+    Example: flowroll bench serve --url http://127.0.0.1:30000 --prompts prompts.txt --rate 4 --duration-s 60
+    --sizes 512x512,768x512 --steps 10,20 --dynamics sde,cps --return-dit-trajectory --json load.json
+    """
+    from flowroll.loadgen.plan import Load, Mix
+    from flowroll.loadgen.run import Target
+
+    mix = Mix(
+        prompts=tuple(read_prompts(prompts)),
+        sizes=tuple(_size(item) for item in sizes.split(",")),
+        steps=_integers("steps", steps),
+        group_sizes=_integers("group_sizes", group_sizes),
+        dynamics=tuple(_dynamics(item) for item in dynamics.split(",")),
+        fixed=given,
+        seed=seed,
+    )
+    load = Load(
+        rate=rate,
+        concurrency=concurrency,
+        num_requests=num_requests,
+        duration_s=duration_s,
+        warmup=warmup,
+        retries=retries,
+        max_in_flight=max_in_flight,
+    )
+    report = _run(Target(url=url, api_key=api_key, wire_format=wire_format, timeout_s=timeout_s), mix, load)
+    if json_file is not None:
+        written = {
+            "url": url,
+            "wire_format": wire_format,
+            # Their number: a file of prompts can be large, and is the user's.
+            "mix": asdict(mix) | {"prompts": len(mix.prompts)},
+            "load": asdict(load),
+            "report": asdict(report),
+        }
+        json_file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    print_whole(report_table(report))
+    raise typer.Exit(1 if report.failed else 0)
+
+
+bench = typer.Typer(help="Measure a running server.", no_args_is_help=True, rich_markup_mode=None)
+bench.command()(with_sampling_flags(serve, without=_NO_FLAG))
+
+
+@bench.callback()
+def _group() -> None:
+    """Measure a running server."""
+
+
+def report_table(report: LoadReport) -> Table:
+    """One figure a row."""
+    table = plain_table(f"{report.sent} requests in {report.seconds:.1f} s", "figure", "value", right=("value",))
+    for name in ("completed", "rejected", "failed", "rejections"):
+        add_row(table, name, str(getattr(report, name)))
+    for error, number in report.errors.items():
+        add_row(table, f"error {error}", str(number))
+    for name, seconds in report.latency_s.items():
+        add_row(table, f"latency {name}", f"{seconds:.3f} s")
+    for stage, figures in report.stages_s.items():
+        for name, seconds in figures.items():
+            add_row(table, f"{stage} {name}", f"{seconds:.3f} s")
+    for name, value in report.per_second.items():
+        add_row(table, f"{name} per second", format_bytes(round(value)) if name == "bytes" else f"{value:.2f}")
+    return table
+
+
+def _run(target: Target, mix: Mix, load: Load) -> LoadReport:
+    from flowroll.loadgen.report import OK
+    from flowroll.loadgen.run import run_load
+
+    # Beside the figures, which may be redirected.
+    console = Console(stderr=True)
+    with progress_bar(console, is_shown=console.is_terminal) as progress:
+        task, not_ok = progress.add_task("requests", total=load.num_requests), 0
+
+        def show(outcome: Outcome) -> None:
+            nonlocal not_ok
+            not_ok += outcome.code != OK
+            progress.update(task, advance=1, description=f"requests, {not_ok} not ok")
+
+        return asyncio.run(run_load(target, mix, load, on_outcome=show))
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})\s*", text)
+    if match is None:
+        raise InvalidRequestError(f"sizes must be WxH separated by commas, got {text!r}; write 512x512.", field="sizes")
+    return int(match[1]), int(match[2])
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(item) for item in text.split(","))
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"{name} must be integers separated by commas, got {text!r}; write 1,4.", field=name
+        ) from error
+
+
+def _dynamics(text: str) -> Any:
+    if text.strip() not in get_args(SdeType):
+        raise InvalidRequestError(f"dynamics must be sde, cps or ode, got {text!r}; choose one.", field="dynamics")
+    return text.strip()

@@ -1,0 +1,1 @@
+"""A load generator for any server with flowroll's API: a plan of requests, the run, the report."""
