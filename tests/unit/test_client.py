@@ -430,7 +430,7 @@ UPDATED = WeightUpdate(
             [Path("/w/8")],
             {"module": "vae", "weight_version": "8"},
             "/update_weights_from_disk",
-            {"model_path": "/w/8", "module": "vae", "weight_version": "8"},
+            {"model_path": "/w/8", "module": "vae", "weight_version": "8", "mode": "drain"},
             {"success": True, "message": "done", **dataclasses.asdict(UPDATED)},
             UPDATED,
         ),

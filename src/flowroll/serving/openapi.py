@@ -50,7 +50,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 )
 
 
-SAFETENSORS_BODY: dict[str, Any] = {
+_SAFETENSORS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -60,6 +60,19 @@ SAFETENSORS_BODY: dict[str, Any] = {
         },
     }
 }
+
+
+def safetensors_body(query: type[BaseModel] | None = None) -> dict[str, Any]:
+    """What a route that reads tensors, and fields of `query` beside them, adds to its entry in the document."""
+    if query is None:
+        return _SAFETENSORS_BODY
+    described = query.model_json_schema()
+    required = described.get("required", ())
+    parameters = [
+        {"name": name, "in": "query", "required": name in required, "schema": field}
+        for name, field in described["properties"].items()
+    ]
+    return {**_SAFETENSORS_BODY, "parameters": parameters}
 
 
 def request_body(model: type[BaseModel], **other_content: Any) -> dict[str, Any]:

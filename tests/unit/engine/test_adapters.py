@@ -216,8 +216,12 @@ def test_a_refused_adapter_leaves_everything(fault: str, merged: bool, z_image: 
 
 
 def test_there_is_room_for_so_many_adapters_and_bytes(z_image: Engine, z_image_checkpoint: Path, adapter: Path) -> None:
-    for name in ("p", "q"):
-        z_image.load_lora_adapter(adapter, name=name)
+    z_image.load_lora_adapter(adapter, name="p")
+    second, third = (z_image.stage_lora_adapter(_files(adapter), name=name) for name in ("q", "r"))
+    z_image.commit_lora_adapter(second)
+    # There was room when it was read.
+    with pytest.raises(WeightsRejectedError, match="got 3 with"):
+        z_image.commit_lora_adapter(third)
     with pytest.raises(WeightsRejectedError, match=r"at most 2 with .* got 3 with"):
         z_image.load_lora_adapter(adapter, name="r")
     # One that takes another's place needs no more room.

@@ -14,7 +14,7 @@ from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_con
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import read_body
-from flowroll.serving.openapi import SAFETENSORS_BODY, request_body
+from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.services import Services
 from flowroll.serving.uploads import save_body
@@ -62,7 +62,7 @@ def build_router(services: Services) -> APIRouter:
             **WEIGHTS_RESPONSES,
             415: {"model": ErrorBody, "description": "The body is not sent as application/octet-stream"},
         },
-        openapi_extra=SAFETENSORS_BODY,
+        openapi_extra=safetensors_body(AdapterFromTensorsRequest),
     )
     async def load_lora_adapter_from_tensors(request: Request) -> AdapterChangeObject:
         query = parse(AdapterFromTensorsRequest, dict(request.query_params))

@@ -8,7 +8,7 @@ from flowroll.engine.batching import ExclusiveMode
 from flowroll.serving.arrivals import Arrival
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import read_optional
-from flowroll.serving.openapi import SAFETENSORS_BODY, request_body
+from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.services import Services
 from flowroll.serving.uploads import read_bucket
 from flowroll.types import check_version
@@ -64,7 +64,7 @@ def build_router(services: Services) -> APIRouter:
         description="A safetensors file. Names, shapes and dtypes are checked before the data is read. A bucket that is "
         "refused, or breaks off, is dropped; the update goes on, and its tensors may come again.",
         responses=_RESPONSES,
-        openapi_extra=SAFETENSORS_BODY,
+        openapi_extra=safetensors_body(),
     )
     async def put_bucket(update_id: str, request: Request) -> ArrivedObject:
         arrival = arriving.get(update_id)
@@ -101,7 +101,7 @@ def build_router(services: Services) -> APIRouter:
         description="A whole module as one safetensors file; `module`, `weight_version` and `mode` are in the query. All or "
         "nothing.",
         responses=_RESPONSES,
-        openapi_extra=SAFETENSORS_BODY,
+        openapi_extra=safetensors_body(BodyUpdateRequest),
     )
     async def update_from_body(request: Request) -> UpdateObject:
         accepted = parse(BodyUpdateRequest, dict(request.query_params))
