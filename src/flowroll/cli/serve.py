@@ -40,6 +40,15 @@ def serve(
             help="A folder from which clients may have weights read; may be given several times.",
         ),
     ] = None,
+    weight_group_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight-group-host",
+            metavar="HOST",
+            help="A host, besides this machine, whose process group clients may have the server join for new weights, or *; may "
+            "be given several times.",
+        ),
+    ] = None,
     max_scores: Annotated[int, typer.Option(min=1, help="Recorded steps that one request may have scored again.")] = 4096,
     max_batch_samples: Annotated[int, typer.Option(min=1, help="Samples in one forward.")] = 16,
     max_running_samples: Annotated[int, typer.Option(min=1, help="Samples in memory at once.")] = 32,
@@ -107,6 +116,7 @@ def serve(
             api_key=api_key,
             wire_format=wire_format,
             wire_dialect=wire_dialect,
+            weight_group_hosts=tuple(weight_group_hosts or ()),
             weights_roots=tuple(map(str, weights_roots or ())),
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,

@@ -41,6 +41,7 @@ class ServerConfig:
         wire_format: Answer to `Accept: */*`.
         wire_dialect: Names in the answer where the request does not choose.
         weights_roots: Folders, absolute, from which clients may have weights read; none: no client may.
+        weight_group_hosts: Hosts, besides this machine, whose process groups clients may have the server join; "*": every one.
         max_queue: Requests that may wait behind those that run.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
@@ -77,6 +78,7 @@ class ServerConfig:
     wire_format: WireFormat = "json"
     wire_dialect: Dialect = "native"
     weights_roots: tuple[str, ...] = ()
+    weight_group_hosts: tuple[str, ...] = ()
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30

@@ -1,4 +1,4 @@
-"""Which paths of this machine a client may name."""
+"""Which paths of this machine, and which hosts, a client may name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from flowroll.errors import ForbiddenError, InvalidRequestError
 
 _MOST_SHOWN = 200
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 
 
 def allowed_path(text: str, roots: Sequence[str], field: str = "model_path") -> Path:
@@ -53,6 +54,25 @@ def check_inside(files: Iterable[Path], roots: Sequence[str], field: str = "mode
     for file in files:
         if not _is_inside(file, roots):
             raise _forbidden(file.name, field)
+
+
+def check_host(host: str, allowed: Sequence[str], field: str) -> None:
+    """Refuses a host that this server is not to connect to; otherwise whoever reaches it could have it knock anywhere.
+
+    Args:
+        host: As sent.
+        allowed: Hosts, to the letter, besides this machine; "*": every one.
+        field: What the request calls it.
+
+    Raises:
+        ForbiddenError: It is none of these.
+    """
+    if host not in (*_THIS_MACHINE, *allowed) and "*" not in allowed:
+        raise ForbiddenError(
+            f"{field} must be this machine or a host that the server was started with, got {host[:_MOST_SHOWN]!r}; start it "
+            "with --weight-group-host HOST.",
+            field=field,
+        )
 
 
 def _is_inside(path: Path, roots: Sequence[str]) -> bool:

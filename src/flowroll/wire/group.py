@@ -28,14 +28,19 @@ class InitGroupRequest(Strict):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"master_address": "10.0.0.7", "master_port": 29600, "rank_offset": 1, "world_size": 2, "backend": "nccl"}
+                {"master_address": "127.0.0.1", "master_port": 29600, "rank_offset": 1, "world_size": 2, "backend": "nccl"}
             ]
         }
     )
 
     master_address: Annotated[
         str,
-        Field(min_length=1, max_length=255, description="Where rank 0's store listens.", examples=["10.0.0.7"]),
+        Field(
+            min_length=1,
+            max_length=255,
+            description="Where rank 0's store listens: this machine, or a host of --weight-group-host.",
+            examples=["127.0.0.1"],
+        ),
         Rule(text="be a host", remedy="send the trainer's address"),
     ]
     master_port: Annotated[

@@ -16,6 +16,7 @@ from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import read_body
 from flowroll.serving.openapi import request_body
+from flowroll.serving.paths import check_host
 from flowroll.serving.services import Services
 from flowroll.types import check_version
 from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
@@ -43,11 +44,15 @@ def build_router(services: Services) -> APIRouter:
         summary="Join a trainer's process group",
         description="Whatever the engine's layout, the server is one member, of rank `rank_offset`. Waits for the others, at "
         "most for --rank-timeout-s. A group of the same name is destroyed first: its trainer has begun again.",
-        responses=_RESPONSES,
+        responses={
+            **_RESPONSES,
+            403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
+        },
         openapi_extra=request_body(InitGroupRequest),
     )
     async def init_group(request: Request) -> DoneObject:
         accepted = parse(InitGroupRequest, parse_json_body(await read_body(request, services)))
+        check_host(accepted.master_address, services.config.weight_group_hosts, "master_address")
         async with joining:
             if (former := groups.pop(accepted.group_name, None)) is not None:
                 former.close()
