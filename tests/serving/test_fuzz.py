@@ -106,6 +106,10 @@ def schema(server: httpx.Client) -> Any:
     return schemathesis.openapi.from_url(f"{server.base_url}/openapi.json")
 
 
+# The document says of their bodies that they are bytes, which nothing can be wrong with.
+BINARY = {"/weights/{update_id}/buckets", "/update_weights_from_safetensors", "/load_lora_adapter_from_tensors"}
+
+
 # Nothing can be wrong in a request without parameters.
 @pytest.mark.parametrize(
     ("path", "mode"),
@@ -113,7 +117,7 @@ def schema(server: httpx.Client) -> Any:
         (path, mode)
         for path, methods in ROUTES.items()
         for mode in GenerationMode
-        if "post" in methods or mode is GenerationMode.POSITIVE
+        if mode is GenerationMode.POSITIVE or ("post" in methods and path not in BINARY)
     ],
 )
 def test_what_the_document_allows_and_what_it_forbids_gets_a_documented_answer(
