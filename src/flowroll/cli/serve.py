@@ -45,8 +45,8 @@ def serve(
         typer.Option(
             "--weight-group-host",
             metavar="HOST",
-            help="A host, besides this machine, whose process group clients may have the server join for new weights, or *; may "
-            "be given several times.",
+            help="A host, besides this machine, whose process group clients may have the server join for weights, or *; "
+            "may be given several times.",
         ),
     ] = None,
     max_scores: Annotated[int, typer.Option(min=1, help="Recorded steps that one request may have scored again.")] = 4096,

@@ -45,7 +45,7 @@ WORK_RESPONSES: dict[int | str, dict[str, object]] = {
     413: {"model": ErrorBody, "description": "The body is too large"},
     415: {"model": ErrorBody, "description": "The body is not sent as application/json"},
     408: {"model": ErrorBody, "description": "The request's own deadline passed, or its body came too slowly"},
-    409: {"model": ErrorBody, "description": "Generation is paused, or the weights are not of the version that is demanded"},
+    409: {"model": ErrorBody, "description": "Generation is paused, the engine sleeps, or the weights are older than demanded"},
     422: {"model": ErrorBody, "description": "A value breaks a rule, or a field is unknown"},
     429: {"model": ErrorBody, "description": "The queue is full; see Retry-After"},
     499: {"model": ErrorBody, "description": "The request was aborted"},
