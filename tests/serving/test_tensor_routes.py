@@ -31,6 +31,7 @@ from flowroll.errors import (
     WeightsBusyError,
     WeightsRejectedError,
 )
+from flowroll.serving import uploads
 
 OCTETS = {"content-type": "application/octet-stream"}
 ONE_BODY = "/update_weights_from_safetensors"
@@ -245,12 +246,24 @@ def _open(server: httpx.Client, path: str, length: int) -> http.client.HTTPConne
 
 @pytest.mark.parametrize("path", ["/weights/{update_id}/buckets", ONE_BODY])
 def test_a_trainer_that_is_killed_leaves_everything(
-    path: str, server: httpx.Client, client: Client, engine: HookedEngine, tensors: dict[str, Tensor], untouched: None
+    path: str,
+    server: httpx.Client,
+    client: Client,
+    engine: HookedEngine,
+    tensors: dict[str, Tensor],
+    untouched: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # So that part of the data is taken before the trainer dies.
+    monkeypatch.setattr(uploads, "_LOT_BYTES", 2**14)
     data = save(tensors)
     update_id = begin(server) if "{" in path else ""
     connection = _open(server, path.format(update_id=update_id), len(data))
     connection.send(data[: len(data) // 2])
+    if update_id:
+        # The header is there: its names are taken.
+        probe = save({**tensors, "no.such": torch.zeros(1)})
+        until(lambda: "twice" in error_of(put(server, update_id, probe))["message"])
     # As the kernel does for a process that is killed.
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connection.close()
