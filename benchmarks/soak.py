@@ -36,14 +36,15 @@ RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("qwen_image", "z_image")
 # Small enough that queue and memory limits are met.
 SERVER_OPTIONS = ("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES))
-# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN keeps a kernel for each of
-# the last 1,024 shapes: resident memory then tells of them, not of the server. So set, what is freed goes back, and the cache
+# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN and torch's layer over
+# it keep kernels of the last 1,024 shapes: resident memory then tells of them, not of the server. So set, what is freed goes back, and the cache
 # of kernels is full before memory is judged.
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
 }
 _WATCH_S = 2.0
 _REST_LIMIT_S = 60.0
@@ -82,7 +83,9 @@ def main() -> None:
     parser.add_argument("--check-share", type=float, default=0.15, help="share of the answers that are compared")
     parser.add_argument("--no-updates", action="store_true", help="leave the weights as they are")
     parser.add_argument("--most-kib-per-minute", type=float, default=100.0, help="upper bound of a flat slope of memory")
-    parser.add_argument("--keep-allocator", action="store_true", help="leave the servers' allocator and cache of kernels as they are")
+    parser.add_argument(
+        "--keep-allocator", action="store_true", help="leave the servers' allocator and cache of kernels as they are"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="result file; a chart is put beside it")
     options = parser.parse_args()
