@@ -36,9 +36,9 @@ RESULTS = Path(__file__).parent / "results"
 FAMILIES = ("qwen_image", "z_image")
 # Small enough that queue and memory limits are met.
 SERVER_OPTIONS = ("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES))
-# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN and torch's layer over
-# it keep kernels of the last 1,024 shapes: resident memory then tells of them, not of the server. So set, what is freed goes back, and the cache
-# of kernels is full before memory is judged.
+# glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN and torch keep kernels of
+# the last 1,024 shapes: resident memory then tells of them, not of the server. So set, what is freed goes back, and the
+# caches of kernels are full before memory is judged.
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "131072",
