@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from examples.rl.journal import Journal, Row, plot
+from examples.rl.publishing import Adapter, Publisher, Weights, with_adapter
 from examples.rl.spoiling import MISTAKES, SPOIL_REWARDS, SPOIL_ROLLOUTS
 from examples.server import running_server
 from examples.shapes.reward import reward
@@ -50,6 +51,7 @@ class Options:
         group_size: Samples of one prompt.
         num_steps: Denoising steps.
         learning_rate: Of AdamW.
+        lora_rank: Of the adapter that is trained; None: all weights are.
         evaluate_every: Rounds between evaluations.
         mistake: One of `MISTAKES`, to see that nothing is learned; None: none.
     """
@@ -62,6 +64,7 @@ class Options:
     group_size: int = 8
     num_steps: int = 6
     learning_rate: float = 1e-3
+    lora_rank: int | None = None
     evaluate_every: int = 5
     mistake: str | None = None
 
@@ -93,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     for name in ("seed", "rounds", "prompts", "group_size", "num_steps", "evaluate_every"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=of[name])
     parser.add_argument("--learning-rate", type=float, default=of["learning_rate"])
+    parser.add_argument("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank; default: all weights")
     parser.add_argument("--mistake", choices=MISTAKES, default=None, help="spoil the run on purpose: it must not learn")
 
 
@@ -113,18 +117,22 @@ def train(options: Options, request: Mapping[str, Any], update: Update, *, title
     quiet_model_libraries()
     # As many as the server has: on the CPU, bits depend on it.
     torch.set_num_threads(1)
-    weights = (options.out / "weights").resolve()
-    weights.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(options.out / "rewards.csv")
     checkpoint = shapes_checkpoint(options.family)
     policy = load_policy(checkpoint)
+    publisher: Publisher = Weights()
+    if options.lora_rank is not None:
+        policy, publisher = with_adapter(policy, options.lora_rank), Adapter()
     with (
-        running_server(checkpoint, options.out / "server.log", "--weights-root", str(weights)) as server,
+        running_server(checkpoint, options.out / "server.log") as server,
         Client(server.url) as client,
         _progress() as progress,
     ):
-        run = _Run(options, request, client, policy, journal, weights)
+        run = _Run(options, {**request, **publisher.request}, client, policy, journal, publisher)
         task = progress.add_task("", total=options.rounds)
+        if options.lora_rank is not None:
+            publisher.publish(client, policy)
         for number in range(options.rounds):
             run.round(number, update)
             progress.update(task, completed=number + 1, description=run.state)
@@ -154,10 +162,10 @@ class _Run:
         client: Client,
         policy: nn.Module,
         journal: Journal,
-        weights: Path,
+        publisher: Publisher,
     ) -> None:
         self._options, self._request, self._client = options, request, client
-        self._policy, self._journal, self._weights = policy, journal, weights
+        self._policy, self._journal, self._publisher = policy, journal, publisher
         self._generator = torch.Generator().manual_seed(options.seed)
         self._started_s = time.perf_counter()
         self._before: Sequence[Tensor] = ()
@@ -171,7 +179,7 @@ class _Run:
             self._before = self._before or pictures
         batch, mean = self._collect()
         ratio_error = update(self._policy, batch)
-        self._push(number)
+        self._publisher.publish(self._client, self._policy)
         seconds = time.perf_counter() - self._started_s
         self._journal.add(
             Row(round=number, reward=mean, evaluation=evaluation, ratio_error=ratio_error, seconds=round(seconds, 1))
@@ -222,12 +230,6 @@ class _Run:
         advantages = replay.group_advantages(torch.tensor(rewards), groups, std="global")
         return Batch(rollouts=rollouts, advantages=advantages, generator=generator), mean
 
-    def _push(self, number: int) -> None:
-        """The policy's weights to the server, through the disk."""
-        folder = self._weights / "transformer"
-        self._policy.save_pretrained(folder)  # type: ignore[operator]
-        self._client.update_weights_from_disk(str(folder), weight_version=str(number + 1))
-
     def _evaluate(self) -> tuple[float, list[Tensor]]:
         """Mean reward of one deterministic sample of every prompt, always from the same noise, and the samples."""
         images = [
@@ -236,6 +238,7 @@ class _Run:
                 seed=index,
                 num_inference_steps=self._options.num_steps,
                 guidance_scale=_UNGUIDED,
+                **self._publisher.request,
             )[0].image
             for index, scene in enumerate(SCENES)
         ]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import ClassVar
 
 import examples.diffusion_nft as diffusion_nft
 import examples.flow_grpo as flow_grpo
@@ -44,16 +45,24 @@ def test_a_journal_reads_back_what_it_wrote_also_of_a_run_that_was_cut_off(tmp_p
     assert min(Image.open(tmp_path / "rewards.png").size) > 300
 
 
+class Nowhere:
+    """Publishes nothing."""
+
+    request: ClassVar[dict[str, str]] = {}
+
+    def publish(self, client, policy):
+        pass
+
+
 def test_the_pictures_of_before_are_those_of_the_first_evaluation(tmp_path, monkeypatch):
     taken = [torch.full((3, 1, 8, 8), 0.1 * number) for number in range(4)]
     evaluations = iter((float(number), [picture] * len(SCENES)) for number, picture in enumerate(taken))
     shown: list[ContactRow] = []
     monkeypatch.setattr(loop._Run, "_evaluate", lambda self: next(evaluations))
     monkeypatch.setattr(loop._Run, "_collect", lambda self: (None, 0.5))
-    monkeypatch.setattr(loop._Run, "_push", lambda self, number: None)
     monkeypatch.setattr(loop, "contact_sheet", lambda rows, captions, path, title: shown.extend(rows))
     run = loop._Run(
-        Options(out=tmp_path, rounds=3, evaluate_every=1), {}, None, None, Journal(tmp_path / "rewards.csv"), tmp_path
+        Options(out=tmp_path, rounds=3, evaluate_every=1), {}, None, None, Journal(tmp_path / "rewards.csv"), Nowhere()
     )
     for number in range(3):
         run.round(number, lambda policy, batch: 0.0)

@@ -1,5 +1,6 @@
 """The whole loop over HTTP: a policy learns from its rewards, and learns nothing from a spoilt trajectory."""
 
+import re
 from pathlib import Path
 
 import examples.diffusion_nft as diffusion_nft
@@ -17,13 +18,18 @@ def run(main, out: Path, *flags: str) -> list[Row]:
 
 
 @pytest.mark.slow
-def test_every_round_starts_at_a_ratio_of_one_with_the_weights_of_the_round_before(tmp_path):
-    rows = run(flow_grpo.main, tmp_path, "--window", "2", "--rounds", "2", "--prompts", "2", "--group-size", "3")
+@pytest.mark.parametrize(
+    ("flags", "route", "count"),
+    [((), r"/weights/\w+/commit", 2), (("--lora-rank", "4"), "/load_lora_adapter_from_tensors", 3)],
+    ids=["all weights", "adapter"],
+)
+def test_every_round_starts_at_a_ratio_of_one_with_the_weights_of_the_round_before(tmp_path, flags, route, count):
+    rows = run(flow_grpo.main, tmp_path, "--window", "2", "--rounds", "2", "--prompts", "2", "--group-size", "3", *flags)
     assert [row.ratio_error for row in rows] == [0.0, 0.0, None]
     # The server draws otherwise now: it has the new weights.
     assert rows[0].evaluation != rows[-1].evaluation
     log = (tmp_path / "server.log").read_text()
-    assert log.count("path=/update_weights_from_disk status=200") == 2
+    assert len(re.findall(f"path={route} status=200", log)) == count
     for picture in ("rewards.png", "pictures.png"):
         assert min(Image.open(tmp_path / picture).size) > 200
 
