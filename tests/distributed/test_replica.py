@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.serving.servers import LONG, SMALL, Background, ServerProcess, error_of, until
 
-from flowroll.engine import Engine, Limits, denoising, follow, replica
+from flowroll.engine import Engine, Limits, denoising, follow, ranks
 from flowroll.errors import CheckpointError, EngineError, FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.parallel import processes
 from flowroll.types import Layout
@@ -221,7 +221,7 @@ def test_a_layout_that_does_not_fit_is_refused_before_a_process_is_started(
     def start(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(replica, "RankProcesses", start)
+    monkeypatch.setattr(ranks, "RankProcesses", start)
     with pytest.raises(InvalidRequestError, match=words) as refused:
         Engine(z_image_checkpoint, device="cpu", layout=layout, limits=limits)
     assert refused.value.field == field

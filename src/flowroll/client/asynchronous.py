@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import httpx
 from torch import Tensor
 
-from flowroll.client import exchange, pushing
-from flowroll.client.exchange import Call, UpdateMode
+from flowroll.client import calls, exchange, pushing
+from flowroll.client.calls import UpdateMode
+from flowroll.client.exchange import Call
 from flowroll.client.pushing import NamedTensors
 from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
@@ -76,11 +77,11 @@ class AsyncClient:
 
     async def rollout(self, params: SamplingParams | None = None, /, **values: Any) -> list[Rollout]:
         """Rolls out one request: one `Rollout` per sample. See `Client.rollout`."""
-        return await self._send(exchange.rollout_call(params, values, self._wire_format))
+        return await self._send(calls.rollout_call(params, values, self._wire_format))
 
     async def generate(self, params: SamplingParams | None = None, /, **values: Any) -> list[GeneratedImage]:
         """Plain text-to-image generation: one `GeneratedImage` per sample. See `Client.generate`."""
-        return await self._send(exchange.generate_call(params, values, self._wire_format))
+        return await self._send(calls.generate_call(params, values, self._wire_format))
 
     async def update_weights_from_disk(
         self,
@@ -91,7 +92,7 @@ class AsyncClient:
         mode: UpdateMode = "drain",
     ) -> WeightUpdate:
         """Has the server take new weights from its disk. See `Client.update_weights_from_disk`."""
-        return await self._send(exchange.update_from_disk_call(path, module, weight_version, mode))
+        return await self._send(calls.update_from_disk_call(path, module, weight_version, mode))
 
     async def update_weights(
         self,
@@ -117,17 +118,17 @@ class AsyncClient:
 
     async def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the server's weights. See `Client.weights_checksum`."""
-        return await self._send(exchange.checksum_call(module))
+        return await self._send(calls.checksum_call(module))
 
     async def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
         """Has the server compare its weights with the trainer's. See `Client.verify_weights`."""
-        return await self._send(exchange.verify_call(expected, module))
+        return await self._send(calls.verify_call(expected, module))
 
     async def load_lora_adapter(
         self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
     ) -> AdapterChange:
         """Has the server load a LoRA adapter. See `Client.load_lora_adapter`."""
-        return await self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+        return await self._send(calls.load_adapter_call(name, path, merged, weight_version))
 
     async def load_lora_adapter_from_tensors(
         self,
@@ -143,19 +144,19 @@ class AsyncClient:
 
     async def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
         """Has the server forget an adapter. See `Client.unload_lora_adapter`."""
-        return await self._send(exchange.unload_adapter_call(name, weight_version))
+        return await self._send(calls.unload_adapter_call(name, weight_version))
 
     async def lora_adapters(self) -> list[LoraAdapter]:
         """The server's adapters, in the order of loading."""
-        return await self._send(exchange.adapters_call())
+        return await self._send(calls.adapters_call())
 
     async def release_memory(self, mode: str = "offload") -> MemoryChange:
         """Has the server release the memory of its weights. See `Client.release_memory`."""
-        return await self._send(exchange.release_memory_call(mode))
+        return await self._send(calls.release_memory_call(mode))
 
     async def resume_memory(self) -> MemoryChange:
         """Has the server take the memory of its weights again. See `Client.resume_memory`."""
-        return await self._send(exchange.resume_memory_call())
+        return await self._send(calls.resume_memory_call())
 
     async def score(
         self,
@@ -167,26 +168,24 @@ class AsyncClient:
     ) -> Scores:
         """Has the server score steps of rollouts again. See `Client.score`."""
         # Encoding takes long enough to hold up the caller's event loop, as decoding does.
-        call = await asyncio.to_thread(
-            exchange.score_call, rollouts, steps, log_probs_only, min_weight_version, self._wire_format
-        )
+        call = await asyncio.to_thread(calls.score_call, rollouts, steps, log_probs_only, min_weight_version, self._wire_format)
         return await self._send(call)
 
     async def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""
-        return await self._send(exchange.object_call("/health"))
+        return await self._send(calls.object_call("/health"))
 
     async def server_info(self) -> dict[str, Any]:
         """The model that is served, the limits, the versions."""
-        return await self._send(exchange.object_call("/server_info"))
+        return await self._send(calls.object_call("/server_info"))
 
     async def models(self) -> list[dict[str, Any]]:
         """The entries of GET /v1/models."""
-        return await self._send(exchange.models_call())
+        return await self._send(calls.models_call())
 
     async def metrics(self) -> str:
         """The Prometheus metrics, as text."""
-        return await self._send(exchange.metrics_call())
+        return await self._send(calls.metrics_call())
 
     async def wait_ready(self, timeout_s: Number = exchange.DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server takes requests.
@@ -197,7 +196,7 @@ class AsyncClient:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                await self._send(exchange.readiness_call(deadline - time.monotonic()))
+                await self._send(calls.readiness_call(deadline - time.monotonic()))
                 return
             except (ServerConnectionError, ShuttingDownError) as error:
                 if time.monotonic() + exchange.READY_POLL_S > deadline:

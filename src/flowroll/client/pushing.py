@@ -10,7 +10,8 @@ from urllib.parse import urlencode
 
 from torch import Tensor
 
-from flowroll.client.exchange import CHANGE, UPDATE, Call, UpdateMode, post, read_by, read_object
+from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
+from flowroll.client.exchange import Call, post, read_by, read_object
 from flowroll.errors import InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate
 from flowroll.wire.blob import data_view, plain, safetensors_prefix

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import httpx
 from torch import Tensor
 
-from flowroll.client import exchange, pushing
-from flowroll.client.exchange import Call, UpdateMode
+from flowroll.client import calls, exchange, pushing
+from flowroll.client.calls import UpdateMode
+from flowroll.client.exchange import Call
 from flowroll.client.pushing import NamedTensors
 from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
@@ -85,7 +86,7 @@ class Client:
             ServerConnectionError: The server cannot be reached, or broke off.
             FlowrollError: Whatever else the server raised.
         """
-        return self._send(exchange.rollout_call(params, values, self._wire_format))
+        return self._send(calls.rollout_call(params, values, self._wire_format))
 
     def generate(self, params: SamplingParams | None = None, /, **values: Any) -> list[GeneratedImage]:
         """Plain text-to-image generation: one `GeneratedImage` per sample.
@@ -97,7 +98,7 @@ class Client:
         Raises:
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.generate_call(params, values, self._wire_format))
+        return self._send(calls.generate_call(params, values, self._wire_format))
 
     def update_weights_from_disk(
         self,
@@ -121,7 +122,7 @@ class Client:
             WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.update_from_disk_call(path, module, weight_version, mode))
+        return self._send(calls.update_from_disk_call(path, module, weight_version, mode))
 
     def update_weights(
         self,
@@ -169,7 +170,7 @@ class Client:
         Args:
             module: "transformer", "text_encoder" or "vae".
         """
-        return self._send(exchange.checksum_call(module))
+        return self._send(calls.checksum_call(module))
 
     def verify_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> int:
         """Has the server compare its weights with the trainer's, tensor by tensor.
@@ -184,7 +185,7 @@ class Client:
         Raises:
             WeightsMismatchError: It names those that differ, are missing or unknown.
         """
-        return self._send(exchange.verify_call(expected, module))
+        return self._send(calls.verify_call(expected, module))
 
     def load_lora_adapter(
         self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
@@ -202,7 +203,7 @@ class Client:
             WeightsRejectedError: No plain LoRA adapter of the server's model, or there is no room. Everything is as it was.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.load_adapter_call(name, path, merged, weight_version))
+        return self._send(calls.load_adapter_call(name, path, merged, weight_version))
 
     def load_lora_adapter_from_tensors(
         self,
@@ -231,11 +232,11 @@ class Client:
             name: Of the adapter.
             weight_version: Of the server's weights from now on; None: the server counts.
         """
-        return self._send(exchange.unload_adapter_call(name, weight_version))
+        return self._send(calls.unload_adapter_call(name, weight_version))
 
     def lora_adapters(self) -> list[LoraAdapter]:
         """The server's adapters, in the order of loading."""
-        return self._send(exchange.adapters_call())
+        return self._send(calls.adapters_call())
 
     def release_memory(self, mode: str = "offload") -> MemoryChange:
         """Has the server release the memory of its weights, once the requests that run have finished.
@@ -246,11 +247,11 @@ class Client:
         Raises:
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.release_memory_call(mode))
+        return self._send(calls.release_memory_call(mode))
 
     def resume_memory(self) -> MemoryChange:
         """Has the server take the memory of its weights again; they are as they were."""
-        return self._send(exchange.resume_memory_call())
+        return self._send(calls.resume_memory_call())
 
     def score(
         self,
@@ -277,23 +278,23 @@ class Client:
             PayloadTooLargeError: Too much at once; score fewer rollouts at a time.
             FlowrollError: As for `rollout`.
         """
-        return self._send(exchange.score_call(rollouts, steps, log_probs_only, min_weight_version, self._wire_format))
+        return self._send(calls.score_call(rollouts, steps, log_probs_only, min_weight_version, self._wire_format))
 
     def health(self) -> dict[str, Any]:
         """What GET /health says; raises if the server is not healthy."""
-        return self._send(exchange.object_call("/health"))
+        return self._send(calls.object_call("/health"))
 
     def server_info(self) -> dict[str, Any]:
         """The model that is served, the limits, the versions."""
-        return self._send(exchange.object_call("/server_info"))
+        return self._send(calls.object_call("/server_info"))
 
     def models(self) -> list[dict[str, Any]]:
         """The entries of GET /v1/models."""
-        return self._send(exchange.models_call())
+        return self._send(calls.models_call())
 
     def metrics(self) -> str:
         """The Prometheus metrics, as text."""
-        return self._send(exchange.metrics_call())
+        return self._send(calls.metrics_call())
 
     def wait_ready(self, timeout_s: Number = exchange.DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server takes requests.
@@ -304,7 +305,7 @@ class Client:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                self._send(exchange.readiness_call(deadline - time.monotonic()))
+                self._send(calls.readiness_call(deadline - time.monotonic()))
                 return
             except (ServerConnectionError, ShuttingDownError) as error:
                 if time.monotonic() + exchange.READY_POLL_S > deadline:

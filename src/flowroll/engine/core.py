@@ -19,7 +19,8 @@ from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_de
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import plan_geometry
-from flowroll.engine.replica import FailureListener, Replica, open_replica
+from flowroll.engine.ranks import FailureListener
+from flowroll.engine.replica import Replica, open_replica
 from flowroll.engine.rest import Rest
 from flowroll.engine.weight_store import WeightStore
 from flowroll.engine.work import ModelWork

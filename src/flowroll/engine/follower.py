@@ -41,7 +41,7 @@ from flowroll.engine.denoising import DenoisingTask
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
-from flowroll.engine.replica import RankConfig
+from flowroll.engine.ranks import RankConfig
 from flowroll.engine.rest import Rest
 from flowroll.engine.scoring import velocities_of
 from flowroll.engine.shares import Shares, prepare_shares

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from flowroll.engine.follower import follow_rank_0
-from flowroll.engine.replica import RankConfig
+from flowroll.engine.ranks import RankConfig
 from flowroll.parallel.processes import read_configuration
 from flowroll.parallel.rendezvous import join_store, rank_device
 

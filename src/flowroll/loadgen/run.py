@@ -10,7 +10,7 @@ from itertools import islice
 
 import httpx
 
-from flowroll.client import exchange
+from flowroll.client import calls, exchange
 from flowroll.errors import ServerConnectionError
 from flowroll.loadgen.answer import error_code, sample_counter, stages_of
 from flowroll.loadgen.plan import Load, Mix, arrivals, requests, values_of, warmup_requests
@@ -93,7 +93,7 @@ class _Sender:
 
     async def send(self, params: SamplingParams) -> tuple[Outcome, float]:
         """Sends a request once; gives how it ended, and how long the server wants its caller to wait."""
-        call = exchange.rollout_call(None, values_of(params, self._mix), self._target.wire_format)
+        call = calls.rollout_call(None, values_of(params, self._mix), self._target.wire_format)
         status, received = None, 0
         started_s = time.monotonic()
         try:
