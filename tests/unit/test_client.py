@@ -20,7 +20,7 @@ import torch
 from tests.factories import assert_same_answer, make_image, make_rollout
 
 from flowroll import SamplingParams, errors
-from flowroll.client import AsyncClient, Client, exchange
+from flowroll.client import AsyncClient, Client, calls
 from flowroll.errors import (
     EngineError,
     FlowrollError,
@@ -84,7 +84,7 @@ def test_the_async_client_decodes_off_the_event_loop(monkeypatch: pytest.MonkeyP
         assert loop_ticked.wait(10)
         return []
 
-    monkeypatch.setattr(exchange, "decode_rollouts", decode)
+    monkeypatch.setattr(calls, "decode_rollouts", decode)
 
     async def tick() -> None:
         threads["loop"] = threading.get_ident()

@@ -1,10 +1,11 @@
-"""What both clients share: from arguments to a call, and from a response to a value or the exception that the server raised.
+"""What both clients share: a call, and from its response a value or the exception that the server raised.
 
 Nothing here does input or output.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
