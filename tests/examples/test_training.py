@@ -20,7 +20,10 @@ def run(main, out: Path, *flags: str) -> list[Row]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "route", "count"),
-    [((), r"/weights/\w+/commit", 2), (("--lora-rank", "4"), "/load_lora_adapter_from_tensors", 3)],
+    [
+        ((), r"/weights/\w+/commit", 2),
+        pytest.param(("--lora-rank", "4"), "/load_lora_adapter_from_tensors", 3, marks=pytest.mark.proof),
+    ],
     ids=["all weights", "adapter"],
 )
 def test_every_round_starts_at_a_ratio_of_one_with_the_weights_of_the_round_before(tmp_path, flags, route, count):

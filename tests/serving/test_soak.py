@@ -9,7 +9,7 @@ from benchmarks.soaking.books import Books, ServerCounts, imbalances
 from benchmarks.soaking.watch import slope
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_server_keeps_its_promises_through_twenty_seconds_of_mixed_traffic(tmp_path: Path) -> None:
     out = tmp_path / "soak.md"
     flags = ["--minutes", "0.33", "--warm-up", "0.08", "--check-share", "0.5", "--families", "z_image", "--out", str(out)]

@@ -200,7 +200,7 @@ def test_a_trainer_that_falls_silent_is_waited_for_no_longer_than_is_said(
 def test_a_broadcast_that_waits_ends_with_its_group(
     client: Client, server: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with WeightGroup([client], timeout_s=20.0) as group:
+    with WeightGroup([client], timeout_s=6.0) as group:
         body = {"names": ["x_pad_token"], "dtypes": ["float32"], "shapes": [[1, 64]], "group_name": group._name}
         answers: list[httpx.Response] = []
         waiting = threading.Thread(
