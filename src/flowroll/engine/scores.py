@@ -101,7 +101,7 @@ class ScoringEngine(EngineCore):
         self._check_interrupt()
         self.batcher.start()
         # Ranks in the middle of a request wait for its next step, and would take a score for it.
-        return self.batcher.between_steps(action) if self._replica is None else self.batcher.exclusive(action)
+        return self.batcher.between_steps(action) if self._replica is None else self.batcher.exclusive(action, yields=True)
 
     def _score_samples(self, plan: ScorePlan) -> ScoreAnswer:
         # Again: the weights may have been changed, even to older ones, while the request waited.

@@ -141,7 +141,7 @@ class Batcher:
         with self._floor.change():
             self._floor.pause = None
 
-    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
+    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain", yields: bool = False) -> Future[T]:
         """Has something done to the model while no request runs; may be called from any thread.
 
         Those that wait go on waiting meanwhile, and no trajectory sees the model before and after.
@@ -150,6 +150,8 @@ class Batcher:
             action: Runs on the loop's thread.
             mode: "drain": what runs finishes first. "abort": what runs is put back to the start, with the same seeds, and is
                 done again, wholly, afterwards.
+            yields: Whether a request that waits goes between it and the next that yields, so that a stream of them starves
+                nobody.
 
         Returns:
             What the action returns or raises.
@@ -164,7 +166,7 @@ class Batcher:
                 self._floor.book.put_back()
             elif self._floor.pause == "freeze" and self._floor.book.num_running:
                 raise PausedError("requests must go on to finish first, got frozen ones; continue, or abort them.")
-            return self._add_errand(action, needs_rest=True)
+            return self._add_errand(action, needs_rest=True, yields=yields)
 
     def between_steps(self, action: Callable[[], T]) -> Future[T]:
         """Has something done with the model as soon as the step that is being taken has ended.
@@ -278,7 +280,7 @@ class Batcher:
             self._floor.book.fail(job, cancelled())
         return len(meant)
 
-    def _add_errand(self, action: Callable[[], T], *, needs_rest: bool) -> Future[T]:
-        errand = Errand(action=action, needs_rest=needs_rest)
+    def _add_errand(self, action: Callable[[], T], *, needs_rest: bool, yields: bool = False) -> Future[T]:
+        errand = Errand(action=action, needs_rest=needs_rest, yields=yields)
         self._floor.errands.add(errand)
         return errand.future

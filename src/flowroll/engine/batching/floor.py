@@ -65,6 +65,7 @@ class Floor:
         with self._lock:
             yield
             while self.has_room() and (job := self.book.take_up()) is not None:
+                self.errands.note_taken_up()
                 self.is_encoding = True
                 self.to_encode.append((job, job.attempt))
             ends = self.book.ends()
@@ -92,6 +93,10 @@ class Floor:
     def is_at_rest(self) -> bool:
         """Whether nothing works for a request, not even for one that has ended."""
         return not (self.book.num_running or self.is_encoding or self.num_decoding)
+
+    def is_awaited(self) -> bool:
+        """Whether a request waits that nothing but an errand keeps from being taken up."""
+        return self.pause is None and self.book.num_waiting > 0
 
     def check_running(self) -> None:
         """Raises what the batcher was stopped with.

@@ -128,6 +128,8 @@ class StepLine(Line):
         self._steps = steps
         # The thread that is in an errand for which everything rests.
         self._alone: int | None = None
+        # After an errand samples have their turn, however many others wait.
+        self._owes_turn = False
 
     @property
     def is_alone(self) -> bool:
@@ -138,12 +140,14 @@ class StepLine(Line):
     def work(self) -> bool:
         """One turn: ends what is due; then an errand, or the samples that there is room for start and one step is taken."""
         floor = self._floor
+        owed, self._owes_turn = self._owes_turn, False
         with floor.change():
             floor.book.sweep()
-            errand = floor.errands.next(floor.clock(), is_at_rest=floor.is_at_rest())
+            errand = None if owed else self._next_errand()
             starts = [] if errand or floor.pause == "freeze" else floor.samples.next_starts()
         let_go = self.let_go()
         if errand is not None:
+            self._owes_turn = True
             self._run(errand)
             return True
         for start in starts:
@@ -152,7 +156,7 @@ class StepLine(Line):
             batch = [] if floor.pause == "freeze" else floor.samples.next_batch()
         if batch:
             self._step(batch)
-        return bool(let_go or starts or batch)
+        return bool(owed or let_go or starts or batch)
 
     @override
     def idle_s(self) -> float | None:
@@ -169,6 +173,10 @@ class StepLine(Line):
             with suppress(FlowrollError):  # of a lost rank, which has ended everything
                 self._steps.stop(running)
         return bool(dropped)
+
+    def _next_errand(self) -> Errand | None:
+        floor = self._floor
+        return floor.errands.next(floor.clock(), is_at_rest=floor.is_at_rest(), is_awaited=floor.is_awaited())
 
     def _run(self, errand: Errand) -> None:
         result: Any = None

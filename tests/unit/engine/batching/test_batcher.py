@@ -313,11 +313,45 @@ def test_what_is_done_between_steps_does_not_wait_for_requests(hand: Hand) -> No
     asked = hand.batcher.between_steps(lambda: request.done())
     hand.step()
     assert asked.result(0) is False
+    failing = hand.batcher.between_steps(lambda: 1 // 0)
+    hand.step(2)
     with pytest.raises(ZeroDivisionError):
-        failing = hand.batcher.between_steps(lambda: 1 // 0)
-        hand.step()
         failing.result(0)
     assert len(hand.finish(request)[0]) == 1
+
+
+def test_a_stream_of_what_is_done_between_steps_stops_neither_samples_nor_changes_of_the_model(hand: Hand) -> None:
+    (request,) = hand.begin({"num_inference_steps": 4})
+    change = None
+
+    def stream() -> None:
+        hand.batcher.between_steps(stream)
+
+    stream()
+    stream()
+    for turn in range(60):
+        if turn == 6:
+            assert hand.batcher.load().steps == 3
+            change = hand.batcher.exclusive(lambda: request.done())
+        hand.step()
+        hand.batcher.decoding.work()
+    assert change is not None and change.result(0) is True
+
+
+@pytest.mark.parametrize("yields", [True, False])
+def test_of_errands_that_yield_one_request_goes_between_two(hand: Hand, yields: bool) -> None:
+    requests = [hand.submit(seed=seed) for seed in range(3)]
+    order: list[int] = []
+
+    def stream() -> None:
+        order.append(sum(request.done() for request in requests))
+        if len(order) < 8:
+            hand.batcher.exclusive(stream, yields=yields)
+
+    hand.batcher.exclusive(stream, yields=yields)
+    hand.drain()
+    # The first request was taken up before there was an errand.
+    assert order == ([1, 2, 3, 3, 3, 3, 3, 3] if yields else [1] * 8)
 
 
 def test_stop_ends_everything_once_and_refuses_what_comes(hand: Hand) -> None:
