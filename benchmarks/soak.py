@@ -47,7 +47,9 @@ ALLOCATOR = {
     "LRU_CACHE_CAPACITY": "64",
 }
 _WATCH_S = 2.0
+_QUIET_S = 4.0
 _REST_LIMIT_S = 60.0
+_STRETCH_S = 100.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,8 +105,10 @@ def main() -> None:
         f"Command: `python -m benchmarks.soak {' '.join(sys.argv[1:])}`. {hardware()}; {os.cpu_count()} cores, shared. Tiny "
         f"checkpoints, `flowroll serve {' '.join(SERVER_OPTIONS)}` with one thread each, {options.clients} clients a server; "
         f"allocator of the servers: {allocator}.",
-        "Slopes are per minute, by least squares through the means of equal stretches of time after the warm-up, with their "
-        "95 % intervals. Not claimed: throughput, anything about a GPU or about real sizes.",
+        "What a server holds is judged at rest, with nothing to do, after the warm-up and then every 100 s: under load it "
+        "tells of the load, which the other work of the machine moves. Slopes are per minute, by least squares, with their 95 % "
+        "intervals; what is flat does not rise beyond chance, or for memory by less than the bound. Not claimed: throughput, "
+        "anything about a GPU or about real sizes.",
         f"![memory and file descriptors]({out.with_suffix('.png').name})",
         *(section(*verdict) for verdict in verdicts),
     ]
@@ -140,7 +144,7 @@ def checkpoints(family: str, folder: Path) -> dict[str, Path]:
 
 
 async def soak_one(subject: Subject, options: argparse.Namespace) -> Soaked:
-    """Traffic, a rest, traffic, a rest."""
+    """Traffic to warm up, a rest; then stretches of traffic, a rest after each, at which it is seen what the server holds."""
     began_s, pid = time.monotonic(), subject.server.pid
     warm_up = options.minutes / 6 if options.warm_up is None else options.warm_up
 
@@ -152,20 +156,19 @@ async def soak_one(subject: Subject, options: argparse.Namespace) -> Soaked:
     watching = asyncio.create_task(watch())
     await traffic(subject, options, 60 * warm_up, f"{options.seed} warm-up")
     await rest(subject)
-    rest_before = holding(pid, began_s)
-    left_s = 60 * options.minutes - (time.monotonic() - began_s)
-    await traffic(subject, options, left_s, f"{options.seed}")
-    counts = await rest(subject)
-    rest_after = holding(pid, began_s)
+    rests = [holding(pid, began_s)]
+    end_s = began_s + 60 * options.minutes
+    while (left_s := end_s - time.monotonic()) > 0:
+        await traffic(subject, options, min(left_s, _STRETCH_S), f"{options.seed} {len(rests)}")
+        counts = await rest(subject)
+        rests.append(holding(pid, began_s))
     watching.cancel()
     return Soaked(
         family=subject.family,
         books=subject.books,
         counts=counts,
         watched=subject.watched,
-        steady_from=rest_before.minute,
-        rest_before=rest_before,
-        rest_after=rest_after,
+        rests=rests,
         errors=[line for line in subject.log.read_text().splitlines() if "ERROR" in line or "Traceback" in line],
     )
 
@@ -218,8 +221,8 @@ async def rest(subject: Subject) -> ServerCounts:
     while True:
         async with http_client(subject.server.url) as http:
             counts = ServerCounts.read((await http.get("/metrics")).text)
-        # The server closes its side of what the clients have left.
-        await asyncio.sleep(1.0)
+        # The server closes its side of what the clients have left, and lets go of threads that it lent out.
+        await asyncio.sleep(_QUIET_S)
         if not (counts.unfinished or counts.running_samples) or time.monotonic() > deadline_s:
             return counts
 

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.soaking.books import Books, ServerCounts, imbalances
 from benchmarks.soaking.watch import Holding, Slope, slope
 
-# Samples of the steady part below which a slope says nothing.
-_ENOUGH = 60
+# Rests below which a slope says nothing.
+_ENOUGH = 8
 _COLOURS = ("#3366cc", "#d9480f")
 
 
@@ -40,9 +40,7 @@ class Soaked:
         books: Of its clients.
         counts: Its own, at the end.
         watched: While it ran.
-        steady_from: Minute from which memory is judged.
-        rest_before: What it held at rest after the warm-up.
-        rest_after: What it held at rest at the end.
+        rests: What it held at rest, after the warm-up and then all along.
         errors: Lines of its log that tell of an error.
     """
 
@@ -50,24 +48,26 @@ class Soaked:
     books: Books
     counts: ServerCounts
     watched: Sequence[Holding]
-    steady_from: float
-    rest_before: Holding
-    rest_after: Holding
+    rests: Sequence[Holding]
     errors: Sequence[str]
 
     def slope(self, name: str) -> Slope | None:
-        """Of a column of what was watched, in the steady part; None where that is too short."""
-        steady = [each for each in self.watched if each.minute >= self.steady_from]
-        if len(steady) < _ENOUGH:
+        """Of a column of what was held at rest; None where there were few rests."""
+        if len(self.rests) < _ENOUGH:
             return None
-        return slope([each.minute for each in steady], [getattr(each, name) for each in steady])
+        return slope([each.minute for each in self.rests], [getattr(each, name) for each in self.rests])
+
+    def _flat(self, what: str, name: str, most: float = 0.0, unit: str = "") -> Promise:
+        found = self.slope(name)
+        values = [getattr(each, name) for each in self.rests]
+        shown = f"at rest {values[0]} after the warm-up, {values[-1]} at the end, {min(values)} to {max(values)}{unit}"
+        is_kept = found is None or found.low <= 0 or found.high < most
+        return Promise(name=f"{what} flat", is_kept=is_kept, shown=f"{shown}; slope {found or 'not judged: too short'}")
 
     def promises(self, most_kib_per_minute: float) -> list[Promise]:
         """What must hold."""
-        books, before, after = self.books, self.rest_before, self.rest_after
+        books = self.books
         uneven = imbalances(books, self.counts)
-        memory, threads, fds = self.slope("rss_kib"), self.slope("threads"), self.slope("fds")
-        minutes = self.watched[-1].minute - self.steady_from
         return [
             Promise(
                 name="checked samples have the bits of the same request run alone; no answer that its request may not get",
@@ -75,21 +75,9 @@ class Soaked:
                 shown=f"{books.checked} of {books.samples} samples checked; {len(books.wrong)} wrong",
             ),
             Promise(name="counters balance, with the clients' too", is_kept=not uneven, shown="; ".join(uneven) or "exactly"),
-            Promise(
-                name="file descriptors are flat",
-                is_kept=after.fds <= before.fds,
-                shown=f"at rest {before.fds} after the warm-up, {after.fds} at the end; slope {fds or 'not judged'}",
-            ),
-            Promise(
-                name="threads are flat",
-                is_kept=threads is None or threads.low * minutes < 1,
-                shown=f"at most {max(each.threads for each in self.watched)}; slope {threads or 'not judged: too short'}",
-            ),
-            Promise(
-                name=f"memory is flat: the slope lies below {most_kib_per_minute:g} KiB a minute",
-                is_kept=memory is None or memory.high < most_kib_per_minute,
-                shown=f"slope {memory} KiB a minute" if memory else "not judged: too short",
-            ),
+            self._flat("file descriptors are", "fds"),
+            self._flat("threads are", "threads"),
+            self._flat(f"memory is (bound {most_kib_per_minute:g})", "rss_kib", most_kib_per_minute, " KiB"),
             Promise(
                 name="no error in the log",
                 is_kept=not self.errors,
@@ -100,8 +88,9 @@ class Soaked:
 
 def section(soaked: Soaked, promises: Sequence[Promise]) -> str:
     """One server's results as Markdown."""
-    books, steady = soaked.books, [each for each in soaked.watched if each.minute >= soaked.steady_from]
-    rss = [each.rss_kib / 1024 for each in steady or soaked.watched]
+    books, began = soaked.books, soaked.rests[0].minute
+    at_rest = ", ".join(f"{each.rss_kib / 1024:.1f}" for each in soaked.rests)
+    rss = [each.rss_kib / 1024 for each in soaked.watched if each.minute >= began]
     return "\n".join(
         [
             f"## {soaked.family}",
@@ -115,9 +104,8 @@ def section(soaked: Soaked, promises: Sequence[Promise]) -> str:
             f"- What clients did: {_listed(books.behaviours)}.",
             f"- The server's count: accepted {soaked.counts.accepted}, completed {soaked.counts.completed}, failed: "
             f"{_listed(soaked.counts.failed) or 'none'}. Weight updates: {books.updates}; pauses: {books.pauses}.",
-            f"- Resident memory from minute {soaked.steady_from:.1f} on: median {statistics.median(rss):.1f} MiB, lowest "
-            f"{min(rss):.1f}, highest {max(rss):.1f}; at rest {soaked.rest_before.rss_kib / 1024:.1f} after the warm-up, "
-            f"{soaked.rest_after.rss_kib / 1024:.1f} at the end.",
+            f"- Resident memory under load, from minute {began:.1f} on: median {statistics.median(rss):.1f} MiB, lowest "
+            f"{min(rss):.1f}, highest {max(rss):.1f}; at rest: {at_rest}.",
         ]
     )
 
@@ -135,8 +123,10 @@ def chart(soaked: Sequence[Soaked], path: Path) -> None:
         style: dict[str, Any] = {"color": colour, "linewidth": 1.0, "label": each.family}
         memory.plot(minutes, [one.rss_kib / 1024 for one in each.watched], **style)
         files.plot(minutes, [one.fds for one in each.watched], **style)
-        memory.axvline(each.steady_from, color="#6b7280", linewidth=0.8, linestyle=":")
-    memory.set(ylabel="resident memory, MiB", title="Soak: memory is judged right of the dotted line")
+        memory.plot(
+            [one.minute for one in each.rests], [one.rss_kib / 1024 for one in each.rests], "o", markersize=3.5, color=colour
+        )
+    memory.set(ylabel="resident memory, MiB", title="Soak: dots are at rest, where memory is judged")
     files.set(ylabel="file descriptors", xlabel="minutes")
     for axes in (memory, files):
         axes.set_ylim(bottom=0)

@@ -60,8 +60,8 @@ def holding(pid: int, began_s: float) -> Holding:
 
 
 def slope(minutes: Sequence[float], values: Sequence[float]) -> Slope:
-    """Of a line through the means of equal stretches of time."""
-    stretches = min(_STRETCHES, len(values) // 3)
+    """Of a line through the values, or, if they are many and so near each other alike, through the means of equal stretches."""
+    stretches = min(_STRETCHES, len(values))
     assert stretches >= 5
     edges = [len(values) * index // stretches for index in range(stretches + 1)]
     xs = [statistics.fmean(minutes[a:b]) for a, b in itertools.pairwise(edges)]
