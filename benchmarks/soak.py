@@ -106,7 +106,7 @@ def main() -> None:
         f"checkpoints, `flowroll serve {' '.join(SERVER_OPTIONS)}` with one thread each, {options.clients} clients a server; "
         f"allocator of the servers: {allocator}.",
         "What a server holds is judged at rest, with nothing to do, after the warm-up and then every 100 s: under load it "
-        "tells of the load, which the other work of the machine moves. Slopes are per minute, by least squares, with their 95 % "
+        "tells of the load, which other work moves. Slopes are per minute, by least squares, with their 95 % "
         "intervals; what is flat does not rise beyond chance, or for memory by less than the bound. Not claimed: throughput, "
         "anything about a GPU or about real sizes.",
         f"![memory and file descriptors]({out.with_suffix('.png').name})",

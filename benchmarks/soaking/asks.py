@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flowroll.client.exchange import Call, generate_call, rollout_call
+from flowroll.client.calls import generate_call, rollout_call
+from flowroll.client.exchange import Call
 from flowroll.wire.codec import WireFormat
 
 # What the servers are started with, so that a body above it is small.
