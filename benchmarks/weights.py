@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.measure import hardware, ratio
 from flowroll.client import Client
+from flowroll.client.weight_group import WeightGroup
 from flowroll.testing import make_checkpoint
 from flowroll.types import WeightUpdate
 
@@ -52,8 +53,8 @@ def main() -> None:
         file = next((checkpoint / "transformer").glob("*.safetensors"))
         tensors = load_file(file)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        with _server(checkpoint) as url, Client(url) as client, trainer():
-            paths = _paths(client, file, tensors)
+        with _server(checkpoint) as url, Client(url) as client, WeightGroup([client], backend="gloo") as group, trainer():
+            paths = _paths(client, group, file, tensors)
             rows, times = _measure(paths, options.rounds)
     copies = times["copy"]
     lines = [
@@ -78,7 +79,9 @@ def main() -> None:
     print(out.read_text(encoding="utf-8"))
 
 
-def _paths(client: Client, file: Path, tensors: dict[str, Tensor]) -> dict[str, Callable[[], WeightUpdate | None]]:
+def _paths(
+    client: Client, group: WeightGroup, file: Path, tensors: dict[str, Tensor]
+) -> dict[str, Callable[[], WeightUpdate | None]]:
     """Every way, and what it is compared with."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     target, page = torch.zeros(total, dtype=torch.uint8), bytearray(file.stat().st_size)
@@ -98,6 +101,9 @@ def _paths(client: Client, file: Path, tensors: dict[str, Tensor]) -> dict[str, 
         answer = client._http.post("/update_weights_from_tensor", json=payload)
         assert answer.json()["is_complete"], answer.text
 
+    def broadcast() -> None:
+        group.update_weights(tensors, bucket_bytes=BUCKET_BYTES)
+
     bucket = flattened(tensors)
     bucket["flattened_tensor"].share_memory_()
     return {
@@ -106,6 +112,7 @@ def _paths(client: Client, file: Path, tensors: dict[str, Tensor]) -> dict[str, 
         "disk": lambda: client.update_weights_from_disk(file),
         "HTTP, buckets": lambda: client.update_weights(tensors, bucket_bytes=BUCKET_BYTES),
         "shared memory": shared,
+        "process group, gloo": broadcast,
     }
 
 
