@@ -26,6 +26,7 @@ from flowroll.serving.metrics import Metrics
 from flowroll.serving.middleware import exchange_of
 from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.probe import GenerationProbe
+from flowroll.serving.weight_groups import WeightGroups
 from flowroll.types import AdapterChange, GeneratedImage, Rollout, ScoreAnswer, WeightUpdate
 from flowroll.wire.arrivals import SharedUpdateObject
 from flowroll.wire.weights import Targeted
@@ -46,6 +47,7 @@ class Services:
         started_s: Monotonic clock at the start.
         updating: Held by the one change of weights or adapters that reads or commits: each needs memory of its own.
         arriving: The update whose tensors arrive over HTTP.
+        groups: Process groups with trainers.
     """
 
     config: ServerConfig
@@ -55,6 +57,7 @@ class Services:
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
     arriving: WeightArrivals
+    groups: WeightGroups = field(default_factory=WeightGroups)
 
     @classmethod
     def build(cls, worker: EngineWorker, config: ServerConfig) -> Services:
