@@ -1,5 +1,7 @@
 """New weights for an engine of several ranks: every rank takes its part, or none does."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,11 @@ import torch
 from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST as SMALL
-from tests.weights import in_shards, with_other
+from tests.weights import WEIGHTS, in_shards, with_other
 
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
+from flowroll.engine.weights import find_weights
 from flowroll.errors import RankLostError, WeightsMismatchError, WeightsRejectedError
 from flowroll.parallel import processes
 from flowroll.types import Layout
@@ -110,6 +113,37 @@ def test_after_an_update_several_ranks_have_the_bits_of_one_that_was_started_on_
     # The last command alone: who received it is not known yet.
     assert several._replica._store.num_keys() <= keys + 1
     assert_same_bits(several.rollout(**REQUEST)[0], old)
+
+
+@pytest.mark.parametrize("same_time", [False, True])
+def test_a_save_that_takes_the_place_of_the_one_that_rank_0_has_read_is_taken_by_no_rank(
+    same_time: bool,
+    several: Engine,
+    z_image_checkpoint: Path,
+    other: Path,
+    expected: list[tuple[Rollout, str]],
+    tmp_path: Path,
+) -> None:
+    several.update_weights_from_disk(z_image_checkpoint)
+    version = several.weight_version
+    folders = (z_image_checkpoint, with_other(z_image_checkpoint, tmp_path / "other"))
+    weights = [folder / "transformer" / WEIGHTS for folder in folders]
+    place, following = tmp_path / WEIGHTS, tmp_path / "next"
+    shutil.copy(weights[1], place)
+    staged = several.stage_weights(find_weights(place, "transformer"))
+    shutil.copy(weights[0], following)
+    if same_time:
+        # A tool that keeps times, or a disk that rounds them.
+        status = place.stat()
+        os.utime(following, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(following, place)
+    with pytest.raises(WeightsRejectedError, match="rank 1: the files must be the same on every rank, got another save"):
+        several.commit_weights(staged)
+    assert (several.weight_version, several.weights_checksum()) == (version, expected[0][1])
+    assert_same_bits(several.rollout(**REQUEST)[0], expected[0][0])
+    shutil.copy(weights[1], place)
+    several.update_weights_from_disk(place)
+    assert several.weights_checksum() == expected[1][1]
 
 
 def test_several_ranks_verify_whole_tensors(several: Engine, z_image_checkpoint: Path) -> None:

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save
 from tests.adapters import policy, saved
 from tests.rollouts import assert_same_bits
-from tests.serving.servers import SMALL, error_of, serving
+from tests.serving.servers import SMALL, Background, error_of, serving, until
 from tests.weights import REQUEST
 
 from flowroll import replay
 from flowroll.client import AsyncClient, Client
+from flowroll.client.calls import UpdateMode
 from flowroll.engine import Engine
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import ForbiddenError, InvalidRequestError, WeightsRejectedError
@@ -104,12 +105,50 @@ def test_a_swap_and_an_unload_have_versions(client: Client, root: Path) -> None:
         client.unload_lora_adapter("p")
 
 
+@pytest.mark.parametrize(("change", "mode"), [("load", "drain"), ("load", "abort"), ("send", "abort"), ("unload", "abort")])
+def test_a_change_lets_running_requests_finish_or_has_them_done_again(
+    change: str, mode: UpdateMode, client: Client, server: httpx.Client, engine: Engine, root: Path
+) -> None:
+    client.load_lora_adapter(root / "old", name="p", weight_version="before")
+    trainer = policy(engine._model.transformer, 1)
+    tensors, config = peft.get_peft_model_state_dict(trainer), trainer.peft_config["default"].to_dict()
+    options: dict[str, Any] = {"name": "p", "weight_version": "after", "mode": mode}
+    body = {**SMALL, "num_inference_steps": 150, "rollout_debug_mode": False}
+    running = Background(lambda: server.post("/rollout/generate", json=body))
+    until(lambda: client.server_info()["queue"]["running"] == 1)
+    if change == "load":
+        client.load_lora_adapter(root / "new", **options)
+    elif change == "send":
+        client.load_lora_adapter_from_tensors(tensors, config, **options)
+    else:
+        client.unload_lora_adapter(**options)
+    assert running.answer().json()[0]["weight_version"] == ("before" if mode == "drain" else "after")
+
+
+def test_changes_are_counted_as_updates_of_weights(client: Client, root: Path) -> None:
+    def value(name: str) -> float:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", client.metrics(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    done, failed = (f'flowroll_weight_updates_total{{outcome="{outcome}"}}' for outcome in ("completed", "failed"))
+    before = value(done), value(failed), value("flowroll_weight_pause_seconds_total")
+    client.load_lora_adapter(root / "old", name="p")
+    assert (value(done), value(failed)) == (before[0] + 1, before[1])
+    paused_s = value("flowroll_weight_pause_seconds_total")
+    assert paused_s > before[2]
+    client.unload_lora_adapter("p")
+    assert value("flowroll_weight_pause_seconds_total") > paused_s
+    with pytest.raises(InvalidRequestError):
+        client.unload_lora_adapter("p")
+    assert (value(done), value(failed)) == (before[0] + 2, before[1] + 1)
+
+
 def test_the_asynchronous_client_does_the_same(client: Client, server: httpx.Client, root: Path) -> None:
     async def run() -> None:
         async with AsyncClient(str(server.base_url)) as other:
-            change = await other.load_lora_adapter(root / "old", name="p", merged=True)
+            change = await other.load_lora_adapter(root / "old", name="p", merged=True, mode="abort")
             assert await other.lora_adapters() == [change.adapter]
-            assert (await other.unload_lora_adapter("p")).adapter is None
+            assert (await other.unload_lora_adapter("p", mode="abort")).adapter is None
 
     asyncio.run(run())
 
@@ -139,7 +178,9 @@ def test_a_refused_adapter_is_a_422_and_changes_nothing(client: Client, root: Pa
         ("load", {"lora_name": "p", "lora_path": "/x", "merged": 1}, "merged"),
         ("load", {"lora_name": "p", "lora_path": "/x", "strength": 1}, "strength"),
         ("load", {"lora_name": "p", "lora_path": "/x", "weight_version": "a\nb"}, "weight_version"),
+        ("load", {"lora_name": "p", "lora_path": "/x", "mode": "now"}, "mode"),
         ("unload", {}, "lora_name"),
+        ("unload", {"lora_name": "p", "mode": "now"}, "mode"),
         ("unload", {"lora_name": "p"}, "lora_name"),
     ],
 )

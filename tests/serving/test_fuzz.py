@@ -263,8 +263,8 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         },
         "/update_weights_from_distributed": {"names": ["a"], "dtypes": ["float32"], "shapes": [[1, 2]], "group_name": "g"},
         "/destroy_weights_update_group": {"group_name": "g"},
-        "/load_lora_adapter": {"lora_name": "a", "lora_path": "/x", "merged": False, "weight_version": "7"},
-        "/unload_lora_adapter": {"lora_name": "a", "weight_version": "7"},
+        "/load_lora_adapter": {"lora_name": "a", "lora_path": "/x", "merged": False, "weight_version": "7", "mode": "drain"},
+        "/unload_lora_adapter": {"lora_name": "a", "weight_version": "7", "mode": "drain"},
         "/release_memory_occupation": {"mode": "disk", "tags": ["weights"]},
         "/resume_memory_occupation": {"tags": ["weights"]},
     }

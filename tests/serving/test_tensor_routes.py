@@ -314,6 +314,10 @@ def test_a_commit_that_waits_for_requests_is_no_silence(
             commit._thread.join(0.6)
             answer = server.post("/weights/begin")
             assert (answer.status_code, error_of(answer)["code"]) == (409, "weights_busy")
+            # Nobody is told that the weights stay while they are about to change.
+            answer = server.post(f"/weights/{update_id}/abort")
+            assert (answer.status_code, error_of(answer)["code"]) == (409, "weights_busy")
+            assert "got a commit under way; wait for its answer" in error_of(answer)["message"]
             gate.opened.set()
             assert running.answer().json()[0]["weight_version"] != "late"
             assert commit.answer().json()["weight_version"] == "late"

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file
 from tests.rollouts import assert_same_bits
-from tests.serving.servers import WAIT_S, error_of, serving
+from tests.serving.servers import WAIT_S, error_of, serving, until
 from tests.serving.test_tensor_routes import free
 from tests.weights import REQUEST, WEIGHTS, with_other
 from torch import Tensor
@@ -23,8 +25,9 @@ from flowroll.client import Client
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import Engine
 from flowroll.engine.worker import EngineWorker
-from flowroll.errors import InvalidRequestError, WeightsRejectedError
+from flowroll.errors import InvalidRequestError, WeightsBusyError, WeightsRejectedError
 from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.serving import weight_groups
 
 Truth = list[tuple[dict[str, Tensor], Rollout, str]]
 INIT, UPDATE, DESTROY = "/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"
@@ -222,6 +225,85 @@ def test_a_broadcast_that_waits_ends_with_its_group(
         assert server.post(DESTROY, json={"group_name": group._name}).status_code == 200
         waiting.join(WAIT_S)
         assert (answers[0].status_code, error_of(answers[0])["field"]) == (422, "group_name")
+
+
+def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_groups, "MAX_GROUPS", 2)
+    with serving(worker, rank_timeout_s=20.0) as server, Client(str(server.base_url)) as client:
+        free(server)
+        failed, kept = (WeightGroup([client], timeout_s=20.0) for _ in range(2))
+        with pytest.raises(WeightsBusyError, match=r"at most 2 process groups, .*; destroy one of them first"):
+            WeightGroup([client], timeout_s=5.0)
+        body = {"names": ["no.such"], "dtypes": ["float32"], "shapes": [[1]], "group_name": failed._name}
+        assert server.post(UPDATE, json=body).status_code == 422
+        killed = WeightGroup([client], timeout_s=20.0)
+        # As the end of its process would: without a word to the server.
+        assert killed._group is not None
+        killed._group.close()
+        killed._store = None
+
+        def joins() -> bool:
+            try:
+                WeightGroup([client], timeout_s=5.0).close()
+            except WeightsBusyError:
+                return False
+            return True
+
+        until(joins)
+        left = [server.post(DESTROY, json={"group_name": group._name}).status_code for group in (failed, killed, kept)]
+        assert left == [404, 404, 200]
+        for group in (failed, kept, killed):
+            group.close()
+
+
+def test_the_end_of_the_server_is_the_end_of_its_groups(worker: EngineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    close = BroadcastGroup.close
+
+    def noted(self: BroadcastGroup, reason: str = "its end") -> None:
+        closed.append(self.name)
+        close(self, reason)
+
+    monkeypatch.setattr(BroadcastGroup, "close", noted)
+    with ExitStack() as clients:
+        with serving(worker, rank_timeout_s=20.0) as server:
+            group = WeightGroup([clients.enter_context(Client(str(server.base_url)))], timeout_s=20.0)
+        assert closed == [group._name]
+        group.close()
+
+
+def test_a_trainer_whose_server_does_not_come_leaves_nothing_behind(
+    server: httpx.Client, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[BroadcastGroup] = []
+
+    class Late(BroadcastGroup):
+        """Is there when the trainer has given up."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            refused.wait(WAIT_S)
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    refused = threading.Event()
+    monkeypatch.setattr("flowroll.client.weight_group.BroadcastGroup", Late)
+    post = WeightGroup._post
+
+    def refuse(self: WeightGroup, to: Client, route: str, sent: Any) -> Any:
+        future = post(self, to, route, sent)
+        if route == INIT:
+            failed: Future[Any] = Future()
+            failed.set_exception(InvalidRequestError("no"))
+            return failed
+        refused.set()
+        return future
+
+    monkeypatch.setattr(WeightGroup, "_post", refuse)
+    with pytest.raises(InvalidRequestError):
+        WeightGroup([client], timeout_s=5.0)
+    until(lambda: bool(made) and made[0].has_failed)
 
 
 GOOD = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}

@@ -125,10 +125,16 @@ class AsyncClient:
         return await self._send(calls.verify_call(expected, module))
 
     async def load_lora_adapter(
-        self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> AdapterChange:
         """Has the server load a LoRA adapter. See `Client.load_lora_adapter`."""
-        return await self._send(calls.load_adapter_call(name, path, merged, weight_version))
+        return await self._send(calls.load_adapter_call(name, path, merged, weight_version, mode))
 
     async def load_lora_adapter_from_tensors(
         self,
@@ -138,13 +144,16 @@ class AsyncClient:
         name: str,
         merged: bool = False,
         weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> AdapterChange:
         """Sends the server a LoRA adapter. See `Client.load_lora_adapter_from_tensors`."""
-        return await self._send(pushing.adapter_call(tensors, config, name, merged, weight_version))
+        return await self._send(pushing.adapter_call(tensors, config, name, merged, weight_version, mode))
 
-    async def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
+    async def unload_lora_adapter(
+        self, name: str, *, weight_version: str | None = None, mode: UpdateMode = "drain"
+    ) -> AdapterChange:
         """Has the server forget an adapter. See `Client.unload_lora_adapter`."""
-        return await self._send(calls.unload_adapter_call(name, weight_version))
+        return await self._send(calls.unload_adapter_call(name, weight_version, mode))
 
     async def lora_adapters(self) -> list[LoraAdapter]:
         """The server's adapters, in the order of loading."""

@@ -100,15 +100,17 @@ def update_from_disk_call(
     return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
 
 
-def load_adapter_call(name: str, path: str | PathLike[str], merged: bool, weight_version: str | None) -> Call[AdapterChange]:
+def load_adapter_call(
+    name: str, path: str | PathLike[str], merged: bool, weight_version: str | None, mode: UpdateMode
+) -> Call[AdapterChange]:
     """POST /load_lora_adapter."""
-    sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version}
+    sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version, "mode": mode}
     return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 
-def unload_adapter_call(name: str, weight_version: str | None) -> Call[AdapterChange]:
+def unload_adapter_call(name: str, weight_version: str | None, mode: UpdateMode) -> Call[AdapterChange]:
     """POST /unload_lora_adapter."""
-    sent = {"lora_name": name, "weight_version": weight_version}
+    sent = {"lora_name": name, "weight_version": weight_version, "mode": mode}
     return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 

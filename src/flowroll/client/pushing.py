@@ -48,7 +48,12 @@ def bucket_call(update_id: str, bucket: Mapping[str, Tensor]) -> Call[dict[str, 
 
 
 def adapter_call(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str, merged: bool, weight_version: str | None
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    name: str,
+    merged: bool,
+    weight_version: str | None,
+    mode: UpdateMode,
 ) -> Call[AdapterChange]:
     """POST /load_lora_adapter_from_tensors. The data is sent from where it lies.
 
@@ -64,7 +69,8 @@ def adapter_call(
     data = [Segment(data=data_view(tensor), owner=tensor) for tensor in sent.values()]
     content = EncodedBody(content_type=_OCTETS, segments=(Segment(data=prefix), *data))
     version = {} if weight_version is None else {"weight_version": weight_version}
-    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode({'lora_name': name, 'merged': str(merged).lower(), **version})}"
+    query = {"lora_name": name, "merged": str(merged).lower(), "mode": mode, **version}
+    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(query)}"
     return Call(method="POST", path=path, read=lambda body, _: read_by(CHANGE, body), content=content, content_type=_OCTETS)
 
 

@@ -188,7 +188,13 @@ class Client:
         return self._send(calls.verify_call(expected, module))
 
     def load_lora_adapter(
-        self, path: str | PathLike[str], *, name: str, merged: bool = False, weight_version: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        name: str,
+        merged: bool = False,
+        weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> AdapterChange:
         """Has the server load a LoRA adapter, or replace the one of that name; requests choose it by `lora_name`.
 
@@ -197,13 +203,14 @@ class Client:
             name: Printable text of 1 to 128 characters.
             merged: Add it to a copy of the weights that it changes, instead of running it beside them.
             weight_version: Of the server's weights from now on; None: the server counts.
+            mode: As for `update_weights`.
 
         Raises:
             ForbiddenError: The server may not read there.
             WeightsRejectedError: No plain LoRA adapter of the server's model, or there is no room. Everything is as it was.
             FlowrollError: As for `rollout`.
         """
-        return self._send(calls.load_adapter_call(name, path, merged, weight_version))
+        return self._send(calls.load_adapter_call(name, path, merged, weight_version, mode))
 
     def load_lora_adapter_from_tensors(
         self,
@@ -213,6 +220,7 @@ class Client:
         name: str,
         merged: bool = False,
         weight_version: str | None = None,
+        mode: UpdateMode = "drain",
     ) -> AdapterChange:
         """Sends the server a LoRA adapter; see `load_lora_adapter`.
 
@@ -222,17 +230,19 @@ class Client:
             name: See `load_lora_adapter`, as for the rest.
             merged: The same.
             weight_version: The same.
+            mode: The same.
         """
-        return self._send(pushing.adapter_call(tensors, config, name, merged, weight_version))
+        return self._send(pushing.adapter_call(tensors, config, name, merged, weight_version, mode))
 
-    def unload_lora_adapter(self, name: str, *, weight_version: str | None = None) -> AdapterChange:
+    def unload_lora_adapter(self, name: str, *, weight_version: str | None = None, mode: UpdateMode = "drain") -> AdapterChange:
         """Has the server forget an adapter.
 
         Args:
             name: Of the adapter.
             weight_version: Of the server's weights from now on; None: the server counts.
+            mode: As for `update_weights`.
         """
-        return self._send(calls.unload_adapter_call(name, weight_version))
+        return self._send(calls.unload_adapter_call(name, weight_version, mode))
 
     def lora_adapters(self) -> list[LoraAdapter]:
         """The server's adapters, in the order of loading."""

@@ -60,10 +60,11 @@ class WeightGroup:
         family = socket.getaddrinfo(master_address, None, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((master_address, master_port), family=family)
         port = int(listener.getsockname()[1])
-        self._store = TCPStore(
+        self._store: TCPStore | None = TCPStore(
             master_address, port, world_size, True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         place = {"master_address": master_address, "master_port": port, "world_size": world_size, "backend": backend}
+        own: Future[BroadcastGroup] | None = None
         try:
             joined = [
                 self._post(client, INIT_GROUP_ROUTE, {**place, "rank_offset": rank})
@@ -84,6 +85,9 @@ class WeightGroup:
             _results([own, *joined])
             self._group = own.result()
         except BaseException:
+            if own is not None:
+                # It may be waiting for the servers yet.
+                own.add_done_callback(_close_made)
             self.close()
             raise
 
@@ -136,6 +140,7 @@ class WeightGroup:
             # A server that never joined, or is gone, has nothing to destroy.
             if isinstance(error := future.exception(), Exception) and not isinstance(error, FlowrollError):
                 raise error
+        self._store = None
         self._threads.shutdown(wait=False)
 
     def _broadcast(self, bucket: Mapping[str, Tensor], target: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,6 +169,11 @@ class WeightGroup:
     def _post(self, client: Client, route: str, sent: Mapping[str, Any]) -> Future[dict[str, Any]]:
         call = post(route, {**sent, "group_name": self._name}, read_object)
         return self._threads.submit(client._send, call)
+
+
+def _close_made(made: Future[BroadcastGroup]) -> None:
+    if made.exception() is None:
+        made.result().close()
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.engine.rest import SleepMode
+from flowroll.engine.tensorfile import FileStamp
 from flowroll.families import ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
 
@@ -71,6 +72,8 @@ class StageWeights(msgspec.Struct, frozen=True, tag=True):
     """New weights of the transformer are to be read beside the old; every follower says whether it could."""
 
     files: list[str]
+    # Those that rank 0 has read; another save is refused.
+    stamps: tuple[FileStamp, ...]
     config: str | None
 
 

@@ -208,6 +208,7 @@ def _read_weights(model: LoadedModel, command: StageWeights) -> Callable[[], Non
         module="transformer",
         files=tuple(map(Path, command.files)),
         config=None if command.config is None else Path(command.config),
+        stamps=command.stamps,
     )
     return _taking(model, stage_weights(model.transformer, files))
 

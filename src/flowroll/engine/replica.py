@@ -155,11 +155,14 @@ class Replica(Ranks):
         """Makes every other rank read new weights of the transformer beside the old ones.
 
         Raises:
-            WeightsRejectedError: A rank could not; all have dropped them.
+            WeightsRejectedError: A rank could not, or found another save; all have dropped them.
             RankLostError: A rank ended.
         """
+        # Between this rank's reading and theirs, somebody may save other weights under the same names.
+        assert files.stamps is not None
         config = None if files.config is None else str(files.config)
-        self._stage(StageWeights(files=[str(file) for file in files.files], config=config), field="model_path")
+        named = [str(file) for file in files.files]
+        self._stage(StageWeights(files=named, stamps=files.stamps, config=config), field="model_path")
 
     def share_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Sends every other rank new weights of the transformer, of which it keeps its part beside the old ones.

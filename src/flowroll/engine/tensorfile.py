@@ -6,9 +6,11 @@ the weights. A read into memory of our own fails with an error, and puts tensors
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import platform
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,31 @@ class StoredTensor(TensorHead):
     stop: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What tells one save of a file from another without its data being read.
+
+    Attributes:
+        size: In bytes.
+        mtime_ns: When it was last written to.
+        header_sha256: Of its header.
+        machine: That looked at it.
+        inode: On that machine; a file that takes the place of another has one of its own.
+    """
+
+    size: int
+    mtime_ns: int
+    header_sha256: str
+    machine: str
+    inode: int
+
+    def is_same_save(self, other: FileStamp) -> bool:
+        """Whether both are of one save. Another machine may number the same file otherwise."""
+        if self.machine == other.machine and self.inode != other.inode:
+            return False
+        return (self.size, self.mtime_ns, self.header_sha256) == (other.size, other.mtime_ns, other.header_sha256)
+
+
 class TensorFile:
     """An open safetensors file whose header is whole and whose length is what the header says. A context manager.
 
@@ -65,6 +92,7 @@ class TensorFile:
     Attributes:
         path: The same.
         stored: Its tensors.
+        stamp: What it was when it was opened.
 
     Raises:
         CheckpointError: No regular file, a header that is none, or another length.
@@ -76,8 +104,15 @@ class TensorFile:
         # Whoever waits for the other end of a pipe waits for ever; a regular file does not care.
         self._file: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
         try:
-            self._stamp = self._look()
-            self.stored = self._read_header()
+            self._status = self._look()
+            self.stored, header_sha256 = self._read_header()
+            self.stamp = FileStamp(
+                size=self._status.st_size,
+                mtime_ns=self._status.st_mtime_ns,
+                header_sha256=header_sha256,
+                machine=platform.node(),
+                inode=self._status.st_ino,
+            )
         except BaseException:
             self._file.close()
             raise
@@ -110,17 +145,18 @@ class TensorFile:
         Raises:
             CheckpointError: It was.
         """
-        if self._look() != self._stamp:
+        status = self._look()
+        if (status.st_size, status.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
             raise CheckpointError(f"{self.path} must stay as it is while it is read, got a change; save it, then ask again.")
 
-    def _look(self) -> tuple[int, int]:
+    def _look(self) -> os.stat_result:
         status = os.fstat(self._file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{self.path} must be a regular file, got another kind; give a .safetensors file.")
-        return status.st_size, status.st_mtime_ns
+        return status
 
-    def _read_header(self) -> list[StoredTensor]:
-        size = self._stamp[0]
+    def _read_header(self) -> tuple[list[StoredTensor], str]:
+        size = self._status.st_size
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
         raw = self._file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
@@ -128,7 +164,7 @@ class TensorFile:
         end = stored[-1].stop if stored else 8 + length
         if end != size:
             raise CheckpointError(f"{self.path} must be {end} bytes long, got {size}; the file is truncated, copy it again.")
-        return stored
+        return stored, hashlib.sha256(raw).hexdigest()
 
 
 def parse_header(raw: bytes | bytearray, subject: str, remedy: str) -> list[StoredTensor]:

@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowroll.engine.checkpoint import read_json, weight_files
-from flowroll.engine.tensorfile import StoredTensor, TensorFile, TensorHead
+from flowroll.engine.tensorfile import FileStamp, StoredTensor, TensorFile, TensorHead
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName
@@ -35,11 +35,13 @@ class WeightFiles:
         module: What they are for.
         files: Their safetensors files, symbolic links resolved.
         config: The configuration that belongs to them, if there is one.
+        stamps: Of the files, once a rank has read them: the others have to read the same.
     """
 
     module: ModuleName
     files: tuple[Path, ...]
     config: Path | None
+    stamps: tuple[FileStamp, ...] | None = None
 
 
 def find_weights(source: str | Path, module: str) -> WeightFiles:
@@ -190,18 +192,27 @@ def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
         files: From `find_weights`.
 
     Raises:
-        WeightsRejectedError: A name is missing, unknown or doubled, a shape, a dtype or the configuration differs, or a file
-            cannot be read to its end.
+        WeightsRejectedError: A name is missing, unknown or doubled, a shape, a dtype or the configuration differs, a file
+            cannot be read to its end, or it is not the one that another rank has read.
     """
     started_s = time.perf_counter()
     try:
         if files.config is not None:
             _check_config(module, files.config)
         with contextlib.ExitStack() as stack:
-            pairs = _read(slots_of(module), [stack.enter_context(TensorFile(path)) for path in files.files])
+            opened = [stack.enter_context(TensorFile(path)) for path in files.files]
+            stamps = tuple(file.stamp for file in opened)
+            _check_stamps(stamps, files.stamps)
+            pairs = _read(slots_of(module), opened)
     except (CheckpointError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
         raise rejected(error) from error
-    return StagedWeights(files.module, files, pairs, time.perf_counter() - started_s)
+    return StagedWeights(files.module, replace(files, stamps=stamps), pairs, time.perf_counter() - started_s)
+
+
+def _check_stamps(found: Sequence[FileStamp], expected: Sequence[FileStamp] | None) -> None:
+    """Refuses files that are not those which another rank has read: each would take its part of other weights."""
+    if expected is not None and not all(map(FileStamp.is_same_save, found, expected)):
+        raise CheckpointError("the files must be the same on every rank, got another save; ask again.")
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:

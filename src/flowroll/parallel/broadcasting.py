@@ -67,6 +67,7 @@ class BroadcastGroup:
         self.device = torch.device(device)
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._group: Any = None
         wanted = "cuda" if backend == "nccl" else "cpu"
         if self.device.type != wanted:
             raise InvalidRequestError(
@@ -77,6 +78,7 @@ class BroadcastGroup:
         try:
             # Counted by a rank 0 that waits for all of its workers.
             found = TCPStore(address, port, world_size, False, timeout) if store is None else store
+            self._store: Store | None = found
             prefixed = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, found)))
             self._group = (
                 _gloo(prefixed, rank, world_size, timeout, address)
@@ -95,6 +97,22 @@ class BroadcastGroup:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the group can only be closed, or is."""
+        return self._failure is not None
+
+    def has_lost_rank_0(self) -> bool:
+        """Whether the store of rank 0 does not answer. Asks it."""
+        store = self._store
+        if store is None:
+            return True
+        try:
+            store.check([self.name])
+        except RuntimeError:
+            return True
+        return False
 
     @contextlib.contextmanager
     def turn(self) -> Any:
@@ -117,7 +135,7 @@ class BroadcastGroup:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         try:
-            self._wait(self._group.broadcast([tensor], options), check)
+            self._wait(self._start(tensor, options), check)
         except (RuntimeError, TimeoutError) as error:
             self._failure = _first_line(error)
             self._abort()
@@ -137,6 +155,12 @@ class BroadcastGroup:
             self._failure = reason
             self._abort()
 
+    def _start(self, tensor: Tensor, options: Any) -> Any:
+        group = self._group
+        if group is None:
+            raise RuntimeError(self._failure)
+        return group.broadcast([tensor], options)
+
     def _wait(self, work: Any, check: Callable[[], object]) -> None:
         deadline_s, pause_s = time.monotonic() + self._timeout_s, _POLL_S
         while not work.is_completed():
@@ -152,8 +176,14 @@ class BroadcastGroup:
             torch.cuda.synchronize(self.device)
 
     def _abort(self) -> None:
+        held, self._group, self._store = [self._group], None, None
+        if held[0] is None:
+            return
         with contextlib.suppress(RuntimeError):
-            self._group.abort()
+            held[0].abort()
+        # Its threads and connections end with the object. gloo's destructor waits for a receive that nothing ends, until its
+        # patience is over; nobody shall wait for that.
+        threading.Thread(target=held.clear, name="flowroll-group-end", daemon=True).start()
 
     def _broken(self) -> WeightsRejectedError:
         return WeightsRejectedError(

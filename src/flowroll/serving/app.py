@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from fastapi import FastAPI
 
 from flowroll import __version__
@@ -39,7 +42,14 @@ def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing |
         tracing: Makes spans of requests; None: spans go to the process's own provider, if it has one.
     """
     services = Services.build(worker, config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await services.groups.close()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="flowroll",
         version=__version__,
         description="Rollouts of flow-matching text-to-image models for RL post-training.",

@@ -103,6 +103,20 @@ class WeightArrivals:
             )
         return self._arrival
 
+    def abandon(self, update_id: str) -> None:
+        """Drops the update of this id.
+
+        Raises:
+            NotFoundError: It has ended, or there never was one.
+            WeightsBusyError: It is committing; what was promised to that request cannot be taken back.
+        """
+        arrival = self.get(update_id)
+        if arrival.is_committing:
+            raise WeightsBusyError(
+                "an update must not be committing to be dropped, got a commit under way; wait for its answer."
+            )
+        self.end(arrival)
+
     def end(self, arrival: Arrival) -> None:
         """Forgets an update; what it holds goes, unless it was staged. May be called twice."""
         if self._arrival is arrival:

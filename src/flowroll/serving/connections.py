@@ -42,7 +42,7 @@ class HttpConfig(uvicorn.Config):
             http=BoundedProtocol,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
-            lifespan="off",
+            lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -84,8 +84,8 @@ class Metrics:
         samples: Finished samples, by kind.
         denoising_steps: Steps of finished samples, by kind.
         sde_steps: Steps of finished samples that have a log-prob.
-        weight_updates: Updates of weights, by outcome.
-        weight_pause_seconds: For which no request could run because weights were exchanged.
+        weight_updates: Updates of weights and adapters, by outcome.
+        weight_pause_seconds: For which no request could run because weights or adapters were exchanged.
         scored_steps: Recorded steps that were scored again.
     """
 
@@ -105,7 +105,7 @@ class Metrics:
         self.samples = Counter("flowroll_samples", "Finished samples.", ["kind"], registry=own)
         self.denoising_steps = Counter("flowroll_denoising_steps", "Steps of finished samples.", ["kind"], registry=own)
         self.sde_steps = Counter("flowroll_sde_steps", "Stochastic steps of finished samples.", registry=own)
-        self.weight_updates = Counter("flowroll_weight_updates", "Updates of weights.", ["outcome"], registry=own)
+        self.weight_updates = Counter("flowroll_weight_updates", "Updates of weights and adapters.", ["outcome"], registry=own)
         self.weight_pause_seconds = Counter(
             "flowroll_weight_pause_seconds", "Seconds for which no request ran because of an update.", registry=own
         )

@@ -26,11 +26,13 @@ from flowroll.serving.metrics import Metrics
 from flowroll.serving.middleware import exchange_of
 from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.probe import GenerationProbe
-from flowroll.types import GeneratedImage, Rollout, ScoreAnswer, WeightUpdate
+from flowroll.serving.weight_groups import WeightGroups
+from flowroll.types import AdapterChange, GeneratedImage, Rollout, ScoreAnswer, WeightUpdate
 from flowroll.wire.arrivals import SharedUpdateObject
 from flowroll.wire.weights import Targeted
 
 T = TypeVar("T")
+C = TypeVar("C", WeightUpdate, AdapterChange)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +45,9 @@ class Services:
         metrics: Counts.
         probe: Tells whether the engine can generate.
         started_s: Monotonic clock at the start.
-        updating: Held by the one update of weights that reads or commits: each needs memory for a second set.
+        updating: Held by the one change of weights or adapters that reads or commits: each needs memory of its own.
         arriving: The update whose tensors arrive over HTTP.
+        groups: Process groups with trainers.
     """
 
     config: ServerConfig
@@ -54,6 +57,7 @@ class Services:
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
     arriving: WeightArrivals
+    groups: WeightGroups = field(default_factory=WeightGroups)
 
     @classmethod
     def build(cls, worker: EngineWorker, config: ServerConfig) -> Services:
@@ -89,18 +93,27 @@ class Services:
         self, stage: Callable[[], StagedWeights], weight_version: str | None, mode: ExclusiveMode = "drain"
     ) -> WeightUpdate:
         """Gets new weights ready while requests run, and exchanges them between two requests."""
-        engine = self.worker.engine
+        commit = functools.partial(self.worker.engine.commit_weights, weight_version=weight_version, mode=mode)
+        return await self.change_policy(stage, commit, mode)
+
+    async def change_policy(self, stage: Callable[[], T], commit: Callable[[T], C], mode: ExclusiveMode) -> C:
+        """Changes weights or adapters, one change at a time, and counts it.
+
+        Args:
+            stage: Gets the change ready; called on a thread, while requests run.
+            commit: Makes it, of what `stage` returned; called between two requests.
+            mode: What becomes of the requests that run.
+        """
         async with self.updating:
             try:
                 staged = await run_in_threadpool(stage)
-                commit = functools.partial(engine.commit_weights, staged, weight_version=weight_version, mode=mode)
-                update = await self.between_requests(commit, mode)
+                change = await self.between_requests(lambda: commit(staged), mode)
             except BaseException:
                 self.metrics.weight_updates.labels("failed").inc()
                 raise
         self.metrics.weight_updates.labels("completed").inc()
-        self.metrics.weight_pause_seconds.inc(update.paused_s)
-        return update
+        self.metrics.weight_pause_seconds.inc(change.paused_s)
+        return change
 
     async def commit_arrival(self, arrival: Arrival, mode: ExclusiveMode = "drain") -> WeightUpdate:
         """Ends an update whose tensors have arrived; one that lacks some goes on."""

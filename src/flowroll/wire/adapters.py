@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flowroll.types import MAX_LORA_NAME_CHARS
 from flowroll.wire.fields import Rule
 from flowroll.wire.schema import Strict
-from flowroll.wire.weights import MAX_PATH_CHARS, Version
+from flowroll.wire.weights import MAX_PATH_CHARS, Mode, Version
 
 _Name: TypeAlias = Annotated[
     str,
@@ -46,6 +46,7 @@ class LoadAdapterRequest(Strict):
         Rule(text="be true or false", remedy="leave it out for an adapter beside the weights"),
     ] = False
     weight_version: Version = None
+    mode: Mode = "drain"
 
 
 class AdapterFromTensorsRequest(Strict):
@@ -58,6 +59,7 @@ class AdapterFromTensorsRequest(Strict):
         Rule(text="be true or false", remedy="leave it out for an adapter beside the weights"),
     ] = "false"
     weight_version: Version = None
+    mode: Mode = "drain"
 
 
 class UnloadAdapterRequest(Strict):
@@ -67,6 +69,7 @@ class UnloadAdapterRequest(Strict):
 
     lora_name: _Name
     weight_version: Version = None
+    mode: Mode = "drain"
 
 
 class LoraAdapterObject(BaseModel):

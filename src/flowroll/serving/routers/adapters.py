@@ -57,7 +57,7 @@ def build_router(services: Services) -> APIRouter:
         ADAPTER_FROM_TENSORS_ROUTE,
         summary="Load a LoRA adapter from one body",
         description="A safetensors file with the adapter's tensors, and its adapter_config.json as text in the file's "
-        "metadata, as `adapter_config`; `lora_name`, `merged` and `weight_version` are in the query.",
+        "metadata, as `adapter_config`; `lora_name`, `merged`, `weight_version` and `mode` are in the query.",
         responses={
             **WEIGHTS_RESPONSES,
             415: {"model": ErrorBody, "description": "The body is not sent as application/octet-stream"},
@@ -78,28 +78,31 @@ def build_router(services: Services) -> APIRouter:
                 lora_path=folder,
                 merged=query.merged == "true",
                 weight_version=query.weight_version,
+                mode=query.mode,
             )
             return await _load(await run_in_threadpool(find_adapter, folder), accepted)
 
     async def _load(files: AdapterFiles, accepted: LoadAdapterRequest) -> AdapterChangeObject:
         stage = functools.partial(engine.stage_lora_adapter, files, name=accepted.lora_name, merged=accepted.merged)
-        async with services.updating:
-            staged = await run_in_threadpool(stage)
-            commit = functools.partial(engine.commit_lora_adapter, staged, weight_version=accepted.weight_version)
-            change = await services.between_requests(commit)
+        commit = functools.partial(engine.commit_lora_adapter, weight_version=accepted.weight_version, mode=accepted.mode)
+        change = await services.change_policy(stage, commit, accepted.mode)
         return _answer(change, f"{change.lora_name} is loaded, in version {change.weight_version}")
 
     @router.post(
         UNLOAD_ADAPTER_ROUTE,
         summary="Unload a LoRA adapter",
-        description="Waits for the requests that run; those that wait for it end in an error.",
+        description="The requests that run finish first, or are done again (`mode`); those that wait for it end in an error.",
         responses=WEIGHTS_RESPONSES,
         openapi_extra=request_body(UnloadAdapterRequest),
     )
     async def unload_lora_adapter(request: Request) -> AdapterChangeObject:
         accepted = parse(UnloadAdapterRequest, parse_json_body(await read_body(request, services)))
-        name, version = accepted.lora_name, accepted.weight_version
-        change = await services.between_requests(lambda: engine.unload_lora_adapter(name, weight_version=version))
+        name, version, mode = accepted.lora_name, accepted.weight_version, accepted.mode
+
+        def unload(_: None) -> AdapterChange:
+            return engine.unload_lora_adapter(name, weight_version=version, mode=mode)
+
+        change = await services.change_policy(lambda: None, unload, mode)
         return _answer(change, f"{name} is unloaded, in version {change.weight_version}")
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)

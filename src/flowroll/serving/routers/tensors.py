@@ -27,7 +27,7 @@ from flowroll.wire.weights import UpdateObject
 _RESPONSES = {
     **WEIGHTS_RESPONSES,
     404: {"model": ErrorBody, "description": "The update has ended, or there never was one"},
-    409: {"model": ErrorBody, "description": "Another update is under way"},
+    409: {"model": ErrorBody, "description": "Another update is under way, or the commit of this one"},
 }
 
 
@@ -92,7 +92,7 @@ def build_router(services: Services) -> APIRouter:
         ABANDON_ROUTE, summary="Drop an update", description="Weights, version and checksum stay.", responses=_RESPONSES
     )
     async def abandon(update_id: str) -> AbandonedObject:
-        arriving.end(arriving.get(update_id))
+        arriving.abandon(update_id)
         return AbandonedObject(update_id=update_id)
 
     @router.post(

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 
 import torch
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.groups import UNRECEIVED, receive_from_group
 from flowroll.engine.tensorfile import TensorHead
 from flowroll.engine.weights import tensor_head
-from flowroll.errors import NotFoundError
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import read_body
 from flowroll.serving.openapi import request_body
 from flowroll.serving.paths import check_host
 from flowroll.serving.services import Services
+from flowroll.serving.weight_groups import close_group
 from flowroll.types import check_version
 from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
@@ -30,20 +29,14 @@ _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No 
 def build_router(services: Services) -> APIRouter:
     """The routes about process groups."""
     router = APIRouter(tags=["weights"])
-    groups: dict[str, BroadcastGroup] = {}
-    # Each holds a thread for as long as its trainer does not come.
-    joining = asyncio.Lock()
-
-    def find(name: str) -> BroadcastGroup:
-        if name not in groups:
-            raise NotFoundError(f"group_name must be of a group, got {name[:80]}; init it first.", field="group_name")
-        return groups[name]
+    groups = services.groups
 
     @router.post(
         INIT_GROUP_ROUTE,
         summary="Join a trainer's process group",
         description="Whatever the engine's layout, the server is one member, of rank `rank_offset`. Waits for the others, at "
-        "most for --rank-timeout-s. A group of the same name is destroyed first: its trainer has begun again.",
+        "most for --rank-timeout-s. A group of the same name is destroyed first: its trainer has begun again. Groups that have "
+        "failed are forgotten.",
         responses={
             **_RESPONSES,
             403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
@@ -53,20 +46,18 @@ def build_router(services: Services) -> APIRouter:
     async def init_group(request: Request) -> DoneObject:
         accepted = parse(InitGroupRequest, parse_json_body(await read_body(request, services)))
         check_host(accepted.master_address, services.config.weight_group_hosts, "master_address")
-        async with joining:
-            if (former := groups.pop(accepted.group_name, None)) is not None:
-                former.close()
-            groups[accepted.group_name] = await run_in_threadpool(
-                BroadcastGroup,
-                accepted.group_name,
-                rank=accepted.rank_offset,
-                world_size=accepted.world_size,
-                backend=accepted.backend,
-                address=accepted.master_address,
-                port=accepted.master_port,
-                device=services.worker.engine.info.device if accepted.backend == "nccl" else "cpu",
-                timeout_s=services.config.rank_timeout_s,
-            )
+        make = functools.partial(
+            BroadcastGroup,
+            accepted.group_name,
+            rank=accepted.rank_offset,
+            world_size=accepted.world_size,
+            backend=accepted.backend,
+            address=accepted.master_address,
+            port=accepted.master_port,
+            device=services.worker.engine.info.device if accepted.backend == "nccl" else "cpu",
+            timeout_s=services.config.rank_timeout_s,
+        )
+        await groups.join(accepted.group_name, make)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
 
     @router.post(
@@ -80,7 +71,7 @@ def build_router(services: Services) -> APIRouter:
     )
     async def update_from_group(request: Request) -> SharedUpdateObject:
         sent = parse_json_body(await read_body(request, services))
-        group = find(str(sent.get("group_name", DEFAULT_GROUP)))
+        group = groups.find(str(sent.get("group_name", DEFAULT_GROUP)))
         try:
             accepted = parse(UpdateFromGroupRequest, sent)
             if accepted.weight_version is not None:
@@ -93,7 +84,7 @@ def build_router(services: Services) -> APIRouter:
             )
         except BaseException:
             # The trainer sends them all the same, and nobody receives them.
-            group.close(UNRECEIVED)
+            await close_group(group, UNRECEIVED)
             raise
 
     @router.post(
@@ -105,9 +96,7 @@ def build_router(services: Services) -> APIRouter:
     )
     async def destroy_group(request: Request) -> DoneObject:
         accepted = parse(DestroyGroupRequest, parse_json_body(await read_body(request, services)))
-        group = find(accepted.group_name)
-        del groups[accepted.group_name]
-        await run_in_threadpool(group.close)
+        await groups.destroy(accepted.group_name)
         return DoneObject(message=f"{accepted.group_name} is destroyed")
 
     return router
