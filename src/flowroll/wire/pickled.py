@@ -176,7 +176,7 @@ def _is_metadata(found: object) -> bool:
 
 
 def _new_metadata(kind: object, arguments: object) -> _Metadata:
-    if not _is_metadata(kind) or arguments != ():
+    if not _is_metadata(kind) or _typed(arguments, tuple):
         _refuse("another object than a bucket's metadata")
     return _Metadata({})
 
@@ -212,7 +212,8 @@ def _cuda_tensor(kind: object, size: object, stride: object, offset: object, sto
 
 
 def _check_kind(kind: object) -> None:
-    if kind not in _KINDS:
+    # Nothing else of the stream's is hashed: of nested tuples that would be a recursion in C, or take 2^40 steps.
+    if not isinstance(kind, _Global) or kind not in _KINDS:
         _refuse("a tensor of an unknown class")
 
 
@@ -277,6 +278,6 @@ def _part(flat: SentTensor, state: dict[Any, Any]) -> tuple[str, SentTensor]:
         raise ValueError("metadata has other fields")
     shape = _typed(state["shape"], tuple)
     part = flat.part(state["start_idx"], state["end_idx"], shape, state["dtype"])
-    if state["numel"] != part.numel:
+    if _typed(state["numel"], int) != part.numel:
         raise ValueError("numel is not the shape's")
     return _typed(state["name"], str), part

@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,47 @@ def test_a_broken_stream_is_refused(kind: str, data: bytes) -> None:
     for is_flattened in (False, True):
         with pytest.raises(MalformedRequestError):
             named_tensors(data, flattened=is_flattened)
+
+
+_EMPTY_STORAGE = b"\x80\x02]ctorch.multiprocessing.reductions\nrebuild_storage_empty\n)"
+# A tuple in a tuple, and so on; and one whose parts are the same tuple, forty times over: 2^40 to whoever walks through it.
+_DEEP, _DOUBLED = b"\x85" * 200_000, b"q\x01h\x01\x86" * 40
+_METADATA = b"\x80\x02cx\nFlattenedTensorMetadata\n)\x81"
+NESTED = {
+    "deep, as a class": _EMPTY_STORAGE + _DEEP + b"\x85R.",
+    "doubled, as a class": _EMPTY_STORAGE + _DOUBLED + b"\x85R.",
+    "deep, as arguments of metadata": b"\x80\x02]cx\nFlattenedTensorMetadata\n)" + _DEEP + b"\x81.",
+    "doubled, as a pair": b"\x80\x02])" + _DOUBLED + b"a.",
+    "doubled, as pairs": b"\x80\x02)" + _DOUBLED + b".",
+    "doubled, as a key": b"\x80\x02})" + _DOUBLED + b"Ns.",
+    "doubled, as a name": b"\x80\x02])" + _DOUBLED + b"N\x86a.",
+    "doubled, as a function": b"\x80\x02)" + _DOUBLED + b")R.",
+    "doubled, as a module": b"\x80\x04)" + _DOUBLED + b"X\x01\x00\x00\x00x\x93.",
+    "doubled, as a number of elements": b"\x80\x02ctorch\nSize\n)" + _DOUBLED + b"\x85R.",
+    "metadata of metadata": _METADATA
+    + b"}X\x01\x00\x00\x00x"
+    + (b"cx\nFlattenedTensorMetadata\n)\x81}X\x01\x00\x00\x00x") * 20_000
+    + b"N"
+    + b"sb" * 20_001
+    + b".",
+}
+
+
+def test_nested_values_are_refused_by_a_process_that_lives_on() -> None:
+    """In a process of its own: unguarded, some of these end it, and the others never end."""
+    script = (
+        "import sys, pickle\n"
+        "from flowroll.errors import ForbiddenError, MalformedRequestError\n"
+        "from flowroll.wire.pickled import named_tensors\n"
+        "for kind, data in pickle.load(sys.stdin.buffer).items():\n"
+        "    for flattened in (False, True):\n"
+        "        try:\n"
+        "            named_tensors(data, flattened=flattened)\n"
+        "        except (ForbiddenError, MalformedRequestError):\n"
+        "            print(kind, flush=True)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(NESTED), capture_output=True, timeout=300)
+    assert run.stdout.decode().splitlines() == [kind for kind in NESTED for _ in range(2)], (run.returncode, run.stderr)
 
 
 def _sent(offset: object = 0, size: object = (2,), stride: object = (1,), edit: Callable[[bytes], bytes] = bytes) -> bytes:
