@@ -207,6 +207,29 @@ def test_a_broken_stream_is_refused(kind: str, data: bytes) -> None:
             named_tensors(data, flattened=is_flattened)
 
 
+@pytest.mark.parametrize("filler", [b"]", b"\x94", b"h\x00", b"("], ids=["lists", "memo", "stack", "marks"])
+def test_a_stream_has_so_many_instructions(filler: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(count: int, words: str) -> None:
+        # PROTO, a list and its memo are the first three.
+        with pytest.raises(MalformedRequestError, match=words):
+            named_tensors(b"\x80\x02]\x94" + filler * (count - 3), flattened=False)
+
+    if filler == b"\x94":
+        send(500_001, "more than 500000 instructions")
+    monkeypatch.setattr("flowroll.wire.pickled._MOST_INSTRUCTIONS", 1000)
+    send(1000, "pickle exhausted")
+    send(1001, "more than 1000 instructions")
+    with pytest.raises(MalformedRequestError, match="huge place in the memo"):
+        named_tensors(b"\x80\x02]r" + struct.pack("<I", 1000) + b".", flattened=False)
+
+
+def test_so_many_instructions_are_enough_for_five_thousand_tensors() -> None:
+    tensor = torch.arange(6.0)
+    views = {f"transformer_blocks.{place}.attn.to_q.weight": tensor[:1] for place in range(5000)}
+    assert len(named_tensors(pickled(list(views.items())), flattened=False)) == 5000
+    assert len(received(pickled(flattened(views)), is_flattened=True)) == 5000
+
+
 _EMPTY_STORAGE = b"\x80\x02]ctorch.multiprocessing.reductions\nrebuild_storage_empty\n)"
 # A tuple in a tuple, and so on; and one whose parts are the same tuple, forty times over: 2^40 to whoever walks through it.
 _DEEP, _DOUBLED = b"\x85" * 200_000, b"q\x01h\x01\x86" * 40
