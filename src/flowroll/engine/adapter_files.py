@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowroll.engine.adapter_patterns import check_patterns
 from flowroll.engine.checkpoint import read_json
 from flowroll.engine.tensorfile import StoredTensor, TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
@@ -194,6 +195,7 @@ def lora_config(config: Mapping[str, Any]) -> Any:
         shown = _shown(config["init_lora_weights"])
         raise refused(f"init_lora_weights must leave the model's weights as they are, got {shown}; use true or gaussian.")
     _check_numbers(config)
+    check_patterns(config)
     chosen = {key: config[key] for key in _SHAPING if config.get(key) is not None}
     return peft.LoraConfig(**chosen, lora_dropout=0.0, init_lora_weights=False)
 
