@@ -179,7 +179,10 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a start that changes the weights": (_edit_config(init_lora_weights="pissa"), "init_lora_weights must leave"),
     "no rank": (_edit_config(r=0), "r must be an integer from 1 to 4096, got 0"),
     "a rank of a layer": (_edit_config(rank_pattern={"to_q": "9"}), 'r must be an integer from 1 to 4096, got "9"'),
-    "no number for alpha": (_edit_config(lora_alpha=float("nan")), "lora_alpha must be a finite number, got NaN"),
+    "no number for alpha": (_edit_config(lora_alpha=float("nan")), "lora_alpha must be a finite number of at most .*, got NaN"),
+    "an alpha beyond floats": (_edit_config(lora_alpha=10**400), "lora_alpha must be a finite number of at most 1e"),
+    "an alpha of a layer beyond floats": (_edit_config(alpha_pattern={"to_q": -(10**400)}), "finite number of at most 1e"),
+    "layers beyond everything": (_edit_config(layers_to_transform=[10**400]), "must fit ZImageTransformer2DModel"),
     "other ranks": (_edit_config(r=8), r"lora_A.weight as \[8, "),
     "no targets": (_edit_config(target_modules=[]), "target_modules must name linears"),
     "targets that are not there": (_edit_config(target_modules=["nowhere"]), "must fit ZImageTransformer2DModel"),
@@ -280,6 +283,14 @@ def test_a_pattern_that_could_take_forever_is_refused(key: str) -> None:
         check_patterns(config(pattern))
     if key != "layers_pattern":
         check_patterns(config([f"transformer_blocks.{place}.attn.to_q" for place in range(1000)]))
+
+
+def test_what_overflows_in_peft_is_the_adapters_fault(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a pattern of a{99999999999999} does that no check has seen.
+    monkeypatch.setattr("flowroll.engine.adapter_files.check_patterns", lambda config: None)
+    _edit_config(target_modules="a{99999999999999}")(adapter)
+    with pytest.raises(WeightsRejectedError, match="must fit ZImageTransformer2DModel, got the repetition number"):
+        z_image.load_lora_adapter(adapter, name="p")
 
 
 def test_a_slow_pattern_does_not_reach_peft(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
