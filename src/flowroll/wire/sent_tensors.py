@@ -24,6 +24,8 @@ _FOLDER = "/dev/shm"
 _COUNTER_BYTES = 64
 _MAX_DIMS, _MAX_NUMBER = 16, 2**48
 _IPC_HANDLE_BYTES = 64
+# torch's CUDA_IPC_REF_COUNTER_FILE_SIZE: so many counters of eight bytes a segment has. One of them is lowered, unchecked.
+_IPC_COUNTERS = 10_000
 # "c": of cudaMalloc. The other kind, of an expandable segment, names a process whose file descriptors would be taken.
 _IPC_PREFIX = re.compile(rb"[\x01\x02]c", re.DOTALL)
 
@@ -215,11 +217,15 @@ def cuda_tensor(
         raise ValueError("a handle must be of cudaMalloc; switch expandable segments off")
     if len(event_handle) not in (0, _IPC_HANDLE_BYTES) or _SEGMENT.fullmatch(counter_name) is None:
         raise ValueError("an event's handle must be CUDA's, and the counter's segment torch's")
+    if count_place >= _IPC_COUNTERS:
+        raise ValueError("a counter must lie in its segment")
+    index = _cuda_device(device)
+    SharedStorage(counter_name, _IPC_COUNTERS * 8).close()
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     # All of the storage, as bytes: which of them the tensor has was checked above.
     whole = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
-        *(Tensor, torch.Size([nbytes]), (1,), 0, torch.storage.TypedStorage, torch.uint8, _cuda_device(device), handle),
+        *(Tensor, torch.Size([nbytes]), (1,), 0, torch.storage.TypedStorage, torch.uint8, index, handle),
         *(nbytes, place, False, counter_name, count_place, event_handle, event_sync_required is True),
     )
     return SentTensor(whole, first * kind.itemsize, shape, strides, kind)

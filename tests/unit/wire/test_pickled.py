@@ -426,6 +426,7 @@ CUDA = {
         ({"counter_name": b"/etc/passwd"}, "torch's"),
         ({"storage_offset": -1}, "natural"),
         ({"counter_offset": "0"}, "natural"),
+        ({"counter_offset": 10_000}, "a counter must lie in its segment"),
         ({"device": 99}, "this machine's"),
         ({"device": "GPU-1"}, "this machine's"),
     ],
@@ -433,3 +434,28 @@ CUDA = {
 def test_a_handle_of_a_gpu_is_checked_before_it_is_opened(change: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         cuda_tensor(**{**CUDA, **change})
+
+
+def test_a_counter_of_a_gpu_is_in_a_segment_of_torchs_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without GPUs takes the handle as far as torch's own function."""
+    opened: list[tuple[object, ...]] = []
+
+    def rebuild(*arguments: object) -> Tensor:
+        opened.append(arguments)
+        return torch.zeros(512, dtype=torch.uint8)
+
+    monkeypatch.setattr("flowroll.wire.sent_tensors._cuda_device", lambda device: 0)
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild)
+    name = f"torch_{os.getpid()}_1_999998"
+    path, handle = Path("/dev/shm") / name, {**CUDA, "counter_name": f"/{name}".encode(), "counter_offset": 9999}
+    try:
+        with pytest.raises(ValueError, match="must be there"):
+            cuda_tensor(**handle)
+        path.write_bytes(bytes(64 + 80_000 - 1))
+        with pytest.raises(ValueError, match="as long as is said"):
+            cuda_tensor(**handle)
+        assert not opened
+        path.write_bytes(bytes(64 + 80_000))
+        assert cuda_tensor(**handle).shape == (2,) and len(opened) == 1
+    finally:
+        path.unlink(missing_ok=True)
