@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -223,11 +224,16 @@ def test_a_stream_has_so_many_instructions(filler: bytes, monkeypatch: pytest.Mo
         named_tensors(b"\x80\x02]r" + struct.pack("<I", 1000) + b".", flattened=False)
 
 
-def test_so_many_instructions_are_enough_for_five_thousand_tensors() -> None:
-    tensor = torch.arange(6.0)
-    views = {f"transformer_blocks.{place}.attn.to_q.weight": tensor[:1] for place in range(5000)}
-    assert len(named_tensors(pickled(list(views.items())), flattened=False)) == 5000
-    assert len(received(pickled(flattened(views)), is_flattened=True)) == 5000
+def test_five_thousand_tensors_of_their_own_take_neither_too_many_instructions_nor_descriptors() -> None:
+    tensors = {f"transformer_blocks.{place}.attn.to_q.weight": torch.full((2,), float(place)) for place in range(5000)}
+    data = pickled(list(tensors.items()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
+    try:
+        assert_same(received(data), tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(received(pickled(flattened(tensors)), is_flattened=True)) == 5000
 
 
 _EMPTY_STORAGE = b"\x80\x02]ctorch.multiprocessing.reductions\nrebuild_storage_empty\n)"
@@ -349,8 +355,15 @@ def test_a_segment_is_a_regular_file_as_long_as_is_said(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="as long as is said"):
             SharedStorage(f"/{name}".encode(), 9)
         storage = SharedStorage(f"/{name}".encode(), 8)
-        os.truncate(path, 70)
+        storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
         with pytest.raises(ValueError, match="must stay while it is read"):
+            storage.read_into(torch.empty(8, dtype=torch.uint8), 1)
+        os.truncate(path, 70)
+        with pytest.raises(ValueError, match="as long as is said"):
+            storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
+        path.unlink()
+        path.symlink_to(secret)
+        with pytest.raises(ValueError, match="must be there"):
             storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
     finally:
         path.unlink()

@@ -79,4 +79,3 @@ def _copy(incoming: IncomingWeights, tensors: list[tuple[str, SentTensor]]) -> N
         shared = {id(tensor.source): tensor.source for _, tensor in tensors if isinstance(tensor.source, SharedStorage)}
         for source in shared.values():
             source.release()
-            source.close()
