@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from flowroll.errors import ForbiddenError, MalformedRequestError
-from flowroll.wire.sent_tensors import SentTensor, cuda_tensor, empty_storage, rebuilt_tensor, shared_storage
+from flowroll.wire.sent_tensors import SentTensor, SharedStorage, cuda_tensor, empty_storage, rebuilt_tensor, shared_storage
 
 FIELD = "serialized_named_tensors"
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
@@ -52,8 +52,28 @@ _MARK: Final = object()
 _MOST_INSTRUCTIONS = 500_000
 
 
-def named_tensors(data: bytes, *, flattened: bool) -> list[tuple[str, SentTensor]]:
-    """The tensors that a stream names. Their data is not read yet.
+@dataclass(frozen=True, slots=True)
+class SentTensors:
+    """What a stream named.
+
+    Attributes:
+        pairs: Names and tensors.
+        sources: All segments that it named, also those that no tensor is in.
+    """
+
+    pairs: list[tuple[str, SentTensor]]
+    sources: list[SharedStorage]
+
+    def release(self) -> None:
+        """Lets the sender have its memory back; nothing can be copied from then on. May be called twice."""
+        for source in self.sources:
+            source.release()
+
+
+def named_tensors(data: bytes, *, flattened: bool) -> SentTensors:
+    """The tensors that a stream names. Their data is not read yet; `release` has to be called in the end.
+
+    Whatever a refused stream had named by then is released.
 
     Args:
         data: The pickle.
@@ -63,18 +83,24 @@ def named_tensors(data: bytes, *, flattened: bool) -> list[tuple[str, SentTensor
         ForbiddenError: It holds an instruction or a global that no such stream has.
         MalformedRequestError: It is broken, or holds something else.
     """
+    sent = SentTensors([], [])
     try:
-        value = _run(data)
-        return _bucket(value) if flattened else _pairs(value)
+        value = _run(data, sent.sources)
+        sent.pairs.extend(_bucket(value) if flattened else _pairs(value))
+        return sent
+    except ForbiddenError:
+        sent.release()
+        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        sent.release()
         reason = (str(error).splitlines() or [""])[0][:200]
         raise MalformedRequestError(
             f"{FIELD} must hold pickled named tensors, got {type(error).__name__}: {reason}; serialize them again.", field=FIELD
         ) from error
 
 
-def _run(data: bytes) -> object:
-    """Runs the stream; what is left is its value."""
+def _run(data: bytes, sources: list[SharedStorage]) -> object:
+    """Runs the stream; what is left is its value. The segments that it names are added to the sources."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
@@ -131,7 +157,11 @@ def _run(data: bytes) -> object:
                 stack[-2:] = [_global(module, name)]
             case "REDUCE":
                 function, arguments = _top(stack, 2)
-                stack[-2:] = [_call(function, _typed(arguments, tuple))]
+                result = _call(function, _typed(arguments, tuple))
+                # Once each: other calls give the same storage again, as another dtype.
+                if function == _BY_NAME:
+                    sources.append(result.source)
+                stack[-2:] = [result]
             case "NEWOBJ":
                 kind, arguments = _top(stack, 2)
                 stack[-2:] = [_new_metadata(kind, arguments)]
@@ -189,7 +219,7 @@ def _new_metadata(kind: object, arguments: object) -> _Metadata:
     return _Metadata({})
 
 
-def _call(function: object, arguments: tuple[Any, ...]) -> object:
+def _call(function: object, arguments: tuple[Any, ...]) -> Any:
     if not isinstance(function, _Global) or function not in _FUNCTIONS:
         _refuse("a call of something else than a rebuilding function")
     return _FUNCTIONS[function](*arguments)
@@ -241,6 +271,7 @@ def _empty(kind: object) -> object:
 
 
 _REDUCTIONS = "torch.multiprocessing.reductions"
+_BY_NAME = _Global(_REDUCTIONS, "rebuild_storage_filename")
 # Classes that are only named.
 _KINDS = frozenset(
     {
@@ -256,7 +287,7 @@ _FUNCTIONS: dict[_Global, Callable[..., object]] = {
     _Global("torch", "Size"): _size,
     _Global(_REDUCTIONS, "rebuild_tensor"): _tensor,
     _Global(_REDUCTIONS, "rebuild_typed_storage"): _typed_storage,
-    _Global(_REDUCTIONS, "rebuild_storage_filename"): _storage_by_name,
+    _BY_NAME: _storage_by_name,
     _Global(_REDUCTIONS, "rebuild_storage_empty"): _empty,
     _Global(_REDUCTIONS, "rebuild_cuda_tensor"): _cuda_tensor,
     # The same, with the device by its UUID.

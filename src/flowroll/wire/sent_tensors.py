@@ -47,6 +47,7 @@ class SharedStorage:
         match = _SEGMENT.fullmatch(name)
         if match is None:
             raise ValueError("a segment must be one of torch's")
+        self._is_released = False
         self.nbytes, self._name, self._path = nbytes, name, os.path.join(_FOLDER, match[1].decode())
         with self._open():
             pass
@@ -85,7 +86,10 @@ class SharedStorage:
                 done += count
 
     def release(self) -> None:
-        """Tells the owner that one user less has it, as torch's receiver does; else it would never be freed."""
+        """Tells the owner that one user less has it, as torch's receiver does; else it would never be freed. Once."""
+        if self._is_released:
+            return
+        self._is_released = True
         # It may be gone already.
         with contextlib.suppress(RuntimeError):
             # No manager is named, so torch uses this process's own; the name was checked, and so was the size.

@@ -39,14 +39,12 @@ def as_a_trainer() -> Iterator[None]:
 
 
 def received(data: bytes, *, is_flattened: bool = False) -> dict[str, Tensor]:
-    found, sources = {}, {}
-    for name, sent in named_tensors(data, flattened=is_flattened):
-        found[name] = torch.full(sent.shape, 9, dtype=sent.dtype)
-        sent.copy_to(found[name])
-        sources[id(sent.source)] = sent.source
-    for source in sources.values():
-        if source is not None:
-            source.release()
+    found, sent = {}, named_tensors(data, flattened=is_flattened)
+    for name, tensor in sent.pairs:
+        found[name] = torch.full(tensor.shape, 9, dtype=tensor.dtype)
+        tensor.copy_to(found[name])
+    sent.release()
+    sent.release()  # once for the owner all the same
     return found
 
 
@@ -92,6 +90,22 @@ def test_a_sender_gets_its_memory_back() -> None:
     assert len(_segments() - before) == 1
     received(data)
     assert len(_segments() - before) == 1  # it is the sender's still
+    del tensor
+    assert _segments() <= before
+
+
+@pytest.mark.parametrize("kind", ["a call", "an item", "no tensor", "a bucket", "nobody wants it"])
+def test_a_sender_gets_its_memory_back_from_a_stream_that_is_refused(kind: str) -> None:
+    before = _segments()
+    tensor = torch.arange(100.0)
+    others: dict[str, object] = {"a call": ("b", _Reduced(os.getpid)), "an item": 3, "no tensor": ("b", 3)}
+    data = pickled([("a", tensor), others.get(kind, ("b", tensor[5:]))])
+    if kind == "nobody wants it":
+        named_tensors(data, flattened=False).release()
+    else:
+        with pytest.raises((ForbiddenError, MalformedRequestError)):
+            named_tensors(data, flattened=kind == "a bucket")
+    assert len(_segments() - before) == 1
     del tensor
     assert _segments() <= before
 
