@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,9 @@ def test_an_adapter_from_tensors_is_the_one_from_disk(client: Client, engine: En
         ({}, {}, "lora_name"),
         ({"lora_name": "p", "merged": "yes"}, {}, "merged"),
         ({"lora_name": "p"}, {"metadata": None}, "must carry adapter_config in its metadata"),
-        ({"lora_name": "p"}, {"metadata": {"adapter_config": "[1"}}, "must be JSON"),
+        ({"lora_name": "p"}, {"metadata": {"adapter_config": "[1"}}, "^adapter_config.json must be JSON"),
+        ({"lora_name": "p"}, {"metadata": {"adapter_config": "[1]"}}, "^adapter_config.json must hold an object"),
+        ({"lora_name": "p"}, {"metadata": {"adapter_config": f'{{"peft_type": {"1" * 5000}}}'}}, "must be JSON"),
         ({"lora_name": "p"}, {"cut": 4}, "SafetensorError|truncated"),
     ],
 )
@@ -226,4 +229,5 @@ def test_a_bad_body_is_a_422_and_leaves_nothing(
     headers = {"content-type": "application/octet-stream"}
     answer = server.post("/load_lora_adapter_from_tensors", params=query, content=body, headers=headers)
     assert answer.status_code == 422 and re.search(words, error_of(answer)["message"])
+    assert tempfile.gettempdir() not in answer.text
     assert server.get("/lora_adapters").json() == {"adapters": []}

@@ -122,6 +122,20 @@ def test_an_error_ends_the_update_and_leaves_everything(
         assert_same_bits(client.rollout(**REQUEST)[0], old)
 
 
+def test_a_bucket_that_is_refused_before_it_is_copied_frees_the_trainers_memory(
+    server: httpx.Client, truth: list[tuple[dict[str, Tensor], Rollout, str]]
+) -> None:
+    name, tensor = next(iter(truth[0][0].items()))
+    segments = set(os.listdir("/dev/shm"))
+    # Any update that an earlier test left behind goes first.
+    until(lambda: server.post("/weights/begin").status_code == 200)
+    own = tensor.clone()
+    assert send(server, [(name, own)]).status_code == 409
+    assert len(set(os.listdir("/dev/shm")) - segments) == 1
+    del own
+    assert set(os.listdir("/dev/shm")) <= segments
+
+
 class _Evil:
     def __init__(self, path: Path) -> None:
         self._path = path

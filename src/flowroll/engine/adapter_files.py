@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowroll.engine.adapter_patterns import check_patterns
 from flowroll.engine.checkpoint import read_json
 from flowroll.engine.tensorfile import StoredTensor, TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
@@ -56,7 +56,7 @@ _IDLE = frozenset(
 )
 # Starting values that leave the weights below as they are; others are no adapter for the model that is served.
 _STARTS = (True, False, "gaussian", "orthogonal")
-_MAX_RANK = 4096
+_MAX_RANK, _MAX_ALPHA = 4096, 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +194,7 @@ def lora_config(config: Mapping[str, Any]) -> Any:
         shown = _shown(config["init_lora_weights"])
         raise refused(f"init_lora_weights must leave the model's weights as they are, got {shown}; use true or gaussian.")
     _check_numbers(config)
+    check_patterns(config)
     chosen = {key: config[key] for key in _SHAPING if config.get(key) is not None}
     return peft.LoraConfig(**chosen, lora_dropout=0.0, init_lora_weights=False)
 
@@ -209,8 +210,11 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         if not (type(rank) is int and 1 <= rank <= _MAX_RANK):
             raise refused(f"r must be an integer from 1 to {_MAX_RANK}, got {_shown(rank)}; save the adapter again.")
     for scale in (config.get("lora_alpha", 8), *scales.values()):
-        if not (type(scale) in (int, float) and math.isfinite(scale)):
-            raise refused(f"lora_alpha must be a finite number, got {_shown(scale)}; save the adapter again.")
+        # Compared, not converted: an integer may be beyond all floats.
+        if not (type(scale) in (int, float) and abs(scale) <= _MAX_ALPHA):
+            raise refused(
+                f"lora_alpha must be a finite number of at most {_MAX_ALPHA:g}, got {_shown(scale)}; save the adapter again."
+            )
     if not isinstance(config.get("use_rslora", False), bool):
         raise refused(f"use_rslora must be true or false, got {_shown(config['use_rslora'])}; save the adapter again.")
     targets = config.get("target_modules")

@@ -121,7 +121,7 @@ class AdapterSet:
                 for path, layer in layers.items():
                     _put_over(layer, linears[path])
                 return self._build(about, layers)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OverflowError) as error:
             raise unreadable(error) from error
 
     def finished(self, staged: Adapter, version: str) -> Adapter:
@@ -194,7 +194,7 @@ def _inject(base: nn.Module, config: Any) -> nn.Module:
         # The device is this thread's own: what peft makes takes no memory, and no random numbers.
         with torch.device("meta"):
             skeleton = peft.inject_adapter_in_model(config, _skeleton(base), adapter_name=_OWN)
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, OverflowError, re.error) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise refused(f"adapter_config.json must fit {type(base).__name__}, got {reason}; save the adapter again.") from error
     return skeleton.eval()  # type: ignore[no-any-return]

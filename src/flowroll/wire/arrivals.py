@@ -59,7 +59,8 @@ class UpdateFromTensorRequest(Targeted):
         list[str],
         Field(
             min_length=1,
-            description="Pickled named tensors as base64, whole ones: an entry for each rank, of which the first is read.",
+            description="Pickled named tensors as base64, whole ones: an entry for each rank, of which only the "
+            "first is read; what the others name is not released.",
             examples=[["gASV..."]],
         ),
         Rule(text="be a list of at least one string", remedy="send what MultiprocessingSerializer makes"),

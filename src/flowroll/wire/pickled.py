@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from flowroll.errors import ForbiddenError, MalformedRequestError
-from flowroll.wire.sent_tensors import SentTensor, cuda_tensor, empty_storage, rebuilt_tensor, shared_storage
+from flowroll.wire.sent_tensors import SentTensor, SharedStorage, cuda_tensor, empty_storage, rebuilt_tensor, shared_storage
 
 FIELD = "serialized_named_tensors"
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
@@ -47,10 +47,33 @@ class _Metadata:
 
 
 _MARK: Final = object()
+# 5,000 tensors take 230,000, or 150,000 in a flattened bucket. An instruction makes one value at most, and some 100 bytes; so
+# this bounds time, stack, memo and depth. Values may be as deep: nothing here walks through one, and Python frees them flat.
+_MOST_INSTRUCTIONS = 500_000
 
 
-def named_tensors(data: bytes, *, flattened: bool) -> list[tuple[str, SentTensor]]:
-    """The tensors that a stream names. Their data is not read yet.
+@dataclass(frozen=True, slots=True)
+class SentTensors:
+    """What a stream named.
+
+    Attributes:
+        pairs: Names and tensors.
+        sources: All segments that it named, also those that no tensor is in.
+    """
+
+    pairs: list[tuple[str, SentTensor]]
+    sources: list[SharedStorage]
+
+    def release(self) -> None:
+        """Lets the sender have its memory back; nothing can be copied from then on. May be called twice."""
+        for source in self.sources:
+            source.release()
+
+
+def named_tensors(data: bytes, *, flattened: bool) -> SentTensors:
+    """The tensors that a stream names. Their data is not read yet; `release` has to be called in the end.
+
+    Whatever a refused stream had named by then is released.
 
     Args:
         data: The pickle.
@@ -60,22 +83,30 @@ def named_tensors(data: bytes, *, flattened: bool) -> list[tuple[str, SentTensor
         ForbiddenError: It holds an instruction or a global that no such stream has.
         MalformedRequestError: It is broken, or holds something else.
     """
+    sent = SentTensors([], [])
     try:
-        value = _run(data)
-        return _bucket(value) if flattened else _pairs(value)
+        value = _run(data, sent.sources)
+        sent.pairs.extend(_bucket(value) if flattened else _pairs(value))
+        return sent
+    except ForbiddenError:
+        sent.release()
+        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        sent.release()
         reason = (str(error).splitlines() or [""])[0][:200]
         raise MalformedRequestError(
             f"{FIELD} must hold pickled named tensors, got {type(error).__name__}: {reason}; serialize them again.", field=FIELD
         ) from error
 
 
-def _run(data: bytes) -> object:
-    """Runs the stream; what is left is its value."""
+def _run(data: bytes, sources: list[SharedStorage]) -> object:
+    """Runs the stream; what is left is its value. The segments that it names are added to the sources."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
-    for instruction, argument, _ in pickletools.genops(data):
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+        if count == _MOST_INSTRUCTIONS:
+            raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions; send fewer tensors in one bucket")
         match instruction.name:
             case "PROTO" | "FRAME":
                 pass
@@ -92,8 +123,8 @@ def _run(data: bytes) -> object:
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(instruction.name[-1])
-                stack[-count:] = [tuple(_top(stack, count))]
+                length = int(instruction.name[-1])
+                stack[-length:] = [tuple(_top(stack, length))]
             case "TUPLE":
                 stack.append(tuple(_to_mark(stack)))
             case "APPEND":
@@ -113,6 +144,9 @@ def _run(data: bytes) -> object:
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINPUT" | "LONG_BINPUT":
+                # Picklers count from 0.
+                if argument >= _MOST_INSTRUCTIONS:
+                    raise ValueError("a huge place in the memo")
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
@@ -123,7 +157,11 @@ def _run(data: bytes) -> object:
                 stack[-2:] = [_global(module, name)]
             case "REDUCE":
                 function, arguments = _top(stack, 2)
-                stack[-2:] = [_call(function, _typed(arguments, tuple))]
+                result = _call(function, _typed(arguments, tuple))
+                # Once each: other calls give the same storage again, as another dtype.
+                if function == _BY_NAME:
+                    sources.append(result.source)
+                stack[-2:] = [result]
             case "NEWOBJ":
                 kind, arguments = _top(stack, 2)
                 stack[-2:] = [_new_metadata(kind, arguments)]
@@ -176,12 +214,12 @@ def _is_metadata(found: object) -> bool:
 
 
 def _new_metadata(kind: object, arguments: object) -> _Metadata:
-    if not _is_metadata(kind) or arguments != ():
+    if not _is_metadata(kind) or _typed(arguments, tuple):
         _refuse("another object than a bucket's metadata")
     return _Metadata({})
 
 
-def _call(function: object, arguments: tuple[Any, ...]) -> object:
+def _call(function: object, arguments: tuple[Any, ...]) -> Any:
     if not isinstance(function, _Global) or function not in _FUNCTIONS:
         _refuse("a call of something else than a rebuilding function")
     return _FUNCTIONS[function](*arguments)
@@ -212,7 +250,8 @@ def _cuda_tensor(kind: object, size: object, stride: object, offset: object, sto
 
 
 def _check_kind(kind: object) -> None:
-    if kind not in _KINDS:
+    # Nothing else of the stream's is hashed: of nested tuples that would be a recursion in C, or take 2^40 steps.
+    if not isinstance(kind, _Global) or kind not in _KINDS:
         _refuse("a tensor of an unknown class")
 
 
@@ -232,6 +271,7 @@ def _empty(kind: object) -> object:
 
 
 _REDUCTIONS = "torch.multiprocessing.reductions"
+_BY_NAME = _Global(_REDUCTIONS, "rebuild_storage_filename")
 # Classes that are only named.
 _KINDS = frozenset(
     {
@@ -247,7 +287,7 @@ _FUNCTIONS: dict[_Global, Callable[..., object]] = {
     _Global("torch", "Size"): _size,
     _Global(_REDUCTIONS, "rebuild_tensor"): _tensor,
     _Global(_REDUCTIONS, "rebuild_typed_storage"): _typed_storage,
-    _Global(_REDUCTIONS, "rebuild_storage_filename"): _storage_by_name,
+    _BY_NAME: _storage_by_name,
     _Global(_REDUCTIONS, "rebuild_storage_empty"): _empty,
     _Global(_REDUCTIONS, "rebuild_cuda_tensor"): _cuda_tensor,
     # The same, with the device by its UUID.
@@ -277,6 +317,6 @@ def _part(flat: SentTensor, state: dict[Any, Any]) -> tuple[str, SentTensor]:
         raise ValueError("metadata has other fields")
     shape = _typed(state["shape"], tuple)
     part = flat.part(state["start_idx"], state["end_idx"], shape, state["dtype"])
-    if state["numel"] != part.numel:
+    if _typed(state["numel"], int) != part.numel:
         raise ValueError("numel is not the shape's")
     return _typed(state["name"], str), part

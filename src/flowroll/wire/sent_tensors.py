@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,16 @@ _FOLDER = "/dev/shm"
 _COUNTER_BYTES = 64
 _MAX_DIMS, _MAX_NUMBER = 16, 2**48
 _IPC_HANDLE_BYTES = 64
+# torch's CUDA_IPC_REF_COUNTER_FILE_SIZE: so many counters of eight bytes a segment has. One of them is lowered, unchecked.
+_IPC_COUNTERS = 10_000
 # "c": of cudaMalloc. The other kind, of an expandable segment, names a process whose file descriptors would be taken.
 _IPC_PREFIX = re.compile(rb"[\x01\x02]c", re.DOTALL)
 
 
 class SharedStorage:
-    """A segment of torch's, open for reading. It is read and not mapped: one that its owner cuts short is then an error.
+    """A segment of torch's. It is read and not mapped: one that its owner cuts short is then an error.
+
+    It is open while it is checked and while it is read, not between: a bucket may have more of them than a process may open.
 
     Args:
         name: Of the segment, e.g. b"/torch_29626_1983863381_3".
@@ -43,41 +47,49 @@ class SharedStorage:
         match = _SEGMENT.fullmatch(name)
         if match is None:
             raise ValueError("a segment must be one of torch's")
-        self.nbytes, self._name = nbytes, name
+        self._is_released = False
+        self.nbytes, self._name, self._path = nbytes, name, os.path.join(_FOLDER, match[1].decode())
+        with self._open():
+            pass
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int]:
         try:
-            self._descriptor = os.open(os.path.join(_FOLDER, match[1].decode()), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise ValueError("the segment must be there, and readable") from error
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_size < _COUNTER_BYTES + nbytes:
-            self.close()
-            raise ValueError("the segment must be this user's, and as long as is said")
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes it; may be called twice."""
-        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
-        if descriptor >= 0:
+        try:
+            status = os.fstat(descriptor)
+            if (
+                not stat.S_ISREG(status.st_mode)
+                or status.st_uid != os.geteuid()
+                or status.st_size < _COUNTER_BYTES + self.nbytes
+            ):
+                raise ValueError("the segment must be this user's, and as long as is said")
+            yield descriptor
+        finally:
             os.close(descriptor)
 
     def read_into(self, target: Tensor, start: int) -> None:
         """Fills a contiguous tensor on the CPU with the data from a byte on.
 
         Raises:
-            ValueError: The segment was cut short.
+            ValueError: The segment is gone, is another's, or was cut short.
         """
         view = target.reshape(-1).view(torch.uint8).numpy().data
         done = 0
-        while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], _COUNTER_BYTES + start + done)
-            if not count:
-                raise ValueError("the segment must stay while it is read")
-            done += count
+        with self._open() as descriptor:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], _COUNTER_BYTES + start + done)
+                if not count:
+                    raise ValueError("the segment must stay while it is read")
+                done += count
 
     def release(self) -> None:
-        """Tells the owner that one user less has it, as torch's receiver does; else it would never be freed."""
+        """Tells the owner that one user less has it, as torch's receiver does; else it would never be freed. Once."""
+        if self._is_released:
+            return
+        self._is_released = True
         # It may be gone already.
         with contextlib.suppress(RuntimeError):
             # No manager is named, so torch uses this process's own; the name was checked, and so was the size.
@@ -215,11 +227,15 @@ def cuda_tensor(
         raise ValueError("a handle must be of cudaMalloc; switch expandable segments off")
     if len(event_handle) not in (0, _IPC_HANDLE_BYTES) or _SEGMENT.fullmatch(counter_name) is None:
         raise ValueError("an event's handle must be CUDA's, and the counter's segment torch's")
+    if count_place >= _IPC_COUNTERS:
+        raise ValueError("a counter must lie in its segment")
+    index = _cuda_device(device)
+    SharedStorage(counter_name, _IPC_COUNTERS * 8)
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     # All of the storage, as bytes: which of them the tensor has was checked above.
     whole = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
-        *(Tensor, torch.Size([nbytes]), (1,), 0, torch.storage.TypedStorage, torch.uint8, _cuda_device(device), handle),
+        *(Tensor, torch.Size([nbytes]), (1,), 0, torch.storage.TypedStorage, torch.uint8, index, handle),
         *(nbytes, place, False, counter_name, count_place, event_handle, event_sync_required is True),
     )
     return SentTensor(whole, first * kind.itemsize, shape, strides, kind)

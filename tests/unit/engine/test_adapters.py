@@ -17,6 +17,7 @@ from tests.weights import REQUEST, with_other
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import AdapterLimits, Engine
+from flowroll.engine.adapter_patterns import check_patterns
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, WeightsRejectedError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -178,12 +179,15 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a start that changes the weights": (_edit_config(init_lora_weights="pissa"), "init_lora_weights must leave"),
     "no rank": (_edit_config(r=0), "r must be an integer from 1 to 4096, got 0"),
     "a rank of a layer": (_edit_config(rank_pattern={"to_q": "9"}), 'r must be an integer from 1 to 4096, got "9"'),
-    "no number for alpha": (_edit_config(lora_alpha=float("nan")), "lora_alpha must be a finite number, got NaN"),
+    "no number for alpha": (_edit_config(lora_alpha=float("nan")), "lora_alpha must be a finite number of at most .*, got NaN"),
+    "an alpha beyond floats": (_edit_config(lora_alpha=10**400), "lora_alpha must be a finite number of at most 1e"),
+    "an alpha of a layer beyond floats": (_edit_config(alpha_pattern={"to_q": -(10**400)}), "finite number of at most 1e"),
+    "layers beyond everything": (_edit_config(layers_to_transform=[10**400]), "must fit ZImageTransformer2DModel"),
     "other ranks": (_edit_config(r=8), r"lora_A.weight as \[8, "),
     "no targets": (_edit_config(target_modules=[]), "target_modules must name linears"),
     "targets that are not there": (_edit_config(target_modules=["nowhere"]), "must fit ZImageTransformer2DModel"),
     "targets that are no linears": (_edit_config(target_modules=["attention_norm1"]), "must fit ZImageTransformer2DModel"),
-    "a broken pattern": (_edit_config(target_modules="("), "must fit ZImageTransformer2DModel"),
+    "a broken pattern": (_edit_config(target_modules="("), r"must hold regular expressions, got \("),
     "fewer targets than tensors": (_edit_config(target_modules=["to_q"]), "configuration names alone, got others: "),
     "a missing factor": (_edit_tensors(lambda tensors: tensors.pop(PLACE)), "got none for layers.0.attention.to_q.lora_A"),
     "an unknown tensor": (_edit_tensors(lambda tensors: tensors.update(x=torch.zeros(1))), "got others: x;"),
@@ -234,6 +238,66 @@ def test_there_is_room_for_so_many_adapters_and_bytes(z_image: Engine, z_image_c
         for options in ({"name": "q"}, {"name": "p", "merged": True}):
             with pytest.raises(WeightsRejectedError, match=f"with {size} bytes together"):
                 small.load_lora_adapter(adapter, **options)
+
+
+_SLOW = (
+    r"([\w.]+)+!",
+    r"(\w+\.?){9}!",
+    r"(?:\w+)*!",
+    r"(\w)\1",
+    ".*.*.*.*.*!",
+    "a?" * 30 + "a" * 30,
+    "(.|.)" * 30 + "!",
+    "((((.|.|.|.)|.)|.)(.|.|.|.))(.|.|.|.)(.|.|.|.)(.|.|.|.)(.|.|.|.)(.|.|.|.)(.|.|.|.)(.|.|.|.)(.|.|.|.)(.|.|.|.|.|.|.|.)!",
+)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_could_take_forever_is_refused(key: str) -> None:
+    def config(value: Any) -> dict[str, Any]:
+        if key in ("rank_pattern", "alpha_pattern"):
+            value = dict.fromkeys([value] if isinstance(value, str) else value, 4)
+        return {"target_modules": ["to_q"], key: value}
+
+    for pattern in _SLOW:
+        with pytest.raises(
+            WeightsRejectedError, match=f"{key} must hold patterns that are quickly tried, .*list the modules by name"
+        ):
+            check_patterns(config(pattern))
+    with pytest.raises(WeightsRejectedError, match="at most 1000 characters, got 1001"):
+        check_patterns(config("a" * 1001))
+    with pytest.raises(WeightsRejectedError, match="must hold regular expressions"):
+        check_patterns(config("a{99999999999999}"))
+    with pytest.raises(WeightsRejectedError, match=r"must hold at most|list of at most"):
+        check_patterns(config([f"layers.{place}.to_q" for place in range(4097)]))
+    if key in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(WeightsRejectedError, match="and 16 that are more, got 17"):
+            check_patterns(config([f"layers.{place}.*" for place in range(17)]))
+    # What peft's documentation and its save_pretrained have.
+    for pattern in (
+        r".*\.(to_q|to_k|to_v|to_out\.0)",
+        ".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+        "all-linear",
+        r"layers\.\d+\.to_q",
+    ):
+        check_patterns(config(pattern))
+    if key != "layers_pattern":
+        check_patterns(config([f"transformer_blocks.{place}.attn.to_q" for place in range(1000)]))
+
+
+def test_what_overflows_in_peft_is_the_adapters_fault(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a pattern of a{99999999999999} does that no check has seen.
+    monkeypatch.setattr("flowroll.engine.adapter_files.check_patterns", lambda config: None)
+    _edit_config(target_modules="a{99999999999999}")(adapter)
+    with pytest.raises(WeightsRejectedError, match="must fit ZImageTransformer2DModel, got the repetition number"):
+        z_image.load_lora_adapter(adapter, name="p")
+
+
+def test_a_slow_pattern_does_not_reach_peft(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowroll.engine.adapters._inject", None)
+    _edit_config(target_modules=_SLOW[0])(adapter)
+    with pytest.raises(WeightsRejectedError, match="quickly tried"):
+        z_image.load_lora_adapter(adapter, name="p")
 
 
 @pytest.mark.parametrize(

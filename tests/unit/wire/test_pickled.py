@@ -6,7 +6,10 @@ import functools
 import io
 import os
 import pickle
+import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,14 +39,12 @@ def as_a_trainer() -> Iterator[None]:
 
 
 def received(data: bytes, *, is_flattened: bool = False) -> dict[str, Tensor]:
-    found, sources = {}, {}
-    for name, sent in named_tensors(data, flattened=is_flattened):
-        found[name] = torch.full(sent.shape, 9, dtype=sent.dtype)
-        sent.copy_to(found[name])
-        sources[id(sent.source)] = sent.source
-    for source in sources.values():
-        if source is not None:
-            source.release()
+    found, sent = {}, named_tensors(data, flattened=is_flattened)
+    for name, tensor in sent.pairs:
+        found[name] = torch.full(tensor.shape, 9, dtype=tensor.dtype)
+        tensor.copy_to(found[name])
+    sent.release()
+    sent.release()  # once for the owner all the same
     return found
 
 
@@ -89,6 +90,22 @@ def test_a_sender_gets_its_memory_back() -> None:
     assert len(_segments() - before) == 1
     received(data)
     assert len(_segments() - before) == 1  # it is the sender's still
+    del tensor
+    assert _segments() <= before
+
+
+@pytest.mark.parametrize("kind", ["a call", "an item", "no tensor", "a bucket", "nobody wants it"])
+def test_a_sender_gets_its_memory_back_from_a_stream_that_is_refused(kind: str) -> None:
+    before = _segments()
+    tensor = torch.arange(100.0)
+    others: dict[str, object] = {"a call": ("b", _Reduced(os.getpid)), "an item": 3, "no tensor": ("b", 3)}
+    data = pickled([("a", tensor), others.get(kind, ("b", tensor[5:]))])
+    if kind == "nobody wants it":
+        named_tensors(data, flattened=False).release()
+    else:
+        with pytest.raises((ForbiddenError, MalformedRequestError)):
+            named_tensors(data, flattened=kind == "a bucket")
+    assert len(_segments() - before) == 1
     del tensor
     assert _segments() <= before
 
@@ -205,6 +222,75 @@ def test_a_broken_stream_is_refused(kind: str, data: bytes) -> None:
             named_tensors(data, flattened=is_flattened)
 
 
+@pytest.mark.parametrize("filler", [b"]", b"\x94", b"h\x00", b"("], ids=["lists", "memo", "stack", "marks"])
+def test_a_stream_has_so_many_instructions(filler: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(count: int, words: str) -> None:
+        # PROTO, a list and its memo are the first three.
+        with pytest.raises(MalformedRequestError, match=words):
+            named_tensors(b"\x80\x02]\x94" + filler * (count - 3), flattened=False)
+
+    if filler == b"\x94":
+        send(500_001, "more than 500000 instructions")
+    monkeypatch.setattr("flowroll.wire.pickled._MOST_INSTRUCTIONS", 1000)
+    send(1000, "pickle exhausted")
+    send(1001, "more than 1000 instructions")
+    with pytest.raises(MalformedRequestError, match="huge place in the memo"):
+        named_tensors(b"\x80\x02]r" + struct.pack("<I", 1000) + b".", flattened=False)
+
+
+def test_five_thousand_tensors_of_their_own_take_neither_too_many_instructions_nor_descriptors() -> None:
+    tensors = {f"transformer_blocks.{place}.attn.to_q.weight": torch.full((2,), float(place)) for place in range(5000)}
+    data = pickled(list(tensors.items()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
+    try:
+        assert_same(received(data), tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(received(pickled(flattened(tensors)), is_flattened=True)) == 5000
+
+
+_EMPTY_STORAGE = b"\x80\x02]ctorch.multiprocessing.reductions\nrebuild_storage_empty\n)"
+# A tuple in a tuple, and so on; and one whose parts are the same tuple, forty times over: 2^40 to whoever walks through it.
+_DEEP, _DOUBLED = b"\x85" * 200_000, b"q\x01h\x01\x86" * 40
+_METADATA = b"\x80\x02cx\nFlattenedTensorMetadata\n)\x81"
+NESTED = {
+    "deep, as a class": _EMPTY_STORAGE + _DEEP + b"\x85R.",
+    "doubled, as a class": _EMPTY_STORAGE + _DOUBLED + b"\x85R.",
+    "deep, as arguments of metadata": b"\x80\x02]cx\nFlattenedTensorMetadata\n)" + _DEEP + b"\x81.",
+    "doubled, as a pair": b"\x80\x02])" + _DOUBLED + b"a.",
+    "doubled, as pairs": b"\x80\x02)" + _DOUBLED + b".",
+    "doubled, as a key": b"\x80\x02})" + _DOUBLED + b"Ns.",
+    "doubled, as a name": b"\x80\x02])" + _DOUBLED + b"N\x86a.",
+    "doubled, as a function": b"\x80\x02)" + _DOUBLED + b")R.",
+    "doubled, as a module": b"\x80\x04)" + _DOUBLED + b"X\x01\x00\x00\x00x\x93.",
+    "doubled, as a number of elements": b"\x80\x02ctorch\nSize\n)" + _DOUBLED + b"\x85R.",
+    "metadata of metadata": _METADATA
+    + b"}X\x01\x00\x00\x00x"
+    + (b"cx\nFlattenedTensorMetadata\n)\x81}X\x01\x00\x00\x00x") * 20_000
+    + b"N"
+    + b"sb" * 20_001
+    + b".",
+}
+
+
+def test_nested_values_are_refused_by_a_process_that_lives_on() -> None:
+    """In a process of its own: unguarded, some of these end it, and the others never end."""
+    script = (
+        "import sys, pickle\n"
+        "from flowroll.errors import ForbiddenError, MalformedRequestError\n"
+        "from flowroll.wire.pickled import named_tensors\n"
+        "for kind, data in pickle.load(sys.stdin.buffer).items():\n"
+        "    for flattened in (False, True):\n"
+        "        try:\n"
+        "            named_tensors(data, flattened=flattened)\n"
+        "        except (ForbiddenError, MalformedRequestError):\n"
+        "            print(kind, flush=True)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(NESTED), capture_output=True, timeout=300)
+    assert run.stdout.decode().splitlines() == [kind for kind in NESTED for _ in range(2)], (run.returncode, run.stderr)
+
+
 def _sent(offset: object = 0, size: object = (2,), stride: object = (1,), edit: Callable[[bytes], bytes] = bytes) -> bytes:
     """The stream of one float32 tensor of six elements, with another offset, size and stride, or other bytes."""
     tensor = torch.arange(6.0)
@@ -283,8 +369,15 @@ def test_a_segment_is_a_regular_file_as_long_as_is_said(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="as long as is said"):
             SharedStorage(f"/{name}".encode(), 9)
         storage = SharedStorage(f"/{name}".encode(), 8)
-        os.truncate(path, 70)
+        storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
         with pytest.raises(ValueError, match="must stay while it is read"):
+            storage.read_into(torch.empty(8, dtype=torch.uint8), 1)
+        os.truncate(path, 70)
+        with pytest.raises(ValueError, match="as long as is said"):
+            storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
+        path.unlink()
+        path.symlink_to(secret)
+        with pytest.raises(ValueError, match="must be there"):
             storage.read_into(torch.empty(8, dtype=torch.uint8), 0)
     finally:
         path.unlink()
@@ -360,6 +453,7 @@ CUDA = {
         ({"counter_name": b"/etc/passwd"}, "torch's"),
         ({"storage_offset": -1}, "natural"),
         ({"counter_offset": "0"}, "natural"),
+        ({"counter_offset": 10_000}, "a counter must lie in its segment"),
         ({"device": 99}, "this machine's"),
         ({"device": "GPU-1"}, "this machine's"),
     ],
@@ -367,3 +461,28 @@ CUDA = {
 def test_a_handle_of_a_gpu_is_checked_before_it_is_opened(change: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         cuda_tensor(**{**CUDA, **change})
+
+
+def test_a_counter_of_a_gpu_is_in_a_segment_of_torchs_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without GPUs takes the handle as far as torch's own function."""
+    opened: list[tuple[object, ...]] = []
+
+    def rebuild(*arguments: object) -> Tensor:
+        opened.append(arguments)
+        return torch.zeros(512, dtype=torch.uint8)
+
+    monkeypatch.setattr("flowroll.wire.sent_tensors._cuda_device", lambda device: 0)
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild)
+    name = f"torch_{os.getpid()}_1_999998"
+    path, handle = Path("/dev/shm") / name, {**CUDA, "counter_name": f"/{name}".encode(), "counter_offset": 9999}
+    try:
+        with pytest.raises(ValueError, match="must be there"):
+            cuda_tensor(**handle)
+        path.write_bytes(bytes(64 + 80_000 - 1))
+        with pytest.raises(ValueError, match="as long as is said"):
+            cuda_tensor(**handle)
+        assert not opened
+        path.write_bytes(bytes(64 + 80_000))
+        assert cuda_tensor(**handle).shape == (2,) and len(opened) == 1
+    finally:
+        path.unlink(missing_ok=True)

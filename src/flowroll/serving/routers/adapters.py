@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_config
+from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import read_body
@@ -69,7 +72,7 @@ def build_router(services: Services) -> APIRouter:
         _check_words(query)
         # A file, so that ranks of this machine read it too; its bound is the adapters' own, with room for a header.
         max_bytes = services.config.adapter_limits.max_adapter_bytes + services.config.max_body_bytes
-        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder, _without(folder):
             path = Path(folder) / "adapter_model.safetensors"
             await save_body(request, path, max_bytes=max_bytes, idle_s=services.config.weights_idle_s)
             await run_in_threadpool(unpack_config, path)
@@ -110,6 +113,18 @@ def build_router(services: Services) -> APIRouter:
         return LoraAdaptersObject(adapters=[LoraAdapterObject(**dataclasses.asdict(one)) for one in engine.lora_adapters()])
 
     return router
+
+
+@contextlib.contextmanager
+def _without(folder: str) -> Iterator[None]:
+    """What is refused names the files, not where the server had them meanwhile."""
+    try:
+        yield
+    except WeightsRejectedError as error:
+        message = error.message
+        for path in (str(Path(folder).resolve()), folder):
+            message = message.replace(f"{path}/", "").replace(path, "the body")
+        raise WeightsRejectedError(message, field=error.field) from error
 
 
 def _find(accepted: LoadAdapterRequest, config: ServerConfig) -> AdapterFiles:

@@ -1,4 +1,8 @@
-"""POST /update_weights_from_tensor: pickled handles of tensors in shared memory or on GPUs, as SGLang's trainers send them."""
+"""POST /update_weights_from_tensor: pickled handles of tensors in shared memory or on GPUs, as SGLang's trainers send them.
+
+Of `serialized_named_tensors`, which has an entry for each of the trainer's ranks, only the first is read: what the others name
+is neither copied nor released.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,8 @@ from flowroll.serving.services import Services
 from flowroll.types import check_version
 from flowroll.wire.arrivals import SharedUpdateObject, UpdateFromTensorRequest
 from flowroll.wire.names import UPDATE_FROM_TENSOR_ROUTE
-from flowroll.wire.pickled import FIELD, named_tensors
+from flowroll.wire.pickled import FIELD, SentTensors, named_tensors
 from flowroll.wire.schema import parse, parse_json_body
-from flowroll.wire.sent_tensors import SentTensor, SharedStorage
 
 # Handles, not data: a thousand tensors take half a megabyte a rank.
 _MAX_BODY = 64 * 2**20
@@ -33,7 +36,8 @@ def build_router(services: Services) -> APIRouter:
         UPDATE_FROM_TENSOR_ROUTE,
         summary="Take new weights from shared memory or a GPU",
         description="A bucket of an update, as SGLang's trainers send it; the weights are exchanged once all tensors of the "
-        "module are there. Buckets of one update have the same `weight_version`. An error ends the update; everything stays.",
+        "module are there. Buckets of one update have the same `weight_version`. Of `serialized_named_tensors` only the first "
+        "entry is read; what the others name is not released. An error ends the update; everything stays.",
         responses={
             **WEIGHTS_RESPONSES,
             403: {"model": ErrorBody, "description": "Not started with --allow-pickle-weights, or no tensors in the pickle"},
@@ -47,14 +51,18 @@ def build_router(services: Services) -> APIRouter:
                 "--allow-pickle-weights, or send safetensors."
             )
         body = await read_body(request, services, _MAX_BODY)
-        accepted, tensors = await run_in_threadpool(_decode, body)
-        names = [name for name, _ in tensors]
-        return await services.take_bucket(accepted, names, lambda incoming: _copy(incoming, tensors))
+        accepted, sent = await run_in_threadpool(_decode, body)
+        try:
+            names = [name for name, _ in sent.pairs]
+            return await services.take_bucket(accepted, names, lambda incoming: _copy(incoming, sent))
+        finally:
+            # Of a bucket that nobody wanted, too.
+            sent.release()
 
     return router
 
 
-def _decode(body: bytearray) -> tuple[UpdateFromTensorRequest, list[tuple[str, SentTensor]]]:
+def _decode(body: bytearray) -> tuple[UpdateFromTensorRequest, SentTensors]:
     accepted = parse(UpdateFromTensorRequest, parse_json_body(body))
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
@@ -65,8 +73,9 @@ def _decode(body: bytearray) -> tuple[UpdateFromTensorRequest, list[tuple[str, S
     return accepted, named_tensors(data, flattened=accepted.load_format is not None)
 
 
-def _copy(incoming: IncomingWeights, tensors: list[tuple[str, SentTensor]]) -> None:
+def _copy(incoming: IncomingWeights, sent: SentTensors) -> None:
     """Copies the data, and lets the sender have its memory back, whatever comes of it."""
+    tensors = sent.pairs
     try:
         if tensors:
             heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
@@ -76,7 +85,5 @@ def _copy(incoming: IncomingWeights, tensors: list[tuple[str, SentTensor]]) -> N
     except ValueError as error:
         raise MalformedRequestError(f"{FIELD} must be readable to its end, got {error}; send it again.", field=FIELD) from error
     finally:
-        shared = {id(tensor.source): tensor.source for _, tensor in tensors if isinstance(tensor.source, SharedStorage)}
-        for source in shared.values():
-            source.release()
-            source.close()
+        # Here, not after the weights' exchange, which may have to wait.
+        sent.release()
