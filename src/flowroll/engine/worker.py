@@ -20,7 +20,7 @@ from flowroll.engine.batching.steps import engine_error
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
-from flowroll.errors import FlowrollError, QueueFullError, RankLostError, ShuttingDownError
+from flowroll.errors import FlowrollError, QueueFullError, RankLostError, ShuttingDownError, fresh
 from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
 __all__ = ["EngineWorker", "RequestKind", "WorkerStats"]
@@ -229,9 +229,9 @@ class EngineWorker:
 
     def _check_draining(self) -> None:
         if self._is_draining:
-            raise self.failure or ShuttingDownError(
-                "the server must run to answer, got a shutdown; send the request to another replica."
-            )
+            if (failure := self.failure) is not None:
+                raise fresh(failure)
+            raise ShuttingDownError("the server must run to answer, got a shutdown; send the request to another replica.")
 
     def _note_end(self, ended: Future[Any]) -> None:
         if not ended.cancelled() and ended.exception() is None:
