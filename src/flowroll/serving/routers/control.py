@@ -20,7 +20,8 @@ def build_router(services: Services) -> APIRouter:
     @router.post(
         ABORT_ROUTE,
         summary="End requests that wait or run",
-        description="By their request id, or all. Samples leave at their next step; the requests are answered with 499.",
+        description="By their request id, or all, those for scores too. Samples leave at their next step; the requests are "
+        "answered with 499.",
         responses=CONTROL_RESPONSES,
         openapi_extra=request_body(AbortRequest),
     )
