@@ -30,7 +30,8 @@ back, so both sides raise the same class. It must not know about models, tensors
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copy
+from typing import ClassVar, TypeVar
 
 
 class FlowrollError(Exception):
@@ -232,6 +233,17 @@ _WIRE_ERRORS: dict[str, type[FlowrollError]] = {
         ShuttingDownError,
     )
 }
+
+
+ErrorT = TypeVar("ErrorT", bound=FlowrollError)
+
+
+def fresh(error: ErrorT) -> ErrorT:
+    """A copy to raise or to hand out, with all fields and without traceback.
+
+    An error that is kept must not be raised itself: Python would add the frames of every raise to it, with all that they hold.
+    """
+    return copy.copy(error)
 
 
 def error_from_wire(code: str, message: str, field: str | None) -> FlowrollError:

@@ -10,6 +10,7 @@ from tests.serving.servers import LONG, SMALL, Background, Gate, HookedEngine, e
 from flowroll.client import Client
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, PausedError
+from flowroll.serving.intake import MAX_CONTROL_BYTES
 
 ROLLOUT = "/rollout/generate"
 
@@ -133,3 +134,18 @@ def test_metrics_show_batches_stages_and_failures(hooked: HookedEngine) -> None:
     for stage in ("encode", "denoise", "decode", "serialise", "send"):
         assert values[f'flowroll_stage_seconds_total{{stage="{stage}"}}'] > 0
     assert values["flowroll_queue_age_seconds"] == values["flowroll_running_samples"] == values["flowroll_is_paused"] == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/abort_request", "/pause_generation", "/continue_generation", "/release_memory_occupation"),
+        *("/resume_memory_occupation", "/load_lora_adapter", "/unload_lora_adapter", "/update_weights_from_disk"),
+        *("/get_weights_checksum", "/init_weights_update_group", "/destroy_weights_update_group", "/weights/begin"),
+        "/weights/none/commit",
+    ],
+)
+def test_what_steers_is_short_or_not_read(server: httpx.Client, path: str) -> None:
+    """It is parsed on the event loop."""
+    response = server.post(path, content=b" " * (MAX_CONTROL_BYTES + 1), headers={"content-type": "application/json"})
+    assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")

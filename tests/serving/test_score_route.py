@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import re
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 import torch
-from tests.serving.servers import error_of, serving
+from tests.serving.servers import WAIT_S, Background, error_of, serving, until
 
 from flowroll import Rollout, replay
 from flowroll.client import AsyncClient, Client
@@ -53,9 +56,9 @@ class Served:
     def client(self, wire_format: Any = "msgpack") -> Client:
         return Client(str(self.http.base_url), wire_format=wire_format)
 
-    def post(self, body: Any, wire_format: str = "json") -> httpx.Response:
+    def post(self, body: Any, wire_format: str = "json", **headers: str) -> httpx.Response:
         encoded = msgspec.json.encode(body) if wire_format == "json" else msgspec.msgpack.encode(body)
-        return self.http.post("/rollout/score", content=encoded, headers={"content-type": MEDIA[wire_format]})
+        return self.http.post("/rollout/score", content=encoded, headers={"content-type": MEDIA[wire_format], **headers})
 
     def sent(self, rollout: int = 0, dialect: Any = "native") -> dict[str, Any]:
         """A good request in JSON for one rollout, to be spoilt."""
@@ -402,6 +405,66 @@ def test_scores_are_counted_and_end_in_one_result_or_error(served: Served) -> No
     assert counted() == before + 2
     assert (after.completed - stats.completed, after.failed - stats.failed) == (1, 1)
     assert after.accepted == after.completed + after.failed
+
+
+@contextmanager
+def busy(served: Served) -> Iterator[Future[bool]]:
+    """The loop's thread is held, so that scores wait."""
+    held = threading.Event()
+    errand = served.engine.batcher.between_steps(lambda: held.wait(WAIT_S))
+    try:
+        yield errand
+    finally:
+        held.set()
+
+
+def score_counts(served: Served) -> dict[str, float]:
+    """What /metrics tells of requests for scores; they balance."""
+    lines = re.findall(
+        r"^flowroll_(\w+_score_requests)(?:_total)?(?:{outcome=\"(\w+)\"})? (\S+)$", served.http.get("/metrics").text, re.M
+    )
+    counts = {outcome or name: float(value) for name, outcome, value in lines}
+    total = counts["completed"] + counts["failed"] + counts["open_score_requests"]
+    assert counts["accepted_score_requests"] == total
+    return counts
+
+
+def test_scores_that_miss_their_deadline_are_a_408_and_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, before = [], score_counts(served)
+    monkeypatch.setattr(served.engine, "_score_samples", begun.append)
+    with busy(served) as errand:
+        response = served.post(served.sent(), **{"x-flowroll-deadline-s": "0.05"})
+        assert (response.status_code, error_of(response)["code"]) == (408, "deadline_exceeded")
+        assert not errand.done()
+    served.engine.batcher.between_steps(lambda: None).result(WAIT_S)
+    after = score_counts(served)
+    assert not begun and after["failed"] == before["failed"] + 1 and after["open_score_requests"] == 0
+    refused = served.post(served.sent(), **{"x-flowroll-deadline-s": "0"})
+    assert (refused.status_code, error_of(refused)["field"]) == (422, "x-flowroll-deadline-s")
+    assert score_counts(served) == after
+
+
+@pytest.mark.parametrize("body", [{"request_id": "mine"}, {"abort_all": True}], ids=["id", "all"])
+def test_scores_that_are_aborted_are_a_499(served: Served, body: dict[str, Any]) -> None:
+    with busy(served):
+        waiting = Background(lambda: served.post({**served.sent(), "request_id": "mine"}))
+        until(lambda: score_counts(served)["open_score_requests"] == 1)
+        assert served.http.post("/abort_request", json={"request_id": "other"}).json() == {"num_aborted": 0}
+        assert served.http.post("/abort_request", json=body).json() == {"num_aborted": 1}
+        response = waiting.answer()
+        assert (response.status_code, error_of(response)["code"]) == (499, "cancelled")
+    scored(served.post(served.sent()))
+
+
+def test_scores_of_a_client_that_goes_away_are_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, before = [], score_counts(served)
+    with busy(served):
+        monkeypatch.setattr(served.engine, "_score_samples", begun.append)
+        with pytest.raises(httpx.ReadTimeout):
+            served.http.post("/rollout/score", json=served.sent(), timeout=httpx.Timeout(WAIT_S, read=0.5))
+        until(lambda: score_counts(served)["failed"] == before["failed"] + 1)
+    served.engine.batcher.between_steps(lambda: None).result(WAIT_S)
+    assert not begun and score_counts(served)["open_score_requests"] == 0
 
 
 def test_rollouts_and_scores_share_a_server(served: Served) -> None:

@@ -1,5 +1,6 @@
 """New weights from a process group: as a fresh start on them, or not at all, whoever dies where."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -28,6 +29,8 @@ from flowroll.engine.worker import EngineWorker
 from flowroll.errors import InvalidRequestError, WeightsBusyError, WeightsRejectedError
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving import weight_groups
+from flowroll.serving.routers import weight_group
+from flowroll.wire.schema import parse_json_body
 
 Truth = list[tuple[dict[str, Tensor], Rollout, str]]
 INIT, UPDATE, DESTROY = "/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"
@@ -352,3 +355,19 @@ def test_a_bad_bucket_is_refused_by_name(change: Any, field: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         parse(UpdateFromGroupRequest, {**BUCKET, **change})
     assert refused.value.field is not None and refused.value.field.startswith(field)
+
+
+def test_a_bucket_is_parsed_beside_the_event_loop(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    looped = []
+
+    def watched(body: Any) -> Any:
+        try:
+            asyncio.get_running_loop()
+            looped.append(True)
+        except RuntimeError:
+            looped.append(False)
+        return parse_json_body(body)
+
+    monkeypatch.setattr(weight_group, "parse_json_body", watched)
+    assert server.post(UPDATE, json={**BUCKET, "group_name": ["none"]}).status_code == 404
+    assert looped == [False]

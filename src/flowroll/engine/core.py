@@ -24,7 +24,7 @@ from flowroll.engine.replica import Replica, open_replica
 from flowroll.engine.rest import Rest
 from flowroll.engine.weight_store import WeightStore
 from flowroll.engine.work import ModelWork
-from flowroll.errors import RankLostError, ShuttingDownError
+from flowroll.errors import RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import Layout
 
@@ -151,7 +151,7 @@ class EngineCore:
 
     def _check_interrupt(self) -> None:
         if (stopped := self.failure or self.batcher.stopped) is not None:
-            raise stopped
+            raise fresh(stopped)
 
     def _open_model(self) -> LoadedModel:
         self._check_interrupt()

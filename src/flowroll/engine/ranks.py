@@ -23,6 +23,7 @@ from flowroll.errors import (
     CheckpointError,
     RankLostError,
     ShuttingDownError,
+    fresh,
 )
 from flowroll.parallel.channel import Channel, Pulse
 from flowroll.parallel.mesh import Mesh
@@ -179,7 +180,9 @@ class Ranks:
                 f"every rank must take each step within {self._config.timeout_s:g} s, got {type(error).__name__}: {reason}; "
                 "see the log and restart the replica."
             )
-        return self.failure or RankLostError("every rank must run to take a step, got the replica's end; restart it.")
+        if self.failure is not None:
+            return fresh(self.failure)
+        return RankLostError("every rank must run to take a step, got the replica's end; restart it.")
 
     def _join(self) -> None:
         """Waits for ranks that torchrun started; the store must not go before they have read the last command."""
@@ -190,7 +193,7 @@ class Ranks:
 
     def _send(self, command: Command) -> None:
         if self.failure is not None:
-            raise self.failure
+            raise fresh(self.failure)
         self._channel.send(encode_command(command))
 
     def _wait_for_all(self, stage: str, timeout_s: float = math.inf, *, poll_s: float = _POLL_S) -> None:
@@ -201,7 +204,7 @@ class Ranks:
                 rank, reason = next(iter(failed.items()))
                 raise CheckpointError(f"rank {rank}: {reason}")
             if self.failure is not None:
-                raise self.failure
+                raise fresh(self.failure)
             missing = set(range(1, self._config.layout.num_ranks)) - set(self._channel.announced(stage))
             if not missing:
                 return

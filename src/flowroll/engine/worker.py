@@ -7,20 +7,21 @@ error, whatever happens to the engine, to the requests around it or to the proce
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
 from flowroll.engine.batching import Accepted, ExclusiveMode, LoadStats, PauseMode, WorkerStats
+from flowroll.engine.batching.book import cancelled, too_late
 from flowroll.engine.batching.steps import engine_error
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.score_desk import ScoreDesk
 from flowroll.engine.scoring import ScorePlan
-from flowroll.errors import FlowrollError, QueueFullError, RankLostError, ShuttingDownError
+from flowroll.errors import FlowrollError, RankLostError, ShuttingDownError, fresh
 from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
 __all__ = ["EngineWorker", "RequestKind", "WorkerStats"]
@@ -29,7 +30,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 # What a thread gets to come back from the collective of a lost rank.
 _LOST_S = 3.0
-_RETRY_SCORES_S = 1.0
 
 
 class EngineWorker:
@@ -46,8 +46,7 @@ class EngineWorker:
         self._max_queue = max_queue
         self._is_draining = False
         self._last_success_s: float | None = None
-        self._lock = threading.Lock()
-        self._scores = WorkerStats(accepted=0, completed=0, failed=0, pending=0, running=0)
+        self._scores = ScoreDesk(engine, max_waiting=max_queue)
         engine.batcher.start()
 
     def __enter__(self) -> EngineWorker:
@@ -89,43 +88,30 @@ class EngineWorker:
         It waits in no queue of requests: scores are made between the steps of requests, one request for scores after the other.
 
         Returns:
-            Ends in the scores or a `FlowrollError`.
+            Ends in the scores or a `FlowrollError`; `cancel_scores`, `expire_scores` and `abort` end it early.
 
         Raises:
             QueueFullError: As many requests for scores wait as may wait for samples.
             ShuttingDownError: The worker takes no more requests.
         """
         self._check_draining()
-        with self._lock:
-            if self._scores.pending > self._max_queue:
-                raise QueueFullError(
-                    f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
-                    f"{_RETRY_SCORES_S:.0f} s.",
-                    retry_after_s=_RETRY_SCORES_S,
-                )
-            scores = self.engine.submit_scores(plan)
-            self._scores = replace(self._scores, accepted=self._scores.accepted + 1, pending=self._scores.pending + 1)
-        scores.add_done_callback(self._note_scores)
-        return scores
+        return self._scores.submit(plan)
 
-    def _note_scores(self, ended: Future[ScoreAnswer]) -> None:
-        failed = ended.cancelled() or ended.exception() is not None
-        with self._lock:
-            before = self._scores
-            self._scores = replace(
-                before,
-                pending=before.pending - 1,
-                failed=before.failed + failed,
-                completed=before.completed + (not failed),
-            )
+    def cancel_scores(self, scores: Future[ScoreAnswer]) -> bool:
+        """Ends a request for scores whose caller went away. False: it has ended already."""
+        return self._scores.end(scores, cancelled())
+
+    def expire_scores(self, scores: Future[ScoreAnswer], timeout_s: float) -> bool:
+        """Ends a request for scores that has not ended after so long. False: it has."""
+        return self._scores.end(scores, too_late(timeout_s))
 
     def cancel(self, accepted: Accepted[Any]) -> bool:
         """Ends a request whose caller went away, whether it waits or runs. False: it has ended already."""
         return self.engine.batcher.cancel(accepted)
 
     def abort(self, request_id: str | None) -> int:
-        """Cancels the requests of this id, or all; returns how many there were."""
-        return self.engine.batcher.abort(request_id)
+        """Cancels the requests of this id, or all, those for scores too; returns how many there were."""
+        return self.engine.batcher.abort(request_id) + self._scores.abort(request_id)
 
     def pause(self, mode: PauseMode) -> None:
         """Refuses new requests, and takes up none of those that wait, until `resume`; see `Batcher.pause`."""
@@ -196,11 +182,14 @@ class EngineWorker:
 
     def stats(self) -> WorkerStats:
         """The counters, requests for scores among them."""
-        with self._lock:
-            scores, requests = self._scores, self.load().requests
+        scores, requests = self.score_stats(), self.load().requests
         return WorkerStats(
             **{field.name: getattr(scores, field.name) + getattr(requests, field.name) for field in fields(WorkerStats)}
         )
+
+    def score_stats(self) -> WorkerStats:
+        """The counters of requests for scores alone; none counts as running."""
+        return self._scores.stats()
 
     def seconds_since_success(self) -> float | None:
         """Since a request last ended in a result; None: none has."""
@@ -229,9 +218,9 @@ class EngineWorker:
 
     def _check_draining(self) -> None:
         if self._is_draining:
-            raise self.failure or ShuttingDownError(
-                "the server must run to answer, got a shutdown; send the request to another replica."
-            )
+            if (failure := self.failure) is not None:
+                raise fresh(failure)
+            raise ShuttingDownError("the server must run to answer, got a shutdown; send the request to another replica.")
 
     def _note_end(self, ended: Future[Any]) -> None:
         if not ended.cancelled() and ended.exception() is None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from flowroll.engine import Accepted
-
 T = TypeVar("T")
 
 
-async def while_connected(request: Request, accepted: Accepted[T], cancel: Callable[[Accepted[Any]], object]) -> list[T]:
+async def while_connected(request: Request, accepted: Future[T], cancel: Callable[[Any], object]) -> T:
     """The answer of an accepted request, which is cancelled if its client goes away first.
 
     Args:

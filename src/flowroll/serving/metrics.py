@@ -48,6 +48,14 @@ class WorkerCollector(Collector):
         ended.add_metric(["completed"], stats.completed)
         ended.add_metric(["failed"], stats.failed)
         yield ended
+        scores = self._worker.score_stats()
+        text = "Requests for scores, which are in no other family."
+        yield CounterMetricFamily("flowroll_accepted_score_requests", text, scores.accepted)
+        yield GaugeMetricFamily("flowroll_open_score_requests", "Of these, those that wait or are scored.", scores.pending)
+        ended = CounterMetricFamily("flowroll_ended_score_requests", "Of these, those that ended.", labels=["outcome"])
+        ended.add_metric(["completed"], scores.completed)
+        ended.add_metric(["failed"], scores.failed)
+        yield ended
         version = {"version": self._worker.engine.weight_version}
         yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", version)
 
@@ -118,6 +126,11 @@ class Metrics:
         self.response_bytes.labels(route).inc(body_bytes)
         if error is not None:
             self.errors.labels(error).inc()
+
+    def observe_refusal(self, *, code: int, error: str) -> None:
+        """Counts an answer that a connection gave without the app; on the event loop."""
+        self.requests.labels("connection", str(code)).inc()
+        self.errors.labels(error).inc()
 
     def observe_stages(self, stretches: Iterable[Stretch]) -> None:
         """Counts the time that an answer took after its request had ended; on the event loop."""

@@ -166,9 +166,18 @@ class Services:
         return await asyncio.wrap_future(self.worker.between_requests(action, mode=mode))
 
     async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
-        """Scores recorded steps, between the steps of requests."""
-        with exchange_of(request).stage("score"):
-            answer = await asyncio.wrap_future(self.worker.submit_scores(plan))
+        """Scores recorded steps, between the steps of requests, for as long as their client is there."""
+        timeout_s = _timeout_s(request)
+        scores = self.worker.submit_scores(plan)
+        deadline = None
+        if timeout_s is not None:
+            deadline = asyncio.get_running_loop().call_later(timeout_s, self.worker.expire_scores, scores, timeout_s)
+        try:
+            with exchange_of(request).stage("score"):
+                answer = await while_connected(request, scores, self.worker.cancel_scores)
+        finally:
+            if deadline is not None:
+                deadline.cancel()
         self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
         return answer
 

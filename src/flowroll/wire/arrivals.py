@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from flowroll.types import ModuleName
-from flowroll.wire.fields import Rule
+from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
 from flowroll.wire.weights import Mode, Targeted, Updatable, Version
 
@@ -56,7 +56,7 @@ class UpdateFromTensorRequest(Targeted):
     )
 
     serialized_named_tensors: Annotated[
-        list[str],
+        Items[str],
         Field(
             min_length=1,
             description="Pickled named tensors as base64, whole ones: an entry for each rank, of which only the "

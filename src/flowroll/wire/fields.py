@@ -6,7 +6,7 @@ Owns what can be said of one value alone. Rules between fields are `SamplingPara
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class Rule:
     remedy: str
 
 
+_ItemT = TypeVar("_ItemT")
+# The first wrong item is the only error: a list of a million would make, and keep, a million of them.
+Items: TypeAlias = Annotated[list[_ItemT], Field(fail_fast=True)]
 _SeedInt: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _StepIndex: TypeAlias = Annotated[int, Field(ge=0)]
 
@@ -60,7 +63,7 @@ Seed: TypeAlias = Annotated[
     Rule(text=f"be null or an integer from 0 to {MAX_SEED}", remedy="leave it out for a drawn seed"),
 ]
 Seeds: TypeAlias = Annotated[
-    list[_SeedInt] | None,
+    Items[_SeedInt] | None,
     Field(min_length=1, description="One seed per output, instead of `seed`.", examples=[[7, 11, 13]]),
     Rule(text=f"be null or a list of integers from 0 to {MAX_SEED}", remedy="send one seed per output"),
 ]
@@ -157,7 +160,7 @@ LoraName: TypeAlias = Annotated[
     Rule(text=f"be null or a string of 1 to {MAX_LORA_NAME_CHARS} characters", remedy="leave it out for the model as it is"),
 ]
 Sigmas: TypeAlias = Annotated[
-    list[Annotated[float, Field(ge=0, le=1)]] | None,
+    Items[Annotated[float, Field(ge=0, le=1)]] | None,
     Field(
         min_length=2,
         description="T + 1 noise levels used verbatim: strictly decreasing from at most 1, then a final 0. null: the "
@@ -210,7 +213,7 @@ ReturnTrajectory: TypeAlias = Annotated[
     Rule(text="be true or false", remedy="leave it out for false"),
 ]
 SdeSteps: TypeAlias = Annotated[
-    list[_StepIndex] | None,
+    Items[_StepIndex] | None,
     Field(
         description="The steps (0..T-1, each once) that follow `rollout_sde_type`; the others are ODE steps. null: all.",
         examples=[[0, 1]],
@@ -218,7 +221,7 @@ SdeSteps: TypeAlias = Annotated[
     Rule(text="be null or a list of integers >= 0", remedy="count steps from 0"),
 ]
 ReturnSteps: TypeAlias = Annotated[
-    list[_StepIndex] | None,
+    Items[_StepIndex] | None,
     Field(description="Which of the T+1 latents (0..T, each once) to return. null: all.", examples=[[0, 4]]),
     Rule(text="be null or a list of integers >= 0", remedy="count latents from 0"),
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, model_validator
 
 from flowroll.errors import InvalidRequestError
-from flowroll.wire.fields import Rule
+from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
 from flowroll.wire.weights import Targeted
 
@@ -83,7 +83,7 @@ class UpdateFromGroupRequest(Targeted):
     )
 
     names: Annotated[
-        list[str],
+        Items[str],
         Field(
             min_length=1,
             description="Of the tensors, in the order in which rank 0 broadcasts them.",
@@ -92,12 +92,12 @@ class UpdateFromGroupRequest(Targeted):
         Rule(text="be a list of at least one name", remedy="name the tensors that are broadcast"),
     ]
     dtypes: Annotated[
-        list[Annotated[str, Field(max_length=32)]],
+        Items[Annotated[str, Field(max_length=32)]],
         Field(description="Of each.", examples=[["bfloat16"]]),
         Rule(text="be a list of dtypes", remedy="send one for each name"),
     ]
     shapes: Annotated[
-        list[Annotated[list[Annotated[int, Field(ge=0, le=2**48)]], Field(max_length=16)]],
+        Items[Annotated[Items[Annotated[int, Field(ge=0, le=2**48)]], Field(max_length=16)]],
         Field(description="Of each, whole.", examples=[[[1, 3840]]]),
         Rule(text="be a list of shapes", remedy="send one for each name"),
     ]

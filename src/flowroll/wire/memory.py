@@ -6,11 +6,11 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flowroll.wire.fields import Rule
+from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
 
 _Tags: TypeAlias = Annotated[
-    list[Literal["weights", "kv_cache", "cuda_graph"]] | None,
+    Items[Literal["weights", "kv_cache", "cuda_graph"]] | None,
     Field(
         min_length=1,
         description="What is meant, as SGLang's clients send it. null: everything. Of the three there are only weights here; "

@@ -16,7 +16,7 @@ from flowroll.types import SamplingParams
 from flowroll.wire import fields
 from flowroll.wire.fields import Rule
 from flowroll.wire.names import EXTRA, PARAM_TO_WIRE, WIRE_TO_PARAM
-from flowroll.wire.validation import error_from_validation, parse, parse_json_body, shown
+from flowroll.wire.validation import parse, parse_json_body, shown
 
 __all__ = [
     "ExtraGenerateParams",
@@ -25,7 +25,6 @@ __all__ = [
     "ImagesRequest",
     "RolloutRequest",
     "Strict",
-    "error_from_validation",
     "parse",
     "parse_json_body",
 ]

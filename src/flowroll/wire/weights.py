@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flowroll.errors import InvalidRequestError
 from flowroll.types import MAX_VERSION_CHARS, ModuleName, WeightUpdate
-from flowroll.wire.fields import Rule
+from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
 
 MAX_PATH_CHARS = 4096
@@ -64,7 +64,7 @@ class Targeted(Strict):
     weight_version: Version = None
     mode: Mode = "drain"
     target_modules: Annotated[
-        list[Updatable] | None,
+        Items[Updatable] | None,
         Field(
             min_length=1,
             max_length=1,
@@ -108,10 +108,16 @@ class ChecksumRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"examples": [{"module_names": ["transformer"]}]})
 
     module_names: Annotated[
-        list[_Module] | None,
-        Field(min_length=1, description="Parts of the checkpoint. null: all three.", examples=[["transformer"]]),
+        Items[_Module] | None,
+        Field(min_length=1, max_length=3, description="Parts of the checkpoint. null: all three.", examples=[["transformer"]]),
         Rule(text='be null or a list of "transformer", "text_encoder" and "vae"', remedy="leave it out for all"),
     ] = None
+
+
+def _first_wrong(value: object) -> object:
+    """Of an object in which values are no strings the first of these alone: each would make an error of its own."""
+    wrong = ((name, one) for name, one in value.items() if not isinstance(one, str)) if isinstance(value, dict) else ()
+    return next(({name: one} for name, one in wrong), value)
 
 
 class VerifyRequest(Strict):
@@ -122,6 +128,7 @@ class VerifyRequest(Strict):
     module: _Module = "transformer"
     expected: Annotated[
         dict[str, str],
+        BeforeValidator(_first_wrong),
         Field(
             description="sha256 of the raw bytes of every tensor of the module, as hexadecimal digits, by its name.",
             examples=[{"proj_out.weight": "9f86d08..."}],

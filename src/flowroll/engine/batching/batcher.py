@@ -23,7 +23,7 @@ from flowroll.engine.batching.lines import DecodeLine, EncodeLine, Line, StepLin
 from flowroll.engine.batching.steps import Steps, engine_error
 from flowroll.engine.batching.threads import LineThread
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import FlowrollError, InvalidRequestError, PausedError, QueueFullError
+from flowroll.errors import FlowrollError, InvalidRequestError, PausedError, QueueFullError, fresh
 
 T = TypeVar("T")
 # The lines by the names of their attributes.
@@ -234,11 +234,11 @@ class Batcher:
         with self._floor.change():
             self._floor.stopped = self._floor.stopped or error
             for job in list(self._floor.book):
-                self._floor.book.fail(job, error)
+                self._floor.book.fail(job, fresh(error))
             errands = self._floor.errands.clear()
         for errand in errands:
             if errand.future.set_running_or_notify_cancel():
-                errand.future.set_exception(error)
+                errand.future.set_exception(fresh(error))
 
     def crash(self, error: BaseException) -> None:
         """A thread cannot go on, by a defect of ours: everything ends with the reason instead of waiting for ever."""
@@ -263,9 +263,10 @@ class Batcher:
     def _give_up(self) -> None:
         """Ends an errand that hangs, where everything else has been told of the end."""
         with self._floor.change():
-            hanging = None if self.stopped is None else self._floor.errands.give_up()
-        if hanging is not None:
-            hanging.future.set_exception(self.stopped)
+            stopped = self.stopped
+            hanging = None if stopped is None else self._floor.errands.give_up()
+        if stopped is not None and hanging is not None:
+            hanging.future.set_exception(fresh(stopped))
 
     def _wake(self) -> None:
         for name, thread in self._threads.items():

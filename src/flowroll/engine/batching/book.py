@@ -148,7 +148,7 @@ class Book:
         now_s = self._clock()
         for job in list(self):
             if job.deadline_s is not None and now_s >= job.deadline_s:
-                self.fail(job, _too_late(now_s - job.accepted_s))
+                self.fail(job, too_late(now_s - job.accepted_s))
             elif not job.has_begun and job.future.cancelled():
                 self.fail(job, cancelled())
 
@@ -181,7 +181,8 @@ def cancelled() -> CancelledRequestError:
     return CancelledRequestError("the request must be wanted to run to its end, got its cancellation; send it again.")
 
 
-def _too_late(seconds: float) -> DeadlineExceededError:
+def too_late(seconds: float) -> DeadlineExceededError:
+    """The error of a request that has not ended after so long, although its deadline was then."""
     return DeadlineExceededError(
         f"the request must end before its deadline, got {seconds:.1f} s without an end; allow more, or ask for less."
     )

@@ -14,7 +14,7 @@ from flowroll.engine.batching.jobs import Job, RunningSample
 from flowroll.engine.batching.limits import BatchLimits
 from flowroll.engine.batching.pace import Pace
 from flowroll.engine.batching.samples import Samples
-from flowroll.errors import FlowrollError
+from flowroll.errors import FlowrollError, fresh
 
 PauseMode: TypeAlias = Literal["finish", "freeze"]
 
@@ -105,7 +105,7 @@ class Floor:
             FlowrollError: It was.
         """
         if self.stopped is not None:
-            raise self.stopped
+            raise fresh(self.stopped)
 
     def _leave(self, job: Job) -> None:
         """A request runs no more."""

@@ -16,7 +16,7 @@ from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_con
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import read_body
+from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.services import Services
@@ -31,7 +31,7 @@ from flowroll.wire.adapters import (
     UnloadAdapterRequest,
 )
 from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
-from flowroll.wire.schema import parse, parse_json_body
+from flowroll.wire.schema import parse
 
 
 def build_router(services: Services) -> APIRouter:
@@ -51,7 +51,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(LoadAdapterRequest),
     )
     async def load_lora_adapter(request: Request) -> AdapterChangeObject:
-        accepted = parse(LoadAdapterRequest, parse_json_body(await read_body(request, services)))
+        accepted = await accept_control(request, services, LoadAdapterRequest)
         _check_words(accepted)
         files = await run_in_threadpool(_find, accepted, services.config)
         return await _load(files, accepted)
@@ -99,7 +99,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UnloadAdapterRequest),
     )
     async def unload_lora_adapter(request: Request) -> AdapterChangeObject:
-        accepted = parse(UnloadAdapterRequest, parse_json_body(await read_body(request, services)))
+        accepted = await accept_control(request, services, UnloadAdapterRequest)
         name, version, mode = accepted.lora_name, accepted.weight_version, accepted.mode
 
         def unload(_: None) -> AdapterChange:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import CONTROL_RESPONSES
-from flowroll.serving.intake import read_body, read_optional
+from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body
 from flowroll.serving.services import Services
 from flowroll.wire.control import AbortedObject, AbortRequest, ContinueRequest, GenerationObject, PauseRequest
 from flowroll.wire.names import ABORT_ROUTE, CONTINUE_ROUTE, PAUSE_ROUTE
-from flowroll.wire.schema import parse, parse_json_body
 
 
 def build_router(services: Services) -> APIRouter:
@@ -21,12 +20,13 @@ def build_router(services: Services) -> APIRouter:
     @router.post(
         ABORT_ROUTE,
         summary="End requests that wait or run",
-        description="By their request id, or all. Samples leave at their next step; the requests are answered with 499.",
+        description="By their request id, or all, those for scores too. Samples leave at their next step; the requests are "
+        "answered with 499.",
         responses=CONTROL_RESPONSES,
         openapi_extra=request_body(AbortRequest),
     )
     async def abort_request(request: Request) -> AbortedObject:
-        accepted = parse(AbortRequest, parse_json_body(await read_body(request, services)))
+        accepted = await accept_control(request, services, AbortRequest)
         return AbortedObject(num_aborted=worker.abort(accepted.meant))
 
     @router.post(
@@ -37,7 +37,8 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(PauseRequest),
     )
     async def pause_generation(request: Request) -> GenerationObject:
-        worker.pause(parse(PauseRequest, await read_optional(request, services)).mode)
+        accepted = await accept_control(request, services, PauseRequest, is_optional=True)
+        worker.pause(accepted.mode)
         return _state()
 
     @router.post(
@@ -47,7 +48,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ContinueRequest),
     )
     async def continue_generation(request: Request) -> GenerationObject:
-        parse(ContinueRequest, await read_optional(request, services))
+        await accept_control(request, services, ContinueRequest, is_optional=True)
         worker.resume()
         return _state()
 

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import WEIGHTS_RESPONSES
-from flowroll.serving.intake import read_optional
+from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body
 from flowroll.serving.services import Services
 from flowroll.types import MemoryChange
 from flowroll.wire.memory import MemoryObject, ReleaseRequest, ResumeRequest
 from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
-from flowroll.wire.schema import parse
 
 
 def build_router(services: Services) -> APIRouter:
@@ -31,7 +30,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ReleaseRequest),
     )
     async def release_memory_occupation(request: Request) -> MemoryObject:
-        accepted = parse(ReleaseRequest, await read_optional(request, services))
+        accepted = await accept_control(request, services, ReleaseRequest, is_optional=True)
         return await _do(accepted, lambda: engine.sleep(accepted.mode))
 
     @router.post(
@@ -42,7 +41,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ResumeRequest),
     )
     async def resume_memory_occupation(request: Request) -> MemoryObject:
-        return await _do(parse(ResumeRequest, await read_optional(request, services)), engine.wake)
+        return await _do(await accept_control(request, services, ResumeRequest, is_optional=True), engine.wake)
 
     async def _do(accepted: ResumeRequest, action: Callable[[], MemoryChange]) -> MemoryObject:
         # Not beside an update that is being read: it would find no weights to fit in.

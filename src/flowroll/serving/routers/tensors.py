@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from flowroll.engine.batching import ExclusiveMode
 from flowroll.serving.arrivals import Arrival
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import read_optional
+from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.services import Services
 from flowroll.serving.uploads import read_bucket
@@ -44,7 +44,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(BeginUpdateRequest),
     )
     async def begin(request: Request) -> BegunObject:
-        accepted = parse(BeginUpdateRequest, await read_optional(request, services))
+        accepted = await accept_control(request, services, BeginUpdateRequest, is_optional=True)
         if accepted.weight_version is not None:
             check_version(accepted.weight_version, "weight_version")
         arrival = arriving.begin(accepted.module, accepted.weight_version, partial=accepted.partial)
@@ -85,7 +85,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(CommitUpdateRequest),
     )
     async def commit(update_id: str, request: Request) -> UpdateObject:
-        accepted = parse(CommitUpdateRequest, await read_optional(request, services))
+        accepted = await accept_control(request, services, CommitUpdateRequest, is_optional=True)
         return await _commit(arriving.get(update_id), accepted.mode)
 
     @router.post(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.groups import UNRECEIVED, receive_from_group
 from flowroll.engine.tensorfile import TensorHead
 from flowroll.engine.weights import tensor_head
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import read_body
+from flowroll.serving.intake import accept_control, read_body
 from flowroll.serving.openapi import request_body
 from flowroll.serving.paths import check_host
 from flowroll.serving.services import Services
@@ -22,6 +24,7 @@ from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
+from flowroll.wire.validation import shown
 
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
 
@@ -44,7 +47,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(InitGroupRequest),
     )
     async def init_group(request: Request) -> DoneObject:
-        accepted = parse(InitGroupRequest, parse_json_body(await read_body(request, services)))
+        accepted = await accept_control(request, services, InitGroupRequest)
         check_host(accepted.master_address, services.config.weight_group_hosts, "master_address")
         make = functools.partial(
             BroadcastGroup,
@@ -70,13 +73,14 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UpdateFromGroupRequest),
     )
     async def update_from_group(request: Request) -> SharedUpdateObject:
-        sent = parse_json_body(await read_body(request, services))
-        group = groups.find(str(sent.get("group_name", DEFAULT_GROUP)))
+        body = await read_body(request, services)
+        # On threads: a large model has thousands of tensors.
+        sent = await run_in_threadpool(parse_json_body, body)
+        name = sent.get("group_name", DEFAULT_GROUP)
+        group = groups.find(name if isinstance(name, str) else shown(name))
         try:
-            accepted = parse(UpdateFromGroupRequest, sent)
-            if accepted.weight_version is not None:
-                check_version(accepted.weight_version, "weight_version")
-            heads, flattened = _heads(accepted), accepted.load_format is not None
+            accepted, heads = await run_in_threadpool(_described, sent)
+            flattened = accepted.load_format is not None
             return await services.take_bucket(
                 accepted,
                 accepted.names,
@@ -95,13 +99,18 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(DestroyGroupRequest),
     )
     async def destroy_group(request: Request) -> DoneObject:
-        accepted = parse(DestroyGroupRequest, parse_json_body(await read_body(request, services)))
+        accepted = await accept_control(request, services, DestroyGroupRequest)
         await groups.destroy(accepted.group_name)
         return DoneObject(message=f"{accepted.group_name} is destroyed")
 
     return router
 
 
-def _heads(accepted: UpdateFromGroupRequest) -> list[TensorHead]:
+def _described(sent: dict[str, Any]) -> tuple[UpdateFromGroupRequest, list[TensorHead]]:
+    """The request and the tensors that it announces."""
+    accepted = parse(UpdateFromGroupRequest, sent)
+    if accepted.weight_version is not None:
+        check_version(accepted.weight_version, "weight_version")
     described = zip(accepted.names, accepted.dtypes, accepted.shapes, strict=True)
-    return [tensor_head(name, getattr(torch, dtype.removeprefix("torch.")), shape) for name, dtype, shape in described]
+    heads = [tensor_head(name, getattr(torch, dtype.removeprefix("torch.")), shape) for name, dtype, shape in described]
+    return accepted, heads

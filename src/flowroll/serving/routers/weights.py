@@ -12,7 +12,7 @@ from flowroll.engine.weights import WeightFiles, find_weights
 from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import read_body
+from flowroll.serving.intake import accept_control, read_body
 from flowroll.serving.openapi import request_body
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.services import Services
@@ -46,7 +46,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UpdateFromDiskRequest),
     )
     async def update_weights_from_disk(request: Request) -> UpdateObject:
-        accepted = parse(UpdateFromDiskRequest, parse_json_body(await read_body(request, services)))
+        accepted = await accept_control(request, services, UpdateFromDiskRequest)
         files = await run_in_threadpool(_find, accepted, services.config)
         update = await services.update_weights(lambda: engine.stage_weights(files), accepted.weight_version, accepted.mode)
         return UpdateObject.of(update)
@@ -61,8 +61,8 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ChecksumRequest),
     )
     async def get_weights_checksum(request: Request) -> ChecksumsObject:
-        accepted = parse(ChecksumRequest, parse_json_body(await read_body(request, services)))
-        names = accepted.module_names or get_args(ModuleName)
+        accepted = await accept_control(request, services, ChecksumRequest)
+        names = dict.fromkeys(accepted.module_names or get_args(ModuleName))
         sums = await services.between_requests(lambda: {name: engine.weights_checksum(name) for name in names})
         return ChecksumsObject(**sums)
 

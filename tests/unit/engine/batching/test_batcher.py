@@ -361,12 +361,24 @@ def test_stop_ends_everything_once_and_refuses_what_comes(hand: Hand) -> None:
     errand = hand.batcher.exclusive(lambda: None)
     end = ShuttingDownError("the engine must run, got its end; go elsewhere.")
     hand.batcher.stop(end)
-    assert [request.exception(0) for request in (*requests, errand)] == [end] * 4
+    told = [request.exception(0) for request in (*requests, errand)]
+    assert [str(error) for error in told] == [str(end)] * 4 and {type(error) for error in told} == {ShuttingDownError}
+    # Each its own: whoever asks a future raises what is in it, and adds frames to it.
+    assert len({id(error) for error in (*told, end)}) == 5
     for call in (hand.submit, hand.batcher.exclusive, hand.batcher.between_steps):
         with pytest.raises(ShuttingDownError):
             call(lambda: None) if call != hand.submit else call()
     hand.drain()
     assert hand.stats()["failed"] == 3
+
+
+def test_refusals_keep_nothing_of_who_was_refused(hand: Hand) -> None:
+    hand.batcher.stop(ShuttingDownError("the engine must run, got its end; go elsewhere."))
+    for _ in range(100):
+        with pytest.raises(ShuttingDownError):
+            hand.submit()
+    stopped = hand.batcher.stopped
+    assert stopped is not None and stopped.__traceback__ is None and stopped.__context__ is None
 
 
 def test_the_stages_of_a_request_follow_each_other_without_a_gap(hand: Hand) -> None:
