@@ -6,8 +6,25 @@ as no newer than what it has now. A name that never arrived is newer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from flowroll.errors import OutdatedWeightsError
 from flowroll.types import check_version, version_number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """A step to another version.
+
+    Attributes:
+        current: The version.
+        highest: The highest number so far, with it.
+        arrived: All versions so far, with it.
+    """
+
+    current: str
+    highest: int
+    arrived: frozenset[str]
 
 
 class WeightVersions:
@@ -18,7 +35,7 @@ class WeightVersions:
     """
 
     def __init__(self, first: str = "0") -> None:
-        self._arrived = {first}
+        self._arrived = frozenset({first})
         self._highest = version_number(first) or 0
         self.current = first
 
@@ -35,9 +52,17 @@ class WeightVersions:
 
     def advance(self, version: str) -> None:
         """Makes it the current one."""
-        self._arrived.add(version)
-        self._highest = max(self._highest, version_number(version) or 0)
-        self.current = version
+        self.adopt(self.advanced(version))
+
+    def advanced(self, version: str) -> Advance:
+        """What `adopt` needs to make it the current one."""
+        return Advance(
+            current=version, highest=max(self._highest, version_number(version) or 0), arrived=self._arrived | {version}
+        )
+
+    def adopt(self, advance: Advance) -> None:
+        """Takes the result of `advanced`; cannot fail."""
+        self._arrived, self._highest, self.current = advance.arrived, advance.highest, advance.current
 
     def demand(self, minimum: str | None) -> None:
         """Refuses to run on weights that are older than `minimum`.

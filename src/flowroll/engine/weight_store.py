@@ -73,9 +73,11 @@ class WeightStore:
 
         def conclude() -> None:
             adapters = self._adapters.over_new_base() if module == "transformer" else None
+            # Whatever can fail comes before the other ranks are told, which cannot be taken back; what follows assigns.
+            advanced = self.versions.advanced(version)
             if replica is not None:
                 replica.commit_weights()
-            self.versions.advance(version)
+            self.versions.adopt(advanced)
             if adapters is not None:
                 self._adapters.adopt(adapters)
 

@@ -273,6 +273,29 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def test_what_can_fail_is_done_before_other_ranks_are_told_to_take_the_weights(
+    engine: Engine, before: tuple[Rollout, str], other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory left")
+
+    class Told:
+        """Other ranks that obey."""
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_: told.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._weights, "_replica", Told())
+        patch.setattr(engine._weights.versions, "advanced", fail)
+        with pytest.raises(MemoryError):
+            engine.update_weights_from_disk(other)
+    assert told == ["stage_weights", "drop_weights"]
+    assert (engine.weight_version, engine.weights_checksum()) == ("0", before[1])
+
+
 def test_other_modules_and_versions_that_are_no_names_are_refused_by_name(engine: Engine, other: Path) -> None:
     for module in ("text_encoder", "tokenizer", ""):
         with pytest.raises(InvalidRequestError) as refused:
