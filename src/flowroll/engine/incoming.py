@@ -7,6 +7,7 @@ What has arrived lies where it will stay: in memory of its own, one allocation a
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -125,10 +126,14 @@ class IncomingWeights:
         """What has arrived, ready to be committed; nothing more is taken from then on.
 
         Raises:
-            WeightsRejectedError: Something is missing. It may still come.
+            WeightsRejectedError: Something is missing, or the engine sleeps. It may still come, or wake.
         """
         with self._lock:
             self._check_open()
+            if any(math.prod(slot.shape) and not slot.live.numel() for slot in self._slots.values()):
+                raise WeightsRejectedError(
+                    f"{_SUBJECT} must be made ready while the engine is awake, got released memory; wake it and ask again."
+                )
             missing = set(self._slots) - set(self._arrived)
             if not self._arrived or (missing and not self.partial):
                 raise WeightsRejectedError(
@@ -139,7 +144,7 @@ class IncomingWeights:
             arrived, self._arrived = self._arrived, {}
         try:
             pairs = [(self._slots[name].live, self._own_part(name, tensor)) for name, tensor in arrived.items()]
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, IndexError) as error:  # the last: it fell asleep meanwhile
             raise rejected(error, None) from error
         return StagedWeights(self.module, arrived, pairs, time.perf_counter() - self._started_s)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
+from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.tensorfile import TensorHead
 from flowroll.engine.tensorstream import TensorStream
-from flowroll.engine.weights import tensor_head
+from flowroll.engine.weights import Slot, tensor_head
 from flowroll.errors import FlowrollError, InvalidRequestError, ShuttingDownError, WeightsRejectedError
 
 
@@ -254,3 +255,32 @@ def test_sharded_rows_are_cut_out_of_whole_tensors() -> None:
     assert staged.num_bytes == 24
     staged.commit(lambda: None)
     assert torch.equal(live, whole[2:4]) and live.untyped_storage().nbytes() == 24
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
+def test_what_arrived_is_not_made_ready_for_an_engine_that_sleeps(shape: tuple[int, ...]) -> None:
+    live = torch.zeros(shape)
+    incoming = IncomingWeights("transformer", {"w": Slot(live=live, shape=shape)})
+    new = torch.ones(shape)
+    incoming.put([("w", new)])
+    data, live.data = live.data, torch.empty(0)
+    with pytest.raises(WeightsRejectedError, match="while the engine is awake"):
+        incoming.stage()
+    live.data = data
+    incoming.stage().commit(lambda: None)
+    assert torch.equal(live, new)
+
+
+def test_a_sleep_while_a_scalar_is_made_ready_is_no_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = torch.tensor(0.0)
+    incoming = IncomingWeights("transformer", {"w": Slot(live=live, shape=())})
+    incoming.put([("w", torch.tensor(1.0))])
+    own_part = incoming._own_part
+
+    def asleep(name: str, tensor: Tensor) -> Tensor:
+        live.data = torch.empty(0)
+        return own_part(name, tensor)
+
+    monkeypatch.setattr(incoming, "_own_part", asleep)
+    with pytest.raises(WeightsRejectedError, match="IndexError"):
+        incoming.stage()
