@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import logging
 import re
 import select
 import socket
@@ -108,6 +109,24 @@ def test_a_hostile_request_is_answered_and_its_connection_ends(hurried: httpx.Cl
     assert hurried.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(("name", "code"), [("no HTTP", "400"), ("headers that are cut", "408")])
+def test_what_is_answered_without_the_app_has_an_id_a_line_and_a_count(
+    hurried: httpx.Client, caplog: pytest.LogCaptureFixture, name: str, code: str
+) -> None:
+    def counted() -> float:
+        series = rf'^flowroll_requests_total{{code="{code}",route="connection"}} (\S+)$'
+        return sum(map(float, re.findall(series, hurried.get("/metrics").text, re.MULTILINE)))
+
+    before = counted()
+    with caplog.at_level(logging.INFO, "flowroll.serving"), connected(hurried) as connection:
+        connection.sendall(REQUESTS[name][0])
+        head = b"".join(iter(lambda: connection.recv(1 << 16), b"")).partition(b"\r\n\r\n")[0].decode()
+    (shown,) = re.findall(r"^x-request-id: (\w+)\r?$", head, re.IGNORECASE | re.MULTILINE)
+    told = [vars(record) for record in caplog.records if record.name == "flowroll.serving.connections"]
+    assert [(line["request_id"], str(line["status"]), line["error"]) for line in told] == [(shown, code, "malformed_request")]
+    assert counted() == before + 1
+
+
 def test_nobody_who_dribbles_is_waited_for_and_others_are_served_meanwhile(hurried: httpx.Client) -> None:
     """Slow loris in headers, in a body of either kind, in the second request of a connection, and after an early answer."""
     healthy = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -198,9 +217,9 @@ BODIES = {
     "an escaped surrogate": rb'{"prompt": "\ud800"}',
     "a raw null byte": b'{"prompt": "\x00"}',
     "null bytes alone": bytes(1000),
-    "deep lists": b'{"prompt": ' + b"[" * 100_000,
-    "deep objects": b'{"prompt":' * 100_000,
-    "a huge number": b'{"prompt": "a", "seed": ' + b"9" * 100_000 + b"}",
+    "deep lists": b'{"prompt": ' + b"[" * 60_000,
+    "deep objects": b'{"prompt":' * 5_000,
+    "a huge number": b'{"prompt": "a", "seed": ' + b"9" * 60_000 + b"}",
     "a huge exponent": b'{"prompt": "a", "guidance_scale": 1e999999999}',
     "NaN": b'{"prompt": "a", "guidance_scale": NaN}',
     "two values": GOOD + GOOD,

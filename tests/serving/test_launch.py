@@ -62,6 +62,7 @@ def test_probes_answer_within_100_ms_while_a_generation_runs_and_sigterm_ends_it
     assert "Traceback" not in log
     assert log.rstrip().endswith("stopped")
     assert log.count("configuration: ") == 1 and "device='cpu'" in log
+    assert log.count("memory: transformer ") == 1 and "activations of a forward of " in log
     assert _access_lines(log, "/rollout/generate")[0].count("status=503") == 1
     assert "/health" not in log
 

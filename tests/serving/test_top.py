@@ -11,6 +11,7 @@ from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 from flowroll.cli import top
 from flowroll.engine.worker import EngineWorker
+from flowroll.errors import ShuttingDownError, UnauthorizedError
 
 ONCE = ("--once", "--interval-s", "0.1")
 
@@ -55,6 +56,24 @@ def test_it_goes_on_when_a_server_stops_to_answer_and_ends_at_ctrl_c(
     result = run_cli("top", "--url", server.base_url, "--interval-s", "0.1")
     assert result.exit_code == 0 and len(looks) == 3
     assert "no answer" in result.stdout
+
+
+def test_it_outlives_a_restart_but_not_the_loss_of_its_token(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, raised = top._View.look, list[BaseException | None]()
+
+    def failing(view: top._View) -> None:
+        if (error := raised.pop(0)) is not None:
+            raise error
+        look(view)
+
+    monkeypatch.setattr(top._View, "look", failing)
+    watch = ("top", "--url", server.base_url, "--interval-s", "0.1")
+    raised[:] = [None, ShuttingDownError("the server must run, got a shutdown; wait."), None, KeyboardInterrupt()]
+    result = run_cli(*watch)
+    assert result.exit_code == 0 and not raised
+    raised[:] = [None, UnauthorizedError("the request must carry the server's token, got another; send it."), None]
+    assert_one_line_error(run_cli(*watch), "token")
+    assert len(raised) == 1
 
 
 def test_another_kind_of_server_is_told_apart() -> None:

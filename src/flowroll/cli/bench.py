@@ -76,6 +76,9 @@ def serve(
     from flowroll.loadgen.plan import Load, Mix
     from flowroll.loadgen.run import Target
 
+    if json_file is not None and not json_file.parent.is_dir():
+        # Before the run, whose figures would be lost.
+        raise InvalidRequestError(f"--json must lie in a folder that exists, got {json_file}; make the folder.", field="json")
     mix = Mix(
         prompts=tuple(read_prompts(prompts)),
         sizes=tuple(_size(item) for item in sizes.split(",")),
@@ -95,6 +98,8 @@ def serve(
         max_in_flight=max_in_flight,
     )
     report = _run(Target(url=url, api_key=api_key, wire_format=wire_format, timeout_s=timeout_s), mix, load)
+    # First: whatever comes of the file, the figures are seen.
+    print_whole(report_table(report))
     if json_file is not None:
         written = {
             "url": url,
@@ -105,7 +110,6 @@ def serve(
             "report": asdict(report),
         }
         json_file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    print_whole(report_table(report))
     raise typer.Exit(1 if report.failed else 0)
 
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from flowroll.cli.dashboard import frame
 from flowroll.cli.options import ApiKey
 from flowroll.cli.scrape import Scrape
-from flowroll.errors import ServerConnectionError
+from flowroll.errors import FlowrollError, ServerConnectionError, UnauthorizedError
 
 if TYPE_CHECKING:
     from flowroll.client import Client
@@ -55,8 +55,10 @@ def _watch(view: _View, console: Console, interval_s: float) -> None:
             time.sleep(max(next_s - time.monotonic(), 0.0))
             try:
                 view.look()
-            except ServerConnectionError:
-                # It may come back; until then the last numbers stay.
+            except UnauthorizedError:
+                raise
+            except FlowrollError:
+                # It is gone, or on its way out or in. It may come back; until then the last numbers stay.
                 view.miss()
             live.update(view.frame(console.width), refresh=True)
 

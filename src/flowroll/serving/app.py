@@ -82,4 +82,6 @@ def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing |
     app.add_middleware(
         RequestMiddleware, metrics=services.metrics, api_key=config.api_key, tracing=tracing or current_tracing()
     )
+    # What is answered without the app, by its connection, is counted too.
+    app.state.metrics = services.metrics
     return app

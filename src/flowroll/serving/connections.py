@@ -7,17 +7,23 @@ may take to come, and how long the rest of a body that nobody reads is waited fo
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import uuid
 from collections.abc import Callable
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import SlowRequestError, error_response
+from flowroll.serving.metrics import Metrics
+from flowroll.serving.middleware import REQUEST_ID_HEADER
+
+_log = logging.getLogger(__name__)
 
 # Request line and headers together; a piece more may pass.
 MAX_HEADER_BYTES = 16 * 1024
@@ -34,7 +40,8 @@ class HttpConfig(uvicorn.Config):
         config: The same that it was made with.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+        self.metrics: Metrics = app.state.metrics
         self.receive_timeout_s = config.receive_timeout_s
         super().__init__(
             app,
@@ -139,6 +146,9 @@ class BoundedProtocol(H11Protocol):
             self.cycle.disconnected = True
         response = error_response(error)
         response.headers["connection"] = "close"
+        response.headers[REQUEST_ID_HEADER] = request_id = uuid.uuid4().hex
+        self.config.metrics.observe_refusal(code=response.status_code, error=error.code)
+        _log.info("refused", extra={"request_id": request_id, "status": response.status_code, "error": error.code})
         head = h11.Response(
             status_code=response.status_code, headers=response.raw_headers, reason=STATUS_PHRASES[response.status_code]
         )
