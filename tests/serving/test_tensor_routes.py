@@ -221,7 +221,7 @@ def test_an_exchange_that_fails_leaves_everything(
         raise MemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._weights.versions, "advance", fail)
+        patch.setattr(engine._weights.versions, "advanced", fail)
         with pytest.raises(Exception, match="no memory left"):
             client.update_weights(tensors)
 

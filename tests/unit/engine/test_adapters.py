@@ -97,13 +97,13 @@ def test_an_update_that_fails_at_its_end_leaves_merged_adapters(
     def fail(version: str) -> None:
         raise MemoryError("no memory left")
 
-    advance = engine._weights.versions.advance
-    engine._weights.versions.advance = fail  # type: ignore[method-assign]
+    advance = engine._weights.versions.advanced
+    engine._weights.versions.advanced = fail  # type: ignore[method-assign]
     try:
         with pytest.raises(MemoryError):
             engine.update_weights_from_disk(other)
     finally:
-        engine._weights.versions.advance = advance  # type: ignore[method-assign]
+        engine._weights.versions.advanced = advance  # type: ignore[method-assign]
     assert_same_bits(engine.rollout(**REQUEST, lora_name="m")[0], before)
 
 
