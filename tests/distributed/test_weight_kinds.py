@@ -1,0 +1,56 @@
+"""Every kind of change over HTTP, on several ranks of the other family and in bfloat16: the bits of one rank that has it."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.adapters import policy
+from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
+from tests.rollouts import assert_same_bits, tensors_of
+from tests.serving.servers import serving
+from tests.weights import WEIGHTS, with_other
+
+from flowroll import Rollout
+from flowroll.client import Client
+from flowroll.engine import Engine
+from flowroll.engine.worker import EngineWorker
+
+LORA = {"lora_name": "a"}
+
+
+def one_rank(folder: Path, adapter: tuple[Any, Any] | None = None) -> Rollout:
+    with Engine(folder, device="cpu", dtype="bfloat16") as engine:
+        if adapter is None:
+            return engine.rollout(**REQUEST)[0]
+        engine.load_lora_adapter_from_tensors(*adapter, name="a")
+        return engine.rollout(**REQUEST, **LORA)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_ranks_take_every_kind_of_change_over_http(qwen_checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    other = with_other(qwen_checkpoint, tmp_path / "other")
+    with Engine(qwen_checkpoint, device="cpu", dtype="bfloat16") as engine:
+        trained = policy(engine._model.transformer)
+        adapter = peft.get_peft_model_state_dict(trained), trained.peft_config["default"].to_dict()
+    old, new, adapted = one_rank(qwen_checkpoint), one_rank(other), one_rank(qwen_checkpoint, adapter)
+    with (
+        Engine(qwen_checkpoint, device="cpu", dtype="bfloat16", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine,
+        EngineWorker(engine, max_queue=4) as worker,
+        serving(worker, weights_roots=(str(tmp_path),)) as http,
+        Client(str(http.base_url)) as client,
+    ):
+        client.update_weights_from_disk(other)
+        assert_same_bits(client.rollout(**REQUEST)[0], new)
+        client.update_weights(load_file(qwen_checkpoint / "transformer" / WEIGHTS), bucket_bytes=2**16)
+        assert_same_bits(client.rollout(**REQUEST)[0], old)
+        client.load_lora_adapter_from_tensors(*adapter, name="a")
+        (found,) = client.rollout(**REQUEST, **LORA)
+        # The versions differ, since more has changed here.
+        assert found.sampling.lora.sha256 == adapted.sampling.lora.sha256
+        wanted = dict(tensors_of(adapted))
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors_of(found))
+        assert_same_bits(client.rollout(**REQUEST)[0], old)
