@@ -130,7 +130,12 @@ def test_weights_that_arrive_before_and_after_a_sleep_are_taken_whole_or_not_at_
     incoming = engine.receive_weights()
     engine.sleep("disk")
     incoming.put(list(tensors.items()))
+    with pytest.raises(WeightsRejectedError, match="made ready while the engine is awake"):
+        incoming.stage()
+    engine.wake()
+    assert_same_state(engine, before)
     staged = incoming.stage()
+    engine.sleep("disk")
     with pytest.raises(AsleepError):
         engine.commit_weights(staged)
     engine.wake()
