@@ -58,10 +58,14 @@ def main() -> None:
         "allows it. Bound: the same ratio for one step of the transformer alone in the model's own inexact batch. Mixed: wall "
         f"time of {NUM_MIXED} requests of 4 to 28 steps in their best static batches / all at once, aim >= 0.9; static batches "
         f"are sorted by length, of {', '.join(map(str, STATIC_SIZES))} requests (the best counts), and what ends early leaves "
-        "them. Alone: CPU time of one request through the batcher / its stages called in a plain loop, aim <= 1.02.",
+        "them. Alone: CPU time of one request through the batcher / its stages called in a plain "
+        "loop, aim <= 1.02; before the load, and after it, when the loop's thread has the heap that large batches left.",
         "Not claimed: absolute times (the machine is shared), any figure for a GPU.",
     ]
-    table = ["| family | dtype | batched | bound | mixed (best static size) | alone |\n|---|---|---|---|---|---|"]
+    table = [
+        "| family | dtype | batched | bound | mixed (best static size) | alone, before | alone, after |\n"
+        "|---|---|---|---|---|---|---|"
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for family in FAMILIES:
             checkpoint = make_checkpoint(family, Path(folder) / family, size="tiny")
@@ -79,6 +83,7 @@ def _row(checkpoint: Path, dtype: str, rounds: int) -> str:
     ):
         family = engine.info.family
         requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
+        alone_before = _alone(engine, requests[0], rounds)
         wall = paired_times(
             {"at once": lambda: _run(engine, requests), "in turn": lambda: [_run(one_by_one, [plan]) for plan in requests]},
             rounds=rounds,
@@ -92,15 +97,18 @@ def _row(checkpoint: Path, dtype: str, rounds: int) -> str:
         }
         times = paired_times({"at once": lambda: _run(engine, mixed), **arms}, rounds=rounds, clock=time.perf_counter)
         best = min(map(str, STATIC_SIZES), key=lambda size: statistics.median(times[size]))
-        plan = requests[0]
-        alone = paired_times(
-            {"batcher": lambda: _run(engine, [plan]), "loop": lambda: _run_plainly(engine, plan)}, rounds=4 * rounds, warmup=3
-        )
+        alone_after = _alone(engine, requests[0], rounds)
         bound = _bound(engine, rounds)
     return (
         f"| {family} | {dtype} | {ratio(wall['in turn'], wall['at once'])} | {bound} | "
-        f"{ratio(times[best], times['at once'])} ({best}) | {ratio(alone['batcher'], alone['loop'])} |"
+        f"{ratio(times[best], times['at once'])} ({best}) | {alone_before} | {alone_after} |"
     )
+
+
+def _alone(engine: Engine, plan: RequestPlan, rounds: int) -> str:
+    arms = {"batcher": lambda: _run(engine, [plan]), "loop": lambda: _run_plainly(engine, plan)}
+    times = paired_times(arms, rounds=4 * rounds, warmup=3)
+    return str(ratio(times["batcher"], times["loop"]))
 
 
 def _plan(engine: Engine, number: int, steps: int) -> RequestPlan:
