@@ -62,6 +62,10 @@ CONTROL_RESPONSES: dict[int | str, dict[str, object]] = {
     status: response for status, response in WEIGHTS_RESPONSES.items() if status in (400, 401, 408, 413, 415, 503)
 }
 CONTROL_RESPONSES[422] = WORK_RESPONSES[422]
+DISK_RESPONSES: dict[int | str, dict[str, object]] = {
+    **WEIGHTS_RESPONSES,
+    403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root"},
+}
 
 
 def error_response(error: FlowrollError, *, status: int | None = None) -> JSONResponse:

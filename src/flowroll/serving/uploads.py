@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from fastapi import Request
@@ -37,16 +38,19 @@ async def read_bucket(request: Request, arrival: Arrival, *, max_bytes: int, idl
         UnsupportedMediaTypeError: It is sent as something else.
     """
     check_media_type(request.headers, _OCTETS)
-    stream, loop = TensorStream(arrival.incoming), asyncio.get_running_loop()
+    stream = TensorStream(arrival.incoming)
+
+    def take(pieces: list[bytes]) -> None:
+        for piece in pieces:
+            stream.feed(piece)
+
     try:
-        async with asyncio.timeout(idle_s) as silence:
+        async with _without_pause(idle_s) as go_on:
             async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
-                await run_in_threadpool(_feed, stream, pieces)
+                await run_in_threadpool(take, pieces)
                 arrival.touch()
-                silence.reschedule(loop.time() + idle_s)
+                go_on()
             return await run_in_threadpool(stream.finish)
-    except TimeoutError:
-        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
     finally:
         arrival.touch()
         stream.drop()
@@ -67,17 +71,29 @@ async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: flo
         UnsupportedMediaTypeError: It is sent as something else.
     """
     check_media_type(request.headers, _OCTETS)
-    loop = asyncio.get_running_loop()
     try:
         with path.open("xb") as file:
-            async with asyncio.timeout(idle_s) as silence:
+            async with _without_pause(idle_s) as go_on:
                 async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
                     await run_in_threadpool(file.writelines, pieces)
-                    silence.reschedule(loop.time() + idle_s)
-    except TimeoutError:
-        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
+                    go_on()
     except OSError as error:
         raise WeightsRejectedError(f"the body must find room on the disk, got {error.strerror}; make some.") from error
+
+
+@contextlib.asynccontextmanager
+async def _without_pause(idle_s: float) -> AsyncIterator[Callable[[], None]]:
+    """Ends the block when what it gives was not called for so long.
+
+    Raises:
+        WeightsRejectedError: It was not.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(idle_s) as silence:
+            yield lambda: silence.reschedule(loop.time() + idle_s)
+    except TimeoutError:
+        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
 
 
 async def _in_lots(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
@@ -90,8 +106,3 @@ async def _in_lots(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
             yield lot
             lot, size = [], 0
     yield lot
-
-
-def _feed(stream: TensorStream, pieces: list[bytes]) -> None:
-    for piece in pieces:
-        stream.feed(piece)

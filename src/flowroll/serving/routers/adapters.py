@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_config
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.errors import COMMON_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.paths import allowed_path, check_inside
@@ -44,10 +44,7 @@ def build_router(services: Services) -> APIRouter:
         summary="Load a LoRA adapter",
         description="As peft saves it. One that has the name is replaced at once. Read and checked while requests run, put in "
         "place between two of them; on any error everything is as it was.",
-        responses={
-            **WEIGHTS_RESPONSES,
-            403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root"},
-        },
+        responses=DISK_RESPONSES,
         openapi_extra=request_body(LoadAdapterRequest),
     )
     async def load_lora_adapter(request: Request) -> AdapterChangeObject:

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from flowroll.engine.weights import WeightFiles, find_weights
 from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import DISK_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.intake import accept_control, read_body
 from flowroll.serving.openapi import request_body
 from flowroll.serving.paths import allowed_path, check_inside
@@ -39,10 +39,7 @@ def build_router(services: Services) -> APIRouter:
         summary="Take new weights from disk",
         description="All or nothing: read and checked while requests run, exchanged between two of them. On any error weights, "
         "version and checksum are as they were.",
-        responses={
-            **WEIGHTS_RESPONSES,
-            403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root"},
-        },
+        responses=DISK_RESPONSES,
         openapi_extra=request_body(UpdateFromDiskRequest),
     )
     async def update_weights_from_disk(request: Request) -> UpdateObject:
