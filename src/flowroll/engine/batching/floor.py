@@ -98,6 +98,11 @@ class Floor:
         """Whether a request waits that nothing but an errand keeps from being taken up."""
         return self.pause is None and self.book.num_waiting > 0
 
+    def note_piece(self, started_s: float) -> None:
+        """A piece of work that was begun then has come to an end."""
+        now_s = self.clock()
+        self.pace.note_piece(now_s - started_s, now_s)
+
     def check_running(self) -> None:
         """Raises what the batcher was stopped with.
 

@@ -67,17 +67,18 @@ class Line:
     @contextmanager
     def _working(self, num_threads: int) -> Iterator[None]:
         """Torch's settings, which are each thread's own, as the request of a caller with so many CPU threads needs them."""
+        self._set(num_threads)
+        started_s = self._floor.clock()
+        with torch.no_grad():
+            yield
+        with self._floor.look():
+            self._floor.note_piece(started_s)
+
+    def _set(self, num_threads: int) -> None:
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
         if self._work.device.type == "cuda":
             torch.cuda.set_device(self._work.device)
-        clock = self._floor.clock
-        started_s = clock()
-        with torch.no_grad():
-            yield
-        now_s = clock()
-        with self._floor.look():
-            self._floor.pace.note_piece(now_s - started_s, now_s)
 
 
 class EncodeLine(Line):
@@ -141,22 +142,26 @@ class StepLine(Line):
         """One turn: ends what is due; then an errand, or the samples that there is room for start and one step is taken."""
         floor = self._floor
         owed, self._owes_turn = self._owes_turn, False
+        # The usual turn of a step takes the lock twice: it comes after a forward, which leaves nothing of this in the caches.
         with floor.change():
             floor.book.sweep()
             errand = None if owed else self._next_errand()
             starts = [] if errand or floor.pause == "freeze" else floor.samples.next_starts()
-        let_go = self.let_go()
+            batch = [] if errand or starts else self._next_batch()
+            dropped = self._take_dropped()
+        self._let_go(dropped)
         if errand is not None:
             self._owes_turn = True
             self._run(errand)
             return True
-        for start in starts:
-            self._start(start)
-        with floor.look():
-            batch = [] if floor.pause == "freeze" else floor.samples.next_batch()
+        if starts:
+            for start in starts:
+                self._start(start)
+            with floor.look():
+                batch = self._next_batch()
         if batch:
             self._step(batch)
-        return bool(owed or let_go or starts or batch)
+        return bool(owed or dropped or starts or batch)
 
     @override
     def idle_s(self) -> float | None:
@@ -168,11 +173,21 @@ class StepLine(Line):
     def let_go(self) -> bool:
         """Has other ranks leave the samples that have left; False: there were none."""
         with self._floor.look():
-            dropped, self._floor.dropped = self._floor.dropped, []
+            dropped = self._take_dropped()
+        self._let_go(dropped)
+        return bool(dropped)
+
+    def _take_dropped(self) -> list[RunningSample]:
+        dropped, self._floor.dropped = self._floor.dropped, []
+        return dropped
+
+    def _let_go(self, dropped: list[RunningSample]) -> None:
         for running in dropped:
             with suppress(FlowrollError):  # of a lost rank, which has ended everything
                 self._steps.stop(running)
-        return bool(dropped)
+
+    def _next_batch(self) -> list[RunningSample]:
+        return [] if self._floor.pause == "freeze" else self._floor.samples.next_batch()
 
     def _next_errand(self) -> Errand | None:
         floor = self._floor
@@ -221,9 +236,12 @@ class StepLine(Line):
 
     def _step(self, batch: list[RunningSample]) -> None:
         floor = self._floor
-        with self._working(batch[0].job.num_threads):
+        self._set(batch[0].job.num_threads)
+        started_s = floor.clock()
+        with torch.no_grad():
             failures = self._steps.take_step(batch)
         with floor.change():
+            floor.note_piece(started_s)
             floor.book.ledger.batches[len(batch)] += 1
             for running in batch:
                 # Asked for each: the failure of one takes the others of its request out.

@@ -71,7 +71,8 @@ def _drive(
         if held is None:
             return
         try:
-            worked, idle_s = line(held).work(), line(held).idle_s()
+            worked = line(held).work()
+            idle_s = None if worked else line(held).idle_s()
         except BaseException as error:
             crash(held, error)
             return
