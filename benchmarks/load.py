@@ -1,28 +1,32 @@
 """What sharing steps brings to an engine under load: encode, every step and decode included.
 
 `python -m benchmarks.load`: 16 requests at once against the same 16 one at a time; requests of mixed lengths all at once
-against the best static batches of them; and one request through the batcher against its steps called in a plain loop. The
-bound of the first is what the model itself gains in an inexact batch, measured in the same run.
+against the best static batches of them; and one request through the batcher against its steps called in a plain loop. Each
+row is measured in a process of its own: what an earlier one left in the heaps is part of no figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.batching import Cell, inexact, make_inputs
-from benchmarks.measure import hardware, paired_times, ratio
+from benchmarks.measure import Ratio, hardware, paired_times, ratio
 from flowroll.engine import BatchLimits, Engine, denoising
+from flowroll.engine.batching.jobs import Accepted
 from flowroll.engine.batching.limits import ONE_BY_ONE
 from flowroll.engine.finishing import Finished
 from flowroll.engine.plan import RequestPlan
@@ -36,59 +40,88 @@ SIZE, STEPS, TOKENS = 128, 50, 64
 NUM_REQUESTS = 16
 NUM_MIXED = 48
 STATIC_SIZES = (4, 8, 16)
+# How glibc keeps what is freed: as it does by default, or in one heap for all threads.
+HEAPS = {"of each thread": {}, "one": {"MALLOC_ARENA_MAX": "1"}}
+
+LOAD = f"""## Under load
+
+Batched: wall time of {NUM_REQUESTS} requests of {STEPS} steps one at a time / all at once, aim >= 2 where the bound allows it.
+Bound, step: the same ratio for one step of the transformer alone in the model's own inexact batch. Bound, request: what the
+request as a whole gains from such steps if its encoding and decoding, one call a sample, gain nothing and nothing overlaps.
+In a step: samples in the forwards of the run at once, mean. Mixed: wall time of {NUM_MIXED} requests of 4 to 28 steps in
+their best static batches / all at once, aim >= 0.9; static batches are sorted by length, of
+{", ".join(map(str, STATIC_SIZES))} requests (the best counts), and what ends early leaves them.
+
+| family | dtype | batched | bound, step | bound, request | in a step | mixed (best static size) |
+|---|---|---|---|---|---|---|"""
+
+ALONE = """## One request
+
+CPU time of one request through the batcher / its stages called in a plain loop, aim <= 1.02: by the caller's thread, and by
+the batcher's own between two steps, which has the same heap. In a new process, and after load: ten times sixteen requests
+at once. Heaps: glibc's default, which gives every thread heaps of its own, or one for all (`MALLOC_ARENA_MAX=1`).
+
+| family | dtype | heap | new, caller's loop | new, own loop | after load, caller's loop | after load, own loop |
+|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
     """Measures and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every line of work")
     parser.add_argument("--out", type=Path, default=None, help="result file")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     today = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"load_cpu_{today:%Y%m}.md"
-    head = [
-        f"# An engine under load, {today:%Y-%m-%d}",
-        f"Command: `python -m benchmarks.load {' '.join(sys.argv[1:])}`. {hardware()}; one thread a line of work; load of the "
-        f"machine at the start: {os.getloadavg()[0]:.1f}. Tiny models, {SIZE} x {SIZE} ({TOKENS} image tokens), guided, "
-        "prompts of their own.",
-        "Medians of paired ratios with their 95 % intervals. "
-        f"Batched: wall time of {NUM_REQUESTS} requests of {STEPS} steps one at a time / all at once, aim >= 2 where the bound "
-        "allows it. Bound: the same ratio for one step of the transformer alone in the model's own inexact batch. Mixed: wall "
-        f"time of {NUM_MIXED} requests of 4 to 28 steps in their best static batches / all at once, aim >= 0.9; static batches "
-        f"are sorted by length, of {', '.join(map(str, STATIC_SIZES))} requests (the best counts), and what ends early leaves "
-        "them. Alone: CPU time of one request through the batcher / its stages called in a plain "
-        "loop, aim <= 1.02; before the load, and after it, when the loop's thread has the heap that large batches left.",
-        "Not claimed: absolute times (the machine is shared), any figure for a GPU.",
-    ]
-    table = [
-        "| family | dtype | batched | bound | mixed (best static size) | alone, before | alone, after |\n"
-        "|---|---|---|---|---|---|---|"
-    ]
+    head = (
+        f"# An engine under load, {today:%Y-%m-%d}\n\n"
+        f"Command: `python -m benchmarks.load {' '.join(sys.argv[1:])}`. {hardware()}; threads a line of work: {options.threads}; "
+        f"load of the machine at the start: {os.getloadavg()[0]:.1f}. Tiny models, {SIZE} x {SIZE} ({TOKENS} image tokens), "
+        "guided, prompts of their own with equally many tokens. Medians of paired ratios with their 95 % intervals.\n\n"
+        "Not claimed: absolute times (the machine is shared), any figure for a GPU."
+    )
+    load, alone = [LOAD], [ALONE]
     with tempfile.TemporaryDirectory() as folder:
         for family in FAMILIES:
             checkpoint = make_checkpoint(family, Path(folder) / family, size="tiny")
             for dtype in options.dtype:
-                table.append(_row(checkpoint, dtype, options.rounds))
-                print(table[-1], flush=True)
+                cell = (checkpoint, dtype, options.threads, options.rounds)
+                load.append(_apart(_load_row, cell, {}))
+                alone += [_apart(_alone_row, (*cell, heap), environment) for heap, environment in HEAPS.items()]
+                print(load[-1], *alone[-len(HEAPS) :], sep="\n", flush=True)
                 # A long run that is cut off leaves what it has.
-                out.write_text("\n\n".join([*head, "\n".join(table)]) + "\n", encoding="utf-8")
+                out.write_text("\n\n".join([head, "\n".join(load), "\n".join(alone)]) + "\n", encoding="utf-8")
 
 
-def _row(checkpoint: Path, dtype: str, rounds: int) -> str:
-    with (
-        Engine(checkpoint, dtype=dtype, device="cpu", batching=BatchLimits(max_running_samples=64)) as engine,
-        Engine(checkpoint, dtype=dtype, device="cpu", batching=ONE_BY_ONE) as one_by_one,
-    ):
-        family = engine.info.family
+def _apart(row: Callable[..., str], arguments: tuple[object, ...], environment: dict[str, str]) -> str:
+    """A row measured in a new process, which has these variables from its start."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+            return processes.submit(row, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _load_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
+    torch.set_num_threads(threads)
+    with _engine(checkpoint, dtype) as engine, Engine(checkpoint, dtype=dtype, device="cpu", batching=ONE_BY_ONE) as single:
         requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
-        alone_before = _alone(engine, requests[0], rounds)
+        _run(engine, requests)
+        before = Counter(engine.batcher.load().batches)
         wall = paired_times(
-            {"at once": lambda: _run(engine, requests), "in turn": lambda: [_run(one_by_one, [plan]) for plan in requests]},
+            {"at once": lambda: _run(engine, requests), "in turn": lambda: [_run(single, [plan]) for plan in requests]},
             rounds=rounds,
             clock=time.perf_counter,
         )
+        forwards = Counter(engine.batcher.load().batches) - before
+        assert NUM_REQUESTS in forwards, "the prompts must have equally many tokens, or the requests never share one forward"
+        share = sum(size * number for size, number in forwards.items()) / forwards.total()
+        step = _step_bound(engine, threads, rounds)
         lengths = random.Random(0).choices(range(4, 29), k=NUM_MIXED)
         mixed = [_plan(engine, number, steps) for number, steps in enumerate(lengths)]
         arms: dict[str, Callable[[], object]] = {
@@ -97,32 +130,50 @@ def _row(checkpoint: Path, dtype: str, rounds: int) -> str:
         }
         times = paired_times({"at once": lambda: _run(engine, mixed), **arms}, rounds=rounds, clock=time.perf_counter)
         best = min(map(str, STATIC_SIZES), key=lambda size: statistics.median(times[size]))
-        alone_after = _alone(engine, requests[0], rounds)
-        bound = _bound(engine, rounds)
+        whole = _request_bound(single, requests, step)
     return (
-        f"| {family} | {dtype} | {ratio(wall['in turn'], wall['at once'])} | {bound} | "
-        f"{ratio(times[best], times['at once'])} ({best}) | {alone_before} | {alone_after} |"
+        f"| {engine.info.family} | {dtype} | {ratio(wall['in turn'], wall['at once'])} | {step} | {whole:.2f} | {share:.1f} | "
+        f"{ratio(times[best], times['at once'])} ({best}) |"
     )
 
 
-def _alone(engine: Engine, plan: RequestPlan, rounds: int) -> str:
-    arms = {"batcher": lambda: _run(engine, [plan]), "loop": lambda: _run_plainly(engine, plan)}
-    times = paired_times(arms, rounds=4 * rounds, warmup=3)
-    return str(ratio(times["batcher"], times["loop"]))
+def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int, heap: str) -> str:
+    torch.set_num_threads(threads)
+    with _engine(checkpoint, dtype) as engine:
+        requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
+        arms = {
+            "batcher": lambda: _run(engine, requests[:1]),
+            "caller's": lambda: _run_plainly(engine, requests[0]),
+            "own": lambda: engine.batcher.between_steps(lambda: _run_plainly(engine, requests[0])).result(),
+        }
+        arms["batcher"]()  # Its threads run from the first request on.
+        found: list[Ratio] = []
+        for is_new in (True, False):
+            for _ in range(0 if is_new else 10):
+                _run(engine, requests)
+            times = paired_times(arms, rounds=5 * rounds, warmup=3)
+            found += [ratio(times["batcher"], times[loop]) for loop in ("caller's", "own")]
+    return f"| {engine.info.family} | {dtype} | {heap} | {' | '.join(map(str, found))} |"
+
+
+def _engine(checkpoint: Path, dtype: str) -> Engine:
+    return Engine(checkpoint, dtype=dtype, device="cpu", batching=BatchLimits(max_running_samples=64))
 
 
 def _plan(engine: Engine, number: int, steps: int) -> RequestPlan:
-    # Of equal length in tokens, so that all may share forwards, and of different text.
-    prompt = f"a photo of {'abcdefghijklmnop'[number % 16]} {'qrstuvwxyz'[number // 16]} glasses"
+    # Of different text and, with two digits, of equally many tokens.
+    prompt = f"a photo of {number:02d} glasses"
     params = SamplingParams(
         prompt=prompt, seed=number, height=SIZE, width=SIZE, num_inference_steps=steps, guidance_scale=4.0, debug_mode=False
     )
     return engine.plan(params)
 
 
-def _run(engine: Engine, plans: Sequence[RequestPlan]) -> None:
-    for accepted in [engine.submit(plan, "rollout") for plan in plans]:
+def _run(engine: Engine, plans: Sequence[RequestPlan]) -> list[Accepted[object]]:
+    requests = [engine.submit(plan, "rollout") for plan in plans]
+    for accepted in requests:
         accepted.result()
+    return requests
 
 
 def _run_static(engine: Engine, plans: Sequence[RequestPlan], size: int) -> None:
@@ -142,10 +193,15 @@ def _run_plainly(engine: Engine, plan: RequestPlan) -> None:
 
 
 @torch.no_grad()
-def _bound(engine: Engine, rounds: int) -> str:
+def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
     model = engine._model
     cell = Cell(
-        family=model.family, transformer=model.transformer, dtype=model.dtype, tokens=TOKENS, samples=NUM_REQUESTS, threads=1
+        family=model.family,
+        transformer=model.transformer,
+        dtype=model.dtype,
+        tokens=TOKENS,
+        samples=NUM_REQUESTS,
+        threads=threads,
     )
     inputs = make_inputs(cell, one_step=False)
 
@@ -153,8 +209,16 @@ def _bound(engine: Engine, rounds: int) -> str:
         for one in inputs:
             model.family.velocity(model.transformer, one.latents, one.timestep, one.env, one.guidance, model.dtype)
 
-    times = paired_times({"in turn": in_turn, "batch": lambda: inexact(cell, inputs)}, rounds=rounds, warmup=2)
-    return str(ratio(times["in turn"], times["batch"]))
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times = paired_times({"in turn": in_turn, "batch": lambda: inexact(cell, inputs)}, rounds=rounds, warmup=2, clock=clock)
+    return ratio(times["in turn"], times["batch"])
+
+
+def _request_bound(single: Engine, requests: Sequence[RequestPlan], step: Ratio) -> float:
+    timings = [accepted.timing for plan in requests for accepted in _run(single, [plan])]
+    once = statistics.median(timing.encode + timing.decode for timing in timings)
+    steps = statistics.median(timing.denoise for timing in timings)
+    return (once + steps) / (once + steps / step.median)
 
 
 if __name__ == "__main__":

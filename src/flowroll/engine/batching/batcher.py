@@ -272,7 +272,7 @@ class Batcher:
         for name, thread in self._threads.items():
             line: Line = getattr(self, name)
             # A thread looks again by itself after whatever it did.
-            if not thread.is_current and line.may_work():
+            if line.may_work() and not thread.is_current:
                 thread.wake()
 
     def _cancel_where(self, is_meant: Callable[[Job], bool]) -> int:

@@ -64,7 +64,7 @@ class Floor:
         """Holds the lock; afterwards requests are taken up as there is room, threads wake, and what ended is told so."""
         with self._lock:
             yield
-            while self.has_room() and (job := self.book.take_up()) is not None:
+            while self.book.num_waiting and self.has_room() and (job := self.book.take_up()) is not None:
                 self.errands.note_taken_up()
                 self.is_encoding = True
                 self.to_encode.append((job, job.attempt))
