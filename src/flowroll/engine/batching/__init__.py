@@ -11,6 +11,7 @@ One noun per file. Callers' side on top, then the lines of work, then what they 
     samples.py   the samples that are ready, running and being decoded
     turns.py     whose step is next
     steps.py     one shared step, and what fails with it
+    room.py      how many samples fit into one forward
     errands.py   what is to be done between steps, or while nothing runs
     jobs.py      an accepted request; a running sample of it
     limits.py    how much runs at once

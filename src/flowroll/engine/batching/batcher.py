@@ -202,7 +202,7 @@ class Batcher:
             if oldest is None:
                 return False
             assert oldest.taken_s is not None
-            return floor.pause == "freeze" or not floor.pace.is_stuck(oldest.taken_s, now_s)
+            return floor.pause == "freeze" or not floor.pace.is_stuck(oldest.taken_s, now_s, floor.samples.running_pixels)
 
     @property
     def is_alone(self) -> bool:

@@ -101,7 +101,7 @@ class Floor:
     def note_piece(self, started_s: float) -> None:
         """A piece of work that was begun then has come to an end."""
         now_s = self.clock()
-        self.pace.note_piece(now_s - started_s, now_s)
+        self.pace.note_piece(now_s - started_s, now_s, self.samples.running_pixels)
 
     def check_running(self) -> None:
         """Raises what the batcher was stopped with.

@@ -187,7 +187,7 @@ class StepLine(Line):
                 self._steps.stop(running)
 
     def _next_batch(self) -> list[RunningSample]:
-        return [] if self._floor.pause == "freeze" else self._floor.samples.next_batch()
+        return [] if self._floor.pause == "freeze" else self._floor.samples.next_batch(self._steps.room)
 
     def _next_errand(self) -> Errand | None:
         floor = self._floor

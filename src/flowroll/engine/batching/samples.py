@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flowroll.engine import denoising
 from flowroll.engine.batching.jobs import Job, RunningSample
 from flowroll.engine.batching.limits import BatchLimits
+from flowroll.engine.batching.room import Room
 from flowroll.engine.batching.turns import Turns
 from flowroll.engine.denoising import DenoisingTask
 
@@ -74,6 +75,11 @@ class Samples:
         return self._num_in_memory
 
     @property
+    def running_pixels(self) -> int:
+        """Of these, together."""
+        return self._pixels_in_memory
+
+    @property
     def num_stepping(self) -> int:
         """Samples that have steps to take."""
         return len(self._turns)
@@ -99,9 +105,9 @@ class Samples:
         """Gives it a place in the turns."""
         self._turns.add(sample.key, sample)
 
-    def next_batch(self) -> list[RunningSample]:
+    def next_batch(self, room: Room) -> list[RunningSample]:
         """The samples that take the next step together."""
-        return self._turns.next(self._limits.max_batch_samples)
+        return self._turns.next(lambda key: room.most(key, self._limits.max_batch_samples))
 
     def rest(self, sample: RunningSample) -> None:
         """Takes it out of the turns; it stays in memory."""

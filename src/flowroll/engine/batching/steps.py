@@ -1,8 +1,9 @@
 """One shared step: a forward for all samples of a batch, then each sample's own step function.
 
 Owns what an error costs: an exception in a sample's own step is that sample's. A forward that fails with several samples in it
-is taken again one sample at a time, so that only those that fail alone are lost. With several ranks every sample is a batch of
-its own, and an error that the other ranks do not share ends the replica.
+is taken again in halves, so that only those that fail alone are lost; one that ran out of memory is for a while not tried at
+that size again. With several ranks every sample is a batch of its own, and an error that the other ranks do not share ends the
+replica.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.engine.batching.jobs import RunningSample
+from flowroll.engine.batching.room import Room, is_out_of_memory
 from flowroll.engine.plan import RequestPlan
 from flowroll.errors import EngineError
 from flowroll.types import DenoisingEnv
@@ -49,9 +51,13 @@ class Steps:
 
     Attributes:
         can_freeze: Whether a sample may stay between two steps for as long as it likes.
+        room: How many samples of a key fit into a forward.
     """
 
     can_freeze: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.room = Room()
 
     def take_step(self, batch: Sequence[RunningSample]) -> dict[RunningSample, BaseException]:
         """Advances every sample of the batch by a step; returns those that could not be, with the reason."""
@@ -70,18 +76,23 @@ class Steps:
         self, batch: Sequence[RunningSample], failures: dict[RunningSample, BaseException]
     ) -> list[tuple[RunningSample, Tensor]]:
         try:
-            return list(zip(batch, forward(batch), strict=True))
+            velocities = forward(batch)
+            self.room.went_well(batch[0].key, len(batch))
+            return list(zip(batch, velocities, strict=True))
         except BaseException as error:
             if len(batch) == 1:
                 failures[batch[0]] = error
                 return []
+            if is_out_of_memory(error):
+                self.room.ran_out(batch[0].key, len(batch))
             shared = {"request_ids": sorted({sample.job.plan.request_id for sample in batch})}
-            message = "a forward of %d samples failed (%s); taking it again one by one"
+            message = "a forward of %d samples failed (%s); taking it again in halves"
             _log.warning(message, len(batch), type(error).__name__, extra=shared)
         # After the handler, so that the failed forward's tensors are free.
         if batch[0].task.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [pair for sample in batch for pair in self._velocities([sample], failures)]
+        half = -(-len(batch) // 2)
+        return [*self._velocities(batch[:half], failures), *self._velocities(batch[half:], failures)]
 
 
 class LedSteps(Steps):
@@ -95,6 +106,7 @@ class LedSteps(Steps):
     can_freeze: ClassVar[bool] = False
 
     def __init__(self, leader: Leader) -> None:
+        super().__init__()
         self._leader = leader
         self._announced: tuple[int, int] | None = None
 

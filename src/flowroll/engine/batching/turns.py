@@ -9,7 +9,7 @@ older ones, which end.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -39,10 +39,14 @@ class Turns(Generic[T]):
         if not lane:
             del self._lanes[key]
 
-    def next(self, most: int) -> list[T]:
-        """The first items of the lane whose turn it is, which goes to the end of the circle; empty where nothing runs."""
+    def next(self, most: Callable[[Hashable], int]) -> list[T]:
+        """The first items of the lane whose turn it is, which goes to the end of the circle; empty where nothing runs.
+
+        Args:
+            most: How many, by the lane's key.
+        """
         if not self._lanes:
             return []
         key, lane = next(iter(self._lanes.items()))
         self._lanes.move_to_end(key)
-        return lane[:most]
+        return lane[: most(key)]

@@ -14,6 +14,7 @@ from tests.unit.engine.batching.hand import ALL, Hand
 
 from flowroll.engine import Engine
 from flowroll.engine.batching import Batcher, BatchLimits
+from flowroll.engine.batching.pace import Pace
 from flowroll.errors import (
     CancelledRequestError,
     DeadlineExceededError,
@@ -427,6 +428,25 @@ def test_requests_count_as_stuck_only_far_beyond_what_recent_work_took(hand: Han
     assert hand.batcher.is_progressing()
     hand.clock.now_s += 2.0
     assert not hand.batcher.is_progressing()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "allowed_s"),
+    [
+        # As large as what was measured, or smaller: ten times the slowest piece.
+        (512, 80.0),
+        (1024, 80.0),
+        # Twice as large: four times as long. Much larger: as if nothing had been measured.
+        (2048, 320.0),
+        (10**6, 1800.0),
+    ],
+)
+def test_what_is_larger_than_all_recent_work_may_take_longer(pixels: int, allowed_s: float) -> None:
+    pace = Pace()
+    for seconds, running in ((0.5, 0), (8.0, 1024), (2.0, 256)):
+        pace.note_piece(seconds, 100.0, running)
+    assert not pace.is_stuck(0.0, 100.0 + allowed_s - 0.1, pixels)
+    assert pace.is_stuck(0.0, 100.0 + allowed_s, pixels)
 
 
 def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_like_alone(hand: Hand) -> None:

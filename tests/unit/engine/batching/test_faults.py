@@ -107,22 +107,52 @@ def test_a_failure_ends_its_request_alone_and_the_others_keep_their_bits(
     assert hand.batcher.load().failures == {"engine_error": 2}
 
 
-def test_a_forward_that_failed_is_taken_again_for_each_and_the_batch_goes_on_together(
-    hand: Hand, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [RuntimeError("this once"), torch.OutOfMemoryError("this once")])
+def test_a_forward_that_failed_is_taken_again_in_halves(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
+    """One that ran out of memory is not tried at that size again; after another failure the batch goes on together."""
     sizes: list[int] = []
     forward = steps.forward
 
     def failing_once(batch: Any) -> Any:
         sizes.append(len(batch))
         if sizes == [3, 3]:
-            raise torch.OutOfMemoryError("this once")
+            raise error
         return forward(batch)
 
+    (expected,) = hand.finish(hand.submit(num_outputs_per_prompt=3, **ALL))
     monkeypatch.setattr(steps, "forward", failing_once)
-    (group,) = hand.begin({"num_outputs_per_prompt": 3})
+    (group,) = hand.begin({"num_outputs_per_prompt": 3, **ALL})
     (rollouts,) = hand.finish(group)
-    assert len(rollouts) == 3 and sizes == [3, 3, 1, 1, 1, 3, 3]
+    for ours, before in zip(rollouts, expected, strict=True):
+        assert_same_bits(ours, before)
+    if isinstance(error, torch.OutOfMemoryError):
+        # The two oldest to their end, then the third.
+        assert sizes == [3, 3, 2, 1, 2, 2, 1, 1]
+    else:
+        assert sizes == [3, 3, 2, 1, 3, 3]
+
+
+def test_a_batch_that_does_not_fit_shrinks_until_it_does_and_each_sample_keeps_its_bits(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[int] = []
+    forward = steps.forward
+
+    def of_three_at_most(batch: Any) -> Any:
+        if len(batch) > 3:
+            failed.append(len(batch))
+            raise torch.OutOfMemoryError("room for three")
+        return forward(batch)
+
+    (expected,) = hand.finish(hand.submit(num_outputs_per_prompt=9, **ALL))
+    monkeypatch.setattr(steps, "forward", of_three_at_most)
+    (rollouts,) = hand.finish(hand.submit(num_outputs_per_prompt=9, **ALL))
+    for ours, before in zip(rollouts, expected, strict=True):
+        assert_same_bits(ours, before)
+    # Never again after the first step: 9 is taken in 5 and 4, each of which is halved once more.
+    assert failed == [9, 5, 4]
 
 
 def test_what_a_failure_held_is_free_at_once(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:

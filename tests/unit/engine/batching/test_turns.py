@@ -1,28 +1,36 @@
 """Fairness: whose step is next."""
 
 import random
+from typing import TypeVar
 
 from flowroll.engine.batching.turns import Turns
+
+T = TypeVar("T")
+
+
+def next_of(turns: Turns[T], most: int) -> list[T]:
+    """The next of at most so many, whatever the lane."""
+    return turns.next(lambda key: most)
 
 
 def test_lanes_take_turns_and_a_new_lane_joins_at_the_end() -> None:
     turns: Turns[str] = Turns()
     for key, item in (("a", "a1"), ("b", "b1"), ("a", "a2")):
         turns.add(key, item)
-    assert turns.next(8) == ["a1", "a2"]
+    assert next_of(turns, 8) == ["a1", "a2"]
     turns.add("c", "c1")
-    assert [turns.next(8) for _ in range(4)] == [["b1"], ["a1", "a2"], ["c1"], ["b1"]]
+    assert [next_of(turns, 8) for _ in range(4)] == [["b1"], ["a1", "a2"], ["c1"], ["b1"]]
 
 
 def test_in_a_lane_the_oldest_go_first() -> None:
     turns: Turns[int] = Turns()
     for item in range(5):
         turns.add("a", item)
-    assert turns.next(2) == [0, 1]
-    assert turns.next(2) == [0, 1]
+    assert next_of(turns, 2) == [0, 1]
+    assert next_of(turns, 2) == [0, 1]
     turns.remove("a", 0)
     turns.add("a", 5)
-    assert turns.next(3) == [1, 2, 3]
+    assert next_of(turns, 3) == [1, 2, 3]
 
 
 def test_a_lane_that_was_emptied_joins_anew_at_the_end() -> None:
@@ -31,10 +39,10 @@ def test_a_lane_that_was_emptied_joins_anew_at_the_end() -> None:
         turns.add(key, key)
     turns.remove("a", "a")
     turns.add("a", "again")
-    assert [turns.next(1) for _ in range(3)] == [["b"], ["again"], ["b"]]
+    assert [next_of(turns, 1) for _ in range(3)] == [["b"], ["again"], ["b"]]
     turns.remove("a", "again")
     turns.remove("b", "b")
-    assert turns.next(1) == [] and len(turns) == 0 and list(turns) == []
+    assert next_of(turns, 1) == [] and len(turns) == 0 and list(turns) == []
 
 
 def test_a_stream_of_ever_new_shapes_does_not_starve_an_old_one() -> None:
@@ -45,7 +53,7 @@ def test_a_stream_of_ever_new_shapes_does_not_starve_an_old_one() -> None:
         # Two new shapes of one step each arrive in every turn.
         for item in (2 * number, 2 * number + 1):
             turns.add(item, item)
-        batch = turns.next(4)
+        batch = next_of(turns, 4)
         if batch == [-1]:
             waited, ran = 0, ran + 1
             continue
@@ -66,7 +74,7 @@ def test_every_sample_runs_within_a_round_once_it_is_among_the_oldest_of_its_lan
             key = source.choice([0, 0, 0, 1, 2])
             turns.add(key, number)
             lanes.setdefault(key, []).append(number)
-        batch = turns.next(2)
+        batch = next_of(turns, 2)
         if not batch:
             continue
         key = next(key for key, lane in lanes.items() if batch[0] in lane)
@@ -80,3 +88,10 @@ def test_every_sample_runs_within_a_round_once_it_is_among_the_oldest_of_its_lan
             lanes[key].remove(done)
             if not lanes[key]:
                 since.pop(key, None)
+
+
+def test_how_many_are_next_may_depend_on_the_lane() -> None:
+    turns: Turns[str] = Turns()
+    for key, item in (("a", "a1"), ("a", "a2"), ("b", "b1"), ("b", "b2")):
+        turns.add(key, item)
+    assert [turns.next(lambda key: {"a": 1, "b": 2}[str(key)]) for _ in range(2)] == [["a1"], ["b1", "b2"]]
