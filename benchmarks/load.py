@@ -78,8 +78,9 @@ def main() -> None:
     head = (
         f"# An engine under load, {today:%Y-%m-%d}\n\n"
         f"Command: `python -m benchmarks.load {' '.join(sys.argv[1:])}`. {hardware()}; "
-        f"threads a line of work: {options.threads}; load of the machine at the start: {os.getloadavg()[0]:.1f}. Tiny models, {SIZE} x {SIZE} ({TOKENS} image tokens), "
-        "guided, prompts of their own with equally many tokens. Medians of paired ratios with their 95 % intervals.\n\n"
+        f"threads a line of work: {options.threads}; load of the machine at the start: {os.getloadavg()[0]:.1f}. "
+        f"Tiny models, {SIZE} x {SIZE} ({TOKENS} image tokens), guided, prompts of their own with equally many tokens. "
+        "Medians of paired ratios with their 95 % intervals.\n\n"
         "Not claimed: absolute times (the machine is shared), any figure for a GPU."
     )
     load, alone = [LOAD], [ALONE]
