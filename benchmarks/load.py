@@ -40,9 +40,6 @@ SIZE, STEPS, TOKENS = 128, 50, 64
 NUM_REQUESTS = 16
 NUM_MIXED = 48
 STATIC_SIZES = (4, 8, 16)
-# How glibc keeps what is freed: as it does by default, or in one heap for all threads.
-HEAPS = {"of each thread": {}, "one": {"MALLOC_ARENA_MAX": "1"}}
-
 LOAD = f"""## Under load
 
 Batched: wall time of {NUM_REQUESTS} requests of {STEPS} steps one at a time / all at once, aim >= 2 where the bound allows it.
@@ -59,10 +56,10 @@ ALONE = """## One request
 
 CPU time of one request through the batcher / its stages called in a plain loop, aim <= 1.02: by the caller's thread, and by
 the batcher's own between two steps, which has the same heap. In a new process, and after load: ten times sixteen requests
-at once. Heaps: glibc's default, which gives every thread heaps of its own, or one for all (`MALLOC_ARENA_MAX=1`).
+at once.
 
-| family | dtype | heap | new, caller's loop | new, own loop | after load, caller's loop | after load, own loop |
-|---|---|---|---|---|---|---|"""
+| family | dtype | new, caller's loop | new, own loop | after load, caller's loop | after load, own loop |
+|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -89,23 +86,17 @@ def main() -> None:
             checkpoint = make_checkpoint(family, Path(folder) / family, size="tiny")
             for dtype in options.dtype:
                 cell = (checkpoint, dtype, options.threads, options.rounds)
-                load.append(_apart(_load_row, cell, {}))
-                alone += [_apart(_alone_row, (*cell, heap), environment) for heap, environment in HEAPS.items()]
-                print(load[-1], *alone[-len(HEAPS) :], sep="\n", flush=True)
+                load.append(_apart(_load_row, *cell))
+                alone.append(_apart(_alone_row, *cell))
+                print(load[-1], alone[-1], sep="\n", flush=True)
                 # A long run that is cut off leaves what it has.
                 out.write_text("\n\n".join([head, "\n".join(load), "\n".join(alone)]) + "\n", encoding="utf-8")
 
 
-def _apart(row: Callable[..., str], arguments: tuple[object, ...], environment: dict[str, str]) -> str:
-    """A row measured in a new process, which has these variables from its start."""
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
-            return processes.submit(row, *arguments).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def _apart(row: Callable[..., str], *arguments: object) -> str:
+    """A row measured in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        return processes.submit(row, *arguments).result()
 
 
 def _load_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
@@ -138,7 +129,7 @@ def _load_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
     )
 
 
-def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int, heap: str) -> str:
+def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
     torch.set_num_threads(threads)
     with _engine(checkpoint, dtype) as engine:
         requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
@@ -154,7 +145,7 @@ def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int, heap: st
                 _run(engine, requests)
             times = paired_times(arms, rounds=5 * rounds, warmup=3)
             found += [ratio(times["batcher"], times[loop]) for loop in ("caller's", "own")]
-    return f"| {engine.info.family} | {dtype} | {heap} | {' | '.join(map(str, found))} |"
+    return f"| {engine.info.family} | {dtype} | {' | '.join(map(str, found))} |"
 
 
 def _engine(checkpoint: Path, dtype: str) -> Engine:

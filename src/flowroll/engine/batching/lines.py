@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -41,6 +41,11 @@ class Work(Protocol):
         """A finished sample's picture, on the CPU."""
 
 
+def no_grad() -> AbstractContextManager[object]:
+    """Without gradients; nothing where they are off already, as on the lines' own threads: torch's way there costs 15 us."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
 class Line:
     """One line of work.
 
@@ -69,7 +74,7 @@ class Line:
         """Torch's settings, which are each thread's own, as the request of a caller with so many CPU threads needs them."""
         self._set(num_threads)
         started_s = self._floor.clock()
-        with torch.no_grad():
+        with no_grad():
             yield
         with self._floor.look():
             self._floor.note_piece(started_s)
@@ -238,7 +243,7 @@ class StepLine(Line):
         floor = self._floor
         self._set(batch[0].job.num_threads)
         started_s = floor.clock()
-        with torch.no_grad():
+        with no_grad():
             failures = self._steps.take_step(batch)
         with floor.change():
             floor.note_piece(started_s)

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from flowroll.engine.batching.lines import Line
 
 T = TypeVar("T")
@@ -64,6 +66,8 @@ def _drive(
     woken: threading.Event,
     stopped: threading.Event,
 ) -> None:
+    # A thread's own setting in torch, for all that it does.
+    torch.set_grad_enabled(False)
     while not stopped.is_set():
         # Before looking, so that what comes after the look wakes it again.
         woken.clear()
