@@ -98,10 +98,10 @@ class Floor:
         """Whether a request waits that nothing but an errand keeps from being taken up."""
         return self.pause is None and self.book.num_waiting > 0
 
-    def note_piece(self, started_s: float) -> None:
-        """A piece of work that was begun then has come to an end."""
+    def note_piece(self, started_s: float, *, running_pixels: int = 0) -> None:
+        """A piece of work that was begun then has come to an end; a step with the pixels that ran."""
         now_s = self.clock()
-        self.pace.note_piece(now_s - started_s, now_s, self.samples.running_pixels)
+        self.pace.note_piece(now_s - started_s, now_s, running_pixels)
 
     def check_running(self) -> None:
         """Raises what the batcher was stopped with.

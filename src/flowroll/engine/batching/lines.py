@@ -246,7 +246,7 @@ class StepLine(Line):
         with no_grad():
             failures = self._steps.take_step(batch)
         with floor.change():
-            floor.note_piece(started_s)
+            floor.note_piece(started_s, running_pixels=floor.samples.running_pixels)
             floor.book.ledger.batches[len(batch)] += 1
             for running in batch:
                 # Asked for each: the failure of one takes the others of its request out.

@@ -23,7 +23,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._request_paces: deque[float] = deque(maxlen=_RECENT)  # seconds per unit of a request's work
-        self._pieces: deque[tuple[float, int]] = deque(maxlen=_RECENT)  # seconds, pixels that ran meanwhile
+        self._pieces: deque[tuple[float, int]] = deque(maxlen=_RECENT)  # seconds, pixels of all samples that ran
         self._progress_s: float | None = None
 
     def note_request(self, job: Job, now_s: float) -> None:
@@ -32,7 +32,7 @@ class Pace:
         self._request_paces.append((now_s - job.taken_s) / job.work)
 
     def note_piece(self, seconds: float, now_s: float, running_pixels: int) -> None:
-        """A piece of work, an encoding, a step or a decoding, came to an end while so many pixels ran."""
+        """A piece of work came to an end: a step, while so many pixels ran, or something else, which says nothing of them."""
         self._pieces.append((seconds, running_pixels))
         self._progress_s = now_s
 

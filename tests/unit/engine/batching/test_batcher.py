@@ -13,7 +13,7 @@ from tests.rollouts import assert_same_bits
 from tests.unit.engine.batching.hand import ALL, Hand
 
 from flowroll.engine import Engine
-from flowroll.engine.batching import Batcher, BatchLimits
+from flowroll.engine.batching import Batcher, BatchLimits, steps
 from flowroll.engine.batching.pace import Pace
 from flowroll.errors import (
     CancelledRequestError,
@@ -428,6 +428,30 @@ def test_requests_count_as_stuck_only_far_beyond_what_recent_work_took(hand: Han
     assert hand.batcher.is_progressing()
     hand.clock.now_s += 2.0
     assert not hand.batcher.is_progressing()
+
+
+def test_a_first_step_of_two_samples_may_take_longer_than_those_of_one(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = steps.forward
+
+    def slow(batch: Any) -> Any:
+        hand.clock.now_s += 8.0
+        return forward(batch)
+
+    monkeypatch.setattr(steps, "forward", slow)
+    hand.finish(hand.submit())
+    healthy: list[bool] = []
+
+    def very_slow(batch: Any) -> Any:
+        # Ten times eight seconds, and four times that for twice as many pixels.
+        for seconds in (319.0, 1.0):
+            hand.clock.now_s += seconds
+            healthy.append(hand.batcher.is_progressing())
+        return forward(batch)
+
+    monkeypatch.setattr(steps, "forward", very_slow)
+    hand.begin({"num_outputs_per_prompt": 2})
+    hand.step()
+    assert healthy == [True, False]
 
 
 @pytest.mark.parametrize(
