@@ -10,7 +10,7 @@ from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout
 from flowroll.engine import Engine, denoising
-from flowroll.errors import EngineError, InvalidRequestError
+from flowroll.errors import CancelledRequestError, EngineError, InvalidRequestError
 from flowroll.types import Layout
 
 # 144 image tokens: two ranks share them.
@@ -74,4 +74,21 @@ def test_ranks_that_come_to_other_latents_fail_the_request_and_the_next_one_is_a
         patch.setattr(denoising, "recorded_step", drift)
         with pytest.raises(EngineError, match="every rank must come to the same latents, got others on rank 1"):
             sp2.rollout(**REQUEST)
+    assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
+
+
+def test_a_sample_that_leaves_early_leaves_on_every_rank_and_the_next_one_is_answered(
+    sp2: Engine, expected: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = denoising.recorded_step
+
+    def abort(task: denoising.DenoisingTask, sample: denoising.Sample, velocity: torch.Tensor) -> None:
+        take(task, sample, velocity)
+        sp2.batcher.abort("leaves")
+
+    with monkeypatch.context() as patch:
+        # On rank 0 alone: the other one waits for the second step, and would for ever.
+        patch.setattr(denoising, "recorded_step", abort)
+        with pytest.raises(CancelledRequestError):
+            sp2.rollout(**REQUEST, request_id="leaves")
     assert_same_bits(sp2.rollout(**REQUEST)[0], expected)

@@ -473,8 +473,19 @@ def test_what_is_larger_than_all_recent_work_may_take_longer(pixels: int, allowe
     assert pace.is_stuck(0.0, 100.0 + allowed_s, pixels)
 
 
-def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_like_alone(hand: Hand) -> None:
+def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_like_alone(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts: list[int] = []
+    stepped: set[tuple[int, int]] = set()
+    forward = steps.forward
+
+    def counting(batch: Any) -> Any:
+        stepped.add((len(batch), torch.get_num_threads()))
+        assert not torch.is_grad_enabled()
+        return forward(batch)
+
+    monkeypatch.setattr(steps, "forward", counting)
     hand.work.before_encode = hand.work.before_decode = lambda *_: counts.append(torch.get_num_threads())
     before = torch.get_num_threads()
     try:
@@ -485,6 +496,7 @@ def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_
     finally:
         torch.set_num_threads(before)
     assert sorted(counts) == [1, 1, 1, 1, 2, 2]
+    assert stepped == {(2, 1), (1, 2)}
     assert hand.batcher.load().batches == {2: 4, 1: 4}
 
 
