@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import hardware, paired_times, ratio
+from benchmarks.measure import clock_of, hardware, paired_times, ratio
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
 from flowroll.families import Call, Family, Output, StepInput
@@ -121,8 +121,7 @@ def row(cell: Cell, rounds: int) -> str:
     expected, exact, loose = arms["in turn"](), arms["exact"](), arms["inexact"]()
     slow = time.perf_counter() - started > 6
     gc.collect()
-    clock = time.process_time if cell.threads == 1 else time.perf_counter
-    times = paired_times(arms, rounds=min(rounds, 3) if slow else rounds, clock=clock)
+    times = paired_times(arms, rounds=min(rounds, 3) if slow else rounds, clock=clock_of(cell.threads))
     gains = [str(ratio(times["in turn"], times[name])) for name in ("exact", "group", "inexact")]
     equal = [f"{sum(map(torch.equal, velocities, expected))}/{cell.samples}" for velocities in (exact, loose)]
     each = 1000 * statistics.median(times["in turn"]) / cell.samples

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.batching import Cell, inexact, make_inputs
-from benchmarks.measure import Ratio, hardware, paired_times, ratio
+from benchmarks.measure import Ratio, clock_of, hardware, paired_times, ratio
 from flowroll.engine import BatchLimits, Engine, denoising
 from flowroll.engine.batching.jobs import Accepted
 from flowroll.engine.batching.limits import ONE_BY_ONE
@@ -40,6 +40,7 @@ SIZE, STEPS, TOKENS = 128, 50, 64
 NUM_REQUESTS = 16
 NUM_MIXED = 48
 STATIC_SIZES = (4, 8, 16)
+
 LOAD = f"""## Under load
 
 Batched: wall time of {NUM_REQUESTS} requests of {STEPS} steps one at a time / all at once, aim >= 2 where the bound allows it.
@@ -201,8 +202,8 @@ def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
         for one in inputs:
             model.family.velocity(model.transformer, one.latents, one.timestep, one.env, one.guidance, model.dtype)
 
-    clock = time.process_time if threads == 1 else time.perf_counter
-    times = paired_times({"in turn": in_turn, "batch": lambda: inexact(cell, inputs)}, rounds=rounds, warmup=2, clock=clock)
+    arms = {"in turn": in_turn, "batch": lambda: inexact(cell, inputs)}
+    times = paired_times(arms, rounds=rounds, warmup=2, clock=clock_of(threads))
     return ratio(times["in turn"], times["batch"])
 
 

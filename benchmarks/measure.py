@@ -25,6 +25,11 @@ class Ratio:
         return f"{self.median:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
+def clock_of(threads: int) -> Callable[[], float]:
+    """CPU time, which neighbours on the machine do not shape; with several threads wall time, which shows what they gain."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
 def paired_times(
     arms: Mapping[str, Callable[[], object]],
     *,
@@ -32,11 +37,7 @@ def paired_times(
     warmup: int = 1,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Seconds of every arm in every round.
-
-    CPU time of the process unless another clock is given: on one core and a shared machine, wall time also measures the
-    neighbours. With several threads only wall time shows what they gain.
-    """
+    """Seconds of every arm in every round, by CPU time of the process unless another clock is given (see `clock_of`)."""
     names = list(arms)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):

@@ -175,12 +175,11 @@ class StepLine(Line):
             deadline_s = self._floor.book.next_deadline_s()
         return None if deadline_s is None else max(deadline_s - self._floor.clock(), 0.0)
 
-    def let_go(self) -> bool:
-        """Has other ranks leave the samples that have left; False: there were none."""
+    def let_go(self) -> None:
+        """Has other ranks leave the samples that have left, outside a turn."""
         with self._floor.look():
             dropped = self._take_dropped()
         self._let_go(dropped)
-        return bool(dropped)
 
     def _take_dropped(self) -> list[RunningSample]:
         dropped, self._floor.dropped = self._floor.dropped, []
