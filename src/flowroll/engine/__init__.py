@@ -1,9 +1,9 @@
 """The rollout engine over diffusers checkpoints: load, plan, encode, denoise, decode."""
 
-from flowroll.engine.batching import Accepted, BatchLimits
 from flowroll.engine.config import AdapterLimits, EngineInfo, Limits
 from flowroll.engine.engine import Engine
-from flowroll.engine.follower import follow
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.runner.worker import follow
+from flowroll.engine.scheduler import BatchLimits, RequestFuture
 
-__all__ = ["Accepted", "AdapterLimits", "BatchLimits", "Engine", "EngineInfo", "Limits", "RequestPlan", "follow"]
+__all__ = ["AdapterLimits", "BatchLimits", "Engine", "EngineInfo", "Limits", "RequestFuture", "RequestPlan", "follow"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,35 +12,35 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flowroll.engine.batching import Batcher, BatchLimits, ExclusiveMode
-from flowroll.engine.batching.limits import ONE_BY_ONE
-from flowroll.engine.batching.steps import LedSteps
 from flowroll.engine.checkpoint import TORCH_COMPONENTS, examine_checkpoint
 from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import plan_geometry
-from flowroll.engine.ranks import FailureListener
-from flowroll.engine.replica import Replica, open_replica
 from flowroll.engine.rest import Rest
+from flowroll.engine.runner.executor import Executor
+from flowroll.engine.runner.peers import FailureListener
+from flowroll.engine.runner.pipeline import PipelineRunner
+from flowroll.engine.runner.rank_group import open_peers
+from flowroll.engine.scheduler import BatchLimits, ExclusiveMode, Scheduler
+from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weight_store import WeightStore
-from flowroll.engine.work import ModelWork
 from flowroll.errors import RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import Layout
 
-# How long a failed replica may take to let go of the request that it failed.
+# How long lost ranks may take to let go of what they failed.
 _RELEASE_S = 5.0
+# How long the loop may take to come back from a collective of lost ranks, before its requests are ended without it.
+_LOST_S = 3.0
 T = TypeVar("T")
 
 
 class EngineCore:
     """What `Engine` is built on. Its parts are in files of their own: scores.py, updates.py, engine.py."""
 
-    # Runs its requests: cancels, pauses, counts them; see `Batcher`.
-    batcher: Batcher
-    # Of an engine with several ranks.
-    _replica: Replica | None = None
+    # Runs its requests: cancels, pauses, counts them.
+    scheduler: Scheduler
 
     def __init__(
         self,
@@ -58,21 +59,20 @@ class EngineCore:
         limits, layout = limits or Limits(), layout or Layout()
         checkpoint = examine_checkpoint(Path(model), variant=variant)
         weights = resolve_dtype(dtype, place)
-        if layout.num_ranks > 1:
-            self._replica = open_replica(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
-        mesh = self._replica.mesh if self._replica else None
+        self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         try:
-            self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=mesh)
-            if self._replica is not None:
-                self._replica.serve(self._model.spec, limits)
+            self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=self._peers.mesh)
+            self._peers.serve(self._model.spec, limits)
         except BaseException:
-            if self._replica is not None:
-                self._replica.close()
+            self._peers.close()
             raise
         self._rest = Rest(functools.partial(_parameters, self._model, self._pipeline))
-        self._weights = WeightStore(self._pipeline, self._replica, self._model.adapters, self._rest)
-        self._work = ModelWork(self._model, self._pipeline, self._weights.versions, self._rest)
-        self.batcher = self._open_batcher(batching or BatchLimits())
+        versions = WeightVersions()
+        self._work = PipelineRunner(self._model, self._pipeline, versions, self._rest)
+        self._executor = Executor(self._model, self._work, self._peers)
+        self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._rest, versions)
+        self.scheduler = Scheduler(self._executor, batching or BatchLimits())
+        self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
         transformer = self._model.transformer
         self.info = EngineInfo(
             model=str(checkpoint.folder),
@@ -94,7 +94,7 @@ class EngineCore:
     @property
     def failure(self) -> RankLostError | None:
         """Why this engine's ranks are down; None while they are up."""
-        return self._replica.failure if self._replica else None
+        return self._peers.failure
 
     @property
     def weight_version(self) -> str:
@@ -104,36 +104,34 @@ class EngineCore:
     @property
     def rank_pids(self) -> Mapping[int, int]:
         """Process ids of the ranks that this engine started, by rank."""
-        return self._replica.pids if self._replica else {}
+        return self._peers.pids
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
         """Bytes that rank 0 has received from other ranks, by mesh axis."""
-        return {str(axis): count for axis, count in self._replica.mesh.received_bytes.items()} if self._replica else {}
+        return self._peers.received_bytes
 
     def on_failure(self, listener: FailureListener) -> None:
         """Calls it, on a thread of its own, once the ranks of this engine are down."""
-        if self._replica is not None:
-            self._replica.add_listener(listener)
+        self._peers.add_listener(listener)
 
     def describe_memory(self) -> str:
         """How much memory the samples that run at once can take, in words."""
         defaults = self.info.defaults
         geometry = plan_geometry(self._model, height=defaults.height, width=defaults.width)
-        return describe_memory(self.info, geometry, self.batcher.limits)
+        return describe_memory(self.info, geometry, self.scheduler.limits)
 
     def interrupt(self) -> None:
         """Ends every request, and every later call, in a `ShuttingDownError`; may be called from any thread."""
-        self.batcher.stop(_shutting_down())
+        self.scheduler.stop(_shutting_down())
 
     def close(self) -> None:
         """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
         self.interrupt()
         # Given up where a lost rank may hold a step for ever.
-        while not self.batcher.halt(_RELEASE_S) and self.failure is None:
+        while not self.scheduler.halt(_RELEASE_S) and self.failure is None:
             pass
-        if self._replica is not None:
-            self._replica.close()
+        self._peers.close()
         if hasattr(self, "_model"):
             self._work.release()
             self._weights.release()
@@ -142,15 +140,8 @@ class EngineCore:
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
-    def _open_batcher(self, limits: BatchLimits) -> Batcher:
-        if self._replica is None:
-            return Batcher(self._work, limits)
-        batcher = Batcher(self._work, ONE_BY_ONE, steps=LedSteps(self._replica), max_running_requests=1)
-        self._replica.add_listener(batcher.stop)
-        return batcher
-
     def _check_interrupt(self) -> None:
-        if (stopped := self.failure or self.batcher.stopped) is not None:
+        if (stopped := self.failure or self.scheduler.stopped) is not None:
             raise fresh(stopped)
 
     def _open_model(self) -> LoadedModel:
@@ -160,23 +151,18 @@ class EngineCore:
             raise _shutting_down()
         return model
 
-    def _check_all_ranks(self) -> None:
-        """Whether the next step is to be taken; every rank comes to the same answer."""
-        assert self._replica is not None
-        if not self._replica.goes_on(self.batcher.stopped is not None):
-            raise _shutting_down()
-
     def _alone(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
         """Does it while no request runs; at once where that is the case already, inside of an `exclusive` action."""
         self._check_interrupt()
-        if self.batcher.is_alone:
+        if self.scheduler.is_in_exclusive_task:
             return action()
-        self.batcher.start()
-        return self.batcher.exclusive(action, mode=mode).result()
+        self.scheduler.start()
+        return self.scheduler.exclusive(action, mode=mode).result()
 
     def _between_steps(self, action: Callable[[], T]) -> T:
-        self.batcher.start()
-        return self.batcher.between_steps(action).result()
+        self.scheduler.start()
+        future: Future[T] = self.scheduler.between_steps(action)
+        return future.result()
 
 
 def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_rollout_params
-from flowroll.engine.batching import Accepted
-from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.lora import LoraEngine
+from flowroll.engine.outputs import Finished, as_image, as_rollout
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
+from flowroll.engine.scheduler import RequestFuture
 from flowroll.engine.scores import ScoringEngine
 from flowroll.engine.sleeping import SleepingEngine
 from flowroll.engine.updates import UpdatableEngine
@@ -37,7 +37,7 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 on the CPU.
         device: "cpu", "cuda", "cuda:N", or "auto".
         limits: What one request may ask for.
-        batching: How much runs at once; an engine of several ranks runs one sample at a time.
+        batching: How much runs at once.
         adapter_limits: How many LoRA adapters it holds.
         layout: How the transformer is spread over ranks. The other ranks are started here, one process each, on this machine;
             under torchrun they are its processes, which call `follow`.
@@ -105,14 +105,14 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
     @overload
     def submit(
         self, plan: RequestPlan, kind: Literal["rollout"], *, timeout_s: float | None = None, max_waiting: int | None = None
-    ) -> Accepted[Rollout]: ...
+    ) -> RequestFuture[Rollout]: ...
     @overload
     def submit(
         self, plan: RequestPlan, kind: Literal["generate"], *, timeout_s: float | None = None, max_waiting: int | None = None
-    ) -> Accepted[GeneratedImage]: ...
+    ) -> RequestFuture[GeneratedImage]: ...
     def submit(
         self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None, max_waiting: int | None = None
-    ) -> Accepted[Any]:
+    ) -> RequestFuture[Any]:
         """Takes a planned request without waiting for its answer.
 
         Args:
@@ -126,9 +126,9 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
             QueueFullError: Too many wait.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        self.batcher.start()
+        self.scheduler.start()
         finish: Callable[[RequestPlan, Finished], Any] = self._as_rollout if kind == "rollout" else self._as_image
-        return self.batcher.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
+        return self.scheduler.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
 
     def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
         """The picture of one sample's latents, e.g. of a predicted clean image.
@@ -155,12 +155,12 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
             )
         return self._between_steps(lambda: self._work.picture(latents.to(self._model.device), geometry))
 
-    def _answer(self, accepted: Accepted[Any]) -> list[Any]:
+    def _answer(self, future: RequestFuture[Any]) -> list[Any]:
         """Waits for a request, which goes if its caller does."""
         try:
-            return accepted.result()
+            return future.result()
         except BaseException:
-            self.batcher.cancel(accepted)
+            self.scheduler.cancel(future)
             raise
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from flowroll.engine.batching.limits import BatchLimits
 from flowroll.engine.config import EngineInfo
+from flowroll.engine.scheduler import BatchLimits
 from flowroll.families import Geometry
 
 _GIB = 2**30

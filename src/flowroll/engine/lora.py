@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flowroll.engine.adapter_files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
 from flowroll.engine.adapters import Adapter
-from flowroll.engine.batching import ExclusiveMode
 from flowroll.engine.core import EngineCore
+from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.types import AdapterChange, LoraAdapter, check_lora_name
 
 
@@ -127,8 +127,8 @@ class LoraEngine(EngineCore):
         def change(version: str) -> LoraAdapter:
             self._check_room(staged.adapter.about)
             adapter = adapters.finished(staged.adapter, version)
-            if self._replica is not None:
-                self._replica.load_adapter(staged.files.folder, adapter.about)
+            self._executor.stage_adapter(staged.files.folder, adapter.about)
+            self._executor.commit()
             adapters.put(adapter)
             return adapter.about
 
@@ -152,8 +152,7 @@ class LoraEngine(EngineCore):
 
         def change(version: str) -> None:
             adapters.drop(name)
-            if self._replica is not None:
-                self._replica.unload_adapter(name)
+            self._executor.unload_adapter(name)
 
         return self._change_adapter(name, change, weight_version, mode, read_s=0.0)
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Generator
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TypeVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.core import EngineCore
-from flowroll.engine.scoring import ScorePlan, check_sample, forward_rows, plan_score, recipe_of, sample_scores, velocities_of
+from flowroll.engine.runner.model_runner import Recomputation
+from flowroll.engine.scoring import ScorePlan, check_sample, forward_rows, plan_score, recipe_of, sample_scores
 from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore
 from flowroll.types import DenoisingEnv, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
-
-T = TypeVar("T")
 
 
 class ScoringEngine(EngineCore):
@@ -60,7 +57,8 @@ class ScoringEngine(EngineCore):
             sde_step_indices=None if sde_step_indices is None else tuple(sorted(sde_step_indices)),
         )
         check_sample(sample, self._open_model(), self.info.limits)
-        scores = self._submit_scoring(lambda: self._score_sample(sample, log_probs_only=False)).result()
+        self.scheduler.start()
+        scores = self.scheduler.between_steps(lambda: self._score_sample(sample, log_probs_only=False)).result()
         assert scores.velocities is not None and scores.means is not None
         return StepScore(
             velocity=scores.velocities[0], mean=scores.means[0], std=scores.stds[0].item(), log_prob=scores.log_probs[0]
@@ -89,28 +87,32 @@ class ScoringEngine(EngineCore):
         plan = params if isinstance(params, ScorePlan) else self.plan_score(params)
         return self.submit_scores(plan).result()
 
-    def submit_scores(self, plan: ScorePlan) -> Future[ScoreAnswer]:
-        """As `run_scores`, without waiting: between two steps of what runs, or, with several ranks, between requests.
+    def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
+        """As `run_scores`, without waiting: between the steps of what runs.
+
+        Args:
+            plan: From `plan_score`.
+            timeout_s: It is given up when it has not ended after so long; None: never.
 
         Raises:
             ShuttingDownError: The engine was interrupted or closed.
         """
-        return self._submit_scoring(lambda: self._score_samples(plan))
-
-    def _submit_scoring(self, action: Callable[[], T]) -> Future[T]:
         self._check_interrupt()
-        self.batcher.start()
-        # Ranks in the middle of a request wait for its next step, and would take a score for it.
-        return self.batcher.between_steps(action) if self._replica is None else self.batcher.exclusive(action, yields=True)
+        self.scheduler.start()
+        scores: Future[ScoreAnswer] = self.scheduler.between_steps(
+            lambda: self._score_samples(plan), request_id=plan.request_id, timeout_s=timeout_s
+        )
+        return scores
 
-    def _score_samples(self, plan: ScorePlan) -> ScoreAnswer:
+    def _score_samples(self, plan: ScorePlan) -> Generator[None, None, ScoreAnswer]:
         # Again: the weights may have been changed, even to older ones, while the request waited.
         self._weights.versions.demand(plan.params.min_weight_version)
         started = time.perf_counter()
         found = []
         for index, sample in enumerate(plan.params.samples):
             try:
-                found.append(self._score_sample(sample, log_probs_only=plan.params.log_probs_only))
+                scores = yield from self._score_sample(sample, log_probs_only=plan.params.log_probs_only)
+                found.append(scores)
             except InvalidRequestError as error:
                 raise error.within(f"samples[{index}]") from None
         return ScoreAnswer(
@@ -120,9 +122,8 @@ class ScoringEngine(EngineCore):
             inference_time_s=time.perf_counter() - started,
         )
 
-    @torch.no_grad()
-    def _score_sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> SampleScores:
-        """Scores one checked sample, on every rank and on the loop's thread."""
+    def _score_sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> Generator[None, None, SampleScores]:
+        """Scores one checked sample, on every rank, a step a piece."""
         self._check_interrupt()
         self._rest.check_awake()
         model, lora = self._model, sample.sampling.lora
@@ -130,15 +131,13 @@ class ScoringEngine(EngineCore):
         transformer, used = model.adapters.transformer(name), model.adapters.record(name)
         recipe = recipe_of(sample, model, device=model.device)
         rows = forward_rows(sample, recipe, log_probs_only=log_probs_only)
-        steps, velocities = [sample.steps[row] for row in rows], list[Tensor]()
-        if rows:
-            env, latents = sample.denoising_env.to(model.device), sample.latents[rows].to(model.device)
-            if self._replica is None:
-                velocities = velocities_of(model, transformer, recipe, latents, steps, env, self._check_interrupt)
-            else:
-                with self._replica.in_step():
-                    self._replica.begin_scores(sample.sampling, sample.sde_step_indices, steps, latents, env)
-                    velocities = velocities_of(model, transformer, recipe, latents, steps, env, self._check_all_ranks)
-                self._replica.finish_sample(torch.stack(velocities))
+        recomputation = Recomputation(
+            recipe=recipe,
+            transformer=transformer,
+            steps=tuple(sample.steps[row] for row in rows),
+            latents=sample.latents[rows].to(model.device),
+            env=sample.denoising_env.to(model.device),
+        )
+        velocities = yield from self._executor.recompute(sample.sampling, sample.sde_step_indices, recomputation)
         scores = sample_scores(sample, recipe, dict(zip(rows, velocities, strict=True)), log_probs_only=log_probs_only)
         return replace(scores, lora=used)

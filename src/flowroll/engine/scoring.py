@@ -6,12 +6,11 @@ Every step is a forward of its own, by the code that replay uses. Owns every rea
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.config import Limits
@@ -96,34 +95,6 @@ def forward_rows(sample: RecordedSteps, recipe: Recipe, *, log_probs_only: bool)
     """The rows of the sample that need a forward."""
     steps = enumerate(sample.steps)
     return [row for row, step in steps if not log_probs_only or recipe.transitions[step].is_stochastic]
-
-
-def velocities_of(
-    model: LoadedModel,
-    transformer: Any,
-    recipe: Recipe,
-    latents: Float[Tensor, " steps *latent"],
-    steps: Sequence[int],
-    env: DenoisingEnv,
-    before_step: Callable[[], None],
-) -> list[Float[Tensor, " *latent"]]:
-    """The velocity of each step; on several ranks, every rank does this at the same time.
-
-    Args:
-        model: The model, or this rank's part.
-        transformer: The denoiser, with an adapter or without.
-        recipe: Of the sample.
-        latents: x before each step, on the model's device.
-        steps: Which steps.
-        env: On the model's device.
-        before_step: Called before every step; raises to stop.
-    """
-    found = []
-    for row, step in zip(latents, steps, strict=True):
-        before_step()
-        # Copied: a row of a stack lies anywhere, and bits can depend on that.
-        found.append(recipe.velocity(transformer, row.clone(), step, env, run=model.run))
-    return found
 
 
 def sample_scores(

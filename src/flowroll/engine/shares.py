@@ -1,4 +1,4 @@
-"""New weights that rank 0 broadcasts: each rank keeps its part, beside the old ones, until it is told to take it."""
+"""New weights that rank 0 broadcasts: each rank keeps its part beside the old ones, until it is told to take it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowroll.engine.commands import STAGED, PrepareWeights, TensorShape
-from flowroll.engine.weights import Slot, StagedWeights, rejected, slots_of
-from flowroll.parallel.channel import Channel
+from flowroll.engine.runner.messages import TensorShape
+from flowroll.engine.weights import Slot, StagedWeights
 from flowroll.parallel.mesh import Mesh
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, which every transport takes, whatever the dtype."""
+    """Views a contiguous tensor as bytes, which every transport takes, whatever the dtype."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 class Shares:
-    """A follower's part of weights that are to come.
+    """A rank's part of weights that are to come.
 
     Args:
         tensors: The whole ones, in the order in which they come.
-        slots: Of the transformer in memory.
+        slots: The tensors of the transformer in memory.
     """
 
     def __init__(self, tensors: Mapping[str, TensorShape], slots: Mapping[str, Slot]) -> None:
@@ -32,7 +31,7 @@ class Shares:
         self._parts = [(slots[name], torch.empty_like(slots[name].live.data), shape) for name, shape in tensors.items()]
 
     def fill(self, mesh: Mesh) -> StagedWeights:
-        """Receives them."""
+        """Receives the tensors."""
         started_s = time.perf_counter()
         for slot, part, shape in self._parts:
             whole = shape.empty(part.device) if slot.is_sharded else part
@@ -41,14 +40,3 @@ class Shares:
                 part.copy_(slot.own_rows(whole))
         pairs = [(slot.live, part) for slot, part, _ in self._parts]
         return StagedWeights("transformer", {}, pairs, time.perf_counter() - started_s)
-
-
-def prepare_shares(transformer: nn.Module, command: PrepareWeights, channel: Channel) -> Shares | None:
-    """Makes room for a follower's part and says whether there is any; whether it comes is rank 0's to say."""
-    try:
-        shares = Shares(command.tensors, slots_of(transformer))
-    except (MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
-        channel.announce(STAGED, rejected(error).message)
-        return None
-    channel.announce(STAGED)
-    return shares

@@ -42,8 +42,8 @@ class SleepingEngine(EngineCore):
             if self.is_asleep:
                 return 0
             take = self._rest.prepare_release(mode)
-            if self._replica is not None:
-                self._replica.release_memory(mode)
+            self._executor.stage_release(mode)
+            self._executor.commit()
             return take()
 
         return self._timed(release)
@@ -60,8 +60,8 @@ class SleepingEngine(EngineCore):
             if not self.is_asleep:
                 return 0
             take = self._rest.prepare_resume()
-            if self._replica is not None:
-                self._replica.resume_memory()
+            self._executor.stage_resume()
+            self._executor.commit()
             return take()
 
         return self._timed(resume)

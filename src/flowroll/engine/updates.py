@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowroll.engine.batching import ExclusiveMode
 from flowroll.engine.core import EngineCore
 from flowroll.engine.incoming import IncomingWeights
+from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
 from flowroll.types import WeightUpdate
 
@@ -107,7 +107,7 @@ class UpdatableEngine(EngineCore):
         Args:
             staged: From `stage_weights`, or of `receive_weights`.
             weight_version: Of the new weights; None: one more than the highest number that a version had so far.
-            mode: What becomes of the requests that run; see `Batcher.exclusive`.
+            mode: What becomes of the requests that run; see `Scheduler.exclusive`.
 
         Raises:
             InvalidRequestError: A version that is no short text.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.incoming import IncomingWeights
-from flowroll.engine.replica import Replica
 from flowroll.engine.rest import Rest
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weights import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
@@ -30,18 +30,15 @@ class WeightStore:
 
     Args:
         pipeline: The diffusers pipeline that holds the modules.
-        replica: The other ranks, if there are any. Of the modules they hold the transformer.
+        executor: Reaches the other ranks. Of the modules they hold the transformer.
         adapters: Of the transformer; merged ones are merged again when it changes.
         rest: Without weights, nothing can be said of them or done to them.
-
-    Attributes:
         versions: Of the weights; one for all modules together.
     """
 
-    def __init__(self, pipeline: Any, replica: Replica | None, adapters: AdapterSet, rest: Rest) -> None:
-        self._pipeline, self._replica, self._adapters = pipeline, replica, adapters
-        self._rest = rest
-        self.versions = WeightVersions()
+    def __init__(self, pipeline: Any, executor: Executor, adapters: AdapterSet, rest: Rest, versions: WeightVersions) -> None:
+        self._pipeline, self._executor, self._adapters = pipeline, executor, adapters
+        self._rest, self.versions = rest, versions
 
     def release(self) -> None:
         """Lets go of the modules."""
@@ -64,19 +61,16 @@ class WeightStore:
         module, previous = staged.module, self.versions.current
         version = self.versions.following(weight_version)
         num_tensors, num_bytes = staged.num_tensors, staged.num_bytes
-        replica = self._replica if module == "transformer" else None
-        if replica is not None:
-            if isinstance(staged.source, WeightFiles):
-                replica.stage_weights(staged.source)
-            else:
-                replica.share_weights(staged.source)
+        is_transformer = module == "transformer"
+        if is_transformer:
+            self._executor.stage_weights(staged.source)
 
         def conclude() -> None:
-            adapters = self._adapters.over_new_base() if module == "transformer" else None
+            adapters = self._adapters.over_new_base() if is_transformer else None
             # Whatever can fail comes before the other ranks are told, which cannot be taken back; what follows assigns.
             advanced = self.versions.advanced(version)
-            if replica is not None:
-                replica.commit_weights()
+            if is_transformer:
+                self._executor.commit()
             self.versions.adopt(advanced)
             if adapters is not None:
                 self._adapters.adopt(adapters)
@@ -84,8 +78,8 @@ class WeightStore:
         try:
             staged.commit(conclude)
         except BaseException:
-            if replica is not None:
-                replica.drop_weights()
+            if is_transformer:
+                self._executor.drop_staged()
             raise
         return WeightUpdate(
             module=module,
@@ -127,9 +121,8 @@ class WeightStore:
     def _tensors(self, name: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
         """All of a module's tensors, whole, in the order of their names. What is sharded is gathered from every rank."""
         module = self._module(name)
-        replica = self._replica
-        if name == "transformer" and replica is not None and replica.mesh.degree("tp") > 1:
-            with replica.gathering():
+        if name == "transformer":
+            with self._executor.gathering():
                 yield whole_tensors(module)
         else:
             yield whole_tensors(module)

@@ -7,6 +7,7 @@ error, whatever happens to the engine, to the requests around it or to the proce
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,22 +15,21 @@ from dataclasses import fields
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
-from flowroll.engine.batching import Accepted, ExclusiveMode, LoadStats, PauseMode, WorkerStats
-from flowroll.engine.batching.book import cancelled, too_late
-from flowroll.engine.batching.steps import engine_error
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.score_desk import ScoreDesk
+from flowroll.engine.scheduler import ExclusiveMode, LoadStats, PauseMode, RequestCounts, RequestFuture
+from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
-from flowroll.errors import FlowrollError, RankLostError, ShuttingDownError, fresh
+from flowroll.errors import FlowrollError, QueueFullError, RankLostError, ShuttingDownError, fresh
 from flowroll.types import GeneratedImage, Rollout, ScoreAnswer
 
-__all__ = ["EngineWorker", "RequestKind", "WorkerStats"]
+__all__ = ["EngineWorker", "RequestCounts", "RequestKind"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 # What a thread gets to come back from the collective of a lost rank.
 _LOST_S = 3.0
+_RETRY_S = 1.0
 
 
 class EngineWorker:
@@ -46,8 +46,10 @@ class EngineWorker:
         self._max_queue = max_queue
         self._is_draining = False
         self._last_success_s: float | None = None
-        self._scores = ScoreDesk(engine, max_waiting=max_queue)
-        engine.batcher.start()
+        # Requests for scores that have not ended.
+        self._scores: set[Future[ScoreAnswer]] = set()
+        self._submitting_scores = threading.Lock()
+        engine.scheduler.start()
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -56,12 +58,14 @@ class EngineWorker:
         self.close()
 
     @overload
-    def submit(self, plan: RequestPlan, kind: Literal["rollout"], *, timeout_s: float | None = None) -> Accepted[Rollout]: ...
+    def submit(
+        self, plan: RequestPlan, kind: Literal["rollout"], *, timeout_s: float | None = None
+    ) -> RequestFuture[Rollout]: ...
     @overload
     def submit(
         self, plan: RequestPlan, kind: Literal["generate"], *, timeout_s: float | None = None
-    ) -> Accepted[GeneratedImage]: ...
-    def submit(self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None) -> Accepted[Any]:
+    ) -> RequestFuture[GeneratedImage]: ...
+    def submit(self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None) -> RequestFuture[Any]:
         """Takes a planned request; may be called from any thread.
 
         Args:
@@ -82,47 +86,53 @@ class EngineWorker:
         accepted.add_done_callback(self._note_end)
         return accepted
 
-    def submit_scores(self, plan: ScorePlan) -> Future[ScoreAnswer]:
+    def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
         """Takes a planned request for scores; may be called from any thread.
 
         It waits in no queue of requests: scores are made between the steps of requests, one request for scores after the other.
 
+        Args:
+            plan: From this worker's engine.
+            timeout_s: It is given up when it has not ended after so long; None: never.
+
         Returns:
-            Ends in the scores or a `FlowrollError`; `cancel_scores`, `expire_scores` and `abort` end it early.
+            Ends in the scores or a `FlowrollError`; `cancel` and `abort` end it early.
 
         Raises:
             QueueFullError: As many requests for scores wait as may wait for samples.
             ShuttingDownError: The worker takes no more requests.
         """
         self._check_draining()
-        return self._scores.submit(plan)
+        with self._submitting_scores:
+            if len(self._scores) > self._max_queue:
+                raise QueueFullError(
+                    f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
+                    f"{_RETRY_S:.0f} s.",
+                    retry_after_s=_RETRY_S,
+                )
+            scores = self.engine.submit_scores(plan, timeout_s=timeout_s)
+            self._scores.add(scores)
+        scores.add_done_callback(self._scores.discard)
+        return scores
 
-    def cancel_scores(self, scores: Future[ScoreAnswer]) -> bool:
-        """Ends a request for scores whose caller went away. False: it has ended already."""
-        return self._scores.end(scores, cancelled())
+    def cancel(self, future: Future[Any]) -> None:
+        """Ends a request whose caller went away, whether it waits or runs."""
+        self.engine.scheduler.cancel(future)
 
-    def expire_scores(self, scores: Future[ScoreAnswer], timeout_s: float) -> bool:
-        """Ends a request for scores that has not ended after so long. False: it has."""
-        return self._scores.end(scores, too_late(timeout_s))
+    def abort(self, request_id: str | None) -> Future[int]:
+        """Cancels the requests of this id, or all, those for scores too; the future tells how many there were."""
+        return self.engine.scheduler.abort(request_id)
 
-    def cancel(self, accepted: Accepted[Any]) -> bool:
-        """Ends a request whose caller went away, whether it waits or runs. False: it has ended already."""
-        return self.engine.batcher.cancel(accepted)
+    def pause(self, mode: PauseMode) -> Future[None]:
+        """Refuses new requests, and takes up none of those that wait, until `resume`; see `Scheduler.pause`."""
+        return self.engine.scheduler.pause(mode)
 
-    def abort(self, request_id: str | None) -> int:
-        """Cancels the requests of this id, or all, those for scores too; returns how many there were."""
-        return self.engine.batcher.abort(request_id) + self._scores.abort(request_id)
-
-    def pause(self, mode: PauseMode) -> None:
-        """Refuses new requests, and takes up none of those that wait, until `resume`; see `Batcher.pause`."""
-        self.engine.batcher.pause(mode)
-
-    def resume(self) -> None:
+    def resume(self) -> Future[None]:
         """Goes on after `pause`."""
-        self.engine.batcher.resume()
+        return self.engine.scheduler.resume()
 
     def between_requests(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
-        """Has something done to the engine while no request runs, before those that wait; see `Batcher.exclusive`.
+        """Has something done to the engine while no request runs, before those that wait; see `Scheduler.exclusive`.
 
         There is no limit on how many wait: callers take turns.
 
@@ -144,7 +154,7 @@ class EngineWorker:
                 # Not chained: its traceback holds tensors.
                 raise engine_error(error) from None
 
-        return self.engine.batcher.exclusive(guarded, mode=mode)
+        return self.engine.scheduler.exclusive(guarded, mode=mode)
 
     @property
     def pending(self) -> int:
@@ -159,7 +169,7 @@ class EngineWorker:
     @property
     def is_accepting(self) -> bool:
         """False once `drain` or `close` was called, or a thread died. A pause refuses requests too, but ends."""
-        return not self._is_draining and self.engine.batcher.is_alive
+        return not self._is_draining and self.engine.scheduler.is_alive
 
     @property
     def failure(self) -> RankLostError | None:
@@ -169,7 +179,7 @@ class EngineWorker:
     @property
     def is_alive(self) -> bool:
         """Whether the threads run."""
-        return self.engine.batcher.is_alive
+        return self.engine.scheduler.is_alive
 
     @property
     def is_paused(self) -> bool:
@@ -178,18 +188,18 @@ class EngineWorker:
 
     def load(self) -> LoadStats:
         """What runs and what ran, all numbers from the same moment."""
-        return self.engine.batcher.load()
+        return self.engine.scheduler.load()
 
-    def stats(self) -> WorkerStats:
+    def stats(self) -> RequestCounts:
         """The counters, requests for scores among them."""
         scores, requests = self.score_stats(), self.load().requests
-        return WorkerStats(
-            **{field.name: getattr(scores, field.name) + getattr(requests, field.name) for field in fields(WorkerStats)}
+        return RequestCounts(
+            **{field.name: getattr(scores, field.name) + getattr(requests, field.name) for field in fields(RequestCounts)}
         )
 
-    def score_stats(self) -> WorkerStats:
+    def score_stats(self) -> RequestCounts:
         """The counters of requests for scores alone; none counts as running."""
-        return self._scores.stats()
+        return self.load().log_probs
 
     def seconds_since_success(self) -> float | None:
         """Since a request last ended in a result; None: none has."""
@@ -197,7 +207,7 @@ class EngineWorker:
 
     def is_progressing(self) -> bool:
         """Whether requests run now, and something came to an end lately, measured by what recent work took."""
-        return self.engine.batcher.is_progressing()
+        return self.engine.scheduler.is_progressing()
 
     def drain(self) -> None:
         """Takes no more requests; those that were accepted run on."""
@@ -214,7 +224,7 @@ class EngineWorker:
         """
         self._is_draining = True
         self.engine.interrupt()
-        return self.engine.batcher.halt(min(timeout_s, _LOST_S) if self.failure else timeout_s)
+        return self.engine.scheduler.halt(min(timeout_s, _LOST_S) if self.failure else timeout_s)
 
     def _check_draining(self) -> None:
         if self._is_draining:

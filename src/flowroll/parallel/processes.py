@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 # What a follower is started as; it reads its configuration from the first line of its standard input.
-FOLLOWER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "flowroll.engine.rank")
+WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "flowroll.engine.runner")
 # A follower that outlives its standard input ends with this status.
 ORPHANED = 70
 
@@ -32,7 +32,7 @@ class RankProcesses:
         try:
             for rank, configuration in configurations.items():
                 process = subprocess.Popen(
-                    list(command or FOLLOWER_COMMAND),
+                    list(command or WORKER_COMMAND),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     text=True,

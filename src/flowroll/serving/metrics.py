@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowroll.engine.batching import LoadStats, Stretch
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scheduler import LoadStats, StageSpan
 from flowroll.engine.worker import EngineWorker, RequestKind
 
 # From a probe's milliseconds to a group of large images.
@@ -32,7 +32,11 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("flowroll_queue_depth", "Accepted requests that wait.", stats.pending)
         yield GaugeMetricFamily("flowroll_running_requests", "Requests that the engine runs now.", stats.running)
         yield CounterMetricFamily("flowroll_accepted_requests", "Requests that entered the queue.", stats.accepted)
-        yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", load.oldest_waiting_s)
+        yield GaugeMetricFamily(
+            "flowroll_queue_age_seconds",
+            "Age of the request that waits longest.",
+            self._worker.engine.scheduler.oldest_waiting_s(),
+        )
         yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
         yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
         asleep = int(self._worker.engine.is_asleep)
@@ -132,7 +136,7 @@ class Metrics:
         self.requests.labels("connection", str(code)).inc()
         self.errors.labels(error).inc()
 
-    def observe_stages(self, stretches: Iterable[Stretch]) -> None:
+    def observe_stages(self, stretches: Iterable[StageSpan]) -> None:
         """Counts the time that an answer took after its request had ended; on the event loop."""
         for stretch in stretches:
             if stretch.stage in self._collector.answer_s:

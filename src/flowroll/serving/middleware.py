@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flowroll.engine.batching import Stretch
+from flowroll.engine.scheduler import StageSpan
 from flowroll.errors import EngineError, UnauthorizedError
 from flowroll.serving.errors import error_response
 from flowroll.serving.logs import POLLED, log_request, name_request
@@ -58,7 +58,7 @@ class Exchange:
     body_bytes: int = 0
     started_s: float = field(default_factory=time.monotonic)
     answered_s: float | None = None
-    stretches: list[Stretch] = field(default_factory=list)
+    stretches: list[StageSpan] = field(default_factory=list)
 
     @property
     def shown_id(self) -> str:
@@ -80,7 +80,7 @@ class Exchange:
         try:
             yield
         finally:
-            self.stretches.append(Stretch(stage=name, start_s=start_s, end_s=time.monotonic()))
+            self.stretches.append(StageSpan(stage=name, start_s=start_s, end_s=time.monotonic()))
 
     def note_start(self, status: int) -> None:
         """The answer begins."""
@@ -89,7 +89,7 @@ class Exchange:
     def note_end(self) -> None:
         """The answer has ended; what was done for it is complete."""
         if self.stretches and self.answered_s is not None:
-            self.stretches.append(Stretch(stage="send", start_s=self.answered_s, end_s=time.monotonic()))
+            self.stretches.append(StageSpan(stage="send", start_s=self.answered_s, end_s=time.monotonic()))
 
 
 def exchange_of(request: Request) -> Exchange:

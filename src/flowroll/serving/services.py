@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine import Accepted
-from flowroll.engine.batching import ExclusiveMode
+from flowroll.engine import RequestFuture
 from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.weights import StagedWeights
 from flowroll.engine.worker import EngineWorker, RequestKind
@@ -81,11 +81,11 @@ class Services:
         with exchange_of(request).stage("serialise"):
             return await run_in_threadpool(encode, *values, **options)
 
-    async def _run(self, request: Request, plan: RequestPlan, accepted: Accepted[T], kind: RequestKind) -> list[T]:
+    async def _run(self, request: Request, plan: RequestPlan, accepted: RequestFuture[T], kind: RequestKind) -> list[T]:
         try:
             results = await while_connected(request, accepted, self.worker.cancel)
         finally:
-            exchange_of(request).stretches += accepted.stretches
+            exchange_of(request).stretches += accepted.spans
         self.metrics.observe_result(plan, kind)
         return results
 
@@ -167,17 +167,9 @@ class Services:
 
     async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
         """Scores recorded steps, between the steps of requests, for as long as their client is there."""
-        timeout_s = _timeout_s(request)
-        scores = self.worker.submit_scores(plan)
-        deadline = None
-        if timeout_s is not None:
-            deadline = asyncio.get_running_loop().call_later(timeout_s, self.worker.expire_scores, scores, timeout_s)
-        try:
-            with exchange_of(request).stage("score"):
-                answer = await while_connected(request, scores, self.worker.cancel_scores)
-        finally:
-            if deadline is not None:
-                deadline.cancel()
+        scores = self.worker.submit_scores(plan, timeout_s=_timeout_s(request))
+        with exchange_of(request).stage("score"):
+            answer = await while_connected(request, scores, self.worker.cancel)
         self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
         return answer
 

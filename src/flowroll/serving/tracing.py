@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flowroll.engine.batching import Stretch
+from flowroll.engine.scheduler import StageSpan
 from flowroll.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Tracing:
         *,
         headers: Mapping[str, str],
         start_s: float,
-        stretches: Sequence[Stretch],
+        stretches: Sequence[StageSpan],
         attributes: Mapping[str, str | int],
     ) -> str | None:
         """Records an answered request, which ends now.

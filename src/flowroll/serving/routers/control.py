@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import CONTROL_RESPONSES
@@ -27,7 +29,7 @@ def build_router(services: Services) -> APIRouter:
     )
     async def abort_request(request: Request) -> AbortedObject:
         accepted = await accept_control(request, services, AbortRequest)
-        return AbortedObject(num_aborted=worker.abort(accepted.meant))
+        return AbortedObject(num_aborted=await asyncio.wrap_future(worker.abort(accepted.meant)))
 
     @router.post(
         PAUSE_ROUTE,
@@ -38,7 +40,7 @@ def build_router(services: Services) -> APIRouter:
     )
     async def pause_generation(request: Request) -> GenerationObject:
         accepted = await accept_control(request, services, PauseRequest, is_optional=True)
-        worker.pause(accepted.mode)
+        await asyncio.wrap_future(worker.pause(accepted.mode))
         return _state()
 
     @router.post(
@@ -49,7 +51,7 @@ def build_router(services: Services) -> APIRouter:
     )
     async def continue_generation(request: Request) -> GenerationObject:
         await accept_control(request, services, ContinueRequest, is_optional=True)
-        worker.resume()
+        await asyncio.wrap_future(worker.resume())
         return _state()
 
     def _state() -> GenerationObject:

@@ -74,7 +74,7 @@ def build_router(services: Services) -> APIRouter:
             weight_version=services.worker.engine.weight_version,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
-            batching=services.worker.engine.batcher.limits,
+            batching=services.worker.engine.scheduler.limits,
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,

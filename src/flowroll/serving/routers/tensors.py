@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from flowroll.engine.batching import ExclusiveMode
+from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.serving.arrivals import Arrival
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.intake import accept_control

@@ -1,4 +1,4 @@
-"""What the engine does for a request or a sample besides its steps: encode, decode."""
+"""The text encoder and the VAE of a pipeline, which rank 0 alone has."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.engine.denoising import DenoisingTask, Sample
-from flowroll.engine.finishing import record_of
 from flowroll.engine.loading import LoadedModel
+from flowroll.engine.outputs import record_of
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.rest import Rest
+from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.versions import WeightVersions
 from flowroll.families import Geometry
 from flowroll.types import DenoisingEnv, EnvValue
 
 
-class ModelWork:
-    """Encodes and decodes with a loaded pipeline; `release` lets go of it.
+class PipelineRunner:
+    """Encodes prompts and decodes samples with a loaded pipeline; `release` lets go of it.
 
     Args:
         model: The model.
@@ -38,8 +38,8 @@ class ModelWork:
         # The VAE of Qwen-Image keeps state while it decodes.
         self._decoder = threading.Lock()
 
-    def encode(self, plan: RequestPlan) -> DenoisingTask:
-        """The request's conditioning and schedule: each distinct prompt encoded once, one prompt per call.
+    def encode(self, plan: RequestPlan) -> Conditioning:
+        """Makes the conditioning of a request: each distinct prompt is encoded once, one prompt per call.
 
         Raises:
             AsleepError: The memory of the weights was released while it waited.
@@ -58,10 +58,10 @@ class ModelWork:
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
         record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
-        return DenoisingTask.build(plan, model, env, record)
+        return Conditioning.build(plan, model, env, record)
 
-    def decode(self, task: DenoisingTask, sample: Sample) -> Tensor:
-        """A finished sample's picture, on the CPU.
+    def decode(self, sample: Sample) -> Tensor:
+        """Makes the picture of a finished sample, on the CPU.
 
         Raises:
             EngineError: Its trajectory left float32's range.
@@ -69,10 +69,10 @@ class ModelWork:
         if sample.recorder is not None:
             sample.recorder.wait()
             sample.recorder.check_finite(sample.latents)
-        return self.picture(sample.latents, task.plan.geometry)
+        return self.picture(sample.latents, sample.conditioning.plan.geometry)
 
     def picture(self, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 3 1 height width"]:
-        """The picture of one sample's latents, on the CPU.
+        """Makes the picture of one sample's latents, on the CPU.
 
         Raises:
             AsleepError: The memory of the weights is released.

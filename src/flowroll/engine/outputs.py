@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from flowroll.engine.denoising import Sample
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.runner.sample import Sample
 from flowroll.types import DenoisingEnv, GeneratedImage, Number, Rollout, SamplingRecord, branch_digest
 
 
@@ -16,37 +16,33 @@ class Finished:
     """One finished sample.
 
     Attributes:
-        sample: After its last step.
-        env: The transformer's fixed arguments.
-        record: How it was made; one for all samples of a request.
+        sample: The sample after its last step.
         image: Its picture, on the CPU.
         seconds: Wall time of the loop and the decode.
     """
 
     sample: Sample
-    env: DenoisingEnv
-    record: SamplingRecord
     image: Tensor
     seconds: float
 
 
 def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> GeneratedImage:
-    """The answer of plain generation, on the CPU."""
+    """Makes the answer of plain generation, on the CPU."""
     return GeneratedImage(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
         image=finished.image,
         latents=finished.sample.latents.cpu(),
-        sampling=finished.record,
+        sampling=finished.sample.conditioning.record,
         weight_version=weight_version,
         inference_time_s=finished.seconds,
     )
 
 
 def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, peak_memory_mb: Number) -> Rollout:
-    """The answer of a rollout, with what it asked for, on the CPU."""
-    recorder = finished.sample.recorder
+    """Makes the answer of a rollout, with what it asked for, on the CPU."""
+    recorder, conditioning = finished.sample.recorder, finished.sample.conditioning
     steps = None
     if plan.transitions is not None:
         steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
@@ -58,17 +54,17 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,
         debug_tensors=None if recorder is None else recorder.debug_tensors(),
-        denoising_env=finished.env.to("cpu") if _returns_env(plan) else None,
+        denoising_env=conditioning.env.to("cpu") if _returns_env(plan) else None,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
         weight_version=weight_version,
-        sampling=finished.record,
+        sampling=conditioning.record,
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
     )
 
 
 def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:
-    """How the samples of a request are made, with the digests of their environment where that is returned."""
+    """Describes how the samples of a request are made, with the digests of their environment where that is returned."""
     if not _returns_env(plan):
         return plan.record
     negative = env.neg_cond_kwargs

@@ -1,4 +1,4 @@
-"""The other ranks of a replica as processes: rank 0 starts them, waits for them, notices when one is lost, ends them."""
+"""The ranks of an engine as processes: rank 0 starts them, tells them what to do, notices when one is lost, and ends them."""
 
 from __future__ import annotations
 
@@ -7,59 +7,71 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from flowroll.engine.commands import (
-    Command,
-    Stop,
-    encode_command,
-)
+from flowroll.engine.checkpoint import Checkpoint
+from flowroll.engine.config import Limits
+from flowroll.engine.outline import check_layout, outline_model
+from flowroll.engine.runner.messages import DropStaged, Message, Serve, Stop, encode_message
+from flowroll.engine.runner.peers import FailureListener, NoPeers, Peers
 from flowroll.errors import (
     CheckpointError,
+    FlowrollError,
+    InvalidRequestError,
     RankLostError,
     ShuttingDownError,
+    WeightsRejectedError,
     fresh,
 )
+from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel, Pulse
-from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.mesh import Mesh, check_alone
 from flowroll.parallel.processes import RankProcesses
 from flowroll.parallel.rendezvous import (
+    check_devices,
+    check_world,
     second_connection,
     serve_store,
+    torchrun_rank,
     torchrun_store,
 )
 from flowroll.types import Layout
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
+# No request runs while the ranks prepare a change.
+_STAGED_POLL_S = 0.005
 # After a failed collective, how long to look for the rank whose end explains it.
 _EXPLAIN_S = 2.0
 _JOIN_S = 5.0
-# How long the processes of a replica may take to start, before any of them loads.
+# How long the processes of a group may take to start, before any of them loads.
 _START_S = 300.0
-
-FailureListener = Callable[[RankLostError], None]
+# What a rank announces once it has prepared a change: nothing, or why it could not.
+STAGED = "staged"
+# What a rank announces before it ends by an error.
+ERRED = "erred"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """What every rank of a replica is started with.
+    """What every rank of an engine is started with.
 
     Attributes:
         model: The checkpoint folder.
         variant: Variant of the model family.
-        dtype: Of the weights, e.g. "bfloat16".
-        device: Of rank 0, e.g. "cuda:0".
+        dtype: Dtype of the weights, e.g. "bfloat16".
+        device: Device of rank 0, e.g. "cuda:0".
         layout: The degrees of the axes.
         timeout_s: How long ranks wait for each other.
-        num_threads: CPU threads of each rank; they shape the bits on the CPU, so they are rank 0's.
-        rank: Of this process.
-        port: Of rank 0's store on this machine; None: torchrun's store.
+        num_threads: CPU threads of each rank while it loads; later they are told with each step.
+        rank: Rank of this process.
+        port: Port of rank 0's store on this machine; None: torchrun's store.
     """
 
     model: str
@@ -73,8 +85,8 @@ class RankConfig:
     port: int | None = None
 
 
-class Ranks:
-    """The ranks of one engine, seen from rank 0.
+class RankGroup:
+    """The other ranks of one engine, seen from rank 0; see `Peers`.
 
     Args:
         config: Of rank 0.
@@ -119,11 +131,67 @@ class Ranks:
 
     @property
     def pids(self) -> dict[int, int]:
-        """Process ids of the followers that were started here, by rank."""
+        """Process ids of the ranks that were started here, by rank."""
         return {} if self._processes is None else self._processes.pids
 
+    @property
+    def received_bytes(self) -> Mapping[str, int]:
+        """Bytes that rank 0 has received from other ranks, by mesh axis."""
+        return {str(axis): count for axis, count in self.mesh.received_bytes.items()}
+
+    def serve(self, spec: ModelSpec, limits: Limits) -> None:
+        """Waits until every rank has loaded its part.
+
+        Raises:
+            CheckpointError: A rank could not.
+            RankLostError: A rank ended.
+        """
+        self._wait_for_all("loaded")
+        self._is_up = True
+        self.send(Serve(spec=spec, limits=limits))
+
+    def send(self, message: Message, tensors: Iterable[Tensor] = ()) -> None:
+        """Sends a message, and after it the data of the tensors that it describes.
+
+        Raises:
+            RankLostError: The ranks are down.
+        """
+        if self.failure is not None:
+            raise fresh(self.failure)
+        self._channel.send(encode_message(message))
+        for tensor in tensors:
+            # Where broadcast needs it to be.
+            assert tensor.device.type == self.mesh.device.type
+            self.mesh.broadcast(tensor.contiguous())
+
+    def compare(self, tensor: Tensor) -> list[int]:
+        """Returns the ranks whose tensor does not have this rank's bits; all ranks call it at the same time."""
+        odd = self.mesh.odd_ranks(tensor)
+        # Every rank has come here, and so has received all messages.
+        self._channel.forget()
+        return odd
+
+    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
+        """Has every rank prepare a change, and waits for all.
+
+        Raises:
+            error: A rank could not; all have dropped what they prepared.
+            RankLostError: A rank ended.
+        """
+        self.send(message)
+        # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
+        with self.together():
+            self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
+        refused = {rank: reason for rank, reason in self._channel.announced(STAGED).items() if reason}
+        self._channel.retract(STAGED)
+        self._channel.forget()
+        if refused:
+            self.send(DropStaged())
+            rank, reason = next(iter(refused.items()))
+            raise error(f"rank {rank}: {reason}", field=field)
+
     def add_listener(self, listener: FailureListener) -> None:
-        """Calls it, on another thread, if the replica fails; at once if it has."""
+        """Calls the listener, on another thread, if the ranks fail; at once if they have."""
         with self._lock:
             self._listeners.append(listener)
             failure = self.failure
@@ -138,7 +206,7 @@ class Ranks:
             self._closing.set()
         try:
             if self._is_up and self.failure is None:
-                self._channel.send(encode_command(Stop()))
+                self._channel.send(encode_message(Stop()))
                 self._join()
             else:
                 self._channel.take_down()
@@ -151,8 +219,11 @@ class Ranks:
                 self.mesh.close()
 
     @contextlib.contextmanager
-    def in_step(self) -> Iterator[None]:
-        """What every rank does at the same time. An error of this rank's alone takes the replica down: the others wait for it.
+    def together(self) -> Iterator[None]:
+        """Surrounds what all ranks do at the same time. An error of one rank alone ends all: the others wait for it.
+
+        A forward that ran out of memory on one rank is among these errors: the other ranks are in the middle of a collective
+        that this rank will never join, and cannot be called back from it.
 
         Raises:
             RankLostError: In place of any other exception than ours.
@@ -191,13 +262,8 @@ class Ranks:
         while self._processes is None and len(self._channel.announced("stopped")) < others and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
 
-    def _send(self, command: Command) -> None:
-        if self.failure is not None:
-            raise fresh(self.failure)
-        self._channel.send(encode_command(command))
-
     def _wait_for_all(self, stage: str, timeout_s: float = math.inf, *, poll_s: float = _POLL_S) -> None:
-        """Waits for every follower to reach a stage; as long as it takes where none is given, since loading takes its time."""
+        """Waits for every other rank to reach a stage; without a limit, since loading takes its time, where none is given."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             if failed := self._channel.announced("failed"):
@@ -228,6 +294,9 @@ class Ranks:
     def _look_at_processes(self) -> None:
         if self._processes is not None and (ended := self._processes.ended()) and not self._closing.is_set():
             rank, status = next(iter(ended.items()))
+            if reason := self._channel.announced(ERRED).get(rank):
+                self._fail(f"rank {rank} must run every step, got {reason}; see the log and restart the replica.")
+                return
             how = f"its end by signal {-status}" if status < 0 else f"its end with status {status}"
             self._fail(f"rank {rank} must live as long as its replica, got {how}; see the log and restart the replica.")
 
@@ -256,3 +325,41 @@ class Ranks:
                 self._channel.take_down()
         for listener in listeners:
             listener(self.failure)
+
+
+def open_peers(
+    checkpoint: Checkpoint, layout: Layout, limits: Limits, *, dtype: torch.dtype, device: torch.device, timeout_s: float
+) -> Peers:
+    """Starts the other ranks, or meets those that torchrun started, once the layout is known to fit.
+
+    Raises:
+        InvalidRequestError: The layout does not fit the model or the machine.
+        EngineError: The process is a member of a process group already.
+        RankLostError: A rank ended before it was up.
+    """
+    if layout.num_ranks == 1:
+        return NoPeers()
+    check_alone()
+    check_layout(outline_model(checkpoint, device=device, dtype=dtype), layout, limits)
+    place = torchrun_rank()
+    if place is None:
+        check_devices(layout, device, torch.cuda.device_count())
+    else:
+        check_world(layout, place)
+        if place.rank > 0:
+            raise InvalidRequestError(
+                f"an Engine of several ranks must be opened on rank 0 alone, got rank {place.rank}; call "
+                "flowroll.engine.follow there."
+            )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    config = RankConfig(
+        model=str(checkpoint.folder),
+        variant=checkpoint.variant,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        layout=layout,
+        timeout_s=timeout_s,
+        num_threads=torch.get_num_threads(),
+    )
+    return RankGroup(config, own_ranks=place is None)

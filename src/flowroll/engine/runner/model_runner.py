@@ -1,0 +1,132 @@
+"""The samples of one rank, and what is done to them. Every rank has one, with the same samples under the same ids.
+
+Latents are replicated: each rank draws the same noise and takes the same steps, and only the transformer's forward is shared
+out. Where this runs, and who asks for it, is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowroll.engine.loading import LoadedModel
+from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.families import Recipe
+from flowroll.types import DenoisingEnv
+
+# The ranks whose tensor does not have rank 0's bits; asked of all ranks at once.
+Compare = Callable[[Tensor], list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputation:
+    """Recorded steps of one sample that are to be run again.
+
+    Attributes:
+        recipe: How the steps are taken.
+        transformer: The denoiser, with an adapter or without.
+        steps: Which steps.
+        latents: x before each of them, on the model's device.
+        env: The environment, on the model's device.
+    """
+
+    recipe: Recipe
+    transformer: Any
+    steps: tuple[int, ...]
+    latents: Float[Tensor, " rows *latent"]
+    env: DenoisingEnv
+
+
+class ModelRunner:
+    """See the module.
+
+    Args:
+        model: The model, or this rank's part of it.
+        compare: Compares a tensor with that of the other ranks; all ranks call it at the same time.
+    """
+
+    def __init__(self, model: LoadedModel, compare: Compare) -> None:
+        self.model, self._compare = model, compare
+        self._conditionings: dict[int, Conditioning] = {}
+        self._samples: dict[int, Sample] = {}
+        self._sample_ids: dict[int, list[int]] = {}
+        self._recomputations: dict[int, Recomputation] = {}
+
+    def use_threads(self, num_threads: int) -> None:
+        """Gives the calling thread torch's settings, which are each thread's own.
+
+        Args:
+            num_threads: CPU threads of the caller whose work follows; they shape the bits on a CPU.
+        """
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)
+
+    def add_request(self, request_id: int, conditioning: Conditioning) -> None:
+        """Keeps what the samples of a request share."""
+        self._conditionings[request_id], self._sample_ids[request_id] = conditioning, []
+
+    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+        """Draws a sample's initial noise; returns the key of the forwards that the sample can share."""
+        sample = Sample.start(self._conditionings[request_id], seed)
+        self._samples[sample_id] = sample
+        self._sample_ids[request_id].append(sample_id)
+        return sample.batch_key
+
+    def step(self, sample_ids: Sequence[int]) -> StepOutcome:
+        """Takes one step of samples with equal keys; those that had their last step are not kept any more.
+
+        Raises:
+            Exception: The forward failed, and all samples are where they were. An error in a sample's own step is that
+                sample's, and is in the outcome.
+        """
+        samples = {sample_id: self._samples[sample_id] for sample_id in sample_ids}
+        ending = [sample_id for sample_id, sample in samples.items() if sample.num_steps_left == 1]
+        outcome = StepOutcome()
+        for (sample_id, sample), velocity in zip(samples.items(), forward(list(samples.values())), strict=True):
+            try:
+                sample.take_step(velocity)
+            except BaseException as error:
+                outcome.failures[sample_id] = error
+        for sample_id in ending:
+            outcome.odd_ranks[sample_id] = self._compare(samples[sample_id].latents)
+            if sample_id not in outcome.failures:
+                outcome.finished[sample_id] = samples[sample_id]
+            del self._samples[sample_id]
+        return outcome
+
+    def drop_request(self, request_id: int) -> None:
+        """Forgets a request and its samples."""
+        del self._conditionings[request_id]
+        for sample_id in self._sample_ids.pop(request_id):
+            self._samples.pop(sample_id, None)
+
+    def begin_recomputation(self, recomputation_id: int, recomputation: Recomputation) -> None:
+        """Keeps recorded steps that are to be run again."""
+        self._recomputations[recomputation_id] = recomputation
+
+    def recompute(self, recomputation_id: int, row: int) -> tuple[Float[Tensor, " *latent"], list[int]]:
+        """Runs one recorded step again, alone; returns its velocity and the ranks that came to another one."""
+        one = self._recomputations[recomputation_id]
+        # Copied: a row of a stack lies anywhere, and bits can depend on that.
+        latents = one.latents[row].clone()
+        velocity = one.recipe.velocity(one.transformer, latents, one.steps[row], one.env, run=self.model.run)
+        return velocity, self._compare(velocity)
+
+    def end_recomputation(self, recomputation_id: int) -> None:
+        """Forgets recorded steps."""
+        del self._recomputations[recomputation_id]
+
+
+def forward(samples: Sequence[Sample]) -> list[Tensor]:
+    """Computes the velocities of samples with equal keys, each with the bits that it has alone."""
+    conditioning = samples[0].conditioning
+    model = conditioning.model
+    inputs = [sample.next_input() for sample in samples]
+    return model.family.velocities(conditioning.transformer, inputs, model.dtype, run=model.run)

@@ -1,0 +1,261 @@
+"""The process of a rank other than 0: it loads its part of the transformer, then does what rank 0 says until that says stop.
+
+It waits for a message, not in a collective: rank 0 may be silent for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from flowroll.engine.adapter_files import find_adapter, read_adapter, refused
+from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.config import Limits, resolve_device, resolve_dtype
+from flowroll.engine.loading import LoadedModel, build_model, load_transformer
+from flowroll.engine.outline import check_layout, outline_model
+from flowroll.engine.plan import plan_request
+from flowroll.engine.rest import Rest
+from flowroll.engine.runner import messages
+from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message, env_tensors
+from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
+from flowroll.engine.runner.rank_group import ERRED, STAGED, RankConfig
+from flowroll.engine.runner.sample import Conditioning
+from flowroll.engine.shares import Shares
+from flowroll.engine.weights import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
+from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
+from flowroll.families import Recipe
+from flowroll.parallel.channel import Channel
+from flowroll.parallel.linears import whole_tensors
+from flowroll.parallel.mesh import Mesh
+from flowroll.parallel.processes import ORPHANED
+from flowroll.parallel.rendezvous import check_world, rank_device, second_connection, torchrun_rank, torchrun_store
+from flowroll.types import Layout
+
+
+def follow(
+    model: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    layout: Layout,
+    rank_timeout_s: float = 60.0,
+) -> None:
+    """Follows the `Engine` that rank 0 of a torchrun job opens with these same arguments, until that engine closes.
+
+    Raises:
+        InvalidRequestError: torchrun did not start this process, or started another number of them.
+        CheckpointError: This rank cannot load its part; rank 0 raises it too.
+    """
+    place = torchrun_rank()
+    if place is None or place.rank == 0:
+        raise InvalidRequestError(
+            "follow must be called on a rank above 0 of a torchrun job, got another process; open an Engine."
+        )
+    check_world(layout, place)
+    first = resolve_device(device)
+    own = resolve_device(str(rank_device(first, place.local_rank)))
+    folder = Path(model)
+    checkpoint = examine_checkpoint(folder, variant=variant)
+    # As rank 0 does, which will not be there if it refuses.
+    check_layout(outline_model(checkpoint, device=own, dtype=resolve_dtype(dtype, own)), layout, Limits())
+    config = RankConfig(
+        model=str(folder),
+        variant=checkpoint.variant,
+        dtype=str(resolve_dtype(dtype, own)).removeprefix("torch."),
+        device=str(own),
+        layout=layout,
+        timeout_s=rank_timeout_s,
+        num_threads=torch.get_num_threads(),
+        rank=place.rank,
+    )
+    run_worker(config, torchrun_store(), own)
+
+
+def run_worker(config: RankConfig, store: Store, device: torch.device) -> None:
+    """Takes part in an engine until rank 0 ends it.
+
+    Args:
+        config: The configuration of this rank.
+        store: Shared by all ranks.
+        device: The device of this rank.
+
+    Raises:
+        FlowrollError: This rank cannot load its part.
+    """
+    channel = Channel(store, rank=config.rank, num_ranks=config.layout.num_ranks)
+    # Not an exit: the main thread may be in a collective that never returns.
+    channel.beat(second_connection(store), lambda: os._exit(ORPHANED))
+    channel.announce("here")
+    channel.wait_for("here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with Mesh(
+        config.layout,
+        rank=config.rank,
+        store=PrefixStore("mesh", store),
+        device=device,
+        timeout_s=config.timeout_s,
+        loopback=config.port is not None,
+    ) as mesh:
+        try:
+            checkpoint = examine_checkpoint(Path(config.model), variant=config.variant)
+            dtype = resolve_dtype(config.dtype, device)
+            transformer = load_transformer(checkpoint, dtype, mesh).to(device)
+        except FlowrollError as error:
+            channel.announce("failed", error.message)
+            raise
+        channel.announce("loaded")
+        serve = decode_message(channel.receive())
+        if isinstance(serve, Serve):
+            model = build_model(checkpoint, transformer, serve.spec, device=device, dtype=dtype, mesh=mesh)
+            _work(Worker(model, serve.limits, channel, mesh), channel)
+
+
+def _work(worker: Worker, channel: Channel) -> None:
+    try:
+        with torch.no_grad():
+            while not isinstance(message := decode_message(channel.receive()), Stop):
+                worker.apply(message)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        channel.announce(ERRED, f"{type(error).__name__}: {reason}")
+        raise
+    channel.stop()
+    channel.announce("stopped")
+
+
+class Worker:
+    """Does on its rank what the messages say.
+
+    Args:
+        model: This rank's part of the model.
+        limits: What one request may ask for.
+        channel: Where messages come from.
+        mesh: The ranks.
+    """
+
+    def __init__(self, model: LoadedModel, limits: Limits, channel: Channel, mesh: Mesh) -> None:
+        self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
+        self._runner = ModelRunner(model, mesh.odd_ranks)
+        self._rest = Rest(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
+        # Makes what was staged take effect.
+        self._commit: Callable[[], object] | None = None
+        self._shares: Shares | None = None
+
+    def apply(self, message: Message) -> None:
+        """Does what one message says."""
+        runner, model = self._runner, self._model
+        match message:
+            case messages.AddRequest(id=number, params=params, env=shape):
+                env = shape.empty(model.device)
+                self._receive(env_tensors(env))
+                plan = plan_request(params, model, self._limits)
+                runner.add_request(number, Conditioning.build(plan, model, env, plan.record))
+            case messages.StartSample(id=number, request=request, seed=seed):
+                runner.start_sample(number, request, seed)
+            case messages.Step(samples=samples, num_threads=num_threads):
+                runner.use_threads(num_threads)
+                for error in runner.step(samples).failures.values():
+                    raise error
+            case messages.DropRequest(id=number):
+                runner.drop_request(number)
+            case messages.BeginRecomputation():
+                runner.begin_recomputation(message.id, self._recomputation(message))
+            case messages.Recompute(id=number, row=row, num_threads=num_threads):
+                runner.use_threads(num_threads)
+                runner.recompute(number, row)
+            case messages.EndRecomputation(id=number):
+                runner.end_recomputation(number)
+            case _:
+                self._change_model(message)
+
+    def _change_model(self, message: Message) -> None:
+        model = self._model
+        match message:
+            case messages.StageWeights():
+                self._stage(functools.partial(_read_weights, model, message))
+            case messages.StageTensors(tensors=tensors):
+                self._stage(functools.partial(self._make_room, tensors))
+            case messages.ReceiveTensors():
+                assert self._shares is not None
+                self._commit, self._shares = _taking(model, self._shares.fill(self._mesh)), None
+            case messages.StageAdapter():
+                self._stage(functools.partial(_read_adapter, model, message))
+            case messages.StageRelease(mode=mode):
+                self._stage(functools.partial(self._rest.prepare_release, mode))
+            case messages.StageResume():
+                self._stage(self._rest.prepare_resume)
+            case messages.Commit():
+                assert self._commit is not None
+                self._commit()
+                self._commit = None
+            case messages.DropStaged():
+                self._commit = self._shares = None
+            case messages.UnloadAdapter(name=name):
+                model.adapters.drop(name)
+            case messages.GatherWeights():
+                for _ in whole_tensors(model.transformer):
+                    pass
+            case _:
+                raise AssertionError(f"{type(message).__name__} is no message for a running rank")
+
+    def _recomputation(self, message: messages.BeginRecomputation) -> Recomputation:
+        model = self._model
+        env, latents = message.env.empty(model.device), message.latents.empty(model.device)
+        self._receive([*env_tensors(env), latents])
+        record = message.record
+        recipe = Recipe.of(record, model.family, sde_step_indices=message.sde_step_indices, device=model.device)
+        transformer = model.adapters.transformer(None if record.lora is None else record.lora.name)
+        return Recomputation(recipe=recipe, transformer=transformer, steps=message.steps, latents=latents, env=env)
+
+    def _stage(self, prepare: Callable[[], Callable[[], object] | None]) -> None:
+        """Prepares a change and says how that went; whether anybody makes it is rank 0's to say."""
+        try:
+            self._commit = prepare()
+        except (WeightsRejectedError, EngineError) as error:
+            self._channel.announce(STAGED, error.message)
+        else:
+            self._channel.announce(STAGED)
+
+    def _make_room(self, tensors: dict[str, messages.TensorShape]) -> None:
+        try:
+            self._shares = Shares(tensors, slots_of(self._model.transformer))
+        except (MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
+            raise rejected(error) from error
+
+    def _receive(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            self._mesh.broadcast(tensor)
+
+
+def _read_weights(model: LoadedModel, message: messages.StageWeights) -> Callable[[], None]:
+    files = WeightFiles(
+        module="transformer",
+        files=tuple(map(Path, message.files)),
+        config=None if message.config is None else Path(message.config),
+        stamps=message.stamps,
+    )
+    return _taking(model, stage_weights(model.transformer, files))
+
+
+def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
+    return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
+
+
+def _read_adapter(model: LoadedModel, message: messages.StageAdapter) -> Callable[[], None]:
+    about, files = message.about, find_adapter(message.folder)
+    # Rank 0 has counted its bytes.
+    adapter = model.adapters.stage(read_adapter(files, max_bytes=sys.maxsize), name=about.name, merged=about.merged)
+    if adapter.about.sha256 != about.sha256:
+        raise refused(
+            f"{files.folder} must hold the same adapter on every rank, got another one; save it where all ranks read."
+        )
+    return lambda: model.adapters.put(model.adapters.finished(adapter, about.version))

@@ -1,0 +1,385 @@
+"""The loop: one thread owns all state of all requests, and does one piece of work a turn.
+
+    take messages -> expire -> admit -> a control task, or: start samples, one shared step -> publish -> end futures
+
+Nothing here waits or locks. Encoding and decoding happen in stages beside the loop, which report to its inbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flowroll.engine.runner.sample import Sample
+from flowroll.engine.scheduler import inbox as messages
+from flowroll.engine.scheduler.counters import LoadStats, View
+from flowroll.engine.scheduler.inbox import Inbox, PauseMode
+from flowroll.engine.scheduler.policy import BatchLimits, OomBackoff, RoundRobin, Watchdog, is_out_of_memory
+from flowroll.engine.scheduler.queue import RequestQueue
+from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
+from flowroll.engine.scheduler.runner import Runner
+from flowroll.engine.scheduler.stages import Stage, decoding, encoding
+from flowroll.engine.scheduler.tasks import ControlTask, TaskQueue
+from flowroll.errors import FlowrollError, PausedError, fresh
+
+_log = logging.getLogger(__name__)
+
+
+class Loop:
+    """The state of a scheduler, and one turn of its work.
+
+    Args:
+        runner: Runs the model.
+        limits: How much runs at once.
+        inbox: Where messages come from.
+        encoder: The stage that encodes prompts.
+        decoder: The stage that decodes samples.
+        clock: Monotonic seconds.
+
+    Attributes:
+        view: What other threads may know.
+        watchdog: How long recent work took.
+        stopped: Why nothing is accepted any more; None: requests are taken.
+        is_halted: Whether the thread is to end.
+    """
+
+    def __init__(
+        self, runner: Runner, limits: BatchLimits, inbox: Inbox, *, encoder: Stage, decoder: Stage, clock: Callable[[], float]
+    ) -> None:
+        self._runner, self._limits, self._inbox = runner, limits, inbox
+        self._encoder, self._decoder, self._clock = encoder, decoder, clock
+        self._queue = RequestQueue(clock, self._release)
+        self._tasks = TaskQueue()
+        self._backoff = OomBackoff()
+        self._ready: deque[RequestSample] = deque()
+        self._lanes: RoundRobin[RunningSample] = RoundRobin()
+        # Samples from their initial noise to their picture.
+        self._num_in_memory = self._pixels_in_memory = 0
+        self._is_encoding, self._num_decoding = False, 0
+        self._num_taken = self._num_samples = 0
+        self._pause: PauseMode | None = None
+        # After a control task samples have their turn, however many others wait.
+        self._owes_step = False
+        self._exclusive_thread: int | None = None
+        self.watchdog = Watchdog()
+        self.view = View()
+        self.stopped: FlowrollError | None = None
+        self.is_halted = False
+
+    @property
+    def is_in_exclusive_task(self) -> bool:
+        """Whether the calling thread is in a control task for which nothing else runs."""
+        return self._exclusive_thread == threading.get_ident()
+
+    def turn(self) -> bool:
+        """Takes what came in, then does one piece of work; False: there was nothing to do."""
+        owed, self._owes_step = self._owes_step, False
+        has_worked = self.take_messages() or owed
+        task = None if owed else self._tasks.next(self._clock(), is_idle=self._is_idle())
+        if task is None:
+            has_worked |= self._start_samples()
+        # Before the work, which may take long, so that others see what is at work; and after it.
+        self._publish()
+        self._queue.deliver_ends()
+        if task is None:
+            has_worked |= self._step()
+        else:
+            self._owes_step = has_worked = True
+            self._run_task(task)
+        self._admit()
+        self._publish()
+        self._queue.deliver_ends()
+        return has_worked
+
+    def take_messages(self) -> bool:
+        """Handles all messages, ends what is due, and admits what there is room for; False: there was no message."""
+        has_taken = False
+        for message in self._inbox.take_all():
+            self._handle(message)
+            has_taken = True
+        self._queue.expire()
+        self._tasks.expire(self._clock())
+        self._admit()
+        return has_taken
+
+    def idle_s(self) -> float | None:
+        """How long there is nothing to do unless a message comes; None: for ever."""
+        deadlines = [s for s in (self._queue.next_deadline_s(), self._tasks.next_deadline_s()) if s is not None]
+        return max(min(deadlines) - self._clock(), 0.0) if deadlines else None
+
+    def fail_all(self, error: FlowrollError) -> None:
+        """Ends every request and task in this error, and refuses what comes."""
+        self.stopped = self.stopped or error
+        for request in list(self._queue):
+            self._queue.fail(request, fresh(error))
+        self._tasks.fail_all(lambda: fresh(error))
+        self._publish()
+        self._queue.deliver_ends()
+
+    def _handle(self, message: messages.Message) -> None:
+        match message:
+            case messages.Submit(request):
+                self._num_taken += 1
+                self._queue.accept(request)
+                if self.stopped is not None:
+                    self._queue.fail(request, fresh(self.stopped))
+            case messages.Cancel(future):
+                self._cancel(lambda request: request.future is future, lambda task: task.future is future)
+            case messages.Abort(request_id, answer):
+                count = self._cancel(
+                    lambda request: request_id in (None, request.plan.request_id),
+                    lambda task: request_id in (None, task.request_id),
+                )
+                end_future(answer, count)
+            case messages.Pause(mode, answer):
+                self._pause = mode
+                end_future(answer)
+            case messages.Do(task, mode):
+                self._take_task(task, mode)
+            case messages.Encoded():
+                self._take_encoded(message)
+            case messages.Decoded():
+                self._take_decoded(message)
+            case messages.Stop(error):
+                self.fail_all(error)
+            case messages.Halt():
+                self.is_halted = True
+
+    def _cancel(self, is_meant: Callable[[Request], bool], is_task_meant: Callable[[ControlTask], bool]) -> int:
+        meant = [request for request in self._queue if is_meant(request)]
+        for request in meant:
+            self._queue.fail(request, cancelled())
+        return len(meant) + self._tasks.cancel(is_task_meant)
+
+    def _take_task(self, task: ControlTask, mode: str) -> None:
+        if self.stopped is not None:
+            end_future(task.future, error=fresh(self.stopped))
+            return
+        if task.needs_idle and mode == "abort":
+            self._queue.requeue_all()
+        elif task.needs_idle and self._pause == "freeze" and self._queue.num_running:
+            rule = "requests must go on to finish first, got frozen ones; continue, or abort them."
+            end_future(task.future, error=PausedError(rule))
+            return
+        self._tasks.add(task)
+
+    def _take_encoded(self, message: messages.Encoded) -> None:
+        request, conditioning = message.request, message.conditioning
+        self._is_encoding = False
+        self._note_piece(message.started_s)
+        if request.attempt != message.attempt:
+            return
+        try:
+            if message.error is not None:
+                raise message.error
+            assert conditioning is not None
+            self._runner.add_request(request.id, conditioning)
+        except BaseException as error:
+            self._queue.fail(request, error)
+            return
+        request.conditioning, request.encoded_s = conditioning, self._clock()
+        for index in range(len(request.plan.seeds)):
+            self._num_samples += 1
+            self._ready.append(RequestSample(id=self._num_samples, request=request, attempt=request.attempt, index=index))
+
+    def _take_decoded(self, message: messages.Decoded) -> None:
+        sample, request = message.sample, message.sample.request
+        self._num_decoding -= 1
+        self._leave_memory(request)
+        self._note_piece(message.started_s)
+        if not sample.is_wanted:
+            return
+        if message.error is not None:
+            self._queue.fail(request, message.error)
+            return
+        request.results[sample.index] = message.answer
+        if len(request.results) == len(request.plan.seeds):
+            self.watchdog.note_request(request, self._clock())
+            self._queue.complete(request)
+
+    def _has_room(self) -> bool:
+        """Whether a request may be admitted: one is encoded ahead of what runs."""
+        return (
+            self._pause is None
+            and self.stopped is None
+            and not self._tasks.needs_idle
+            and not self._is_encoding
+            and len(self._ready) < self._limits.max_batch_samples
+        )
+
+    def _admit(self) -> None:
+        while self._queue.num_waiting and self._has_room() and (request := self._queue.admit()) is not None:
+            self._is_encoding = True
+            self._encoder.submit(encoding(self._runner, self._inbox, request, self._clock))
+
+    def _is_idle(self) -> bool:
+        """Whether nothing works for a request, not even for one that has ended."""
+        return not (self._queue.num_running or self._is_encoding or self._num_decoding)
+
+    def _release(self, request: Request) -> None:
+        """A request runs no more: its samples leave on every rank. What is being decoded leaves with its stage."""
+        self._ready = deque(sample for sample in self._ready if sample.request is not request)
+        for sample in [sample for sample in self._lanes if sample.of.request is request]:
+            self._lanes.remove(sample.key, sample)
+            self._leave_memory(request)
+        if request.conditioning is not None:
+            try:
+                self._runner.drop_request(request.id)
+            except FlowrollError:  # a rank is lost, which ends everything
+                _log.debug("a request could not be dropped on every rank", exc_info=True)
+
+    def _leave_memory(self, request: Request) -> None:
+        self._num_in_memory -= 1
+        self._pixels_in_memory -= request.pixels
+
+    def _run_task(self, task: ControlTask) -> None:
+        started_s = self._clock()
+        if task.pieces is None and not task.future.set_running_or_notify_cancel():
+            self._tasks.end(task, error=cancelled())
+            return
+        self._exclusive_thread = threading.get_ident() if task.needs_idle else None
+        self._runner.use_threads(task.num_threads)
+        try:
+            with torch.no_grad():
+                is_done, result = _advance(task)
+        except BaseException as error:
+            self._end_task(task, error=error)
+        else:
+            if is_done:
+                self._end_task(task, result)
+        finally:
+            self._exclusive_thread = None
+            self._note_piece(started_s)
+
+    def _end_task(self, task: ControlTask, result: Any = None, *, error: BaseException | None = None) -> None:
+        # Unless it was ended meanwhile, by what it did itself.
+        if self._tasks.current is task:
+            self._tasks.end(task, result, error=error)
+
+    def _start_samples(self) -> bool:
+        """Starts the samples that there is room for, in the order of acceptance; the first in line is never overtaken."""
+        has_started = False
+        while self._ready and self._pause != "freeze":
+            request = self._ready[0].request
+            if not self._limits.admits(
+                pixels=request.pixels, num_running=self._num_in_memory, running_pixels=self._pixels_in_memory
+            ):
+                break
+            self._start(self._ready.popleft())
+            has_started = True
+        return has_started
+
+    def _start(self, sample: RequestSample) -> None:
+        request, started_s = sample.request, self._clock()
+        self._runner.use_threads(request.num_threads)
+        try:
+            key = self._runner.start_sample(sample.id, request.id, sample.seed)
+        except BaseException as error:
+            self._queue.fail(request, error)
+            return
+        self._num_in_memory += 1
+        self._pixels_in_memory += request.pixels
+        request.started_s = started_s if request.started_s is None else request.started_s
+        # A forward runs with one number of CPU threads.
+        self._lanes.add(key, RunningSample(of=sample, key=key, started_s=started_s))
+        self._note_piece(started_s)
+
+    def _step(self) -> bool:
+        """Takes one step of the samples whose turn it is."""
+        if self._pause == "freeze":
+            return False
+        key, batch = self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
+        if not batch:
+            return False
+        self._runner.use_threads(batch[0].of.request.num_threads)
+        started_s = self._clock()
+        outcomes = self._outcomes(key, batch)
+        self._note_piece(started_s, running_pixels=self._pixels_in_memory)
+        self._queue.counters.batches[len(batch)] += 1
+        for running in batch:
+            outcome = outcomes.get(running.of.id)
+            # Asked for each: the failure of one takes the others of its request out.
+            if outcome is None or not running.of.is_wanted:
+                continue
+            if isinstance(outcome, BaseException):
+                self._queue.fail(running.of.request, outcome)
+            else:
+                self._decode(running, outcome)
+        return True
+
+    def _outcomes(self, key: Any, batch: list[RunningSample]) -> dict[int, Sample | BaseException]:
+        """What became of the samples that need no further step, by id.
+
+        A forward that fails with several samples is taken again in halves, so that only those that fail alone are lost.
+        """
+        try:
+            outcome = self._runner.step([running.of.id for running in batch])
+            self._backoff.went_well(key, len(batch))
+            return {**outcome.finished, **outcome.failures}
+        except BaseException as error:
+            if len(batch) == 1:
+                return {batch[0].of.id: error}
+            if is_out_of_memory(error):
+                self._backoff.ran_out(key, len(batch))
+            ids = sorted({running.of.request.plan.request_id for running in batch})
+            text = "a forward of %d samples failed (%s); taking it again in halves"
+            _log.warning(text, len(batch), type(error).__name__, extra={"request_ids": ids})
+        # After the handler, so that the failed forward's tensors are free.
+        self._runner.free_memory()
+        half = -(-len(batch) // 2)
+        return {**self._outcomes(key, batch[:half]), **self._outcomes(key, batch[half:])}
+
+    def _decode(self, running: RunningSample, sample: Sample) -> None:
+        request = running.of.request
+        self._lanes.remove(running.key, running)
+        self._num_decoding += 1
+        request.note_denoised(self._clock())
+        self._decoder.submit(decoding(self._runner, self._inbox, running, sample, self._clock))
+
+    def _note_piece(self, started_s: float | None, *, running_pixels: int = 0) -> None:
+        """Notes the end of a piece of work that began then; None: nothing was done."""
+        if started_s is not None:
+            self.watchdog.note_piece(started_s, self._clock(), running_pixels=running_pixels)
+
+    def _publish(self) -> None:
+        counters, tasks = self._queue.counters, self._tasks
+        stats = LoadStats(
+            requests=self._queue.counts(),
+            log_probs=tasks.counts(),
+            oldest_waiting_since_s=self._queue.oldest_waiting_since_s,
+            running_samples=self._num_in_memory,
+            batches=dict(counters.batches),
+            failures=dict(counters.failures),
+            stage_s=dict(counters.stage_s),
+            is_paused=self._pause is not None,
+        )
+        oldest = next(iter(self._queue.running), None)
+        self.view = View(
+            num_taken=self._num_taken,
+            num_waiting=self._queue.num_waiting,
+            has_room=self._has_room(),
+            free_at_s=self.watchdog.free_at_s(self._queue.running),
+            stats=stats,
+            running_since_s=None if oldest is None else oldest.admitted_s,
+            running_pixels=self._pixels_in_memory,
+            task_since_s=None if tasks.current is None else tasks.current_since_s,
+        )
+
+
+def _advance(task: ControlTask) -> tuple[bool, Any]:
+    """Does a task, or the next piece of one; returns whether it is done, and its result."""
+    if task.pieces is None:
+        result = task.action()
+        if not hasattr(result, "send"):
+            return True, result
+        task.pieces = result
+    try:
+        next(task.pieces)
+    except StopIteration as end:
+        return True, end.value
+    return False, None

@@ -1,0 +1,158 @@
+"""Every accepted request until its end: it waits, it runs, it ends, once. Belongs to the loop."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flowroll.engine.scheduler.counters import Counters, RequestCounts
+from flowroll.engine.scheduler.request import Request, cancelled, end_future, engine_error, too_late
+from flowroll.errors import FlowrollError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _End:
+    """How a request ends: in results, or in an error. `cause` is what the log is told, where that is more."""
+
+    request: Request
+    results: list[Any] | None = None
+    error: FlowrollError | None = None
+    cause: BaseException | None = None
+
+    def deliver(self) -> None:
+        request = self.request
+        if self.cause is not None:
+            _log.error("the request failed in the engine", exc_info=self.cause, extra={"request_id": request.plan.request_id})
+            # Its frames hold tensors, and, through them, itself.
+            self.cause.__traceback__ = None
+        if not request.has_begun and not request.future.set_running_or_notify_cancel():
+            return
+        end_future(request.future, self.results, error=self.error)
+
+
+class RequestQueue:
+    """The accepted requests, those that wait and those that run.
+
+    Args:
+        clock: Monotonic seconds.
+        release: Called with a request that runs no more, before it ends or is put back.
+    """
+
+    def __init__(self, clock: Callable[[], float], release: Callable[[Request], None]) -> None:
+        self._clock, self._release = clock, release
+        self.counters = Counters()
+        self._waiting: deque[Request] = deque()
+        self._running: dict[Request, None] = {}
+        self._ends: list[_End] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests were admitted and have not ended."""
+        return len(self._running)
+
+    @property
+    def running(self) -> Iterable[Request]:
+        """The requests that run, in the order in which they were admitted."""
+        return self._running.keys()
+
+    @property
+    def oldest_waiting_since_s(self) -> float | None:
+        """When the first request in line came; None: none waits."""
+        return self._waiting[0].accepted_s if self._waiting else None
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from self._running
+        yield from self._waiting
+
+    def counts(self) -> RequestCounts:
+        """Counts the requests as they are now."""
+        return RequestCounts(
+            accepted=self.counters.accepted,
+            completed=self.counters.completed,
+            failed=sum(self.counters.failures.values()),
+            pending=len(self._waiting),
+            running=len(self._running),
+        )
+
+    def accept(self, request: Request) -> None:
+        """Puts a new request in line."""
+        self.counters.accepted += 1
+        self._waiting.append(request)
+
+    def admit(self) -> Request | None:
+        """Takes the first request in line, which runs from now on; None: none waits."""
+        while self._waiting:
+            request = self._waiting[0]
+            is_wanted = request.has_begun or request.future.set_running_or_notify_cancel()
+            request.has_begun = True
+            if not is_wanted:
+                self.fail(request, cancelled())
+                continue
+            self._waiting.popleft()
+            request.admitted_s = self._clock()
+            self._running[request] = None
+            return request
+        return None
+
+    def requeue_all(self) -> None:
+        """Puts everything that runs back to the start, before the requests that wait."""
+        requests = list(self._running)
+        self._running.clear()
+        self._waiting.extendleft(reversed(requests))
+        for request in requests:
+            self._release(request)
+            request.restart()
+
+    def complete(self, request: Request) -> None:
+        """Ends a request in its results."""
+        self._end(_End(request=request, results=[request.results[index] for index in range(len(request.plan.seeds))]))
+
+    def fail(self, request: Request, error: BaseException) -> None:
+        """Ends a request in an error. One that is not ours is shown to the caller in a line, and to the log in full."""
+        if isinstance(error, FlowrollError):
+            # Its frames hold tensors, as those of any error that was raised in a step.
+            self._end(_End(request=request, error=error.with_traceback(None)))
+        else:
+            self._end(_End(request=request, error=engine_error(error), cause=error))
+
+    def expire(self) -> None:
+        """Ends the requests whose deadline has passed, and those whose future was cancelled while they waited."""
+        now_s = self._clock()
+        for request in list(self):
+            if request.deadline_s is not None and now_s >= request.deadline_s:
+                self.fail(request, too_late(now_s - request.accepted_s))
+            elif not request.has_begun and request.future.cancelled():
+                self.fail(request, cancelled())
+
+    def next_deadline_s(self) -> float | None:
+        """The first moment at which `expire` will have something to do; None: no request has a deadline."""
+        return min((request.deadline_s for request in self if request.deadline_s is not None), default=None)
+
+    def deliver_ends(self) -> None:
+        """Ends the futures of the requests that have ended; their callbacks run here."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            end.deliver()
+
+    def _end(self, end: _End) -> None:
+        request = end.request
+        if request in self._running:
+            del self._running[request]
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+        request.future.spans = request.spans(self._clock())
+        self.counters.note_end(request.future.timing, None if end.error is None else end.error.code)
+        # What still works for the request is not wanted any more.
+        request.restart()
+        self._ends.append(end)
