@@ -25,11 +25,11 @@ import torch
 
 from benchmarks.batching import Cell, inexact, make_inputs
 from benchmarks.measure import Ratio, clock_of, hardware, paired_times, ratio
-from flowroll.engine import BatchLimits, Engine, denoising
-from flowroll.engine.batching.jobs import Accepted
-from flowroll.engine.batching.limits import ONE_BY_ONE
-from flowroll.engine.finishing import Finished
+from flowroll.engine import BatchLimits, Engine, RequestFuture
+from flowroll.engine.outputs import Finished
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.runner.model_runner import forward
+from flowroll.engine.runner.sample import Sample
 from flowroll.testing import make_checkpoint
 from flowroll.types import SamplingParams
 
@@ -102,16 +102,16 @@ def _apart(row: Callable[..., str], *arguments: object) -> str:
 
 def _load_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
     torch.set_num_threads(threads)
-    with _engine(checkpoint, dtype) as engine, Engine(checkpoint, dtype=dtype, device="cpu", batching=ONE_BY_ONE) as single:
+    with _engine(checkpoint, dtype) as engine, Engine(checkpoint, dtype=dtype, device="cpu", batching=BatchLimits(max_batch_samples=1, max_running_samples=1)) as single:
         requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
         _run(engine, requests)
-        before = Counter(engine.batcher.load().batches)
+        before = Counter(engine.scheduler.load().batches)
         wall = paired_times(
             {"at once": lambda: _run(engine, requests), "in turn": lambda: [_run(single, [plan]) for plan in requests]},
             rounds=rounds,
             clock=time.perf_counter,
         )
-        forwards = Counter(engine.batcher.load().batches) - before
+        forwards = Counter(engine.scheduler.load().batches) - before
         assert NUM_REQUESTS in forwards, "the prompts must have equally many tokens, or the requests never share one forward"
         share = sum(size * number for size, number in forwards.items()) / forwards.total()
         step = _step_bound(engine, threads, rounds)
@@ -137,7 +137,7 @@ def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
         arms = {
             "batcher": lambda: _run(engine, requests[:1]),
             "caller's": lambda: _run_plainly(engine, requests[0]),
-            "own": lambda: engine.batcher.between_steps(lambda: _run_plainly(engine, requests[0])).result(),
+            "own": lambda: engine.scheduler.between_steps(lambda: _run_plainly(engine, requests[0])).result(),
         }
         arms["batcher"]()  # Its threads run from the first request on.
         found: list[Ratio] = []
@@ -162,7 +162,7 @@ def _plan(engine: Engine, number: int, steps: int) -> RequestPlan:
     return engine.plan(params)
 
 
-def _run(engine: Engine, plans: Sequence[RequestPlan]) -> list[Accepted[object]]:
+def _run(engine: Engine, plans: Sequence[RequestPlan]) -> list[RequestFuture[object]]:
     requests = [engine.submit(plan, "rollout") for plan in plans]
     for accepted in requests:
         accepted.result()
@@ -178,11 +178,11 @@ def _run_static(engine: Engine, plans: Sequence[RequestPlan], size: int) -> None
 @torch.no_grad()
 def _run_plainly(engine: Engine, plan: RequestPlan) -> None:
     """What the lines of work do for a request, without them."""
-    task = engine._work.encode(plan)
-    sample = denoising.start(task, plan.seeds[0])
-    denoising.denoise(task, sample, lambda: None)
-    image = engine._work.decode(task, sample)
-    engine._as_rollout(plan, Finished(sample=sample, env=task.env, record=task.record, image=image, seconds=0.0))
+    sample = Sample.start(engine._executor.encode(plan), plan.seeds[0])
+    while sample.num_steps_left:
+        sample.take_step(forward([sample])[0])
+    image = engine._executor.decode(sample)
+    engine._as_rollout(plan, Finished(sample=sample, image=image, seconds=0.0))
 
 
 @torch.no_grad()

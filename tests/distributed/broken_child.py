@@ -56,7 +56,7 @@ FAULTS = {"sp2": permute_keys, "tp2": draw_noise_per_shard, "cfg2": round_std}
 
 def main(*follower: str) -> None:
     if follower:
-        from flowroll.engine.rank import main as follow
+        from flowroll.engine.runner.__main__ import main as follow
 
         FAULTS[follower[0]]()
         follow()
@@ -64,7 +64,7 @@ def main(*follower: str) -> None:
     spec = decode_spec(read_configuration())
     if (name := spec.layout.name) in FAULTS:
         FAULTS[name]()
-        flowroll.parallel.processes.FOLLOWER_COMMAND = (sys.executable, __file__, name)
+        flowroll.parallel.processes.WORKER_COMMAND = (sys.executable, __file__, name)
     run_layout(spec)
 
 

@@ -9,7 +9,8 @@ import torch
 from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout
-from flowroll.engine import Engine, denoising
+from flowroll.engine import Engine
+from flowroll.engine.runner import sample as samples
 from flowroll.errors import CancelledRequestError, EngineError, InvalidRequestError
 from flowroll.types import Layout
 
@@ -38,24 +39,22 @@ def test_an_engine_starts_its_ranks_and_answers_with_the_bits_of_one_rank(sp2: E
 
 
 def test_requests_one_after_the_other_leave_nothing_in_the_store(sp2: Engine, expected: Rollout) -> None:
-    assert sp2._replica is not None
-    keys = sp2._replica._store.num_keys()
+    keys = sp2._peers._store.num_keys()
     for _ in range(3):
         assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
-    assert sp2._replica._store.num_keys() <= keys + 1
+    assert sp2._peers._store.num_keys() <= keys + 1
 
 
 @pytest.mark.parametrize("fields", [{"height": 100}, {"num_inference_steps": 2000}, {"sde_step_indices": (9,)}])
 def test_a_bad_request_never_reaches_the_other_ranks(
     sp2: Engine, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
-    assert sp2._replica is not None
 
     def send(command: object) -> None:
         raise AssertionError("a command was sent")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sp2._replica, "_send", send)
+        patch.setattr(sp2._peers, "send", send)
         with pytest.raises(InvalidRequestError):
             sp2.rollout(**{**REQUEST, **fields})
 
@@ -63,15 +62,15 @@ def test_a_bad_request_never_reaches_the_other_ranks(
 def test_ranks_that_come_to_other_latents_fail_the_request_and_the_next_one_is_answered(
     sp2: Engine, expected: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = denoising.recorded_step
+    take = samples.recorded_step
 
-    def drift(task: denoising.DenoisingTask, sample: denoising.Sample, velocity: torch.Tensor) -> None:
-        take(task, sample, velocity)
+    def drift(sample: samples.Sample, velocity: torch.Tensor) -> None:
+        take(sample, velocity)
         sample.latents = sample.latents + 1e-3
 
     with monkeypatch.context() as patch:
         # On rank 0 alone.
-        patch.setattr(denoising, "recorded_step", drift)
+        patch.setattr(samples, "recorded_step", drift)
         with pytest.raises(EngineError, match="every rank must come to the same latents, got others on rank 1"):
             sp2.rollout(**REQUEST)
     assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
@@ -80,15 +79,15 @@ def test_ranks_that_come_to_other_latents_fail_the_request_and_the_next_one_is_a
 def test_a_sample_that_leaves_early_leaves_on_every_rank_and_the_next_one_is_answered(
     sp2: Engine, expected: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = denoising.recorded_step
+    take = samples.recorded_step
 
-    def abort(task: denoising.DenoisingTask, sample: denoising.Sample, velocity: torch.Tensor) -> None:
-        take(task, sample, velocity)
-        sp2.batcher.abort("leaves")
+    def abort(sample: samples.Sample, velocity: torch.Tensor) -> None:
+        take(sample, velocity)
+        sp2.scheduler.abort("leaves")
 
     with monkeypatch.context() as patch:
         # On rank 0 alone: the other one waits for the second step, and would for ever.
-        patch.setattr(denoising, "recorded_step", abort)
+        patch.setattr(samples, "recorded_step", abort)
         with pytest.raises(CancelledRequestError):
             sp2.rollout(**REQUEST, request_id="leaves")
     assert_same_bits(sp2.rollout(**REQUEST)[0], expected)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tests.serving.servers import LONG, SMALL, Background, ServerProcess, error_of, until
 
-from flowroll.engine import Engine, Limits, denoising, follow, ranks
+from flowroll.engine import Engine, Limits, follow
+from flowroll.engine.runner import model_runner, rank_group
 from flowroll.errors import CheckpointError, EngineError, FlowrollError, InvalidRequestError, RankLostError, ShuttingDownError
 from flowroll.parallel import processes
 from flowroll.types import Layout
@@ -72,7 +73,7 @@ def test_an_error_in_the_middle_of_a_step_takes_the_replica_down(
         def break_down(*_: object) -> None:
             raise MemoryError("no memory left")
 
-        monkeypatch.setattr(denoising, "recorded_step", break_down)
+        monkeypatch.setattr(model_runner, "forward", break_down)
         with pytest.raises(RankLostError, match="MemoryError: no memory left"):
             engine.rollout(**REQUEST)
         monkeypatch.undo()
@@ -169,9 +170,9 @@ def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
         "import time; from flowroll.parallel.mesh import Mesh; gather = Mesh.gather\n"
         "def gather_or_stall(self, *a, **k): return time.sleep(600) if self.rank == 3 else gather(self, *a, **k)\n"
         "Mesh.gather = gather_or_stall\n"
-        "from flowroll.engine.rank import main; main()"
+        "from flowroll.engine.runner.__main__ import main; main()"
     )
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", stalling))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", stalling))
     layout = Layout(sp=2, cfg_parallel=True)
     with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=3.0) as engine:
         pids = list(engine.rank_pids.values())
@@ -184,19 +185,19 @@ def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
 
 def test_a_rank_that_cannot_load_its_part_says_why(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = (
-        "import flowroll.engine.follower as follower; from flowroll.errors import CheckpointError\n"
+        "import flowroll.engine.runner.worker as worker; from flowroll.errors import CheckpointError\n"
         "def load(*_): raise CheckpointError('the file must be whole, got half; copy it again.')\n"
-        "follower.load_transformer = load\n"
-        "from flowroll.engine.rank import main; main()"
+        "worker.load_transformer = load\n"
+        "from flowroll.engine.runner.__main__ import main; main()"
     )
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", failing))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", failing))
     with pytest.raises((CheckpointError, RankLostError), match="rank 1"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()
 
 
 def test_a_rank_that_cannot_start_is_an_error_at_once(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", "import sys; sys.exit(3)"))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", "import sys; sys.exit(3)"))
     with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 3"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()
@@ -221,7 +222,7 @@ def test_a_layout_that_does_not_fit_is_refused_before_a_process_is_started(
     def start(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(ranks, "RankProcesses", start)
+    monkeypatch.setattr(rank_group, "RankProcesses", start)
     with pytest.raises(InvalidRequestError, match=words) as refused:
         Engine(z_image_checkpoint, device="cpu", layout=layout, limits=limits)
     assert refused.value.field == field

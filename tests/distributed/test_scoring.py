@@ -23,10 +23,9 @@ def test_recorded_steps_are_scored_on_every_layout_with_the_bits_that_were_recor
     request = {**REQUEST, "guidance_scale": 3.0, "return_denoising_env": True, "return_dit_trajectory": True}
     with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
         rollouts = engine.rollout(**request, sde_step_indices=(1,), num_outputs_per_prompt=2)
-        assert engine._replica is not None
-        keys = engine._replica._store.num_keys()
+        keys = engine._peers._store.num_keys()
         answer = engine.run_scores(score_params(rollouts, None, log_probs_only=False))
-        assert engine._replica._store.num_keys() <= keys + 1
+        assert engine._peers._store.num_keys() <= keys + 1
         only = engine.run_scores(score_params(rollouts, None, log_probs_only=True))
         again = engine.rollout(**request, sde_step_indices=(1,))
     for rollout, scores, log_probs in zip(rollouts, answer.samples, only.samples, strict=True):

@@ -40,7 +40,7 @@ def truth(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 # An engine of several ranks is alone in its process: these come before the one that the others share.
-FAILING = "import flowroll.engine.shares as shares\n{fault}\nfrom flowroll.engine.rank import main; main()"
+FAILING = "import flowroll.engine.runner.worker as shares\n{fault}\nfrom flowroll.engine.runner.__main__ import main; main()"
 
 
 def test_a_rank_without_memory_leaves_the_old_weights_on_all(
@@ -53,7 +53,7 @@ def test_a_rank_without_memory_leaves_the_old_weights_on_all(
         "    return Shares(*a)\n"
         "shares.Shares = fail_once"
     )
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
     (_, old, old_sum), (tensors, new, new_sum) = truth
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(WeightsRejectedError, match=r"rank 1: .*no memory left"):
@@ -69,7 +69,7 @@ def test_a_rank_that_dies_while_it_receives_takes_the_replica_down(
     z_image_checkpoint: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = "import os; shares.Shares.fill = lambda *_: os._exit(7)"
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 7"):
             engine.update_weights_from_tensors(truth[1][0])
@@ -91,12 +91,12 @@ def test_shared_tensors_give_every_rank_the_bits_of_one_that_was_started_on_them
     assert_same_bits(got, new)
     assert not torch.equal(got.dit_trajectory.latents, old.dit_trajectory.latents)
     assert got.weight_version == "5" and several.weights_checksum() == new_sum
-    keys = several._replica._store.num_keys()
+    keys = several._peers._store.num_keys()
     items = list(before.items())
     for part in (items[::2], items[1::2]):
         several.update_weights_from_tensors(part, partial=True)
     # The last command alone: who received it is not known yet.
-    assert several._replica._store.num_keys() <= keys + 1
+    assert several._peers._store.num_keys() <= keys + 1
     assert several.weights_checksum() == old_sum
     assert_same_bits(several.rollout(**REQUEST)[0], old)
 
@@ -137,7 +137,7 @@ def test_an_exchange_that_fails_on_rank_0_is_made_by_no_rank(
         raise MemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(several._replica, "commit_weights", refuse)
+        patch.setattr(several._executor, "commit", refuse)
         with pytest.raises(MemoryError):
             several.update_weights_from_tensors(truth[1][0])
     assert several.weight_version == version and several.weights_checksum() == truth[0][2]

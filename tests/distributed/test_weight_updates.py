@@ -46,10 +46,10 @@ def expected(z_image_checkpoint: Path, other: Path) -> list[tuple[Rollout, str]]
 
 # An engine of several ranks is alone in its process: these come before the one that the others share.
 FAILING = (
-    "import flowroll.engine.follower as follower\n"
+    "import flowroll.engine.runner.worker as worker\n"
     "from flowroll.engine.weights import StagedWeights, rejected\n"
     "{fault}\n"
-    "from flowroll.engine.rank import main; main()"
+    "from flowroll.engine.runner.__main__ import main; main()"
 )
 
 
@@ -58,13 +58,13 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
     layout: str, z_image_checkpoint: Path, other: Path, expected: list[tuple[Rollout, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = (
-        "calls, stage = iter(range(9)), follower.stage_weights\n"
+        "calls, stage = iter(range(9)), worker.stage_weights\n"
         "def fail_once(*a):\n"
         "    if next(calls) == 0: raise rejected(OSError(5, 'Input/output error'))\n"
         "    return stage(*a)\n"
-        "follower.stage_weights = fail_once"
+        "worker.stage_weights = fail_once"
     )
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
     (old, old_sum), (new, new_sum) = expected
     with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine:
         with pytest.raises(WeightsRejectedError, match=r"rank 1: .*Input/output error"):
@@ -80,8 +80,8 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
 def test_a_rank_that_dies_while_it_reads_takes_the_replica_down(
     z_image_checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fault = "import os; follower.stage_weights = lambda *_: os._exit(7)"
-    monkeypatch.setattr(processes, "FOLLOWER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    fault = "import os; worker.stage_weights = lambda *_: os._exit(7)"
+    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 7"):
             engine.update_weights_from_disk(other)
@@ -107,11 +107,11 @@ def test_after_an_update_several_ranks_have_the_bits_of_one_that_was_started_on_
     assert_same_bits(got, new)
     assert not torch.equal(got.dit_trajectory.latents, old.dit_trajectory.latents)
     assert got.weight_version == "5" and several.weights_checksum() == new_sum
-    keys = several._replica._store.num_keys()
+    keys = several._peers._store.num_keys()
     for _ in range(3):
         several.update_weights_from_disk(z_image_checkpoint)
     # The last command alone: who received it is not known yet.
-    assert several._replica._store.num_keys() <= keys + 1
+    assert several._peers._store.num_keys() <= keys + 1
     assert_same_bits(several.rollout(**REQUEST)[0], old)
 
 
@@ -167,7 +167,7 @@ def test_an_exchange_that_fails_on_rank_0_is_made_by_no_rank(
         raise MemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(several._replica, "commit_weights", refuse)
+        patch.setattr(several._executor, "commit", refuse)
         with pytest.raises(MemoryError):
             several.update_weights_from_disk(other)
     assert several.weight_version == version

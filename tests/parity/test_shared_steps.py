@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from tests.rollouts import assert_same_bits
-from tests.unit.engine.batching.hand import Hand
+from tests.unit.engine.scheduler.hand import Hand
 
 from flowroll import Rollout, SamplingParams
-from flowroll.engine import Accepted, Engine
+from flowroll.engine import Engine, RequestFuture
 
 NAMES = ["qwen_image", "z_image"]
 ORDERS = 4
@@ -71,23 +71,23 @@ def test_every_sample_has_the_bits_that_it_has_alone_in_any_order_of_arrivals(
         stats = hand.stats()
         assert stats["accepted"] == len(accepted) and stats["pending"] == stats["running"] == 0
         assert stats["completed"] >= len(accepted) // 2
-        shared += sum(count for samples, count in hand.batcher.load().batches.items() if samples > 1)
+        shared += sum(count for samples, count in hand.scheduler.load().batches.items() if samples > 1)
     assert shared > 5 * ORDERS
 
 
-def _arrive(hand: Hand, source: random.Random) -> list[tuple[int, Accepted[Any]]]:
+def _arrive(hand: Hand, source: random.Random) -> list[tuple[int, RequestFuture[Any]]]:
     """A random order of arrivals, cancellations and work, until nothing is left."""
     arrivals = source.sample(range(len(MIXTURE)), source.randint(4, len(MIXTURE)))
-    accepted: list[tuple[int, Accepted[Any]]] = []
-    lines = [hand.batcher.encoding, hand.batcher.stepping, hand.batcher.decoding]
+    accepted: list[tuple[int, RequestFuture[Any]]] = []
+    pieces = [hand.encode, hand.step, hand.decode]
     while arrivals:
         if source.random() < 0.3:
             number = arrivals.pop()
             accepted.append((number, hand.submit(**{**BASE, **MIXTURE[number]})))
         elif source.random() < 0.03 and accepted:
-            hand.batcher.cancel(source.choice(accepted)[1])
+            hand.cancel(source.choice(accepted)[1])
         else:
-            source.choice(lines).work()
+            source.choice(pieces)()
     hand.drain()
     return accepted
 
@@ -97,7 +97,7 @@ def test_callers_on_several_threads_share_forwards_and_each_gets_its_bits(
     engine_of: Callable[[str, str], Engine], alone_of: Callable[[str, str, int], list[Rollout]], family: str
 ) -> None:
     engine = engine_of(family, "float32")
-    before = engine.batcher.load()
+    before = engine.scheduler.load()
     answers: dict[int, list[Rollout]] = {}
     together = threading.Barrier(len(MIXTURE))
 
@@ -114,5 +114,5 @@ def test_callers_on_several_threads_share_forwards_and_each_gets_its_bits(
     for number, rollouts in answers.items():
         for ours, expected in zip(rollouts, alone_of(family, "float32", number), strict=True):
             assert_same_bits(ours, expected)
-    after = engine.batcher.load()
+    after = engine.scheduler.load()
     assert sum(after.batches[size] - before.batches.get(size, 0) for size in after.batches if size > 1) > 0

@@ -81,7 +81,7 @@ def test_every_line_of_a_request_carries_its_id_and_none_its_prompt(
     assert (bad["status"], bad["error"]) == (422, "invalid_request") and "denoise_ms" not in bad
     assert lines.about("quiet") == []
     failed = lines.about("failed")
-    assert {entry["logger"] for entry in failed} == {"flowroll.engine.batching.book", "flowroll.access"}
+    assert {entry["logger"] for entry in failed} == {"flowroll.engine.scheduler.queue", "flowroll.access"}
     assert any("RuntimeError: no device" in entry.get("exception", "") for entry in failed)
     assert {entry["logger"] for entry in lines.about("broken")} >= {"flowroll.serving.middleware", "flowroll.access"}
     everything = "\n".join(lines.lines)
@@ -102,7 +102,7 @@ def test_a_body_that_breaks_off_in_the_http_library_is_logged_with_the_request_s
 
 
 def test_a_forward_that_fails_for_several_requests_names_them_all(lines: Lines) -> None:
-    logging.getLogger("flowroll.engine.batching.steps").warning("a forward failed", extra={"request_ids": ["a", "b c"]})
+    logging.getLogger("flowroll.engine.scheduler.loop").warning("a forward failed", extra={"request_ids": ["a", "b c"]})
     assert lines.about("b c") == lines.about("a") != []
     text = Lines(TextFormatter())
     text.handle(logging.makeLogRecord({"msg": "a forward failed", "levelname": "WARNING", "request_ids": ["a", "b c"]}))

@@ -411,7 +411,7 @@ def test_scores_are_counted_and_end_in_one_result_or_error(served: Served) -> No
 def busy(served: Served) -> Iterator[Future[bool]]:
     """The loop's thread is held, so that scores wait."""
     held = threading.Event()
-    errand = served.engine.batcher.between_steps(lambda: held.wait(WAIT_S))
+    errand = served.engine.scheduler.between_steps(lambda: held.wait(WAIT_S))
     try:
         yield errand
     finally:
@@ -436,7 +436,7 @@ def test_scores_that_miss_their_deadline_are_a_408_and_never_begun(served: Serve
         response = served.post(served.sent(), **{"x-flowroll-deadline-s": "0.05"})
         assert (response.status_code, error_of(response)["code"]) == (408, "deadline_exceeded")
         assert not errand.done()
-    served.engine.batcher.between_steps(lambda: None).result(WAIT_S)
+    served.engine.scheduler.between_steps(lambda: None).result(WAIT_S)
     after = score_counts(served)
     assert not begun and after["failed"] == before["failed"] + 1 and after["open_score_requests"] == 0
     refused = served.post(served.sent(), **{"x-flowroll-deadline-s": "0"})
@@ -463,7 +463,7 @@ def test_scores_of_a_client_that_goes_away_are_never_begun(served: Served, monke
         with pytest.raises(httpx.ReadTimeout):
             served.http.post("/rollout/score", json=served.sent(), timeout=httpx.Timeout(WAIT_S, read=0.5))
         until(lambda: score_counts(served)["failed"] == before["failed"] + 1)
-    served.engine.batcher.between_steps(lambda: None).result(WAIT_S)
+    served.engine.scheduler.between_steps(lambda: None).result(WAIT_S)
     assert not begun and score_counts(served)["open_score_requests"] == 0
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.adapters import policy, saved
 from tests.rollouts import assert_same_bits
-from tests.unit.engine.batching.hand import ALL, Hand
+from tests.unit.engine.scheduler.hand import ALL, Hand
 from tests.weights import REQUEST, with_other
 
 from flowroll import Rollout, SamplingParams, replay
@@ -61,7 +61,7 @@ def test_samples_of_several_adapters_and_none_have_the_bits_that_they_have_alone
         assert_same_bits(rollout, expected)
         assert (rollout.sampling.lora.name if rollout.sampling.lora else None) == name
     # Those of one adapter share their forwards, those of several never do.
-    assert hand.batcher.load().batches == {2: 4 * 4}
+    assert hand.scheduler.load().batches == {2: 4 * 4}
 
 
 @pytest.mark.parametrize("how", ["disk", "tensors"])

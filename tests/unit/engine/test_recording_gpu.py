@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flowroll import SamplingParams
-from flowroll.engine import Engine, denoising
+from flowroll.engine import Engine
+from flowroll.engine.runner.sample import Sample
 
 REQUEST = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1, "num_inference_steps": 3, "return_dit_trajectory": True}
 
@@ -13,14 +14,13 @@ REQUEST = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1, "num_inferen
 def test_a_recorded_step_waits_for_no_copy(z_image_checkpoint):
     with Engine(z_image_checkpoint, device="cuda") as engine, torch.no_grad():
         plan = engine.plan(SamplingParams(**REQUEST))
-        task = engine._work.encode(plan)
-        sample = denoising.start(task, seed=1)
+        sample = Sample.start(engine._executor.encode(plan), seed=1)
         velocities = [torch.randn_like(sample.latents) for _ in range(3)]
         try:
             # Whatever makes the host wait for the device raises from here on.
             torch.cuda.set_sync_debug_mode("error")
             for velocity in velocities:
-                denoising.recorded_step(task, sample, velocity)
+                sample.take_step(velocity)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         recorder = sample.recorder

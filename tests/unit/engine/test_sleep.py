@@ -107,10 +107,10 @@ def test_a_request_that_waits_when_the_engine_falls_asleep_ends_in_an_error(engi
             running = pool.submit(lambda: engine.rollout(**REQUEST))
             assert gate.entered.wait(WAIT_S)
             sleeping = pool.submit(engine.sleep, "disk")
-            while not engine.batcher._floor.errands.needs_rest:
+            while not engine.scheduler.loop._tasks.needs_idle:
                 assert not sleeping.done()
             waiting = pool.submit(lambda: engine.rollout(**REQUEST))
-            while not engine.batcher.load().requests.pending:
+            while not engine.scheduler.load().requests.pending:
                 assert not waiting.done()
             gate.opened.set()
             assert len(running.result(WAIT_S)) == 1

@@ -288,11 +288,11 @@ def test_what_can_fail_is_done_before_other_ranks_are_told_to_take_the_weights(
             return lambda *_: told.append(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._weights, "_replica", Told())
+        patch.setattr(engine._weights, "_executor", Told())
         patch.setattr(engine._weights.versions, "advanced", fail)
         with pytest.raises(MemoryError):
             engine.update_weights_from_disk(other)
-    assert told == ["stage_weights", "drop_weights"]
+    assert told == ["stage_weights", "drop_staged"]
     assert (engine.weight_version, engine.weights_checksum()) == ("0", before[1])
 
 

@@ -16,7 +16,7 @@ from flowroll.engine import Engine, RequestPlan
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError
 
-BOOK = "flowroll.engine.batching.book"
+BOOK = "flowroll.engine.scheduler.queue"
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ def main() -> None:
         logging.getLogger(__name__).exception("this rank cannot go on")
         # Not an exit: threads of a broken process group could keep the process.
         os._exit(1)
+    # Not an exit either: it would wait for the thread that holds standard input.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -237,8 +237,7 @@ class Scheduler:
             self._stopped = self._stopped or error
         self._inbox.put(messages.Stop(error))
         if self._thread is None:
-            self.loop.take_messages()
-            self.loop.fail_all(error)
+            self.loop.settle()
         elif patience_s is not None:
             self._give_up(patience_s)
 
@@ -274,8 +273,7 @@ class Scheduler:
         with self._submitting:
             self._stopped = self._stopped or stopped
         self.loop.fail_all(stopped)
-        self.loop.take_messages()
-        self.loop.fail_all(stopped)
+        self.loop.settle()
 
     def _give_up(self, patience_s: float) -> None:
         """Ends what the loop does not end, where everything was told of the end."""

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tests.rollouts import assert_same_bits
-from tests.unit.engine.batching.hand import ALL, Hand
+from tests.unit.engine.scheduler.hand import ALL, Hand
 
 from flowroll.engine import Engine
-from flowroll.engine.batching import Batcher, BatchLimits, steps
-from flowroll.engine.batching.pace import Pace
+from flowroll.engine import BatchLimits
+from flowroll.engine.runner import model_runner
+from flowroll.engine.scheduler import Scheduler
+from flowroll.engine.scheduler.policy import Watchdog
 from flowroll.errors import (
     CancelledRequestError,
     DeadlineExceededError,
@@ -31,14 +33,14 @@ def test_samples_of_different_requests_share_steps_and_join_and_leave_between_th
     (third,) = hand.begin({"num_inference_steps": 2, "rollout": False})
     hand.finish(first, second, third)
     # Steps: {1, 2}, {1, 2, 3}, {1, 3}.
-    assert hand.batcher.load().batches == {2: 2, 3: 1}
-    assert hand.batcher.load().steps == 7
+    assert hand.scheduler.load().batches == {2: 2, 3: 1}
+    assert hand.scheduler.load().steps == 7
     assert hand.stats() == {"accepted": 3, "completed": 3, "failed": 0, "pending": 0, "running": 0}
 
 
 def test_only_samples_of_equal_keys_share_and_lanes_take_turns(hand: Hand) -> None:
     hand.finish(*hand.begin({"seed": 1}, {"seed": 2}, {"height": 64}))
-    assert hand.batcher.load().batches == {2: 4, 1: 4}
+    assert hand.scheduler.load().batches == {2: 4, 1: 4}
 
 
 def test_a_group_is_encoded_once_and_its_samples_share_the_conditioning(hand: Hand) -> None:
@@ -46,8 +48,9 @@ def test_a_group_is_encoded_once_and_its_samples_share_the_conditioning(hand: Ha
     hand.work.before_encode = plans.append
     (group,) = hand.begin({"num_outputs_per_prompt": 4, "guidance_scale": 3.0, **ALL})
     hand.step()
-    pointers = {id(tensor): tensor.data_ptr() for running in _running(hand) for tensor in _env_tensors(running.task.env)}
-    assert len(_running(hand)) == 4 and len(plans) == 1
+    running = hand.work.samples
+    pointers = {id(tensor): tensor.data_ptr() for sample in running for tensor in _env_tensors(sample.conditioning.env)}
+    assert len(running) == 4 and len(plans) == 1
     # A positive and a negative embedding, each in one place for all four.
     assert len(set(pointers.values())) == len(pointers) == 2
     (rollouts,) = hand.finish(group)
@@ -60,25 +63,25 @@ def test_what_is_in_memory_stays_within_the_limits_and_a_large_sample_runs_alone
     seen: set[tuple[int, int]] = set()
 
     def look(*_: object) -> None:
-        running = [sample for sample in _running(hand)]
-        seen.add((hand.batcher.load().running_samples, sum(sample.job.pixels for sample in running)))
+        plans = [sample.conditioning.plan for sample in hand.work.samples]
+        seen.add((hand.scheduler.load().running_samples, sum(p.geometry.height * p.geometry.width for p in plans)))
 
     hand.work.before_decode = look
     while not all(request.done() for request in requests):
-        hand.batcher.encoding.work()
+        hand.encode()
         hand.step()
         look()
-        hand.batcher.decoding.work()
+        hand.decode()
     assert max(samples for samples, _ in seen) == 3
     assert {pixels for _, pixels in seen if pixels > 3 * 32 * 32} == {128 * 128}
     assert all(samples == 1 for samples, pixels in seen if pixels == 128 * 128)
-    assert max(hand.batcher.load().batches) == 2
+    assert max(hand.scheduler.load().batches) == 2
 
 
 def test_samples_start_in_the_order_of_acceptance_whatever_their_shape(engine: Engine) -> None:
     hand = Hand(engine, max_running_samples=1)
     order: list[int] = []
-    hand.work.before_decode = lambda task, sample: order.append(sample.seed)
+    hand.work.before_decode = lambda sample: order.append(sample.seed)
     hand.finish(*[hand.submit(seed=seed, height=height) for seed, height in ((1, 32), (2, 64), (3, 32), (4, 64))])
     assert order == [1, 2, 3, 4]
 
@@ -90,9 +93,9 @@ def test_a_rare_shape_ends_although_a_stream_of_another_never_does(engine: Engin
     turns = 0
     while not rare.done():
         stream.append(hand.submit(seed=1000 + turns))
-        hand.batcher.encoding.work()
+        hand.encode()
         hand.step()
-        hand.batcher.decoding.work()
+        hand.decode()
         turns += 1
         # It starts after the six before it, two by two, and then has every other turn.
         assert turns <= 3 * 4 + 2 * 4 + 8
@@ -109,28 +112,28 @@ def test_a_cancelled_request_leaves_at_once_and_the_others_keep_their_bits(hand:
     else:
         (meant,) = hand.begin({"seed": 6, "num_inference_steps": 3, "num_outputs_per_prompt": 2})
         hand.step(2 if when == "stepping" else 3)
-    assert hand.batcher.cancel(meant)
+    hand.cancel(meant)
     assert isinstance(meant.exception(0), CancelledRequestError)
-    assert not hand.batcher.cancel(meant)
-    before = hand.batcher.load().steps
+    hand.cancel(meant)
+    before = hand.scheduler.load().steps
     ((rollout,),) = hand.finish(other)
     hand.drain()
     steps_of_other = 4 if when in ("waiting", "encoded") else 4 - (2 if when == "stepping" else 3)
-    assert hand.batcher.load().steps - before == steps_of_other
+    assert hand.scheduler.load().steps - before == steps_of_other
     assert_same_bits(rollout, hand.alone(seed=5, **ALL)[0])
     assert hand.stats() == {"accepted": 2, "completed": 1, "failed": 1, "pending": 0, "running": 0}
-    assert hand.batcher.load().failures == {"cancelled": 1}
-    assert hand.batcher.load().running_samples == 0
+    assert hand.scheduler.load().failures == {"cancelled": 1}
+    assert hand.scheduler.load().running_samples == 0
 
 
 def test_abort_ends_the_requests_of_an_id_or_all(hand: Hand) -> None:
     ids = ["mine", "yours", "mine", "theirs"]
     requests = [hand.submit(request_id=name) for name in ids]
-    hand.batcher.encoding.work()
-    assert hand.batcher.abort("nobody") == 0
-    assert hand.batcher.abort("mine") == 2
+    hand.encode()
+    assert hand.abort("nobody") == 0
+    assert hand.abort("mine") == 2
     assert [request.done() for request in requests] == [True, False, True, False]
-    assert hand.batcher.abort(None) == 2
+    assert hand.abort(None) == 2
     hand.drain()
     assert all(isinstance(request.exception(0), CancelledRequestError) for request in requests)
     assert hand.stats()["failed"] == 4
@@ -155,10 +158,10 @@ def test_a_deadline_ends_a_request_wherever_it_is(engine: Engine) -> None:
     ready = hand.submit(timeout_s=20.0)
     waiting = hand.submit(timeout_s=30.0)
     patient = hand.submit()
-    while hand.batcher.encoding.work():
+    while hand.encode():
         pass
     hand.step(2)
-    assert hand.batcher.stepping.idle_s() == 10.0
+    assert hand.scheduler.loop.idle_s() == 10.0
     hand.clock.now_s += 9.9
     hand.step()
     assert not running.done()
@@ -167,8 +170,8 @@ def test_a_deadline_ends_a_request_wherever_it_is(engine: Engine) -> None:
         hand.step()
         assert isinstance(request.exception(0), DeadlineExceededError), late
     assert len(hand.finish(patient)[0]) == 1
-    assert hand.batcher.load().failures == {"deadline_exceeded": 3}
-    assert hand.batcher.stepping.idle_s() is None
+    assert hand.scheduler.load().failures == {"deadline_exceeded": 3}
+    assert hand.scheduler.loop.idle_s() is None
 
 
 def test_a_full_queue_refuses_until_there_is_room(hand: Hand) -> None:
@@ -176,7 +179,7 @@ def test_a_full_queue_refuses_until_there_is_room(hand: Hand) -> None:
     hand.submit(max_waiting=1)
     with pytest.raises(QueueFullError, match="1 waiting"):
         hand.submit(max_waiting=1)
-    hand.batcher.encoding.work()
+    hand.encode()
     hand.submit(max_waiting=1)
     hand.finish(first)
     assert hand.stats()["accepted"] == 3
@@ -184,40 +187,40 @@ def test_a_full_queue_refuses_until_there_is_room(hand: Hand) -> None:
 
 def test_a_pause_refuses_new_requests_holds_those_that_wait_and_lets_the_others_finish(hand: Hand) -> None:
     running, waiting = hand.submit(), hand.submit()
-    hand.batcher.pause("finish")
+    hand.pause("finish")
     with pytest.raises(PausedError):
         hand.submit()
     assert len(hand.finish(running)[0]) == 1
     hand.drain()
     assert not waiting.done() and hand.stats()["pending"] == 1
-    assert hand.batcher.load().is_paused
-    hand.batcher.resume()
+    assert hand.scheduler.load().is_paused
+    hand.resume()
     assert len(hand.finish(waiting)[0]) == 1
 
 
 def test_a_freeze_stops_between_two_steps_and_changes_no_bit(hand: Hand) -> None:
     (frozen,) = hand.begin({**ALL, "seed": 5})
     hand.step(2)
-    hand.batcher.pause("freeze")
+    hand.pause("freeze")
     hand.drain()
-    assert hand.batcher.load().steps == 2 and not frozen.done()
+    assert hand.scheduler.load().steps == 2 and not frozen.done()
     hand.clock.now_s += 1e6
-    assert hand.batcher.is_progressing()
+    assert hand.scheduler.is_progressing()
     with pytest.raises(PausedError, match="frozen"):
-        hand.batcher.exclusive(lambda: None)
-    hand.batcher.resume()
+        hand.exclusive(lambda: None).result(0)
+    hand.resume()
     ((rollout,),) = hand.finish(frozen)
     assert_same_bits(rollout, hand.alone(seed=5, **ALL)[0])
 
 
 def test_an_exclusive_action_that_drains_waits_for_what_runs_and_goes_before_what_waits(hand: Hand) -> None:
     running = hand.submit()
-    hand.batcher.encoding.work()
+    hand.encode()
     hand.step()
     waiting = hand.submit()  # in the encoder already
     behind = hand.submit()
     seen: list[tuple[bool, bool, bool]] = []
-    done = hand.batcher.exclusive(lambda: seen.append((running.done(), waiting.done(), behind.done())) or "done")
+    done = hand.exclusive(lambda: seen.append((running.done(), waiting.done(), behind.done())) or "done")
     after = hand.submit()
     hand.finish(running, waiting, behind, after)
     assert done.result(0) == "done"
@@ -231,12 +234,12 @@ def test_an_exclusive_action_that_aborts_has_running_requests_done_again_wholly(
     request = hand.submit(**fields)
     others = hand.submit(seed=9)
     if stage != "encode":
-        hand.batcher.encoding.work()
+        hand.encode()
         hand.step(1 if stage == "step" else 2)
     bias = hand.engine._model.transformer.all_final_layer["2-1"].linear.bias
     old = bias.data.clone()
     try:
-        done = hand.batcher.exclusive(lambda: bias.data.add_(0.5), mode="abort")
+        done = hand.exclusive(lambda: bias.data.add_(0.5), mode="abort")
         assert hand.stats()["running"] == 0 and hand.stats()["pending"] == 2
         group, _ = hand.finish(request, others)
         assert done.done()
@@ -250,17 +253,17 @@ def test_an_exclusive_action_that_aborts_has_running_requests_done_again_wholly(
     assert hand.stats() == {"accepted": 2, "completed": 2, "failed": 0, "pending": 0, "running": 0}
 
 
-@pytest.mark.parametrize("line", ["encoding", "decoding"])
-def test_an_exclusive_action_waits_for_what_still_works_for_an_aborted_request(hand: Hand, line: str) -> None:
+@pytest.mark.parametrize("stage", ["encode", "decode"])
+def test_an_exclusive_action_waits_for_what_still_works_for_an_aborted_request(hand: Hand, stage: str) -> None:
     """The text encoder and the VAE are the model too."""
     request = hand.submit(num_inference_steps=1)
-    if line == "decoding":
-        hand.batcher.encoding.work()
+    if stage == "decode":
+        hand.encode()
         hand.step()
-    done = hand.batcher.exclusive(lambda: None, mode="abort")
+    done = hand.exclusive(lambda: None, mode="abort")
     hand.step()
     assert not done.done()
-    getattr(hand.batcher, line).work()
+    getattr(hand, stage)()
     hand.step()
     assert done.done()
     assert len(hand.finish(request)[0]) == 1
@@ -271,10 +274,10 @@ def test_requests_that_were_put_back_go_before_those_that_waited(engine: Engine)
     order: list[int] = []
     requests = hand.begin(*[{"seed": seed} for seed in (1, 2)])
     requests.append(hand.submit(seed=3))
-    hand.batcher.pause("finish")
-    hand.batcher.exclusive(lambda: None, mode="abort")
-    hand.work.before_decode = lambda task, sample: order.append(sample.seed)
-    hand.batcher.resume()
+    hand.pause("finish")
+    hand.exclusive(lambda: None, mode="abort")
+    hand.work.before_decode = lambda sample: order.append(sample.seed)
+    hand.resume()
     requests.append(hand.submit(seed=4))
     hand.finish(*requests)
     assert order == [1, 2, 3, 4]
@@ -282,9 +285,9 @@ def test_requests_that_were_put_back_go_before_those_that_waited(engine: Engine)
 
 def test_nothing_starts_in_a_freeze(hand: Hand) -> None:
     hand.begin({})
-    hand.batcher.pause("freeze")
+    hand.pause("freeze")
     hand.drain()
-    assert hand.batcher.load().running_samples == 0
+    assert hand.scheduler.load().running_samples == 0
 
 
 def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) -> None:
@@ -292,7 +295,7 @@ def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) ->
     hand.begin(*[{"seed": seed} for seed in range(8)])
     assert (hand.stats()["running"], hand.stats()["pending"]) == (2, 6)
     hand.step()  # one of them starts
-    while hand.batcher.encoding.work():
+    while hand.encode():
         pass
     assert (hand.stats()["running"], hand.stats()["pending"]) == (3, 5)
 
@@ -300,21 +303,21 @@ def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) ->
 def test_an_exclusive_action_that_aborts_goes_through_a_freeze(hand: Hand) -> None:
     (request,) = hand.begin({"seed": 5})
     hand.step()
-    hand.batcher.pause("freeze")
-    done = hand.batcher.exclusive(lambda: 7, mode="abort")
+    hand.pause("freeze")
+    done = hand.exclusive(lambda: 7, mode="abort")
     hand.drain()
     assert done.result(0) == 7 and not request.done()
-    hand.batcher.resume()
+    hand.resume()
     assert len(hand.finish(request)[0]) == 1
 
 
 def test_what_is_done_between_steps_does_not_wait_for_requests(hand: Hand) -> None:
     (request,) = hand.begin({})
     hand.step()
-    asked = hand.batcher.between_steps(lambda: request.done())
+    asked = hand.between_steps(lambda: request.done())
     hand.step()
     assert asked.result(0) is False
-    failing = hand.batcher.between_steps(lambda: 1 // 0)
+    failing = hand.between_steps(lambda: 1 // 0)
     hand.step(2)
     with pytest.raises(ZeroDivisionError):
         failing.result(0)
@@ -326,47 +329,31 @@ def test_a_stream_of_what_is_done_between_steps_stops_neither_samples_nor_change
     change = None
 
     def stream() -> None:
-        hand.batcher.between_steps(stream)
+        hand.between_steps(stream)
 
     stream()
     stream()
     for turn in range(60):
         if turn == 6:
-            assert hand.batcher.load().steps == 3
-            change = hand.batcher.exclusive(lambda: request.done())
+            assert hand.scheduler.load().steps == 3
+            change = hand.exclusive(lambda: request.done())
         hand.step()
-        hand.batcher.decoding.work()
+        hand.decode()
     assert change is not None and change.result(0) is True
-
-
-@pytest.mark.parametrize("yields", [True, False])
-def test_of_errands_that_yield_one_request_goes_between_two(hand: Hand, yields: bool) -> None:
-    requests = [hand.submit(seed=seed) for seed in range(3)]
-    order: list[int] = []
-
-    def stream() -> None:
-        order.append(sum(request.done() for request in requests))
-        if len(order) < 8:
-            hand.batcher.exclusive(stream, yields=yields)
-
-    hand.batcher.exclusive(stream, yields=yields)
-    hand.drain()
-    # The first request was taken up before there was an errand.
-    assert order == ([1, 2, 3, 3, 3, 3, 3, 3] if yields else [1] * 8)
 
 
 def test_stop_ends_everything_once_and_refuses_what_comes(hand: Hand) -> None:
     requests = [hand.submit(seed=seed) for seed in range(3)]
-    hand.batcher.encoding.work()
+    hand.encode()
     hand.step()
-    errand = hand.batcher.exclusive(lambda: None)
+    errand = hand.exclusive(lambda: None)
     end = ShuttingDownError("the engine must run, got its end; go elsewhere.")
-    hand.batcher.stop(end)
+    hand.scheduler.stop(end)
     told = [request.exception(0) for request in (*requests, errand)]
     assert [str(error) for error in told] == [str(end)] * 4 and {type(error) for error in told} == {ShuttingDownError}
     # Each its own: whoever asks a future raises what is in it, and adds frames to it.
     assert len({id(error) for error in (*told, end)}) == 5
-    for call in (hand.submit, hand.batcher.exclusive, hand.batcher.between_steps):
+    for call in (hand.submit, hand.exclusive, hand.between_steps):
         with pytest.raises(ShuttingDownError):
             call(lambda: None) if call != hand.submit else call()
     hand.drain()
@@ -374,11 +361,11 @@ def test_stop_ends_everything_once_and_refuses_what_comes(hand: Hand) -> None:
 
 
 def test_refusals_keep_nothing_of_who_was_refused(hand: Hand) -> None:
-    hand.batcher.stop(ShuttingDownError("the engine must run, got its end; go elsewhere."))
+    hand.scheduler.stop(ShuttingDownError("the engine must run, got its end; go elsewhere."))
     for _ in range(100):
         with pytest.raises(ShuttingDownError):
             hand.submit()
-    stopped = hand.batcher.stopped
+    stopped = hand.scheduler.stopped
     assert stopped is not None and stopped.__traceback__ is None and stopped.__context__ is None
 
 
@@ -392,7 +379,7 @@ def test_the_stages_of_a_request_follow_each_other_without_a_gap(hand: Hand) -> 
     hand.work.before_encode, hand.work.before_decode = passing(2.0), passing(8.0)
     request = hand.submit(num_inference_steps=2)
     hand.clock.now_s += 0.5
-    hand.batcher.encoding.work()
+    hand.encode()
     hand.clock.now_s += 1.0
     hand.step()
     hand.clock.now_s += 4.0
@@ -400,7 +387,7 @@ def test_the_stages_of_a_request_follow_each_other_without_a_gap(hand: Hand) -> 
     timing = request.timing
     # Taken up at once, so that waiting for the encoder counts as encoding.
     assert (timing.queue, timing.encode, timing.denoise, timing.decode) == (1.0, 2.5, 4.0, 8.0)
-    assert hand.batcher.load().stage_s == {"queue": 1.0, "encode": 2.5, "denoise": 4.0, "decode": 8.0}
+    assert hand.scheduler.load().stage_s == {"queue": 1.0, "encode": 2.5, "denoise": 4.0, "decode": 8.0}
 
 
 def test_retry_after_follows_from_how_long_recent_requests_of_that_size_took(hand: Hand) -> None:
@@ -416,28 +403,28 @@ def test_retry_after_follows_from_how_long_recent_requests_of_that_size_took(han
 
 
 def test_requests_count_as_stuck_only_far_beyond_what_recent_work_took(hand: Hand) -> None:
-    assert not hand.batcher.is_progressing()
+    assert not hand.scheduler.is_progressing()
     request = hand.submit()
     hand.clock.now_s += 1000.0
-    assert hand.batcher.is_progressing()  # nothing to compare with
+    assert hand.scheduler.is_progressing()  # nothing to compare with
     hand.clock.now_s += 1000.0
-    assert not hand.batcher.is_progressing()
+    assert not hand.scheduler.is_progressing()
     hand.finish(request)
     hand.submit()
     hand.clock.now_s += 59.0
-    assert hand.batcher.is_progressing()
+    assert hand.scheduler.is_progressing()
     hand.clock.now_s += 2.0
-    assert not hand.batcher.is_progressing()
+    assert not hand.scheduler.is_progressing()
 
 
 def test_a_first_step_of_two_samples_may_take_longer_than_those_of_one(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = steps.forward
+    forward = model_runner.forward
 
     def slow(batch: Any) -> Any:
         hand.clock.now_s += 8.0
         return forward(batch)
 
-    monkeypatch.setattr(steps, "forward", slow)
+    monkeypatch.setattr(model_runner, "forward", slow)
     hand.finish(hand.submit())
     healthy: list[bool] = []
 
@@ -445,10 +432,10 @@ def test_a_first_step_of_two_samples_may_take_longer_than_those_of_one(hand: Han
         # Ten times eight seconds, and four times that for twice as many pixels.
         for seconds in (319.0, 1.0):
             hand.clock.now_s += seconds
-            healthy.append(hand.batcher.is_progressing())
+            healthy.append(hand.scheduler.is_progressing())
         return forward(batch)
 
-    monkeypatch.setattr(steps, "forward", very_slow)
+    monkeypatch.setattr(model_runner, "forward", very_slow)
     hand.begin({"num_outputs_per_prompt": 2})
     hand.step()
     assert healthy == [True, False]
@@ -466,11 +453,11 @@ def test_a_first_step_of_two_samples_may_take_longer_than_those_of_one(hand: Han
     ],
 )
 def test_what_is_larger_than_all_recent_work_may_take_longer(pixels: int, allowed_s: float) -> None:
-    pace = Pace()
+    watchdog = Watchdog()
     for seconds, running in ((0.5, 0), (8.0, 1024), (2.0, 256)):
-        pace.note_piece(seconds, 100.0, running)
-    assert not pace.is_stuck(0.0, 100.0 + allowed_s - 0.1, pixels)
-    assert pace.is_stuck(0.0, 100.0 + allowed_s, pixels)
+        watchdog.note_piece(100.0 - seconds, 100.0, running_pixels=running)
+    assert not watchdog.is_stuck(0.0, 100.0 + allowed_s - 0.1, pixels)
+    assert watchdog.is_stuck(0.0, 100.0 + allowed_s, pixels)
 
 
 def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_like_alone(
@@ -478,14 +465,14 @@ def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_
 ) -> None:
     counts: list[int] = []
     stepped: set[tuple[int, int]] = set()
-    forward = steps.forward
+    forward = model_runner.forward
 
     def counting(batch: Any) -> Any:
         stepped.add((len(batch), torch.get_num_threads()))
         assert not torch.is_grad_enabled()
         return forward(batch)
 
-    monkeypatch.setattr(steps, "forward", counting)
+    monkeypatch.setattr(model_runner, "forward", counting)
     hand.work.before_encode = hand.work.before_decode = lambda *_: counts.append(torch.get_num_threads())
     before = torch.get_num_threads()
     try:
@@ -497,18 +484,17 @@ def test_a_request_runs_with_the_thread_count_of_its_caller_and_shares_with_its_
         torch.set_num_threads(before)
     assert sorted(counts) == [1, 1, 1, 1, 2, 2]
     assert stepped == {(2, 1), (1, 2)}
-    assert hand.batcher.load().batches == {2: 4, 1: 4}
+    assert hand.scheduler.load().batches == {2: 4, 1: 4}
 
 
 def test_threads_end_with_an_engine_that_nobody_holds_any_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowroll.engine.batching.threads._LOOK_S", 0.02)
     threads = set(threading.enumerate())
-    batcher = Batcher(Hand(engine).work, BatchLimits())
-    batcher.start()
+    scheduler = Scheduler(Hand(engine).work, BatchLimits())
+    scheduler.start()
     started = set(threading.enumerate()) - threads
-    assert len(started) == 3 and batcher.is_alive
-    gone = weakref.ref(batcher)
-    del batcher
+    assert len(started) == 3 and scheduler.is_alive
+    gone = weakref.ref(scheduler)
+    del scheduler
     deadline = time.monotonic() + 30.0
     while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
         gc.collect()  # a thread that looks at this moment holds it
@@ -516,31 +502,27 @@ def test_threads_end_with_an_engine_that_nobody_holds_any_more(engine: Engine, m
     assert gone() is None and not any(thread.is_alive() for thread in started)
 
 
-def test_a_defect_of_a_line_ends_every_request_instead_of_leaving_it_for_ever(
+def test_a_defect_of_the_loop_ends_every_request_instead_of_leaving_it_for_ever(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hand = Hand(engine)
+    hand = Hand(engine, threads=True)
 
-    def defect() -> bool:
+    def defect(*_: object) -> None:
         raise AssertionError("an invariant broke")
 
-    monkeypatch.setattr(hand.batcher.decoding, "work", defect)
+    monkeypatch.setattr(hand.scheduler.loop, "_decode", defect)
     request = hand.submit()
-    hand.batcher.start()
+    hand.scheduler.start()
     with pytest.raises(Exception, match="an invariant broke"):
         request.result(30.0)
-    assert hand.batcher.halt(30.0)
-    assert not hand.batcher.is_alive and "cannot go on" in caplog.text
+    assert hand.scheduler.halt(30.0)
+    assert not hand.scheduler.is_alive and "cannot go on" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["max_batch_samples", "max_running_samples", "max_running_pixels"])
 def test_limits_are_at_least_1(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"{name} must be >= 1"):
         BatchLimits(**{name: 0})
-
-
-def _running(hand: Hand) -> list[Any]:
-    return list(hand.batcher._floor.samples._turns)
 
 
 def _env_tensors(env: Any) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.engine.batching.hand import Hand
+from tests.unit.engine.scheduler.hand import Hand
 
 from flowroll.engine import Engine
 

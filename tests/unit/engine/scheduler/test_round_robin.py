@@ -3,18 +3,18 @@
 import random
 from typing import TypeVar
 
-from flowroll.engine.batching.turns import Turns
+from flowroll.engine.scheduler.policy import RoundRobin
 
 T = TypeVar("T")
 
 
-def next_of(turns: Turns[T], most: int) -> list[T]:
+def next_of(turns: RoundRobin[T], most: int) -> list[T]:
     """The next of at most so many, whatever the lane."""
-    return turns.next(lambda key: most)
+    return turns.next(lambda key: most)[1]
 
 
 def test_lanes_take_turns_and_a_new_lane_joins_at_the_end() -> None:
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     for key, item in (("a", "a1"), ("b", "b1"), ("a", "a2")):
         turns.add(key, item)
     assert next_of(turns, 8) == ["a1", "a2"]
@@ -23,7 +23,7 @@ def test_lanes_take_turns_and_a_new_lane_joins_at_the_end() -> None:
 
 
 def test_in_a_lane_the_oldest_go_first() -> None:
-    turns: Turns[int] = Turns()
+    turns: RoundRobin[int] = RoundRobin()
     for item in range(5):
         turns.add("a", item)
     assert next_of(turns, 2) == [0, 1]
@@ -34,7 +34,7 @@ def test_in_a_lane_the_oldest_go_first() -> None:
 
 
 def test_a_lane_that_was_emptied_joins_anew_at_the_end() -> None:
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     for key in ("a", "b"):
         turns.add(key, key)
     turns.remove("a", "a")
@@ -46,7 +46,7 @@ def test_a_lane_that_was_emptied_joins_anew_at_the_end() -> None:
 
 
 def test_a_stream_of_ever_new_shapes_does_not_starve_an_old_one() -> None:
-    turns: Turns[int] = Turns()
+    turns: RoundRobin[int] = RoundRobin()
     turns.add("old", -1)
     waited, ran = 0, 0
     for number in range(100):
@@ -66,7 +66,7 @@ def test_a_stream_of_ever_new_shapes_does_not_starve_an_old_one() -> None:
 
 def test_every_sample_runs_within_a_round_once_it_is_among_the_oldest_of_its_lane() -> None:
     source = random.Random(0)
-    turns: Turns[int] = Turns()
+    turns: RoundRobin[int] = RoundRobin()
     lanes: dict[int, list[int]] = {}
     since: dict[int, int] = {}
     for number in range(400):
@@ -91,7 +91,7 @@ def test_every_sample_runs_within_a_round_once_it_is_among_the_oldest_of_its_lan
 
 
 def test_how_many_are_next_may_depend_on_the_lane() -> None:
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     for key, item in (("a", "a1"), ("a", "a2"), ("b", "b1"), ("b", "b2")):
         turns.add(key, item)
-    assert [turns.next(lambda key: {"a": 1, "b": 2}[str(key)]) for _ in range(2)] == [["a1"], ["b1", "b2"]]
+    assert [turns.next(lambda key: {"a": 1, "b": 2}[str(key)])[1] for _ in range(2)] == [["a1"], ["b1", "b2"]]

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from tests.rollouts import assert_same_bits
-from tests.unit.engine.batching.hand import ALL, Hand
+from tests.unit.engine.scheduler.hand import ALL, Hand
 
-from flowroll.engine import Accepted, Engine, denoising
-from flowroll.engine.batching import steps
+from flowroll.engine import Engine, RequestFuture
+from flowroll.engine.runner import model_runner
+from flowroll.engine.runner import sample as samples
 from flowroll.errors import EngineError, FlowrollError, PausedError, QueueFullError
 
 BAD_SEED = 13
@@ -23,7 +24,7 @@ BAD_SEED = 13
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """What is made to fail here is logged in full; nobody has to read it."""
-    logger = logging.getLogger("flowroll.engine.batching")
+    logger = logging.getLogger("flowroll.engine.scheduler")
     logger.setLevel(logging.CRITICAL)
     yield
     logger.setLevel(logging.NOTSET)
@@ -38,7 +39,7 @@ def fail_in_encode(hand: Hand, _: pytest.MonkeyPatch) -> None:
 
 
 def fail_in_decode(hand: Hand, _: pytest.MonkeyPatch) -> None:
-    def fail(task: Any, sample: Any) -> None:
+    def fail(sample: Any) -> None:
         if sample.seed == BAD_SEED:
             raise torch.OutOfMemoryError("no memory for the decoder")
 
@@ -46,37 +47,37 @@ def fail_in_decode(hand: Hand, _: pytest.MonkeyPatch) -> None:
 
 
 def fail_in_start(hand: Hand, patch: pytest.MonkeyPatch) -> None:
-    start = denoising.start
+    start = samples.Sample.start
 
-    def failing(task: Any, seed: int) -> Any:
+    def failing(conditioning: Any, seed: int) -> Any:
         if seed == BAD_SEED:
             raise torch.OutOfMemoryError("no memory for the noise")
-        return start(task, seed)
+        return start(conditioning, seed)
 
-    patch.setattr(denoising, "start", failing)
+    patch.setattr(samples.Sample, "start", failing)
 
 
 def fail_in_step(hand: Hand, patch: pytest.MonkeyPatch) -> None:
-    step = denoising.recorded_step
+    step = samples.recorded_step
 
-    def failing(task: Any, sample: Any, velocity: Any) -> None:
+    def failing(sample: Any, velocity: Any) -> None:
         if sample.seed == BAD_SEED and sample.step == 2:
             raise torch.OutOfMemoryError("no memory for the step")
-        step(task, sample, velocity)
+        step(sample, velocity)
 
-    patch.setattr(denoising, "recorded_step", failing)
+    patch.setattr(samples, "recorded_step", failing)
 
 
 def fail_in_forward(hand: Hand, patch: pytest.MonkeyPatch) -> None:
     """Every forward that has the bad sample in it fails, be it alone there or not."""
-    forward = steps.forward
+    forward = model_runner.forward
 
     def failing(batch: Any) -> Any:
-        if any(running.sample.seed == BAD_SEED and running.sample.step == 2 for running in batch):
+        if any(sample.seed == BAD_SEED and sample.step == 2 for sample in batch):
             raise torch.OutOfMemoryError("no memory for the forward")
         return forward(batch)
 
-    patch.setattr(steps, "forward", failing)
+    patch.setattr(model_runner, "forward", failing)
 
 
 FAULTS = [fail_in_encode, fail_in_start, fail_in_forward, fail_in_step, fail_in_decode]
@@ -103,8 +104,8 @@ def test_a_failure_ends_its_request_alone_and_the_others_keep_their_bits(
         assert_same_bits(ours, alone)
     hand.drain()
     assert hand.stats() == {"accepted": 4, "completed": 2, "failed": 2, "pending": 0, "running": 0}
-    assert hand.batcher.load().running_samples == 0
-    assert hand.batcher.load().failures == {"engine_error": 2}
+    assert hand.scheduler.load().running_samples == 0
+    assert hand.scheduler.load().failures == {"engine_error": 2}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("this once"), torch.OutOfMemoryError("this once")])
@@ -113,7 +114,7 @@ def test_a_forward_that_failed_is_taken_again_in_halves(
 ) -> None:
     """One that ran out of memory is not tried at that size again; after another failure the batch goes on together."""
     sizes: list[int] = []
-    forward = steps.forward
+    forward = model_runner.forward
 
     def failing_once(batch: Any) -> Any:
         sizes.append(len(batch))
@@ -122,7 +123,7 @@ def test_a_forward_that_failed_is_taken_again_in_halves(
         return forward(batch)
 
     (expected,) = hand.finish(hand.submit(num_outputs_per_prompt=3, **ALL))
-    monkeypatch.setattr(steps, "forward", failing_once)
+    monkeypatch.setattr(model_runner, "forward", failing_once)
     (group,) = hand.begin({"num_outputs_per_prompt": 3, **ALL})
     (rollouts,) = hand.finish(group)
     for ours, before in zip(rollouts, expected, strict=True):
@@ -138,7 +139,7 @@ def test_a_batch_that_does_not_fit_shrinks_until_it_does_and_each_sample_keeps_i
     hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed: list[int] = []
-    forward = steps.forward
+    forward = model_runner.forward
 
     def of_three_at_most(batch: Any) -> Any:
         if len(batch) > 3:
@@ -147,7 +148,7 @@ def test_a_batch_that_does_not_fit_shrinks_until_it_does_and_each_sample_keeps_i
         return forward(batch)
 
     (expected,) = hand.finish(hand.submit(num_outputs_per_prompt=9, **ALL))
-    monkeypatch.setattr(steps, "forward", of_three_at_most)
+    monkeypatch.setattr(model_runner, "forward", of_three_at_most)
     (rollouts,) = hand.finish(hand.submit(num_outputs_per_prompt=9, **ALL))
     for ours, before in zip(rollouts, expected, strict=True):
         assert_same_bits(ours, before)
@@ -159,11 +160,11 @@ def test_what_a_failure_held_is_free_at_once(hand: Hand, monkeypatch: pytest.Mon
     """Not when the garbage collector comes by: after running out of memory that is too late."""
     velocities: list[Any] = []
 
-    def failing(task: Any, sample: Any, velocity: torch.Tensor) -> None:
+    def failing(sample: Any, velocity: torch.Tensor) -> None:
         velocities.append(weakref.ref(velocity))
         raise torch.OutOfMemoryError("no memory for the step")
 
-    monkeypatch.setattr(denoising, "recorded_step", failing)
+    monkeypatch.setattr(samples, "recorded_step", failing)
     gc.disable()
     try:
         (error,) = hand.finish(hand.submit())
@@ -176,7 +177,7 @@ def test_what_a_failure_held_is_free_at_once(hand: Hand, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError("all of it")])
 def test_not_even_what_ends_a_thread_ends_a_line(hand: Hand, error: BaseException) -> None:
     def fail(*_: object) -> None:
-        hand.work.before_decode = lambda task, sample: None
+        hand.work.before_decode = lambda sample: None
         raise error
 
     hand.work.before_decode = fail
@@ -194,7 +195,7 @@ def test_every_accepted_request_ends_exactly_once_in_a_storm(
     hand = Hand(engine, max_batch_samples=4, max_running_samples=5)
     inject(hand, monkeypatch)
     ends: Counter[int] = Counter()
-    accepted: list[Accepted[Any]] = []
+    accepted: list[RequestFuture[Any]] = []
     refused = errands = 0
 
     def submit() -> None:
@@ -219,37 +220,34 @@ def test_every_accepted_request_ends_exactly_once_in_a_storm(
 
     def exclusive() -> None:
         nonlocal errands
-        try:
-            hand.batcher.exclusive(lambda: None, mode=source.choice(["drain", "abort"]))
-            errands += 1
-        except PausedError:
-            pass
+        done = hand.exclusive(lambda: None, mode=source.choice(["drain", "abort"]))
+        errands += not done.done()
 
     def tick() -> None:
         hand.clock.now_s += source.choice([0.1, 1.0])
 
     moves: list[tuple[float, Callable[[], object]]] = [
         (0.25, submit),
-        (0.03, lambda: accepted and hand.batcher.cancel(source.choice(accepted))),
+        (0.03, lambda: accepted and hand.cancel(source.choice(accepted))),
         (0.03, lambda: accepted and source.choice(accepted).cancel()),
-        (0.01, lambda: hand.batcher.abort("a")),
-        (0.02, lambda: hand.batcher.pause(source.choice(["finish", "freeze"]))),
-        (0.05, hand.batcher.resume),
+        (0.01, lambda: hand.abort("a")),
+        (0.02, lambda: hand.pause(source.choice(["finish", "freeze"]))),
+        (0.05, hand.resume),
         (0.02, exclusive),
         (0.05, tick),
-        (0.15, hand.batcher.encoding.work),
-        (0.25, hand.batcher.stepping.work),
-        (0.14, hand.batcher.decoding.work),
+        (0.15, hand.encode),
+        (0.25, hand.step),
+        (0.14, hand.decode),
     ]
     weights, actions = zip(*moves, strict=True)
     for _ in range(700):
         source.choices(actions, weights)[0]()
         hand.stats()
-        assert hand.batcher.load().running_samples <= 5
-    hand.batcher.resume()
+        assert hand.scheduler.load().running_samples <= 5
+    hand.resume()
     hand.drain()
     stats = hand.stats()
-    assert stats["pending"] == stats["running"] == hand.batcher.load().running_samples == 0
+    assert stats["pending"] == stats["running"] == hand.scheduler.load().running_samples == 0
     assert stats["accepted"] == len(accepted) == sum(ends.values()) and set(ends.values()) == {1}
     outcomes = Counter("cancelled" if one.cancelled() else type(one.exception(0)).__name__ for one in accepted)
     assert outcomes["NoneType"] == stats["completed"]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from flowroll.engine.batching.room import Room, is_out_of_memory
+from flowroll.engine.scheduler.policy import OomBackoff, is_out_of_memory
 
 
 def test_what_ran_out_of_memory_is_halved_until_it_fits_and_tried_again_after_a_while() -> None:
-    room = Room()
+    room = OomBackoff()
     assert room.most("a", 16) == 16
     room.ran_out("a", 16)
     room.ran_out("a", 8)
@@ -24,7 +24,7 @@ def test_what_ran_out_of_memory_is_halved_until_it_fits_and_tried_again_after_a_
 
 
 def test_a_second_failure_at_a_size_that_was_tried_again_counts_as_the_first() -> None:
-    room = Room()
+    room = OomBackoff()
     room.ran_out("a", 16)
     for _ in range(63):
         room.went_well("a", 8)
@@ -36,7 +36,7 @@ def test_a_second_failure_at_a_size_that_was_tried_again_counts_as_the_first() -
 
 
 def test_an_odd_batch_is_halved_upwards_and_never_to_nothing() -> None:
-    room = Room()
+    room = OomBackoff()
     room.ran_out("a", 3)
     assert room.most("a", 16) == 2
     room.ran_out("a", 2)
@@ -44,7 +44,7 @@ def test_an_odd_batch_is_halved_upwards_and_never_to_nothing() -> None:
 
 
 def test_a_server_that_meets_many_shapes_remembers_the_latest() -> None:
-    room = Room()
+    room = OomBackoff()
     for key in range(300):
         room.ran_out(key, 8)
     assert room.most(0, 8) == 8 and room.most(299, 8) == 4
