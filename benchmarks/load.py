@@ -102,7 +102,12 @@ def _apart(row: Callable[..., str], *arguments: object) -> str:
 
 def _load_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
     torch.set_num_threads(threads)
-    with _engine(checkpoint, dtype) as engine, Engine(checkpoint, dtype=dtype, device="cpu", batching=BatchLimits(max_batch_samples=1, max_running_samples=1)) as single:
+    with (
+        _engine(checkpoint, dtype) as engine,
+        Engine(
+            checkpoint, dtype=dtype, device="cpu", batching=BatchLimits(max_batch_samples=1, max_running_samples=1)
+        ) as single,
+    ):
         requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
         _run(engine, requests)
         before = Counter(engine.scheduler.load().batches)

@@ -1,4 +1,4 @@
-"""Drives an engine's requests on the test's own thread, one piece at a time: no threads, no waiting, the same order every time."""
+"""Drives an engine's requests on the test's own thread, one piece at a time, in the same order every time."""
 
 from typing import Any
 

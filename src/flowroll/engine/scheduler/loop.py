@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -20,10 +19,11 @@ from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats, View
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
-from flowroll.engine.scheduler.policy import BatchLimits, OomBackoff, RoundRobin, Watchdog, is_out_of_memory
+from flowroll.engine.scheduler.policy import BatchLimits, Watchdog, is_out_of_memory
 from flowroll.engine.scheduler.queue import RequestQueue
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
 from flowroll.engine.scheduler.runner import Runner
+from flowroll.engine.scheduler.samples import RunningSamples
 from flowroll.engine.scheduler.stages import Stage, decoding, encoding
 from flowroll.engine.scheduler.tasks import ControlTask, TaskQueue
 from flowroll.errors import FlowrollError, PausedError, fresh
@@ -56,13 +56,9 @@ class Loop:
         self._encoder, self._decoder, self._clock = encoder, decoder, clock
         self._queue = RequestQueue(clock, self._release)
         self._tasks = TaskQueue()
-        self._backoff = OomBackoff()
-        self._ready: deque[RequestSample] = deque()
-        self._lanes: RoundRobin[RunningSample] = RoundRobin()
-        # Samples from their initial noise to their picture.
-        self._num_in_memory = self._pixels_in_memory = 0
-        self._is_encoding, self._num_decoding = False, 0
-        self._num_taken = self._num_samples = 0
+        self._samples = RunningSamples(limits)
+        self._is_encoding = False
+        self._num_taken = 0
         self._pause: PauseMode | None = None
         # After a control task samples have their turn, however many others wait.
         self._owes_step = False
@@ -195,14 +191,11 @@ class Loop:
             self._queue.fail(request, error)
             return
         request.conditioning, request.encoded_s = conditioning, self._clock()
-        for index in range(len(request.plan.seeds)):
-            self._num_samples += 1
-            self._ready.append(RequestSample(id=self._num_samples, request=request, attempt=request.attempt, index=index))
+        self._samples.add_ready(request)
 
     def _take_decoded(self, message: messages.Decoded) -> None:
         sample, request = message.sample, message.sample.request
-        self._num_decoding -= 1
-        self._leave_memory(request)
+        self._samples.end_decoding(request)
         self._note_piece(message.started_s)
         if not sample.is_wanted:
             return
@@ -221,7 +214,7 @@ class Loop:
             and self.stopped is None
             and not self._tasks.needs_idle
             and not self._is_encoding
-            and len(self._ready) < self._limits.max_batch_samples
+            and self._samples.num_ready < self._limits.max_batch_samples
         )
 
     def _admit(self) -> None:
@@ -231,23 +224,16 @@ class Loop:
 
     def _is_idle(self) -> bool:
         """Whether nothing works for a request, not even for one that has ended."""
-        return not (self._queue.num_running or self._is_encoding or self._num_decoding)
+        return not (self._queue.num_running or self._is_encoding or self._samples.num_decoding)
 
     def _release(self, request: Request) -> None:
         """A request runs no more: its samples leave on every rank. What is being decoded leaves with its stage."""
-        self._ready = deque(sample for sample in self._ready if sample.request is not request)
-        for sample in [sample for sample in self._lanes if sample.of.request is request]:
-            self._lanes.remove(sample.key, sample)
-            self._leave_memory(request)
+        self._samples.drop(request)
         if request.conditioning is not None:
             try:
                 self._runner.drop_request(request.id)
             except FlowrollError:  # a rank is lost, which ends everything
                 _log.debug("a request could not be dropped on every rank", exc_info=True)
-
-    def _leave_memory(self, request: Request) -> None:
-        self._num_in_memory -= 1
-        self._pixels_in_memory -= request.pixels
 
     def _run_task(self, task: ControlTask) -> None:
         started_s = self._clock()
@@ -273,15 +259,10 @@ class Loop:
             self._tasks.end(task, result, error=error)
 
     def _start_samples(self) -> bool:
-        """Starts the samples that there is room for, in the order of acceptance; the first in line is never overtaken."""
+        """Starts the samples that there is room for."""
         has_started = False
-        while self._ready and self._pause != "freeze":
-            request = self._ready[0].request
-            if not self._limits.admits(
-                pixels=request.pixels, num_running=self._num_in_memory, running_pixels=self._pixels_in_memory
-            ):
-                break
-            self._start(self._ready.popleft())
+        while self._pause != "freeze" and (sample := self._samples.next_start()) is not None:
+            self._start(sample)
             has_started = True
         return has_started
 
@@ -293,24 +274,21 @@ class Loop:
         except BaseException as error:
             self._queue.fail(request, error)
             return
-        self._num_in_memory += 1
-        self._pixels_in_memory += request.pixels
         request.started_s = started_s if request.started_s is None else request.started_s
-        # A forward runs with one number of CPU threads.
-        self._lanes.add(key, RunningSample(of=sample, key=key, started_s=started_s))
+        self._samples.run(RunningSample(of=sample, key=key, started_s=started_s))
         self._note_piece(started_s)
 
     def _step(self) -> bool:
         """Takes one step of the samples whose turn it is."""
         if self._pause == "freeze":
             return False
-        key, batch = self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
+        key, batch = self._samples.next_batch()
         if not batch:
             return False
         self._runner.use_threads(batch[0].of.request.num_threads)
         started_s = self._clock()
         outcomes = self._outcomes(key, batch)
-        self._note_piece(started_s, running_pixels=self._pixels_in_memory)
+        self._note_piece(started_s, running_pixels=self._samples.pixels_in_memory)
         self._queue.counters.batches[len(batch)] += 1
         for running in batch:
             outcome = outcomes.get(running.of.id)
@@ -330,13 +308,13 @@ class Loop:
         """
         try:
             outcome = self._runner.step([running.of.id for running in batch])
-            self._backoff.went_well(key, len(batch))
+            self._samples.backoff.went_well(key, len(batch))
             return {**outcome.finished, **outcome.failures}
         except BaseException as error:
             if len(batch) == 1:
                 return {batch[0].of.id: error}
             if is_out_of_memory(error):
-                self._backoff.ran_out(key, len(batch))
+                self._samples.backoff.ran_out(key, len(batch))
             ids = sorted({running.of.request.plan.request_id for running in batch})
             text = "a forward of %d samples failed (%s); taking it again in halves"
             _log.warning(text, len(batch), type(error).__name__, extra={"request_ids": ids})
@@ -347,8 +325,7 @@ class Loop:
 
     def _decode(self, running: RunningSample, sample: Sample) -> None:
         request = running.of.request
-        self._lanes.remove(running.key, running)
-        self._num_decoding += 1
+        self._samples.begin_decoding(running)
         request.note_denoised(self._clock())
         self._decoder.submit(decoding(self._runner, self._inbox, running, sample, self._clock))
 
@@ -363,7 +340,7 @@ class Loop:
             requests=self._queue.counts(),
             log_probs=tasks.counts(),
             oldest_waiting_since_s=self._queue.oldest_waiting_since_s,
-            running_samples=self._num_in_memory,
+            running_samples=self._samples.num_in_memory,
             batches=dict(counters.batches),
             failures=dict(counters.failures),
             stage_s=dict(counters.stage_s),
@@ -377,7 +354,7 @@ class Loop:
             free_at_s=self.watchdog.free_at_s(self._queue.running),
             stats=stats,
             running_since_s=None if oldest is None else oldest.admitted_s,
-            running_pixels=self._pixels_in_memory,
+            running_pixels=self._samples.pixels_in_memory,
             task_since_s=None if tasks.current is None else tasks.current_since_s,
         )
 

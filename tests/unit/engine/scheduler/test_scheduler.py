@@ -12,8 +12,7 @@ import torch
 from tests.rollouts import assert_same_bits
 from tests.unit.engine.scheduler.hand import ALL, Hand
 
-from flowroll.engine import Engine
-from flowroll.engine import BatchLimits
+from flowroll.engine import BatchLimits, Engine
 from flowroll.engine.runner import model_runner
 from flowroll.engine.scheduler import Scheduler
 from flowroll.engine.scheduler.policy import Watchdog
