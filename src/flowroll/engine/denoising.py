@@ -121,7 +121,7 @@ def denoise(task: DenoisingTask, sample: Sample, check_interrupt: Callable[[], N
     model, take_step = task.model, step_function(sample)
     while sample.step < task.plan.schedule.num_steps:
         check_interrupt()
-        (velocity,) = model.family.velocities(task.transformer, [task.next_input(sample)], model.dtype, run=model.run)
+        (velocity,) = model.strategy.velocities(task.transformer, [task.next_input(sample)])
         take_step(task, sample, velocity)
 
 

@@ -35,7 +35,7 @@ class Start:
     def begin(self, task: DenoisingTask, now_s: float) -> RunningSample:
         """The sample at its initial noise."""
         sample = denoising.start(task, self.job.plan.seeds[self.index])
-        batch_key = task.model.family.batch_key(task.next_input(sample))
+        batch_key = task.model.strategy.batch_key(task.next_input(sample))
         return RunningSample(
             job=self.job,
             attempt=self.attempt,

@@ -144,7 +144,7 @@ def forward(batch: Sequence[RunningSample]) -> list[Tensor]:
     """The velocities of samples with equal keys."""
     model = batch[0].task.model
     inputs = [sample.task.next_input(sample.sample) for sample in batch]
-    return model.family.velocities(batch[0].task.transformer, inputs, model.dtype, run=model.run)
+    return model.strategy.velocities(batch[0].task.transformer, inputs)
 
 
 def engine_error(error: BaseException) -> EngineError:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flowroll.families.products import attention_is_independent, parts_of, product
+from flowroll.exact.probe import attention_is_independent, parts_of, product
 
 # Elements between which element-wise kernels may pass from one thread or kind of code to another: two vectors of 64 bytes, in
 # the smallest dtype that we run.
