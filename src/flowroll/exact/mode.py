@@ -1,149 +1,211 @@
-"""One forward for several samples in which every sample keeps the bits that it has alone.
+"""The function modes of torch under which a forward is shared by several samples.
 
-Owns what has to be done to a batched forward for that, from outside the model: `PerSample` is a function mode of torch that is
-active during one forward, sees every function that the model calls, and computes those whose bits depend on the number of
-rows for each sample by itself. It knows nothing of model families.
-
-What depends on the number of rows, measured with torch 2.13 on a CPU:
-
-- Products (`linear`): another number of rows is another kernel, or another division among threads.
-- Element-wise functions that are no single IEEE operation (silu, gelu, tanh, ..., products of complex numbers): the last few
-  elements of a tensor, and of each thread's part of it, are computed by scalar code with other bits.
-- Attention in bfloat16: whether keys are packed depends on the size of the batch.
-
-All else that the models call copies numbers, is a single rounded operation, or reduces one row at a time.
+`Analysis` is active in the first forward of its kind. It follows every tensor from the inputs on, knows whose it is, asks
+`rules` how each function is to be computed, and notes the answers. Beside every batched tensor it carries the first
+sample's own tensor, computed as that sample alone computes it: shapes, strides and bits of the batched one must agree with it
+after every function.
+`Repetition` is active in later forwards of the same kind: it computes every function in the way that was noted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flowroll.exact.probe import attention_is_independent, parts_of, product
+from flowroll.exact.functions import WRITES, named
+from flowroll.exact.layout import CannotMergeError, same_bits, same_layout
+from flowroll.exact.rules import decide
+from flowroll.exact.tracking import Batched, Own, Place, tensors_in
+from flowroll.exact.ways import Samples, Way
 
-# Elements between which element-wise kernels may pass from one thread or kind of code to another: two vectors of 64 bytes, in
-# the smallest dtype that we run.
-_VECTORS = 64
-# torch divides element-wise work among threads in parts of at least this many elements.
-_GRAIN = 32768
+# A function that the model called, and how it is computed; None: as it is.
+Note: TypeAlias = "tuple[Callable[..., Any], Way | None]"
+
+_Getter = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
+# Where a tensor's place is kept: an attribute of the tensor, so that it goes when the tensor goes.
+_PLACE = "_flowroll_place"
 
 
-class PerSample(TorchFunctionMode):
-    """During a forward of several samples, computes for each by itself what would have other bits in a batch.
+class DivergedError(Exception):
+    """A forward calls other functions than the forward of its kind that was analysed."""
 
-    Every batched tensor has the samples along its first dimension, each with the same number of entries or rows.
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """How the functions of a forward are computed, in the order of the calls."""
+
+    steps: tuple[Note, ...]
+
+
+class Analysis(TorchFunctionMode):
+    """Follows the first forward of its kind.
 
     Args:
-        same_conditioning: For each sample the first one that has its conditioning (the timestep, in our families); products of
-            one row per entry are computed once for these.
+        samples: Who shares the forward.
     """
 
-    def __init__(self, same_conditioning: Sequence[int]) -> None:
+    def __init__(self, samples: Samples) -> None:
         super().__init__()
-        self._num_samples = len(same_conditioning)
-        self._same = same_conditioning
-        self._distinct = list(dict.fromkeys(same_conditioning))
-        self._entries = 1
+        self.samples = samples
+        self.steps: list[Note] = []
+        # What its places are known by. Tensors may outlive the forward, and should not keep it.
+        self.token = object()
 
-    def forward(self, transformer: Callable[..., Any], call: Mapping[str, Any], entries: int) -> Any:
-        """The model's output of one batched forward, each sample's part with its own bits.
+    def forward(
+        self, transformer: Callable[..., Any], batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]
+    ) -> tuple[Any, Notes]:
+        """The output of the shared forward, and how it was computed.
 
         Args:
             transformer: The model.
-            call: The keyword arguments, batched.
-            entries: Of the batch, per sample: 2 where a sample's own forward is a pair.
+            batched: The collated forward input.
+            alone: The samples' own forward inputs.
+
+        Raises:
+            CannotMergeError: Some function cannot be computed for several samples at once with the bits of each.
         """
-        self._entries = entries
+        self._place_inputs(batched, alone)
         with self:
-            return transformer(**call, return_dict=False)[0]
+            output = transformer(**batched, return_dict=False)[0]
+        self._check_output(output)
+        return output, Notes(tuple(self.steps))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        handle = _HANDLERS.get(func)
-        return func(*args, **kwargs) if handle is None else handle(self, func, *args, **kwargs)
+        if type(func) is _Getter:
+            return self._get(func, args[0])
+        found = [tensor for _, tensor in tensors_in(args, kwargs)]
+        versions = [tensor._version for tensor in found]
+        try:
+            result, way = decide(self, func, args, kwargs)
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            if "memory" in str(error):
+                raise
+            # A shape that a batch does not have, for one; if the fault is the model's, the sample alone shows it.
+            raise CannotMergeError(f"{named(func)} fails: {str(error).splitlines()[0]}") from error
+        if func not in WRITES and versions != [tensor._version for tensor in found]:
+            raise CannotMergeError(f"{named(func)} writes into its arguments")
+        self.steps.append((func, way))
+        return result
 
-    def linear(
-        self, func: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        """Products of the rows that each sample has alone, once for samples of the same conditioning."""
-        if inputs.ndim != 2 or len(inputs) != self._num_samples * self._entries or len(self._distinct) == self._num_samples:
-            return product(inputs, self._num_samples, weight, bias)
-        # One row per entry, without a sequence: a function of the conditioning.
-        parts = parts_of(inputs, self._num_samples)
-        distinct = product(torch.cat([parts[first] for first in self._distinct]), len(self._distinct), weight, bias)
-        products = dict(zip(self._distinct, torch.split(distinct, self._entries), strict=True))
-        return torch.cat([products[first] for first in self._same])
+    def place(self, tensor: Tensor) -> Place | None:
+        """Whose it is; None for what was there before the forward: weights and tables."""
+        place: Place | None = getattr(tensor, _PLACE, None)
+        return place if place is not None and place.trace is self.token else None
 
-    def attention(
-        self,
-        func: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """The whole batch at once where that is known to change nothing; else each sample's."""
-        if attn_mask is None and attention_is_independent(query, key, self._num_samples):
-            return func(query, key, value, **options)
-        return self.each(func, query, key, value, attn_mask=attn_mask, **options)
+    def put(self, result: Any, place: Place | None, args: Sequence[Any] = ()) -> None:
+        """Says whose the tensors of a result are; an argument that is returned as it was stays where it is."""
+        if isinstance(result, Tensor):
+            if not any(result is one for one in args):
+                setattr(result, _PLACE, place)
+        elif isinstance(result, (tuple, list)):
+            for one in result:
+                self.put(one, place, args)
 
-    def pointwise(self, func: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-        """The whole tensor at once, where no sample has elements at an end of a part; else each sample's."""
-        inputs: Tensor = args[0]
-        total = inputs.numel()
-        own, rest = divmod(total, self._num_samples)
-        if inputs.device.type != "cpu" or (not rest and _in_whole_vectors(own) and _in_whole_vectors(total)):
-            return func(*args, **options)
-        return self.each(func, *args, **options)
+    def put_batched(self, result: Any, alone: Any, is_conditioning: bool) -> None:
+        """Says that a result, or each of several, is batched, after a look at the first sample's own.
 
-    def multiply(self, func: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """A product of real numbers is one rounded operation; of complex numbers it is several."""
-        if any(isinstance(factor, Tensor) and factor.is_complex() for factor in args):
-            return self.pointwise(func, *args, **options)
-        return func(*args, **options)
+        Raises:
+            CannotMergeError: They do not agree.
+        """
+        if isinstance(result, (tuple, list)):
+            for one, own in zip(result, alone, strict=True):
+                self.put_batched(one, own, is_conditioning)
+        elif isinstance(result, Tensor):
+            if not same_layout(result, alone, self.samples.count):
+                raise CannotMergeError(f"a result of {list(result.shape)} where a sample alone has {list(alone.shape)}")
+            if not same_bits(result[: len(alone)], alone):
+                raise CannotMergeError("a result has other bits than the sample alone")
+            setattr(result, _PLACE, Batched(self.token, alone, is_conditioning))
+        elif result is not None:
+            raise CannotMergeError("a function of the samples' data returns no tensor")
 
-    def each(self, func: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-        """The function of each sample's part of every batched argument."""
-        batched: Tensor = args[0]
-        if batched.ndim == 1:
-            # Of no sample: a table of frequencies.
-            return func(*args, **options)
+    def _get(self, func: Any, tensor: Tensor) -> Any:
+        """An attribute. Those that are tensors are views, and computed as they are."""
+        found, place = func(tensor), self.place(tensor)
+        if isinstance(found, Tensor) and place is not None:
+            if isinstance(place, Batched):
+                self.put_batched(found, func(place.alone), place.is_conditioning)
+            else:
+                self.put(found, place)
+        return found
 
-        def parts(value: Any) -> Sequence[Any]:
-            # What is broadcast along the samples has fewer dimensions, whatever its length.
-            is_batched = isinstance(value, Tensor) and value.ndim == batched.ndim and len(value) == len(batched)
-            return parts_of(value, self._num_samples) if is_batched else [value] * self._num_samples
+    def _place_inputs(self, batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]) -> None:
+        for name, value in batched.items():
+            self._place_input(name, value, [one[name] for one in alone])
 
-        columns = [parts(value) for value in args]
-        named = {name: parts(value) for name, value in options.items()}
-        return torch.cat(
-            [
-                func(*(column[i] for column in columns), **{name: column[i] for name, column in named.items()})
-                for i in range(self._num_samples)
-            ]
-        )
+    def _place_input(self, name: str, value: Any, own: Sequence[Any]) -> None:
+        count = self.samples.count
+        if isinstance(value, Tensor):
+            if not all(isinstance(one, Tensor) and same_layout(value, one, count) for one in own):
+                raise CannotMergeError(f"{name} is not collated along its first dimension")
+            setattr(value, _PLACE, Batched(self.token, own[0].clone(), value.ndim == 1))
+        elif isinstance(value, list) and any(isinstance(one, Tensor) for one in value):
+            rows = len(value) // count
+            if not all(len(one) == rows and isinstance(one, list) for one in own):
+                raise CannotMergeError(f"{name} has other numbers of entries in other samples")
+            for index, entry in enumerate(value):
+                # A copy, since samples may share one, and each has to be known as its sample's.
+                value[index] = entry.clone()
+                setattr(value[index], _PLACE, Own(self.token, index // rows))
+        elif not isinstance(value, list) and any(one != value for one in own):
+            raise CannotMergeError(f"{name} differs among the samples and is not collated")
+
+    def _check_output(self, output: Any) -> None:
+        if isinstance(output, Tensor):
+            if not isinstance(self.place(output), Batched):
+                raise CannotMergeError("the output is not batched")
+            delattr(output, _PLACE)
+            return
+        rows, rest = divmod(len(output), self.samples.count)
+        if rest:
+            raise CannotMergeError("the output has no equal number of entries for each sample")
+        for index, entry in enumerate(output):
+            place = self.place(entry)
+            if not isinstance(place, Own) or place.sample != index // rows:
+                raise CannotMergeError("an entry of the output is not its sample's")
+            delattr(entry, _PLACE)
 
 
-def _in_whole_vectors(numel: int) -> bool:
-    """Whether every thread's part of so many elements ends between vectors."""
-    threads = torch.get_num_threads()
-    # Most kernels give a thread no less than the grain; gelu uses all threads from half of it on.
-    counts = {threads, max(1, min(threads, -(-numel // _GRAIN)))}
-    return numel % _VECTORS == 0 and all(-(-numel // count) % _VECTORS == 0 for count in counts)
+class Repetition(TorchFunctionMode):
+    """Computes the functions of a forward as the analysis of the first forward of its kind noted.
 
+    Args:
+        notes: Of the analysis.
+        samples: Who shares the forward.
+    """
 
-_HANDLERS: Mapping[Any, Callable[..., Any]] = {
-    F.linear: PerSample.linear,
-    F.scaled_dot_product_attention: PerSample.attention,
-    Tensor.mul: PerSample.multiply,
-    **dict.fromkeys(
-        (F.silu, F.gelu, Tensor.tanh, torch.tanh, torch.sigmoid, Tensor.sigmoid, torch.exp, torch.sin, torch.cos),
-        PerSample.pointwise,
-    ),
-}
+    def __init__(self, notes: Notes, samples: Samples) -> None:
+        super().__init__()
+        self._steps = notes.steps
+        self._samples = samples
+        self._next = 0
+
+    def forward(self, transformer: Callable[..., Any], batched: Mapping[str, Any]) -> Any:
+        """The output of the shared forward.
+
+        Raises:
+            DivergedError: The model calls other functions than it did.
+        """
+        with self:
+            output = transformer(**batched, return_dict=False)[0]
+        if self._next != len(self._steps):
+            raise DivergedError
+        return output
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if type(func) is _Getter:
+            return func(*args)
+        if self._next >= len(self._steps):
+            raise DivergedError
+        expected, way = self._steps[self._next]
+        if expected is not func and expected != func:
+            raise DivergedError
+        self._next += 1
+        if way is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return way(self._samples, func, args, kwargs or {})

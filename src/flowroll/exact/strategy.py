@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from flowroll.exact.mode import PerSample
+from flowroll.exact.sharing import SharedForwards
 from flowroll.families import Family, ForwardInput, Output, RunForwards, StepInput, Transformer, run_in_turn
 
 StrategyName: TypeAlias = Literal["merged", "alone"]
@@ -121,6 +121,7 @@ class Merged(Strategy):
     def __init__(self, family: Family, dtype: torch.dtype, run: RunMerged = run_here) -> None:
         super().__init__(family, dtype)
         self._run = run
+        self._shared = SharedForwards(family)
 
     @override
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
@@ -138,7 +139,7 @@ class Merged(Strategy):
             groups.setdefault(self.family.collate_key(forward_input), []).append(index)
 
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
-            return self._compute(transformer, some)
+            return self._shared.outputs(transformer, some)
 
         forwards = [
             Forward(inputs=tuple(forward_inputs[index] for index in members), compute=compute) for members in groups.values()
@@ -147,14 +148,6 @@ class Merged(Strategy):
         for members, found in zip(groups.values(), self._run(forwards), strict=True):
             outputs.update(zip(members, found, strict=True))
         return [outputs[index] for index in range(len(forward_inputs))]
-
-    def _compute(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
-        if len(forward_inputs) == 1:
-            return run_in_turn(transformer, forward_inputs)
-        mode = PerSample(range(len(forward_inputs)))
-        batched = self.family.collate(forward_inputs)
-        output = mode.forward(transformer, batched, self.family.rows_per_sample(forward_inputs[0]))
-        return self.family.uncollate(output, len(forward_inputs))
 
 
 def choose_strategy(
