@@ -60,7 +60,7 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
         CannotMergeError: The results differ in shape, or such strides leave no room for other samples.
     """
     shape, strides = like.shape, like.stride()
-    if not shape or any(part.shape != shape or not same_strides(part, like) for part in parts):
+    if not shape or any(part.shape != shape or (part.stride() != strides and not same_strides(part, like)) for part in parts):
         raise CannotMergeError("results of samples have no common shape with a first dimension")
     if like.is_contiguous():
         return torch.cat(list(parts))

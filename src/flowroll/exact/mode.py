@@ -181,9 +181,8 @@ class Repetition(TorchFunctionMode):
 
     def __init__(self, notes: Notes, samples: Samples) -> None:
         super().__init__()
-        self._steps = notes.steps
+        self._steps = iter(notes.steps)
         self._samples = samples
-        self._next = 0
 
     def forward(self, transformer: Callable[..., Any], batched: Mapping[str, Any]) -> Any:
         """The output of the shared forward.
@@ -193,19 +192,19 @@ class Repetition(TorchFunctionMode):
         """
         with self:
             output = transformer(**batched, return_dict=False)[0]
-        if self._next != len(self._steps):
+        if next(self._steps, None) is not None:
             raise DivergedError
         return output
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if type(func) is _Getter:
             return func(*args)
-        if self._next >= len(self._steps):
-            raise DivergedError
-        expected, way = self._steps[self._next]
+        try:
+            expected, way = next(self._steps)
+        except StopIteration:
+            raise DivergedError from None
         if expected is not func and expected != func:
             raise DivergedError
-        self._next += 1
         if way is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         return way(self._samples, func, args, kwargs or {})

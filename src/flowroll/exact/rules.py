@@ -141,7 +141,7 @@ def _whole(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 def _elementwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """One rounded operation per element: the same bits wherever the element stands."""
-    if not _is_aligned(trace, args, kwargs):
+    if not _is_aligned(trace, args[:1] if func in CASTS else args, kwargs):
         return _each(trace, func, args, kwargs)
     if "alpha" in kwargs or "rounding_mode" in kwargs or (_any_complex(args, kwargs) and func not in COPIES):
         return _pointwise(trace, func, args, kwargs)
@@ -213,14 +213,15 @@ def _linear(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 def _attention(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """The whole batch at once where that is known to change nothing: plain attention, without a mask."""
-    options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    is_plain = len(args) == 3 and all(
-        options.get(name, value) == value for name, value in kwargs.items() if name != "attn_mask"
-    )
-    places = [trace.place(one) for one in args[:3]]
-    if is_plain and kwargs.get("attn_mask") is None and all(isinstance(one, Batched) for one in places):
-        lie_aligned = all(address(one.alone) == 0 for one in places)
-        if lie_aligned and attention_is_independent(args[0], args[1], args[2], trace.samples.count):
+    given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
+    operands = [given.pop(name, None) for name in ("query", "key", "value")]
+    # What a call says beyond the three operands, and what it means by default.
+    is_plain = all(value == _ATTENTION[name] for name, value in given.items() if name != "attn_mask")
+    places = [trace.place(one) for one in operands if isinstance(one, Tensor)]
+    aligned = [isinstance(place, Batched) and address(place.alone) == 0 for place in places]
+    if is_plain and given.get("attn_mask") is None and len(aligned) == 3 and all(aligned):
+        query, key, value = operands
+        if attention_is_independent(query, key, value, trace.samples.count):
             return _whole(trace, func, args, kwargs)
     return _each(trace, func, args, kwargs)
 
@@ -258,7 +259,7 @@ def _sections(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
         starts.append(starts[-1] + (1 if has_rows else len(piece)))
     cuts = list(itertools.pairwise(starts))
     kind = iter if func is Tensor.__iter__ else tuple
-    return _cut(trace, args, place, cuts, has_rows, kind)
+    return _cut(trace, func, args, kwargs, place, cuts, has_rows, kind)
 
 
 def _index(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
@@ -276,19 +277,30 @@ def _index(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
         start = first + length if first < 0 else first
         if not 0 <= start < length:
             raise IndexError(first)
-        return _cut(trace, args, place, [(start, start + 1)], True, None, rest)
+        return _cut(trace, func, args, kwargs, place, [(start, start + 1)], True, None, rest)
     if isinstance(first, slice) and first != slice(None):
         start, stop, step = first.indices(length)
         if step == 1 and (start, stop) != (0, length):
-            return _cut(trace, args, place, [(start, stop)], False, None, rest)
+            return _cut(trace, func, args, kwargs, place, [(start, stop)], False, None, rest)
         if step != 1:
             raise CannotMergeError("a slice with steps through the samples")
     return _whole(trace, func, args, kwargs)
 
 
 def _cut(
-    trace: Any, args: Args, place: Batched, cuts: list[tuple[int, int]], rows: bool, kind: Any, rest: Args = ()
+    trace: Any,
+    func: Any,
+    args: Args,
+    kwargs: Kwargs,
+    place: Batched,
+    cuts: list[tuple[int, int]],
+    rows: bool,
+    kind: Any,
+    rest: Args = (),
 ) -> Decision:
+    """Pieces of single samples, lying as they do in the sample's own tensor."""
+    if kind is iter:
+        raise CannotMergeError("rows are taken one after the other")
     length = len(place.alone)
     pieces = []
     for start, stop in cuts:
@@ -296,12 +308,12 @@ def _cut(
         if stop > (sample + 1) * length or stop < start or sample >= trace.samples.count:
             raise CannotMergeError("a piece of the batch holds several samples")
         pieces.append((sample, start - sample * length, stop - sample * length))
-    way = Sections(address(place.alone), tuple(pieces), rows, None if kind is None else tuple, rest)
-    result = way(trace.samples, Tensor.__getitem__, args, {})
+    at = address(place.alone)
+    lie_alike = all(address(part) == at for part in args[0].split(length))
+    way = None if lie_alike else Sections(at, tuple(pieces), rows, kind, rest)
+    result = func(*args, **kwargs) if way is None else way(trace.samples, func, args, kwargs)
     for one, (sample, _, _) in zip([result] if kind is None else result, pieces, strict=True):
         trace.put(one, Own(trace.token, sample))
-    if kind is iter:
-        raise CannotMergeError("rows are taken one after the other")
     return result, way
 
 
@@ -432,6 +444,17 @@ _AUGMENTED = frozenset(
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 ) | {"__setitem__"}
+
+_ATTENTION: Mapping[str, Any] = {
+    "query": None,
+    "key": None,
+    "value": None,
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(PER_SAMPLE, _each),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -135,15 +135,21 @@ def _samples(batched: ForwardInput, count: int) -> Samples:
     return Samples.of([keys.index(key) for key in keys])
 
 
-def _outline(tree: Any, *, with_sizes: bool) -> Any:
+def _outline(forward_input: ForwardInput, *, with_sizes: bool) -> Hashable:
     """Shapes, or ranks, and dtypes of the tensors in a forward input, and its other values."""
-    if isinstance(tree, Tensor):
-        return (tree.shape if with_sizes else tree.ndim, tree.dtype, tree.device)
-    if isinstance(tree, Mapping):
-        return tuple((name, _outline(value, with_sizes=with_sizes)) for name, value in tree.items())
-    if isinstance(tree, (list, tuple)):
-        return tuple(_outline(value, with_sizes=with_sizes) for value in tree)
-    return tree if with_sizes else type(tree)
+
+    def of_tensor(tensor: Tensor) -> Hashable:
+        return (tensor.shape, tensor.dtype) if with_sizes else (tensor.ndim, tensor.dtype)
+
+    found: list[Hashable] = []
+    for name, value in forward_input.items():
+        if isinstance(value, Tensor):
+            found.append((name, of_tensor(value)))
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            found.append((name, *map(of_tensor, value)))
+        else:
+            found.append((name, repr(value) if with_sizes else type(value)))
+    return tuple(found)
 
 
 def _same(one: Output, other: Output) -> bool:

@@ -65,6 +65,11 @@ class Each:
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The joined results."""
+        if all(path == (index,) for index, (path, _) in enumerate(self.splits)):
+            # The first arguments, as with most functions.
+            own = [parts_of(value, samples.count, at) for value, (_, at) in zip(args, self.splits, strict=False)]
+            rest = args[len(own) :]
+            return join_tree([func(*parts, *rest, **kwargs) for parts in zip(*own, strict=True)], self.alone)
         columns = [(path, parts_of(_at(args, kwargs, path), samples.count, at)) for path, at in self.splits]
         results = []
         for index in range(samples.count):
