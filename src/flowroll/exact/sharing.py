@@ -1,7 +1,7 @@
 """One forward of a transformer for several samples: analysed once for each kind, repeated as often as it comes again.
 
-A kind is what decides which functions the model calls, on which shapes, and with which kernels: the shapes of the forward
-input, the number of samples, the number of threads, the gradient mode. Samples are run alone too when a kind is analysed, and
+A kind is what decides which functions the model calls, on which shapes, and with which kernels: the family's key of the forward
+inputs, the number of samples, the number of threads, the gradient mode. Samples are run alone too when a kind is analysed, and
 what the shared forward gave must be theirs. So a model that computes with the length of its batch is found out as well.
 """
 
@@ -24,8 +24,9 @@ from flowroll.families import Family, ForwardInput, Output, Transformer, run_in_
 
 _log = logging.getLogger(__name__)
 
-# Kinds that are remembered for a transformer; those that came longest ago are forgotten first.
-_KINDS = 256
+# Kinds that are remembered for a transformer; those that came longest ago are forgotten first. A kind can have a few analyses,
+# since forward inputs of one key may be prepared by other functions (a caption that needs no padding).
+_KINDS, _ANALYSES = 256, 4
 
 
 @dataclass(slots=True)
@@ -38,9 +39,24 @@ class _Known:
         reasons: Why some kinds cannot be shared, each told once.
     """
 
-    notes: OrderedDict[Hashable, Notes | None] = field(default_factory=OrderedDict)
+    notes: OrderedDict[Hashable, list[Notes] | None] = field(default_factory=OrderedDict)
     forms: set[Hashable] = field(default_factory=set)
     reasons: set[str] = field(default_factory=set)
+
+    def of(self, kind: Hashable) -> list[Notes] | None:
+        """The analyses of a kind; None where it is known that the samples run alone."""
+        found = self.notes.setdefault(kind, [])
+        self.notes.move_to_end(kind)
+        if len(self.notes) > _KINDS:
+            self.notes.popitem(last=False)
+        return found
+
+    def give_up(self, kind: Hashable, reason: str) -> None:
+        """From now on the samples of this kind run alone."""
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            _log.warning("samples of one shape run one by one, since they cannot share a forward: %s", reason)
+        self.notes[kind] = None
 
 
 class SharedForwards:
@@ -56,70 +72,58 @@ class SharedForwards:
 
     def outputs(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
         """One output per forward input; the inputs have equal keys."""
-        if len(forward_inputs) == 1 or torch.is_autocast_enabled("cpu") or torch.is_inference_mode_enabled():
+        count = len(forward_inputs)
+        if count == 1 or torch.is_autocast_enabled("cpu") or torch.is_inference_mode_enabled():
             return run_in_turn(transformer, forward_inputs)
         known = self._known.setdefault(transformer, _Known())
-        batched = self._family.collate(forward_inputs)
-        count = len(forward_inputs)
-        kind = (_outline(batched, with_sizes=True), count, torch.get_num_threads(), torch.is_grad_enabled())
+        form = _form(forward_inputs[0])
+        key = self._family.collate_key(forward_inputs[0])
+        kind = (form, key, count, torch.get_num_threads(), torch.is_grad_enabled())
+        analyses = known.of(kind)
+        if analyses is None:
+            return run_in_turn(transformer, forward_inputs)
         random_state = torch.get_rng_state()
-        output = None
-        if kind in known.notes:
-            known.notes.move_to_end(kind)
-            output = self._repeat(transformer, known, kind, batched, _samples(batched, count))
-        if output is None and known.notes.get(kind, ()) is not None:
-            output = self._analyse(transformer, known, kind, forward_inputs)
-        if output is not None and not torch.equal(torch.get_rng_state(), random_state):
-            torch.set_rng_state(random_state)
-            self._give_up(known, kind, "the model draws random numbers")
-            output = None
-        if output is None:
+        output = self._repeat(transformer, analyses, forward_inputs)
+        try:
+            if output is None:
+                output, notes = self._analyse(transformer, forward_inputs, is_new=form not in known.forms)
+                known.forms.add(form)
+                analyses[:] = [notes, *analyses][:_ANALYSES]
+            if not torch.equal(torch.get_rng_state(), random_state):
+                torch.set_rng_state(random_state)
+                raise CannotMergeError("the model draws random numbers")
+        except CannotMergeError as error:
+            known.give_up(kind, str(error))
             return run_in_turn(transformer, forward_inputs)
         return self._family.uncollate(output, count)
 
     def _repeat(
-        self, transformer: Transformer, known: _Known, kind: Hashable, batched: ForwardInput, samples: Samples
+        self, transformer: Transformer, analyses: Sequence[Notes], forward_inputs: Sequence[ForwardInput]
     ) -> Output | None:
-        notes = known.notes[kind]
-        if notes is None:
-            return None
-        try:
-            output: Output = Repetition(notes, samples).forward(transformer, batched)
-        except (DivergedError, CannotMergeError):
-            # The model has another state, as with tables that it makes at its first forward: look at it again.
-            del known.notes[kind]
-            return None
-        return output
+        """The output computed as one of the analyses noted; None where the model calls other functions now."""
+        for notes in analyses:
+            batched = self._family.collate(forward_inputs)
+            try:
+                output: Output = Repetition(notes, _samples(batched, len(forward_inputs))).forward(transformer, batched)
+            except (DivergedError, CannotMergeError):
+                continue
+            return output
+        return None
 
     def _analyse(
-        self, transformer: Transformer, known: _Known, kind: Hashable, forward_inputs: Sequence[ForwardInput]
-    ) -> Output | None:
+        self, transformer: Transformer, forward_inputs: Sequence[ForwardInput], *, is_new: bool
+    ) -> tuple[Output, Notes]:
+        """The output and how it was computed, after a comparison with samples alone: all of them where the form is new."""
         count = len(forward_inputs)
-        form = _outline(forward_inputs[0], with_sizes=False)
-        # At the first forward of a form every sample is looked at, later the last one.
-        looked_at = [count - 1] if form in known.forms else list(range(count))
+        looked_at = range(count) if is_new else [count - 1]
         # Before the analysis, so that tables which the model makes at its first forward are there.
         alone = [run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
         batched = self._family.collate(forward_inputs)
-        try:
-            output, notes = Analysis(_samples(batched, count)).forward(transformer, batched, forward_inputs)
-            found = self._family.uncollate(list(output) if isinstance(output, list) else output, count)
-            if not all(_same(found[index], one) for index, one in zip(looked_at, alone, strict=True)):
-                raise CannotMergeError("the model computes with the length of its batch")
-        except CannotMergeError as error:
-            self._give_up(known, kind, str(error))
-            return None
-        known.forms.add(form)
-        known.notes[kind] = notes
-        if len(known.notes) > _KINDS:
-            known.notes.popitem(last=False)
-        return output  # type: ignore[no-any-return]
-
-    def _give_up(self, known: _Known, kind: Hashable, reason: str) -> None:
-        if reason not in known.reasons:
-            known.reasons.add(reason)
-            _log.warning("samples of one shape run one by one, since they cannot share a forward: %s", reason)
-        known.notes[kind] = None
+        output, notes = Analysis(_samples(batched, count)).forward(transformer, batched, forward_inputs)
+        found = self._family.uncollate(list(output) if isinstance(output, list) else output, count)
+        if not all(_same(found[index], one) for index, one in zip(looked_at, alone, strict=True)):
+            raise CannotMergeError("the model computes with the length of its batch")
+        return output, notes
 
 
 def _samples(batched: ForwardInput, count: int) -> Samples:
@@ -135,21 +139,17 @@ def _samples(batched: ForwardInput, count: int) -> Samples:
     return Samples.of([keys.index(key) for key in keys])
 
 
-def _outline(forward_input: ForwardInput, *, with_sizes: bool) -> Hashable:
-    """Shapes, or ranks, and dtypes of the tensors in a forward input, and its other values."""
+def _form(forward_input: ForwardInput) -> Any:
+    """Ranks and dtypes of the tensors in a forward input, and the kinds of its other values."""
 
-    def of_tensor(tensor: Tensor) -> Hashable:
-        return (tensor.shape, tensor.dtype) if with_sizes else (tensor.ndim, tensor.dtype)
-
-    found: list[Hashable] = []
-    for name, value in forward_input.items():
+    def of_value(value: Any) -> Any:
         if isinstance(value, Tensor):
-            found.append((name, of_tensor(value)))
-        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-            found.append((name, *map(of_tensor, value)))
-        else:
-            found.append((name, repr(value) if with_sizes else type(value)))
-    return tuple(found)
+            return value.ndim, value.dtype
+        if isinstance(value, list):
+            return tuple(map(of_value, value))
+        return type(value)
+
+    return tuple((name, of_value(value)) for name, value in forward_input.items())
 
 
 def _same(one: Output, other: Output) -> bool:
