@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.measure import clock_of, hardware, paired_times, ratio
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
-from flowroll.families import Call, Family, Output, StepInput
+from flowroll.families import Family, ForwardInput, Output, StepInput
 from flowroll.testing import make_checkpoint
 from flowroll.types import DenoisingEnv
 
@@ -157,15 +157,17 @@ def make_inputs(cell: Cell, *, one_step: bool) -> list[StepInput]:
 def inexact(cell: Cell, inputs: Sequence[StepInput]) -> list[Tensor]:
     """The model's own batch of the same calls, branch by branch."""
     family = cell.family
-    calls = [family.calls(one.latents, one.timestep, one.env, one.guidance, cell.dtype) for one in inputs]
+    calls = [family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, cell.dtype) for one in inputs]
     columns = [outputs_of(cell, column) for column in zip(*calls, strict=True)]
-    return [family.combine(outputs, one.guidance) for outputs, one in zip(zip(*columns, strict=True), inputs, strict=True)]
+    return [
+        family.apply_guidance(outputs, one.guidance) for outputs, one in zip(zip(*columns, strict=True), inputs, strict=True)
+    ]
 
 
-def outputs_of(cell: Cell, calls: Sequence[Call]) -> list[Output]:
+def outputs_of(cell: Cell, calls: Sequence[ForwardInput]) -> list[Output]:
     """One output per call, from one forward."""
-    output = cell.transformer(**cell.family.merge(calls), return_dict=False)[0]
-    return cell.family.split(output, len(calls))
+    output = cell.transformer(**cell.family.collate(calls), return_dict=False)[0]
+    return cell.family.uncollate(output, len(calls))
 
 
 def table(title: str, rows: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ def _calls(rollout: Rollout) -> list:
     assert trajectory is not None and env is not None
     timesteps = family.model_timesteps(trajectory.timesteps, torch.float32)
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
-    return family.calls(trajectory.latents[STEP], timesteps[STEP : STEP + 1], env, guidance, torch.float32)
+    return family.forward_inputs(trajectory.latents[STEP], timesteps[STEP : STEP + 1], env, guidance, torch.float32)
 
 
 if __name__ == "__main__":

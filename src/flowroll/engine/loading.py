@@ -17,7 +17,8 @@ from torch import nn
 from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint
 from flowroll.errors import CheckpointError, FlowrollError
-from flowroll.families import Family, ModelSpec, RunCalls, run_in_turn
+from flowroll.exact import Alone, Strategy, choose_strategy
+from flowroll.families import Family, ModelSpec, RunForwards, run_in_turn
 from flowroll.families.alignment import align_weights
 from flowroll.parallel.branches import run_on_branches
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
@@ -37,7 +38,8 @@ class LoadedModel:
         variant: Which of the family's variants it is taken for.
         transformer: The denoiser, or this rank's part of it.
         adapters: The same with LoRA adapters.
-        run: Runs the forwards of a step.
+        run: Runs the forwards of a step of one sample.
+        strategy: Computes the velocities of samples that take a step together.
         spec: The facts that shape its latents.
         schedule_config: Its sigma grid.
         device: Where the modules are.
@@ -48,7 +50,8 @@ class LoadedModel:
     variant: str
     transformer: Any
     adapters: AdapterSet
-    run: RunCalls
+    run: RunForwards
+    strategy: Strategy
     spec: ModelSpec
     schedule_config: ScheduleConfig
     device: torch.device
@@ -90,12 +93,16 @@ def build_model(
     checkpoint: Checkpoint, transformer: Any, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
 ) -> LoadedModel:
     """The model around a loaded transformer."""
+    run: RunForwards = run_in_turn if mesh is None else functools.partial(run_on_branches, mesh)
     return LoadedModel(
         family=checkpoint.family,
         variant=checkpoint.variant,
         transformer=transformer,
         adapters=AdapterSet(transformer),
-        run=run_in_turn if mesh is None else functools.partial(run_on_branches, mesh),
+        run=run,
+        strategy=choose_strategy(checkpoint.family, device=device, dtype=dtype)
+        if mesh is None
+        else Alone(checkpoint.family, dtype, run),
         spec=spec,
         schedule_config=checkpoint.schedule_config,
         device=device,

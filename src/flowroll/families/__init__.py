@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
 from flowroll.families.base import (
-    Call,
     Family,
+    ForwardInput,
     Guidance,
     Output,
-    RunCalls,
+    RunForwards,
     StepInput,
     Transformer,
     run_in_turn,
@@ -38,15 +38,15 @@ def family_of_pipeline(pipeline_class: str) -> Family:
 
 __all__ = [
     "FAMILIES",
-    "Call",
     "Defaults",
     "Family",
+    "ForwardInput",
     "Geometry",
     "Guidance",
     "ModelSpec",
     "Output",
     "Recipe",
-    "RunCalls",
+    "RunForwards",
     "StepInput",
     "StepScore",
     "Transformer",

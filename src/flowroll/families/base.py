@@ -16,17 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.families.batched import PerSample
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, Number, ParallelPlan
 
 # Any callable with the diffusers class's call signature: the plain module, FSDP-wrapped, with LoRA.
 Transformer: TypeAlias = Callable[..., Any]
 # The keyword arguments of one forward, and what a forward returns: a batch, or a list of samples.
-Call: TypeAlias = Mapping[str, Any]
+ForwardInput: TypeAlias = Mapping[str, Any]
 Output: TypeAlias = "Tensor | list[Tensor]"
 # Runs the forwards of one step.
-RunCalls: TypeAlias = Callable[[Transformer, Sequence[Call]], list[Output]]
+RunForwards: TypeAlias = Callable[[Transformer, Sequence[ForwardInput]], list[Output]]
 
 NO_GUIDANCE = "none"
 # Where the pipelines cut a prompt by default.
@@ -68,9 +67,9 @@ class StepInput:
     guidance: Guidance
 
 
-def run_in_turn(transformer: Transformer, calls: Sequence[Call]) -> list[Output]:
-    """The outputs of all calls, one forward after the other."""
-    return [transformer(**call, return_dict=False)[0] for call in calls]
+def run_in_turn(transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
+    """The outputs of several forwards, one after the other."""
+    return [transformer(**one, return_dict=False)[0] for one in forward_inputs]
 
 
 class Family(ABC):
@@ -98,10 +97,10 @@ class Family(ABC):
 
     def guidance(self, scale: Number) -> Guidance:
         """The guidance of this scale: active where the family's pipeline runs classifier-free guidance."""
-        return Guidance(rule=self.guidance_rule if self.guides(scale) else NO_GUIDANCE, scale=scale)
+        return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale)
 
     @abstractmethod
-    def guides(self, scale: Number) -> bool:
+    def uses_cfg(self, scale: Number) -> bool:
         """Whether the pipeline runs the unconditional branch at this scale."""
 
     @abstractmethod
@@ -161,19 +160,19 @@ class Family(ABC):
         return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
 
     @abstractmethod
-    def calls(
+    def forward_inputs(
         self,
         latents: Float[Tensor, " *latent"],
         timestep: Float[Tensor, " 1"],
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
-    ) -> list[Call]:
-        """The transformer calls of one step of one sample; the arguments are those of `velocity`."""
+    ) -> list[ForwardInput]:
+        """The inputs of the transformer's forwards in one step of one sample; the arguments are those of `velocity`."""
 
     @abstractmethod
-    def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
-        """The guided velocity from the outputs of `calls`."""
+    def apply_guidance(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+        """The guided velocity from the outputs of the step's forwards."""
 
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
         """Whether some other unconditional branch would make this velocity of the conditional branch in `outputs`.
@@ -182,7 +181,7 @@ class Family(ABC):
         right, and the negative prompt is not. A family that cannot tell says no.
 
         Args:
-            outputs: Of the calls of a guided step, replayed.
+            outputs: Of the forwards of a guided step, replayed.
             velocity: The recorded velocity, float32.
             guidance: The recorded guidance, active.
         """
@@ -197,7 +196,7 @@ class Family(ABC):
         guidance: Guidance,
         dtype: torch.dtype,
         *,
-        run: RunCalls = run_in_turn,
+        run: RunForwards = run_in_turn,
     ) -> Float[Tensor, " *latent"]:
         """The guided velocity v = eps - x0 of one sample.
 
@@ -213,72 +212,23 @@ class Family(ABC):
         Returns:
             The velocity, in the dtype that the pipeline gives to its scheduler.
         """
-        return self.combine(run(transformer, self.calls(latents, timestep, env, guidance, dtype)), guidance)
-
-    def velocities(
-        self, transformer: Transformer, inputs: Sequence[StepInput], dtype: torch.dtype, *, run: RunCalls = run_in_turn
-    ) -> list[Tensor]:
-        """The guided velocities of several samples, bit for bit what `velocity` gives for each.
-
-        Forwards of the same `call_key` are run as one, whichever samples and branches they belong to. With another `run` than
-        the default (ranks that share a forward) samples run in turn.
-
-        Args:
-            transformer: The model, or a wrapper with its call signature.
-            inputs: Samples at any steps of any schedules.
-            dtype: The transformer's dtype.
-            run: Runs a step's forwards.
-
-        Returns:
-            The velocities in the order of the inputs.
-        """
-        if len(inputs) == 1 or run is not run_in_turn:
-            return [
-                self.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, dtype, run=run) for one in inputs
-            ]
-        calls = [self.calls(one.latents, one.timestep, one.env, one.guidance, dtype) for one in inputs]
-        owners = [index for index, own in enumerate(calls) for _ in own]
-        timesteps = _first_of_same([one.timestep for one in inputs])
-        outputs = iter(self._run_together(transformer, [call for own in calls for call in own], [timesteps[i] for i in owners]))
-        return [self.combine([next(outputs) for _ in own], one.guidance) for own, one in zip(calls, inputs, strict=True)]
-
-    def batch_key(self, one: StepInput) -> Hashable:
-        """Samples with equal keys share all their forwards in `velocities`; it is the same at every step of a sample."""
-        calls = self.calls(one.latents, one.timestep, one.env, one.guidance, one.latents.dtype)
-        return tuple(self.call_key(call) for call in calls)
-
-    def _run_together(self, transformer: Transformer, calls: Sequence[Call], timesteps: Sequence[int]) -> list[Output]:
-        """The outputs of all calls; those of one key in one forward."""
-        groups: dict[Hashable, list[int]] = {}
-        for index, call in enumerate(calls):
-            groups.setdefault(self.call_key(call), []).append(index)
-        outputs: dict[int, Output] = {}
-        for members in groups.values():
-            if len(members) == 1:
-                outputs[members[0]] = run_in_turn(transformer, [calls[members[0]]])[0]
-                continue
-            place = {timesteps[index]: position for position, index in reversed(list(enumerate(members)))}
-            mode = PerSample([place[timesteps[index]] for index in members])
-            batched = self.merge([calls[index] for index in members])
-            output = mode.forward(transformer, batched, self.entries(calls[members[0]]))
-            outputs.update(zip(members, self.split(output, len(members)), strict=True))
-        return [outputs[index] for index in range(len(calls))]
+        return self.apply_guidance(run(transformer, self.forward_inputs(latents, timestep, env, guidance, dtype)), guidance)
 
     @abstractmethod
-    def call_key(self, call: Call) -> Hashable:
-        """Calls with equal keys have inputs of the same shapes, and can be merged."""
+    def collate_key(self, forward_input: ForwardInput) -> Hashable:
+        """Forward inputs with equal keys can be collated: every tensor that the model makes of them has the same shape."""
 
     @abstractmethod
-    def merge(self, calls: Sequence[Call]) -> Call:
-        """One call for several of the same key."""
+    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
+        """One forward input for several of the same key, with the samples in this order."""
 
     @abstractmethod
-    def split(self, output: Output, num_calls: int) -> list[Output]:
-        """The outputs of the merged calls."""
+    def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
+        """The output of each forward input that was collated."""
 
     @abstractmethod
-    def entries(self, call: Call) -> int:
-        """How many entries of a batch this call has."""
+    def rows_per_sample(self, forward_input: ForwardInput) -> int:
+        """How many entries of the transformer's batch this forward input has: 2 where a sample's own forward is a pair."""
 
     @abstractmethod
     def decode(
@@ -291,9 +241,3 @@ class Family(ABC):
         """What the pipeline's image processor makes of a decoded batch of one, in the layout of a `Rollout`."""
         pixels = cast(Tensor, pipeline.image_processor.postprocess(decoded, output_type="pt"))
         return pixels[0].unsqueeze(1).to(torch.float32)
-
-
-def _first_of_same(timesteps: Sequence[Float[Tensor, " 1"]]) -> list[int]:
-    """For each timestep the first that is the same; on a GPU only those in the same memory, since looking would wait for it."""
-    keys = [one.item() if one.device.type == "cpu" else one.data_ptr() for one in timesteps]
-    return [keys.index(key) for key in keys]

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Call, Family, Guidance, Output
+from flowroll.families.base import MAX_TEXT_TOKENS, Family, ForwardInput, Guidance, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import linspace_float64
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
@@ -71,7 +71,7 @@ class QwenImage(Family):
     )
 
     @override
-    def guides(self, scale: Number) -> bool:
+    def uses_cfg(self, scale: Number) -> bool:
         return scale > 1
 
     @override
@@ -135,14 +135,14 @@ class QwenImage(Family):
         return {"img_shapes": [[[1, geometry.rows, geometry.columns]]]}
 
     @override
-    def calls(
+    def forward_inputs(
         self,
         latents: Float[Tensor, " *latent"],
         timestep: Float[Tensor, " 1"],
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
-    ) -> list[Call]:
+    ) -> list[ForwardInput]:
         tokens = latents.to(dtype)[None]
         branches = [env.pos_cond_kwargs]
         if guidance.is_active:
@@ -150,7 +150,7 @@ class QwenImage(Family):
             branches.append(env.neg_cond_kwargs)
         return [self._call(tokens, timestep, branch) for branch in branches]
 
-    def _call(self, tokens: Tensor, timestep: Tensor, branch: Mapping[str, EnvValue]) -> Call:
+    def _call(self, tokens: Tensor, timestep: Tensor, branch: Mapping[str, EnvValue]) -> ForwardInput:
         mask = branch.get(_MASK)
         return {
             "hidden_states": tokens,
@@ -161,34 +161,34 @@ class QwenImage(Family):
         }
 
     @override
-    def call_key(self, call: Call) -> Hashable:
-        (((frames, rows, columns),),) = call["img_shapes"]
-        text: Tensor = call["encoder_hidden_states"]
-        return frames, rows, columns, text.shape[1], call[_MASK] is not None
+    def collate_key(self, forward_input: ForwardInput) -> Hashable:
+        (((frames, rows, columns),),) = forward_input["img_shapes"]
+        text: Tensor = forward_input["encoder_hidden_states"]
+        return frames, rows, columns, text.shape[1], forward_input[_MASK] is not None
 
     @override
-    def merge(self, calls: Sequence[Call]) -> Call:
+    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         def joined(key: str) -> Tensor:
-            return torch.cat([call[key] for call in calls])
+            return torch.cat([one[key] for one in forward_inputs])
 
         return {
             "hidden_states": joined("hidden_states"),
             "timestep": joined("timestep"),
             "encoder_hidden_states": joined("encoder_hidden_states"),
-            "encoder_hidden_states_mask": None if calls[0][_MASK] is None else joined(_MASK),
-            "img_shapes": [shape for call in calls for shape in call["img_shapes"]],
+            "encoder_hidden_states_mask": None if forward_inputs[0][_MASK] is None else joined(_MASK),
+            "img_shapes": [shape for one in forward_inputs for shape in one["img_shapes"]],
         }
 
     @override
-    def split(self, output: Output, num_calls: int) -> list[Output]:
+    def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
         return list(torch.split(cast(Tensor, output), 1))
 
     @override
-    def entries(self, call: Call) -> int:
+    def rows_per_sample(self, forward_input: ForwardInput) -> int:
         return 1
 
     @override
-    def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+    def apply_guidance(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
         positive, *rest = cast("Sequence[Tensor]", outputs)
         return self.guide(positive, rest[0], guidance.scale)[0] if rest else positive[0]
 
@@ -212,7 +212,7 @@ class QwenImage(Family):
         (which bfloat16 rounds), with other weights about 10 times.
         """
         positive = cast(Tensor, outputs[0])[0].float()
-        moved = (velocity - self.combine(outputs, guidance).float()).norm(dim=-1)
+        moved = (velocity - self.apply_guidance(outputs, guidance).float()).norm(dim=-1)
         stretched = (velocity.norm(dim=-1) - positive.norm(dim=-1)).abs()
         return bool(moved.mean() > 30 * stretched.mean())
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families.base import NO_GUIDANCE, Family, Guidance, RunCalls, Transformer, run_in_turn
+from flowroll.families.base import NO_GUIDANCE, Family, Guidance, RunForwards, Transformer, run_in_turn
 from flowroll.sampling import dynamics, transition
 from flowroll.sampling.transition import Transition
 from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
@@ -136,7 +136,7 @@ class Recipe:
         step: int,
         env: DenoisingEnv,
         *,
-        run: RunCalls = run_in_turn,
+        run: RunForwards = run_in_turn,
     ) -> StepScore:
         """Runs one step again and scores the recorded next latents; differentiable in the transformer's weights.
 
@@ -170,7 +170,7 @@ class Recipe:
         step: int,
         env: DenoisingEnv,
         *,
-        run: RunCalls = run_in_turn,
+        run: RunForwards = run_in_turn,
     ) -> Float[Tensor, " *latent"]:
         """The guided velocity of one step; the arguments are those of `score`."""
         timestep = self.timesteps[step : step + 1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Call, Family, Guidance, Output
+from flowroll.families.base import MAX_TEXT_TOKENS, Family, ForwardInput, Guidance, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import linspace_float32
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
@@ -81,7 +81,7 @@ class ZImage(Family):
     )
 
     @override
-    def guides(self, scale: Number) -> bool:
+    def uses_cfg(self, scale: Number) -> bool:
         return scale > 0
 
     @override
@@ -137,14 +137,14 @@ class ZImage(Family):
         return {self.embeds_key: embeds[0]}
 
     @override
-    def calls(
+    def forward_inputs(
         self,
         latents: Float[Tensor, " *latent"],
         timestep: Float[Tensor, " 1"],
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
-    ) -> list[Call]:
+    ) -> list[ForwardInput]:
         captions = [env.positive(self.embeds_key)]
         if guidance.is_active:
             captions.append(env.negative(self.embeds_key))
@@ -152,29 +152,29 @@ class ZImage(Family):
         return [{"x": frames, "t": timestep.repeat(len(captions)), "cap_feats": captions}]
 
     @override
-    def call_key(self, call: Call) -> Hashable:
+    def collate_key(self, forward_input: ForwardInput) -> Hashable:
         # Captions whose padded lengths are the same have the same shapes from the first product on.
-        return tuple(call["x"][0].shape), tuple(-(-len(caption) // _PADDED) for caption in call["cap_feats"])
+        return tuple(forward_input["x"][0].shape), tuple(-(-len(caption) // _PADDED) for caption in forward_input["cap_feats"])
 
     @override
-    def merge(self, calls: Sequence[Call]) -> Call:
+    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         return {
-            "x": [frames for call in calls for frames in call["x"]],
-            "t": torch.cat([call["t"] for call in calls]),
-            "cap_feats": [caption for call in calls for caption in call["cap_feats"]],
+            "x": [frames for one in forward_inputs for frames in one["x"]],
+            "t": torch.cat([one["t"] for one in forward_inputs]),
+            "cap_feats": [caption for one in forward_inputs for caption in one["cap_feats"]],
         }
 
     @override
-    def split(self, output: Output, num_calls: int) -> list[Output]:
-        entries = len(output) // num_calls
-        return [cast("list[Tensor]", output[start : start + entries]) for start in range(0, len(output), entries)]
+    def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
+        rows = len(output) // num_inputs
+        return [cast("list[Tensor]", output[start : start + rows]) for start in range(0, len(output), rows)]
 
     @override
-    def entries(self, call: Call) -> int:
-        return len(call["x"])
+    def rows_per_sample(self, forward_input: ForwardInput) -> int:
+        return len(forward_input["x"])
 
     @override
-    def combine(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+    def apply_guidance(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
         (pair,) = outputs
         branches = [output.float() for output in pair]
         return -self.guide(branches, guidance.scale).squeeze(1)

@@ -257,7 +257,7 @@ def _outputs(evidence: Evidence, step: int) -> list[Output]:
     source, place = evidence.source, evidence.place
     recipe, env = source.recipe, source.env_on(place)
     latents, timestep = source.state(step, place.device), recipe.timesteps[step : step + 1]
-    calls = source.family.calls(latents, timestep, env, recipe.guidance, recipe.dtype)
+    calls = source.family.forward_inputs(latents, timestep, env, recipe.guidance, recipe.dtype)
     return run_in_turn(evidence.transformer, calls)
 
 
@@ -266,7 +266,7 @@ def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor) ->
     guidance, family = source.recipe.guidance, source.family
 
     def error(scale: Number) -> float:
-        return _relative(family.combine(list(outputs), Guidance(rule=guidance.rule, scale=scale)).float(), velocity)
+        return _relative(family.apply_guidance(list(outputs), Guidance(rule=guidance.rule, scale=scale)).float(), velocity)
 
     grid = [0.5 * index for index in range(41)] + [20 * 50 ** (index / 20) for index in range(1, 21)]
     best = min(range(len(grid)), key=lambda index: error(grid[index]))

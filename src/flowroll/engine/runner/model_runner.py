@@ -129,4 +129,4 @@ def forward(samples: Sequence[Sample]) -> list[Tensor]:
     conditioning = samples[0].conditioning
     model = conditioning.model
     inputs = [sample.next_input() for sample in samples]
-    return model.family.velocities(conditioning.transformer, inputs, model.dtype, run=model.run)
+    return model.strategy.velocities(conditioning.transformer, inputs)

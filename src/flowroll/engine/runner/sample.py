@@ -106,7 +106,7 @@ class Sample:
     def batch_key(self) -> Hashable:
         """Samples with equal keys may share a forward. Each adapter has a transformer of its own."""
         conditioning = self.conditioning
-        return id(conditioning.transformer), conditioning.model.family.batch_key(self.next_input())
+        return id(conditioning.transformer), conditioning.model.strategy.batch_key(self.next_input())
 
     def next_input(self) -> StepInput:
         """What the next velocity is a function of."""

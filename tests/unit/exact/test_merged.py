@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
-from flowroll.families import FAMILIES, Family, StepInput, products, run_in_turn
-from flowroll.families.batched import PerSample
+from flowroll.exact import Alone, Merged, probe
+from flowroll.families import FAMILIES, Family, StepInput
 from flowroll.types import DenoisingEnv
 
 NAMES = ["qwen_image", "z_image"]

@@ -20,24 +20,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flowroll.exact.layout import ALLOCATED, parts_of
+
 # A product of several samples: inputs with the samples in front, how many, weight, bias.
 Product: TypeAlias = Callable[[Tensor, int, Tensor, "Tensor | None"], Tensor]
 
-# Where torch's allocator puts every tensor, and what products of few rows depend on.
-_ALLOCATED = 64
 # More shapes than a server meets between two restarts.
 _SHAPES = 65536
 # Rows that random inputs are made of; no divisor of anything.
 _POOL = 61
 # Of the elements, how many must have a rounding error for an answer to count.
 _TELLING = 0.5
-
-
-def parts_of(batched: Tensor, num_samples: int) -> list[Tensor]:
-    """Each sample's part of a batched tensor, lying as memory of its own would."""
-    assert len(batched) % num_samples == 0
-    parts = torch.split(batched, len(batched) // num_samples)
-    return [part if part.data_ptr() % _ALLOCATED == 0 else part.clone() for part in parts]
 
 
 def each(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,7 +54,7 @@ def stacked(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | Non
 def product(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product of every sample's rows with the bits it has alone, in the fastest way that has them."""
     ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and inputs.is_contiguous()
-    if num_samples == 1 or not ordinary or weight.data_ptr() % _ALLOCATED:
+    if num_samples == 1 or not ordinary or weight.data_ptr() % ALLOCATED:
         return each(inputs, num_samples, weight, bias)
     way = _way(
         inputs.shape,
@@ -95,17 +88,30 @@ def _way(
     return next((way for way in ways if torch.equal(way(*operands), expected)), each)
 
 
-def attention_is_independent(query: Tensor, key: Tensor, num_samples: int) -> bool:
-    """Whether attention over this batch, without a mask, has for every sample the bits that it has alone."""
+def attention_is_independent(query: Tensor, key: Tensor, value: Tensor, num_samples: int) -> bool:
+    """Whether plain attention over this batch (no mask, no options) has for every sample the bits that it has alone."""
+    layouts = tuple(_heads_are_inside(one) for one in (query, key, value))
+    shapes_fit = key.shape == value.shape and query.shape[3] == key.shape[3] and query.shape[:2] == key.shape[:2]
+    if None in layouts or not shapes_fit:
+        return False
     setting = (query.dtype, query.device, torch.get_num_threads())
-    return _attends_alike(query.shape, query.stride(), key.shape, num_samples, setting)
+    return _attends_alike(query.shape, key.shape, layouts, num_samples, setting)
+
+
+def _heads_are_inside(operand: Tensor) -> bool | None:
+    """Whether heads lie beside each other in every row, as models hand them over, or the operand is contiguous."""
+    if operand.ndim != 4 or operand.data_ptr() % ALLOCATED:
+        return None
+    if operand.is_contiguous():
+        return False
+    return True if operand.transpose(1, 2).is_contiguous() else None
 
 
 @lru_cache(maxsize=_SHAPES)
 def _attends_alike(
     shape: torch.Size,
-    strides: tuple[int, ...],
     key_shape: torch.Size,
+    layouts: tuple[bool | None, ...],
     num_samples: int,
     setting: tuple[torch.dtype, torch.device, int],
 ) -> bool:
@@ -114,9 +120,8 @@ def _attends_alike(
     batch, heads, queries, channels = shape
     keys = key_shape[2]
 
-    def laid_out(rows: Tensor, length: int) -> Tensor:
-        """As the models hand them over: heads beside each other, or as they come."""
-        if strides[1] < strides[2]:
+    def laid_out(rows: Tensor, length: int, heads_are_inside: bool | None) -> Tensor:
+        if heads_are_inside:
             return rows.view(batch, length, heads, channels).transpose(1, 2)
         return rows.view(batch, heads, length, channels)
 
@@ -124,8 +129,8 @@ def _attends_alike(
     first, second, _ = cancelling_product(
         torch.Size((batch * heads * queries, channels)), torch.Size((batch * heads * keys, channels)), dtype, device
     )
-    noisy = (laid_out(first * 2.0**11, queries), laid_out(second * 2.0**11, keys))
-    values = laid_out(_random(batch * heads * keys, channels, generator, dtype), keys)
+    noisy = (laid_out(first * 2.0**11, queries, layouts[0]), laid_out(second * 2.0**11, keys, layouts[1]))
+    values = laid_out(_random(batch * heads * keys, channels, generator, dtype), keys, layouts[2])
     # Equal weights and values that cancel: the order of the sums over keys. Plain bfloat16 numbers are summed here, not
     # products: only far apart are their sums rounded.
     zeros = (torch.zeros_like(noisy[0]), torch.zeros_like(noisy[1]))
@@ -133,7 +138,7 @@ def _attends_alike(
     cancelling = torch.cat((pairs, -pairs, pairs.new_zeros(keys % 2 * batch, heads * channels)))
     order = torch.randperm(keys, generator=generator, device=device)
     shuffled = cancelling.view(keys, batch, heads, channels)[order].transpose(0, 1)
-    for attended in ((*noisy, values), (*zeros, laid_out(shuffled.reshape(-1, channels), keys))):
+    for attended in ((*noisy, values), (*zeros, laid_out(_in_order(shuffled, layouts[2]), keys, layouts[2]))):
         alone = [
             F.scaled_dot_product_attention(*own) for own in zip(*(parts_of(x, num_samples) for x in attended), strict=True)
         ]
@@ -141,6 +146,12 @@ def _attends_alike(
         if not _tells(expected) or not torch.equal(F.scaled_dot_product_attention(*attended), expected):
             return False
     return True
+
+
+def _in_order(values: Tensor, heads_are_inside: bool | None) -> Tensor:
+    """[batch, keys, heads, channels] as rows of channels, in the order in which they lie in memory."""
+    ordered = values if heads_are_inside else values.transpose(1, 2)
+    return ordered.reshape(-1, values.shape[-1])
 
 
 def cancelling_product(

@@ -1,0 +1,11 @@
+"""How several samples share a forward without a changed bit.
+
+`strategy` is what the runner uses; `mode` watches a merged forward, `rules` says what each operation may do in it, and `probe`
+asks the kernels. Families declare how their forward inputs are collated and know nothing of this package.
+"""
+
+from __future__ import annotations
+
+from flowroll.exact.strategy import Alone, Forward, Merged, RunMerged, Strategy, choose_strategy, run_here
+
+__all__ = ["Alone", "Forward", "Merged", "RunMerged", "Strategy", "choose_strategy", "run_here"]

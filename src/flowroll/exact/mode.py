@@ -1,0 +1,210 @@
+"""The function modes of torch under which a forward is shared by several samples.
+
+`Analysis` is active in the first forward of its kind. It follows every tensor from the inputs on, knows whose it is, asks
+`rules` how each function is to be computed, and notes the answers. Beside every batched tensor it carries the first
+sample's own tensor, computed as that sample alone computes it: shapes, strides and bits of the batched one must agree with it
+after every function.
+`Repetition` is active in later forwards of the same kind: it computes every function in the way that was noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flowroll.exact.functions import WRITES, named
+from flowroll.exact.layout import CannotMergeError, same_bits, same_layout
+from flowroll.exact.rules import decide
+from flowroll.exact.tracking import Batched, Own, Place, tensors_in
+from flowroll.exact.ways import Samples, Way
+
+# A function that the model called, and how it is computed; None: as it is.
+Note: TypeAlias = "tuple[Callable[..., Any], Way | None]"
+
+_Getter = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
+# Where a tensor's place is kept: an attribute of the tensor, so that it goes when the tensor goes.
+_PLACE = "_flowroll_place"
+
+
+class DivergedError(Exception):
+    """A forward calls other functions than the forward of its kind that was analysed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """How the functions of a forward are computed, in the order of the calls."""
+
+    steps: tuple[Note, ...]
+
+
+class Analysis(TorchFunctionMode):
+    """Follows the first forward of its kind.
+
+    Args:
+        samples: Who shares the forward.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__()
+        self.samples = samples
+        self.steps: list[Note] = []
+        # What its places are known by. Tensors may outlive the forward, and should not keep it.
+        self.token = object()
+
+    def forward(
+        self, transformer: Callable[..., Any], batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]
+    ) -> tuple[Any, Notes]:
+        """The output of the shared forward, and how it was computed.
+
+        Args:
+            transformer: The model.
+            batched: The collated forward input.
+            alone: The samples' own forward inputs.
+
+        Raises:
+            CannotMergeError: Some function cannot be computed for several samples at once with the bits of each.
+        """
+        self._place_inputs(batched, alone)
+        with self:
+            output = transformer(**batched, return_dict=False)[0]
+        self._check_output(output)
+        return output, Notes(tuple(self.steps))
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if type(func) is _Getter:
+            return self._get(func, args[0])
+        found = [tensor for _, tensor in tensors_in(args, kwargs)]
+        versions = [tensor._version for tensor in found]
+        try:
+            result, way = decide(self, func, args, kwargs)
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            if "memory" in str(error):
+                raise
+            # A shape that a batch does not have, for one; if the fault is the model's, the sample alone shows it.
+            raise CannotMergeError(f"{named(func)} fails: {str(error).splitlines()[0]}") from error
+        if func not in WRITES and versions != [tensor._version for tensor in found]:
+            raise CannotMergeError(f"{named(func)} writes into its arguments")
+        self.steps.append((func, way))
+        return result
+
+    def place(self, tensor: Tensor) -> Place | None:
+        """Whose it is; None for what was there before the forward: weights and tables."""
+        place: Place | None = getattr(tensor, _PLACE, None)
+        return place if place is not None and place.trace is self.token else None
+
+    def put(self, result: Any, place: Place | None, args: Sequence[Any] = ()) -> None:
+        """Says whose the tensors of a result are; an argument that is returned as it was stays where it is."""
+        if isinstance(result, Tensor):
+            if not any(result is one for one in args):
+                setattr(result, _PLACE, place)
+        elif isinstance(result, (tuple, list)):
+            for one in result:
+                self.put(one, place, args)
+
+    def put_batched(self, result: Any, alone: Any, is_conditioning: bool) -> None:
+        """Says that a result, or each of several, is batched, after a look at the first sample's own.
+
+        Raises:
+            CannotMergeError: They do not agree.
+        """
+        if isinstance(result, (tuple, list)):
+            for one, own in zip(result, alone, strict=True):
+                self.put_batched(one, own, is_conditioning)
+        elif isinstance(result, Tensor):
+            if not same_layout(result, alone, self.samples.count):
+                raise CannotMergeError(f"a result of {list(result.shape)} where a sample alone has {list(alone.shape)}")
+            if not same_bits(result[: len(alone)], alone):
+                raise CannotMergeError("a result has other bits than the sample alone")
+            setattr(result, _PLACE, Batched(self.token, alone, is_conditioning))
+        elif result is not None:
+            raise CannotMergeError("a function of the samples' data returns no tensor")
+
+    def _get(self, func: Any, tensor: Tensor) -> Any:
+        """An attribute. Those that are tensors are views, and computed as they are."""
+        found, place = func(tensor), self.place(tensor)
+        if isinstance(found, Tensor) and place is not None:
+            if isinstance(place, Batched):
+                self.put_batched(found, func(place.alone), place.is_conditioning)
+            else:
+                self.put(found, place)
+        return found
+
+    def _place_inputs(self, batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]) -> None:
+        for name, value in batched.items():
+            self._place_input(name, value, [one[name] for one in alone])
+
+    def _place_input(self, name: str, value: Any, own: Sequence[Any]) -> None:
+        count = self.samples.count
+        if isinstance(value, Tensor):
+            if not all(isinstance(one, Tensor) and same_layout(value, one, count) for one in own):
+                raise CannotMergeError(f"{name} is not collated along its first dimension")
+            setattr(value, _PLACE, Batched(self.token, own[0].clone(), value.ndim == 1))
+        elif isinstance(value, list) and any(isinstance(one, Tensor) for one in value):
+            rows = len(value) // count
+            if not all(len(one) == rows and isinstance(one, list) for one in own):
+                raise CannotMergeError(f"{name} has other numbers of entries in other samples")
+            for index, entry in enumerate(value):
+                # A copy, since samples may share one, and each has to be known as its sample's.
+                value[index] = entry.clone()
+                setattr(value[index], _PLACE, Own(self.token, index // rows))
+        elif not isinstance(value, list) and any(one != value for one in own):
+            raise CannotMergeError(f"{name} differs among the samples and is not collated")
+
+    def _check_output(self, output: Any) -> None:
+        if isinstance(output, Tensor):
+            if not isinstance(self.place(output), Batched):
+                raise CannotMergeError("the output is not batched")
+            delattr(output, _PLACE)
+            return
+        rows, rest = divmod(len(output), self.samples.count)
+        if rest:
+            raise CannotMergeError("the output has no equal number of entries for each sample")
+        for index, entry in enumerate(output):
+            place = self.place(entry)
+            if not isinstance(place, Own) or place.sample != index // rows:
+                raise CannotMergeError("an entry of the output is not its sample's")
+            delattr(entry, _PLACE)
+
+
+class Repetition(TorchFunctionMode):
+    """Computes the functions of a forward as the analysis of the first forward of its kind noted.
+
+    Args:
+        notes: Of the analysis.
+        samples: Who shares the forward.
+    """
+
+    def __init__(self, notes: Notes, samples: Samples) -> None:
+        super().__init__()
+        self._steps = iter(notes.steps)
+        self._samples = samples
+
+    def forward(self, transformer: Callable[..., Any], batched: Mapping[str, Any]) -> Any:
+        """The output of the shared forward.
+
+        Raises:
+            DivergedError: The model calls other functions than it did.
+        """
+        with self:
+            output = transformer(**batched, return_dict=False)[0]
+        if next(self._steps, None) is not None:
+            raise DivergedError
+        return output
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if type(func) is _Getter:
+            return func(*args)
+        try:
+            expected, way = next(self._steps)
+        except StopIteration:
+            raise DivergedError from None
+        if expected is not func and expected != func:
+            raise DivergedError
+        if way is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return way(self._samples, func, args, kwargs or {})

@@ -1,0 +1,167 @@
+"""Two ways to compute the velocities of several samples, both with the bits that each sample has alone.
+
+`Merged` runs several samples in one forward under the function mode of `mode`; `Alone` runs one forward per sample and branch.
+The runner chooses one per device with `choose_strategy`, and knows neither how samples are grouped nor what a key is made of.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from flowroll.exact.sharing import SharedForwards
+from flowroll.families import Family, ForwardInput, Output, RunForwards, StepInput, Transformer, run_in_turn
+
+StrategyName: TypeAlias = Literal["merged", "alone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """One forward of the transformer, not yet run, for one or several forward inputs of the same key.
+
+    Ranks that share the work may run any part of it (`part`): an output has the same bits whichever inputs are beside it.
+
+    Attributes:
+        inputs: One per sample and branch.
+        compute: The outputs of some of the inputs, in their order.
+    """
+
+    inputs: tuple[ForwardInput, ...]
+    compute: Callable[[Sequence[ForwardInput]], list[Output]]
+
+    def __call__(self) -> list[Output]:
+        """One output per input."""
+        return self.compute(self.inputs)
+
+    def part(self, start: int, stop: int) -> Forward:
+        """The forward of the inputs from `start` up to `stop`."""
+        return Forward(inputs=self.inputs[start:stop], compute=self.compute)
+
+
+# Runs the forwards of one step: one list of outputs per forward.
+RunMerged: TypeAlias = Callable[[Sequence[Forward]], list[list[Output]]]
+
+
+def run_here(forwards: Sequence[Forward]) -> list[list[Output]]:
+    """The outputs of all forwards, run one after the other by this rank."""
+    return [forward() for forward in forwards]
+
+
+class Strategy(ABC):
+    """Computes velocities; every velocity is that of its sample alone, bit for bit.
+
+    Args:
+        family: The model family.
+        dtype: The transformer's dtype.
+    """
+
+    def __init__(self, family: Family, dtype: torch.dtype) -> None:
+        self.family = family
+        self.dtype = dtype
+
+    def batch_key(self, one: StepInput) -> Hashable:
+        """Samples with equal keys gain from being given to `velocities` together.
+
+        The key is the same at every step of a sample. Samples with different keys may be given together as well.
+        """
+        return tuple(self.family.collate_key(forward_input) for forward_input in self._forward_inputs(one))
+
+    @abstractmethod
+    def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
+        """The guided velocities of several samples.
+
+        Args:
+            transformer: The model, or a wrapper with its call signature; all samples have the same adapter.
+            inputs: Samples at any steps of any schedules.
+
+        Returns:
+            One velocity per sample, in the order of the inputs.
+        """
+
+    def _forward_inputs(self, one: StepInput) -> list[ForwardInput]:
+        return self.family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, self.dtype)
+
+
+class Alone(Strategy):
+    """One forward per sample and branch: exact by construction, on every device.
+
+    Args:
+        family: The model family.
+        dtype: The transformer's dtype.
+        run: Runs the forwards of one sample's step.
+    """
+
+    def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_in_turn) -> None:
+        super().__init__(family, dtype)
+        self._run = run
+
+    @override
+    def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
+        return [
+            self.family.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, self.dtype, run=self._run)
+            for one in inputs
+        ]
+
+
+class Merged(Strategy):
+    """One forward for all forward inputs of the same key, whichever samples and branches they belong to.
+
+    Args:
+        family: The model family.
+        dtype: The transformer's dtype.
+        run: Runs the forwards of one step; ranks that share forwards give a function of their own.
+    """
+
+    def __init__(self, family: Family, dtype: torch.dtype, run: RunMerged = run_here) -> None:
+        super().__init__(family, dtype)
+        self._run = run
+        self._shared = SharedForwards(family)
+
+    @override
+    def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
+        own = [self._forward_inputs(one) for one in inputs]
+        outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some]))
+        return [
+            self.family.apply_guidance([next(outputs) for _ in some], one.guidance)
+            for some, one in zip(own, inputs, strict=True)
+        ]
+
+    def _outputs(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
+        """One output per forward input; those of one key share a forward."""
+        groups: dict[Hashable, list[int]] = {}
+        for index, forward_input in enumerate(forward_inputs):
+            groups.setdefault(self.family.collate_key(forward_input), []).append(index)
+
+        def compute(some: Sequence[ForwardInput]) -> list[Output]:
+            return self._shared.outputs(transformer, some)
+
+        forwards = [
+            Forward(inputs=tuple(forward_inputs[index] for index in members), compute=compute) for members in groups.values()
+        ]
+        outputs: dict[int, Output] = {}
+        for members, found in zip(groups.values(), self._run(forwards), strict=True):
+            outputs.update(zip(members, found, strict=True))
+        return [outputs[index] for index in range(len(forward_inputs))]
+
+
+def choose_strategy(
+    family: Family, *, device: torch.device, dtype: torch.dtype, run: RunMerged = run_here, name: StrategyName | None = None
+) -> Strategy:
+    """The strategy for a device: merged on a CPU, alone on others, whose kernels nobody has asked yet.
+
+    Args:
+        family: The model family.
+        device: Where the transformer is.
+        dtype: The transformer's dtype.
+        run: Runs the forwards of one step of a merged strategy.
+        name: A strategy by name; None: the device's.
+    """
+    if (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
+        return Alone(family, dtype)
+    return Merged(family, dtype, run)

@@ -1,0 +1,80 @@
+"""Whose a tensor is during the analysis of a shared forward.
+
+A tensor that the model had before the forward (weights, tables) has no place: it is the same for every sample. Every other
+tensor is of one of three kinds. In a sample's own forward, alone, it has a counterpart:
+
+- `Batched`: the samples' counterparts one behind the other along the first dimension.
+- `Own`: the counterpart itself, of one sample. Models that take lists have these.
+- `Constant`: made in the forward from no sample's data, as positions and masks are. Its counterpart is the same, or, where
+  it is as long as a batched tensor that it meets, one sample's part of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flowroll.exact.layout import CannotMergeError
+from flowroll.exact.ways import Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Whose a tensor is.
+
+    Attributes:
+        trace: The analysis that says so; in another one it means nothing.
+    """
+
+    trace: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batched(Place):
+    """All samples'.
+
+    Attributes:
+        alone: The first sample's own tensor.
+        is_conditioning: It depends on nothing of a sample but its conditioning.
+    """
+
+    alone: Tensor
+    is_conditioning: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Own(Place):
+    """One sample's."""
+
+    sample: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant(Place):
+    """No sample's.
+
+    Attributes:
+        is_exact: Every element has the same bits however many others are beside it.
+        is_fresh: Its memory was made in this forward, so that it may be written to.
+    """
+
+    is_exact: bool
+    is_fresh: bool
+
+
+def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors among the arguments, and in lists and tuples among them."""
+    named: Iterator[tuple[int | str, Any]] = itertools.chain(enumerate(args), kwargs.items())
+    for key, value in named:
+        if isinstance(value, Tensor):
+            yield (key,), value
+        elif isinstance(value, (list, tuple)):
+            for index, one in enumerate(value):
+                if isinstance(one, Tensor):
+                    yield (key, index), one
+                elif isinstance(one, (list, tuple)) and any(isinstance(deep, Tensor) for deep in one):
+                    raise CannotMergeError("tensors lie in lists of lists")
