@@ -17,10 +17,9 @@ from torch import nn
 from flowroll.engine.adapters import AdapterSet
 from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint
 from flowroll.errors import CheckpointError, FlowrollError
-from flowroll.exact import Alone, Strategy, choose_strategy
-from flowroll.families import Family, ModelSpec, RunForwards, run_in_turn
+from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
+from flowroll.families import Family, ModelSpec
 from flowroll.families.alignment import align_weights
-from flowroll.parallel.branches import run_on_branches
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
@@ -38,7 +37,6 @@ class LoadedModel:
         variant: Which of the family's variants it is taken for.
         transformer: The denoiser, or this rank's part of it.
         adapters: The same with LoRA adapters.
-        run: Runs the forwards of a step of one sample.
         strategy: Computes the velocities of samples that take a step together.
         spec: The facts that shape its latents.
         schedule_config: Its sigma grid.
@@ -50,7 +48,6 @@ class LoadedModel:
     variant: str
     transformer: Any
     adapters: AdapterSet
-    run: RunForwards
     strategy: Strategy
     spec: ModelSpec
     schedule_config: ScheduleConfig
@@ -93,16 +90,15 @@ def build_model(
     checkpoint: Checkpoint, transformer: Any, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
 ) -> LoadedModel:
     """The model around a loaded transformer."""
-    run: RunForwards = run_in_turn if mesh is None else functools.partial(run_on_branches, mesh)
+    over_ranks: dict[str, Any] = {}
+    if mesh is not None:
+        over_ranks = {"run": functools.partial(run_on_groups, mesh), "agree": functools.partial(all_ranks_agree, mesh)}
     return LoadedModel(
         family=checkpoint.family,
         variant=checkpoint.variant,
         transformer=transformer,
         adapters=AdapterSet(transformer),
-        run=run,
-        strategy=choose_strategy(checkpoint.family, device=device, dtype=dtype)
-        if mesh is None
-        else Alone(checkpoint.family, dtype, run),
+        strategy=choose_strategy(checkpoint.family, device=device, dtype=dtype, **over_ranks),
         spec=spec,
         schedule_config=checkpoint.schedule_config,
         device=device,

@@ -33,6 +33,7 @@ def named(func: Any) -> str:
 METADATA = functions(
     *("size", "dim", "ndimension", "numel", "nelement", "__len__", "stride", "storage_offset", "is_contiguous", "get_device"),
     *("is_floating_point", "is_complex", "is_signed", "element_size", "data_ptr", "is_same_size", "__hash__", "result_type"),
+    "requires_grad_",
 )
 
 # One correctly rounded operation, or a choice, for each element (of real numbers).

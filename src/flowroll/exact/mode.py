@@ -21,6 +21,7 @@ from flowroll.exact.layout import CannotMergeError, same_bits, same_layout
 from flowroll.exact.rules import decide
 from flowroll.exact.tracking import Batched, Own, Place, tensors_in
 from flowroll.exact.ways import Samples, Way
+from flowroll.parallel.mesh import gather_parts
 
 # A function that the model called, and how it is computed; None: as it is.
 Note: TypeAlias = "tuple[Callable[..., Any], Way | None]"
@@ -46,11 +47,17 @@ class Analysis(TorchFunctionMode):
 
     Args:
         samples: Who shares the forward.
+        goes_on: Whether a forward that cannot be shared goes on to its end all the same, as a plain one whose output is of no
+            use: other ranks wait for this one in the collectives of that forward.
+
+    Attributes:
+        failure: Why the forward cannot be shared; None: it can.
     """
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, *, goes_on: bool = False) -> None:
         super().__init__()
-        self.samples = samples
+        self.samples, self._goes_on = samples, goes_on
+        self.failure: CannotMergeError | None = None
         self.steps: list[Note] = []
         # What its places are known by. Tensors may outlive the forward, and should not keep it.
         self.token = object()
@@ -58,7 +65,7 @@ class Analysis(TorchFunctionMode):
     def forward(
         self, transformer: Callable[..., Any], batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]
     ) -> tuple[Any, Notes]:
-        """The output of the shared forward, and how it was computed.
+        """The output of the shared forward, and how it was computed. It is of no use where there is a `failure`.
 
         Args:
             transformer: The model.
@@ -66,16 +73,55 @@ class Analysis(TorchFunctionMode):
             alone: The samples' own forward inputs.
 
         Raises:
-            CannotMergeError: Some function cannot be computed for several samples at once with the bits of each.
+            CannotMergeError: Some function cannot be computed for several samples at once with the bits of each, and nobody
+                waits for this forward to end.
         """
-        self._place_inputs(batched, alone)
+        self._try(lambda: self._place_inputs(batched, alone))
         with self:
             output = transformer(**batched, return_dict=False)[0]
-        self._check_output(output)
+        self._try(lambda: self._check_output(output))
         return output, Notes(tuple(self.steps))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is gather_parts:
+            return self._gather_parts(args)
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        found: list[Any] = []
+        self._try(lambda: found.append(self._decided(func, args, kwargs)))
+        return found[0] if found else func(*args, **kwargs)
+
+    def _try(self, check: Callable[[], object]) -> None:
+        """Does what may find that the forward cannot be shared."""
+        if self.failure is not None:
+            return
+        try:
+            check()
+        except CannotMergeError as error:
+            if not self._goes_on:
+                raise
+            self.failure = error
+
+    def _gather_parts(self, args: Sequence[Any]) -> Tensor:
+        """Joins what ranks have, once: the first sample's own tensor is its part of the whole, which was only moved here."""
+        result: Tensor = gather_parts(*args)
+        self.steps.append((gather_parts, None))
+        _, part, _, dim, _ = args
+        place = self.place(part)
+        if not isinstance(place, Batched):
+            self.put(result, place)
+            return result
+
+        def follow() -> None:
+            if dim in (0, -part.ndim):
+                raise CannotMergeError("ranks have parts of the batch itself")
+            self.put_batched(result, result[: len(place.alone)].clone(), place.is_conditioning)
+
+        self._try(follow)
+        return result
+
+    def _decided(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if type(func) is _Getter:
             return self._get(func, args[0])
         found = [tensor for _, tensor in tensors_in(args, kwargs)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -64,10 +64,12 @@ class SharedForwards:
 
     Args:
         family: How forward inputs are collated.
+        agree: Tells whether all ranks that share a forward vote yes; None: there is one rank. All of them run samples together
+            or one by one: otherwise some would wait for the others in a collective.
     """
 
-    def __init__(self, family: Family) -> None:
-        self._family = family
+    def __init__(self, family: Family, agree: Callable[[bool], bool] | None = None) -> None:
+        self._family, self._agree = family, agree
         self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
     def outputs(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
@@ -83,18 +85,20 @@ class SharedForwards:
         if analyses is None:
             return run_in_turn(transformer, forward_inputs)
         random_state = torch.get_rng_state()
-        output = self._repeat(transformer, analyses, forward_inputs)
-        try:
-            if output is None:
-                output, notes = self._analyse(transformer, forward_inputs, is_new=form not in known.forms)
-                known.forms.add(form)
-                analyses[:] = [notes, *analyses][:_ANALYSES]
-            if not torch.equal(torch.get_rng_state(), random_state):
-                torch.set_rng_state(random_state)
-                raise CannotMergeError("the model draws random numbers")
-        except CannotMergeError as error:
-            known.give_up(kind, str(error))
-            return run_in_turn(transformer, forward_inputs)
+        output, notes, reason = self._repeat(transformer, analyses, forward_inputs), None, None
+        if output is None:
+            output, notes, reason = self._analyse(transformer, forward_inputs, is_new=form not in known.forms)
+        if not torch.equal(torch.get_rng_state(), random_state):
+            torch.set_rng_state(random_state)
+            reason = reason or "the model draws random numbers"
+        # Ranks vote on what they analysed. What they repeat, they have voted on, and draws are alike on all of them.
+        if reason is not None or notes is not None:
+            if not (self._agree or bool)(reason is None):
+                known.give_up(kind, reason or "another rank cannot share it")
+                return run_in_turn(transformer, forward_inputs)
+            known.forms.add(form)
+            assert notes is not None
+            analyses[:] = [notes, *analyses][:_ANALYSES]
         return self._family.uncollate(output, count)
 
     def _repeat(
@@ -112,18 +116,27 @@ class SharedForwards:
 
     def _analyse(
         self, transformer: Transformer, forward_inputs: Sequence[ForwardInput], *, is_new: bool
-    ) -> tuple[Output, Notes]:
-        """The output and how it was computed, after a comparison with samples alone: all of them where the form is new."""
+    ) -> tuple[Output, Notes, str | None]:
+        """The output, how it was computed, and why it cannot be used, if so.
+
+        It is compared with samples alone: with all of them where the form is new.
+        """
         count = len(forward_inputs)
         looked_at = range(count) if is_new else [count - 1]
         # Before the analysis, so that tables which the model makes at its first forward are there.
         alone = [run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
         batched = self._family.collate(forward_inputs)
-        output, notes = Analysis(_samples(batched, count)).forward(transformer, batched, forward_inputs)
-        found = self._family.uncollate(list(output) if isinstance(output, list) else output, count)
-        if not all(_same(found[index], one) for index, one in zip(looked_at, alone, strict=True)):
-            raise CannotMergeError("the model computes with the length of its batch")
-        return output, notes
+        analysis = Analysis(_samples(batched, count), goes_on=self._agree is not None)
+        try:
+            output, notes = analysis.forward(transformer, batched, forward_inputs)
+        except CannotMergeError as error:
+            return [], Notes(()), str(error)
+        reason = None if analysis.failure is None else str(analysis.failure)
+        if reason is None:
+            found = self._family.uncollate(list(output) if isinstance(output, list) else output, count)
+            if not all(_same(found[index], one) for index, one in zip(looked_at, alone, strict=True)):
+                reason = "the model computes with the length of its batch"
+        return output, notes, reason
 
 
 def _samples(batched: ForwardInput, count: int) -> Samples:

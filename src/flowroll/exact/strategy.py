@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.exact.sharing import SharedForwards
-from flowroll.families import Family, ForwardInput, Output, RunForwards, StepInput, Transformer, run_in_turn
+from flowroll.families import Family, ForwardInput, Output, StepInput, Transformer, run_in_turn
 
+# The outputs of forward inputs that share a forward.
+Compute: TypeAlias = Callable[[Sequence[ForwardInput]], list[Output]]
 StrategyName: TypeAlias = Literal["merged", "alone"]
 
 
@@ -29,11 +31,13 @@ class Forward:
 
     Attributes:
         inputs: One per sample and branch.
+        rows_per_sample: Entries of the transformer's batch that an input has: 2 where the branches of a sample are a pair.
         compute: The outputs of some of the inputs, in their order.
     """
 
     inputs: tuple[ForwardInput, ...]
-    compute: Callable[[Sequence[ForwardInput]], list[Output]]
+    rows_per_sample: int
+    compute: Compute
 
     def __call__(self) -> list[Output]:
         """One output per input."""
@@ -41,11 +45,11 @@ class Forward:
 
     def part(self, start: int, stop: int) -> Forward:
         """The forward of the inputs from `start` up to `stop`."""
-        return Forward(inputs=self.inputs[start:stop], compute=self.compute)
+        return replace(self, inputs=self.inputs[start:stop])
 
 
 # Runs the forwards of one step: one list of outputs per forward.
-RunMerged: TypeAlias = Callable[[Sequence[Forward]], list[list[Output]]]
+RunForwards: TypeAlias = Callable[[Sequence[Forward]], list[list[Output]]]
 
 
 def run_here(forwards: Sequence[Forward]) -> list[list[Output]]:
@@ -59,11 +63,11 @@ class Strategy(ABC):
     Args:
         family: The model family.
         dtype: The transformer's dtype.
+        run: Runs the forwards of one step; ranks that share forwards give a function of their own.
     """
 
-    def __init__(self, family: Family, dtype: torch.dtype) -> None:
-        self.family = family
-        self.dtype = dtype
+    def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_here) -> None:
+        self.family, self.dtype, self._run = family, dtype, run
 
     def batch_key(self, one: StepInput) -> Hashable:
         """Samples with equal keys gain from being given to `velocities` together.
@@ -72,7 +76,6 @@ class Strategy(ABC):
         """
         return tuple(self.family.collate_key(forward_input) for forward_input in self._forward_inputs(one))
 
-    @abstractmethod
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
         """The guided velocities of several samples.
 
@@ -83,48 +86,6 @@ class Strategy(ABC):
         Returns:
             One velocity per sample, in the order of the inputs.
         """
-
-    def _forward_inputs(self, one: StepInput) -> list[ForwardInput]:
-        return self.family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, self.dtype)
-
-
-class Alone(Strategy):
-    """One forward per sample and branch: exact by construction, on every device.
-
-    Args:
-        family: The model family.
-        dtype: The transformer's dtype.
-        run: Runs the forwards of one sample's step.
-    """
-
-    def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_in_turn) -> None:
-        super().__init__(family, dtype)
-        self._run = run
-
-    @override
-    def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
-        return [
-            self.family.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, self.dtype, run=self._run)
-            for one in inputs
-        ]
-
-
-class Merged(Strategy):
-    """One forward for all forward inputs of the same key, whichever samples and branches they belong to.
-
-    Args:
-        family: The model family.
-        dtype: The transformer's dtype.
-        run: Runs the forwards of one step; ranks that share forwards give a function of their own.
-    """
-
-    def __init__(self, family: Family, dtype: torch.dtype, run: RunMerged = run_here) -> None:
-        super().__init__(family, dtype)
-        self._run = run
-        self._shared = SharedForwards(family)
-
-    @override
-    def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
         own = [self._forward_inputs(one) for one in inputs]
         outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some]))
         return [
@@ -132,26 +93,70 @@ class Merged(Strategy):
             for some, one in zip(own, inputs, strict=True)
         ]
 
-    def _outputs(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
-        """One output per forward input; those of one key share a forward."""
+    def _outputs(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
+        """One output per forward input."""
+        grouped = self._forwards(transformer, inputs)
+        forwards = [
+            Forward(
+                inputs=tuple(inputs[index] for index in members),
+                rows_per_sample=self.family.rows_per_sample(inputs[members[0]]),
+                compute=compute,
+            )
+            for members, compute in grouped
+        ]
+        outputs: dict[int, Output] = {}
+        for (members, _), found in zip(grouped, self._run(forwards), strict=True):
+            outputs.update(zip(members, found, strict=True))
+        return [outputs[index] for index in range(len(inputs))]
+
+    @abstractmethod
+    def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
+        """Which inputs share a forward, and how that is computed."""
+
+    def _forward_inputs(self, one: StepInput) -> list[ForwardInput]:
+        return self.family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, self.dtype)
+
+
+class Alone(Strategy):
+    """One forward per sample and branch: exact by construction, on every device."""
+
+    @override
+    def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
+        def compute(some: Sequence[ForwardInput]) -> list[Output]:
+            return run_in_turn(transformer, some)
+
+        return [([index], compute) for index in range(len(inputs))]
+
+
+class Merged(Strategy):
+    """One forward for all forward inputs of the same key, whichever samples and branches they belong to."""
+
+    def __init__(
+        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
+    ) -> None:
+        super().__init__(family, dtype, run)
+        self._shared = SharedForwards(family, agree)
+
+    @override
+    def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
         groups: dict[Hashable, list[int]] = {}
-        for index, forward_input in enumerate(forward_inputs):
-            groups.setdefault(self.family.collate_key(forward_input), []).append(index)
+        for index, one in enumerate(inputs):
+            groups.setdefault(self.family.collate_key(one), []).append(index)
 
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
             return self._shared.outputs(transformer, some)
 
-        forwards = [
-            Forward(inputs=tuple(forward_inputs[index] for index in members), compute=compute) for members in groups.values()
-        ]
-        outputs: dict[int, Output] = {}
-        for members, found in zip(groups.values(), self._run(forwards), strict=True):
-            outputs.update(zip(members, found, strict=True))
-        return [outputs[index] for index in range(len(forward_inputs))]
+        return [(members, compute) for members in groups.values()]
 
 
 def choose_strategy(
-    family: Family, *, device: torch.device, dtype: torch.dtype, run: RunMerged = run_here, name: StrategyName | None = None
+    family: Family,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    run: RunForwards = run_here,
+    agree: Callable[[bool], bool] | None = None,
+    name: StrategyName | None = None,
 ) -> Strategy:
     """The strategy for a device: merged on a CPU, alone on others, whose kernels nobody has asked yet.
 
@@ -159,9 +164,10 @@ def choose_strategy(
         family: The model family.
         device: Where the transformer is.
         dtype: The transformer's dtype.
-        run: Runs the forwards of one step of a merged strategy.
+        run: Runs the forwards of one step.
+        agree: Tells whether all ranks that share a forward vote yes; None: there is one rank.
         name: A strategy by name; None: the device's.
     """
     if (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
-        return Alone(family, dtype)
-    return Merged(family, dtype, run)
+        return Alone(family, dtype, run)
+    return Merged(family, dtype, run, agree)

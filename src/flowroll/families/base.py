@@ -24,8 +24,6 @@ Transformer: TypeAlias = Callable[..., Any]
 # The keyword arguments of one forward, and what a forward returns: a batch, or a list of samples.
 ForwardInput: TypeAlias = Mapping[str, Any]
 Output: TypeAlias = "Tensor | list[Tensor]"
-# Runs the forwards of one step.
-RunForwards: TypeAlias = Callable[[Transformer, Sequence[ForwardInput]], list[Output]]
 
 NO_GUIDANCE = "none"
 # Where the pipelines cut a prompt by default.
@@ -195,8 +193,6 @@ class Family(ABC):
         env: DenoisingEnv,
         guidance: Guidance,
         dtype: torch.dtype,
-        *,
-        run: RunForwards = run_in_turn,
     ) -> Float[Tensor, " *latent"]:
         """The guided velocity v = eps - x0 of one sample.
 
@@ -207,12 +203,13 @@ class Family(ABC):
             env: The sample's environment, on the transformer's device.
             guidance: How the branches are combined.
             dtype: The transformer's dtype, to which its inputs are cast.
-            run: Runs the step's forwards; one after the other by default.
 
         Returns:
             The velocity, in the dtype that the pipeline gives to its scheduler.
         """
-        return self.apply_guidance(run(transformer, self.forward_inputs(latents, timestep, env, guidance, dtype)), guidance)
+        return self.apply_guidance(
+            run_in_turn(transformer, self.forward_inputs(latents, timestep, env, guidance, dtype)), guidance
+        )
 
     @abstractmethod
     def collate_key(self, forward_input: ForwardInput) -> Hashable:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families.base import NO_GUIDANCE, Family, Guidance, RunForwards, Transformer, run_in_turn
+from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput, Transformer
 from flowroll.sampling import dynamics, transition
 from flowroll.sampling.transition import Transition
 from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
@@ -135,8 +135,6 @@ class Recipe:
         next_latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
-        *,
-        run: RunForwards = run_in_turn,
     ) -> StepScore:
         """Runs one step again and scores the recorded next latents; differentiable in the transformer's weights.
 
@@ -146,9 +144,8 @@ class Recipe:
             next_latents: x after it, as recorded.
             step: Which step, counted from 0.
             env: The sample's environment, on the transformer's device.
-            run: Runs the step's forwards; one after the other by default.
         """
-        return self.evaluate(self.velocity(transformer, latents, step, env, run=run), latents, next_latents, step)
+        return self.evaluate(self.velocity(transformer, latents, step, env), latents, next_latents, step)
 
     def evaluate(
         self,
@@ -169,12 +166,14 @@ class Recipe:
         latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
-        *,
-        run: RunForwards = run_in_turn,
     ) -> Float[Tensor, " *latent"]:
         """The guided velocity of one step; the arguments are those of `score`."""
-        timestep = self.timesteps[step : step + 1]
-        return self.family.velocity(transformer, latents, timestep, env, self.guidance, self.dtype, run=run)
+        one = self.step_input(latents, step, env)
+        return self.family.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, self.dtype)
+
+    def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
+        """What the velocity of one step is a function of; the arguments are those of `score`."""
+        return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -64,8 +64,9 @@ def gather_keys(
         value: This rank's.
     """
     prefix = key.shape[1] - rows.size
-    pair = torch.stack((key[:, prefix:], value[:, prefix:]))
-    keys, values = mesh.gather(pair, axis="sp", dim=2, sizes=rows.sizes).unbind(0)
+    # Side by side behind the batch, which stays in front: samples of a shared forward are told apart by that.
+    pair = torch.stack((key[:, prefix:], value[:, prefix:]), dim=1)
+    keys, values = mesh.gather(pair, axis="sp", dim=2, sizes=rows.sizes).unbind(1)
     if prefix:
         return torch.cat((key[:, :prefix], keys), dim=1), torch.cat((value[:, :prefix], values), dim=1)
     return keys, values

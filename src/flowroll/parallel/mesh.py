@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store
+from torch.overrides import handle_torch_function, has_torch_function
 
 from flowroll.errors import EngineError
 from flowroll.types import Layout
@@ -60,6 +61,8 @@ class Mesh:
         self, layout: Layout, *, rank: int, store: Store, device: torch.device, timeout_s: float, loopback: bool
     ) -> None:
         self.layout, self.rank, self.device = layout, rank, device
+        # Whether the batch of the forward that runs holds the branches of every sample side by side, to be shared out.
+        self.shares_branches = False
         # Bytes that this rank received, by axis.
         self.received_bytes: Counter[Axis] = Counter()
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
@@ -93,6 +96,19 @@ class Mesh:
         """This rank's index on this axis."""
         return self._coordinates[axis]
 
+    def group(self, axis: Axis) -> dist.ProcessGroup:
+        """The process group of this rank along an axis."""
+        return self._groups[axis]
+
+    @contextlib.contextmanager
+    def sharing_branches(self) -> Iterator[None]:
+        """In the block, regions of the transformer give each group of the cfg axis its own branch of every sample."""
+        self.shares_branches = self.degree("cfg") > 1
+        try:
+            yield
+        finally:
+            self.shares_branches = False
+
     def gather(self, part: Float[Tensor, ...], *, axis: Axis, dim: int, sizes: Sequence[int]) -> Float[Tensor, ...]:
         """The parts of an axis's ranks side by side in rank order, contiguous.
 
@@ -103,19 +119,15 @@ class Mesh:
             sizes: Length of every rank's part. The transport sends equal lengths: shorter ones travel with filler rows, which
                 are dropped on arrival.
         """
-        front = part.movedim(dim, 0)
-        longest = max(sizes)
-        if front.shape[0] < longest:
-            front = torch.cat([front, front.new_zeros((longest - front.shape[0], *front.shape[1:]))])
-        front = front.contiguous()
-        parts = front.new_empty((len(sizes), *front.shape))
-        dist.all_gather(list(parts.unbind(0)), front, group=self._groups[axis])
-        self.received_bytes[axis] += parts.nbytes - front.nbytes
-        if min(sizes) == longest:
-            whole = parts.flatten(0, 1)
-        else:
-            whole = torch.cat([received[:size] for received, size in zip(parts.unbind(0), sizes, strict=True)])
-        return whole.movedim(0, dim).contiguous()
+        return gather_parts(self, part, axis, dim, sizes)
+
+    def all_agree(self, vote: bool, axes: Sequence[Axis]) -> bool:
+        """Tells whether every rank on these axes votes yes; all of them call it at the same time."""
+        for axis in axes:
+            if self.degree(axis) > 1:
+                own = torch.tensor([vote], dtype=torch.uint8, device=self.device)
+                vote = bool(gather_parts(self, own, axis, 0, [1] * self.degree(axis)).all().item())
+        return vote
 
     def broadcast(self, tensor: Tensor) -> None:
         """Fills the tensor with rank 0's, on every rank."""
@@ -138,6 +150,25 @@ class Mesh:
         """Leaves the process group; may be called twice."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def gather_parts(mesh: Mesh, part: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Joins the parts of an axis's ranks; see `Mesh.gather`. A function mode of torch sees it as one function."""
+    if has_torch_function((part,)):
+        return handle_torch_function(gather_parts, (part,), mesh, part, axis, dim, sizes)  # type: ignore[no-any-return]
+    front = part.movedim(dim, 0)
+    longest = max(sizes)
+    if front.shape[0] < longest:
+        front = torch.cat([front, front.new_zeros((longest - front.shape[0], *front.shape[1:]))])
+    front = front.contiguous()
+    parts = front.new_empty((len(sizes), *front.shape))
+    dist.all_gather(list(parts.unbind(0)), front, group=mesh.group(axis))
+    mesh.received_bytes[axis] += parts.nbytes - front.nbytes
+    if min(sizes) == longest:
+        whole = parts.flatten(0, 1)
+    else:
+        whole = torch.cat([received[:size] for received, size in zip(parts.unbind(0), sizes, strict=True)])
+    return whole.movedim(0, dim).contiguous()
 
 
 def _own_group(grid: Tensor, dim: int, rank: int, timeout_s: float) -> dist.ProcessGroup:

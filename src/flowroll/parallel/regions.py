@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowroll.parallel.attention import attend_own_rows, gather_keys, widen_mask, with_dispatch
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.paths import find_modules
-from flowroll.parallel.shards import Shard, shard_evenly, shard_rows
+from flowroll.parallel.shards import Shard, shard_rows
 from flowroll.types import Gather, ParallelPlan, Region, Split
 
 
@@ -37,7 +37,7 @@ class ShardedRegion:
         self._region = region
         self._mesh = mesh
         self._rows: Shard | None = None
-        self._branches: Shard | None = None
+        self._has_branches = False
 
     def install(self, transformer: nn.Module) -> None:
         """Adds the hooks, and wraps the attention of the region."""
@@ -63,34 +63,32 @@ class ShardedRegion:
 
     def _enter(self, split: Split, hidden: Tensor) -> Tensor:
         self._rows = None if split.rows is None else self._row_shard(hidden.shape[split.rows])
-        self._branches = None if split.branches is None else self._branch_shard(hidden.shape[split.branches])
+        self._has_branches = split.branches is not None and self._mesh.shares_branches
         return self._narrow(split, hidden)
 
     def _narrow(self, split: Split, tensor: Tensor) -> Tensor:
         """This rank's part; what it is follows from the tensor's own size, since some are narrowed before the region begins."""
         if split.rows is not None and (rows := self._row_shard(tensor.shape[split.rows])):
             tensor = tensor.narrow(split.rows, rows.start, rows.size)
-        if split.branches is not None and (branches := self._branch_shard(tensor.shape[split.branches])):
-            tensor = tensor.narrow(split.branches, branches.start, branches.size)
+        if split.branches is not None and self._mesh.shares_branches:
+            # Of every sample its own branch: [samples * branches, ...] to [samples, ...].
+            assert split.branches == 0
+            tensor = tensor.unflatten(0, (-1, self._mesh.degree("cfg")))[:, self._mesh.coordinate("cfg")]
         # Contiguous as the whole was: products of strided inputs may take other kernels.
         return tensor.contiguous()
 
     def _leave(self, gather: Gather, output: Tensor) -> Tensor:
         if self._rows is not None:
             output = self._mesh.gather(output, axis="sp", dim=gather.rows, sizes=self._rows.sizes)
-        if self._branches is not None:
-            assert gather.branches is not None
-            output = self._mesh.gather(output, axis="cfg", dim=gather.branches, sizes=self._branches.sizes)
-        self._rows = self._branches = None
+        if self._has_branches:
+            assert gather.branches == 0
+            own = output.unsqueeze(1)
+            output = self._mesh.gather(own, axis="cfg", dim=1, sizes=[1] * self._mesh.degree("cfg")).flatten(0, 1)
+        self._rows, self._has_branches = None, False
         return output
 
     def _row_shard(self, total: int) -> Shard | None:
         return shard_rows(total, self._mesh.coordinate("sp"), self._mesh.degree("sp"))
-
-    def _branch_shard(self, total: int) -> Shard | None:
-        """A batch of one has no branches to share."""
-        degree = self._mesh.degree("cfg")
-        return shard_evenly(total, self._mesh.coordinate("cfg"), degree) if degree > 1 and total == degree else None
 
     def _gathering(self, dispatch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def attend(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **options: Any) -> Tensor:

@@ -116,7 +116,8 @@ class ModelRunner:
         one = self._recomputations[recomputation_id]
         # Copied: a row of a stack lies anywhere, and bits can depend on that.
         latents = one.latents[row].clone()
-        velocity = one.recipe.velocity(one.transformer, latents, one.steps[row], one.env, run=self.model.run)
+        step_input = one.recipe.step_input(latents, one.steps[row], one.env)
+        (velocity,) = self.model.strategy.velocities(one.transformer, [step_input])
         return velocity, self._compare(velocity)
 
     def end_recomputation(self, recomputation_id: int) -> None:
