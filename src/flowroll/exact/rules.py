@@ -381,7 +381,9 @@ def _alone(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> tuple[list[Any]
                 raise CannotMergeError(f"{named(func)} takes a batched tensor that is not known exactly")
             own = tensor[: len(tensor) // trace.samples.count]
         elif isinstance(place, Constant) and tensor.ndim and len(tensor) in {length for _, length in batched if length > 1}:
-            if func not in VIEWS and func not in INDEXING:
+            # Element by element, dimensions are matched from the last one on: with fewer of them, none is the samples'.
+            is_broadcast = func in BROADCASTS and tensor.ndim < min(ndim for ndim, _ in batched)
+            if func not in VIEWS and func not in INDEXING and not is_broadcast:
                 raise CannotMergeError(f"{named(func)} takes a tensor that may be batched")
             continue
         else:
@@ -455,6 +457,8 @@ _ATTENTION: Mapping[str, Any] = {
     "scale": None,
     "enable_gqa": False,
 }
+
+BROADCASTS = ELEMENTWISE | POINTWISE | COPIES
 
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(PER_SAMPLE, _each),

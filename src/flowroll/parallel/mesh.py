@@ -155,7 +155,7 @@ class Mesh:
 def gather_parts(mesh: Mesh, part: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Tensor:
     """Joins the parts of an axis's ranks; see `Mesh.gather`. A function mode of torch sees it as one function."""
     if has_torch_function((part,)):
-        return handle_torch_function(gather_parts, (part,), mesh, part, axis, dim, sizes)  # type: ignore[no-any-return]
+        return handle_torch_function(gather_parts, (part,), mesh, part, axis, dim, sizes)
     front = part.movedim(dim, 0)
     longest = max(sizes)
     if front.shape[0] < longest:

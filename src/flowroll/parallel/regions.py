@@ -73,7 +73,8 @@ class ShardedRegion:
         if split.branches is not None and self._mesh.shares_branches:
             # Of every sample its own branch: [samples * branches, ...] to [samples, ...].
             assert split.branches == 0
-            tensor = tensor.unflatten(0, (-1, self._mesh.degree("cfg")))[:, self._mesh.coordinate("cfg")]
+            degree = self._mesh.degree("cfg")
+            tensor = tensor.view(-1, degree, *tensor.shape[1:])[:, self._mesh.coordinate("cfg")]
         # Contiguous as the whole was: products of strided inputs may take other kernels.
         return tensor.contiguous()
 
