@@ -24,6 +24,7 @@ from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
 from flowroll.sampling.schedule import ScheduleConfig
+from flowroll.types import all_finite
 
 _PROBE = "a red circle"
 
@@ -182,6 +183,8 @@ def _check_text(family: Family, pipeline: Any) -> None:
     with torch.no_grad():
         embeds = family.encode(pipeline, _PROBE)[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
+    if not all_finite(embeds):
+        raise CheckpointError("text_encoder must give finite embeddings, got NaN or infinity; copy its weights again.")
     if embeds.shape[0] < len(_PROBE.split()):
         raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
 

@@ -166,7 +166,9 @@ def test_whatever_is_configured_gives_the_schedulers_descending_grid_or_a_clear_
         return
     assert schedule.sigmas[0] <= 1 + 1e-6 and (schedule.sigmas[1:] < schedule.sigmas[:-1]).all()
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=config.mu(tokens) if config.use_dynamic_shifting else 0)
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / steps, steps), mu=config.mu(tokens) if config.use_dynamic_shifting else 0
+    )
     assert torch.equal(schedule.sigmas, scheduler.sigmas)
     assert torch.equal(schedule.timesteps, scheduler.timesteps)
 
