@@ -1,9 +1,9 @@
 """What an adapter's configuration means, by its effect on a finished adapter and not by its spelling.
 
 Whatever has the effect of peft's default is taken as the default: an option that is off, however it is written; an option of
-training or of peft at run time; a part of an option that is itself off. What is refused is what the engine would compute otherwise
-than the trainer: kinds of adapters beyond plain LoRA on linears, options that this peft does not know, and starting values that
-change the weights below.
+training or of peft at run time; a part of an option that is itself off. What is refused is what the engine would compute
+otherwise than the trainer: kinds of adapters beyond plain LoRA on linears, options that this peft does not know, and starting
+values that change the weights below.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Looks at a diffusers checkpoint folder before anything is loaded from it.
 
 Owns everything that can be wrong with the files of a folder. diffusers and transformers fill in missing weights with random
-ones, pass over those that they do not know, read any dtype as if it were the weight's own, or fail deep inside; here a bad folder
-is one clear error, before anything is built where the files alone show it.
+ones, pass over those that they do not know, read any dtype as if it were the weight's own, or fail deep inside; here a bad
+folder is one clear error, before anything is built where the files alone show it.
 """
 
 from __future__ import annotations
