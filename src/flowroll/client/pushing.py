@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -13,7 +12,7 @@ from torch import Tensor
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
 from flowroll.client.exchange import Call, post, read_by, read_object
 from flowroll.errors import InvalidRequestError
-from flowroll.types import AdapterChange, WeightUpdate
+from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.wire.blob import data_view, plain, safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
@@ -62,8 +61,7 @@ def adapter_call(
     """
     try:
         sent = {key: plain(tensor) for key, tensor in tensors.items()}
-        # peft's own object has sets in it.
-        prefix = safetensors_prefix(sent, metadata={"adapter_config": json.dumps(dict(config), default=sorted)})
+        prefix = safetensors_prefix(sent, metadata={"adapter_config": adapter_config_text(config)})
     except (KeyError, TypeError) as error:
         raise InvalidRequestError(f"tensors and config must be peft's, got {error}; use get_peft_model_state_dict.") from error
     data = [Segment(data=data_view(tensor), owner=tensor) for tensor in sent.values()]
