@@ -9,19 +9,18 @@ from flowroll.types.adapters import MAX_LORA_NAME_CHARS, AdapterChange, AdapterR
 from flowroll.types.digest import branch_digest
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
+    ALIASES,
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     MIN_SIGMA_GAP,
-    NOISE_LEVEL_MAX,
-    NOISE_LEVEL_MAX_CPS,
-    NOISE_LEVEL_MIN,
     ROLLOUT_FIELDS,
     GeneratorDevice,
     Number,
     SamplingParams,
     SdeType,
+    by_field_name,
 )
 from flowroll.types.results import (
     SCHEMA_VERSION,
@@ -37,6 +36,7 @@ from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, Sco
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
+    "ALIASES",
     "MAX_GUIDANCE_SCALE",
     "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
@@ -44,9 +44,6 @@ __all__ = [
     "MAX_SEED",
     "MAX_VERSION_CHARS",
     "MIN_SIGMA_GAP",
-    "NOISE_LEVEL_MAX",
-    "NOISE_LEVEL_MAX_CPS",
-    "NOISE_LEVEL_MIN",
     "ROLLOUT_FIELDS",
     "SCHEMA_VERSION",
     "AdapterChange",
@@ -76,6 +73,7 @@ __all__ = [
     "Trajectory",
     "WeightUpdate",
     "branch_digest",
+    "by_field_name",
     "check_lora_name",
     "check_version",
     "version_number",
