@@ -1,8 +1,8 @@
 """One transition of a trajectory, and the only log-prob code of the project.
 
 Every sampler here is a Gaussian whose mean is affine in the latents, the velocity and the clean prediction of the step before,
-so a step is five facts: its dynamics, the three factors of the mean and the total std. The samplers compute these facts from the
-sigmas, one sampler to a file; this module applies and scores them, for the engine and for replay alike. The tensor that is
+so a step is five facts: its dynamics, the three factors of the mean and the total std. The samplers compute these facts from
+the sigmas, one sampler to a file; this module applies and scores them, for the engine and for replay alike. The tensor that is
 scored is the tensor that was stored: `next_latents` after all rounding.
 """
 

@@ -66,9 +66,10 @@ def accept_aliases(cls: ClassT) -> ClassT:
 
     @functools.wraps(make)
     def __init__(self: Any, **values: Any) -> None:
+        fields = by_field(values, aliases)
         given = {aliases.get(name, name): name for name in values}
         try:
-            make(self, **by_field(values, aliases))
+            make(self, **fields)
         except InvalidRequestError as error:
             name = given.get(error.field or "", error.field)
             if name == error.field or name is None:

@@ -228,8 +228,8 @@ ReturnSteps: TypeAlias = Annotated[
     Rule(text="be null or a list of integers >= 0", remedy="count latents from 0"),
 ]
 Frames: TypeAlias = Annotated[
-    Literal[1] | None,
-    Field(description="null or 1: an image.", examples=[1]),
+    int | None,
+    Field(ge=1, le=1, description="null or 1: an image.", examples=[1]),
     Rule(text="be null or 1", remedy="leave it out, flowroll makes images"),
 ]
 FramesPerSecond: TypeAlias = Annotated[
