@@ -42,6 +42,8 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"sde_type": "cps", "guidance_scale": 3.0, "sde_step_indices": (0, 1), "prompt": "many small green pears in a bowl"},
     {"sde_type": "sde", "guidance_scale": 0.0, "sde_step_indices": (1,), "width": 96, "log_prob_no_const": True},
     {"sde_type": "ode", "guidance_scale": 3.0},
+    {"sde_type": "dance_sde", "guidance_scale": 3.0},
+    {"sde_type": "sde", "sigmas": (1.0, 0.999995, 0.5, 0.0), "sde_step_indices": (0, 2)},
 )
 MEDIA = {"json": "application/json", "msgpack": "application/msgpack"}
 
