@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -186,6 +187,8 @@ def _check_timeout(seconds: Number) -> None:
 
 def _requests(options: ParityOptions, modes: tuple[SdeType, ...]) -> dict[SdeType, SamplingParams]:
     width, height = (None, None) if options.size is None else parse_size(options.size)
+    # By its short name, which is that of the option: an error names it so.
+    given: dict[str, Any] = {"noise_level": options.noise_level}
     return {
         mode: SamplingParams(
             prompt=options.prompt,
@@ -196,10 +199,10 @@ def _requests(options: ParityOptions, modes: tuple[SdeType, ...]) -> dict[SdeTyp
             num_outputs_per_prompt=options.num_outputs,
             guidance_scale=options.guidance_scale,
             rollout_sde_type=mode,
-            rollout_noise_level=options.noise_level,
             rollout_debug_mode=True,
             rollout_return_denoising_env=True,
             rollout_return_dit_trajectory=True,
+            **given,
         )
         for mode in modes
     }
