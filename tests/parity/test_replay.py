@@ -89,6 +89,18 @@ def test_scores_are_what_the_engine_recorded(
         assert torch.equal(scores.velocities[sample].detach().cpu(), debug.model_output)
 
 
+def test_a_record_of_unknown_dynamics_is_refused(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any]
+) -> None:
+    # It was replayed as if its steps were ODE steps.
+    group = engine_of("z_image", "float32").rollout(**REQUEST, noise_level=0)
+    record = replace(group[0].sampling)
+    # Not by `replace`: the suite's type checks would refuse the name first.
+    object.__setattr__(record, "sde_type", "flow-sde")
+    with pytest.raises(InvalidRequestError, match="sde_type must be one of sde, cps, dance, ode, got 'flow-sde'"):
+        replay.log_prob(pipeline_of("z_image", "float32").transformer, [replace(group[0], sampling=record)])
+
+
 @pytest.mark.parametrize("carrier", ["json", "msgpack", "json sglang", "msgpack sglang", "file"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
