@@ -363,6 +363,7 @@ def test_the_limits_are_in_the_openapi_document() -> None:
     assert '"maximum": 4294967295' in limits["seed"] and '"minimum": 0' in limits["seed"]
     assert '"minItems": 1' in limits["seeds"] and '"maximum": 4294967295' in limits["seeds"]
     assert '"maximum": 10.0' in limits["rollout_noise_level"]
+    assert '"minimum": 1' in limits["num_frames"] and '"maximum": 1' in limits["num_frames"]
     assert f'"enum": {json.dumps(NAMES)}' in limits["rollout_sde_type"]
     assert f'"maxLength": {MAX_PROMPT_CHARS}' in limits["prompt"]
     for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
