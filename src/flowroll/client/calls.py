@@ -14,6 +14,7 @@ from flowroll.errors import InvalidRequestError, ServerConnectionError
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
+    ALIASES,
     AdapterChange,
     GeneratedImage,
     LoraAdapter,
@@ -22,6 +23,7 @@ from flowroll.types import (
     Rollout,
     SamplingParams,
     WeightUpdate,
+    by_field_name,
 )
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import (
@@ -31,7 +33,6 @@ from flowroll.wire.names import (
     EXTRA_ONLY,
     GENERATE_ROUTE,
     LOAD_ADAPTER_ROUTE,
-    PARAM_TO_WIRE,
     RELEASE_ROUTE,
     RESUME_ROUTE,
     ROLLOUT_ROUTE,
@@ -188,7 +189,7 @@ def readiness_call(remaining_s: Number) -> Call[dict[str, Any]]:
 
 
 def _given(params: SamplingParams | None, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters to send, by the names of `SamplingParams`: those given, or those that differ from the defaults."""
+    """The parameters to send, by the fields of `SamplingParams`: those given, or those that differ from the defaults."""
     if params is not None:
         if values:
             raise InvalidRequestError("params must be given alone, got further fields; set them in SamplingParams.")
@@ -198,19 +199,19 @@ def _given(params: SamplingParams | None, values: Mapping[str, Any]) -> dict[str
             if field.default is MISSING or getattr(params, name) != field.default
         }
     for name in values:
-        if name not in _PARAMS:
-            guess = closest(name, _PARAMS)
+        if name not in _PARAMS and name not in ALIASES:
+            guess = closest(name, [*_PARAMS, *ALIASES])
             remedy = f"use {guess} if that is meant" if guess else f"use one of {', '.join(_PARAMS)}"
             raise InvalidRequestError(f"{name} must be a field of SamplingParams, got an unknown name; {remedy}.", field=name)
     if "prompt" not in values:
         raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     SamplingParams(**given)
-    return given
+    return by_field_name(given)
 
 
 def _request_body(given: Mapping[str, Any]) -> bytes:
-    sent: dict[str, Any] = {PARAM_TO_WIRE.get(name, name): value for name, value in given.items() if name not in EXTRA_ONLY}
+    sent: dict[str, Any] = {name: value for name, value in given.items() if name not in EXTRA_ONLY}
     if extra := {name: value for name, value in given.items() if name in EXTRA_ONLY}:
         sent[EXTRA] = extra
     try:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import ROLLOUT_FIELDS, SamplingParams
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, SamplingParams
 
 
 def as_params(params: SamplingParams | None, values: dict[str, Any]) -> SamplingParams:
@@ -21,7 +21,7 @@ def as_params(params: SamplingParams | None, values: dict[str, Any]) -> Sampling
             raise InvalidRequestError("params must be given alone, got further fields; set them in SamplingParams.")
         return params
     known = {field.name for field in fields(SamplingParams)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - known - set(ALIASES)):
         raise InvalidRequestError(
             f"{unknown[0]} must be a field of SamplingParams, got an unknown name; use one of {', '.join(sorted(known))}.",
             field=unknown[0],
@@ -33,7 +33,7 @@ def as_params(params: SamplingParams | None, values: dict[str, Any]) -> Sampling
 
 def refuse_rollout_fields(values: Mapping[str, Any]) -> None:
     """Refuses fields that plain generation does not have."""
-    if given := sorted(ROLLOUT_FIELDS & set(values)):
+    if given := sorted(name for name in values if ALIASES.get(name, name) in ROLLOUT_FIELDS):
         raise InvalidRequestError(
             f"{given[0]} must be left out of plain generation, got {values[given[0]]!r}; call rollout.", field=given[0]
         )

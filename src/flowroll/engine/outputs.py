@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.runner.sample import Sample
 from flowroll.errors import EngineError
 from flowroll.types import (
     DenoisingEnv,
@@ -22,7 +23,6 @@ from flowroll.types import (
     all_finite,
     branch_digest,
 )
-from flowroll.engine.runner.sample import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

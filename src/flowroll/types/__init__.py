@@ -17,19 +17,18 @@ from flowroll.types.digest import branch_digest
 from flowroll.types.finite import all_finite
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
+    ALIASES,
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     MIN_SIGMA_GAP,
-    NOISE_LEVEL_MAX,
-    NOISE_LEVEL_MAX_CPS,
-    NOISE_LEVEL_MIN,
     ROLLOUT_FIELDS,
     GeneratorDevice,
     Number,
     SamplingParams,
     SdeType,
+    by_field_name,
 )
 from flowroll.types.results import (
     SCHEMA_VERSION,
@@ -45,6 +44,7 @@ from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, Sco
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
+    "ALIASES",
     "MAX_GUIDANCE_SCALE",
     "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
@@ -52,9 +52,6 @@ __all__ = [
     "MAX_SEED",
     "MAX_VERSION_CHARS",
     "MIN_SIGMA_GAP",
-    "NOISE_LEVEL_MAX",
-    "NOISE_LEVEL_MAX_CPS",
-    "NOISE_LEVEL_MIN",
     "ROLLOUT_FIELDS",
     "SCHEMA_VERSION",
     "AdapterChange",
@@ -86,6 +83,7 @@ __all__ = [
     "adapter_config_text",
     "all_finite",
     "branch_digest",
+    "by_field_name",
     "check_lora_name",
     "check_version",
     "version_number",

@@ -104,6 +104,26 @@ def test_unset_flags_never_enter_sampling_params(monkeypatch, tmp_path):
     assert received == [{"prompt": "p", "rollout": False}, {"prompt": "p", "rollout": True}]
 
 
+def test_the_wires_names_are_flags_too(qwen_checkpoint, tmp_path):
+    words = ("--prompt", "p", "--seed", 7, "--width", 64, "--height", 64, "--num-inference-steps", 2, "--rollout")
+    chosen = ("--rollout-sde-type", "dance_sde", "--rollout-noise-level", 0.3, "--rollout-return-dit-trajectory")
+    result = generate(qwen_checkpoint, *words, *chosen, "--num-frames", 1, "--fps", 24, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    options = {"sde_type": "dance", "noise_level": 0.3, "return_dit_trajectory": True, "seed": 7}
+    with Engine(qwen_checkpoint) as engine:
+        [expected] = engine.rollout(prompt="p", width=64, height=64, num_inference_steps=2, **options)
+    saved = load_rollout(tmp_path / "sample-000-seed-7.safetensors")
+    assert_same_bits(saved, expected)
+    assert saved.sampling.sde_type == "dance"
+
+
+@pytest.mark.parametrize("flag", ["--return-denoising-env", "--rollout-return-denoising-env"])
+def test_an_environment_without_rollout_is_a_usage_error_under_either_name(flag, tmp_path):
+    result = generate(tmp_path, "--prompt", "p", flag)
+    assert result.exit_code == 2
+    assert f"{flag} must come with --rollout" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("switch", [(), ("--no-rollout",)])
 def test_a_rollout_flag_without_rollout_is_a_usage_error(switch, tmp_path):
     result = generate(tmp_path, "--prompt", "p", "--sde-type", "cps", *switch)

@@ -62,10 +62,10 @@ class Executor:
             seeds=plan.seeds,
             num_outputs_per_prompt=None,
             request_id=plan.request_id,
-            debug_mode=False,
-            return_denoising_env=False,
-            return_dit_trajectory=False,
-            return_step_indices=None,
+            rollout_debug_mode=False,
+            rollout_return_denoising_env=False,
+            rollout_return_dit_trajectory=False,
+            rollout_return_step_indices=None,
         )
         with self._peers.together():
             message = messages.AddRequest(id=request_id, params=params, env=EnvShape.of(env))
