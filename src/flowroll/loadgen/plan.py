@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,12 +44,11 @@ class Mix:
         for name in ("prompts", "sizes", "steps", "group_sizes", "dynamics"):
             if not getattr(self, name):
                 raise InvalidRequestError(f"{name} must hold at least one value, got none; give one.", field=name)
-        firsts = (self.sizes[0], self.steps[0], self.group_sizes[0], self.dynamics[0])
+        choices = (self.prompts[:1], self.sizes, self.steps, self.group_sizes, self.dynamics)
         # The rules for prompts depend on no other field.
-        for prompt in self.prompts:
-            SamplingParams(**self._request(prompt, *firsts, seed=0))
-        for values in itertools.product(self.prompts[:1], self.sizes, self.steps, self.group_sizes, self.dynamics):
-            SamplingParams(**self._request(*values, seed=0))
+        other_prompts = ((prompt, *(values[0] for values in choices[1:])) for prompt in self.prompts[1:])
+        for values in itertools.chain(itertools.product(*choices), other_prompts):
+            SamplingParams(**self._request(values, 0))
 
     def requests(self, *, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Draws requests without end: every field that a request sends, by the names of `SamplingParams`.
@@ -58,20 +57,19 @@ class Mix:
             seed: Another seed than that of the mix.
         """
         rng = random.Random(f"requests {self.seed if seed is None else seed}")
-        choices = (self.prompts, self.sizes, self.steps, self.group_sizes, self.dynamics)
+        choices: tuple[Sequence[Any], ...] = (self.prompts, self.sizes, self.steps, self.group_sizes, self.dynamics)
         # The samples of a group take the seeds that follow the first one.
         last_seed = MAX_SEED - max(self.group_sizes)
         while True:
-            yield self._request(*map(rng.choice, choices), seed=rng.randrange(last_seed))
+            yield self._request([rng.choice(values) for values in choices], rng.randrange(last_seed))
 
-    def _request(
-        self, prompt: str, size: tuple[int, int], steps: int, group_size: int, dynamics: str, *, seed: int
-    ) -> dict[str, Any]:
+    def _request(self, values: Sequence[Any], seed: int) -> dict[str, Any]:
+        prompt, (width, height), steps, group_size, dynamics = values
         # All of it is sent, since servers differ in their defaults.
         return {
             "prompt": prompt,
-            "width": size[0],
-            "height": size[1],
+            "width": width,
+            "height": height,
             "num_inference_steps": steps,
             "num_outputs_per_prompt": group_size,
             "sde_type": dynamics,
