@@ -1,5 +1,6 @@
 """A server that gives scripted answers, for clients that must do with any server."""
 
+import gzip
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from tests.hooked import WAIT_S
 
 @contextmanager
 def scripted_server(answers: Iterable[tuple[int, dict[str, str], object]], asked: list[Any]) -> Iterator[str]:
-    """Serves at the URL that it gives, and breaks every connection off when the answers are used up.
+    """Serves at the URL that it gives, compressed where a client accepts that, and breaks off when the answers are used up.
 
     Args:
         answers: Status, headers and body of each answer; a body that is not text or bytes is sent as JSON.
@@ -38,6 +39,8 @@ def scripted_server(answers: Iterable[tuple[int, dict[str, str], object]], asked
                 body = body.encode()
             elif not isinstance(body, bytes):
                 body = json.dumps(body, separators=(",", ":")).encode()
+            if "gzip" in self.headers.get("Accept-Encoding", ""):
+                body, headers = gzip.compress(body), {"Content-Encoding": "gzip", **headers}
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
