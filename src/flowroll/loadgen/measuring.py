@@ -34,8 +34,9 @@ class MeasuringTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Sends a request and reads its answer to the end."""
         outcome, error_body = self.outcome.get(), b""
+        earlier_bytes = outcome.received_bytes
         outcome.status, outcome.code, outcome.samples, outcome.retry_after_s = None, OK, 0, 0.0
-        # Not compressed, so that bytes are those of the wire and samples can be counted.
+        # Uncompressed, so that servers that compress and servers that do not are measured on the same bytes.
         request.headers["accept-encoding"] = "identity"
         try:
             async with contextlib.aclosing(await self._transport.handle_async_request(request)) as answer:
@@ -44,7 +45,7 @@ class MeasuringTransport(httpx.AsyncBaseTransport):
                 media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
                 key, tail = _SAMPLE_KEYS.get(media_type), b""
                 async for piece in answer.aiter_bytes():
-                    outcome.received_bytes += len(piece)
+                    outcome.received_bytes = earlier_bytes + answer.num_bytes_downloaded
                     if not answer.is_success:
                         error_body += piece[: _MAX_ERROR_BYTES - len(error_body)]
                     elif key is not None:
