@@ -247,6 +247,18 @@ def test_a_difference_of_rounding_is_put_down_to_kernels(made: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32"])
 @pytest.mark.parametrize("name", NAMES)
+def test_a_velocity_of_other_bits_is_found_even_where_the_log_probs_agree(made: Any) -> None:
+    rollout, transformer = made
+    velocity = rollout.debug_tensors.model_output.clone()
+    velocity[2] *= 1 + 2e-7
+    report = replay.audit(transformer, [changed(rollout, debug_tensors={"model_output": velocity})])
+    only_cause(report, "kernels", "the velocity of step 2 is off")
+    assert [step.is_exact for step in report.steps] == [True, True, False, True]
+    assert report.steps[2].max_ratio_error == 0 < report.steps[2].max_velocity_error
+
+
+@pytest.mark.parametrize("dtype", ["float32"])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_at_odd_addresses_are_named(made: Any) -> None:
     rollout, transformer = made
     odd = copy.deepcopy(transformer)

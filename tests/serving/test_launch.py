@@ -18,7 +18,7 @@ import pytest
 from tests.serving.servers import LONG, SMALL, WAIT_S, Background, ServerProcess, error_of, until
 
 from flowroll.serving import ServerConfig, launch, serve
-from flowroll.serving.logs import TextFormatter
+from flowroll.serving.logs import LineFormatter
 
 NUM_PROBES = 40
 # Loading takes seconds of CPU; what follows a signal must not.
@@ -181,7 +181,7 @@ def _serve_here(
     """Serves in this process, whose main thread has to be the server's, while `act` is the client and ends it."""
     monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
     caplog.set_level(logging.INFO, logger="flowroll")
-    caplog.handler.setFormatter(TextFormatter())
+    caplog.handler.setFormatter(LineFormatter("text"))
     failures: list[BaseException] = []
 
     def client_thread() -> None:

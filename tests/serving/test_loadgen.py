@@ -2,23 +2,18 @@
 
 import asyncio
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from tests.scripted import scripted_server
 from tests.serving.servers import WAIT_S, Gate, HookedEngine, serving, until
 from typer.testing import CliRunner
 
 from flowroll.cli.app import app
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import ServerConnectionError
-from flowroll.loadgen.plan import Load, Mix
-from flowroll.loadgen.report import LoadReport
-from flowroll.loadgen.run import Target, run_load
+from flowroll.loadgen import Load, LoadReport, Mix, Outcome, run_load
 
 MIX = Mix(prompts=("a red fox",), sizes=((64, 64),), steps=(1, 2), group_sizes=(1, 2), dynamics=("sde", "ode"))
 
@@ -27,11 +22,11 @@ def test_good_and_rejected_requests_balance(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
 
     async def run(http: httpx.Client) -> LoadReport:
-        first = asyncio.create_task(run_load(Target(url=str(http.base_url)), MIX, Load(concurrency=1, num_requests=1)))
+        first = asyncio.create_task(run_load(str(http.base_url), MIX, Load(concurrency=1, num_requests=1)))
         # It is being encoded: from now on two wait, one ahead of the loop and one in the queue.
         await asyncio.to_thread(gate.entered.wait, WAIT_S)
         load = Load(rate=1000.0, num_requests=6)
-        running = asyncio.create_task(run_load(Target(url=str(http.base_url)), MIX, load))
+        running = asyncio.create_task(run_load(str(http.base_url), MIX, load))
         await asyncio.to_thread(until, lambda: 'code="429",route="/rollout/generate"} 5.0' in http.get("/metrics").text)
         gate.opened.set()
         assert (await first).completed == 1
@@ -72,10 +67,10 @@ def test_a_server_without_anything_of_flowrolls_is_measured_too() -> None:
         (500, {}, {"detail": "broken"}),
         (200, {"Content-Length": "1000"}, [{"generated_output": 1}]),
     ]
-    with _other_server(answers, sent) as url:
+    with scripted_server(answers, sent) as url:
         load = Load(concurrency=1, num_requests=5, retries=1)
         mix = Mix(prompts=("a",), sizes=((64, 64),), steps=(3,), group_sizes=(1,), dynamics=("sde",))
-        report = asyncio.run(run_load(Target(url=url), mix, load))
+        report = asyncio.run(run_load(url, mix, load))
     assert (report.completed, report.rejected, report.failed, report.rejections) == (2, 0, 3, 1)
     assert report.errors == {"200 wrong_answer": 1, "500 unknown": 1, "200 RemoteProtocolError": 1}
     assert report.stages_s == {} and report.latency_s.keys() == {"p50", "p90", "p99", "max"}
@@ -93,50 +88,20 @@ def test_what_is_due_while_too_much_is_in_flight_is_not_sent(hooked: HookedEngin
     with EngineWorker(hooked, max_queue=4) as worker, serving(worker) as http:
         ended: list[str] = []
 
-        def on_outcome(outcome: object) -> None:
-            ended.append(outcome.code)  # type: ignore[attr-defined]
+        def on_outcome(outcome: Outcome) -> None:
+            ended.append(outcome.code)
             if len(ended) == 3:
                 gate.opened.set()
 
         load = Load(rate=1000.0, num_requests=4, max_in_flight=1)
-        report = asyncio.run(run_load(Target(url=str(http.base_url)), MIX, load, on_outcome=on_outcome))
+        report = asyncio.run(run_load(str(http.base_url), MIX, load, on_outcome=on_outcome))
     assert ended == ["not_sent"] * 3 + ["ok"]
     assert report.errors == {"no answer not_sent": 3} and report.failed == 3
 
 
 def test_a_warm_up_that_fails_ends_the_run() -> None:
     with (
-        _other_server([(404, {}, {})], []) as url,
+        scripted_server([(404, {}, {})], []) as url,
         pytest.raises(ServerConnectionError, match=r"must answer the warm-up, got 404 unknown"),
     ):
-        asyncio.run(run_load(Target(url=url), MIX, Load(concurrency=1, num_requests=1, warmup=1)))
-
-
-@contextmanager
-def _other_server(answers: list[tuple[int, dict[str, str], object]], sent: list[dict]) -> Iterator[str]:
-    """A server that gives these answers in order, and notes the requests."""
-    left = iter(answers)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/rollout/generate"
-            sent.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            status, headers, answer = next(left)
-            body = json.dumps(answer, separators=(",", ":")).encode()
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join(WAIT_S)
+        asyncio.run(run_load(url, MIX, Load(concurrency=1, num_requests=1, warmup=1)))

@@ -1,17 +1,16 @@
 """`flowroll top` and a real server."""
 
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
-import pytest
-from tests.serving.servers import SMALL, serving
+from tests.scripted import scripted_server
+from tests.serving.servers import SMALL, WAIT_S, serving, until
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
-from flowroll.cli import top
 from flowroll.engine.worker import EngineWorker
-from flowroll.errors import ShuttingDownError, UnauthorizedError
 
 ONCE = ("--once", "--interval-s", "0.1")
 
@@ -37,60 +36,33 @@ def test_a_guarded_server_wants_its_token(worker: EngineWorker) -> None:
         assert run_cli("top", "--url", client.base_url, "--api-key", "secret", *ONCE).exit_code == 0
 
 
-def test_it_goes_on_when_a_server_stops_to_answer_and_ends_at_ctrl_c(
-    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks = []
-    look = top._View.look
-
-    def failing(view: top._View) -> None:
-        looks.append(None)
-        if len(looks) == 3:
-            raise KeyboardInterrupt
-        if len(looks) == 2:
-            # As of a server that is gone.
-            view._client._http.base_url = httpx.URL("http://127.0.0.1:9")
-        look(view)
-
-    monkeypatch.setattr(top._View, "look", failing)
-    result = run_cli("top", "--url", server.base_url, "--interval-s", "0.1")
-    assert result.exit_code == 0 and len(looks) == 3
-    assert "no answer" in result.stdout
+def test_it_outlives_a_restart_but_not_the_loss_of_its_token(server: httpx.Client) -> None:
+    info, metrics = server.get("/server_info").text, server.get("/metrics").text
+    stopping = {"error": {"code": "shutting_down", "message": "the server stops", "field": None}}
+    lost = {"error": {"code": "unauthorized", "message": "send the token", "field": None}}
+    bodies, asked = ((200, info), (200, metrics), (503, stopping), (200, info), (200, metrics), (401, lost)), list[str]()
+    with scripted_server([(status, {}, body) for status, body in bodies], asked) as url:
+        result = run_cli("top", "--url", url, "--interval-s", "0.1")
+    assert_one_line_error(result, "token")
+    assert asked == ["/server_info", "/metrics", "/server_info", "/server_info", "/metrics", "/server_info"]
+    # The last picture is of the look after the restart.
+    assert "● ready" in result.stdout
 
 
-def test_it_outlives_a_restart_but_not_the_loss_of_its_token(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    look, raised = top._View.look, list[BaseException | None]()
-
-    def failing(view: top._View) -> None:
-        if (error := raised.pop(0)) is not None:
-            raise error
-        look(view)
-
-    monkeypatch.setattr(top._View, "look", failing)
-    watch = ("top", "--url", server.base_url, "--interval-s", "0.1")
-    raised[:] = [None, ShuttingDownError("the server must run, got a shutdown; wait."), None, KeyboardInterrupt()]
-    result = run_cli(*watch)
-    assert result.exit_code == 0 and not raised
-    raised[:] = [None, UnauthorizedError("the request must carry the server's token, got another; send it."), None]
-    assert_one_line_error(run_cli(*watch), "token")
-    assert len(raised) == 1
+def test_the_last_numbers_stay_when_a_server_is_gone_and_ctrl_c_ends_it(server: httpx.Client) -> None:
+    looks, asked = [(200, {}, server.get(path).text) for path in ("/server_info", "/metrics")], list[str]()
+    with scripted_server(looks, asked) as url:
+        command = [sys.executable, "-m", "flowroll", "top", "--url", url, "--interval-s", "0.1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # The third look and those after it are broken off.
+        until(lambda: len(asked) >= 4)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, stderr) == (0, "")
+    assert "● no answer for 0 s" in stdout and "running samples" in stdout
 
 
 def test_another_kind_of_server_is_told_apart() -> None:
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"{}" if self.path == "/server_info" else b"up 1\n")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    other = HTTPServer(("127.0.0.1", 0), Other)
-    threading.Thread(target=other.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{other.server_address[1]}"
-        assert_one_line_error(run_cli("top", "--url", url, *ONCE), "must be a flowroll server")
-    finally:
-        other.shutdown()
-        other.server_close()
+    for metrics in ("up 1\n", "<html>"):
+        with scripted_server([(200, {}, "{}"), (200, {}, metrics)], []) as url:
+            assert_one_line_error(run_cli("top", "--url", url, *ONCE), "must be a flowroll server")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,16 +18,14 @@ from flowroll.cli.output import add_row, format_bytes, plain_table, print_whole,
 from flowroll.cli.rollout import read_prompts
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.errors import InvalidRequestError
-from flowroll.sampling.dynamics import DYNAMICS, dynamics_named
+from flowroll.sampling.dynamics import DYNAMICS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flowroll.loadgen.plan import Load, Mix
-    from flowroll.loadgen.report import LoadReport, Outcome
-    from flowroll.loadgen.run import Target
+    from flowroll.loadgen import LoadReport, Outcome
 
-# Drawn for each request, or a matter of one request alone.
+# These fields are drawn for each request, or belong to a single request.
 _NO_FLAG = {
     *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed", "seeds"),
     *("request_id", "min_weight_version"),
@@ -73,18 +72,17 @@ def serve(
     Example: flowroll bench serve --url http://127.0.0.1:30000 --prompts prompts.txt --rate 4 --duration-s 60
     --sizes 512x512,768x512 --steps 10,20 --dynamics sde,cps --return-dit-trajectory --json load.json
     """
-    from flowroll.loadgen.plan import Load, Mix
-    from flowroll.loadgen.run import Target
+    from flowroll.loadgen import Load, Mix, run_load
 
     if json_file is not None and not json_file.parent.is_dir():
-        # Before the run, whose figures would be lost.
+        # Checked before the run, whose figures would be lost.
         raise InvalidRequestError(f"--json must lie in a folder that exists, got {json_file}; make the folder.", field="json")
     mix = Mix(
         prompts=tuple(read_prompts(prompts)),
         sizes=tuple(_size(item) for item in sizes.split(",")),
         steps=_integers("steps", steps),
         group_sizes=_integers("group_sizes", group_sizes),
-        dynamics=tuple(_dynamics(item) for item in dynamics.split(",")),
+        dynamics=tuple(item.strip() for item in dynamics.split(",")),
         fixed=given,
         seed=seed,
     )
@@ -97,14 +95,16 @@ def serve(
         retries=retries,
         max_in_flight=max_in_flight,
     )
-    report = _run(Target(url=url, api_key=api_key, wire_format=wire_format, timeout_s=timeout_s), mix, load)
-    # First: whatever comes of the file, the figures are seen.
+    with _progress(num_requests) as on_outcome:
+        options: dict[str, Any] = {"api_key": api_key, "wire_format": wire_format, "timeout_s": timeout_s}
+        report = asyncio.run(run_load(url, mix, load, on_outcome=on_outcome, **options))
+    # Printed before the file is written, so that the figures are seen even where that fails.
     print_whole(report_table(report))
     if json_file is not None:
         written = {
             "url": url,
             "wire_format": wire_format,
-            # Their number: a file of prompts can be large, and is the user's.
+            # Their number, because a file of prompts can be large.
             "mix": asdict(mix) | {"prompts": len(mix.prompts)},
             "load": asdict(load),
             "report": asdict(report),
@@ -139,38 +139,35 @@ def report_table(report: LoadReport) -> Table:
     return table
 
 
-def _run(target: Target, mix: Mix, load: Load) -> LoadReport:
-    from flowroll.loadgen.report import OK
-    from flowroll.loadgen.run import run_load
-
-    # Beside the figures, which may be redirected.
+@contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[Outcome], None]]:
+    """A progress bar on standard error, because the figures may be redirected; what it gives counts a request."""
     console = Console(stderr=True)
     with progress_bar(console, is_shown=console.is_terminal) as progress:
-        task, not_ok = progress.add_task("requests", total=load.num_requests), 0
+        task, not_ok = progress.add_task("requests", total=total), 0
 
-        def show(outcome: Outcome) -> None:
+        def count(outcome: Outcome) -> None:
             nonlocal not_ok
-            not_ok += outcome.code != OK
+            not_ok += outcome.code != "ok"
             progress.update(task, advance=1, description=f"requests, {not_ok} not ok")
 
-        return asyncio.run(run_load(target, mix, load, on_outcome=show))
+        yield count
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})\s*", text)
-    if match is None:
-        raise InvalidRequestError(f"sizes must be WxH separated by commas, got {text!r}; write 512x512.", field="sizes")
-    return int(match[1]), int(match[2])
+    try:
+        width, height = map(int, text.split("x"))
+    except ValueError:
+        raise InvalidRequestError(
+            f"sizes must be WxH separated by commas, got {text!r}; write 512x512.", field="sizes"
+        ) from None
+    return width, height
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(item) for item in text.split(","))
-    except ValueError as error:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
         raise InvalidRequestError(
             f"{name} must be integers separated by commas, got {text!r}; write 1,4.", field=name
-        ) from error
-
-
-def _dynamics(text: str) -> str:
-    return dynamics_named(text.strip(), field="dynamics").name
+        ) from None

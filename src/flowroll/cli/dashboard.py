@@ -1,31 +1,86 @@
-"""What `flowroll top` shows: one frame from what was seen of a server. Draws, and asks nobody."""
+"""What `flowroll top` shows: one frame, drawn from what a server said of itself. Asks nobody."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from rich import box
+from prometheus_client.parser import text_string_to_metric_families
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from flowroll.cli.output import format_bytes
-from flowroll.cli.scrape import Change, Scrape
 from flowroll.types import Number
 
-STAGES = ("queue", "encode", "denoise", "decode", "serialise", "send")
-# Looks over which what is not a rate of this second is taken together.
-RECENT = 11
-_WIDE = 104
-# Columns of a panel that are no bar, and the codes that fit beside the stages.
-_FRAME, _MOST_CODES = 4, len(STAGES)
-_EIGHTHS, _HEIGHTS = " ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█"
-_FAINT, _ACCENT, _GOOD, _WARN, _BAD = "bright_black", "cyan", "green", "yellow", "red"
-_STAGE_COLOURS = ("yellow", "blue", "cyan", "magenta", "green", "bright_black")
+STAGES = {"queue": "yellow", "encode": "blue", "denoise": "cyan", "decode": "magenta", "serialise": "green", "send": "white"}
+# Number of scrapes over which means are taken.
+_RECENT = 11
+_WIDE, _BAR, _SPARK = 104, 18, 28
+_FAINT = "bright_black"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrape:
+    """What GET /metrics said at one time.
+
+    Attributes:
+        at_s: Monotonic clock.
+        series: Labels and value of each sample, by the name of the series.
+    """
+
+    at_s: float
+    series: Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
+
+    @classmethod
+    def read(cls, text: str, at_s: float) -> Scrape:
+        """Reads the text of /metrics.
+
+        Raises:
+            ValueError: The text is something else.
+        """
+        series: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                series.setdefault(sample.name, []).append((sample.labels, float(sample.value)))
+        return cls(at_s=at_s, series=series)
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels; 0 where there are none."""
+        return math.fsum(value for own, value in self.series.get(name, ()) if labels.items() <= own.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What happened between two scrapes."""
+
+    before: Scrape
+    after: Scrape
+
+    @property
+    def seconds(self) -> float:
+        """The time between them."""
+        return self.after.at_s - self.before.at_s
+
+    def growth(self, name: str, **labels: str) -> float:
+        """By how much a counter grew. A lower value than before is that of a server that was started anew."""
+        before, after = self.before.total(name, **labels), self.after.total(name, **labels)
+        return after - before if after >= before else after
+
+    def per_s(self, name: str, **labels: str) -> float:
+        """By how much a counter grew per second; 0 without two scrapes."""
+        return self.growth(name, **labels) / self.seconds if self.seconds > 0 else 0.0
+
+    def mean(self, total: str, count: str, **labels: str) -> float | None:
+        """By how much one counter grew for each of another; None if the other did not grow."""
+        grown = self.growth(count)
+        return self.growth(total, **labels) / grown if grown else None
 
 
 def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, silent_s: float | None = None) -> RenderableType:
@@ -33,55 +88,43 @@ def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, sil
 
     Args:
         info: What GET /server_info says.
-        scrapes: What was seen, oldest first; rates need two.
+        scrapes: What GET /metrics said, oldest first; rates need two.
         width: Columns of the terminal.
-        silent_s: For how long the server has not answered; None: it does.
+        silent_s: For how many seconds the server has not answered; None: it answers.
     """
-    recent = Change(before=scrapes[-min(len(scrapes), RECENT)], after=scrapes[-1])
-    is_wide = width >= _WIDE
-    room = (width // 2 if is_wide else width) - _FRAME
-    errors = _panel("errors", _errors(recent), height=_MOST_CODES + 2 if is_wide else None)
-    left = [_panel("load", _load(info, scrapes, recent, room)), errors]
+    scrapes = list(scrapes)
+    recent = Change(before=scrapes[-min(len(scrapes), _RECENT)], after=scrapes[-1])
     title = f"time by stage, last {recent.seconds:.0f} s"
-    right = [_panel("per second", _rates(scrapes, room)), _panel(title, _stages(recent, room))]
-    body: RenderableType
-    if is_wide:
-        columns = Table.grid(expand=True, padding=0)
-        columns.add_column(ratio=1)
-        columns.add_column(ratio=1)
-        columns.add_row(Group(*left), Group(*right))
-        body = columns
-    else:
-        body = Group(left[0], *right, left[1])
-    return Group(_header(info, silent_s), body, _footer(info, scrapes))
-
-
-def bar(share: float, width: int) -> str:
-    """A bar of that many columns, to the eighth of one."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
-    full, rest = divmod(eighths, 8)
-    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
+    load, rates = _panel("load", _load(info, recent)), _panel("per second", _rates(scrapes))
+    stages, errors = _panel(title, _stages(recent)), _errors(recent, most=len(STAGES))
+    if width < _WIDE:
+        return Group(_header(info, silent_s), load, rates, stages, _panel("errors", errors), _footer(info, scrapes))
+    columns = Table.grid(expand=True)
+    columns.add_column(ratio=1)
+    columns.add_column(ratio=1)
+    # As high as the stages beside it.
+    columns.add_row(Group(load, _panel("errors", errors, height=len(STAGES) + 2)), Group(rates, stages))
+    return Group(_header(info, silent_s), columns, _footer(info, scrapes))
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """The last values as columns, the highest full; the latest is rightmost."""
+    """The last values as columns. The highest is full, the latest is rightmost, and no value above 0 is invisible."""
     shown = values[-width:]
-    top = max(shown, default=0.0)
-    # What is above nothing is seen to be.
-    heights = [0 if value <= 0 else max(1, round(8 * value / top)) for value in shown]
-    return "".join(_HEIGHTS[height] for height in heights).rjust(width)
+    most = max(shown, default=0.0)
+    return "".join(" ▁▂▃▄▅▆▇█"[max(1, round(8 * value / most)) if value > 0 else 0] for value in shown).rjust(width)
 
 
-def _panel(title: str, content: RenderableType, *, height: int | None = None) -> Panel:
-    return Panel(
-        content, title=Text(title, style="bold"), title_align="left", box=box.ROUNDED, border_style=_FAINT, height=height
-    )
+def _panel(title: str, content: RenderableType, **options: Any) -> Panel:
+    return Panel(content, title=f"[bold]{title}", title_align="left", border_style=_FAINT, **options)
 
 
-def _grid(*justify: str) -> Table:
+def _table(rows: Iterable[Sequence[RenderableType]]) -> Table:
+    """Rows of a name, a value in bold at the right, and what else there is."""
     table = Table.grid(padding=(0, 2))
-    for each in justify:
-        table.add_column(justify=each, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right", style="bold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -90,121 +133,107 @@ def _header(info: Mapping[str, Any], silent_s: float | None) -> RenderableType:
     ranks = layout["sp"] * layout["tp"] * (2 if layout["cfg_parallel"] else 1)
     facts = (f"{info['family']} {info['variant']}", f"{info['dtype']} on {info['device']}", _counted(ranks, "rank"))
     left = Text.assemble(
-        (" flowroll ", f"bold reverse {_ACCENT}"),
-        ("  " + PurePath(info["model"]).name, "bold"),
-        ("  " + " · ".join(facts), _FAINT),
+        (" flowroll ", "bold reverse cyan"), (f"  {PurePath(info['model']).name}", "bold"), (f"  {' · '.join(facts)}", _FAINT)
     )
+    if silent_s is not None:
+        state = Text(f"● no answer for {silent_s:.0f} s ", "bold red")
+    elif info["is_ready"]:
+        state = Text("● ready ", "bold green")
+    else:
+        state = Text("● paused " if info["is_paused"] else "● stopping ", "bold yellow")
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_row(left, _state(info, silent_s))
+    table.add_column(no_wrap=True)
+    table.add_row(left, state)
     return table
 
 
-def _state(info: Mapping[str, Any], silent_s: float | None) -> Text:
-    if silent_s is not None:
-        return Text(f"● no answer for {silent_s:.0f} s ", f"bold {_BAD}")
-    if info["is_paused"]:
-        return Text("● paused ", f"bold {_WARN}")
-    return Text("● ready ", f"bold {_GOOD}") if info["is_ready"] else Text("● stopping ", f"bold {_WARN}")
+def _load(info: Mapping[str, Any], recent: Change) -> RenderableType:
+    latest, batching = recent.after, info["batching"]
+    occupancy = recent.mean("flowroll_batch_samples_sum", "flowroll_batch_samples_count") or 0.0
+    waiting, room = latest.total("flowroll_queue_depth"), info["max_queue"]
+    # A full queue refuses requests.
+    alarm = "red" if waiting >= room else "yellow" if waiting >= 0.75 * room else "cyan"
 
+    def row(name: str, value: float, most: int, shown: str, color: str = "cyan") -> Sequence[RenderableType]:
+        return name, shown, Text(f"of {most}", _FAINT), Bar(most or 1, 0, value, width=_BAR, color=color)
 
-def _load(info: Mapping[str, Any], scrapes: Sequence[Scrape], recent: Change, room: int) -> RenderableType:
-    latest, batching = scrapes[-1], info["batching"]
-    occupancy = recent.mean("flowroll_batch_samples_sum", "flowroll_batch_samples_count")
-    rows = (
-        ("running samples", latest.total("flowroll_running_samples"), batching["max_running_samples"], "{:.0f}", _ACCENT),
-        ("samples a forward", occupancy or 0.0, batching["max_batch_samples"], "{:.1f}", _ACCENT),
-        ("waiting requests", latest.total("flowroll_queue_depth"), info["max_queue"], "{:.0f}", None),
-    )
-    table = _grid("left", "right", "left", "left")
-    for name, value, most, shape, colour in rows:
-        share = value / most if most else float(value > 0)
-        filled = Text(bar(share, min(room - 34, 40)), colour or _alarm(share))
-        table.add_row(name, Text(shape.format(value), "bold"), Text(f"of {most}", _FAINT), filled)
+    running, most = latest.total("flowroll_running_samples"), batching["max_running_samples"]
     age_s = latest.total("flowroll_queue_age_seconds")
-    table.add_row("running requests", Text(f"{latest.total('flowroll_running_requests'):.0f}", "bold"), "", "")
-    table.add_row("longest wait", Text(_seconds(age_s), "bold"), "", "")
-    return table
-
-
-def _rates(scrapes: Sequence[Scrape], room: int) -> RenderableType:
-    changes = [Change(before=before, after=after) for before, after in itertools.pairwise(scrapes)]
-    rows: tuple[tuple[str, Callable[[Change], float], Callable[[float], str]], ...] = (
-        ("steps", lambda change: change.per_s("flowroll_steps_total"), _number),
-        ("forwards", lambda change: change.per_s("flowroll_batch_samples_count"), _number),
-        ("samples", lambda change: change.per_s("flowroll_samples_total"), _number),
-        ("requests", lambda change: change.per_s("flowroll_ended_requests_total"), _number),
-        ("bytes out", lambda change: change.per_s("flowroll_response_bytes_total"), lambda value: format_bytes(round(value))),
+    return _table(
+        (
+            row("running samples", running, most, f"{running:.0f}"),
+            row("samples a forward", occupancy, batching["max_batch_samples"], f"{occupancy:.1f}"),
+            row("waiting requests", waiting, room, f"{waiting:.0f}", alarm),
+            ("running requests", f"{latest.total('flowroll_running_requests'):.0f}"),
+            ("longest wait", f"{age_s:.1f} s" if age_s >= 0.05 else "-"),
+        )
     )
-    table = _grid("left", "right", "left")
-    for name, rate, shown in rows:
-        values = [rate(change) for change in changes]
-        table.add_row(
-            name, Text(shown(values[-1]) if values else "-", "bold"), Text(spark(values, min(room - 24, 60)), _ACCENT)
+
+
+def _rates(scrapes: Sequence[Scrape]) -> RenderableType:
+    changes = [Change(before=before, after=after) for before, after in itertools.pairwise(scrapes)]
+
+    def row(name: str, counter: str, shown: Callable[[float], str] | None = None) -> Sequence[RenderableType]:
+        values = [change.per_s(counter) for change in changes]
+        return name, (shown or _number)(values[-1]) if values else "-", Text(spark(values, _SPARK), "cyan")
+
+    return _table(
+        (
+            row("steps", "flowroll_steps_total"),
+            row("forwards", "flowroll_batch_samples_count"),
+            row("samples", "flowroll_samples_total"),
+            row("requests", "flowroll_ended_requests_total"),
+            row("bytes out", "flowroll_response_bytes_total", lambda value: format_bytes(round(value))),
         )
-    return table
+    )
 
 
-def _stages(recent: Change, room: int) -> RenderableType:
-    """Milliseconds of a request that ended, by stage."""
-    ended = "flowroll_ended_requests_total"
-    means = {stage: recent.mean("flowroll_stage_seconds_total", ended, stage=stage) for stage in STAGES}
-    whole = sum(mean for mean in means.values() if mean)
-    table = _grid("left", "right", "left")
-    for (stage, mean), colour in zip(means.items(), _STAGE_COLOURS, strict=True):
-        shown = "-" if mean is None else f"{mean * 1000:,.1f} ms".replace(",", " ")
-        table.add_row(
-            stage, Text(shown, "bold"), Text(bar(mean / whole if mean and whole else 0.0, min(room - 26, 40)), colour)
+def _stages(recent: Change) -> RenderableType:
+    """Mean milliseconds of the requests that ended, by stage."""
+    ended, seconds = "flowroll_ended_requests_total", "flowroll_stage_seconds_total"
+    means = {stage: recent.mean(seconds, ended, stage=stage) for stage in STAGES}
+    whole = sum(mean for mean in means.values() if mean) or 1.0
+    return _table(
+        (
+            stage,
+            "-" if mean is None else f"{mean * 1000:,.1f} ms".replace(",", " "),
+            Bar(whole, 0, mean or 0.0, width=_SPARK, color=color),
         )
-    return table
+        for (stage, mean), color in zip(means.items(), STAGES.values(), strict=True)
+    )
 
 
-def _errors(recent: Change) -> RenderableType:
-    totals = {code: total for code, total in recent.after.by("flowroll_errors_total", "code").items() if total}
-    if not totals:
-        return Text("none so far", _FAINT)
-    table = _grid("left", "right", "right")
-    for code, total in sorted(totals.items(), key=lambda item: -item[1])[:_MOST_CODES]:
+def _errors(recent: Change, *, most: int) -> RenderableType:
+    counts = {labels["code"]: count for labels, count in recent.after.series.get("flowroll_errors_total", ()) if count}
+    rows: list[Sequence[RenderableType]] = []
+    for code, count in sorted(counts.items(), key=lambda item: -item[1])[:most]:
         rate = recent.per_s("flowroll_errors_total", code=code)
-        style = _WARN if rate else ""
-        table.add_row(Text(code, style), Text(_number(total), "bold"), Text(f"{_number(rate)}/s" if rate else "", style))
-    return table
+        rows.append((code, _number(count), Text(f"{_number(rate)}/s" if rate else "", "yellow")))
+    return _table(rows) if rows else Text("none so far", _FAINT)
 
 
 def _footer(info: Mapping[str, Any], scrapes: Sequence[Scrape]) -> RenderableType:
-    latest, change = scrapes[-1], Change(before=scrapes[-min(len(scrapes), 2)], after=scrapes[-1])
+    latest = scrapes[-1]
+    cores = Change(before=scrapes[-min(len(scrapes), 2)], after=latest).per_s("process_cpu_seconds_total")
     completed = latest.total("flowroll_ended_requests_total", outcome="completed")
     updates = latest.total("flowroll_weight_updates_total", outcome="completed")
-    parts: Iterable[str] = (
-        f"up {_duration(info['uptime_s'])}",
-        f"{_counted(round(completed), 'request')} done",
-        f"weights {info['weight_version']}" + (f" ({_counted(round(updates), 'update')})" if updates else ""),
+    minutes, seconds = divmod(int(info["uptime_s"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = (
+        f"up {hours} h {minutes:02} min" if hours else f"up {minutes} min {seconds:02} s",
+        f"{_counted(completed, 'request')} done",
+        f"weights {info['weight_version']}" + (f" ({_counted(updates, 'update')})" if updates else ""),
         f"{format_bytes(round(latest.total('process_resident_memory_bytes')))} resident",
-        f"{change.per_s('process_cpu_seconds_total'):.1f} cores",
+        f"{cores:.1f} cores",
         f"{latest.total('process_open_fds'):.0f} fds",
     )
-    return Text(" " + " · ".join(parts), _FAINT, no_wrap=True, overflow="ellipsis")
-
-
-def _alarm(share: float) -> str:
-    """Of a queue: a full one refuses requests."""
-    return _ACCENT if share < 0.75 else _WARN if share < 1 else _BAD
+    return Text(f" {' · '.join(parts)}", _FAINT, no_wrap=True, overflow="ellipsis")
 
 
 def _number(value: Number) -> str:
     return f"{value:,.0f}".replace(",", " ") if value >= 100 or value == round(value) else f"{value:.1f}"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value >= 0.05 else "-"
-
-
-def _counted(count: int, noun: str) -> str:
+def _counted(count: Number, noun: str) -> str:
     return f"{_number(count)} {noun}{'' if count == 1 else 's'}"
-
-
-def _duration(seconds: Number) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -1,40 +1,42 @@
-"""What is sent and when: pure, and the same for the same seed."""
+"""What a load generator sends and when. Nothing here does input or output, and the same seed gives the same load."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flowroll.errors import InvalidRequestError
 from flowroll.types import SamplingParams
-from flowroll.types.params import MAX_SEED, SdeType
-
-# What a request draws. All of it is sent, since servers differ in what they take for granted.
-DRAWN = ("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed")
+from flowroll.types.params import MAX_SEED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """What requests are drawn from, each field on its own.
+    """The values that requests are drawn from. Each field is drawn independently of the others.
+
+    Every request that can be drawn is checked here, before the first one is sent.
 
     Attributes:
-        prompts: Texts.
-        sizes: Width and height.
+        prompts: Prompts.
+        sizes: Pairs of width and height in pixels.
         steps: Numbers of denoising steps.
-        group_sizes: Samples per request.
-        dynamics: Of the stochastic steps.
-        fixed: Further fields of `SamplingParams`, the same in every request.
-        seed: Same seed, same requests.
+        group_sizes: Numbers of samples per request.
+        dynamics: Dynamics of the stochastic steps, as `SamplingParams.sde_type` takes them.
+        fixed: Further fields of `SamplingParams`, which are the same in every request.
+        seed: The same seed gives the same requests.
+
+    Raises:
+        InvalidRequestError: A field has no values, or a request that can be drawn breaks a rule.
     """
 
     prompts: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     steps: tuple[int, ...]
     group_sizes: tuple[int, ...]
-    dynamics: tuple[SdeType, ...]
+    dynamics: tuple[str, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -42,52 +44,55 @@ class Mix:
         for name in ("prompts", "sizes", "steps", "group_sizes", "dynamics"):
             if not getattr(self, name):
                 raise InvalidRequestError(f"{name} must hold at least one value, got none; give one.", field=name)
-        # Every request that can be drawn is checked before the first one is sent.
-        for prompt in self.prompts:
-            self.request(prompt=prompt)
-        for size, steps, samples, dynamics in itertools.product(self.sizes, self.steps, self.group_sizes, self.dynamics):
-            self.request(size=size, steps=steps, samples=samples, dynamics=dynamics)
+        choices = (self.prompts[:1], self.sizes, self.steps, self.group_sizes, self.dynamics)
+        # The rules for prompts depend on no other field.
+        other_prompts = ((prompt, *(values[0] for values in choices[1:])) for prompt in self.prompts[1:])
+        for values in itertools.chain(itertools.product(*choices), other_prompts):
+            SamplingParams(**self._request(values, 0))
 
-    def request(
-        self,
-        *,
-        prompt: str | None = None,
-        size: tuple[int, int] | None = None,
-        steps: int | None = None,
-        samples: int | None = None,
-        dynamics: SdeType | None = None,
-        seed: int = 0,
-    ) -> SamplingParams:
-        """A request; what is not given is the first of the mix.
+    def requests(self, *, seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """Draws requests without end: every field that a request sends, by the names of `SamplingParams`.
 
-        Raises:
-            InvalidRequestError: Its values break a rule.
+        Args:
+            seed: Another seed than that of the mix.
         """
-        width, height = size or self.sizes[0]
-        return SamplingParams(
-            prompt=self.prompts[0] if prompt is None else prompt,
-            width=width,
-            height=height,
-            num_inference_steps=self.steps[0] if steps is None else steps,
-            num_outputs_per_prompt=self.group_sizes[0] if samples is None else samples,
-            rollout_sde_type=dynamics or self.dynamics[0],
-            seed=seed,
+        rng = random.Random(f"requests {self.seed if seed is None else seed}")
+        choices: tuple[Sequence[Any], ...] = (self.prompts, self.sizes, self.steps, self.group_sizes, self.dynamics)
+        # The samples of a group take the seeds that follow the first one.
+        last_seed = MAX_SEED - max(self.group_sizes)
+        while True:
+            yield self._request([rng.choice(values) for values in choices], rng.randrange(last_seed))
+
+    def _request(self, values: Sequence[Any], seed: int) -> dict[str, Any]:
+        prompt, (width, height), steps, group_size, dynamics = values
+        # All of it is sent, since servers differ in their defaults.
+        return {
+            "prompt": prompt,
+            "width": width,
+            "height": height,
+            "num_inference_steps": steps,
+            "num_outputs_per_prompt": group_size,
+            "rollout_sde_type": dynamics,
+            "seed": seed,
             **self.fixed,
-        )
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How requests are sent.
+    """How requests are sent: at a rate (open loop), or a number of them at a time (closed loop).
 
     Attributes:
-        rate: Arrivals per second, whatever the server does (open loop); None: closed loop.
-        concurrency: Requests in flight (closed loop); None: open loop.
-        num_requests: How many are sent; None: as many as the duration takes.
-        duration_s: For how long requests are started; None: until all are sent.
-        warmup: Requests sent first, one at a time, that count nowhere.
-        retries: How often a rejected request is sent again, after the server's Retry-After.
+        rate: Arrivals per second of a Poisson process, whatever the server does; None: closed loop.
+        concurrency: Number of requests in flight; None: open loop.
+        num_requests: How many requests are sent; None: as many as start within `duration_s`.
+        duration_s: Seconds during which requests are started; None: until `num_requests` are sent.
+        warmup: Number of requests that are sent first, one at a time, and not counted.
+        retries: How often a request is sent again that the server refused with 429, after the server's Retry-After.
         max_in_flight: An open loop does not send a request that is due while so many are unanswered; it counts as failed.
+
+    Raises:
+        InvalidRequestError: The values contradict each other, or are out of range.
     """
 
     rate: float | None = None
@@ -109,35 +114,7 @@ class Load:
                 raise InvalidRequestError(f"{name} must be above 0 and finite, got {value}; raise it.", field=name)
 
 
-def requests(mix: Mix) -> Iterator[SamplingParams]:
-    """Endless requests."""
-    rng = random.Random(f"requests {mix.seed}")
-    while True:
-        yield mix.request(
-            prompt=rng.choice(mix.prompts),
-            size=rng.choice(mix.sizes),
-            steps=rng.choice(mix.steps),
-            samples=rng.choice(mix.group_sizes),
-            dynamics=rng.choice(mix.dynamics),
-            # Samples of a group take the seeds that follow.
-            seed=rng.randrange(MAX_SEED - max(mix.group_sizes)),
-        )
-
-
-def values_of(params: SamplingParams, mix: Mix) -> dict[str, Any]:
-    """The fields of a request that are sent."""
-    return {name: getattr(params, name) for name in (*DRAWN, *mix.fixed)}
-
-
-def warmup_requests(mix: Mix) -> Iterator[SamplingParams]:
-    """Requests of the same kind with other draws, so that warming up does not change what is measured."""
-    return requests(replace(mix, seed=~mix.seed))
-
-
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Seconds from the start at which requests of a Poisson process arrive."""
+    """Draws without end the seconds from the start at which the requests of a Poisson process arrive."""
     rng = random.Random(f"arrivals {seed}")
-    due_s = 0.0
-    while True:
-        due_s += rng.expovariate(rate)
-        yield due_s
+    return itertools.accumulate(rng.expovariate(rate) for _ in itertools.count())

@@ -1,10 +1,9 @@
-"""From outcomes to figures: pure. Of each request a few numbers are kept, never its answer."""
+"""From the outcomes of requests to the figures of a run. Of a request a few numbers are kept, never its answer."""
 
 from __future__ import annotations
 
 import math
-from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,28 +12,30 @@ REJECTED = 429
 _PERCENTS = (50, 90, 99)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Outcome:
-    """How one request ended.
+    """How one request ended; filled in while its answer arrives.
 
     Attributes:
-        status: Of the answer; None: there was none.
-        code: "ok", the code of the error, or the name of what broke the connection.
-        latency_s: From when it was due to the last byte, waits and retries included.
-        samples: Samples received.
+        status: HTTP status of the answer; None: there was no answer.
+        code: "ok", the code of the error, or the name of the exception that broke the connection.
+        latency_s: Seconds from when the request was due to the last byte of its answer, waits and retries included.
+        samples: Number of samples received.
         steps: Denoising steps of these samples.
-        received_bytes: Of bodies, those of refusals included.
-        rejections: How often the server refused it with 429.
+        received_bytes: Bytes of all bodies received, those of refusals included.
+        rejections: How often the server refused the request with 429.
+        retry_after_s: How long the server wants its caller to wait.
         stages: Seconds by stage, where the server tells them.
     """
 
-    status: int | None
-    code: str
-    latency_s: float
+    status: int | None = None
+    code: str = OK
+    latency_s: float = 0.0
     samples: int = 0
     steps: int = 0
     received_bytes: int = 0
     rejections: int = 0
+    retry_after_s: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -43,16 +44,16 @@ class LoadReport:
     """The figures of a run.
 
     Attributes:
-        seconds: From the start to the last answer.
-        sent: Requests; each is completed, rejected or failed.
-        completed: Answered with the samples that it asked for.
-        rejected: Refused with 429 to the end.
-        failed: All others.
+        seconds: Seconds from the start to the last answer.
+        sent: Number of requests; each of them is completed, rejected or failed.
+        completed: Requests that were answered with the samples that they asked for.
+        rejected: Requests whose last answer was 429.
+        failed: All other requests.
         rejections: Answers with 429, those of retried requests included.
-        errors: Requests by the status and the code of their error, rejected ones too.
-        latency_s: p50, p90, p99 and max of completed requests; empty without any.
-        stages_s: The same by stage, and its mean; empty where the server does not tell.
-        per_second: Completed requests, samples, steps, and bytes of all bodies.
+        errors: Number of requests by the status and the code of their error, rejected ones included.
+        latency_s: p50, p90, p99 and max of completed requests; empty if there are none.
+        stages_s: The same and the mean, by stage; empty where the server does not tell.
+        per_second: Completed requests, samples, steps, and bytes of all bodies, per second.
     """
 
     seconds: float
@@ -67,64 +68,39 @@ class LoadReport:
     per_second: dict[str, float]
 
 
-class Tally:
-    """Takes outcomes one by one; what it keeps of a request is its latency, its stages and a few sums."""
-
-    def __init__(self) -> None:
-        self.completed = self.failed = 0
-        self._rejected = self._rejections = 0
-        self._totals: Counter[str] = Counter()
-        self._errors: Counter[str] = Counter()
-        self._latency_s = array("d")
-        self._stages_s: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))
-
-    def add(self, outcome: Outcome) -> None:
-        """Counts one request."""
-        self._rejections += outcome.rejections
-        self._totals.update(samples=outcome.samples, steps=outcome.steps, bytes=outcome.received_bytes)
-        if outcome.code != OK:
-            self._errors[f"{outcome.status or 'no answer'} {outcome.code}"] += 1
-            if outcome.status == REJECTED:
-                self._rejected += 1
-            else:
-                self.failed += 1
-            return
-        self.completed += 1
-        self._latency_s.append(outcome.latency_s)
-        for stage, seconds in outcome.stages.items():
-            self._stages_s[stage].append(seconds)
-
-    def report(self, seconds: float) -> LoadReport:
-        """The figures of all that was counted in so many seconds."""
-        totals = {"requests": self.completed, **{name: self._totals[name] for name in ("samples", "steps", "bytes")}}
-        return LoadReport(
-            seconds=seconds,
-            sent=self.completed + self._rejected + self.failed,
-            completed=self.completed,
-            rejected=self._rejected,
-            failed=self.failed,
-            rejections=self._rejections,
-            errors=dict(sorted(self._errors.items())),
-            latency_s=_distribution(self._latency_s),
-            stages_s={
-                stage: {"mean": sum(values) / len(values)} | _distribution(values) for stage, values in self._stages_s.items()
-            },
-            per_second={name: total / seconds if seconds else 0.0 for name, total in totals.items()},
-        )
+def summarize(outcomes: Sequence[Outcome], seconds: float) -> LoadReport:
+    """The figures of these requests, which took so many seconds together."""
+    completed = [outcome for outcome in outcomes if outcome.code == OK]
+    rejected = sum(outcome.status == REJECTED for outcome in outcomes)
+    errors = Counter(f"{outcome.status or 'no answer'} {outcome.code}" for outcome in outcomes if outcome.code != OK)
+    stages: dict[str, list[float]] = {}
+    for outcome in completed:
+        for stage, stage_s in outcome.stages.items():
+            stages.setdefault(stage, []).append(stage_s)
+    totals = {
+        "requests": len(completed),
+        "samples": sum(outcome.samples for outcome in outcomes),
+        "steps": sum(outcome.steps for outcome in outcomes),
+        "bytes": sum(outcome.received_bytes for outcome in outcomes),
+    }
+    return LoadReport(
+        seconds=seconds,
+        sent=len(outcomes),
+        completed=len(completed),
+        rejected=rejected,
+        failed=len(outcomes) - len(completed) - rejected,
+        rejections=sum(outcome.rejections for outcome in outcomes),
+        errors=dict(sorted(errors.items())),
+        latency_s=_percentiles([outcome.latency_s for outcome in completed]),
+        stages_s={stage: {"mean": sum(values) / len(values)} | _percentiles(values) for stage, values in stages.items()},
+        per_second={name: total / seconds if seconds else 0.0 for name, total in totals.items()},
+    )
 
 
-def percentile(ordered: Sequence[float], percent: int) -> float:
-    """The smallest value that `percent` of all do not exceed (nearest rank); a value that was measured.
-
-    Args:
-        ordered: Ascending, at least one.
-        percent: 1 to 100.
-    """
-    return ordered[math.ceil(len(ordered) * percent / 100) - 1]
-
-
-def _distribution(values: Sequence[float]) -> dict[str, float]:
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Nearest ranks: the smallest measured value that so many percent of all do not exceed."""
     if not values:
         return {}
     ordered = sorted(values)
-    return {f"p{percent}": percentile(ordered, percent) for percent in _PERCENTS} | {"max": ordered[-1]}
+    ranks = {f"p{percent}": math.ceil(len(ordered) * percent / 100) for percent in _PERCENTS}
+    return {name: ordered[rank - 1] for name, rank in ranks.items()} | {"max": ordered[-1]}

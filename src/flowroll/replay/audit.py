@@ -1,9 +1,10 @@
-"""Whether a replay is exact, step by step, and why not where it is not."""
+"""Says whether a replay is exact, step by step, and why it is not where it differs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,25 +12,25 @@ from torch import nn
 from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
-from flowroll.replay.causes import Cause, Encode, Evidence, causes_of, grid_causes
+from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
 from flowroll.replay.losses import ratio
 from flowroll.replay.scoring import run_pair
-from flowroll.replay.sources import Place, Source, check_any, place_of, source_of
+from flowroll.replay.sources import Source, check_any, place_of, source_of
 from flowroll.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAudit:
-    """One step, over all audited rollouts that have it.
+    """One step of all audited rollouts that have it.
 
     Attributes:
-        step: Which.
+        step: The step.
         num_samples: How many rollouts were replayed at this step.
         is_exact: Whether every log-prob, and every velocity that was recorded, has the recorded bits.
         max_ratio_error: Largest |ratio - 1|.
         mean_ratio_error: Mean |ratio - 1|.
-        max_velocity_error: Largest |difference| of an element of the velocity; None: no debug tensors.
-        mean_velocity_error: Mean |difference|; None: no debug tensors.
+        max_velocity_error: Largest |difference| of an element of the velocity; None: there are no debug tensors.
+        mean_velocity_error: Mean |difference| of the elements; None: there are no debug tensors.
     """
 
     step: int
@@ -43,17 +44,18 @@ class StepAudit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutAudit:
-    """One rollout.
+    """One audited rollout.
 
     Attributes:
-        index: Its place among the rollouts.
-        is_exact: Whether nothing differs.
-        causes: What differs from what made it; empty where it is exact.
+        causes: What differs from what made the rollout; empty where it is exact.
     """
 
-    index: int
-    is_exact: bool
     causes: tuple[Cause, ...]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing differs."""
+        return not self.causes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,8 @@ class AuditReport:
     """The audit of some rollouts; `str` says it in plain words.
 
     Attributes:
-        steps: Per step.
-        rollouts: Per rollout.
+        steps: What was found at each step.
+        rollouts: What was found in each rollout.
     """
 
     steps: tuple[StepAudit, ...]
@@ -84,7 +86,7 @@ class AuditReport:
             return f"exact: the ratio is 1 at all {pairs} steps of {len(self.rollouts)} rollout(s)"
         lines = [f"not exact: {sum(not one.is_exact for one in self.rollouts)} of {len(self.rollouts)} rollout(s) differ"]
         for cause in self.causes:
-            affected = [str(one.index) for one in self.rollouts if cause in one.causes]
+            affected = [str(index) for index, one in enumerate(self.rollouts) if cause in one.causes]
             lines.append(f"- {cause.message} (rollout {', '.join(affected)})")
         return "\n".join(lines)
 
@@ -100,30 +102,30 @@ def audit(
     """Replays rollouts with the weights that should have made them, and names what differs.
 
     Args:
-        transformer: With the weights that should have made them; its own dtype is used.
-        rollouts: With env and trajectory; debug tensors let the audit tell more causes apart.
-        weight_version: Of the transformer's weights; None: not compared.
+        transformer: A transformer with the weights that should have made the rollouts; its own dtype is used.
+        rollouts: Rollouts with env and trajectory; debug tensors let the audit tell more causes apart.
+        weight_version: Version of the transformer's weights; None: it is not compared.
         encode: Encodes a rollout's prompts again, to tell a wrong env from wrong weights; None: the env is compared with the
             digests in the record alone, which rollouts of older versions lack.
-        device: Of the transformer; None: that of its first weight.
+        device: The transformer's device; None: that of its first weight.
 
     Returns:
-        The report. Every step is replayed whose states the trajectory holds, deterministic ones too.
+        The report. Every step whose states the trajectory holds is replayed, deterministic steps too.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed at all; the message names the remedy.
     """
     check_any(rollouts)
     audits: list[RolloutAudit] = []
-    pairs: dict[int, list[_Pair]] = {}
+    compared: dict[int, list[_Comparison]] = {}
     for index, rollout in enumerate(rollouts):
         place = place_of(transformer, [rollout], device, _dtype_of(transformer, rollout))
         source = source_of(index, rollout, place)
         with torch.no_grad():
-            scores = _replayed(transformer, source, place)
-            compared = {step: _compared(rollout, step, score) for step, score in scores.items()}
-            exact = all(pair.is_exact for pair in compared.values())
-            evidence = Evidence(
+            env = source.env_on(place)
+            scores = {step: run_pair(transformer, source, step, place, env) for step in _steps_of(source)}
+            found = {step: _compare(rollout, step, score) for step, score in scores.items()}
+            diagnosis = Diagnosis(
                 source=source,
                 scores=scores,
                 transformer=transformer,
@@ -132,20 +134,21 @@ def audit(
                 encode=encode,
             )
             # A grid that contradicts itself is reported even where the ratio happens to be 1.
-            causes = tuple(grid_causes(source) if exact else causes_of(evidence))
-        audits.append(RolloutAudit(index=index, is_exact=exact and not causes, causes=causes))
-        for step, pair in compared.items():
-            pairs.setdefault(step, []).append(pair)
-    return AuditReport(steps=tuple(_step_audit(step, pairs[step]) for step in sorted(pairs)), rollouts=tuple(audits))
+            is_same = all(one.is_exact for one in found.values())
+            causes = tuple(grid_causes(source) if is_same else diagnosis.causes())
+        audits.append(RolloutAudit(causes=causes))
+        for step, one in found.items():
+            compared.setdefault(step, []).append(one)
+    return AuditReport(steps=tuple(_step_audit(step, compared[step]) for step in sorted(compared)), rollouts=tuple(audits))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pair:
-    """One step of one rollout: |ratio - 1|, and the largest and the mean |difference| of the velocity."""
+class _Comparison(NamedTuple):
+    """One step of one rollout; the velocity has no errors where none was recorded."""
 
     is_exact: bool
     ratio_error: float
-    velocity_errors: tuple[float, float] | None
+    max_velocity_error: float | None
+    mean_velocity_error: float | None
 
 
 def _dtype_of(transformer: Transformer, rollout: Rollout) -> torch.dtype:
@@ -156,41 +159,37 @@ def _dtype_of(transformer: Transformer, rollout: Rollout) -> torch.dtype:
     return recorded if not dtypes or recorded in dtypes else next(iter(dtypes))
 
 
-def _replayed(transformer: Transformer, source: Source, place: Place) -> dict[int, StepScore]:
-    steps = [step for step in range(source.num_steps) if source.has_states(step)]
-    if not steps:
-        shown = f"the states {list(source.trajectory.latent_step_indices)} in rollout {source.index}"
-        raise InvalidRequestError(
-            f"dit_trajectory must hold two states in a row, got {shown}; roll out without return_step_indices.",
-            field="dit_trajectory",
-        )
-    env = source.env_on(place)
-    return {step: run_pair(transformer, source, step, place, env) for step in steps}
-
-
-def _compared(rollout: Rollout, step: int, score: StepScore) -> _Pair:
-    assert rollout.log_probs is not None
-    new, old, debug = score.log_prob.cpu(), rollout.log_probs[step], rollout.debug_tensors
-    same_velocity, errors = True, None
-    if debug is not None:
-        difference = (score.velocity.float().cpu() - debug.model_output[step]).abs()
-        same_velocity = not bool(difference.any())
-        errors = (difference.max().item(), difference.mean().item())
-    return _Pair(
-        is_exact=same_velocity and torch.equal(new, old),
-        ratio_error=(ratio(new, old) - 1).abs().item(),
-        velocity_errors=errors,
+def _steps_of(source: Source) -> list[int]:
+    """The steps whose states the trajectory holds; at least one."""
+    if steps := [step for step in range(source.num_steps) if source.has_states(step)]:
+        return steps
+    shown = f"the states {list(source.trajectory.latent_step_indices)} in rollout {source.index}"
+    raise InvalidRequestError(
+        f"dit_trajectory must hold two states in a row, got {shown}; roll out without return_step_indices.",
+        field="dit_trajectory",
     )
 
 
-def _step_audit(step: int, pairs: Sequence[_Pair]) -> StepAudit:
-    velocity = [pair.velocity_errors for pair in pairs if pair.velocity_errors is not None]
+def _compare(rollout: Rollout, step: int, score: StepScore) -> _Comparison:
+    assert rollout.log_probs is not None
+    new, old, debug = score.log_prob.cpu(), rollout.log_probs[step], rollout.debug_tensors
+    error = (ratio(new, old) - 1).abs().item()
+    if debug is None:
+        return _Comparison(torch.equal(new, old), error, None, None)
+    off = (score.velocity.float().cpu() - debug.model_output[step]).abs()
+    return _Comparison(torch.equal(new, old) and not off.any(), error, off.max().item(), off.mean().item())
+
+
+def _step_audit(step: int, compared: Sequence[_Comparison]) -> StepAudit:
+    errors = [one.ratio_error for one in compared]
+    most = [one.max_velocity_error for one in compared if one.max_velocity_error is not None]
+    means = [one.mean_velocity_error for one in compared if one.mean_velocity_error is not None]
     return StepAudit(
         step=step,
-        num_samples=len(pairs),
-        is_exact=all(pair.is_exact for pair in pairs),
-        max_ratio_error=max(pair.ratio_error for pair in pairs),
-        mean_ratio_error=sum(pair.ratio_error for pair in pairs) / len(pairs),
-        max_velocity_error=max(most for most, _ in velocity) if velocity else None,
-        mean_velocity_error=sum(mean for _, mean in velocity) / len(velocity) if velocity else None,
+        num_samples=len(compared),
+        is_exact=all(one.is_exact for one in compared),
+        max_ratio_error=max(errors),
+        mean_ratio_error=sum(errors) / len(errors),
+        max_velocity_error=max(most, default=None),
+        mean_velocity_error=sum(means) / len(means) if means else None,
     )

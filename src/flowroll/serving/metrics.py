@@ -1,7 +1,8 @@
-"""Prometheus metrics of one app, in a registry of its own."""
+"""The Prometheus metrics of one app, in a registry of its own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
@@ -9,119 +10,109 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.scheduler import LoadStats, StageSpan
+from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
 from flowroll.engine.worker import EngineWorker, RequestKind
+from flowroll.types import Number
 
 # From a probe's milliseconds to a group of large images.
 _SECONDS_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
-_OCCUPANCY_EDGES = (1, 2, 4, 8, 16, 32, 64, 128)
+_OCCUPANCY_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, math.inf)
 
 
 class WorkerCollector(Collector):
-    """Reads the worker at every scrape, all of its numbers from the same moment, so that they balance."""
+    """Reads the worker at every scrape, all of its numbers from the same moment, so that they balance.
+
+    Args:
+        worker: The worker that runs the app's requests.
+
+    Attributes:
+        answer_s: Seconds by stage that answers took after their requests had ended.
+    """
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
-        # What happens to answers after their requests have ended.
         self.answer_s: dict[str, float] = {"serialise": 0.0, "send": 0.0}
 
     def collect(self) -> Iterator[Metric]:
         """Queue, running requests and samples, batches, stages, and how every accepted request ended."""
-        load = self._worker.load()
-        stats = load.requests
-        yield GaugeMetricFamily("flowroll_queue_depth", "Accepted requests that wait.", stats.pending)
-        yield GaugeMetricFamily("flowroll_running_requests", "Requests that the engine runs now.", stats.running)
-        yield CounterMetricFamily("flowroll_accepted_requests", "Requests that entered the queue.", stats.accepted)
-        yield GaugeMetricFamily(
-            "flowroll_queue_age_seconds",
-            "Age of the request that waits longest.",
-            self._worker.engine.scheduler.oldest_waiting_s(),
-        )
+        load, scores, engine = self._worker.load(), self._worker.score_stats(), self._worker.engine
+        requests = load.requests
+        yield GaugeMetricFamily("flowroll_queue_depth", "Accepted requests that wait.", requests.pending)
+        yield GaugeMetricFamily("flowroll_running_requests", "Requests that the engine runs now.", requests.running)
+        yield CounterMetricFamily("flowroll_accepted_requests", "Requests that entered the queue.", requests.accepted)
+        age_s = engine.scheduler.oldest_waiting_s()
+        yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", age_s)
         yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
         yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
-        asleep = int(self._worker.engine.is_asleep)
-        yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", asleep)
+        yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", int(engine.is_asleep))
         yield CounterMetricFamily("flowroll_steps", "Denoising steps of all samples, also of those that failed.", load.steps)
-        yield self._occupancy(load)
-        yield self._stages(load)
-        failures = CounterMetricFamily("flowroll_failed_requests", "Requests that ended in an error.", labels=["code"])
-        for code, count in sorted(load.failures.items()):
-            failures.add_metric([code], count)
-        yield failures
-        ended = CounterMetricFamily("flowroll_ended_requests", "Accepted requests that ended.", labels=["outcome"])
-        ended.add_metric(["completed"], stats.completed)
-        ended.add_metric(["failed"], stats.failed)
-        yield ended
-        scores = self._worker.score_stats()
+        yield _occupancy(load)
+        stages = (*load.stage_s.items(), *self.answer_s.items())
+        yield _counter("flowroll_stage_seconds", "Seconds of ended requests, by stage.", "stage", stages)
+        yield _counter("flowroll_failed_requests", "Requests that ended in an error.", "code", load.failures.items())
+        yield _counter("flowroll_ended_requests", "Accepted requests that ended.", "outcome", _ended(requests))
         text = "Requests for scores, which are in no other family."
         yield CounterMetricFamily("flowroll_accepted_score_requests", text, scores.accepted)
         yield GaugeMetricFamily("flowroll_open_score_requests", "Of these, those that wait or are scored.", scores.pending)
-        ended = CounterMetricFamily("flowroll_ended_score_requests", "Of these, those that ended.", labels=["outcome"])
-        ended.add_metric(["completed"], scores.completed)
-        ended.add_metric(["failed"], scores.failed)
-        yield ended
-        version = {"version": self._worker.engine.weight_version}
+        yield _counter("flowroll_ended_score_requests", "Of these, those that ended.", "outcome", _ended(scores))
+        version = {"version": engine.weight_version}
         yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", version)
 
-    @staticmethod
-    def _occupancy(load: LoadStats) -> Metric:
-        """Forwards by the number of samples in them, as a histogram."""
-        buckets = [
-            (f"{edge:g}", float(sum(count for size, count in load.batches.items() if size <= edge)))
-            for edge in _OCCUPANCY_EDGES
-        ]
-        total = float(sum(load.batches.values()))
-        name, text = "flowroll_batch_samples", "Samples in a shared forward."
-        return HistogramMetricFamily(name, text, buckets=[*buckets, ("+Inf", total)], sum_value=load.steps)
 
-    def _stages(self, load: LoadStats) -> Metric:
-        stages = CounterMetricFamily("flowroll_stage_seconds", "Seconds of ended requests, by stage.", labels=["stage"])
-        for stage, seconds in (*load.stage_s.items(), *self.answer_s.items()):
-            stages.add_metric([stage], seconds)
-        return stages
+def _counter(name: str, text: str, label: str, counts: Iterable[tuple[str, Number]]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts:
+        family.add_metric([value], count)
+    return family
+
+
+def _ended(stats: RequestCounts) -> Iterable[tuple[str, int]]:
+    return ("completed", stats.completed), ("failed", stats.failed)
+
+
+def _occupancy(load: LoadStats) -> Metric:
+    """Forwards by the number of samples in them, as a histogram."""
+    buckets = [
+        (str(edge) if edge < math.inf else "+Inf", float(sum(count for size, count in load.batches.items() if size <= edge)))
+        for edge in _OCCUPANCY_EDGES
+    ]
+    name, text = "flowroll_batch_samples", "Samples in a shared forward."
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=load.steps)
 
 
 class Metrics:
-    """What the server counts.
+    """What the server counts; each metric's text says what it is.
 
     Args:
-        worker: Read at every scrape.
+        worker: The worker, which is read at every scrape.
 
     Attributes:
         registry: Holds all of it.
-        requests: HTTP requests by route and status code.
-        errors: Answers that are an error, by its code.
-        request_seconds: From the request's first byte to the answer's last, by route.
-        response_bytes: Of answer bodies, by route.
-        samples: Finished samples, by kind.
-        denoising_steps: Steps of finished samples, by kind.
-        sde_steps: Steps of finished samples that have a log-prob.
-        weight_updates: Updates of weights and adapters, by outcome.
-        weight_pause_seconds: For which no request could run because weights or adapters were exchanged.
-        scored_steps: Recorded steps that were scored again.
     """
 
     def __init__(self, worker: EngineWorker) -> None:
-        self.registry = CollectorRegistry()
-        own = self.registry
+        self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)
         PlatformCollector(registry=own)
         self._collector = WorkerCollector(worker)
         own.register(self._collector)
-        self.requests = Counter("flowroll_requests", "HTTP requests.", ["route", "code"], registry=own)
-        self.errors = Counter("flowroll_errors", "Answers that are an error.", ["code"], registry=own)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"flowroll_{name}", text, labels, registry=own)
+
+        self.requests = counter("requests", "HTTP requests.", "route", "code")
+        self.errors = counter("errors", "Answers that are an error.", "code")
+        # From the request's first byte to the answer's last.
         self.request_seconds = Histogram(
             "flowroll_request_seconds", "Seconds per HTTP request.", ["route"], buckets=_SECONDS_BUCKETS, registry=own
         )
-        self.response_bytes = Counter("flowroll_response_bytes", "Bytes of answer bodies.", ["route"], registry=own)
-        self.samples = Counter("flowroll_samples", "Finished samples.", ["kind"], registry=own)
-        self.denoising_steps = Counter("flowroll_denoising_steps", "Steps of finished samples.", ["kind"], registry=own)
-        self.sde_steps = Counter("flowroll_sde_steps", "Stochastic steps of finished samples.", registry=own)
-        self.weight_updates = Counter("flowroll_weight_updates", "Updates of weights and adapters.", ["outcome"], registry=own)
-        self.weight_pause_seconds = Counter(
-            "flowroll_weight_pause_seconds", "Seconds for which no request ran because of an update.", registry=own
-        )
-        self.scored_steps = Counter("flowroll_scored_steps", "Recorded steps that were scored again.", registry=own)
+        self.response_bytes = counter("response_bytes", "Bytes of answer bodies.", "route")
+        self.samples = counter("samples", "Finished samples.", "kind")
+        self.denoising_steps = counter("denoising_steps", "Steps of finished samples.", "kind")
+        self.sde_steps = counter("sde_steps", "Stochastic steps of finished samples.")
+        self.weight_updates = counter("weight_updates", "Updates of weights and adapters.", "outcome")
+        self.weight_pause_seconds = counter("weight_pause_seconds", "Seconds for which no request ran because of an update.")
+        self.scored_steps = counter("scored_steps", "Recorded steps that were scored again.")
 
     def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int, error: str | None) -> None:
         """Counts an answered HTTP request; on the event loop."""

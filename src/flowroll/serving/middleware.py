@@ -1,6 +1,6 @@
-"""What happens around every HTTP request: its id, the bearer token, the log line, the counters, the last-resort error.
+"""What happens around every HTTP request: id, bearer token, log line, counters, spans, last-resort error.
 
-Plain ASGI, so that a streamed answer of hundreds of MiB passes through without a copy.
+This is plain ASGI, so that a streamed answer of hundreds of MiB passes through without a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowroll.serving.metrics import Metrics
 from flowroll.serving.tracing import Tracing
 
 REQUEST_ID_HEADER = "x-request-id"
-# Milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
+# It holds milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
 TIMING_HEADER = "x-flowroll-timing"
 OPEN_PATHS = frozenset({"/liveness"})
 
@@ -41,14 +41,14 @@ class Exchange:
     """One HTTP request and its answer, while it lasts.
 
     Attributes:
-        request_id: Made here; replaced by the caller's own once the body is read.
-        suppress_logs: The caller wants no log line.
-        status: Of the answer, once it began.
-        error: Code of the error that the answer is; None: it is none.
-        body_bytes: Of the answer, so far.
-        started_s: Monotonic clock.
+        request_id: Id of the request; made here, and replaced by the caller's own once the body is read.
+        suppress_logs: Whether the caller wants no log line.
+        status: HTTP status of the answer; None until it begins.
+        error: Code of the error that the answer is; None: it is no error.
+        body_bytes: Bytes of the answer's body so far.
+        started_s: When the request began, by the monotonic clock.
         answered_s: When the answer began.
-        stretches: Where the time went, as far as it is known.
+        stretches: The stages of the request's time, as far as they are known.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -61,11 +61,6 @@ class Exchange:
     stretches: list[StageSpan] = field(default_factory=list)
 
     @property
-    def shown_id(self) -> str:
-        """The id as a header can carry it: percent-encoded, and cut where the caller's is very long."""
-        return quote(self.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
-
-    @property
     def stages(self) -> dict[str, float]:
         """Milliseconds by stage, in the order in which the stages were reached."""
         totals: dict[str, float] = {}
@@ -75,38 +70,29 @@ class Exchange:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens inside is that stage."""
+        """Notes the time of what happens inside as that stage."""
         start_s = time.monotonic()
         try:
             yield
         finally:
             self.stretches.append(StageSpan(stage=name, start_s=start_s, end_s=time.monotonic()))
 
-    def note_start(self, status: int) -> None:
-        """The answer begins."""
-        self.status, self.answered_s = status, time.monotonic()
-
-    def note_end(self) -> None:
-        """The answer has ended; what was done for it is complete."""
-        if self.stretches and self.answered_s is not None:
-            self.stretches.append(StageSpan(stage="send", start_s=self.answered_s, end_s=time.monotonic()))
-
 
 def exchange_of(request: Request) -> Exchange:
-    """The exchange that a route's request belongs to."""
+    """The exchange of a route's request."""
     exchange = request.state.exchange
     assert isinstance(exchange, Exchange)
     return exchange
 
 
 class RequestMiddleware:
-    """Wraps the app; see the module.
+    """Wraps the app with what the module says.
 
     Args:
-        app: What it wraps.
+        app: The app that answers.
         metrics: Counts every request.
-        api_key: Demanded of every path but the open ones; None: of none.
-        tracing: Makes spans; None: there are none.
+        api_key: The token that every path but the open ones demands; None: no path does.
+        tracing: Makes spans of requests; None: there are no spans.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, tracing: Tracing | None) -> None:
@@ -126,9 +112,10 @@ class RequestMiddleware:
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.note_start(message["status"])
+                exchange.status, exchange.answered_s = message["status"], time.monotonic()
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID_HEADER] = exchange.shown_id
+                # Percent-encoded as a header needs it, and cut where the caller's id is very long.
+                headers[REQUEST_ID_HEADER] = quote(exchange.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
                 if stages := exchange.stages:
                     headers[TIMING_HEADER] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages.items())
             elif message["type"] == "http.response.body":
@@ -170,48 +157,40 @@ class RequestMiddleware:
         return hmac.compare_digest(f"{scheme.capitalize()} {token.strip()}".encode(), self._token)
 
     def _observe(self, exchange: Exchange, scope: Scope) -> None:
-        exchange.note_end()
-        seconds = time.monotonic() - exchange.started_s
-        status = exchange.status or _CLIENT_CLOSED
-        # Unknown paths share one label: their number is the caller's choice.
-        route = getattr(scope.get("route"), "path", "other")
-        self._metrics.observe_request(
-            route=route, code=status, seconds=seconds, body_bytes=exchange.body_bytes, error=exchange.error
-        )
+        """Counts, traces and logs a request that has ended."""
+        now_s = time.monotonic()
+        if exchange.stretches and exchange.answered_s is not None:
+            exchange.stretches.append(StageSpan(stage="send", start_s=exchange.answered_s, end_s=now_s))
+        seconds, status, error = now_s - exchange.started_s, exchange.status or _CLIENT_CLOSED, exchange.error
+        # Unknown paths share one label, because their number is the caller's choice.
+        route, method = getattr(scope.get("route"), "path", "other"), scope["method"]
+        self._metrics.observe_request(route=route, code=status, seconds=seconds, body_bytes=exchange.body_bytes, error=error)
         self._metrics.observe_stages(exchange.stretches)
-        trace_id = self._trace(exchange, scope, route, status)
-        if exchange.suppress_logs:
-            return
-        values: dict[str, object] = {
-            "request_id": exchange.request_id,
-            "method": scope["method"],
-            "duration_ms": round(seconds * 1000, 1),
-            "bytes": exchange.body_bytes,
-        }
-        if exchange.error is not None:
-            values["error"] = exchange.error
-        if trace_id is not None:
-            values["trace_id"] = trace_id
-        values |= {f"{stage}_ms": round(ms, 1) for stage, ms in exchange.stages.items()}
-        log_request(path=scope["path"], status=status, values=values)
-
-    def _trace(self, exchange: Exchange, scope: Scope, route: str, status: int) -> str | None:
-        """Makes the request's spans; returns the id of its trace, if it has one."""
-        if self._tracing is None or route in POLLED:
-            return None
-        attributes: dict[str, str | int] = {
-            "http.request.method": scope["method"],
-            "http.route": route,
-            "http.response.status_code": status,
-            "http.response.body.size": exchange.body_bytes,
-            "flowroll.request_id": exchange.request_id,
-        }
-        if exchange.error is not None:
-            attributes["error.type"] = exchange.error
-        return self._tracing.record(
-            f"{scope['method']} {route}",
-            headers=Headers(scope=scope),
-            start_s=exchange.started_s,
-            stretches=exchange.stretches,
-            attributes=attributes,
-        )
+        trace_id = None
+        if self._tracing is not None and route not in POLLED:
+            attributes = {
+                "http.request.method": method,
+                "http.route": route,
+                "http.response.status_code": status,
+                "http.response.body.size": exchange.body_bytes,
+                "flowroll.request_id": exchange.request_id,
+            }
+            trace_id = self._tracing.record(
+                f"{method} {route}",
+                headers=Headers(scope=scope),
+                start_s=exchange.started_s,
+                stretches=exchange.stretches,
+                attributes=attributes | ({} if error is None else {"error.type": error}),
+            )
+        if not exchange.suppress_logs:
+            values = {
+                "request_id": exchange.request_id,
+                "method": method,
+                "duration_ms": round(seconds * 1000, 1),
+                "bytes": exchange.body_bytes,
+                "error": error,
+                "trace_id": trace_id,
+                **{f"{stage}_ms": round(ms, 1) for stage, ms in exchange.stages.items()},
+            }
+            known = {name: value for name, value in values.items() if value is not None}
+            log_request(path=scope["path"], status=status, values=known)

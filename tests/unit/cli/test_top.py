@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
-from flowroll.cli.dashboard import bar, frame, spark
-from flowroll.cli.scrape import Change, Scrape
+from flowroll.cli.dashboard import Scrape, frame
 
 INFO: dict[str, Any] = {
     "model": "/models/Z-Image-Turbo",
@@ -90,15 +89,20 @@ def test_one_look_has_no_rates_yet_and_an_idle_server_divides_by_nothing() -> No
 
 
 def test_a_counter_that_a_new_server_began_anew_has_grown_by_what_it_shows() -> None:
-    change = Change(before=SECOND, after=scrape(14.0, steps_total=50))
-    assert change.of("flowroll_steps_total") == 50 and change.per_s("flowroll_steps_total") == 25.0
-    assert change.mean("flowroll_steps_total", "flowroll_batch_samples_count") is None
+    words = drawn(SECOND, scrape(14.0, steps_total=50))
+    assert "steps 25 " in " ".join(words.split()) and "samples a forward 0.0" in " ".join(words.split())
 
 
-def test_bars_and_sparks_have_their_width_and_say_more_with_more() -> None:
-    assert [bar(share, 4) for share in (-1.0, 0.0, 0.5, 0.53125, 1.0, 7.0)] == ["    ", "    ", "██  ", "██▏ ", "████", "████"]
-    assert spark([], 3) == "   " and spark([0.0, 0.0], 3) == "   "
-    assert spark([9.0, 0.0, 0.001, 4.0, 8.0], 4) == " ▁▄█"
+def test_bars_and_columns_say_more_with_more() -> None:
+    def bar_of(samples: int) -> str:
+        (line,) = [line for line in drawn(scrape(1.0, running_samples=samples)).splitlines() if "running samples" in line]
+        return line.partition("of 32")[2].split("│")[0].strip()
+
+    assert [bar_of(samples).count("█") for samples in (0, 16, 32, 99)] == [0, 9, 18, 18]
+    assert bar_of(17) == "█████████▌"
+    totals = [0, 9, 9, 9.001, 13.001, 21.001]
+    rows = drawn(*(scrape(float(at_s), steps_total=total) for at_s, total in enumerate(totals))).splitlines()
+    assert next(row for row in rows if " steps " in row).rstrip("│ ").endswith("█ ▁▄▇")
 
 
 def test_no_server_is_one_line() -> None:
