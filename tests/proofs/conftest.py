@@ -24,6 +24,12 @@ ServerOf = Callable[[str, str], str]
 RanksOf = Callable[[str, str, str], Engine]
 
 
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every proof runs on the CPU and, where there is one, on the GPU."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the suite itself run under torchrun, its engines start their own ranks all the same."""
@@ -32,13 +38,13 @@ def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine_of(checkpoints: dict[str, Path]) -> Iterator[EngineOf]:
+def engine_of(checkpoints: dict[str, Path], device: str) -> Iterator[EngineOf]:
     """An engine of one rank that batches, by family and dtype."""
     engines: dict[tuple[str, str], Engine] = {}
 
     def get(family: str, dtype: str) -> Engine:
         if (family, dtype) not in engines:
-            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device="cpu")
+            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device=device)
         return engines[family, dtype]
 
     yield get
@@ -47,7 +53,7 @@ def engine_of(checkpoints: dict[str, Path]) -> Iterator[EngineOf]:
 
 
 @pytest.fixture(scope="session")
-def alone_of(checkpoints: dict[str, Path]) -> Iterator[AloneOf]:
+def alone_of(checkpoints: dict[str, Path], device: str) -> Iterator[AloneOf]:
     """What the samples of a request are, each run by itself on an engine of one rank that never shares a forward."""
     engines: dict[tuple[str, str], Engine] = {}
     known: dict[tuple[str, str, str], list[Rollout]] = {}
@@ -55,7 +61,7 @@ def alone_of(checkpoints: dict[str, Path]) -> Iterator[AloneOf]:
     def get(family: str, dtype: str, request: Request) -> Sequence[Rollout]:
         if (family, dtype) not in engines:
             limits = BatchLimits(max_batch_samples=1, max_running_samples=1)
-            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device="cpu", batching=limits)
+            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device=device, batching=limits)
         key = (family, dtype, repr(sorted(request.items())))
         if key not in known:
             known[key] = one_by_one(engines[family, dtype], request)
@@ -67,7 +73,7 @@ def alone_of(checkpoints: dict[str, Path]) -> Iterator[AloneOf]:
 
 
 @pytest.fixture(scope="session")
-def pipeline_of(checkpoints: dict[str, Path]) -> PipelineOf:
+def pipeline_of(checkpoints: dict[str, Path], device: str) -> PipelineOf:
     """The diffusers pipeline of a checkpoint, as a trainer has it, by family and dtype."""
     pipelines: dict[tuple[str, str], Any] = {}
 
@@ -75,26 +81,27 @@ def pipeline_of(checkpoints: dict[str, Path]) -> PipelineOf:
         if (family, dtype) not in pipelines:
             pipeline = DiffusionPipeline.from_pretrained(checkpoints[family], dtype=getattr(torch, dtype))
             pipeline.set_progress_bar_config(disable=True)
+            pipelines[family, dtype] = pipeline.to(device)
             # The bits of the pipeline itself depend on where a file's header puts its weights.
             replay.align_weights(pipeline.transformer)
-            pipelines[family, dtype] = pipeline
         return pipelines[family, dtype]
 
     return get
 
 
 @pytest.fixture(scope="module")
-def ranks_of(checkpoints: dict[str, Path]) -> Iterator[RanksOf]:
+def ranks_of(checkpoints: dict[str, Path], device: str) -> Iterator[RanksOf]:
     """An engine of several ranks, by family, dtype and layout. A process holds one at a time: asking for another closes it."""
     opened: dict[tuple[str, str, str], Engine] = {}
 
     def get(family: str, dtype: str, layout: str) -> Engine:
         key = (family, dtype, layout)
+        degrees = Layout.parse(layout)
+        if device == "cuda" and torch.cuda.device_count() < degrees.num_ranks:
+            pytest.skip(f"needs {degrees.num_ranks} CUDA devices")
         if key not in opened:
             close()
-            opened[key] = Engine(
-                checkpoints[family], dtype=dtype, device="cpu", layout=Layout.parse(layout), rank_timeout_s=60.0
-            )
+            opened[key] = Engine(checkpoints[family], dtype=dtype, device=device, layout=degrees, rank_timeout_s=60.0)
         return opened[key]
 
     def close() -> None:
@@ -107,7 +114,7 @@ def ranks_of(checkpoints: dict[str, Path]) -> Iterator[RanksOf]:
 
 
 @pytest.fixture(scope="session")
-def server_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOf]:
+def server_of(checkpoints: dict[str, Path], device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOf]:
     """The address of a server, by family and dtype; one half of them answers in SGLang's words."""
     addresses: dict[tuple[str, str], str] = {}
 
@@ -117,7 +124,7 @@ def server_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
             if (family, dtype) not in addresses:
                 dialect = ("native", "sglang")[(FAMILIES.index(family) + DTYPES.index(dtype)) % 2]
                 log = tmp_path_factory.mktemp("server") / "log.txt"
-                flags = ("--dtype", dtype, "--wire-dialect", dialect)
+                flags = ("--device", device, "--dtype", dtype, "--wire-dialect", dialect)
                 addresses[family, dtype] = stack.enter_context(served(checkpoints[family], log, *flags))
             return addresses[family, dtype]
 

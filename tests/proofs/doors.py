@@ -69,7 +69,7 @@ def assert_same_samples(found: Sequence[Rollout], expected: Sequence[Rollout]) -
 @contextmanager
 def served(checkpoint: Path, log: Path, *flags: str) -> Iterator[str]:
     """The address of `flowroll serve CHECKPOINT FLAGS...`, one thread a rank; the server is gone when the block ends."""
-    command = [sys.executable, "-m", "flowroll", "serve", str(checkpoint), "--port", "0", "--device", "cpu", *flags]
+    command = [sys.executable, "-m", "flowroll", "serve", str(checkpoint), "--port", "0", *flags]
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:

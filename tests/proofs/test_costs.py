@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 from tests.proofs.cases import DYNAMICS, FAMILIES, pairs
 from tests.proofs.conftest import EngineOf
 from torch import Tensor, nn

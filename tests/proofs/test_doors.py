@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.proofs.cases import FAMILIES, Case, cases
 from tests.proofs.conftest import AloneOf, ServerOf
 from tests.proofs.doors import assert_same_samples, num_shared_steps, served, together
@@ -32,7 +33,7 @@ def test_a_server_gives_every_sample_the_bits_that_it_has_alone(case: Case, serv
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_command_line_writes_the_same_samples_and_verifies_them(
-    family: str, server_of: ServerOf, alone_of: AloneOf, checkpoints: dict[str, Path], tmp_path: Path
+    family: str, device: str, server_of: ServerOf, alone_of: AloneOf, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     case = cases(layout="single", family=family, dtype="bfloat16", company="!alone")[0]
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
@@ -42,7 +43,7 @@ def test_the_command_line_writes_the_same_samples_and_verifies_them(
     assert result.exit_code == 0, result.output
     files = sorted(out.iterdir())
     assert_same_samples([load_rollout(file) for file in files], alone_of(family, case.dtype, case.request))
-    verified = run_cli("verify", *files, "--model", checkpoints[family], "--device", "cpu")
+    verified = run_cli("verify", *files, "--model", checkpoints[family], "--device", device)
     assert verified.exit_code == 0, verified.output
 
 
@@ -52,10 +53,12 @@ def _flag(name: str, value: object) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def two_ranks(checkpoints: dict[str, Path], device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of two ranks."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA devices")
     log = tmp_path_factory.mktemp("two-ranks") / "log.txt"
-    with served(checkpoints[ON_RANKS.family], log, "--dtype", ON_RANKS.dtype, "--tp", "2") as address:
+    with served(checkpoints[ON_RANKS.family], log, "--device", device, "--dtype", ON_RANKS.dtype, "--tp", "2") as address:
         yield address
 
 

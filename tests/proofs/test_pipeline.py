@@ -28,8 +28,8 @@ def pipeline_output(pipeline: Any, output_type: str, request: Request) -> Tensor
     arguments = {name: value for name, value in request.items() if name not in ("seed", "guidance_scale")}
     has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
     scale = {"true_cfg_scale" if has_true_cfg else "guidance_scale": request["guidance_scale"]}
-    generator = torch.Generator().manual_seed(request["seed"])
-    return pipeline(**arguments, **scale, generator=generator, output_type=output_type).images[0]
+    generator = torch.Generator(pipeline.device).manual_seed(request["seed"])
+    return pipeline(**arguments, **scale, generator=generator, output_type=output_type).images[0].cpu()
 
 
 def request_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -60,15 +60,15 @@ def test_the_ratio_is_exactly_one(
         assert_same_samples(received, group)
     # As a trainer has it: with gradients.
     assert next(transformer.parameters()).requires_grad and torch.is_grad_enabled()
-    log_probs = replay.log_prob(transformer, received, micro_batch=4)
+    log_probs = replay.log_prob(transformer, received, micro_batch=4).cpu()
     assert torch.equal(log_probs.detach(), recorded(group))
     assert torch.equal(replay.ratio(log_probs, recorded(received)).detach(), torch.ones(2, 3))
     scores = replay.score(transformer, received)
     for sample, rollout in enumerate(group):
         assert rollout.debug_tensors is not None
-        assert torch.equal(scores.velocities[sample].detach(), rollout.debug_tensors.model_output)
-        assert torch.equal(scores.means[sample].detach(), rollout.debug_tensors.prev_sample_mean)
-        assert torch.equal(scores.stds[sample], rollout.debug_tensors.noise_std_dev[:, 0])
+        assert torch.equal(scores.velocities[sample].detach().cpu(), rollout.debug_tensors.model_output)
+        assert torch.equal(scores.means[sample].detach().cpu(), rollout.debug_tensors.prev_sample_mean)
+        assert torch.equal(scores.stds[sample].cpu(), rollout.debug_tensors.noise_std_dev[:, 0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,6 +80,6 @@ def test_another_policy_has_another_ratio(family: str, engine_of: EngineOf, pipe
     with torch.no_grad():
         kept = weight.clone()
         weight.mul_(1.001)
-        log_probs = replay.log_prob(transformer, group)
+        log_probs = replay.log_prob(transformer, group).cpu()
         weight.copy_(kept)
     assert not torch.equal(log_probs, recorded(group))
