@@ -15,6 +15,7 @@ from tests.proofs.doors import one_by_one, served
 
 from flowroll import Rollout, replay
 from flowroll.engine import BatchLimits, Engine
+from flowroll.testing import make_checkpoint
 from flowroll.types import Layout
 
 EngineOf = Callable[[str, str], Engine]
@@ -28,6 +29,13 @@ RanksOf = Callable[[str, str, str], Engine]
 def device(request: pytest.FixtureRequest) -> str:
     """Every proof runs on the CPU and, where there is one, on the GPU."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of every registered family; read only."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: make_checkpoint(family, folder / family) for family in FAMILIES}
 
 
 @pytest.fixture(autouse=True)
