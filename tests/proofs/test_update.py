@@ -20,7 +20,7 @@ from flowroll.client import Client
 from flowroll.engine import Engine
 from flowroll.types import Layout
 
-BASE = {"prompt": "a cat", "height": 192, "width": 192, "num_inference_steps": 2, **EVERYTHING}
+BASE = {"prompt": "a cat", "height": 192, "width": 192, "num_inference_steps": 8, **EVERYTHING}
 REQUESTS = [{**BASE, "seed": 1}, {**BASE, "seed": 2, "num_outputs_per_prompt": 2}, {**BASE, "seed": 9, "guidance_scale": 0.0}]
 
 
