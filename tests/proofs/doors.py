@@ -92,9 +92,16 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 def num_shared_steps(address: str) -> int:
     """Forwards that a server has run for more than one sample."""
-    metrics = httpx.get(f"{address}/metrics", timeout=WAIT_S).text
-    counts = {
-        float(bound): float(count)
-        for bound, count in re.findall(r'^flowroll_batch_samples_bucket\{le="([^"]+)"\} (\S+)', metrics, re.M)
-    }
+    buckets = re.findall(r'^flowroll_batch_samples_bucket\{le="([^"]+)"\} (\S+)', _metrics(address), re.M)
+    counts = {float(bound): float(count) for bound, count in buckets}
     return round(counts[math.inf] - counts[1.0]) if counts[math.inf] else 0
+
+
+def num_steps(address: str) -> int:
+    """Steps that a server has taken, of all samples."""
+    [count] = re.findall(r"^flowroll_steps_total (\S+)", _metrics(address), re.M)
+    return round(float(count))
+
+
+def _metrics(address: str) -> str:
+    return httpx.get(f"{address}/metrics", timeout=WAIT_S).text

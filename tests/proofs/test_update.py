@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES, pairs
-from tests.proofs.doors import assert_same_samples, served, together
+from tests.proofs.doors import assert_same_samples, num_steps, served, together
 from tests.weights import WEIGHTS, with_other
+from torch import nn
 
 from flowroll import Rollout
 from flowroll.client import Client
@@ -30,17 +32,25 @@ ROWS = pairs(
 
 
 @contextmanager
-def opened(row: dict[str, str], device: str, checkpoint: Path, folder: Path) -> Iterator[Engine | Client]:
-    """The door of a row."""
+def opened(
+    row: dict[str, str], device: str, checkpoint: Path, folder: Path
+) -> Iterator[tuple[Engine | Client, Callable[[], int]]]:
+    """The door of a row, and the number of steps or forwards that it has run so far."""
     layout = Layout.parse(row["layout"])
     if row["door"] == "engine":
-        with Engine(checkpoint, dtype=row["dtype"], device=device, layout=layout, rank_timeout_s=60.0) as engine:
-            yield engine
+        calls: list[str] = []
+        # Of every module; a step calls hundreds of them.
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+        try:
+            with Engine(checkpoint, dtype=row["dtype"], device=device, layout=layout, rank_timeout_s=60.0) as engine:
+                yield engine, lambda: sum(name.endswith("Transformer2DModel") for name in calls)
+        finally:
+            handle.remove()
         return
     degrees = [f"--{axis}={getattr(layout, axis)}" for axis in ("sp", "tp")] + ["--cfg-parallel"] * layout.cfg_parallel
     flags = ("--device", device, "--dtype", row["dtype"], "--weights-root", str(folder), *degrees)
     with served(checkpoint, folder / "log.txt", *flags) as address, Client(address) as client:
-        yield client
+        yield client, lambda: num_steps(address)
 
 
 def update(door: Engine | Client, other: Path, way: str) -> None:
@@ -69,11 +79,14 @@ def test_an_updated_engine_has_the_bits_of_one_that_was_started_on_the_weights(
     for version, path in (("0", folder), ("1", other)):
         with Engine(path, dtype=row["dtype"], device=device) as engine:
             answers_of[version] = of_the_weights([engine.rollout(**request) for request in REQUESTS])
-    with opened(row, device, folder, tmp_path) as door, ThreadPoolExecutor(1) as pool:
+    with opened(row, device, folder, tmp_path) as (door, steps_taken), ThreadPoolExecutor(1) as pool:
         before = together(door, REQUESTS)
-        pending = pool.submit(update, door, other, row["way"])
-        during = together(door, REQUESTS)
-        pending.result()
+        taken = steps_taken()
+        pending = pool.submit(together, door, REQUESTS)
+        while steps_taken() == taken and not pending.done():
+            time.sleep(0.01)
+        update(door, other, row["way"])
+        during = pending.result()
         after = together(door, REQUESTS)
     for answers, versions in ((before, {"0"}), (during, {"0", "1"}), (after, {"1"})):
         # No sample mixes the old weights and the new ones: each is wholly of the version that it says it has.
