@@ -1,10 +1,9 @@
-"""The harness with real processes: green on a healthy layout, red on each of three faults that every rank shares."""
+"""The comparison with real ranks: green on a healthy layout, red on each of three faults that every rank shares."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from tests.distributed.broken_ranks import BrokenEngine
 from tests.unit.cli.invoking import run_cli
 
 from flowroll.parity import run
@@ -14,7 +13,7 @@ SMALL = ("--size", 192, "--steps", 3, "--threads", 1, "--dtype", "float32")
 
 
 def parity(folder, checkpoint, *words):
-    result = run_cli("parity", checkpoint, *SMALL, *words, "--out", folder)
+    result = run_cli("parity", checkpoint, *SMALL, *words, "--out", folder / "parity.md", "--json", folder / "parity.json")
     return result, json.loads((folder / "parity.json").read_text()), (folder / "parity.md").read_text()
 
 
@@ -22,9 +21,8 @@ def parity(folder, checkpoint, *words):
 def broken(qwen_checkpoint, tmp_path_factory):
     """A run in which every layout has a fault of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "CHILD_COMMAND", (sys.executable, str(Path(__file__).with_name("broken_child.py"))))
-        words = ("--layouts", "sp2,tp2,cfg2", "--modes", "sde", "--device", "cpu")
-        return parity(tmp_path_factory.mktemp("broken"), qwen_checkpoint, *words)
+        patch.setattr(run, "Engine", BrokenEngine)
+        return parity(tmp_path_factory.mktemp("broken"), qwen_checkpoint, "--modes", "sde", "--device", "cpu")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)])
@@ -34,21 +32,18 @@ def test_a_healthy_layout_is_exact_and_the_status_is_0(device, z_image_checkpoin
     assert result.exit_code == 0, result.output
     assert report["is_exact"] is True
     [sp2] = report["layouts"]
-    assert [mode["mode"] for mode in sp2["modes"]] == ["sde", "ode"]
-    for mode in sp2["modes"]:
-        assert mode["received_bytes_per_step"]["sp"] > 0  # rows were really shared out
-        assert all(tensor["whole"]["equal"] for tensor in mode["tensors"])
+    assert {tensor["mode"] for tensor in sp2["tensors"]} == {"sde", "ode"}
+    assert all(tensor["whole"]["equal"] for tensor in sp2["tensors"])
+    assert sp2["received_bytes"]["sp"] > 0  # rows were really shared out
     assert "**Exact: 1 of 1 layouts** (sp2)" in markdown
-    assert "exact" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parity.json", "parity.md"]
 
 
 @pytest.mark.parametrize(
     ("fault", "layout", "origin", "untouched"),
     [
-        ("keys permuted", "sp2", "model_output", "variance_noise"),
-        ("noise drawn per shard", "tp2", "variance_noise", "noise_std_dev"),
-        ("std in bfloat16", "cfg2", "latents", "noise_std_dev"),
+        ("keys permuted", "sp2", "debug_tensors.model_output", "debug_tensors.variance_noise"),
+        ("noise drawn per shard", "tp2", "debug_tensors.variance_noise", "debug_tensors.noise_std_dev"),
+        ("std in bfloat16", "cfg2", "dit_trajectory.latents", "debug_tensors.noise_std_dev"),
     ],
 )
 def test_a_fault_that_all_ranks_share_turns_the_report_red(fault, layout, origin, untouched, broken):
@@ -59,7 +54,7 @@ def test_a_fault_that_all_ranks_share_turns_the_report_red(fault, layout, origin
     # The comparison is what is red: the ranks agree with each other, and nothing failed.
     assert found["error"] is None
     assert found["is_exact"] is False
-    differing = {tensor["name"] for tensor in found["modes"][0]["tensors"] if not tensor["whole"]["equal"]}
-    assert {origin, "latents", "image"} <= differing
+    differing = {tensor["name"] for tensor in found["tensors"] if not tensor["whole"]["equal"]}
+    assert {origin, "dit_trajectory.latents", "image"} <= differing
     assert untouched not in differing
-    assert f"**Not exact: {layout}.** sde: {len(differing)} of " in markdown
+    assert f"**Not exact: {layout}.** {len(differing)} of " in markdown

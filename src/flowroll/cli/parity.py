@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
-from flowroll.cli.output import format_bytes, plain_table, print_whole
+from flowroll.errors import InvalidRequestError
 from flowroll.sampling.dynamics import DYNAMICS
 
-if TYPE_CHECKING:
-    from flowroll.parity.results import LayoutParity, ParityReport
-
+# The settings of SGLang-Diffusion's published comparison (pull request 22604), so that the tables can be read side by side.
+_PROMPT = (
+    "A fluffy silver-gray cat rests on a light surface indoors, wearing small round sunglasses with gold frames and dark "
+    "blue lenses."
+)
 _DEFAULT = "the family's"
 
 
 def parity(
     model: Model,
-    layouts: Annotated[
-        str, typer.Option(help="Products of spN, cfg2 and tpN; single: one rank again.")
-    ] = "sp2,cfg2,tp2,sp2xcfg2",
-    modes: Annotated[str, typer.Option(help=f"Dynamics: {', '.join(DYNAMICS)}.")] = ",".join(DYNAMICS),
-    prompt: Annotated[str, typer.Option(help="The text.")] = "a photo of two wine glasses",
-    seed: Annotated[int, typer.Option(help="Of the first sample.")] = 0,
+    layouts: Annotated[str, typer.Option(help="Products of spN, cfg2 and tpN; single: one rank again.")] = "sp2,cfg2,tp2",
+    modes: Annotated[str, typer.Option(help=f"Dynamics: {', '.join(DYNAMICS)}.")] = "sde,cps,ode",
+    prompt: Annotated[str, typer.Option(help="The text.")] = _PROMPT,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 42,
     num_outputs: Annotated[int, typer.Option(help="Samples.")] = 1,
-    noise_level: Annotated[float, typer.Option(help="Of the stochastic modes.")] = 0.7,
+    noise_level: Annotated[float, typer.Option(help="Noise level of the stochastic dynamics.")] = 0.5,
     size: Annotated[str | None, typer.Option(metavar="WxH|N", help="Pixels.", show_default=_DEFAULT)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default=_DEFAULT)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=_DEFAULT)] = None,
@@ -41,7 +38,8 @@ def parity(
         int | None, typer.Option(help="CPU threads of each rank.", show_default="the cores, shared by the most ranks")
     ] = None,
     rank_timeout_s: Annotated[float, typer.Option(help="How long ranks wait for each other, in seconds.")] = 60.0,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for parity.md and parity.json.")] = Path("flowroll-parity"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The report, as Markdown.")] = Path("flowroll-parity.md"),
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write every figure there, as JSON.")] = None,
 ) -> None:
     """Check that parallel layouts give the bits of one rank.
 
@@ -49,80 +47,44 @@ def parity(
     that a rollout returns. Exit status 1 if one is not equal, or if a layout fails.
     """
     quiet_model_libraries()
-    from flowroll.parity.plan import ParityOptions, plan_parity
-    from flowroll.parity.report import write_report
-    from flowroll.parity.run import run_parity
+    from flowroll.parity.plan import plan_parity
+    from flowroll.parity.report import summary, to_json, to_markdown
+    from flowroll.parity.run import LayoutParity, run_parity
+    from flowroll.types import SamplingParams
 
-    options = ParityOptions(
-        model=model,
-        layouts=layouts,
-        modes=modes,
+    width, height = (None, None) if size is None else _parse_size(size)
+    params = SamplingParams(
         prompt=prompt,
         seed=seed,
-        noise_level=noise_level,
-        size=size,
-        steps=steps,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        num_outputs_per_prompt=num_outputs,
         guidance_scale=guidance_scale,
-        num_outputs=num_outputs,
-        variant=variant,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        rank_timeout_s=rank_timeout_s,
+        rollout_noise_level=noise_level,
     )
-    plan = plan_parity(options)
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    with _progress(console) as progress:
-        task = progress.add_task("layouts", total=len(plan.layouts))
-        report = run_parity(plan, out, on_layout=lambda _: progress.advance(task))
-    files = write_report(report, out)
-    print_whole(summary_table(report))
-    _print_errors(report)
-    console.print(f"report: {files[0]} and {files[1]}", markup=False, soft_wrap=True)
+    places = {"variant": variant, "dtype": dtype, "device": device, "threads": threads, "rank_timeout_s": rank_timeout_s}
+    plan = plan_parity(model, params, layouts=layouts, modes=modes, **places)  # type: ignore[arg-type]
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show(layout: LayoutParity) -> None:
+        result = "exact" if layout.is_exact else f"failed: {layout.error}" if layout.error else "not exact"
+        console.print(f"{layout.layout} {result}", markup=False)
+
+    report = run_parity(plan, on_layout=show)
+    for file, text in ((out, to_markdown(report)), (json, to_json(report))):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+    typer.echo(f"{summary(report)}\n\nreport: {out}")
     raise typer.Exit(0 if report.is_exact else 1)
 
 
-def summary_table(report: ParityReport) -> Table:
-    """One row per layout: what was equal, mode by mode."""
-    from flowroll.parity.report import mode_cell
-
-    modes = list(dict.fromkeys(mode.mode for layout in report.layouts for mode in layout.modes))
-    right = ("ranks", "weights per rank", "received per step")
-    columns = ("layout", "ranks", *modes, "weights per rank", "received per step", "result")
-    table = plain_table(f"Parity of {report.model} with one rank", *columns, right=right)
-    for layout in report.layouts:
-        cells = [mode_cell(layout, mode).strip("*") for mode in modes]
-        table.add_row(
-            layout.layout,
-            str(layout.num_ranks),
-            *(Text(cell, style="" if cell.startswith("all") else "red") for cell in cells),
-            format_bytes(layout.transformer_bytes),
-            _received(layout),
-            _result(layout),
+def _parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of `WxH`, or of one number for a square."""
+    width, _, height = text.strip().partition("x")
+    if not (width.isdecimal() and (height.isdecimal() or "x" not in text) and len(text) < 16):
+        raise InvalidRequestError(
+            f"size must be WIDTHxHEIGHT or one number of pixels, got {text!r}; write e.g. 1024x768 or 1024.", field="size"
         )
-    return table
-
-
-def _received(layout: LayoutParity) -> str:
-    """Of the first mode; the others receive as much."""
-    received = layout.modes[0].received_bytes_per_step if layout.modes else {}
-    return ", ".join(f"{axis} {format_bytes(round(count))}" for axis, count in received.items() if count) or "-"
-
-
-def _result(layout: LayoutParity) -> Text:
-    if layout.error is not None:
-        return Text("failed", style="bold red")
-    idle = f" ({', '.join(layout.idle_axes)} idle)" if layout.idle_axes else ""
-    return Text(f"exact{idle}", style="bold green") if layout.is_exact else Text("not exact", style="bold red")
-
-
-def _print_errors(report: ParityReport) -> None:
-    errors = Console(stderr=True)
-    for layout in report.layouts:
-        if layout.error is not None:
-            errors.print(f"{layout.layout} failed: {layout.error}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    return int(width), int(height or width)

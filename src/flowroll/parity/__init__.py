@@ -1,7 +1,6 @@
-"""The parity harness: one prompt and its seeds through several layouts, each in processes of its own, against one rank.
+"""Parallel layouts against one rank: the same request through one engine per layout, every tensor compared.
 
-    plan (what to run; every value is checked here) -> run (one child per layout) -> child (an Engine; rollouts to files)
-    -> compare (two rollouts, tensor by tensor) -> results -> report (Markdown, JSON)
+    plan (every value is checked before a rank is started) -> run (an engine per layout) -> compare -> report
 
 What counts as the same is `torch.equal`; the other figures tell how far off a tensor is that is not.
 """

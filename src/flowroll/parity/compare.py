@@ -1,164 +1,164 @@
-"""Two rollouts, tensor by tensor. Pure functions; they know nothing of processes or files."""
+"""Two answers to one request, tensor by tensor. Pure functions that know nothing of processes or files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from flowroll.parity.results import Measure, TensorParity
-from flowroll.types import DenoisingEnv, EnvValue, Rollout
+from flowroll.types import Number, Rollout
+
+# What a rollout says about its run rather than about the sample.
+_OF_THE_RUN = ("request_id", "weight_version", "inference_time_s", "peak_memory_mb")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One value of a rollout.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """How far a value is from the one that it should be.
 
     Attributes:
-        value: A tensor, or plain data.
-        first: How many of its leading rows are the first step's: 1, or 2 for states; None for a value without steps.
+        equal: The same shape, dtype and bits (`torch.equal`).
+        max_abs: Largest absolute difference; NaN where one of the two has a NaN. None where there are no figures.
+        mean_abs: Mean absolute difference.
+        min_cosine: Smallest cosine over samples and steps; where a step has one number, the cosine over all steps.
+        first_step: The first step that is not equal; None where all are, or where the value has no steps.
+        note: What the figures cannot say.
     """
 
-    value: object
-    first: int | None = None
+    equal: bool
+    max_abs: Number | None = 0.0
+    mean_abs: Number | None = 0.0
+    min_cosine: Number | None = 1.0
+    first_step: int | None = None
+    note: str = ""
 
 
-def compare_rollouts(expected: Sequence[Rollout], actual: Sequence[Rollout]) -> tuple[TensorParity, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParity:
+    """One value of one mode, over all samples.
+
+    Attributes:
+        mode: The dynamics.
+        name: E.g. "dit_trajectory.latents"; "sampling" is the record of how the sample was made.
+        first: Of the first step; None for a value that has no steps.
+        whole: Of all steps.
+    """
+
+    mode: str
+    name: str
+    first: Measure | None
+    whole: Measure
+
+
+def compare_rollouts(mode: str, expected: Sequence[Rollout], actual: Sequence[Rollout]) -> tuple[TensorParity, ...]:
     """Every tensor that a rollout returns, and its record, over all samples of a request.
 
     Args:
-        expected: Of one rank, one per sample.
-        actual: Of the layout, in the same order.
+        mode: The dynamics.
+        expected: One rank's rollouts, one per sample.
+        actual: The layout's, in the same order.
     """
     assert len(expected) == len(actual) and expected
-    pairs = [(entries_of(left), entries_of(right)) for left, right in zip(expected, actual, strict=True)]
-    names = list(dict.fromkeys(name for left, right in pairs for name in (*left, *right)))
-    return tuple(_compare_entry(name, pairs) for name in names)
+    num_steps = expected[0].sampling.num_inference_steps
+    left, right = ([dict(values_of(rollout)) for rollout in rollouts] for rollouts in (expected, actual))
+    names = dict.fromkeys(name for values in (*left, *right) for name in values)
+    found = []
+    for name in names:
+        ours, theirs = [values.get(name) for values in left], [values.get(name) for values in right]
+        steps = _step_rows(name, ours[0], num_steps)
+        first = (
+            None
+            if steps is None
+            else measure([_rows(value, steps) for value in ours], [_rows(value, steps) for value in theirs])
+        )
+        found.append(TensorParity(mode=mode, name=name, first=first, whole=measure(ours, theirs, first_rows=steps)))
+    return tuple(found)
 
 
-def entries_of(rollout: Rollout) -> dict[str, _Entry]:
-    """What of a rollout is compared, by name: every tensor, the env whole, and how the sample was made."""
-    entries = {"image": _Entry(rollout.image)}
-    if rollout.log_probs is not None:
-        entries["log_prob"] = _Entry(rollout.log_probs, 1)
-    if rollout.debug_tensors is not None:
-        for field in fields(rollout.debug_tensors):
-            entries[field.name] = _Entry(getattr(rollout.debug_tensors, field.name), 1)
-    if (trajectory := rollout.dit_trajectory) is not None:
-        # The first step takes state 0 and makes state 1.
-        entries["latents"] = _Entry(trajectory.latents, 2)
-        entries["timesteps"] = _Entry(trajectory.timesteps, 1)
-        entries["sigmas"] = _Entry(trajectory.sigmas, 2)
-        entries["latent_step_indices"] = _Entry(trajectory.latent_step_indices)
-    if rollout.denoising_env is not None:
-        entries |= _env_entries(rollout.denoising_env)
-    entries["record"] = _Entry((rollout.seed, rollout.sde_step_indices, rollout.sampling))
-    return entries
+def values_of(rollout: Rollout) -> Iterator[tuple[str, object]]:
+    """Everything that a rollout says about its sample, by dotted name; what is absent is left out."""
+    for field in fields(rollout):
+        if field.name not in _OF_THE_RUN:
+            yield from _leaves(field.name, getattr(rollout, field.name))
 
 
-def _env_entries(env: DenoisingEnv) -> dict[str, _Entry]:
-    branches: dict[str, Mapping[str, EnvValue] | None] = {
-        "positive": env.pos_cond_kwargs,
-        "negative": env.neg_cond_kwargs,
-        "image": env.image_kwargs,
-    }
-    entries = {
-        f"env.{branch}.{key}": _Entry(value) for branch, values in branches.items() for key, value in (values or {}).items()
-    }
-    if env.guidance is not None:
-        entries["env.guidance"] = _Entry(env.guidance)
-    return entries
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{name}.{key}", item)
+    elif is_dataclass(value) and name != "sampling":
+        for field in fields(value):
+            yield from _leaves(f"{name}.{field.name}", getattr(value, field.name))
+    elif value is not None:
+        yield name, value
 
 
-def _compare_entry(name: str, pairs: list[tuple[dict[str, _Entry], dict[str, _Entry]]]) -> TensorParity:
-    firsts, wholes = [], []
-    for left, right in pairs:
-        if name not in left or name not in right:
-            note = "missing" if name in left else "not there on one rank"
-            wholes.append(Measure(equal=False, max_abs=None, mean_abs=None, min_cosine=None, note=note))
-            continue
-        expected, actual, first = left[name].value, right[name].value, left[name].first
-        wholes.append(measure(expected, actual, first=first))
-        if first is not None and isinstance(expected, Tensor) and isinstance(actual, Tensor):
-            firsts.append(measure(expected[:first], actual[:first], first=first))
-    return TensorParity(name=name, first=combine(firsts) if firsts else None, whole=combine(wholes))
+def _step_rows(name: str, value: object, num_steps: int) -> int | None:
+    """How many rows of a value the first step has: 1, or 2 of states; None for a value without steps."""
+    if not isinstance(value, Tensor) or not name.startswith(("log_probs", "debug_tensors.", "dit_trajectory.")):
+        return None
+    return len(value) - num_steps + 1
 
 
-def measure(expected: object, actual: object, *, first: int | None = None) -> Measure:
-    """How far a value is from what it should be. Differences are computed in float64.
+def _rows(value: object, rows: int) -> object:
+    return value[:rows] if isinstance(value, Tensor) else value
+
+
+def measure(expected: Sequence[object], actual: Sequence[object], *, first_rows: int | None = None) -> Measure:
+    """How far the samples' values are from what they should be. Differences are computed in float64.
 
     Args:
-        expected: A tensor [...], or with `first` [steps, ...] or [states, ...]; or plain data.
-        actual: The same, of the layout.
-        first: How many leading rows are the first step's; None for a value without steps.
+        expected: One value per sample: a tensor [...], with `first_rows` [steps, ...] or [states, ...]; or plain data.
+        actual: The layout's values; None where it has none.
+        first_rows: How many leading rows the first step has; None for values without steps.
     """
-    left, right = _numbers(expected), _numbers(actual)
-    if left is None or right is None:
-        return Measure(equal=bool(expected == actual), max_abs=None, mean_abs=None, min_cosine=None)
-    if left.shape != right.shape:
-        note = f"shape {list(right.shape)} instead of {list(left.shape)}"
-        return Measure(equal=False, max_abs=None, mean_abs=None, min_cosine=None, note=note)
-    note = "" if left.dtype == right.dtype else f"{right.dtype} instead of {left.dtype}".replace("torch.", "")
+    pairs = list(zip(expected, actual, strict=True))
+    note = "; ".join(dict.fromkeys(filter(None, (_note(left, right) for left, right in pairs))))
+    comparable = [(left, right) for left, right in pairs if isinstance(left, Tensor) and isinstance(right, Tensor)]
+    if len(comparable) < len(pairs) or any(left.shape != right.shape for left, right in comparable):
+        same = not note and all(left == right for left, right in pairs if not isinstance(left, Tensor))
+        return Measure(equal=same, max_abs=None, mean_abs=None, min_cosine=None, note=note)
+    left, right = (torch.stack(list(tensors)) for tensors in zip(*comparable, strict=True))
     if torch.equal(left, right):
         return Measure(equal=not note, note=note)
-    wide_left, wide_right = left.to(torch.float64), right.to(torch.float64)
-    differences = (wide_left - wide_right).abs()
+    differences = (left.double() - right.double()).abs()
     return Measure(
         equal=False,
         max_abs=differences.max().item(),
         mean_abs=differences.mean().item(),
-        min_cosine=_min_cosine(wide_left, wide_right, has_steps=first is not None),
-        first_step=None if first is None else _first_unequal(left, right, first),
+        min_cosine=_min_cosine(left.double(), right.double(), has_steps=first_rows is not None),
+        first_step=None if first_rows is None else _first_unequal(left, right, first_rows),
         note=note,
     )
 
 
-def combine(measures: Sequence[Measure]) -> Measure:
-    """One measure over several samples: the worst of each figure, and the mean of the means."""
-    steps = [each.first_step for each in measures if each.first_step is not None]
-    return Measure(
-        equal=all(each.equal for each in measures),
-        max_abs=_over(torch.max, [each.max_abs for each in measures]),
-        mean_abs=_over(torch.mean, [each.mean_abs for each in measures]),
-        min_cosine=_over(torch.min, [each.min_cosine for each in measures]),
-        first_step=min(steps, default=None),
-        note="; ".join(dict.fromkeys(each.note for each in measures if each.note)),
-    )
+def _note(expected: object, actual: object) -> str:
+    if expected is None or actual is None:
+        return "missing" if actual is None else "not there on one rank"
+    if not (isinstance(expected, Tensor) and isinstance(actual, Tensor)):
+        return ""
+    if expected.shape != actual.shape:
+        return f"shape {list(actual.shape)} instead of {list(expected.shape)}"
+    return "" if expected.dtype == actual.dtype else f"{actual.dtype} instead of {expected.dtype}".replace("torch.", "")
 
 
-def _over(reduce: Callable[[Tensor], Tensor], values: list[float | None]) -> float | None:
-    """A reduction by torch, where a NaN wins (Python's `max` may lose it); None if one value is not there."""
-    known = [value for value in values if value is not None]
-    return float(reduce(torch.tensor(known, dtype=torch.float64))) if len(known) == len(values) else None
-
-
-def _numbers(value: object) -> Tensor | None:
-    """The value as a tensor; None for what has no numbers."""
-    if isinstance(value, Tensor):
-        return value
-    try:
-        return torch.tensor(value) if isinstance(value, (bool, int, float, list, tuple)) else None
-    except (ValueError, TypeError, RuntimeError):  # ragged, or with other things inside
-        return None
-
-
-def _min_cosine(expected: Float[Tensor, " ..."], actual: Float[Tensor, " ..."], *, has_steps: bool) -> float:
+def _min_cosine(expected: Float[Tensor, "samples ..."], actual: Float[Tensor, "samples ..."], *, has_steps: bool) -> float:
     # One number a step has no direction of its own: there the steps together are the vector.
-    by_step = has_steps and expected[:1].numel() > 1
-    rows = expected.shape[0] if by_step else 1
-    left, right = expected.reshape(rows, -1), actual.reshape(rows, -1)
-    norms = left.norm(dim=1) * right.norm(dim=1)
+    by_step = has_steps and expected[0, :1].numel() > 1
+    left, right = (tensor.flatten(0, 1).flatten(1) if by_step else tensor.flatten(1) for tensor in (expected, actual))
     # Two zero vectors are the same; a zero vector and another one have nothing in common.
-    both_zero = (left == 0).all(dim=1) & (right == 0).all(dim=1)
-    cosines = torch.where(norms == 0, both_zero.to(torch.float64), (left * right).sum(dim=1) / norms)
-    return cosines.clamp(-1.0, 1.0).min().item()
+    cosines = cosine_similarity(left, right, dim=1, eps=0.0).nan_to_num(0.0).where(~(left == right).all(dim=1), 1.0)
+    return cosines.clamp(-1.0, 1.0).min().item() if (left + right).isfinite().all() else math.nan
 
 
-def _first_unequal(expected: Shaped[Tensor, "rows ..."], actual: Shaped[Tensor, "rows ..."], first: int) -> int | None:
+def _first_unequal(
+    expected: Shaped[Tensor, "samples rows ..."], actual: Shaped[Tensor, "samples rows ..."], first_rows: int
+) -> int:
     """The step that made the first row that differs: state k + 1 is made by step k."""
-    unequal = (row for row in range(expected.shape[0]) if not torch.equal(expected[row], actual[row]))
-    row = next(unequal, None)
-    return None if row is None else max(0, row - (first - 1))
+    unequal = (row for row in range(expected.shape[1]) if not torch.equal(expected[:, row], actual[:, row]))
+    return max(0, next(unequal) - (first_rows - 1))

@@ -1,187 +1,198 @@
-"""Runs a plan: one rank first, then every layout, each in a process of its own, one after the other."""
+"""Runs a plan: one rank first, then every layout, one engine after the other."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import os
+import platform
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
+import torch
+
+from flowroll.engine import Engine
 from flowroll.errors import EngineError, FlowrollError
-from flowroll.parity.compare import compare_rollouts
-from flowroll.parity.exchange import ChildSpec, Facts, encode_spec, read_facts, rollout_file
+from flowroll.parity.compare import TensorParity, compare_rollouts
 from flowroll.parity.plan import ParityPlan
-from flowroll.parity.results import LayoutParity, ModeParity, ParityReport
-from flowroll.types import Layout, Rollout
-from flowroll.wire.files import load_rollout
+from flowroll.types import Layout, Number, Rollout
 
-# What the process of a layout is started as; it reads its specification from the first line of its standard input.
-CHILD_COMMAND: tuple[str, ...] = (sys.executable, "-m", "flowroll.parity.child")
-_LOG = "log.txt"
 # The folders of an absolute path, which are no reader's business.
 _FOLDERS = re.compile(r"(?<![\w./-])/(?:[^\s/'\"]+/)+")
 
-Listener = Callable[[LayoutParity], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutParity:
+    """One layout against one rank.
+
+    Attributes:
+        layout: Its name.
+        num_ranks: Its processes.
+        transformer_bytes: Bytes of the transformer's weights on one rank.
+        received_bytes: Bytes that rank 0 received a step, by mesh axis; the mean over steps, samples and modes.
+        tensors: What was compared in the modes that ran to their end.
+        error: Why not all modes ran to their end; None if all did.
+    """
+
+    layout: str
+    num_ranks: int
+    transformer_bytes: int
+    received_bytes: Mapping[str, Number]
+    tensors: tuple[TensorParity, ...]
+    error: str | None = None
+
+    @property
+    def differing(self) -> tuple[TensorParity, ...]:
+        """The tensors that are not equal."""
+        return tuple(tensor for tensor in self.tensors if not tensor.whole.equal)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every tensor of every mode is equal; a layout that failed is not exact."""
+        return self.error is None and not self.differing
+
+    @property
+    def idle_axes(self) -> tuple[str, ...]:
+        """The mesh axes on which no byte moved: nothing was shared out there."""
+        layout = Layout.parse(self.layout)
+        axes = [axis for axis in ("sp", "cfg", "tp") if getattr(layout, axis) > 1]
+        return tuple(axis for axis in axes if self.tensors and not self.received_bytes.get(axis))
 
 
-def run_parity(
-    plan: ParityPlan, folder: Path, *, on_layout: Listener | None = None, command: Sequence[str] | None = None
-) -> ParityReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """A whole comparison.
+
+    Attributes:
+        setting: What was run, on what and when, as names and values.
+        modes: The dynamics.
+        commands: The command lines that repeat it, by what they are for.
+        one_rank: One rank, which the layouts are compared with; nothing was compared here.
+        layouts: In the order asked for.
+    """
+
+    setting: Mapping[str, str]
+    modes: tuple[str, ...]
+    commands: Mapping[str, str]
+    one_rank: LayoutParity
+    layouts: tuple[LayoutParity, ...]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every layout is exact."""
+        return all(layout.is_exact for layout in self.layouts)
+
+
+def run_parity(plan: ParityPlan, *, on_layout: Callable[[LayoutParity], None]) -> ParityReport:
     """Runs one rank and every layout, and compares.
 
     Args:
         plan: From `plan_parity`.
-        folder: Where rollouts may lie for the while; it exists.
         on_layout: Called with the result of each layout.
-        command: What to start for a layout.
 
     Raises:
         EngineError: One rank failed: there is nothing to compare with.
     """
-    command = command or CHILD_COMMAND
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".rollouts-") as scratch:
-        reference = Path(scratch) / "one-rank"
-        facts = _run_child(plan, Layout(), reference, command)
-        if facts.error is not None:
-            raise EngineError(f"one rank must run before layouts are compared with it, got: {facts.error}")
-        results = []
-        for number, layout in enumerate(plan.layouts):
-            result = _run_layout(plan, layout, reference, Path(scratch) / f"layout-{number}", command)
-            results.append(result)
-            if on_layout is not None:
-                on_layout(result)
+    expected: dict[str, list[Rollout]] = {}
+    # The ranks that an engine starts have as many.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.num_threads)
+    try:
+        one_rank, results = _run_layout(plan, Layout(), expected), []
+        if one_rank.error is not None:
+            raise EngineError(f"one rank must run before layouts are compared with it, got: {one_rank.error}")
+        for layout in plan.layouts:
+            results.append(_run_layout(plan, layout, dict(expected)))
+            on_layout(results[-1])
+    finally:
+        torch.set_num_threads(threads)
+    commands = {"this run": command_line(plan)}
+    if plan.device == "cpu":
+        gpus = {"size": "1024", "dtype": "bfloat16", "device": "cuda"}
+        commands["the same at 1024 x 1024 on GPUs, one for each rank"] = command_line(plan, **gpus)
     return ParityReport(
-        model=plan.model.resolve().name,
-        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        command=_command(plan),
-        configuration=_configuration(plan, facts),
-        versions=facts.versions,
-        machine=facts.machine,
-        transformer_bytes=facts.transformer_bytes,
-        layouts=tuple(results),
+        setting=_setting(plan), modes=tuple(plan.requests), commands=commands, one_rank=one_rank, layouts=tuple(results)
     )
 
 
-def _run_layout(plan: ParityPlan, layout: Layout, reference: Path, folder: Path, command: Sequence[str]) -> LayoutParity:
-    """One layout against the rollouts in `reference`; its own are deleted."""
-    facts = _run_child(plan, layout, folder, command)
-    modes, error = [], facts.error
+def _run_layout(plan: ParityPlan, layout: Layout, expected: dict[str, list[Rollout]]) -> LayoutParity:
+    """Runs every mode of one layout against what is expected; a mode of which nothing is expected is remembered there."""
+    tensors: list[TensorParity] = []
+    error, weights, received, steps = None, 0, {}, 0
+    options = {"variant": plan.variant, "dtype": plan.dtype, "device": plan.device, "rank_timeout_s": plan.rank_timeout_s}
     try:
-        for mode, seeds in facts.seeds.items():
-            tensors = compare_rollouts(_load(reference, mode, plan.request.seeds), _load(folder, mode, seeds))
-            steps = plan.request.schedule.num_steps * len(seeds)
-            received = {axis: count / steps for axis, count in facts.received_bytes.get(mode, {}).items()}
-            modes.append(ModeParity(mode=mode, tensors=tensors, received_bytes_per_step=received))
-    except FlowrollError as failure:
-        error = error or _without_folders(failure.message)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with Engine(plan.model, layout=layout, **options) as engine:  # type: ignore[arg-type]
+            weights = engine.info.transformer_bytes
+            for mode, request in plan.requests.items():
+                rollouts = engine.rollout(request)
+                steps += plan.request.schedule.num_steps * len(rollouts)
+                received = {axis: count / steps for axis, count in engine.received_bytes.items()}
+                if mode in expected:
+                    tensors += compare_rollouts(mode, expected[mode], rollouts)
+                else:
+                    expected[mode] = rollouts
+    except Exception as failure:
+        message = failure.message if isinstance(failure, FlowrollError) else f"{type(failure).__name__}: {failure}"
+        error = _FOLDERS.sub("", message)
     return LayoutParity(
         layout=layout.name,
         num_ranks=layout.num_ranks,
-        transformer_bytes=facts.transformer_bytes,
-        modes=tuple(modes),
+        transformer_bytes=weights,
+        received_bytes=received,
+        tensors=tuple(tensors),
         error=error,
-        idle_axes=_idle_axes(layout, modes),
     )
 
 
-def _load(folder: Path, mode: str, seeds: Sequence[int]) -> list[Rollout]:
-    return [load_rollout(rollout_file(folder, mode, seed)) for seed in seeds]
+def command_line(plan: ParityPlan, **changed: str) -> str:
+    """The command line that repeats a run, with every default filled in, on several lines.
 
-
-def _idle_axes(layout: Layout, modes: Sequence[ModeParity]) -> tuple[str, ...]:
-    """The axes of the layout on which nothing was received in any mode."""
-    axes = [axis for axis, degree in (("sp", layout.sp), ("cfg", layout.cfg), ("tp", layout.tp)) if degree > 1]
-    return tuple(axis for axis in axes if modes and not any(mode.received_bytes_per_step.get(axis) for mode in modes))
-
-
-def _run_child(plan: ParityPlan, layout: Layout, folder: Path, command: Sequence[str]) -> Facts:
-    """Runs one layout to its end; whatever became of it is in the facts."""
-    folder.mkdir()
-    spec = ChildSpec(
-        folder=str(folder),
-        model=str(plan.model),
-        variant=plan.variant,
-        dtype=plan.dtype,
-        device=plan.device,
-        layout=layout,
-        rank_timeout_s=plan.rank_timeout_s,
-        num_threads=plan.num_threads,
-        requests={mode: request for mode, request in plan.requests.items()},
-    )
-    with (folder / _LOG).open("wb") as log:
-        # A session of its own: a Ctrl-C at the terminal reaches the harness alone, which then ends it.
-        process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, text=True, start_new_session=True
-        )
-        assert process.stdin is not None
-        try:
-            # A child that ended at once has said why in its log.
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(encode_spec(spec) + "\n")
-                process.stdin.flush()
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-    facts = read_facts(folder)
-    error = facts.error or _why_ended(status, folder / _LOG, plan.requests.keys() - facts.seeds.keys())
-    return facts if error is None else replace(facts, error=_without_folders(error))
-
-
-def _why_ended(status: int, log: Path, undone: Set[str]) -> str | None:
-    if status == 0 and not undone:
-        return None
-    how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = f"; its last words: {lines[-1].strip()[:300]}" if lines else ""
-    return f"the layout's process must end with every mode done, got its end {how}{last}"
-
-
-def _without_folders(text: str) -> str:
-    """The text with file names in place of absolute paths."""
-    return _FOLDERS.sub("", text)
-
-
-def _command(plan: ParityPlan) -> str:
-    """The command line that repeats a run, with every default filled in, on several lines."""
-    params = next(iter(plan.requests.values()))
-    request, geometry = plan.request, plan.request.geometry
-    lines = [
-        ("flowroll", "parity", plan.model.resolve().name),
-        ("--layouts", ",".join(layout.name for layout in plan.layouts), "--modes", ",".join(plan.requests)),
-        ("--prompt", params.prompt, "--seed", str(params.seed), "--num-outputs", str(len(request.seeds))),
-        ("--size", f"{geometry.width}x{geometry.height}", "--steps", str(request.schedule.num_steps)),
-        ("--noise-level", f"{params.noise_level:g}", "--guidance-scale", f"{request.guidance.scale:g}"),
-        ("--variant", plan.variant, "--dtype", plan.dtype, "--device", plan.device, "--threads", str(plan.num_threads)),
+    Args:
+        plan: The run.
+        **changed: Flags with another value than there.
+    """
+    params, request = next(iter(plan.requests.values())), plan.request
+    size = f"{request.geometry.width}x{request.geometry.height}"
+    place = {"size": size, "variant": plan.variant, "dtype": plan.dtype, "device": plan.device, **changed}
+    lines: list[list[str]] = [
+        ["flowroll", "parity", plan.model.resolve().name, "--layouts", ",".join(layout.name for layout in plan.layouts)],
+        ["--modes", ",".join(plan.requests), "--prompt", params.prompt],
+        ["--seed", str(params.seed), "--num-outputs", str(len(request.seeds)), "--noise-level", f"{params.noise_level:g}"],
+        ["--steps", str(request.schedule.num_steps), "--guidance-scale", f"{request.guidance.scale:g}"],
+        [word for name, value in place.items() for word in (f"--{name}", value)],
     ]
+    if not changed:
+        lines[-1] += ["--threads", str(plan.num_threads)]
     return " \\\n    ".join(map(shlex.join, lines))
 
 
-def _configuration(plan: ParityPlan, facts: Facts) -> Mapping[str, str]:
+def _setting(plan: ParityPlan) -> Mapping[str, str]:
     request, geometry, record = plan.request, plan.request.geometry, plan.request.record
     params = next(iter(plan.requests.values()))
-    guidance = f"{record.guidance_rule}, scale {record.guidance_scale:g}" if request.guidance.is_active else "none"
+    cpu = f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()} kernels"
+    versions = [f"{name} {version(name)}" for name in ("flowroll", "torch", "diffusers", "transformers")]
     return {
-        "model": f"{plan.model.resolve().name} ({record.family}, variant {plan.variant}), {facts.parameters:,} parameters",
+        "model": f"{plan.model.resolve().name} ({record.family}, variant {plan.variant})",
         "prompt": params.prompt,
         "seeds": ", ".join(map(str, request.seeds)),
         "size": f"{geometry.width} x {geometry.height} pixels, {geometry.num_tokens} image tokens",
         "steps": str(request.schedule.num_steps),
-        "modes": ", ".join(plan.requests),
-        "noise level": f"{params.noise_level:g} (of the stochastic modes)",
-        "guidance": guidance,
+        "noise level": f"{params.noise_level:g}",
+        "guidance": f"{record.guidance_rule}, scale {record.guidance_scale:g}" if request.guidance.is_active else "none",
         "dtype": plan.dtype,
-        "device": plan.device,
+        "device": plan.device if plan.device == "cpu" else _gpus(),
         "CPU threads per rank": str(plan.num_threads),
+        "machine": f"{platform.system()} {platform.machine()}, {cpu}",
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
     }
+
+
+def _gpus() -> str:
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    nccl: Any = torch.cuda.nccl
+    return f"{found}; CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, nccl.version()))}"

@@ -1,23 +1,22 @@
-import subprocess
+import json
 
 import pytest
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 from tests.unit.parity.reports import EQUAL, OFF, make_layout, make_mode, make_report
 
 from flowroll.parity import run
-from flowroll.sampling.dynamics import DYNAMICS
 
 SMALL = ("--size", 64, "--steps", 2)
 
 
 @pytest.fixture
 def no_process(monkeypatch):
-    """A process that is started fails the test."""
+    """An engine that is started fails the test."""
 
     def refuse(*arguments, **options):
-        raise AssertionError("a process was started")
+        raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(run, "Engine", refuse)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +51,9 @@ def no_process(monkeypatch):
     ],
 )
 def test_a_bad_value_is_one_clear_line_before_any_process(words, message, no_process, qwen_checkpoint, tmp_path):
-    result = run_cli("parity", qwen_checkpoint, *SMALL, "--device", "cpu", *words, "--out", tmp_path / "out")
+    result = run_cli("parity", qwen_checkpoint, *SMALL, "--device", "cpu", *words, "--out", tmp_path / "out.md")
     assert_one_line_error(result, message)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.md").exists()
 
 
 def test_a_folder_that_is_no_checkpoint_is_one_clear_line(no_process, tmp_path):
@@ -71,28 +70,41 @@ def finished_with(monkeypatch, qwen_checkpoint, tmp_path):
 
     def finish(*layouts, words=()):
         plans = []
-        monkeypatch.setattr(run, "run_parity", lambda plan, out, on_layout: plans.append(plan) or make_report(*layouts))
-        return run_cli("parity", qwen_checkpoint, *SMALL, *words, "--out", tmp_path), plans[0]
+
+        def run_parity(plan, on_layout):
+            plans.append(plan)
+            for layout in layouts:
+                on_layout(layout)
+            return make_report(*layouts)
+
+        monkeypatch.setattr(run, "run_parity", run_parity)
+        return run_cli("parity", qwen_checkpoint, *SMALL, *words, "--out", tmp_path / "report.md"), plans[0]
 
     return finish
 
 
-def test_an_exact_run_ends_with_status_0_and_names_its_files(finished_with, tmp_path):
+def test_an_exact_run_ends_with_status_0_and_names_its_file(finished_with, tmp_path):
     result, _ = finished_with(make_layout("sp2", make_mode("sde", image=EQUAL)))
     assert result.exit_code == 0, result.output
-    [row] = [line for line in result.stdout.splitlines() if line.strip().startswith("sp2")]
-    assert "all 1 equal" in row and row.rstrip().endswith("exact")
-    assert f"report: {tmp_path / 'parity.md'} and {tmp_path / 'parity.json'}" in result.stdout
-    assert (tmp_path / "parity.md").is_file() and (tmp_path / "parity.json").is_file()
+    assert "**Exact: 1 of 1 layouts** (sp2)." in result.stdout and f"report: {tmp_path / 'report.md'}" in result.stdout
+    assert result.stderr == "sp2 exact\n"
+    assert (tmp_path / "report.md").read_text().startswith("# Parity of tiny, float32: exact")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_json_is_written_on_demand(finished_with, tmp_path):
+    file = tmp_path / "deep" / "report.json"
+    result, _ = finished_with(make_layout("sp2", make_mode("sde", image=EQUAL)), words=("--json", file))
+    assert result.exit_code == 0 and json.loads(file.read_text())["is_exact"] is True
 
 
 def test_a_tensor_that_is_not_exact_ends_with_status_1(finished_with, tmp_path):
     healthy, broken = make_layout("sp2", make_mode("sde", image=EQUAL)), make_layout("tp2", make_mode("sde", image=OFF))
     result, _ = finished_with(healthy, broken)
     assert result.exit_code == 1
-    [row] = [line for line in result.stdout.splitlines() if line.strip().startswith("tp2")]
-    assert "0 of 1 equal" in row and row.rstrip().endswith("not exact")
-    assert (tmp_path / "parity.md").is_file()
+    assert result.stderr == "sp2 exact\ntp2 not exact\n"
+    assert "**Not exact: tp2.** 1 of 1 differ: `image` (sde)." in result.stdout
+    assert (tmp_path / "report.md").is_file()
 
 
 def test_a_layout_that_failed_ends_with_status_1_and_shows_why(finished_with):
@@ -104,7 +116,7 @@ def test_a_layout_that_failed_ends_with_status_1_and_shows_why(finished_with):
 def test_every_flag_reaches_the_plan(finished_with):
     words = (
         *("--layouts", "sp3,sp2xcfg2", "--modes", "ode,cps", "--prompt", "a red fox", "--seed", 5, "--num-outputs", 2),
-        *("--noise-level", 0.5, "--size", "96x64", "--steps", 4, "--guidance-scale", 3, "--dtype", "bfloat16"),
+        *("--noise-level", 0.25, "--size", "96x64", "--steps", 4, "--guidance-scale", 3, "--dtype", "bfloat16"),
         *("--device", "cpu", "--threads", 2, "--rank-timeout-s", 9, "--variant", "base"),
     )
     _, plan = finished_with(words=words)
@@ -113,13 +125,15 @@ def test_every_flag_reaches_the_plan(finished_with):
     assert (plan.dtype, plan.device, plan.num_threads, plan.rank_timeout_s, plan.variant) == ("bfloat16", "cpu", 2, 9, "base")
     for mode, params in plan.requests.items():
         assert (params.sde_type, params.prompt, params.seed, params.num_outputs_per_prompt) == (mode, "a red fox", 5, 2)
-        assert (params.noise_level, params.width, params.height, params.num_inference_steps) == (0.5, 96, 64, 4)
+        assert (params.noise_level, params.width, params.height, params.num_inference_steps) == (0.25, 96, 64, 4)
         assert params.guidance_scale == 3
         assert params.debug_mode and params.return_denoising_env and params.return_dit_trajectory
 
 
-def test_what_is_left_open_is_the_familys(finished_with):
+def test_what_is_left_open_is_the_familys_and_the_published_comparisons(finished_with):
     _, plan = finished_with()
-    assert [layout.name for layout in plan.layouts] == ["sp2", "cfg2", "tp2", "sp2xcfg2"]
-    assert list(plan.requests) == list(DYNAMICS)
+    assert [layout.name for layout in plan.layouts] == ["sp2", "cfg2", "tp2"]
+    assert list(plan.requests) == ["sde", "cps", "ode"]
     assert plan.request.guidance.scale == 4
+    params = plan.requests["sde"]
+    assert params.prompt.startswith("A fluffy silver-gray cat") and (params.seed, params.noise_level) == (42, 0.5)

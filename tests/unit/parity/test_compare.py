@@ -6,8 +6,13 @@ import torch
 from tests.factories import make_rollout
 from tests.rollouts import tensors_of
 
-from flowroll.parity.compare import combine, compare_rollouts, entries_of, measure
-from flowroll.parity.results import Measure
+from flowroll.parity.compare import Measure, compare_rollouts, values_of
+from flowroll.parity.compare import measure as measure_samples
+
+
+def measure(expected, actual, *, first=None):
+    """One sample's measure."""
+    return measure_samples([expected], [actual], first_rows=first)
 
 
 def test_equal_tensors_measure_nothing():
@@ -71,14 +76,11 @@ def test_the_first_step_that_differs_is_named():
 
 
 def test_nan_is_never_equal_and_never_lost():
-    nan = torch.tensor([1.0, math.nan])
-    found = measure(nan, nan)
-    assert found.equal is False
-    assert math.isnan(found.max_abs)
-    both = combine([found, Measure(equal=False, max_abs=1.0, mean_abs=1.0, min_cosine=0.5)])
-    other_way = combine([Measure(equal=False, max_abs=1.0, mean_abs=1.0, min_cosine=0.5), found])
-    for each in (both, other_way):
-        assert math.isnan(each.max_abs) and math.isnan(each.mean_abs) and math.isnan(each.min_cosine)
+    nan, number = torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0])
+    for left, right in ((nan, nan), (nan, number), (number, nan)):
+        for found in (measure(left, right), measure_samples([number, left], [number, right])):
+            assert found.equal is False
+            assert math.isnan(found.max_abs) and math.isnan(found.mean_abs) and math.isnan(found.min_cosine)
 
 
 def test_another_dtype_is_not_equal_though_the_numbers_are():
@@ -93,26 +95,23 @@ def test_another_shape_is_not_equal_and_has_no_figures():
     assert found.note == "shape [2, 4] instead of [2, 3]"
 
 
-def test_masks_and_lists_are_measured_too():
+def test_masks_have_figures_and_plain_data_has_none():
     assert measure(torch.tensor([True, False]), torch.tensor([True, True])).max_abs == 1.0
-    assert measure([[[1, 4, 6]]], [[[1, 4, 6]]]).equal
-    assert measure([7], [8]).max_abs == 1.0
-    assert measure([[1], [2, 3]], [[1], [2, 4]]) == Measure(equal=False, max_abs=None, mean_abs=None, min_cosine=None)
-    assert measure("a", "a").equal
+    assert measure([[[1, 4, 6]]], [[[1, 4, 6]]]).equal and measure("a", "a").equal
+    assert measure([7], [8]) == Measure(equal=False, max_abs=None, mean_abs=None, min_cosine=None)
 
 
-def test_samples_combine_to_the_worst():
-    good = Measure(equal=True)
-    bad = Measure(equal=False, max_abs=2.0, mean_abs=1.0, min_cosine=0.5, first_step=3)
-    assert combine([good, bad]) == Measure(equal=False, max_abs=2.0, mean_abs=0.5, min_cosine=0.5, first_step=3)
-    assert combine([bad, replace(bad, first_step=1)]).first_step == 1
+def test_the_worst_sample_counts():
+    good, bad = torch.zeros(3, 2), torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    found = measure_samples([good, good], [good, bad], first_rows=1)
+    assert (found.equal, found.max_abs, found.first_step) == (False, 2.0, 2)
+    assert found.mean_abs == pytest.approx(2 / 12, abs=1e-15)
 
 
 @pytest.mark.parametrize("family", ["qwen_image", "z_image"])
 def test_every_tensor_of_a_rollout_is_compared(family):
     rollout = make_rollout(family=family)
-    compared = entries_of(rollout)
-    seen = {id(entry.value) for entry in compared.values()}
+    seen = {id(value) for _, value in values_of(rollout)}
     for name, tensor in tensors_of(rollout):
         assert id(tensor) in seen, name
     for branch in (rollout.denoising_env.pos_cond_kwargs, rollout.denoising_env.neg_cond_kwargs):
@@ -120,24 +119,25 @@ def test_every_tensor_of_a_rollout_is_compared(family):
             assert id(value) in seen, key
 
 
-def test_a_rollout_equals_itself_in_every_entry():
-    rollout = make_rollout()
-    found = compare_rollouts([rollout], [make_rollout()])
-    assert {tensor.name for tensor in found} == set(entries_of(rollout))
+def test_a_rollout_equals_itself_in_every_value():
+    found = compare_rollouts("sde", [make_rollout()], [make_rollout()])
+    assert {tensor.name for tensor in found} == set(dict(values_of(make_rollout())))
     assert all(tensor.whole.equal and (tensor.first is None or tensor.first.equal) for tensor in found)
 
 
 @pytest.mark.parametrize(
-    "name", ["image", "log_prob", "variance_noise", "prev_sample_mean", "noise_std_dev", "model_output", "latents", "sigmas"]
+    "name",
+    ["image", "log_probs", "dit_trajectory.latents", "dit_trajectory.sigmas"]
+    + [f"debug_tensors.{name}" for name in ("variance_noise", "prev_sample_mean", "noise_std_dev", "model_output")],
 )
 def test_a_change_of_one_tensor_is_found_there_and_nowhere_else(name):
     changed = make_rollout()
     with torch.no_grad():
-        entries_of(changed)[name].value.view(-1)[-1] += 1
-    found = compare_rollouts([make_rollout(seed=5), make_rollout()], [make_rollout(seed=5), changed])
-    assert [tensor.name for tensor in found if not tensor.whole.equal] == [name]
-    [tensor] = [tensor for tensor in found if tensor.name == name]
-    # The last number is of the last step.
+        dict(values_of(changed))[name].view(-1)[-1] += 1
+    found = compare_rollouts("sde", [make_rollout(seed=5), make_rollout()], [make_rollout(seed=5), changed])
+    [tensor] = [tensor for tensor in found if not tensor.whole.equal]
+    assert tensor.name == name
+    # The last number belongs to the last step.
     assert tensor.first is None or tensor.first.equal
     assert tensor.whole.first_step == (None if name == "image" else 3)
 
@@ -146,26 +146,26 @@ def test_a_change_of_one_tensor_is_found_there_and_nowhere_else(name):
 def test_the_first_step_of_the_latents_is_what_it_starts_from_and_what_it_makes(row):
     changed = make_rollout()
     changed.dit_trajectory.latents[row] += 1
-    [latents] = [each for each in compare_rollouts([make_rollout()], [changed]) if each.name == "latents"]
-    assert latents.first.equal is False
+    found = {each.name: each for each in compare_rollouts("sde", [make_rollout()], [changed])}
+    assert found["dit_trajectory.latents"].first.equal is False
 
 
 def test_a_change_in_the_env_is_found_in_its_branch():
     changed = make_rollout()
     changed.denoising_env.neg_cond_kwargs["encoder_hidden_states_mask"][0] = False
-    found = compare_rollouts([make_rollout()], [changed])
-    assert [tensor.name for tensor in found if not tensor.whole.equal] == ["env.negative.encoder_hidden_states_mask"]
+    found = compare_rollouts("sde", [make_rollout()], [changed])
+    assert [each.name for each in found if not each.whole.equal] == ["denoising_env.neg_cond_kwargs.encoder_hidden_states_mask"]
 
 
 def test_what_is_missing_is_not_equal():
-    found = compare_rollouts([make_rollout()], [make_rollout(debug_tensors=None)])
-    missing = {tensor.name: tensor.whole.note for tensor in found if not tensor.whole.equal}
-    assert missing == dict.fromkeys(("variance_noise", "prev_sample_mean", "noise_std_dev", "model_output"), "missing")
-    found = compare_rollouts([make_rollout(debug_tensors=None)], [make_rollout()])
-    assert "not there on one rank" in {tensor.whole.note for tensor in found}
+    names = [f"debug_tensors.{name}" for name in ("variance_noise", "prev_sample_mean", "noise_std_dev", "model_output")]
+    found = compare_rollouts("sde", [make_rollout()], [make_rollout(debug_tensors=None)])
+    assert {each.name: each.whole.note for each in found if not each.whole.equal} == dict.fromkeys(names, "missing")
+    found = compare_rollouts("sde", [make_rollout(debug_tensors=None)], [make_rollout()])
+    assert "not there on one rank" in {each.whole.note for each in found}
 
 
 def test_how_a_sample_was_made_is_compared():
     rollout = make_rollout()
     other = replace(rollout, sampling=replace(rollout.sampling, guidance_scale=5))
-    assert [each.name for each in compare_rollouts([rollout], [other]) if not each.whole.equal] == ["record"]
+    assert [each.name for each in compare_rollouts("sde", [rollout], [other]) if not each.whole.equal] == ["sampling"]

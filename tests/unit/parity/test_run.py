@@ -1,48 +1,58 @@
-"""Running a plan, with processes that need no model."""
+"""Running a plan, with engines that need no model."""
 
 import shlex
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tests.factories import make_rollout
 
-from flowroll.errors import EngineError
-from flowroll.parity.plan import ParityOptions, plan_parity
+from flowroll import SamplingParams
+from flowroll.errors import EngineError, RankLostError
+from flowroll.parity import run
+from flowroll.parity.plan import plan_parity
 from flowroll.parity.run import run_parity
 
-LAYOUTS = "sp2,tp2,tp4,cfg2xtp2,cfg2,sp3"
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_child.py")))
+LAYOUTS = "sp2,tp2,tp4,cfg2,sp3"
+PARAMS = SamplingParams(prompt="a fox --fast", seed=3, width=64, height=64, num_inference_steps=2)
+
+
+class FakeEngine:
+    """Answers with made-up rollouts, or fails in the way of its layout."""
+
+    def __init__(self, model, *, layout, **options):
+        self.name = layout.name
+        if self.name == "tp4":
+            raise MemoryError("no memory left in /some/where/cuda.cu")
+        self.info = SimpleNamespace(transformer_bytes=10)
+        self.received_bytes = {"sp": 0, "cfg": 0, "tp": 0}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def rollout(self, params):
+        if self.name == "tp2" and params.sde_type == "ode":
+            raise RankLostError("rank 1 must live, see /some/where/rank.py.")
+        self.received_bytes |= {"sp": self.received_bytes["sp"] + (0 if self.name == "sp3" else 600)}
+        rollout = make_rollout(seed=3, steps=2)
+        if self.name == "cfg2":
+            rollout.image[0, 0, 0, 0] += 1
+        return [rollout]
 
 
 @pytest.fixture(scope="module")
-def make_plan(qwen_checkpoint):
-    def make(layouts, modes="sde"):
-        options = ParityOptions(
-            model=qwen_checkpoint,
-            layouts=layouts,
-            modes=modes,
-            prompt="a fox --fast",
-            seed=3,
-            size="64",
-            steps=2,
-            threads=1,
-            device="cpu",
-        )
-        return plan_parity(options)
-
-    return make
+def plan(qwen_checkpoint):
+    return plan_parity(qwen_checkpoint, PARAMS, layouts=LAYOUTS, modes="sde,ode", device="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
-def finished(make_plan, tmp_path_factory):
-    folder, seen = tmp_path_factory.mktemp("parity"), {}
-
-    def look(layout):
-        seen[layout.layout] = [path.name for path in folder.glob(".rollouts-*/*")]
-
-    plan = make_plan(LAYOUTS, "sde,ode")
-    report = run_parity(plan, folder, on_layout=look, command=FAKE)
-    return report, seen, folder
+def finished(plan):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Engine", FakeEngine)
+        return run_parity(plan, on_layout=seen.append), seen
 
 
 @pytest.fixture
@@ -51,43 +61,30 @@ def layout_of(finished):
 
 
 def test_every_layout_is_in_the_report_in_its_order(finished):
-    report, seen, _ = finished
-    assert [layout.layout for layout in report.layouts] == list(seen) == LAYOUTS.split(",")
-    assert report.is_exact is False
+    report, seen = finished
+    assert [layout.layout for layout in report.layouts] == [layout.layout for layout in seen] == LAYOUTS.split(",")
+    assert report.is_exact is False and report.one_rank.tensors == ()
 
 
 def test_a_healthy_layout_is_exact_beside_broken_ones(layout_of):
     sp2 = layout_of("sp2")
-    assert sp2.is_exact and [mode.mode for mode in sp2.modes] == ["sde", "ode"]
-    # Two steps of one sample.
-    assert sp2.modes[0].received_bytes_per_step == {"sp": 300.0, "cfg": 40.0, "tp": 0.0}
+    assert sp2.is_exact and {tensor.mode for tensor in sp2.tensors} == {"sde", "ode"}
+    # Two modes with two steps of one sample each.
+    assert sp2.received_bytes == {"sp": 300.0, "cfg": 0.0, "tp": 0.0}
     assert sp2.transformer_bytes == 10
 
 
-def test_a_killed_process_is_an_error_that_names_the_signal(layout_of):
-    tp2 = layout_of("tp2")
-    assert tp2.error == "the layout's process must end with every mode done, got its end by signal 9"
-    assert tp2.modes == () and not tp2.is_exact
-
-
-def test_a_process_that_ends_early_is_an_error_with_its_last_words_and_no_folders(layout_of):
-    assert layout_of("tp4").error.endswith("got its end with status 1; its last words: no memory left in cuda.cu")
-
-
-def test_what_a_process_says_of_its_end_goes_before_how_it_ended(layout_of):
-    assert layout_of("cfg2xtp2").error == "rank 1 must live, see rank.py."
+def test_a_layout_that_fails_keeps_the_modes_before_it_and_names_no_folder(layout_of):
+    assert layout_of("tp2").error == "rank 1 must live, see rank.py."
+    assert {tensor.mode for tensor in layout_of("tp2").tensors} == {"sde"}
+    assert layout_of("tp4").error == "MemoryError: no memory left in cuda.cu"
+    assert not layout_of("tp2").is_exact and not layout_of("tp4").is_exact
 
 
 def test_a_difference_is_found_where_it_is(layout_of):
     cfg2 = layout_of("cfg2")
     assert not cfg2.is_exact and cfg2.error is None
-    assert [[tensor.name for tensor in mode.differing] for mode in cfg2.modes] == [["image"], ["image"]]
-
-
-def test_a_torn_file_keeps_the_modes_before_it(layout_of):
-    sp3 = layout_of("sp3")
-    assert [mode.mode for mode in sp3.modes] == ["sde"]
-    assert sp3.error.startswith("path must be a whole rollout file, got ode-seed-3.safetensors")
+    assert [(tensor.mode, tensor.name) for tensor in cfg2.differing] == [("sde", "image"), ("ode", "image")]
 
 
 def test_an_axis_without_traffic_is_idle(layout_of):
@@ -95,26 +92,27 @@ def test_an_axis_without_traffic_is_idle(layout_of):
     assert layout_of("sp2").idle_axes == ()
 
 
-def test_the_rollouts_of_a_layout_are_gone_once_it_is_compared(finished):
-    assert list(finished[1].values()) == [["one-rank"]] * len(finished[1])
-
-
-def test_nothing_is_left_but_the_result(finished):
-    assert list(finished[2].iterdir()) == []
-
-
 def test_the_report_repeats_the_run_and_names_no_folder(finished, qwen_checkpoint):
     report = finished[0]
-    assert report.model == qwen_checkpoint.name
-    words = shlex.split(report.command.replace("\\\n", ""))
-    assert words[:7] == ["flowroll", "parity", qwen_checkpoint.name, "--layouts", LAYOUTS, "--modes", "sde,ode"]
+    words = shlex.split(report.commands["this run"].replace("\\\n", ""))
+    assert words[:5] == ["flowroll", "parity", qwen_checkpoint.name, "--layouts", LAYOUTS]
     flags = dict(zip(words[3::2], words[4::2], strict=True))
     assert (flags["--prompt"], flags["--seed"], flags["--size"], flags["--steps"]) == ("a fox --fast", "3", "64x64", "2")
     assert (flags["--guidance-scale"], flags["--dtype"], flags["--threads"]) == ("4", "float32", "1")
     assert str(qwen_checkpoint.parent) not in str(report)
-    assert report.configuration["guidance"] == "cfg_norm_rescale, scale 4"
+    assert report.setting["guidance"] == "cfg_norm_rescale, scale 4"
 
 
-def test_without_one_rank_there_is_nothing_to_compare(make_plan, tmp_path):
-    with pytest.raises(EngineError, match=r"one rank must run before .* compared with it, got: .* status 7"):
-        run_parity(make_plan("sp2"), tmp_path, command=(sys.executable, "-c", "raise SystemExit(7)"))
+def test_the_command_for_gpus_is_there_too(finished):
+    [command] = [text for what, text in finished[0].commands.items() if "GPUs" in what]
+    assert "--size 1024 --variant base --dtype bfloat16 --device cuda" in command and "--threads" not in command
+
+
+def test_without_one_rank_there_is_nothing_to_compare(plan, monkeypatch):
+    class Broken(FakeEngine):
+        def rollout(self, params):
+            raise RankLostError("it broke.")
+
+    monkeypatch.setattr(run, "Engine", Broken)
+    with pytest.raises(EngineError, match=r"one rank must run before .* compared with it, got: it broke"):
+        run_parity(plan, on_layout=print)

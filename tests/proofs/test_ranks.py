@@ -1,0 +1,46 @@
+"""N ranks == 1 rank: the layout of the transformer changes no bit, with any number of requests in flight."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from tests.proofs.cases import Case, cases
+from tests.proofs.conftest import AloneOf, RanksOf
+from tests.proofs.doors import assert_same_samples, together
+
+from flowroll.engine import Engine
+from flowroll.types import Layout
+
+RankCase = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if Layout.parse(case.layout).num_ranks > 2 else [])
+        for case in cases(layout="!single")
+    ],
+)
+
+
+@RankCase
+def test_every_sample_has_the_bits_that_it_has_alone_on_one_rank(case: Case, ranks_of: RanksOf, alone_of: AloneOf) -> None:
+    engine = ranks_of(case.family, case.dtype, case.layout)
+    before = dict(engine.received_bytes)
+    answers = together(engine, case.requests)
+    for request, answer in zip(case.requests, answers, strict=True):
+        assert_same_samples(answer, alone_of(case.family, case.dtype, request))
+    assert_shared_out(case, engine, before)
+
+
+def assert_shared_out(case: Case, engine: Engine, before: Mapping[str, int]) -> None:
+    """Something was received on every axis that had work to share, and a rank holds its part of the weights.
+
+    Rows are shared from 64 a rank on, which "small" has for two ranks, and without guidance there are no branches to share.
+    """
+    layout = engine.info.layout
+    shares_rows = layout.sp == 2 or (layout.sp > 2 and not case.shape.startswith("small"))
+    shares_branches = layout.cfg_parallel and any(request["guidance_scale"] for request in case.requests)
+    shared = {"sp": shares_rows, "tp": layout.tp > 1, "cfg": shares_branches}
+    moved = {axis for axis, count in engine.received_bytes.items() if count > before.get(axis, 0)}
+    assert moved >= {axis for axis, is_shared in shared.items() if is_shared}
+    whole = engine.info.parameters * getattr(torch, case.dtype).itemsize
+    # The embeddings around the blocks stay whole, and in models this small they are a large part.
+    assert engine.info.transformer_bytes < 0.85 * whole if layout.tp > 1 else engine.info.transformer_bytes == whole
