@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from flowroll.exact.layout import same_bits
 from flowroll.exact.mode import Notes
 from flowroll.exact.sharing import SharedForwards
-from flowroll.families import Family
 
 
 class Stacking:
@@ -43,7 +42,7 @@ class Sharing:
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         self.model = Model(compute)
-        self.forwards = SharedForwards(cast(Family, Stacking()))
+        self.forwards = SharedForwards(cast(Any, Stacking()))
 
     @property
     def analyses(self) -> list[Notes]:
