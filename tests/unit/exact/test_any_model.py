@@ -69,7 +69,7 @@ OPS: dict[str, Op] = {
     "topk": lambda x, r: x.topk(2, dim=-1)[0],
     "mean": lambda x, r: x.mean(r.choice([-1, 1, 0, (1, 2), None]), keepdim=True),  # type: ignore[call-overload]
     "mean away": lambda x, r: x.mean(r.choice([-1, 1, 0])),
-    "var": lambda x, r: x.var(r.choice([-1, 1]), keepdim=True) + x,
+    "var": lambda x, r: x.var(r.choice([-1, 1]), keepdim=True, correction=0) + x,
     "norm": lambda x, r: x / torch.norm(x, dim=-1, keepdim=True),
     "normalize": lambda x, r: F.normalize(x, dim=1),
     "max": lambda x, r: x - x.max(-1, keepdim=True).values,
@@ -140,7 +140,7 @@ def runs(compute: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     return isinstance(result, Tensor) and 1 <= result.ndim <= 6 and 0 < result.numel() < 200_000
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     names=st.lists(st.sampled_from(sorted(OPS)), min_size=1, max_size=7),
     seed=st.integers(0, 2**16),
