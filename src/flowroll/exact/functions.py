@@ -18,7 +18,7 @@ _OWNERS = (torch, Tensor, F, torch._C._nn, torch.special)
 
 def functions(*names: str) -> frozenset[Callable[..., Any]]:
     """What torch has under these names: functions, methods, and functions of `torch.nn.functional`."""
-    found = {getattr(owner, name) for name in names for owner in _OWNERS if hasattr(owner, name)}
+    found = {getattr(owner, name) for name in names for owner in _OWNERS if callable(getattr(owner, name, None))}
     missing = [name for name in names if not any(hasattr(owner, name) for owner in _OWNERS)]
     assert not missing, missing
     return frozenset(found)

@@ -37,9 +37,15 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """How the functions of a forward are computed, in the order of the calls."""
+    """How a forward is computed.
+
+    Attributes:
+        steps: Its functions in the order of the calls.
+        without_rule: Names of functions of the samples' data that have no rule, and are computed for each sample.
+    """
 
     steps: tuple[Note, ...]
+    without_rule: frozenset[str] = frozenset()
 
 
 class Analysis(TorchFunctionMode):
@@ -59,6 +65,7 @@ class Analysis(TorchFunctionMode):
         self.samples, self._goes_on = samples, goes_on
         self.failure: CannotMergeError | None = None
         self.steps: list[Note] = []
+        self.without_rule: set[str] = set()
         # What its places are known by. Tensors may outlive the forward, and should not keep it.
         self.token = object()
 
@@ -80,7 +87,7 @@ class Analysis(TorchFunctionMode):
         with self:
             output = transformer(**batched, return_dict=False)[0]
         self._try(lambda: self._check_output(output))
-        return output, Notes(tuple(self.steps))
+        return output, Notes(tuple(self.steps), frozenset(self.without_rule))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -351,6 +351,7 @@ def _unknown(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     lengths = {len(tensor) for _, tensor in tensors_in(args, kwargs) if isinstance(trace.place(tensor), Batched)}
     if numbers & lengths:
         raise CannotMergeError(f"{named(func)} is given a number that may be the length of the batch")
+    trace.without_rule.add(named(func))
     return _each(trace, func, args, kwargs)
 
 

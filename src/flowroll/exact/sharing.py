@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from flowroll.exact.layout import CannotMergeError, same_bits
 from flowroll.exact.mode import Analysis, DivergedError, Notes, Repetition
 from flowroll.exact.ways import Samples
-from flowroll.families import Family, ForwardInput, Output, Transformer, run_in_turn
+from flowroll.families import ForwardInput, Output, Transformer, run_in_turn
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +59,20 @@ class _Known:
         self.notes[kind] = None
 
 
+@runtime_checkable
+class Collation(Protocol):
+    """What sharing needs of a family."""
+
+    def collate_key(self, forward_input: ForwardInput) -> Hashable:
+        """Inputs with equal keys can be collated."""
+
+    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
+        """One forward input for several."""
+
+    def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
+        """The output of each."""
+
+
 class SharedForwards:
     """Runs forwards for several samples at once where every sample keeps its bits, and one by one where that is not certain.
 
@@ -68,7 +82,7 @@ class SharedForwards:
             or one by one: otherwise some would wait for the others in a collective.
     """
 
-    def __init__(self, family: Family, agree: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, family: Collation, agree: Callable[[bool], bool] | None = None) -> None:
         self._family, self._agree = family, agree
         self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,13 +39,8 @@ class Samples:
         return cls(len(same), same, tuple(dict.fromkeys(same)))
 
 
-class Way(Protocol):
-    """Computes a call of a shared forward."""
-
-    def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The result of the call, with every sample's own bits."""
-
-
+# Computes a call of a shared forward: the samples, the function, its arguments; the result has every sample's own bits.
+Way: TypeAlias = Callable[[Samples, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 # Where a tensor stands among the arguments (a position or a name, then indices of lists), and its address alone.
 Path: TypeAlias = "tuple[int | str, ...]"
 Split: TypeAlias = "tuple[Path, int]"

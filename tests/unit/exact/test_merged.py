@@ -1,7 +1,7 @@
 """Several samples in one forward: every sample has the bits that it has alone."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
-from flowroll.exact import Alone, Merged, probe
-from flowroll.families import FAMILIES, Family, StepInput
+from flowroll.exact import Alone, Forward, Merged, probe
+from flowroll.exact.mode import Notes
+from flowroll.families import FAMILIES, Family, Output, StepInput
 from flowroll.types import DenoisingEnv
 
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEXT_DIM = 64
 
@@ -96,18 +97,29 @@ def random_mixture(family: Family, dtype: torch.dtype, source: random.Random) ->
 
 
 def alone(family: Family, transformer: Any, inputs: list[StepInput], dtype: torch.dtype) -> list[Tensor]:
-    return [family.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, dtype) for one in inputs]
+    return Alone(family, dtype).velocities(transformer, inputs)
+
+
+def notes_of(strategy: Merged) -> list[Notes]:
+    """The analyses of all forwards that samples shared; none may have been given up."""
+    kinds = [analyses for known in strategy._shared._known.values() for analyses in known.notes.values()]
+    assert None not in kinds
+    return [notes for analyses in kinds for notes in analyses or []]
 
 
 def assert_exact(name: str, transformer: Any, dtype: str, seed: int, mixtures: int) -> None:
     family, source = FAMILIES[name], random.Random(seed)
+    strategy = Merged(family, DTYPES[dtype])
     for number in range(mixtures):
         inputs = random_mixture(family, DTYPES[dtype], source)
         expected = alone(family, transformer, inputs, DTYPES[dtype])
-        together = family.velocities(transformer, inputs, DTYPES[dtype])
-        assert len(together) == len(inputs)
-        for index, (one, other) in enumerate(zip(together, expected, strict=True)):
-            assert one.dtype == other.dtype and torch.equal(one, other), (seed, number, index)
+        # Twice: a forward that is analysed, and one that repeats it.
+        for attempt in range(2):
+            together = strategy.velocities(transformer, inputs)
+            assert len(together) == len(inputs)
+            for index, (one, other) in enumerate(zip(together, expected, strict=True)):
+                assert one.dtype == other.dtype and torch.equal(one, other), (seed, number, attempt, index)
+    assert not [function for notes in notes_of(strategy) for function in notes.without_rule]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,8 +141,8 @@ def test_many_mixtures(load: Load, name: str, dtype: str, seed: int, threads: in
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_merged_products_without_the_question_change_bits(load: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault that `_way` prevents; should this pass one day, batches need no care at all."""
-    monkeypatch.setattr(products, "_way", lambda *_: products.merged)
+    """The fault that `_way` prevents; it is noticed. Should this pass one day, products need no care at all."""
+    monkeypatch.setattr(probe, "_way", lambda *_: probe.merged)
     with pytest.raises(AssertionError):
         assert_exact(name, load(name, "float32"), "float32", seed=1, mixtures=6)
 
@@ -145,13 +157,30 @@ def test_samples_share_forwards(load: Load, name: str) -> None:
     hook = transformer.register_forward_pre_hook(
         lambda _, __, kwargs: batches.append(len(kwargs.get("x", kwargs.get("hidden_states")))), with_kwargs=True
     )
+    strategy = Merged(family, torch.float32)
     inputs = [make_input(family, generator, torch.float32, sigma=sigma) for sigma in (0.3, 0.8)]
-    family.velocities(transformer, inputs, torch.float32)
-    assert batches == ([2, 2] if name == "qwen_image" else [4])
-    batches.clear()
-    family.velocities(transformer, [make_input(family, generator, torch.float32, texts=(5, 5))] * 2, torch.float32)
-    assert batches == [4]
+    same = [make_input(family, generator, torch.float32, texts=(5, 5))] * 2
+    for some, expected in ((inputs, [2, 2] if name == "qwen_image" else [4]), (same, [4])):
+        strategy.velocities(transformer, some)
+        batches.clear()
+        strategy.velocities(transformer, some)
+        assert batches == expected
     hook.remove()
+
+
+@torch.no_grad()
+def test_captions_of_other_lengths_share_a_forward_if_they_are_padded_alike(load: Load) -> None:
+    """Some need no padding, and are prepared by other functions than the rest."""
+    family, transformer = FAMILIES["z_image"], load("z_image", "float32")
+    generator, source = torch.Generator().manual_seed(0), random.Random(1)
+    strategy = Merged(family, torch.float32)
+    for _ in range(6):
+        lengths = [(source.randint(30, 34), source.choice([5, 31, 32])) for _ in range(3)]
+        inputs = [make_input(family, generator, torch.float32, texts=texts) for texts in lengths]
+        for _ in range(2):
+            together = strategy.velocities(transformer, inputs)
+            assert all(map(torch.equal, together, alone(family, transformer, inputs, torch.float32))), lengths
+    assert len(notes_of(strategy)) > 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,30 +190,37 @@ def test_samples_of_different_shapes_run_in_one_call_of_velocities(load: Load, n
     generator = torch.Generator().manual_seed(3)
     grids = [(4, 4), (4, 6), (4, 4), (2, 8)]
     inputs = [make_input(family, generator, torch.float32, grid=grid) for grid in grids]
-    together = family.velocities(transformer, inputs, torch.float32)
-    assert all(map(torch.equal, together, alone(family, transformer, inputs, torch.float32)))
-    keys = [family.batch_key(one) for one in inputs]
-    assert keys[0] == keys[2] and len(set(keys)) == 3
+    for strategy in (Merged(family, torch.float32), Alone(family, torch.float32)):
+        together = strategy.velocities(transformer, inputs)
+        assert all(map(torch.equal, together, alone(family, transformer, inputs, torch.float32)))
+        keys = [strategy.batch_key(one) for one in inputs]
+        assert keys[0] == keys[2] and len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_one_sample_and_ranks_take_the_path_of_velocity(load: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sample pays nothing for batching; forwards that ranks share are not merged."""
+def test_one_sample_takes_the_path_of_velocity(load: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pays nothing for batching."""
+    family, transformer = FAMILIES[name], load(name, "float32")
+    inputs = [make_input(family, torch.Generator().manual_seed(0), torch.float32)]
+    monkeypatch.setattr("flowroll.exact.sharing.Analysis", None)
+    (one,) = Merged(family, torch.float32).velocities(transformer, inputs)
+    assert torch.equal(one, alone(family, transformer, inputs, torch.float32)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_ranks_may_run_any_part_of_a_forward(load: Load, name: str) -> None:
+    """As the groups of a cfg axis do: each has some of the inputs of every forward."""
     family, transformer = FAMILIES[name], load(name, "float32")
     generator = torch.Generator().manual_seed(0)
-    inputs = [make_input(family, generator, torch.float32) for _ in range(2)]
-    monkeypatch.setattr("flowroll.families.base.PerSample", None)
-    steps: list[int] = []
+    inputs = [make_input(family, generator, torch.float32, sigma=sigma) for sigma in (0.3, 0.8, 0.4)]
 
-    def run(model: Any, calls: Any) -> Any:
-        steps.append(len(calls))
-        return run_in_turn(model, calls)
+    def run_in_parts(forwards: Sequence[Forward]) -> list[list[Output]]:
+        return [[*one.part(0, 2)(), *one.part(2, len(one.inputs))()] for one in forwards]
 
-    (one,) = family.velocities(transformer, inputs[:1], torch.float32)
-    shared = family.velocities(transformer, inputs, torch.float32, run=run)
-    assert torch.equal(one, shared[0])
-    assert steps == [2, 2] if name == "qwen_image" else [1, 1]
+    together = Merged(family, torch.float32, run_in_parts).velocities(transformer, inputs)
+    assert all(map(torch.equal, together, alone(family, transformer, inputs, torch.float32)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,32 +232,11 @@ def test_adapters_are_exact_too(checkpoints: dict[str, Path], name: str) -> None
     assert_exact(name, transformer, "float32", seed=5, mixtures=3)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
-@pytest.mark.parametrize("shape", [(7, 5), (16, 256), (110, 256)], ids=str)
-def test_element_wise_functions_have_no_other_ends_in_a_batch(shape: tuple[int, int], threads: int) -> None:
-    """Odd sizes, and sizes at which gelu divides a batch among threads but not a sample."""
-    batch = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
-    complex_batch = torch.complex(batch, batch.flip(0))
-    functions: list[Callable[[Tensor], Tensor]] = [
-        torch.nn.functional.silu,
-        lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-        torch.Tensor.tanh,
-    ]
-    for function in functions:
-        with PerSample(range(5)):
-            together = function(batch)
-        assert torch.equal(together, torch.cat([function(part) for part in batch.split(1)]))
-    table = complex_batch[0]
-    with PerSample(range(5)):
-        turned = complex_batch * table
-    assert torch.equal(turned, torch.cat([part * table for part in complex_batch.split(1)]))
-
-
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_the_probe_sees_another_order_of_summation(rows: int) -> None:
     """In bfloat16 too, where a product of ordinary numbers would round it away."""
     for dtype in DTYPES.values():
-        inputs, weight, _ = products.cancelling_product(
+        inputs, weight, _ = probe.cancelling_product(
             torch.Size((2, rows, 64)), torch.Size((48, 64)), dtype, torch.device("cpu")
         )
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))

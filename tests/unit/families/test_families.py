@@ -54,7 +54,15 @@ def test_z_image_guidance_starts_from_the_conditional_branch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "scale", "active"), [("qwen_image", 1, False), ("qwen_image", 1.01, True), ("z_image", 0, False)]
+    ("name", "scale", "active"),
+    [
+        ("qwen_image", 1, False),
+        ("qwen_image", 1.01, True),
+        ("z_image", 0, False),
+        # The pipeline guides above 0, whatever other families do.
+        ("z_image", 0.5, True),
+        ("z_image", 1, True),
+    ],
 )
 def test_guidance_runs_where_the_pipeline_runs_it(name: str, scale: float, active: bool) -> None:
     guidance = FAMILIES[name].guidance(scale)
