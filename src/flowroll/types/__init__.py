@@ -6,6 +6,7 @@ imports a model library.
 """
 
 from flowroll.types.adapters import MAX_LORA_NAME_CHARS, AdapterChange, AdapterRecord, LoraAdapter, check_lora_name
+from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
@@ -57,6 +58,7 @@ __all__ = [
     "Gather",
     "GeneratedImage",
     "GeneratorDevice",
+    "ImageFields",
     "Layout",
     "LoraAdapter",
     "MemoryChange",
@@ -66,6 +68,7 @@ __all__ = [
     "RecordedSteps",
     "Region",
     "Rollout",
+    "RolloutFields",
     "SampleScores",
     "SamplingParams",
     "SamplingRecord",
@@ -78,5 +81,6 @@ __all__ = [
     "branch_digest",
     "check_lora_name",
     "check_version",
+    "params_of",
     "version_number",
 ]
