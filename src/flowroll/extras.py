@@ -25,16 +25,17 @@ def extra_for(user: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        library = (error.name or "").partition(".")[0]
-        if library in ("", "flowroll"):
-            # It is no library that fails but our own code.
+        if (missing := missing_extra(user, extra, error)) is None:
             raise
-        raise missing(user, extra, library, error) from error
+        raise missing from error
 
 
-def missing(user: str, extra: str, library: str, error: ImportError) -> MissingExtraError:
-    """The error about a library that cannot be imported."""
+def missing_extra(user: str, extra: str, error: ImportError) -> MissingExtraError | None:
+    """What to raise of a failed import; None where it is no library that fails but our own code."""
+    library = (error.name or "").partition(".")[0]
+    if library in ("", "flowroll"):
+        return None
     reason = "it is not installed" if isinstance(error, ModuleNotFoundError | MissingExtraError) else str(error)
-    made = MissingExtraError(f"{user} must have {library}, got none ({reason}); run: pip install 'flowroll[{extra}]'.")
-    made.name = library
-    return made
+    missing = MissingExtraError(f"{user} must have {library}, got none ({reason}); run: pip install 'flowroll[{extra}]'.")
+    missing.name = library
+    return missing

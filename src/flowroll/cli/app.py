@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from flowroll.errors import FlowrollError
-from flowroll.extras import extra_for
+from flowroll.extras import extra_for, missing_extra
 
 # The plain layout never cuts a flag's name short.
 PLAIN: Mapping[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
@@ -98,6 +98,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except FlowrollError as error:
             message = error.message
+        except ImportError as error:
+            name = ctx.invoked_subcommand or ""
+            if name not in COMMANDS or (missing := missing_extra(f"`flowroll {name}`", COMMANDS[name].extra, error)) is None:
+                raise
+            message = missing.message
         except BrokenPipeError:
             # The reader of our output has left; typer ends that quietly.
             raise

@@ -70,4 +70,3 @@ def rollout(
         for line in failures:
             errors.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
-

@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from flowroll.errors import InvalidRequestError
 from flowroll.types.params import GeneratorDevice, SamplingParams, SdeType
+from flowroll.types.plain import plain
 
 # numpy's numbers and tensors of one element too; and for several, 1-D arrays and tensors.
 Integer: TypeAlias = int | SupportsIndex
@@ -85,7 +86,7 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
     refuse_unknown(values)
     if "prompt" not in values:
         raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
-    params = SamplingParams(**values)
+    params = SamplingParams(**{name: plain(value) for name, value in values.items()})
     return {name: getattr(params, name) for name in values}
 
 
