@@ -99,7 +99,9 @@ class Route:
             reason += f" through {self.proxy}"
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
                 remedy = f"check the proxy, or give proxy={DIRECT!r} to reach the server without it"
-        return ServerConnectionError(f"the server at {self.base_url} must answer, got {reason}; {remedy}.")
+        return ServerConnectionError(
+            f"the server at {self.base_url.copy_with(userinfo=b'')} must answer, got {reason}; {remedy}."
+        )
 
 
 def closed() -> FlowrollError:
@@ -122,7 +124,9 @@ def route_to(base_url: str, *, api_key: str | None = None, proxy: str | None = N
     """
     url = _url("base_url", base_url, "http://host:port")
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > _MAX_PORT:
-        raise InvalidRequestError(f"base_url must be an http or https URL of a host, got {base_url!r}; use http://host:port.")
+        raise InvalidRequestError(
+            f"base_url must be an http or https URL of a host, got {_shown(base_url)}; use http://host:port."
+        )
     if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
         raise InvalidRequestError("api_key must be printable ASCII, got other characters; use the server's --api-key.")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -215,9 +219,12 @@ def _usable(proxy: Proxy) -> Proxy:
 
 def _url(name: str, value: str, remedy: str) -> httpx.URL:
     try:
-        return httpx.URL(value)
-    except (httpx.InvalidURL, TypeError, UnicodeError) as error:
+        url = httpx.URL(value)
+        # Decoded only when it is asked for.
+        assert isinstance(url.host, str)
+    except (httpx.InvalidURL, TypeError, ValueError) as error:
         raise InvalidRequestError(f"{name} must be a URL, got {_shown(value)} ({error}); use {remedy}.") from error
+    return url
 
 
 def _shown(url: object) -> str:
