@@ -34,7 +34,7 @@ from flowroll.types import (
     SamplingParams,
     WeightUpdate,
 )
-from flowroll.types.arguments import given_fields
+from flowroll.types.arguments import Integers, given_fields
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
 from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, PARAM_TO_WIRE, ROLLOUT_ROUTE, SCORE_ROUTE
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
@@ -89,7 +89,7 @@ def score(
     _wire_format: WireFormat,
     rollouts: Sequence[Rollout],
     *,
-    steps: Sequence[int] | None = None,
+    steps: Integers | None = None,
     log_probs_only: bool = False,
     min_weight_version: str | None = None,
 ) -> Call[Scores]:
