@@ -23,7 +23,9 @@ from examples.rl.learner import Descent
 from examples.rl.loop import Batch, Options, add_arguments, options_of, train
 from examples.server import exit_on_sigterm
 from flowroll import replay
+from flowroll.sampling.dynamics import DYNAMICS
 
+_STOCHASTIC = tuple(name for name, found in DYNAMICS.items() if found.is_stochastic)
 _CLIP_RANGE = 1e-3
 _MICRO_BATCH = 8
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, and writes the curve."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--dynamics", choices=("sde", "cps"), default="sde")
+    parser.add_argument("--dynamics", choices=_STOCHASTIC, default="sde")
     parser.add_argument("--noise-level", type=float, default=0.7)
     parser.add_argument("--window", type=int, default=None, help="stochastic steps of a round; default: all")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps of a round")
@@ -40,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options_of(parsed)
     learner = Learner(options, updates=parsed.updates)
     request: dict[str, Any] = {"sde_type": parsed.dynamics, "noise_level": parsed.noise_level}
-    if parsed.dynamics == "cps":
-        # Its std falls to 0 along the steps: with the constants the last of them would outweigh all others.
-        request["log_prob_no_const"] = True
+    # CPS's std falls to 0 along the steps: with the constants the last of them would outweigh all others.
+    request["log_prob_no_const"] = DYNAMICS[parsed.dynamics].log_prob_form == "no_const"
     kind = parsed.dynamics if parsed.window is None else f"{parsed.dynamics}, {parsed.window} steps"
     if parsed.window is not None:
         # The early steps, where it is decided what is drawn.

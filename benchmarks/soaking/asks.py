@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from flowroll.client.calls import generate_call, rollout_call
 from flowroll.client.exchange import Call
+from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.wire.codec import WireFormat
 
 # What the servers are started with, so that a body above it is small.
@@ -127,7 +128,7 @@ def _group(source: random.Random, samples: int) -> dict[str, Any]:
 
 def _dynamics(source: random.Random, steps: int) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "sde_type": source.choice(("sde", "cps", "ode")),
+        "sde_type": source.choice(tuple(DYNAMICS)),
         "noise_level": source.choice((0, 0.3, 0.7, 1.0)),
         "log_prob_no_const": source.random() < 0.3,
     }

@@ -63,6 +63,13 @@ class InvalidRequestError(FlowrollError):
         field = parent if self.field is None else f"{parent}.{self.field}"
         return InvalidRequestError(f"{parent}.{self.message}" if self.field else f"{parent}: {self.message}", field=field)
 
+    def renamed(self, field: str) -> InvalidRequestError:
+        """The same error by another name of its field, which stands at the beginning of the message."""
+        message = self.message
+        if self.field is not None and message.startswith(self.field):
+            message = field + message.removeprefix(self.field)
+        return InvalidRequestError(message, field=field)
+
 
 class MalformedRequestError(FlowrollError):
     """The body cannot be parsed as its content type says."""

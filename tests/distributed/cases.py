@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flowroll.sampling.dynamics import DYNAMICS
+
 FAMILIES = ("qwen_image", "z_image")
 DTYPES = ("float32", "bfloat16")
 _EVERYTHING = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
@@ -18,14 +20,11 @@ def _request(size: tuple[int, int], prompt: str, **fields: Any) -> dict[str, Any
 
 
 CASES: dict[str, dict[str, Any]] = {
-    **{
-        f"tiny, four, {kind}": _request((64, 64), _SHORT, sde_type=kind, num_outputs_per_prompt=4)
-        for kind in ("sde", "cps", "ode")
-    },
+    **{f"tiny, four, {kind}": _request((64, 64), _SHORT, sde_type=kind, num_outputs_per_prompt=4) for kind in DYNAMICS},
     "small, four, window, no guidance": _request(
         _SIZES["small"], _SHORT, num_inference_steps=3, sde_step_indices=(1,), guidance_scale=0.0, num_outputs_per_prompt=4
     ),
-    **{f"odd, {kind}": _request(_SIZES["odd"], _LONG, sde_type=kind, noise_level=0.6) for kind in ("sde", "cps", "ode")},
+    **{f"odd, {kind}": _request(_SIZES["odd"], _LONG, sde_type=kind, noise_level=0.6) for kind in DYNAMICS},
     # The dynamics are no business of the ranks': one is enough where a forward takes long.
     "large, sde": _request(_SIZES["large"], _SHORT, sde_type="sde", noise_level=0.6),
 }

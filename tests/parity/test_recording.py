@@ -16,7 +16,7 @@ from flowroll.engine import Engine
 from flowroll.errors import EngineError, InvalidRequestError
 from flowroll.families import FAMILIES, Guidance
 from flowroll.sampling import ode, transition
-from flowroll.sampling.dynamics import transitions
+from flowroll.sampling.dynamics import DYNAMICS, transitions
 
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
@@ -64,7 +64,7 @@ def ops_per_step(run: Callable[[int], object]) -> Counter[str]:
     return +counts[1]
 
 
-@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+@pytest.mark.parametrize("sde_type", [name for name, found in DYNAMICS.items() if found.is_stochastic])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", NAMES)
 def test_the_returned_tensors_reproduce_every_step(
@@ -205,7 +205,7 @@ def test_a_trajectory_that_would_leave_float32_is_refused(engine_of: Callable[[s
     # noise_level 10 over 50 steps multiplies the latents by up to 1e25; it used to come back as NaN with status 200.
     with pytest.raises(InvalidRequestError, match="within float32") as caught:
         engine_of("z_image", "float32").rollout(**{**REQUEST, "num_inference_steps": 50, "noise_level": 10})
-    assert caught.value.field == "noise_level"
+    assert caught.value.field == "rollout_noise_level"
 
 
 def test_a_trajectory_that_left_float32_is_an_error_not_a_sample(
@@ -271,6 +271,9 @@ def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str
     "options",
     [
         {"sde_type": "cps", "noise_level": 1},
+        {"sde_type": "cps", "noise_level": math.nextafter(2, 0)},
+        *({"sde_type": "dance", "noise_level": level} for level in (1e-4, 2)),
+        *({"sde_type": "dance", "num_inference_steps": steps} for steps in (1, 200)),
         {"sde_type": "cps", "noise_level": 1e-4},
         {"sde_type": "cps", "log_prob_no_const": True},
         {"sde_type": "cps", "noise_level": 0},
@@ -288,7 +291,10 @@ def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str
         {"sde_type": "sde", "num_inference_steps": 200},
         {"sde_type": "cps", "num_inference_steps": 200},
         {"sde_type": "sde", "num_inference_steps": 200, "noise_level": 10},
-        {"sigmas": (1.0, 0.999999, 0.5, 0.000001, 0.0), "num_inference_steps": None},
+        *(
+            {"sigmas": (1.0, 0.999999, 0.5, 0.000001, 0.0), "num_inference_steps": None, **chosen}
+            for chosen in ({"sde_type": "cps"}, {"sde_type": "dance"}, {"sde_step_indices": (0, 2, 3)})
+        ),
         {"sigmas": (0.999995, 0.3, 0.0), "num_inference_steps": None, "noise_level": 10},
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
 from flowroll.wire.files import load_rollout, save_rollout
 
@@ -27,10 +28,10 @@ REQUEST = {
     "return_denoising_env": True,
     "return_dit_trajectory": True,
 }
-DYNAMICS: dict[str, dict[str, Any]] = {
-    "sde": {"sde_type": "sde"},
-    "cps": {"sde_type": "cps"},
+CHOICES: dict[str, dict[str, Any]] = {
+    **{name: {"sde_type": name} for name, found in DYNAMICS.items() if found.is_stochastic},
     "window": {"sde_type": "sde", "sde_step_indices": (1,)},
+    "cps above one": {"sde_type": "cps", "noise_level": 1.3},
     "cps window": {"sde_type": "cps", "sde_step_indices": (0, 1)},
     "last step alone": {"sde_type": "sde", "sde_step_indices": (2,), "log_prob_no_const": True},
 }
@@ -49,7 +50,7 @@ def long_prompt(name: str) -> str:
     return " ".join(["a photo of two wine glasses"] * (4 if name == "qwen_image" else 9))
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("dynamics", CHOICES)
 @pytest.mark.parametrize("cfg", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +62,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     cfg: bool,
     dynamics: str,
 ) -> None:
-    options = {**REQUEST, **DYNAMICS[dynamics], "guidance_scale": 3.0 if cfg else 0.0}
+    options = {**REQUEST, **CHOICES[dynamics], "guidance_scale": 3.0 if cfg else 0.0}
     group = engine_of(name, dtype).rollout(**options, num_outputs_per_prompt=2)
     transformer = pipeline_of(name, dtype).transformer
     assert next(transformer.parameters()).requires_grad and torch.is_grad_enabled()
@@ -71,7 +72,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     assert torch.equal(replay.ratio(log_probs.cpu(), recorded(group)), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("sde_type", ["sde", "cps", "ode"])
+@pytest.mark.parametrize("sde_type", DYNAMICS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_what_the_engine_recorded(
@@ -86,6 +87,18 @@ def test_scores_are_what_the_engine_recorded(
         assert torch.equal(scores.stds[sample].cpu(), debug.noise_std_dev[:, 0])
         assert torch.equal(scores.means[sample].detach().cpu(), debug.prev_sample_mean)
         assert torch.equal(scores.velocities[sample].detach().cpu(), debug.model_output)
+
+
+def test_a_record_of_unknown_dynamics_is_refused(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any]
+) -> None:
+    # It was replayed as if its steps were ODE steps.
+    group = engine_of("z_image", "float32").rollout(**REQUEST, noise_level=0)
+    record = replace(group[0].sampling)
+    # Not by `replace`: the suite's type checks would refuse the name first.
+    object.__setattr__(record, "sde_type", "flow-sde")
+    with pytest.raises(InvalidRequestError, match="sde_type must be one of sde, cps, dance, ode, got 'flow-sde'"):
+        replay.log_prob(pipeline_of("z_image", "float32").transformer, [replace(group[0], sampling=record)])
 
 
 @pytest.mark.parametrize("carrier", ["json", "msgpack", "json sglang", "msgpack sglang", "file"])

@@ -12,7 +12,7 @@ from torch import nn
 from flowroll import DenoisingEnv, Rollout, replay
 from flowroll.engine import Engine
 from flowroll.families import FAMILIES
-from flowroll.sampling.dynamics import transitions
+from flowroll.sampling.dynamics import DYNAMICS, transitions
 
 REQUEST = {
     "prompt": "a red apple",
@@ -50,7 +50,7 @@ def log_prob_in_float64(transformer: nn.Module, rollout: Rollout, step: int) -> 
     return float(density.log_prob(following).mean())
 
 
-@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+@pytest.mark.parametrize("sde_type", [name for name, found in DYNAMICS.items() if found.is_stochastic])
 @pytest.mark.parametrize("cfg", [True, False])
 @pytest.mark.parametrize("name", ["qwen_image", "z_image"])
 def test_gradients_agree_with_finite_differences(

@@ -8,6 +8,7 @@ from tests.rollouts import assert_same_bits, tensors_of
 
 from flowroll import SamplingParams
 from flowroll.engine import Engine
+from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.sampling.noise import step_noise
 from flowroll.types import GeneratorDevice
 
@@ -16,7 +17,7 @@ REQUEST = {"prompt": "a pink handbag and black scissors", "height": 64, "width":
 FAMILIES = ["qwen_image", "z_image"]
 
 
-@pytest.mark.parametrize("sde_type", ["sde", "cps", "ode"])
+@pytest.mark.parametrize("sde_type", DYNAMICS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_alone_is_the_sample_in_any_group(

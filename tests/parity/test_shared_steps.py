@@ -30,13 +30,14 @@ BASE: dict[str, Any] = {
 MIXTURE: list[dict[str, Any]] = [
     {"seed": 1, "num_inference_steps": 3},
     {"seed": 2, "num_inference_steps": 4, "sde_type": "cps", "noise_level": 0.9},
-    {"seed": 3, "num_inference_steps": 2, "rollout": False},
+    {"seed": 3, "num_inference_steps": 2, "rollout": False, "return_denoising_env": False, "return_dit_trajectory": False},
     {"seed": 4, "num_inference_steps": 3, "num_outputs_per_prompt": 3, "sde_step_indices": (1,)},
     {"seed": 5, "num_inference_steps": 3, "sigmas": (1.0, 0.8, 0.3, 0.0), "sde_type": "ode"},
     {"seed": 6, "num_inference_steps": 2, "guidance_scale": 0.0},
     {"seed": 7, "num_inference_steps": 3, "guidance_scale": 0.0, "prompt": "a photo of two wine glasses"},
     {"seed": 8, "num_inference_steps": 2, "height": 48, "width": 80, "num_outputs_per_prompt": 2},
     {"seed": 1, "num_inference_steps": 3},
+    {"seed": 10, "num_inference_steps": 3, "sde_type": "dance"},
     {"seed": 9, "num_inference_steps": 3, "guidance_scale": 2.0, "noise_level": 1.3, "debug_mode": False},
 ]
 

@@ -16,10 +16,14 @@ from flowroll import SamplingParams
 from flowroll.engine.worker import EngineWorker
 from flowroll.types import ROLLOUT_FIELDS
 from flowroll.wire.codec import decode_images
-from flowroll.wire.names import PARAM_TO_WIRE
 
 OPENAI = {"prompt": SMALL["prompt"], "seed": 7, "size": "64x64", "num_inference_steps": 2}
-VALUES = {"rollout": True, "sde_type": "sde", "noise_level": 0.7, "sde_step_indices": [0], "return_step_indices": [0]}
+VALUES = {
+    "rollout_sde_type": "sde",
+    "rollout_noise_level": 0.7,
+    "rollout_sde_step_indices": [0],
+    "rollout_return_step_indices": [0],
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +95,11 @@ def test_openai_sizes_are_checked_and_called_size(server: httpx.Client, size: st
 @pytest.mark.parametrize("route", ["/generate", "/v1/images/generations"])
 @pytest.mark.parametrize("name", sorted(ROLLOUT_FIELDS))
 def test_generic_routes_refuse_every_rollout_field(server: httpx.Client, route: str, name: str) -> None:
-    wire_name = PARAM_TO_WIRE.get(name, name)
     body: dict[str, Any] = dict(SMALL if route == "/generate" else OPENAI)
-    response = server.post(route, json={**body, wire_name: VALUES.get(name, True)})
+    response = server.post(route, json={**body, name: VALUES.get(name, True)})
     assert response.status_code == 422
     error = error_of(response)
-    assert error["field"] == wire_name and "/rollout/generate" in error["message"]
+    assert error["field"] == name and "/rollout/generate" in error["message"]
 
 
 def test_generate_follows_the_servers_format(worker: EngineWorker) -> None:

@@ -10,8 +10,10 @@ import torch
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import SMALL, serving
 
-from flowroll import Rollout, SamplingParams
+from flowroll import Rollout, SamplingParams, replay
+from flowroll.client import Client
 from flowroll.engine.worker import EngineWorker
+from flowroll.sampling.dynamics import NAMES, dynamics_named
 from flowroll.serving.routers import rollout as rollout_route
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import decode_rollouts
@@ -65,6 +67,36 @@ def test_rollouts_over_http_have_the_bits_of_the_engine(
     for ours, theirs in zip(expected, received, strict=True):
         assert_same_bits(ours, theirs)
         assert (theirs.seed, theirs.prompt) == (ours.seed, ours.prompt)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dynamics_travels_and_is_replayed_and_scored_exactly(z_worker: EngineWorker, name: str) -> None:
+    body = {**SMALL, "num_inference_steps": 3, "rollout_return_denoising_env": True, "rollout_return_dit_trajectory": True}
+    with serving(z_worker) as client:
+        received = decoded(post(client, {**body, "rollout_sde_type": name}))
+        scored = Client(str(client.base_url)).score(received)
+    chosen = dynamics_named(name)
+    recorded = torch.stack([rollout.log_probs for rollout in received])
+    assert {rollout.sampling.sde_type for rollout in received} == {chosen.name}
+    assert bool((recorded != 0).any()) == chosen.is_stochastic
+    assert torch.equal(scored.log_probs, recorded)
+    again = replay.log_prob(z_worker.engine._pipeline.transformer, received)
+    assert torch.equal(replay.ratio(again.cpu(), recorded), torch.ones_like(recorded))
+
+
+@pytest.mark.parametrize("route", ["/rollout/generate", "/generate"])
+@pytest.mark.parametrize("where", ["top", "extra"])
+def test_one_frame_at_any_rate_is_an_image(server: httpx.Client, route: str, where: str) -> None:
+    video = {"num_frames": 1, "fps": 24}
+    body = {**SMALL, **video} if where == "top" else {**SMALL, "extra_sampling_params": video}
+    assert server.post(route, json=body).status_code == 200
+    assert server.post(route, json={**SMALL, "num_frames": None, "fps": None}).status_code == 200
+
+
+def test_the_noise_level_of_cps_may_be_above_one(server: httpx.Client) -> None:
+    body = {**SMALL, "rollout_sde_type": "cps", "rollout_noise_level": 1.3}
+    (rollout,) = decoded(post(server, body))
+    assert rollout.sampling.noise_level == 1.3 and rollout.log_probs[0] != 0
 
 
 def test_dialect_of_the_server_holds_where_the_request_names_none(worker: EngineWorker, server: httpx.Client) -> None:

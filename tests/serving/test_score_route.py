@@ -42,6 +42,8 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"sde_type": "cps", "guidance_scale": 3.0, "sde_step_indices": (0, 1), "prompt": "many small green pears in a bowl"},
     {"sde_type": "sde", "guidance_scale": 0.0, "sde_step_indices": (1,), "width": 96, "log_prob_no_const": True},
     {"sde_type": "ode", "guidance_scale": 3.0},
+    {"sde_type": "dance_sde", "guidance_scale": 3.0},
+    {"sde_type": "sde", "sigmas": (1.0, 0.999995, 0.5, 0.0), "sde_step_indices": (0, 2)},
 )
 MEDIA = {"json": "application/json", "msgpack": "application/msgpack"}
 
@@ -312,7 +314,7 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
     "another rule": ("sampling.guidance_rule", "cfg_zero", "sampling.guidance_rule", "got cfg_zero"),
     "a field of another version": ("sampling.eta", 1, "sampling.eta", "be a field of the record"),
     "a record without a field": ("sampling.sde_type", ..., "sampling.sde_type", "be given"),
-    "unknown dynamics": ("sampling.sde_type", "dance", "sampling.sde_type", "got"),
+    "unknown dynamics": ("sampling.sde_type", "flow-sde", "sampling.sde_type", "got"),
     "another number of sigmas": ("sampling.sigmas", [1.0, 0.0], "sampling", "timesteps and one sigma more"),
     "rising sigmas": ("sampling.sigmas", [0.1, 0.5, 0.2, 0.0], "sampling.sigmas", "decrease"),
     "a wild noise level": ("sampling.noise_level", 11, "sampling.noise_level", "be 0 or from"),
@@ -364,7 +366,7 @@ def test_a_request_without_samples_is_refused(served: Served, body: Any, field: 
 
 def test_too_many_steps_too_large_answers_and_bodies_are_refused(served: Served) -> None:
     with served.client() as client:
-        with pytest.raises(InvalidRequestError, match="samples must hold at most 30 steps in all, got 36") as caught:
+        with pytest.raises(InvalidRequestError, match="samples must hold at most 30 steps in all, got 48") as caught:
             client.score([*served.rollouts, *served.rollouts])
         assert caught.value.field == "samples"
         assert len(client.score([served.rollouts[0]] * 10).log_probs) == 10

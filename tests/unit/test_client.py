@@ -30,7 +30,7 @@ from flowroll.errors import (
     ShuttingDownError,
     UnauthorizedError,
 )
-from flowroll.types import ROLLOUT_FIELDS, WeightUpdate
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, WeightUpdate
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
 
@@ -148,6 +148,10 @@ def test_large_tensors_of_an_answer_are_writable() -> None:
             {"prompt": "x", "rollout_sde_type": "cps", "rollout_noise_level": 0.5, "rollout_sde_step_indices": [0, 1]},
         ),
         (
+            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": False},
+            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": False},
+        ),
+        (
             {"prompt": "x", "sigmas": (1.0, 0.5, 0.0), "seeds": [3, 4], "request_id": "r"},
             {
                 "prompt": "x",
@@ -181,6 +185,8 @@ FULL = {
     "height": 32,
     "num_inference_steps": 2,
     "num_outputs_per_prompt": 2,
+    "num_frames": 1,
+    "fps": 24,
     "guidance_scale": 3.5,
     "true_cfg_scale": 2.5,
     "sigmas": (1.0, 0.25, 0.0),
@@ -190,7 +196,7 @@ FULL = {
     "lora_name": "old",
 }
 FULL_ROLLOUT = {
-    "rollout": False,
+    "rollout": True,
     "sde_type": "cps",
     "noise_level": 0.25,
     "log_prob_no_const": True,
@@ -204,8 +210,8 @@ FULL_ROLLOUT = {
 
 @pytest.mark.parametrize("positional", [True, False])
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool) -> None:
-    assert set(FULL_ROLLOUT) == set(ROLLOUT_FIELDS)
-    assert {*FULL, *FULL_ROLLOUT, "seed"} == set(SamplingParams.__dataclass_fields__)
+    assert {ALIASES.get(name, name) for name in FULL_ROLLOUT} == ROLLOUT_FIELDS
+    assert {*FULL, *ROLLOUT_FIELDS, "seed"} == set(SamplingParams.__dataclass_fields__)
     params = SamplingParams(**FULL, **FULL_ROLLOUT)
     request = sent_by("sync", "rollout", params) if positional else sent_by("sync", "rollout", **FULL, **FULL_ROLLOUT)
     assert parse(RolloutRequest, parse_json_body(request.content)).to_params() == params
@@ -227,6 +233,10 @@ def test_generate_leaves_a_rollout_field_for_the_server_to_refuse() -> None:
         ({"prompt": "x", "zzz": 3}, "zzz must be a field of SamplingParams"),
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale must be a number"),
         ({"prompt": "x", "seed": -1}, "seed must be >= 0"),
+        ({"prompt": "x", "sde_type": "cps", "rollout_sde_type": "cps"}, "rollout_sde_type must be given once, got sde_type"),
+        ({"prompt": "x", "rollout": False, "return_denoising_env": True}, "return_denoising_env must be left out"),
+        ({"prompt": "x", "num_frames": 5}, "num_frames must be None or 1"),
+        ({"prompt": "x", "rollout_sde_typ": "cps"}, "use rollout_sde_type if that is meant"),
         ({"prompt": "\ud800"}, "prompt must be valid Unicode"),
     ],
 )

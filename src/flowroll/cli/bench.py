@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from flowroll.cli.output import add_row, format_bytes, plain_table, print_whole,
 from flowroll.cli.prompts import read_prompts
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.errors import InvalidRequestError
-from flowroll.types.params import SdeType
+from flowroll.sampling.dynamics import DYNAMICS, dynamics_named
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Drawn for each request, or a matter of one request alone.
 _NO_FLAG = {
-    *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "sde_type", "seed", "seeds"),
+    *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed", "seeds"),
     *("request_id", "min_weight_version"),
 }
 
@@ -46,7 +46,7 @@ def serve(
     sizes: Annotated[str, typer.Option(metavar="WxH,...", help="Pixels.")] = "512x512",
     steps: Annotated[str, typer.Option(metavar="N,...", help="Denoising steps.")] = "10",
     group_sizes: Annotated[str, typer.Option(metavar="N,...", help="Samples per request.")] = "1",
-    dynamics: Annotated[str, typer.Option(metavar="NAME,...", help="sde, cps, ode.")] = "sde",
+    dynamics: Annotated[str, typer.Option(metavar="NAME,...", help=f"{', '.join(DYNAMICS)}.")] = "sde",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same requests at the same times.")] = 0,
     warmup: Annotated[int, typer.Option(min=0, help="Requests sent first that are not measured.")] = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often to send a request again that got 429.")] = 0,
@@ -172,7 +172,5 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _dynamics(text: str) -> Any:
-    if text.strip() not in get_args(SdeType):
-        raise InvalidRequestError(f"dynamics must be sde, cps or ode, got {text!r}; choose one.", field="dynamics")
-    return text.strip()
+def _dynamics(text: str) -> str:
+    return dynamics_named(text.strip(), field="dynamics").name

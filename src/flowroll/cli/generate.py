@@ -12,7 +12,7 @@ import typer
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
 from flowroll.cli.output import print_whole, samples_table, save_png
 from flowroll.cli.sampling_flags import with_sampling_flags
-from flowroll.types import ROLLOUT_FIELDS, GeneratedImage, Rollout, SamplingParams
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, GeneratedImage, Rollout, SamplingParams
 
 
 # The weights of this command are those that it loads.
@@ -30,7 +30,8 @@ def generate(
     Writes one PNG per sample, and with --rollout one safetensors file per sample beside it.
     """
     is_rollout = given.get("rollout", False)
-    if not is_rollout and (misplaced := sorted(ROLLOUT_FIELDS & set(given) - {"rollout"})):
+    misplaced = sorted(name for name in set(given) - {"rollout"} if ALIASES.get(name, name) in ROLLOUT_FIELDS)
+    if not is_rollout and misplaced:
         flag = "--" + misplaced[0].replace("_", "-")
         raise typer.BadParameter(f"{flag} must come with --rollout, got plain generation; add --rollout.")
     params = SamplingParams(**{**given, "rollout": is_rollout})

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
 from flowroll.cli.output import format_bytes, plain_table, print_whole
+from flowroll.sampling.dynamics import DYNAMICS
 
 if TYPE_CHECKING:
     from flowroll.parity.results import LayoutParity, ParityReport
@@ -25,11 +26,11 @@ def parity(
     layouts: Annotated[
         str, typer.Option(help="Products of spN, cfg2 and tpN; single: one rank again.")
     ] = "sp2,cfg2,tp2,sp2xcfg2",
-    modes: Annotated[str, typer.Option(help="Dynamics: sde, cps, ode.")] = "sde,cps,ode",
+    modes: Annotated[str, typer.Option(help=f"Dynamics: {', '.join(DYNAMICS)}.")] = ",".join(DYNAMICS),
     prompt: Annotated[str, typer.Option(help="The text.")] = "a photo of two wine glasses",
     seed: Annotated[int, typer.Option(help="Of the first sample.")] = 0,
     num_outputs: Annotated[int, typer.Option(help="Samples.")] = 1,
-    noise_level: Annotated[float, typer.Option(help="Of sde and cps.")] = 0.7,
+    noise_level: Annotated[float, typer.Option(help="Of the stochastic modes.")] = 0.7,
     size: Annotated[str | None, typer.Option(metavar="WxH|N", help="Pixels.", show_default=_DEFAULT)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default=_DEFAULT)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=_DEFAULT)] = None,

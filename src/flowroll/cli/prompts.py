@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import SamplingParams
-from flowroll.types.arguments import given_fields
+from flowroll.types import ALIASES, SamplingParams, by_field_name, params_of
+from flowroll.types.arguments import refuse_unknown
 
 
 def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
@@ -30,10 +30,17 @@ def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
     found = []
     for where, fields in _lines(path):
         try:
-            found.append(SamplingParams(**{**flags, **given_fields(None, fields)}))
+            found.append(params_of(None, {**_flags_beside(flags, fields), **fields}))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{where} is refused: {error.message}", field="prompts") from error
     return found
+
+
+def _flags_beside(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags whose value no field gives, under either name."""
+    refuse_unknown(fields)
+    given = by_field_name(fields)
+    return {name: value for name, value in flags.items() if ALIASES.get(name, name) not in given}
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -1,6 +1,7 @@
-"""One command-line flag per field of `SamplingParams`, derived from the dataclass and its docstring.
+"""One command-line flag per field of `SamplingParams` and one per short name, derived from the dataclass and its docstring.
 
-A flag that is not set does not exist: it never enters `SamplingParams`, whose own defaults decide.
+A flag that is not set does not exist: it never enters `SamplingParams`, whose own defaults decide, and which refuses a value
+that is given by both of its names.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from flowroll.types import Number, SamplingParams
+from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
+from flowroll.types import ALIASES, Number, SamplingParams
 
 _GIVEN = "given"
 
 
 def with_sampling_flags(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
-    """Gives a command the sampling flags; those that were set reach it as the argument `given`, by field name.
+    """Gives a command the sampling flags; those that were set reach it as the argument `given`, by field or short name.
 
     Args:
         command: Its parameter `given: dict[str, Any]` takes the flags.
-        without: Fields that this command has no flag for.
+        without: Fields that this command has no flag for, under either name.
     """
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -33,7 +35,9 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
         for name, parameter in inspect.signature(command).parameters.items()
         if name != _GIVEN
     ]
-    flags = [_flag(field) for field in fields(SamplingParams) if field.name not in without]
+    wanted = {field.name: field for field in fields(SamplingParams) if field.name not in without}
+    flags = [_flag(name, field) for name, field in wanted.items()]
+    flags += [_flag(alias, wanted[name]) for alias, name in ALIASES.items() if name in wanted]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -47,21 +51,23 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
     return run
 
 
-def _flag(field: Field[Any]) -> inspect.Parameter:
-    """The typer parameter of one field: required as the field is, else None until it is set."""
+def _flag(name: str, field: Field[Any]) -> inspect.Parameter:
+    """The typer parameter of one field or short name: required as the field is, else None until it is set."""
     kind, options = _flag_type(get_type_hints(SamplingParams)[field.name])
-    flag = "--" + field.name.replace("_", "-")
+    flag = "--" + name.replace("_", "-")
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
     option = typer.Option(
         *names,
         help=_field_help().get(field.name, ""),
         show_default=False,
+        # Short names work, but the help shows each value once.
+        hidden=name in ALIASES,
         **options,
     )
     is_required = field.default is MISSING
     annotation: Any = Annotated[kind if is_required else kind | None, option]
     default = inspect.Parameter.empty if is_required else None
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
@@ -93,6 +99,14 @@ def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...
 
 @functools.cache
 def _field_help() -> dict[str, str]:
-    """The description of each field, from the docstring that defines it."""
+    """The description of each field, from the docstring that defines it and from the dynamics."""
     section = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].split("\n\n")[0]
-    return {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)}
+    found = {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)}
+    shorts = {field: "--" + alias.replace("_", "-") for alias, field in ALIASES.items()}
+    dynamics = {
+        "rollout_sde_type": "; ".join(f"{name}: {entry.summary}" for name, entry in DYNAMICS.items()) + ".",
+        "rollout_noise_level": f"The limits are {noise_level_help()}.",
+    }
+    for field, short in shorts.items():
+        found[field] = " ".join(filter(None, (found[field], dynamics.get(field), f"In short: {short}.")))
+    return found

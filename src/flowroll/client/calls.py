@@ -36,7 +36,7 @@ from flowroll.types import (
 )
 from flowroll.types.arguments import Integers, given_fields
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
-from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, PARAM_TO_WIRE, ROLLOUT_ROUTE, SCORE_ROUTE
+from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
 
 UpdateMode: TypeAlias = Literal["drain", "abort"]
@@ -166,7 +166,7 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
 
 
 def _request_body(given: Mapping[str, Any]) -> bytes:
-    sent: dict[str, Any] = {PARAM_TO_WIRE.get(name, name): value for name, value in given.items() if name not in EXTRA_ONLY}
+    sent: dict[str, Any] = {name: value for name, value in given.items() if name not in EXTRA_ONLY}
     if extra := {name: value for name, value in given.items() if name in EXTRA_ONLY}:
         sent[EXTRA] = extra
     return encoded(sent)

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowroll.engine.plan import RequestPlan
 from flowroll.errors import InvalidRequestError
-from flowroll.types import ROLLOUT_FIELDS, SamplingParams, params_of
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, SamplingParams, params_of
 
 
 def rollout_request(
@@ -40,7 +40,7 @@ def image_request(
 
 
 def _refuse_rollout_fields(values: Mapping[str, Any]) -> None:
-    if given := sorted(ROLLOUT_FIELDS & set(values)):
+    if given := sorted(name for name in values if ALIASES.get(name, name) in ROLLOUT_FIELDS):
         raise InvalidRequestError(
             f"{given[0]} must be left out of plain generation, got {values[given[0]]!r}; call rollout.", field=given[0]
         )

@@ -15,7 +15,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.dynamics import amplification, transitions
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
-from flowroll.sampling.transition import Transition
+from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
 
 # Squares of latents, which every norm in a model takes, overflow float32 beyond about this.
@@ -102,9 +102,9 @@ def _record(
     return SamplingRecord(
         family=model.family.name,
         variant=model.variant,
-        sde_type=params.sde_type if params.rollout else "ode",
-        noise_level=params.noise_level,
-        log_prob_no_const=params.log_prob_no_const,
+        sde_type=params.rollout_sde_type if params.rollout else ODE,
+        noise_level=params.rollout_noise_level,
+        log_prob_no_const=params.rollout_log_prob_no_const,
         guidance_rule=guidance.rule,
         guidance_scale=guidance.scale,
         negative_prompt=negative_prompt,
@@ -175,24 +175,31 @@ def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, g
 def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
     chosen = transitions(
         schedule.sigmas,
-        sde_type=params.sde_type,
-        noise_level=params.noise_level,
-        sde_step_indices=params.sde_step_indices,
+        sde_type=params.rollout_sde_type,
+        noise_level=params.rollout_noise_level,
+        sde_step_indices=params.rollout_sde_step_indices,
     )
     growth = amplification(chosen)
     if growth > _MAX_AMPLIFICATION:
-        shown = f"{params.noise_level}, which grows the latents {growth:.0e} times over these {schedule.num_steps} steps"
-        _refuse("noise_level", "keep the trajectory within float32", shown, "use a lower noise level or fewer stochastic steps")
+        shown = (
+            f"{params.rollout_noise_level}, which grows the latents {growth:.0e} times over these {schedule.num_steps} steps"
+        )
+        _refuse(
+            "rollout_noise_level",
+            "keep the trajectory within float32",
+            shown,
+            "use a lower noise level or fewer stochastic steps",
+        )
     return chosen
 
 
 def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:
     latent_bytes = 4 * math.prod(geometry.latent_shape)
     states = 0
-    if params.rollout and params.debug_mode:
+    if params.rollout and params.rollout_debug_mode:
         states += 3 * num_steps
-    if params.rollout and params.return_dit_trajectory:
-        states += num_steps + 1 if params.return_step_indices is None else len(params.return_step_indices)
+    if params.rollout and params.rollout_return_dit_trajectory:
+        states += num_steps + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
     total = num_samples * (states * latent_bytes + 4 * 3 * geometry.height * geometry.width)
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
@@ -213,8 +220,8 @@ def _plan_seeds(params: SamplingParams, limits: Limits) -> tuple[int, ...]:
 
 def _check_indices(params: SamplingParams, num_steps: int) -> None:
     for field, indices, last in (
-        ("sde_step_indices", params.sde_step_indices, num_steps - 1),
-        ("return_step_indices", params.return_step_indices, num_steps),
+        ("rollout_sde_step_indices", params.rollout_sde_step_indices, num_steps - 1),
+        ("rollout_return_step_indices", params.rollout_return_step_indices, num_steps),
     ):
         if indices and max(indices) > last:
             _refuse(field, f"lie in 0..{last} for {num_steps} steps", max(indices), "remove it")

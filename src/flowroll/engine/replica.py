@@ -85,10 +85,10 @@ class Replica(Ranks):
             seeds=plan.seeds,
             num_outputs_per_prompt=None,
             request_id=plan.request_id,
-            debug_mode=False,
-            return_denoising_env=False,
-            return_dit_trajectory=False,
-            return_step_indices=None,
+            rollout_debug_mode=False,
+            rollout_return_denoising_env=False,
+            rollout_return_dit_trajectory=False,
+            rollout_return_step_indices=None,
         )
         positive, negative = self._described(env)
         self._send(Request(params=params, positive=positive, negative=negative))

@@ -175,15 +175,13 @@ def _check_record(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> 
         if (got := getattr(record, name)) != str(dtype):
             _refuse(f"sampling.{name}", f"be {dtype}, which this engine has", got[:80], "start an engine in that dtype")
     try:
-        # The rules of a request are the rules of its record.
+        # The rules of a request are the rules of its record, whose names are the short ones.
+        names = ("height", "width", "sigmas", "guidance_scale", "sde_type", "noise_level")
+        chosen = sample.sde_step_indices
         SamplingParams(
             prompt="",
-            height=record.height,
-            width=record.width,
-            sigmas=record.sigmas,
-            guidance_scale=record.guidance_scale,
-            sde_type=record.sde_type,
-            noise_level=record.noise_level,
+            rollout_sde_step_indices=None if chosen is None else tuple({step for step in chosen if 0 <= step < steps}),
+            **{name: getattr(record, name) for name in names},
         )
     except InvalidRequestError as error:
         raise error.within("sampling") from None

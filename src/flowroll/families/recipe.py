@@ -79,18 +79,18 @@ class Recipe:
             dtype: Of the transformer's inputs; None: as recorded. The timesteps keep the recorded dtype in any case.
 
         Raises:
-            InvalidRequestError: The record is of another schema, or names a guidance rule that the family does not have.
+            InvalidRequestError: The record is of another schema, or names a guidance rule that the family does not have, or
+                dynamics that flowroll does not have.
         """
         _check_record(record, family)
         sigmas = torch.tensor(record.sigmas, dtype=torch.float32)
-        chosen = None if sde_step_indices is None or _is_whole(record, sde_step_indices) else sde_step_indices
         timesteps = torch.tensor(record.timesteps, dtype=torch.float32).to(device)
         on_device = sigmas.to(device)
         return cls(
             family=family,
             guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
-            transitions=dynamics.transitions(
-                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=chosen
+            transitions=dynamics.recorded_transitions(
+                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, stochastic_steps=sde_step_indices
             ),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],
@@ -187,12 +187,6 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise InvalidRequestError(f"dtype must be the name of a torch dtype, got {name!r}; use the record as it was sent.")
     return dtype
-
-
-def _is_whole(record: SamplingRecord, sde_step_indices: Collection[int]) -> bool:
-    """Whether every step was chosen. CPS's last step has no density, so it is never listed."""
-    missing = set(range(record.num_inference_steps)) - set(sde_step_indices)
-    return not missing or (record.sde_type == "cps" and missing == {record.num_inference_steps - 1})
 
 
 def _check_record(record: SamplingRecord, family: Family) -> None:

@@ -13,7 +13,7 @@ from flowroll.types import SamplingParams
 from flowroll.types.params import MAX_SEED, SdeType
 
 # What a request draws. All of it is sent, since servers differ in what they take for granted.
-DRAWN = ("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "sde_type", "seed")
+DRAWN = ("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class Mix:
             height=height,
             num_inference_steps=self.steps[0] if steps is None else steps,
             num_outputs_per_prompt=self.group_sizes[0] if samples is None else samples,
-            sde_type=dynamics or self.dynamics[0],
+            rollout_sde_type=dynamics or self.dynamics[0],
             seed=seed,
             **self.fixed,
         )

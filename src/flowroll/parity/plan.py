@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.errors import InvalidRequestError
 from flowroll.parallel.rendezvous import check_devices, torchrun_rank
+from flowroll.sampling.dynamics import dynamics_named
 from flowroll.types import Layout, Number, SamplingParams, SdeType
 
 _SIZE = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?")
@@ -143,14 +144,9 @@ def parse_modes(text: str) -> tuple[SdeType, ...]:
     Raises:
         InvalidRequestError: One is no dynamics, or is there twice.
     """
-    modes, known = [name.strip() for name in text.split(",")], get_args(SdeType)
-    for name in modes:
-        if name not in known:
-            raise InvalidRequestError(
-                f"modes must be some of {', '.join(known)}, got {name!r}; write e.g. {','.join(known)}.", field="modes"
-            )
+    modes = [dynamics_named(name.strip(), field="modes").name for name in text.split(",")]
     _refuse_repeats("modes", modes)
-    return cast("tuple[SdeType, ...]", tuple(modes))
+    return tuple(modes)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -191,6 +187,8 @@ def _check_timeout(seconds: Number) -> None:
 
 def _requests(options: ParityOptions, modes: tuple[SdeType, ...]) -> dict[SdeType, SamplingParams]:
     width, height = (None, None) if options.size is None else parse_size(options.size)
+    # By its short name, which is that of the option: an error names it so.
+    given: dict[str, Any] = {"noise_level": options.noise_level}
     return {
         mode: SamplingParams(
             prompt=options.prompt,
@@ -200,11 +198,11 @@ def _requests(options: ParityOptions, modes: tuple[SdeType, ...]) -> dict[SdeTyp
             num_inference_steps=options.steps,
             num_outputs_per_prompt=options.num_outputs,
             guidance_scale=options.guidance_scale,
-            sde_type=mode,
-            noise_level=options.noise_level,
-            debug_mode=True,
-            return_denoising_env=True,
-            return_dit_trajectory=True,
+            rollout_sde_type=mode,
+            rollout_debug_mode=True,
+            rollout_return_denoising_env=True,
+            rollout_return_dit_trajectory=True,
+            **given,
         )
         for mode in modes
     }

@@ -179,7 +179,7 @@ def _configuration(plan: ParityPlan, facts: Facts) -> Mapping[str, str]:
         "size": f"{geometry.width} x {geometry.height} pixels, {geometry.num_tokens} image tokens",
         "steps": str(request.schedule.num_steps),
         "modes": ", ".join(plan.requests),
-        "noise level": f"{params.noise_level:g} (sde and cps)",
+        "noise level": f"{params.noise_level:g} (of the stochastic modes)",
         "guidance": guidance,
         "dtype": plan.dtype,
         "device": plan.device,

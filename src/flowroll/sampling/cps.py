@@ -4,7 +4,8 @@
     x0 = x - s v,  x1 = x + (1 - s) v
     mean = (1 - t) x0 + sqrt(t^2 - std^2) x1
 
-with s = sigma, t = next sigma, n = noise level in [0, 1]. The last step (t = 0) has std 0: it is deterministic.
+with s = sigma, t = next sigma, n = noise level in [0, 2). The std is largest at n = 1 and falls again above it. The last step
+(t = 0) has std 0: it is deterministic.
 
 Reference:
     Wang, Yu, "Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching" (arXiv:2509.05952), and its
@@ -19,23 +20,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.sampling.base import Dynamics
 from flowroll.sampling.transition import Transition
 
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
-def transition(sigma: Float[Tensor, ""], sigma_next: Float[Tensor, ""], noise_level: int | float) -> Transition:
+
+def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
     """The transition of one step, with the mean collected by latents and velocity.
 
     Args:
-        sigma: s, float32.
-        sigma_next: t < s, float32.
-        noise_level: n in (0, 1].
+        sigmas: The whole grid, float32.
+        step: Which step, counted from 0.
+        noise_level: n in (0, 2).
 
     Returns:
         Its coefficients, computed in float64 from the float32 sigmas and rounded once.
     """
-    s, t = sigma.item(), sigma_next.item()
+    s, t = sigmas[step].item(), sigmas[step + 1].item()
     std = t * math.sin(noise_level * math.pi / 2)
     on_x1 = math.sqrt(max(t * t - std * std, 0.0))
-    exact = torch.tensor([(1 - t) + on_x1, on_x1 * (1 - s) - (1 - t) * s, std], dtype=torch.float64)
-    on_latents, on_velocity, rounded_std = exact.to(torch.float32).tolist()
-    return Transition(dynamics="cps", on_latents=on_latents, on_velocity=on_velocity, std=rounded_std)
+    if std * std < _SMALLEST_NORMAL:
+        # Just below n = 2: float32 cannot hold the variance that the density is divided by.
+        std = 0.0
+    return Transition.rounded(
+        dynamics=DYNAMICS.name,
+        on_latents=(1 - t) + on_x1,
+        on_velocity=on_x1 * (1 - s) - (1 - t) * s,
+        std=std,
+    )
+
+
+DYNAMICS = Dynamics(
+    name="cps",
+    summary="Coefficients-Preserving Sampling (FlowCPS)",
+    coefficients=coefficients,
+    noise_level_max=2.0,
+    noise_level_max_is_open=True,
+    log_prob_form="no_const",
+)

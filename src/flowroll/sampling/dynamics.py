@@ -1,21 +1,52 @@
-"""Which transition each step of a trajectory follows."""
+"""The dynamics by name, and which transition each step of a trajectory follows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.sampling import cps, flow_sde, ode, transition
-from flowroll.sampling.transition import Transition
-from flowroll.types import SdeType
+from flowroll.errors import InvalidRequestError
+from flowroll.sampling import cps, dance, flow_sde, ode, transition
+from flowroll.sampling.base import Dynamics
+from flowroll.sampling.transition import ODE, Transition
+
+DYNAMICS: Mapping[str, Dynamics] = {module.DYNAMICS.name: module.DYNAMICS for module in (flow_sde, cps, dance, ode)}
+# Every name that a request may use, and the dynamics that it means.
+_BY_ANY_NAME: Mapping[str, Dynamics] = {name: found for found in DYNAMICS.values() for name in (found.name, *found.aliases)}
+NAMES = tuple(_BY_ANY_NAME)
+
+
+def dynamics_named(name: str, *, field: str = "sde_type") -> Dynamics:
+    """The dynamics of a name or an alias.
+
+    Args:
+        name: As a request or a record has it.
+        field: What an error calls it.
+
+    Raises:
+        InvalidRequestError: There is none of that name.
+    """
+    found = _BY_ANY_NAME.get(name)
+    if found is None:
+        known = ", ".join(DYNAMICS)
+        raise InvalidRequestError(f"{field} must be one of {known}, got {name[:80]!r}; choose one of these.", field=field)
+    return found
+
+
+def noise_level_help() -> str:
+    """The limits of the noise level, by dynamics."""
+    ranges: dict[str, list[str]] = {}
+    for found in DYNAMICS.values():
+        ranges.setdefault(found.noise_level_range, []).append(found.name)
+    return "; ".join(f"{limits} for {', '.join(names)}" for limits, names in ranges.items())
 
 
 def transitions(
     sigmas: Float[Tensor, " states"],
     *,
-    sde_type: SdeType,
+    sde_type: str,
     noise_level: int | float,
     sde_step_indices: Collection[int] | None = None,
 ) -> tuple[Transition, ...]:
@@ -24,16 +55,77 @@ def transitions(
     Args:
         sigmas: T + 1 noise levels, float32.
         sde_type: Dynamics of the chosen steps.
-        noise_level: n; at 0 every step is an ODE step.
+        noise_level: n; at 0 every step of a stochastic dynamics is an ODE step.
         sde_step_indices: The chosen steps; None: all. The others are ODE steps.
 
     Returns:
         One transition per step.
+
+    Raises:
+        InvalidRequestError: There is no such dynamics, or it cannot take one of its steps.
     """
+    chosen = dynamics_named(sde_type)
+    steps = check_sigmas(sigmas, chosen, noise_level=noise_level, sde_step_indices=sde_step_indices)
     return tuple(
-        _transition(sigmas, step, sde_type if _chosen(step, noise_level, sde_step_indices) else "ode", noise_level)
+        (chosen if step in steps else ode.DYNAMICS).coefficients(sigmas, step, noise_level)
         for step in range(sigmas.shape[0] - 1)
     )
+
+
+def recorded_transitions(
+    sigmas: Float[Tensor, " states"], *, sde_type: str, noise_level: int | float, stochastic_steps: Collection[int] | None
+) -> tuple[Transition, ...]:
+    """The T transitions of a rollout that says which of its steps had a density.
+
+    A step that has none under its own dynamics (the last one of CPS) is not among them, though it was chosen.
+
+    Args:
+        sigmas: T + 1 noise levels, float32.
+        sde_type: Dynamics of the stochastic steps.
+        noise_level: n.
+        stochastic_steps: The steps with a density; None: every step was chosen.
+
+    Raises:
+        InvalidRequestError: As for `transitions`.
+    """
+    if stochastic_steps is not None:
+        chosen = dynamics_named(sde_type)
+        missing = set(range(sigmas.shape[0] - 1)) - set(stochastic_steps)
+        if not any(chosen.coefficients(sigmas, step, noise_level).is_stochastic for step in missing):
+            stochastic_steps = None
+    return transitions(sigmas, sde_type=sde_type, noise_level=noise_level, sde_step_indices=stochastic_steps)
+
+
+def check_sigmas(
+    sigmas: Float[Tensor, " states"],
+    chosen: Dynamics,
+    *,
+    noise_level: int | float,
+    sde_step_indices: Collection[int] | None = None,
+) -> Collection[int]:
+    """Refuses a grid on which the dynamics cannot take one of its steps; the other arguments are those of `transitions`.
+
+    Returns:
+        The steps that follow the dynamics.
+
+    Raises:
+        InvalidRequestError: Names the sigma and its step.
+    """
+    if chosen.name == ODE or (chosen.is_stochastic and noise_level == 0):
+        return ()
+    every = range(sigmas.shape[0] - 1)
+    steps = every if sde_step_indices is None else set(sde_step_indices) & set(every)
+    values = sigmas.tolist()
+    for step in sorted(steps):
+        problem: tuple[str, str] | None = None
+        if not 0 <= values[step + 1] < values[step] <= 1:
+            problem = "decrease at every step, from at most 1 to 0", "correct that value"
+        elif chosen.sigma_problem is not None:
+            problem = chosen.sigma_problem(values, step)
+        if problem is not None:
+            rule, remedy = problem
+            raise InvalidRequestError(f"sigmas must {rule}, got {values[step]:.9g} at step {step}; {remedy}.", field="sigmas")
+    return steps
 
 
 def step_mean(
@@ -50,7 +142,7 @@ def step_mean(
     Returns:
         float32; at an ODE step the next latents, in the velocity's dtype.
     """
-    return ode.step(latents, velocity, dt) if this.dynamics == "ode" else transition.mean(this, latents, velocity)
+    return ode.step(latents, velocity, dt) if this.dynamics == ODE else transition.mean(this, latents, velocity)
 
 
 def amplification(chosen: Sequence[Transition]) -> float:
@@ -63,16 +155,3 @@ def amplification(chosen: Sequence[Transition]) -> float:
         product = max(product * abs(this.on_latents), 1.0)
         largest = max(largest, product)
     return largest
-
-
-def _chosen(step: int, noise_level: int | float, sde_step_indices: Collection[int] | None) -> bool:
-    return noise_level > 0 and (sde_step_indices is None or step in sde_step_indices)
-
-
-def _transition(sigmas: Tensor, step: int, dynamics: SdeType, noise_level: int | float) -> Transition:
-    sigma, sigma_next = sigmas[step], sigmas[step + 1]
-    if dynamics == "sde":
-        return flow_sde.transition(sigma, sigma_next, sigmas[1], noise_level)
-    if dynamics == "cps":
-        return cps.transition(sigma, sigma_next, noise_level)
-    return Transition(dynamics="ode", on_latents=1.0, on_velocity=(sigma_next - sigma).item(), std=0.0)

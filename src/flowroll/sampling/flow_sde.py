@@ -4,8 +4,8 @@
     mean = x (1 + g^2 dt / (2 s)) + v (1 + g^2 (1 - s) / (2 s)) dt
     std = g sqrt(-dt)
 
-with s = sigma, t = next sigma, dt = t - s < 0, n = noise level. Where s is 1 the s in the denominator of g is the second sigma
-of the grid, which keeps g finite.
+with s = sigma, t = next sigma, dt = t - s < 0, n = noise level. Where the grid starts at 1, the s in the denominator of the
+first g is the second sigma of the grid, which keeps g finite. No later step may start at 1.
 
 Reference:
     Liu et al., "Flow-GRPO: Training Flow Matching Models via Online RL" (arXiv:2505.05470), and its public code
@@ -16,34 +16,55 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.sampling.base import Dynamics
 from flowroll.sampling.transition import Transition
 
 
-def transition(
-    sigma: Float[Tensor, ""], sigma_next: Float[Tensor, ""], second_sigma: Float[Tensor, ""], noise_level: int | float
-) -> Transition:
+def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
     """The transition of one step.
 
     Args:
-        sigma: s, float32.
-        sigma_next: t < s, float32.
-        second_sigma: The second sigma of the grid, float32.
+        sigmas: The whole grid, float32.
+        step: Which step, counted from 0.
         noise_level: n > 0.
 
     Returns:
         Its coefficients, rounded to float32.
     """
-    dt = sigma_next - sigma
-    at_one = torch.isclose(sigma, torch.ones_like(sigma))
-    g = torch.sqrt(sigma / (1 - torch.where(at_one, second_sigma, sigma))) * noise_level
+    sigma = sigmas[step]
+    dt = sigmas[step + 1] - sigma
+    # A later step has no right to the second sigma, which is its own or lies above it.
+    below_one = sigmas[1] if step == 0 and _is_one(sigma.item()) else sigma
+    g = torch.sqrt(sigma / (1 - below_one)) * noise_level
     drift = g**2 / (2 * sigma)
     return Transition(
-        dynamics="sde",
+        dynamics=DYNAMICS.name,
         on_latents=(1 + drift * dt).item(),
         on_velocity=((1 + g**2 * (1 - sigma) / (2 * sigma)) * dt).item(),
         std=(g * torch.sqrt(-dt)).item(),
     )
+
+
+def _is_one(sigma: float) -> bool:
+    return abs(sigma - 1) <= 1e-8 + 1e-5
+
+
+def _sigma_problem(sigmas: Sequence[float], step: int) -> tuple[str, str] | None:
+    if step == 0 or not _is_one(sigmas[step]):
+        return None
+    rule = "stay more than 1e-5 below 1 after the first value where a step of sde starts"
+    return rule, f"remove it, or leave step {step} out of rollout_sde_step_indices"
+
+
+DYNAMICS = Dynamics(
+    name="sde",
+    summary="Flow-SDE (Flow-GRPO)",
+    coefficients=coefficients,
+    sigma_problem=_sigma_problem,
+)

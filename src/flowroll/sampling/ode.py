@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.sampling.base import Dynamics
+from flowroll.sampling.transition import ODE, Transition
+
 
 def step(
     latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], dt: Float[Tensor, ""]
@@ -31,3 +34,14 @@ def step(
         The next latents, in the velocity's dtype.
     """
     return (latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
+
+
+def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
+    """The transition of one step, for its record: `step` is what takes it."""
+    dt = sigmas[step + 1] - sigmas[step]
+    return Transition(dynamics=ODE, on_latents=1.0, on_velocity=dt.item(), std=0.0)
+
+
+DYNAMICS = Dynamics(
+    name=ODE, summary="Euler steps, as the plain pipeline takes them", coefficients=coefficients, is_stochastic=False
+)

@@ -1,9 +1,9 @@
 """One transition of a trajectory, and the only log-prob code of the project.
 
-Every stochastic sampler here is a Gaussian whose mean is affine in latents and velocity, so a step is four facts: its
-dynamics, the two factors of the mean and the total std. The samplers (`flow_sde`, `cps`) compute these facts from the
-sigmas; this module applies and scores them, for the engine and for replay alike. The tensor that is scored is the tensor
-that was stored: `next_latents` after all rounding.
+Every sampler here is a Gaussian whose mean is affine in the latents, the velocity and the clean prediction of the step before,
+so a step is five facts: its dynamics, the three factors of the mean and the total std. The samplers compute these facts from
+the sigmas, one sampler to a file; this module applies and scores them, for the engine and for replay alike. The tensor that is
+scored is the tensor that was stored: `next_latents` after all rounding.
 """
 
 from __future__ import annotations
@@ -15,26 +15,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.types import SdeType
-
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+# The dynamics whose steps are taken by `ode.step`, in the plain pipeline's dtypes. Steps that are not chosen follow it too.
+ODE = "ode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
-    """next ~ N(on_latents * x + on_velocity * v, std^2), for latents x and velocity v.
+    """next ~ N(on_latents * x + on_velocity * v + on_previous * x0_prev, std^2), for latents x and velocity v.
 
     Attributes:
         dynamics: The rule that made it. "ode" steps are executed by `ode.step`, in its dtypes.
         on_latents: Factor of x, a float32 value.
         on_velocity: Factor of v, a float32 value.
         std: Total std, a float32 value; 0 for a deterministic step.
+        on_previous: Factor of x0_prev, the clean prediction x - s v of the step before, a float32 value.
     """
 
-    dynamics: SdeType
+    dynamics: str
     on_latents: float
     on_velocity: float
     std: float
+    on_previous: float = 0.0
+
+    @classmethod
+    def rounded(cls, *, dynamics: str, **values: float) -> Transition:
+        """A transition from float64 values, each rounded to float32 once."""
+        exact = torch.tensor(list(values.values()), dtype=torch.float64)
+        return cls(dynamics=dynamics, **dict(zip(values, exact.to(torch.float32).tolist(), strict=True)))
 
     @property
     def is_stochastic(self) -> bool:
@@ -43,19 +51,27 @@ class Transition:
 
 
 def mean(
-    transition: Transition, latents: Float[Tensor, " *shape"], velocity: Float[Tensor, " *shape"]
+    transition: Transition,
+    latents: Float[Tensor, " *shape"],
+    velocity: Float[Tensor, " *shape"],
+    previous: Float[Tensor, " *shape"] | None = None,
 ) -> Float[Tensor, " *shape"]:
     """The mean of the next latents, in float32; differentiable in the velocity.
 
     Args:
-        transition: A stochastic sampler's step.
+        transition: A step of any dynamics but the ODE.
         latents: x at sigma, any float dtype; taken to float32 first.
         velocity: v, any float dtype; taken to float32 first.
+        previous: x0_prev, float32; needed exactly where the transition has a factor for it.
 
     Returns:
-        on_latents * x + on_velocity * v, float32.
+        on_latents * x + on_velocity * v + on_previous * x0_prev, float32.
     """
-    return latents.to(torch.float32) * transition.on_latents + velocity.to(torch.float32) * transition.on_velocity
+    found = latents.to(torch.float32) * transition.on_latents + velocity.to(torch.float32) * transition.on_velocity
+    if transition.on_previous == 0:
+        return found
+    assert previous is not None
+    return found + previous * transition.on_previous
 
 
 def sample(

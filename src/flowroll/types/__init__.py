@@ -10,19 +10,18 @@ from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
+    ALIASES,
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     MIN_SIGMA_GAP,
-    NOISE_LEVEL_MAX,
-    NOISE_LEVEL_MAX_CPS,
-    NOISE_LEVEL_MIN,
     ROLLOUT_FIELDS,
     GeneratorDevice,
     Number,
     SamplingParams,
     SdeType,
+    by_field_name,
 )
 from flowroll.types.results import (
     SCHEMA_VERSION,
@@ -38,6 +37,7 @@ from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, Sco
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
+    "ALIASES",
     "MAX_GUIDANCE_SCALE",
     "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
@@ -45,9 +45,6 @@ __all__ = [
     "MAX_SEED",
     "MAX_VERSION_CHARS",
     "MIN_SIGMA_GAP",
-    "NOISE_LEVEL_MAX",
-    "NOISE_LEVEL_MAX_CPS",
-    "NOISE_LEVEL_MIN",
     "ROLLOUT_FIELDS",
     "SCHEMA_VERSION",
     "AdapterChange",
@@ -79,6 +76,7 @@ __all__ = [
     "Trajectory",
     "WeightUpdate",
     "branch_digest",
+    "by_field_name",
     "check_lora_name",
     "check_version",
     "params_of",

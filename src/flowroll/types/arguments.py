@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types.params import GeneratorDevice, SamplingParams, SdeType
+from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType
 from flowroll.types.plain import plain
 
 # numpy's numbers and tensors of one element too; and for several, 1-D arrays and tensors.
@@ -36,6 +36,8 @@ class ImageFields(TypedDict, total=False):
     height: Integer | None
     num_inference_steps: Integer | None
     num_outputs_per_prompt: Integer | None
+    num_frames: Integer | None
+    fps: Real | None
     guidance_scale: Real | None
     true_cfg_scale: Real | None
     sigmas: Reals | None
@@ -46,9 +48,18 @@ class ImageFields(TypedDict, total=False):
 
 
 class RolloutFields(ImageFields, total=False):
-    """All fields of `SamplingParams`."""
+    """All fields of `SamplingParams`, and their short names."""
 
     rollout: bool
+    rollout_sde_type: SdeType
+    rollout_noise_level: Real
+    rollout_log_prob_no_const: bool
+    rollout_debug_mode: bool
+    rollout_return_denoising_env: bool
+    rollout_return_dit_trajectory: bool
+    rollout_sde_step_indices: Integers | None
+    rollout_return_step_indices: Integers | None
+    # The short names of the same.
     sde_type: SdeType
     noise_level: Real
     log_prob_no_const: bool
@@ -60,7 +71,7 @@ class RolloutFields(ImageFields, total=False):
 
 
 def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method was given, by the names of `SamplingParams`, each value checked and as they hold it.
+    """What a method was given, by the fields of `SamplingParams`: checked, with plain numbers and tuples, otherwise as given.
 
     Args:
         request: The prompt, or the whole request, of which what differs from the defaults counts as given.
@@ -86,8 +97,9 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
     refuse_unknown(values)
     if "prompt" not in values:
         raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
-    params = SamplingParams(**{name: plain(value) for name, value in values.items()})
-    return {name: getattr(params, name) for name in values}
+    given = {name: plain(value) for name, value in values.items()}
+    SamplingParams(**given)
+    return {ALIASES.get(name, name): value for name, value in given.items()}
 
 
 def params_of(request: str | SamplingParams | None, values: Mapping[str, Any]) -> SamplingParams:
@@ -96,14 +108,14 @@ def params_of(request: str | SamplingParams | None, values: Mapping[str, Any]) -
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    """Refuses a name that is no field of `SamplingParams`.
+    """Refuses a name that `SamplingParams` does not have.
 
     Raises:
         InvalidRequestError: Says which field may be meant.
     """
     for name in names:
-        if name not in _FIELDS:
-            guess = closest(name, _FIELDS)
+        if name not in _FIELDS and name not in ALIASES:
+            guess = closest(name, [*_FIELDS, *ALIASES])
             remedy = f"use {guess} if that is meant" if guess else f"use one of {', '.join(_FIELDS)}"
             raise InvalidRequestError(f"{name} must be a field of SamplingParams, got an unknown name; {remedy}.", field=name)
 

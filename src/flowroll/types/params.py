@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
 
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
 from flowroll.types.adapters import check_lora_name
+from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
 from flowroll.types.weights import check_version
 
-SdeType: TypeAlias = Literal["sde", "cps", "ode"]
+# The names of the dynamics, aliases included. A type checker cannot read them from the registry; everything else can.
+if TYPE_CHECKING:
+    SdeType: TypeAlias = str
+else:
+    SdeType = Literal[NAMES]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 MAX_REQUEST_ID_CHARS = 256
-NOISE_LEVEL_MIN, NOISE_LEVEL_MAX, NOISE_LEVEL_MAX_CPS = 1e-4, 10.0, 1.0
 MIN_SIGMA_GAP = 1e-6
 # Far above any use; without a limit the guided velocity would overflow float32.
 MAX_GUIDANCE_SCALE = 1000.0
-# The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset(
-    {
-        "rollout",
-        "sde_type",
-        "noise_level",
-        "log_prob_no_const",
-        "debug_mode",
-        "return_denoising_env",
-        "return_dit_trajectory",
-        "sde_step_indices",
-        "return_step_indices",
-    }
+_FLAGS = (
+    "rollout",
+    "rollout_log_prob_no_const",
+    "rollout_debug_mode",
+    "rollout_return_denoising_env",
+    "rollout_return_dit_trajectory",
+    "suppress_logs",
 )
-_FLAGS = ("rollout", "log_prob_no_const", "debug_mode", "return_denoising_env", "return_dit_trajectory", "suppress_logs")
+# What an evaluation may say beside the defaults: values that ask for nothing.
+_NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0, "rollout_debug_mode": False}
 
 
 def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
@@ -63,12 +66,14 @@ def _is_finite(value: object) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+@accept_aliases
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """One request: a prompt and how to sample it. `None` means "the family's default".
 
     Rules that need no model are checked here; the rest (pixel grid, server limits) when the engine plans the request. Numbers
-    of numpy and torch are taken as Python's; a list, or a 1-D array or tensor, becomes a tuple.
+    of numpy and torch are taken as Python's; a list, or a 1-D array or tensor, becomes a tuple. Every `rollout_...` field also
+    has a short name without that prefix; both at once are refused.
 
     Attributes:
         prompt: The text; may be empty.
@@ -80,18 +85,20 @@ class SamplingParams:
         height: Pixels.
         num_inference_steps: Number of transitions T.
         num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
+        num_frames: 1 or None: an image. Taken for clients that always send it.
+        fps: Any number; an image has no use for it. Taken for clients that always send it.
         guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None.
         true_cfg_scale: Guidance scale, 0 to 1000.
         sigmas: T + 1 noise levels used verbatim: in (0, 1], strictly decreasing by at least 1e-6, then a final 0.
-        rollout: False: an evaluation, the image alone.
-        sde_type: Dynamics of the stochastic steps.
-        noise_level: 0 (every step is an ODE step), or 1e-4 to 10 (cps: to 1).
-        log_prob_no_const: Log-probs are minus the mean of (next - mean)^2, without scale and constants.
-        debug_mode: Return the per-step debug tensors.
-        return_denoising_env: Return every transformer argument.
-        return_dit_trajectory: Return latents, timesteps and sigmas.
-        sde_step_indices: Steps that follow `sde_type`, the others are ODE steps. None: all.
-        return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
+        rollout: False: an evaluation, the image alone; it refuses what only a rollout can return or follow.
+        rollout_sde_type: Dynamics of the stochastic steps.
+        rollout_noise_level: 0 (every step is an ODE step), or a number within the limits of the dynamics.
+        rollout_log_prob_no_const: Log-probs are minus the mean of (next - mean)^2, without scale and constants.
+        rollout_debug_mode: Return the per-step debug tensors.
+        rollout_return_denoising_env: Return every transformer argument.
+        rollout_return_dit_trajectory: Return latents, timesteps and sigmas.
+        rollout_sde_step_indices: Steps that follow `rollout_sde_type`, the others are ODE steps. None: all.
+        rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
@@ -110,22 +117,33 @@ class SamplingParams:
     height: int | None = None
     num_inference_steps: int | None = None
     num_outputs_per_prompt: int | None = None
+    num_frames: int | None = None
+    fps: Number | None = None
     guidance_scale: Number | None = None
     true_cfg_scale: Number | None = None
     sigmas: tuple[Number, ...] | None = None
     rollout: bool = True
-    sde_type: SdeType = "sde"
-    noise_level: Number = 0.7
-    log_prob_no_const: bool = False
-    debug_mode: bool = True
-    return_denoising_env: bool = False
-    return_dit_trajectory: bool = False
-    sde_step_indices: tuple[int, ...] | None = None
-    return_step_indices: tuple[int, ...] | None = None
+    rollout_sde_type: SdeType = "sde"
+    rollout_noise_level: Number = 0.7
+    rollout_log_prob_no_const: bool = False
+    rollout_debug_mode: bool = True
+    rollout_return_denoising_env: bool = False
+    rollout_return_dit_trajectory: bool = False
+    rollout_sde_step_indices: tuple[int, ...] | None = None
+    rollout_return_step_indices: tuple[int, ...] | None = None
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
     lora_name: str | None = None
+
+    sde_type = Alias[SdeType]("rollout_sde_type")
+    noise_level = Alias[Number]("rollout_noise_level")
+    log_prob_no_const = Alias[bool]("rollout_log_prob_no_const")
+    debug_mode = Alias[bool]("rollout_debug_mode")
+    return_denoising_env = Alias[bool]("rollout_return_denoising_env")
+    return_dit_trajectory = Alias[bool]("rollout_return_dit_trajectory")
+    sde_step_indices = Alias["tuple[int, ...] | None"]("rollout_sde_step_indices")
+    return_step_indices = Alias["tuple[int, ...] | None"]("rollout_return_step_indices")
 
     def __post_init__(self) -> None:
         self._take_plain()
@@ -136,6 +154,8 @@ class SamplingParams:
         self._check_seeds()
         self._check_sigmas()
         self._check_rollout()
+        self._check_dynamics()
+        self._check_evaluation()
 
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
@@ -165,7 +185,7 @@ class SamplingParams:
                 object.__setattr__(self, name, value)
 
     def _check_sequences(self) -> None:
-        for name in ("seeds", "sigmas", "sde_step_indices", "return_step_indices"):
+        for name in ("seeds", "sigmas", "rollout_sde_step_indices", "rollout_return_step_indices"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, tuple), name, "be a tuple", value, "put the values in a tuple")
 
@@ -193,6 +213,10 @@ class SamplingParams:
             value = getattr(self, name)
             ok = value is None or (_is_finite(value) and 0 <= value <= MAX_GUIDANCE_SCALE)
             _require(ok, name, f"be a number from 0 to {MAX_GUIDANCE_SCALE:g}", value, "use 0 for no guidance")
+        frames, fps = self.num_frames, self.fps
+        one = frames is None or (_is_int(frames) and frames == 1)
+        _require(one, "num_frames", "be None or 1", frames, "leave it out, flowroll makes images")
+        _require(fps is None or _is_finite(fps), "fps", "be None or a number", fps, "leave it out, an image has no use for it")
 
     def _check_sigmas(self) -> None:
         if self.sigmas is None:
@@ -212,20 +236,51 @@ class SamplingParams:
         )
 
     def _check_rollout(self) -> None:
-        choices = get_args(SdeType)
-        _require(self.sde_type in choices, "sde_type", f"be one of {', '.join(choices)}", self.sde_type, "choose one of these")
         devices = get_args(GeneratorDevice)
         ok = self.generator_device in devices
         _require(ok, "generator_device", f"be one of {', '.join(devices)}", self.generator_device, "choose one of these")
-        high = NOISE_LEVEL_MAX_CPS if self.sde_type == "cps" else NOISE_LEVEL_MAX
-        level = self.noise_level
-        ok = _is_finite(level) and (level == 0 or NOISE_LEVEL_MIN <= level <= high)
-        rule = f"be 0 or from {NOISE_LEVEL_MIN} to {high:g} for {self.sde_type}"
-        _require(ok, "noise_level", rule, level, "use 0 for a deterministic rollout")
-        for name in ("sde_step_indices", "return_step_indices"):
+        for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
             indices = getattr(self, name)
             if indices is None:
                 continue
             whole = all(_is_int(i) and i >= 0 for i in indices)
             _require(whole, name, "hold integers >= 0", indices, "count steps from 0")
             _require(len(set(indices)) == len(indices), name, "hold each step once", indices, "remove the duplicates")
+
+    def _check_dynamics(self) -> None:
+        name, level = self.rollout_sde_type, self.rollout_noise_level
+        rule = f"be one of {', '.join(DYNAMICS)}"
+        _require(isinstance(name, str) and name in NAMES, "rollout_sde_type", rule, name, "choose one of these")
+        chosen = dynamics_named(name)
+        object.__setattr__(self, "rollout_sde_type", chosen.name)
+        rule = f"be 0 or from {chosen.noise_level_range} for {chosen.name}"
+        ok = _is_finite(level) and chosen.admits(level)
+        _require(ok, "rollout_noise_level", rule, level, "use 0 for a deterministic rollout")
+        if self.rollout and self.sigmas is not None:
+            grid = torch.tensor(self.sigmas, dtype=torch.float32)
+            check_sigmas(grid, chosen, noise_level=level, sde_step_indices=self.rollout_sde_step_indices)
+
+    def _check_evaluation(self) -> None:
+        """Refuses what has no effect without a rollout."""
+        if self.rollout:
+            return
+        for name in ROLLOUT_FIELDS - {"rollout"}:
+            value = getattr(self, name)
+            asks = value != DEFAULTS[name] and (name not in _NOTHING_ASKED or value != _NOTHING_ASKED[name])
+            _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
+
+
+# The field that every short name stands for.
+ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
+# The fields that plain generation does not have.
+ROLLOUT_FIELDS = frozenset({"rollout", *ALIASES.values()})
+DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
+
+
+def by_field_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of `SamplingParams` by the names of its fields, from values by either name.
+
+    Raises:
+        InvalidRequestError: One value was given by both names.
+    """
+    return by_field(values, ALIASES)

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
+from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
+from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.types import (
     MAX_GUIDANCE_SCALE,
     MAX_LORA_NAME_CHARS,
@@ -17,8 +19,6 @@ from flowroll.types import (
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     MAX_VERSION_CHARS,
-    NOISE_LEVEL_MAX,
-    NOISE_LEVEL_MIN,
     GeneratorDevice,
     SdeType,
 )
@@ -177,17 +177,19 @@ RolloutFlag: TypeAlias = Annotated[
 SdeTypeName: TypeAlias = Annotated[
     SdeType,
     Field(
-        description="Dynamics of the stochastic steps: Flow-SDE, Coefficients-Preserving Sampling, or none.", examples=["cps"]
+        description="Dynamics of the stochastic steps. "
+        + "; ".join(f'"{name}": {found.summary}' for name, found in DYNAMICS.items())
+        + ".",
+        examples=["cps"],
     ),
-    Rule(text='be "sde", "cps" or "ode"', remedy="choose one of these"),
+    Rule(text=f"be one of {', '.join(DYNAMICS)}", remedy="choose one of these"),
 ]
 NoiseLevel: TypeAlias = Annotated[
     float,
     Field(
         ge=0,
         le=NOISE_LEVEL_MAX,
-        description=f"Noise level n: 0 (every step is an ODE step), or {NOISE_LEVEL_MIN} to {NOISE_LEVEL_MAX:g}; for cps at "
-        "most 1.",
+        description=f"Noise level n: 0 (every step is an ODE step), or {noise_level_help()}.",
         examples=[0.7],
     ),
     Rule(text=f"be 0, or a number from {NOISE_LEVEL_MIN} to {NOISE_LEVEL_MAX:g}", remedy="use 0 for a deterministic rollout"),
@@ -225,7 +227,17 @@ ReturnSteps: TypeAlias = Annotated[
     Field(description="Which of the T+1 latents (0..T, each once) to return. null: all.", examples=[[0, 4]]),
     Rule(text="be null or a list of integers >= 0", remedy="count latents from 0"),
 ]
-OnlyNull: TypeAlias = Annotated[
+Frames: TypeAlias = Annotated[
+    int | None,
+    Field(ge=1, le=1, description="null or 1: an image.", examples=[1]),
+    Rule(text="be null or 1", remedy="leave it out, flowroll makes images"),
+]
+FramesPerSecond: TypeAlias = Annotated[
+    float | None,
+    Field(description="Accepted for compatibility; an image has no use for it.", examples=[24]),
+    Rule(text="be null or a number", remedy="leave it out, an image has no use for it"),
+]
+ImagePath: TypeAlias = Annotated[
     None,
     Field(description="Accepted for compatibility; must be null.", examples=[None]),
     Rule(text="be null", remedy="leave it out, flowroll makes images from text alone"),

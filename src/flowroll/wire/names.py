@@ -1,10 +1,6 @@
-"""The one table of names: what the wire calls the fields of `SamplingParams`."""
+"""Names on the wire: routes, and where a request carries a field. The fields are named as `SamplingParams` names them."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-
-from flowroll.types import ROLLOUT_FIELDS
 
 EXTRA = "extra_sampling_params"
 ROLLOUT_ROUTE = "/rollout/generate"
@@ -32,8 +28,5 @@ UPDATE_FROM_GROUP_ROUTE = "/update_weights_from_distributed"
 DESTROY_GROUP_ROUTE = "/destroy_weights_update_group"
 UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
 
-# Fields that are not listed have one name for both.
-PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(ROLLOUT_FIELDS - {"rollout"})}
-WIRE_TO_PARAM: Mapping[str, str] = {wire: name for name, wire in PARAM_TO_WIRE.items()}
 # Fields that a request carries in its object of further parameters, not at its top level.
 EXTRA_ONLY = frozenset({"sigmas"})

@@ -1,7 +1,7 @@
 """The requests: what POST /rollout/generate, /generate and /v1/images/generations accept, and nothing else.
 
-The models carry what OpenAPI shows. Types are strict, unknown fields are refused, and `to_params` maps the wire's names to
-`SamplingParams`, once.
+The models carry what OpenAPI shows. Types are strict and unknown fields are refused. Names and defaults are those of
+`SamplingParams`, which `to_params` makes; its short names are for `extra_sampling_params` alone.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import SamplingParams
+from flowroll.types import ALIASES, SamplingParams
 from flowroll.wire import fields
 from flowroll.wire.fields import Rule
-from flowroll.wire.names import EXTRA, PARAM_TO_WIRE, WIRE_TO_PARAM
+from flowroll.wire.names import EXTRA
 from flowroll.wire.validation import parse, parse_json_body, shown
 
 __all__ = [
@@ -54,6 +54,8 @@ class _SamplingFields(Strict):
     height: fields.Height = None
     num_inference_steps: fields.Steps = None
     num_outputs_per_prompt: fields.Outputs = None
+    num_frames: fields.Frames = None
+    fps: fields.FramesPerSecond = None
     guidance_scale: fields.GuidanceScale = None
     true_cfg_scale: fields.TrueCfgScale = None
     suppress_logs: fields.SuppressLogs = False
@@ -100,7 +102,7 @@ class _Request(_Prompted):
     _fixed: ClassVar[Mapping[str, Any]] = {}
 
     def to_params(self) -> SamplingParams:
-        """The request by the names of `SamplingParams`; what was not sent keeps its default.
+        """The request as `SamplingParams`; what was not sent keeps its default.
 
         Raises:
             InvalidRequestError: Values that do not go together; named as the wire has them.
@@ -114,11 +116,7 @@ class _Request(_Prompted):
         """The error about a field of `SamplingParams`, naming what this request calls it."""
         if error.field is None:
             return error
-        name = self._wire_name(error.field)
-        message = error.message
-        if message.startswith(error.field):
-            message = name + message.removeprefix(error.field)
-        return InvalidRequestError(message, field=name)
+        return error.renamed(self._wire_name(error.field))
 
     def _params(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -136,26 +134,25 @@ class _ExtensibleRequest(_Request):
     def _check_given_once(self) -> _ExtensibleRequest:
         seen = set(self.given())
         for name, value in self._extra().items():
-            wire = PARAM_TO_WIRE.get(name, name)
-            if wire in seen:
+            field = ALIASES.get(name, name)
+            if field in seen:
                 raise InvalidRequestError(
-                    f"{EXTRA}.{name} must be given once, got {shown(value)} beside another {wire}; remove one of the two.",
+                    f"{EXTRA}.{name} must be given once, got {shown(value)} beside another {field}; remove one of the two.",
                     field=f"{EXTRA}.{name}",
                 )
-            seen.add(wire)
+            seen.add(field)
         return self
 
     def _extra(self) -> dict[str, Any]:
         return {} if self.extra_sampling_params is None else self.extra_sampling_params.given()
 
     def _params(self) -> dict[str, Any]:
-        sent = {name: value for name, value in self.given().items() if name != EXTRA}
-        return {WIRE_TO_PARAM.get(name, name): value for name, value in (sent | self._extra()).items()}
+        return {name: value for name, value in self.given().items() if name != EXTRA} | self._extra()
 
     def _wire_name(self, param: str) -> str:
-        wire = PARAM_TO_WIRE.get(param, param)
-        nested = next((name for name in (param, wire) if name in self._extra()), None)
-        return wire if nested is None else f"{EXTRA}.{nested}"
+        field = ALIASES.get(param, param)
+        nested = next((name for name in self._extra() if ALIASES.get(name, name) == field), None)
+        return field if nested is None else f"{EXTRA}.{nested}"
 
 
 class RolloutRequest(_RolloutFields, _SamplingFields, _ExtensibleRequest):
@@ -182,9 +179,7 @@ class RolloutRequest(_RolloutFields, _SamplingFields, _ExtensibleRequest):
         Field(description="Further fields, each with the rules of its namesake.", examples=[{"sigmas": [1.0, 0.5, 0.0]}]),
         Rule(text="be null or an object", remedy="send further sampling parameters by name"),
     ] = None
-    num_frames: fields.OnlyNull = None
-    fps: fields.OnlyNull = None
-    image_path: fields.OnlyNull = None
+    image_path: fields.ImagePath = None
 
 
 class GenerateRequest(_SamplingFields, _ExtensibleRequest):

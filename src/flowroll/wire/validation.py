@@ -14,16 +14,16 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import ROLLOUT_FIELDS
+from flowroll.types import ALIASES, ROLLOUT_FIELDS
 from flowroll.types.arguments import closest
 from flowroll.wire.fields import Rule
-from flowroll.wire.names import EXTRA, PARAM_TO_WIRE, ROLLOUT_ROUTE
+from flowroll.wire.names import EXTRA, ROLLOUT_ROUTE
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _MAX_NAME_CHARS = 80
 _BODY_RULE = Rule(text="be a JSON object of valid text", remedy="send the request's fields by name")
-_ROLLOUT_NAMES = ROLLOUT_FIELDS | set(PARAM_TO_WIRE.values())
+_ROLLOUT_NAMES = ROLLOUT_FIELDS | set(ALIASES)
 
 
 def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def _unknown_field(model: type[BaseModel], location: tuple[str, ...], value: obj
 
 
 def _remedy(model: type[BaseModel], owner: type[BaseModel], name: str) -> str:
-    if PARAM_TO_WIRE.get(name) in owner.model_fields:
-        return f"use {PARAM_TO_WIRE[name]}"
+    if ALIASES.get(name) in owner.model_fields:
+        return f"use {ALIASES[name]}"
     extra = nested_model(model, EXTRA)
     elsewhere: Mapping[str, object] = model.model_fields if owner is not model else extra.model_fields if extra else {}
     if name in elsewhere:

@@ -5,6 +5,7 @@ from tests.unit.cli.invoking import assert_one_line_error, run_cli
 from tests.unit.parity.reports import EQUAL, OFF, make_layout, make_mode, make_report
 
 from flowroll.parity import run
+from flowroll.sampling.dynamics import DYNAMICS
 
 SMALL = ("--size", 64, "--steps", 2)
 
@@ -28,7 +29,8 @@ def no_process(monkeypatch):
         (("--layouts", "sp2xtp2,tp2xsp2"), "layouts must name each one once, got sp2xtp2 twice; remove one."),
         (("--layouts", "tp7"), "tp must"),
         (("--layouts", "sp4096"), "sp must leave 64 of the largest image"),
-        (("--modes", "sde,dance"), "modes must be some of sde, cps, ode, got 'dance'; write e.g. sde,cps,ode."),
+        (("--modes", "sde,ddim"), "modes must be one of sde, cps, dance, ode, got 'ddim'; choose one of these."),
+        (("--modes", "dance,dance_sde"), "modes must name each one once, got dance twice; remove one."),
         (("--modes", "ode,ode"), "modes must name each one once, got ode twice; remove one."),
         (("--size", "64x"), "size must be WIDTHxHEIGHT or one number of pixels, got '64x'; write e.g. 1024x768 or 1024."),
         (("--size", "100x64"), "width must be a multiple of 16 for qwen_image, got 100; use 96 or 112."),
@@ -38,7 +40,7 @@ def no_process(monkeypatch):
         (("--steps", 2000), "num_inference_steps must ask for at most 1000 steps, got 2000"),
         (("--seed", -1), "seed must be >= 0, got -1"),
         (("--num-outputs", 0), "num_outputs_per_prompt must be an integer >= 1, got 0"),
-        (("--noise-level", 2), "noise_level must be 0 or from 0.0001 to 1 for cps, got 2"),
+        (("--noise-level", 2), "noise_level must be 0 or from 0.0001 to below 2 for cps, got 2"),
         (("--noise-level", 10, "--modes", "sde", "--steps", 50), "noise_level must keep the trajectory within float32, got 10"),
         (("--guidance-scale", -1), "guidance_scale must be a number from 0 to 1000, got -1"),
         (("--threads", 0), "threads must be at least 1, got 0; use 1."),
@@ -119,5 +121,5 @@ def test_every_flag_reaches_the_plan(finished_with):
 def test_what_is_left_open_is_the_familys(finished_with):
     _, plan = finished_with()
     assert [layout.name for layout in plan.layouts] == ["sp2", "cfg2", "tp2", "sp2xcfg2"]
-    assert list(plan.requests) == ["sde", "cps", "ode"]
+    assert list(plan.requests) == list(DYNAMICS)
     assert plan.request.guidance.scale == 4

@@ -8,6 +8,7 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.cli.prompts import read_prompts, read_requests
 from flowroll.errors import InvalidRequestError
+from flowroll.types import ALIASES
 
 # Whatever else splits lines, in Python and in other programs, between two letters.
 SEPARATORS = ("\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r")
@@ -60,6 +61,8 @@ def test_a_jsonl_line_may_give_every_field(write):
         "height": 80,
         "num_inference_steps": 3,
         "num_outputs_per_prompt": 2,
+        "num_frames": 1,
+        "fps": 24,
         "guidance_scale": 2.5,
         "true_cfg_scale": 3,
         "sigmas": [1, 0.7, 0.4, 0],
@@ -77,14 +80,16 @@ def test_a_jsonl_line_may_give_every_field(write):
         "min_weight_version": "7",
         "lora_name": "old",
     }
-    assert given.keys() == {field.name for field in fields(SamplingParams)} - {"seed"}
+    assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - {"seed"}
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]
 
 
-def test_a_line_goes_before_the_flags(write):
-    path = write('{"prompt": "a", "noise_level": 0.3}\n{"prompt": "b"}\n', "prompts.jsonl")
-    assert [params.noise_level for params in read_requests(path, {"noise_level": 0.9})] == [0.3, 0.9]
+@pytest.mark.parametrize("line", ["noise_level", "rollout_noise_level"])
+@pytest.mark.parametrize("flag", ["noise_level", "rollout_noise_level"])
+def test_a_line_goes_before_the_flags_under_either_name(write, line, flag):
+    path = write(f'{{"prompt": "a", "{line}": 0.3}}\n{{"prompt": "b"}}\n', "prompts.jsonl")
+    assert [params.noise_level for params in read_requests(path, {flag: 0.9})] == [0.3, 0.9]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,7 @@ def test_a_line_goes_before_the_flags(write):
         ('{"prompt": "x", "tag": "y"}', "is refused: tag must be a field of SamplingParams"),
         ('{"prompt": "x", "seeed": 3}', "use seed if that is meant"),
         ('{"prompt": "x", "seed": 3, "seed": 4}', "must be JSON, got a name twice"),
+        ('{"prompt": "x", "noise_level": 0.3, "rollout_noise_level": 0.3}', "must be given once"),
         ('{"prompt": "x", "seed": -3}', "is refused: seed must be"),
         ('{"prompt": "x", "sde_type": "cps", "sigmas": [1, 0]}', "num_inference_steps"),
     ],

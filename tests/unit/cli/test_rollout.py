@@ -94,6 +94,21 @@ def test_progress_is_shown(url, prompts, tmp_path):
     assert "3/3" in result.stdout
 
 
+@pytest.mark.parametrize("flags", [("--rollout-sde-type", "dance_sde"), ("--sde-type", "dance")])
+def test_the_dynamics_are_chosen_by_either_name(url, prompts, tmp_path, engine, flags):
+    out = tmp_path / "out"
+    result = rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--seed", 1, *flags)
+    assert result.exit_code == 0, result.output
+    [expected] = engine.rollout(prompt=PROMPTS[0], seed=1, width=64, height=64, num_inference_steps=2, sde_type="dance")
+    assert_same_bits(load_rollout(out / files_in(out)[0]), expected)
+
+
+def test_an_evaluation_that_asks_for_an_environment_is_refused(url, prompts, tmp_path):
+    words = ("--url", url, "--prompts", prompts, "--out", tmp_path / "out", *SMALL, "--no-rollout")
+    for flag, field in (("--return-denoising-env", "return_denoising_env"), ("--rollout-noise-level=1", "rollout_noise_level")):
+        assert_one_line_error(rollout(*words, flag), f"{field} must be left out of an evaluation (rollout=False)")
+
+
 def test_an_evaluation_is_saved_as_well(url, prompts, tmp_path):
     out = tmp_path / "out"
     assert rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--no-rollout", "--seed", 1).exit_code == 0

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from flowroll import SamplingParams
 from flowroll.cli.sampling_flags import with_sampling_flags
+from flowroll.sampling.dynamics import DYNAMICS
+from flowroll.types import ALIASES
 
 FIELDS = [field.name for field in fields(SamplingParams)]
 # A value other than the default for every field: words of the command line, and what they mean.
@@ -20,18 +22,20 @@ ALL_FLAGS = {
     "height": (["--height", "80"], 80),
     "num_inference_steps": (["--num-inference-steps", "3"], 3),
     "num_outputs_per_prompt": (["--num-outputs-per-prompt", "2"], 2),
+    "num_frames": (["--num-frames", "1"], 1),
+    "fps": (["--fps", "24"], 24.0),
     "guidance_scale": (["--guidance-scale", "2.5"], 2.5),
     "true_cfg_scale": (["--true-cfg-scale", "3"], 3.0),
     "sigmas": (["--sigmas", "1,0.5,0"], (1.0, 0.5, 0.0)),
     "rollout": (["--no-rollout"], False),
-    "sde_type": (["--sde-type", "cps"], "cps"),
-    "noise_level": (["--noise-level", "0.3"], 0.3),
-    "log_prob_no_const": (["--log-prob-no-const"], True),
-    "debug_mode": (["--no-debug-mode"], False),
-    "return_denoising_env": (["--return-denoising-env"], True),
-    "return_dit_trajectory": (["--return-dit-trajectory"], True),
-    "sde_step_indices": (["--sde-step-indices", "0,2"], (0, 2)),
-    "return_step_indices": (["--return-step-indices", "3"], (3,)),
+    "rollout_sde_type": (["--rollout-sde-type", "cps"], "cps"),
+    "rollout_noise_level": (["--rollout-noise-level", "0.3"], 0.3),
+    "rollout_log_prob_no_const": (["--rollout-log-prob-no-const"], True),
+    "rollout_debug_mode": (["--no-rollout-debug-mode"], False),
+    "rollout_return_denoising_env": (["--rollout-return-denoising-env"], True),
+    "rollout_return_dit_trajectory": (["--rollout-return-dit-trajectory"], True),
+    "rollout_sde_step_indices": (["--rollout-sde-step-indices", "0,2"], (0, 2)),
+    "rollout_return_step_indices": (["--rollout-return-step-indices", "3"], (3,)),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),
@@ -67,6 +71,21 @@ def test_a_flag_sets_its_field_and_no_other(name):
     assert type(given[name]) is type(value)
 
 
+@pytest.mark.parametrize(("short", "name"), ALIASES.items())
+def test_a_short_flag_gives_the_same_value(short, name):
+    words, value = ALL_FLAGS[name]
+    assert given_by("--prompt", "p", words[0].replace("rollout-", "", 1), *words[1:]) == {"prompt": "p", short: value}
+
+
+@pytest.mark.parametrize(("short", "name"), ALIASES.items())
+def test_a_value_given_by_both_flags_is_refused_with_both_names(short, name):
+    words = ALL_FLAGS[name][0]
+    both = [*words, words[0].replace("rollout-", "", 1), *words[1:]]
+    result = run_cli("generate", "shapes-z_image", "--prompt", "p", "--rollout", *both)
+    assert result.exit_code != 0
+    assert f"{name} must be given once, got {short} beside it" in " ".join(result.stderr.split())
+
+
 def test_unset_flags_are_not_given():
     assert given_by("--prompt", "p") == {"prompt": "p"}
 
@@ -88,8 +107,10 @@ def test_an_empty_prompt_is_a_prompt():
     assert given_by("--prompt", "") == {"prompt": ""}
 
 
-def test_left_out_fields_have_no_flag():
+def test_left_out_fields_have_no_flag_under_either_name():
     assert given_by(without={"prompt"}) == {}
+    with pytest.raises(AssertionError, match="No such option"):
+        given_by("--sde-type", "cps", without={"prompt", "rollout_sde_type"})
 
 
 @pytest.mark.parametrize("command", ["generate", "rollout"])
@@ -102,12 +123,17 @@ def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     for name in names:
         assert "--" + name.replace("_", "-") in text
     assert "--min-weight-version" not in text
+    # The help breaks lines at hyphens too.
+    text = "".join(text.split())
     for description in (
+        *(f"{name}: {found.summary}" for name, found in DYNAMICS.items()),
         "T + 1 noise levels used verbatim",
-        "Steps that follow `sde_type`",
+        "Steps that follow `rollout_sde_type`",
+        "In short: --sde-step-indices.",
+        "below 2 for cps",
         "Return every transformer argument.",
     ):
-        assert description in text
+        assert "".join(description.split()) in text
 
 
 @pytest.mark.parametrize(
@@ -116,7 +142,7 @@ def test_every_flag_is_explained_by_the_fields_own_docstring(command):
         (["--seeds", "1,x"], "must be integers separated by commas, got '1,x'"),
         (["--seeds", "1.5"], "must be integers separated by commas"),
         (["--sigmas", "1,,0"], "must be numbers separated by commas"),
-        (["--sde-type", "dance"], "'dance' is not one of"),
+        (["--sde-type", "flow-sde"], "'flow-sde' is not one of"),
         (["--seed", "many"], "--seed"),
         (["--no-such-flag"], "No such option"),
     ],

@@ -16,6 +16,7 @@ from tests.rollouts import assert_same_bits
 from flowroll import SamplingParams
 from flowroll.engine import Engine, Limits
 from flowroll.errors import EngineError, InvalidRequestError, ShuttingDownError
+from flowroll.types import ALIASES
 
 SMALL = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 2}
 
@@ -36,8 +37,8 @@ def engine(z_image_checkpoint: Path) -> Iterator[Engine]:
         ("sigmas", {"num_inference_steps": None, "sigmas": (*(1 - i / 301 for i in range(301)), 0.0)}, "300 steps"),
         ("num_outputs_per_prompt", {"num_outputs_per_prompt": 4}, "3 samples"),
         ("seeds", {"seeds": (1, 2, 3, 4)}, "3 samples"),
-        ("sde_step_indices", {"sde_step_indices": (0, 2)}, "0..1"),
-        ("return_step_indices", {"return_step_indices": (3,)}, "0..2"),
+        ("rollout_sde_step_indices", {"sde_step_indices": (0, 2)}, "0..1"),
+        ("rollout_return_step_indices", {"return_step_indices": (3,)}, "0..2"),
         ("colour", {"colour": "red"}, "field of SamplingParams"),
     ],
 )
@@ -99,7 +100,14 @@ def test_a_side_beyond_the_position_table_is_refused(z_image_checkpoint: Path) -
 
 
 @pytest.mark.parametrize(
-    "values", [{"sde_type": "ode"}, {"noise_level": 0.7}, {"return_dit_trajectory": False}, {"rollout": True}]
+    "values",
+    [
+        {"sde_type": "ode"},
+        {"noise_level": 0.7},
+        {"rollout_noise_level": 0.7},
+        {"return_dit_trajectory": False},
+        {"rollout": True},
+    ],
 )
 def test_plain_generation_refuses_rollout_fields(engine: Engine, values: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="plain generation") as caught:
@@ -114,11 +122,40 @@ def test_plain_generation_refuses_a_request_with_rollout_fields(engine: Engine) 
 
 
 def test_an_evaluation_returns_the_image_alone(engine: Engine) -> None:
-    options = {"return_denoising_env": True, "return_dit_trajectory": True, "noise_level": 0.3}
-    rollout = engine.rollout(**SMALL, seed=1, rollout=False, **options)[0]
+    rollout = engine.rollout(**SMALL, seed=1, rollout=False)[0]
     assert rollout.log_probs is rollout.debug_tensors is rollout.denoising_env is rollout.dit_trajectory is None
     assert rollout.sde_step_indices is None
     assert torch.equal(rollout.image, engine.generate(**SMALL, seed=1)[0].image)
+
+
+@pytest.mark.parametrize("field", ["return_denoising_env", "rollout_return_dit_trajectory"])
+def test_an_evaluation_refuses_what_it_would_not_return(engine: Engine, field: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{field} must be left out of an evaluation") as caught:
+        engine.rollout(**SMALL, rollout=False, **{field: True})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("short", "field"), ALIASES.items())
+def test_every_rollout_parameter_has_the_wires_name_and_a_short_one(engine: Engine, short: str, field: str) -> None:
+    value = {"rollout_sde_type": "dance_sde", "rollout_noise_level": 0.3}.get(field, True)
+    value = (0,) if field.endswith("indices") else value
+    options = {"return_dit_trajectory": True} if "trajectory" not in field else {}
+    one, other = (engine.rollout(**SMALL, **options, seed=1, **{name: value})[0] for name in (short, field))
+    assert_same_bits(one, other)
+    assert one.sampling == other.sampling
+    with pytest.raises(InvalidRequestError, match=f"{field} must be given once, got {short} beside it"):
+        engine.rollout(**SMALL, **{short: value, field: value})
+
+
+def test_an_image_has_one_frame_and_any_rate(engine: Engine) -> None:
+    plain = engine.rollout(**SMALL, seed=1)[0]
+    for fps in (0, 24, 29.97):
+        assert_same_bits(engine.rollout(**SMALL, seed=1, num_frames=1, fps=fps)[0], plain)
+        assert torch.equal(
+            engine.generate(**SMALL, seed=1, num_frames=1, fps=fps)[0].image, engine.generate(**SMALL, seed=1)[0].image
+        )
+    with pytest.raises(InvalidRequestError, match="num_frames must be None or 1, got 2"):
+        engine.rollout(**SMALL, num_frames=2)
 
 
 def test_each_distinct_prompt_is_encoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

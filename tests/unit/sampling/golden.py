@@ -26,6 +26,14 @@ class Golden:
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
 
+    @classmethod
+    def above_one(cls, name: str) -> "Golden":
+        """The inputs of a vector file, and CPS at a noise level above 1."""
+        golden, prefix = cls.load(name), name.removesuffix(".safetensors") + "/"
+        outputs = load_file(DATA / "cps_above_one.safetensors")
+        found = {key.removeprefix(prefix): value for key, value in outputs.items() if key.startswith(prefix)}
+        return cls(tensors=golden.tensors | found, noise_levels={"cps_eta1.3": 1.3})
+
     @property
     def num_steps(self) -> int:
         return self["sigmas"].shape[0] - 1

@@ -38,9 +38,10 @@ def final_error(sde_type: str, steps: int, noise_level: float, *, start: float =
     return max(abs(mean - exact_mean), abs(var - exact_var))
 
 
+@pytest.mark.parametrize("sde_type", ["sde", "dance"])
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.5])
-def test_flow_sde_converges_to_the_marginals_at_first_order(noise_level: float) -> None:
-    coarse, fine = final_error("sde", 400, noise_level), final_error("sde", 800, noise_level)
+def test_an_sde_converges_to_the_marginals_at_first_order(sde_type: str, noise_level: float) -> None:
+    coarse, fine = final_error(sde_type, 400, noise_level), final_error(sde_type, 800, noise_level)
     assert fine < 0.02
     assert 1.8 < coarse / fine < 2.2
 
@@ -51,7 +52,7 @@ def test_ode_converges_to_the_marginals_at_first_order() -> None:
     assert 1.8 < coarse / fine < 2.2
 
 
-@pytest.mark.parametrize("noise_level", [0.2, 0.8, 1.0])
+@pytest.mark.parametrize("noise_level", [0.2, 0.8, 1.0, 1.3, 1.99])
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_cps_keeps_the_marginals_of_a_single_image_exactly(noise_level: float, steps: int) -> None:
     # With one image as the target the predicted noise is the noise itself, and the coefficients alone make the marginal.
@@ -65,7 +66,7 @@ def test_cps_converges_to_the_marginals_at_first_order_in_its_noise_per_step() -
     assert 1.8 < coarse / fine < 2.2
 
 
-@pytest.mark.parametrize(("sde_type", "noise_level"), [("sde", 0.7), ("cps", 0.1)])
+@pytest.mark.parametrize(("sde_type", "noise_level"), [("sde", 0.7), ("cps", 0.1), ("dance", 0.7)])
 def test_samples_themselves_have_the_marginals(sde_type: str, noise_level: float) -> None:
     sigmas = torch.linspace(0.9, 0.1, 101)
     generator = torch.Generator().manual_seed(1)
@@ -97,3 +98,10 @@ def test_flow_sde_from_pure_noise_ends_at_the_target() -> None:
     errors = [final_error("sde", steps, 0.7, start=1.0, end=0.0) for steps in (50, 200, 800)]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.02
+
+
+def test_dance_from_pure_noise_ends_at_the_target_at_first_order() -> None:
+    # Unlike Flow-SDE it is finite at sigma = 1, so the first steps are no worse than the others.
+    coarse, fine = (final_error("dance", steps, 0.7, start=1.0, end=0.0) for steps in (400, 800))
+    assert fine < 0.02
+    assert 1.8 < coarse / fine < 2.2

@@ -18,7 +18,7 @@ from flowroll import SamplingParams
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
-from flowroll.types import ROLLOUT_FIELDS, ImageFields, RolloutFields
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields
 from flowroll.types.arguments import Integer, Integers, Real, Reals
 
 KINDS = ("sync", "async")
@@ -37,9 +37,11 @@ def widened(hint: Any) -> Any:
 
 def test_the_typed_arguments_are_the_fields_of_sampling_params() -> None:
     hints = typing.get_type_hints(SamplingParams)
-    names = {field.name for field in fields(SamplingParams)}
-    assert typing.get_type_hints(RolloutFields) == {name: widened(hints[name]) for name in names}
-    assert typing.get_type_hints(ImageFields) == {name: widened(hints[name]) for name in names - ROLLOUT_FIELDS}
+    fields_by_name = {field.name: field.name for field in fields(SamplingParams)} | dict(ALIASES)
+    expected = {name: widened(hints[field]) for name, field in fields_by_name.items()}
+    assert typing.get_type_hints(RolloutFields) == expected
+    plain = {name: hint for name, hint in expected.items() if fields_by_name[name] not in ROLLOUT_FIELDS}
+    assert typing.get_type_hints(ImageFields) == plain
 
 
 @pytest.mark.parametrize("owner", [Client, AsyncClient, Engine])

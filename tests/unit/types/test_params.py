@@ -1,6 +1,8 @@
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,19 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.types import ALIASES, ROLLOUT_FIELDS
+
+# Values other than the defaults, by field.
+CHOSEN = {
+    "rollout_sde_type": "cps",
+    "rollout_noise_level": 0.5,
+    "rollout_log_prob_no_const": True,
+    "rollout_debug_mode": False,
+    "rollout_return_denoising_env": True,
+    "rollout_return_dit_trajectory": True,
+    "rollout_sde_step_indices": (0, 1),
+    "rollout_return_step_indices": (2,),
+}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +63,16 @@ from flowroll.errors import InvalidRequestError
         ("noise_level", {"noise_level": 10.1}),
         ("noise_level", {"noise_level": -1.0}),
         ("noise_level", {"noise_level": float("nan")}),
-        ("noise_level", {"noise_level": 1.01, "sde_type": "cps"}),
+        ("noise_level", {"noise_level": 2, "sde_type": "cps"}),
+        ("rollout_noise_level", {"rollout_noise_level": 2.5, "sde_type": "cps"}),
+        ("sde_type", {"sde_type": "flow-sde"}),
+        ("rollout_sde_type", {"rollout_sde_type": "flow-sde", "noise_level": 0}),
+        ("sigmas", {"sigmas": (1.0, 0.999995, 0.5, 0.0)}),
+        ("num_frames", {"num_frames": 0}),
+        ("num_frames", {"num_frames": 2}),
+        ("num_frames", {"num_frames": True}),
+        ("fps", {"fps": float("nan")}),
+        ("fps", {"fps": True}),
         ("sde_step_indices", {"sde_step_indices": (0, 0)}),
         ("sde_step_indices", {"sde_step_indices": (-1,)}),
         ("return_step_indices", {"return_step_indices": (1, 1)}),
@@ -73,6 +97,16 @@ def test_a_bad_value_is_refused_by_name(field: str, values: dict) -> None:
         {"noise_level": 1e-4},
         {"noise_level": 10},
         {"noise_level": 1, "sde_type": "cps"},
+        {"noise_level": 1.3, "sde_type": "cps"},
+        {"noise_level": math.nextafter(2, 0), "sde_type": "cps"},
+        {"rollout_noise_level": 10, "rollout_sde_type": "dance_sde"},
+        {"sigmas": (1.0, 0.999995, 0.5, 0.0), "sde_type": "cps"},
+        {"sigmas": (1.0, 0.999995, 0.5, 0.0), "sde_step_indices": (0, 2)},
+        {"sigmas": (1.0, 0.999995, 0.5, 0.0), "noise_level": 0},
+        {"sigmas": (1.0, 0.999995, 0.5, 0.0), "rollout": False},
+        {"num_frames": 1, "fps": 24},
+        {"fps": 0},
+        {"fps": -29.97},
         {"sigmas": (0.999995, 0.5, 0), "num_inference_steps": 2},
         {"sde_step_indices": ()},
         {"guidance_scale": 0},
@@ -150,3 +184,48 @@ def test_fields_without_a_prompt_are_refused_by_the_engine(z_image_checkpoint: P
             with pytest.raises(InvalidRequestError, match="prompt must be given") as caught:
                 method(height=32)
             assert caught.value.field == "prompt"
+
+
+def test_every_rollout_field_but_the_switch_has_a_short_name() -> None:
+    assert {*CHOSEN, "rollout"} == ROLLOUT_FIELDS
+    assert {field: short for short, field in ALIASES.items()} == {name: name.removeprefix("rollout_") for name in CHOSEN}
+
+
+@pytest.mark.parametrize(("short", "field"), ALIASES.items())
+def test_a_short_name_is_the_field(short: str, field: str) -> None:
+    params = SamplingParams(prompt="a cat", **{short: CHOSEN[field]})
+    assert params == SamplingParams(prompt="a cat", **{field: CHOSEN[field]})
+    assert getattr(params, short) == getattr(params, field) == CHOSEN[field]
+    assert getattr(replace(params, seed=3), short) == CHOSEN[field]
+
+
+@pytest.mark.parametrize(("short", "field"), ALIASES.items())
+def test_a_value_given_by_both_names_is_refused_with_both(short: str, field: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{field} must be given once, got {short} beside it; remove one") as caught:
+        SamplingParams(prompt="a cat", **{field: CHOSEN[field], short: CHOSEN[field]})
+    assert caught.value.field == field
+
+
+def test_an_alias_of_a_dynamics_becomes_its_name() -> None:
+    params = SamplingParams(prompt="a cat", sde_type="dance_sde")
+    assert params.rollout_sde_type == "dance" and params == SamplingParams(prompt="a cat", rollout_sde_type="dance")
+
+
+@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode"}))
+def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
+    # The server answered null where an environment was asked for.
+    for name in (field, field.removeprefix("rollout_")):
+        with pytest.raises(InvalidRequestError, match=rf"{name} must be left out of an evaluation \(rollout=False\)") as caught:
+            SamplingParams(prompt="a cat", rollout=False, **{name: CHOSEN[field]})
+        assert caught.value.field == name
+
+
+def test_an_evaluation_may_say_that_it_wants_nothing() -> None:
+    nothing = {"return_denoising_env": False, "return_step_indices": None, "debug_mode": False}
+    SamplingParams(prompt="a cat", rollout=False, **nothing, sde_type="ode", noise_level=0)
+    SamplingParams(prompt="a cat", rollout=False, debug_mode=True, sde_type="sde", noise_level=0.7)
+
+
+def test_a_sigma_near_one_is_refused_with_its_step_and_what_to_do() -> None:
+    with pytest.raises(InvalidRequestError, match="at step 1; remove it, or leave step 1 out of rollout_sde_step_indices"):
+        SamplingParams(prompt="a cat", sigmas=(1, 0.999995, 0.5, 0))

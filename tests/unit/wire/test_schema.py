@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from flowroll import SamplingParams
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import MAX_PROMPT_CHARS, MAX_SEED
+from flowroll.sampling.dynamics import DYNAMICS, NAMES
+from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
 
 PROMPT = {"prompt": "a red fox"}
@@ -45,6 +46,8 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "height": ("height", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
     "num_inference_steps": ("num_inference_steps", [None, 1, 200], [0, -1, "4", True, 4.0]),
     "num_outputs_per_prompt": ("num_outputs_per_prompt", [None, 1, 16], [0, -1, "4", True, 4.0]),
+    "num_frames": ("num_frames", [None, 1], [0, 2, -1, "1", True, [1]]),
+    "fps": ("fps", [None, 0, 24, 29.97, -1], ["24", True, [24]]),
     "guidance_scale": ("guidance_scale", [None, 0, 4, 3.5, 1000], [-0.1, 1000.1, "4", True, TOO_LARGE**12, [4]]),
     "true_cfg_scale": ("true_cfg_scale", [None, 0, 4, 3.5, 1000], [-0.1, 1000.1, "4", True, TOO_LARGE**12, [4]]),
     "suppress_logs": ("suppress_logs", [True, False], [None, 0, 1, "true"]),
@@ -54,7 +57,7 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
 }
 ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "rollout": ("rollout", [True, False], [None, 0, 1, "true"]),
-    "rollout_sde_type": ("sde_type", ["sde", "cps", "ode"], [None, "SDE", "dance", 1, ["sde"]]),
+    "rollout_sde_type": ("sde_type", [*DYNAMICS], [None, "SDE", "ddim", 1, ["sde"]]),
     "rollout_noise_level": ("noise_level", [0, 1e-4, 0.7, 1, 10], [None, -0.1, 9e-5, 10.1, "0.7", True, TOO_LARGE]),
     "rollout_log_prob_no_const": ("log_prob_no_const", [True, False], [None, 0, 1, "no"]),
     "rollout_debug_mode": ("debug_mode", [True, False], [None, 0, 1, "no"]),
@@ -120,7 +123,7 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 
 def test_every_parameter_can_be_sent() -> None:
-    reachable = {row[0] for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
+    reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
     assert reachable == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
@@ -139,16 +142,36 @@ def test_documented_defaults_are_the_real_ones() -> None:
 
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
-    others = dict.fromkeys(("extra_sampling_params", "num_frames", "fps", "image_path"))
-    assert len(nullable) == 14
+    others = dict.fromkeys(("extra_sampling_params", "image_path"))
+    assert len(nullable) == 16
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 
-@pytest.mark.parametrize("name", ["num_frames", "fps", "image_path"])
 @pytest.mark.parametrize("value", [0, 1, "", "cat.png", False, []])
-def test_video_and_image_inputs_must_be_null(name: str, value: Any) -> None:
-    error = refusal(RolloutRequest, PROMPT | {name: value})
-    assert error.field == name and "images from text alone" in error.message
+def test_an_image_input_must_be_null(value: Any) -> None:
+    error = refusal(RolloutRequest, PROMPT | {"image_path": value})
+    assert error.field == "image_path" and "images from text alone" in error.message
+
+
+def test_an_alias_of_a_dynamics_is_accepted_and_shown() -> None:
+    assert params(RolloutRequest, PROMPT | {"rollout_sde_type": "dance_sde"}).rollout_sde_type == "dance"
+    shown = json.dumps(RolloutRequest.model_json_schema()["properties"]["rollout_sde_type"])
+    assert all(f'"{name}"' in shown for name in NAMES) and all(found.summary in shown for found in DYNAMICS.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"rollout_return_denoising_env": True}, "rollout_return_denoising_env"),
+        ({"rollout_return_dit_trajectory": True}, "rollout_return_dit_trajectory"),
+        ({"rollout_sde_step_indices": [0]}, "rollout_sde_step_indices"),
+        ({"extra_sampling_params": {"return_step_indices": [0]}}, "extra_sampling_params.return_step_indices"),
+        ({"extra_sampling_params": {"rollout_noise_level": 0.3}}, "extra_sampling_params.rollout_noise_level"),
+    ],
+)
+def test_an_evaluation_refuses_rollout_options_by_the_name_that_was_sent(body: dict[str, Any], field: str) -> None:
+    error = refusal(RolloutRequest, PROMPT | {"rollout": False} | body)
+    assert error.field == field and error.message.startswith(f"{field} must be left out of an evaluation")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +180,8 @@ def test_video_and_image_inputs_must_be_null(name: str, value: Any) -> None:
         ({"seed": 1, "seeds": [1]}, "seeds"),
         ({"seeds": [1, 2], "num_outputs_per_prompt": 3}, "seeds"),
         ({"seed": MAX_SEED, "num_outputs_per_prompt": 2}, "seed"),
-        ({"rollout_sde_type": "cps", "rollout_noise_level": 1.01}, "rollout_noise_level"),
+        ({"rollout_sde_type": "cps", "rollout_noise_level": 2}, "rollout_noise_level"),
+        ({"extra_sampling_params": {"sigmas": [1, 0.999995, 0.5, 0]}}, "extra_sampling_params.sigmas"),
         ({"extra_sampling_params": {"sigmas": [1, 0.5, 0]}, "num_inference_steps": 3}, "extra_sampling_params.sigmas"),
         ({"extra_sampling_params": {"seeds": [1]}, "seed": 2}, "extra_sampling_params.seeds"),
         ({"extra_sampling_params": {"noise_level": 2}, "rollout_sde_type": "cps"}, "extra_sampling_params.noise_level"),
@@ -339,7 +363,7 @@ def test_the_limits_are_in_the_openapi_document() -> None:
     assert '"maximum": 4294967295' in limits["seed"] and '"minimum": 0' in limits["seed"]
     assert '"minItems": 1' in limits["seeds"] and '"maximum": 4294967295' in limits["seeds"]
     assert '"maximum": 10.0' in limits["rollout_noise_level"]
-    assert '"enum": ["sde", "cps", "ode"]' in limits["rollout_sde_type"]
+    assert f'"enum": {json.dumps(NAMES)}' in limits["rollout_sde_type"]
     assert f'"maxLength": {MAX_PROMPT_CHARS}' in limits["prompt"]
     for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
         assert '"minimum": 1' in limits[name]
