@@ -12,7 +12,7 @@ import httpx
 
 from flowroll.client import calls, exchange, weights
 from flowroll.client.exchange import Call, Operation
-from flowroll.client.route import FAILURES, check_timeout, check_wire_format, closed, route_to
+from flowroll.client.route import FAILURES, check_timeout, check_wire_format, route_to
 from flowroll.types import Number
 from flowroll.wire.codec import WireFormat
 
@@ -130,8 +130,6 @@ class AsyncClient:
             del advance
 
     async def _send(self, call: Call[T]) -> T:
-        if self._http.is_closed:
-            raise closed()
         timeout = call.timeout(self._timeout_s)
         body = bytearray()
         try:

@@ -84,7 +84,7 @@ class Route:
     def failed(self, error: Exception, *, is_closed: bool) -> FlowrollError:
         """What to raise of a request that did not come through."""
         if is_closed:
-            return closed()
+            return FlowrollError("The client is closed; make a new one.")
         remedy = "start it with `flowroll serve`, or check the URL"
         if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
             remedy = "ask for less at a time, or raise timeout_s"
@@ -102,11 +102,6 @@ class Route:
         return ServerConnectionError(
             f"the server at {self.base_url.copy_with(userinfo=b'')} must answer, got {reason}; {remedy}."
         )
-
-
-def closed() -> FlowrollError:
-    """The error of a client that is used after its `close`."""
-    return FlowrollError("The client is closed; make a new one.")
 
 
 def route_to(base_url: str, *, api_key: str | None = None, proxy: str | None = None, has_transport: bool = False) -> Route:
