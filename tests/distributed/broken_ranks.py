@@ -74,7 +74,7 @@ class BrokenEngine(Engine):
 
 
 if __name__ == "__main__":
-    from flowroll.engine.rank import main
+    from flowroll.engine.runner.__main__ import main
 
     FAULTS[sys.argv[1]](builtins.setattr)
     main()

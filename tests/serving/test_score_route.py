@@ -184,7 +184,7 @@ def test_no_forward_is_run_where_only_log_probs_are_asked_of_a_step_without_dens
 def test_asynchronous_clients_score_too(served: Served) -> None:
     async def score() -> replay.Scores:
         async with AsyncClient(str(served.http.base_url)) as client:
-            return await client.score(served.rollouts[:2], steps=[2, 0])
+            return await client.score(served.rollouts[:2], steps=torch.tensor([2, 0]))
 
     scores = asyncio.run(score())
     assert torch.equal(scores.log_probs, torch.stack([rollout.log_probs[[2, 0]] for rollout in served.rollouts[:2]]))

@@ -1,9 +1,12 @@
 """The rollout engine over diffusers checkpoints: load, plan, encode, denoise, decode."""
 
-from flowroll.engine.config import AdapterLimits, EngineInfo, Limits
-from flowroll.engine.engine import Engine
-from flowroll.engine.plan import RequestPlan
-from flowroll.engine.runner.worker import follow
-from flowroll.engine.scheduler import BatchLimits, RequestFuture
+from flowroll.extras import extra_for
+
+with extra_for("flowroll.engine", "engine"):
+    from flowroll.engine.config import AdapterLimits, EngineInfo, Limits
+    from flowroll.engine.engine import Engine
+    from flowroll.engine.plan import RequestPlan
+    from flowroll.engine.runner.worker import follow
+    from flowroll.engine.scheduler import BatchLimits, RequestFuture
 
 __all__ = ["AdapterLimits", "BatchLimits", "Engine", "EngineInfo", "Limits", "RequestFuture", "RequestPlan", "follow"]

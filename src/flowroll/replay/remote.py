@@ -9,13 +9,14 @@ import torch
 from flowroll.replay.scoring import Scores
 from flowroll.replay.sources import Place, Source, check_states, sources_of, steps_of
 from flowroll.types import RecordedSteps, Rollout, ScoreAnswer, ScoreParams
+from flowroll.types.arguments import Integers
 
 _CPU = Place(device=torch.device("cpu"), dtype=None)
 
 
 def score_params(
     rollouts: Sequence[Rollout],
-    steps: Sequence[int] | None,
+    steps: Integers | None,
     *,
     log_probs_only: bool,
     min_weight_version: str | None = None,

@@ -18,6 +18,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
 from flowroll.replay.sources import Place, Source, check_autocast, check_weights, pairs_of, place_of, sources_of, steps_of
 from flowroll.types import DenoisingEnv, Rollout
+from flowroll.types.arguments import Integers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ def micro_batches(
     transformer: Transformer,
     rollouts: Sequence[Rollout],
     *,
-    steps: Sequence[int] | None = None,
+    steps: Integers | None = None,
     micro_batch: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -99,7 +100,7 @@ def log_prob(
     transformer: Transformer,
     rollouts: Sequence[Rollout],
     *,
-    steps: Sequence[int] | None = None,
+    steps: Integers | None = None,
     micro_batch: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -134,7 +135,7 @@ def score(
     transformer: Transformer,
     rollouts: Sequence[Rollout],
     *,
-    steps: Sequence[int] | None = None,
+    steps: Integers | None = None,
     micro_batch: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -172,7 +173,7 @@ class _Work:
 def _plan(
     transformer: Transformer,
     rollouts: Sequence[Rollout],
-    steps: Sequence[int] | None,
+    steps: Integers | None,
     micro_batch: int,
     device: torch.device | str | None,
     dtype: torch.dtype | None,

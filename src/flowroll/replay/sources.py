@@ -18,6 +18,8 @@ from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
 from flowroll.types import DenoisingEnv, EnvValue, Rollout, Trajectory
+from flowroll.types.arguments import Integers
+from flowroll.types.plain import plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +175,7 @@ def grid_fault(rollout: Rollout) -> str | None:
     return None
 
 
-def steps_of(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[int, ...]:
+def steps_of(sources: Sequence[Source], steps: Integers | None) -> tuple[int, ...]:
     """The steps of a call: the given ones, or all of them.
 
     Raises:
@@ -185,7 +187,7 @@ def steps_of(sources: Sequence[Source], steps: Sequence[int] | None) -> tuple[in
             shown = f"rollouts of {' and '.join(map(str, lengths))} steps"
             _refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
         return tuple(range(lengths[0]))
-    chosen = tuple(steps)
+    chosen = tuple(plain(steps))
     if not chosen:
         _refuse("steps", "hold at least one step", "none", "leave it out for all steps")
     for step in chosen:

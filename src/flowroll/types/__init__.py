@@ -13,6 +13,7 @@ from flowroll.types.adapters import (
     adapter_config_text,
     check_lora_name,
 )
+from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest
 from flowroll.types.finite import all_finite
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
@@ -62,6 +63,7 @@ __all__ = [
     "Gather",
     "GeneratedImage",
     "GeneratorDevice",
+    "ImageFields",
     "Layout",
     "LoraAdapter",
     "MemoryChange",
@@ -71,6 +73,7 @@ __all__ = [
     "RecordedSteps",
     "Region",
     "Rollout",
+    "RolloutFields",
     "SampleScores",
     "SamplingParams",
     "SamplingRecord",
@@ -86,5 +89,6 @@ __all__ = [
     "by_field_name",
     "check_lora_name",
     "check_version",
+    "params_of",
     "version_number",
 ]

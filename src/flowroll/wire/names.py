@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 EXTRA = "extra_sampling_params"
 ROLLOUT_ROUTE = "/rollout/generate"
 SCORE_ROUTE = "/rollout/score"
@@ -33,9 +30,3 @@ UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
 
 # Fields that a request carries in its object of further parameters, not at its top level.
 EXTRA_ONLY = frozenset({"sigmas"})
-
-
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of."""
-    matches = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.7)
-    return matches[0] if matches else None

@@ -16,6 +16,13 @@ def generate(*words, **options):
     return run_cli("generate", *words, **options)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """What looks like a checkpoint from outside, and cannot be loaded."""
+    (tmp_path / "model_index.json").write_text("{}")
+    return tmp_path
+
+
 def files_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -91,7 +98,7 @@ def test_the_variant_decides_the_defaults(z_image_checkpoint, tmp_path):
     assert (record.variant, record.num_inference_steps, record.guidance_rule) == ("turbo", 9, "none")
 
 
-def test_unset_flags_never_enter_sampling_params(monkeypatch, tmp_path):
+def test_unset_flags_never_enter_sampling_params(monkeypatch, folder):
     received = []
 
     def spy(**values):
@@ -99,8 +106,8 @@ def test_unset_flags_never_enter_sampling_params(monkeypatch, tmp_path):
         return SamplingParams(**values)
 
     monkeypatch.setattr(generate_module, "SamplingParams", spy)
-    generate(tmp_path, "--prompt", "p")
-    generate(tmp_path, "--prompt", "p", "--rollout")
+    generate(folder, "--prompt", "p")
+    generate(folder, "--prompt", "p", "--rollout")
     assert received == [{"prompt": "p", "rollout": False}, {"prompt": "p", "rollout": True}]
 
 
@@ -118,15 +125,15 @@ def test_the_wires_names_are_flags_too(qwen_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--return-denoising-env", "--rollout-return-denoising-env"])
-def test_an_environment_without_rollout_is_a_usage_error_under_either_name(flag, tmp_path):
-    result = generate(tmp_path, "--prompt", "p", flag)
+def test_an_environment_without_rollout_is_a_usage_error_under_either_name(flag, folder):
+    result = generate(folder, "--prompt", "p", flag)
     assert result.exit_code == 2
     assert f"{flag} must come with --rollout" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("switch", [(), ("--no-rollout",)])
-def test_a_rollout_flag_without_rollout_is_a_usage_error(switch, tmp_path):
-    result = generate(tmp_path, "--prompt", "p", "--sde-type", "cps", *switch)
+def test_a_rollout_flag_without_rollout_is_a_usage_error(switch, folder):
+    result = generate(folder, "--prompt", "p", "--sde-type", "cps", *switch)
     assert result.exit_code == 2
     assert "--sde-type must come with --rollout" in " ".join(result.stderr.split())
 
@@ -135,8 +142,8 @@ def test_a_folder_that_is_no_checkpoint_is_one_clear_line(tmp_path):
     assert_one_line_error(generate(tmp_path / "nowhere", "--prompt", "p"), "must be a diffusers checkpoint folder")
 
 
-def test_a_bad_value_is_refused_before_the_model_is_loaded(tmp_path):
-    assert_one_line_error(generate(tmp_path / "nowhere", "--prompt", "p", "--seed", -1), "seed must be >= 0, got -1")
+def test_a_bad_value_is_refused_before_the_model_is_loaded(folder):
+    assert_one_line_error(generate(folder, "--prompt", "p", "--seed", -1), "seed must be >= 0, got -1")
 
 
 def test_a_size_off_the_grid_is_one_clear_line_that_offers_others(qwen_checkpoint, tmp_path):
@@ -147,6 +154,6 @@ def test_a_size_off_the_grid_is_one_clear_line_that_offers_others(qwen_checkpoin
 
 def test_out_must_not_be_a_file(tmp_path):
     (tmp_path / "file").touch()
-    result = generate(tmp_path, "--prompt", "p", "--out", tmp_path / "file")
+    result = generate(folder, "--prompt", "p", "--out", tmp_path / "file")
     assert result.exit_code == 2
     assert "--out" in result.stderr

@@ -81,7 +81,7 @@ def test_a_short_flag_gives_the_same_value(short, name):
 def test_a_value_given_by_both_flags_is_refused_with_both_names(short, name):
     words = ALL_FLAGS[name][0]
     both = [*words, words[0].replace("rollout-", "", 1), *words[1:]]
-    result = run_cli("generate", "nowhere", "--prompt", "p", "--rollout", *both)
+    result = run_cli("generate", "shapes-z_image", "--prompt", "p", "--rollout", *both)
     assert result.exit_code != 0
     assert f"{name} must be given once, got {short} beside it" in " ".join(result.stderr.split())
 
@@ -148,12 +148,12 @@ def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     ],
 )
 def test_a_word_that_cannot_be_read_is_a_usage_error(words, message):
-    result = run_cli("generate", "nowhere", "--prompt", "p", *words)
+    result = run_cli("generate", "shapes-z_image", "--prompt", "p", *words)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
 def test_a_missing_prompt_is_a_usage_error():
-    result = run_cli("generate", "nowhere")
+    result = run_cli("generate", "shapes-z_image")
     assert result.exit_code == 2
     assert "--prompt" in result.stderr

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.rollouts import assert_same_bits
@@ -51,6 +52,42 @@ def test_a_request_off_the_models_grid_is_refused_before_model_work(
     with pytest.raises(InvalidRequestError, match=words) as caught:
         engine.rollout(**{**SMALL, **values})
     assert caught.value.field == field
+
+
+def test_the_prompt_is_the_first_argument_and_numbers_may_be_numpys(engine: Engine) -> None:
+    size = {"height": 64, "width": 64, "num_inference_steps": 2, "noise_level": 0.5}
+    expected = engine.rollout(prompt="a bowl", seeds=(3, 4), sde_step_indices=(1,), return_dit_trajectory=True, **size)
+    found = engine.rollout(
+        "a bowl",
+        seeds=torch.tensor([3, 4]),
+        height=np.int64(64),
+        width=torch.tensor(64),
+        num_inference_steps=np.uint8(2),
+        noise_level=np.float32(0.5),
+        sde_step_indices=np.array([1]),
+        return_dit_trajectory=np.bool_(True),
+    )
+    for sample, other in zip(found, expected, strict=True):
+        assert sample.seed == other.seed
+        assert_same_bits(sample, other)
+    size.pop("noise_level")
+    [picture] = engine.generate("a bowl", seed=np.int64(3), **size)
+    assert torch.equal(picture.image, engine.generate(prompt="a bowl", seed=3, **size)[0].image)
+
+
+def test_a_request_given_twice_is_refused(engine: Engine) -> None:
+    plan = engine.plan(SamplingParams(**SMALL))
+    assert len(engine.rollout(plan)) == 1
+    for ask in (engine.rollout, engine.generate):
+        with pytest.raises(InvalidRequestError, match="prompt must be given once"):
+            ask("a bowl", **SMALL)
+        for whole in (plan, plan.params):
+            with pytest.raises(InvalidRequestError, match="params must be given alone"):
+                ask(whole, seed=3)
+    with pytest.raises(InvalidRequestError, match="noise_level must be left out of plain generation"):
+        engine.generate("a bowl", noise_level=0.5)
+    with pytest.raises(InvalidRequestError, match="rollout must be left out of plain generation"):
+        engine.generate(plan)
 
 
 def test_a_side_beyond_the_position_table_is_refused(z_image_checkpoint: Path) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.factories import make_evaluation, make_rollout
@@ -10,6 +11,7 @@ from torch import nn
 
 from flowroll import Rollout, replay
 from flowroll.errors import InvalidRequestError
+from flowroll.replay.remote import score_params
 
 
 def never_called(**_: Any) -> Any:
@@ -94,6 +96,12 @@ def test_a_wrong_option_is_refused(field: str, options: dict[str, Any], words: s
     with pytest.raises(InvalidRequestError, match=words) as caught:
         replay.micro_batches(never_called, [rollout()], **options)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("steps", [np.array([2, 0]), torch.tensor([2, 0]), [np.int64(2), torch.tensor(0)], range(2, -1, -2)])
+def test_steps_may_be_an_array(steps: Any) -> None:
+    params = score_params([rollout()], steps, log_probs_only=True)
+    assert params.samples[0].steps == (2, 0) and {type(step) for step in params.samples[0].steps} == {int}
 
 
 def test_a_step_is_replayed_only_if_both_its_states_are_there() -> None:
