@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from flowroll.client import calls, exchange, pushing
 from flowroll.client.calls import UpdateMode
 from flowroll.client.exchange import Call
 from flowroll.client.pushing import NamedTensors
-from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
+from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
     AdapterChange,
@@ -105,16 +104,15 @@ class AsyncClient:
         partial: bool = False,
     ) -> WeightUpdate:
         """Sends the server new weights over HTTP. See `Client.update_weights`."""
-        update_id = await self._send(pushing.begin_call(module, weight_version, partial))
-        try:
-            for bucket in pushing.buckets_of(named_tensors, bucket_bytes):
-                await self._send(pushing.bucket_call(update_id, bucket))
-            return await self._send(pushing.commit_call(update_id, mode))
-        except BaseException:
-            # Or the next update waits for this one.
-            with contextlib.suppress(FlowrollError):
-                await self._send(pushing.abandon_call(update_id))
-            raise
+        steps = pushing.push_weights(
+            named_tensors,
+            module=module,
+            weight_version=weight_version,
+            partial=partial,
+            mode=mode,
+            bucket_bytes=bucket_bytes,
+        )
+        return await self._send_all(steps)
 
     async def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the server's weights. See `Client.weights_checksum`."""
@@ -147,7 +145,7 @@ class AsyncClient:
         mode: UpdateMode = "drain",
     ) -> AdapterChange:
         """Sends the server a LoRA adapter. See `Client.load_lora_adapter_from_tensors`."""
-        return await self._send(pushing.adapter_call(tensors, config, name, merged, weight_version, mode))
+        return await self._send_all(pushing.push_adapter(tensors, config, name, merged, weight_version, mode))
 
     async def unload_lora_adapter(
         self, name: str, *, weight_version: str | None = None, mode: UpdateMode = "drain"
@@ -211,6 +209,20 @@ class AsyncClient:
                 if time.monotonic() + exchange.READY_POLL_S > deadline:
                     raise exchange.not_ready(timeout_s, error) from error
             await asyncio.sleep(exchange.READY_POLL_S)
+
+    async def _send_all(self, steps: Generator[Call[Any], Any, T]) -> T:
+        """Sends one call after the other; each step gets the answer, or the error, of its call."""
+        try:
+            call = next(steps)
+            while True:
+                try:
+                    answer = await self._send(call)
+                except BaseException as error:
+                    call = steps.throw(error)
+                else:
+                    call = steps.send(answer)
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
 
     async def _send(self, call: Call[T]) -> T:
         timeout = call.timeout(self._timeout_s)

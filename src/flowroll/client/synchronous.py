@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from flowroll.client import calls, exchange, pushing
 from flowroll.client.calls import UpdateMode
 from flowroll.client.exchange import Call
 from flowroll.client.pushing import NamedTensors
-from flowroll.errors import FlowrollError, ServerConnectionError, ShuttingDownError
+from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
     AdapterChange,
@@ -139,8 +138,10 @@ class Client:
         They go in buckets, while the server goes on with its requests; its weights change at the end, between two requests.
 
         Args:
-            named_tensors: By the names of the module's state_dict, e.g. `trainer.named_parameters()`, or a generator that
-                gathers them; on any device. Only one bucket of them is held at a time, and none is copied as a whole.
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs; on any
+                device. Only one bucket of them is held at a time, and none is copied as a whole. Of a trainer sharded by
+                FSDP2 (DTensors), every rank makes this call with `trainer.state_dict()`: all gather, the first rank of the
+                mesh sends, and every rank gets the same answer or error.
             module: "transformer" or "vae".
             weight_version: Of the new weights; None: the server counts.
             mode: What becomes of the requests that run there: "drain": they finish first; "abort": they are done again, wholly,
@@ -153,16 +154,15 @@ class Client:
             WeightsBusyError: Another update is under way.
             FlowrollError: As for `rollout`. After a `ServerConnectionError` at the end, `server_info` tells the version.
         """
-        update_id = self._send(pushing.begin_call(module, weight_version, partial))
-        try:
-            for bucket in pushing.buckets_of(named_tensors, bucket_bytes):
-                self._send(pushing.bucket_call(update_id, bucket))
-            return self._send(pushing.commit_call(update_id, mode))
-        except BaseException:
-            # Or the next update waits for this one.
-            with contextlib.suppress(FlowrollError):
-                self._send(pushing.abandon_call(update_id))
-            raise
+        steps = pushing.push_weights(
+            named_tensors,
+            module=module,
+            weight_version=weight_version,
+            partial=partial,
+            mode=mode,
+            bucket_bytes=bucket_bytes,
+        )
+        return self._send_all(steps)
 
     def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the server's weights; `flowroll.replay.weights_checksum` is the same for a trainer's module.
@@ -225,14 +225,14 @@ class Client:
         """Sends the server a LoRA adapter; see `load_lora_adapter`.
 
         Args:
-            tensors: `peft.get_peft_model_state_dict(model)`.
+            tensors: `peft.get_peft_model_state_dict(model)`; sharded ones as for `update_weights`.
             config: `model.peft_config["default"].to_dict()`.
             name: See `load_lora_adapter`, as for the rest.
             merged: The same.
             weight_version: The same.
             mode: The same.
         """
-        return self._send(pushing.adapter_call(tensors, config, name, merged, weight_version, mode))
+        return self._send_all(pushing.push_adapter(tensors, config, name, merged, weight_version, mode))
 
     def unload_lora_adapter(self, name: str, *, weight_version: str | None = None, mode: UpdateMode = "drain") -> AdapterChange:
         """Has the server forget an adapter.
@@ -321,6 +321,20 @@ class Client:
                 if time.monotonic() + exchange.READY_POLL_S > deadline:
                     raise exchange.not_ready(timeout_s, error) from error
             time.sleep(exchange.READY_POLL_S)
+
+    def _send_all(self, steps: Generator[Call[Any], Any, T]) -> T:
+        """Sends one call after the other; each step gets the answer, or the error, of its call."""
+        try:
+            call = next(steps)
+            while True:
+                try:
+                    answer = self._send(call)
+                except BaseException as error:
+                    call = steps.throw(error)
+                else:
+                    call = steps.send(answer)
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
 
     def _send(self, call: Call[T]) -> T:
         timeout = call.timeout(self._timeout_s)

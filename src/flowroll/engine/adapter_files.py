@@ -23,6 +23,7 @@ from flowroll.engine.adapter_patterns import check_patterns
 from flowroll.engine.checkpoint import read_json
 from flowroll.engine.tensorfile import StoredTensor, TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
+from flowroll.types.tensors import plain_tensor
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONFIG_KEY = "adapter_config"
@@ -127,7 +128,8 @@ def unpack_config(weights: Path) -> None:
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Saves an adapter as peft does."""
-    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    # Clones, because safetensors refuses tensors that share memory.
+    copies = {name: plain_tensor(tensor, name).clone() for name, tensor in tensors.items()}
     save_file(copies, folder / _WEIGHTS)
     # peft's own object has sets in it.
     (folder / _CONFIG).write_text(json.dumps(dict(config), default=sorted))
