@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
@@ -18,7 +17,7 @@ from flowroll.client.exchange import Call, post, read_by, read_object
 from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate
-from flowroll.types.tensors import check_readable, tensor_bytes
+from flowroll.types.tensors import readable_bytes, tensor_bytes
 from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
@@ -38,7 +37,7 @@ def push_weights(
     mode: UpdateMode,
     bucket_bytes: int,
 ) -> Generator[Call[Any], Any, WeightUpdate]:
-    """The calls of an update, one after the other; each is answered by what it returned, or raised. See `Client.update_weights`.
+    """The calls of an update, one after the other; each is answered by what it returned or raised. See `Client.update_weights`.
 
     On a rank of a sharded trainer that does not send, there are none.
     """
@@ -161,9 +160,7 @@ def buckets_of(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[dict[
         name, tensor = pair
         if name in bucket:
             raise InvalidRequestError(f"named_tensors must have each name once, got {name} twice; drop one of them.")
-        check_readable(tensor, name)
-        # Of the whole, where only a shard of it is here.
-        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        nbytes = readable_bytes(tensor, name)
         if bucket and size + nbytes > bucket_bytes:
             yield bucket
             bucket, size = {}, 0

@@ -1,7 +1,7 @@
 """The ranks of a trainer that push sharded weights together: all of them gather, one of them sends.
 
-FSDP2's weights are DTensors. Gathering one is a collective operation, so every rank of their mesh makes the same call; the first
-rank of the mesh sends, and what the server answers to it, a value or an error, is returned or raised on every rank.
+FSDP2's weights are DTensors. Gathering one is a collective operation, so every rank of their mesh makes the same call; the
+first rank of the mesh sends, and what the server answers to it, a value or an error, is returned or raised on every rank.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 Each server is one member of the group, however many ranks its engine has: its rank 0 receives whole tensors and shares them
 out. The trainer's own default group is left alone.
 
-Of a trainer sharded by FSDP2, the first rank of the mesh gives the clients, the others give none; all make the same calls, since
-all take part in gathering the weights:
+Of a trainer sharded by FSDP2, the first rank of the mesh gives the clients, the others give none; all make the same calls,
+since all take part in gathering the weights:
 
     clients = [Client(url)] if torch.distributed.get_rank() == 0 else []
     with WeightGroup(clients) as group:
@@ -123,8 +123,8 @@ class WeightGroup:
         """Broadcasts new weights: each server takes all of them, or, whatever goes wrong, none.
 
         Args:
-            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs. DTensors
-                are gathered: every rank of the trainer makes this call.
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs.
+                DTensors are gathered: every rank of the trainer makes this call.
             module: "transformer" or "vae".
             weight_version: Of the new weights; None: each server counts.
             bucket_bytes: How much a server is told to expect at a time.

@@ -22,7 +22,7 @@ def weights_checksum(module: nn.Module) -> str:
     Raises:
         InvalidRequestError: A weight has no data that could be read, e.g. on the meta device; it is named.
     """
-    return checksum_of(sorted(module.state_dict().items()))
+    return checksum_of(sorted(module.state_dict(keep_vars=True).items()))
 
 
 def tensor_checksums(module: nn.Module) -> dict[str, str]:
@@ -31,7 +31,7 @@ def tensor_checksums(module: nn.Module) -> dict[str, str]:
     Raises:
         InvalidRequestError: A weight has no data that could be read, e.g. on the meta device; it is named.
     """
-    return {name: tensor_checksum(tensor, name) for name, tensor in module.state_dict().items()}
+    return {name: tensor_checksum(tensor, name) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def adapter_checksum(module: nn.Module, adapter: str = "default") -> str:

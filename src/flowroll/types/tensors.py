@@ -3,7 +3,7 @@
 An object that is a `Tensor` need not have memory of its own: a DTensor holds a shard, a meta or fake tensor holds nothing, a
 quantized or sparse one holds something else than its elements, and FSDP frees storages under tensors that still exist. Reading
 at `data_ptr()` of such an object gives other values or ends the process. Everything that reads or writes bytes of a tensor
-therefore takes them from `tensor_bytes`, and everything that gets a tensor from a caller passes it through `plain_tensor` first.
+therefore takes them from `tensor_bytes`, and a tensor that a caller gave goes through `plain_tensor` first.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 _MOST_SHOWN = 200
 
 
-def plain_tensor(tensor: Tensor, subject: str = "the tensor", *, device: torch.device | str | None = "cpu") -> Tensor:
+def plain_tensor(tensor: object, subject: str = "the tensor", *, device: torch.device | str | None = "cpu") -> Tensor:
     """An ordinary contiguous tensor with the same values: in the same memory where the tensor is one already, else a copy.
 
     A DTensor is gathered, which is a collective operation: every rank of its mesh has to call this for the same tensors in the
     same order.
 
     Args:
-        tensor: Any tensor.
+        tensor: Any tensor; what is none is refused.
         subject: What a message calls it, e.g. its name in a state_dict.
         device: Where the result is to be; None: where the tensor is.
 
     Raises:
         InvalidRequestError: It has no data, or its elements cannot be read as they are; says what to do instead.
     """
-    check_readable(tensor, subject)
+    readable_bytes(tensor, subject)
+    assert isinstance(tensor, Tensor)
     with _errors_named(tensor, subject), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         found = _ordinary(_gathered(tensor.detach()))
         if _has_memory(found):
@@ -48,11 +49,12 @@ def plain_tensor(tensor: Tensor, subject: str = "the tensor", *, device: torch.d
     return found
 
 
-def check_readable(tensor: Tensor, subject: str = "the tensor") -> None:
-    """Refuses what can be seen to have no elements that could be read, without reading or gathering anything.
+def readable_bytes(tensor: object, subject: str = "the tensor") -> int:
+    """Size of a tensor, of a DTensor the whole of it. Nothing is read or gathered.
 
     Raises:
-        InvalidRequestError: It is no tensor, has no data, or is quantized, sparse or nested.
+        InvalidRequestError: It can be seen to have no elements that could be read: it is no tensor, has no data, or is
+            quantized, sparse or nested.
     """
     if not isinstance(tensor, Tensor):
         raise InvalidRequestError(
@@ -72,6 +74,7 @@ def check_readable(tensor: Tensor, subject: str = "the tensor") -> None:
             raise _refused(subject, f"a tensor of layout {tensor.layout}", "call its to_dense() first")
         if type(tensor).__torch_dispatch__ is _NO_DISPATCH and not _has_memory(tensor):
             raise _without_memory(tensor, subject)
+        return tensor.numel() * tensor.itemsize
 
 
 def mesh_of(tensor: object) -> Any:
