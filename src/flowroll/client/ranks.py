@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowroll.client.exchange import Call
-from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, error_from_wire
+from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, ServerConnectionError, error_from_wire
 from flowroll.types.tensors import mesh_of, plain_tensor
 
 if TYPE_CHECKING:
@@ -109,8 +109,11 @@ class TrainerRanks:
         length = int(self._summed(torch.zeros(1, dtype=torch.int64)))
         data = self._summed(torch.zeros(length, dtype=torch.uint8))
         outcome = msgspec.json.decode(bytes(data.tolist()), type=_Outcome)
-        if outcome.failure is not None:
-            raise error_from_wire(outcome.failure.code, outcome.failure.message, outcome.failure.field)
+        if (failure := outcome.failure) is not None:
+            if failure.code == ServerConnectionError.code:
+                # No server sends this one.
+                raise ServerConnectionError(failure.message, field=failure.field)
+            raise error_from_wire(failure.code, failure.message, failure.field)
         return None if kind is None else msgspec.convert(outcome.value, kind)
 
     def _summed(self, part: Tensor) -> Tensor:
