@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
 from flowroll.replay.causes import Cause, Encode, Evidence, causes_of, grid_causes
-from flowroll.replay.losses import ratio
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, check_any, place_of, source_of
 from flowroll.types import Rollout
@@ -173,12 +173,13 @@ def _compared(rollout: Rollout, step: int, score: StepScore) -> _Pair:
     new, old, debug = score.log_prob.cpu(), rollout.log_probs[step], rollout.debug_tensors
     same_velocity, errors = True, None
     if debug is not None:
-        difference = (score.velocity.float().cpu() - debug.model_output[step]).abs()
+        difference = (score.velocity.float().cpu() - debug.model_output[step]).abs().nan_to_num(nan=math.inf)
         same_velocity = not bool(difference.any())
         errors = (difference.max().item(), difference.mean().item())
     return _Pair(
         is_exact=same_velocity and torch.equal(new, old),
-        ratio_error=(ratio(new, old) - 1).abs().item(),
+        # Reported, not refused: a NaN is what an audit is to find.
+        ratio_error=(torch.exp(new - old) - 1).abs().nan_to_num(nan=math.inf).item(),
         velocity_errors=errors,
     )
 
