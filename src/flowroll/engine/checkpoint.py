@@ -1,13 +1,15 @@
 """Looks at a diffusers checkpoint folder before anything is loaded from it.
 
 Owns everything that can be wrong with the files of a folder. diffusers and transformers fill in missing weights with random
-ones, or fail deep inside; here a bad folder is one clear error before anything is built.
+ones, pass over those that they do not know, read any dtype as if it were the weight's own, or fail deep inside; here a bad folder
+is one clear error, before anything is built where the files alone show it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,14 @@ _INDEX = "model_index.json"
 # Ours, optional: what model_index.json does not say.
 _NOTES = "flowroll.json"
 TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
-_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_TEXT_STEM = "model"
+_WEIGHT_STEMS = ("diffusion_pytorch_model", _TEXT_STEM)
+# What a weight may be stored in: floats that hold its value without a scale beside it.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# What counters and positions are stored in.
+_INTEGERS = ("BOOL", "U8", "I16", "I32", "I64")
+# Options of a component's configuration that have its library load something else than the floats in its files.
+_REDIRECTIONS = ("quantization_config", "compression_config", "transformers_weights")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _COMPONENTS = (*TORCH_COMPONENTS, "tokenizer", "scheduler")
 
@@ -38,7 +47,7 @@ class Checkpoint:
         family: Whose checkpoint it is.
         variant: Which of the family's variants it is taken for.
         schedule_config: Its sigma grid.
-        stored: Names of the tensors that each component's files hold.
+        stored: Of each component, the tensors that its files hold: their dtypes, as safetensors names them, by name.
     """
 
     folder: Path
@@ -46,7 +55,7 @@ class Checkpoint:
     family: Family
     variant: str
     schedule_config: ScheduleConfig
-    stored: Mapping[str, set[str]]
+    stored: Mapping[str, Mapping[str, str]]
 
     def class_of(self, component: str) -> str:
         """The class that the component is saved as."""
@@ -54,23 +63,60 @@ class Checkpoint:
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component."""
-        return [self.folder / component / name for name in weight_files(self.folder / component)]
+        folder = self.folder / component
+        return [folder / name for name in weight_files(folder, _stems(component))]
 
-    def check_complete(self, component: str, module: torch.nn.Module) -> None:
-        """Refuses a component whose files lack a weight of the module.
+    def check_stored(self, component: str, module: torch.nn.Module) -> None:
+        """Checks the names and dtypes of a component's tensors against the module that they are for.
+
+        It is the rule of diffusers' loader, for a module that is filled without that loader.
 
         Raises:
-            CheckpointError: It names some that are missing.
+            CheckpointError: A weight is missing, unknown, or no float.
         """
-        if missing := sorted(set(module.state_dict()) - self.stored[component]):
-            raise self.incomplete(component, module, missing)
+        stored, expected = set(self.stored[component]), set(module.state_dict())
+        ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        unknown = {name for name in stored - expected if not any(re.search(pattern, name) for pattern in ignored)}
+        self.check_loaded(component, module, missing=expected - stored, unknown=unknown)
 
-    def incomplete(self, component: str, module: torch.nn.Module, missing: list[str]) -> CheckpointError:
-        """What to raise where weights are missing."""
-        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        return CheckpointError(
-            f"{self.folder / component} must hold every weight of {type(module).__name__}, got none for {shown}; save it again."
-        )
+    def check_loaded(self, component: str, module: torch.nn.Module, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
+        """Refuses a component whose files do not hold its module's weights, all of them and nothing else.
+
+        Args:
+            component: Its folder.
+            module: What it was loaded as.
+            missing: Weights that the loader did not find.
+            unknown: Tensors that it could not place, without those that the class declares as passed over.
+
+        Raises:
+            CheckpointError: It names some that are missing, unknown, or no floats.
+        """
+        kind = type(module).__name__
+        if missing := sorted(missing):
+            raise self._unfit(component, f"hold every weight of {kind}", f"none for {_some(missing)}", "save it again")
+        if unknown := sorted(unknown):
+            remedy = "save it as that class, without scales or heads beside its weights"
+            raise self._unfit(component, f"hold the weights of {kind} alone", f"others: {_some(unknown)}", remedy)
+        # A class may rename what it loads, but hardly the last part of a name; a part that no weight has is a counter's.
+        leaves = {name.rpartition(".")[2] for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+        odd = {name: dtype for name, dtype in self.stored[component].items() if dtype not in _FLOATS}
+        if wrong := sorted(name for name in odd if name.rpartition(".")[2] in leaves):
+            raise self._unfit(
+                component,
+                f"hold its weights in one of {', '.join(_FLOATS)}",
+                f"{odd[wrong[0]]} for {_some(wrong)}",
+                _SAVE_FLOATS,
+            )
+
+    def _unfit(self, component: str, rule: str, got: str, remedy: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder / component} must {rule}, got {got}; {remedy}.")
+
+
+_SAVE_FLOATS = "dequantize it and save it in one of these"
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
@@ -88,6 +134,7 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
     family = family_of_pipeline(str(index.get("_class_name")))
     variant = _resolve_variant(family, variant or _noted_variant(folder))
     stored = {name: _check_component(folder, name) for name in _COMPONENTS}
+    _check_scheduler_class(index)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
     return Checkpoint(
         folder=folder,
@@ -97,6 +144,13 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
         schedule_config=ScheduleConfig.from_scheduler_config(scheduler),
         stored=stored,
     )
+
+
+def _check_scheduler_class(index: Mapping[str, Any]) -> None:
+    """The index chooses the class that diffusers loads, whatever the scheduler's own configuration says."""
+    entry = index.get("scheduler")
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    ScheduleConfig.from_scheduler_config({"_class_name": name})
 
 
 def _noted_variant(folder: Path) -> str | None:
@@ -139,45 +193,106 @@ def read_json(path: Path, rule: str) -> Mapping[str, Any]:
     return value
 
 
-def _check_component(folder: Path, name: str) -> set[str]:
-    """Checks that a component's files are there and whole; returns the names of its stored tensors."""
+def _check_component(folder: Path, name: str) -> Mapping[str, str]:
+    """Checks that a component's files are there and whole; returns the dtypes of its stored tensors by name."""
     component = folder / name
     if not component.is_dir():
         raise CheckpointError(f"{folder} must hold a folder {name}, got none; copy the whole checkpoint.")
     if name == "tokenizer" and not any(all((component / file).is_file() for file in files) for files in _VOCABULARIES):
         raise CheckpointError(f"{component} must hold a vocabulary, got no tokenizer.json; copy the whole checkpoint.")
     if name not in TORCH_COMPONENTS:
-        return set()
-    read_json(component / "config.json", f"{component} must have a configuration")
-    names: set[str] = set()
-    for file in weight_files(component):
+        return {}
+    _check_config(component, name)
+    return _stored_dtypes(component, _stems(name))
+
+
+def _stems(name: str) -> tuple[str, ...]:
+    """What the files of a component begin with: transformers' name for a text encoder, else diffusers'."""
+    return tuple(stem for stem in _WEIGHT_STEMS if (stem == _TEXT_STEM) == name.startswith("text_encoder"))
+
+
+def _check_config(component: Path, name: str) -> None:
+    """Refuses a component that its library would load otherwise than from the floats in its files, without a word."""
+    path = component / "config.json"
+    config = read_json(path, f"{component} must have a configuration")
+    # Also in the configuration of a part, as that of a text model in a vision-language model.
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _REDIRECTIONS:
+            if part.get(key):
+                raise UnsupportedModelError(
+                    f"{path} must be of a model in plain floats, got {key} = {json.dumps(part[key])[:100]}; {_SAVE_FLOATS}."
+                )
+    if name.startswith("text_encoder") and (component / "adapter_config.json").exists():
+        raise UnsupportedModelError(
+            f"{component} must hold a model without an adapter, which transformers would add to it, got adapter_config.json; "
+            "merge the adapter, or remove it."
+        )
+
+
+def _stored_dtypes(component: Path, stems: tuple[str, ...]) -> dict[str, str]:
+    """The dtypes of a component's tensors, by name.
+
+    Raises:
+        CheckpointError: A name in several files, a dtype that no weight has, or an index that is of other files.
+    """
+    dtypes: dict[str, str] = {}
+    for file in weight_files(component, stems):
         with TensorFile(component / file) as tensors:
-            names |= {tensor.name for tensor in tensors.stored}
-    return names
+            for tensor in tensors.stored:
+                if tensor.name in dtypes:
+                    raise CheckpointError(
+                        f"{component} must hold every weight once, got {tensor.name} in several files; save it again."
+                    )
+                if tensor.dtype not in (*_FLOATS, *_INTEGERS):
+                    raise CheckpointError(
+                        f"{component / file} must hold {tensor.name} in one of {', '.join(_FLOATS)}, got {tensor.dtype}; "
+                        f"{_SAVE_FLOATS}."
+                    )
+                dtypes[tensor.name] = tensor.dtype
+    chosen = _chosen_file(component, stems)
+    # diffusers believes the index: it would not see, or would look in vain for, what the index has otherwise.
+    if chosen.suffix == ".json" and (differing := _weight_map(component, chosen).keys() ^ dtypes.keys()):
+        raise CheckpointError(
+            f"{chosen} must list the tensors of its files, got a difference in {_some(differing)}; save the checkpoint again."
+        )
+    return dtypes
 
 
-def weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path, stems: Collection[str] = _WEIGHT_STEMS) -> list[str]:
     """The files of a module's folder that the libraries will read: the shards of the index where there is one, else one file.
+
+    Args:
+        folder: Of the module.
+        stems: Names that the files may begin with, the preferred one first.
 
     Raises:
         CheckpointError: There are none, or some are missing.
     """
-    for stem in _WEIGHT_STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return _shards(folder, index)
-        if (folder / f"{stem}.safetensors").is_file():
-            return [f"{stem}.safetensors"]
+    chosen = _chosen_file(folder, stems)
+    return sorted(set(_weight_map(folder, chosen).values())) if chosen.suffix == ".json" else [chosen.name]
+
+
+def _chosen_file(folder: Path, stems: Collection[str]) -> Path:
+    """The one file, or the index, that the libraries choose."""
+    for stem in stems:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        # Where there are both, transformers takes the file and diffusers the index.
+        for path in (single, index) if stem == _TEXT_STEM else (index, single):
+            if path.is_file():
+                return path
     raise CheckpointError(f"{folder} must hold .safetensors weights, got none; copy the whole checkpoint.")
 
 
-def _shards(folder: Path, index: Path) -> list[str]:
-    weight_map = read_json(index, f"{index} must be readable").get("weight_map")
-    found = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    shards = {shard for shard in found if isinstance(shard, str)}
+def _weight_map(folder: Path, index: Path) -> dict[str, str]:
+    """The file of each tensor, from an index whose files are all there."""
+    found = read_json(index, f"{index} must be readable").get("weight_map")
     # A name with a folder in it could lead anywhere.
-    if not shards or not all(isinstance(shard, str) and Path(shard).name == shard != "" for shard in found):
+    if not (isinstance(found, dict) and found and all(map(_is_file_name, found.values()))):
         raise CheckpointError(f"{index} must map weights to files beside it, got something else; save the checkpoint again.")
-    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+    if missing := sorted(shard for shard in set(found.values()) if not (folder / shard).is_file()):
         raise CheckpointError(f"{folder} must hold every shard, got no {', '.join(missing)}; copy the missing files.")
-    return sorted(shards)
+    return found
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value != ""

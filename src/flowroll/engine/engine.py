@@ -20,7 +20,7 @@ from flowroll.engine.scores import ScoringEngine
 from flowroll.engine.sleeping import SleepingEngine
 from flowroll.engine.updates import UpdatableEngine
 from flowroll.errors import InvalidRequestError
-from flowroll.types import GeneratedImage, Rollout, SamplingParams
+from flowroll.types import GeneratedImage, Rollout, SamplingParams, all_finite
 
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 
@@ -142,7 +142,8 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
             float32 in [0, 1], on the CPU.
 
         Raises:
-            InvalidRequestError: The size is off the model's grid, or the latents are not of that size.
+            InvalidRequestError: The size is off the model's grid, or the latents are not of that size or not finite.
+            EngineError: The VAE gave NaN or infinity.
             ShuttingDownError: The engine was interrupted or closed.
         """
         self._check_interrupt()
@@ -152,6 +153,10 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
                 f"latents must have the shape {geometry.latent_shape} at {width} x {height}, got {tuple(latents.shape)}; "
                 "give one sample's latents, without batch dimension.",
                 field="latents",
+            )
+        if not all_finite(latents):
+            raise InvalidRequestError(
+                "latents must be finite, got NaN or infinity; look at the steps that made them.", field="latents"
             )
         return self._between_steps(lambda: self._work.picture(latents.to(self._model.device), geometry))
 

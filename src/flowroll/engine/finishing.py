@@ -1,14 +1,28 @@
-"""What a finished sample becomes: a `Rollout`, or the picture of plain generation."""
+"""What a finished sample becomes: a `Rollout`, or the picture of plain generation.
+
+Owns the rule that every number in an answer is finite: a sample with NaN or infinity in it is an error, never a picture.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
 from flowroll.engine.denoising import Sample
 from flowroll.engine.plan import RequestPlan
-from flowroll.types import DenoisingEnv, GeneratedImage, Number, Rollout, SamplingRecord, branch_digest
+from flowroll.errors import EngineError
+from flowroll.types import (
+    DenoisingEnv,
+    EnvValue,
+    GeneratedImage,
+    Number,
+    Rollout,
+    SamplingRecord,
+    all_finite,
+    branch_digest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +44,59 @@ class Finished:
     seconds: float
 
 
+def check_encoded(env: DenoisingEnv) -> None:
+    """Refuses an environment that the text encoder left with NaN or infinity, before a step is taken with it.
+
+    Raises:
+        EngineError: It names the tensor.
+    """
+    branches: tuple[tuple[str, Mapping[str, EnvValue] | None], ...] = (
+        ("image_kwargs", env.image_kwargs),
+        ("pos_cond_kwargs", env.pos_cond_kwargs),
+        ("neg_cond_kwargs", env.neg_cond_kwargs),
+    )
+    for branch, values in branches:
+        for key, value in (values or {}).items():
+            if isinstance(value, Tensor) and not all_finite(value):
+                prompt = "negative prompt" if branch == "neg_cond_kwargs" else "prompt"
+                raise EngineError(
+                    f"{branch}.{key} of the {prompt} must be finite, got NaN or infinity from the text encoder; check its "
+                    "weights, or send another text."
+                )
+
+
+def check_denoised(plan: RequestPlan, sample: Sample) -> None:
+    """Refuses a trajectory that left float32's range, before it is decoded. What a recorder kept has to have arrived.
+
+    Raises:
+        EngineError: It names the sample and the tensor.
+    """
+    log_probs = [] if sample.recorder is None else [("log_probs", sample.recorder.stacked_log_probs())]
+    level = "" if sample.recorder is None else f"noise_level {plan.params.noise_level} and "
+    for name, tensor in (("latents", sample.latents), *log_probs):
+        if not all_finite(tensor):
+            raise EngineError(
+                f"{name} of the sample with seed {sample.seed} must stay finite, got NaN or infinity at {level}guidance scale "
+                f"{plan.guidance.scale}; lower the noise level or the guidance scale, or check the weights."
+            )
+
+
+def _check_recorded(seed: int, rollout: Rollout) -> None:
+    """Refuses what was recorded on the way and never reaches the latents."""
+
+    def recorded() -> Iterator[tuple[str, Tensor]]:
+        for part in ("debug_tensors", "dit_trajectory"):
+            record = getattr(rollout, part)
+            for field in () if record is None else fields(record):
+                value = getattr(record, field.name)
+                if isinstance(value, Tensor):
+                    yield f"{part}.{field.name}", value
+
+    for name, tensor in recorded():
+        if not all_finite(tensor):
+            raise EngineError(f"{name} of the sample with seed {seed} must be finite, got NaN or infinity; check the weights.")
+
+
 def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> GeneratedImage:
     """The answer of plain generation, on the CPU."""
     return GeneratedImage(
@@ -45,12 +112,16 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
 
 
 def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, peak_memory_mb: Number) -> Rollout:
-    """The answer of a rollout, with what it asked for, on the CPU."""
+    """The answer of a rollout, with what it asked for, on the CPU.
+
+    Raises:
+        EngineError: A recorded tensor holds NaN or infinity.
+    """
     recorder = finished.sample.recorder
     steps = None
     if plan.transitions is not None:
         steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
-    return Rollout(
+    rollout = Rollout(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
@@ -65,6 +136,8 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
     )
+    _check_recorded(finished.sample.seed, rollout)
+    return rollout
 
 
 def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:

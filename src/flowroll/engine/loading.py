@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from flowroll.engine.adapters import AdapterSet
-from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint
+from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint, read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.families import Family, ModelSpec, RunCalls, run_in_turn
 from flowroll.families.alignment import align_weights
@@ -24,6 +24,7 @@ from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
 from flowroll.sampling.schedule import ScheduleConfig
+from flowroll.types import all_finite
 
 _PROBE = "a red circle"
 
@@ -75,7 +76,6 @@ def load_model(
     """
     try:
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
-        checkpoint.check_complete("vae", pipeline.vae)
         pipeline.to(device)
         spec = checkpoint.family.spec(pipeline)
         _check_text(checkpoint.family, pipeline)
@@ -109,29 +109,53 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
     Raises:
         CheckpointError: The libraries cannot load it, or its files lack a weight.
     """
-    model_class = getattr(diffusers, checkpoint.class_of("transformer"))
-    folder = checkpoint.folder / "transformer"
     plan = checkpoint.family.parallel_plan
     try:
         if mesh is None or mesh.degree("tp") == 1:
-            transformer = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            transformer = load_component(checkpoint, "transformer", dtype)
             # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
             align_weights(transformer)
         else:
             transformer = empty_module(checkpoint, "transformer")
             shard_columns_of(transformer, plan.columns, mesh)
-            checkpoint.check_complete("transformer", transformer)
+            checkpoint.check_stored("transformer", transformer)
             _load_shards(checkpoint, transformer, dtype)
     except FlowrollError:
         raise
     except Exception as error:
         raise _unloadable(checkpoint, error) from error
-    checkpoint.check_complete("transformer", transformer)
     if mesh is not None:
         shard_rows_of(transformer, plan, mesh)
     # Not frozen: torch picks another kernel for some products whose weight needs no gradient, and a pipeline's weights, like a
     # trainer's, do. Nothing here records a graph.
     return transformer.eval()  # type: ignore[no-any-return]
+
+
+def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> Any:
+    """A component as its library loads it, whose own report tells which tensors of the files found no place.
+
+    Raises:
+        CheckpointError: A weight is missing, or a tensor is none of the class's.
+    """
+    library: Any = transformers if component.startswith("text_encoder") else diffusers
+    module, report = getattr(library, checkpoint.class_of(component)).from_pretrained(
+        checkpoint.folder / component, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    unknown = set(report["unexpected_keys"])
+    if unknown and library is transformers:
+        unknown -= _tensors_of_saver(checkpoint, component, module)
+    checkpoint.check_loaded(component, module, missing=report["missing_keys"], unknown=unknown)
+    return module
+
+
+def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> set[str]:
+    """The tensors of the class that a text encoder was saved from, whose head the pipeline's class leaves out by intention."""
+    config = read_json(checkpoint.folder / component / "config.json", f"{component} must have a configuration")
+    saver = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    if saver is None or not isinstance(module.config, saver.config_class):
+        return set()
+    with init_empty_weights(include_buffers=False):
+        return set(saver(module.config).state_dict())
 
 
 def empty_module(checkpoint: Checkpoint, component: str) -> Any:
@@ -143,9 +167,11 @@ def empty_module(checkpoint: Checkpoint, component: str) -> Any:
 
 def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dtype) -> None:
     """Fills the transformer from its files. Of a sharded weight, only this rank's columns are read."""
+    expected = set(transformer.state_dict())
     for file in checkpoint.weight_files("transformer"):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # it is no mapping
+            # What the class passes over is in the file, but not in the module.
+            for name in sorted(expected.intersection(weights.keys())):
                 path, _, leaf = name.rpartition(".")
                 owner = transformer.get_submodule(path)
                 empty = getattr(owner, leaf)
@@ -161,16 +187,11 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
     """The pipeline in evaluation mode, on the CPU."""
-    text_class = getattr(transformers, checkpoint.class_of("text_encoder"))
-    text_encoder, report = text_class.from_pretrained(
-        checkpoint.folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise checkpoint.incomplete("text_encoder", text_encoder, missing)
-    transformer = load_transformer(checkpoint, dtype, mesh)
-    pipeline = DiffusionPipeline.from_pretrained(
-        checkpoint.folder, text_encoder=text_encoder, transformer=transformer, dtype=dtype, local_files_only=True
-    )
+    modules = {
+        name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
+        for name in TORCH_COMPONENTS
+    }
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint.folder, **modules, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     for name in TORCH_COMPONENTS:
         getattr(pipeline, name).eval()
@@ -182,6 +203,8 @@ def _check_text(family: Family, pipeline: Any) -> None:
     with torch.no_grad():
         embeds = family.encode(pipeline, _PROBE)[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
+    if not all_finite(embeds):
+        raise CheckpointError("text_encoder must give finite embeddings, got NaN or infinity; copy its weights again.")
     if embeds.shape[0] < len(_PROBE.split()):
         raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
 

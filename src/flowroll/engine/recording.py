@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
-from flowroll.errors import EngineError
 from flowroll.types import DebugTensors, Trajectory
 
 
@@ -60,19 +59,6 @@ class Recorder:
         """Until everything that was kept so far has arrived in host memory."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def check_finite(self, final_latents: Float[Tensor, " *latent"]) -> None:
-        """Refuses a trajectory that left float32's range; what was made of it would be no sample.
-
-        Raises:
-            EngineError: A log-prob or the final latents hold NaN or infinity.
-        """
-        if not (torch.stack(self.log_probs).isfinite().all() and final_latents.isfinite().all()):
-            params = self.plan.params
-            raise EngineError(
-                f"the trajectory must stay finite, got NaN or infinity at noise_level {params.noise_level} and guidance scale "
-                f"{self.plan.guidance.scale}; lower one of the two, or check the weights."
-            )
 
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
         """The log-probs on the CPU."""

@@ -20,7 +20,7 @@ from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
 from flowroll.families.base import MAX_TEXT_TOKENS
-from flowroll.types import DenoisingEnv, EnvValue, RecordedSteps, SampleScores, SamplingParams, ScoreParams
+from flowroll.types import DenoisingEnv, EnvValue, RecordedSteps, SampleScores, SamplingParams, ScoreParams, all_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,8 @@ def sample_scores(
     for row, velocity in velocities.items():
         latents, following = (states[row].to(velocity.device) for states in (sample.latents, sample.next_latents))
         scores[row] = recipe.evaluate(velocity, latents, following, sample.steps[row])
-        if not (velocity.isfinite().all() and scores[row].log_prob.isfinite()):
+        finite = (all_finite(velocity), all_finite(scores[row].mean), all_finite(scores[row].log_prob))
+        if not all(finite):
             shown = f"NaN or infinity at step {sample.steps[row]}"
             _refuse("latents", "give finite velocities and log-probs", shown, "check the states, the env, and the weights")
     none = torch.zeros((), dtype=torch.float32)

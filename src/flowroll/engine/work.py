@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.denoising import DenoisingTask, Sample
-from flowroll.engine.finishing import record_of
+from flowroll.engine.finishing import check_denoised, check_encoded, record_of
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.rest import Rest
 from flowroll.engine.versions import WeightVersions
+from flowroll.errors import EngineError
 from flowroll.families import Geometry
-from flowroll.types import DenoisingEnv, EnvValue
+from flowroll.types import DenoisingEnv, EnvValue, all_finite
 
 
 class ModelWork:
@@ -45,6 +46,7 @@ class ModelWork:
             AsleepError: The memory of the weights was released while it waited.
             OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
             InvalidRequestError: Its adapter was unloaded while it waited.
+            EngineError: The text encoder gave NaN or infinity.
         """
         self._rest.check_awake()
         self._versions.demand(plan.params.min_weight_version)
@@ -57,6 +59,7 @@ class ModelWork:
                 encoded[prompt] = model.family.encode(pipeline, prompt)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
+        check_encoded(env)
         record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
         return DenoisingTask.build(plan, model, env, record)
 
@@ -64,23 +67,35 @@ class ModelWork:
         """A finished sample's picture, on the CPU.
 
         Raises:
-            EngineError: Its trajectory left float32's range.
+            EngineError: Its trajectory left float32's range, or the VAE gave NaN or infinity.
         """
         if sample.recorder is not None:
             sample.recorder.wait()
-            sample.recorder.check_finite(sample.latents)
-        return self.picture(sample.latents, task.plan.geometry)
+        check_denoised(task.plan, sample)
+        return self.picture(sample.latents, task.plan.geometry, what=f"image of the sample with seed {sample.seed}")
 
-    def picture(self, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 3 1 height width"]:
+    def picture(
+        self, latents: Float[Tensor, " *latent"], geometry: Geometry, *, what: str = "image"
+    ) -> Float[Tensor, " 3 1 height width"]:
         """The picture of one sample's latents, on the CPU.
+
+        Args:
+            latents: One sample's latents, on the model's device.
+            geometry: Of its size.
+            what: How a message calls the picture.
 
         Raises:
             AsleepError: The memory of the weights is released.
+            EngineError: The VAE gave NaN or infinity.
         """
         self._rest.check_awake()
         model, pipeline = self._get()
         with self._decoder:
-            return model.family.decode(pipeline, latents, geometry).cpu()
+            decoded = model.family.decode(pipeline, latents, geometry)
+        if not all_finite(decoded):
+            raise EngineError(f"{what} must be finite, got NaN or infinity from the VAE; check its weights and its dtype.")
+        # The pipeline's own image processor cuts at black and white, where an infinity would be a color.
+        return model.family.picture(pipeline, decoded).cpu()
 
     def release(self) -> None:
         """Lets go of the model; nothing works after that."""

@@ -283,8 +283,8 @@ class Family(ABC):
     @abstractmethod
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 3 1 height width"]:
-        """The picture of one sample, decoded alone; float32 in [0, 1]."""
+    ) -> Float[Tensor, " 1 3 height width"]:
+        """What the VAE makes of one sample's latents, decoded alone; `picture` makes an image of it."""
 
     @staticmethod
     def picture(pipeline: Any, decoded: Float[Tensor, " 1 3 height width"]) -> Float[Tensor, " 3 1 height width"]:

@@ -219,7 +219,7 @@ class QwenImage(Family):
     @override
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 3 1 height width"]:
+    ) -> Float[Tensor, " 1 3 height width"]:
         vae = pipeline.vae
         channels = latents.shape[-1] // 4
         grid = latents.view(geometry.rows, geometry.columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
@@ -231,5 +231,5 @@ class QwenImage(Family):
         shift = per_channel(vae.config.latents_mean).to(cells.device, cells.dtype)
         # The pipeline divides by the rounded inverse; multiplying by the std would differ in the last bit.
         inverse_std = 1.0 / per_channel(vae.config.latents_std).to(cells.device, cells.dtype)
-        image = vae.decode(cells / inverse_std + shift, return_dict=False)[0][:, :, 0]
-        return self.picture(pipeline, image)
+        image: Tensor = vae.decode(cells / inverse_std + shift, return_dict=False)[0][:, :, 0]
+        return image

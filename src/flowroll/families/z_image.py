@@ -211,8 +211,8 @@ class ZImage(Family):
     @override
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 3 1 height width"]:
+    ) -> Float[Tensor, " 1 3 height width"]:
         vae = pipeline.vae
         cells = latents[None].to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(cells, return_dict=False)[0]
-        return self.picture(pipeline, image)
+        image: Tensor = vae.decode(cells, return_dict=False)[0]
+        return image

@@ -7,18 +7,29 @@ says how many tokens an image has and which base grid it starts from.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.errors import UnsupportedModelError
+from flowroll.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 
 ShiftType: TypeAlias = Literal["exponential", "linear"]
+
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# Options of the scheduler that change the grid in a way that is not computed here.
+_UNSUPPORTED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+# Beyond every number that a scheduler is calibrated with, and far inside float32.
+_MAX_NUMBER = 1e6
+# Its exponential is a float64, and infinite as a float32.
+_MAX_EXPONENT = 700.0
+# The shift rounds a first sigma of 1 to one of its neighbors.
+_ABOUT_1 = 1 + 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +59,8 @@ class ScheduleConfig:
     use_dynamic_shifting: bool = False
     base_shift: int | float = 0.5
     max_shift: int | float = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
+    base_image_seq_len: int | float = 256
+    max_image_seq_len: int | float = 4096
     shift_terminal: int | float | None = None
     time_shift_type: ShiftType = "exponential"
 
@@ -57,21 +68,23 @@ class ScheduleConfig:
     def from_scheduler_config(cls, config: Mapping[str, object]) -> ScheduleConfig:
         """Reads a scheduler's configuration (`scheduler/scheduler_config.json`).
 
+        Options that diffusers does not know are passed over, as diffusers does.
+
         Raises:
             UnsupportedModelError: The configuration asks for a grid that flowroll does not compute.
+            CheckpointError: A value from which no grid can be computed.
         """
-        name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if name != "FlowMatchEulerDiscreteScheduler":
-            raise UnsupportedModelError(
-                f"scheduler must be FlowMatchEulerDiscreteScheduler, got {name}; save the checkpoint with that scheduler."
-            )
-        unsupported = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
-        for flag in unsupported:
+        name = config.get("_class_name", _SCHEDULER)
+        if name != _SCHEDULER:
+            raise UnsupportedModelError(f"scheduler must be {_SCHEDULER}, got {name}; save the checkpoint with that scheduler.")
+        for flag in _UNSUPPORTED:
             if config.get(flag):
                 raise UnsupportedModelError(
-                    f"scheduler option {flag} must be false, got true; set it to false and send explicit sigmas if need be."
+                    f"scheduler option {flag} must be false, got {_shown(config[flag])}; set it to false and send explicit "
+                    "sigmas if need be."
                 )
         known = {key: config[key] for key in cls.__slots__ if config.get(key) is not None}
+        _check_values({field.name: field.default for field in fields(cls)} | known)
         return cls(**known)  # type: ignore[arg-type]
 
     def mu(self, num_tokens: int) -> float:
@@ -79,6 +92,41 @@ class ScheduleConfig:
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         intercept = self.base_shift - slope * self.base_image_seq_len
         return num_tokens * slope + intercept
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Refuses values for which the arithmetic below divides by zero, leaves float32 or does not descend from 1 to 0."""
+
+    def check(key: str, rule: str, is_met: bool, remedy: str = "correct scheduler_config.json") -> None:
+        if not is_met:
+            raise CheckpointError(f"scheduler option {key} must {rule}, got {_shown(values[key])}; {remedy}.")
+
+    steps, terminal, is_dynamic = values["num_train_timesteps"], values["shift_terminal"], values["use_dynamic_shifting"]
+    check("num_train_timesteps", "be an integer from 1 to 1000000", type(steps) is int and 1 <= steps <= _MAX_NUMBER)
+    check("use_dynamic_shifting", "be true or false", isinstance(is_dynamic, bool))
+    check("time_shift_type", "be exponential or linear", values["time_shift_type"] in get_args(ShiftType))
+    check("shift_terminal", "be a number from 0 to below 1", terminal is None or (_is_number(terminal) and 0 <= terminal < 1))
+    for key in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
+        check(key, f"be a number of at most {_MAX_NUMBER:g}", _is_number(values[key]))
+    if not is_dynamic:
+        check("shift", "be above 0", values["shift"] > 0)
+        return
+    # The shift is linear between the two lengths; diffusers divides by their difference too.
+    check(
+        "max_image_seq_len",
+        f"differ from base_image_seq_len ({values['base_image_seq_len']})",
+        values["max_image_seq_len"] != values["base_image_seq_len"],
+        "for the same shift at every size set max_shift to base_shift and keep two lengths",
+    )
+
+
+def _is_number(value: object) -> bool:
+    # Compared, not converted: an integer may be beyond all floats. NaN is not below anything.
+    return type(value) in (int, float) and abs(value) <= _MAX_NUMBER  # type: ignore[arg-type, operator]
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)[:80]
 
 
 def linspace_float64(num_steps: int) -> Float[Tensor, " steps"]:
@@ -111,18 +159,31 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
 
     Returns:
         T sigmas followed by 0, and the timesteps.
+
+    Raises:
+        InvalidRequestError: The shift is calibrated for other sizes; at this one the grid does not descend from at most 1 to 0.
     """
     if config.use_dynamic_shifting:
         mu = config.mu(num_tokens)
+        if config.time_shift_type == "exponential":
+            # Beyond float32's range the grid is refused below.
+            mu = math.exp(min(mu, _MAX_EXPONENT))
         # A tensor, because torch computes `number / tensor` as a reciprocal and a product: one rounding too many.
-        factor = torch.tensor(math.exp(mu) if config.time_shift_type == "exponential" else mu, dtype=torch.float32)
+        factor = torch.tensor(mu, dtype=torch.float32)
         sigmas = factor / (factor + (1 / base - 1))
     else:
         sigmas = config.shift * base / (1 + (config.shift - 1) * base)
     if config.shift_terminal and len(base) > 1:
         one_minus = 1 - sigmas
         sigmas = 1 - one_minus / (one_minus[-1] / (1 - config.shift_terminal))
-    return Schedule(sigmas=torch.cat([sigmas, torch.zeros(1)]), timesteps=sigmas * config.num_train_timesteps)
+    grid = torch.cat([sigmas, torch.zeros(1)])
+    if not (grid[0] <= _ABOUT_1 and (grid[1:] < grid[:-1]).all()):
+        raise InvalidRequestError(
+            f"sigmas must descend from at most 1 to 0, got {_shown(grid.tolist())} from the checkpoint's scheduler at "
+            f"{num_tokens} image tokens; send explicit sigmas, or ask for another size.",
+            field="sigmas",
+        )
+    return Schedule(sigmas=grid, timesteps=sigmas * config.num_train_timesteps)
 
 
 def explicit_schedule(config: ScheduleConfig, sigmas: Sequence[int | float]) -> Schedule:

@@ -7,6 +7,7 @@ imports a model library.
 
 from flowroll.types.adapters import MAX_LORA_NAME_CHARS, AdapterChange, AdapterRecord, LoraAdapter, check_lora_name
 from flowroll.types.digest import branch_digest
+from flowroll.types.finite import all_finite
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     MAX_GUIDANCE_SCALE,
@@ -75,6 +76,7 @@ __all__ = [
     "Split",
     "Trajectory",
     "WeightUpdate",
+    "all_finite",
     "branch_digest",
     "check_lora_name",
     "check_version",
