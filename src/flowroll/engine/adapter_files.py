@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowroll.engine.adapter_patterns import check_patterns
-from flowroll.engine.checkpoint import read_json
 from flowroll.engine.tensorfile import StoredTensor, TensorFile
+from flowroll.engine.weight_files import read_json
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types.tensors import plain_tensor
 

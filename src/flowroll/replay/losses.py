@@ -35,8 +35,8 @@ def group_advantages(
         groups: Samples with the same number have the same prompt.
         std: "group": of the sample's own group, "global": of all rewards; the population std, without Bessel's correction.
         eps: Added to the std, so that rewards that are nearly equal are not blown up; finite, 0 or more.
-        nonfinite: What becomes of a reward that is NaN or infinite. "refuse": it is an error that names the samples. "drop": its
-            sample gets the advantage 0 and counts neither in a mean nor in a std.
+        nonfinite: What becomes of a reward that is NaN or infinite. "refuse": it is an error that names the samples. "drop":
+            its sample gets the advantage 0 and counts neither in a mean nor in a std.
 
     Returns:
         float32.
