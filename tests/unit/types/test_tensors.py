@@ -1,24 +1,30 @@
 """Tensors without ordinary memory, through every door that reads bytes: the right values, or an error that names the tensor."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load
+from tests.adapters import policy
 from tests.factories import make_rollout
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from flowroll import replay
 from flowroll.client import Client
+from flowroll.client.weight_group import WeightGroup
+from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError, ServerConnectionError
 from flowroll.wire.files import save_rollout
 
@@ -187,3 +193,49 @@ def test_what_are_no_named_tensors_is_refused(given: Any, words: str) -> None:
         # The type checker of these tests does not look into an iterator.
         client.update_weights(iter([given]))
     assert server.paths == []
+
+
+@pytest.fixture(scope="module")
+def engine(z_image_checkpoint: Path) -> Iterator[Engine]:
+    with Engine(z_image_checkpoint, device="cpu", dtype="float32") as engine:
+        yield engine
+
+
+def test_an_engine_takes_shards_of_a_trainer_in_its_own_process(mesh: DeviceMesh, engine: Engine) -> None:
+    transformer = copy.deepcopy(engine._model.transformer)
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            weight.mul_(1.01)
+    plain = replay.weights_checksum(transformer)
+    sharded = fully_shard(transformer, mesh=mesh)
+    assert engine.weights_checksum() != plain == replay.weights_checksum(sharded)
+    engine.update_weights_from_tensors(sharded.state_dict())
+    assert engine.weights_checksum() == plain
+    model = policy(engine._model.transformer)
+    tensors, config = peft.get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+    shards = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
+    change = engine.load_lora_adapter_from_tensors(shards, config, name="sharded")
+    assert change.adapter is not None and change.adapter.sha256 == replay.adapter_checksum(model)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_engine_refuses_by_name_what_has_no_elements(mesh: DeviceMesh, engine: Engine, kind: str) -> None:
+    make, words = REFUSED[kind]
+    before = engine.weights_checksum()
+    with pytest.raises(InvalidRequestError, match=rf"^{NAME} must have .*{words}"):
+        engine.update_weights_from_tensors({NAME: make(mesh)})
+    with pytest.raises(InvalidRequestError, match=rf"^{NAME} must have .*{words}"):
+        engine.load_lora_adapter_from_tensors({NAME: make(mesh)}, {"r": 1}, name="none")
+    assert engine.weights_checksum() == before
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_group_refuses_by_name_what_has_no_elements(mesh: DeviceMesh, kind: str) -> None:
+    make, words = REFUSED[kind]
+    with WeightGroup([]) as group, pytest.raises(InvalidRequestError, match=rf"^{NAME} must have .*{words}"):
+        group.update_weights({NAME: make(mesh)})
+
+
+def test_a_group_without_servers_says_who_gives_them() -> None:
+    with WeightGroup([]) as group, pytest.raises(InvalidRequestError, match="give them on the first rank of the mesh"):
+        group.update_weights({NAME: VALUES})
