@@ -130,6 +130,19 @@ def push_to_nobody(trainer: Trainer) -> dict[str, Any]:
         return _refused(lambda: client.update_weights(tensors))
 
 
+def push_where_the_sender_breaks(trainer: Trainer) -> dict[str, Any]:
+    def transport(request: httpx.Request) -> httpx.Response:
+        raise LookupError("a bug")
+
+    tensors = trainer.sharded(copy.deepcopy(trainer.transformer)).state_dict()
+    with Client(trainer.url, transport=httpx.MockTransport(transport)) as client:
+        try:
+            client.update_weights(tensors)
+        except Exception as error:
+            return {"error": type(error).__name__, "message": str(error)}
+    return {"error": None}
+
+
 def push_without_servers(trainer: Trainer) -> dict[str, Any]:
     tensors = trainer.sharded(copy.deepcopy(trainer.transformer)).state_dict()
     with WeightGroup([]) as group:
@@ -165,7 +178,7 @@ def _run_rank(rank: int, port: int, url: str, folders: dict[str, Path], out: Pat
     old = load_file(folders["old"] / "transformer" / WEIGHTS)
     found = {}
     with Client(url) as client:
-        for push in (*TAKEN, *REFUSED, push_shards_last, push_adapter):
+        for push in (*TAKEN, *REFUSED, push_where_the_sender_breaks, push_shards_last, push_adapter):
             if rank == 0:
                 client.update_weights(old)
             dist.barrier()
@@ -239,6 +252,16 @@ def test_a_refused_push_is_the_same_error_on_every_rank_and_changes_nothing(
     assert first == second
     assert first["error"] == kind and re.search(words, first["message"])
     assert first["server"] == truth["old"][0]
+
+
+def test_what_ends_the_sender_does_not_leave_the_others_waiting(
+    pushes: list[dict[str, Any]], truth: dict[str, tuple[str, Rollout]]
+) -> None:
+    first, second = (found["push_where_the_sender_breaks"] for found in pushes)
+    assert (first["error"], first["message"]) == ("LookupError", "a bug")
+    assert second["error"] == "EngineError"
+    assert second["message"] == "the rank that sends must end its push, got LookupError: a bug; look at its log."
+    assert first["server"] == second["server"] == truth["old"][0]
 
 
 def test_a_generator_that_shows_its_shards_too_late_is_refused(
