@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
@@ -16,7 +15,7 @@ from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
 from flowroll.client.exchange import Call, post, read_by, read_object
 from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
-from flowroll.types import AdapterChange, WeightUpdate
+from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
 from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
@@ -50,6 +49,8 @@ def push_weights(
             make = functools.partial(bucket_call, update_id, ranks.gather(bucket))
             yield from ranks.once(make, None)
         return (yield from ranks.once(lambda: commit_call(update_id, mode), WeightUpdate))
+    except GeneratorExit:
+        raise
     except BaseException:
         # Or the next update waits for this one.
         if ranks.sends:
@@ -111,8 +112,7 @@ def adapter_call(
         InvalidRequestError: A tensor of a dtype that cannot be sent, or a configuration that is none.
     """
     try:
-        # peft's own object has sets in it.
-        prefix = safetensors_prefix(tensors, metadata={"adapter_config": json.dumps(dict(config), default=sorted)})
+        prefix = safetensors_prefix(tensors, metadata={"adapter_config": adapter_config_text(config)})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"tensors and config must be peft's, got {error}; use get_peft_model_state_dict.") from error
     version = {} if weight_version is None else {"weight_version": weight_version}

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroll.engine.adapter_files import AdapterData, load_peft, lora_config, refused, shape_key, unreadable
+from flowroll.engine.adapter_config import load_peft, lora_config, shape_key
+from flowroll.engine.adapter_files import AdapterData, refused, unreadable
 from flowroll.engine.weights import listed
 from flowroll.errors import InvalidRequestError
 from flowroll.families.checksums import layers_checksum

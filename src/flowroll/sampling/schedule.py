@@ -7,6 +7,7 @@ says how many tokens an image has and which base grid it starts from.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -122,7 +123,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 def _is_number(value: object) -> bool:
     # Compared, not converted: an integer may be beyond all floats. NaN is not below anything.
-    return type(value) in (int, float) and abs(value) <= _MAX_NUMBER  # type: ignore[arg-type, operator]
+    return type(value) in (int, float) and abs(value) <= _MAX_NUMBER  # type: ignore[arg-type]
 
 
 def _shown(value: object) -> str:
@@ -177,9 +178,11 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
         one_minus = 1 - sigmas
         sigmas = 1 - one_minus / (one_minus[-1] / (1 - config.shift_terminal))
     grid = torch.cat([sigmas, torch.zeros(1)])
-    if not (grid[0] <= _ABOUT_1 and (grid[1:] < grid[:-1]).all()):
+    levels = grid.tolist()
+    # Written so that NaN does not pass.
+    if not (levels[0] <= _ABOUT_1 and all(later < earlier for earlier, later in itertools.pairwise(levels))):
         raise InvalidRequestError(
-            f"sigmas must descend from at most 1 to 0, got {_shown(grid.tolist())} from the checkpoint's scheduler at "
+            f"sigmas must descend from at most 1 to 0, got {_shown(levels)} from the checkpoint's scheduler at "
             f"{num_tokens} image tokens; send explicit sigmas, or ask for another size.",
             field="sigmas",
         )

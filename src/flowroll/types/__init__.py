@@ -5,7 +5,14 @@ the model's rules in `families/`, and what depends on a loaded checkpoint (sizes
 imports a model library.
 """
 
-from flowroll.types.adapters import MAX_LORA_NAME_CHARS, AdapterChange, AdapterRecord, LoraAdapter, check_lora_name
+from flowroll.types.adapters import (
+    MAX_LORA_NAME_CHARS,
+    AdapterChange,
+    AdapterRecord,
+    LoraAdapter,
+    adapter_config_text,
+    check_lora_name,
+)
 from flowroll.types.digest import branch_digest
 from flowroll.types.finite import all_finite
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
@@ -76,6 +83,7 @@ __all__ = [
     "Split",
     "Trajectory",
     "WeightUpdate",
+    "adapter_config_text",
     "all_finite",
     "branch_digest",
     "check_lora_name",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flowroll.errors import InvalidRequestError
 
@@ -71,6 +74,24 @@ class AdapterChange:
     adapter: LoraAdapter | None
     read_s: float
     paused_s: float
+
+
+def adapter_config_text(config: Mapping[str, Any]) -> str:
+    """The text of adapter_config.json.
+
+    Args:
+        config: What peft's `LoraConfig.to_dict()` or `dataclasses.asdict` gives.
+
+    Raises:
+        InvalidRequestError: It holds what has no place in JSON.
+    """
+    try:
+        # peft keeps names in sets.
+        return json.dumps(dict(config), default=sorted)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"config must be what adapter_config.json holds, got {error}; send LoraConfig.to_dict().", field="config"
+        ) from error
 
 
 def check_lora_name(name: object) -> None:

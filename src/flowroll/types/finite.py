@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -10,4 +12,4 @@ def all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     # A sum with NaN or infinity in it is not finite. That of finite numbers may overflow, so only then each is looked at.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

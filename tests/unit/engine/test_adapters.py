@@ -287,7 +287,7 @@ def test_a_pattern_that_could_take_forever_is_refused(key: str) -> None:
 
 def test_what_overflows_in_peft_is_the_adapters_fault(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a pattern of a{99999999999999} does that no check has seen.
-    monkeypatch.setattr("flowroll.engine.adapter_files.check_patterns", lambda config: None)
+    monkeypatch.setattr("flowroll.engine.adapter_config.check_patterns", lambda config: None)
     _edit_config(target_modules="a{99999999999999}")(adapter)
     with pytest.raises(WeightsRejectedError, match="must fit ZImageTransformer2DModel, got the repetition number"):
         z_image.load_lora_adapter(adapter, name="p")

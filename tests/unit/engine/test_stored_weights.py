@@ -1,4 +1,4 @@
-"""A checkpoint is loaded as it is meant or not at all: no tensor is passed over, and none is read in a dtype of another meaning.
+"""A checkpoint is loaded as it is meant or not at all: no tensor is passed over, none is read in a dtype of another meaning.
 
 The loaders of diffusers and transformers pass over tensors that they do not know and cast whatever they find: weights in 8-bit
 floats, whose scales lie beside them, load as another model.
@@ -143,7 +143,7 @@ def test_tensors_that_transformers_passes_over_are_passed_over(z_folder: Path, z
         assert torch.equal(engine.generate(**REQUEST)[0].image, usual.generate(**REQUEST)[0].image)
     # Without the word of the class that has such a head, nobody knows what it is.
     edit_json(z_folder / "text_encoder" / "config.json", architectures=["Qwen3Model"])
-    with pytest.raises(CheckpointError, match="Qwen3Model alone, got others: lm_head.weight"):
+    with pytest.raises(CheckpointError, match=r"Qwen3Model alone, got others: lm_head.weight"):
         Engine(z_folder, device="cpu")
 
 
@@ -183,7 +183,7 @@ def test_text_encoders_of_other_families_load_as_they_are_published(
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     edit(z_folder, "text_encoder", lambda tensors: {**tensors, "encoder.block.0.scale_weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="got others: encoder.block.0.scale_weight"):
+    with pytest.raises(CheckpointError, match=r"got others: encoder.block.0.scale_weight"):
         load_component(examine_checkpoint(z_folder, variant=None), "text_encoder", torch.float32)
 
 
@@ -195,7 +195,7 @@ def test_ranks_pass_over_what_a_class_declares_and_refuse_the_rest(
 
     edit(z_folder, "transformer", lambda tensors: {**tensors, "old.buffer": torch.ones(1)})
     mesh: Any = TensorMesh(0, degree)
-    with pytest.raises(CheckpointError, match="ZImageTransformer2DModel alone, got others: old.buffer"):
+    with pytest.raises(CheckpointError, match=r"ZImageTransformer2DModel alone, got others: old.buffer"):
         load_transformer(examine_checkpoint(z_folder, variant=None), torch.float32, mesh)
     monkeypatch.setattr(ZImageTransformer2DModel, "_keys_to_ignore_on_load_unexpected", ["old"])
     part = load_transformer(examine_checkpoint(z_folder, variant=None), torch.float32, mesh)
