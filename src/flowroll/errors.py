@@ -25,7 +25,8 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── CheckpointError           -   the folder cannot be loaded as a checkpoint
     ├── UnsupportedModelError     -   the checkpoint is fine, but of no family that flowroll knows
     ├── RolloutFileError          -   a saved rollout cannot be read
-    └── ServerConnectionError     -   client side: the server cannot be reached, or broke off
+    ├── ServerConnectionError     -   client side: the server cannot be reached, or broke off
+    └── MissingExtraError         -   a library of an extra is not installed; an ImportError too
 """
 
 from __future__ import annotations
@@ -208,6 +209,12 @@ class ServerConnectionError(FlowrollError):
     """The client could not reach the server, or the answer broke off."""
 
     code = "server_connection"
+
+
+class MissingExtraError(FlowrollError, ImportError):
+    """A library that an extra of flowroll brings is not installed; the message says which `pip install` brings it."""
+
+    code = "missing_extra"
 
 
 _WIRE_ERRORS: dict[str, type[FlowrollError]] = {

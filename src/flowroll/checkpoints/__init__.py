@@ -12,6 +12,7 @@ from flowroll.errors import CheckpointError
 
 _PREFIX = "shapes-"
 _FOLDER = Path(__file__).parent
+_INDEX = "model_index.json"
 SHAPES = tuple(_PREFIX + family for family in ("qwen_image", "z_image"))
 
 
@@ -35,3 +36,17 @@ def resolve(model: str | Path) -> Path:
     """The folder that MODEL means: a path, or where there is no such path, the name of a shipped checkpoint."""
     path = Path(model)
     return _FOLDER / str(model) if str(model) in SHAPES and not path.exists() else path
+
+
+def find_checkpoint(model: str | Path) -> Path:
+    """`resolve`, which refuses at once what is no checkpoint folder at all; the engine looks at its files.
+
+    Raises:
+        CheckpointError: There is no such folder, or it has no index.
+    """
+    folder = resolve(model)
+    if not (folder / _INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} must be a diffusers checkpoint folder, got no {_INDEX}; give the folder that holds {_INDEX}."
+        )
+    return folder

@@ -1,29 +1,96 @@
-"""The command group: which commands there are, and how an error ends one."""
+"""The command group: which commands there are, and how an error ends one.
+
+A command's module is imported when the command is run or asked for its help, so that `flowroll --help` is there at once, and a
+command asks for no library that another one needs.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from flowroll.cli.bench import bench
-from flowroll.cli.generate import generate
-from flowroll.cli.inspect import inspect
-from flowroll.cli.options import quiet_model_libraries
-from flowroll.cli.parity import parity
-from flowroll.cli.rollout import rollout
-from flowroll.cli.sampling_flags import with_sampling_flags
-from flowroll.cli.serve import serve
-from flowroll.cli.top import top
-from flowroll.cli.verify import verify
 from flowroll.errors import FlowrollError
+from flowroll.extras import extra_for, missing_extra
+
+# The plain layout never cuts a flag's name short.
+PLAIN: Mapping[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One command of the group.
+
+    Attributes:
+        where: Module in this package and name in it, of a function or of a group.
+        help: First line of its help.
+        extra: The extra that brings its libraries.
+    """
+
+    where: str
+    help: str
+    extra: str
+
+    def load(self, name: str) -> Any:
+        """The command itself.
+
+        Raises:
+            MissingExtraError: A library that it needs is not installed.
+        """
+        module, _, attribute = self.where.partition(":")
+        with extra_for(f"`flowroll {name}`", self.extra):
+            found = getattr(import_module(f"flowroll.cli.{module}"), attribute)
+        if not isinstance(found, typer.Typer):
+            single = typer.Typer(**PLAIN)
+            single.command(name)(found)
+            found = single
+        return typer.main.get_command(found)
+
+
+COMMANDS: Mapping[str, Entry] = {
+    "serve": Entry(where="serve:serve", help="Serve a checkpoint over HTTP until SIGTERM or Ctrl-C.", extra="server"),
+    "generate": Entry(
+        where="generate:generate", help="Make pictures, or with --rollout whole rollouts, of one prompt.", extra="engine"
+    ),
+    "rollout": Entry(where="rollout:rollout", help="Roll out every prompt of a file on a server.", extra="client"),
+    "inspect": Entry(
+        where="inspect:inspect", help="Print the tensors, the log-probs and the record of a saved rollout.", extra="client"
+    ),
+    "parity": Entry(where="parity:parity", help="Check that parallel layouts give the bits of one rank.", extra="engine"),
+    "verify": Entry(
+        where="verify:verify", help="Replay saved rollouts with a checkpoint's weights, and say what differs.", extra="engine"
+    ),
+    "top": Entry(where="top:top", help="Watch a server: load, rates, time by stage, errors; until Ctrl-C.", extra="client"),
+    "bench": Entry(where="bench:bench", help="Measure a running server.", extra="client"),
+    "make-checkpoint": Entry(
+        where="make_checkpoint:make_checkpoint",
+        help="Make a checkpoint folder with random weights, offline.",
+        extra="engine",
+    ),
+}
 
 
 class Commands(TyperGroup):
     """Ends a command that the user got wrong with one line on stderr and status 1."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, or None."""
+        entry = COMMANDS.get(cmd_name)
+        return None if entry is None else entry.load(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the list of commands without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
@@ -31,6 +98,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except FlowrollError as error:
             message = error.message
+        except ImportError as error:
+            name = ctx.invoked_subcommand or ""
+            if name not in COMMANDS or (missing := missing_extra(f"`flowroll {name}`", COMMANDS[name].extra, error)) is None:
+                raise
+            message = missing.message
         except BrokenPipeError:
             # The reader of our output has left; typer ends that quietly.
             raise
@@ -45,33 +117,10 @@ app = typer.Typer(
     cls=Commands,
     help="Rollout engine for RL post-training of flow-matching text-to-image models.",
     no_args_is_help=True,
-    add_completion=False,
-    # The plain layout never cuts a flag's name short.
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    **PLAIN,
 )
-app.command()(serve)
-# The weights of a command are those that it loads.
-app.command()(with_sampling_flags(generate, without={"min_weight_version", "lora_name"}))
-# Every prompt is a request of its own, with its own id.
-app.command()(with_sampling_flags(rollout, without={"prompt", "request_id", "min_weight_version", "lora_name"}))
-app.command()(inspect)
-app.command()(parity)
-app.command()(verify)
-app.command()(top)
-app.add_typer(bench, name="bench")
 
 
-@app.command("make-checkpoint")
-def make_checkpoint_command(
-    family: Annotated[Literal["qwen_image", "z_image"], typer.Argument(metavar="FAMILY", help="qwen_image or z_image.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to save.")],
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
-    size: Annotated[Literal["tiny", "mid"], typer.Option(help="tiny, or mid: about 100 million parameters.")] = "tiny",
-) -> None:
-    """Make a checkpoint folder with random weights, offline."""
-    quiet_model_libraries()
-    from flowroll.testing import make_checkpoint
-
-    folder = make_checkpoint(family, directory, seed=seed, size=size)
-    Console().print(f"{family} checkpoint in {folder}", markup=False, soft_wrap=True)
+@app.callback()
+def _group() -> None:
+    """Rollout engine for RL post-training of flow-matching text-to-image models."""

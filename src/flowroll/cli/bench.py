@@ -14,7 +14,7 @@ from rich.console import Console
 
 from flowroll.cli.options import ApiKey
 from flowroll.cli.output import add_row, format_bytes, plain_table, print_whole, progress_bar
-from flowroll.cli.rollout import read_prompts
+from flowroll.cli.prompts import read_prompts
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.errors import InvalidRequestError
 from flowroll.types.params import SdeType

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,12 @@ import typer
 
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
 from flowroll.cli.output import print_whole, samples_table, save_png
+from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.types import ROLLOUT_FIELDS, GeneratedImage, Rollout, SamplingParams
 
 
+# The weights of this command are those that it loads.
+@partial(with_sampling_flags, without={"min_weight_version", "lora_name"})
 def generate(
     model: Model,
     given: dict[str, Any],

@@ -8,14 +8,15 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-from flowroll.checkpoints import SHAPES, resolve
+from flowroll.checkpoints import SHAPES, find_checkpoint
+from flowroll.extras import extra_for
 
 Model: TypeAlias = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
         help=f"A diffusers checkpoint folder, or one that flowroll ships: {' or '.join(SHAPES)}.",
-        callback=resolve,
+        callback=find_checkpoint,
     ),
 ]
 Variant: TypeAlias = Annotated[
@@ -36,8 +37,9 @@ ApiKey: TypeAlias = Annotated[
 def quiet_model_libraries() -> None:
     """Turns the progress bars of diffusers and transformers off, and loads both."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import diffusers.utils.logging
-    import transformers.utils.logging
+    with extra_for("A checkpoint", "engine"):
+        import diffusers.utils.logging
+        import transformers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

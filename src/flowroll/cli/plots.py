@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
+from flowroll.extras import extra_for
 from flowroll.types import Rollout
 
 _INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
@@ -72,7 +73,8 @@ def line_chart(title: str, *, x: str, y: str) -> tuple[Any, Any]:
         x: Name of the whole numbers.
         y: Name of the values.
     """
-    from matplotlib.ticker import MaxNLocator
+    with extra_for("A plot", "plot"):
+        from matplotlib.ticker import MaxNLocator
 
     figure = _figure(8.0, 4.5)
     axes = figure.add_subplot()
@@ -130,8 +132,9 @@ def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Pat
 
 def _figure(width: float, height: float) -> Any:
     """An empty figure; sizes in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra_for("A plot", "plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,24 +11,26 @@ from rich.console import Console
 
 from flowroll.cli.options import ApiKey
 from flowroll.cli.output import progress_bar
-from flowroll.errors import (
-    FlowrollError,
-    InvalidRequestError,
-    RolloutFileError,
-    ServerConnectionError,
-    UnauthorizedError,
-)
-from flowroll.types import SamplingParams
+from flowroll.cli.prompts import read_requests
+from flowroll.cli.sampling_flags import with_sampling_flags
+from flowroll.errors import FlowrollError, RolloutFileError, ServerConnectionError, UnauthorizedError
 
 # The next prompt would fare no better.
 _HOPELESS = (ServerConnectionError, UnauthorizedError, RolloutFileError)
 
 
+# A prompt comes from the file; every request has its own id.
+@partial(with_sampling_flags, without={"prompt", "request_id", "min_weight_version", "lora_name"})
 def rollout(
     given: dict[str, Any],
     url: Annotated[str, typer.Option(help="Of the server, e.g. http://127.0.0.1:30000.")],
     prompts: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help='One prompt a line; or .jsonl, objects with a "prompt" key.')
+        Path,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='One prompt a line; or .jsonl: objects with a "prompt" and any other field, which goes before the flag.',
+        ),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rollouts.")],
     api_key: ApiKey = None,
@@ -43,7 +45,7 @@ def rollout(
     from flowroll.wire.files import save_rollout
 
     # Every request is checked before the first one is sent.
-    requests = [SamplingParams(prompt=prompt, **given) for prompt in read_prompts(prompts)]
+    requests = read_requests(prompts, given)
     out.mkdir(parents=True, exist_ok=True)
     console, errors = Console(), Console(stderr=True)
     failures: list[str] = []
@@ -68,33 +70,3 @@ def rollout(
         for line in failures:
             errors.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: one a line, or in a .jsonl file the "prompt" of one object a line. Blank lines are skipped.
-
-    Raises:
-        InvalidRequestError: A line is no such object, or there is no prompt at all.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{path} must be UTF-8 text, got other bytes; save it as UTF-8.", field="prompts") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise InvalidRequestError(f"{path} must hold at least one prompt, got none; write one a line.", field="prompts")
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_of(f"{path}, line {number},", line) for number, line in numbered]
-
-
-def _prompt_of(where: str, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequestError(f"{where} must be JSON, got {error}; write one object a line.", field="prompts") from error
-    prompt = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(prompt, str):
-        shown = line if len(line) <= 80 else line[:77] + "..."
-        raise InvalidRequestError(f'{where} must hold a text under "prompt", got {shown}; add one.', field="prompts")
-    return prompt

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant, quiet_model_libraries
+from flowroll.errors import InvalidRequestError
+from flowroll.extras import extra_for
+
+_MAX_PORT = 65535
 
 
 def serve(
@@ -84,11 +90,13 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
-    quiet_model_libraries()
-    from flowroll.engine import AdapterLimits, BatchLimits, Limits
-    from flowroll.serving import ServerConfig
-    from flowroll.serving import serve as run_server
-    from flowroll.types import Layout
+    check_address(host, port)
+    with extra_for("`flowroll serve`", "server"):
+        quiet_model_libraries()
+        from flowroll.engine import AdapterLimits, BatchLimits, Limits
+        from flowroll.serving import ServerConfig
+        from flowroll.serving import serve as run_server
+        from flowroll.types import Layout
 
     run_server(
         ServerConfig(
@@ -132,3 +140,25 @@ def serve(
             otlp_endpoint=otlp_endpoint,
         )
     )
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuses an address that cannot be had now, before the libraries and the checkpoint are loaded.
+
+    Raises:
+        InvalidRequestError: Another process listens there, or it is no address of this machine.
+    """
+    # Under torchrun only rank 0 listens. A port out of range is the configuration's to refuse.
+    if os.environ.get("RANK", "0") != "0" or not 0 <= port <= _MAX_PORT:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise InvalidRequestError(
+            f"{host}:{port} must be free to listen on, got {error}; choose another --host or --port.", field="port"
+        ) from error

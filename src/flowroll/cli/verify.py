@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowroll.checkpoints import find_checkpoint
 from flowroll.cli.options import Device, Variant, quiet_model_libraries
 from flowroll.cli.output import plain_table
 from flowroll.errors import InvalidRequestError
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 def verify(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Rollouts saved as safetensors.")],
-    model: Annotated[Path, typer.Option(metavar="DIR", help="The diffusers checkpoint folder that made them.")],
+    model: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="The diffusers checkpoint folder that made them.", callback=find_checkpoint),
+    ],
     variant: Variant = None,
     device: Device = "auto",
 ) -> None:

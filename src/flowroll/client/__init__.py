@@ -8,7 +8,10 @@
 and httpx, no model library, no pydantic and no web framework.
 """
 
-from flowroll.client.asynchronous import AsyncClient
-from flowroll.client.synchronous import Client
+from flowroll.extras import extra_for
+
+with extra_for("flowroll.client", "client"):
+    from flowroll.client.asynchronous import AsyncClient
+    from flowroll.client.synchronous import Client
 
 __all__ = ["AsyncClient", "Client"]

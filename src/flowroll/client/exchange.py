@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import httpx
 import msgspec
 
+from flowroll.client.route import Proxy, route_to
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
-from flowroll.types import (
-    Number,
-)
+from flowroll.types import Number
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON
 
@@ -26,7 +25,6 @@ DEFAULT_TIMEOUT_S = 600.0
 READY_POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_SHOWN_CHARS = 200
-_MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +73,11 @@ class Call(Generic[T]):
         return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_S))
 
 
+# What a method of a client does: one call; or several, by the answers to those before, and pauses in seconds.
+Steps: TypeAlias = Generator["Call[Any] | float", Any, T]
+Operation: TypeAlias = "Call[T] | Steps[T]"
+
+
 async def _awaited(content: EncodedBody) -> AsyncIterator[bytes]:
     # A piece at a time, on a thread: it copies.
     pieces = content.chunks()
@@ -96,26 +99,12 @@ _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def client_options(base_url: str, api_key: str | None) -> dict[str, Any]:
-    """What both httpx clients are made with.
-
-    Raises:
-        InvalidRequestError: The URL or the key cannot be used in HTTP.
-    """
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
-        raise InvalidRequestError(f"base_url must be a URL, got {base_url!r} ({error}); use http://host:port.") from error
-    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > _MAX_PORT:
-        raise InvalidRequestError(f"base_url must be an http or https URL of a host, got {base_url!r}; use http://host:port.")
-    if api_key is None:
-        return {"base_url": url}
-    if not (api_key.isascii() and api_key.isprintable()):
-        raise InvalidRequestError("api_key must be printable ASCII, got other characters; use the server's --api-key.")
-    return {"base_url": url, "headers": {"Authorization": f"Bearer {api_key}"}}
+    """What an httpx client of a server is made with; see `route_to`."""
+    return route_to(base_url, api_key=api_key).options
 
 
-def conclude(call: Call[T], response: httpx.Response, body: bytearray) -> T:
-    """The value of a whole response.
+def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Proxy | None = None) -> T:
+    """The value of a whole response, which came through `proxy`.
 
     Raises:
         FlowrollError: The one that the server raised, with its class.
@@ -126,31 +115,15 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray) -> T:
     try:
         detail = msgspec.json.decode(body, type=_ErrorBody).error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        between = "any proxy in between" if proxy is None else str(proxy)
         raise ServerConnectionError(
             f"{response.url} must answer as a flowroll server, got HTTP {response.status_code} {excerpt(body)}; "
-            "check the URL, and any proxy in between."
+            f"check the URL, and {between}."
         ) from error
     raised = error_from_wire(detail.code, detail.message, detail.field)
     if isinstance(raised, QueueFullError):
         raised.retry_after_s = retry_after_s(response.headers.get("retry-after", ""), raised.retry_after_s)
     raise raised
-
-
-def raise_connection_error(error: httpx.HTTPError, base_url: httpx.URL) -> NoReturn:
-    """Re-raises a failure of the transport.
-
-    Raises:
-        ServerConnectionError: Always.
-    """
-    remedy = "start it with `flowroll serve`, or check the URL"
-    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
-        remedy = "ask for less at a time, or raise timeout_s"
-    elif isinstance(error, httpx.PoolTimeout):
-        remedy = "send fewer requests at a time"
-    elif isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
-        remedy = "look at the server's log, and retry"
-    reason = f"{type(error).__name__} {error}".strip()
-    raise ServerConnectionError(f"the server at {base_url} must answer, got {reason}; {remedy}.") from error
 
 
 def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
@@ -161,8 +134,24 @@ def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
 
 
 def post(path: str, sent: Mapping[str, Any], read: Callable[[bytearray, str], T]) -> Call[T]:
-    """POST of a JSON object."""
-    return Call(method="POST", path=path, read=read, content=msgspec.json.encode(sent))
+    """POST of a JSON object.
+
+    Raises:
+        InvalidRequestError: It holds what JSON does not have.
+    """
+    return Call(method="POST", path=path, read=read, content=encoded(sent))
+
+
+def encoded(sent: Mapping[str, Any]) -> bytes:
+    """A JSON object.
+
+    Raises:
+        InvalidRequestError: It holds what JSON does not have.
+    """
+    try:
+        return msgspec.json.encode(sent)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequestError(f"the request must hold plain values, got {error}; convert it.") from error
 
 
 def read_object(body: bytearray, content_type: str) -> dict[str, Any]:

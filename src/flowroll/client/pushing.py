@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
 
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
-from flowroll.client.exchange import Call, post, read_by, read_object
+from flowroll.client.exchange import Call, Steps, post, read_by, read_object
 from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
@@ -35,7 +35,7 @@ def push_weights(
     partial: bool,
     mode: UpdateMode,
     bucket_bytes: int,
-) -> Generator[Call[Any], Any, WeightUpdate]:
+) -> Steps[WeightUpdate]:
     """The calls of an update, one after the other; each is answered by what it returned or raised. See `Client.update_weights`.
 
     On a rank of a sharded trainer that does not send, there are none.
@@ -66,7 +66,7 @@ def push_adapter(
     merged: bool,
     weight_version: str | None,
     mode: UpdateMode,
-) -> Generator[Call[Any], Any, AdapterChange]:
+) -> Steps[AdapterChange]:
     """The call that sends an adapter; see `push_weights`."""
     if not isinstance(tensors, Mapping):
         raise InvalidRequestError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.engine.arguments import as_params, refuse_rollout_fields, refuse_rollout_params
+from flowroll.engine.arguments import image_request, rollout_request
 from flowroll.engine.batching import Accepted
 from flowroll.engine.finishing import Finished, as_image, as_rollout
 from flowroll.engine.lora import LoraEngine
@@ -20,7 +20,7 @@ from flowroll.engine.scores import ScoringEngine
 from flowroll.engine.sleeping import SleepingEngine
 from flowroll.engine.updates import UpdatableEngine
 from flowroll.errors import InvalidRequestError
-from flowroll.types import GeneratedImage, Rollout, SamplingParams, all_finite
+from flowroll.types import GeneratedImage, ImageFields, Rollout, RolloutFields, SamplingParams, all_finite
 
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 
@@ -70,36 +70,36 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
         self._weights.versions.demand(params.min_weight_version)
         return plan_request(params, model, self.info.limits)
 
-    def rollout(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[Rollout]:
-        """Rolls out one request: one `Rollout` per sample, on the CPU.
+    def rollout(
+        self, request: str | SamplingParams | RequestPlan | None = None, /, **values: Unpack[RolloutFields]
+    ) -> list[Rollout]:
+        """Rolls out one request, e.g. `engine.rollout("a red fox", seed=42)`: one `Rollout` per sample, on the CPU.
 
         Args:
-            params: The request; or give the fields of `SamplingParams` by name.
+            request: The prompt; or the whole request, then without fields.
             **values: Fields of `SamplingParams`.
 
         Raises:
             InvalidRequestError: Before any model work.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        plan = params if isinstance(params, RequestPlan) else self.plan(as_params(params, values))
+        plan = self._planned(rollout_request(request, values))
         return self._answer(self.submit(plan, "rollout"))
 
-    def generate(self, params: SamplingParams | RequestPlan | None = None, /, **values: Any) -> list[GeneratedImage]:
+    def generate(
+        self, request: str | SamplingParams | RequestPlan | None = None, /, **values: Unpack[ImageFields]
+    ) -> list[GeneratedImage]:
         """Plain text-to-image generation: the bits of the diffusers pipeline, one `GeneratedImage` per sample, on the CPU.
 
         Args:
-            params: The request, with `rollout=False` and every rollout field at its default; or give fields by name.
+            request: The prompt; or the whole request, with `rollout=False` and every rollout field at its default.
             **values: Fields of `SamplingParams` that are no rollout fields.
 
         Raises:
             InvalidRequestError: Before any model work; also for a rollout field.
             ShuttingDownError: The engine was interrupted or closed.
         """
-        if params is None:
-            refuse_rollout_fields(values)
-            params = as_params(None, {**values, "rollout": False})
-        plan = params if isinstance(params, RequestPlan) else self.plan(params)
-        refuse_rollout_params(plan.params)
+        plan = self._planned(image_request(request, values))
         return self._answer(self.submit(plan, "generate"))
 
     @overload
@@ -159,6 +159,9 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
                 "latents must be finite, got NaN or infinity; look at the steps that made them.", field="latents"
             )
         return self._between_steps(lambda: self._work.picture(latents.to(self._model.device), geometry))
+
+    def _planned(self, request: SamplingParams | RequestPlan) -> RequestPlan:
+        return request if isinstance(request, RequestPlan) else self.plan(request)
 
     def _answer(self, accepted: Accepted[Any]) -> list[Any]:
         """Waits for a request, which goes if its caller does."""

@@ -93,7 +93,7 @@ class _Sender:
 
     async def send(self, params: SamplingParams) -> tuple[Outcome, float]:
         """Sends a request once; gives how it ended, and how long the server wants its caller to wait."""
-        call = calls.rollout_call(None, values_of(params, self._mix), self._target.wire_format)
+        call = calls.rollout(self._target.wire_format, **values_of(params, self._mix))
         status, received = None, 0
         started_s = time.monotonic()
         try:

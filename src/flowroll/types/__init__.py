@@ -13,6 +13,7 @@ from flowroll.types.adapters import (
     adapter_config_text,
     check_lora_name,
 )
+from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest
 from flowroll.types.finite import all_finite
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
@@ -65,6 +66,7 @@ __all__ = [
     "Gather",
     "GeneratedImage",
     "GeneratorDevice",
+    "ImageFields",
     "Layout",
     "LoraAdapter",
     "MemoryChange",
@@ -74,6 +76,7 @@ __all__ = [
     "RecordedSteps",
     "Region",
     "Rollout",
+    "RolloutFields",
     "SampleScores",
     "SamplingParams",
     "SamplingRecord",
@@ -88,5 +91,6 @@ __all__ = [
     "branch_digest",
     "check_lora_name",
     "check_version",
+    "params_of",
     "version_number",
 ]

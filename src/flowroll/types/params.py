@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from flowroll.errors import InvalidRequestError
 from flowroll.types.adapters import check_lora_name
+from flowroll.types.plain import plain
 from flowroll.types.weights import check_version
 
 SdeType: TypeAlias = Literal["sde", "cps", "ode"]
@@ -66,8 +67,8 @@ def _is_finite(value: object) -> bool:
 class SamplingParams:
     """One request: a prompt and how to sample it. `None` means "the family's default".
 
-    Rules that need no model are checked here; the rest (pixel grid, server limits) when the engine plans the request. A list
-    where a tuple is expected becomes one.
+    Rules that need no model are checked here; the rest (pixel grid, server limits) when the engine plans the request. Numbers
+    of numpy and torch are taken as Python's; a list, or a 1-D array or tensor, becomes a tuple.
 
     Attributes:
         prompt: The text; may be empty.
@@ -127,9 +128,10 @@ class SamplingParams:
     lora_name: str | None = None
 
     def __post_init__(self) -> None:
+        self._take_plain()
         self._check_text()
         self._check_flags()
-        self._take_sequences()
+        self._check_sequences()
         self._check_numbers()
         self._check_seeds()
         self._check_sigmas()
@@ -156,13 +158,16 @@ class SamplingParams:
             value = getattr(self, name)
             _require(isinstance(value, bool), name, "be True or False", value, "use a bool")
 
-    def _take_sequences(self) -> None:
-        """Refuses what is no sequence; a list becomes a tuple, so that nobody can change a checked request."""
+    def _take_plain(self) -> None:
+        """Lists and arrays become tuples, so that nobody can change a checked request; numbers of libraries become Python's."""
+        for name in self.__slots__:
+            if (value := plain(given := getattr(self, name))) is not given:
+                object.__setattr__(self, name, value)
+
+    def _check_sequences(self) -> None:
         for name in ("seeds", "sigmas", "sde_step_indices", "return_step_indices"):
             value = getattr(self, name)
-            _require(value is None or isinstance(value, (tuple, list)), name, "be a tuple", value, "put the values in a tuple")
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+            _require(value is None or isinstance(value, tuple), name, "be a tuple", value, "put the values in a tuple")
 
     def _check_seeds(self) -> None:
         remedy = f"use an integer from 0 to {MAX_SEED}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from flowroll.types import ROLLOUT_FIELDS
 
@@ -38,9 +37,3 @@ PARAM_TO_WIRE: Mapping[str, str] = {name: f"rollout_{name}" for name in sorted(R
 WIRE_TO_PARAM: Mapping[str, str] = {wire: name for name, wire in PARAM_TO_WIRE.items()}
 # Fields that a request carries in its object of further parameters, not at its top level.
 EXTRA_ONLY = frozenset({"sigmas"})
-
-
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of."""
-    matches = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.7)
-    return matches[0] if matches else None

@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
+
+from flowroll.extras import extra_for
+
+with extra_for("A PNG file", "engine"):
+    from PIL import Image
 
 
 def encode_png(image: Float[Tensor, " 3 1 height width"]) -> bytes:

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.types import ROLLOUT_FIELDS
+from flowroll.types.arguments import closest
 from flowroll.wire.fields import Rule
-from flowroll.wire.names import EXTRA, PARAM_TO_WIRE, ROLLOUT_ROUTE, closest
+from flowroll.wire.names import EXTRA, PARAM_TO_WIRE, ROLLOUT_ROUTE
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

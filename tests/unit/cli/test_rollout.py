@@ -1,18 +1,17 @@
 import errno
-import json
 import os
 import socket
 
 import pytest
+from tests.blocking import BEYOND_THE_CLIENT, cli_without
 from tests.factories import make_rollout
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import HookedEngine, serving
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
-from flowroll.cli.rollout import read_prompts
 from flowroll.client import Client
 from flowroll.engine.worker import EngineWorker
-from flowroll.errors import InvalidRequestError, ServerConnectionError
+from flowroll.errors import ServerConnectionError
 from flowroll.wire.files import load_rollout
 
 SMALL = ("--width", 64, "--height", 64, "--num-inference-steps", 2)
@@ -78,6 +77,18 @@ def test_every_sample_of_every_prompt_becomes_a_file_with_its_record(url, prompt
             assert_same_bits(saved, sample)
 
 
+def test_the_client_extra_is_enough_to_roll_out_and_to_watch(url, prompts, tmp_path):
+    out = tmp_path / "out"
+    done = cli_without(BEYOND_THE_CLIENT, "rollout", "--url", url, "--prompts", prompts, "--out", out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert len(files_in(out)) == 3
+    done = cli_without(BEYOND_THE_CLIENT, "top", "--url", url, "--once", "--interval-s", 0.1)
+    assert done.returncode == 0, done.stderr
+    load = ("--url", url, "--prompts", prompts, "--concurrency", 1, "--num-requests", 1, "--sizes", "64x64", "--steps", 2)
+    done = cli_without(BEYOND_THE_CLIENT, "bench", "serve", *load, "--warmup", 0)
+    assert done.returncode == 0, done.stderr
+
+
 def test_progress_is_shown(url, prompts, tmp_path):
     result = rollout("--url", url, "--prompts", prompts, "--out", tmp_path / "out", *SMALL)
     assert "3/3" in result.stdout
@@ -87,6 +98,33 @@ def test_an_evaluation_is_saved_as_well(url, prompts, tmp_path):
     out = tmp_path / "out"
     assert rollout("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--no-rollout", "--seed", 1).exit_code == 0
     assert load_rollout(out / files_in(out)[0]).log_probs is None
+
+
+def test_a_line_of_a_jsonl_file_gives_fields_that_go_before_the_flags(url, tmp_path, engine):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(
+        '{"prompt": "a red fox", "seeds": [7, 9], "sde_type": "cps", "noise_level": 0.3, "request_id": "mine"}\n'
+        '{"prompt": "三只猫", "seed": 3}\n',
+        encoding="utf-8",
+    )
+    out = tmp_path / "out"
+    result = rollout("--url", url, "--prompts", lines, "--out", out, *SMALL, "--noise-level", 0.9)
+    assert result.exit_code == 0, result.output
+    first, second, third = (load_rollout(out / name) for name in files_in(out))
+    size = {"width": 64, "height": 64, "num_inference_steps": 2}
+    expected = engine.rollout("a red fox", seeds=(7, 9), sde_type="cps", noise_level=0.3, request_id="mine", **size)
+    assert_same_bits(first, expected[0])
+    assert_same_bits(second, expected[1])
+    assert (first.request_id, third.prompt, third.sampling.noise_level) == ("mine", "三只猫", 0.9)
+    assert_same_bits(third, engine.rollout("三只猫", seed=3, noise_level=0.9, **size)[0])
+
+
+def test_a_bad_line_is_refused_before_anything_is_sent(tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "a"}\n{"prompt": "b", "noise_levle": 0.3}\n')
+    words = ("--url", "http://127.0.0.1:9", "--prompts", lines, "--out", tmp_path / "out")
+    assert_one_line_error(rollout(*words), "line 2, is refused: noise_levle must be a field of SamplingParams")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_prompt_is_reported_at_the_end_and_the_others_are_saved(url, prompts, tmp_path, engine, monkeypatch):
@@ -180,38 +218,3 @@ def test_a_missing_prompt_file_is_a_usage_error(tmp_path):
     result = rollout("--url", "http://127.0.0.1:9", "--prompts", tmp_path / "none.txt", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "--prompts" in result.stderr
-
-
-def test_prompts_are_lines_without_the_blank_ones(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text('a cat\n\n  {"prompt": "kept as text"}  \n三只猫\n', encoding="utf-8")
-    assert read_prompts(path) == ["a cat", '{"prompt": "kept as text"}', "三只猫"]
-
-
-def test_prompts_of_a_jsonl_file_are_its_prompt_keys(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    lines = [{"tag": "x", "prompt": "a cat\nin two lines"}, {"prompt": "", "n": 1}]
-    path.write_text("\n\n".join(map(json.dumps, lines)))
-    assert read_prompts(path) == ["a cat\nin two lines", ""]
-
-
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"text": "no prompt"}', '{"prompt": 3}'])
-def test_a_bad_line_of_a_jsonl_file_is_named(line, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "fine"}\n\n' + line)
-    with pytest.raises(InvalidRequestError, match="line 3, must"):
-        read_prompts(path)
-
-
-def test_a_file_without_prompts_is_refused(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n \n")
-    with pytest.raises(InvalidRequestError, match="must hold at least one prompt"):
-        read_prompts(path)
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidRequestError, match="must be UTF-8"):
-        read_prompts(path)

@@ -122,12 +122,12 @@ def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     ],
 )
 def test_a_word_that_cannot_be_read_is_a_usage_error(words, message):
-    result = run_cli("generate", "nowhere", "--prompt", "p", *words)
+    result = run_cli("generate", "shapes-z_image", "--prompt", "p", *words)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
 def test_a_missing_prompt_is_a_usage_error():
-    result = run_cli("generate", "nowhere")
+    result = run_cli("generate", "shapes-z_image")
     assert result.exit_code == 2
     assert "--prompt" in result.stderr

@@ -1,0 +1,86 @@
+"""Files of prompts, as `rollout` and `bench serve` read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowroll.errors import InvalidRequestError
+from flowroll.types import SamplingParams
+from flowroll.types.arguments import given_fields
+
+
+def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
+    """The requests of a file; blank lines are skipped.
+
+    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`. The text is UTF-8, with or without a byte
+    order mark. A line ends at a line feed, alone or after a carriage return; whatever else separates lines is part of a prompt.
+
+    Args:
+        path: The file.
+        flags: Fields of every request; a line's own go before them.
+
+    Raises:
+        InvalidRequestError: A line is no such object, a field is unknown or breaks its rule, or there is no prompt at all.
+    """
+    # The flags' own mistakes are no line's.
+    SamplingParams(**{"prompt": "", **flags})
+    found = []
+    for where, fields in _lines(path):
+        try:
+            found.append(SamplingParams(**{**flags, **given_fields(None, fields)}))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{where} is refused: {error.message}", field="prompts") from error
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, for a command that chooses all other fields.
+
+    Raises:
+        InvalidRequestError: As for `read_requests`; also where a line gives another field.
+    """
+    prompts = []
+    for where, fields in _lines(path):
+        if others := sorted(fields.keys() - {"prompt"}):
+            raise InvalidRequestError(
+                f"{where} must hold a prompt alone for this command, got {others[0]}; give it as a flag.", field="prompts"
+            )
+        prompts.append(fields["prompt"])
+    return prompts
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Which line it is, and what it gives, of every line that is not blank."""
+    try:
+        # Newlines stay as they are.
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{path} must be UTF-8 text, got other bytes; save it as UTF-8.", field="prompts") from error
+    lines = [(f"{path}, line {number},", line.strip(" \t\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    is_json = path.suffix.lower() == ".jsonl"
+    found = [(where, _fields(where, line) if is_json else {"prompt": line}) for where, line in lines if line]
+    if not found:
+        raise InvalidRequestError(f"{path} must hold at least one prompt, got none; write one a line.", field="prompts")
+    return found
+
+
+def _fields(where: str, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{where} must be JSON, got {error}; write one object a line.", field="prompts") from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        shown = line if len(line) <= 80 else line[:77] + "..."
+        raise InvalidRequestError(f'{where} must hold a text under "prompt", got {shown}; add one.', field="prompts")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members, each of which comes once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice")
+    return found

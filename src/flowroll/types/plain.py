@@ -1,0 +1,24 @@
+"""Numbers and arrays of numpy and torch as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's, and a list, a range or a 1-D array as a tuple of such; all else as it is."""
+    if isinstance(value, tuple | list | range):
+        return tuple(map(_one, value))
+    made = _one(value)
+    return tuple(made) if isinstance(made, list) else made
+
+
+def _one(value: Any) -> Any:
+    """A value of 0 or 1 dimensions without its library; what a device does not give out stays as it is."""
+    if isinstance(value, str | int | float | None) or getattr(value, "ndim", None) not in (0, 1):
+        # numpy's float64 is a float, and its text is text.
+        return float(value) if isinstance(value, float) and type(value) is not float else value
+    try:
+        return value.tolist()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return value

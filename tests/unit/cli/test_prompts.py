@@ -1,0 +1,130 @@
+"""Files of prompts."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from flowroll import SamplingParams
+from flowroll.cli.prompts import read_prompts, read_requests
+from flowroll.errors import InvalidRequestError
+
+# Whatever else splits lines, in Python and in other programs, between two letters.
+SEPARATORS = ("\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of these bytes or this text."""
+
+    def write_file(content, name="prompts.txt"):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return tmp_path / name
+
+    return write_file
+
+
+def as_tuples(values):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def test_prompts_are_lines_without_the_blank_ones(write):
+    path = write('a cat\n\n  {"prompt": "kept as text"}  \n三只猫\n')
+    assert read_prompts(path) == ["a cat", '{"prompt": "kept as text"}', "三只猫"]
+
+
+def test_only_line_feeds_end_a_line(write):
+    prompts = [f"a{separator}b" for separator in SEPARATORS]
+    assert read_prompts(write("\n".join(prompts))) == prompts
+    assert read_prompts(write("\r\n".join(prompts) + "\r\n")) == prompts
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    assert read_prompts(write("\r\n".join(lines), "prompts.jsonl")) == prompts
+
+
+def test_separators_at_the_ends_of_a_prompt_stay(write):
+    assert read_prompts(write("\u2028a\u2029\n\x0bb\x85\n")) == ["\u2028a\u2029", "\x0bb\x85"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("prompts.txt", "a cat\n"), ("prompts.jsonl", '{"prompt": "a cat"}\n')])
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(write, name, text):
+    assert read_prompts(write(b"\xef\xbb\xbf" + text.encode(), name)) == ["a cat"]
+
+
+def test_a_jsonl_line_may_give_every_field(write):
+    given = {
+        "prompt": "a cat\nin two lines",
+        "negative_prompt": "blur",
+        "seeds": [7, 9],
+        "generator_device": "cpu",
+        "width": 64,
+        "height": 80,
+        "num_inference_steps": 3,
+        "num_outputs_per_prompt": 2,
+        "guidance_scale": 2.5,
+        "true_cfg_scale": 3,
+        "sigmas": [1, 0.7, 0.4, 0],
+        "rollout": True,
+        "sde_type": "cps",
+        "noise_level": 0.3,
+        "log_prob_no_const": True,
+        "debug_mode": False,
+        "return_denoising_env": True,
+        "return_dit_trajectory": True,
+        "sde_step_indices": [0, 1],
+        "return_step_indices": [0, 3],
+        "suppress_logs": True,
+        "request_id": "mine",
+        "min_weight_version": "7",
+        "lora_name": "old",
+    }
+    assert given.keys() == {field.name for field in fields(SamplingParams)} - {"seed"}
+    path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
+    assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]
+
+
+def test_a_line_goes_before_the_flags(write):
+    path = write('{"prompt": "a", "noise_level": 0.3}\n{"prompt": "b"}\n', "prompts.jsonl")
+    assert [params.noise_level for params in read_requests(path, {"noise_level": 0.9})] == [0.3, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
+        ("[1]", 'must hold a text under "prompt"'),
+        ('{"text": "no prompt"}', 'must hold a text under "prompt"'),
+        ('{"prompt": 3}', 'must hold a text under "prompt"'),
+        ('{"prompt": "x", "tag": "y"}', "is refused: tag must be a field of SamplingParams"),
+        ('{"prompt": "x", "seeed": 3}', "use seed if that is meant"),
+        ('{"prompt": "x", "seed": 3, "seed": 4}', "must be JSON, got a name twice"),
+        ('{"prompt": "x", "seed": -3}', "is refused: seed must be"),
+        ('{"prompt": "x", "sde_type": "cps", "sigmas": [1, 0]}', "num_inference_steps"),
+    ],
+)
+def test_a_bad_line_of_a_jsonl_file_is_named(write, line, message):
+    path = write('{"prompt": "fine"}\n\n' + line, "prompts.jsonl")
+    with pytest.raises(InvalidRequestError, match="line 3, ") as caught:
+        read_requests(path, {"num_inference_steps": 3})
+    assert message in caught.value.message and len(caught.value.message) < 800
+
+
+def test_a_flags_own_mistake_is_no_lines(write):
+    with pytest.raises(InvalidRequestError, match=r"^noise_level must"):
+        read_requests(write("a cat\n"), {"noise_level": 99})
+
+
+def test_a_command_that_takes_prompts_alone_refuses_other_fields(write):
+    with pytest.raises(InvalidRequestError, match="line 2, must hold a prompt alone for this command, got seed"):
+        read_prompts(write('{"prompt": "a"}\n{"prompt": "b", "seed": 3}\n', "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_file_without_prompts_is_refused(write, name):
+    with pytest.raises(InvalidRequestError, match="must hold at least one prompt"):
+        read_prompts(write("\ufeff\n \t\r\n", name))
+
+
+def test_a_file_that_is_no_text_is_refused(write):
+    with pytest.raises(InvalidRequestError, match="must be UTF-8"):
+        read_prompts(write(b"\xff\xfe\x00"))

@@ -1,0 +1,169 @@
+"""What a command needs before it can say something, and what it says where that is missing."""
+
+import socket
+
+import pytest
+from tests.blocking import BEYOND_THE_CLIENT, cli_without, modules_of, run_without
+from tests.factories import make_rollout
+
+from flowroll.checkpoints import shapes_checkpoint
+from flowroll.cli.app import COMMANDS
+from flowroll.wire.files import save_rollout
+
+# What takes seconds to import.
+HEAVY = {"torch", "jaxtyping", "safetensors", *BEYOND_THE_CLIENT}
+INSTALL = "must have {}, got none (it is not installed); run: pip install 'flowroll[{}]'."
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_rollout(tmp_path / "rollout.safetensors", make_rollout())
+    return tmp_path / "rollout.safetensors"
+
+
+def assert_one_line(done, message):
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_help_needs_no_torch_and_no_httpx():
+    done = cli_without(HEAVY | {"httpx"}, "--help")
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_own_help_says(name):
+    assert (COMMANDS[name].load(name).help or "").splitlines()[0] == COMMANDS[name].help
+
+
+@pytest.mark.parametrize("words", [("serve", "--help"), ("serve", "--port", "many"), ("paint",)])
+def test_usage_needs_no_torch(words):
+    done = cli_without(HEAVY, *words)
+    assert done.returncode == (0 if "--help" in words else 2), done.stderr
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_serve_refuses_a_path_that_is_no_checkpoint_before_it_imports_torch(folder, tmp_path):
+    done = cli_without(HEAVY, "serve", tmp_path / folder)
+    assert_one_line(done, "must be a diffusers checkpoint folder, got no model_index.json; give the folder that holds")
+
+
+def test_serve_refuses_a_port_in_use_before_it_imports_torch():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_one_line(cli_without(HEAVY, "serve", "--port", port), f"127.0.0.1:{port} must be free to listen on, got ")
+
+
+def test_serve_refuses_a_host_that_is_not_this_machines_before_it_imports_torch():
+    assert_one_line(cli_without(HEAVY, "serve", "--host", "192.0.2.1", "--port", 0), "192.0.2.1:0 must be free to listen on")
+
+
+def test_the_other_ranks_of_torchrun_do_not_ask_for_the_port_that_rank_0_has(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = cli_without(HEAVY, "serve", "--port", taken.getsockname()[1])
+    # It has come to its imports.
+    assert "must be free" not in done.stderr and "flowroll[server]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "blocked", "extra"),
+    [
+        (("--help",), "typer", "client"),
+        (("--help",), "rich", "client"),
+        (("serve", "--port", "0"), "fastapi", "server"),
+        (("serve", "--port", "0"), "diffusers", "server"),
+        (("generate", "shapes-z_image", "--prompt", "x"), "diffusers", "engine"),
+        (("make-checkpoint", "z_image", "out"), "diffusers", "engine"),
+        (("verify", "--model", shapes_checkpoint("z_image"), "FILE"), "diffusers", "engine"),
+        (("rollout", "--url", "http://127.0.0.1:9", "--prompts", __file__, "--out", "out"), "httpx", "client"),
+        (("top",), "httpx", "client"),
+        (("bench", "serve", "--url", "http://127.0.0.1:9", "--prompts", __file__, "--rate", "1"), "httpx", "client"),
+        (("inspect", "FILE", "--plot", "plot.png"), "matplotlib", "plot"),
+    ],
+)
+def test_a_command_without_its_libraries_says_what_to_install(words, blocked, extra, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert blocked in modules_of(extra)
+    done = cli_without({blocked}, *(file if word == "FILE" else word for word in words))
+    assert_one_line(done, INSTALL.format(blocked, extra))
+
+
+@pytest.mark.parametrize(
+    ("module", "blocked", "extra"),
+    [
+        ("flowroll.client", "httpx", "client"),
+        ("flowroll.engine", "diffusers", "engine"),
+        ("flowroll.engine", "transformers", "engine"),
+        ("flowroll.testing", "diffusers", "engine"),
+        ("flowroll.serving", "fastapi", "server"),
+        ("flowroll.serving", "diffusers", "server"),
+        ("flowroll.wire.png", "PIL", "engine"),
+    ],
+)
+def test_an_import_without_its_libraries_says_what_to_install(module, blocked, extra):
+    program = f"""
+from flowroll import FlowrollError
+try:
+    import {module}
+except FlowrollError as error:
+    assert isinstance(error, ImportError) and error.name == {blocked!r}, error
+    print(error)
+"""
+    done = run_without({blocked}, program)
+    assert f"{module if module != 'flowroll.wire.png' else 'A PNG file'} must have {blocked}, got none" in done.stdout, (
+        done.stderr
+    )
+    assert f"pip install 'flowroll[{extra}]'" in done.stdout
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_a_missing_library():
+    program = """
+from flowroll.extras import extra_for
+for statement in ("import flowroll.nothing", "from flowroll.types import nothing"):
+    try:
+        with extra_for("x", "client"):
+            exec(statement)
+    except ImportError as error:
+        print(type(error).__name__)
+"""
+    assert run_without(set(), program).stdout.split() == ["ModuleNotFoundError", "ImportError"]
+
+
+def test_a_library_that_is_too_old_is_named_with_its_reason():
+    program = """
+import httpx
+del httpx.Client
+from flowroll.extras import extra_for
+try:
+    with extra_for("flowroll.client", "client"):
+        from httpx import Client
+except ImportError as error:
+    print(error)
+"""
+    shown = run_without(set(), program).stdout
+    assert "must have httpx, got none (cannot import name 'Client'" in shown and "pip install 'flowroll[client]'" in shown
+
+
+def test_inspect_needs_the_client_extra_alone(file):
+    done = cli_without(BEYOND_THE_CLIENT, "inspect", file)
+    assert done.returncode == 0, done.stderr
+    assert "Log-probs" in done.stdout
+
+
+def test_importing_flowroll_imports_torch_when_a_type_is_used():
+    program = """
+import sys, flowroll
+assert "torch" not in sys.modules and flowroll.__version__
+assert set(flowroll.__all__) <= set(dir(flowroll))
+from flowroll import *
+assert SamplingParams is flowroll.SamplingParams and "torch" in sys.modules
+try:
+    flowroll.nothing
+except AttributeError as error:
+    print(error)
+"""
+    done = run_without(set(), program)
+    assert done.stdout.strip() == "module 'flowroll' has no attribute 'nothing'", done.stderr
