@@ -75,6 +75,19 @@ def test_a_replay_by_the_same_weights_is_exact(made: Any) -> None:
         assert step.max_ratio_error == step.mean_ratio_error == step.max_velocity_error == step.mean_velocity_error == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replay_that_gives_nan_is_reported_as_infinitely_far(made: Any) -> None:
+    rollout, transformer = made
+    broken = copy.deepcopy(transformer)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    report = replay.audit(broken, [rollout])
+    assert not report.is_exact
+    for step in report.steps:
+        assert step.max_ratio_error == step.max_velocity_error == float("inf")
+
+
 @pytest.mark.parametrize(
     "options", [{"sde_type": "ode"}, {"sde_type": "cps", "sde_step_indices": (1,)}, {"return_step_indices": (2, 3)}]
 )

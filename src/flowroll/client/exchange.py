@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import httpx
 import msgspec
 
-from flowroll.client.route import Proxy, route_to
+from flowroll.client.route import Proxy
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
 from flowroll.types import Number
 from flowroll.wire.body import EncodedBody
@@ -96,11 +96,6 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
-
-
-def client_options(base_url: str, api_key: str | None) -> dict[str, Any]:
-    """What an httpx client of a server is made with; see `route_to`."""
-    return route_to(base_url, api_key=api_key).options
 
 
 def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Proxy | None = None) -> T:

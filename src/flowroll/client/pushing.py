@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
@@ -10,10 +12,12 @@ from urllib.parse import urlencode
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
-from flowroll.client.exchange import Call, post, read_by, read_object
-from flowroll.errors import InvalidRequestError
+from flowroll.client.exchange import Call, Steps, post, read_by, read_object
+from flowroll.client.ranks import TrainerRanks
+from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
-from flowroll.wire.blob import data_view, plain, safetensors_prefix
+from flowroll.types.tensors import readable_bytes, tensor_bytes
+from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
 
@@ -23,6 +27,57 @@ BUCKET_BYTES = 512 * 2**20
 _OCTETS = "application/octet-stream"
 
 
+def push_weights(
+    named_tensors: NamedTensors,
+    *,
+    module: str,
+    weight_version: str | None,
+    partial: bool,
+    mode: UpdateMode,
+    bucket_bytes: int,
+) -> Steps[WeightUpdate]:
+    """The calls of an update, one after the other; each is answered by what it returned or raised. See `Client.update_weights`.
+
+    On a rank of a sharded trainer that does not send, there are none.
+    """
+    buckets = buckets_of(named_tensors, bucket_bytes)
+    first = next(buckets, {})
+    ranks = ranks_of(named_tensors, first)
+    update_id: str = yield from ranks.once(lambda: begin_call(module, weight_version, partial), str)
+    try:
+        for bucket in itertools.chain([first] if first else [], buckets):
+            make = functools.partial(bucket_call, update_id, ranks.gather(bucket))
+            yield from ranks.once(make, None)
+        return (yield from ranks.once(lambda: commit_call(update_id, mode), WeightUpdate))
+    except GeneratorExit:
+        raise
+    except BaseException:
+        # Or the next update waits for this one.
+        if ranks.sends:
+            with contextlib.suppress(FlowrollError):
+                yield abandon_call(update_id)
+        raise
+
+
+def push_adapter(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    name: str,
+    merged: bool,
+    weight_version: str | None,
+    mode: UpdateMode,
+) -> Steps[AdapterChange]:
+    """The call that sends an adapter; see `push_weights`."""
+    if not isinstance(tensors, Mapping):
+        raise InvalidRequestError(
+            f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}; use get_peft_model_state_dict."
+        )
+    ranks = TrainerRanks(tensors.values())
+    whole = ranks.gather(tensors)
+    make = functools.partial(adapter_call, whole, config, name, merged, weight_version, mode)
+    return (yield from ranks.once(make, AdapterChange))
+
+
 def begin_call(module: str, weight_version: str | None, partial: bool) -> Call[str]:
     """POST /weights/begin: the id of the update."""
     sent = {"module": module, "weight_version": weight_version, "partial": partial}
@@ -30,20 +85,17 @@ def begin_call(module: str, weight_version: str | None, partial: bool) -> Call[s
 
 
 def bucket_call(update_id: str, bucket: Mapping[str, Tensor]) -> Call[dict[str, object]]:
-    """POST /weights/{update_id}/buckets. The data is sent from where it lies.
+    """POST /weights/{update_id}/buckets, of ordinary tensors. The data is sent from where it lies.
 
     Raises:
         InvalidRequestError: A tensor of a dtype that cannot be sent.
     """
-    tensors = {name: plain(tensor) for name, tensor in bucket.items()}
     try:
-        prefix = safetensors_prefix(tensors)
+        prefix = safetensors_prefix(bucket)
     except KeyError as error:
         raise InvalidRequestError(f"named_tensors must be of a float dtype, got {error}; convert them.") from error
-    data = [Segment(data=data_view(tensor), owner=tensor) for tensor in tensors.values()]
-    content = EncodedBody(content_type=_OCTETS, segments=(Segment(data=prefix), *data))
     path = BUCKETS_ROUTE.format(update_id=update_id)
-    return Call(method="POST", path=path, read=read_object, content=content, content_type=_OCTETS)
+    return Call(method="POST", path=path, read=read_object, content=_body(prefix, bucket), content_type=_OCTETS)
 
 
 def adapter_call(
@@ -54,22 +106,25 @@ def adapter_call(
     weight_version: str | None,
     mode: UpdateMode,
 ) -> Call[AdapterChange]:
-    """POST /load_lora_adapter_from_tensors. The data is sent from where it lies.
+    """POST /load_lora_adapter_from_tensors, of ordinary tensors. The data is sent from where it lies.
 
     Raises:
         InvalidRequestError: A tensor of a dtype that cannot be sent, or a configuration that is none.
     """
     try:
-        sent = {key: plain(tensor) for key, tensor in tensors.items()}
-        prefix = safetensors_prefix(sent, metadata={"adapter_config": adapter_config_text(config)})
-    except (KeyError, TypeError) as error:
+        prefix = safetensors_prefix(tensors, metadata={"adapter_config": adapter_config_text(config)})
+    except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"tensors and config must be peft's, got {error}; use get_peft_model_state_dict.") from error
-    data = [Segment(data=data_view(tensor), owner=tensor) for tensor in sent.values()]
-    content = EncodedBody(content_type=_OCTETS, segments=(Segment(data=prefix), *data))
     version = {} if weight_version is None else {"weight_version": weight_version}
     query = {"lora_name": name, "merged": str(merged).lower(), "mode": mode, **version}
     path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(query)}"
+    content = _body(prefix, tensors)
     return Call(method="POST", path=path, read=lambda body, _: read_by(CHANGE, body), content=content, content_type=_OCTETS)
+
+
+def _body(prefix: bytes, tensors: Mapping[str, Tensor]) -> EncodedBody:
+    data = [Segment(data=tensor_bytes(tensor).toreadonly(), owner=tensor) for tensor in tensors.values()]
+    return EncodedBody(content_type=_OCTETS, segments=(Segment(data=prefix), *data))
 
 
 def commit_call(update_id: str, mode: UpdateMode) -> Call[WeightUpdate]:
@@ -82,20 +137,30 @@ def abandon_call(update_id: str) -> Call[dict[str, object]]:
     return Call(method="POST", path=ABANDON_ROUTE.format(update_id=update_id), read=read_object)
 
 
+def ranks_of(named_tensors: NamedTensors, first: Mapping[str, Tensor]) -> TrainerRanks:
+    """The ranks that push these tensors; a generator shows its first bucket alone."""
+    return TrainerRanks((named_tensors if isinstance(named_tensors, Mapping) else first).values())
+
+
 def buckets_of(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
     """The tensors in order, in lots of at most `bucket_bytes`, or of one that is larger; taken when their turn comes.
 
     Raises:
-        InvalidRequestError: A name comes twice in a lot, or the size is none.
+        InvalidRequestError: A name comes twice in a lot, something is no tensor with data, or the size is none.
     """
     if bucket_bytes < 1:
         raise InvalidRequestError(f"bucket_bytes must be at least 1, got {bucket_bytes}; leave it out.", field="bucket_bytes")
     bucket: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
+    for pair in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise InvalidRequestError(
+                f"named_tensors must be pairs of a name and a tensor, got a {type(pair).__name__}; give model.state_dict()."
+            )
+        name, tensor = pair
         if name in bucket:
             raise InvalidRequestError(f"named_tensors must have each name once, got {name} twice; drop one of them.")
-        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        nbytes = readable_bytes(tensor, name)
         if bucket and size + nbytes > bucket_bytes:
             yield bucket
             bucket, size = {}, 0

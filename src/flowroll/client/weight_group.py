@@ -6,10 +6,19 @@
 
 Each server is one member of the group, however many ranks its engine has: its rank 0 receives whole tensors and shares them
 out. The trainer's own default group is left alone.
+
+Of a trainer sharded by FSDP2, the first rank of the mesh gives the clients, the others give none; all make the same calls,
+since all take part in gathering the weights:
+
+    clients = [Client(url)] if torch.distributed.get_rank() == 0 else []
+    with WeightGroup(clients) as group:
+        group.update_weights(model.state_dict())
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
@@ -20,7 +29,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flowroll.client.exchange import post, read_object
-from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, buckets_of
+from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, buckets_of, ranks_of
 from flowroll.client.synchronous import Client
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
@@ -31,7 +40,7 @@ class WeightGroup:
     """See the module. A context manager; `close` destroys the group on the servers.
 
     Args:
-        clients: Of the servers.
+        clients: Of the servers; none on the ranks of a sharded trainer that do not send.
         master_address: Of this machine, as the servers reach it.
         master_port: 0 lets the system choose.
         backend: "gloo" sends from the CPU, "nccl" from a GPU.
@@ -56,11 +65,17 @@ class WeightGroup:
         self._clients, self._name = list(clients), f"flowroll-{secrets.token_hex(4)}"
         self._threads = ThreadPoolExecutor(len(self._clients) + 1, thread_name_prefix="flowroll-group")
         self._group: BroadcastGroup | None = None
+        self._store: TCPStore | None = None
+        if self._clients:
+            self._join(master_address, master_port, backend, device, timeout_s)
+
+    def _join(self, master_address: str, master_port: int, backend: Backend, device: str, timeout_s: float) -> None:
+        """Makes the group, with the servers in it."""
         world_size = len(self._clients) + 1
         family = socket.getaddrinfo(master_address, None, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((master_address, master_port), family=family)
         port = int(listener.getsockname()[1])
-        self._store: TCPStore | None = TCPStore(
+        self._store = TCPStore(
             master_address, port, world_size, True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         place = {"master_address": master_address, "master_port": port, "world_size": world_size, "backend": backend}
@@ -108,7 +123,8 @@ class WeightGroup:
         """Broadcasts new weights: each server takes all of them, or, whatever goes wrong, none.
 
         Args:
-            named_tensors: By the names of the module's state_dict, whole; a generator may gather them.
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs.
+                DTensors are gathered: every rank of the trainer makes this call.
             module: "transformer" or "vae".
             weight_version: Of the new weights; None: each server counts.
             bucket_bytes: How much a server is told to expect at a time.
@@ -122,9 +138,14 @@ class WeightGroup:
             InvalidRequestError: Tensors are missing. No server has taken any.
             FlowrollError: Whatever else a server raised.
         """
+        buckets = buckets_of(named_tensors, bucket_bytes)
+        first = next(buckets, {})
+        ranks = ranks_of(named_tensors, first)
+        target = {"target_modules": [module], "weight_version": weight_version}
         answers: list[dict[str, Any]] = [{}]
-        for bucket in buckets_of(named_tensors, bucket_bytes):
-            answers = self._broadcast(bucket, {"target_modules": [module], "weight_version": weight_version})
+        for bucket in itertools.chain([first] if first else [], buckets):
+            whole = ranks.gather(bucket, "cpu" if self._group is None else self._group.device)
+            answers = ranks.run(functools.partial(self._broadcast, whole, target), list[dict[str, Any]])
         if not all(answer.get("is_complete") for answer in answers):
             message = answers[0].get("message", "none")
             raise InvalidRequestError(f"named_tensors must be all of the {module}'s, got {message}; give the rest too.")
@@ -144,9 +165,12 @@ class WeightGroup:
         self._threads.shutdown(wait=False)
 
     def _broadcast(self, bucket: Mapping[str, Tensor], target: Mapping[str, Any]) -> list[dict[str, Any]]:
-        group = self._group
-        assert group is not None
-        tensors = [tensor.detach().to(group.device).contiguous() for tensor in bucket.values()]
+        group, tensors = self._group, list(bucket.values())
+        if group is None:
+            raise InvalidRequestError(
+                "clients must be given on the rank that sends, got none; give them on the first rank of the mesh.",
+                field="clients",
+            )
         expected = {
             **target,
             "names": list(bucket),

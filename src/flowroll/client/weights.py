@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -14,7 +13,7 @@ from flowroll.client import pushing
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
 from flowroll.client.exchange import Call, Steps, excerpt, post, read_by
 from flowroll.client.pushing import NamedTensors
-from flowroll.errors import FlowrollError, ServerConnectionError
+from flowroll.errors import ServerConnectionError
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, WeightUpdate
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.names import (
@@ -86,8 +85,10 @@ def update_weights(
     They go in buckets, while the server goes on with its requests; its weights change at the end, between two requests.
 
     Args:
-        named_tensors: By the names of the module's state_dict, e.g. `trainer.named_parameters()`, or a generator that
-            gathers them; on any device. Only one bucket of them is held at a time, and none is copied as a whole.
+        named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs; on any
+            device. Only one bucket of them is held at a time, and none is copied as a whole. Of a trainer sharded by FSDP2
+            (DTensors), every rank makes this call with `trainer.state_dict()`: all gather, the first rank of the mesh
+            sends, and every rank gets the same answer or error.
         module: "transformer" or "vae".
         weight_version: Of the new weights; None: the server counts.
         mode: What becomes of the requests that run there: "drain": they finish first; "abort": they are done again, wholly,
@@ -96,23 +97,19 @@ def update_weights(
         partial: Whether what is not sent stays as it is; otherwise it is an error.
 
     Raises:
+        InvalidRequestError: A tensor has no elements that could be read, or is of no float dtype; it is named.
         WeightsRejectedError: The tensors are not the module's. Everything is as it was.
         WeightsBusyError: Another update is under way.
         FlowrollError: As for `rollout`. After a `ServerConnectionError` at the end, `server_info` tells the version.
     """
-    update_id = yield pushing.begin_call(module, weight_version, partial)
-    try:
-        for bucket in pushing.buckets_of(named_tensors, bucket_bytes):
-            yield pushing.bucket_call(update_id, bucket)
-        update: WeightUpdate = yield pushing.commit_call(update_id, mode)
-        return update
-    except GeneratorExit:
-        raise
-    except BaseException:
-        # Or the next update waits for this one.
-        with contextlib.suppress(FlowrollError):
-            yield pushing.abandon_call(update_id)
-        raise
+    return pushing.push_weights(
+        named_tensors,
+        module=module,
+        weight_version=weight_version,
+        partial=partial,
+        mode=mode,
+        bucket_bytes=bucket_bytes,
+    )
 
 
 def weights_checksum(_: WireFormat, /, module: str = "transformer") -> Call[str]:
@@ -179,18 +176,18 @@ def load_lora_adapter_from_tensors(
     merged: bool = False,
     weight_version: str | None = None,
     mode: UpdateMode = "drain",
-) -> Call[AdapterChange]:
+) -> Steps[AdapterChange]:
     """Sends the server a LoRA adapter; see `load_lora_adapter`.
 
     Args:
-        tensors: `peft.get_peft_model_state_dict(model)`.
+        tensors: `peft.get_peft_model_state_dict(model)`; sharded ones as for `update_weights`.
         config: `model.peft_config["default"].to_dict()`.
         name: See `load_lora_adapter`, as for the rest.
         merged: The same.
         weight_version: The same.
         mode: The same.
     """
-    return pushing.adapter_call(tensors, config, name, merged, weight_version, mode)
+    return pushing.push_adapter(tensors, config, name, merged, weight_version, mode)
 
 
 def unload_lora_adapter(

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowroll.engine.checkpoint import read_json
 from flowroll.engine.tensorfile import StoredTensor, TensorFile
+from flowroll.engine.weight_files import read_json
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import adapter_config_text
+from flowroll.types.tensors import plain_tensor
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONFIG_KEY = "adapter_config"
@@ -95,7 +96,8 @@ def unpack_config(weights: Path) -> None:
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Saves an adapter as peft does."""
-    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    # Clones, because safetensors refuses tensors that share memory.
+    copies = {name: plain_tensor(tensor, name).clone() for name, tensor in tensors.items()}
     save_file(copies, folder / _WEIGHTS)
     (folder / _CONFIG).write_text(adapter_config_text(config))
 

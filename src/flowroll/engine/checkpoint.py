@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flowroll.engine.tensorfile import TensorFile
+from flowroll.engine.weight_files import TEXT_STEM, WEIGHT_STEMS, chosen_file, read_json, some_of, weight_files, weight_map
 from flowroll.errors import CheckpointError, UnsupportedModelError
 from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
@@ -25,14 +26,14 @@ _INDEX = "model_index.json"
 # Ours, optional: what model_index.json does not say.
 _NOTES = "flowroll.json"
 TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
-_TEXT_STEM = "model"
-_WEIGHT_STEMS = ("diffusion_pytorch_model", _TEXT_STEM)
 # What a weight may be stored in: floats that hold its value without a scale beside it.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What counters and positions are stored in.
 _INTEGERS = ("BOOL", "U8", "I16", "I32", "I64")
 # Options of a component's configuration that have its library load something else than the floats in its files.
 _REDIRECTIONS = ("quantization_config", "compression_config", "transformers_weights")
+# What torch puts before the name of a class: _fully_shard/_fsdp_init.py, _composable/replicate.py.
+_WRAPPERS = ("FSDP", "Replicate", "DDP")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _COMPONENTS = (*TORCH_COMPONENTS, "tokenizer", "scheduler")
 
@@ -59,7 +60,11 @@ class Checkpoint:
 
     def class_of(self, component: str) -> str:
         """The class that the component is saved as."""
-        return str(self.index[component][1])
+        return plain_class(str(self.index[component][1]))
+
+    def weights_variant(self, component: str) -> str | None:
+        """The variant of a component's files, e.g. "fp16", that its library has to be asked for; None: they have none."""
+        return chosen_file(self.folder / component, _stems(component)).variant
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component."""
@@ -93,10 +98,10 @@ class Checkpoint:
         """
         kind = type(module).__name__
         if missing := sorted(missing):
-            raise self._unfit(component, f"hold every weight of {kind}", f"none for {_some(missing)}", "save it again")
+            raise self._unfit(component, f"hold every weight of {kind}", f"none for {some_of(missing)}", "save it again")
         if unknown := sorted(unknown):
             remedy = "save it as that class, without scales or heads beside its weights"
-            raise self._unfit(component, f"hold the weights of {kind} alone", f"others: {_some(unknown)}", remedy)
+            raise self._unfit(component, f"hold the weights of {kind} alone", f"others: {some_of(unknown)}", remedy)
         # A class may rename what it loads, but hardly the last part of a name; a part that no weight has is a counter's.
         leaves = {name.rpartition(".")[2] for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
         odd = {name: dtype for name, dtype in self.stored[component].items() if dtype not in _FLOATS}
@@ -104,7 +109,7 @@ class Checkpoint:
             raise self._unfit(
                 component,
                 f"hold its weights in one of {', '.join(_FLOATS)}",
-                f"{odd[wrong[0]]} for {_some(wrong)}",
+                f"{odd[wrong[0]]} for {some_of(wrong)}",
                 _SAVE_FLOATS,
             )
 
@@ -115,8 +120,15 @@ class Checkpoint:
 _SAVE_FLOATS = "dequantize it and save it in one of these"
 
 
-def _some(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+def plain_class(name: str) -> str:
+    """The name of a model's class without what a trainer's wrapper puts before it.
+
+    torch's composable wrappers (`fully_shard`, `replicate`) change the class of a module in place, so a module that is saved
+    under one of them is called e.g. FSDPQwenImageTransformer2DModel.
+    """
+    while prefix := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
@@ -176,23 +188,6 @@ def _resolve_variant(family: Family, variant: str | None) -> str:
     return variant
 
 
-def read_json(path: Path, rule: str) -> Mapping[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: There is none; it begins with `rule` if there is no such file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{rule}, got no {path.name}; give the folder that holds {_INDEX}.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} must be JSON, got {error}; copy the file again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}; copy the file again.")
-    return value
-
-
 def _check_component(folder: Path, name: str) -> Mapping[str, str]:
     """Checks that a component's files are there and whole; returns the dtypes of its stored tensors by name."""
     component = folder / name
@@ -208,7 +203,7 @@ def _check_component(folder: Path, name: str) -> Mapping[str, str]:
 
 def _stems(name: str) -> tuple[str, ...]:
     """What the files of a component begin with: transformers' name for a text encoder, else diffusers'."""
-    return tuple(stem for stem in _WEIGHT_STEMS if (stem == _TEXT_STEM) == name.startswith("text_encoder"))
+    return tuple(stem for stem in WEIGHT_STEMS if (stem == TEXT_STEM) == name.startswith("text_encoder"))
 
 
 def _check_config(component: Path, name: str) -> None:
@@ -249,50 +244,10 @@ def _stored_dtypes(component: Path, stems: tuple[str, ...]) -> dict[str, str]:
                         f"{_SAVE_FLOATS}."
                     )
                 dtypes[tensor.name] = tensor.dtype
-    chosen = _chosen_file(component, stems)
+    chosen = chosen_file(component, stems).path
     # diffusers believes the index: it would not see, or would look in vain for, what the index has otherwise.
-    if chosen.suffix == ".json" and (differing := _weight_map(component, chosen).keys() ^ dtypes.keys()):
+    if chosen.suffix == ".json" and (differing := weight_map(component, chosen).keys() ^ dtypes.keys()):
         raise CheckpointError(
-            f"{chosen} must list the tensors of its files, got a difference in {_some(differing)}; save the checkpoint again."
+            f"{chosen} must list the tensors of its files, got a difference in {some_of(differing)}; save the checkpoint again."
         )
     return dtypes
-
-
-def weight_files(folder: Path, stems: Collection[str] = _WEIGHT_STEMS) -> list[str]:
-    """The files of a module's folder that the libraries will read: the shards of the index where there is one, else one file.
-
-    Args:
-        folder: Of the module.
-        stems: Names that the files may begin with, the preferred one first.
-
-    Raises:
-        CheckpointError: There are none, or some are missing.
-    """
-    chosen = _chosen_file(folder, stems)
-    return sorted(set(_weight_map(folder, chosen).values())) if chosen.suffix == ".json" else [chosen.name]
-
-
-def _chosen_file(folder: Path, stems: Collection[str]) -> Path:
-    """The one file, or the index, that the libraries choose."""
-    for stem in stems:
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        # Where there are both, transformers takes the file and diffusers the index.
-        for path in (single, index) if stem == _TEXT_STEM else (index, single):
-            if path.is_file():
-                return path
-    raise CheckpointError(f"{folder} must hold .safetensors weights, got none; copy the whole checkpoint.")
-
-
-def _weight_map(folder: Path, index: Path) -> dict[str, str]:
-    """The file of each tensor, from an index whose files are all there."""
-    found = read_json(index, f"{index} must be readable").get("weight_map")
-    # A name with a folder in it could lead anywhere.
-    if not (isinstance(found, dict) and found and all(map(_is_file_name, found.values()))):
-        raise CheckpointError(f"{index} must map weights to files beside it, got something else; save the checkpoint again.")
-    if missing := sorted(shard for shard in set(found.values()) if not (folder / shard).is_file()):
-        raise CheckpointError(f"{folder} must hold every shard, got no {', '.join(missing)}; copy the missing files.")
-    return found
-
-
-def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value != ""

@@ -113,7 +113,7 @@ class IncomingWeights:
             raise
 
     def put(self, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Copies tensors.
+        """Copies ordinary tensors; see `types.tensors.plain_tensor`.
 
         Raises:
             WeightsRejectedError: See `open`.

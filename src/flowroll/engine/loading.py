@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,7 +20,8 @@ from safetensors import safe_open
 from torch import nn
 
 from flowroll.engine.adapters import AdapterSet
-from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint, read_json
+from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint, plain_class
+from flowroll.engine.weight_files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
 from flowroll.families import Family, ModelSpec
@@ -142,7 +148,11 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     """
     library: Any = transformers if component.startswith("text_encoder") else diffusers
     module, report = getattr(library, checkpoint.class_of(component)).from_pretrained(
-        checkpoint.folder / component, dtype=dtype, local_files_only=True, output_loading_info=True
+        checkpoint.folder / component,
+        dtype=dtype,
+        variant=checkpoint.weights_variant(component),
+        local_files_only=True,
+        output_loading_info=True,
     )
     unknown = set(report["unexpected_keys"])
     if unknown and library is transformers:
@@ -154,7 +164,7 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
 def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> set[str]:
     """The tensors of the class that a text encoder was saved from, whose head the pipeline's class leaves out by intention."""
     config = read_json(checkpoint.folder / component / "config.json", f"{component} must have a configuration")
-    saver = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    saver = getattr(transformers, plain_class(str((config.get("architectures") or [""])[0])), None)
     if saver is None or not isinstance(module.config, saver.config_class):
         return set()
     with init_empty_weights(include_buffers=False):
@@ -194,11 +204,33 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
         for name in TORCH_COMPONENTS
     }
-    pipeline = DiffusionPipeline.from_pretrained(checkpoint.folder, **modules, dtype=dtype, local_files_only=True)
+    with _with_plain_classes(checkpoint) as folder:
+        pipeline = DiffusionPipeline.from_pretrained(folder, **modules, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     for name in TORCH_COMPONENTS:
         getattr(pipeline, name).eval()
     return pipeline
+
+
+@contextlib.contextmanager
+def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder whose index names the classes of the libraries, which diffusers imports even of components that it is given.
+
+    It is the checkpoint's own, unless that was saved from under a trainer's wrapper.
+    """
+    plain = {
+        name: ["transformers" if name.startswith("text_encoder") else "diffusers", checkpoint.class_of(name)]
+        for name in TORCH_COMPONENTS
+    }
+    if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+        for path in checkpoint.folder.iterdir():
+            if path.is_dir():
+                (Path(folder) / path.name).symlink_to(path.resolve())
+        (Path(folder) / "model_index.json").write_text(json.dumps({**checkpoint.index, **plain}))
+        yield Path(folder)
 
 
 def _check_text(family: Family, pipeline: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowroll.errors import AsleepError, EngineError
+from flowroll.types.tensors import plain_tensor, tensor_bytes
 
 SleepMode: TypeAlias = Literal["offload", "disk"]
 # Where torch's allocator puts every tensor.
@@ -127,13 +128,13 @@ class _Spill:
         data, start = parameter.data, self._file.tell()
         shape, dtype, device = data.shape, data.dtype, data.device
         layout = data.stride(), data.data_ptr() % _ALLOCATED
-        self._file.write(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(tensor_bytes(plain_tensor(data)))
         # Now, and not with what is written last: a full disk is to be found before anything is released.
         self._file.flush()
 
         def load() -> Tensor:
             stored = torch.empty(shape, dtype=dtype)
-            view = stored.reshape(-1).view(torch.uint8).numpy().data
+            view = tensor_bytes(stored)
             self._file.seek(start)
             if self._file.readinto(view) != len(view):
                 raise OSError("the file of the kept weights ended before its end")

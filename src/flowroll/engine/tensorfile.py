@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from flowroll.errors import CheckpointError
+from flowroll.types.tensors import tensor_bytes
 
 _MAX_HEADER = 100 * 2**20
 _ITEM_BYTES = {
@@ -130,7 +130,7 @@ class TensorFile:
             CheckpointError: The file ends before.
             OSError: The disk fails.
         """
-        view = target.reshape(-1).view(torch.uint8).numpy().data
+        view = tensor_bytes(target)
         self._file.seek(start)
         done = 0
         while done < len(view):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from flowroll.engine.incoming import Bucket, IncomingWeights
 from flowroll.engine.tensorfile import parse_header
 from flowroll.engine.weights import rejected
 from flowroll.errors import CheckpointError, WeightsRejectedError
+from flowroll.types.tensors import tensor_bytes
 
 _SUBJECT, _REMEDY = "the body", "send it again"
 # Several times what the names and shapes of the largest models take.
@@ -93,5 +92,5 @@ class TensorStream:
         except CheckpointError as error:
             raise rejected(error, None) from error
         self._bucket = self._incoming.open(stored)
-        views = [target.reshape(-1).view(torch.uint8).numpy().data for target in self._bucket.targets]
+        views = [tensor_bytes(target) for target in self._bucket.targets]
         self._rest = [view for view in reversed(views) if len(view)]

@@ -12,6 +12,7 @@ from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
 from flowroll.types import WeightUpdate
+from flowroll.types.tensors import plain_tensor
 
 
 class UpdatableEngine(EngineCore):
@@ -69,7 +70,8 @@ class UpdatableEngine(EngineCore):
         """Replaces the weights of a module by copies of a trainer's tensors in this process: all of them, or none.
 
         Args:
-            named_tensors: By the names of the module's state_dict, e.g. `trainer.named_parameters()`; taken one at a time.
+            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`; taken one at a time. DTensors,
+                as FSDP2 has them, are gathered: every rank of the trainer has to make this call, on an engine of its own.
             module: "transformer" or "vae".
             weight_version: Of the new weights; None: one more than the highest number that a version had so far.
             mode: What becomes of the requests that run; see `update_weights_from_disk`.
@@ -82,7 +84,7 @@ class UpdatableEngine(EngineCore):
         """
         incoming = self.receive_weights(module, partial=partial)
         for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
-            incoming.put([(name, tensor)])
+            incoming.put([(name, plain_tensor(tensor, name, device=None))])
         return self.commit_weights(incoming.stage(), weight_version=weight_version, mode=mode)
 
     def receive_weights(self, module: str = "transformer", *, partial: bool = False) -> IncomingWeights:

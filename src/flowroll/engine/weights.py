@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroll.engine.checkpoint import read_json, weight_files
+from flowroll.engine.checkpoint import plain_class
 from flowroll.engine.tensorfile import FileStamp, StoredTensor, TensorFile, TensorHead
+from flowroll.engine.weight_files import read_json, weight_files
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName
@@ -44,13 +45,15 @@ class WeightFiles:
     stamps: tuple[FileStamp, ...] | None = None
 
 
-def find_weights(source: str | Path, module: str) -> WeightFiles:
+def find_weights(source: str | Path, module: str, *, named: str | None = None) -> WeightFiles:
     """The files of a module's weights.
 
     Args:
         source: A checkpoint folder, whose subfolder of the module's name is taken; the module's own folder; or one
             .safetensors file.
         module: "transformer" or "vae".
+        named: What the caller called it, if `source` is that with its links resolved. In a Hugging Face cache, the names are
+            links to files that are called by their checksums.
 
     Raises:
         InvalidRequestError: Another module.
@@ -60,8 +63,10 @@ def find_weights(source: str | Path, module: str) -> WeightFiles:
     try:
         path = Path(source).resolve()
         if path.is_file():
-            if path.suffix != ".safetensors":
-                raise CheckpointError(f"{path} must be a .safetensors file or a folder, got another file; save it as one.")
+            if ".safetensors" not in (Path(named or source).suffix, path.suffix):
+                raise CheckpointError(
+                    f"{named or source} must be a .safetensors file or a folder, got another file; save it as one."
+                )
             return WeightFiles(module=name, files=(path,), config=None)
         folder = path / name if (path / name).is_dir() else path
         files = tuple((folder / file).resolve() for file in weight_files(folder))
@@ -295,7 +300,7 @@ def _check_config(module: nn.Module, path: Path) -> None:
     given = read_json(path, f"{path} must be readable")
     live: Mapping[str, Any] = module.config  # type: ignore[assignment]
     name = type(module).__name__
-    if given.get("_class_name", name) != name:
+    if plain_class(str(given.get("_class_name", name))) != name:
         raise CheckpointError(f"{path} must be of a {name}, got {given['_class_name']}; save the module that is served.")
     for key, parameter in inspect.signature(type(module).__init__).parameters.items():
         # A file of another library version may lack what has a default; what no longer exists shapes nothing.

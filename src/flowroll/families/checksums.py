@@ -1,4 +1,8 @@
-"""Sums over a module's weights by which a trainer and an engine tell whether they have the same. torch alone."""
+"""Sums over a module's weights by which a trainer and an engine tell whether they have the same. torch alone.
+
+Weights that are sharded over ranks (DTensors, as FSDP2 makes them) are gathered one at a time, so every rank has to call these
+functions; every rank gets the same sum.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowroll.types.tensors import plain_tensor, tensor_bytes
+
 
 def weights_checksum(module: nn.Module) -> str:
-    """sha256 over a module's weights, as an engine that has the same ones answers."""
-    return checksum_of(sorted(module.state_dict().items()))
+    """sha256 over a module's weights, as an engine that has the same ones answers. Of a sharded module, on every rank.
+
+    Raises:
+        InvalidRequestError: A weight has no data that could be read, e.g. on the meta device; it is named.
+    """
+    return checksum_of(sorted(module.state_dict(keep_vars=True).items()))
 
 
 def tensor_checksums(module: nn.Module) -> dict[str, str]:
-    """sha256 of each of a module's tensors by name, for an engine to compare with its own."""
-    return {name: tensor_checksum(tensor) for name, tensor in module.state_dict().items()}
+    """sha256 of each of a module's tensors by name, for an engine to compare with its own. Of a sharded module, on every rank.
+
+    Raises:
+        InvalidRequestError: A weight has no data that could be read, e.g. on the meta device; it is named.
+    """
+    return {name: tensor_checksum(tensor, name) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def adapter_checksum(module: nn.Module, adapter: str = "default") -> str:
@@ -50,11 +64,17 @@ def _adapter_tensors(named: Iterable[tuple[str, nn.Module]], adapter: str) -> It
         yield f"{path}.scaling", torch.tensor(scale[adapter], dtype=torch.float64)
 
 
-def tensor_checksum(tensor: Tensor) -> str:
-    """sha256 of a tensor's raw bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    digest.update(_raw(tensor))
-    return digest.hexdigest()
+def tensor_checksum(tensor: Tensor, name: str = "the tensor") -> str:
+    """sha256 of a tensor's raw bytes in row-major order, as hexadecimal digits.
+
+    Args:
+        tensor: Any tensor; a DTensor is gathered, see `types.tensors.plain_tensor`.
+        name: What a message calls it.
+
+    Raises:
+        InvalidRequestError: It has no data that could be read.
+    """
+    return hashlib.sha256(tensor_bytes(plain_tensor(tensor, name))).hexdigest()
 
 
 def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -62,15 +82,12 @@ def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:
 
     Args:
         named: In the order of the names, e.g. `sorted(module.state_dict().items())`. Consumed one at a time.
+
+    Raises:
+        InvalidRequestError: One has no data that could be read.
     """
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(name.encode())
-        digest.update(_raw(tensor))
+        digest.update(tensor_bytes(plain_tensor(tensor, name)))
     return digest.hexdigest()
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; on the CPU without a copy."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().data

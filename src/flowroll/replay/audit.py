@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
 from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
-from flowroll.replay.losses import ratio
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Source, check_any, place_of, source_of
 from flowroll.types import Rollout
@@ -173,10 +173,11 @@ def _steps_of(source: Source) -> list[int]:
 def _compare(rollout: Rollout, step: int, score: StepScore) -> _Comparison:
     assert rollout.log_probs is not None
     new, old, debug = score.log_prob.cpu(), rollout.log_probs[step], rollout.debug_tensors
-    error = (ratio(new, old) - 1).abs().item()
+    # Reported, not refused: a NaN is what an audit is to find.
+    error = (torch.exp(new - old) - 1).abs().nan_to_num(nan=math.inf).item()
     if debug is None:
         return _Comparison(torch.equal(new, old), error, None, None)
-    off = (score.velocity.float().cpu() - debug.model_output[step]).abs()
+    off = (score.velocity.float().cpu() - debug.model_output[step]).abs().nan_to_num(nan=math.inf)
     return _Comparison(torch.equal(new, old) and not off.any(), error, off.max().item(), off.mean().item())
 
 

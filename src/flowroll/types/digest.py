@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from flowroll.types.results import EnvValue
+from flowroll.types.tensors import plain_tensor, tensor_bytes
 
 
 def branch_digest(branch: Mapping[str, EnvValue]) -> str:
@@ -22,7 +22,7 @@ def branch_digest(branch: Mapping[str, EnvValue]) -> str:
         value = branch[name]
         if isinstance(value, Tensor):
             digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(plain_tensor(value, name)))
         else:
             digest.update(json.dumps([name, value]).encode())
     return digest.hexdigest()

@@ -1,11 +1,10 @@
-"""Tensors as safetensors bytes, without a copy: the header is built here, the data stays in the tensor's own storage.
+"""Tensors as safetensors bytes, without a copy: the header is built here, the data is taken from `types.tensors.tensor_bytes`.
 
 Format: 8 bytes of little-endian header length, a JSON header padded with spaces, then the data of every tensor.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping
 from typing import Annotated
@@ -47,18 +46,6 @@ class _Entry(msgspec.Struct, frozen=True):
 
 class _Header(msgspec.Struct, frozen=True):
     t: _Entry
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU and contiguous: itself where it is so already, else a copy."""
-    return tensor.detach().to("cpu").contiguous()
-
-
-def data_view(tensor: Tensor) -> memoryview:
-    """The bytes of a `plain` tensor, read-only and in place. The caller keeps the tensor alive as long as the view."""
-    if tensor.nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).toreadonly()
 
 
 def safetensors_prefix(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
-from flowroll.wire.blob import data_view, plain, safetensors_prefix, tensor_from_blob
+from flowroll.types.tensors import plain_tensor, tensor_bytes
+from flowroll.wire.blob import safetensors_prefix, tensor_from_blob
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.dialects import (
     Dialect,
@@ -115,14 +116,14 @@ def encode(answer: object, wire_format: WireFormat) -> EncodedBody:
     segments: list[Segment] = []
     offset, before = 0, parts[0]
     for tensor, part in zip(tensors, parts[1:], strict=True):
-        source = plain(tensor)
+        source = plain_tensor(tensor)
         prefix = safetensors_prefix({"t": source}, multiple=_PREFIX_MULTIPLE)
         if wire_format == "json":
             head, tail = json_envelope(source, prefix)
         else:
             head, tail = msgpack_envelope(source, prefix, offset + len(before))
         segments.append(Segment(data=before + head))
-        segments.append(Segment(data=data_view(source), is_base64=wire_format == "json", owner=source))
+        segments.append(Segment(data=tensor_bytes(source).toreadonly(), is_base64=wire_format == "json", owner=source))
         offset += segments[-2].length + segments[-1].length
         before = tail + part
     segments.append(Segment(data=before))

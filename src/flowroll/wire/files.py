@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flowroll.errors import RolloutFileError
 from flowroll.types import SCHEMA_VERSION, Rollout
-from flowroll.wire.blob import data_view, plain, safetensors_prefix
+from flowroll.types.tensors import plain_tensor, tensor_bytes
+from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.dialects import WireSample, rollout_from_wire, rollout_to_wire
 
 _CONTENT_KEY = "flowroll.rollout"
@@ -44,14 +45,15 @@ def save_rollout(path: str | Path, rollout: Rollout) -> None:
     found: dict[str, Tensor] = {}
     content = _without_tensors(rollout_to_wire(rollout, "native"), "", found)
     # Widest dtype first, as safetensors itself does, so that every tensor is aligned.
-    tensors = {name: plain(found[name]) for name in sorted(found, key=lambda name: (-found[name].element_size(), name))}
+    names = sorted(found, key=lambda name: (-found[name].element_size(), name))
+    tensors = {name: plain_tensor(found[name], name) for name in names}
     metadata = {_VERSION_KEY: str(SCHEMA_VERSION), _CONTENT_KEY: msgspec.json.encode(content).decode()}
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         with open(unfinished, "xb") as file:
             file.write(safetensors_prefix(tensors, metadata=metadata))
             for tensor in tensors.values():
-                file.write(data_view(tensor))
+                file.write(tensor_bytes(tensor))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, target)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowroll.types.tensors import tensor_bytes
+
 # What torch calls its segments, to the last character.
 _SEGMENT = re.compile(rb"/(torch_[0-9]{1,10}_[0-9]{1,10}_[0-9]{1,10})", re.ASCII)
 _FOLDER = "/dev/shm"
@@ -76,7 +78,7 @@ class SharedStorage:
         Raises:
             ValueError: The segment is gone, is another's, or was cut short.
         """
-        view = target.reshape(-1).view(torch.uint8).numpy().data
+        view = tensor_bytes(target)
         done = 0
         with self._open() as descriptor:
             while done < len(view):

@@ -1,6 +1,7 @@
 """The losses, against numbers worked out by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +100,118 @@ def test_the_normalised_ratio_has_no_bias_and_one_spread_for_all_steps() -> None
         assert abs(normalised.mean().item()) < 4 * 0.005 / math.sqrt(samples)
         assert normalised.std().item() == pytest.approx(0.005, rel=0.05)
         assert plain.mean().item() < normalised.mean().item()
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF])
+def test_rewards_that_are_not_finite_are_refused_by_sample(std: str, wrong: float) -> None:
+    rewards, groups = torch.tensor([1.0, wrong, 2.0, NAN]), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(
+        InvalidRequestError, match=rf"rewards must be finite, got {wrong} at samples 1, 3; .*nonfinite=\"drop\""
+    ):
+        group_advantages(rewards, groups, std=std)
+    many = torch.full((30,), wrong)
+    with pytest.raises(InvalidRequestError, match=r"at samples 0, 1, .*, 19 and 10 more; "):
+        group_advantages(many, torch.zeros(30, dtype=torch.long), std=std)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_dropped_samples_leave_the_others_as_if_they_had_never_been(std: str) -> None:
+    rewards = torch.tensor([1.0, NAN, 3.0, 4.0, -INF, 5.0, NAN])
+    # Group 7 loses all its samples.
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 7])
+    kept = rewards.isfinite()
+    found = group_advantages(rewards, groups, std=std, nonfinite="drop")
+    assert torch.equal(found[kept], group_advantages(rewards[kept], groups[kept], std=std))
+    assert found[~kept].tolist() == [0.0, 0.0, 0.0] and found[kept].abs().min() > 0
+
+
+def test_all_samples_may_be_dropped() -> None:
+    for std in ("group", "global"):
+        found = group_advantages(torch.tensor([NAN, INF]), torch.tensor([0, 1]), std=std, nonfinite="drop")
+        assert found.tolist() == [0.0, 0.0]
+
+
+def test_no_std_and_no_eps_give_no_nan() -> None:
+    for std in ("group", "global"):
+        assert group_advantages(torch.ones(3), torch.zeros(3, dtype=torch.long), std=std, eps=0.0).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nonfinite": "ignore"}, "nonfinite must be refuse or drop, got 'ignore'"),
+        ({"eps": NAN}, "eps must be finite and 0 or more, got nan"),
+        ({"eps": -1.0}, r"eps must be finite and 0 or more, got -1\.0"),
+    ],
+)
+def test_bad_options_of_advantages_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF])
+def test_log_probs_that_are_not_finite_are_refused_by_pair(wrong: float) -> None:
+    good, bad = torch.zeros(4), torch.tensor([0.0, wrong, 0.0, wrong])
+    with pytest.raises(InvalidRequestError, match=f"^log_probs must be finite, got {wrong} at pairs 1, 3; .*replay.audit"):
+        ratio(bad, good)
+    with pytest.raises(InvalidRequestError, match=f"^old_log_probs must be finite, got {wrong} at pairs 1, 3; leave"):
+        ratio(good, bad)
+    # Equal infinities give a ratio of NaN, and never 1.
+    with pytest.raises(InvalidRequestError, match=r"^log_probs"):
+        ratio(bad, bad.clone())
+    with pytest.raises(InvalidRequestError, match=rf"got {wrong} at pair \(1, 0\); "):
+        ratio(bad[:2].reshape(2, 1), good[:2].reshape(2, 1))
+
+
+def test_a_ratio_beyond_all_floats_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match=r"ratios must be finite, got inf at pair 1; .*update it more often"):
+        ratio(torch.tensor([0.0, 100.0]), torch.zeros(2))
+    means = torch.ones(2, 3)
+    with pytest.raises(InvalidRequestError, match="ratios must be finite, got inf at pair 0"):
+        normalised_ratio(torch.tensor([100.0, 0.0]), torch.zeros(2), means, means, torch.ones(2))
+
+
+@pytest.mark.parametrize("field", ["log_probs", "old_log_probs", "means", "old_means", "stds"])
+@pytest.mark.parametrize("wrong", [NAN, INF])
+def test_the_normalised_ratio_refuses_what_is_not_finite_by_pair(field: str, wrong: float) -> None:
+    values = {
+        "log_probs": torch.zeros(3),
+        "old_log_probs": torch.zeros(3),
+        "means": torch.zeros(3, 2, 2),
+        "old_means": torch.zeros(3, 2, 2),
+        "stds": torch.ones(3),
+    }
+    normalised_ratio(**values)
+    values[field][2] = wrong
+    with pytest.raises(InvalidRequestError, match=f"^{field} must be finite.*, got {wrong} at pair 2; "):
+        normalised_ratio(**values)
+
+
+def test_a_deterministic_step_has_no_normalised_ratio() -> None:
+    means = torch.zeros(2, 3)
+    with pytest.raises(InvalidRequestError, match=r"stds must be finite and above 0, got 0\.0 at pair 1; .*sde_step_indices"):
+        normalised_ratio(torch.zeros(2), torch.zeros(2), means, means, torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("field", ["ratios", "advantages", "weights"])
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF])
+def test_the_loss_refuses_what_is_not_finite_by_pair(field: str, wrong: float) -> None:
+    values = {"ratios": torch.ones(3), "advantages": torch.ones(3), "weights": torch.ones(3)}
+    values[field][1] = wrong
+    with pytest.raises(InvalidRequestError, match=f"^{field} must be finite, got {wrong} at pair 1; "):
+        clipped_loss(**values)
+
+
+@pytest.mark.parametrize("options", [{"clip_range": NAN}, {"clip_range": 0.0}, {"max_advantage": NAN}, {"max_advantage": -5.0}])
+def test_bounds_of_the_loss_are_above_zero(options: dict[str, float]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{next(iter(options))} must be above 0, got"):
+        clipped_loss(torch.ones(2), torch.ones(2), **options)
+
+
+def test_a_loss_of_no_pairs_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="ratios must be of at least one pair, got none; skip this batch"):
+        clipped_loss(torch.ones(0), torch.ones(0))

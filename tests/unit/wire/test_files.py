@@ -87,7 +87,7 @@ def test_saving_replaces_a_file_only_as_a_whole(tmp_path: Path, monkeypatch: pyt
     def full_disk(tensor: Any) -> memoryview:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "data_view", full_disk)
+    monkeypatch.setattr(files, "tensor_bytes", full_disk)
     with pytest.raises(RolloutFileError, match=r"path must be writable, got .* \(No space left on device\); "):
         save_rollout(path, make_rollout(seed=3))
     assert load_rollout(path).seed == 2

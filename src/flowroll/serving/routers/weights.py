@@ -95,7 +95,7 @@ def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
     path = allowed_path(accepted.model_path, config.weights_roots)
-    files = find_weights(path, accepted.chosen_module)
+    files = find_weights(path, accepted.chosen_module, named=accepted.model_path)
     check_inside([*files.files, *([files.config] if files.config else [])], config.weights_roots)
     return files
 

@@ -1,0 +1,133 @@
+"""The ranks of a trainer that push sharded weights together: all of them gather, one of them sends.
+
+FSDP2's weights are DTensors. Gathering one is a collective operation, so every rank of their mesh makes the same call; the
+first rank of the mesh sends, and what the server answers to it, a value or an error, is returned or raised on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from flowroll.client.exchange import Call
+from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, ServerConnectionError, error_from_wire
+from flowroll.types.tensors import mesh_of, plain_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    code: str
+    message: str
+    field: str | None
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    value: Any = None
+    failure: _Failure | None = None
+
+
+class TrainerRanks:
+    """The ranks among which a trainer's tensors are sharded. A process whose tensors are not sharded is alone, and sends.
+
+    Args:
+        tensors: The first of those that will be pushed; a DTensor among them tells the mesh.
+
+    Attributes:
+        sends: Whether this rank is the one that sends.
+    """
+
+    def __init__(self, tensors: Iterable[object]) -> None:
+        mesh = next((mesh for tensor in tensors if (mesh := mesh_of(tensor)) is not None), None)
+        self._mesh: DeviceMesh | None = mesh if mesh is not None and mesh.size() > 1 else None
+        self.sends = self._mesh is None or torch.distributed.get_rank() == int(self._mesh.mesh.flatten()[0])
+
+    def gather(self, named: Mapping[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The tensors whole and ordinary, on the rank that sends; nothing on the others, which take part all the same.
+
+        Raises:
+            InvalidRequestError: One has no data that could be read, or is the first DTensor and comes too late.
+        """
+        whole = {}
+        for name, tensor in named.items():
+            if self._mesh is None and (mesh := mesh_of(tensor)) is not None and mesh.size() > 1:
+                raise InvalidRequestError(
+                    f"{name} must come in the first bucket if no other DTensor does, got ordinary tensors before it; give "
+                    "model.state_dict() itself, not a generator."
+                )
+            gathered = plain_tensor(tensor, name, device=device if self.sends else None)
+            if self.sends:
+                whole[name] = gathered
+        return whole
+
+    def once(self, make: Callable[[], Call[T]], kind: Any) -> Generator[Call[T], T, T]:
+        """A call that one rank makes for all: it is yielded on the rank that sends, and its answer is returned on every rank.
+
+        Args:
+            make: Makes the call.
+            kind: Type of the answer; None: the others do not need it.
+
+        Raises:
+            FlowrollError: What was raised on the rank that sends.
+        """
+        if not self.sends:
+            return self._hear(kind)  # type: ignore[no-any-return]
+        try:
+            answer = yield make()
+        except BaseException as error:
+            self._tell(_Outcome(failure=_failure(error)))
+            raise
+        self._tell(_Outcome(value=None if kind is None else answer))
+        return answer
+
+    def run(self, work: Callable[[], T], kind: Any) -> T:
+        """Work that one rank does for all; see `once`."""
+        if not self.sends:
+            return self._hear(kind)  # type: ignore[no-any-return]
+        try:
+            result = work()
+        except BaseException as error:
+            self._tell(_Outcome(failure=_failure(error)))
+            raise
+        self._tell(_Outcome(value=None if kind is None else result))
+        return result
+
+    def _tell(self, outcome: _Outcome) -> None:
+        if self._mesh is not None:
+            data = msgspec.json.encode(outcome)
+            self._summed(torch.tensor([len(data)]))
+            self._summed(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def _hear(self, kind: Any) -> Any:
+        length = int(self._summed(torch.zeros(1, dtype=torch.int64)))
+        data = self._summed(torch.zeros(length, dtype=torch.uint8))
+        outcome = msgspec.json.decode(bytes(data.tolist()), type=_Outcome)
+        if (failure := outcome.failure) is not None:
+            if failure.code == ServerConnectionError.code:
+                # No server sends this one.
+                raise ServerConnectionError(failure.message, field=failure.field)
+            raise error_from_wire(failure.code, failure.message, failure.field)
+        return None if kind is None else msgspec.convert(outcome.value, kind)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """The sum over all ranks of the mesh, whatever its dimensions are; only the rank that sends adds anything."""
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = self._mesh
+        assert mesh is not None
+        shares = DTensor.from_local(part.to(mesh.device_type), mesh, [Partial()] * mesh.ndim, run_check=False)
+        return shares.full_tensor().cpu()
+
+
+def _failure(error: BaseException) -> _Failure:
+    if isinstance(error, FlowrollError):
+        return _Failure(error.code, error.message, error.field)
+    message = f"the rank that sends must end its push, got {type(error).__name__}: {error}; look at its log."
+    return _Failure(EngineError.code, message, None)
