@@ -177,7 +177,7 @@ def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
     with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=3.0) as engine:
         pids = list(engine.rank_pids.values())
         started_s = time.monotonic()
-        with pytest.raises(RankLostError, match=r"within 3 s|must live"):
+        with pytest.raises(RankLostError, match=r"within 3 s|must live|Timed out waiting 3000ms"):
             engine.rollout(**REQUEST)
         assert time.monotonic() - started_s < 20.0
     assert len(pids) == 3 and all(map(is_gone, pids))

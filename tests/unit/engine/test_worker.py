@@ -65,7 +65,7 @@ def test_queue_takes_what_can_run_and_max_queue_waiting_requests_and_refuses_the
         with pytest.raises(QueueFullError, match="2 waiting") as refused:
             worker.submit(plan, "rollout")
         assert refused.value.retry_after_s >= 1
-        assert (worker.pending, worker.running) == (2, 1)
+        _until(lambda: (worker.pending, worker.running) == (2, 1))
         gate.opened.set()
         for future in futures:
             assert len(future.result(WAIT_S)) == 1
