@@ -63,6 +63,6 @@ def flattened(tensors: Mapping[str, Tensor], *, as_bytes: bool = True) -> dict[s
     metadata, start = [], 0
     for (name, tensor), part in zip(tensors.items(), flat, strict=True):
         end = start + part.numel()
-        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, end, tensor.numel()))
+        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, end, end - start))
         start = end
     return {"flattened_tensor": torch.cat(flat), "metadata": metadata}

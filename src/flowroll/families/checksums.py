@@ -57,6 +57,15 @@ def tensor_checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def typed_tensor_checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes, as SGLang's checker of updates makes it: `str(dtype)`, then
+    `repr(tuple(shape))`, then the raw bytes."""
+    digest = hashlib.sha256()
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)!r}".encode())
+    digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
 def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over all tensors, as hexadecimal digits: of each its name in UTF-8, then its raw bytes.
 
