@@ -58,8 +58,10 @@ def tensor_checksum(tensor: Tensor) -> str:
 
 
 def typed_tensor_checksum(tensor: Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and bytes, as SGLang's checker of updates makes it: `str(dtype)`, then
-    `repr(tuple(shape))`, then the raw bytes."""
+    """sha256 of a tensor's dtype, shape and raw bytes, as SGLang's checker of updates makes it.
+
+    Over `str(dtype)`, then `repr(tuple(shape))`, then the bytes.
+    """
     digest = hashlib.sha256()
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)!r}".encode())
     digest.update(_raw(tensor))

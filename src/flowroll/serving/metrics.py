@@ -35,6 +35,9 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", load.oldest_waiting_s)
         yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
         yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
+        yield GaugeMetricFamily(
+            "flowroll_is_holding", "1 while no sample starts until a push of weights is complete.", int(load.is_holding)
+        )
         asleep = int(self._worker.engine.is_asleep)
         yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", asleep)
         yield CounterMetricFamily("flowroll_steps", "Denoising steps of all samples, also of those that failed.", load.steps)
@@ -93,6 +96,7 @@ class Metrics:
         denoising_steps: Steps of finished samples, by kind.
         sde_steps: Steps of finished samples that have a log-prob.
         weight_updates: Updates of weights and adapters, by outcome.
+        weight_pushes: Pushes of weights bucket by bucket, by how they ended.
         weight_pause_seconds: For which no request could run because weights or adapters were exchanged.
         scored_steps: Recorded steps that were scored again.
     """
@@ -114,6 +118,8 @@ class Metrics:
         self.denoising_steps = Counter("flowroll_denoising_steps", "Steps of finished samples.", ["kind"], registry=own)
         self.sde_steps = Counter("flowroll_sde_steps", "Stochastic steps of finished samples.", registry=own)
         self.weight_updates = Counter("flowroll_weight_updates", "Updates of weights and adapters.", ["outcome"], registry=own)
+        text = "Pushes of weights bucket by bucket: completed, or why the rest was not waited for."
+        self.weight_pushes = Counter("flowroll_weight_pushes", text, ["outcome"], registry=own)
         self.weight_pause_seconds = Counter(
             "flowroll_weight_pause_seconds", "Seconds for which no request ran because of an update.", registry=own
         )

@@ -37,9 +37,12 @@ _BUCKET_FIELDS = frozenset({"flattened_tensor", "metadata"})
 # this bounds time, stack, memo and depth.
 _MOST_INSTRUCTIONS = 500_000
 _INSTRUCTIONS = frozenset(
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES "
-    "BINBYTES EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS MEMOIZE BINPUT "
-    "LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD".split()
+    {
+        *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"),
+        *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT"),
+        *("LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+    }
 )
 # What an instruction takes and makes, where Python's own table does not say it closely enough. Keys are texts alone: to hash a
 # nested tuple could take for ever. Attributes are set on nothing but new objects, of which metadata is the one kind.
@@ -95,7 +98,16 @@ def named_tensors(data: bytes, *, module: str, flattened: bool) -> SentTensors:
     except (ForbiddenError, InvalidRequestError):
         sent.release()
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError, EOFError, pickle.PickleError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+        EOFError,
+        pickle.PickleError,
+    ) as error:
         sent.release()
         reason = (str(error).splitlines() or [""])[0][:200]
         raise MalformedRequestError(
@@ -110,6 +122,7 @@ def _scan(data: bytes) -> None:
     """
     stack: list[str] = []
     memo: dict[int, str] = {}
+    argument: Any
     for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
         name: str = instruction.name
         if count == _MOST_INSTRUCTIONS:
@@ -118,7 +131,7 @@ def _scan(data: bytes) -> None:
             _refuse(f"the instruction {name}")
         if name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
             # Picklers count from 0; Python makes room up to the place.
-            place: int = len(memo) if name == "MEMOIZE" else argument
+            place = len(memo) if name == "MEMOIZE" else argument
             if place >= _MOST_INSTRUCTIONS:
                 raise ValueError("a huge place in the memo")
             memo[place] = stack[-1]
@@ -271,8 +284,8 @@ def _payload(value: object, module: str) -> object:
     if list(value) != [module]:
         shown = ", ".join(name[:80] for name in list(value)[:5])
         raise InvalidRequestError(
-            f"{FIELD} must hold tensors of {module}, which the request names, and of nothing else, got {shown}; send one request "
-            "for each module, with its name in target_modules.",
+            f"{FIELD} must hold tensors of {module}, which the request names, and of nothing else, got {shown}; send one "
+            "request for each module, with its name in target_modules.",
             field=FIELD,
         )
     return value[module]

@@ -537,5 +537,5 @@ def test_a_damaged_stream_is_refused_or_names_what_was_sent(monkeypatch: pytest.
                 room = storage.nbytes if isinstance(storage, SharedStorage) else 0
                 span = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride, strict=True))
                 if torch.Size(tensor.shape).numel():
-                    assert 0 <= tensor.start and tensor.start + span * tensor.dtype.itemsize <= room <= max(sizes)
+                    assert tensor.start >= 0 and tensor.start + span * tensor.dtype.itemsize <= room <= max(sizes)
     assert min(endings[kind] for kind in ("read", "ForbiddenError", "MalformedRequestError")) > 50, endings

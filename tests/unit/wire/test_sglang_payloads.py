@@ -81,9 +81,7 @@ def test_our_trainer_of_the_tests_makes_what_sglang_makes(kind: str) -> None:
     bucket = flattened(tensors)
     assert bucket["flattened_tensor"].dtype == torch.uint8
     assert bucket["flattened_tensor"].numpy().tobytes() == base64.b64decode(record["flattened_tensor"])
-    made = [
-        {**vars(metadata), "shape": list(metadata.shape), "dtype": str(metadata.dtype)} for metadata in bucket["metadata"]
-    ]
+    made = [{**vars(metadata), "shape": list(metadata.shape), "dtype": str(metadata.dtype)} for metadata in bucket["metadata"]]
     assert made == record["metadata"]
     with trainer(), replayed(kind) as (data, _):
         # But for the names of the segment and of the manager's socket, which differ from process to process.

@@ -141,6 +141,14 @@ class Batcher:
         with self._floor.change():
             self._floor.pause = None
 
+    def hold_starts(self, is_holding: bool) -> None:
+        """Keeps requests that wait from being taken up, or lets them go on. New ones are taken, and wait; what runs goes on.
+
+        Called in an `exclusive` action, or before it is asked for, it leaves no gap in which a sample could start.
+        """
+        with self._floor.change():
+            self._floor.is_holding = is_holding
+
     def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain", yields: bool = False) -> Future[T]:
         """Has something done to the model while no request runs; may be called from any thread.
 
@@ -190,6 +198,7 @@ class Batcher:
                 failures=dict(ledger.failures),
                 stage_s=dict(ledger.stage_s),
                 is_paused=self._floor.pause is not None,
+                is_holding=self._floor.is_holding,
             )
 
     def is_progressing(self) -> bool:

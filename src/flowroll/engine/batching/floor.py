@@ -38,6 +38,7 @@ class Floor:
         num_decoding: Samples in the decoder, or about to be.
         dropped: Samples that were running and have left; the loop tells whom it concerns.
         pause: How generation is paused; None: it is not.
+        is_holding: Whether no sample may start, since the weights are being exchanged bucket by bucket.
         stopped: Why nothing is accepted any more; None: requests are taken.
         wake: Makes the other threads look for work.
     """
@@ -56,6 +57,7 @@ class Floor:
         self.num_decoding = 0
         self.dropped: list[RunningSample] = []
         self.pause: PauseMode | None = None
+        self.is_holding = False
         self.stopped: FlowrollError | None = None
         self.wake: Callable[[], None] = lambda: None
 
@@ -83,6 +85,7 @@ class Floor:
         """Whether a request may be taken up: one is encoded ahead of what runs."""
         return (
             self.pause is None
+            and not self.is_holding
             and self.stopped is None
             and not self.errands.needs_rest
             and not self.is_encoding
@@ -96,7 +99,7 @@ class Floor:
 
     def is_awaited(self) -> bool:
         """Whether a request waits that nothing but an errand keeps from being taken up."""
-        return self.pause is None and self.book.num_waiting > 0
+        return self.pause is None and not self.is_holding and self.book.num_waiting > 0
 
     def note_piece(self, started_s: float, *, running_pixels: int = 0) -> None:
         """A piece of work that was begun then has come to an end; a step with the pixels that ran."""

@@ -87,6 +87,7 @@ class LoadStats:
         failures: Requests that ended in an error, by its code.
         stage_s: Seconds of ended requests, by stage.
         is_paused: Whether new requests are refused.
+        is_holding: Whether no sample starts until a push of weights is complete.
     """
 
     requests: WorkerStats
@@ -96,6 +97,7 @@ class LoadStats:
     failures: Mapping[str, int]
     stage_s: Mapping[StageName, float]
     is_paused: bool
+    is_holding: bool
 
     @property
     def steps(self) -> int:
