@@ -252,6 +252,10 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         "/weights/begin": {"module": "vae", "weight_version": "7", "partial": True},
         "/weights/{update_id}/commit": {"mode": "drain"},
         "/update_weights_from_tensor": {"serialized_named_tensors": ["gASV"], "load_format": "flattened_bucket"},
+        "/update_weights_from_tensor_checker": {
+            "target_module": "transformer",
+            "expected_named_tensors_sha256": {"x_pad_token": "b"},
+        },
         # Of another machine: the fuzz has the server connect to nobody.
         "/init_weights_update_group": {
             "master_address": "elsewhere",
@@ -279,6 +283,7 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
     refused = {
         **dict.fromkeys(forbidden, 403),
         "/update_weights_from_tensor": 400,
+        "/update_weights_from_tensor_checker": 400,
         "/verify_weights": 409,
         "/weights/{update_id}/commit": 404,
         "/update_weights_from_distributed": 404,

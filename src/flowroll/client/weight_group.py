@@ -27,7 +27,8 @@ from flowroll.errors import FlowrollError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class WeightGroup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -65,7 +65,7 @@ class Bucketed(Targeted):
     ] = None
 
     @model_validator(mode="after")
-    def _check_update(self) -> Self:
+    def _check_update(self) -> Bucketed:
         if self.update_id is not None:
             for name in ("weight_version", "mode"):
                 if name in self.model_fields_set:
@@ -98,8 +98,8 @@ class UpdateFromTensorRequest(Bucketed):
         Field(
             min_length=1,
             description="Pickled tensors as base64, an entry for each of the trainer's ranks, all of which hold the whole "
-            "bucket. One is read, the first, or that of the server's GPU; what the others name is not released. The pickle "
-            'holds {"transformer": bucket} or {"transformer": [(name, tensor), ...]}, or the bucket or the list alone.',
+            "bucket. One is read: the first, or that of the server's GPU. The pickle holds "
+            '{"transformer": bucket} or {"transformer": [(name, tensor), ...]}, or the bucket or the list alone.',
             examples=[["gASV..."]],
         ),
         Rule(text="be a list of at least one string", remedy="send what MultiprocessingSerializer makes"),
@@ -138,7 +138,7 @@ class UpdateFromTensorRequest(Bucketed):
     ] = None
 
     @model_validator(mode="after")
-    def _check_beside(self) -> Self:
+    def _check_beside(self) -> UpdateFromTensorRequest:
         uuids, count = self.payload_gpu_uuids, len(self.serialized_named_tensors)
         if uuids is not None and len(uuids) != count:
             raise InvalidRequestError(

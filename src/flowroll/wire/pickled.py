@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
@@ -74,7 +74,7 @@ class SentTensors:
             source.release()
 
 
-def named_tensors(data: bytes, *, module: str, flattened: bool) -> SentTensors:
+def named_tensors(data: bytes, *, module: str, flattened: bool, unread: Sequence[bytes] = ()) -> SentTensors:
     """The tensors that a stream names. Their data is not read yet; `release` has to be called in the end.
 
     Whatever a refused stream had named by then is released.
@@ -83,6 +83,8 @@ def named_tensors(data: bytes, *, module: str, flattened: bool) -> SentTensors:
         data: The pickle.
         module: Whose tensors it has to hold: it may be keyed by module, with this one alone, or not be keyed at all.
         flattened: Whether it holds a flattened bucket.
+        unread: Streams of the same tensors, of which nothing but the segments is wanted, to release them. What they name on a
+            GPU is not opened, and so not released.
 
     Raises:
         ForbiddenError: It holds an instruction or a global that no such stream has.
@@ -94,6 +96,9 @@ def named_tensors(data: bytes, *, module: str, flattened: bool) -> SentTensors:
         _scan(data)
         value = _payload(_Unpickler(data, sent.sources).load(), module)
         sent.pairs.extend(_bucket(value) if flattened else _pairs(value))
+        for other in unread:
+            _scan(other)
+            _Unpickler(other, sent.sources, opens_gpus=False).load()
         return sent
     except (ForbiddenError, InvalidRequestError):
         sent.release()
@@ -171,9 +176,9 @@ def _take(stack: list[str], name: str, expected: list[str]) -> None:
 class _Unpickler(pickle.Unpickler):
     """Knows no other global than those below."""
 
-    def __init__(self, data: bytes, sources: list[SharedStorage]) -> None:
+    def __init__(self, data: bytes, sources: list[SharedStorage], *, opens_gpus: bool = True) -> None:
         super().__init__(io.BytesIO(data))
-        self._sources = sources
+        self._sources, self._opens_gpus = sources, opens_gpus
 
     @override
     def find_class(self, module: str, name: str, /) -> Any:
@@ -187,7 +192,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == (_REDUCTIONS, "rebuild_storage_filename"):
             return self._storage_by_name
         if (module, name) in _FUNCTIONS:
-            return _FUNCTIONS[module, name]
+            found = _FUNCTIONS[module, name]
+            return found if self._opens_gpus or found is not _cuda_tensor else _unopened
         _refuse(f"the global {module[:80]}.{name[:80]}")
 
     def _storage_by_name(self, kind: object, manager: object, *arguments: Any) -> SentTensor:
@@ -238,6 +244,10 @@ def _cuda_tensor(kind: object, size: object, stride: object, offset: object, sto
     _check_class(kind)
     _check_class(storage_kind)
     return cuda_tensor(size, stride, offset, *rest)
+
+
+def _unopened(*_: object) -> SentTensor:
+    return empty_storage()
 
 
 def _typed_storage(storage: object, dtype: object) -> SentTensor:

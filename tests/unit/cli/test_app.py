@@ -102,7 +102,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
         *("--max-adapters", 3, "--max-adapter-bytes", 4000),
-        *("--max-weights-body-bytes", 3000, "--weights-idle-s", 2.5, "--allow-pickle-weights"),
+        *("--max-weights-body-bytes", 3000, "--weights-idle-s", 2.5, "--allow-pickle-weights", "--lora-merge-mode", "merge"),
         *("--grace-s", 1.5, "--log-level", "warning"),
     )
     result = run_cli("serve", tmp_path, *words)
@@ -130,6 +130,7 @@ def test_every_serve_flag_reaches_the_configuration(served, tmp_path):
             max_weights_body_bytes=3000,
             weights_idle_s=2.5,
             allow_pickle_weights=True,
+            lora_merge_mode="merge",
             grace_s=1.5,
             log_level="warning",
         )

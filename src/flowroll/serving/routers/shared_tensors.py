@@ -1,6 +1,7 @@
 """Pushes of SGLang's trainers: POST /update_weights_from_tensor and /update_weights_from_tensor_checker.
 
-The first takes pickled handles of tensors in shared memory or on GPUs; the second compares what is in memory with what was sent.
+The first takes pickled handles of tensors in shared memory or on GPUs; the second compares what is in memory with what was
+sent.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def build_router(services: Services) -> APIRouter:
         summary="Take new weights from shared memory or a GPU",
         description="A bucket, as SGLang's trainers send it. It is put in place, all of it or nothing, before it is answered. "
         "Where it is part of a module, no sample starts until the rest has come or was not heard of for --weights-idle-s. With "
-        "`update_id` it is part of an update that is all or nothing. Of `serialized_named_tensors` one entry is read; what the "
-        "others name is not released. On an error everything is as it was.",
+        "`update_id` it is part of an update that is all or nothing. Of `serialized_named_tensors` one entry is read; of the "
+        "others, segments of shared memory are released, GPU memory is not. On an error everything is as it was.",
         responses={
             **WEIGHTS_RESPONSES,
             403: {"model": ErrorBody, "description": "Not started with --allow-pickle-weights, or no tensors in the pickle"},
@@ -107,12 +108,14 @@ def _decode(body: bytearray, device: torch.device) -> tuple[UpdateFromTensorRequ
     accepted = parse(UpdateFromTensorRequest, parse_json_body(body))
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
-    entry = accepted.serialized_named_tensors[_own_entry(accepted.payload_gpu_uuids, device)]
+    own = _own_entry(accepted.payload_gpu_uuids, device)
     try:
-        data = binascii.a2b_base64(entry, strict_mode=True)
+        entries = [binascii.a2b_base64(entry, strict_mode=True) for entry in accepted.serialized_named_tensors]
     except ValueError as error:
         raise MalformedRequestError(f"{FIELD} must be base64, got {error}; encode it again.", field=FIELD) from error
-    return accepted, named_tensors(data, module=accepted.chosen_module, flattened=accepted.load_format is not None)
+    data = entries.pop(own)
+    flattened = accepted.load_format is not None
+    return accepted, named_tensors(data, module=accepted.chosen_module, flattened=flattened, unread=entries)
 
 
 def _own_entry(uuids: list[str] | None, device: torch.device) -> int:

@@ -66,8 +66,8 @@ def build_router(services: Services) -> APIRouter:
     @router.post(
         UPDATE_FROM_GROUP_ROUTE,
         summary="Take new weights from a process group",
-        description="A bucket: rank 0 broadcasts these tensors in this order. It is put in place, all of it or nothing, before it "
-        "is answered. Where it is part of a module, no sample starts until the rest has come or was not heard of for "
+        description="A bucket: rank 0 broadcasts these tensors in this order. It is put in place, all of it or nothing, before "
+        "it is answered. Where it is part of a module, no sample starts until the rest has come or was not heard of for "
         "--weights-idle-s. With `update_id` it is part of an update that is all or nothing. After an error the group receives "
         "nothing more.",
         responses=_RESPONSES,
