@@ -143,10 +143,6 @@ class LoraEngine(EngineCore):
         write_adapter(folder, tensors, config)
         return self.stage_lora_adapter(find_adapter(folder), name=PUSHED_ADAPTER, merged=merged)
 
-    def pushed_layers(self) -> frozenset[str]:
-        """The layers of the adapter that a trainer has pushed."""
-        return frozenset(self._open_model().adapters.factors(PUSHED_ADAPTER))
-
     def commit_lora_adapter(
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> AdapterChange:

@@ -38,7 +38,7 @@ class LoraFactors:
 
     down: Tensor
     up: Tensor
-    alpha: float
+    alpha: int | float
 
     @property
     def rank(self) -> int:
@@ -50,8 +50,10 @@ def factor_names(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The layer, and "lora_A" or "lora_B", of each name.
 
     Raises:
-        WeightsRejectedError: A name is not of a factor, a factor comes twice, or a layer has but one.
+        WeightsRejectedError: There are none, a name is not of a factor, a factor comes twice, or a layer has but one.
     """
+    if not names:
+        raise refused("must hold both factors of a layer, got nothing")
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         match = _FACTOR.fullmatch(name)
@@ -67,7 +69,7 @@ def factor_names(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def read_factors(tensors: Mapping[str, Tensor], alpha: float | None, rank: int | None) -> dict[str, LoraFactors]:
+def read_factors(tensors: Mapping[str, Tensor], alpha: int | float | None, rank: int | None) -> dict[str, LoraFactors]:
     """The factors by layer.
 
     Args:

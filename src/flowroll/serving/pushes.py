@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class WeightPush:
-    """A push of which a bucket has come and others are missing.
+    """A push: buckets of one version, of which none repeats a name.
 
     Attributes:
         given_version: What its buckets say of their version.
@@ -26,25 +26,30 @@ class WeightPush:
         expected: Names of all that belongs to it.
         arrived: Of these, what has come since it began.
         is_mixed: Whether a bucket is in place, of this push or of one before it that was not completed.
+        outcome: How it ended; None: it has not.
         last_s: When a bucket came last, by the loop's clock.
     """
 
-    def __init__(self, given_version: str | None) -> None:
-        self.given_version = given_version
+    def __init__(self, given_version: str | None, expected: frozenset[str]) -> None:
+        self.given_version, self.expected = given_version, expected
         self.version: str | None = None
-        self.expected: frozenset[str] = frozenset()
         self.arrived: frozenset[str] = frozenset()
         self.is_mixed = False
-        self.last_s = 0.0
+        self.outcome: PushOutcome | None = None
+        self.last_s = asyncio.get_running_loop().time()
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is missing."""
         return self.arrived >= self.expected
 
+    def is_continued_by(self, given_version: str | None, names: Set[str]) -> bool:
+        """Whether a bucket belongs to this push; if not, its sender has begun another."""
+        return self.given_version == given_version and not self.arrived & names
+
 
 class WeightPushes:
-    """The incomplete pushes of one server, at most one for each thing that is pushed.
+    """The pushes of one server, at most one at a time for each thing that is pushed.
 
     Args:
         hold: Keeps new samples from starting, or lets them start again.
@@ -57,11 +62,15 @@ class WeightPushes:
 
     def __init__(self, hold: Callable[[bool], None], count: Callable[[PushOutcome], None], *, idle_s: float) -> None:
         self._hold, self._count, self._idle_s = hold, count, idle_s
+        # The last of each subject that has ended; and those that are incomplete.
+        self._last: dict[str, WeightPush] = {}
         self._open: dict[str, WeightPush] = {}
         self.turn = asyncio.Lock()
 
     @contextmanager
-    def bucket(self, subject: str, given_version: str | None, names: Set[str], expected: Set[str]) -> Iterator[WeightPush]:
+    def bucket(
+        self, subject: str, given_version: str | None, names: Set[str], expected: Set[str] | None = None
+    ) -> Iterator[WeightPush]:
         """The block puts a bucket in place. If it raises, the bucket has not come; no sample starts meanwhile.
 
         A bucket continues the push of its subject. If it has another version, or a name that came already, its sender has begun
@@ -71,17 +80,19 @@ class WeightPushes:
             subject: What is pushed, e.g. "transformer".
             given_version: What the bucket says of its version.
             names: What is in it.
-            expected: All that belongs to a push of this subject.
+            expected: All that belongs to a push of this subject. None: nobody knows; what the push before it held has to come
+                again, and whatever else comes belongs to it too.
         """
         push = self._join(subject, given_version, names)
-        push.expected |= expected
+        before = push.expected, push.arrived
+        push.expected |= names if expected is None else expected
         push.arrived |= names
         self._hold(True)
         try:
             yield push
             push.is_mixed = True
         except Exception:
-            push.arrived -= names
+            push.expected, push.arrived = before
             if not push.is_mixed:
                 del self._open[subject]
             raise
@@ -103,13 +114,22 @@ class WeightPushes:
     def _join(self, subject: str, given_version: str | None, names: Set[str]) -> WeightPush:
         push = self._open.get(subject)
         if push is None:
-            push = self._open[subject] = WeightPush(given_version)
-            push.last_s = asyncio.get_running_loop().time()
-            self._watch(subject, push)
-        elif push.given_version != given_version or push.arrived & names:
+            push = self._begin(subject, given_version, names)
+        elif not push.is_continued_by(given_version, names):
             _log.warning("a push of %s begins again; %d tensors of the one before stay in place", subject, len(push.arrived))
             self._count("restarted")
             push.given_version, push.version, push.arrived = given_version, None, frozenset()
+        return push
+
+    def _begin(self, subject: str, given_version: str | None, names: Set[str]) -> WeightPush:
+        last = self._last.get(subject)
+        if last is not None and last.outcome == "completed" and last.is_continued_by(given_version, names):
+            # It seemed to be complete, since nobody knew that this belongs to it.
+            push = last
+        else:
+            push = WeightPush(given_version, frozenset() if last is None else last.arrived)
+        self._open[subject] = push
+        self._watch(subject, push)
         return push
 
     def _watch(self, subject: str, push: WeightPush) -> None:
@@ -128,6 +148,8 @@ class WeightPushes:
         self._end(subject, "idle")
 
     def _end(self, subject: str, outcome: PushOutcome) -> None:
-        del self._open[subject]
-        self._count(outcome)
+        push = self._last[subject] = self._open.pop(subject)
+        if push.outcome is None:
+            self._count(outcome)
+        push.outcome = outcome
         self._hold(bool(self._open))

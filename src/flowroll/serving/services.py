@@ -208,10 +208,9 @@ class Services:
         async with self.pushes.turn:
             self.arriving.check_none()
             factors = read_factors(await run_in_threadpool(copy), accepted.lora_alpha, accepted.lora_rank)
-            expected = engine.pushed_layers() | layers
             with (
                 tempfile.TemporaryDirectory(prefix="flowroll-") as folder,
-                self.pushes.bucket(PUSHED_ADAPTER, accepted.weight_version, layers, expected) as push,
+                self.pushes.bucket(PUSHED_ADAPTER, accepted.weight_version, layers) as push,
             ):
                 stage = functools.partial(engine.stage_pushed_lora, factors, Path(folder), merged=merged)
                 version = push.version or accepted.weight_version
