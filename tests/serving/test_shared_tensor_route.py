@@ -24,6 +24,7 @@ from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.engine import Engine
 from flowroll.engine.worker import EngineWorker
+from flowroll.errors import WeightsBusyError
 from flowroll.replay import weights_checksum
 
 ROUTE, CHECKER = "/update_weights_from_tensor", "/update_weights_from_tensor_checker"
@@ -324,6 +325,21 @@ def test_a_whole_module_from_elsewhere_ends_a_push(
         client.update_weights(truth[1][0])
         assert not is_holding(server) and ended(server, before) == {"replaced": 1}
         assert_same_bits(client.rollout(**REQUEST)[0], truth[1][1])
+
+
+def test_nothing_is_scored_with_a_mixture(server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth) -> None:
+    first, second = halves(truth[1][0])
+    with Client(str(server.base_url)) as client:
+        before = score(client, old)
+        assert send(server, list(first.items())).json()["is_complete"] is False
+        with pytest.raises(WeightsBusyError, match="must be whole, got a push of transformer with 37 of 73 tensors"):
+            score(client, old)
+        send(server, list(second.items())).raise_for_status()
+        assert not torch.equal(score(client, old), before)
+
+
+def score(client: Client, rollout: Rollout) -> Tensor:
+    return client.score([rollout], log_probs_only=True).log_probs
 
 
 def test_buckets_of_an_update_that_was_begun_change_nothing_before_its_commit(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
+from flowroll.errors import WeightsBusyError
+
 PushOutcome: TypeAlias = Literal["completed", "idle", "restarted", "replaced"]
 _log = logging.getLogger(__name__)
 
@@ -105,6 +107,19 @@ class WeightPushes:
             if push.is_mixed and push.is_complete:
                 self._end(subject, "completed")
             self._hold(bool(self._open))
+
+    def check_whole(self) -> None:
+        """Refuses what would use some new weights and some old ones.
+
+        Raises:
+            WeightsBusyError: A push is incomplete.
+        """
+        for subject, push in self._open.items():
+            if push.is_mixed:
+                raise WeightsBusyError(
+                    f"the weights must be whole, got a push of {subject} with {len(push.arrived)} of {len(push.expected)} "
+                    "tensors; send the rest first, or ask again later."
+                )
 
     def replaced(self, subject: str) -> None:
         """All of it was replaced in another way, so nothing is mixed any more."""

@@ -253,6 +253,7 @@ class Services:
 
     async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
         """Scores recorded steps, between the steps of requests, for as long as their client is there."""
+        self.pushes.check_whole()
         timeout_s = _timeout_s(request)
         scores = self.worker.submit_scores(plan)
         deadline = None
