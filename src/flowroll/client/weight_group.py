@@ -23,10 +23,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from flowroll.client.exchange import post, read_object
 from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, abandon_call, begin_call, buckets_of, commit_call
 from flowroll.client.synchronous import Client
-from flowroll.errors import FlowrollError
+from flowroll.errors import FlowrollError, WeightsRejectedError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 
+# How long the answer of a server may take that has closed the group.
+_REASON_S = 5.0
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -183,9 +185,15 @@ class WeightGroup:
                 if answer.done():
                     answer.result()
 
-        with group.turn():
-            for tensor in tensors:
-                group.broadcast(tensor, check)
+        try:
+            with group.turn():
+                for tensor in tensors:
+                    group.broadcast(tensor, check)
+        except WeightsRejectedError:
+            # A server that refuses a bucket closes the group, and then says why.
+            wait(answers, timeout=_REASON_S, return_when=FIRST_EXCEPTION)
+            check()
+            raise
         _results(answers)
 
     def _post(self, client: Client, route: str, sent: Mapping[str, Any]) -> Future[dict[str, Any]]:
