@@ -311,7 +311,9 @@ def restore(server: httpx.Client) -> None:
 def check(status: int, text: str, *sent: object) -> None:
     """No answer is a defect of the server: the one status of 5xx is that of a server that stops, and this one does not."""
     assert status < 500 and "Traceback" not in text, (status, text[:2000], sent)
-    if status >= 400:
+    # As SGLang's checker says that tensors differ.
+    differs = status == 400 and text.startswith('{"success":false,"message":"Module ')
+    if status >= 400 and not differs:
         error_of(httpx.Response(status, text=text))
 
 

@@ -78,7 +78,10 @@ def build_router(services: Services) -> APIRouter:
         response_model=CheckedUpdateObject,
         responses={
             **WEIGHTS_RESPONSES,
-            400: {"model": CheckedUpdateObject, "description": "Tensors differ, or the module does not have them"},
+            400: {
+                "model": CheckedUpdateObject | ErrorBody,
+                "description": "Tensors differ, or the module does not have them; or the body is not JSON",
+            },
         },
         openapi_extra=request_body(CheckUpdateRequest),
     )
