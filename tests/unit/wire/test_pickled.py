@@ -269,6 +269,7 @@ NESTED = {
     "doubled, as a pair": b"\x80\x02])" + _DOUBLED + b"a.",
     "doubled, as pairs": b"\x80\x02)" + _DOUBLED + b".",
     "doubled, as a key": b"\x80\x02})" + _DOUBLED + b"Ns.",
+    "doubled, as one key of several": b"\x80\x02}()" + _DOUBLED + b"Nu.",
     "doubled, as a name": b"\x80\x02])" + _DOUBLED + b"N\x86a.",
     "doubled, as a function": b"\x80\x02)" + _DOUBLED + b")R.",
     "doubled, as a module": b"\x80\x04)" + _DOUBLED + b"X\x01\x00\x00\x00x\x93.",
