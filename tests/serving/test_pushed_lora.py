@@ -120,6 +120,10 @@ def test_a_push_replaces_the_layers_that_it_holds_and_no_sample_starts_between_i
     for name, tensor in {**factors(first), **one}.items():
         layer, _, factor = name.rpartition(".")
         assert torch.equal(mixed[layer].down if factor == "lora_A" else mixed[layer].up, tensor), name
+    # A bucket that is refused while it is put in place has not come.
+    spoilt = {name: tensor * float("nan") for name, tensor in other.items()}
+    answer = send(server, {"transformer": list(spoilt.items())}, weight_version="2", **LORA)
+    assert answer.status_code == 422 and "finite" in error_of(answer)["message"]
     assert is_holding(server)
     assert push(server, other, version="2").json()["is_complete"] is True and not is_holding(server)
     assert_same_tensors(z_image.rollout(**REQUEST)[0], expected)

@@ -184,6 +184,7 @@ def _hostile(marker: str) -> dict[str, bytes]:
         "a huge number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
         "bytes of 8 EiB": b"\x80\x04\x8e" + struct.pack("<Q", 2**63 - 1) + b".",
         "text of 8 EiB": b"\x80\x04\x8d" + struct.pack("<Q", 2**63 - 1) + b".",
+        "a class that is none": b"\x80\x02c" + reductions.encode() + b"\nrebuild_storage_empty\nN\x85R.",
         "a set": pickle.dumps({1, 2}),
         "a float": pickle.dumps([1.5]),
     }
