@@ -63,6 +63,37 @@ def flattened(tensors: Mapping[str, Tensor], *, as_bytes: bool = True) -> dict[s
     metadata, start = [], 0
     for (name, tensor), part in zip(tensors.items(), flat, strict=True):
         end = start + part.numel()
-        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, end, tensor.numel()))
+        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, end, end - start))
         start = end
     return {"flattened_tensor": torch.cat(flat), "metadata": metadata}
+
+
+def pushed(
+    tensors: Mapping[str, Tensor], *, version: str | None, bucket_bytes: int = 10**6, num_ranks: int = 1, **body: Any
+) -> Iterator[tuple[dict[str, Any], object]]:
+    """The requests of a push as a colocated trainer of miles sends them, each with what it must keep until it is answered.
+
+    Tensors come in buckets of a size and, in each, by dtype; every rank of the trainer sends the same.
+    """
+    lots: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if lots[-1] and sum(one.nbytes for one in lots[-1].values()) + tensor.nbytes >= bucket_bytes:
+            lots.append({})
+        lots[-1][name] = tensor
+    for lot in lots:
+        for dtype in dict.fromkeys(tensor.dtype for tensor in lot.values()):
+            buckets = [
+                {"transformer": flattened({name: tensor for name, tensor in lot.items() if tensor.dtype == dtype})}
+                for _ in range(num_ranks)
+            ]
+            yield (
+                {
+                    "serialized_named_tensors": [text(bucket) for bucket in buckets],
+                    "payload_gpu_uuids": [f"GPU-00000000-0000-0000-0000-{rank:012}" for rank in range(num_ranks)],
+                    "load_format": "flattened_bucket",
+                    "target_modules": ["transformer"],
+                    "weight_version": version,
+                    **body,
+                },
+                buckets,
+            )

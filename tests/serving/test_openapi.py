@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from tests.serving.servers import serving
 
 from flowroll.engine.worker import EngineWorker
-from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
+from flowroll.wire.arrivals import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.responses import GeneratedImageObject, ImagesObject, RolloutObject, ScoreRequestObject
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
@@ -24,6 +24,7 @@ ROUTES = {
     "/update_weights_from_disk": {"post"},
     "/update_weights_from_safetensors": {"post"},
     "/update_weights_from_tensor": {"post"},
+    "/update_weights_from_tensor_checker": {"post"},
     "/init_weights_update_group": {"post"},
     "/update_weights_from_distributed": {"post"},
     "/destroy_weights_update_group": {"post"},
@@ -72,6 +73,7 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
         ("/get_weights_checksum", ChecksumRequest),
         ("/verify_weights", VerifyRequest),
         ("/update_weights_from_tensor", UpdateFromTensorRequest),
+        ("/update_weights_from_tensor_checker", CheckUpdateRequest),
         ("/init_weights_update_group", InitGroupRequest),
         ("/update_weights_from_distributed", UpdateFromGroupRequest),
         ("/destroy_weights_update_group", DestroyGroupRequest),

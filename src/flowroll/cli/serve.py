@@ -69,7 +69,7 @@ def serve(
     ] = 60.0,
     max_weights_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body with tensors of new weights.")] = 8 * 2**30,
     weights_idle_s: Annotated[
-        float, typer.Option(min=0.1, help="Silence after which an update that arrives in buckets is dropped.")
+        float, typer.Option(min=0.1, help="Silence after which an incomplete update is dropped, or samples start again.")
     ] = 60.0,
     allow_pickle_weights: Annotated[
         bool,
@@ -77,6 +77,10 @@ def serve(
             "--allow-pickle-weights", help="Take tensors in shared memory and on GPUs, as SGLang's trainers send them."
         ),
     ] = False,
+    lora_merge_mode: Annotated[
+        Literal["dynamic", "merge"],
+        typer.Option(help="Run an adapter that a trainer pushes beside the weights, or merged into a copy of them."),
+    ] = "dynamic",
     receive_timeout_s: Annotated[
         float, typer.Option(min=0.1, help="Seconds for a request's headers to come, and its body (and a second per 64 KiB).")
     ] = 20.0,
@@ -133,6 +137,7 @@ def serve(
             max_weights_body_bytes=max_weights_body_bytes,
             weights_idle_s=weights_idle_s,
             allow_pickle_weights=allow_pickle_weights,
+            lora_merge_mode=lora_merge_mode,
             receive_timeout_s=receive_timeout_s,
             grace_s=grace_s,
             log_level=log_level,

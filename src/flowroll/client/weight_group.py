@@ -17,23 +17,37 @@ since all take part in gathering the weights:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flowroll.client.exchange import post, read_object
-from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, buckets_of, ranks_of
+from flowroll.client.pushing import (
+    BUCKET_BYTES,
+    NamedTensors,
+    abandon_call,
+    begin_call,
+    buckets_of,
+    commit_call,
+    ranks_of,
+)
 from flowroll.client.synchronous import Client
-from flowroll.errors import FlowrollError, InvalidRequestError
+from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+
+# How long the answer of a server may take that has closed the group.
+_REASON_S = 5.0
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class WeightGroup:
@@ -133,23 +147,24 @@ class WeightGroup:
             The version of each server.
 
         Raises:
-            WeightsRejectedError: The tensors are not the module's, or a server is gone. The group can only be closed then;
-                servers that had all tensors may have taken them.
-            InvalidRequestError: Tensors are missing. No server has taken any.
+            WeightsRejectedError: The tensors are not the module's, some are missing, or a server is gone. Where tensors were
+                refused the group can only be closed; servers that had all tensors may have taken them.
+            WeightsBusyError: A server takes another update just now.
             FlowrollError: Whatever else a server raised.
         """
         buckets = buckets_of(named_tensors, bucket_bytes)
         first = next(buckets, {})
         ranks = ranks_of(named_tensors, first)
-        target = {"target_modules": [module], "weight_version": weight_version}
-        answers: list[dict[str, Any]] = [{}]
-        for bucket in itertools.chain([first] if first else [], buckets):
-            whole = ranks.gather(bucket, "cpu" if self._group is None else self._group.device)
-            answers = ranks.run(functools.partial(self._broadcast, whole, target), list[dict[str, Any]])
-        if not all(answer.get("is_complete") for answer in answers):
-            message = answers[0].get("message", "none")
-            raise InvalidRequestError(f"named_tensors must be all of the {module}'s, got {message}; give the rest too.")
-        return [str(answer["weight_version"]) for answer in answers]
+        begun: list[str] = ranks.run(lambda: self._begin(module, weight_version), list[str])
+        try:
+            for bucket in itertools.chain([first] if first else [], buckets):
+                whole = ranks.gather(bucket, "cpu" if self._group is None else self._group.device)
+                ranks.run(functools.partial(self._broadcast, whole, module, begun), None)
+            return ranks.run(lambda: self._commit(begun), list[str])
+        except BaseException:
+            if ranks.sends:
+                self._abandon(begun)
+            raise
 
     def close(self) -> None:
         """Destroys the group, here and on the servers that can be reached; may be called twice."""
@@ -164,20 +179,45 @@ class WeightGroup:
         self._store = None
         self._threads.shutdown(wait=False)
 
-    def _broadcast(self, bucket: Mapping[str, Tensor], target: Mapping[str, Any]) -> list[dict[str, Any]]:
-        group, tensors = self._group, list(bucket.values())
-        if group is None:
+    def _begin(self, module: str, weight_version: str | None) -> list[str]:
+        if self._group is None:
             raise InvalidRequestError(
                 "clients must be given on the rank that sends, got none; give them on the first rank of the mesh.",
                 field="clients",
             )
+        begin = begin_call(module, weight_version, False)
+        return self._of_each(lambda client, _: client._send(begin), self._clients)
+
+    def _commit(self, begun: Sequence[str]) -> list[str]:
+        updates = self._of_each(lambda client, update_id: client._send(commit_call(update_id, "drain")), begun)
+        return [update.weight_version for update in updates]
+
+    def _of_each(self, call: Callable[[Client, T], U], values: Sequence[T]) -> list[U]:
+        """What each server answers to a call with its own value."""
+        return _results(
+            [self._threads.submit(call, client, value) for client, value in zip(self._clients, values, strict=True)]
+        )
+
+    def _abandon(self, begun: Sequence[str]) -> None:
+        for client, update_id in zip(self._clients, begun, strict=True):
+            # It may have ended already, or be out of reach; it drops the update by itself in the end.
+            with contextlib.suppress(FlowrollError):
+                client._send(abandon_call(update_id))
+
+    def _broadcast(self, bucket: Mapping[str, Tensor], module: str, begun: Sequence[str]) -> None:
+        group = self._group
+        assert group is not None
+        tensors = list(bucket.values())
         expected = {
-            **target,
+            "target_modules": [module],
             "names": list(bucket),
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
             "shapes": [list(tensor.shape) for tensor in tensors],
         }
-        answers = [self._post(client, UPDATE_FROM_GROUP_ROUTE, expected) for client in self._clients]
+        answers = [
+            self._post(client, UPDATE_FROM_GROUP_ROUTE, {**expected, "update_id": update_id})
+            for client, update_id in zip(self._clients, begun, strict=True)
+        ]
 
         def check() -> None:
             # A server that refuses the bucket does not receive it.
@@ -185,10 +225,16 @@ class WeightGroup:
                 if answer.done():
                     answer.result()
 
-        with group.turn():
-            for tensor in tensors:
-                group.broadcast(tensor, check)
-        return _results(answers)
+        try:
+            with group.turn():
+                for tensor in tensors:
+                    group.broadcast(tensor, check)
+        except WeightsRejectedError:
+            # A server that refuses a bucket closes the group, and then says why.
+            wait(answers, timeout=_REASON_S, return_when=FIRST_EXCEPTION)
+            check()
+            raise
+        _results(answers)
 
     def _post(self, client: Client, route: str, sent: Mapping[str, Any]) -> Future[dict[str, Any]]:
         call = post(route, {**sent, "group_name": self._name}, read_object)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flowroll.engine.adapter_config import load_peft, lora_config, shape_key
 from flowroll.engine.adapter_files import AdapterData, refused, unreadable
+from flowroll.engine.pushed_lora import PUSHED_ADAPTER, LoraFactors
 from flowroll.engine.weights import listed
 from flowroll.errors import InvalidRequestError
 from flowroll.families.checksums import layers_checksum
@@ -85,12 +86,13 @@ class AdapterSet:
                 yield from module.parameters()
 
     def transformer(self, name: str | None) -> Any:
-        """What runs with this adapter; None: the base.
+        """What runs with this adapter; None: with the one that a trainer has pushed, or the base.
 
         Raises:
             InvalidRequestError: It is not loaded.
         """
-        return self._base if name is None else self._get(name).transformer
+        adapter = self._find(name)
+        return self._base if adapter is None else adapter.transformer
 
     def record(self, name: str | None) -> AdapterRecord | None:
         """What a sample's record says of it.
@@ -98,7 +100,18 @@ class AdapterSet:
         Raises:
             InvalidRequestError: It is not loaded.
         """
-        return None if name is None else self._get(name).about.record
+        adapter = self._find(name)
+        return None if adapter is None else adapter.about.record
+
+    def factors(self, name: str) -> dict[str, LoraFactors]:
+        """The factors of an adapter by layer; none if it is not loaded."""
+        adapter = self._loaded.get(name)
+        if adapter is None:
+            return {}
+        return {
+            path: LoraFactors(down=layer.lora_A[_OWN].weight, up=layer.lora_B[_OWN].weight, alpha=layer.lora_alpha[_OWN])
+            for path, layer in adapter.layers.items()
+        }
 
     def stage(self, data: AdapterData, *, name: str, merged: bool) -> Adapter:
         """Makes an adapter of what was read, beside those that are loaded; may run while the transformer does.
@@ -152,6 +165,9 @@ class AdapterSet:
         """Takes the result of `over_new_base`."""
         self._loaded = adapters
         self._base_changes += 1
+
+    def _find(self, name: str | None) -> Adapter | None:
+        return self._loaded.get(PUSHED_ADAPTER) if name is None else self._get(name)
 
     def _get(self, name: str) -> Adapter:
         adapter = self._loaded.get(name)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class IncomingWeights:
         self._started_s = time.perf_counter()
 
     @property
+    def names(self) -> frozenset[str]:
+        """Of the module's tensors."""
+        return frozenset(self._slots)
+
+    @property
     def num_tensors(self) -> int:
         """Tensors of the module."""
         return len(self._slots)
@@ -67,15 +72,6 @@ class IncomingWeights:
     def is_open(self) -> bool:
         """Whether it was neither staged nor dropped."""
         return self._is_open
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all tensors of the module are here."""
-        return len(self._arrived) == len(self._slots)
-
-    def holds(self, names: Collection[str]) -> bool:
-        """Whether any of these is here, or on its way."""
-        return not self._claimed.isdisjoint(names)
 
     def open(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Bucket:
         """Checks what a bucket will hold, and makes room for it.

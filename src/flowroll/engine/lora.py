@@ -14,7 +14,10 @@ from torch import Tensor
 from flowroll.engine.adapter_files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
 from flowroll.engine.adapters import Adapter
 from flowroll.engine.core import EngineCore
+from flowroll.engine.pushed_lora import PUSHED_ADAPTER, LoraFactors, as_peft
+from flowroll.engine.pushed_lora import refused as refused_push
 from flowroll.engine.scheduler import ExclusiveMode
+from flowroll.engine.weights import listed
 from flowroll.types import AdapterChange, LoraAdapter, check_lora_name
 
 
@@ -117,6 +120,28 @@ class LoraEngine(EngineCore):
         adapter = adapters.stage(data, name=name, merged=merged)
         self._check_room(adapter.about)
         return StagedAdapter(files=files, adapter=adapter, seconds=time.perf_counter() - started_s)
+
+    def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
+        """Makes an adapter of factors that a trainer has pushed, and of those of other layers that are in place.
+
+        Once it is committed, requests that name no adapter run with it.
+
+        Args:
+            factors: By layer.
+            folder: An empty one, in which the adapter stays until it is committed: the other ranks read it there.
+            merged: See `load_lora_adapter`.
+
+        Raises:
+            WeightsRejectedError: A layer is none of the transformer's linears, or the adapter cannot be taken.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        model = self._open_model()
+        known = {name for name, _ in model.transformer.named_modules()}
+        if unknown := set(factors) - known:
+            raise refused_push(f"must be of the transformer's layers, got {listed(unknown)}")
+        tensors, config = as_peft({**model.adapters.factors(PUSHED_ADAPTER), **factors})
+        write_adapter(folder, tensors, config)
+        return self.stage_lora_adapter(find_adapter(folder), name=PUSHED_ADAPTER, merged=merged)
 
     def commit_lora_adapter(
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"

@@ -148,3 +148,19 @@ class UpdatableEngine(EngineCore):
             ShuttingDownError: The engine was interrupted or closed.
         """
         return self._alone(lambda: self._weights.verify(expected, module))
+
+    def differing_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> tuple[list[str], list[str]]:
+        """Compares tensors of a module with what the caller expects. Waits for the requests that run.
+
+        Args:
+            expected: `typed_tensor_checksum` by name; tensors that are not named are not looked at.
+            module: "transformer", "text_encoder" or "vae".
+
+        Returns:
+            The names that the module does not have, and those whose tensors differ.
+
+        Raises:
+            InvalidRequestError: Another module.
+            ShuttingDownError: The engine was interrupted or closed.
+        """
+        return self._alone(lambda: self._weights.differing(expected, module))

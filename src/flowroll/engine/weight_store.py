@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from flowroll.engine.runner.executor import Executor
 from flowroll.engine.versions import WeightVersions
 from flowroll.engine.weights import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
-from flowroll.families.checksums import checksum_of, tensor_checksum
+from flowroll.families.checksums import checksum_of, tensor_checksum, typed_tensor_checksum
 from flowroll.parallel.linears import whole_tensors
 from flowroll.types import ModuleName, WeightUpdate
 
@@ -116,6 +116,14 @@ class WeightStore:
                 field="expected",
             )
         return len(actual)
+
+    def differing(self, expected: Mapping[str, str], module: str) -> tuple[list[str], list[str]]:
+        """Those of these tensors that the module does not have, and those whose `typed_tensor_checksum` is another one."""
+        with self._tensors(module) as tensors:
+            # All of them are passed through: what is sharded is gathered in turn.
+            actual = {name: typed_tensor_checksum(tensor) for name, tensor in tensors if name in expected}
+        different = [name for name, digest in actual.items() if digest != expected[name].lower()]
+        return sorted(set(expected) - set(actual)), sorted(different)
 
     @contextlib.contextmanager
     def _tensors(self, name: str) -> Iterator[Iterator[tuple[str, Tensor]]]:

@@ -77,6 +77,18 @@ def tensor_checksum(tensor: Tensor, name: str = "the tensor") -> str:
     return hashlib.sha256(tensor_bytes(plain_tensor(tensor, name))).hexdigest()
 
 
+def typed_tensor_checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and raw bytes, as SGLang's checker of updates makes it.
+
+    Over `str(dtype)`, then `repr(tuple(shape))`, then the bytes.
+    """
+    digest = hashlib.sha256()
+    plain = plain_tensor(tensor)
+    digest.update(f"{plain.dtype}{tuple(plain.shape)!r}".encode())
+    digest.update(tensor_bytes(plain))
+    return digest.hexdigest()
+
+
 def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over all tensors, as hexadecimal digits: of each its name in UTF-8, then its raw bytes.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection
 
 from flowroll.engine import Engine
 from flowroll.engine.incoming import IncomingWeights
@@ -27,13 +26,12 @@ class Arrival:
         last_s: When somebody last sent something, by the loop's clock.
         is_committing: Whether it waits for its commit.
         fills: Buckets that are filled just now by what has a patience of its own.
-        is_implied: Whether nobody began it by name: it began with a bucket, and ends with the last one.
     """
 
-    def __init__(self, incoming: IncomingWeights, weight_version: str | None, *, is_implied: bool) -> None:
+    def __init__(self, incoming: IncomingWeights, weight_version: str | None) -> None:
         self.update_id = secrets.token_hex(8)
         self.incoming, self.weight_version = incoming, weight_version
-        self.is_committing, self.is_implied = False, is_implied
+        self.is_committing = False
         self.fills = 0
         self.touch()
 
@@ -54,40 +52,29 @@ class WeightArrivals:
         self._engine, self.idle_s = engine, idle_s
         self._arrival: Arrival | None = None
 
-    def begin(self, module: str, weight_version: str | None, *, partial: bool = False, is_implied: bool = False) -> Arrival:
+    def begin(self, module: str, weight_version: str | None, *, partial: bool = False) -> Arrival:
         """Makes room for an update.
 
         Raises:
             WeightsBusyError: Another one is under way.
+        """
+        self.check_none()
+        incoming = self._engine.receive_weights(module, partial=partial)
+        self._arrival = Arrival(incoming, weight_version)
+        self._watch(self._arrival)
+        return self._arrival
+
+    def check_none(self) -> None:
+        """Refuses to go on while an update is under way.
+
+        Raises:
+            WeightsBusyError: One is.
         """
         if (other := self._arrival) is not None:
             raise WeightsBusyError(
                 f"one update of weights must end before another begins, got {other.update_id} under way; commit it, abort it, "
                 f"or wait until it was silent for {self.idle_s:g} s."
             )
-        incoming = self._engine.receive_weights(module, partial=partial)
-        self._arrival = Arrival(incoming, weight_version, is_implied=is_implied)
-        self._watch(self._arrival)
-        return self._arrival
-
-    def join(self, module: str, weight_version: str | None, names: Collection[str]) -> Arrival:
-        """The update that a bucket belongs to whose sender names none: of this module and version.
-
-        A name that came already, or another module or version, tells that the sender has begun again: what had arrived is
-        dropped, so that nothing of two updates is ever mixed.
-
-        Raises:
-            WeightsBusyError: Another one is under way.
-        """
-        current = self._arrival
-        if current is not None and current.is_implied and not current.is_committing:
-            same = (current.incoming.module, current.weight_version) == (module, weight_version)
-            if same and not current.incoming.holds(names):
-                current.touch()
-                return current
-            _log.warning("%d tensors of an update are dropped: another has begun", current.incoming.num_arrived)
-            self.end(current)
-        return self.begin(module, weight_version, is_implied=True)
 
     def get(self, update_id: str) -> Arrival:
         """The update of this id.

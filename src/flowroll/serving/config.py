@@ -14,6 +14,7 @@ from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+LoraMergeMode: TypeAlias = Literal["dynamic", "merge"]
 LogFormat: TypeAlias = Literal["text", "json"]
 
 _MAX_PORT = 65535
@@ -48,9 +49,12 @@ class ServerConfig:
             samples of 10 steps of Qwen-Image at 1024 x 1024.
         send_timeout_s: Seconds for which a client may take no byte of its answer before its connection is broken off (Linux).
         max_weights_body_bytes: Size of a body with tensors of new weights. What is held is bounded by the module's own size.
-        weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped: its trainer may be dead.
+        weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped, or, if its buckets are put
+            in place one by one, samples start again: its trainer may be dead.
         allow_pickle_weights: Whether POST /update_weights_from_tensor is open; wire/pickled.py says what its clients are
             trusted with.
+        lora_merge_mode: How an adapter runs that a trainer pushes: "dynamic": beside the weights, with the bits of its peft
+            model; "merge": added to a copy of the weights that it changes, which is faster.
         receive_timeout_s: Seconds that a request's headers may take to come, and its body, which gets another second for every
             64 KiB of it; what is slower is answered with 408. A connection may idle as long between two requests.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
@@ -86,6 +90,7 @@ class ServerConfig:
     max_weights_body_bytes: int = 8 * 2**30
     weights_idle_s: int | float = 60.0
     allow_pickle_weights: bool = False
+    lora_merge_mode: LoraMergeMode = "dynamic"
     receive_timeout_s: int | float = 20.0
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"

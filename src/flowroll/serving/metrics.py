@@ -44,6 +44,9 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", age_s)
         yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
         yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
+        yield GaugeMetricFamily(
+            "flowroll_is_holding", "1 while no sample starts until a push of weights is complete.", int(load.is_holding)
+        )
         yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", int(engine.is_asleep))
         yield CounterMetricFamily("flowroll_steps", "Denoising steps of all samples, also of those that failed.", load.steps)
         yield _occupancy(load)
@@ -111,6 +114,7 @@ class Metrics:
         self.denoising_steps = counter("denoising_steps", "Steps of finished samples.", "kind")
         self.sde_steps = counter("sde_steps", "Stochastic steps of finished samples.")
         self.weight_updates = counter("weight_updates", "Updates of weights and adapters.", "outcome")
+        self.weight_pushes = counter("weight_pushes", "Pushes of weights bucket by bucket, by how they ended.", "outcome")
         self.weight_pause_seconds = counter("weight_pause_seconds", "Seconds for which no request ran because of an update.")
         self.scored_steps = counter("scored_steps", "Recorded steps that were scored again.")
 

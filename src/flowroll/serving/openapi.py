@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
 from flowroll.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
+from flowroll.wire.arrivals import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
@@ -41,6 +41,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     BeginUpdateRequest,
     CommitUpdateRequest,
     UpdateFromTensorRequest,
+    CheckUpdateRequest,
     InitGroupRequest,
     UpdateFromGroupRequest,
     DestroyGroupRequest,

@@ -10,7 +10,7 @@ from flowroll.engine.worker import EngineWorker
 from flowroll.errors import EngineError, ShuttingDownError
 from flowroll.types import GeneratedImage, SamplingParams
 
-Evidence: TypeAlias = Literal["recent", "running", "paused", "asleep", "probe"]
+Evidence: TypeAlias = Literal["recent", "running", "paused", "updating", "asleep", "probe"]
 
 _RECENT_S = 30.0
 _TIMEOUT_S = 20.0
@@ -30,7 +30,7 @@ class GenerationProbe:
     async def check(self) -> Evidence:
         """What shows that the engine works: a result in the last 30 s, a request that makes progress, or a one-step image.
 
-        A paused engine, or one that sleeps, shows nothing and is well.
+        A paused engine, one that waits for the rest of a push of weights, or one that sleeps, shows nothing and is well.
 
         Callers at the same time share one generation.
 
@@ -51,6 +51,8 @@ class GenerationProbe:
             return "running"
         if worker.is_paused:
             return "paused"
+        if worker.load().is_holding:
+            return "updating"
         if worker.running and not self._is_running():
             raise EngineError("the running request must come to an end, got far more time than its size explains; restart.")
         return await self._generate()
@@ -64,6 +66,8 @@ class GenerationProbe:
         except TimeoutError:
             if self._is_held_up():
                 return "running"
+            if self._worker.load().is_holding:
+                return "updating"
             raise EngineError(f"a one-step image must take less than {_TIMEOUT_S:.0f} s, got no end; restart.") from None
         return "probe"
 

@@ -102,7 +102,8 @@ class SamplingParams:
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
-        lora_name: The loaded adapter to run with. None: the model as it is.
+        lora_name: The loaded adapter to run with. None: the one that a trainer has pushed in SGLang's
+            mode "lora_merge", or the model as it is.
 
     Raises:
         InvalidRequestError: A value breaks its rule.

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field, model_validator
 
 from flowroll.errors import InvalidRequestError
+from flowroll.wire.arrivals import Bucketed
 from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
-from flowroll.wire.weights import Targeted
 
 DEFAULT_GROUP = "weight_update_group"
 _MAX_PORT, _MAX_WORLD, _MAX_NAME = 65535, 4096, 128
@@ -75,7 +75,7 @@ class InitGroupRequest(Strict):
         return self
 
 
-class UpdateFromGroupRequest(Targeted):
+class UpdateFromGroupRequest(Bucketed):
     """Body of POST /update_weights_from_distributed."""
 
     model_config = ConfigDict(

@@ -11,8 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +25,14 @@ _FOLDER = "/dev/shm"
 _COUNTER_BYTES = 64
 _MAX_DIMS, _MAX_NUMBER = 16, 2**48
 _IPC_HANDLE_BYTES = 64
-# torch's CUDA_IPC_REF_COUNTER_FILE_SIZE: so many counters of eight bytes a segment has. One of them is lowered, unchecked.
+# torch's CUDA_IPC_REF_COUNTER_FILE_SIZE: a segment has so many counters of eight bytes. One of them is lowered, unchecked.
 _IPC_COUNTERS = 10_000
 # "c": of cudaMalloc. The other kind, of an expandable segment, names a process whose file descriptors would be taken.
 _IPC_PREFIX = re.compile(rb"[\x01\x02]c", re.DOTALL)
 
 
 class SharedStorage:
-    """A segment of torch's. It is read and not mapped: one that its owner cuts short is then an error.
+    """A segment of torch's. It is read and not mapped, so that one that its owner cuts short is an error and not a crash.
 
     It is open while it is checked and while it is read, not between: a bucket may have more of them than a process may open.
 
@@ -42,10 +41,13 @@ class SharedStorage:
         nbytes: Of its data.
 
     Raises:
-        ValueError: No such name; no regular file of this user; or a smaller one.
+        TypeError: The name is not bytes.
+        ValueError: The name is not one of torch's, or there is no regular file of this user that is as long as is said.
     """
 
-    def __init__(self, name: bytes, nbytes: int) -> None:
+    def __init__(self, name: object, nbytes: int) -> None:
+        if not isinstance(name, bytes):
+            raise TypeError("a segment's name must be bytes")
         match = _SEGMENT.fullmatch(name)
         if match is None:
             raise ValueError("a segment must be one of torch's")
@@ -62,11 +64,8 @@ class SharedStorage:
             raise ValueError("the segment must be there, and readable") from error
         try:
             status = os.fstat(descriptor)
-            if (
-                not stat.S_ISREG(status.st_mode)
-                or status.st_uid != os.geteuid()
-                or status.st_size < _COUNTER_BYTES + self.nbytes
-            ):
+            is_own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+            if not is_own or status.st_size < _COUNTER_BYTES + self.nbytes:
                 raise ValueError("the segment must be this user's, and as long as is said")
             yield descriptor
         finally:
@@ -76,7 +75,7 @@ class SharedStorage:
         """Fills a contiguous tensor on the CPU with the data from a byte on.
 
         Raises:
-            ValueError: The segment is gone, is another's, or was cut short.
+            ValueError: The segment is gone, belongs to another user, or was cut short.
         """
         view = tensor_bytes(target)
         done = 0
@@ -88,7 +87,7 @@ class SharedStorage:
                 done += count
 
     def release(self) -> None:
-        """Tells the owner that one user less has it, as torch's receiver does; else it would never be freed. Once."""
+        """Tells the owner that one user less has it, as torch's receiver does; otherwise it would never be freed. Once."""
         if self._is_released:
             return
         self._is_released = True
@@ -98,30 +97,13 @@ class SharedStorage:
             torch.UntypedStorage._new_shared_filename_cpu(b"", self._name, self.nbytes)._shared_decref()
 
 
-@dataclass(frozen=True, slots=True)
-class SentStorage:
-    """A storage as elements of one dtype; None: one without data."""
-
-    source: SharedStorage | None
-    dtype: torch.dtype
-
-    def typed(self, dtype: object) -> SentStorage:
-        """The same bytes in another dtype."""
-        return SentStorage(self.source, _dtype(dtype))
-
-    @property
-    def nbytes(self) -> int:
-        """Of the whole."""
-        return 0 if self.source is None else self.source.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class SentTensor:
-    """A tensor whose data is elsewhere.
+class SentTensor(NamedTuple):
+    """A tensor whose data is elsewhere. A named tuple, since a pickle can change no attribute of it.
 
     Attributes:
-        source: A shared storage, from which it is read; or a tensor on a GPU, whose memory is another process's.
-        start: In bytes from the beginning of the storage.
+        source: A segment, from which it is read; a tensor of bytes on a GPU, whose memory is another process's; or None if it
+            has no data.
+        start: In bytes from the beginning of the source.
         shape: Its shape.
         stride: In elements.
         dtype: Its dtype.
@@ -134,14 +116,44 @@ class SentTensor:
     dtype: torch.dtype
 
     @property
-    def numel(self) -> int:
-        """Its elements."""
-        return math.prod(self.shape)
-
-    @property
     def device(self) -> torch.device:
         """Where its data is."""
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
+
+    def as_dtype(self, dtype: object) -> SentTensor:
+        """The same bytes of a flat tensor as elements of another dtype."""
+        kind = checked_dtype(dtype)
+        self._check_flat()
+        return self._replace(shape=(self.shape[0] * self.dtype.itemsize // kind.itemsize,), dtype=kind)
+
+    def view(self, first: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> SentTensor:
+        """Elements of a flat tensor from the first on, seen as another tensor.
+
+        Raises:
+            ValueError: They do not all lie in this one.
+        """
+        self._check_flat()
+        if len(shape) != len(stride):
+            raise ValueError("a tensor must have a stride for each dimension")
+        if math.prod(shape) > _MAX_NUMBER:
+            raise ValueError("a tensor must not be huge")
+        if math.prod(shape) and first + _span(shape, stride) > self.shape[0]:
+            raise ValueError("a tensor must lie in its storage")
+        return self._replace(start=self.start + first * self.dtype.itemsize, shape=shape, stride=stride)
+
+    def part(self, first: int, end: int, shape: tuple[int, ...], dtype: object) -> SentTensor:
+        """Elements of a flat tensor, whose bytes are those of another tensor. They may begin at any byte.
+
+        Raises:
+            ValueError: They do not lie in this one, or are not as many bytes as the other tensor has.
+        """
+        kind = checked_dtype(dtype)
+        self._check_flat()
+        if not first <= end <= self.shape[0]:
+            raise ValueError("a part must lie in its flat tensor")
+        if (end - first) * self.dtype.itemsize != math.prod(shape) * kind.itemsize:
+            raise ValueError("a part must have as many bytes as its shape says")
+        return SentTensor(self.source, self.start + first * self.dtype.itemsize, shape, _contiguous(shape), kind)
 
     def copy_to(self, target: Tensor) -> None:
         """Fills a contiguous tensor of this shape and dtype.
@@ -149,56 +161,34 @@ class SentTensor:
         Raises:
             ValueError: The segment was cut short.
         """
-        if self.numel == 0 or self.source is None:
+        if math.prod(self.shape) == 0 or self.source is None:
             return
-        if isinstance(self.source, Tensor):
-            data = self.source.view(torch.uint8)[self.start : self.start + _span(self.shape, self.stride) * self.dtype.itemsize]
-            # A copy puts bytes that begin between two elements where elements may be.
-            flat = data.clone().view(self.dtype)
-            target.copy_(flat.as_strided(self.shape, self.stride))
-        elif self.stride == _contiguous(self.shape):
+        if isinstance(self.source, SharedStorage) and self.stride == _contiguous(self.shape):
             self.source.read_into(target, self.start)
+            return
+        count = _span(self.shape, self.stride)
+        if isinstance(self.source, SharedStorage):
+            flat = torch.empty(count, dtype=self.dtype)
+            self.source.read_into(flat, self.start)
         else:
-            span = torch.empty(_span(self.shape, self.stride), dtype=self.dtype)
-            self.source.read_into(span, self.start)
-            target.copy_(span.as_strided(self.shape, self.stride))
+            # The copy is aligned, whatever byte the data begins at.
+            flat = self.source[self.start : self.start + count * self.dtype.itemsize].clone().view(self.dtype)
+        target.copy_(flat.as_strided(self.shape, self.stride))
 
-    def part(self, first: object, end: object, shape: object, dtype: object) -> SentTensor:
-        """Elements of a flat tensor, seen as another.
-
-        Raises:
-            ValueError: They are not all of this tensor's, or not as many bytes as the other has.
-        """
-        numbers, size = _numbers((first, end)), _numbers(shape)
-        kind = _dtype(dtype)
-        if len(self.shape) != 1 or self.stride != (1,) or not numbers[0] <= numbers[1] <= self.shape[0]:
-            raise ValueError("a part must lie in its flat tensor")
-        if (numbers[1] - numbers[0]) * self.dtype.itemsize != math.prod(size) * kind.itemsize:
-            raise ValueError("a part must have as many bytes as its shape says")
-        return SentTensor(self.source, self.start + numbers[0] * self.dtype.itemsize, size, _contiguous(size), kind)
+    def _check_flat(self) -> None:
+        if len(self.shape) != 1 or self.stride != (1,):
+            raise ValueError("a part must lie in a flat tensor")
 
 
-def shared_storage(name: object, size: object, dtype: object) -> SentStorage:
-    """The storage that a sender has put into a segment of this name; `size` elements."""
-    kind = _dtype(dtype)
-    if not isinstance(name, bytes):
-        raise TypeError("a segment's name must be bytes")
-    (count,) = _numbers((size,))
-    return SentStorage(SharedStorage(name, count * kind.itemsize), kind)
-
-
-def empty_storage() -> SentStorage:
+def empty_storage() -> SentTensor:
     """A storage without data."""
-    return SentStorage(None, torch.uint8)
+    return SentTensor(None, 0, (0,), (1,), torch.uint8)
 
 
-def rebuilt_tensor(storage: object, offset: object, size: object, stride: object) -> SentTensor:
-    """A tensor in a storage, in which all of it has to lie."""
-    if not isinstance(storage, SentStorage):
-        raise TypeError("a tensor must lie in a storage")
-    shape, strides, (first,) = _numbers(size), _numbers(stride), _numbers((offset,))
-    _check_inside(shape, strides, first, storage.nbytes // storage.dtype.itemsize)
-    return SentTensor(storage.source, first * storage.dtype.itemsize, shape, strides, storage.dtype)
+def shared_storage(name: object, size: object, dtype: object = torch.uint8) -> SentTensor:
+    """The storage that a sender has put into a segment of this name; `size` elements."""
+    kind, (count,) = checked_dtype(dtype), checked_numbers((size,))
+    return SentTensor(SharedStorage(name, count * kind.itemsize), 0, (count,), (1,), kind)
 
 
 def cuda_tensor(
@@ -217,11 +207,11 @@ def cuda_tensor(
     event_sync_required: object,
 ) -> SentTensor:
     """A tensor in memory that another process has on a GPU; the arguments are those of torch's own function for it."""
-    shape, strides, kind = _numbers(size), _numbers(stride), _dtype(dtype)
-    first, nbytes, place, count_place = _numbers((offset, storage_bytes, storage_offset, counter_offset))
-    _check_inside(shape, strides, first, nbytes // kind.itemsize)
+    shape, strides, kind = checked_numbers(size), checked_numbers(stride), checked_dtype(dtype)
+    first, nbytes, place, count_place = checked_numbers((offset, storage_bytes, storage_offset, counter_offset))
+    found = SentTensor(None, 0, (nbytes // kind.itemsize,), (1,), kind).view(first, shape, strides)
     if nbytes == 0:
-        return SentTensor(None, 0, shape, strides, kind)
+        return found
     if not (isinstance(handle, bytes) and isinstance(event_handle, bytes) and isinstance(counter_name, bytes)):
         raise TypeError("handles must be bytes")
     prefix = handle[:-_IPC_HANDLE_BYTES]
@@ -240,21 +230,24 @@ def cuda_tensor(
         *(Tensor, torch.Size([nbytes]), (1,), 0, torch.storage.TypedStorage, torch.uint8, index, handle),
         *(nbytes, place, False, counter_name, count_place, event_handle, event_sync_required is True),
     )
-    return SentTensor(whole, first * kind.itemsize, shape, strides, kind)
+    return found._replace(source=whole)
+
+
+def gpu_uuid(index: int) -> str:
+    """The UUID of a GPU of this machine, as torch writes it."""
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def _cuda_device(device: object) -> int:
     """The index of a GPU that is given by its index or by its UUID."""
     for index in range(torch.cuda.device_count()):
-        if (type(device) is int and device == index) or (
-            type(device) is str and device == str(torch.cuda.get_device_properties(index).uuid)
-        ):
+        if (type(device) is int and device == index) or (type(device) is str and device == gpu_uuid(index)):
             return index
     raise ValueError("the GPU must be one of this machine's")
 
 
-def _numbers(values: object) -> tuple[int, ...]:
-    """Natural numbers of a size that cannot overflow anything."""
+def checked_numbers(values: object) -> tuple[int, ...]:
+    """A short tuple of natural numbers of a size that cannot overflow anything."""
     if type(values) is not tuple or len(values) > _MAX_DIMS:
         raise TypeError("a shape must be a short tuple")
     if not all(type(value) is int and 0 <= value <= _MAX_NUMBER for value in values):
@@ -262,19 +255,11 @@ def _numbers(values: object) -> tuple[int, ...]:
     return values
 
 
-def _dtype(dtype: Any) -> torch.dtype:
+def checked_dtype(dtype: Any) -> torch.dtype:
+    """What has to be a dtype."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError("a dtype must be one")
     return dtype
-
-
-def _check_inside(shape: Sequence[int], stride: Sequence[int], first: int, room: int) -> None:
-    if len(shape) != len(stride):
-        raise ValueError("a tensor must have a stride for each dimension")
-    if math.prod(shape) > _MAX_NUMBER:
-        raise ValueError("a tensor must not be huge")
-    if math.prod(shape) and first + _span(shape, stride) > room:
-        raise ValueError("a tensor must lie in its storage")
 
 
 def _span(shape: Sequence[int], stride: Sequence[int]) -> int:

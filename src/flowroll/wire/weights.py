@@ -114,7 +114,7 @@ class ChecksumRequest(Strict):
     ] = None
 
 
-def _first_wrong(value: object) -> object:
+def first_wrong(value: object) -> object:
     """Of an object in which values are no strings the first of these alone: each would make an error of its own."""
     wrong = ((name, one) for name, one in value.items() if not isinstance(one, str)) if isinstance(value, dict) else ()
     return next(({name: one} for name, one in wrong), value)
@@ -128,7 +128,7 @@ class VerifyRequest(Strict):
     module: _Module = "transformer"
     expected: Annotated[
         dict[str, str],
-        BeforeValidator(_first_wrong),
+        BeforeValidator(first_wrong),
         Field(
             description="sha256 of the raw bytes of every tensor of the module, as hexadecimal digits, by its name.",
             examples=[{"proj_out.weight": "9f86d08..."}],

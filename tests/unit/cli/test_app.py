@@ -99,7 +99,7 @@ def test_every_serve_flag_reaches_the_configuration(served, folder):
         *("--sp", 2, "--tp", 4, "--cfg-parallel", "--rank-timeout-s", 7.5),
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
         *("--max-adapters", 3, "--max-adapter-bytes", 4000),
-        *("--max-weights-body-bytes", 3000, "--weights-idle-s", 2.5, "--allow-pickle-weights"),
+        *("--max-weights-body-bytes", 3000, "--weights-idle-s", 2.5, "--allow-pickle-weights", "--lora-merge-mode", "merge"),
         *("--grace-s", 1.5, "--log-level", "warning"),
     )
     result = run_cli("serve", folder, *words)
@@ -127,6 +127,7 @@ def test_every_serve_flag_reaches_the_configuration(served, folder):
             max_weights_body_bytes=3000,
             weights_idle_s=2.5,
             allow_pickle_weights=True,
+            lora_merge_mode="merge",
             grace_s=1.5,
             log_level="warning",
         )

@@ -6,10 +6,13 @@ import functools
 import io
 import os
 import pickle
+import pickletools
+import random
 import resource
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,9 @@ import torch
 from tests.pickling import FlattenedTensorMetadata, flattened, pickled, trainer
 from torch import Tensor, nn
 
-from flowroll.errors import ForbiddenError, MalformedRequestError
+from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError
 from flowroll.wire.pickled import named_tensors
-from flowroll.wire.sent_tensors import SharedStorage, cuda_tensor
+from flowroll.wire.sent_tensors import SharedStorage, cuda_tensor, shared_storage
 
 TENSORS = {
     "a": torch.arange(7.0),
@@ -39,7 +42,7 @@ def as_a_trainer() -> Iterator[None]:
 
 
 def received(data: bytes, *, is_flattened: bool = False) -> dict[str, Tensor]:
-    found, sent = {}, named_tensors(data, flattened=is_flattened)
+    found, sent = {}, named_tensors(data, module="transformer", flattened=is_flattened)
     for name, tensor in sent.pairs:
         found[name] = torch.full(tensor.shape, 9, dtype=tensor.dtype)
         tensor.copy_to(found[name])
@@ -101,10 +104,10 @@ def test_a_sender_gets_its_memory_back_from_a_stream_that_is_refused(kind: str) 
     others: dict[str, object] = {"a call": ("b", _Reduced(os.getpid)), "an item": 3, "no tensor": ("b", 3)}
     data = pickled([("a", tensor), others.get(kind, ("b", tensor[5:]))])
     if kind == "nobody wants it":
-        named_tensors(data, flattened=False).release()
+        named_tensors(data, module="transformer", flattened=False).release()
     else:
         with pytest.raises((ForbiddenError, MalformedRequestError)):
-            named_tensors(data, flattened=kind == "a bucket")
+            named_tensors(data, module="transformer", flattened=kind == "a bucket")
     assert len(_segments() - before) == 1
     del tensor
     assert _segments() <= before
@@ -139,6 +142,11 @@ def _stack_global(module: str, name: str, tail: bytes = b")R.") -> bytes:
 
 
 MARK = "{marker}"
+# Of the instructions and globals that a tensor needs, but used as none does.
+UNFIT = {
+    *("a huge number", "bytes of 8 EiB", "text of 8 EiB", "a call of a dtype", "a call of a class"),
+    *("a new object of a class", "a new object of metadata with arguments"),
+}
 
 
 def _hostile(marker: str) -> dict[str, bytes]:
@@ -176,6 +184,7 @@ def _hostile(marker: str) -> dict[str, bytes]:
         "a huge number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
         "bytes of 8 EiB": b"\x80\x04\x8e" + struct.pack("<Q", 2**63 - 1) + b".",
         "text of 8 EiB": b"\x80\x04\x8d" + struct.pack("<Q", 2**63 - 1) + b".",
+        "a class that is none": b"\x80\x02c" + reductions.encode() + b"\nrebuild_storage_empty\nN\x85R.",
         "a set": pickle.dumps({1, 2}),
         "a float": pickle.dumps([1.5]),
     }
@@ -186,8 +195,8 @@ def test_whatever_else_is_in_a_stream_is_refused_and_not_run(kind: str, tmp_path
     marker = tmp_path / "run"
     for is_flattened in (False, True):
         with pytest.raises((ForbiddenError, MalformedRequestError)) as refused:
-            named_tensors(_hostile(str(marker))[kind], flattened=is_flattened)
-        assert "EiB" in kind or "huge" in kind or isinstance(refused.value, ForbiddenError), refused.value
+            named_tensors(_hostile(str(marker))[kind], module="transformer", flattened=is_flattened)
+        assert kind in UNFIT or isinstance(refused.value, ForbiddenError), refused.value
     assert not marker.exists()
 
 
@@ -218,8 +227,8 @@ def test_whatever_else_is_in_a_stream_is_refused_and_not_run(kind: str, tmp_path
 )
 def test_a_broken_stream_is_refused(kind: str, data: bytes) -> None:
     for is_flattened in (False, True):
-        with pytest.raises(MalformedRequestError):
-            named_tensors(data, flattened=is_flattened)
+        with pytest.raises(ForbiddenError if "attributes" in kind else MalformedRequestError):
+            named_tensors(data, module="transformer", flattened=is_flattened)
 
 
 @pytest.mark.parametrize("filler", [b"]", b"\x94", b"h\x00", b"("], ids=["lists", "memo", "stack", "marks"])
@@ -227,7 +236,7 @@ def test_a_stream_has_so_many_instructions(filler: bytes, monkeypatch: pytest.Mo
     def send(count: int, words: str) -> None:
         # PROTO, a list and its memo are the first three.
         with pytest.raises(MalformedRequestError, match=words):
-            named_tensors(b"\x80\x02]\x94" + filler * (count - 3), flattened=False)
+            named_tensors(b"\x80\x02]\x94" + filler * (count - 3), module="transformer", flattened=False)
 
     if filler == b"\x94":
         send(500_001, "more than 500000 instructions")
@@ -235,7 +244,7 @@ def test_a_stream_has_so_many_instructions(filler: bytes, monkeypatch: pytest.Mo
     send(1000, "pickle exhausted")
     send(1001, "more than 1000 instructions")
     with pytest.raises(MalformedRequestError, match="huge place in the memo"):
-        named_tensors(b"\x80\x02]r" + struct.pack("<I", 1000) + b".", flattened=False)
+        named_tensors(b"\x80\x02]r" + struct.pack("<I", 1000) + b".", module="transformer", flattened=False)
 
 
 def test_five_thousand_tensors_of_their_own_take_neither_too_many_instructions_nor_descriptors() -> None:
@@ -261,6 +270,7 @@ NESTED = {
     "doubled, as a pair": b"\x80\x02])" + _DOUBLED + b"a.",
     "doubled, as pairs": b"\x80\x02)" + _DOUBLED + b".",
     "doubled, as a key": b"\x80\x02})" + _DOUBLED + b"Ns.",
+    "doubled, as one key of several": b"\x80\x02}()" + _DOUBLED + b"Nu.",
     "doubled, as a name": b"\x80\x02])" + _DOUBLED + b"N\x86a.",
     "doubled, as a function": b"\x80\x02)" + _DOUBLED + b")R.",
     "doubled, as a module": b"\x80\x04)" + _DOUBLED + b"X\x01\x00\x00\x00x\x93.",
@@ -283,7 +293,7 @@ def test_nested_values_are_refused_by_a_process_that_lives_on() -> None:
         "for kind, data in pickle.load(sys.stdin.buffer).items():\n"
         "    for flattened in (False, True):\n"
         "        try:\n"
-        "            named_tensors(data, flattened=flattened)\n"
+        "            named_tensors(data, module='transformer', flattened=flattened)\n"
         "        except (ForbiddenError, MalformedRequestError):\n"
         "            print(kind, flush=True)\n"
     )
@@ -325,7 +335,7 @@ def _sent(offset: object = 0, size: object = (2,), stride: object = (1,), edit: 
 def test_a_tensor_that_leaves_its_storage_is_refused(offset: object, size: object, stride: object) -> None:
     assert list(received(_sent(2, (2, 2), (2, 1)))["a"].flatten()) == [2, 3, 4, 5]
     with pytest.raises((MalformedRequestError, ForbiddenError)):
-        named_tensors(_sent(offset, size, stride), flattened=False)
+        named_tensors(_sent(offset, size, stride), module="transformer", flattened=False)
 
 
 @pytest.mark.parametrize(
@@ -345,8 +355,6 @@ def test_a_tensor_that_leaves_its_storage_is_refused(offset: object, size: objec
     ],
 )
 def test_a_segment_is_one_of_torchs_and_nothing_else(name: object) -> None:
-    from flowroll.wire.sent_tensors import shared_storage
-
     with pytest.raises((ValueError, TypeError)):
         shared_storage(name, 8, torch.uint8)
 
@@ -384,7 +392,7 @@ def test_a_segment_is_a_regular_file_as_long_as_is_said(tmp_path: Path) -> None:
 
 
 def _bucket(**changes: object) -> bytes:
-    state = {"name": "a", "shape": (2,), "dtype": torch.float32, "start_idx": 0, "end_idx": 8, "numel": 2} | changes
+    state = {"name": "a", "shape": (2,), "dtype": torch.float32, "start_idx": 0, "end_idx": 8, "numel": 8} | changes
     flat = torch.zeros(16, dtype=torch.uint8)
     _bucket.kept = flat  # type: ignore[attr-defined]
     metadata = FlattenedTensorMetadata("", torch.Size(()), torch.float32, 0, 0, 0)
@@ -396,14 +404,16 @@ def _bucket(**changes: object) -> bytes:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"end_idx": 24, "shape": (6,), "numel": 6},
+        {"end_idx": 24, "shape": (6,), "numel": 24},
         {"start_idx": -8, "end_idx": 0},
-        {"start_idx": 8, "end_idx": 0},
-        {"end_idx": 12},
+        {"start_idx": 8, "end_idx": 0, "numel": -8},
+        {"start_idx": 8, "end_idx": 0, "numel": 8},
+        {"end_idx": 12, "numel": 12},
         {"shape": (3,)},
-        {"numel": 3},
+        {"numel": 2},
         {"shape": (-1,)},
-        {"dtype": "float32"},
+        {"dtype": "float33"},
+        {"dtype": "torch.nn"},
         {"name": 3},
         {"more": 3},
         {"start_idx": False},
@@ -412,7 +422,7 @@ def _bucket(**changes: object) -> bytes:
 def test_metadata_that_does_not_fit_its_bucket_is_refused(changes: dict[str, object]) -> None:
     assert torch.equal(received(_bucket(), is_flattened=True)["a"], torch.zeros(2))
     with pytest.raises(MalformedRequestError):
-        named_tensors(_bucket(**changes), flattened=True)
+        named_tensors(_bucket(**changes), module="transformer", flattened=True)
 
 
 def test_file_descriptors_are_refused_with_the_remedy() -> None:
@@ -420,7 +430,7 @@ def test_file_descriptors_are_refused_with_the_remedy() -> None:
         tensor = torch.ones(3)
         data = pickled([("a", tensor)])
     with pytest.raises(ForbiddenError, match=r'set_sharing_strategy\("file_system"\)'):
-        named_tensors(data, flattened=False)
+        named_tensors(data, module="transformer", flattened=False)
 
 
 CUDA = {
@@ -486,3 +496,48 @@ def test_a_counter_of_a_gpu_is_in_a_segment_of_torchs_size(monkeypatch: pytest.M
         assert cuda_tensor(**handle).shape == (2,) and len(opened) == 1
     finally:
         path.unlink(missing_ok=True)
+
+
+def _mutated(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        place = rng.randrange(len(changed))
+        other = rng.randrange(len(changed))
+        match rng.randrange(5):
+            case 0:
+                changed[place] = rng.randrange(256)
+            case 1:
+                changed[place] ^= 1 << rng.randrange(8)
+            case 2:
+                del changed[place : place + rng.randrange(1, 8)]
+            case 3:
+                changed[place:place] = changed[other : other + rng.randrange(1, 40)]
+            case 4:
+                changed[place:place] = rng.choice(pickletools.opcodes).code.encode("latin1")
+    return bytes(changed)
+
+
+def test_a_damaged_stream_is_refused_or_names_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Or the first stream that is read to its end would take the segment away from the others.
+    monkeypatch.setattr(SharedStorage, "release", lambda self: None)
+    rng = random.Random(0)
+    kept = [flattened(TENSORS), {"transformer": flattened(TENSORS)}, list(TENSORS.items())]
+    # Without the frame, whose length would give most of the changes away.
+    streams = [data[:2] + data[11:] for data in map(pickled, kept)]
+    endings = Counter[str]()
+    sizes = {tensor.nbytes for tensor in TENSORS.values()} | {kept[0]["flattened_tensor"].nbytes}  # type: ignore[call-overload]
+    for _ in range(6000):
+        place = rng.randrange(len(streams))
+        try:
+            sent = named_tensors(_mutated(streams[place], rng), module="transformer", flattened=place < 2)
+        except (ForbiddenError, MalformedRequestError, InvalidRequestError) as error:
+            endings[type(error).__name__] += 1
+        else:
+            endings["read"] += 1
+            for _, tensor in sent.pairs:
+                storage = tensor.source
+                room = storage.nbytes if isinstance(storage, SharedStorage) else 0
+                span = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride, strict=True))
+                if torch.Size(tensor.shape).numel():
+                    assert tensor.start >= 0 and tensor.start + span * tensor.dtype.itemsize <= room <= max(sizes)
+    assert min(endings[kind] for kind in ("read", "ForbiddenError", "MalformedRequestError")) > 50, endings

@@ -88,6 +88,7 @@ class LoadStats:
         failures: Requests that ended in an error, by the error's code.
         stage_s: Seconds of ended requests, by stage.
         is_paused: Whether new requests are refused.
+        is_holding: Whether no sample starts until a push of weights is complete.
     """
 
     requests: RequestCounts = field(default_factory=RequestCounts)
@@ -98,6 +99,7 @@ class LoadStats:
     failures: Mapping[str, int] = field(default_factory=dict)
     stage_s: Mapping[StageName, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     is_paused: bool = False
+    is_holding: bool = False
 
     @property
     def steps(self) -> int:

@@ -48,6 +48,13 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """No request is admitted while this is so; what runs goes on."""
+
+    is_holding: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Do:
     """A task for the loop's thread; `mode` is what becomes of running requests if it needs idleness."""
 
@@ -88,7 +95,7 @@ class Halt:
     """The loop's thread ends after this turn."""
 
 
-Message: TypeAlias = Submit | Cancel | Abort | Pause | Do | Encoded | Decoded | Stop | Halt
+Message: TypeAlias = Submit | Cancel | Abort | Pause | Hold | Do | Encoded | Decoded | Stop | Halt
 
 
 class Inbox:

@@ -60,6 +60,7 @@ class Loop:
         self._is_encoding = False
         self._num_taken = 0
         self._pause: PauseMode | None = None
+        self._is_holding = False
         # After a control task samples have their turn, however many others wait.
         self._owes_step = False
         self._exclusive_thread: int | None = None
@@ -93,7 +94,6 @@ class Loop:
         else:
             self._owes_step = has_worked = True
             self._run_task(task)
-        self._admit()
         self._publish()
         self._queue.deliver_ends()
         return has_worked
@@ -147,6 +147,8 @@ class Loop:
             case messages.Pause(mode, answer):
                 self._pause = mode
                 end_future(answer)
+            case messages.Hold(is_holding):
+                self._is_holding = is_holding
             case messages.Do(task, mode):
                 self._take_task(task, mode)
             case messages.Encoded():
@@ -211,6 +213,7 @@ class Loop:
         """Whether a request may be admitted: one is encoded ahead of what runs."""
         return (
             self._pause is None
+            and not self._is_holding
             and self.stopped is None
             and not self._tasks.needs_idle
             and not self._is_encoding
@@ -345,6 +348,7 @@ class Loop:
             failures=dict(counters.failures),
             stage_s=dict(counters.stage_s),
             is_paused=self._pause is not None,
+            is_holding=self._is_holding,
         )
         oldest = next(iter(self._queue.running), None)
         self.view = View(

@@ -142,6 +142,13 @@ class Scheduler:
         self._put(messages.Pause(mode, answer), answer)
         return answer
 
+    def hold_starts(self, is_holding: bool) -> None:
+        """Keeps requests that wait from being admitted, or lets them go on. New ones are taken, and wait; what runs goes on.
+
+        Called in an `exclusive` action, or before it is asked for, it leaves no gap in which a sample could start.
+        """
+        self._inbox.put(messages.Hold(is_holding))
+
     def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
         """Has something done to the model while no request runs; may be called from any thread.
 

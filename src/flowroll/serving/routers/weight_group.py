@@ -66,9 +66,10 @@ def build_router(services: Services) -> APIRouter:
     @router.post(
         UPDATE_FROM_GROUP_ROUTE,
         summary="Take new weights from a process group",
-        description="A bucket of an update: rank 0 broadcasts these tensors in this order. The weights are exchanged once all "
-        "tensors of the module are there. Buckets of one update have the same `weight_version`. An error ends the update; "
-        "everything stays.",
+        description="A bucket: rank 0 broadcasts these tensors in this order. It is put in place, all of it or nothing, before "
+        "it is answered. Where it is part of a module, no sample starts until the rest has come or was not heard of for "
+        "--weights-idle-s. With `update_id` it is part of an update that is all or nothing. After an error the group receives "
+        "nothing more.",
         responses=_RESPONSES,
         openapi_extra=request_body(UpdateFromGroupRequest),
     )
