@@ -90,6 +90,17 @@ def test_default_guidance_and_negative_prompt_are_the_familys(
     assert torch.equal(engine_of(family, "float32").generate(**ours)[0].latents, expected)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+def test_small_guidance_scales_are_guided_where_the_pipeline_guides(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], family: str, scale: float
+) -> None:
+    """Qwen-Image guides above 1, Z-Image above 0."""
+    ours, theirs = settings(family, True, 64, 64, 2)
+    expected = pipeline_output(pipeline_of(family, "float32"), family, "latent", **{**theirs, "scale": scale})
+    assert torch.equal(engine_of(family, "float32").generate(**{**ours, "guidance_scale": scale})[0].latents, expected)
+
+
 @pytest.mark.parametrize("family", ["qwen_image", "z_image"])
 @pytest.mark.parametrize("prompt", ["", "x" * 10_000, "一只红色的猫坐在窗台上 🐈 été"])
 def test_unusual_prompts_are_encoded_as_the_pipeline_does(

@@ -77,7 +77,9 @@ OPS: dict[str, Op] = {
     "gelu": lambda x, r: F.gelu(x, approximate=r.choice(["none", "tanh"])),
     "tanh": lambda x, r: x.tanh(),
     "power": lambda x, r: x.abs() ** r.choice([2, 0.5, 3]),
-    "complex": lambda x, r: torch.view_as_real(torch.complex(x.float(), x.float().flip(-1)) * torch.polar(x.float().abs(), x.float())),
+    "complex": lambda x, r: torch.view_as_real(
+        torch.complex(x.float(), x.float().flip(-1)) * torch.polar(x.float().abs(), x.float())
+    ),
     "add": lambda x, r: torch.add(x, x.flip(-1), alpha=r.choice([1, 3])),
     "residual": lambda x, r: x + 0.5 * x.tanh(),
     "divide": lambda x, r: x / (x.abs() + 1),

@@ -73,7 +73,9 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:], torch.full(x.shape[-1:], 0.7, dtype=x.dtype)),
     "norm over other rows": lambda x: x.transpose(1, 2).mean(-1),
-    "complex product": lambda x: torch.view_as_real(torch.complex(x.float(), x.float().flip(-1)) * torch.complex(x.float(), x.float())),
+    "complex product": lambda x: torch.view_as_real(
+        torch.complex(x.float(), x.float().flip(-1)) * torch.complex(x.float(), x.float())
+    ),
 }
 
 
@@ -97,7 +99,9 @@ def test_attention_is_merged_only_where_it_changes_nothing(masked: bool) -> None
         mask = torch.tensor([True, True, True, False, True]).view(1, 1, 1, 5)
 
         def attend(x: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=mask.expand(len(x), -1, -1, -1) if masked else None)
+            return F.scaled_dot_product_attention(
+                x, x * 0.5, x + 1, attn_mask=mask.expand(len(x), -1, -1, -1) if masked else None
+            )
 
         inputs = random_inputs(5, 1, 1, 5, 64)
         merged = attend(torch.cat([one["x"] for one in inputs]))
