@@ -104,10 +104,10 @@ class SharedForwards:
                 known.forms.add(form)
                 analyses[:] = [notes, *analyses][:_ANALYSES]
             if not torch.equal(torch.get_rng_state(), random_state):
-                torch.set_rng_state(random_state)
                 raise CannotMergeError("the model draws random numbers")
         except CannotMergeError as error:
             known.give_up(kind, str(error))
+            torch.set_rng_state(random_state)
             return run_in_turn(transformer, forward_inputs)
         return self._family.uncollate(output, count)
 
