@@ -124,6 +124,7 @@ def row(cell: Cell, rounds: int) -> str:
     gains = [str(ratio(times["in turn"], times[name])) for name in ("exact", "group", "inexact")]
     equal = [f"{sum(map(torch.equal, velocities, expected))}/{cell.samples}" for velocities in (exact, loose)]
     each = 1000 * statistics.median(times["in turn"]) / cell.samples
+    setting = f"{cell.threads} | {str(cell.dtype)[6:]} | {cell.tokens} | {cell.samples}"
     line = f"| {setting} | {each:.1f} | {' | '.join((*gains, *equal))} |"
     print(line, flush=True)
     return line
