@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.measure import clock_of, hardware, paired_times, ratio
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
+from flowroll.exact import Alone, Merged
 from flowroll.families import Family, ForwardInput, Output, StepInput
 from flowroll.testing import make_checkpoint
 from flowroll.types import DenoisingEnv
@@ -106,15 +107,13 @@ def row(cell: Cell, rounds: int) -> str:
     """One line of the table."""
     torch.set_num_threads(cell.threads)
     mixed, group = make_inputs(cell, one_step=False), make_inputs(cell, one_step=True)
-    family, transformer, dtype = cell.family, cell.transformer, cell.dtype
-
-    def in_turn(inputs: Sequence[StepInput]) -> list[Tensor]:
-        return [family.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, dtype) for one in inputs]
+    transformer = cell.transformer
+    merged, alone = Merged(cell.family, cell.dtype), Alone(cell.family, cell.dtype)
 
     arms: dict[str, Callable[[], list[Tensor]]] = {
-        "in turn": lambda: in_turn(mixed),
-        "exact": lambda: family.velocities(transformer, mixed, dtype),
-        "group": lambda: family.velocities(transformer, group, dtype),
+        "in turn": lambda: alone.velocities(transformer, mixed),
+        "exact": lambda: merged.velocities(transformer, mixed),
+        "group": lambda: merged.velocities(transformer, group),
         "inexact": lambda: inexact(cell, mixed),
     }
     started = time.perf_counter()
@@ -125,9 +124,8 @@ def row(cell: Cell, rounds: int) -> str:
     gains = [str(ratio(times["in turn"], times[name])) for name in ("exact", "group", "inexact")]
     equal = [f"{sum(map(torch.equal, velocities, expected))}/{cell.samples}" for velocities in (exact, loose)]
     each = 1000 * statistics.median(times["in turn"]) / cell.samples
-    line = (
-        f"| {cell.threads} | {str(dtype)[6:]} | {cell.tokens} | {cell.samples} | {each:.1f} | {' | '.join((*gains, *equal))} |"
-    )
+    setting = f"{cell.threads} | {str(cell.dtype)[6:]} | {cell.tokens} | {cell.samples}"
+    line = f"| {setting} | {each:.1f} | {' | '.join((*gains, *equal))} |"
     print(line, flush=True)
     return line
 

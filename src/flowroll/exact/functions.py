@@ -18,9 +18,12 @@ _OWNERS = (torch, Tensor, F, torch._C._nn, torch.special)
 
 def functions(*names: str) -> frozenset[Callable[..., Any]]:
     """What torch has under these names: functions, methods, and functions of `torch.nn.functional`."""
-    found = {getattr(owner, name) for name in names for owner in _OWNERS if callable(getattr(owner, name, None))}
-    missing = [name for name in names if not any(hasattr(owner, name) for owner in _OWNERS)]
-    assert not missing, missing
+    found = set()
+    for name in names:
+        owners = (Tensor,) if name.startswith("__") else _OWNERS
+        these = {getattr(owner, name) for owner in owners if callable(getattr(owner, name, None))}
+        assert these, name
+        found |= these
     return frozenset(found)
 
 
@@ -40,7 +43,7 @@ METADATA = functions(
 ELEMENTWISE = functions(
     *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "mul", "__mul__", "__rmul__", "div", "true_divide"),
     *("__truediv__", "__rtruediv__", "__rdiv__", "neg", "negative", "__neg__", "abs", "absolute", "__abs__", "square"),
-    *("maximum", "minimum", "clamp", "clip", "relu", "sqrt", "rsqrt", "reciprocal", "floor", "ceil", "round", "trunc", "sign"),
+    *("maximum", "minimum", "clamp", "clip", "relu", "sqrt", "reciprocal", "floor", "ceil", "round", "trunc", "sign"),
     *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "isnan", "isinf"),
     *("logical_not", "logical_and", "logical_or", "logical_xor", "__invert__", "__and__", "__or__", "isfinite"),
 )

@@ -168,6 +168,12 @@ def _power(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     return (_elementwise if is_square else _pointwise)(trace, func, args, kwargs)
 
 
+def _inverse_root(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
+    """Two rounded operations, between which bfloat16 is rounded or not, depending on the place of the element."""
+    is_wide = all(tensor.dtype in (torch.float32, torch.float64) for _, tensor in tensors_in(args, kwargs))
+    return (_elementwise if is_wide else _pointwise)(trace, func, args, kwargs)
+
+
 def _reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """A reduction along the last dimension goes row by row, unless a sample alone has a single, long row."""
     tensor = args[0]
@@ -474,6 +480,7 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(JOINS, _joined_along),
     **dict.fromkeys(NEW, _empty),
     **dict.fromkeys(functions("pow"), _power),
+    **dict.fromkeys(functions("rsqrt"), _inverse_root),
     F.pad: _pad,
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,

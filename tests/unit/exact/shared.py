@@ -12,7 +12,7 @@ from flowroll.exact.sharing import SharedForwards
 
 
 class Stacking:
-    """The part of a family that sharing needs: every argument is a tensor with the sample's entries along its first dimension."""
+    """The part of a family that sharing needs: every argument has the sample's entries along its first dimension."""
 
     def collate_key(self, forward_input: dict[str, Tensor]) -> Any:
         return tuple(tensor.shape for tensor in forward_input.values())

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowroll.exact.functions import ELEMENTWISE, POINTWISE, named
 
 # Odd sizes, whole vectors, and sizes at which torch divides a batch among threads but not a sample.
-SHAPES = [(1, 7, 5), (1, 16, 256), (1, 110, 256), (2, 3, 64), (1, 1, 40000)]
+SHAPES = [(1, 7, 5), (1, 9, 11), (1, 16, 256), (1, 110, 256), (2, 3, 64), (1, 1, 40000)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -37,7 +37,7 @@ def arguments_of(function: Callable[..., Any], x: Tensor) -> tuple[Any, ...] | N
 
 
 # One of each name: torch's function, the method and `torch.nn.functional` share a kernel.
-FUNCTIONS = {named(one): one for one in sorted(ELEMENTWISE | POINTWISE, key=repr)}
+FUNCTIONS = {named(one): one for one in sorted(ELEMENTWISE | POINTWISE | {torch.rsqrt, torch.square}, key=repr)}
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
@@ -46,9 +46,9 @@ def test_element_wise_functions_have_every_samples_bits(name: str, threads: int)
     function, covered = FUNCTIONS[name], 0
     for dtype in DTYPES:
         for shape in SHAPES:
-            inputs = random_inputs(3, *shape, dtype=dtype)
+            inputs = random_inputs(5, *shape, dtype=dtype)
             # Numbers, or truth values where the function takes no numbers.
-            prepare = next((one for one in (torch.abs, lambda x: x > 0) if arguments_of(function, one(inputs[0]["x"]))), None)
+            prepare = next((one for one in (lambda x: x, lambda x: x > 0) if arguments_of(function, one(inputs[0]["x"]))), None)
             if prepare is None:
                 continue
             number = len(arguments_of(function, prepare(inputs[0]["x"])) or ())
@@ -112,6 +112,41 @@ def test_attention_is_merged_only_where_it_changes_nothing(masked: bool) -> None
         torch.set_num_threads(before)
 
 
+SLOW: dict[str, Callable[[Tensor], Tensor]] = {
+    "matmul": lambda x: x @ torch.linspace(-1, 1, 60, dtype=x.dtype).view(10, 6),
+    "einsum": lambda x: torch.einsum("bsd,de->bse", x, torch.linspace(-1, 1, 60, dtype=x.dtype).view(10, 6)),
+    "conv1d": lambda x: F.conv1d(x, torch.linspace(-1, 1, 54, dtype=x.dtype).view(3, 6, 3)),
+    "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "cumsum": lambda x: x.cumsum(0),
+    "sort": lambda x: x.sort(dim=1).values,
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+@torch.no_grad()
+def test_functions_that_need_each_sample_by_itself_are_still_shared(name: str) -> None:
+    """The rest of the model's forward is one for all samples."""
+    for dtype in DTYPES:
+        sharing = Sharing(SLOW[name])
+        assert sharing.is_exact(random_inputs(3, 2, 6, 10, dtype=dtype))
+        assert sharing.shares()
+
+
+@torch.no_grad()
+def test_a_sample_that_is_computed_by_itself_lies_as_it_does_alone() -> None:
+    """Products of few rows have other bits where the rows do not lie at a multiple of 16 bytes."""
+    weight = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    inputs = random_inputs(8, 1, 1, 10)
+    batch = torch.cat([one["x"] for one in inputs])
+    in_place = [F.linear(part, weight) for part in batch.split(1)]
+    assert not all(map(torch.equal, in_place, [F.linear(part.clone(), weight) for part in batch.split(1)])), (
+        "find another shape"
+    )
+    sharing = Sharing(lambda x: F.linear(x, weight))
+    assert sharing.is_exact(inputs) and sharing.shares()
+
+
 BREAKING: dict[str, Callable[[Tensor], Tensor]] = {
     "mean over the batch": lambda x: x - x.mean(0, keepdim=True),
     "length of the batch": lambda x: x / x.shape[0],
@@ -162,16 +197,19 @@ def test_what_mixes_samples_or_writes_ends_exact(name: str, rows: int) -> None:
 
 @torch.no_grad()
 def test_random_draws_are_not_shared_and_leave_the_generator_alone() -> None:
-    sharing = Sharing(lambda x: x + 0 * torch.rand(1) + F.dropout(x, 0.5) * 0)
+    """Unseen draws, that change no number, among them."""
     inputs = random_inputs(2, 1, 4, 8)
-    torch.manual_seed(5)
-    for one in inputs:
-        sharing.model.compute(**one)
-    drawn = torch.get_rng_state()
-    for _ in range(2):
+    draws: list[Callable[[Tensor], Tensor]] = [lambda x: x + 0 * torch.rand(1), lambda x: F.dropout(x, 0.5)]
+    for draw in draws:
+        sharing = Sharing(draw)
         torch.manual_seed(5)
-        sharing.forwards.outputs(sharing.model, inputs)  # type: ignore[arg-type]
-    assert not sharing.shares() and torch.equal(torch.get_rng_state(), drawn)
+        for one in inputs:
+            sharing.model.compute(**one)
+        drawn = torch.get_rng_state()
+        for _ in range(2):
+            torch.manual_seed(5)
+            sharing.forwards.outputs(sharing.model, inputs)  # type: ignore[arg-type]
+            assert not sharing.shares() and torch.equal(torch.get_rng_state(), drawn)
 
 
 @torch.no_grad()

@@ -175,12 +175,14 @@ def test_captions_of_other_lengths_share_a_forward_if_they_are_padded_alike(load
     generator, source = torch.Generator().manual_seed(0), random.Random(1)
     strategy = Merged(family, torch.float32)
     for _ in range(6):
-        lengths = [(source.randint(30, 34), source.choice([5, 31, 32])) for _ in range(3)]
+        lengths = [(source.choice([3, 31, 32]), source.choice([5, 32])) for _ in range(3)]
         inputs = [make_input(family, generator, torch.float32, texts=texts) for texts in lengths]
         for _ in range(2):
             together = strategy.velocities(transformer, inputs)
             assert all(map(torch.equal, together, alone(family, transformer, inputs, torch.float32))), lengths
-    assert len(notes_of(strategy)) > 1
+    (known,) = strategy._shared._known.values()
+    ((analyses),) = known.notes.values()
+    assert analyses is not None and len(analyses) > 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,13 +225,14 @@ def test_ranks_may_run_any_part_of_a_forward(load: Load, name: str) -> None:
     assert all(map(torch.equal, together, alone(family, transformer, inputs, torch.float32)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_adapters_are_exact_too(checkpoints: dict[str, Path], name: str) -> None:
-    transformer = load_transformer(examine_checkpoint(checkpoints[name], variant=None), torch.float32, None)
+def test_adapters_are_exact_too(checkpoints: dict[str, Path], name: str, dtype: str) -> None:
+    transformer = load_transformer(examine_checkpoint(checkpoints[name], variant=None), DTYPES[dtype], None)
     for adapter in add_adapters(transformer):
         adapter.up.normal_(generator=torch.Generator().manual_seed(1))
-    assert_exact(name, transformer, "float32", seed=5, mixtures=3)
+    assert_exact(name, transformer, dtype, seed=5, mixtures=3)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])

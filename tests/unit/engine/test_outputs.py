@@ -88,7 +88,7 @@ def test_no_number_that_is_none_leaves_the_engine(engine: Engine, value: float) 
 
 @pytest.mark.parametrize("part", ["means", "noises", "velocities", "latents"])
 def test_what_is_recorded_alone_is_looked_at_too(engine: Engine, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowroll.engine.recording import Recorder
+    from flowroll.engine.runner.recorder import Recorder
 
     wait = Recorder.wait
 
