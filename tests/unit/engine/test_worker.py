@@ -66,6 +66,8 @@ def test_queue_takes_what_can_run_and_max_queue_waiting_requests_and_refuses_the
             worker.submit(plan, "rollout")
         assert refused.value.retry_after_s >= 1
         _until(lambda: (worker.pending, worker.running) == (2, 1))
+        with pytest.raises(QueueFullError, match="2 waiting"):
+            worker.submit(plan, "rollout")
         gate.opened.set()
         for future in futures:
             assert len(future.result(WAIT_S)) == 1

@@ -308,9 +308,9 @@ class Scheduler:
 
     def _check_queue(self, max_waiting: int | None, now_s: float) -> None:
         view = self.loop.view
-        waiting = view.num_waiting + self._num_submitted - view.num_taken
         # Where there is room, one of those that wait is on its way into the engine.
-        if max_waiting is not None and waiting >= max_waiting + view.has_room:
+        waiting = view.num_waiting + self._num_submitted - view.num_taken - view.has_room
+        if max_waiting is not None and waiting >= max_waiting:
             retry_s = Watchdog.retry_after_s(view.free_at_s, now_s)
             rule = f"the queue must have a free place to take a request, got {waiting} waiting"
             raise QueueFullError(f"{rule}; try again in {retry_s:.0f} s.", retry_after_s=retry_s)
