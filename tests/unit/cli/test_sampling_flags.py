@@ -78,10 +78,11 @@ def test_a_short_flag_gives_the_same_value(short, name):
 
 
 @pytest.mark.parametrize(("short", "name"), ALIASES.items())
-def test_a_value_given_by_both_flags_is_refused_with_both_names(short, name):
+def test_a_value_given_by_both_flags_is_refused_with_both_names(short, name, tmp_path):
+    (prompts := tmp_path / "prompts.txt").write_text("a cat\n")
     words = ALL_FLAGS[name][0]
     both = [*words, words[0].replace("rollout-", "", 1), *words[1:]]
-    result = run_cli("generate", "shapes-z_image", "--prompt", "p", "--rollout", *both)
+    result = run_cli("rollout", "--url", "http://127.0.0.1:9", "--prompts", prompts, "--out", tmp_path / "out", *both)
     assert result.exit_code != 0
     assert f"{name} must be given once, got {short} beside it" in " ".join(result.stderr.split())
 
