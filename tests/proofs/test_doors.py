@@ -69,7 +69,6 @@ def test_a_server_of_two_ranks_gives_every_sample_the_bits_that_it_has_alone(two
         assert_same_samples(answer, alone_of(ON_RANKS.family, ON_RANKS.dtype, request))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="An engine of several ranks runs one sample at a time.")
 def test_samples_share_forwards_on_two_ranks(two_ranks: str) -> None:
     with Client(two_ranks) as client:
         together(client, ON_RANKS.requests)
