@@ -410,12 +410,17 @@ def test_scores_are_counted_and_end_in_one_result_or_error(served: Served) -> No
 
 
 @contextmanager
-def busy(served: Served) -> Iterator[Future[bool]]:
-    """The loop's thread is held, so that scores wait."""
+def busy(served: Served) -> Iterator[Future[None]]:
+    """The loop has a task in many pieces, behind which scores wait."""
     held = threading.Event()
-    errand = served.engine.scheduler.between_steps(lambda: held.wait(WAIT_S))
+
+    def pieces() -> Iterator[None]:
+        while not held.wait(0.002):
+            yield
+
+    task = served.engine.scheduler.between_steps(pieces)
     try:
-        yield errand
+        yield task
     finally:
         held.set()
 
@@ -434,10 +439,10 @@ def score_counts(served: Served) -> dict[str, float]:
 def test_scores_that_miss_their_deadline_are_a_408_and_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, before = [], score_counts(served)
     monkeypatch.setattr(served.engine, "_score_samples", begun.append)
-    with busy(served) as errand:
+    with busy(served) as task:
         response = served.post(served.sent(), **{"x-flowroll-deadline-s": "0.05"})
         assert (response.status_code, error_of(response)["code"]) == (408, "deadline_exceeded")
-        assert not errand.done()
+        assert not task.done()
     served.engine.scheduler.between_steps(lambda: None).result(WAIT_S)
     after = score_counts(served)
     assert not begun and after["failed"] == before["failed"] + 1 and after["open_score_requests"] == 0

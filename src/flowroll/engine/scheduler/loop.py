@@ -88,21 +88,26 @@ class Loop:
             has_worked |= self._start_samples()
         # Before the work, which may take long, so that others see what is at work; and after it.
         self._publish()
-        self._queue.deliver_ends()
+        self._deliver_ends()
         if task is None:
             has_worked |= self._step()
         else:
             self._owes_step = has_worked = True
             self._run_task(task)
         self._publish()
-        self._queue.deliver_ends()
+        self._deliver_ends()
         return has_worked
 
     def settle(self) -> None:
         """Takes what came in, without any work on the model."""
         self._take_messages()
         self._publish()
+        self._deliver_ends()
+
+    def _deliver_ends(self) -> None:
+        """Ends the futures of what has ended; whoever is told so sees it counted already."""
         self._queue.deliver_ends()
+        self._tasks.deliver_ends()
 
     def _take_messages(self) -> bool:
         """Handles all messages, ends what is due, and admits what there is room for; False: there was no message."""
@@ -127,7 +132,7 @@ class Loop:
             self._queue.fail(request, fresh(error))
         self._tasks.fail_all(lambda: fresh(error))
         self._publish()
-        self._queue.deliver_ends()
+        self._deliver_ends()
 
     def _handle(self, message: messages.Message) -> None:
         match message:

@@ -54,6 +54,7 @@ class TaskQueue:
         self.current: ControlTask | None = None
         self.current_since_s = 0.0
         self._accepted = self._completed = self._failed = 0
+        self._ends: list[tuple[ControlTask, Any, BaseException | None]] = []
 
     @property
     def needs_idle(self) -> bool:
@@ -94,7 +95,7 @@ class TaskQueue:
         return self.current
 
     def end(self, task: ControlTask, result: Any = None, *, error: BaseException | None = None) -> None:
-        """Takes a task out, wherever it is, and ends its future."""
+        """Takes a task out, wherever it is; its future is ended by `deliver_ends`."""
         if task is self.current:
             self.current = None
             if task.pieces is not None:
@@ -104,7 +105,13 @@ class TaskQueue:
         if task.request_id is not None:
             self._failed += error is not None
             self._completed += error is None
-        end_future(task.future, result, error=error)
+        self._ends.append((task, result, error))
+
+    def deliver_ends(self) -> None:
+        """Ends the futures of the tasks that have ended; their callbacks run here."""
+        ends, self._ends = self._ends, []
+        for task, result, error in ends:
+            end_future(task.future, result, error=error)
 
     def cancel(self, is_meant: Callable[[ControlTask], bool]) -> int:
         """Ends the requests to recompute log-probs that are meant; returns how many there were."""
