@@ -321,12 +321,11 @@ def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Call
     torch.set_grad_enabled(False)
     while (loop := held()) is not None and not loop.is_halted:
         try:
-            has_worked = loop.turn()
-            idle_s = loop.idle_s()
+            idle_s = 0.0 if loop.turn() else loop.idle_s()
+            del loop
+            if idle_s != 0.0:
+                inbox.wait(idle_s)
         except BaseException as error:
             if (end_all := crash()) is not None:
                 end_all(error)
             return
-        del loop
-        if not has_worked:
-            inbox.wait(idle_s)
