@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +36,12 @@ def recorded(kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 @contextmanager
 def segment(data: bytes, length: int) -> Iterator[bytes]:
     """A segment like torch's with this data, under a name of so many characters."""
-    start = f"/torch_{os.getpid()}_1_"
-    name = start + "9" * (length - len(start))
+    start = "/torch_1_1_"
+    # Random, since a process id may have as many digits as the whole name has room for.
+    name = start + "".join(random.choices("0123456789", k=length - len(start)))
     path = Path("/dev/shm") / name[1:]
-    path.write_bytes(bytes(64) + data)
+    with path.open("xb") as file:
+        file.write(bytes(64) + data)
     try:
         yield name.encode()
     finally:
