@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +35,9 @@ def recorded(kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @contextmanager
-def segment(data: bytes, length: int) -> Iterator[bytes]:
-    """A segment like torch's with this data, under a name of so many characters."""
-    start = "/torch_1_1_"
-    # Random, since a process id may have as many digits as the whole name has room for.
-    name = start + "".join(random.choices("0123456789", k=length - len(start)))
+def segment(data: bytes, like: str) -> Iterator[bytes]:
+    """A segment like torch's with this data, under a name with other digits than this one."""
+    name = re.sub(r"[0-9]", lambda _: random.choice("0123456789"), like)
     path = Path("/dev/shm") / name[1:]
     with path.open("xb") as file:
         file.write(bytes(64) + data)
@@ -52,9 +51,8 @@ def segment(data: bytes, length: int) -> Iterator[bytes]:
 def replayed(kind: str) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
     """A recorded pickle, over a segment that is there, and its tensors."""
     record, tensors = recorded(kind)
-    old = record["segment"].encode()
-    with segment(base64.b64decode(record["flattened_tensor"]), len(old)) as name:
-        yield base64.b64decode(record["pickle"]).replace(old, name), tensors
+    with segment(base64.b64decode(record["flattened_tensor"]), record["segment"]) as name:
+        yield base64.b64decode(record["pickle"]).replace(record["segment"].encode(), name), tensors
 
 
 def received(data: bytes, *, is_flattened: bool = True, module: str = "transformer") -> dict[str, Tensor]:
