@@ -145,7 +145,7 @@ class Scheduler:
     def hold_starts(self, is_holding: bool) -> None:
         """Keeps requests that wait from being admitted, or lets them go on. New ones are taken, and wait; what runs goes on.
 
-        Called in an `exclusive` action, or before it is asked for, it leaves no gap in which a sample could start.
+        Requests to recompute log-probs are treated in the same way. Called in an `exclusive` action, or before it is asked for, it leaves no gap in which a sample could start.
         """
         self._inbox.put(messages.Hold(is_holding))
 
