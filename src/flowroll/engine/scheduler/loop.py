@@ -350,7 +350,6 @@ class Loop:
             failures=dict(counters.failures),
             stage_s=dict(counters.stage_s),
             is_paused=self._pause is not None,
-            is_holding=self._is_holding,
         )
         oldest = next(iter(self._queue.running), None)
         self.view = View(
