@@ -155,10 +155,12 @@ class WeightGroup:
         buckets = buckets_of(named_tensors, bucket_bytes)
         first = next(buckets, {})
         ranks = ranks_of(named_tensors, first)
+        device = "cpu" if self._group is None else self._group.device
+        # What cannot be sent is refused before the servers begin.
+        gathered = [ranks.gather(first, device)] if first else []
         begun: list[str] = ranks.run(lambda: self._begin(module, weight_version), list[str])
         try:
-            for bucket in itertools.chain([first] if first else [], buckets):
-                whole = ranks.gather(bucket, "cpu" if self._group is None else self._group.device)
+            for whole in itertools.chain(gathered, (ranks.gather(bucket, device) for bucket in buckets)):
                 ranks.run(functools.partial(self._broadcast, whole, module, begun), None)
             return ranks.run(lambda: self._commit(begun), list[str])
         except BaseException:

@@ -74,7 +74,9 @@ class Strategy(ABC):
 
         The key is the same at every step of a sample. Samples with different keys may be given together as well.
         """
-        return tuple(self.family.collate_key(forward_input) for forward_input in self._forward_inputs(one))
+        # In the latents' own dtype, on which no key depends: a cast would cost every sample a tensor.
+        inputs = self.family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, one.latents.dtype)
+        return tuple(self.family.collate_key(forward_input) for forward_input in inputs)
 
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
         """The guided velocities of several samples.

@@ -127,7 +127,7 @@ class UpdateFromTensorRequest(Bucketed):
         Rule(text='be null or "lora_merge"', remedy="leave it out for weights"),
     ] = None
     lora_alpha: Annotated[
-        int | float | None,
+        float | None,
         Field(gt=0, allow_inf_nan=False, description="Alpha of the adapter. null: each layer's rank.", examples=[64]),
         Rule(text="be null or a number above 0", remedy="leave it out for a scale of 1"),
     ] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,6 +62,8 @@ class Loop:
         self._num_taken = 0
         self._pause: PauseMode | None = None
         self._is_holding = False
+        # What callers are told at the end of this turn.
+        self._answers: list[tuple[Future[Any], Any]] = []
         # After a control task samples have their turn, however many others wait.
         self._owes_step = False
         self._exclusive_thread: int | None = None
@@ -108,6 +111,9 @@ class Loop:
 
     def _deliver_ends(self) -> None:
         """Ends the futures of what has ended; whoever is told so sees it counted already."""
+        answers, self._answers = self._answers, []
+        for answer, value in answers:
+            end_future(answer, value)
         self._queue.deliver_ends()
         self._tasks.deliver_ends()
 
@@ -150,10 +156,10 @@ class Loop:
                     lambda request: request_id in (None, request.plan.request_id),
                     lambda task: request_id in (None, task.request_id),
                 )
-                end_future(answer, count)
+                self._answers.append((answer, count))
             case messages.Pause(mode, answer):
                 self._pause = mode
-                end_future(answer)
+                self._answers.append((answer, None))
             case messages.Hold(is_holding):
                 self._is_holding = is_holding
             case messages.Do(task, mode):
