@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.measure import hardware, ratio
 from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
 from flowroll.engine.loading import load_transformer
-from flowroll.families import Guidance
-from flowroll.parallel.branches import run_on_branches
+from flowroll.exact import RunForwards, all_ranks_agree, choose_strategy, run_here, run_on_groups
+from flowroll.families import Guidance, StepInput
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.rendezvous import join_store, serve_store
 from flowroll.parallel.shards import shard_rows
@@ -120,15 +120,19 @@ def build_arms(checkpoint: Checkpoint, mesh: Mesh, rank: int) -> Mapping[str, Ca
     timestep = torch.tensor([0.62], dtype=family.timestep_dtype(DTYPE))
     guidance = Guidance(rule=family.guidance_rule, scale=4.0)
 
-    def step(transformer: Any, run: Any = None) -> Tensor:
-        options = {} if run is None else {"run": run}
-        return family.velocity(transformer, latents, timestep, env, guidance, DTYPE, **options)
+    one = StepInput(latents=latents, timestep=timestep, env=env, guidance=guidance)
+
+    def step(transformer: Any, run: RunForwards = run_here) -> Tensor:
+        agree = functools.partial(all_ranks_agree, mesh)
+        strategy = choose_strategy(family, device=torch.device("cpu"), dtype=DTYPE, run=run, agree=agree)
+        (velocity,) = strategy.velocities(transformer, [one])
+        return velocity
 
     whole = load_transformer(checkpoint, DTYPE, None)
     shared = load_transformer(checkpoint, DTYPE, mesh)
     arms: dict[str, Callable[[], Tensor]] = {
         "one rank": lambda: step(whole) if rank == 0 else latents,
-        f"flowroll, {mesh.layout.name}": lambda: step(shared, functools.partial(run_on_branches, mesh)),
+        f"flowroll, {mesh.layout.name}": lambda: step(shared, functools.partial(run_on_groups, mesh)),
     }
     if mesh.layout.name == "sp2" and hasattr(whole, "_cp_plan") and whole._cp_plan is not None:
         for name, degrees in PEERS.items():

@@ -26,7 +26,7 @@ from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.output import add_row, format_bytes, num_bytes, plain_table, save_png, shape_of
 from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
-from flowroll.cli.rollout import read_prompts
+from flowroll.cli.prompts import read_prompts
 from flowroll.client import Client
 from flowroll.engine import Engine
 from flowroll.wire.files import save_rollout

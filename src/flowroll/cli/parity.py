@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -58,7 +58,9 @@ def parity(
     from flowroll.types import SamplingParams
 
     width, height = (None, None) if size is None else _parse_size(size)
-    levels = {"rollout_noise_level": rollout_noise_level, "noise_level": noise_level}
+    if rollout_noise_level is None and noise_level is None:
+        rollout_noise_level = _NOISE_LEVEL
+    levels: dict[str, Any] = {"rollout_noise_level": rollout_noise_level, "noise_level": noise_level}
     params = SamplingParams(
         prompt=prompt,
         seed=seed,
@@ -67,7 +69,7 @@ def parity(
         num_inference_steps=steps,
         num_outputs_per_prompt=num_outputs,
         guidance_scale=guidance_scale,
-        **({name: level for name, level in levels.items() if level is not None} or {"rollout_noise_level": _NOISE_LEVEL}),
+        **{name: level for name, level in levels.items() if level is not None},
     )
     places = {"variant": variant, "dtype": dtype, "device": device, "threads": threads, "rank_timeout_s": rank_timeout_s}
     plan = plan_parity(model, params, layouts=layouts, modes=modes, **places)  # type: ignore[arg-type]
