@@ -27,8 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.measure import hardware, ratio
 from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
 from flowroll.engine.loading import load_transformer
-from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
-from flowroll.families import Guidance, StepInput
+from flowroll.exact import Alone, run_here, run_on_groups
+from flowroll.families import Guidance
+from flowroll.families.base import StepInput
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.rendezvous import join_store, serve_store
 from flowroll.parallel.shards import shard_rows
@@ -104,11 +105,8 @@ def run_rank(rank: int, folder: str, layout_name: str, rounds: int, port: int, r
                 dist.barrier()
                 if number >= 0:
                     times[name].append(time.perf_counter() - started)
-            if number < 0:
-                # The first forward of its kind is analysed, which takes others beside it.
-                mesh.received_bytes.clear()
         if rank == 0:
-            counted = sum(mesh.received_bytes.values()) // rounds
+            counted = sum(mesh.received_bytes.values()) // (rounds + 1)
             assert counted == formula(checkpoint, layout), (counted, formula(checkpoint, layout))
             Path(result).write_text(
                 json.dumps([row(name, velocities, times, layout, counted) for name in arms if name != "one rank"])
@@ -123,33 +121,20 @@ def build_arms(checkpoint: Checkpoint, mesh: Mesh, rank: int) -> Mapping[str, Ca
     timestep = torch.tensor([0.62], dtype=family.timestep_dtype(DTYPE))
     guidance = Guidance(rule=family.guidance_rule, scale=4.0)
 
-    one = StepInput(latents=latents, timestep=timestep, env=env, guidance=guidance)
-    place = {"device": torch.device("cpu"), "dtype": DTYPE}
-    here = choose_strategy(family, **place)
-    over_ranks = {"run": functools.partial(run_on_groups, mesh), "agree": functools.partial(all_ranks_agree, mesh)}
-    on_ranks = choose_strategy(family, **place, **over_ranks)
-
-    def step(transformer: Any, strategy: Strategy = here) -> Tensor:
-        (velocity,) = strategy.velocities(transformer, [one])
+    def step(transformer: Any, run: Any = run_here) -> Tensor:
+        one = StepInput(latents=latents, timestep=timestep, env=env, guidance=guidance)
+        (velocity,) = Alone(family, DTYPE, run).velocities(transformer, [one])
         return velocity
 
     whole = load_transformer(checkpoint, DTYPE, None)
     shared = load_transformer(checkpoint, DTYPE, mesh)
     arms: dict[str, Callable[[], Tensor]] = {
         "one rank": lambda: step(whole) if rank == 0 else latents,
-        f"flowroll, {mesh.layout.name}": lambda: step(shared, on_ranks),
+        f"flowroll, {mesh.layout.name}": lambda: step(shared, functools.partial(run_on_groups, mesh)),
     }
     if mesh.layout.name == "sp2" and hasattr(whole, "_cp_plan") and whole._cp_plan is not None:
         for name, degrees in PEERS.items():
-            arms[name] = functools.partial(
-                family.velocity,
-                context_parallel(load_transformer(checkpoint, DTYPE, None), rank, degrees),
-                latents,
-                timestep,
-                env,
-                guidance,
-                DTYPE,
-            )
+            arms[name] = functools.partial(step, context_parallel(load_transformer(checkpoint, DTYPE, None), rank, degrees))
     return arms
 
 

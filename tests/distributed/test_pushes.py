@@ -86,6 +86,46 @@ def test_buckets_are_in_place_on_every_rank_and_no_sample_starts_between_them(se
     assert answer.status_code == 422 and "no.such" in error_of(answer)["message"]
 
 
+@pytest.mark.parametrize("mode", ["drain", "abort"])
+def test_a_push_comes_while_samples_run_on_every_rank(mode: str, server: httpx.Client, truth: Truth) -> None:
+    (old_tensors, _, _), (tensors, _, new_sum), _ = truth
+    several = {**REQUEST, "num_inference_steps": 6, "num_outputs_per_prompt": 2}
+
+    def queue() -> dict[str, int]:
+        return server.get("/server_info").json()["queue"]
+
+    with Client(str(server.base_url)) as client:
+        expected = {}
+        for version, weights in (("new", tensors), ("old", old_tensors)):
+            client.update_weights(weights, weight_version=version)
+            expected[version] = client.rollout(**several)
+        answers: dict[str, list[Rollout]] = {}
+
+        def ask(name: str) -> Background:
+            return Background(lambda: answers.update({name: client.rollout(**several)}) or server.get("/health"))
+
+        names = list(tensors)
+        asked = [ask("running")]
+        until(lambda: queue()["running"] == 1)
+        for part in (names[::2], names[1::2]):
+            answer = send(server, [(name, tensors[name]) for name in part], weight_version="new", mode=mode)
+            assert answer.status_code == 200, answer.text
+            asked.append(ask(part[0]))
+            if part[0] == names[0]:
+                until(lambda: queue()["pending"] >= 1)
+                assert is_holding(server) and queue()["running"] == 0
+        assert not is_holding(server) and client.weights_checksum() == new_sum
+        for one in asked:
+            one.answer()
+    assert len(answers) == 3
+    for name, rollouts in answers.items():
+        version = "old" if name == "running" and mode == "drain" else "new"
+        assert len(rollouts) == 2
+        for rollout, other in zip(rollouts, expected[version], strict=True):
+            assert_same_bits(rollout, other)
+            assert rollout.weight_version == version
+
+
 def test_a_pushed_adapter_runs_on_every_rank(server: httpx.Client, truth: Truth) -> None:
     (tensors, old, _), _, (adapter, expected, _) = truth
     with Client(str(server.base_url)) as client:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from flowroll.families import FAMILIES as REGISTERED
-from flowroll.types import SdeType
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, SdeType
 
 FAMILIES = tuple(REGISTERED)
 DYNAMICS = tuple(get_args(SdeType))
@@ -72,16 +72,24 @@ def company_of(company: str, request: Request) -> list[Request]:
     some forwards or none: other texts, sizes, guidance, step counts, schedules, windows, and evaluations.
     """
     if company == "alike":
-        return [{**request, "seed": 50 + number, "sde_type": kind, "noise_level": 0.9} for number, kind in enumerate(DYNAMICS)]
+        alike = [{**request, "seed": 50 + number, "sde_type": kind, "noise_level": 0.9} for number, kind in enumerate(DYNAMICS)]
+        # The samples of a group start together, so that some forward is shared however the requests arrive.
+        return [{**alike[0], "num_outputs_per_prompt": 2}, *alike[1:]]
     if company == "mixed":
-        return [{**_BASE, "height": 64, "width": 64, "prompt": _SHORT, **fields} for fields in MIXTURE]
+        small = {**_BASE, "height": 64, "width": 64, "prompt": _SHORT}
+        return [{**small, **fields} for fields in MIXTURE] + [evaluation({**small, "seed": 3})]
     return []
+
+
+def evaluation(request: Request) -> Request:
+    """The same request as plain generation, which takes no option of a rollout."""
+    kept = {name: value for name, value in request.items() if ALIASES.get(name, name) not in ROLLOUT_FIELDS}
+    return {**kept, "rollout": False}
 
 
 MIXTURE: tuple[Request, ...] = (
     {"seed": 1},
     {"seed": 2, "num_inference_steps": 4, "sde_type": DYNAMICS[-1]},
-    {"seed": 3, "rollout": False, "debug_mode": False, "return_denoising_env": False, "return_dit_trajectory": False},
     {"seed": 4, "num_inference_steps": 3, "num_outputs_per_prompt": 3, "sde_step_indices": (1,)},
     {"seed": 5, "num_inference_steps": None, "sigmas": (1.0, 0.8, 0.3, 0.0), "log_prob_no_const": True},
     {"seed": 6, "guidance_scale": 0.0, "prompt": "a photo of two wine glasses"},

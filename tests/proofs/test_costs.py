@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tests.proofs.cases import DYNAMICS, FAMILIES, pairs
+from tests.proofs.cases import DYNAMICS, FAMILIES, evaluation, pairs
 from tests.proofs.conftest import EngineOf
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ NOTHING: dict[str, Any] = {"debug_mode": False, "return_dit_trajectory": False, 
 # the velocity and the mean, and the noise where any was drawn.
 OPTIONS: dict[str, tuple[dict[str, Any], int, int]] = {
     "log-probs alone": ({}, 0, 0),
-    "evaluation": ({"rollout": False}, 0, 0),
+    "evaluation": ({}, 0, 0),
     "environment": ({"return_denoising_env": True}, 0, 0),
     "first state alone": ({"return_dit_trajectory": True, "return_step_indices": (0,)}, 0, 0),
     "trajectory": ({"return_dit_trajectory": True}, 1, 1),
@@ -61,7 +61,7 @@ def test_a_step_keeps_what_was_asked_for_and_nothing_else(row: dict[str, str], e
     assert first.dit_trajectory is not None
     latents = first.dit_trajectory.latents[0].nbytes
     with bytes_alive_at_each_step() as alive:
-        engine.rollout(**{**request, **options})
+        engine.rollout(**(evaluation(request) if row["options"] == "evaluation" else {**request, **options}))
     assert len(alive) == STEPS
     # Not from the first call to the second, since caches may be filled then. A log-prob takes a few bytes.
     for before, after in itertools.pairwise(alive[1:]):

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from tests.adapters import policy, saved
 from tests.pickling import pushed, text, trainer
 from tests.rollouts import tensors_of
@@ -127,6 +128,30 @@ def test_a_push_replaces_the_layers_that_it_holds_and_no_sample_starts_between_i
     assert is_holding(server)
     assert push(server, other, version="2").json()["is_complete"] is True and not is_holding(server)
     assert_same_tensors(z_image.rollout(**REQUEST)[0], expected)
+
+
+@pytest.mark.parametrize("way", ["unloaded", "loaded"])
+def test_an_adapter_that_is_removed_or_replaced_ends_its_push(
+    way: str, server: httpx.Client, z_image: Engine, tmp_path: Path
+) -> None:
+    one, other = parts(factors(policy(z_image._model.transformer)))
+    for bucket in (one, other):
+        push(server, bucket, version="1")
+    assert push(server, one, version="2").json()["is_complete"] is False and is_holding(server)
+    # Adapters of other names have nothing to do with it.
+    z_image.load_lora_adapter(saved(policy(z_image._model.transformer), tmp_path / "a"), name="transformer")
+    server.post("/unload_lora_adapter", json={"lora_name": "transformer"}).raise_for_status()
+    assert is_holding(server)
+    with Client(str(server.base_url)) as client:
+        if way == "loaded":
+            model = policy(z_image._model.transformer, 1)
+            config = model.peft_config["default"].to_dict()
+            client.load_lora_adapter_from_tensors(get_peft_model_state_dict(model), config, name="lora_merge")
+        else:
+            client.unload_lora_adapter("lora_merge")
+    assert not is_holding(server)
+    # Layers that are not pushed any more are not waited for.
+    assert push(server, one, version="3").json()["is_complete"] is True and not is_holding(server)
 
 
 @pytest.mark.parametrize("merged", [False, True])

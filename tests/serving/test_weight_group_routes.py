@@ -171,6 +171,23 @@ def test_a_refused_bucket_leaves_everything_and_is_never_taken_for_the_next(
     assert_untouched(engine, truth)
 
 
+def test_a_server_that_is_busy_leaves_the_others_free(worker: EngineWorker, engine: Engine, truth: Truth, old: Rollout) -> None:
+    with (
+        serving(worker) as free_one,
+        serving(worker) as busy_one,
+        Client(str(free_one.base_url)) as first,
+        Client(str(busy_one.base_url)) as second,
+        WeightGroup([first, second], timeout_s=20.0) as group,
+    ):
+        begun = busy_one.post("/weights/begin").json()["update_id"]
+        with pytest.raises(WeightsBusyError):
+            group.update_weights(truth[1][0])
+        assert_untouched(engine, truth)
+        busy_one.post(f"/weights/{begun}/abort").raise_for_status()
+        assert group.update_weights(truth[1][0], weight_version="9") == ["9", "9"]
+    assert engine.weights_checksum() == truth[1][2]
+
+
 @pytest.mark.parametrize(
     ("change", "status"), [({"shapes": [[7]]}, 422), ({"names": ["no.such"]}, 422), ({"dtypes": ["int8"]}, 422), ({}, 409)]
 )

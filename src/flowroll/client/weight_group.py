@@ -163,7 +163,7 @@ class WeightGroup:
             return ranks.run(lambda: self._commit(begun), list[str])
         except BaseException:
             if ranks.sends:
-                self._abandon(begun)
+                self._abandon(begun, self._clients)
             raise
 
     def close(self) -> None:
@@ -186,7 +186,14 @@ class WeightGroup:
                 field="clients",
             )
         begin = begin_call(module, weight_version, False)
-        return self._of_each(lambda client, _: client._send(begin), self._clients)
+        calls = [self._threads.submit(client._send, begin) for client in self._clients]
+        wait(calls)
+        if any(call.exception() for call in calls):
+            # Or those that have begun refuse the next update until they give this one up.
+            for client, call in zip(self._clients, calls, strict=True):
+                if call.exception() is None:
+                    self._abandon([call.result()], [client])
+        return _results(calls)
 
     def _commit(self, begun: Sequence[str]) -> list[str]:
         updates = self._of_each(lambda client, update_id: client._send(commit_call(update_id, "drain")), begun)
@@ -198,8 +205,8 @@ class WeightGroup:
             [self._threads.submit(call, client, value) for client, value in zip(self._clients, values, strict=True)]
         )
 
-    def _abandon(self, begun: Sequence[str]) -> None:
-        for client, update_id in zip(self._clients, begun, strict=True):
+    def _abandon(self, begun: Sequence[str], clients: Sequence[Client]) -> None:
+        for client, update_id in zip(clients, begun, strict=True):
             # It may have ended already, or be out of reach; it drops the update by itself in the end.
             with contextlib.suppress(FlowrollError):
                 client._send(abandon_call(update_id))

@@ -89,8 +89,8 @@ class Recipe:
         return cls(
             family=family,
             guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
-            transitions=dynamics.recorded_transitions(
-                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, stochastic_steps=sde_step_indices
+            transitions=dynamics.transitions(
+                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=sde_step_indices
             ),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],

@@ -59,41 +59,27 @@ def transitions(
         sde_step_indices: The chosen steps; None: all. The others are ODE steps.
 
     Returns:
-        One transition per step.
+        One transition per step. A rollout says which of its steps had a density, and from that alone the same transitions
+        have to follow. So a step that has none under the dynamics (the last one of CPS) follows it if all steps with a density
+        do, chosen or not; otherwise it is an ODE step.
 
     Raises:
         InvalidRequestError: There is no such dynamics, or it cannot take one of its steps.
     """
     chosen = dynamics_named(sde_type)
     steps = check_sigmas(sigmas, chosen, noise_level=noise_level, sde_step_indices=sde_step_indices)
-    return tuple(
-        (chosen if step in steps else ode.DYNAMICS).coefficients(sigmas, step, noise_level)
-        for step in range(sigmas.shape[0] - 1)
-    )
+    plain = tuple(ode.DYNAMICS.coefficients(sigmas, step, noise_level) for step in range(sigmas.shape[0] - 1))
+    if _takes_ode_steps(chosen, noise_level):
+        return plain
+    own = tuple(chosen.coefficients(sigmas, step, noise_level) for step in range(sigmas.shape[0] - 1))
+    dense = {step for step in steps if own[step].is_stochastic}
+    if not any(this.is_stochastic for step, this in enumerate(own) if step not in dense):
+        return own
+    return tuple(own[step] if step in dense else plain[step] for step in range(sigmas.shape[0] - 1))
 
 
-def recorded_transitions(
-    sigmas: Float[Tensor, " states"], *, sde_type: str, noise_level: int | float, stochastic_steps: Collection[int] | None
-) -> tuple[Transition, ...]:
-    """The T transitions of a rollout that says which of its steps had a density.
-
-    A step that has none under its own dynamics (the last one of CPS) is not among them, though it was chosen.
-
-    Args:
-        sigmas: T + 1 noise levels, float32.
-        sde_type: Dynamics of the stochastic steps.
-        noise_level: n.
-        stochastic_steps: The steps with a density; None: every step was chosen.
-
-    Raises:
-        InvalidRequestError: As for `transitions`.
-    """
-    if stochastic_steps is not None:
-        chosen = dynamics_named(sde_type)
-        missing = set(range(sigmas.shape[0] - 1)) - set(stochastic_steps)
-        if not any(chosen.coefficients(sigmas, step, noise_level).is_stochastic for step in missing):
-            stochastic_steps = None
-    return transitions(sigmas, sde_type=sde_type, noise_level=noise_level, sde_step_indices=stochastic_steps)
+def _takes_ode_steps(chosen: Dynamics, noise_level: int | float) -> bool:
+    return chosen.name == ODE or (chosen.is_stochastic and noise_level == 0)
 
 
 def check_sigmas(
@@ -111,7 +97,7 @@ def check_sigmas(
     Raises:
         InvalidRequestError: Names the sigma and its step.
     """
-    if chosen.name == ODE or (chosen.is_stochastic and noise_level == 0):
+    if _takes_ode_steps(chosen, noise_level):
         return ()
     every = range(sigmas.shape[0] - 1)
     steps = every if sde_step_indices is None else set(sde_step_indices) & set(every)

@@ -122,9 +122,10 @@ class WeightPushes:
                 )
 
     def replaced(self, subject: str) -> None:
-        """All of it was replaced in another way, so nothing is mixed any more."""
+        """All of it was replaced or removed in another way: nothing is mixed any more, and what was pushed is gone."""
         if subject in self._open:
             self._end(subject, "replaced")
+        self._last.pop(subject, None)
 
     def _join(self, subject: str, given_version: str | None, names: Set[str]) -> WeightPush:
         push = self._open.get(subject)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling import ode, transition
-from flowroll.sampling.dynamics import DYNAMICS, NAMES, dynamics_named, recorded_transitions, transitions
+from flowroll.sampling.dynamics import DYNAMICS, NAMES, dynamics_named, transitions
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.4, 0.0])
 
@@ -129,7 +129,7 @@ def test_unknown_dynamics_are_refused_whatever_else_is_asked(options: dict) -> N
     with pytest.raises(InvalidRequestError, match="sde_type must be one of sde, cps, dance, ode, got 'flow-sde'"):
         transitions(SIGMAS, **{"sde_type": "flow-sde", "noise_level": 0.7, **options})
     with pytest.raises(InvalidRequestError, match="sde_type must be one of"):
-        recorded_transitions(SIGMAS, sde_type="flow-sde", noise_level=0.7, stochastic_steps=(0,))
+        transitions(SIGMAS, sde_type="flow-sde", noise_level=0.7, sde_step_indices=(0,))
 
 
 def test_an_alias_is_the_same_dynamics() -> None:
@@ -181,7 +181,5 @@ def test_a_rollouts_stochastic_steps_give_its_transitions_back(sde_type: str) ->
     for chosen in (None, (0,), (1, 2), (0, 1), ()):
         made = transitions(SIGMAS, sde_type=sde_type, noise_level=0.7, sde_step_indices=chosen)
         listed = tuple(step for step, this in enumerate(made) if this.is_stochastic)
-        found = recorded_transitions(SIGMAS, sde_type=sde_type, noise_level=0.7, stochastic_steps=listed)
-        assert [(this.std, this.is_stochastic) for this in found] == [(this.std, this.is_stochastic) for this in made]
-        if chosen is None:
-            assert found == made
+        found = transitions(SIGMAS, sde_type=sde_type, noise_level=0.7, sde_step_indices=listed)
+        assert found == made

@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +35,12 @@ def recorded(kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @contextmanager
-def segment(data: bytes, length: int) -> Iterator[bytes]:
-    """A segment like torch's with this data, under a name of so many characters."""
-    start = f"/torch_{os.getpid()}_1_"
-    name = start + "9" * (length - len(start))
+def segment(data: bytes, like: str) -> Iterator[bytes]:
+    """A segment like torch's with this data, under a name with other digits than this one."""
+    name = re.sub(r"[0-9]", lambda _: random.choice("0123456789"), like)
     path = Path("/dev/shm") / name[1:]
-    path.write_bytes(bytes(64) + data)
+    with path.open("xb") as file:
+        file.write(bytes(64) + data)
     try:
         yield name.encode()
     finally:
@@ -49,9 +51,8 @@ def segment(data: bytes, length: int) -> Iterator[bytes]:
 def replayed(kind: str) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
     """A recorded pickle, over a segment that is there, and its tensors."""
     record, tensors = recorded(kind)
-    old = record["segment"].encode()
-    with segment(base64.b64decode(record["flattened_tensor"]), len(old)) as name:
-        yield base64.b64decode(record["pickle"]).replace(old, name), tensors
+    with segment(base64.b64decode(record["flattened_tensor"]), record["segment"]) as name:
+        yield base64.b64decode(record["pickle"]).replace(record["segment"].encode(), name), tensors
 
 
 def received(data: bytes, *, is_flattened: bool = True, module: str = "transformer") -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ from flowroll.engine.scheduler.request import Request, RequestSample
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
 from flowroll.errors import FlowrollError
 
+# A wait can be no longer than clocks can tell; whoever waits looks again.
+_LONGEST_WAIT_S = 3600.0
+
 PauseMode: TypeAlias = Literal["finish", "freeze"]
 
 
@@ -125,6 +128,6 @@ class Inbox:
         if self._peeked:
             return
         try:
-            self._peeked.append(self._queue.get(timeout=timeout_s))
+            self._peeked.append(self._queue.get(timeout=None if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)))
         except queue.Empty:
             return

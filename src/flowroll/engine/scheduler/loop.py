@@ -83,7 +83,9 @@ class Loop:
     def _turn(self) -> bool:
         owed, self._owes_step = self._owes_step, False
         has_worked = self._take_messages() or owed
-        task = None if owed else self._tasks.next(self._clock(), is_idle=self._is_idle())
+        task = None
+        if not owed:
+            task = self._tasks.next(self._clock(), is_idle=self._is_idle(), is_holding=self._is_holding)
         if task is None:
             has_worked |= self._start_samples()
         # Before the work, which may take long, so that others see what is at work; and after it.
@@ -353,7 +355,6 @@ class Loop:
             failures=dict(counters.failures),
             stage_s=dict(counters.stage_s),
             is_paused=self._pause is not None,
-            is_holding=self._is_holding,
         )
         oldest = next(iter(self._queue.running), None)
         self.view = View(

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._stopped: FlowrollError | None = None
         self._pause: PauseMode | None = None
+        self._is_holding = False
         self._num_submitted = 0
         self._submitting = threading.Lock()
         # Futures that have not ended, in case the loop cannot end them.
@@ -145,8 +147,10 @@ class Scheduler:
     def hold_starts(self, is_holding: bool) -> None:
         """Keeps requests that wait from being admitted, or lets them go on. New ones are taken, and wait; what runs goes on.
 
-        Called in an `exclusive` action, or before it is asked for, it leaves no gap in which a sample could start.
+        Requests to recompute log-probs are treated in the same way. Called in an `exclusive` action, or before it is asked
+        for, it leaves no gap in which a sample could start.
         """
+        self._is_holding = is_holding
         self._inbox.put(messages.Hold(is_holding))
 
     def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
@@ -188,8 +192,8 @@ class Scheduler:
         return self._do(task, "drain")
 
     def load(self) -> LoadStats:
-        """The load at the end of the loop's last turn, all numbers from the same moment."""
-        return self.loop.view.stats
+        """The load at the end of the loop's last turn, all numbers from the same moment; whether it holds is as of now."""
+        return replace(self.loop.view.stats, is_holding=self._is_holding)
 
     def oldest_waiting_s(self) -> float:
         """How long the first request in line has waited; 0 where none waits."""
@@ -321,12 +325,11 @@ def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Call
     torch.set_grad_enabled(False)
     while (loop := held()) is not None and not loop.is_halted:
         try:
-            has_worked = loop.turn()
-            idle_s = loop.idle_s()
+            idle_s = 0.0 if loop.turn() else loop.idle_s()
+            del loop
+            if idle_s != 0.0:
+                inbox.wait(idle_s)
         except BaseException as error:
             if (end_all := crash()) is not None:
                 end_all(error)
             return
-        del loop
-        if not has_worked:
-            inbox.wait(idle_s)

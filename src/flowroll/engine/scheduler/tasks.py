@@ -77,7 +77,7 @@ class TaskQueue:
         (self._exclusive if task.needs_idle else self._between).append(task)
         self._accepted += task.request_id is not None
 
-    def next(self, now_s: float, *, is_idle: bool) -> ControlTask | None:
+    def next(self, now_s: float, *, is_idle: bool, is_holding: bool) -> ControlTask | None:
         """Begins the next task, or goes on with the one that is being done in pieces.
 
         A task that needs idleness goes first where nothing runs: the others may come without end.
@@ -85,12 +85,14 @@ class TaskQueue:
         Args:
             now_s: The time.
             is_idle: Whether nothing works for a request.
+            is_holding: Whether weights may be a mixture: log-probs that were not begun are not recomputed with it, but wait.
         """
         if self.current is None:
             if self._exclusive and is_idle:
                 self.current = self._exclusive.popleft()
-            elif self._between:
-                self.current = self._between.popleft()
+            elif task := next((task for task in self._between if not is_holding or task.request_id is None), None):
+                self._between.remove(task)
+                self.current = task
             self.current_since_s = now_s
         return self.current
 

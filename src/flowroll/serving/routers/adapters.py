@@ -6,13 +6,16 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_config
+from flowroll.engine.pushed_lora import PUSHED_ADAPTER
+from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
@@ -32,6 +35,8 @@ from flowroll.wire.adapters import (
 )
 from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
 from flowroll.wire.schema import parse
+
+T = TypeVar("T")
 
 
 def build_router(services: Services) -> APIRouter:
@@ -85,8 +90,16 @@ def build_router(services: Services) -> APIRouter:
     async def _load(files: AdapterFiles, accepted: LoadAdapterRequest) -> AdapterChangeObject:
         stage = functools.partial(engine.stage_lora_adapter, files, name=accepted.lora_name, merged=accepted.merged)
         commit = functools.partial(engine.commit_lora_adapter, weight_version=accepted.weight_version, mode=accepted.mode)
-        change = await services.change_policy(stage, commit, accepted.mode)
+        change = await change_adapter(stage, commit, accepted.mode)
         return _answer(change, f"{change.lora_name} is loaded, in version {change.weight_version}")
+
+    async def change_adapter(
+        stage: Callable[[], T], commit: Callable[[T], AdapterChange], mode: ExclusiveMode
+    ) -> AdapterChange:
+        change = await services.change_policy(stage, commit, mode)
+        if change.lora_name == PUSHED_ADAPTER:
+            services.pushes.replaced(PUSHED_ADAPTER)
+        return change
 
     @router.post(
         UNLOAD_ADAPTER_ROUTE,
@@ -102,7 +115,7 @@ def build_router(services: Services) -> APIRouter:
         def unload(_: None) -> AdapterChange:
             return engine.unload_lora_adapter(name, weight_version=version, mode=mode)
 
-        change = await services.change_policy(lambda: None, unload, mode)
+        change = await change_adapter(lambda: None, unload, mode)
         return _answer(change, f"{name} is unloaded, in version {change.weight_version}")
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)

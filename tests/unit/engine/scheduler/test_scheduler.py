@@ -323,6 +323,33 @@ def test_what_is_done_between_steps_does_not_wait_for_requests(hand: Hand) -> No
     assert len(hand.finish(request)[0]) == 1
 
 
+def test_nothing_starts_while_a_push_is_incomplete_not_even_what_came_before_it(hand: Hand) -> None:
+    running = hand.submit(num_outputs_per_prompt=3)
+    hand.encode()
+    hand.step()
+    seen: list[str] = []
+
+    def scoring() -> Any:
+        seen.append("score")
+        return iter(())
+
+    hand.scheduler.hold_starts(True)
+    waiting = hand.submit()
+    first = hand.exclusive(lambda: seen.append("first"))
+    # As a score that was accepted just before the push.
+    score = hand.between_steps(scoring, request_id="score")
+    picture = hand.between_steps(lambda: 7)
+    # All samples of what was running had the old weights.
+    assert len(hand.finish(running)[0]) == 3
+    hand.drain()
+    assert picture.result(0) == 7
+    assert first.done() and seen == ["first"] and not waiting.done() and not score.done()
+    assert hand.exclusive(lambda: seen.append("second")) is not None
+    hand.scheduler.hold_starts(False)
+    hand.drain()
+    assert seen == ["first", "second", "score"] and waiting.done() and score.done()
+
+
 def test_a_stream_of_what_is_done_between_steps_stops_neither_samples_nor_changes_of_the_model(hand: Hand) -> None:
     (request,) = hand.begin({"num_inference_steps": 4})
     change = None
