@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flowroll.client.calls import generate_call, rollout_call
+from flowroll.client import calls
 from flowroll.client.exchange import Call
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.wire.codec import WireFormat
@@ -38,8 +38,8 @@ class Ask:
 
     def call(self, **more: Any) -> Call[list[Any]]:
         """As the client sends it, with further fields."""
-        make = rollout_call if self.kind == "rollout" else generate_call
-        return make(None, {**self.values, **more}, self.wire_format)
+        make = calls.rollout if self.kind == "rollout" else calls.generate
+        return make(self.wire_format, **{**self.values, **more})
 
     def alone(self, seed: int) -> dict[str, Any]:
         """The fields of the request that has this one sample and no other."""

@@ -9,7 +9,7 @@ try:
 except MissingExtraError as error:
     _message = error.message
 
-    def app() -> None:  # type: ignore[misc]
+    def app(*, prog_name: str = "") -> None:  # type: ignore[misc]
         """Says what to install."""
         raise SystemExit(f"Error: {_message}")
 

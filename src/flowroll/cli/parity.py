@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ _PROMPT = (
     "A fluffy silver-gray cat rests on a light surface indoors, wearing small round sunglasses with gold frames and dark "
     "blue lenses."
 )
+_NOISE_LEVEL = 0.5
 _DEFAULT = "the family's"
 
 
@@ -27,7 +28,11 @@ def parity(
     prompt: Annotated[str, typer.Option(help="The text.")] = _PROMPT,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 42,
     num_outputs: Annotated[int, typer.Option(help="Samples.")] = 1,
-    noise_level: Annotated[float, typer.Option(help="Noise level of the stochastic dynamics.")] = 0.5,
+    rollout_noise_level: Annotated[
+        float | None,
+        typer.Option(help="Noise level of the stochastic dynamics. In short: --noise-level.", show_default=f"{_NOISE_LEVEL}"),
+    ] = None,
+    noise_level: Annotated[float | None, typer.Option(hidden=True)] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH|N", help="Pixels.", show_default=_DEFAULT)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default=_DEFAULT)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=_DEFAULT)] = None,
@@ -53,6 +58,9 @@ def parity(
     from flowroll.types import SamplingParams
 
     width, height = (None, None) if size is None else _parse_size(size)
+    if rollout_noise_level is None and noise_level is None:
+        rollout_noise_level = _NOISE_LEVEL
+    levels: dict[str, Any] = {"rollout_noise_level": rollout_noise_level, "noise_level": noise_level}
     params = SamplingParams(
         prompt=prompt,
         seed=seed,
@@ -61,7 +69,7 @@ def parity(
         num_inference_steps=steps,
         num_outputs_per_prompt=num_outputs,
         guidance_scale=guidance_scale,
-        rollout_noise_level=noise_level,
+        **{name: level for name, level in levels.items() if level is not None},
     )
     places = {"variant": variant, "dtype": dtype, "device": device, "threads": threads, "rank_timeout_s": rank_timeout_s}
     plan = plan_parity(model, params, layouts=layouts, modes=modes, **places)  # type: ignore[arg-type]

@@ -41,6 +41,8 @@ def no_process(monkeypatch):
         (("--num-outputs", 0), "num_outputs_per_prompt must be an integer >= 1, got 0"),
         (("--noise-level", 2), "noise_level must be 0 or from 0.0001 to below 2 for cps, got 2"),
         (("--noise-level", 10, "--modes", "sde", "--steps", 50), "noise_level must keep the trajectory within float32, got 10"),
+        (("--rollout-noise-level", 2), "noise_level must be 0 or from 0.0001 to below 2 for cps, got 2"),
+        (("--noise-level", 1, "--rollout-noise-level", 1), "rollout_noise_level must be given once, got noise_level beside it"),
         (("--guidance-scale", -1), "guidance_scale must be a number from 0 to 1000, got -1"),
         (("--threads", 0), "threads must be at least 1, got 0; use 1."),
         (("--rank-timeout-s", 0), "rank_timeout_s must be a number of seconds above 0, got 0; use e.g. 60."),
@@ -128,6 +130,11 @@ def test_every_flag_reaches_the_plan(finished_with):
         assert (params.noise_level, params.width, params.height, params.num_inference_steps) == (0.25, 96, 64, 4)
         assert params.guidance_scale == 3
         assert params.debug_mode and params.return_denoising_env and params.return_dit_trajectory
+
+
+def test_the_noise_level_has_the_name_that_it_has_everywhere(finished_with):
+    _, plan = finished_with(words=("--rollout-noise-level", 0.25))
+    assert [params.rollout_noise_level for params in plan.requests.values()] == [0.25, 0.25, 0.25]
 
 
 def test_what_is_left_open_is_the_familys_and_the_published_comparisons(finished_with):

@@ -91,6 +91,11 @@ def test_a_command_without_its_libraries_says_what_to_install(words, blocked, ex
     assert_one_line(done, INSTALL.format(blocked, extra))
 
 
+def test_the_module_says_what_to_install_as_the_command_does():
+    done = run_without({"typer"}, "import runpy; runpy.run_module('flowroll', run_name='__main__')")
+    assert_one_line(done, INSTALL.format("typer", "client"))
+
+
 @pytest.mark.parametrize(
     ("module", "blocked", "extra"),
     [

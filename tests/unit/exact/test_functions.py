@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tests.unit.exact.shared import Sharing, random_inputs
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flowroll.exact.functions import ELEMENTWISE, POINTWISE, named
 
@@ -110,6 +111,35 @@ def test_attention_is_merged_only_where_it_changes_nothing(masked: bool) -> None
         assert sharing.is_exact(inputs) and sharing.shares()
     finally:
         torch.set_num_threads(before)
+
+
+class AttentionBatches(TorchFunctionMode):
+    """Notes how many entries every call of attention has; entered before the modes of `exact`, it sees what those compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.found.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_attention_with_a_mask_runs_per_sample_where_plain_attention_is_merged(masked: bool) -> None:
+    """The probe asks about plain attention alone, so its answer says nothing about attention with a mask."""
+    mask = torch.tensor([True, True, False, True] * 16).view(1, 1, 1, 64)
+
+    def attend(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=mask.expand(len(x), -1, -1, -1) if masked else None)
+
+    inputs, sharing = random_inputs(2, 1, 4, 64, 64), Sharing(attend)
+    assert sharing.is_exact(inputs) and sharing.shares()
+    with AttentionBatches() as batches:
+        sharing.forwards.outputs(sharing.model, inputs)
+    assert batches.found == ([1, 1] if masked else [2])
 
 
 SLOW: dict[str, Callable[[Tensor], Tensor]] = {
