@@ -41,7 +41,7 @@ class Truth:
         engine = self._engines[sample.weight_version[0]]
         if isinstance(sample, Rollout):
             (alone,) = engine.rollout(**ask.alone(sample.seed))
-            return [entry.name for entry in compare_rollouts([alone], [sample]) if not entry.whole.equal]
+            return [entry.name for entry in compare_rollouts(sample.sampling.sde_type, [alone], [sample]) if not entry.whole.equal]
         (image,) = engine.generate(**ask.alone(sample.seed))
         return [
             name
