@@ -41,7 +41,8 @@ class Truth:
         engine = self._engines[sample.weight_version[0]]
         if isinstance(sample, Rollout):
             (alone,) = engine.rollout(**ask.alone(sample.seed))
-            return [entry.name for entry in compare_rollouts(sample.sampling.sde_type, [alone], [sample]) if not entry.whole.equal]
+            compared = compare_rollouts(sample.sampling.sde_type, [alone], [sample])
+            return [entry.name for entry in compared if not entry.whole.equal]
         (image,) = engine.generate(**ask.alone(sample.seed))
         return [
             name
