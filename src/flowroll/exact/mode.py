@@ -40,7 +40,7 @@ class Notes:
     """How a forward is computed.
 
     Attributes:
-        steps: Its functions in the order of the calls.
+        steps: The functions of the forward, in the order of the calls.
         without_rule: Names of functions of the samples' data that have no rule, and are computed for each sample.
     """
 
@@ -228,7 +228,7 @@ class Repetition(TorchFunctionMode):
     """Computes the functions of a forward as the analysis of the first forward of its kind noted.
 
     Args:
-        notes: Of the analysis.
+        notes: What the analysis found.
         samples: Who shares the forward.
     """
 

@@ -62,8 +62,8 @@ def decide(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     Args:
         trace: The analysis; its places are updated.
         func: A function of torch, as a function mode is given it.
-        args: Its positional arguments.
-        kwargs: Its named arguments.
+        args: The positional arguments of the call.
+        kwargs: The named arguments of the call.
 
     Raises:
         CannotMergeError: No way is known to have every sample's bits.

@@ -59,7 +59,7 @@ class Constant(Place):
 
     Attributes:
         is_exact: Every element has the same bits however many others are beside it.
-        is_fresh: Its memory was made in this forward, so that it may be written to.
+        is_fresh: The memory was made in this forward, so that it may be written to.
     """
 
     is_exact: bool

@@ -133,12 +133,6 @@ class Mesh:
         """Fills the tensor with rank 0's, on every rank."""
         dist.broadcast(tensor, 0)
 
-    def broadcast_flag(self, flag: bool) -> bool:
-        """Rank 0's flag."""
-        message = torch.tensor([flag], dtype=torch.uint8)
-        dist.broadcast(message, 0)
-        return bool(message.item())
-
     def odd_ranks(self, tensor: Tensor) -> list[int]:
         """The ranks whose tensor does not have rank 0's bits; the same list everywhere. Tensors have the same shape."""
         own = _digest(tensor)

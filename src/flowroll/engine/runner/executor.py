@@ -109,8 +109,8 @@ class Executor:
         """Runs recorded steps of one sample again on every rank, a step a piece; returns their velocities.
 
         Args:
-            record: Of the rollout.
-            sde_step_indices: Of the rollout.
+            record: The record of the rollout.
+            sde_step_indices: The stochastic steps of the rollout.
             recomputation: The steps.
 
         Raises:

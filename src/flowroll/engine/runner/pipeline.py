@@ -28,7 +28,7 @@ class PipelineRunner:
     Args:
         model: The model.
         pipeline: The diffusers pipeline that holds its modules.
-        versions: Of the weights.
+        versions: The versions of the weights.
         rest: Whether they are there.
     """
 
@@ -82,7 +82,7 @@ class PipelineRunner:
 
         Args:
             latents: One sample's latents, on the model's device.
-            geometry: Of its size.
+            geometry: The shapes of a sample of that size.
             what: How a message calls the picture.
 
         Raises:

@@ -25,7 +25,6 @@ from flowroll.errors import (
     FlowrollError,
     InvalidRequestError,
     RankLostError,
-    ShuttingDownError,
     WeightsRejectedError,
     fresh,
 )
@@ -230,8 +229,8 @@ class RankGroup:
         """
         try:
             yield
-        except (ShuttingDownError, RankLostError):
-            # Every rank came to the first; after the second there are no ranks.
+        except RankLostError:
+            # There are no ranks any more.
             raise
         except Exception as error:
             raise self._lost(error) from error

@@ -71,7 +71,7 @@ class Sample:
 
     Attributes:
         conditioning: What it shares with the other samples of its request.
-        seed: Its own seed.
+        seed: The seed of this sample alone.
         latents: x before `step`, raw: neither scaled nor cast for the model.
         step: The next step to take.
         recorder: Keeps what was asked for; None for plain generation.

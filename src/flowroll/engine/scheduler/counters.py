@@ -81,7 +81,7 @@ class LoadStats:
 
     Attributes:
         requests: How many requests there were and are.
-        log_probs: The same for requests to recompute log-probs; none of them counts as running.
+        log_probs: How many requests to recompute log-probs there were and are; none of them counts as running.
         oldest_waiting_since_s: Monotonic time at which the request that has waited longest came; None where none waits.
         running_samples: Samples between their initial noise and their decoded picture.
         batches: Shared forwards so far, by the number of samples in them.
