@@ -7,9 +7,8 @@ same layout with leaves of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar, cast
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -25,24 +24,10 @@ from flowroll.types import (
     Trajectory,
 )
 
-Dialect: TypeAlias = Literal["native", "sglang"]
-# How a tensor is written: an object of the wire format at hand.
-Leaf = TypeVar("Leaf")
-
-# Native name -> name in the sglang dialect.
-DEBUG_NAMES: Mapping[str, str] = {
-    "variance_noise": "rollout_variance_noises",
-    "prev_sample_mean": "rollout_prev_sample_means",
-    "noise_std_dev": "rollout_noise_std_devs",
-    "model_output": "rollout_model_outputs",
-}
 # The sglang dialect calls the text embedding this for every family, and holds it in a list.
 SGLANG_EMBEDS = "encoder_hidden_states"
 # What the families call it, where that differs.
 NATIVE_EMBEDS: Mapping[str, str] = {"z_image": "cap_feats"}
-
-LeafOrPlain: TypeAlias = Leaf | list[Any] | int | float | str | bool
-WireEnvValue: TypeAlias = Leaf | list[LeafOrPlain[Leaf]] | int | float | str | bool
 
 # Image shapes have three levels.
 _MAX_ENV_DEPTH = 8
@@ -50,55 +35,6 @@ _MAX_ENV_DEPTH = 8
 
 class LayoutError(ValueError):
     """An answer that is well-formed but not laid out as a rollout."""
-
-
-class WireEnv(msgspec.Struct, Generic[Leaf], frozen=True):
-    """`denoising_env`."""
-
-    pos_cond_kwargs: dict[str, WireEnvValue[Leaf]]
-    image_kwargs: dict[str, WireEnvValue[Leaf]] = {}
-    neg_cond_kwargs: dict[str, WireEnvValue[Leaf]] | None = None
-    guidance: Leaf | None = None
-
-
-class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
-    """`dit_trajectory`."""
-
-    latents: Leaf
-    timesteps: Leaf
-    sigmas: Leaf
-    latent_step_indices: tuple[int, ...]
-
-
-class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
-    """One object of the answer of POST /rollout/generate."""
-
-    request_id: str
-    prompt: str
-    seed: int
-    generated_output: Leaf
-    weight_version: str
-    sampling: SamplingRecord
-    inference_time_s: Number
-    peak_memory_mb: Number
-    rollout_log_probs: Leaf | None = None
-    rollout_debug_tensors: dict[str, Leaf] | None = None
-    denoising_env: WireEnv[Leaf] | None = None
-    dit_trajectory: WireTrajectory[Leaf] | None = None
-    sde_step_indices: tuple[int, ...] | None = None
-
-
-class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
-    """One object of the answer of POST /generate."""
-
-    request_id: str
-    prompt: str
-    seed: int
-    generated_output: Leaf
-    latents: Leaf
-    weight_version: str
-    sampling: SamplingRecord
-    inference_time_s: Number
 
 
 def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:

@@ -9,16 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import msgspec
+from msgspec import Meta
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import AdapterRecord, Number, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.types import (
+    MAX_REQUEST_ID_CHARS,
+    MAX_VERSION_CHARS,
+    AdapterRecord,
+    Number,
+    RecordedSteps,
+    SampleScores,
+    SamplingRecord,
+    ScoreAnswer,
+    ScoreParams,
+)
 from flowroll.wire.blob import BlobError, tensor_from_blob
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
+from flowroll.wire.describe import REF
 from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, embeds_name, env_from_wire, env_to_wire
 
 Leaf = TypeVar("Leaf")
@@ -28,63 +40,9 @@ _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _REMEDY = "see /openapi.json"
 
 
-class _Tensor(msgspec.Struct, Generic[Data], frozen=True, forbid_unknown_fields=True):
-    """A tensor of a request."""
-
-    is_tensor: Literal[True] = msgspec.field(name="__tensor__")
-    data: Data
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class _Env(WireEnv[Leaf], Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """`denoising_env` of a request."""
-
-
-class WireSteps(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """One object of `samples`."""
-
-    steps: tuple[int, ...]
-    latents: Leaf
-    next_latents: Leaf
-    denoising_env: _Env[Leaf]
-    sampling: dict[str, Any]
-    sde_step_indices: tuple[int, ...] | None = None
-
-
-class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """The body of a request."""
-
-    samples: list[WireSteps[Leaf]]
-    log_probs_only: bool = False
-    suppress_logs: bool = False
-    request_id: str | None = None
-    min_weight_version: str | None = None
-
-
-class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
-    """One object of `samples` of an answer."""
-
-    steps: tuple[int, ...]
-    log_probs: Leaf
-    stds: Leaf
-    means: Leaf | None = None
-    velocities: Leaf | None = None
-    lora: AdapterRecord | None = None
-
-
-class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
-    """The body of an answer."""
-
-    request_id: str
-    weight_version: str
-    samples: list[WireSampleScores[Leaf]]
-    inference_time_s: Number
-
-
 _REQUESTS: Mapping[str, Any] = {
-    JSON: msgspec.json.Decoder(WireScoreRequest[_Tensor[bytearray]]),
-    MSGPACK: msgspec.msgpack.Decoder(WireScoreRequest[_Tensor[memoryview]]),
+    JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
+    MSGPACK: msgspec.msgpack.Decoder(WireScoreRequest[WireTensor[memoryview]]),
 }
 _ANSWERS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreAnswer[Blob[bytearray]]),
@@ -177,7 +135,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
     )
 
 
-def _steps_of(sample: WireSteps[_Tensor[Any]]) -> RecordedSteps:
+def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
     record = _record(sample.sampling)
     try:
         env = env_from_wire(sample.denoising_env, _load, embeds_name(record))
@@ -212,7 +170,7 @@ def _record(sent: dict[str, Any]) -> SamplingRecord:
         _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
 
 
-def _states(sent: _Tensor[Any], field: str) -> Tensor:
+def _states(sent: WireTensor[Any], field: str) -> Tensor:
     try:
         return _load(sent)
     except (BlobError, LayoutError) as error:
@@ -220,7 +178,7 @@ def _states(sent: _Tensor[Any], field: str) -> Tensor:
 
 
 def _load(sent: object) -> Tensor:
-    if not isinstance(sent, _Tensor):
+    if not isinstance(sent, WireTensor):
         raise LayoutError(f"{type(sent).__name__} where a tensor should be")
     tensor = tensor_from_blob(sent.data)
     if tuple(tensor.shape) != sent.shape or str(tensor.dtype) != sent.dtype:
