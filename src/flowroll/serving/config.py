@@ -11,7 +11,7 @@ from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.errors import InvalidRequestError
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
-from flowroll.wire.dialects import Dialect
+from flowroll.wire.messages import Dialect
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 LoraMergeMode: TypeAlias = Literal["dynamic", "merge"]

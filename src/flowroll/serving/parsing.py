@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
@@ -20,11 +19,12 @@ from flowroll.serving.errors import SlowRequestError
 from flowroll.serving.middleware import RequestContext, context_of
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import JSON, MSGPACK
+from flowroll.wire.fields import Request as Message
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.scoring import decode_score_request
 
-RequestT = TypeVar("RequestT", RolloutRequest, GenerateRequest, ImagesRequest)
-ControlT = TypeVar("ControlT", bound=BaseModel)
+SamplingT = TypeVar("SamplingT", RolloutRequest, GenerateRequest, ImagesRequest)
+RequestT = TypeVar("RequestT", bound=Message)
 
 # Of a request that steers the server: a path and some names. It is parsed on the event loop, in well under a millisecond.
 MAX_CONTROL_BYTES = 64 * 1024
@@ -41,7 +41,7 @@ class UnsupportedMediaTypeError(MalformedRequestError):
     status = 415
 
 
-async def accept_request(request: Request, state: AppState, model: type[RequestT]) -> tuple[RequestT, RequestPlan]:
+async def accept_request(request: Request, state: AppState, model: type[SamplingT]) -> tuple[SamplingT, RequestPlan]:
     """Reads, parses and plans a request.
 
     Args:
@@ -81,7 +81,7 @@ async def read_body(request: Request, state: AppState, max_bytes: int | None = N
     return await _receive(request, max_bytes or state.config.max_body_bytes, state.config.receive_timeout_s)
 
 
-async def accept_control(request: Request, state: AppState, model: type[ControlT], *, is_optional: bool = False) -> ControlT:
+async def accept_control(request: Request, state: AppState, model: type[RequestT], *, is_optional: bool = False) -> RequestT:
     """Reads and parses a request that steers the server, of at most `MAX_CONTROL_BYTES`.
 
     Args:
@@ -128,7 +128,7 @@ def _plan_score(engine: Engine, body: bytearray, media_type: str, context: Reque
     return engine.plan_score(params)
 
 
-def _plan(engine: Engine, model: type[RequestT], body: bytearray, context: RequestContext) -> tuple[RequestT, RequestPlan]:
+def _plan(engine: Engine, model: type[SamplingT], body: bytearray, context: RequestContext) -> tuple[SamplingT, RequestPlan]:
     accepted = parse(model, parse_json_body(body))
     params = accepted.to_params()
     context.suppress_logs = params.suppress_logs

@@ -12,6 +12,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.types import ModuleName
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
+from flowroll.wire.validation import shown
 from flowroll.wire.weights import Changing, Targeted, Updatable
 
 _Module: TypeAlias = Annotated[Updatable, about("transformer", "leave it out for the transformer")]
@@ -116,9 +117,9 @@ class UpdateFromTensorRequest(Bucketed, kw_only=True, frozen=True):
             "be null or a list of UUIDs",
         ),
     ] = None
-    load_format: Annotated[
-        Literal["flattened_bucket"] | None, about("flattened_bucket", "leave it out for named tensors")
-    ] = None
+    load_format: Annotated[Literal["flattened_bucket"] | None, about("flattened_bucket", "leave it out for named tensors")] = (
+        None
+    )
     weight_update_mode: Annotated[Literal["lora_merge"] | None, about("lora_merge", "leave it out for weights")] = None
     lora_alpha: Annotated[
         Annotated[float, Meta(gt=0)] | None, about(64, "leave it out for a scale of 1", "be null or a number above 0")
@@ -139,7 +140,7 @@ class UpdateFromTensorRequest(Bucketed, kw_only=True, frozen=True):
             for name in ("lora_alpha", "lora_rank"):
                 if getattr(self, name) is not None:
                     raise InvalidRequestError(
-                        f"{name} must be null for weights, got {getattr(self, name)}; send weight_update_mode "
+                        f"{name} must be null for weights, got {shown(getattr(self, name))}; send weight_update_mode "
                         '"lora_merge" with it, or leave it out.',
                         field=name,
                     )

@@ -1,4 +1,4 @@
-"""The requests that steer generation and the memory of the weights, and their answers."""
+"""The requests that steer generation and the memory of the weights, their answers, and the answer of an error."""
 
 from __future__ import annotations
 
@@ -97,6 +97,32 @@ class ReleaseRequest(ResumeRequest, kw_only=True, frozen=True):
     EXAMPLES = ({"mode": "offload"},)
 
     mode: Annotated[Literal["offload", "disk"], about("offload", 'leave it out for "offload"')] = "offload"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorDetail:
+    """What went wrong.
+
+    Attributes:
+        code: Stable name of the kind of error.
+        message: Subject, rule, value and remedy.
+        field: The request's field that the message is about.
+    """
+
+    code: Annotated[str, Meta(examples=["invalid_request"])]
+    message: Annotated[str, Meta(examples=["height must be a multiple of 16 for qwen_image, got 1000; use 992 or 1008."])]
+    field: Annotated[str | None, Meta(examples=["height"])] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorBody:
+    """The body of every answer that is not a success.
+
+    Attributes:
+        error: What went wrong.
+    """
+
+    error: ErrorDetail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ same layout with leaves of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from flowroll.types import (
     DenoisingEnv,
     EnvValue,
     GeneratedImage,
-    Number,
     Rollout,
     SamplingRecord,
     Trajectory,
 )
+from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, WireEnv, WireImage, WireSample, WireTrajectory
 
 # The sglang dialect calls the text embedding this for every family, and holds it in a list.
 SGLANG_EMBEDS = "encoder_hidden_states"

@@ -35,15 +35,16 @@ class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """
 
 
-def about(example: object, remedy: str, rule: str | None = None) -> Meta:
-    """What is said of a field beside its type: `<field> must <rule>, got <value>; <remedy>.`
+def about(example: object, remedy: str, rule: str | None = None, description: str | None = None) -> Meta:
+    """What is said of a field beside its type; an error is `<field> must <rule>, got <value>; <remedy>`.
 
     Args:
         example: A valid value.
         remedy: What to do where a value breaks the rule.
         rule: The rule in words, with its verb; None: as its type says it.
+        description: What it is; None: what the docstring says.
     """
-    return Meta(examples=[example], extra={"remedy": remedy} if rule is None else {"remedy": remedy, "rule": rule})
+    return Meta(examples=[example], description=description, extra={"remedy": remedy, "rule": rule})
 
 
 Count: TypeAlias = Annotated[int, Meta(ge=1)]

@@ -33,9 +33,7 @@ class InitGroupRequest(Request, kw_only=True, frozen=True):
         backend: gloo carries tensors on the CPU, nccl on GPUs.
     """
 
-    EXAMPLES = (
-        {"master_address": "127.0.0.1", "master_port": 29600, "rank_offset": 1, "world_size": 2, "backend": "nccl"},
-    )
+    EXAMPLES = ({"master_address": "127.0.0.1", "master_port": 29600, "rank_offset": 1, "world_size": 2, "backend": "nccl"},)
 
     master_address: Annotated[
         Annotated[str, Meta(min_length=1, max_length=255)], about("127.0.0.1", "send the trainer's address", "be a host")

@@ -7,12 +7,13 @@ which are how the wire format at hand writes a tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from flowroll.types import MAX_REQUEST_ID_CHARS, MAX_VERSION_CHARS, SCHEMA_VERSION, AdapterRecord, Number, SamplingRecord
+from flowroll.wire.describe import REF
 
 Dialect: TypeAlias = Literal["native", "sglang"]
 Leaf = TypeVar("Leaf")
@@ -166,8 +167,52 @@ class WireSteps(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_field
     latents: Leaf
     next_latents: Leaf
     denoising_env: SentEnv[Leaf]
+    # Read by hand, for the names in it are checked too.
     sampling: Annotated[dict[str, Any], Meta(extra_json_schema={"$ref": REF.format(name=SamplingRecord.__name__)})]
     sde_step_indices: tuple[int, ...] | None = None
+
+
+_RECORD_EXAMPLE: dict[str, Any] = {
+    "family": "z_image",
+    "variant": "turbo",
+    "sde_type": "sde",
+    "noise_level": 0.7,
+    "log_prob_no_const": False,
+    "guidance_rule": "none",
+    "guidance_scale": 0.0,
+    "negative_prompt": None,
+    "height": 1024,
+    "width": 1024,
+    "num_inference_steps": 1,
+    "sigmas": [1.0, 0.0],
+    "timesteps": [1000.0],
+    "generator_device": "cuda",
+    "model_dtype": "torch.bfloat16",
+    "timestep_dtype": "torch.float32",
+    "device": "cuda",
+    "schema_version": SCHEMA_VERSION,
+}
+# A safetensors blob of a [1, 2] tensor, in base64.
+_BLOB = "QAAAAAAAAAB7InQiOnsiZHR5cGUiOiJGMzIiLCJzaGFwZSI6WzEsMl0sImRhdGFfb2Zmc2V0cyI6WzAsOF19fSAgICAgICAgAAAAPwAAgL8="
+_TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
+_SCORE_EXAMPLE: dict[str, Any] = {
+    "samples": [
+        {
+            "steps": [0],
+            "latents": _TENSOR_EXAMPLE,
+            "next_latents": _TENSOR_EXAMPLE,
+            "denoising_env": {
+                "image_kwargs": {},
+                "pos_cond_kwargs": {"cap_feats": _TENSOR_EXAMPLE},
+                "neg_cond_kwargs": None,
+                "guidance": None,
+            },
+            "sampling": _RECORD_EXAMPLE,
+            "sde_step_indices": [0],
+        }
+    ],
+    "log_probs_only": True,
+}
 
 
 class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
@@ -180,6 +225,8 @@ class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknow
         request_id: Echoed. null: the server makes one.
         min_weight_version: 409 if the weights are older than this version. Numbers compare as numbers, names by arrival.
     """
+
+    EXAMPLES: ClassVar[tuple[Mapping[str, Any], ...]] = (_SCORE_EXAMPLE,)
 
     samples: Annotated[list[WireSteps[Leaf]], Meta(extra_json_schema={"minItems": 1})]
     log_probs_only: bool = False

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_type_hints
 
-from msgspec import UNSET, Meta, UnsetType, defstruct, structs
+from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
-from flowroll.sampling.dynamics import DYNAMICS
+from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
@@ -40,12 +40,28 @@ _SIGMAS = Annotated[
         [1.0, 0.75, 0.4, 0.0], "send one value per step and a final 0", "be null or a list of two or more numbers from 0 to 1"
     ),
 ]
+_SDE_TYPE = about(
+    "cps",
+    "choose one of these",
+    f"be one of {', '.join(DYNAMICS)}",
+    "Dynamics of the stochastic steps. " + "; ".join(f'"{name}": {found.summary}' for name, found in DYNAMICS.items()) + ".",
+)
+_NOISE_LEVEL = about(
+    0.7,
+    "use 0 for a deterministic rollout",
+    f"be 0, or a number from {NOISE_LEVEL_MIN} to {NOISE_LEVEL_MAX:g}",
+    f"Noise level n: 0 (every step is an ODE step), or {noise_level_help()}.",
+)
 _PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
-class _SamplingRequest(Request, kw_only=True, frozen=True):
-    # What becomes `SamplingParams`; errors about those get the wire's names.
+class _Described(Request, kw_only=True, frozen=True):
+    # Fields are described where the parameters are.
     __doc__ = SamplingParams.__doc__
+
+
+class _SamplingRequest(_Described, kw_only=True, frozen=True):
+    # What becomes `SamplingParams`; errors about those get the wire's names.
 
     # What every request of the route has.
     _FIXED: ClassVar[Mapping[str, Any]] = {}
@@ -125,13 +141,8 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
 
 class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout: Annotated[bool, about(True, "leave it out for true")] = True
-    rollout_sde_type: Annotated[SdeType, about("cps", "choose one of these", f"be one of {', '.join(DYNAMICS)}")] = "sde"
-    rollout_noise_level: Annotated[
-        Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)],
-        about(
-            0.7, "use 0 for a deterministic rollout", f"be 0, or a number from {NOISE_LEVEL_MIN} to {NOISE_LEVEL_MAX:g}"
-        ),
-    ] = 0.7
+    rollout_sde_type: Annotated[SdeType, _SDE_TYPE] = "sde"
+    rollout_noise_level: Annotated[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], _NOISE_LEVEL] = 0.7
     rollout_log_prob_no_const: fields.Flag = False
     rollout_debug_mode: Annotated[bool, about(False, "leave it out for true")] = True
     rollout_return_denoising_env: fields.Flag = False
@@ -140,7 +151,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
 
 
-def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Request]:
+def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:
     """The object of further parameters of a request: any of its fields may be there, and none has a default of its own."""
     hints = get_type_hints(owner, include_extras=True)
     kinds = {field: hints[field] for field in owner.__struct_fields__ if field != "prompt"} | {"sigmas": _SIGMAS}
@@ -149,7 +160,7 @@ def _further(name: str, owner: type[Request], summary: str, short_names: Mapping
     return defstruct(
         name,
         [(field, _optional(kind), UNSET) for field, kind in kinds.items()],
-        bases=(Request,),
+        bases=(_Described,),
         namespace={"__doc__": f"{summary}\n\nAttributes:{attributes}"},
         module=__name__,
         frozen=True,

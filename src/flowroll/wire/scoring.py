@@ -9,37 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import msgspec
-from msgspec import Meta
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import (
-    MAX_REQUEST_ID_CHARS,
-    MAX_VERSION_CHARS,
-    AdapterRecord,
-    Number,
-    RecordedSteps,
-    SampleScores,
-    SamplingRecord,
-    ScoreAnswer,
-    ScoreParams,
-)
+from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.blob import BlobError, tensor_from_blob
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
-from flowroll.wire.describe import REF
-from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, embeds_name, env_from_wire, env_to_wire
+from flowroll.wire.dialects import LayoutError, embeds_name, env_from_wire, env_to_wire
+from flowroll.wire.messages import (
+    Dialect,
+    WireSampleScores,
+    WireScoreAnswer,
+    WireScoreRequest,
+    WireSteps,
+    WireTensor,
+)
 
-Leaf = TypeVar("Leaf")
-Data = TypeVar("Data")
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _REMEDY = "see /openapi.json"
-
-
 _REQUESTS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
     MSGPACK: msgspec.msgpack.Decoder(WireScoreRequest[WireTensor[memoryview]]),

@@ -10,6 +10,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -24,6 +25,8 @@ from flowroll.wire.names import EXTRA, ROLLOUT_ROUTE
 
 RequestT = TypeVar("RequestT", bound=Request)
 
+# msgspec prints an integer that is none of a literal's, and Python does not print several thousand digits.
+_REFUSED = (msgspec.ValidationError, ValueError)
 _MAX_NAME_CHARS = 80
 _ROLLOUT_NAMES = ROLLOUT_FIELDS | set(ALIASES)
 _NAMES: Mapping[Any, str] = {NoneType: "null", None: "null", str: "a string", int: "an integer", float: "a number"}
@@ -66,7 +69,7 @@ def parse(kind: type[RequestT], data: object) -> RequestT:
     _check_names(kind, data)
     try:
         request = convert(data, kind)
-    except msgspec.ValidationError as error:
+    except _REFUSED as error:
         raise _first_wrong(kind, data) from error
     request.check(data)
     return request
@@ -86,23 +89,21 @@ def _check_names(kind: type[Request], data: dict[Any, Any]) -> None:
 
 def _first_wrong(kind: type[Request], data: dict[str, Any], parent: str = "") -> InvalidRequestError:
     """The error of the first field whose value breaks its rule."""
-    for field in msgspec.structs.fields(kind):
-        name, value = parent + field.name, data.get(field.name)
-        if field.name not in data:
-            if not field.required:
-                continue
-            wrong = "nothing"
-        else:
-            inner = nested_request(kind, field.name)
+    for name, field in _fields(kind).items():
+        wrong, value = "nothing", data.get(name)
+        if name in data:
             try:
                 convert(value, field.type)
                 continue
-            except msgspec.ValidationError as error:
+            except _REFUSED as error:
+                inner = nested_request(kind, name)
                 if inner is not None and isinstance(value, dict):
                     return _first_wrong(inner, value, f"{name}.")
                 wrong = shown(_item_at(value, str(error)))
+        elif not field.required:
+            continue
         remedy, rule = _about(field.type)
-        return InvalidRequestError(f"{name} must {rule}, got {wrong}; {remedy}.", field=name)
+        return InvalidRequestError(f"{parent}{name} must {rule}, got {wrong}; {remedy}.", field=parent + name)
     raise AssertionError(f"nothing is wrong in a refused {kind.__name__}")
 
 
@@ -124,9 +125,16 @@ def shown(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
+# Reading annotations takes far longer than a request.
+@cache
+def _fields(kind: type[Request]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(kind)}
+
+
+@cache
 def nested_request(kind: type[Request], field: str) -> type[Request] | None:
     """The class of a field that is an object of fields."""
-    hint = next((known.type for known in msgspec.structs.fields(kind) if known.name == field), None)
+    hint = _fields(kind)[field].type if field in kind.__struct_fields__ else None
     parts = get_args(getattr(hint, "__origin__", hint))
     return next((part for part in parts if inspect.isclass(part) and issubclass(part, Request)), None)
 
@@ -134,7 +142,7 @@ def nested_request(kind: type[Request], field: str) -> type[Request] | None:
 def _about(hint: Any) -> tuple[str, str]:
     """Remedy and rule of a field."""
     said = hint.__metadata__[-1].extra
-    return said["remedy"], said.get("rule") or f"be {_listed(_words(hint), 'or')}"
+    return said["remedy"], said["rule"] or f"be {_listed(_words(hint), 'or')}"
 
 
 def _words(hint: Any, limits: Sequence[Meta] = ()) -> list[str]:
@@ -161,7 +169,9 @@ def _limits(hint: Any, limits: Sequence[Meta]) -> str:
         for names in (("ge", "min_length"), ("le", "max_length"))
     )
     if hint is str:
-        return "" if most is None else f" of at most {most} characters" if least is None else f" of {least} to {most} characters"
+        return (
+            "" if most is None else f" of at most {most} characters" if least is None else f" of {least} to {most} characters"
+        )
     if most is None:
         return "" if least is None else f" >= {least}"
     return f" from {least} to {most:g}" if hint is float else f" from {least} to {most}"

@@ -45,9 +45,7 @@ class Targeted(Changing, kw_only=True, frozen=True):
     module: Annotated[Updatable | None, about("transformer", "leave it out for the transformer")] = None
     target_modules: Annotated[
         Annotated[list[Updatable], Meta(min_length=1, max_length=1)] | None,
-        about(
-            ["transformer"], "send one update for each module", 'be null or a list of one of "transformer" and "vae"'
-        ),
+        about(["transformer"], "send one update for each module", 'be null or a list of one of "transformer" and "vae"'),
     ] = None
     flush_cache: Annotated[bool | None, about(True, "leave it out")] = None
 
@@ -109,19 +107,23 @@ class VerifyRequest(Request, kw_only=True, frozen=True):
     ]
 
 
-class UnloadAdapterRequest(Changing, kw_only=True, frozen=True):
-    """Body of POST /unload_lora_adapter.
+class _AdapterRequest(Changing, kw_only=True, frozen=True):
+    """What the requests about one adapter have in common.
 
     Attributes:
         lora_name: By which requests choose it.
     """
 
-    EXAMPLES = ({"lora_name": "step-120"},)
-
     lora_name: _LoraName
 
 
-class LoadAdapterRequest(UnloadAdapterRequest, kw_only=True, frozen=True):
+class UnloadAdapterRequest(_AdapterRequest, kw_only=True, frozen=True):
+    """Body of POST /unload_lora_adapter."""
+
+    EXAMPLES = ({"lora_name": "step-120"},)
+
+
+class LoadAdapterRequest(_AdapterRequest, kw_only=True, frozen=True):
     """Body of POST /load_lora_adapter.
 
     Attributes:
@@ -136,14 +138,12 @@ class LoadAdapterRequest(UnloadAdapterRequest, kw_only=True, frozen=True):
     merged: Annotated[bool, about(False, _BESIDE)] = False
 
 
-class AdapterFromTensorsRequest(UnloadAdapterRequest, kw_only=True, frozen=True):
+class AdapterFromTensorsRequest(_AdapterRequest, kw_only=True, frozen=True):
     """Query of POST /load_lora_adapter_from_tensors.
 
     Attributes:
         merged: As for /load_lora_adapter.
     """
-
-    EXAMPLES = ()
 
     merged: Annotated[Literal["true", "false"], about("false", _BESIDE, "be true or false")] = "false"
 

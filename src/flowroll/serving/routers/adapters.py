@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,23 +17,23 @@ from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
 from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.state import AppState
 from flowroll.serving.uploads import save_body
 from flowroll.types import AdapterChange, check_lora_name, check_version
-from flowroll.wire.adapters import (
+from flowroll.wire.control import ErrorBody
+from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
+from flowroll.wire.schema import parse
+from flowroll.wire.weights import (
     AdapterChangeObject,
     AdapterFromTensorsRequest,
     LoadAdapterRequest,
-    LoraAdapterObject,
     LoraAdaptersObject,
     UnloadAdapterRequest,
 )
-from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
-from flowroll.wire.schema import parse
 
 T = TypeVar("T")
 
@@ -91,7 +90,7 @@ def build_router(state: AppState) -> APIRouter:
         stage = functools.partial(engine.stage_lora_adapter, files, name=accepted.lora_name, merged=accepted.merged)
         commit = functools.partial(engine.commit_lora_adapter, weight_version=accepted.weight_version, mode=accepted.mode)
         change = await change_adapter(stage, commit, accepted.mode)
-        return _answer(change, f"{change.lora_name} is loaded, in version {change.weight_version}")
+        return AdapterChangeObject.of(change, "loaded")
 
     async def change_adapter(
         stage: Callable[[], T], commit: Callable[[T], AdapterChange], mode: ExclusiveMode
@@ -116,11 +115,11 @@ def build_router(state: AppState) -> APIRouter:
             return engine.unload_lora_adapter(name, weight_version=version, mode=mode)
 
         change = await change_adapter(lambda: None, unload, mode)
-        return _answer(change, f"{name} is unloaded, in version {change.weight_version}")
+        return AdapterChangeObject.of(change, "unloaded")
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)
     async def lora_adapters() -> LoraAdaptersObject:
-        return LoraAdaptersObject(adapters=[LoraAdapterObject(**dataclasses.asdict(one)) for one in engine.lora_adapters()])
+        return LoraAdaptersObject(adapters=list(engine.lora_adapters()))
 
     return router
 
@@ -148,7 +147,3 @@ def _check_words(accepted: LoadAdapterRequest | AdapterFromTensorsRequest) -> No
     check_lora_name(accepted.lora_name)
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
-
-
-def _answer(change: AdapterChange, message: str) -> AdapterChangeObject:
-    return AdapterChangeObject(message=message, **dataclasses.asdict(change))

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Field
 
 from flowroll.errors import AsleepError, EngineError, FlowrollError, PausedError, ShuttingDownError
-from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
+from flowroll.serving.errors import COMMON_RESPONSES, error_response
 from flowroll.serving.probe import Evidence
 from flowroll.serving.state import AppState
+from flowroll.wire.control import ErrorBody
 
 
-class Health(BaseModel):
-    """The check passed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """The check passed.
+
+    Attributes:
+        status: Always "ok".
+    """
 
     status: Literal["ok"] = "ok"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth(Health):
-    """The engine is there."""
+    """The engine is there.
 
-    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
+    Attributes:
+        is_asleep: Whether the memory of the weights is released.
+    """
+
+    is_asleep: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationHealth(Health):
-    """The engine generates."""
+    """The engine generates.
 
-    evidence: Evidence = Field(
-        description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image; "
-        "paused: generation is paused; asleep: the memory of the weights is released."
-    )
+    Attributes:
+        evidence: recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image;
+            paused: generation is paused; asleep: the memory of the weights is released.
+    """
+
+    evidence: Evidence
 
 
 _FAILED: dict[int | str, dict[str, object]] = {

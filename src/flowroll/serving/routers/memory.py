@@ -12,7 +12,7 @@ from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.state import AppState
 from flowroll.types import MemoryChange
-from flowroll.wire.memory import MemoryObject, ReleaseRequest, ResumeRequest
+from flowroll.wire.control import MemoryObject, ReleaseRequest, ResumeRequest
 from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
 
 

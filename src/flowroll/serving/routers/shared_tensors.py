@@ -7,6 +7,7 @@ sent.
 from __future__ import annotations
 
 import binascii
+import dataclasses
 
 import torch
 from fastapi import APIRouter, Request, Response
@@ -17,12 +18,13 @@ from torch import Tensor
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import tensor_head
 from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError, WeightsRejectedError
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import read_body
 from flowroll.serving.state import AppState
 from flowroll.types import check_version
 from flowroll.wire.arrivals import CheckedUpdateObject, CheckUpdateRequest, SharedUpdateObject, UpdateFromTensorRequest
+from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import CHECK_UPDATE_ROUTE, UPDATE_FROM_TENSOR_ROUTE
 from flowroll.wire.pickled import FIELD, SentTensors, named_tensors
 from flowroll.wire.schema import parse, parse_json_body
@@ -97,7 +99,7 @@ def build_router(state: AppState) -> APIRouter:
             found = "; ".join(text.format(len(names), _listed(names)) for names, text in parts if names)
             message = f"Module '{module}' update weight check failed: {found}"
         checked = CheckedUpdateObject(success=success, message=message)
-        return JSONResponse(checked.model_dump(), status_code=200 if success else 400)
+        return JSONResponse(dataclasses.asdict(checked), status_code=200 if success else 400)
 
     return router
 

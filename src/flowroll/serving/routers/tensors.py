@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from flowroll.engine.scheduler import ExclusiveMode
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.state import AppState
@@ -20,6 +20,7 @@ from flowroll.wire.arrivals import (
     BodyUpdateRequest,
     CommitUpdateRequest,
 )
+from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
 from flowroll.wire.schema import parse
 from flowroll.wire.weights import UpdateObject

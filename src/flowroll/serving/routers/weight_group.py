@@ -13,7 +13,7 @@ from flowroll.engine.weights.groups import UNRECEIVED, receive_from_group
 from flowroll.engine.weights.staged import tensor_head
 from flowroll.engine.weights.tensorfile import TensorHead
 from flowroll.parallel.broadcasting import BroadcastGroup
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import check_host
@@ -21,6 +21,7 @@ from flowroll.serving.state import AppState
 from flowroll.serving.weight_groups import close_group
 from flowroll.types import check_version
 from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
+from flowroll.wire.control import ErrorBody
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
