@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
 
+import msgspec
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
@@ -17,9 +18,11 @@ from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
+from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest
 from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
+from flowroll.wire.weights import AdapterFromTensorsRequest, Updatable
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -30,7 +33,7 @@ _OCTETS = "application/octet-stream"
 def push_weights(
     named_tensors: NamedTensors,
     *,
-    module: str,
+    module: Updatable,
     weight_version: str | None,
     partial: bool,
     mode: UpdateMode,
@@ -78,9 +81,9 @@ def push_adapter(
     return (yield from ranks.once(make, AdapterChange))
 
 
-def begin_call(module: str, weight_version: str | None, partial: bool) -> Call[str]:
+def begin_call(module: Updatable, weight_version: str | None, partial: bool) -> Call[str]:
     """POST /weights/begin: the id of the update."""
-    sent = {"module": module, "weight_version": weight_version, "partial": partial}
+    sent = BeginUpdateRequest(module=module, weight_version=weight_version, partial=partial)
     return post(BEGIN_ROUTE, sent, lambda body, content_type: str(read_object(body, content_type).get("update_id")))
 
 
@@ -115,9 +118,10 @@ def adapter_call(
         prefix = safetensors_prefix(tensors, metadata={"adapter_config": adapter_config_text(config)})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"tensors and config must be peft's, got {error}; use get_peft_model_state_dict.") from error
-    version = {} if weight_version is None else {"weight_version": weight_version}
-    query = {"lora_name": name, "merged": str(merged).lower(), "mode": mode, **version}
-    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(query)}"
+    query = AdapterFromTensorsRequest(
+        lora_name=name, merged="true" if merged else "false", weight_version=weight_version, mode=mode
+    )
+    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(msgspec.to_builtins(query))}"
     content = _body(prefix, tensors)
     return Call(method="POST", path=path, read=lambda body, _: read_by(CHANGE, body), content=content, content_type=_OCTETS)
 
@@ -129,7 +133,7 @@ def _body(prefix: bytes, tensors: Mapping[str, Tensor]) -> EncodedBody:
 
 def commit_call(update_id: str, mode: UpdateMode) -> Call[WeightUpdate]:
     """POST /weights/{update_id}/commit."""
-    return post(COMMIT_ROUTE.format(update_id=update_id), {"mode": mode}, lambda body, _: read_by(UPDATE, body))
+    return post(COMMIT_ROUTE.format(update_id=update_id), CommitUpdateRequest(mode=mode), lambda body, _: read_by(UPDATE, body))
 
 
 def abandon_call(update_id: str) -> Call[dict[str, object]]:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -42,7 +43,10 @@ from flowroll.client.pushing import (
 from flowroll.client.synchronous import Client
 from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
+from flowroll.wire.fields import Request
+from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+from flowroll.wire.weights import Updatable
 
 # How long the answer of a server may take that has closed the group.
 _REASON_S = 5.0
@@ -92,11 +96,18 @@ class WeightGroup:
         self._store = TCPStore(
             master_address, port, world_size, True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        place = {"master_address": master_address, "master_port": port, "world_size": world_size, "backend": backend}
+        first = InitGroupRequest(
+            master_address=master_address,
+            master_port=port,
+            rank_offset=1,
+            world_size=world_size,
+            group_name=self._name,
+            backend=backend,
+        )
         own: Future[BroadcastGroup] | None = None
         try:
             joined = [
-                self._post(client, INIT_GROUP_ROUTE, {**place, "rank_offset": rank})
+                self._post(client, INIT_GROUP_ROUTE, replace(first, rank_offset=rank))
                 for rank, client in enumerate(self._clients, start=1)
             ]
             own = self._threads.submit(
@@ -130,7 +141,7 @@ class WeightGroup:
         self,
         named_tensors: NamedTensors,
         *,
-        module: str = "transformer",
+        module: Updatable = "transformer",
         weight_version: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> list[str]:
@@ -173,7 +184,7 @@ class WeightGroup:
         if self._group is not None:
             self._group.close()
         clients, self._clients = self._clients, []
-        left = [self._post(client, DESTROY_GROUP_ROUTE, {}) for client in clients]
+        left = [self._post(client, DESTROY_GROUP_ROUTE, DestroyGroupRequest(group_name=self._name)) for client in clients]
         for future in left:
             # A server that never joined, or is gone, has nothing to destroy.
             if isinstance(error := future.exception(), Exception) and not isinstance(error, FlowrollError):
@@ -181,7 +192,7 @@ class WeightGroup:
         self._store = None
         self._threads.shutdown(wait=False)
 
-    def _begin(self, module: str, weight_version: str | None) -> list[str]:
+    def _begin(self, module: Updatable, weight_version: str | None) -> list[str]:
         if self._group is None:
             raise InvalidRequestError(
                 "clients must be given on the rank that sends, got none; give them on the first rank of the mesh.",
@@ -213,18 +224,19 @@ class WeightGroup:
             with contextlib.suppress(FlowrollError):
                 client._send(abandon_call(update_id))
 
-    def _broadcast(self, bucket: Mapping[str, Tensor], module: str, begun: Sequence[str]) -> None:
+    def _broadcast(self, bucket: Mapping[str, Tensor], module: Updatable, begun: Sequence[str]) -> None:
         group = self._group
         assert group is not None
         tensors = list(bucket.values())
-        expected = {
-            "target_modules": [module],
-            "names": list(bucket),
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-            "shapes": [list(tensor.shape) for tensor in tensors],
-        }
+        expected = UpdateFromGroupRequest(
+            group_name=self._name,
+            target_modules=[module],
+            names=list(bucket),
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+            shapes=[list(tensor.shape) for tensor in tensors],
+        )
         answers = [
-            self._post(client, UPDATE_FROM_GROUP_ROUTE, {**expected, "update_id": update_id})
+            self._post(client, UPDATE_FROM_GROUP_ROUTE, replace(expected, update_id=update_id))
             for client, update_id in zip(self._clients, begun, strict=True)
         ]
 
@@ -245,9 +257,8 @@ class WeightGroup:
             raise
         _results(answers)
 
-    def _post(self, client: Client, route: str, sent: Mapping[str, Any]) -> Future[dict[str, Any]]:
-        call = post(route, {**sent, "group_name": self._name}, read_object)
-        return self._threads.submit(client._send, call)
+    def _post(self, client: Client, route: str, sent: Request) -> Future[dict[str, Any]]:
+        return self._threads.submit(client._send, post(route, sent, read_object))
 
 
 def _close_made(made: Future[BroadcastGroup]) -> None:

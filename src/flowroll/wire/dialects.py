@@ -7,7 +7,7 @@ same layout with leaves of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from flowroll.types import (
     SamplingRecord,
     Trajectory,
 )
-from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, WireEnv, WireImage, WireSample, WireTrajectory
+from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, SentEnv, WireEnv, WireImage, WireSample, WireTrajectory
 
 # The sglang dialect calls the text embedding this for every family, and holds it in a list.
 SGLANG_EMBEDS = "encoder_hidden_states"
@@ -37,25 +37,25 @@ class LayoutError(ValueError):
     """An answer that is well-formed but not laid out as a rollout."""
 
 
-def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:
+def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
     """The response object of a rollout, tensors as they are."""
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
     embeds = embeds_name(rollout.sampling)
-    return {
-        "request_id": rollout.request_id,
-        "prompt": rollout.prompt,
-        "seed": rollout.seed,
-        "generated_output": rollout.image,
-        "rollout_log_probs": rollout.log_probs,
-        "rollout_debug_tensors": None if debug is None else _debug_to_wire(debug, dialect),
-        "denoising_env": None if env is None else env_to_wire(env, dialect, embeds),
-        "dit_trajectory": None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
-        "sde_step_indices": rollout.sde_step_indices,
-        "weight_version": rollout.weight_version,
-        "sampling": rollout.sampling,
-        "inference_time_s": rollout.inference_time_s,
-        "peak_memory_mb": rollout.peak_memory_mb,
-    }
+    return WireSample(
+        request_id=rollout.request_id,
+        prompt=rollout.prompt,
+        seed=rollout.seed,
+        generated_output=rollout.image,
+        rollout_log_probs=rollout.log_probs,
+        rollout_debug_tensors=None if debug is None else _debug_to_wire(debug, dialect),
+        denoising_env=None if env is None else env_to_wire(env, dialect, embeds),
+        dit_trajectory=None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
+        sde_step_indices=rollout.sde_step_indices,
+        weight_version=rollout.weight_version,
+        sampling=rollout.sampling,
+        inference_time_s=rollout.inference_time_s,
+        peak_memory_mb=rollout.peak_memory_mb,
+    )
 
 
 def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) -> Rollout:
@@ -92,18 +92,18 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     )
 
 
-def image_to_wire(image: GeneratedImage) -> dict[str, object]:
+def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
     """The response object of a generated image, tensors as they are."""
-    return {
-        "request_id": image.request_id,
-        "prompt": image.prompt,
-        "seed": image.seed,
-        "generated_output": image.image,
-        "latents": image.latents,
-        "weight_version": image.weight_version,
-        "sampling": image.sampling,
-        "inference_time_s": image.inference_time_s,
-    }
+    return WireImage(
+        request_id=image.request_id,
+        prompt=image.prompt,
+        seed=image.seed,
+        generated_output=image.image,
+        latents=image.latents,
+        weight_version=image.weight_version,
+        sampling=image.sampling,
+        inference_time_s=image.inference_time_s,
+    )
 
 
 def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> GeneratedImage:
@@ -130,7 +130,7 @@ def _check_version(record: SamplingRecord) -> None:
         raise LayoutError(f"schema_version {record.schema_version} where this flowroll reads {SCHEMA_VERSION}")
 
 
-def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, object]:
+def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, Tensor]:
     return {(name if dialect == "native" else sglang): getattr(debug, name) for name, sglang in DEBUG_NAMES.items()}
 
 
@@ -149,22 +149,22 @@ def embeds_name(record: SamplingRecord) -> str:
     return NATIVE_EMBEDS.get(record.family, SGLANG_EMBEDS)
 
 
-def env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> dict[str, object]:
+def env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> SentEnv[Tensor]:
     """The object of an environment, tensors as they are; `embeds` is the family's name of the text embedding."""
 
-    def branch(values: Mapping[str, EnvValue]) -> dict[str, object]:
-        renamed: dict[str, object] = dict(values)
+    def branch(values: Mapping[str, EnvValue]) -> dict[str, Any]:
+        renamed: dict[str, Any] = dict(values)
         if dialect == "sglang" and embeds in renamed:
             renamed[SGLANG_EMBEDS] = [renamed.pop(embeds)]
         return renamed
 
     negative = env.neg_cond_kwargs
-    return {
-        "image_kwargs": dict(env.image_kwargs),
-        "pos_cond_kwargs": branch(env.pos_cond_kwargs),
-        "neg_cond_kwargs": None if negative is None else branch(negative),
-        "guidance": env.guidance,
-    }
+    return SentEnv(
+        image_kwargs={**env.image_kwargs},
+        pos_cond_kwargs=branch(env.pos_cond_kwargs),
+        neg_cond_kwargs=None if negative is None else branch(negative),
+        guidance=env.guidance,
+    )
 
 
 def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: str) -> DenoisingEnv:
@@ -199,14 +199,14 @@ def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: st
     )
 
 
-def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> dict[str, object]:
+def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> WireTrajectory[Tensor]:
     timesteps = trajectory.timesteps
-    return {
-        "latents": trajectory.latents,
-        "timesteps": timesteps if dialect == "native" else torch.cat([timesteps, timesteps.new_zeros(1)]),
-        "sigmas": trajectory.sigmas,
-        "latent_step_indices": trajectory.latent_step_indices,
-    }
+    return WireTrajectory(
+        latents=trajectory.latents,
+        timesteps=timesteps if dialect == "native" else torch.cat([timesteps, timesteps.new_zeros(1)]),
+        sigmas=trajectory.sigmas,
+        latent_step_indices=trajectory.latent_step_indices,
+    )
 
 
 def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> Trajectory:

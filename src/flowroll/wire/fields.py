@@ -15,8 +15,8 @@ from msgspec import Meta, Struct
 from flowroll.types import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, MAX_REQUEST_ID_CHARS, MAX_SEED, MAX_VERSION_CHARS, ModuleName
 
 
-class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request; `validation.parse` makes one, with rules within and between its fields.
+class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A request: a client makes and encodes one, a server has `validation.parse` make it, by rules within and between fields.
 
     Attributes:
         EXAMPLES: Whole requests, for the OpenAPI document.

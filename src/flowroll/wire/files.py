@@ -110,6 +110,8 @@ def _without_tensors(value: object, name: str, found: dict[str, Tensor]) -> obje
     if isinstance(value, Tensor):
         found[name] = value
         return _TensorName(name=name)
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
     if isinstance(value, Mapping):
         return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), found) for key, item in value.items()}
     if isinstance(value, list):

@@ -45,18 +45,24 @@ _ANSWERS: Mapping[str, Any] = {
 def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialect: Dialect = "native") -> EncodedBody:
     """The body of a request; it refers to the tensors of `params`."""
     samples = [
-        {
-            "steps": sample.steps,
-            "latents": sample.latents,
-            "next_latents": sample.next_latents,
-            "denoising_env": env_to_wire(sample.denoising_env, dialect, embeds_name(sample.sampling)),
-            "sampling": sample.sampling,
-            "sde_step_indices": sample.sde_step_indices,
-        }
+        WireSteps(
+            steps=sample.steps,
+            latents=sample.latents,
+            next_latents=sample.next_latents,
+            denoising_env=env_to_wire(sample.denoising_env, dialect, embeds_name(sample.sampling)),
+            sampling=msgspec.to_builtins(sample.sampling),
+            sde_step_indices=sample.sde_step_indices,
+        )
         for sample in params.samples
     ]
-    names = ("log_probs_only", "suppress_logs", "request_id", "min_weight_version")
-    return encode({"samples": samples, **{name: getattr(params, name) for name in names}}, wire_format)
+    request = WireScoreRequest(
+        samples=samples,
+        log_probs_only=params.log_probs_only,
+        suppress_logs=params.suppress_logs,
+        request_id=params.request_id,
+        min_weight_version=params.min_weight_version,
+    )
+    return encode(request, wire_format)
 
 
 def decode_score_request(body: Body, media_type: str) -> ScoreParams:
@@ -95,9 +101,24 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
 
 def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> EncodedBody:
     """The body of an answer; it refers to the tensors of `answer`."""
-    samples = [{name: getattr(sample, name) for name in WireSampleScores.__struct_fields__} for sample in answer.samples]
-    names = ("request_id", "weight_version", "inference_time_s")
-    return encode({**{name: getattr(answer, name) for name in names}, "samples": samples}, wire_format)
+    scores = [
+        WireSampleScores(
+            steps=sample.steps,
+            log_probs=sample.log_probs,
+            stds=sample.stds,
+            means=sample.means,
+            velocities=sample.velocities,
+            lora=sample.lora,
+        )
+        for sample in answer.samples
+    ]
+    made = WireScoreAnswer(
+        request_id=answer.request_id,
+        weight_version=answer.weight_version,
+        samples=scores,
+        inference_time_s=answer.inference_time_s,
+    )
+    return encode(made, wire_format)
 
 
 def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
