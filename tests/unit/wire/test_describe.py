@@ -21,18 +21,8 @@ TEXTS = ("", "x", "x" * 32, "x" * 33, "x" * 64, "x" * 65, "x" * 128, "x" * 129, 
 NUMBERS = (-1, 0, 1, 2, 100, 4096, 4097, 65535, 65536, 2**32 - 1, 2**32, 10**30, -0.5, 0.5, 1.5, 10.5, 999.5, 1000.5)
 WORDS = ("cuda", "cpu", "sde", "dance_sde", "auto", "64x32", "64x32\n", "0x64", "png", "drain", "freeze", "vae", "text_encoder")
 LISTS: tuple[Any, ...] = (
-    [],
-    [0],
-    [1, 0.5, 0],
-    [-1],
-    [2**32],
-    [True],
-    ["x"],
-    ["vae"],
-    ["vae", "vae"],
-    [[1]],
-    [[1] * 17],
-    [None],
+    *([], [0], [1, 0.5, 0], [-1], [2**32], [True], ["x"]),
+    *(["vae"], ["vae", "vae"], [[1]], [[1] * 17], [None]),
 )
 OBJECTS: tuple[Any, ...] = ({}, {"a": "b"}, {"a": 1}, {"seed": 1}, {"seed": -1}, {"sde_type": "cps"}, {"prompt": "x"})
 VALUES: tuple[Any, ...] = (None, True, False, *TEXTS, *NUMBERS, *WORDS, *LISTS, *OBJECTS)
