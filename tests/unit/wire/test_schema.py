@@ -445,3 +445,37 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
         for value in (float("nan"), float("inf"), float("-inf")):
             with pytest.raises(InvalidRequestError, match=f"{name} must "):
                 parse(RolloutRequest, PROMPT | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"seed": -1}, "seed must be null or an integer from 0 to 4294967295, got -1; leave it out for a drawn seed."),
+        (
+            {"seeds": [1, "4"]},
+            "seeds must be null or a list of integers from 0 to 4294967295, got '4'; send one seed per output.",
+        ),
+        ({"prompt": None}, "prompt must be a string of at most 100000 characters, got None; send one prompt as text."),
+        (
+            {"generator_device": "mps"},
+            'generator_device must be "cuda" or "cpu", got \'mps\'; leave it out for the engine\'s device.',
+        ),
+        ({"width": 0}, "width must be null or an integer >= 1, got 0; leave it out for the family's width."),
+        ({"guidance_scale": 2000}, "guidance_scale must be null or a number from 0 to 1000, got 2000; use 0 for no guidance."),
+        ({"rollout": 1}, "rollout must be true or false, got 1; leave it out for true."),
+        (
+            {"request_id": ""},
+            "request_id must be null or a string of 1 to 256 characters, got ''; leave it out for a generated one.",
+        ),
+        (
+            {"extra_sampling_params": {"sde_step_indices": [0, [1]]}},
+            "extra_sampling_params.sde_step_indices must be null or a list of integers >= 0, got [1]; count steps from 0.",
+        ),
+        (
+            {"extra_sampling_params": 3},
+            "extra_sampling_params must be null or an object, got 3; send further sampling parameters by name.",
+        ),
+    ],
+)
+def test_a_refusal_says_field_rule_value_and_remedy_word_for_word(body: dict[str, Any], message: str) -> None:
+    assert refusal(RolloutRequest, PROMPT | body).message == message
