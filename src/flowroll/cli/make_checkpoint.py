@@ -12,7 +12,7 @@ from flowroll.cli.options import quiet_model_libraries
 
 
 def make_checkpoint(
-    family: Annotated[Literal["qwen_image", "z_image"], typer.Argument(metavar="FAMILY", help="qwen_image or z_image.")],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="A model family, e.g. z_image; an unknown one lists all.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to save.")],
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
     size: Annotated[Literal["tiny", "mid"], typer.Option(help="tiny, or mid: about 100 million parameters.")] = "tiny",

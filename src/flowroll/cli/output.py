@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from flowroll.types import EnvValue, GeneratedImage, Rollout
+from flowroll.types import GeneratedImage, Rollout
 
 # Wider than any path.
 _ANY_WIDTH = 10_000
@@ -39,19 +39,7 @@ def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
                 if isinstance(tensor := getattr(value, field.name), Tensor):
                     yield f"{part}.{field.name}", tensor
     if (env := rollout.denoising_env) is not None:
-        for branch in ("image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs"):
-            for key, item in (getattr(env, branch) or {}).items():
-                yield from _env_tensors(f"denoising_env.{branch}.{key}", item)
-        if env.guidance is not None:
-            yield "denoising_env.guidance", env.guidance
-
-
-def _env_tensors(name: str, value: EnvValue) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _env_tensors(f"{name}[{index}]", item)
+        yield from ((f"denoising_env.{name}", tensor) for name, tensor in env.tensors())
 
 
 def num_bytes(rollout: Rollout) -> int:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flowroll.engine.checkpoint import TORCH_COMPONENTS, examine_checkpoint
+from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
-from flowroll.engine.loading import LoadedModel, load_model
+from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.plan import plan_geometry
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.peers import FailureListener
@@ -167,8 +167,8 @@ class EngineCore:
 
 def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:
     """All weights of this rank."""
-    for name in TORCH_COMPONENTS:
-        yield from getattr(pipeline, name).parameters()
+    for module in modules_of(pipeline).values():
+        yield from module.parameters()
     yield from model.adapters.parameters()
 
 

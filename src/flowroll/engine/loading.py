@@ -20,11 +20,11 @@ from safetensors import safe_open
 from torch import nn
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
-from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint, plain_class
+from flowroll.engine.checkpoint import Checkpoint, plain_class
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
-from flowroll.families import Family, ModelSpec
+from flowroll.families import Family, ModelSpec, Prompt
 from flowroll.families.alignment import align_weights
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
@@ -202,14 +202,20 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
     """The pipeline in evaluation mode, on the CPU."""
     modules = {
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
-        for name in TORCH_COMPONENTS
+        for name in checkpoint.modules
     }
+    parts = {**modules, **dict.fromkeys(checkpoint.absent)}
     with _with_plain_classes(checkpoint) as folder:
-        pipeline = DiffusionPipeline.from_pretrained(folder, **modules, dtype=dtype, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    for name in TORCH_COMPONENTS:
-        getattr(pipeline, name).eval()
+    for module in modules.values():
+        module.eval()
     return pipeline
+
+
+def modules_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that have weights, by name."""
+    return {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
 
 
 @contextlib.contextmanager
@@ -220,7 +226,7 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
     """
     plain = {
         name: ["transformers" if name.startswith("text_encoder") else "diffusers", checkpoint.class_of(name)]
-        for name in TORCH_COMPONENTS
+        for name in checkpoint.modules
     }
     if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
         yield checkpoint.folder
@@ -236,10 +242,12 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
 def _check_text(family: Family, pipeline: Any) -> None:
     """Encodes a prompt: a broken tokenizer, template or text encoder shows here and not in the first request."""
     with torch.no_grad():
-        embeds = family.encode(pipeline, _PROBE)[family.embeds_key]
+        encoded = family.encode(pipeline, Prompt(text=_PROBE))
+    embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
-    if not all_finite(embeds):
-        raise CheckpointError("text_encoder must give finite embeddings, got NaN or infinity; copy its weights again.")
+    if not all(all_finite(value) for value in encoded.values() if isinstance(value, torch.Tensor)):
+        names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)
+        raise CheckpointError(f"{names} must give finite embeddings, got NaN or infinity; copy the weights again.")
     if embeds.shape[0] < len(_PROBE.split()):
         raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
 

@@ -118,13 +118,18 @@ class UpdatableEngine(EngineCore):
         """
         return self._alone(lambda: self._weights.commit(staged, weight_version), mode)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The parts of the checkpoint that have weights, e.g. "transformer", "text_encoder", "vae"."""
+        return self._weights.modules
+
     def weights_checksum(self, module: str = "transformer") -> str:
         """sha256 over the module's tensors in the order of their names, of each its name and then its bytes, of all ranks.
 
         Waits for the requests that run. `flowroll.replay.weights_checksum` is the same for a trainer's module.
 
         Args:
-            module: "transformer", "text_encoder" or "vae".
+            module: One of `modules`.
 
         Raises:
             InvalidRequestError: Another module.
@@ -137,7 +142,7 @@ class UpdatableEngine(EngineCore):
 
         Args:
             expected: Name and sha256 of the raw bytes, of every tensor.
-            module: "transformer", "text_encoder" or "vae".
+            module: One of `modules`.
 
         Returns:
             How many tensors there are.
@@ -154,7 +159,7 @@ class UpdatableEngine(EngineCore):
 
         Args:
             expected: `typed_tensor_checksum` by name; tensors that are not named are not looked at.
-            module: "transformer", "text_encoder" or "vae".
+            module: One of `modules`.
 
         Returns:
             The names that the module does not have, and those whose tensors differ.

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import (
-    Family,
-    ForwardInput,
-    Guidance,
-    Output,
-    StepInput,
-    Transformer,
-    run_in_turn,
-)
+from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transformer, run_in_turn
+from flowroll.families.conditioning import ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.recipe import Recipe, StepScore
@@ -44,6 +37,7 @@ __all__ = [
     "Guidance",
     "ModelSpec",
     "Output",
+    "Prompt",
     "Recipe",
     "StepInput",
     "StepScore",

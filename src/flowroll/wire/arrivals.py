@@ -10,7 +10,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.types import ModuleName
 from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
-from flowroll.wire.weights import Mode, Targeted, Updatable, Version, first_wrong
+from flowroll.wire.weights import MODULES, Mode, Targeted, Updatable, Version, first_wrong
 
 _Module: TypeAlias = Annotated[
     Updatable,
@@ -176,7 +176,7 @@ class CheckUpdateRequest(Strict):
     target_module: Annotated[
         ModuleName,
         Field(description="Part of the checkpoint.", examples=["transformer"]),
-        Rule(text='be "transformer", "text_encoder" or "vae"', remedy="choose one of these"),
+        Rule(text=f"be {MODULES}", remedy="choose one of these"),
     ]
     expected_named_tensors_sha256: Annotated[
         dict[str, str],

@@ -19,7 +19,7 @@ from flowroll.types import AdapterRecord, Number, RecordedSteps, SampleScores, S
 from flowroll.wire.blob import BlobError, tensor_from_blob
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
-from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, embeds_name, env_from_wire, env_to_wire
+from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, conditioning_of, env_from_wire, env_to_wire
 
 Leaf = TypeVar("Leaf")
 Data = TypeVar("Data")
@@ -99,7 +99,7 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
             "steps": sample.steps,
             "latents": sample.latents,
             "next_latents": sample.next_latents,
-            "denoising_env": env_to_wire(sample.denoising_env, dialect, embeds_name(sample.sampling)),
+            "denoising_env": env_to_wire(sample.denoising_env, dialect, conditioning_of(sample.sampling)),
             "sampling": sample.sampling,
             "sde_step_indices": sample.sde_step_indices,
         }
@@ -180,7 +180,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
 def _steps_of(sample: WireSteps[_Tensor[Any]]) -> RecordedSteps:
     record = _record(sample.sampling)
     try:
-        env = env_from_wire(sample.denoising_env, _load, embeds_name(record))
+        env = env_from_wire(sample.denoising_env, _load, conditioning_of(record))
     except (BlobError, LayoutError) as error:
         _refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
     return RecordedSteps(

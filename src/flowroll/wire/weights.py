@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -13,6 +13,8 @@ from flowroll.wire.fields import Items, Rule
 from flowroll.wire.schema import Strict
 
 MAX_PATH_CHARS = 4096
+# The parts of a checkpoint, as a rule lists them.
+MODULES = " or ".join(f'"{name}"' for name in get_args(ModuleName)).replace(" or ", ", ", len(get_args(ModuleName)) - 2)
 
 Updatable: TypeAlias = Literal["transformer", "vae"]
 _ModulePath: TypeAlias = Annotated[
@@ -29,7 +31,7 @@ _ModulePath: TypeAlias = Annotated[
 _Module: TypeAlias = Annotated[
     ModuleName,
     Field(description="Part of the checkpoint.", examples=["transformer"]),
-    Rule(text='be "transformer", "text_encoder" or "vae"', remedy="choose one of these"),
+    Rule(text=f"be {MODULES}", remedy="choose one of these"),
 ]
 Version: TypeAlias = Annotated[
     str | None,
@@ -109,8 +111,10 @@ class ChecksumRequest(Strict):
 
     module_names: Annotated[
         Items[_Module] | None,
-        Field(min_length=1, max_length=3, description="Parts of the checkpoint. null: all three.", examples=[["transformer"]]),
-        Rule(text='be null or a list of "transformer", "text_encoder" and "vae"', remedy="leave it out for all"),
+        Field(
+            min_length=1, max_length=5, description="Parts of the checkpoint. null: all of them.", examples=[["transformer"]]
+        ),
+        Rule(text=f"be null or a list of {MODULES}", remedy="leave it out for all"),
     ] = None
 
 
@@ -162,6 +166,8 @@ class ChecksumsObject(BaseModel):
 
     transformer: str | None = None
     text_encoder: str | None = None
+    text_encoder_2: str | None = None
+    text_encoder_3: str | None = None
     vae: str | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
@@ -16,7 +16,7 @@ from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.state import AppState
-from flowroll.types import ModuleName, check_version
+from flowroll.types import check_version
 from flowroll.wire.names import CHECKSUM_ROUTE, UPDATE_FROM_DISK_ROUTE, VERIFY_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.weights import (
@@ -59,7 +59,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def get_weights_checksum(request: Request) -> ChecksumsObject:
         accepted = await accept_control(request, state, ChecksumRequest)
-        names = dict.fromkeys(accepted.module_names or get_args(ModuleName))
+        names = dict.fromkeys(accepted.module_names or engine.modules)
         sums = await state.between_requests(lambda: {name: engine.weights_checksum(name) for name in names})
         return ChecksumsObject(**sums)
 
