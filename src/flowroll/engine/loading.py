@@ -21,6 +21,7 @@ from torch import nn
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
+from flowroll.engine.facts import ModelFacts
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
@@ -29,37 +30,24 @@ from flowroll.families.alignment import align_weights
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
-from flowroll.sampling.schedule import ScheduleConfig
 from flowroll.types import all_finite
 
 _PROBE = "a red circle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
+class LoadedModel(ModelFacts):
     """What planning and denoising need of a checkpoint in memory.
 
     Attributes:
-        family: How to call it.
-        variant: Which of the family's variants it is taken for.
         transformer: The denoiser, or this rank's part of it.
         adapters: The same with LoRA adapters.
         strategy: Computes the velocities of samples that take a step together.
-        spec: The facts that shape its latents.
-        schedule_config: Its sigma grid.
-        device: Where the modules are.
-        dtype: Of the weights.
     """
 
-    family: Family
-    variant: str
     transformer: Any
     adapters: AdapterSet
     strategy: Strategy
-    spec: ModelSpec
-    schedule_config: ScheduleConfig
-    device: torch.device
-    dtype: torch.dtype
 
 
 def load_model(
