@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.incoming import IncomingWeights
-from flowroll.engine.tensorfile import TensorHead
 from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.wire.tensorfile import TensorHead
 
 UNRECEIVED = "a bucket that was refused"
 

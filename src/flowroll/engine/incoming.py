@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowroll.engine.tensorfile import TensorHead
 from flowroll.engine.weights import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
+from flowroll.wire.tensorfile import StoredTensor, TensorHead, TensorStream
 
 _CPU = torch.device("cpu")
 _SUBJECT = "the new weights"
@@ -220,3 +220,32 @@ class Bucket:
         """They will not; another bucket may hold them. Without effect after `keep`."""
         if not self._is_kept:
             self._incoming._release(self._heads)
+
+
+class BucketStream(TensorStream):
+    """A bucket that arrives as the pieces of a safetensors body. Ends with `finish` or `drop`; used by one thread at a time.
+
+    Args:
+        incoming: What the bucket is part of. It looks at the header as soon as that is here, before any data is.
+    """
+
+    def __init__(self, incoming: IncomingWeights) -> None:
+        super().__init__(self._open)
+        self._incoming = incoming
+        self._bucket: Bucket | None = None
+
+    def finish(self) -> int:
+        """Adds the bucket to what has arrived, once the body has ended; see `TensorStream.finish`."""
+        count = super().finish()
+        assert self._bucket is not None
+        self._bucket.keep()
+        return count
+
+    def drop(self) -> None:
+        """Forgets the bucket; its tensors may come again in another. Without effect on one that was added."""
+        if self._bucket is not None:
+            self._bucket.drop()
+
+    def _open(self, stored: list[StoredTensor]) -> list[Tensor]:
+        self._bucket = self._incoming.open(stored)
+        return self._bucket.targets

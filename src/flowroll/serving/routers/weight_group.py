@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.groups import UNRECEIVED, receive_from_group
-from flowroll.engine.tensorfile import TensorHead
 from flowroll.engine.weights import tensor_head
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
@@ -24,6 +23,7 @@ from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
+from flowroll.wire.tensorfile import TensorHead
 from flowroll.wire.validation import shown
 
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
