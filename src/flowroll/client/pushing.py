@@ -19,7 +19,7 @@ from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
-from flowroll.wire.tensorfile import safetensors_prefix
+from flowroll.wire.safetensors import safetensors_prefix
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from flowroll.engine.tensorfile import TensorFile
 from flowroll.engine.weight_files import TEXT_STEM, WEIGHT_STEMS, chosen_file, read_json, some_of, weight_files, weight_map
 from flowroll.errors import CheckpointError, UnsupportedModelError
 from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
-from flowroll.wire.tensorfile import TensorFile
 
 _INDEX = "model_index.json"
 # Ours, optional: what model_index.json does not say.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowroll.engine.incoming import IncomingWeights
 from flowroll.parallel.broadcasting import BroadcastGroup
-from flowroll.wire.tensorfile import TensorHead
+from flowroll.wire.safetensors import TensorHead
 
 UNRECEIVED = "a bucket that was refused"
 

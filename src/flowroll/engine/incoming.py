@@ -19,7 +19,7 @@ from torch import Tensor
 from flowroll.engine.weights import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
-from flowroll.wire.tensorfile import StoredTensor, TensorHead, TensorStream
+from flowroll.wire.safetensors import StoredTensor, TensorHead, TensorStream
 
 _CPU = torch.device("cpu")
 _SUBJECT = "the new weights"

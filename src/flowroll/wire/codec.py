@@ -29,7 +29,7 @@ from flowroll.wire.dialects import (
     rollout_to_wire,
 )
 from flowroll.wire.envelope import TOKEN_CHARS, json_envelope, msgpack_envelope
-from flowroll.wire.tensorfile import safetensors_prefix, tensor_from_blob
+from flowroll.wire.safetensors import safetensors_prefix, tensor_from_blob
 
 WireFormat: TypeAlias = Literal["json", "msgpack"]
 Body: TypeAlias = bytes | bytearray | memoryview

@@ -19,7 +19,7 @@ from flowroll.types import AdapterRecord, Number, RecordedSteps, SampleScores, S
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, embeds_name, env_from_wire, env_to_wire
-from flowroll.wire.tensorfile import BlobError, tensor_from_blob
+from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
 Leaf = TypeVar("Leaf")
 Data = TypeVar("Data")

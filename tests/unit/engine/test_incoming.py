@@ -16,7 +16,7 @@ from flowroll.engine import Engine
 from flowroll.engine.incoming import BucketStream, IncomingWeights
 from flowroll.engine.weights import Slot, tensor_head
 from flowroll.errors import FlowrollError, InvalidRequestError, ShuttingDownError, WeightsRejectedError
-from flowroll.wire.tensorfile import TensorHead
+from flowroll.wire.safetensors import TensorHead
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from tests.weights import REQUEST, WEIGHTS, change, edit_config, edit_header, in
 
 from flowroll import Rollout, replay
 from flowroll.engine import Engine, weights
+from flowroll.engine.tensorfile import TensorFile
 from flowroll.engine.versions import WeightVersions
 from flowroll.errors import (
     InvalidRequestError,
@@ -24,7 +25,6 @@ from flowroll.errors import (
     WeightsMismatchError,
     WeightsRejectedError,
 )
-from flowroll.wire.tensorfile import TensorFile
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.engine.rest import SleepMode
+from flowroll.engine.tensorfile import FileStamp
 from flowroll.families import ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
-from flowroll.wire.tensorfile import FileStamp
 
 
 class TensorShape(msgspec.Struct, frozen=True):

@@ -22,8 +22,8 @@ from flowroll.types import check_version
 from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+from flowroll.wire.safetensors import TensorHead
 from flowroll.wire.schema import parse, parse_json_body
-from flowroll.wire.tensorfile import TensorHead
 from flowroll.wire.validation import shown
 
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}

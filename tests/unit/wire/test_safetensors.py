@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from flowroll.errors import WeightsRejectedError
-from flowroll.wire.tensorfile import BlobError, StoredTensor, TensorStream, read_header, safetensors_prefix
+from flowroll.wire.safetensors import BlobError, StoredTensor, TensorStream, read_header, safetensors_prefix
 
 ENTRY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
