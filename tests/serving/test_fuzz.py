@@ -349,8 +349,8 @@ def split(tensor: dict[str, Any], index: int) -> dict[str, Any]:
     """One state of a trajectory, as a tensor of its own."""
     import base64
 
-    from flowroll.wire.blob import tensor_from_blob
     from flowroll.wire.codec import encode
+    from flowroll.wire.safetensors import tensor_from_blob
 
     states = tensor_from_blob(bytearray(base64.b64decode(tensor["data"])))
     return json.loads(b"".join(encode([states[index : index + 1].clone()], "json").chunks()))[0]

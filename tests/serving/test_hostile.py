@@ -23,7 +23,7 @@ from tests.serving.servers import SMALL, WAIT_S, error_of, serving
 from flowroll.engine.worker import EngineWorker
 from flowroll.serving import ServerConfig, create_app
 from flowroll.serving.connections import MAX_HEADER_BYTES
-from flowroll.wire.blob import safetensors_prefix
+from flowroll.wire.safetensors import safetensors_prefix
 
 TIMEOUT_S = 0.4
 DRIBBLE_S = 0.05

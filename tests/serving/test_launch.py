@@ -18,7 +18,7 @@ import pytest
 from tests.serving.servers import LONG, SMALL, WAIT_S, Background, ServerProcess, error_of, until
 
 from flowroll.serving import ServerConfig, launch, serve
-from flowroll.serving.logs import LineFormatter
+from flowroll.logs import LineFormatter
 
 NUM_PROBES = 40
 # Loading takes seconds of CPU; what follows a signal must not.

@@ -14,8 +14,7 @@ import pytest
 from tests.serving.servers import SMALL, HookedEngine, serving, until
 
 from flowroll.engine.worker import EngineWorker
-from flowroll.serving.config import LogFormat, LogLevel
-from flowroll.serving.logs import configure_logging
+from flowroll.logs import LogFormat, LogLevel, configure_logging
 from flowroll.wire.body import EncodedBody
 
 ROLLOUT = "/rollout/generate"

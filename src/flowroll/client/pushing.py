@@ -17,9 +17,9 @@ from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
-from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
+from flowroll.wire.safetensors import safetensors_prefix
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

@@ -9,13 +9,13 @@ from typing import Literal, TypeAlias
 
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.errors import InvalidRequestError
+from flowroll.logs import LogFormat, LogLevel
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
 
-LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 LoraMergeMode: TypeAlias = Literal["dynamic", "merge"]
-LogFormat: TypeAlias = Literal["text", "json"]
+
 
 _MAX_PORT = 65535
 # The kernel counts milliseconds in 32 bits.

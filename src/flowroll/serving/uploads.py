@@ -10,7 +10,7 @@ from pathlib import Path
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.weights.tensorstream import TensorStream
+from flowroll.engine.weights.receiver import BucketStream
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.parsing import bounded_stream, check_media_type
 from flowroll.serving.weight_updates import OpenUpdate
@@ -38,7 +38,7 @@ async def read_bucket(request: Request, arrival: OpenUpdate, *, max_bytes: int, 
         UnsupportedMediaTypeError: It is sent as something else.
     """
     check_media_type(request.headers, _OCTETS)
-    stream = TensorStream(arrival.incoming)
+    stream = BucketStream(arrival.incoming)
 
     def take(pieces: list[bytes]) -> None:
         for piece in pieces:

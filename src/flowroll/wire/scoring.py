@@ -16,10 +16,10 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.types import AdapterRecord, Number, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
-from flowroll.wire.blob import BlobError, tensor_from_blob
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, conditioning_of, env_from_wire, env_to_wire
+from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
 Leaf = TypeVar("Leaf")
 Data = TypeVar("Data")

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
-from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.receiver import BucketStream, WeightReceiver
 from flowroll.engine.weights.staged import Slot, tensor_head
-from flowroll.engine.weights.tensorfile import TensorHead
-from flowroll.engine.weights.tensorstream import TensorStream
 from flowroll.errors import FlowrollError, InvalidRequestError, ShuttingDownError, WeightsRejectedError
+from flowroll.wire.safetensors import TensorHead
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +70,8 @@ def test_tensors_of_this_process_give_the_rollouts_of_an_engine_started_on_them(
         assert engine.weights_checksum() == checksum
 
 
-def streamed(incoming: object, data: bytes, size: int) -> TensorStream:
-    stream = TensorStream(incoming)
+def streamed(incoming: object, data: bytes, size: int) -> BucketStream:
+    stream = BucketStream(incoming)
     for start in range(0, len(data), size):
         stream.feed(data[start : start + size])
     return stream
@@ -114,7 +113,7 @@ def test_a_bucket_is_refused_before_its_data_and_may_come_again(
         data = save(bucket)
         head = data[: 8 + int.from_bytes(data[:8], "little")]
         with pytest.raises(WeightsRejectedError, match=words):
-            TensorStream(incoming).feed(head)
+            BucketStream(incoming).feed(head)
     assert incoming.num_arrived == 0
     incoming.put([(name, good)])
     with pytest.raises(WeightsRejectedError, match=rf"come once, got {name} twice"):
@@ -151,7 +150,7 @@ def test_a_stream_that_is_cut_or_too_long_leaves_nothing(
         ((5).to_bytes(8, "little") + b"[1,2]", "broken header"),
         ((2**40).to_bytes(8, "little"), "broken header"),
     ):
-        stream = TensorStream(incoming)
+        stream = BucketStream(incoming)
         with pytest.raises(WeightsRejectedError, match=words):
             stream.feed(spoilt)
         stream.drop()

@@ -7,6 +7,7 @@ Arguments and results are data that can be sent to another process; they hold no
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import tempfile
 import threading
@@ -27,16 +28,18 @@ from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
 from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service.probe import GenerationProbe
-from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, UpdateProgress
+from flowroll.engine.service.shared_memory import SharedMemory, placed, tensor_at
+from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
 from flowroll.engine.weights.groups import UNRECEIVED, WeightGroups, receive_from_group
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.staged import WeightFiles, tensor_head
-from flowroll.engine.weights.tensorfile import TensorHead
+from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
+from flowroll.engine.weights.staged import FLOATS, WeightFiles
 from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
-from flowroll.types.sent import SentBucket
+from flowroll.wire.pickled import SentTensors, named_tensors
+from flowroll.wire.safetensors import TensorHead
 
 __all__ = ["EngineService", "RequestKind", "blocking"]
 
@@ -51,6 +54,23 @@ def blocking(method: MethodT) -> MethodT:
     """Marks a method of `EngineService` that may take long."""
     method.is_blocking = True  # type: ignore[attr-defined]
     return method
+
+
+def bucket_bytes(heads: Sequence[TensorHead]) -> int:
+    """How much memory the tensors of a bucket take one after the other."""
+    return placed([_num_bytes(head) for head in heads])[1]
+
+
+def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
+    """The tensors of a bucket in memory that holds them one after the other."""
+    starts, _ = placed([_num_bytes(head) for head in heads])
+    return [
+        tensor_at(memory, start, head.shape, FLOATS[head.dtype]) for start, head in zip(starts, heads, strict=True)
+    ]
+
+
+def _num_bytes(head: TensorHead) -> int:
+    return math.prod(head.shape) * FLOATS[head.dtype].itemsize
 
 
 class EngineService:
@@ -72,6 +92,7 @@ class EngineService:
         self._scores: set[Future[ScoreAnswer]] = set()
         self._submitting_scores = threading.Lock()
         self._updates: dict[str, WeightReceiver] = {}
+        self._sent: dict[str, SentTensors] = {}
         engine.scheduler.start()
 
     def __enter__(self) -> EngineService:
@@ -243,10 +264,10 @@ class EngineService:
         self._receiver(update_id).claim(heads)
 
     @blocking
-    def put_bucket(self, update_id: str, heads: Sequence[TensorHead], tensors: Sequence[Tensor]) -> UpdateProgress:
-        """Takes copies of the tensors of a claimed bucket."""
+    def put_bucket(self, update_id: str, heads: Sequence[TensorHead], memory: SharedMemory) -> UpdateProgress:
+        """Takes copies of the tensors of a claimed bucket, which lie one after the other; see `bucket_tensors`."""
         receiver = self._receiver(update_id)
-        self._guarded(lambda: receiver.put_claimed(heads, tensors))
+        self._guarded(lambda: receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads)))
         return self._progress(receiver)
 
     def drop_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
@@ -255,18 +276,27 @@ class EngineService:
             receiver.unclaim(heads)
 
     @blocking
-    def fill_from_sent(self, update_id: str, sent: SentBucket) -> UpdateProgress:
-        """Copies a bucket from memory that another process shares, and lets the sender have that back."""
+    def open_sent(self, payload: bytes, *, module: str, flattened: bool, unread: Sequence[bytes]) -> SentNames:
+        """Finds the tensors that a pickled payload names in another process's memory; `close_sent` has to follow.
+
+        See `wire.pickled.named_tensors` for the arguments and errors.
+        """
+        sent = named_tensors(payload, module=module, flattened=flattened, unread=unread)
+        sent_id = secrets.token_hex(8)
+        self._sent[sent_id] = sent
+        return SentNames(sent_id=sent_id, names=tuple(name for name, _ in sent.pairs))
+
+    @blocking
+    def close_sent(self, sent_id: str) -> None:
+        """Lets a sender have its memory back. Without effect where it has it."""
+        if (sent := self._sent.pop(sent_id, None)) is not None:
+            sent.release()
+
+    @blocking
+    def fill_from_sent(self, update_id: str, sent_id: str) -> UpdateProgress:
+        """Copies a bucket from another process's memory, and lets the sender have that back."""
         receiver = self._receiver(update_id)
-
-        def fill() -> None:
-            with sent.reading():
-                heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in sent.tensors]
-                if heads:
-                    with receiver.bucket(heads, device=sent.device) as targets:
-                        sent.copy_to(targets)
-
-        self._guarded(fill)
+        self._guarded(lambda: fill_from_sent(receiver, self._sent[sent_id]))
         return self._progress(receiver)
 
     @blocking
@@ -347,7 +377,7 @@ class EngineService:
     @blocking
     def load_pushed_adapter(
         self,
-        sent: SentBucket,
+        sent_id: str,
         *,
         alpha: int | float | None,
         rank: int | None,
@@ -358,8 +388,8 @@ class EngineService:
         """Adds factors that a trainer shares to the pushed adapter; requests that name no adapter run with it."""
 
         def load() -> AdapterChange:
-            with sent.reading():
-                factors = read_factors(sent.copies(self.engine.info.adapter_limits.max_adapter_bytes), alpha, rank)
+            copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
+            factors = read_factors(copies, alpha, rank)
             with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
                 staged = self.engine.stage_pushed_lora(factors, Path(folder), merged=merged)
                 return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)

@@ -102,3 +102,16 @@ class UpdateProgress:
     num_arrived: int
     num_tensors: int
     weight_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentNames:
+    """Tensors that another process holds ready.
+
+    Attributes:
+        sent_id: Names them.
+        names: The names of the tensors, in their order.
+    """
+
+    sent_id: str
+    names: tuple[str, ...]

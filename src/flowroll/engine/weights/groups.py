@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.tensorfile import TensorHead
+from flowroll.wire.safetensors import TensorHead
 from flowroll.parallel.broadcasting import BroadcastGroup
 
 from flowroll.errors import NotFoundError, WeightsBusyError

@@ -11,7 +11,6 @@ from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.weights.groups import UNRECEIVED, receive_from_group
 from flowroll.engine.weights.staged import tensor_head
-from flowroll.engine.weights.tensorfile import TensorHead
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
 from flowroll.serving.openapi import request_body
@@ -23,6 +22,7 @@ from flowroll.types import check_version
 from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+from flowroll.wire.safetensors import TensorHead
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.validation import shown
 
