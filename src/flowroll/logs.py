@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from typing import Literal, TypeAlias
 from urllib.parse import quote
 
-
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 # Lines to read, or a JSON object a line.
 LogFormat: TypeAlias = Literal["text", "json"]

@@ -27,7 +27,7 @@ from tests.serving.servers import SMALL, WAIT_S, error_of, serving
 from tests.serving.test_openapi import ROUTES
 
 from flowroll.engine import Engine, Limits
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 EXAMPLES = int(os.environ.get("FLOWROLL_FUZZ_EXAMPLES", "8"))
 # Of the spoilt requests of a route, unless all are to be sent.
@@ -96,8 +96,8 @@ def server(qwen_checkpoint: Path, folder: Path) -> Iterator[httpx.Client]:
     roots = (str(folder / "root"),)
     with (
         Engine(qwen_checkpoint, device="cpu", limits=limits) as engine,
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker, weights_roots=roots, allow_pickle_weights=True) as client,
+        EngineService(engine, max_queue=4) as service,
+        serving(service, weights_roots=roots, allow_pickle_weights=True) as client,
     ):
         yield client
 

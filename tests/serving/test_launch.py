@@ -17,8 +17,8 @@ import httpx
 import pytest
 from tests.serving.servers import LONG, SMALL, WAIT_S, Background, ServerProcess, error_of, until
 
-from flowroll.serving import ServerConfig, launch, serve
 from flowroll.logs import LineFormatter
+from flowroll.serving import ServerConfig, launch, serve
 
 NUM_PROBES = 40
 # Loading takes seconds of CPU; what follows a signal must not.

@@ -18,11 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.adapters.files import AdapterFiles, find_adapter, write_adapter
+from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
 from flowroll.engine.arguments import image_request, rollout_request
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
+from flowroll.engine.facts import ModelFacts
 from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.outputs import Finished, as_image, as_rollout
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
@@ -92,6 +94,7 @@ class Engine:
     Attributes:
         info: What is loaded, and how.
         scheduler: Runs the requests: cancels, pauses, counts them.
+        rank_timeout_s: How long ranks wait for each other, and for trainers in process groups.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or an incomplete one.
@@ -133,6 +136,7 @@ class Engine:
         self._log_probs = LogProbs(self._model, self._executor, self._offload, versions)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
+        self.rank_timeout_s = rank_timeout_s
         self.info = _describe(self._model, str(checkpoint.folder), layout, limits, adapter_limits)
 
     def __enter__(self) -> Engine:
@@ -156,8 +160,8 @@ class Engine:
 
     def check_ready(self, params: SamplingParams) -> None:
         """Checks what may change from one moment to the next: adapters, memory and version; errors as for `plan`."""
-        self._open_model().adapters.record(params.lora_name)
         self._check_weights(params.min_weight_version)
+        self._open_model().adapters.record(params.lora_name)
 
     def rollout(
         self, request: str | SamplingParams | RequestPlan | None = None, /, **values: Unpack[RolloutFields]
@@ -241,7 +245,8 @@ class Engine:
             raise InvalidRequestError(
                 "latents must be finite, got NaN or infinity; look at the steps that made them.", field="latents"
             )
-        return self._between_steps(lambda: self._work.picture(latents.to(self._model.device), geometry))
+        picture: Tensor = self._between_steps(lambda: self._work.picture(latents.to(self._model.device), geometry))
+        return picture
 
     # Log-probs of recorded steps
 
@@ -542,6 +547,11 @@ class Engine:
         self._check_open()
         return self._adapters.stage(files, name=name, merged=merged)
 
+    def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
+        """Makes an adapter of factors that a trainer has pushed; see `AdapterStore.stage_pushed`."""
+        self._check_open()
+        return self._adapters.stage_pushed(factors, folder, merged=merged)
+
     def commit_lora_adapter(
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> AdapterChange:
@@ -612,6 +622,11 @@ class Engine:
     def failure(self) -> RankLostError | None:
         """Why this engine's ranks are down; None while they are up."""
         return self._peers.failure
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What requests are checked and planned with."""
+        return self._open_model().facts
 
     @property
     def rank_pids(self) -> Mapping[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
+from typing import Any
 
 from flowroll.engine.engine import Engine
 from flowroll.engine.service.status import Evidence
@@ -28,7 +29,7 @@ class GenerationProbe:
         self._attempt: Future[list[GeneratedImage]] | None = None
         self._attempting = threading.Lock()
 
-    def note_end(self, ended: Future[object]) -> None:
+    def note_end(self, ended: Future[Any]) -> None:
         """Notes that a request has ended."""
         if not ended.cancelled() and ended.exception() is None:
             self._last_success_s = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import tempfile
 import threading
@@ -16,7 +17,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -43,6 +43,7 @@ from flowroll.wire.safetensors import TensorHead
 
 __all__ = ["EngineService", "RequestKind", "blocking"]
 
+T = TypeVar("T")
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 # What a thread gets to come back from the collective of a lost rank.
@@ -64,9 +65,7 @@ def bucket_bytes(heads: Sequence[TensorHead]) -> int:
 def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
     """The tensors of a bucket in memory that holds them one after the other."""
     starts, _ = placed([_num_bytes(head) for head in heads])
-    return [
-        tensor_at(memory, start, head.shape, FLOATS[head.dtype]) for start, head in zip(starts, heads, strict=True)
-    ]
+    return [tensor_at(memory, start, head.shape, FLOATS[head.dtype]) for start, head in zip(starts, heads, strict=True)]
 
 
 def _num_bytes(head: TensorHead) -> int:
@@ -112,6 +111,7 @@ class EngineService:
             batching=engine.scheduler.limits,
             modules=engine.modules,
             memory=engine.describe_memory(),
+            pid=os.getpid(),
             gpu_uuid=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
         )
 
@@ -125,7 +125,6 @@ class EngineService:
             memory_mode=engine.memory_mode,
             is_alive=scheduler.is_alive,
             is_accepting=not self._is_draining and scheduler.is_alive,
-            resident_bytes=psutil.Process().memory_info().rss,
         )
 
     @property
@@ -251,9 +250,7 @@ class EngineService:
         receiver = self.engine.receive_weights(module, partial=partial)
         update_id = secrets.token_hex(8)
         self._updates[update_id] = receiver
-        return OpenedUpdate(
-            update_id=update_id, module=receiver.module, names=receiver.names, num_bytes=receiver.num_bytes
-        )
+        return OpenedUpdate(update_id=update_id, module=receiver.module, names=receiver.names, num_bytes=receiver.num_bytes)
 
     def claim_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
         """Checks what a bucket will hold, before any of its data has come; `put_bucket` or `drop_bucket` has to follow.
@@ -457,7 +454,7 @@ class EngineService:
             weight_version=self.engine.weight_version,
         )
 
-    def _guarded(self, action: Callable[[], Any]) -> Any:
+    def _guarded(self, action: Callable[[], T]) -> T:
         """Does it; what it raises unexpectedly goes to the log, and to the caller as an `EngineError`."""
         try:
             self._check_accepting()

@@ -24,6 +24,7 @@ class EngineFacts:
         model: What requests are checked and planned with.
         batching: How much runs at once.
         modules: The parts of the checkpoint that have weights.
+        pid: The process of the engine; rank 0's.
         memory: How much memory the samples that run at once can take, in words.
         gpu_uuid: The GPU of rank 0, as CUDA names it; None on a CPU.
     """
@@ -32,6 +33,7 @@ class EngineFacts:
     model: ModelFacts
     batching: BatchLimits
     modules: tuple[str, ...]
+    pid: int
     memory: str
     gpu_uuid: str | None
 
@@ -47,7 +49,6 @@ class EngineStatus:
         memory_mode: Where the weights are kept while their memory is released; None: they are in place.
         is_alive: Whether the engine's threads run.
         is_accepting: False once the service was told to drain, or a thread died. A pause refuses requests too, but ends.
-        resident_bytes: Memory of the engine's process.
     """
 
     load: LoadStats
@@ -56,7 +57,6 @@ class EngineStatus:
     memory_mode: SleepMode | None
     is_alive: bool
     is_accepting: bool
-    resident_bytes: int
 
     @property
     def is_asleep(self) -> bool:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.wire.safetensors import TensorHead
-from flowroll.parallel.broadcasting import BroadcastGroup
-
 from flowroll.errors import NotFoundError, WeightsBusyError
+from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.wire.safetensors import TensorHead
 
 UNRECEIVED = "a bucket that was refused"
 # Each holds threads and connections, also of a trainer that was killed without a word.
