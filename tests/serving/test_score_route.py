@@ -438,7 +438,7 @@ def score_counts(served: Served) -> dict[str, float]:
 
 def test_scores_that_miss_their_deadline_are_a_408_and_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, before = [], score_counts(served)
-    monkeypatch.setattr(served.engine, "_score_samples", begun.append)
+    monkeypatch.setattr(served.engine._log_probs, "answer", begun.append)
     with busy(served) as task:
         response = served.post(served.sent(), **{"x-flowroll-deadline-s": "0.05"})
         assert (response.status_code, error_of(response)["code"]) == (408, "deadline_exceeded")
@@ -466,7 +466,7 @@ def test_scores_that_are_aborted_are_a_499(served: Served, body: dict[str, Any])
 def test_scores_of_a_client_that_goes_away_are_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, before = [], score_counts(served)
     with busy(served):
-        monkeypatch.setattr(served.engine, "_score_samples", begun.append)
+        monkeypatch.setattr(served.engine._log_probs, "answer", begun.append)
         with pytest.raises(httpx.ReadTimeout):
             served.http.post("/rollout/score", json=served.sent(), timeout=httpx.Timeout(WAIT_S, read=0.5))
         until(lambda: score_counts(served)["failed"] == before["failed"] + 1)

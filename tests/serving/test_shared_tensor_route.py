@@ -426,18 +426,17 @@ def test_without_leave_nothing_is_read(service: EngineService) -> None:
         assert "--allow-pickle-weights" in error_of(answer)["message"]
 
 
-def test_a_server_on_a_gpu_reads_the_payload_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what torch would say of the second one is put in its place."""
+def test_a_server_on_a_gpu_reads_the_payload_of_its_own() -> None:
     from flowroll.errors import InvalidRequestError
     from flowroll.serving.routers import shared_tensors
 
-    monkeypatch.setattr(shared_tensors, "gpu_uuid", lambda index: f"aaaa-{index}")
-    device = torch.device("cuda:1")
-    assert shared_tensors._own_entry(["GPU-AAAA-0", "GPU-AAAA-1"], device) == 1
-    assert shared_tensors._own_entry(["MIG-aaaa-1", "aaaa-0"], device) == 0
-    assert shared_tensors._own_entry(None, device) == 0
+    own = "aaaa-1"
+    assert shared_tensors._own_entry(["GPU-AAAA-0", "GPU-AAAA-1"], own) == 1
+    assert shared_tensors._own_entry(["MIG-aaaa-1", "aaaa-0"], own) == 0
+    assert shared_tensors._own_entry(None, own) == 0
+    assert shared_tensors._own_entry(["GPU-aaaa-0"], None) == 0
     with pytest.raises(InvalidRequestError, match="server's GPU, which is aaaa-1, got aaaa-0"):
-        shared_tensors._own_entry(["GPU-aaaa-0"], device)
+        shared_tensors._own_entry(["GPU-aaaa-0"], own)
 
 
 def sums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -7,8 +7,7 @@ import httpx
 import pytest
 from tests.serving.servers import SMALL, Background, Gate, HookedEngine, error_of, serving, until
 
-from flowroll.engine.service import EngineService
-from flowroll.serving import probe
+from flowroll.engine.service import EngineService, probe
 
 
 def test_probes_answer_ok_on_an_idle_server(server: httpx.Client) -> None:
@@ -90,7 +89,7 @@ def test_health_generate_fails_when_its_image_does_not_end(hooked: HookedEngine,
 def test_health_generate_fails_while_a_request_is_stuck(hooked: HookedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     hooked.hook = gate = Gate()
     with EngineService(hooked, max_queue=1) as service, serving(service) as client:
-        monkeypatch.setattr(service, "is_progressing", lambda: False)
+        monkeypatch.setattr(hooked.scheduler, "is_progressing", lambda: False)
         running = Background(lambda: client.post("/rollout/generate", json=SMALL))
         assert gate.entered.wait(10)
         assert client.get("/health_generate").status_code == 503

@@ -26,9 +26,9 @@ from flowroll.client import Client
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
+from flowroll.engine.weights import groups
 from flowroll.errors import InvalidRequestError, WeightsBusyError, WeightsRejectedError
 from flowroll.parallel.broadcasting import BroadcastGroup
-from flowroll.serving import weight_groups
 from flowroll.serving.routers import weight_group
 from flowroll.wire.schema import parse_json_body
 
@@ -259,7 +259,7 @@ def test_a_broadcast_that_waits_ends_with_its_group(
 def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(
     service: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_groups, "MAX_GROUPS", 2)
+    monkeypatch.setattr(groups, "MAX_GROUPS", 2)
     with serving(service, rank_timeout_s=20.0) as server, Client(str(server.base_url)) as client:
         free(server)
         failed, kept = (WeightGroup([client], timeout_s=20.0) for _ in range(2))

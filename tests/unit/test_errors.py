@@ -29,7 +29,7 @@ def test_an_engine_whose_ranks_are_down_keeps_nothing_of_who_asks(monkeypatch: p
     monkeypatch.setattr(EngineService, "failure", failure)
     service = EngineService.__new__(EngineService)
     service._is_draining = True
-    for check in (Engine.__new__(Engine)._check_open, service._check_draining):
+    for check in (Engine.__new__(Engine)._check_open, service._check_accepting):
         with pytest.raises(RankLostError) as caught:
             check()
         assert caught.value is not failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -36,10 +35,7 @@ ApiKey: TypeAlias = Annotated[
 
 def quiet_model_libraries() -> None:
     """Turns the progress bars of diffusers and transformers off, and loads both."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with extra_for("A checkpoint", "engine"):
-        import diffusers.utils.logging
-        import transformers.utils.logging
+        from flowroll.engine.loading import silence_model_libraries
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+        silence_model_libraries()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant, quiet_model_libraries
+from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant
 from flowroll.errors import InvalidRequestError
 from flowroll.extras import extra_for
 
@@ -96,7 +96,6 @@ def serve(
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     check_address(host, port)
     with extra_for("`flowroll serve`", "server"):
-        quiet_model_libraries()
         from flowroll.engine import AdapterLimits, BatchLimits, Limits
         from flowroll.serving import ServerConfig
         from flowroll.serving import serve as run_server

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
@@ -48,6 +45,16 @@ class LoadedModel(ModelFacts):
     transformer: Any
     adapters: AdapterSet
     strategy: Strategy
+
+
+def silence_model_libraries() -> None:
+    """Turns the progress bars of diffusers and transformers off, and imports both."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_model(
@@ -134,6 +141,9 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     Raises:
         CheckpointError: A weight is missing, or a tensor is none of the class's.
     """
+    import diffusers
+    import transformers
+
     library: Any = transformers if component.startswith("text_encoder") else diffusers
     module, report = getattr(library, checkpoint.class_of(component)).from_pretrained(
         checkpoint.folder / component,
@@ -152,6 +162,9 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
 def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> set[str]:
     """The tensors of the class that a text encoder was saved from, whose head the pipeline's class leaves out by intention."""
     config = read_json(checkpoint.folder / component / "config.json", f"{component} must have a configuration")
+    import transformers
+    from accelerate import init_empty_weights
+
     saver = getattr(transformers, plain_class(str((config.get("architectures") or [""])[0])), None)
     if saver is None or not isinstance(module.config, saver.config_class):
         return set()
@@ -161,6 +174,9 @@ def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> se
 
 def empty_module(checkpoint: Checkpoint, component: str) -> Any:
     """A component of the pipeline without memory for its weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
     model_class = getattr(diffusers, checkpoint.class_of(component))
     with init_empty_weights(include_buffers=False):
         return model_class.from_config(model_class.load_config(checkpoint.folder / component))
@@ -188,6 +204,8 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
     """The pipeline in evaluation mode, on the CPU."""
+    from diffusers import DiffusionPipeline
+
     modules = {
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
         for name in checkpoint.modules

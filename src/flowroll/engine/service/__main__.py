@@ -55,8 +55,10 @@ def main() -> None:
 def _load(options: EngineOptions) -> tuple[Any, Any]:
     # Here, and not above: what can be refused before the libraries are loaded was refused by the server.
     from flowroll.engine.engine import Engine
+    from flowroll.engine.loading import silence_model_libraries
     from flowroll.engine.service.service import EngineService
 
+    silence_model_libraries()
     engine = Engine(
         options.model,
         variant=options.variant,

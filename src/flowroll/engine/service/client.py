@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+
+from typing_extensions import override
 
 from flowroll.engine.scheduler import StageSpan
 from flowroll.engine.scheduler.request import cancelled, end_future, engine_error
@@ -28,10 +31,12 @@ class CallFuture(Future[T]):
 
     Attributes:
         spans: Where the time of a request went, once it has ended; empty for other calls.
+        number: The place of the call among all calls of an engine in another process.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.number = -1
         self.spans: tuple[StageSpan, ...] = ()
 
     def end(self, result: Any, error: BaseException | None, spans: tuple[StageSpan, ...] = ()) -> None:
@@ -41,14 +46,17 @@ class CallFuture(Future[T]):
         end_future(self, result, error=error)
 
 
-class EngineClient(Protocol):
-    """An engine as a server sees it."""
+class EngineClient(ABC):
+    """An engine as a server sees it.
+
+    Attributes:
+        facts: What never changes while the engine runs.
+    """
+
+    facts: EngineFacts
 
     @property
-    def facts(self) -> EngineFacts:
-        """What never changes while the engine runs."""
-
-    @property
+    @abstractmethod
     def failure(self) -> FlowrollError | None:
         """Why the engine is down for good; None while it is up."""
 
@@ -62,13 +70,20 @@ class EngineClient(Protocol):
     ) -> CallFuture[T]: ...
     def call(self, method: Callable[..., Any], /, *args: Any, **options: Any) -> CallFuture[Any]:
         """Has a method of the engine's service called. Calls are begun in their order; an error is the future's."""
+        return self._call(method.__name__, args, options)
 
+    @abstractmethod
+    def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> CallFuture[Any]: ...
+
+    @abstractmethod
     def cancel(self, future: Future[Any]) -> None:
         """Ends a call of `submit` or `submit_scores` whose caller went away."""
 
+    @abstractmethod
     def on_failure(self, listener: FailureListener) -> None:
         """Calls it, on a thread of its own, once the engine is down."""
 
+    @abstractmethod
     def close(self, *, timeout_s: float = 10.0) -> bool:
         """Ends what runs with `ShuttingDownError`, and the engine's threads. May be called twice.
 
@@ -118,27 +133,27 @@ def outcome(ended: Future[Any]) -> tuple[Any, BaseException | None, tuple[StageS
     return None if error is not None else ended.result(), error, spans
 
 
-class InProcessEngine:
-    """An engine in this process; see `EngineClient`.
+class InProcessEngine(EngineClient):
+    """An engine in this process.
 
     Args:
         service: The engine's service, which its owner closes, or `close`.
     """
 
     def __init__(self, service: EngineService) -> None:
-        self.service, self.facts = service, service.facts()
+        self._service, self.facts = service, service.facts()
         self._dispatcher = Dispatcher(service)
-        self._begun: dict[CallFuture[Any], Future[Any]] = {}
+        self._begun: dict[Future[Any], Future[Any]] = {}
 
     @property
+    @override
     def failure(self) -> FlowrollError | None:
-        """Why the engine is down for good; None while it is up."""
-        return self.service.failure
+        return self._service.failure
 
-    def call(self, method: Callable[..., Any], /, *args: Any, **options: Any) -> CallFuture[Any]:
-        """Has a method of the service called; see `EngineClient.call`."""
+    @override
+    def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> CallFuture[Any]:
         future: CallFuture[Any] = CallFuture()
-        begun = self._begun[future] = self._dispatcher.begin(method.__name__, args, options)
+        begun = self._begun[future] = self._dispatcher.begin(method, args, options)
 
         def end(ended: Future[Any]) -> None:
             self._begun.pop(future, None)
@@ -147,19 +162,19 @@ class InProcessEngine:
         begun.add_done_callback(end)
         return future
 
+    @override
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a request whose caller went away."""
-        if isinstance(future, CallFuture) and (begun := self._begun.get(future)) is not None:
-            self.service.cancel(begun)
+        if (begun := self._begun.get(future)) is not None:
+            self._service.cancel(begun)
 
+    @override
     def on_failure(self, listener: FailureListener) -> None:
-        """Calls it, on a thread of its own, once the engine is down."""
-        self.service.engine.on_failure(listener)
+        self._service.engine.on_failure(listener)
 
+    @override
     def close(self, *, timeout_s: float = 10.0) -> bool:
-        """Ends what runs and the engine's threads; the engine itself is its owner's to close."""
         self._dispatcher.close()
-        return self.service.close(timeout_s=timeout_s)
+        return self._service.close(timeout_s=timeout_s)
 
 
 def _ended(result: Any = None, *, error: BaseException | None = None) -> Future[Any]:

@@ -14,14 +14,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from typing_extensions import override
+
 from flowroll.engine.service.channel import Channel, ChannelClosedError
-from flowroll.engine.service.client import CallFuture, FailureListener
+from flowroll.engine.service.client import CallFuture, EngineClient, FailureListener
 from flowroll.engine.service.messages import Answer, Call, Cancel, Close, EngineOptions, Failed, Ready
-from flowroll.engine.service.status import EngineFacts
 from flowroll.errors import FlowrollError, RankLostError, ShuttingDownError, fresh
 
 __all__ = ["EngineOptions", "EngineProcess"]
@@ -31,14 +31,12 @@ _log = logging.getLogger(__name__)
 _END_S = 5.0
 
 
-class EngineProcess:
-    """Starts the process; see `EngineClient`. A context manager: at the end no process is left.
+class EngineProcess(EngineClient):
+    """Starts the process. A context manager: at the end no process is left.
 
     Args:
         options: How the engine is started.
     """
-
-    facts: EngineFacts
 
     def __init__(self, options: EngineOptions) -> None:
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -71,8 +69,8 @@ class EngineProcess:
         return self._process.pid
 
     @property
+    @override
     def failure(self) -> FlowrollError | None:
-        """Why the engine is down for good; None while it is up."""
         return self._failure
 
     def wait(self) -> None:
@@ -91,8 +89,8 @@ class EngineProcess:
         self.facts = first.facts
         self._reader.start()
 
-    def call(self, method: Callable[..., Any], /, *args: Any, **options: Any) -> CallFuture[Any]:
-        """Has a method of the service called; see `EngineClient.call`."""
+    @override
+    def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> CallFuture[Any]:
         future: CallFuture[Any] = CallFuture()
         # Numbers are sent in their order: what is begun first is called first.
         with self._lock:
@@ -103,27 +101,27 @@ class EngineProcess:
                 future.end(None, _shutting_down())
                 return future
             number = next(self._numbers)
-            self._calls[number] = future
-            future.number = number  # type: ignore[attr-defined]
+            self._calls[number], future.number = future, number
             with contextlib.suppress(ChannelClosedError):  # the reader ends all calls
-                self._channel.send(Call(id=number, method=method.__name__, args=args, options=options))
+                self._channel.send(Call(id=number, method=method, args=args, options=options))
         return future
 
+    @override
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a request whose caller went away."""
+        assert isinstance(future, CallFuture)
         with contextlib.suppress(ChannelClosedError):
-            self._channel.send(Cancel(id=future.number))  # type: ignore[attr-defined]
+            self._channel.send(Cancel(id=future.number))
 
+    @override
     def on_failure(self, listener: FailureListener) -> None:
-        """Calls it, on a thread of its own, once the engine is down."""
         with self._lock:
             self._listeners.append(listener)
             failure = self._failure
         if failure is not None:
             threading.Thread(target=listener, args=(failure,), daemon=True).start()
 
+    @override
     def close(self, *, timeout_s: float = 10.0) -> bool:
-        """Ends what runs, and the process; one that takes too long is killed."""
         self._is_closing = True
         with contextlib.suppress(ChannelClosedError):
             self._channel.send(Close(timeout_s=timeout_s))

@@ -132,7 +132,7 @@ def test_a_close_ends_what_runs_and_the_process(lone: EngineProcess) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_said_so(tmp_path: Path) -> None:
-    with EngineProcess(options(tmp_path)) as process, pytest.raises(CheckpointError, match="model_index.json"):
+    with EngineProcess(options(tmp_path)) as process, pytest.raises(CheckpointError, match=r"model_index\.json"):
         process.wait()
 
 
