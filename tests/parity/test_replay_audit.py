@@ -11,8 +11,9 @@ from torch import nn
 
 from flowroll import DenoisingEnv, Rollout, replay
 from flowroll.engine import Engine
+from flowroll.families import FAMILIES
 
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 DTYPES = ["float32", "bfloat16"]
 REQUEST = {
     "prompt": "a red apple",

@@ -122,7 +122,13 @@ class Diagnosis:
         source, record, is_wrong = self.source, self.source.rollout.sampling, False
         right = None if self.encode is None else self.encode(source.rollout)
         recorded = (record.pos_cond_sha256, record.neg_cond_sha256)
-        branches = zip(("pos_cond_kwargs", "neg_cond_kwargs"), ("prompt", "negative prompt"), recorded, env_digests(source.env), strict=True)
+        branches = zip(
+            ("pos_cond_kwargs", "neg_cond_kwargs"),
+            ("prompt", "negative prompt"),
+            recorded,
+            env_digests(source.env),
+            strict=True,
+        )
         for name, words, then, now in branches:
             branch: Mapping[str, Any] | None = getattr(source.env, name)
             if branch is None or (name == "neg_cond_kwargs" and not source.recipe.guidance.is_active):
