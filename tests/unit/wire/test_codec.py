@@ -138,7 +138,7 @@ def test_every_tensor_survives_bit_for_bit_and_loads_with_safetensors(tensor: Te
         warnings.simplefilter("error")
         (decoded,) = decode_rollouts(whole, body.content_type)
     assert decoded.denoising_env is not None
-    result = decoded.denoising_env.positive("x")
+    result = decoded.denoising_env.pos_cond_kwargs["x"]
     leaf = parsed(body)[0]["denoising_env"]["pos_cond_kwargs"]["x"]
     assert leaf["__tensor__"] is True
     assert (leaf["shape"], leaf["dtype"]) == (list(tensor.shape), str(tensor.dtype))
