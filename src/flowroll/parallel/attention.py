@@ -59,17 +59,18 @@ class _Functional:
 
     def __init__(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
         def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-            heads_first = (one.transpose(1, 2) for one in (query, key, value))
-            return functional.scaled_dot_product_attention(*heads_first, **options).transpose(1, 2)
+            query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+            return functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
-        self._wrapped = wrap(attend)
+        self._attend = wrap(attend)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(functional, name)
 
     def scaled_dot_product_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Torch's, by way of the wrapped function."""
-        return self._wrapped(*(one.transpose(1, 2) for one in (query, key, value)), **options).transpose(1, 2)
+        query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+        return self._attend(query, key, value, **options).transpose(1, 2)
 
 
 def gather_keys(

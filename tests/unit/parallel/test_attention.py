@@ -31,9 +31,7 @@ def own_part(tensor: Tensor, others: int, shard: Shard, *, in_front: bool) -> Te
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("masked", "in_front"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_row_has_the_bits_of_the_whole_sequence(
-    dtype: torch.dtype, masked: bool, in_front: bool, threads: int
-) -> None:
+def test_every_row_has_the_bits_of_the_whole_sequence(dtype: torch.dtype, masked: bool, in_front: bool, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +88,9 @@ def test_a_processor_keeps_its_code_and_state_and_gets_another_dispatch() -> Non
 
 def test_a_processor_that_dispatches_otherwise_is_refused() -> None:
     with pytest.raises(LookupError, match=r"SimpleNamespace calls neither dispatch_attention_fn nor F\.scaled"):
-        with_attention(type("SimpleNamespace", (SimpleNamespace,), {"__call__": lambda self: None})(), lambda dispatch: dispatch)
+        with_attention(
+            type("SimpleNamespace", (SimpleNamespace,), {"__call__": lambda self: None})(), lambda dispatch: dispatch
+        )
 
 
 class OlderProcessor:
