@@ -30,11 +30,12 @@ from flowroll.engine.outputs import Finished
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.sample import Sample
+from flowroll.families import FAMILIES as REGISTERED
 from flowroll.testing import make_checkpoint
 from flowroll.types import SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
-FAMILIES = ("qwen_image", "z_image")
+FAMILIES = tuple(REGISTERED)
 # As many steps as the families take by default.
 SIZE, STEPS, TOKENS = 128, 50, 64
 NUM_REQUESTS = 16
@@ -195,6 +196,7 @@ def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
     model = engine._model
     cell = Cell(
         family=model.family,
+        spec=model.spec,
         transformer=model.transformer,
         dtype=model.dtype,
         tokens=TOKENS,
@@ -205,7 +207,7 @@ def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
 
     def in_turn() -> None:
         for one in inputs:
-            model.family.velocity(model.transformer, one.latents, one.timestep, one.env, one.guidance, model.dtype)
+            model.family.velocity(model.transformer, one, model.dtype)
 
     arms = {"in turn": in_turn, "batch": lambda: inexact(cell, inputs)}
     times = paired_times(arms, rounds=rounds, warmup=2, clock=clock_of(threads))

@@ -13,13 +13,14 @@ from flowroll.client import AsyncClient, Client
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.service import EngineService
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError, UnauthorizedError
+from flowroll.families import FAMILIES
 from flowroll.wire.codec import WireFormat
 
 PARAMS = SamplingParams(**SMALL, num_outputs_per_prompt=2, return_denoising_env=True, return_dit_trajectory=True)
 
 
 @pytest.mark.parametrize("wire_format", ["json", "msgpack"])
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_through_the_client_have_the_bits_of_the_engine(
     service: EngineService, z_service: EngineService, family: str, wire_format: WireFormat
 ) -> None:

@@ -13,6 +13,7 @@ from tests.serving.servers import SMALL, serving
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.client import Client
 from flowroll.engine.service import EngineService
+from flowroll.families import FAMILIES
 from flowroll.sampling.dynamics import NAMES, dynamics_named
 from flowroll.serving.routers import rollout as rollout_route
 from flowroll.wire.body import EncodedBody
@@ -52,7 +53,7 @@ def decoded(response: httpx.Response) -> list[Rollout]:
 
 @pytest.mark.parametrize("dialect", ["native", "sglang"])
 @pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_over_http_have_the_bits_of_the_engine(
     service: EngineService, z_service: EngineService, family: str, media_type: str, dialect: str
 ) -> None:

@@ -22,6 +22,7 @@ from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine, Limits
 from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, PayloadTooLargeError
+from flowroll.families import FAMILIES
 from flowroll.replay.remote import score_params
 from flowroll.types import RecordedSteps, ScoreAnswer, ScoreParams
 from flowroll.wire.codec import encode
@@ -100,7 +101,7 @@ def assert_equal_scores(ours: replay.Scores, theirs: replay.Scores) -> None:
 
 @pytest.mark.parametrize("wire_format", ["json", "msgpack"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_over_http_are_the_recorded_ones_those_of_replay_and_those_of_the_engine(
     served_of: Callable[[str, str], Served], family: str, dtype: str, wire_format: str
 ) -> None:
@@ -126,7 +127,7 @@ def test_scores_over_http_are_the_recorded_ones_those_of_replay_and_those_of_the
         assert torch.equal(alone.log_prob, scores.log_probs[0, step]) and alone.std == scores.stds[0, step].item()
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_env_with_the_names_of_the_sglang_dialect_is_understood(
     served_of: Callable[[str, str], Served], family: str
 ) -> None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import httpx
 import pytest
 from tests.serving.servers import SMALL, Background, Gate, HookedEngine, error_of, serving, until
 
 from flowroll.engine.service import EngineService, probe
+from flowroll.families import FAMILIES
 
 
 def test_probes_answer_ok_on_an_idle_server(server: httpx.Client) -> None:
@@ -28,12 +30,10 @@ def test_server_info_shows_engine_limits_and_queue(server: httpx.Client, service
     assert queue["accepted"] == queue["completed"] + queue["failed"] + queue["pending"] + queue["running"]
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
-def test_health_generate_makes_a_one_step_image_once_and_then_reports_it(
-    qwen_checkpoint: str, z_image_checkpoint: str, family: str
-) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_health_generate_makes_a_one_step_image_once_and_then_reports_it(checkpoints: dict[str, Path], family: str) -> None:
     with (
-        HookedEngine(qwen_checkpoint if family == "qwen_image" else z_image_checkpoint, device="cpu") as engine,
+        HookedEngine(checkpoints[family], device="cpu") as engine,
         EngineService(engine, max_queue=1) as service,
         serving(service) as client,
     ):

@@ -199,7 +199,8 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
                     raise CheckpointError(
                         f"{file} must hold {name} as {list(empty.shape)}, got {list(tensor.shape)}; save it again."
                     )
-                setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True)))
+                whole = tensor.to(dtype, copy=True)
+                setattr(owner, leaf, whole if leaf in owner._buffers else nn.Parameter(whole))
 
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:

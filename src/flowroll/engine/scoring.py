@@ -226,15 +226,14 @@ def _check_tensor(
 ) -> None:
     """Checks the shape, the dtype and the numbers of one tensor."""
     assert field.shape is not None
-    widths = {**model.spec.widths, **sizes}
-    shape = tuple(widths[size] if isinstance(size, str) else size for size in field.shape)
+    shape = field.sizes({**model.spec.widths, **sizes})
     dtype = model.dtype if field.dtype == "model" else torch.float32
     is_text = field is model.family.conditioning.embeds
     is_index = field.dtype == "index"
     fits = isinstance(value, Tensor) and (
         not value.is_floating_point() and not value.is_complex() if is_index else value.dtype == dtype
     )
-    if not (fits and isinstance(value, Tensor) and tuple(value.shape) == shape):
+    if not (fits and isinstance(value, Tensor) and list(value.shape) == shape):
         shown = [TOKENS if is_text and size == TOKENS else length for size, length in zip(field.shape, shape, strict=True)]
         kind = "booleans or integers" if is_index else dtype
         _refuse(name, f"be a tensor [{', '.join(map(str, shown))}] of {kind}", _described(value), _REMEDY)

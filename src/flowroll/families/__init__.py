@@ -10,9 +10,10 @@ from flowroll.families.conditioning import ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.recipe import Recipe, StepScore
+from flowroll.families.sd3 import StableDiffusion3
 from flowroll.families.z_image import ZImage
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage())}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3())}
 
 
 def family_of_pipeline(pipeline_class: str) -> Family:

@@ -79,6 +79,24 @@ class Prompt:
     text: str
 
 
+def reaches(guide: Callable[[Tensor], Tensor], solved: Tensor, target: Tensor) -> bool:
+    """Whether some unconditional output, near a solution in exact arithmetic, is guided to these very numbers everywhere.
+
+    Args:
+        guide: The guided velocity of an unconditional output.
+        solved: The solution, rounded to the model's dtype.
+        target: The guided velocity in question.
+    """
+    below = above = solved
+    found = torch.zeros_like(target, dtype=torch.bool)
+    for _ in range(3):
+        for candidate in (below, above):
+            found |= guide(candidate) == target
+        below = torch.nextafter(below, torch.full_like(below, -torch.inf))
+        above = torch.nextafter(above, torch.full_like(above, torch.inf))
+    return bool(found.all())
+
+
 class Family(ABC):
     """A model family's conventions. What it declares is data; what is particular to it are about nine methods.
 

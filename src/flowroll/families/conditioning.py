@@ -103,6 +103,10 @@ class ConditioningField(Argument):
         """Whether its value is a tensor."""
         return self.shape is not None
 
+    def sizes(self, widths: Mapping[str, int]) -> list[int]:
+        """The shape of its tensor, where these are the sizes by name."""
+        return [size if isinstance(size, int) else widths[size] for size in self.shape or ()]
+
     def value(self, env: DenoisingEnv, branch: Branch) -> EnvValue | None:
         """Its value in one branch of an environment; None where there is none."""
         if self.source == "scale":

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, reaches
 from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float32
@@ -171,14 +171,7 @@ class ZImage(Family):
         if scale <= 1:
             return False
         solved = positive.double() - (target.double() - positive.double()) / scale
-        below = above = solved.to(pair[0].dtype)
-        reached = torch.zeros_like(target, dtype=torch.bool)
-        for _ in range(3):
-            for candidate in (below, above):
-                reached |= self.guide([positive, candidate.float()], scale) == target
-            below = torch.nextafter(below, torch.full_like(below, -torch.inf))
-            above = torch.nextafter(above, torch.full_like(above, torch.inf))
-        return bool(reached.all())
+        return reaches(lambda negative: self.guide([positive, negative.float()], scale), solved.to(pair[0].dtype), target)
 
     @override
     def decode(

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from flowroll.errors import CheckpointError, InvalidRequestError
 from flowroll.testing.parts import Size
 from flowroll.testing.qwen_image import make_qwen_image
+from flowroll.testing.sd3 import make_sd3
 from flowroll.testing.weights import align_file
 from flowroll.testing.z_image import make_z_image
 
@@ -23,6 +24,7 @@ from flowroll.testing.z_image import make_z_image
 BUILDERS: Mapping[str, Callable[[Size, int, dict[str, Any]], DiffusionPipeline]] = {
     "qwen_image": make_qwen_image,
     "z_image": make_z_image,
+    "sd3": make_sd3,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -163,10 +163,6 @@ class DenoisingEnv:
                 yield from found(f"{part}.{key}", value)
         if self.guidance is not None:
             yield "guidance", self.guidance
-
-    def positive(self, key: str) -> Tensor:
-        """The tensor `key` of the conditional branch."""
-        return cast(Tensor, self.pos_cond_kwargs[key])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
