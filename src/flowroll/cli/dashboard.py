@@ -52,7 +52,7 @@ class Scrape:
         return cls(at_s=at_s, series=series)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of the samples that have these labels; 0 where there are none."""
+        """Adds up the samples that have these labels; 0 where there are none."""
         return math.fsum(value for own, value in self.series.get(name, ()) if labels.items() <= own.items())
 
 
@@ -65,20 +65,20 @@ class Change:
 
     @property
     def seconds(self) -> float:
-        """The time between them."""
+        """Returns the time between them."""
         return self.after.at_s - self.before.at_s
 
     def growth(self, name: str, **labels: str) -> float:
-        """By how much a counter grew. A lower value than before is that of a server that was started anew."""
+        """Tells by how much a counter grew. A lower value than before is that of a server that was started anew."""
         before, after = self.before.total(name, **labels), self.after.total(name, **labels)
         return after - before if after >= before else after
 
     def per_s(self, name: str, **labels: str) -> float:
-        """By how much a counter grew per second; 0 without two scrapes."""
+        """Tells by how much a counter grew per second; 0 without two scrapes."""
         return self.growth(name, **labels) / self.seconds if self.seconds > 0 else 0.0
 
     def mean(self, total: str, count: str, **labels: str) -> float | None:
-        """By how much one counter grew for each of another; None if the other did not grow."""
+        """Tells by how much one counter grew for each of another; None if the other did not grow."""
         grown = self.growth(count)
         return self.growth(total, **labels) / grown if grown else None
 
