@@ -67,12 +67,13 @@ def main() -> None:
 def time_steps(model: nn.Module, name: str, size: int, steps: int, device: torch.device) -> list[float]:
     """Seconds of each guided step, after two steps of warm-up."""
     family = FAMILIES[name]
-    spec = ModelSpec(latent_channels=16, vae_scale_factor=8)
+    text_width = model.config[TEXT_DIM[name]]
+    spec = ModelSpec(latent_channels=16, vae_scale_factor=8, text_width=text_width)
     geometry = family.geometry(spec, height=size, width=size)
     guidance = family.guidance(4.0)
 
     def text(tokens: int) -> dict[str, Tensor]:
-        return {family.embeds_key: torch.randn(tokens, model.config[TEXT_DIM[name]], device=device, dtype=torch.bfloat16)}
+        return {family.embeds_key: torch.randn(tokens, text_width, device=device, dtype=torch.bfloat16)}
 
     env = family.env(text(TEXT_TOKENS), text(TEXT_TOKENS // 4), geometry)
     total = steps + 2

@@ -83,7 +83,8 @@ def _calls(rollout: Rollout) -> list:
     return family.forward_inputs(trajectory.latents[STEP], timesteps[STEP : STEP + 1], env, guidance, torch.float32)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the section with what it was measured on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
@@ -92,3 +93,7 @@ if __name__ == "__main__":
     print(f"# The cost of replay\n\nCommand: {command}. {hardware()}; one thread.")
     print("Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.\n")
     print(run(options.rounds))
+
+
+if __name__ == "__main__":
+    main()
