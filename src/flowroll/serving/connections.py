@@ -1,7 +1,7 @@
 """One TCP connection: HTTP/1.1 as uvicorn speaks it, but no client may take as long as it likes.
 
 uvicorn bounds how long a connection may idle between two requests, and how long headers may be. Bounded here: how long headers
-may take to come, and how long the rest of a body that nobody reads is waited for. A body that is read is bounded in `intake`.
+may take to come, and how long the rest of a body that nobody reads is waited for. A body that is read is bounded in `parsing`.
 """
 
 from __future__ import annotations

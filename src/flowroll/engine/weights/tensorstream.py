@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flowroll.engine.incoming import Bucket, IncomingWeights
-from flowroll.engine.tensorfile import parse_header
-from flowroll.engine.weights import rejected
+from flowroll.engine.weights.receiver import Bucket, WeightReceiver
+from flowroll.engine.weights.staged import rejected
+from flowroll.engine.weights.tensorfile import parse_header
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types.tensors import tensor_bytes
 
@@ -20,12 +20,12 @@ class TensorStream:
         incoming: What the bucket is part of. It looks at the header as soon as that is here, before any data is.
     """
 
-    def __init__(self, incoming: IncomingWeights) -> None:
+    def __init__(self, incoming: WeightReceiver) -> None:
         self._incoming = incoming
         self._head = bytearray()
         self._bucket: Bucket | None = None
         # Of the tensors that are not full, what is still to be filled, the next one last.
-        self._rest: list[memoryview] = []
+        self._offload: list[memoryview] = []
 
     def feed(self, piece: bytes | memoryview) -> None:
         """Takes the next bytes of the file.
@@ -37,16 +37,16 @@ class TensorStream:
         if self._bucket is None:
             view = self._take_head(view)
         while view:
-            if not self._rest:
+            if not self._offload:
                 raise WeightsRejectedError(f"{_SUBJECT} must end with its last tensor, got more bytes; {_REMEDY}.")
-            target = self._rest[-1]
+            target = self._offload[-1]
             count = min(len(target), len(view))
             target[:count] = view[:count]
             view = view[count:]
             if count < len(target):
-                self._rest[-1] = target[count:]
+                self._offload[-1] = target[count:]
             else:
-                self._rest.pop()
+                self._offload.pop()
 
     def finish(self) -> int:
         """Adds the bucket to what has arrived, once the file has ended.
@@ -57,8 +57,8 @@ class TensorStream:
         Raises:
             WeightsRejectedError: The file is not whole.
         """
-        if self._bucket is None or self._rest:
-            missing = f"{sum(map(len, self._rest))} bytes too few" if self._bucket else "no whole header"
+        if self._bucket is None or self._offload:
+            missing = f"{sum(map(len, self._offload))} bytes too few" if self._bucket else "no whole header"
             raise WeightsRejectedError(f"{_SUBJECT} must be a whole safetensors file, got {missing}; {_REMEDY}.")
         self._bucket.keep()
         return len(self._bucket.targets)
@@ -93,4 +93,4 @@ class TensorStream:
             raise rejected(error, None) from error
         self._bucket = self._incoming.open(stored)
         views = [tensor_bytes(target) for target in self._bucket.targets]
-        self._rest = [view for view in reversed(views) if len(view)]
+        self._offload = [view for view in reversed(views) if len(view)]
