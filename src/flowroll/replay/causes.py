@@ -1,4 +1,4 @@
-"""Says in plain words why a replay is not exact.
+"""Why a replay is not exact, in plain words.
 
 Owns the checks that tell the possible causes apart. The first ones read what is certain off the rollout and the transformer: a
 grid that contradicts itself, rounded latents, another dtype. Where they find nothing, the recorded velocities decide whether
@@ -42,7 +42,7 @@ Encode: TypeAlias = Callable[[Rollout], DenoisingEnv]
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Names one thing that differs from what made the rollout.
+    """One thing that differs from what made the rollout.
 
     Attributes:
         kind: What differs.
@@ -55,7 +55,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """Finds the causes of one rollout's differences in what is known about it.
+    """What is known about one rollout, and what follows from it.
 
     Attributes:
         source: The rollout.
@@ -74,7 +74,7 @@ class Diagnosis:
     encode: Encode | None
 
     def causes(self) -> list[Cause]:
-        """Returns the causes of a replay that is not exact; at least one."""
+        """The causes of a replay that is not exact; at least one."""
         certain = [*self._settings(), *grid_causes(self.source), *self._latents()]
         return certain or list(self._env()) or [self._velocity()]
 
@@ -119,37 +119,37 @@ class Diagnosis:
 
     def _env(self) -> Iterator[Cause]:
         """Compares the env with the digests in the record, and with what this model makes of the prompts."""
-        right = None if self.encode is None else self.encode(self.source.rollout)
-        wrong = list(filter(None, (self._branch(name, right) for name in ("pos_cond_kwargs", "neg_cond_kwargs"))))
-        yield from (Cause("env", f"another env: {message}") for message in wrong)
-        debug = self.source.rollout.debug_tensors
-        if not wrong or right is None or debug is None:
+        source, record, key, is_wrong = self.source, self.source.rollout.sampling, self.source.family.embeds_key, False
+        right = None if self.encode is None else self.encode(source.rollout)
+        digests = {"pos_cond_kwargs": record.pos_cond_sha256, "neg_cond_kwargs": record.neg_cond_sha256}
+        for name, words in (("pos_cond_kwargs", "prompt"), ("neg_cond_kwargs", "negative prompt")):
+            branch: Mapping[str, Any] | None = getattr(source.env, name)
+            if branch is None or (name == "neg_cond_kwargs" and not source.recipe.guidance.is_active):
+                continue
+            tokens = branch[key].shape[0]
+            if branch.get("txt_seq_lens", [tokens]) != [tokens]:
+                shown = f"txt_seq_lens is {branch['txt_seq_lens']}, {key} has {tokens} tokens"
+                message = f"another env: in the {words}'s branch {shown}"
+            elif digests[name] not in (None, branch_digest(branch)):
+                message = f"another env: the {words}'s branch is not the one that the rollout was made with"
+            elif right is not None and not _same(branch, getattr(right, name)):
+                message = f"another env: the {words}'s branch is not what this model makes of its text"
+            else:
+                continue
+            is_wrong = True
+            yield Cause("env", message)
+        debug = source.rollout.debug_tensors
+        if not is_wrong or right is None or debug is None:
             return
         # Whether the weights differ as well: with the right env the recorded velocities would still be missed.
         step = next(iter(self.scores))
-        velocity = run_pair(self.transformer, replace(self.source, env=right), step, self.place).velocity
+        velocity = run_pair(self.transformer, replace(source, env=right), step, self.place).velocity
         if (off := _relative(velocity, debug.model_output[step])) > self._rounding:
             shown = f"with the env that this model makes, the velocity of step {step} is off by {off:.1e} of its norm"
             yield Cause("weights", f"other weights: {shown}")
 
-    def _branch(self, name: str, right: DenoisingEnv | None) -> str | None:
-        """Says what is wrong with a branch of the env; None: nothing."""
-        record, key, is_negative = self.source.rollout.sampling, self.source.family.embeds_key, name == "neg_cond_kwargs"
-        branch: Mapping[str, Any] | None = getattr(self.source.env, name)
-        if branch is None or (is_negative and not self.source.recipe.guidance.is_active):
-            return None
-        words, tokens = "negative prompt" if is_negative else "prompt", branch[key].shape[0]
-        if branch.get("txt_seq_lens", [tokens]) != [tokens]:
-            return f"in the {words}'s branch txt_seq_lens is {branch['txt_seq_lens']}, {key} has {tokens} tokens"
-        digest = record.neg_cond_sha256 if is_negative else record.pos_cond_sha256
-        if digest not in (None, branch_digest(branch)):
-            return f"the {words}'s branch is not the one that the rollout was made with"
-        if right is not None and not _same(branch, getattr(right, name)):
-            return f"the {words}'s branch is not what this model makes of its text"
-        return None
-
     def _velocity(self) -> Cause:
-        """Explains the step whose velocity differs most."""
+        """What explains the step whose velocity differs most."""
         source, debug, has_digest = self.source, self.source.rollout.debug_tensors, self.source.rollout.sampling.pos_cond_sha256
         if debug is None:
             env = "" if has_digest else ", another env"
@@ -172,7 +172,7 @@ class Diagnosis:
         return Cause("weights", f"other weights (or another prompt's env, which only the text encoder can tell): {shown}")
 
     def _guidance(self, step: int, recorded: Tensor) -> Cause | None:
-        """Tells whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""
+        """Whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""
         source, place, recipe = self.source, self.place, self.source.recipe
         latents, timestep = source.state(step, place.device), recipe.timesteps[step : step + 1]
         calls = source.family.forward_inputs(latents, timestep, source.env_on(place), recipe.guidance, recipe.dtype)
@@ -192,7 +192,7 @@ class Diagnosis:
 
 
 def grid_causes(source: Source) -> Iterator[Cause]:
-    """Finds where the grid of sigmas, or what follows from it, contradicts itself."""
+    """Where the grid of sigmas, or what follows from it, contradicts itself."""
     record, debug = source.rollout.sampling, source.rollout.debug_tensors
     scales = [t / sigma if sigma else torch.inf for t, sigma in zip(record.timesteps, record.sigmas[:-1], strict=True)]
     if fault := grid_fault(source.rollout):
@@ -223,19 +223,19 @@ def _std_causes(recorded: Sequence[float], replayed: Sequence[float]) -> Iterato
 
 
 def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor) -> float | None:
-    """Finds the guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
+    """The guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
     guidance, family = source.recipe.guidance, source.family
 
     def error(scale: Number) -> float:
         return _relative(family.apply_guidance(list(outputs), Guidance(rule=guidance.rule, scale=scale)), velocity)
 
-    # Dense where scales usually are, then finer and finer around the best.
     grid = [0.5 * index for index in range(41)] + [20 * 50 ** (index / 20) for index in range(1, 21)]
-    for _ in range(9):
-        best = min(range(len(grid)), key=lambda index: error(grid[index]))
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-        grid = [low + (high - low) * part / 10 for part in range(11)]
-    found = min(grid, key=error)
+    best = min(range(len(grid)), key=lambda index: error(grid[index]))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    for _ in range(40):
+        third = (high - low) / 3
+        low, high = (low, high - third) if error(low + third) < error(high - third) else (low + third, high)
+    found = (low + high) / 2
     # People choose round numbers; the first of equals is taken.
     scale = min((round(found, 1), round(found, 2), found), key=error)
     tolerance = 1e-5 if source.recipe.dtype == torch.float32 else 1e-2
@@ -243,7 +243,7 @@ def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor) ->
 
 
 def _same(a: EnvValue | Mapping[str, EnvValue], b: EnvValue | Mapping[str, EnvValue] | None) -> bool:
-    """Tells whether two branches are of the same text; other kernels may have rounded them differently."""
+    """Whether two branches are of the same text; other kernels may have rounded them differently."""
     if isinstance(a, Tensor):
         if not isinstance(b, Tensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -254,6 +254,6 @@ def _same(a: EnvValue | Mapping[str, EnvValue], b: EnvValue | Mapping[str, EnvVa
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
-    """Returns the norm of the difference, relative to the norm of what is expected."""
+    """The norm of the difference, relative to the norm of what is expected."""
     value, expected = value.float().to(expected.device), expected.float()
     return float((value - expected).norm() / expected.norm())
