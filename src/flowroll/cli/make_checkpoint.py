@@ -11,9 +11,7 @@ from flowroll.cli.options import quiet_model_libraries
 
 
 def make_checkpoint(
-    family: Annotated[
-        Literal["qwen_image", "z_image"], typer.Argument(metavar="FAMILY", help="qwen_image or z_image.")
-    ],
+    family: Annotated[Literal["qwen_image", "z_image"], typer.Argument(metavar="FAMILY", help="qwen_image or z_image.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to save.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     size: Annotated[Literal["tiny", "mid"], typer.Option(help="tiny, or mid with about 100 million parameters.")] = "tiny",
