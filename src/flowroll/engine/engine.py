@@ -41,7 +41,7 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
         adapter_limits: How many LoRA adapters it holds.
         layout: How the transformer is spread over ranks. The other ranks are started here, one process each, on this machine;
             under torchrun they are its processes, which call `follow`.
-        rank_timeout_s: How long ranks wait for each other before the replica is taken down.
+        rank_timeout_s: How long ranks wait for each other before the engine is taken down.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or an incomplete one.

@@ -24,7 +24,7 @@ class Channel:
     Args:
         store: Shared by all ranks.
         rank: Of this process.
-        num_ranks: Of the replica.
+        num_ranks: Number of ranks of the engine.
     """
 
     def __init__(self, store: Store, *, rank: int, num_ranks: int) -> None:
@@ -79,7 +79,7 @@ class Channel:
 
         Args:
             store: A connection for it alone: the commands' one is busy with waiting.
-            on_down: Called when rank 0 takes the replica down, or is gone.
+            on_down: Called when rank 0 takes the ranks down, or is gone.
         """
         key = f"beat/{self._rank}"
 
@@ -110,7 +110,7 @@ class Pulse:
 
     Args:
         store: A connection for it alone.
-        num_ranks: Of the replica.
+        num_ranks: Number of ranks of the engine.
         now_s: A clock.
     """
 

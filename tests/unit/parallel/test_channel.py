@@ -63,7 +63,7 @@ def test_a_channel_beats_until_it_is_stopped(monkeypatch) -> None:
     assert store.get("beat/1") == last
 
 
-def test_followers_hear_that_the_replica_is_taken_down_or_its_store_lost(monkeypatch) -> None:
+def test_followers_hear_that_the_engine_is_taken_down_or_its_store_lost(monkeypatch) -> None:
     monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.02)
     heard = threading.Event()
     store = HashStore()
