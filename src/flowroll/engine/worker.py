@@ -1,6 +1,6 @@
 """A server's hold on an engine: a bounded queue in front of it, and what a server has to know of its state.
 
-It knows nothing of HTTP. The life of an accepted request is the batcher's (batching/): it ends in exactly one result or one
+It knows nothing of HTTP. The life of an accepted request is the scheduler's (scheduler/): it ends in exactly one result or one
 error, whatever happens to the engine, to the requests around it or to the process.
 """
 
@@ -163,7 +163,7 @@ class EngineWorker:
 
     @property
     def running(self) -> int:
-        """Requests that were taken up and have not ended."""
+        """Returns the number of requests that were admitted and have not ended."""
         return self.stats().running
 
     @property

@@ -16,7 +16,7 @@ from flowroll.engine import Engine, RequestPlan
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError
 
-BOOK = "flowroll.engine.scheduler.queue"
+QUEUE = "flowroll.engine.scheduler.queue"
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_an_unexpected_exception_fails_its_request_alone_and_its_trace_goes_to_t
     assert "details" not in raised.value.message
     assert "Traceback" not in raised.value.message
     assert raised.value.__cause__ is None
-    (record,) = [record for record in caplog.records if record.name == BOOK]
+    (record,) = [record for record in caplog.records if record.name == QUEUE]
     assert record.request_id == plan.request_id
     assert record.exc_info is not None
 
@@ -199,7 +199,7 @@ def test_counters_balance_while_many_threads_submit_and_the_worker_closes(engine
 
     engine.hook = script
     worker = EngineWorker(engine, max_queue=8)
-    logging.getLogger(BOOK).setLevel(logging.CRITICAL)
+    logging.getLogger(QUEUE).setLevel(logging.CRITICAL)
 
     def submit_many(_: int) -> list[Future[list[Rollout]]]:
         taken: list[Future[list[Rollout]]] = []
@@ -218,7 +218,7 @@ def test_counters_balance_while_many_threads_submit_and_the_worker_closes(engine
             worker.close()
             futures = [future for batch in batches for future in batch.result(WAIT_S)]
     finally:
-        logging.getLogger(BOOK).setLevel(logging.NOTSET)
+        logging.getLogger(QUEUE).setLevel(logging.NOTSET)
     stats = worker.stats()
     assert all(future.done() for future in futures)
     assert stats.accepted == len(futures) == stats.completed + stats.failed
@@ -238,11 +238,11 @@ def test_what_is_to_be_done_between_requests_goes_before_those_that_wait_and_cou
     with EngineWorker(engine, max_queue=2) as worker:
         requests = [worker.submit(plan, "rollout") for _ in range(2)]
         assert gate.entered.wait(WAIT_S)
-        errands = [worker.between_requests(lambda name=name: done.append(name) or name) for name in ("first", "second")]
-        assert not any(errand.done() for errand in errands)
+        tasks = [worker.between_requests(lambda name=name: done.append(name) or name) for name in ("first", "second")]
+        assert not any(task.done() for task in tasks)
         assert (worker.pending, worker.running) == (1, 1)
         gate.opened.set()
-        assert [errand.result(WAIT_S) for errand in errands] == ["first", "second"]
+        assert [task.result(WAIT_S) for task in tasks] == ["first", "second"]
         for request in requests:
             request.result(WAIT_S)
         assert done == ["request", "first", "second", "request"]
@@ -250,7 +250,7 @@ def test_what_is_to_be_done_between_requests_goes_before_those_that_wait_and_cou
         assert_balanced(worker)
 
 
-def test_an_errand_ends_in_its_error_and_the_thread_goes_on(
+def test_a_task_ends_in_its_error_and_the_thread_goes_on(
     engine: HookedEngine, plan: RequestPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused = InvalidRequestError("module must be one, got two; choose.", field="module")
@@ -270,7 +270,7 @@ def test_an_errand_ends_in_its_error_and_the_thread_goes_on(
     assert "no such tensor" in caplog.text
 
 
-def test_close_ends_errands_that_wait_or_hang(engine: HookedEngine) -> None:
+def test_close_ends_tasks_that_wait_or_hang(engine: HookedEngine) -> None:
     entered, opened = threading.Event(), threading.Event()
     worker = EngineWorker(engine, max_queue=1)
 
@@ -283,9 +283,9 @@ def test_close_ends_errands_that_wait_or_hang(engine: HookedEngine) -> None:
     assert worker.running == 0 and worker.is_progressing()
     waiting = worker.between_requests(lambda: None)
     assert not worker.close(timeout_s=0.05)
-    for errand in (hanging, waiting):
+    for task in (hanging, waiting):
         with pytest.raises(ShuttingDownError):
-            errand.result(0)
+            task.result(0)
     with pytest.raises(ShuttingDownError):
         worker.between_requests(lambda: None)
     opened.set()
