@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.adapters import policy
-from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
 from tests.rollouts import assert_same_bits, tensors_of
 from tests.serving.servers import serving

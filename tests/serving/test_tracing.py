@@ -79,7 +79,7 @@ def spans_of(exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[Readabl
     return root, sorted(children, key=lambda span: span.start_time)
 
 
-def test_an_answer_is_a_span_with_a_child_for_every_stretch_of_its_time(
+def test_an_answer_is_a_span_with_a_child_for_every_span_of_its_time(
     client: httpx.Client, exporter: InMemorySpanExporter
 ) -> None:
     answer = client.post(ROLLOUT, json={**SMALL, "prompt": "a secret garden", "request_id": "step 3"})

@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Holds the arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ Variant: TypeAlias = Annotated[
     ),
 ]
 Dtype: TypeAlias = Annotated[
-    Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto: bfloat16 on CUDA, float32 on the CPU.")
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Dtype of the weights; auto is bfloat16 on CUDA, float32 on the CPU."),
 ]
-Device: TypeAlias = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
+Device: TypeAlias = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:N, or auto.")]
 ApiKey: TypeAlias = Annotated[
-    str | None, typer.Option(help="Bearer token.", envvar="FLOWROLL_API_KEY", show_envvar=True, show_default=False)
+    str | None,
+    typer.Option(help="Bearer token of the server.", envvar="FLOWROLL_API_KEY", show_envvar=True, show_default=False),
 ]
 
 

@@ -16,7 +16,7 @@ from flowroll.engine import Engine, RequestPlan
 from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError
 
-BOOK = "flowroll.engine.scheduler.queue"
+QUEUE = "flowroll.engine.scheduler.queue"
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_an_unexpected_exception_fails_its_request_alone_and_its_trace_goes_to_t
     assert "details" not in raised.value.message
     assert "Traceback" not in raised.value.message
     assert raised.value.__cause__ is None
-    (record,) = [record for record in caplog.records if record.name == BOOK]
+    (record,) = [record for record in caplog.records if record.name == QUEUE]
     assert record.request_id == plan.request_id
     assert record.exc_info is not None
 
@@ -199,7 +199,7 @@ def test_counters_balance_while_many_threads_submit_and_the_worker_closes(engine
 
     engine.hook = script
     service = EngineService(engine, max_queue=8)
-    logging.getLogger(BOOK).setLevel(logging.CRITICAL)
+    logging.getLogger(QUEUE).setLevel(logging.CRITICAL)
 
     def submit_many(_: int) -> list[Future[list[Rollout]]]:
         taken: list[Future[list[Rollout]]] = []
@@ -218,7 +218,7 @@ def test_counters_balance_while_many_threads_submit_and_the_worker_closes(engine
             service.close()
             futures = [future for batch in batches for future in batch.result(WAIT_S)]
     finally:
-        logging.getLogger(BOOK).setLevel(logging.NOTSET)
+        logging.getLogger(QUEUE).setLevel(logging.NOTSET)
     stats = service.status().counts
     assert all(future.done() for future in futures)
     assert stats.accepted == len(futures) == stats.completed + stats.failed
