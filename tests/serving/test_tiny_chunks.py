@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 
+import h11
 import httpx
 import pytest
 from tests.serving.servers import SMALL, WAIT_S, error_of, serving
 from tests.serving.test_hostile import CHUNKED, CLOSE, chunked, connected, post, read_answer
 
 from flowroll.engine.worker import EngineWorker
+from flowroll.serving.connections import BoundedProtocol
 
 KEY = "s3cret"
 GOOD = json.dumps({**SMALL, "num_inference_steps": 1}).encode()
@@ -85,26 +87,25 @@ def test_a_body_in_chunks_that_is_honest_is_read(locked: httpx.Client, size: int
     assert status == 200, answer
 
 
-def test_a_connection_goes_on_after_a_refusal_that_came_before_its_small_body(locked: httpx.Client) -> None:
+@pytest.mark.parametrize("size", [len(GOOD), 1_000_000])
+def test_a_connection_goes_on_after_a_refusal_that_came_before_its_body(locked: httpx.Client, size: int) -> None:
     with connected(locked) as connection:
         for _ in range(3):
-            connection.sendall(post(b"Content-Length: %d" % len(GOOD), path=b"/nope"))
+            connection.sendall(post(b"Content-Length: %d" % size, path=b"/nope"))
             received = b""
             while not received.endswith(b"}}"):
                 received += connection.recv(1 << 16)
             assert b" 401 " in received
-            connection.sendall(GOOD)
+            connection.sendall(GOOD.ljust(size))
 
 
-def test_a_connection_ends_after_a_refusal_whose_large_body_comes_all_the_same(locked: httpx.Client) -> None:
-    """Not before its sender has the answer, and without the rest being looked at."""
-    piece = b" " * 65_536
+def test_tiny_chunks_after_a_refusal_end_the_connection(locked: httpx.Client) -> None:
     with connected(locked) as connection:
-        connection.sendall(post(b"Content-Length: %d" % (1000 * len(piece)), path=b"/nope"))
-        for _ in range(200):
-            connection.sendall(piece)
-        received = b"".join(iter(lambda: connection.recv(1 << 16), b""))
-    assert received.startswith(b"HTTP/1.1 401 ") and received.count(b"HTTP/1.1") == 1
+        connection.sendall(post(CHUNKED, path=b"/nope"))
+        assert b" 401 " in connection.recv(1 << 16)
+        with pytest.raises(ConnectionError):
+            while connection.send(TINY[:6000]):
+                time.sleep(0.01)
 
 
 def test_connections_beyond_the_bound_are_told_so(worker: EngineWorker) -> None:
@@ -125,3 +126,28 @@ def test_connections_beyond_the_bound_are_told_so(worker: EngineWorker) -> None:
 def _status(connection: socket.socket) -> int:
     connection.sendall(b"GET /liveness HTTP/1.1\r\nHost: x\r\n\r\n")
     return int(connection.recv(1 << 16).split()[1])
+
+
+def test_a_turn_of_the_event_loop_looks_at_a_part_of_what_has_come(
+    locked: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1000 chunks in one read are looked at in dozens of turns, between which others have theirs."""
+    looked_at: list[int] = []
+    handle_events = BoundedProtocol.handle_events
+
+    def observed(self: BoundedProtocol) -> None:
+        looked_at.append(0)
+        handle_events(self)
+
+    def counted(self: h11.Connection) -> object:
+        looked_at[-1] += 1
+        return next_event(self)
+
+    next_event = h11.Connection.next_event
+    monkeypatch.setattr(BoundedProtocol, "handle_events", observed)
+    monkeypatch.setattr(h11.Connection, "next_event", counted)
+    with connected(locked) as connection:
+        key = b"Authorization: Bearer " + KEY.encode()
+        connection.sendall(post(CHUNKED, CLOSE, key, body=chunked(*[b" "] * 1000, b"")))
+        assert read_answer(connection)[0] == 400
+    assert sum(looked_at) > 1000 and max(looked_at) <= 32

@@ -37,9 +37,7 @@ _PIECE_BYTES = 1024
 # A chunk takes some ten microseconds, and may be a byte. Of a body so many may be smaller than that on average.
 _FREE_CHUNKS = 1024
 _CHUNK_BYTES = 256
-_EVENTS_A_TURN = 64
-# Of the rest of a body after its answer, so much is looked at, so that the connection can go on where that is all.
-_MAX_UNREAD_BYTES = 64 * 1024
+_EVENTS_A_TURN = 32
 # After the grace period every answer is made; a client gets so long to read the rest of a large one.
 _SEND_S = 2
 
@@ -140,7 +138,6 @@ class BoundedProtocol(H11Protocol):
     conn: _Parser
     flow: _Flow
     _deadline: asyncio.TimerHandle | None = None
-    _unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for the first request."""
@@ -153,12 +150,6 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Takes bytes from the client."""
-        if self._is_answered_early():
-            self._unread_bytes += len(data)
-            if self._unread_bytes > _MAX_UNREAD_BYTES:
-                # The connection has ended but for this: to close it at once could cost its client the answer.
-                self.transport.write_eof()
-                return
         # The parser's limit is one on headers that are not whole yet. In small pieces they are that for long enough.
         while data and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             super().data_received(data[:_PIECE_BYTES])
@@ -181,7 +172,6 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Notes that an answer has been given."""
-        self._unread_bytes = 0
         super().on_response_complete()
         self._keep_deadline()
 
@@ -199,20 +189,17 @@ class BoundedProtocol(H11Protocol):
         self._refuse(MalformedRequestError(self.conn.refusal or general))
 
     def _keep_deadline(self) -> None:
+        ours, theirs = self.conn.our_state, self.conn.their_state
         if self.transport.is_closing():
             self._clear_deadline()
-        elif self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE:
+        elif theirs is h11.IDLE and ours is h11.IDLE:
             # Headers have begun. Otherwise uvicorn's own bound for idle connections runs.
             if self.conn.trailing_data[0]:
                 self._set_deadline(self._end_slow_headers)
-        elif self._is_answered_early():
+        elif theirs is h11.SEND_BODY and ours in (h11.DONE, h11.MUST_CLOSE):
             self._set_deadline(self._end_unread_body)
         else:
             self._clear_deadline()
-
-    def _is_answered_early(self) -> bool:
-        """Whether the answer was given before the body had come."""
-        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state in (h11.DONE, h11.MUST_CLOSE)
 
     def _set_deadline(self, end: Callable[[], None]) -> None:
         """Sets a deadline, unless one is set: what trickles in must not move it."""
