@@ -7,6 +7,8 @@ sent.
 from __future__ import annotations
 
 import binascii
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from fastapi import APIRouter, Request, Response
@@ -142,24 +144,19 @@ def _plain_uuid(uuid: str) -> str:
 
 
 def _copy(incoming: IncomingWeights, sent: SentTensors) -> None:
-    """Copies the data, and lets the sender have its memory back, whatever comes of it."""
+    """Copies the data to where the engine will hold it."""
     tensors = sent.pairs
-    try:
+    with _released_after(sent):
         if tensors:
             heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
             with incoming.bucket(heads, device=tensors[0][1].device) as targets:
                 for target, (_, tensor) in zip(targets, tensors, strict=True):
                     tensor.copy_to(target)
-    except ValueError as error:
-        raise _unreadable(error) from error
-    finally:
-        # Here, not after the weights' exchange, which may have to wait.
-        sent.release()
 
 
 def _copies(sent: SentTensors, max_bytes: int) -> dict[str, Tensor]:
-    """The same, to tensors of their own on the CPU."""
-    try:
+    """Copies the data to tensors of their own on the CPU."""
+    with _released_after(sent):
         total = sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for _, tensor in sent.pairs)
         if total > max_bytes:
             raise WeightsRejectedError(
@@ -173,11 +170,14 @@ def _copies(sent: SentTensors, max_bytes: int) -> dict[str, Tensor]:
             tensor.copy_to(target)
             copies[name] = target.cpu()
         return copies
+
+
+@contextlib.contextmanager
+def _released_after(sent: SentTensors) -> Iterator[None]:
+    """Lets the sender have its memory back, whatever comes of the copy: here, since the weights' exchange may have to wait."""
+    try:
+        yield
     except ValueError as error:
-        raise _unreadable(error) from error
+        raise MalformedRequestError(f"{FIELD} must be readable to its end, got {error}; send it again.", field=FIELD) from error
     finally:
         sent.release()
-
-
-def _unreadable(error: ValueError) -> MalformedRequestError:
-    return MalformedRequestError(f"{FIELD} must be readable to its end, got {error}; send it again.", field=FIELD)
