@@ -95,6 +95,6 @@ def test_an_adapter_that_another_rank_reads_otherwise_is_loaded_by_none(z_image_
 
 
 def _files(folder: Path) -> object:
-    from flowroll.engine.adapter_files import find_adapter
+    from flowroll.engine.adapters.files import find_adapter
 
     return find_adapter(folder)

@@ -16,15 +16,15 @@ from flowroll.parallel import processes
 from flowroll.types import Layout
 
 FAULT = (
-    "from flowroll.engine.rest import Rest; from flowroll.errors import EngineError\n"
+    "from flowroll.engine.weights.offload import WeightOffload; from flowroll.errors import EngineError\n"
     "calls = {}\n"
     "def failing(name):\n"
-    "    do = getattr(Rest, name)\n"
+    "    do = getattr(WeightOffload, name)\n"
     "    def fail_once(*a):\n"
     "        calls[name] = calls.get(name, 0) + 1\n"
     "        if calls[name] == 1: raise EngineError('No space left')\n"
     "        return do(*a)\n"
-    "    setattr(Rest, name, fail_once)\n"
+    "    setattr(WeightOffload, name, fail_once)\n"
     "failing('prepare_release'); failing('prepare_resume')"
 )
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
-from flowroll.engine.groups import receive_from_group
-from flowroll.engine.weights import tensor_head
+from flowroll.engine.weights.groups import receive_from_group
+from flowroll.engine.weights.staged import tensor_head
 from flowroll.errors import RankLostError, WeightsRejectedError
 from flowroll.parallel import processes
 from flowroll.parallel.broadcasting import BroadcastGroup

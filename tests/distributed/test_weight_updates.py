@@ -16,7 +16,7 @@ from tests.weights import WEIGHTS, in_shards, with_other
 
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
-from flowroll.engine.weights import find_weights
+from flowroll.engine.weights.staged import find_weights
 from flowroll.errors import RankLostError, WeightsMismatchError, WeightsRejectedError
 from flowroll.parallel import processes
 from flowroll.types import Layout
@@ -47,7 +47,7 @@ def expected(z_image_checkpoint: Path, other: Path) -> list[tuple[Rollout, str]]
 # An engine of several ranks is alone in its process: these come before the one that the others share.
 FAILING = (
     "import flowroll.engine.runner.worker as worker\n"
-    "from flowroll.engine.weights import StagedWeights, rejected\n"
+    "from flowroll.engine.weights.staged import StagedWeights, rejected\n"
     "{fault}\n"
     "from flowroll.engine.runner.__main__ import main; main()"
 )

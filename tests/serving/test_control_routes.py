@@ -10,7 +10,7 @@ from tests.serving.servers import LONG, SMALL, Background, Gate, HookedEngine, e
 from flowroll.client import Client
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, PausedError
-from flowroll.serving.intake import MAX_CONTROL_BYTES
+from flowroll.serving.parsing import MAX_CONTROL_BYTES
 
 ROLLOUT = "/rollout/generate"
 

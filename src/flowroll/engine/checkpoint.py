@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from flowroll.engine.tensorfile import TensorFile
-from flowroll.engine.weight_files import TEXT_STEM, WEIGHT_STEMS, chosen_file, read_json, some_of, weight_files, weight_map
+from flowroll.engine.weights.files import TEXT_STEM, WEIGHT_STEMS, chosen_file, read_json, some_of, weight_files, weight_map
+from flowroll.engine.weights.tensorfile import TensorFile
 from flowroll.errors import CheckpointError, UnsupportedModelError
 from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig

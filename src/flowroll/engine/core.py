@@ -17,14 +17,14 @@ from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_de
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.engine.plan import plan_geometry
-from flowroll.engine.rest import Rest
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.peers import FailureListener
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.rank_group import open_peers
 from flowroll.engine.scheduler import BatchLimits, ExclusiveMode, Scheduler
-from flowroll.engine.versions import WeightVersions
-from flowroll.engine.weight_store import WeightStore
+from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.store import WeightStore
+from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import Layout
@@ -66,11 +66,11 @@ class EngineCore:
         except BaseException:
             self._peers.close()
             raise
-        self._rest = Rest(functools.partial(_parameters, self._model, self._pipeline))
+        self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
         versions = WeightVersions()
-        self._work = PipelineRunner(self._model, self._pipeline, versions, self._rest)
+        self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload)
         self._executor = Executor(self._model, self._work, self._peers)
-        self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._rest, versions)
+        self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
         transformer = self._model.transformer
@@ -135,7 +135,7 @@ class EngineCore:
         if hasattr(self, "_model"):
             self._work.release()
             self._weights.release()
-            self._rest.forget()
+            self._offload.forget()
             del self._model, self._pipeline
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()

@@ -66,7 +66,7 @@ class Engine(ScoringEngine, UpdatableEngine, LoraEngine, SleepingEngine):
             ShuttingDownError: The engine was interrupted or closed.
         """
         model = self._open_model()
-        self._rest.check_awake()
+        self._offload.check_awake()
         self._weights.versions.demand(params.min_weight_version)
         return plan_request(params, model, self.info.limits)
 

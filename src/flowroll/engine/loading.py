@@ -19,9 +19,9 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
-from flowroll.engine.adapters import AdapterSet
+from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint, plain_class
-from flowroll.engine.weight_files import read_json
+from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
 from flowroll.families import Family, ModelSpec

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flowroll.engine.adapter_files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
-from flowroll.engine.adapters import Adapter
+from flowroll.engine.adapters.adapter_set import Adapter
+from flowroll.engine.adapters.files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, LoraFactors, as_peft
+from flowroll.engine.adapters.pushed import refused as refused_push
 from flowroll.engine.core import EngineCore
-from flowroll.engine.pushed_lora import PUSHED_ADAPTER, LoraFactors, as_peft
-from flowroll.engine.pushed_lora import refused as refused_push
 from flowroll.engine.scheduler import ExclusiveMode
-from flowroll.engine.weights import listed
+from flowroll.engine.weights.staged import listed
 from flowroll.types import AdapterChange, LoraAdapter, check_lora_name
 
 
@@ -115,7 +115,7 @@ class LoraEngine(EngineCore):
         started_s = time.perf_counter()
         check_lora_name(name)
         adapters = self._open_model().adapters
-        self._rest.check_awake()
+        self._offload.check_awake()
         data = read_adapter(files, max_bytes=self.info.adapter_limits.max_adapter_bytes)
         adapter = adapters.stage(data, name=name, merged=merged)
         self._check_room(adapter.about)
@@ -191,7 +191,7 @@ class LoraEngine(EngineCore):
         read_s: float,
     ) -> AdapterChange:
         def run() -> AdapterChange:
-            self._rest.check_awake()
+            self._offload.check_awake()
             started_s = time.perf_counter()
             versions = self._weights.versions
             version, previous = versions.following(weight_version), versions.current

@@ -73,7 +73,7 @@ class ScoringEngine(EngineCore):
             ShuttingDownError: The engine was interrupted or closed.
         """
         model = self._open_model()
-        self._rest.check_awake()
+        self._offload.check_awake()
         self._weights.versions.demand(params.min_weight_version)
         return plan_score(params, model, self.info.limits)
 
@@ -125,7 +125,7 @@ class ScoringEngine(EngineCore):
     def _score_sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> Generator[None, None, SampleScores]:
         """Scores one checked sample, on every rank, a step a piece."""
         self._check_interrupt()
-        self._rest.check_awake()
+        self._offload.check_awake()
         model, lora = self._model, sample.sampling.lora
         name = None if lora is None else lora.name
         transformer, used = model.adapters.transformer(name), model.adapters.record(name)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from flowroll.engine.core import EngineCore
-from flowroll.engine.rest import SleepMode
+from flowroll.engine.weights.offload import SleepMode
 from flowroll.types import MemoryChange
 
 
@@ -16,12 +16,12 @@ class SleepingEngine(EngineCore):
     @property
     def is_asleep(self) -> bool:
         """Whether the memory of the weights is released."""
-        return self._rest.mode is not None
+        return self._offload.mode is not None
 
     @property
     def memory_mode(self) -> SleepMode | None:
         """Where the weights are kept while their memory is released; None: they are in place."""
-        return self._rest.mode
+        return self._offload.mode
 
     def sleep(self, mode: SleepMode = "offload") -> MemoryChange:
         """Releases the memory of all weights and adapters, on every rank, once the requests that run have finished.
@@ -41,7 +41,7 @@ class SleepingEngine(EngineCore):
         def release() -> int:
             if self.is_asleep:
                 return 0
-            take = self._rest.prepare_release(mode)
+            take = self._offload.prepare_release(mode)
             self._executor.stage_release(mode)
             self._executor.commit()
             return take()
@@ -59,7 +59,7 @@ class SleepingEngine(EngineCore):
         def resume() -> int:
             if not self.is_asleep:
                 return 0
-            take = self._rest.prepare_resume()
+            take = self._offload.prepare_resume()
             self._executor.stage_resume()
             self._executor.commit()
             return take()
@@ -71,6 +71,6 @@ class SleepingEngine(EngineCore):
             started_s = time.perf_counter()
             num_bytes = action()
             seconds = time.perf_counter() - started_s
-            return MemoryChange(mode=self._rest.mode, num_bytes=num_bytes, seconds=seconds)
+            return MemoryChange(mode=self._offload.mode, num_bytes=num_bytes, seconds=seconds)
 
         return self._alone(run)

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from flowroll.engine.core import EngineCore
-from flowroll.engine.incoming import IncomingWeights
 from flowroll.engine.scheduler import ExclusiveMode
-from flowroll.engine.weights import StagedWeights, WeightFiles, find_weights
+from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
 from flowroll.types import WeightUpdate
 from flowroll.types.tensors import plain_tensor
 
@@ -87,7 +87,7 @@ class UpdatableEngine(EngineCore):
             incoming.put([(name, plain_tensor(tensor, name, device=None))])
         return self.commit_weights(incoming.stage(), weight_version=weight_version, mode=mode)
 
-    def receive_weights(self, module: str = "transformer", *, partial: bool = False) -> IncomingWeights:
+    def receive_weights(self, module: str = "transformer", *, partial: bool = False) -> WeightReceiver:
         """Makes room for new weights that arrive in buckets, while requests run; what `stage` then gives can be committed.
 
         Args:

@@ -29,7 +29,7 @@ from flowroll.serving.routers import (
     weight_group,
     weights,
 )
-from flowroll.serving.services import Services
+from flowroll.serving.state import AppState
 from flowroll.serving.tracing import Tracing, current_tracing
 
 
@@ -41,12 +41,12 @@ def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing |
         config: How to answer; its address is not used here.
         tracing: Makes spans of requests; None: spans go to the process's own provider, if it has one.
     """
-    services = Services.build(worker, config)
+    state = AppState.build(worker, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await services.groups.close()
+        await state.groups.close()
 
     app = FastAPI(
         lifespan=lifespan,
@@ -76,12 +76,10 @@ def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing |
         server_info,
         metrics,
     ):
-        app.include_router(group.build_router(services))
+        app.include_router(group.build_router(state))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)
-    app.add_middleware(
-        RequestMiddleware, metrics=services.metrics, api_key=config.api_key, tracing=tracing or current_tracing()
-    )
+    app.add_middleware(RequestMiddleware, metrics=state.metrics, api_key=config.api_key, tracing=tracing or current_tracing())
     # What is answered without the app, by its connection, is counted too.
-    app.state.metrics = services.metrics
+    app.state.metrics = state.metrics
     return app

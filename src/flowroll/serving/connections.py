@@ -3,7 +3,7 @@
 uvicorn bounds how long a connection may idle between two requests, and how long headers may be. Bounded here: how many
 connections there are, how long headers may take to come, how small the chunks of a body may be and how many of them are looked
 at in one turn of the event loop, how long the rest of a body that nobody reads is waited for, and how long a client may take
-nothing of its answer. How long a body takes that is read is bounded in `intake`.
+nothing of its answer. How long a body takes that is read is bounded in `parsing`.
 """
 
 from __future__ import annotations

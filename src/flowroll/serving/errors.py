@@ -92,13 +92,13 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_flowroll_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, FlowrollError)
-        request.state.exchange.error = error.code
+        request.state.context.error = error.code
         return error_response(error)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         shown = _routing_error(request, error)
-        request.state.exchange.error = shown.code
+        request.state.context.error = shown.code
         response = error_response(shown, status=error.status_code)
         response.headers.update(error.headers or {})
         return response

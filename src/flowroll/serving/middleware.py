@@ -37,7 +37,7 @@ _MAX_ID_CHARS = 256
 
 
 @dataclass(slots=True, kw_only=True)
-class Exchange:
+class RequestContext:
     """One HTTP request and its answer, while it lasts.
 
     Attributes:
@@ -78,11 +78,11 @@ class Exchange:
             self.stretches.append(StageSpan(stage=name, start_s=start_s, end_s=time.monotonic()))
 
 
-def exchange_of(request: Request) -> Exchange:
-    """The exchange of a route's request."""
-    exchange = request.state.exchange
-    assert isinstance(exchange, Exchange)
-    return exchange
+def context_of(request: Request) -> RequestContext:
+    """The context of a route's request."""
+    context = request.state.context
+    assert isinstance(context, RequestContext)
+    return context
 
 
 class RequestMiddleware:
@@ -106,33 +106,33 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange()
-        scope.setdefault("state", {})["exchange"] = exchange
-        name_request(lambda: exchange.request_id)
+        context = RequestContext()
+        scope.setdefault("state", {})["context"] = context
+        name_request(lambda: context.request_id)
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status, exchange.answered_s = message["status"], time.monotonic()
+                context.status, context.answered_s = message["status"], time.monotonic()
                 headers = MutableHeaders(scope=message)
                 # Percent-encoded as a header needs it, and cut where the caller's id is very long.
-                headers[REQUEST_ID_HEADER] = quote(exchange.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
-                if stages := exchange.stages:
+                headers[REQUEST_ID_HEADER] = quote(context.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
+                if stages := context.stages:
                     headers[TIMING_HEADER] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages.items())
             elif message["type"] == "http.response.body":
-                exchange.body_bytes += len(message.get("body", b""))
+                context.body_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
-            await self._answer(exchange, scope, receive, observed_send)
+            await self._answer(context, scope, receive, observed_send)
         finally:
-            self._observe(exchange, scope)
+            self._observe(context, scope)
 
-    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._is_authorized(scope):
             error = UnauthorizedError(
                 "the request must carry the server's token, got none or another; send Authorization: Bearer."
             )
-            exchange.error = error.code
+            context.error = error.code
             await error_response(error)(scope, receive, send)
             return
         try:
@@ -140,12 +140,12 @@ class RequestMiddleware:
         except ClientDisconnect:
             _log.info("the client went away before its request was read")
         except Exception:
-            if exchange.status is not None:
+            if context.status is not None:
                 # The answer has begun: only breaking it off tells the client.
                 raise
             _log.exception("the request failed in the server")
             message = "the server must answer every request, got an internal error; see its log for the request id."
-            exchange.error = EngineError.code
+            context.error = EngineError.code
             await error_response(EngineError(message))(scope, receive, send)
 
     def _is_authorized(self, scope: Scope) -> bool:
@@ -156,41 +156,41 @@ class RequestMiddleware:
         # HTTP has the scheme's name in any case; the token is compared in constant time.
         return hmac.compare_digest(f"{scheme.capitalize()} {token.strip()}".encode(), self._token)
 
-    def _observe(self, exchange: Exchange, scope: Scope) -> None:
+    def _observe(self, context: RequestContext, scope: Scope) -> None:
         """Counts, traces and logs a request that has ended."""
         now_s = time.monotonic()
-        if exchange.stretches and exchange.answered_s is not None:
-            exchange.stretches.append(StageSpan(stage="send", start_s=exchange.answered_s, end_s=now_s))
-        seconds, status, error = now_s - exchange.started_s, exchange.status or _CLIENT_CLOSED, exchange.error
+        if context.stretches and context.answered_s is not None:
+            context.stretches.append(StageSpan(stage="send", start_s=context.answered_s, end_s=now_s))
+        seconds, status, error = now_s - context.started_s, context.status or _CLIENT_CLOSED, context.error
         # Unknown paths share one label, because their number is the caller's choice.
         route, method = getattr(scope.get("route"), "path", "other"), scope["method"]
-        self._metrics.observe_request(route=route, code=status, seconds=seconds, body_bytes=exchange.body_bytes, error=error)
-        self._metrics.observe_stages(exchange.stretches)
+        self._metrics.observe_request(route=route, code=status, seconds=seconds, body_bytes=context.body_bytes, error=error)
+        self._metrics.observe_stages(context.stretches)
         trace_id = None
         if self._tracing is not None and route not in POLLED:
             attributes = {
                 "http.request.method": method,
                 "http.route": route,
                 "http.response.status_code": status,
-                "http.response.body.size": exchange.body_bytes,
-                "flowroll.request_id": exchange.request_id,
+                "http.response.body.size": context.body_bytes,
+                "flowroll.request_id": context.request_id,
             }
             trace_id = self._tracing.record(
                 f"{method} {route}",
                 headers=Headers(scope=scope),
-                start_s=exchange.started_s,
-                stretches=exchange.stretches,
+                start_s=context.started_s,
+                stretches=context.stretches,
                 attributes=attributes | ({} if error is None else {"error.type": error}),
             )
-        if not exchange.suppress_logs:
+        if not context.suppress_logs:
             values = {
-                "request_id": exchange.request_id,
+                "request_id": context.request_id,
                 "method": method,
                 "duration_ms": round(seconds * 1000, 1),
-                "bytes": exchange.body_bytes,
+                "bytes": context.body_bytes,
                 "error": error,
                 "trace_id": trace_id,
-                **{f"{stage}_ms": round(ms, 1) for stage, ms in exchange.stages.items()},
+                **{f"{stage}_ms": round(ms, 1) for stage, ms in context.stages.items()},
             }
             known = {name: value for name, value in values.items() if value is not None}
             log_request(path=scope["path"], status=status, values=known)

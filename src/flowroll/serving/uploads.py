@@ -9,17 +9,17 @@ from pathlib import Path
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.incoming import BucketStream
+from flowroll.engine.weights.receiver import BucketStream
 from flowroll.errors import WeightsRejectedError
-from flowroll.serving.arrivals import Arrival
-from flowroll.serving.intake import bounded_stream, check_media_type
+from flowroll.serving.parsing import bounded_stream, check_media_type
+from flowroll.serving.weight_updates import OpenUpdate
 
 # So much is handed to a thread at a time: the copy then takes longer than the change of threads.
 _LOT_BYTES = 4 * 2**20
 _OCTETS = ("application/octet-stream", "application/safetensors")
 
 
-async def read_bucket(request: Request, arrival: Arrival, *, max_bytes: int, idle_s: float) -> int:
+async def read_bucket(request: Request, arrival: OpenUpdate, *, max_bytes: int, idle_s: float) -> int:
     """Reads a safetensors body into memory that the engine will hold.
 
     Args:

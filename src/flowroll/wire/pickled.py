@@ -132,6 +132,7 @@ class _Unpickler:
     def load(self, data: bytes) -> object:
         """The value that a stream makes."""
         instruction: Any
+        argument: Any
         for count, (instruction, argument, place) in enumerate(pickletools.genops(data)):
             if count == _MOST_INSTRUCTIONS:
                 raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions; send fewer tensors in one bucket")

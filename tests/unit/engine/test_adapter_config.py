@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.engine.adapter_config import lora_config, shape_key
+from flowroll.engine.adapters.config import lora_config, shape_key
 from flowroll.engine.worker import EngineWorker
 from flowroll.errors import InvalidRequestError, WeightsRejectedError
 

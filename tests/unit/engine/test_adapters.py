@@ -17,7 +17,7 @@ from tests.weights import REQUEST, with_other
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import AdapterLimits, Engine
-from flowroll.engine.adapter_patterns import check_patterns
+from flowroll.engine.adapters.patterns import check_patterns
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, WeightsRejectedError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,7 +108,7 @@ def test_an_update_that_fails_at_its_end_leaves_merged_adapters(
 
 
 def _files(folder: Path) -> Any:
-    from flowroll.engine.adapter_files import find_adapter
+    from flowroll.engine.adapters.files import find_adapter
 
     return find_adapter(folder)
 
@@ -287,14 +287,14 @@ def test_a_pattern_that_could_take_forever_is_refused(key: str) -> None:
 
 def test_what_overflows_in_peft_is_the_adapters_fault(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a pattern of a{99999999999999} does that no check has seen.
-    monkeypatch.setattr("flowroll.engine.adapter_config.check_patterns", lambda config: None)
+    monkeypatch.setattr("flowroll.engine.adapters.config.check_patterns", lambda config: None)
     _edit_config(target_modules="a{99999999999999}")(adapter)
     with pytest.raises(WeightsRejectedError, match="must fit ZImageTransformer2DModel, got the repetition number"):
         z_image.load_lora_adapter(adapter, name="p")
 
 
 def test_a_slow_pattern_does_not_reach_peft(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowroll.engine.adapters._inject", None)
+    monkeypatch.setattr("flowroll.engine.adapters.adapter_set._inject", None)
     _edit_config(target_modules=_SLOW[0])(adapter)
     with pytest.raises(WeightsRejectedError, match="quickly tried"):
         z_image.load_lora_adapter(adapter, name="p")

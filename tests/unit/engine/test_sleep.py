@@ -14,7 +14,9 @@ from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, with_other
 
 from flowroll import Rollout
-from flowroll.engine import Engine, rest, weights
+from flowroll.engine import Engine
+from flowroll.engine.weights import offload
+from flowroll.engine.weights import staged as weights
 from flowroll.errors import AsleepError, EngineError, WeightsRejectedError
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -51,7 +53,7 @@ def assert_same_state(engine: Engine, before: State) -> None:
 
 
 def rest_of(engine: Engine) -> list[torch.Tensor]:
-    return list(engine._rest._parameters())
+    return list(engine._offload._parameters())
 
 
 @pytest.mark.parametrize("mode", ["offload", "disk"])
@@ -160,7 +162,7 @@ def test_where_there_is_no_room_to_keep_the_weights_the_engine_stays_awake(
     engine: HookedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _state(engine)
-    keep, calls = rest._Spill.keep, iter(range(1000))
+    keep, calls = offload._Spill.keep, iter(range(1000))
 
     def fill(spill: Any, parameter: torch.Tensor) -> Any:
         if next(calls) == 40:
@@ -168,7 +170,7 @@ def test_where_there_is_no_room_to_keep_the_weights_the_engine_stays_awake(
         return keep(spill, parameter)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rest._Spill, "keep", fill)
+        patch.setattr(offload._Spill, "keep", fill)
         with pytest.raises(EngineError, match="No space left on device; make room"):
             engine.sleep("disk")
     assert not engine.is_asleep
@@ -178,17 +180,17 @@ def test_where_there_is_no_room_to_keep_the_weights_the_engine_stays_awake(
 def test_an_engine_that_cannot_wake_sleeps_on_and_loses_nothing(engine: HookedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _state(engine)
     engine.sleep("disk")
-    kept = list(engine._rest._kept)
+    kept = list(engine._offload._kept)
 
     def fail() -> torch.Tensor:
         raise MemoryError("no memory left")
 
-    engine._rest._kept[40] = (kept[40][0], fail)
+    engine._offload._kept[40] = (kept[40][0], fail)
     with pytest.raises(EngineError, match="no memory left"):
         engine.wake()
     assert engine.is_asleep
     with pytest.raises(AsleepError):
         engine.rollout(**REQUEST)
-    engine._rest._kept[40] = kept[40]
+    engine._offload._kept[40] = kept[40]
     engine.wake()
     assert_same_state(engine, before)

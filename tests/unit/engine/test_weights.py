@@ -15,9 +15,10 @@ from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, WEIGHTS, change, edit_config, edit_header, in_shards, with_other
 
 from flowroll import Rollout, replay
-from flowroll.engine import Engine, weights
-from flowroll.engine.tensorfile import TensorFile
-from flowroll.engine.versions import WeightVersions
+from flowroll.engine import Engine
+from flowroll.engine.weights import staged as weights
+from flowroll.engine.weights.tensorfile import TensorFile
+from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import (
     InvalidRequestError,
     OutdatedWeightsError,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
-from flowroll.engine.rest import SleepMode
-from flowroll.engine.tensorfile import FileStamp
+from flowroll.engine.weights.offload import SleepMode
+from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec
 from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.rest import Rest
 from flowroll.engine.runner.sample import Conditioning, Sample
-from flowroll.engine.versions import WeightVersions
+from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError
 from flowroll.families import Geometry
 from flowroll.types import DenoisingEnv, EnvValue, all_finite
@@ -29,12 +29,12 @@ class PipelineRunner:
         model: The model.
         pipeline: The diffusers pipeline that holds its modules.
         versions: The versions of the weights.
-        rest: Whether they are there.
+        offload: Whether they are there.
     """
 
-    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions, rest: Rest) -> None:
+    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions, offload: WeightOffload) -> None:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
-        self._versions, self._rest = versions, rest
+        self._versions, self._offload = versions, offload
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it decodes.
         self._decoder = threading.Lock()
@@ -48,7 +48,7 @@ class PipelineRunner:
             InvalidRequestError: Its adapter was unloaded while it waited.
             EngineError: The text encoder gave NaN or infinity.
         """
-        self._rest.check_awake()
+        self._offload.check_awake()
         self._versions.demand(plan.params.min_weight_version)
         model, pipeline = self._get()
         if model.device.type == "cuda":
@@ -89,7 +89,7 @@ class PipelineRunner:
             AsleepError: The memory of the weights is released.
             EngineError: The VAE gave NaN or infinity.
         """
-        self._rest.check_awake()
+        self._offload.check_awake()
         model, pipeline = self._get()
         with self._decoder:
             decoded = model.family.decode(pipeline, latents, geometry)

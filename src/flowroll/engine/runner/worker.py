@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from flowroll.engine.adapter_files import find_adapter, read_adapter, refused
+from flowroll.engine.adapters.files import find_adapter, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
-from flowroll.engine.rest import Rest
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message, env_tensors
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
 from flowroll.engine.runner.rank_group import ERRED, STAGED, RankConfig
 from flowroll.engine.runner.sample import Conditioning
-from flowroll.engine.shares import Shares
-from flowroll.engine.weights import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
+from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.shares import Shares
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
 from flowroll.parallel.channel import Channel
@@ -145,7 +145,7 @@ class Worker:
     def __init__(self, model: LoadedModel, limits: Limits, channel: Channel, mesh: Mesh) -> None:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
-        self._rest = Rest(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
+        self._offload = WeightOffload(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
         # Makes what was staged take effect.
         self._commit: Callable[[], object] | None = None
         self._shares: Shares | None = None
@@ -190,9 +190,9 @@ class Worker:
             case messages.StageAdapter():
                 self._stage(functools.partial(_read_adapter, model, message))
             case messages.StageRelease(mode=mode):
-                self._stage(functools.partial(self._rest.prepare_release, mode))
+                self._stage(functools.partial(self._offload.prepare_release, mode))
             case messages.StageResume():
-                self._stage(self._rest.prepare_resume)
+                self._stage(self._offload.prepare_resume)
             case messages.Commit():
                 assert self._commit is not None
                 self._commit()

@@ -1,1 +1,1 @@
-"""One file per group of routes. Each has `build_router(services)`, so that no route needs a global."""
+"""One file per group of routes. Each has `build_router(state)`, so that no route needs a global."""

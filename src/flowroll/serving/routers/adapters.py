@@ -13,16 +13,16 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.adapter_files import AdapterFiles, find_adapter, unpack_config
-from flowroll.engine.pushed_lora import PUSHED_ADAPTER
+from flowroll.engine.adapters.files import AdapterFiles, find_adapter, unpack_config
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
 from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body, safetensors_body
+from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
-from flowroll.serving.services import Services
+from flowroll.serving.state import AppState
 from flowroll.serving.uploads import save_body
 from flowroll.types import AdapterChange, check_lora_name, check_version
 from flowroll.wire.adapters import (
@@ -39,10 +39,10 @@ from flowroll.wire.schema import parse
 T = TypeVar("T")
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes about adapters."""
     router = APIRouter(tags=["weights"])
-    engine = services.worker.engine
+    engine = state.worker.engine
 
     @router.post(
         LOAD_ADAPTER_ROUTE,
@@ -53,9 +53,9 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(LoadAdapterRequest),
     )
     async def load_lora_adapter(request: Request) -> AdapterChangeObject:
-        accepted = await accept_control(request, services, LoadAdapterRequest)
+        accepted = await accept_control(request, state, LoadAdapterRequest)
         _check_words(accepted)
-        files = await run_in_threadpool(_find, accepted, services.config)
+        files = await run_in_threadpool(_find, accepted, state.config)
         return await _load(files, accepted)
 
     @router.post(
@@ -73,10 +73,10 @@ def build_router(services: Services) -> APIRouter:
         query = parse(AdapterFromTensorsRequest, dict(request.query_params))
         _check_words(query)
         # A file, so that ranks of this machine read it too; its bound is the adapters' own, with room for a header.
-        max_bytes = services.config.adapter_limits.max_adapter_bytes + services.config.max_body_bytes
+        max_bytes = state.config.adapter_limits.max_adapter_bytes + state.config.max_body_bytes
         with tempfile.TemporaryDirectory(prefix="flowroll-") as folder, _without(folder):
             path = Path(folder) / "adapter_model.safetensors"
-            await save_body(request, path, max_bytes=max_bytes, idle_s=services.config.weights_idle_s)
+            await save_body(request, path, max_bytes=max_bytes, idle_s=state.config.weights_idle_s)
             await run_in_threadpool(unpack_config, path)
             accepted = LoadAdapterRequest(
                 lora_name=query.lora_name,
@@ -96,9 +96,9 @@ def build_router(services: Services) -> APIRouter:
     async def change_adapter(
         stage: Callable[[], T], commit: Callable[[T], AdapterChange], mode: ExclusiveMode
     ) -> AdapterChange:
-        change = await services.change_policy(stage, commit, mode)
+        change = await state.change_policy(stage, commit, mode)
         if change.lora_name == PUSHED_ADAPTER:
-            services.pushes.replaced(PUSHED_ADAPTER)
+            state.pushes.replaced(PUSHED_ADAPTER)
         return change
 
     @router.post(
@@ -109,7 +109,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UnloadAdapterRequest),
     )
     async def unload_lora_adapter(request: Request) -> AdapterChangeObject:
-        accepted = await accept_control(request, services, UnloadAdapterRequest)
+        accepted = await accept_control(request, state, UnloadAdapterRequest)
         name, version, mode = accepted.lora_name, accepted.weight_version, accepted.mode
 
         def unload(_: None) -> AdapterChange:

@@ -7,17 +7,17 @@ import asyncio
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import CONTROL_RESPONSES
-from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_control
+from flowroll.serving.state import AppState
 from flowroll.wire.control import AbortedObject, AbortRequest, ContinueRequest, GenerationObject, PauseRequest
 from flowroll.wire.names import ABORT_ROUTE, CONTINUE_ROUTE, PAUSE_ROUTE
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes that steer generation."""
     router = APIRouter(tags=["control"])
-    worker = services.worker
+    worker = state.worker
 
     @router.post(
         ABORT_ROUTE,
@@ -28,7 +28,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(AbortRequest),
     )
     async def abort_request(request: Request) -> AbortedObject:
-        accepted = await accept_control(request, services, AbortRequest)
+        accepted = await accept_control(request, state, AbortRequest)
         return AbortedObject(num_aborted=await asyncio.wrap_future(worker.abort(accepted.meant)))
 
     @router.post(
@@ -39,7 +39,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(PauseRequest),
     )
     async def pause_generation(request: Request) -> GenerationObject:
-        accepted = await accept_control(request, services, PauseRequest, is_optional=True)
+        accepted = await accept_control(request, state, PauseRequest, is_optional=True)
         await asyncio.wrap_future(worker.pause(accepted.mode))
         return _state()
 
@@ -50,7 +50,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ContinueRequest),
     )
     async def continue_generation(request: Request) -> GenerationObject:
-        await accept_control(request, services, ContinueRequest, is_optional=True)
+        await accept_control(request, state, ContinueRequest, is_optional=True)
         await asyncio.wrap_future(worker.resume())
         return _state()
 

@@ -7,10 +7,10 @@ from fastapi import APIRouter, Request, Response
 from flowroll.errors import InvalidRequestError
 from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
-from flowroll.serving.intake import accept_request
 from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
 from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_request
+from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_images
 from flowroll.wire.names import GENERATE_ROUTE
 from flowroll.wire.png import encode_png
@@ -20,7 +20,7 @@ from flowroll.wire.schema import GenerateRequest
 SEED_HEADER = "x-flowroll-seed"
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The generation route."""
     router = APIRouter(tags=["images"])
 
@@ -40,17 +40,17 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(GenerateRequest),
     )
     async def generate(request: Request) -> Response:
-        media_type = choose_media_type(request.headers, [*wire_media_types(services.config), PNG])
-        _, plan = await accept_request(request, services, GenerateRequest)
+        media_type = choose_media_type(request.headers, [*wire_media_types(state.config), PNG])
+        _, plan = await accept_request(request, state, GenerateRequest)
         if media_type == PNG and len(plan.seeds) > 1:
             raise InvalidRequestError(
                 f"num_outputs_per_prompt must be 1 for {PNG}, got {len(plan.seeds)}; accept application/json for several.",
                 field="num_outputs_per_prompt",
             )
-        images = await services.generate(request, plan)
+        images = await state.generate(request, plan)
         if media_type == PNG:
-            content = await services.serialise(request, encode_png, images[0].image)
+            content = await state.serialise(request, encode_png, images[0].image)
             return Response(content, media_type=PNG, headers={SEED_HEADER: str(images[0].seed)})
-        return stream(await services.serialise(request, encode_images, images, wire_format=WIRE_FORMATS[media_type]))
+        return stream(await state.serialise(request, encode_images, images, wire_format=WIRE_FORMATS[media_type]))
 
     return router

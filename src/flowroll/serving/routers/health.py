@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from flowroll.errors import AsleepError, EngineError, FlowrollError, PausedError, ShuttingDownError
 from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
 from flowroll.serving.probe import Evidence
-from flowroll.serving.services import Services
+from flowroll.serving.state import AppState
 
 
 class Health(BaseModel):
@@ -40,10 +40,10 @@ _FAILED: dict[int | str, dict[str, object]] = {
 }
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The health routes."""
     router = APIRouter(tags=["health"])
-    worker = services.worker
+    worker = state.worker
 
     @router.get("/liveness", summary="The process answers", description="Open even where the server demands a token.")
     async def liveness() -> Health:
@@ -70,7 +70,7 @@ def build_router(services: Services) -> APIRouter:
     @router.get("/health_generate", summary="The engine generates", response_model=GenerationHealth, responses=_FAILED)
     async def health_generate() -> GenerationHealth | Response:
         try:
-            return GenerationHealth(evidence=await services.probe.check())
+            return GenerationHealth(evidence=await state.probe.check())
         except FlowrollError as error:
             return _unavailable(error)
 

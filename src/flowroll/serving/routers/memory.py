@@ -8,18 +8,18 @@ from collections.abc import Callable
 from fastapi import APIRouter, Request
 
 from flowroll.serving.errors import WEIGHTS_RESPONSES
-from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_control
+from flowroll.serving.state import AppState
 from flowroll.types import MemoryChange
 from flowroll.wire.memory import MemoryObject, ReleaseRequest, ResumeRequest
 from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes about memory."""
     router = APIRouter(tags=["weights"])
-    engine = services.worker.engine
+    engine = state.worker.engine
 
     @router.post(
         RELEASE_ROUTE,
@@ -30,7 +30,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ReleaseRequest),
     )
     async def release_memory_occupation(request: Request) -> MemoryObject:
-        accepted = await accept_control(request, services, ReleaseRequest, is_optional=True)
+        accepted = await accept_control(request, state, ReleaseRequest, is_optional=True)
         return await _do(accepted, lambda: engine.sleep(accepted.mode))
 
     @router.post(
@@ -41,13 +41,13 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ResumeRequest),
     )
     async def resume_memory_occupation(request: Request) -> MemoryObject:
-        return await _do(await accept_control(request, services, ResumeRequest, is_optional=True), engine.wake)
+        return await _do(await accept_control(request, state, ResumeRequest, is_optional=True), engine.wake)
 
     async def _do(accepted: ResumeRequest, action: Callable[[], MemoryChange]) -> MemoryObject:
         # Not beside an update that is being read: it would find no weights to fit in.
-        async with services.updating:
+        async with state.updating:
             if accepted.means_weights:
-                change = await services.between_requests(action)
+                change = await state.between_requests(action)
             else:
                 change = MemoryChange(mode=engine.memory_mode, num_bytes=0, seconds=0.0)
         return MemoryObject(is_asleep=change.mode is not None, **dataclasses.asdict(change))

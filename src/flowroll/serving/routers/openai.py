@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field
 
 from flowroll.errors import NotFoundError
 from flowroll.serving.errors import COMMON_RESPONSES, WORK_RESPONSES
-from flowroll.serving.intake import accept_request
 from flowroll.serving.negotiation import choose_media_type
 from flowroll.serving.openapi import request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_request
+from flowroll.serving.state import AppState
 from flowroll.types import GeneratedImage
 from flowroll.wire.codec import JSON
 from flowroll.wire.png import encode_png
@@ -40,10 +40,10 @@ class ServedModels(BaseModel):
     data: list[ServedModel]
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes that OpenAI has too."""
     router = APIRouter(prefix="/v1", tags=["openai"])
-    info = services.worker.engine.info
+    info = state.worker.engine.info
     served = ServedModel(id=Path(info.model).resolve().name, created=int(time.time()))
 
     @router.get("/models", summary="The served model", responses=COMMON_RESPONSES)
@@ -62,11 +62,11 @@ def build_router(services: Services) -> APIRouter:
     )
     async def generate_images(request: Request) -> Response:
         choose_media_type(request.headers, [JSON])
-        accepted, plan = await accept_request(request, services, ImagesRequest)
+        accepted, plan = await accept_request(request, state, ImagesRequest)
         if accepted.model not in (None, served.id, info.model):
             raise NotFoundError(f"model must be {served.id}, got {accepted.model[:80]!r}; leave it out.", field="model")
-        images = await services.generate(request, plan)
-        return Response(await services.serialise(request, _answer, images), media_type=JSON)
+        images = await state.generate(request, plan)
+        return Response(await state.serialise(request, _answer, images), media_type=JSON)
 
     return router
 

@@ -6,17 +6,17 @@ from fastapi import APIRouter, Request, Response
 
 from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
-from flowroll.serving.intake import accept_request
 from flowroll.serving.negotiation import choose_dialect, choose_wire_format
 from flowroll.serving.openapi import MSGPACK_CONTENT, request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_request
+from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_rollouts
 from flowroll.wire.names import ROLLOUT_ROUTE
 from flowroll.wire.responses import RolloutObject
 from flowroll.wire.schema import RolloutRequest
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The rollout route."""
     router = APIRouter(tags=["rollout"])
 
@@ -32,11 +32,11 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(RolloutRequest),
     )
     async def generate_rollouts(request: Request) -> Response:
-        wire_format = choose_wire_format(request.headers, services.config)
-        dialect = choose_dialect(request.headers, services.config)
-        _, plan = await accept_request(request, services, RolloutRequest)
-        rollouts = await services.rollout(request, plan)
-        body = await services.serialise(request, encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect)
+        wire_format = choose_wire_format(request.headers, state.config)
+        dialect = choose_dialect(request.headers, state.config)
+        _, plan = await accept_request(request, state, RolloutRequest)
+        rollouts = await state.rollout(request, plan)
+        body = await state.serialise(request, encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect)
         return stream(body)
 
     return router

@@ -6,16 +6,16 @@ from fastapi import APIRouter, Request, Response
 
 from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
-from flowroll.serving.intake import accept_score_request
 from flowroll.serving.negotiation import choose_wire_format
 from flowroll.serving.openapi import MSGPACK_CONTENT, request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_score_request
+from flowroll.serving.state import AppState
 from flowroll.wire.names import SCORE_ROUTE
 from flowroll.wire.responses import ScoreAnswerObject, ScoreRequestObject
 from flowroll.wire.scoring import encode_score_answer
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The score route."""
     router = APIRouter(tags=["rollout"])
 
@@ -33,8 +33,8 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ScoreRequestObject, **MSGPACK_CONTENT),
     )
     async def score_steps(request: Request) -> Response:
-        wire_format = choose_wire_format(request.headers, services.config)
-        answer = await services.score(request, await accept_score_request(request, services))
-        return stream(await services.serialise(request, encode_score_answer, answer, wire_format=wire_format))
+        wire_format = choose_wire_format(request.headers, state.config)
+        answer = await state.score(request, await accept_score_request(request, state))
+        return stream(await state.serialise(request, encode_score_answer, answer, wire_format=wire_format))
 
     return router

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
-from flowroll.serving.services import Services
+from flowroll.serving.state import AppState
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.dialects import Dialect
@@ -61,30 +61,30 @@ class ServerInfo(BaseModel):
     uptime_s: float
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The info route."""
     router = APIRouter(tags=["status"])
-    info, config = services.worker.engine.info, services.config
+    info, config = state.worker.engine.info, state.config
 
     @router.get("/server_info", summary="What runs here, and how", responses=COMMON_RESPONSES)
     async def server_info() -> ServerInfo:
-        load = services.worker.load()
+        load = state.worker.load()
         return ServerInfo(
             **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
-            weight_version=services.worker.engine.weight_version,
+            weight_version=state.worker.engine.weight_version,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
-            batching=services.worker.engine.scheduler.limits,
+            batching=state.worker.engine.scheduler.limits,
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
             is_paused=load.is_paused,
-            is_asleep=services.worker.engine.is_asleep,
-            is_ready=services.worker.is_accepting and not (load.is_paused or services.worker.engine.is_asleep),
+            is_asleep=state.worker.engine.is_asleep,
+            is_ready=state.worker.is_accepting and not (load.is_paused or state.worker.engine.is_asleep),
             queue=Queue(**dataclasses.asdict(load.requests)),
-            uptime_s=time.monotonic() - services.started_s,
+            uptime_s=time.monotonic() - state.started_s,
         )
 
     return router

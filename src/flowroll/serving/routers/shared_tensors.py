@@ -16,13 +16,13 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from flowroll.engine.incoming import IncomingWeights
-from flowroll.engine.weights import tensor_head
+from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.staged import tensor_head
 from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError, WeightsRejectedError
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import read_body
 from flowroll.serving.openapi import request_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import read_body
+from flowroll.serving.state import AppState
 from flowroll.types import check_version
 from flowroll.wire.arrivals import CheckedUpdateObject, CheckUpdateRequest, SharedUpdateObject, UpdateFromTensorRequest
 from flowroll.wire.names import CHECK_UPDATE_ROUTE, UPDATE_FROM_TENSOR_ROUTE
@@ -35,10 +35,10 @@ _MAX_BODY = 64 * 2**20
 _MOST_SHOWN = 5
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes for tensors that are not in the body."""
     router = APIRouter(tags=["weights"])
-    engine = services.worker.engine
+    engine = state.worker.engine
 
     @router.post(
         UPDATE_FROM_TENSOR_ROUTE,
@@ -56,19 +56,19 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UpdateFromTensorRequest),
     )
     async def update_weights_from_tensor(request: Request) -> SharedUpdateObject:
-        if not services.config.allow_pickle_weights:
+        if not state.config.allow_pickle_weights:
             raise ForbiddenError(
                 "the server must be started with leave to read pickled tensors, got none; start it with "
                 "--allow-pickle-weights, or send safetensors."
             )
-        body = await read_body(request, services, _MAX_BODY)
+        body = await read_body(request, state, _MAX_BODY)
         accepted, sent = await run_in_threadpool(_decode, body, torch.device(engine.info.device))
         names = [name for name, _ in sent.pairs]
         try:
             if accepted.weight_update_mode is not None:
-                most = services.config.adapter_limits.max_adapter_bytes
-                return await services.take_lora_bucket(accepted, names, lambda: _copies(sent, most))
-            return await services.take_bucket(accepted, names, lambda incoming: _copy(incoming, sent))
+                most = state.config.adapter_limits.max_adapter_bytes
+                return await state.take_lora_bucket(accepted, names, lambda: _copies(sent, most))
+            return await state.take_bucket(accepted, names, lambda incoming: _copy(incoming, sent))
         finally:
             # Of a bucket that nobody wanted, too.
             sent.release()
@@ -88,10 +88,10 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(CheckUpdateRequest),
     )
     async def check_update(request: Request) -> Response:
-        body = await read_body(request, services)
+        body = await read_body(request, state)
         accepted = await run_in_threadpool(lambda: parse(CheckUpdateRequest, parse_json_body(body)))
         module, expected = accepted.target_module, accepted.expected_named_tensors_sha256
-        missing, different = await services.between_requests(lambda: engine.differing_weights(expected, module=module))
+        missing, different = await state.between_requests(lambda: engine.differing_weights(expected, module=module))
         success = not (missing or different)
         message = f"Verified module '{module}' update for {len(expected)} tensor(s)."
         if not success:
@@ -143,7 +143,7 @@ def _plain_uuid(uuid: str) -> str:
     return uuid.removeprefix("MIG-").removeprefix("GPU-").lower()
 
 
-def _copy(incoming: IncomingWeights, sent: SentTensors) -> None:
+def _copy(incoming: WeightReceiver, sent: SentTensors) -> None:
     """Copies the data to where the engine will hold it."""
     tensors = sent.pairs
     with _released_after(sent):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from flowroll.engine.scheduler import ExclusiveMode
-from flowroll.serving.arrivals import Arrival
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import accept_control
 from flowroll.serving.openapi import request_body, safetensors_body
-from flowroll.serving.services import Services
+from flowroll.serving.parsing import accept_control
+from flowroll.serving.state import AppState
 from flowroll.serving.uploads import read_bucket
+from flowroll.serving.weight_updates import OpenUpdate
 from flowroll.types import check_version
 from flowroll.wire.arrivals import (
     AbandonedObject,
@@ -31,10 +31,10 @@ _RESPONSES = {
 }
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes that take tensors."""
     router = APIRouter(tags=["weights"])
-    arriving, config = services.arriving, services.config
+    arriving, config = state.arriving, state.config
 
     @router.post(
         BEGIN_ROUTE,
@@ -44,7 +44,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(BeginUpdateRequest),
     )
     async def begin(request: Request) -> BegunObject:
-        accepted = await accept_control(request, services, BeginUpdateRequest, is_optional=True)
+        accepted = await accept_control(request, state, BeginUpdateRequest, is_optional=True)
         if accepted.weight_version is not None:
             check_version(accepted.weight_version, "weight_version")
         arrival = arriving.begin(accepted.module, accepted.weight_version, partial=accepted.partial)
@@ -85,7 +85,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(CommitUpdateRequest),
     )
     async def commit(update_id: str, request: Request) -> UpdateObject:
-        accepted = await accept_control(request, services, CommitUpdateRequest, is_optional=True)
+        accepted = await accept_control(request, state, CommitUpdateRequest, is_optional=True)
         return await _commit(arriving.get(update_id), accepted.mode)
 
     @router.post(
@@ -114,10 +114,10 @@ def build_router(services: Services) -> APIRouter:
         finally:
             arriving.end(arrival)
 
-    async def _read(request: Request, arrival: Arrival) -> None:
+    async def _read(request: Request, arrival: OpenUpdate) -> None:
         await read_bucket(request, arrival, max_bytes=config.max_weights_body_bytes, idle_s=arriving.idle_s)
 
-    async def _commit(arrival: Arrival, mode: ExclusiveMode) -> UpdateObject:
-        return UpdateObject.of(await services.commit_arrival(arrival, mode))
+    async def _commit(arrival: OpenUpdate, mode: ExclusiveMode) -> UpdateObject:
+        return UpdateObject.of(await state.commit_arrival(arrival, mode))
 
     return router

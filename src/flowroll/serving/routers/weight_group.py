@@ -9,14 +9,14 @@ import torch
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.groups import UNRECEIVED, receive_from_group
-from flowroll.engine.weights import tensor_head
+from flowroll.engine.weights.groups import UNRECEIVED, receive_from_group
+from flowroll.engine.weights.staged import tensor_head
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
-from flowroll.serving.intake import accept_control, read_body
 from flowroll.serving.openapi import request_body
+from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import check_host
-from flowroll.serving.services import Services
+from flowroll.serving.state import AppState
 from flowroll.serving.weight_groups import close_group
 from flowroll.types import check_version
 from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
@@ -29,10 +29,10 @@ from flowroll.wire.validation import shown
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes about process groups."""
     router = APIRouter(tags=["weights"])
-    groups = services.groups
+    groups = state.groups
 
     @router.post(
         INIT_GROUP_ROUTE,
@@ -47,8 +47,8 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(InitGroupRequest),
     )
     async def init_group(request: Request) -> DoneObject:
-        accepted = await accept_control(request, services, InitGroupRequest)
-        check_host(accepted.master_address, services.config.weight_group_hosts, "master_address")
+        accepted = await accept_control(request, state, InitGroupRequest)
+        check_host(accepted.master_address, state.config.weight_group_hosts, "master_address")
         make = functools.partial(
             BroadcastGroup,
             accepted.group_name,
@@ -57,8 +57,8 @@ def build_router(services: Services) -> APIRouter:
             backend=accepted.backend,
             address=accepted.master_address,
             port=accepted.master_port,
-            device=services.worker.engine.info.device if accepted.backend == "nccl" else "cpu",
-            timeout_s=services.config.rank_timeout_s,
+            device=state.worker.engine.info.device if accepted.backend == "nccl" else "cpu",
+            timeout_s=state.config.rank_timeout_s,
         )
         await groups.join(accepted.group_name, make)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
@@ -74,7 +74,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UpdateFromGroupRequest),
     )
     async def update_from_group(request: Request) -> SharedUpdateObject:
-        body = await read_body(request, services)
+        body = await read_body(request, state)
         # On threads: a large model has thousands of tensors.
         sent = await run_in_threadpool(parse_json_body, body)
         name = sent.get("group_name", DEFAULT_GROUP)
@@ -82,7 +82,7 @@ def build_router(services: Services) -> APIRouter:
         try:
             accepted, heads = await run_in_threadpool(_described, sent)
             flattened = accepted.load_format is not None
-            return await services.take_bucket(
+            return await state.take_bucket(
                 accepted,
                 accepted.names,
                 lambda incoming: receive_from_group(incoming, group, heads, flattened=flattened),
@@ -100,7 +100,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(DestroyGroupRequest),
     )
     async def destroy_group(request: Request) -> DoneObject:
-        accepted = await accept_control(request, services, DestroyGroupRequest)
+        accepted = await accept_control(request, state, DestroyGroupRequest)
         await groups.destroy(accepted.group_name)
         return DoneObject(message=f"{accepted.group_name} is destroyed")
 

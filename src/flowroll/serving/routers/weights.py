@@ -8,14 +8,14 @@ from typing import Any, get_args
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.weights import WeightFiles, find_weights
+from flowroll.engine.weights.staged import WeightFiles, find_weights
 from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import DISK_RESPONSES, WEIGHTS_RESPONSES
-from flowroll.serving.intake import accept_control, read_body
 from flowroll.serving.openapi import request_body
+from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import allowed_path, check_inside
-from flowroll.serving.services import Services
+from flowroll.serving.state import AppState
 from flowroll.types import ModuleName, check_version
 from flowroll.wire.names import CHECKSUM_ROUTE, UPDATE_FROM_DISK_ROUTE, VERIFY_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
@@ -29,10 +29,10 @@ from flowroll.wire.weights import (
 )
 
 
-def build_router(services: Services) -> APIRouter:
+def build_router(state: AppState) -> APIRouter:
     """The routes about weights."""
     router = APIRouter(tags=["weights"])
-    engine = services.worker.engine
+    engine = state.worker.engine
 
     @router.post(
         UPDATE_FROM_DISK_ROUTE,
@@ -43,9 +43,9 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(UpdateFromDiskRequest),
     )
     async def update_weights_from_disk(request: Request) -> UpdateObject:
-        accepted = await accept_control(request, services, UpdateFromDiskRequest)
-        files = await run_in_threadpool(_find, accepted, services.config)
-        update = await services.update_weights(lambda: engine.stage_weights(files), accepted.weight_version, accepted.mode)
+        accepted = await accept_control(request, state, UpdateFromDiskRequest)
+        files = await run_in_threadpool(_find, accepted, state.config)
+        update = await state.update_weights(lambda: engine.stage_weights(files), accepted.weight_version, accepted.mode)
         return UpdateObject.of(update)
 
     @router.post(
@@ -58,9 +58,9 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(ChecksumRequest),
     )
     async def get_weights_checksum(request: Request) -> ChecksumsObject:
-        accepted = await accept_control(request, services, ChecksumRequest)
+        accepted = await accept_control(request, state, ChecksumRequest)
         names = dict.fromkeys(accepted.module_names or get_args(ModuleName))
-        sums = await services.between_requests(lambda: {name: engine.weights_checksum(name) for name in names})
+        sums = await state.between_requests(lambda: {name: engine.weights_checksum(name) for name in names})
         return ChecksumsObject(**sums)
 
     @router.post(
@@ -72,7 +72,7 @@ def build_router(services: Services) -> APIRouter:
         openapi_extra=request_body(VerifyRequest),
     )
     async def verify_weights(request: Request) -> VerifiedObject:
-        body = await read_body(request, services)
+        body = await read_body(request, state)
         accepted, expected = await run_in_threadpool(_read_expected, body)
         module = accepted.module
 
@@ -85,7 +85,7 @@ def build_router(services: Services) -> APIRouter:
                 num_tensors=count,
             )
 
-        return await services.between_requests(verify)
+        return await state.between_requests(verify)
 
     return router
 

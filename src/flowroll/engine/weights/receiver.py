@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowroll.engine.weights import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
+from flowroll.engine.weights.staged import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
 from flowroll.wire.safetensors import StoredTensor, TensorHead, TensorStream
@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 _SUBJECT = "the new weights"
 
 
-class IncomingWeights:
+class WeightReceiver:
     """New weights of one module, of which some have arrived. Threads may share it.
 
     A bucket is checked by the names, shapes and dtypes of its tensors before its data is here. One that is refused, or breaks
@@ -196,13 +196,13 @@ class IncomingWeights:
 
 
 class Bucket:
-    """Tensors on their way; from `IncomingWeights.open`. Ends with `keep` or `drop`.
+    """Tensors on their way; from `WeightReceiver.open`. Ends with `keep` or `drop`.
 
     Attributes:
         targets: To be filled, contiguous, in the order of the heads.
     """
 
-    def __init__(self, incoming: IncomingWeights, heads: Sequence[TensorHead], targets: list[Tensor]) -> None:
+    def __init__(self, incoming: WeightReceiver, heads: Sequence[TensorHead], targets: list[Tensor]) -> None:
         self.targets = targets
         self._incoming, self._heads = incoming, heads
         self._is_kept = False
@@ -229,7 +229,7 @@ class BucketStream(TensorStream):
         incoming: What the bucket is part of. It looks at the header as soon as that is here, before any data is.
     """
 
-    def __init__(self, incoming: IncomingWeights) -> None:
+    def __init__(self, incoming: WeightReceiver) -> None:
         super().__init__(self._open)
         self._incoming = incoming
         self._bucket: Bucket | None = None

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from flowroll.engine.adapter_files import refused
-from flowroll.engine.adapter_patterns import check_patterns
+from flowroll.engine.adapters.files import refused
+from flowroll.engine.adapters.patterns import check_patterns
 
 # What decides which layers there are, of which rank and scale.
 _SHAPING = (

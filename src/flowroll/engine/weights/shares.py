@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.runner.messages import TensorShape
-from flowroll.engine.weights import Slot, StagedWeights
+from flowroll.engine.weights.staged import Slot, StagedWeights
 from flowroll.parallel.mesh import Mesh
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroll.engine.adapter_config import load_peft, lora_config, shape_key
-from flowroll.engine.adapter_files import AdapterData, refused, unreadable
-from flowroll.engine.pushed_lora import PUSHED_ADAPTER, LoraFactors
-from flowroll.engine.weights import listed
+from flowroll.engine.adapters.config import load_peft, lora_config, shape_key
+from flowroll.engine.adapters.files import AdapterData, refused, unreadable
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, LoraFactors
+from flowroll.engine.weights.staged import listed
 from flowroll.errors import InvalidRequestError
 from flowroll.families.checksums import layers_checksum
 from flowroll.parallel.linears import ColumnParallelLinear

@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from flowroll.engine.adapters import AdapterSet
-from flowroll.engine.incoming import IncomingWeights
-from flowroll.engine.rest import Rest
+from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.runner.executor import Executor
-from flowroll.engine.versions import WeightVersions
-from flowroll.engine.weights import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
+from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
+from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
 from flowroll.families.checksums import checksum_of, tensor_checksum, typed_tensor_checksum
 from flowroll.parallel.linears import whole_tensors
@@ -32,13 +32,15 @@ class WeightStore:
         pipeline: The diffusers pipeline that holds the modules.
         executor: Reaches the other ranks. Of the modules they hold the transformer.
         adapters: Of the transformer; merged ones are merged again when it changes.
-        rest: Without weights, nothing can be said of them or done to them.
+        offload: Without weights, nothing can be said of them or done to them.
         versions: Of the weights; one for all modules together.
     """
 
-    def __init__(self, pipeline: Any, executor: Executor, adapters: AdapterSet, rest: Rest, versions: WeightVersions) -> None:
+    def __init__(
+        self, pipeline: Any, executor: Executor, adapters: AdapterSet, offload: WeightOffload, versions: WeightVersions
+    ) -> None:
         self._pipeline, self._executor, self._adapters = pipeline, executor, adapters
-        self._rest, self.versions = rest, versions
+        self._offload, self.versions = offload, versions
 
     def release(self) -> None:
         """Lets go of the modules."""
@@ -48,14 +50,14 @@ class WeightStore:
         """Reads new weights beside the old, on this rank."""
         return stage_weights(self._module(files.module), files)
 
-    def receive(self, module: str, *, partial: bool) -> IncomingWeights:
+    def receive(self, module: str, *, partial: bool) -> WeightReceiver:
         """Makes room for new weights that arrive tensor by tensor."""
         name = check_updatable(module)
-        return IncomingWeights(name, slots_of(self._module(name)), partial=partial)
+        return WeightReceiver(name, slots_of(self._module(name)), partial=partial)
 
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
         """Puts new weights in place on every rank, or on none."""
-        self._rest.check_awake()
+        self._offload.check_awake()
         staged.check_whole()
         started_s = time.perf_counter()
         module, previous = staged.module, self.versions.current
@@ -142,5 +144,5 @@ class WeightStore:
         pipeline = self._pipeline
         if pipeline is None:
             raise ShuttingDownError("the engine must run to use its weights, got a shutdown; ask another replica.")
-        self._rest.check_awake()
+        self._offload.check_awake()
         return getattr(pipeline, name)

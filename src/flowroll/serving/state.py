@@ -16,23 +16,23 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from flowroll.engine import RequestFuture
-from flowroll.engine.incoming import IncomingWeights
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, factor_names, read_factors
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.pushed_lora import PUSHED_ADAPTER, factor_names, read_factors
 from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.engine.scoring import ScorePlan
-from flowroll.engine.weights import StagedWeights
+from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.staged import StagedWeights
 from flowroll.engine.worker import EngineWorker, RequestKind
 from flowroll.errors import InvalidRequestError
-from flowroll.serving.arrivals import Arrival, WeightArrivals
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
-from flowroll.serving.middleware import exchange_of
+from flowroll.serving.middleware import context_of
 from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.probe import GenerationProbe
 from flowroll.serving.pushes import WeightPush, WeightPushes
 from flowroll.serving.weight_groups import WeightGroups
+from flowroll.serving.weight_updates import OpenUpdate, WeightUpdates
 from flowroll.types import AdapterChange, GeneratedImage, ModuleName, Rollout, ScoreAnswer, WeightUpdate
 from flowroll.wire.arrivals import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
 
@@ -41,7 +41,7 @@ C = TypeVar("C", WeightUpdate, AdapterChange)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
+class AppState:
     """What the routes of one app share.
 
     Attributes:
@@ -62,14 +62,14 @@ class Services:
     probe: GenerationProbe
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
-    arriving: WeightArrivals
+    arriving: WeightUpdates
     pushes: WeightPushes
     groups: WeightGroups = field(default_factory=WeightGroups)
 
     @classmethod
-    def build(cls, worker: EngineWorker, config: ServerConfig) -> Services:
-        """The services of a new app."""
-        arriving = WeightArrivals(worker.engine, idle_s=config.weights_idle_s)
+    def build(cls, worker: EngineWorker, config: ServerConfig) -> AppState:
+        """The state of a new app."""
+        arriving = WeightUpdates(worker.engine, idle_s=config.weights_idle_s)
         metrics = Metrics(worker)
         pushes = WeightPushes(
             worker.engine.scheduler.hold_starts,
@@ -98,14 +98,14 @@ class Services:
 
         A streamed body's base64 is made later, piece by piece, while it is sent.
         """
-        with exchange_of(request).stage("serialise"):
+        with context_of(request).stage("serialise"):
             return await run_in_threadpool(encode, *values, **options)
 
     async def _run(self, request: Request, plan: RequestPlan, accepted: RequestFuture[T], kind: RequestKind) -> list[T]:
         try:
             results = await while_connected(request, accepted, self.worker.cancel)
         finally:
-            exchange_of(request).stretches += accepted.spans
+            context_of(request).stretches += accepted.spans
         self.metrics.observe_result(plan, kind)
         return results
 
@@ -150,7 +150,7 @@ class Services:
         self.metrics.weight_pause_seconds.inc(change.paused_s)
         return change
 
-    async def commit_arrival(self, arrival: Arrival, mode: ExclusiveMode = "drain") -> WeightUpdate:
+    async def commit_arrival(self, arrival: OpenUpdate, mode: ExclusiveMode = "drain") -> WeightUpdate:
         """Ends an update whose tensors have arrived; one that lacks some goes on."""
         arrival.is_committing = True
         try:
@@ -163,7 +163,7 @@ class Services:
                 self.arriving.end(arrival)
 
     async def take_bucket(
-        self, accepted: Bucketed, names: Collection[str], fill: Callable[[IncomingWeights], None]
+        self, accepted: Bucketed, names: Collection[str], fill: Callable[[WeightReceiver], None]
     ) -> SharedUpdateObject:
         """Puts a bucket in place, on all ranks or on none, or adds it to the update that it names.
 
@@ -220,7 +220,7 @@ class Services:
         return _bucket_answer(push, "transformer", f"{len(layers)} layers of the adapter are in place", change.weight_version)
 
     async def _add_bucket(
-        self, accepted: Bucketed, update_id: str, fill: Callable[[IncomingWeights], None]
+        self, accepted: Bucketed, update_id: str, fill: Callable[[WeightReceiver], None]
     ) -> SharedUpdateObject:
         """Adds a bucket to an update that was begun by name; nothing is put in place."""
         arrival = self.arriving.get(update_id)
@@ -255,7 +255,7 @@ class Services:
         """Scores recorded steps, between the steps of requests, for as long as their client is there."""
         self.pushes.check_whole()
         scores = self.worker.submit_scores(plan, timeout_s=_timeout_s(request))
-        with exchange_of(request).stage("score"):
+        with context_of(request).stage("score"):
             answer = await while_connected(request, scores, self.worker.cancel)
         self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
         return answer

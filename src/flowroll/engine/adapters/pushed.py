@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowroll.engine.weights import listed
+from flowroll.engine.weights.staged import listed
 from flowroll.errors import WeightsRejectedError
 
 # Requests that name no adapter run with the one of this name, if it is loaded.

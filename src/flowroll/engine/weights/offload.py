@@ -26,7 +26,7 @@ _ALLOCATED = 64
 _Kept: TypeAlias = tuple[Tensor, Callable[[], Tensor]]
 
 
-class Rest:
+class WeightOffload:
     """Whether one rank's weights are in memory, and where they are if not.
 
     Args:

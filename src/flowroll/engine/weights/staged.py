@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flowroll.engine.checkpoint import plain_class
-from flowroll.engine.tensorfile import FileStamp, TensorFile
-from flowroll.engine.weight_files import read_json, weight_files
+from flowroll.engine.weights.files import read_json, weight_files
+from flowroll.engine.weights.tensorfile import FileStamp, TensorFile
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName

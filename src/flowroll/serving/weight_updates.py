@@ -10,13 +10,13 @@ import logging
 import secrets
 
 from flowroll.engine import Engine
-from flowroll.engine.incoming import IncomingWeights
+from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.errors import NotFoundError, WeightsBusyError
 
 _log = logging.getLogger(__name__)
 
 
-class Arrival:
+class OpenUpdate:
     """An update that was begun and not yet ended.
 
     Attributes:
@@ -28,7 +28,7 @@ class Arrival:
         fills: Buckets that are filled just now by what has a patience of its own.
     """
 
-    def __init__(self, incoming: IncomingWeights, weight_version: str | None) -> None:
+    def __init__(self, incoming: WeightReceiver, weight_version: str | None) -> None:
         self.update_id = secrets.token_hex(8)
         self.incoming, self.weight_version = incoming, weight_version
         self.is_committing = False
@@ -40,7 +40,7 @@ class Arrival:
         self.last_s = asyncio.get_running_loop().time()
 
 
-class WeightArrivals:
+class WeightUpdates:
     """See the module.
 
     Args:
@@ -50,9 +50,9 @@ class WeightArrivals:
 
     def __init__(self, engine: Engine, *, idle_s: float) -> None:
         self._engine, self.idle_s = engine, idle_s
-        self._arrival: Arrival | None = None
+        self._arrival: OpenUpdate | None = None
 
-    def begin(self, module: str, weight_version: str | None, *, partial: bool = False) -> Arrival:
+    def begin(self, module: str, weight_version: str | None, *, partial: bool = False) -> OpenUpdate:
         """Makes room for an update.
 
         Raises:
@@ -60,7 +60,7 @@ class WeightArrivals:
         """
         self.check_none()
         incoming = self._engine.receive_weights(module, partial=partial)
-        self._arrival = Arrival(incoming, weight_version)
+        self._arrival = OpenUpdate(incoming, weight_version)
         self._watch(self._arrival)
         return self._arrival
 
@@ -76,7 +76,7 @@ class WeightArrivals:
                 f"or wait until it was silent for {self.idle_s:g} s."
             )
 
-    def get(self, update_id: str) -> Arrival:
+    def get(self, update_id: str) -> OpenUpdate:
         """The update of this id.
 
         Raises:
@@ -104,13 +104,13 @@ class WeightArrivals:
             )
         self.end(arrival)
 
-    def end(self, arrival: Arrival) -> None:
+    def end(self, arrival: OpenUpdate) -> None:
         """Forgets an update; what it holds goes, unless it was staged. May be called twice."""
         if self._arrival is arrival:
             self._arrival = None
         arrival.incoming.drop()
 
-    def _watch(self, arrival: Arrival) -> None:
+    def _watch(self, arrival: OpenUpdate) -> None:
         """Drops the update once it was silent for too long."""
         if self._arrival is not arrival:
             return

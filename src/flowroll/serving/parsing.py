@@ -17,8 +17,8 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scoring import ScorePlan
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.serving.errors import SlowRequestError
-from flowroll.serving.middleware import Exchange, exchange_of
-from flowroll.serving.services import Services
+from flowroll.serving.middleware import RequestContext, context_of
+from flowroll.serving.state import AppState
 from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.scoring import decode_score_request
@@ -41,12 +41,12 @@ class UnsupportedMediaTypeError(MalformedRequestError):
     status = 415
 
 
-async def accept_request(request: Request, services: Services, model: type[RequestT]) -> tuple[RequestT, RequestPlan]:
+async def accept_request(request: Request, state: AppState, model: type[RequestT]) -> tuple[RequestT, RequestPlan]:
     """Reads, parses and plans a request.
 
     Args:
         request: Its body is read here.
-        services: Of the app.
+        state: Of the app.
         model: What the body must be.
 
     Returns:
@@ -59,17 +59,17 @@ async def accept_request(request: Request, services: Services, model: type[Reque
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         ShuttingDownError: The engine stops.
     """
-    body = await read_body(request, services)
+    body = await read_body(request, state)
     # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
-    return await run_in_threadpool(_plan, services.worker.engine, model, body, exchange_of(request))
+    return await run_in_threadpool(_plan, state.worker.engine, model, body, context_of(request))
 
 
-async def read_body(request: Request, services: Services, max_bytes: int | None = None) -> bytearray:
+async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:
     """The body of a request that has to be JSON.
 
     Args:
         request: Its body is read here.
-        services: Of the app.
+        state: Of the app.
         max_bytes: Its size, if not `max_body_bytes`.
 
     Raises:
@@ -78,15 +78,15 @@ async def read_body(request: Request, services: Services, max_bytes: int | None 
         SlowRequestError: It does not come to an end in time.
     """
     check_media_type(request.headers, (JSON,))
-    return await _receive(request, max_bytes or services.config.max_body_bytes, services.config.receive_timeout_s)
+    return await _receive(request, max_bytes or state.config.max_body_bytes, state.config.receive_timeout_s)
 
 
-async def accept_control(request: Request, services: Services, model: type[ControlT], *, is_optional: bool = False) -> ControlT:
+async def accept_control(request: Request, state: AppState, model: type[ControlT], *, is_optional: bool = False) -> ControlT:
     """Reads and parses a request that steers the server, of at most `MAX_CONTROL_BYTES`.
 
     Args:
         request: Its body is read here.
-        services: Of the app.
+        state: Of the app.
         model: What the body must be.
         is_optional: Whether no body is the same as an empty object.
 
@@ -99,11 +99,11 @@ async def accept_control(request: Request, services: Services, model: type[Contr
     has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
     sent: dict[str, Any] = {}
     if has_body or not is_optional:
-        sent = parse_json_body(await read_body(request, services, min(MAX_CONTROL_BYTES, services.config.max_body_bytes)))
+        sent = parse_json_body(await read_body(request, state, min(MAX_CONTROL_BYTES, state.config.max_body_bytes)))
     return parse(model, sent)
 
 
-async def accept_score_request(request: Request, services: Services) -> ScorePlan:
+async def accept_score_request(request: Request, state: AppState) -> ScorePlan:
     """Reads, decodes and checks a request for scores; see `accept_request`.
 
     Raises:
@@ -114,28 +114,28 @@ async def accept_score_request(request: Request, services: Services) -> ScorePla
         ShuttingDownError: The engine stops.
     """
     media_type = check_media_type(request.headers, (JSON, MSGPACK))
-    body = await _receive(request, services.config.max_score_body_bytes, services.config.receive_timeout_s)
-    return await run_in_threadpool(_plan_score, services.worker.engine, body, media_type, exchange_of(request))
+    body = await _receive(request, state.config.max_score_body_bytes, state.config.receive_timeout_s)
+    return await run_in_threadpool(_plan_score, state.worker.engine, body, media_type, context_of(request))
 
 
-def _plan_score(engine: Engine, body: bytearray, media_type: str, exchange: Exchange) -> ScorePlan:
+def _plan_score(engine: Engine, body: bytearray, media_type: str, context: RequestContext) -> ScorePlan:
     params = decode_score_request(body, media_type)
-    exchange.suppress_logs = params.suppress_logs
+    context.suppress_logs = params.suppress_logs
     if params.request_id is None:
-        params = replace(params, request_id=exchange.request_id)
+        params = replace(params, request_id=context.request_id)
     else:
-        exchange.request_id = params.request_id
+        context.request_id = params.request_id
     return engine.plan_score(params)
 
 
-def _plan(engine: Engine, model: type[RequestT], body: bytearray, exchange: Exchange) -> tuple[RequestT, RequestPlan]:
+def _plan(engine: Engine, model: type[RequestT], body: bytearray, context: RequestContext) -> tuple[RequestT, RequestPlan]:
     accepted = parse(model, parse_json_body(body))
     params = accepted.to_params()
-    exchange.suppress_logs = params.suppress_logs
+    context.suppress_logs = params.suppress_logs
     if params.request_id is None:
-        params = replace(params, request_id=exchange.request_id)
+        params = replace(params, request_id=context.request_id)
     else:
-        exchange.request_id = params.request_id
+        context.request_id = params.request_id
     try:
         return accepted, engine.plan(params)
     except InvalidRequestError as error:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowroll.engine.tensorfile import TensorFile
-from flowroll.engine.weight_files import read_json
+from flowroll.engine.weights.files import read_json
+from flowroll.engine.weights.tensorfile import TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import adapter_config_text
 from flowroll.types.tensors import plain_tensor

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowroll.engine.incoming import IncomingWeights
+from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.wire.safetensors import TensorHead
 
@@ -15,7 +15,7 @@ UNRECEIVED = "a bucket that was refused"
 
 
 def receive_from_group(
-    incoming: IncomingWeights, group: BroadcastGroup, heads: Sequence[TensorHead], *, flattened: bool = False
+    incoming: WeightReceiver, group: BroadcastGroup, heads: Sequence[TensorHead], *, flattened: bool = False
 ) -> None:
     """Receives a bucket; requests may run meanwhile.
 

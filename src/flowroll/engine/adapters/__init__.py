@@ -1,0 +1,1 @@
+"""LoRA adapters: read from files or pushes, held beside the transformer or merged into a copy of it."""

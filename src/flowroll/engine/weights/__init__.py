@@ -1,0 +1,1 @@
+"""New weights: read or received beside the old ones, exchanged, offloaded; their versions and checksums."""
