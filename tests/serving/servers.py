@@ -19,8 +19,7 @@ from tests.hooked import WAIT_S, Gate, HookedEngine
 
 from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app
-from flowroll.serving.connections import HttpConfig
-from flowroll.serving.listening import open_listener
+from flowroll.serving.connections import HttpConfig, open_listener
 
 __all__ = [
     "LONG",

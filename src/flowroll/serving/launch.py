@@ -27,8 +27,7 @@ from flowroll.logs import configure_logging
 from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.connections import HttpConfig
-from flowroll.serving.listening import open_listener
+from flowroll.serving.connections import HttpConfig, open_listener
 from flowroll.serving.tracing import Tracing, otlp_provider
 
 _log = logging.getLogger(__name__)

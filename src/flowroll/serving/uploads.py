@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fastapi import Request
@@ -81,7 +80,6 @@ async def read_bucket(
         PayloadTooLargeError: It is longer than `max_bytes`.
         UnsupportedMediaTypeError: It is sent as something else.
     """
-    check_media_type(request.headers, _OCTETS)
     stream = BucketStream(engine, upload.update_id)
 
     def take(pieces: list[bytes]) -> None:
@@ -89,12 +87,10 @@ async def read_bucket(
             stream.feed(piece)
 
     try:
-        async with _without_pause(idle_s) as go_on:
-            async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
-                await run_in_threadpool(take, pieces)
-                upload.touch()
-                go_on()
-            return await run_in_threadpool(stream.put)
+        async for lot in _lots(request, max_bytes, idle_s):
+            await run_in_threadpool(take, lot)
+            upload.touch()
+        return await run_in_threadpool(stream.put)
     finally:
         upload.touch()
         stream.drop()
@@ -114,39 +110,34 @@ async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: flo
         PayloadTooLargeError: It is longer than `max_bytes`.
         UnsupportedMediaTypeError: It is sent as something else.
     """
-    check_media_type(request.headers, _OCTETS)
     try:
         with path.open("xb") as file:
-            async with _without_pause(idle_s) as go_on:
-                async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
-                    await run_in_threadpool(file.writelines, pieces)
-                    go_on()
+            async for lot in _lots(request, max_bytes, idle_s):
+                await run_in_threadpool(file.writelines, lot)
     except OSError as error:
         raise WeightsRejectedError(f"the body must find room on the disk, got {error.strerror}; make some.") from error
 
 
-@contextlib.asynccontextmanager
-async def _without_pause(idle_s: float) -> AsyncIterator[Callable[[], None]]:
-    """Ends the block when what it gives was not called for so long.
+async def _lots(request: Request, max_bytes: int, idle_s: float) -> AsyncIterator[list[bytes]]:
+    """The pieces of a body in lists, each worth a change of threads.
 
     Raises:
-        WeightsRejectedError: It was not.
+        WeightsRejectedError: A list took longer than `idle_s` to come.
+        PayloadTooLargeError: The body is longer than `max_bytes`.
+        UnsupportedMediaTypeError: It is sent as something else.
     """
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(idle_s) as silence:
-            yield lambda: silence.reschedule(loop.time() + idle_s)
-    except TimeoutError:
-        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
-
-
-async def _in_lots(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    """The pieces in lists, each worth a change of threads."""
-    lot, size = [], 0
-    async for piece in pieces:
-        lot.append(piece)
-        size += len(piece)
-        if size >= _LOT_BYTES:
-            yield lot
-            lot, size = [], 0
-    yield lot
+    check_media_type(request.headers, _OCTETS)
+    pieces = bounded_stream(request, max_bytes, idle_s)
+    piece: bytes | None = b""
+    while piece is not None:
+        lot, size = [], 0
+        try:
+            async with asyncio.timeout(idle_s):
+                while size < _LOT_BYTES and (piece := await anext(pieces, None)) is not None:
+                    lot.append(piece)
+                    size += len(piece)
+        except TimeoutError:
+            raise WeightsRejectedError(
+                f"the body must arrive without a pause of {idle_s:g} s, got one; send it again."
+            ) from None
+        yield lot

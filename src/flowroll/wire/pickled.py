@@ -132,9 +132,12 @@ class _Unpickler:
     def load(self, data: bytes) -> object:
         """The value that a stream makes."""
         instruction: Any
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+        argument: Any
+        for count, (instruction, argument, place) in enumerate(pickletools.genops(data)):
             if count == _MOST_INSTRUCTIONS:
                 raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions; send fewer tensors in one bucket")
+            if instruction.name == "FRAME" and (place or 0) + argument >= len(data):
+                raise ValueError("a frame must end within its stream")
             if instruction.name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[instruction.name])
             elif instruction.name in _LITERALS:

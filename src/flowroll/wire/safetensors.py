@@ -2,7 +2,7 @@
 
 Format: 8 bytes of little-endian header length, a JSON header padded with spaces, then the data of every tensor, without gaps.
 The safetensors library copies what it writes, and what it reads from anything but a file; here data is taken from
-`types.tensors.tensor_bytes`, and put there. Files are read by `engine.tensorfile`, with the same header.
+`types.tensors.tensor_bytes`, and put there. Files are read by `engine.weights.tensorfile`, with the same header.
 """
 
 from __future__ import annotations
