@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
-from flowroll.engine.service import EngineClient, EngineService, bucket_tensors
+from flowroll.engine.service import EngineClient, EngineService, SharedMemory, UpdateProgress, bucket_tensors
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import Slot, tensor_head
 from flowroll.errors import FlowrollError, InvalidRequestError, ShuttingDownError, WeightsRejectedError
@@ -93,7 +93,7 @@ class Receiving(EngineClient):
     def call(self, method: Callable[..., Any], update_id: str, heads: Any, memory: Any = None) -> Future[Any]:
         does: dict[Any, Callable[[], Any]] = {
             EngineService.claim_bucket: lambda: self._incoming.claim(heads),
-            EngineService.put_bucket: lambda: self._incoming.put_claimed(heads, bucket_tensors(memory.bytes, heads)),
+            EngineService.put_bucket: lambda: self._put(heads, memory),
             EngineService.drop_bucket: lambda: self._incoming.unclaim(heads),
         }
         done: Future[Any] = Future()
@@ -102,6 +102,11 @@ class Receiving(EngineClient):
         except FlowrollError as error:
             done.set_exception(error)
         return done
+
+    def _put(self, heads: Any, memory: SharedMemory) -> UpdateProgress:
+        incoming = self._incoming
+        incoming.put_claimed(heads, bucket_tensors(memory.bytes, heads))
+        return UpdateProgress(num_arrived=incoming.num_arrived, num_tensors=incoming.num_tensors, weight_version="0")
 
 
 def stream_to(incoming: WeightReceiver) -> BucketStream:
