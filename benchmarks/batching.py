@@ -25,19 +25,19 @@ from torch import Tensor
 from benchmarks.measure import clock_of, hardware, paired_times, ratio
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
+from flowroll.engine.outline import outline_model
 from flowroll.exact import Alone, Merged
-from flowroll.families import Family, ForwardInput, Output, StepInput
-from flowroll.testing import make_checkpoint
-from flowroll.types import DenoisingEnv
+from flowroll.families import FAMILIES as REGISTERED
+from flowroll.families import Family, ForwardInput, ModelSpec, Output, StepInput
+from flowroll.testing import make_checkpoint, random_input
 
 RESULTS = Path(__file__).parent / "results"
-FAMILIES = ("qwen_image", "z_image")
+FAMILIES = tuple(REGISTERED)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = {64: (8, 8), 256: (16, 16), 1024: (32, 32)}
 SAMPLES = (1, 2, 4, 8, 16)
 # A prompt and a negative prompt.
 TEXTS = (20, 7)
-TEXT_DIM = 64
 # Image tokens of all samples above which a cell of the mid-size models would take minutes.
 MOST = {"tiny": 16 * 1024, "mid": 4 * 1024}
 
@@ -47,6 +47,7 @@ class Cell:
     """One measured setting."""
 
     family: Family
+    spec: ModelSpec
     transformer: Any
     dtype: torch.dtype
     tokens: int
@@ -70,7 +71,7 @@ def main() -> None:
         f"# Several samples in one exact forward, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.batching {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine at the start: "
         f"{os.getloadavg()[0]:.1f}. One step of n guided samples, {TEXTS[0]} and {TEXTS[1]} text tokens: in turn 2 n forwards "
-        "for Qwen-Image, n forwards of a pair for Z-Image.",
+        "where branches are separate, n forwards where they are a pair.",
         "Exact, group and inexact: how many times as fast as in turn; medians of paired ratios of time (CPU time with one "
         "thread, wall time with two) with their 95 % intervals. Group: exact, all samples at one noise level. Inexact: the "
         "model's own batch, the bound. Equal: samples whose velocity is that of the sample alone (`torch.equal`), exact and "
@@ -92,8 +93,17 @@ def cells(folder: Path, most: int, options: argparse.Namespace) -> Sequence[Cell
     """Everything to be measured of one checkpoint."""
     checkpoint = examine_checkpoint(folder, variant=None)
     loaded = {dtype: load_transformer(checkpoint, dtype, None) for dtype in DTYPES.values()}
+    spec = outline_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32).spec
     return [
-        Cell(family=checkpoint.family, transformer=loaded[dtype], dtype=dtype, tokens=tokens, samples=samples, threads=threads)
+        Cell(
+            family=checkpoint.family,
+            spec=spec,
+            transformer=loaded[dtype],
+            dtype=dtype,
+            tokens=tokens,
+            samples=samples,
+            threads=threads,
+        )
         for threads in options.threads
         for dtype in DTYPES.values()
         for tokens in options.tokens
@@ -134,19 +144,16 @@ def make_inputs(cell: Cell, *, one_step: bool) -> list[StepInput]:
     """Random samples with prompts of their own."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = TOKENS[cell.tokens]
-    is_qwen = cell.family.name == "qwen_image"
-
-    def branch(length: int) -> dict[str, Any]:
-        shapes = {"img_shapes": [[[1, rows, columns]]]} if is_qwen else {}
-        return {cell.family.embeds_key: torch.randn(length, TEXT_DIM, generator=generator).to(cell.dtype), **shapes}
-
-    shape = (cell.tokens, 64) if is_qwen else (16, 2 * rows, 2 * columns)
     return [
-        StepInput(
-            latents=torch.randn(shape, generator=generator),
-            timestep=torch.tensor([0.7 if one_step else (index + 1) / 20], dtype=cell.family.timestep_dtype(cell.dtype)),
-            env=DenoisingEnv(pos_cond_kwargs=branch(TEXTS[0]), neg_cond_kwargs=branch(TEXTS[1])),
-            guidance=cell.family.guidance(4.0),
+        random_input(
+            cell.family,
+            cell.spec,
+            height=rows * cell.spec.pixel_unit,
+            width=columns * cell.spec.pixel_unit,
+            texts=TEXTS,
+            dtype=cell.dtype,
+            generator=generator,
+            timestep=0.7 if one_step else (index + 1) / 20,
         )
         for index in range(cell.samples)
     ]
@@ -155,11 +162,9 @@ def make_inputs(cell: Cell, *, one_step: bool) -> list[StepInput]:
 def inexact(cell: Cell, inputs: Sequence[StepInput]) -> list[Tensor]:
     """The model's own batch of the same calls, branch by branch."""
     family = cell.family
-    calls = [family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, cell.dtype) for one in inputs]
+    calls = [family.forward_inputs(one, cell.dtype) for one in inputs]
     columns = [outputs_of(cell, column) for column in zip(*calls, strict=True)]
-    return [
-        family.apply_guidance(outputs, one.guidance) for outputs, one in zip(zip(*columns, strict=True), inputs, strict=True)
-    ]
+    return [family.apply_guidance(outputs, one) for outputs, one in zip(zip(*columns, strict=True), inputs, strict=True)]
 
 
 def outputs_of(cell: Cell, calls: Sequence[ForwardInput]) -> list[Output]:

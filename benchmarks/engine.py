@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from benchmarks.measure import paired_times, ratio
 from flowroll.engine import Engine
+from flowroll.families import FAMILIES
 from flowroll.testing import make_checkpoint
 
 SIZE, STEPS = 256, 3
@@ -28,7 +30,7 @@ def run(rounds: int) -> str:
         " | everything recorded / rollout=False |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [_row(family, rounds) for family in ("qwen_image", "z_image")]
+    lines += [_row(family, rounds) for family in FAMILIES]
     lines += ["", "Aims: upper bounds of 1.01, 1.02 and 1.05."]
     return "\n".join(lines)
 
@@ -39,7 +41,8 @@ def _row(family: str, rounds: int) -> str:
         pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         engine = Engine(checkpoint, dtype="float32", device="cpu")
-    scale = {"true_cfg_scale": 1.0} if family == "qwen_image" else {"guidance_scale": 0.0}
+    has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
+    scale = {"true_cfg_scale": 1.0} if has_true_cfg else {"guidance_scale": 0.0}
     size = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS}
     request = {"prompt": PROMPT, "seed": 1, "guidance_scale": 0.0, **size}
     everything = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}

@@ -13,12 +13,13 @@ import time
 
 import torch
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
-from torch import Tensor, nn
+from torch import nn
 
-from flowroll.families import FAMILIES, ModelSpec
+from flowroll.families import FAMILIES, ModelSpec, StepInput
 from flowroll.sampling import noise, transition
 from flowroll.sampling.dynamics import transitions
 from flowroll.sampling.schedule import ScheduleConfig, explicit_schedule
+from flowroll.testing import random_text
 
 # The defaults of these classes are the full-size architectures.
 MODELS: dict[str, type[nn.Module]] = {"qwen_image": QwenImageTransformer2DModel, "z_image": ZImageTransformer2DModel}
@@ -67,14 +68,15 @@ def main() -> None:
 def time_steps(model: nn.Module, name: str, size: int, steps: int, device: torch.device) -> list[float]:
     """Seconds of each guided step, after two steps of warm-up."""
     family = FAMILIES[name]
-    spec = ModelSpec(latent_channels=16, vae_scale_factor=8)
+    widths = {"text": model.config[TEXT_DIM[name]]}
+    spec = ModelSpec(latent_channels=16, vae_scale_factor=8, widths=widths)
     geometry = family.geometry(spec, height=size, width=size)
     guidance = family.guidance(4.0)
 
-    def text(tokens: int) -> dict[str, Tensor]:
-        return {family.embeds_key: torch.randn(tokens, model.config[TEXT_DIM[name]], device=device, dtype=torch.bfloat16)}
-
-    env = family.env(text(TEXT_TOKENS), text(TEXT_TOKENS // 4), geometry)
+    generator = torch.Generator().manual_seed(SEED)
+    texts = (TEXT_TOKENS, TEXT_TOKENS // 4)
+    positive, negative = (random_text(family, spec, one, dtype=torch.bfloat16, generator=generator) for one in texts)
+    env = family.env(positive, negative, geometry).to(device)
     total = steps + 2
     schedule = explicit_schedule(ScheduleConfig(), [1 - step / total for step in range(total)] + [0.0])
     timesteps = family.model_timesteps(schedule.timesteps.to(device), family.timestep_dtype(torch.bfloat16))
@@ -83,7 +85,8 @@ def time_steps(model: nn.Module, name: str, size: int, steps: int, device: torch
     for step, this in enumerate(transitions(schedule.sigmas, sde_type="sde", noise_level=0.7)):
         synchronize(device)
         started = time.perf_counter()
-        velocity = family.velocity(model, latents, timesteps[step : step + 1], env, guidance, torch.bfloat16)
+        one = StepInput(latents=latents, timestep=timesteps[step : step + 1], env=env, guidance=guidance)
+        velocity = family.velocity(model, one, torch.bfloat16)
         mean = transition.mean(this, latents, velocity)
         latents = transition.sample(this, mean, noise.step_noise(SEED, step, mean.shape, device=device))
         transition.log_prob(this, latents[None], mean[None])

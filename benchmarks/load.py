@@ -1,7 +1,7 @@
 """What sharing steps brings to an engine under load: encode, every step and decode included.
 
 `python -m benchmarks.load`: 16 requests at once against the same 16 one at a time; requests of mixed lengths all at once
-against the best static batches of them; and one request through the batcher against its steps called in a plain loop. Each
+against the best static batches of them; and one request through the scheduler against its steps called in a plain loop. Each
 row is measured in a process of its own: what an earlier one left in the heaps is part of no figure.
 """
 
@@ -30,11 +30,12 @@ from flowroll.engine.outputs import Finished
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.sample import Sample
+from flowroll.families import FAMILIES as REGISTERED
 from flowroll.testing import make_checkpoint
 from flowroll.types import SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
-FAMILIES = ("qwen_image", "z_image")
+FAMILIES = tuple(REGISTERED)
 # As many steps as the families take by default.
 SIZE, STEPS, TOKENS = 128, 50, 64
 NUM_REQUESTS = 16
@@ -55,8 +56,8 @@ their best static batches / all at once, aim >= 0.9; static batches are sorted b
 
 ALONE = """## One request
 
-CPU time of one request through the batcher / its stages called in a plain loop, aim <= 1.02: by the caller's thread, and by
-the batcher's own between two steps, which has the same heap. In a new process, and after load: ten times sixteen requests
+CPU time of one request through the scheduler / its stages called in a plain loop, aim <= 1.02: by the caller's thread, and by
+the scheduler's own between two steps, which has the same heap. In a new process, and after load: ten times sixteen requests
 at once.
 
 | family | dtype | new, caller's loop | new, own loop | after load, caller's loop | after load, own loop |
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every line of work")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine's loop and of its stages")
     parser.add_argument("--out", type=Path, default=None, help="result file")
     options = parser.parse_args()
     today = datetime.datetime.now(datetime.UTC)
@@ -76,7 +77,7 @@ def main() -> None:
     head = (
         f"# An engine under load, {today:%Y-%m-%d}\n\n"
         f"Command: `python -m benchmarks.load {' '.join(sys.argv[1:])}`. {hardware()}; "
-        f"threads a line of work: {options.threads}; load of the machine at the start: {os.getloadavg()[0]:.1f}. "
+        f"threads: {options.threads}; load of the machine at the start: {os.getloadavg()[0]:.1f}. "
         f"Tiny models, {SIZE} x {SIZE} ({TOKENS} image tokens), guided, prompts of their own with equally many tokens. "
         "Medians of paired ratios with their 95 % intervals.\n\n"
         "Not claimed: absolute times (the machine is shared), any figure for a GPU."
@@ -140,17 +141,17 @@ def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
     with _engine(checkpoint, dtype) as engine:
         requests = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
         arms = {
-            "batcher": lambda: _run(engine, requests[:1]),
+            "scheduler": lambda: _run(engine, requests[:1]),
             "caller's": lambda: _run_plainly(engine, requests[0]),
             "own": lambda: engine.scheduler.between_steps(lambda: _run_plainly(engine, requests[0])).result(),
         }
-        arms["batcher"]()  # Its threads run from the first request on.
+        arms["scheduler"]()  # Its threads run from the first request on.
         found: list[Ratio] = []
         for is_new in (True, False):
             for _ in range(0 if is_new else 10):
                 _run(engine, requests)
             times = paired_times(arms, rounds=5 * rounds, warmup=3)
-            found += [ratio(times["batcher"], times[loop]) for loop in ("caller's", "own")]
+            found += [ratio(times["scheduler"], times[loop]) for loop in ("caller's", "own")]
     return f"| {engine.info.family} | {dtype} | {' | '.join(map(str, found))} |"
 
 
@@ -182,7 +183,7 @@ def _run_static(engine: Engine, plans: Sequence[RequestPlan], size: int) -> None
 
 @torch.no_grad()
 def _run_plainly(engine: Engine, plan: RequestPlan) -> None:
-    """What the lines of work do for a request, without them."""
+    """Does what the scheduler does for a request, without it."""
     sample = Sample.start(engine._executor.encode(plan), plan.seeds[0])
     while sample.num_steps_left:
         sample.take_step(forward([sample])[0])
@@ -195,6 +196,7 @@ def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
     model = engine._model
     cell = Cell(
         family=model.family,
+        spec=model.spec,
         transformer=model.transformer,
         dtype=model.dtype,
         tokens=TOKENS,
@@ -205,7 +207,7 @@ def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
 
     def in_turn() -> None:
         for one in inputs:
-            model.family.velocity(model.transformer, one.latents, one.timestep, one.env, one.guidance, model.dtype)
+            model.family.velocity(model.transformer, one, model.dtype)
 
     arms = {"in turn": in_turn, "batch": lambda: inexact(cell, inputs)}
     times = paired_times(arms, rounds=rounds, warmup=2, clock=clock_of(threads))

@@ -27,13 +27,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.measure import hardware, ratio
 from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
 from flowroll.engine.loading import load_transformer
+from flowroll.engine.outline import outline_model
 from flowroll.exact import Alone, run_here, run_on_groups
 from flowroll.families import Guidance
 from flowroll.families.base import StepInput
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.rendezvous import join_store, serve_store
 from flowroll.parallel.shards import shard_rows
-from flowroll.testing import make_checkpoint
+from flowroll.testing import make_checkpoint, random_input
 from flowroll.types import DenoisingEnv, Layout
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +66,7 @@ def main() -> None:
         "Not claimed: absolute times (the machine is shared, and loopback sockets are no NVLink), any figure for a GPU.",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for family in ("qwen_image", "z_image"):
+        for family in ("qwen_image", "z_image"):  # those that have a formula
             overrides = EVEN if (family, options.size) == ("z_image", "mid") else {}
             checkpoint = make_checkpoint(family, Path(folder) / family, size=options.size, **overrides)
             rows = [row for layout in LAYOUTS for row in measure(checkpoint, layout, options.rounds)]
@@ -151,16 +152,10 @@ def context_parallel(transformer: Any, rank: int, degrees: Mapping[str, int]) ->
 
 def environment(checkpoint: Checkpoint, generator: torch.Generator) -> tuple[DenoisingEnv, Tensor]:
     """Random embeddings of both branches, and random latents."""
-    side = SIDE // 8
-    texts = [torch.randn(TEXT, 64, generator=generator) for _ in range(2)]
-    if checkpoint.family.name == "z_image":
-        positive, negative = ({"cap_feats": text} for text in texts)
-        return DenoisingEnv(pos_cond_kwargs=positive, neg_cond_kwargs=negative), torch.randn(
-            16, side, side, generator=generator
-        )
-    shapes = [[[1, side // 2, side // 2]]]
-    positive, negative = ({"encoder_hidden_states": text, "img_shapes": shapes} for text in texts)
-    return DenoisingEnv(pos_cond_kwargs=positive, neg_cond_kwargs=negative), torch.randn(TOKENS, 64, generator=generator)
+    spec = outline_model(checkpoint, device=torch.device("cpu"), dtype=DTYPE).spec
+    size = {"height": SIDE, "width": SIDE, "texts": (TEXT, TEXT)}
+    one = random_input(checkpoint.family, spec, **size, dtype=DTYPE, generator=generator)
+    return one.env, one.latents
 
 
 def formula(checkpoint: Checkpoint, layout: Layout) -> int:

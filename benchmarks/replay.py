@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from benchmarks.measure import hardware, paired_times, ratio
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
-from flowroll.families import FAMILIES, Guidance
+from flowroll.families import FAMILIES, Guidance, StepInput
 from flowroll.testing import make_checkpoint
 
 SIZE = 256
@@ -31,7 +31,7 @@ def run(rounds: int) -> str:
         "| family | guidance | no_grad: replay / forward | replay and backward / forward and backward |",
         "|---|---|---|---|",
     ]
-    lines += [_row(family, scale, rounds) for family in ("qwen_image", "z_image") for scale in (0.0, 4.0)]
+    lines += [_row(family, scale, rounds) for family in FAMILIES for scale in (0.0, 4.0)]
     lines += ["", "Aim: upper bounds of 1.02."]
     return "\n".join(lines)
 
@@ -80,10 +80,12 @@ def _calls(rollout: Rollout) -> list:
     assert trajectory is not None and env is not None
     timesteps = family.model_timesteps(trajectory.timesteps, torch.float32)
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
-    return family.forward_inputs(trajectory.latents[STEP], timesteps[STEP : STEP + 1], env, guidance, torch.float32)
+    one = StepInput(latents=trajectory.latents[STEP], timestep=timesteps[STEP : STEP + 1], env=env, guidance=guidance)
+    return family.forward_inputs(one, torch.float32)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the section with what it was measured on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
@@ -92,3 +94,7 @@ if __name__ == "__main__":
     print(f"# The cost of replay\n\nCommand: {command}. {hardware()}; one thread.")
     print("Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.\n")
     print(run(options.rounds))
+
+
+if __name__ == "__main__":
+    main()

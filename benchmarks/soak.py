@@ -30,10 +30,11 @@ from benchmarks.soaking.truth import Truth
 from benchmarks.soaking.verdict import Soaked, chart, section
 from benchmarks.soaking.visits import Visitor, http_client
 from benchmarks.soaking.watch import Holding, holding
+from flowroll.families import FAMILIES as REGISTERED
 from flowroll.testing import make_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
-FAMILIES = ("qwen_image", "z_image")
+FAMILIES = tuple(REGISTERED)
 # Small enough that queue and memory limits are met.
 SERVER_OPTIONS = ("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES))
 # glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN and torch keep kernels of

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from examples.server import exit_on_sigterm, running_server
 from flowroll import Rollout, SamplingParams
-from flowroll.checkpoints import shapes_checkpoint
+from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.output import add_row, format_bytes, num_bytes, plain_table, save_png, shape_of
 from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
@@ -31,7 +31,7 @@ from flowroll.client import Client
 from flowroll.engine import Engine
 from flowroll.wire.files import save_rollout
 
-_FAMILIES = ("qwen_image", "z_image")
+_FAMILIES = SHAPES_FAMILIES
 _STEPS = 8
 # Label and fields of each request: every step stochastic under either dynamics, and a window of stochastic steps.
 _DYNAMICS: tuple[tuple[str, dict[str, Any]], ...] = (

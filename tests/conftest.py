@@ -5,6 +5,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,12 @@ def z_image_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path) -> dict[str, Path]:
-    """Both, by family."""
-    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}
+def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path, tmp_path_factory: Any) -> dict[str, Path]:
+    """A tiny checkpoint folder of every registered family; read only."""
+    from flowroll.families import FAMILIES
+
+    known = {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}
+    return {family: known.get(family) or _make(family, tmp_path_factory) for family in FAMILIES}
 
 
 def _make(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

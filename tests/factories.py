@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, SamplingRecord, Trajectory
+from flowroll.families import FAMILIES, ModelSpec
+from flowroll.families.conditioning import TOKENS
 
 
 def make_rollout(
@@ -24,7 +26,7 @@ def make_rollout(
     """A rollout with random content that depends on the arguments alone.
 
     Args:
-        family: "qwen_image" or "z_image"; gives the latents' shape and the env's keys.
+        family: A registered family; gives the latents' shape and the env's fields.
         steps: Number of transitions T.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
@@ -39,18 +41,21 @@ def make_rollout(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    rows, columns = height // 16, width // 16
-    latent = (rows * columns, 64) if family == "qwen_image" else (16, 2 * rows, 2 * columns)
+    made = FAMILIES[family]
+    names = {size for field in made.conditioning.fields for size in field.shape or () if isinstance(size, str)}
+    spec = ModelSpec(latent_channels=16, vae_scale_factor=8, widths=dict.fromkeys(names, 32))
+    geometry = made.geometry(spec, height=height, width=width)
+    latent = geometry.latent_shape
 
     def branch(tokens: int) -> dict[str, Any]:
-        if family == "z_image":
-            return {"cap_feats": normal(tokens, 32).to(dtype), "txt_seq_lens": [tokens]}
-        return {
-            "encoder_hidden_states": normal(tokens, 48).to(dtype),
-            "encoder_hidden_states_mask": torch.ones(tokens, dtype=torch.bool),
-            "img_shapes": [[[1, rows, columns]]],
-            "txt_seq_lens": [tokens],
+        values = {
+            field.name: normal(*field.sizes({**spec.widths, TOKENS: tokens})).to(dtype)
+            if field.dtype == "model"
+            else torch.ones(tokens, dtype=torch.bool)
+            for field in made.conditioning.fields
+            if field.source == "prompt"
         }
+        return {**values, **made.size_fields(geometry, tokens)}
 
     record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
     fields: dict[str, Any] = {

@@ -27,12 +27,12 @@ from examples.server import running_server
 from examples.shapes.reward import reward
 from examples.shapes.world import SCENES
 from flowroll import Rollout, replay
-from flowroll.checkpoints import shapes_checkpoint
+from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.plots import ContactRow, contact_sheet
 from flowroll.client import Client
 
-_FAMILIES = ("qwen_image", "z_image")
+_FAMILIES = SHAPES_FAMILIES
 _SHOWN_PROMPTS = 8
 # One forward per step, as Flow-GRPO trains: at this scale neither family runs guidance.
 _UNGUIDED = 0.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from examples.shapes import autoencoder
 from examples.shapes.descent import minimise
 from examples.shapes.world import SCENES
-from flowroll.families import Family
+from flowroll.families import Family, Prompt
 
 _WRONG_CAPTIONS, _NO_CAPTIONS = 0.25, 0.1
 _PICTURES, _CHUNK = 4096, 64
@@ -101,7 +101,7 @@ def _captions(pipeline: Any, family: Family) -> Mapping[int | None, Tensor]:
     """The embedding of each scene's prompt by its index, and of the family's negative prompt by None."""
     negative = next(iter(family.variants.values())).negative_prompt
     prompts = {**{index: scene.prompt for index, scene in enumerate(SCENES)}, None: negative}
-    encoded = {index: family.encode(pipeline, prompt)[family.embeds_key] for index, prompt in prompts.items()}
+    encoded = {index: family.encode(pipeline, Prompt(text=prompt))[family.embeds_key] for index, prompt in prompts.items()}
     return {index: embeds.clone() for index, embeds in encoded.items() if isinstance(embeds, Tensor)}
 
 

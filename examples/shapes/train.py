@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,7 +25,7 @@ from examples.shapes.world import SCENES
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.engine import Engine
 from flowroll.families import family_of_pipeline
-from flowroll.testing import FamilyName, make_checkpoint
+from flowroll.testing import BUILDERS, make_checkpoint
 from flowroll.testing.weights import align_file
 
 _SMOOTHING = 0.98
@@ -36,7 +36,7 @@ _STEPS = {"qwen_image": (700, 5000), "z_image": (500, 2500)}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains one family's policy and saves it as a checkpoint folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--family", choices=get_args(FamilyName), required=True)
+    parser.add_argument("--family", choices=list(BUILDERS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -26,8 +26,8 @@ def permute_keys(setattr: SetAttribute) -> None:
     """Keys and values in another order, the same one: the same attention, but for the order of its sums."""
     gather = flowroll.parallel.regions.gather_keys
 
-    def permuted(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(gathered.flip(1) for gathered in gather(*arguments))
+    def permuted(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(gathered.flip(1) for gathered in gather(*arguments, **options))
 
     setattr(flowroll.parallel.regions, "gather_keys", permuted)
 

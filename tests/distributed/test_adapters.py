@@ -11,6 +11,7 @@ from tests.weights import REQUEST, with_other
 from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.errors import WeightsRejectedError
+from flowroll.families import FAMILIES
 from flowroll.types import Layout
 
 LAYOUTS = {"sp2": Layout(sp=2), "tp2": Layout(tp=2), "cfg2": Layout(cfg_parallel=True)}
@@ -23,7 +24,7 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen_image", "z_image"])
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

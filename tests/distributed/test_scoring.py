@@ -8,6 +8,7 @@ import torch
 from tests.rollouts import assert_same_bits
 
 from flowroll.engine import Engine
+from flowroll.families import FAMILIES
 from flowroll.replay.remote import score_params
 from flowroll.types import Layout
 
@@ -16,7 +17,7 @@ REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width":
 
 
 @pytest.mark.parametrize("layout", [Layout(sp=2), Layout(tp=2), Layout(cfg_parallel=True)], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_steps_are_scored_on_every_layout_with_the_bits_that_were_recorded(
     checkpoints: dict[str, Path], family: str, layout: Layout
 ) -> None:

@@ -5,7 +5,7 @@ import torch
 from examples.shapes.reward import reward
 from examples.shapes.world import COLOURS, GROUND, PLACES, SCENES, SHAPES, SIZE, Scene, coverage, draw, scene_of
 
-from flowroll.checkpoints import shapes_checkpoint
+from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.engine import Engine
 
 SCENE = Scene(colour="red", shape="circle", place="at the top left")
@@ -54,7 +54,7 @@ def test_a_prompt_of_another_world_has_no_reward():
         reward(torch.zeros(3, 1, SIZE, SIZE), "a photo of a dog")
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", SHAPES_FAMILIES)
 def test_the_shipped_policy_draws_what_the_prompt_says(family):
     with Engine(shapes_checkpoint(family)) as engine:
         assert engine.info.variant == "shapes"
@@ -64,5 +64,5 @@ def test_the_shipped_policy_draws_what_the_prompt_says(family):
 
 
 def test_the_shipped_policies_are_small():
-    folders = [shapes_checkpoint(family) for family in ("qwen_image", "z_image")]
+    folders = [shapes_checkpoint(family) for family in SHAPES_FAMILIES]
     assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) <= 8 * 10**6

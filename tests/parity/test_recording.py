@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowroll import DebugTensors, Rollout, Trajectory
 from flowroll.engine import Engine
 from flowroll.errors import EngineError, InvalidRequestError
-from flowroll.families import FAMILIES, Guidance
+from flowroll.families import FAMILIES, Guidance, StepInput
 from flowroll.sampling import ode, transition
 from flowroll.sampling.dynamics import DYNAMICS, transitions
 
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 # Operations of a whole request beyond the pipeline's: on the sigma grid, views of a constant, and a sum over each of four
 # tensors (both embeddings, the final latents, the picture), which shows whether they are finite.
 EXTRA_OPS: dict[str, Counter[str]] = {
@@ -106,9 +106,9 @@ def test_the_environment_reproduces_every_velocity(
     assert (env.neg_cond_kwargs is not None) == cfg
     with torch.no_grad():
         for step in range(4):
-            velocity = family.velocity(
-                transformer, trajectory.latents[step], timesteps[step : step + 1], env, guidance, model_dtype
-            )
+            timestep = timesteps[step : step + 1]
+            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance)
+            velocity = family.velocity(transformer, one, model_dtype)
             assert torch.equal(velocity.float(), debug.model_output[step])
 
 
@@ -119,10 +119,11 @@ def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str],
     assert env is not None and env.image_kwargs == {} and env.guidance is None
     for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
         assert branch is not None
-        assert set(branch) <= {family.embeds_key, *family.env_schema}
+        fields = family.conditioning.in_place("pos_cond_kwargs")
+        assert {field.name for field in fields if field.is_required} <= set(branch) <= {field.name for field in fields}
         embeds = branch[family.embeds_key]
         assert isinstance(embeds, torch.Tensor) and embeds.ndim == 2
-        assert branch["txt_seq_lens"] == [embeds.shape[0]]
+        assert branch.get("txt_seq_lens", [embeds.shape[0]]) == [embeds.shape[0]]
         assert "encoder_hidden_states_mask" not in branch and "freqs_cis" not in branch
 
 

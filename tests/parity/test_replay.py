@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.families import FAMILIES
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
 from flowroll.wire.files import load_rollout, save_rollout
 
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 REQUEST = {
     "prompt": "a red apple on a wooden table",
     "height": 64,

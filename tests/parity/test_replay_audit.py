@@ -11,8 +11,9 @@ from torch import nn
 
 from flowroll import DenoisingEnv, Rollout, replay
 from flowroll.engine import Engine
+from flowroll.families import FAMILIES
 
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 DTYPES = ["float32", "bfloat16"]
 REQUEST = {
     "prompt": "a red apple",
@@ -235,7 +236,7 @@ def test_a_tampered_length_of_the_text(made: Any) -> None:
     rollout, transformer = made
     env = rollout.denoising_env
     key = next(iter(env.pos_cond_kwargs))
-    short = {**env.pos_cond_kwargs, key: env.positive(key)[:-1]}
+    short = {**env.pos_cond_kwargs, key: env.pos_cond_kwargs[key][:-1]}
     report = replay.audit(transformer, [changed(rollout, denoising_env={"pos_cond_kwargs": short})])
     only_cause(report, "env", "in the prompt's branch txt_seq_lens is")
 

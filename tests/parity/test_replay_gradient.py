@@ -11,7 +11,7 @@ from torch import nn
 
 from flowroll import DenoisingEnv, Rollout, replay
 from flowroll.engine import Engine
-from flowroll.families import FAMILIES
+from flowroll.families import FAMILIES, StepInput
 from flowroll.sampling.dynamics import DYNAMICS, transitions
 
 REQUEST = {
@@ -45,14 +45,15 @@ def log_prob_in_float64(transformer: nn.Module, rollout: Rollout, step: int) -> 
     x, following = trajectory.latents[step].double(), trajectory.latents[step + 1].double()
     guidance = family.guidance(record.guidance_scale)
     with torch.no_grad():
-        v = family.velocity(transformer, x, timestep, in_float64(env), guidance, torch.float64).double()
+        one = StepInput(latents=x, timestep=timestep, env=in_float64(env), guidance=guidance)
+        v = family.velocity(transformer, one, torch.float64).double()
     density = torch.distributions.Normal(this.on_latents * x + this.on_velocity * v, this.std)
     return float(density.log_prob(following).mean())
 
 
 @pytest.mark.parametrize("sde_type", [name for name, found in DYNAMICS.items() if found.is_stochastic])
 @pytest.mark.parametrize("cfg", [True, False])
-@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_agree_with_finite_differences(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, cfg: bool, sde_type: str
 ) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flowroll import replay
 from flowroll.engine import Engine
+from flowroll.families import FAMILIES
 from flowroll.wire.files import load_rollout, save_rollout
 
 REQUEST = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 5}
@@ -37,7 +38,7 @@ def one_rank():
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize(("dtype", "mixed"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_ratio_is_exactly_one_through_fsdp(
     engine_of: Callable[[str, str], Engine],
     pipeline_of: Callable[[str, str], Any],
@@ -76,7 +77,7 @@ def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, file: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_recompute_the_log_probs_of_one(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     with Engine(checkpoints[name], dtype="float32", device="cpu") as engine:
         rollout = engine.rollout(**REQUEST, **KEPT)[0]

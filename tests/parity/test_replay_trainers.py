@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.families import FAMILIES
 
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 REQUEST = {
     "prompt": "a red apple on a wooden table",
     "height": 64,

@@ -9,6 +9,7 @@ import torch
 from flowroll import replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.families import FAMILIES
 
 REQUEST = {
     "prompt": "a red apple on a wooden table",
@@ -23,7 +24,7 @@ REQUEST = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_at_recorded_latents_they_are_the_recorded_bits_in_any_order(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:

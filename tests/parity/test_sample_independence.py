@@ -8,13 +8,13 @@ from tests.rollouts import assert_same_bits, tensors_of
 
 from flowroll import SamplingParams
 from flowroll.engine import Engine
+from flowroll.families import FAMILIES
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.sampling.noise import step_noise
 from flowroll.types import GeneratorDevice
 
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a pink handbag and black scissors", "height": 64, "width": 80, "num_inference_steps": 4}
-FAMILIES = ["qwen_image", "z_image"]
 
 
 @pytest.mark.parametrize("sde_type", DYNAMICS)

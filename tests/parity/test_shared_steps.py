@@ -15,8 +15,9 @@ from tests.unit.engine.scheduler.hand import Hand
 
 from flowroll import Rollout, SamplingParams
 from flowroll.engine import Engine, RequestFuture
+from flowroll.families import FAMILIES
 
-NAMES = ["qwen_image", "z_image"]
+NAMES = list(FAMILIES)
 ORDERS = 4
 BASE: dict[str, Any] = {
     "prompt": "a bowl",

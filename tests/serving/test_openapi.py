@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from tests.serving.servers import serving
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.wire.arrivals import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.messages import WireImage, WireSample, WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps
@@ -149,9 +149,9 @@ def test_every_reference_in_the_document_leads_somewhere(document: dict[str, Any
         _resolve(document, {"$ref": reference})
 
 
-def test_document_tells_of_the_token_where_one_is_demanded(document: dict[str, Any], worker: EngineWorker) -> None:
+def test_document_tells_of_the_token_where_one_is_demanded(document: dict[str, Any], service: EngineService) -> None:
     assert "security" not in document
-    with serving(worker, api_key="s3cret") as client:
+    with serving(service, api_key="s3cret") as client:
         guarded = client.get("/openapi.json", headers={"authorization": "Bearer s3cret"}).json()
     assert guarded["security"] == [{"token": []}]
     assert guarded["paths"]["/liveness"]["get"]["security"] == []

@@ -13,22 +13,23 @@ from flowroll.errors import CheckpointError
 _PREFIX = "shapes-"
 _FOLDER = Path(__file__).parent
 _INDEX = "model_index.json"
-SHAPES = tuple(_PREFIX + family for family in ("qwen_image", "z_image"))
+# The families that one is shipped for.
+SHAPES_FAMILIES = tuple(sorted(path.name.removeprefix(_PREFIX) for path in _FOLDER.glob(f"{_PREFIX}*")))
+SHAPES = tuple(_PREFIX + family for family in SHAPES_FAMILIES)
 
 
 def shapes_checkpoint(family: str) -> Path:
     """The folder of a family's shipped checkpoint.
 
     Args:
-        family: "qwen_image" or "z_image".
+        family: One of `SHAPES_FAMILIES`.
 
     Raises:
         CheckpointError: None is shipped for this family.
     """
     name = _PREFIX + family
     if name not in SHAPES:
-        shown = ", ".join(shipped.removeprefix(_PREFIX) for shipped in SHAPES)
-        raise CheckpointError(f"family must be one of {shown}, got {family}; choose one.")
+        raise CheckpointError(f"family must be one of {', '.join(SHAPES_FAMILIES)}, got {family}; choose one.")
     return _FOLDER / name
 
 

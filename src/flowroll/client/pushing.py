@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlencode
 
 import msgspec
+import torch
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
@@ -19,9 +20,9 @@ from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
 from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest
-from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
+from flowroll.wire.safetensors import safetensors_prefix
 from flowroll.wire.weights import AdapterFromTensorsRequest, Updatable
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -43,14 +44,11 @@ def push_weights(
 
     On a rank of a sharded trainer that does not send, there are none.
     """
-    buckets = buckets_of(named_tensors, bucket_bytes)
-    first = next(buckets, {})
-    ranks = ranks_of(named_tensors, first)
+    ranks, buckets = gathered_buckets(named_tensors, bucket_bytes)
     update_id: str = yield from ranks.once(lambda: begin_call(module, weight_version, partial), str)
     try:
-        for bucket in itertools.chain([first] if first else [], buckets):
-            make = functools.partial(bucket_call, update_id, ranks.gather(bucket))
-            yield from ranks.once(make, None)
+        for bucket in buckets:
+            yield from ranks.once(functools.partial(bucket_call, update_id, bucket), None)
         return (yield from ranks.once(lambda: commit_call(update_id, mode), WeightUpdate))
     except GeneratorExit:
         raise
@@ -141,9 +139,19 @@ def abandon_call(update_id: str) -> Call[dict[str, object]]:
     return Call(method="POST", path=ABANDON_ROUTE.format(update_id=update_id), read=read_object)
 
 
-def ranks_of(named_tensors: NamedTensors, first: Mapping[str, Tensor]) -> TrainerRanks:
-    """The ranks that push these tensors; a generator shows its first bucket alone."""
-    return TrainerRanks((named_tensors if isinstance(named_tensors, Mapping) else first).values())
+def gathered_buckets(
+    named_tensors: NamedTensors, bucket_bytes: int, device: torch.device | str = "cpu"
+) -> tuple[TrainerRanks, Iterator[dict[str, Tensor]]]:
+    """The ranks that push these tensors, and the buckets as each of these ranks has them once they are gathered.
+
+    The first bucket is gathered at once: what cannot be sent is refused before a server begins. Of a generator, it alone shows
+    how the tensors are sharded.
+    """
+    buckets = buckets_of(named_tensors, bucket_bytes)
+    first = next(buckets, {})
+    ranks = TrainerRanks((named_tensors if isinstance(named_tensors, Mapping) else first).values())
+    gathered = [ranks.gather(first, device)] if first else []
+    return ranks, itertools.chain(gathered, (ranks.gather(bucket, device) for bucket in buckets))
 
 
 def buckets_of(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:

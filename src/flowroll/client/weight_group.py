@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -31,15 +30,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flowroll.client.exchange import post, read_object
-from flowroll.client.pushing import (
-    BUCKET_BYTES,
-    NamedTensors,
-    abandon_call,
-    begin_call,
-    buckets_of,
-    commit_call,
-    ranks_of,
-)
+from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, abandon_call, begin_call, commit_call, gathered_buckets
 from flowroll.client.synchronous import Client
 from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
@@ -163,16 +154,12 @@ class WeightGroup:
             WeightsBusyError: A server takes another update just now.
             FlowrollError: Whatever else a server raised.
         """
-        buckets = buckets_of(named_tensors, bucket_bytes)
-        first = next(buckets, {})
-        ranks = ranks_of(named_tensors, first)
         device = "cpu" if self._group is None else self._group.device
-        # What cannot be sent is refused before the servers begin.
-        gathered = [ranks.gather(first, device)] if first else []
+        ranks, buckets = gathered_buckets(named_tensors, bucket_bytes, device)
         begun: list[str] = ranks.run(lambda: self._begin(module, weight_version), list[str])
         try:
-            for whole in itertools.chain(gathered, (ranks.gather(bucket, device) for bucket in buckets)):
-                ranks.run(functools.partial(self._broadcast, whole, module, begun), None)
+            for bucket in buckets:
+                ranks.run(functools.partial(self._broadcast, bucket, module, begun), None)
             return ranks.run(lambda: self._commit(begun), list[str])
         except BaseException:
             if ranks.sends:

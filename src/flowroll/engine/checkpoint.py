@@ -23,9 +23,12 @@ from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
+# What the index says of a component that the pipeline was saved without.
+_NOT_SAVED = [None, None]
 # Ours, optional: what model_index.json does not say.
 _NOTES = "flowroll.json"
-TORCH_COMPONENTS = ("transformer", "vae", "text_encoder")
+# The modules that every pipeline has; its text encoders come beside them.
+_TRANSFORMER, _VAE = "transformer", "vae"
 # What a weight may be stored in: floats that hold its value without a scale beside it.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What counters and positions are stored in.
@@ -35,7 +38,6 @@ _REDIRECTIONS = ("quantization_config", "compression_config", "transformers_weig
 # What torch puts before the name of a class: _fully_shard/_fsdp_init.py, _composable/replicate.py.
 _WRAPPERS = ("FSDP", "Replicate", "DDP")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_COMPONENTS = (*TORCH_COMPONENTS, "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ class Checkpoint:
         family: Whose checkpoint it is.
         variant: Which of the family's variants it is taken for.
         schedule_config: Its sigma grid.
-        stored: Of each component, the tensors that its files hold: their dtypes, as safetensors names them, by name.
+        stored: Of each component that has weights, the dtypes of its files' tensors, as safetensors names them, by name.
     """
 
     folder: Path
@@ -57,6 +59,22 @@ class Checkpoint:
     variant: str
     schedule_config: ScheduleConfig
     stored: Mapping[str, Mapping[str, str]]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The components that have weights: the transformer, the VAE, and the text encoders that were saved."""
+        return tuple(self.stored)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The text encoders that were saved."""
+        return tuple(name for name in self.family.text_encoders if name in self.stored)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The components that were not saved; who loads the pipeline has to say so."""
+        optional = (name for name in self.family.optional_components if name not in self.index)
+        return (*(name for name, entry in self.index.items() if entry == _NOT_SAVED), *optional)
 
     def class_of(self, component: str) -> str:
         """The class that the component is saved as."""
@@ -145,7 +163,11 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
     index = read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
     family = family_of_pipeline(str(index.get("_class_name")))
     variant = _resolve_variant(family, variant or _noted_variant(folder))
-    stored = {name: _check_component(folder, name) for name in _COMPONENTS}
+    encoders, tokenizers = (_saved(index, family, names) for names in (family.text_encoders, family.tokenizers))
+    stored = {name: _check_module(_component(folder, name), name) for name in (_TRANSFORMER, _VAE, *encoders)}
+    for name in tokenizers:
+        _check_tokenizer(_component(folder, name))
+    _component(folder, "scheduler")
     _check_scheduler_class(index)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
     return Checkpoint(
@@ -188,15 +210,32 @@ def _resolve_variant(family: Family, variant: str | None) -> str:
     return variant
 
 
-def _check_component(folder: Path, name: str) -> Mapping[str, str]:
-    """Checks that a component's files are there and whole; returns the dtypes of its stored tensors by name."""
+def _saved(index: Mapping[str, Any], family: Family, names: Iterable[str]) -> list[str]:
+    """Those of a family's components that a folder of this index holds.
+
+    Raises:
+        CheckpointError: One was not saved that no pipeline of the family can do without.
+    """
+    absent = [name for name in names if index.get(name, _NOT_SAVED) == _NOT_SAVED]
+    if needed := [name for name in absent if name not in family.optional_components]:
+        raise CheckpointError(f"{_INDEX} must name the class of {needed[0]}, got none; save the checkpoint with all its parts.")
+    return [name for name in names if name not in absent]
+
+
+def _component(folder: Path, name: str) -> Path:
     component = folder / name
     if not component.is_dir():
         raise CheckpointError(f"{folder} must hold a folder {name}, got none; copy the whole checkpoint.")
-    if name == "tokenizer" and not any(all((component / file).is_file() for file in files) for files in _VOCABULARIES):
+    return component
+
+
+def _check_tokenizer(component: Path) -> None:
+    if not any(all((component / file).is_file() for file in files) for files in _VOCABULARIES):
         raise CheckpointError(f"{component} must hold a vocabulary, got no tokenizer.json; copy the whole checkpoint.")
-    if name not in TORCH_COMPONENTS:
-        return {}
+
+
+def _check_module(component: Path, name: str) -> Mapping[str, str]:
+    """Checks that a module's files are there and whole; returns the dtypes of its stored tensors by name."""
     _check_config(component, name)
     return _stored_dtypes(component, _stems(name))
 

@@ -5,61 +5,56 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
-from flowroll.engine.checkpoint import TORCH_COMPONENTS, Checkpoint, plain_class
+from flowroll.engine.checkpoint import Checkpoint, plain_class
+from flowroll.engine.facts import ModelFacts
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
-from flowroll.families import Family, ModelSpec
+from flowroll.families import Family, ModelSpec, Prompt
 from flowroll.families.alignment import align_weights
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
-from flowroll.sampling.schedule import ScheduleConfig
 from flowroll.types import all_finite
 
 _PROBE = "a red circle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
+class LoadedModel(ModelFacts):
     """What planning and denoising need of a checkpoint in memory.
 
     Attributes:
-        family: How to call it.
-        variant: Which of the family's variants it is taken for.
         transformer: The denoiser, or this rank's part of it.
         adapters: The same with LoRA adapters.
         strategy: Computes the velocities of samples that take a step together.
-        spec: The facts that shape its latents.
-        schedule_config: Its sigma grid.
-        device: Where the modules are.
-        dtype: Of the weights.
     """
 
-    family: Family
-    variant: str
     transformer: Any
     adapters: AdapterSet
     strategy: Strategy
-    spec: ModelSpec
-    schedule_config: ScheduleConfig
-    device: torch.device
-    dtype: torch.dtype
+
+
+def silence_model_libraries() -> None:
+    """Turns the progress bars of diffusers and transformers off, and imports both."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_model(
@@ -146,6 +141,9 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     Raises:
         CheckpointError: A weight is missing, or a tensor is none of the class's.
     """
+    import diffusers
+    import transformers
+
     library: Any = transformers if component.startswith("text_encoder") else diffusers
     module, report = getattr(library, checkpoint.class_of(component)).from_pretrained(
         checkpoint.folder / component,
@@ -164,6 +162,9 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
 def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> set[str]:
     """The tensors of the class that a text encoder was saved from, whose head the pipeline's class leaves out by intention."""
     config = read_json(checkpoint.folder / component / "config.json", f"{component} must have a configuration")
+    import transformers
+    from accelerate import init_empty_weights
+
     saver = getattr(transformers, plain_class(str((config.get("architectures") or [""])[0])), None)
     if saver is None or not isinstance(module.config, saver.config_class):
         return set()
@@ -173,6 +174,9 @@ def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> se
 
 def empty_module(checkpoint: Checkpoint, component: str) -> Any:
     """A component of the pipeline without memory for its weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
     model_class = getattr(diffusers, checkpoint.class_of(component))
     with init_empty_weights(include_buffers=False):
         return model_class.from_config(model_class.load_config(checkpoint.folder / component))
@@ -195,21 +199,30 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
                     raise CheckpointError(
                         f"{file} must hold {name} as {list(empty.shape)}, got {list(tensor.shape)}; save it again."
                     )
-                setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True)))
+                whole = tensor.to(dtype, copy=True)
+                setattr(owner, leaf, whole if leaf in owner._buffers else nn.Parameter(whole))
 
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
     """The pipeline in evaluation mode, on the CPU."""
+    from diffusers import DiffusionPipeline
+
     modules = {
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
-        for name in TORCH_COMPONENTS
+        for name in checkpoint.modules
     }
+    parts = {**modules, **dict.fromkeys(checkpoint.absent)}
     with _with_plain_classes(checkpoint) as folder:
-        pipeline = DiffusionPipeline.from_pretrained(folder, **modules, dtype=dtype, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    for name in TORCH_COMPONENTS:
-        getattr(pipeline, name).eval()
+    for module in modules.values():
+        module.eval()
     return pipeline
+
+
+def modules_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that have weights, by name."""
+    return {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
 
 
 @contextlib.contextmanager
@@ -220,7 +233,7 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
     """
     plain = {
         name: ["transformers" if name.startswith("text_encoder") else "diffusers", checkpoint.class_of(name)]
-        for name in TORCH_COMPONENTS
+        for name in checkpoint.modules
     }
     if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
         yield checkpoint.folder
@@ -236,10 +249,12 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
 def _check_text(family: Family, pipeline: Any) -> None:
     """Encodes a prompt: a broken tokenizer, template or text encoder shows here and not in the first request."""
     with torch.no_grad():
-        embeds = family.encode(pipeline, _PROBE)[family.embeds_key]
+        encoded = family.encode(pipeline, Prompt(text=_PROBE))
+    embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
-    if not all_finite(embeds):
-        raise CheckpointError("text_encoder must give finite embeddings, got NaN or infinity; copy its weights again.")
+    if not all(all_finite(value) for value in encoded.values() if isinstance(value, torch.Tensor)):
+        names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)
+        raise CheckpointError(f"{names} must give finite embeddings, got NaN or infinity; copy the weights again.")
     if embeds.shape[0] < len(_PROBE.split()):
         raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
 

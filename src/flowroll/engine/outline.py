@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import torch
 
 from flowroll.engine.checkpoint import Checkpoint
@@ -26,11 +25,14 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
         CheckpointError: The libraries cannot build it.
         UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
     """
+    import diffusers
+
     try:
         modules = {name: empty_module(checkpoint, name) for name in ("transformer", "vae")}
         # The pipeline's own arithmetic over the configurations is part of what a request is checked against.
         pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
-        pipeline = pipeline_class(scheduler=None, text_encoder=None, tokenizer=None, **modules)
+        others = (*checkpoint.family.text_encoders, *checkpoint.family.tokenizers, "scheduler")
+        pipeline = pipeline_class(**modules, **dict.fromkeys(others))
         spec = checkpoint.family.spec(pipeline)
     except FlowrollError:
         raise

@@ -5,7 +5,7 @@ Owns the rule that every number in an answer is finite: a sample with NaN or inf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -15,13 +15,12 @@ from flowroll.engine.runner.sample import Sample
 from flowroll.errors import EngineError
 from flowroll.types import (
     DenoisingEnv,
-    EnvValue,
     GeneratedImage,
     Number,
     Rollout,
     SamplingRecord,
     all_finite,
-    branch_digest,
+    env_digests,
 )
 
 
@@ -46,19 +45,13 @@ def check_encoded(env: DenoisingEnv) -> None:
     Raises:
         EngineError: It names the tensor.
     """
-    branches: tuple[tuple[str, Mapping[str, EnvValue] | None], ...] = (
-        ("image_kwargs", env.image_kwargs),
-        ("pos_cond_kwargs", env.pos_cond_kwargs),
-        ("neg_cond_kwargs", env.neg_cond_kwargs),
-    )
-    for branch, values in branches:
-        for key, value in (values or {}).items():
-            if isinstance(value, Tensor) and not all_finite(value):
-                prompt = "negative prompt" if branch == "neg_cond_kwargs" else "prompt"
-                raise EngineError(
-                    f"{branch}.{key} of the {prompt} must be finite, got NaN or infinity from the text encoder; check its "
-                    "weights, or send another text."
-                )
+    for name, tensor in env.tensors():
+        if not all_finite(tensor):
+            prompt = "negative prompt" if name.startswith("neg_cond_kwargs") else "prompt"
+            raise EngineError(
+                f"{name} of the {prompt} must be finite, got NaN or infinity from the text encoder; check its "
+                "weights, or send another text."
+            )
 
 
 def check_denoised(plan: RequestPlan, sample: Sample) -> None:
@@ -140,12 +133,8 @@ def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:
     """Describes how the samples of a request are made, with the digests of their environment where that is returned."""
     if not _returns_env(plan):
         return plan.record
-    negative = env.neg_cond_kwargs
-    return replace(
-        plan.record,
-        pos_cond_sha256=branch_digest(env.pos_cond_kwargs),
-        neg_cond_sha256=None if negative is None else branch_digest(negative),
-    )
+    positive, negative = env_digests(env)
+    return replace(plan.record, pos_cond_sha256=positive, neg_cond_sha256=negative)
 
 
 def _returns_env(plan: RequestPlan) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from flowroll.engine.config import Limits
-from flowroll.engine.loading import LoadedModel
+from flowroll.engine.facts import ModelFacts
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.dynamics import amplification, transitions
@@ -56,21 +56,18 @@ class RequestPlan:
         return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
 
 
-def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> RequestPlan:
+def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
     """Checks a request against the loaded model and fills in what it leaves open.
 
     Raises:
         InvalidRequestError: A value is off the model's grid or above a limit.
     """
-    # Of an adapter that is not there, before anything else is looked at.
-    model.adapters.record(params.lora_name)
     defaults = model.family.variants[model.variant]
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
     _check_indices(params, schedule.num_steps)
     seeds = _plan_seeds(params, limits)
-    scale = _first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale)
-    guidance = model.family.guidance(scale)
+    guidance = _plan_guidance(params, model)
     negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
     negative_prompt = negative if guidance.is_active else None
     chosen = _plan_transitions(params, schedule) if params.rollout else None
@@ -92,7 +89,7 @@ def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> 
 
 def _record(
     params: SamplingParams,
-    model: LoadedModel,
+    model: ModelFacts,
     geometry: Geometry,
     schedule: Schedule,
     guidance: Guidance,
@@ -128,7 +125,7 @@ def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
     raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
 
 
-def plan_geometry(model: LoadedModel, *, height: int, width: int) -> Geometry:
+def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
     """The shapes of a sample of this size.
 
     Raises:
@@ -148,7 +145,7 @@ def plan_geometry(model: LoadedModel, *, height: int, width: int) -> Geometry:
     return model.family.geometry(model.spec, height=height, width=width)
 
 
-def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -> Geometry:
+def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) -> Geometry:
     defaults = model.family.variants[model.variant]
     geometry = plan_geometry(model, height=params.height or defaults.height, width=params.width or defaults.width)
     if geometry.height * geometry.width > limits.max_pixels:
@@ -158,7 +155,16 @@ def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -
     return geometry
 
 
-def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, geometry: Geometry) -> Schedule:
+def _plan_guidance(params: SamplingParams, model: ModelFacts) -> Guidance:
+    """One scale for classifier-free guidance; a second one where the model takes a scale as an input."""
+    defaults = model.family.variants[model.variant]
+    if not model.spec.embeds_guidance:
+        return model.family.guidance(_first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale))
+    embedded = _first(params.guidance_scale, defaults.guidance_scale)
+    return model.family.guidance(_first(params.true_cfg_scale, defaults.true_cfg_scale, 1.0), embedded)
+
+
+def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, geometry: Geometry) -> Schedule:
     if params.sigmas is not None:
         num_steps, field = len(params.sigmas) - 1, "sigmas"
     else:
@@ -168,7 +174,7 @@ def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, g
         _refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
     if params.sigmas is not None:
         return explicit_schedule(model.schedule_config, params.sigmas)
-    base = model.family.base_grid(num_steps)
+    base = model.family.base_grid(model.spec, model.schedule_config, num_steps)
     return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens)
 
 
@@ -200,7 +206,7 @@ def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometr
         states += 3 * num_steps
     if params.rollout and params.rollout_return_dit_trajectory:
         states += num_steps + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
-    total = num_samples * (states * latent_bytes + 4 * 3 * geometry.height * geometry.width)
+    total = num_samples * (states * latent_bytes + 4 * 3 * geometry.frames * geometry.height * geometry.width)
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
         shown = f"{num_samples} samples with {total / 2**30:.1f} GiB of tensors"

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
-from flowroll.engine.loading import LoadedModel
+from flowroll.engine.facts import ModelFacts
 from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
-from flowroll.families.base import MAX_TEXT_TOKENS
+from flowroll.families.conditioning import TOKENS, ConditioningField
 from flowroll.types import DenoisingEnv, EnvValue, RecordedSteps, SampleScores, SamplingParams, ScoreParams, all_finite
+
+_REMEDY = "use the env of the rollout"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class ScorePlan:
         return sum(sample.sampling.height * sample.sampling.width * len(sample.steps) for sample in self.params.samples)
 
 
-def plan_score(params: ScoreParams, model: LoadedModel, limits: Limits) -> ScorePlan:
+def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScorePlan:
     """Checks every step that is to be scored.
 
     Raises:
@@ -62,7 +64,7 @@ def plan_score(params: ScoreParams, model: LoadedModel, limits: Limits) -> Score
     return ScorePlan(params=params, request_id=params.request_id or uuid.uuid4().hex)
 
 
-def check_sample(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> None:
+def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> None:
     """Checks the steps of one sample against the model.
 
     Raises:
@@ -86,7 +88,7 @@ def check_sample(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> N
     _check_env(sample.denoising_env, model, geometry)
 
 
-def recipe_of(sample: RecordedSteps, model: LoadedModel, *, device: torch.device | str) -> Recipe:
+def recipe_of(sample: RecordedSteps, model: ModelFacts, *, device: torch.device | str) -> Recipe:
     """How the sample's steps are taken."""
     return Recipe.of(sample.sampling, model.family, sde_step_indices=sample.sde_step_indices, device=device)
 
@@ -133,12 +135,8 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.to(torch.float32) for tensor in tensors]).cpu()
 
 
-def _check_record(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> None:
+def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> None:
     record, steps = sample.sampling, sample.sampling.num_inference_steps
-    try:
-        model.adapters.record(None if record.lora is None else record.lora.name)
-    except InvalidRequestError as error:
-        raise error.within("sampling") from None
     if record.family != model.family.name:
         rule = f"be {model.family.name}, which this engine has"
         _refuse("sampling.family", rule, record.family[:80], "send it to that family's engine")
@@ -169,43 +167,88 @@ def _check_record(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> 
             _refuse(field, f"lie in 0..{steps - 1}", outside[0], "count steps from 0")
 
 
-def _check_env(env: DenoisingEnv, model: LoadedModel, geometry: Geometry) -> None:
-    if env.image_kwargs or env.guidance is not None:
-        field = "denoising_env.image_kwargs" if env.image_kwargs else "denoising_env.guidance"
-        _refuse(field, f"be empty for {model.family.name}", "a value", "use the env of the rollout")
-    _check_branch(env.pos_cond_kwargs, "denoising_env.pos_cond_kwargs", model, geometry)
-    if env.neg_cond_kwargs is not None:
-        _check_branch(env.neg_cond_kwargs, "denoising_env.neg_cond_kwargs", model, geometry)
+def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None:
+    """Checks an environment against what the family declares."""
+    family = model.family
+    for place, is_given in (("image_kwargs", bool(env.image_kwargs)), ("guidance", env.guidance is not None)):
+        if is_given and not family.conditioning.in_place(place):
+            _refuse(f"denoising_env.{place}", f"be empty for {family.name}", "a value", _REMEDY)
+    if env.guidance is not None:
+        (field,) = family.conditioning.in_place("guidance")
+        _check_tensor(field, env.guidance, "denoising_env.guidance", model, {})
+    _check_part(env.image_kwargs, "image_kwargs", model, {})
+    for place in ("pos_cond_kwargs", "neg_cond_kwargs"):
+        if (branch := getattr(env, place)) is not None:
+            _check_branch(branch, place, model, geometry)
 
 
-def _check_branch(branch: Mapping[str, EnvValue], where: str, model: LoadedModel, geometry: Geometry) -> None:
-    family, width = model.family, model.spec.text_width
-    remedy = "use the env of the rollout"
-    known = (family.embeds_key, *family.env_schema)
-    for key in branch:
-        if key not in known:
-            _refuse(f"{where}.{key[:80]}", f"be one of {', '.join(known)} for {family.name}", "another name", remedy)
+def _check_branch(branch: Mapping[str, EnvValue], place: str, model: ModelFacts, geometry: Geometry) -> None:
+    family = model.family
     embeds = branch.get(family.embeds_key)
-    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[1] != width or embeds.dtype != model.dtype:
-        rule = f"be a tensor [tokens, {width}] of {model.dtype}"
-        _refuse(f"{where}.{family.embeds_key}", rule, _described(embeds), remedy)
-    if not 1 <= len(embeds) <= MAX_TEXT_TOKENS or not embeds.isfinite().all():
-        rule = f"hold 1 to {MAX_TEXT_TOKENS} tokens of finite numbers"
-        _refuse(f"{where}.{family.embeds_key}", rule, _described(embeds), remedy)
-    expected = {**family.image_arguments(geometry), "txt_seq_lens": [len(embeds)]}
-    for key in family.env_schema:
-        value = branch.get(key)
-        if key in expected:
-            # The lengths are metadata, which no forward needs.
-            if not (value is None and key == "txt_seq_lens") and (isinstance(value, Tensor) or value != expected[key]):
-                _refuse(f"{where}.{key}", f"be {expected[key]} for these latents and tokens", _described(value), remedy)
-        elif value is not None and not _is_mask(value, len(embeds)):
-            rule = f"be a tensor [{len(embeds)}] of booleans or integers"
-            _refuse(f"{where}.{key}", rule, _described(value), remedy)
+    tokens = len(embeds) if isinstance(embeds, Tensor) and embeds.ndim else 0
+    _check_part(branch, place, model, {TOKENS: tokens}, family.size_fields(geometry, tokens))
 
 
-def _is_mask(value: EnvValue, tokens: int) -> bool:
-    return isinstance(value, Tensor) and tuple(value.shape) == (tokens,) and not value.is_floating_point()
+def _check_part(
+    values: Mapping[str, EnvValue],
+    place: str,
+    model: ModelFacts,
+    sizes: Mapping[str, int],
+    expected: Mapping[str, EnvValue] | None = None,
+) -> None:
+    """Checks one part of an environment.
+
+    Args:
+        values: Its fields.
+        place: Its name.
+        model: The model.
+        sizes: What the sizes are that the part itself decides.
+        expected: The values of the fields that follow from the size of the image and the number of tokens.
+    """
+    where, fields, expected = f"denoising_env.{place}", model.family.conditioning.in_place(place), expected or {}
+    known = [field.name for field in fields]
+    for key in values:
+        if key not in known:
+            _refuse(f"{where}.{key[:80]}", f"be one of {', '.join(known)} for {model.family.name}", "another name", _REMEDY)
+    for field in fields:
+        value, name = values.get(field.name), f"{where}.{field.name}"
+        if value is None and not field.is_required:
+            continue
+        if field.is_tensor:
+            _check_tensor(field, value, name, model, sizes)
+        if field.name in expected and not _same_value(value, expected[field.name], model.dtype):
+            shown = expected[field.name] if not field.is_tensor else "what the pipeline makes"
+            _refuse(name, f"be {shown} for these latents and tokens", _described(value), _REMEDY)
+
+
+def _check_tensor(
+    field: ConditioningField, value: EnvValue | None, name: str, model: ModelFacts, sizes: Mapping[str, int]
+) -> None:
+    """Checks the shape, the dtype and the numbers of one tensor."""
+    assert field.shape is not None
+    shape = field.sizes({**model.spec.widths, **sizes})
+    dtype = model.dtype if field.dtype == "model" else torch.float32
+    is_text = field is model.family.conditioning.embeds
+    is_index = field.dtype == "index"
+    fits = isinstance(value, Tensor) and (
+        not value.is_floating_point() and not value.is_complex() if is_index else value.dtype == dtype
+    )
+    if not (fits and isinstance(value, Tensor) and list(value.shape) == shape):
+        shown = [TOKENS if is_text and size == TOKENS else length for size, length in zip(field.shape, shape, strict=True)]
+        kind = "booleans or integers" if is_index else dtype
+        _refuse(name, f"be a tensor [{', '.join(map(str, shown))}] of {kind}", _described(value), _REMEDY)
+    assert isinstance(value, Tensor)
+    most = model.family.max_text_tokens
+    if is_text and (not 1 <= len(value) <= most or not value.isfinite().all()):
+        _refuse(name, f"hold 1 to {most} tokens of finite numbers", _described(value), _REMEDY)
+    if not is_index and not value.isfinite().all():
+        _refuse(name, "hold finite numbers", _described(value), _REMEDY)
+
+
+def _same_value(value: EnvValue | None, expected: EnvValue, dtype: torch.dtype) -> bool:
+    if isinstance(value, Tensor) and isinstance(expected, Tensor):
+        return torch.equal(value.cpu(), expected.to(dtype) if expected.is_floating_point() else expected)
+    return not isinstance(value, Tensor) and value == expected
 
 
 def _described(value: EnvValue | None) -> str:

@@ -194,6 +194,9 @@ class Analysis(TorchFunctionMode):
     def _place_input(self, name: str, value: Any, own: Sequence[Any]) -> None:
         count = self.samples.count
         if isinstance(value, Tensor):
+            if all(isinstance(one, Tensor) and one.ndim and same_bits(value, one) for one in own):
+                # Without a batch dimension, and the same for every sample, as the weights are.
+                return
             if not all(isinstance(one, Tensor) and same_layout(value, one, count) for one in own):
                 raise CannotMergeError(f"{name} is not collated along its first dimension")
             setattr(value, _PLACE, Batched(self.token, own[0].clone(), value.ndim == 1))

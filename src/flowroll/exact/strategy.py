@@ -75,7 +75,7 @@ class Strategy(ABC):
         The key is the same at every step of a sample. Samples with different keys may be given together as well.
         """
         # In the latents' own dtype, on which no key depends: a cast would cost every sample a tensor.
-        inputs = self.family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, one.latents.dtype)
+        inputs = self.family.forward_inputs(one, one.latents.dtype)
         return tuple(self.family.collate_key(forward_input) for forward_input in inputs)
 
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
@@ -88,12 +88,9 @@ class Strategy(ABC):
         Returns:
             One velocity per sample, in the order of the inputs.
         """
-        own = [self._forward_inputs(one) for one in inputs]
+        own = [self.family.forward_inputs(one, self.dtype) for one in inputs]
         outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some]))
-        return [
-            self.family.apply_guidance([next(outputs) for _ in some], one.guidance)
-            for some, one in zip(own, inputs, strict=True)
-        ]
+        return [self.family.apply_guidance([next(outputs) for _ in some], one) for some, one in zip(own, inputs, strict=True)]
 
     def _outputs(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
         """One output per forward input."""
@@ -114,9 +111,6 @@ class Strategy(ABC):
     @abstractmethod
     def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
         """Which inputs share a forward, and how that is computed."""
-
-    def _forward_inputs(self, one: StepInput) -> list[ForwardInput]:
-        return self.family.forward_inputs(one.latents, one.timestep, one.env, one.guidance, self.dtype)
 
 
 class Alone(Strategy):

@@ -10,22 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.families.conditioning import LENGTHS, Conditioning, ForwardInput, Output, uncollate
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
+from flowroll.sampling.schedule import ScheduleConfig
 from flowroll.types import DenoisingEnv, EnvValue, Number, ParallelPlan
 
 # Any callable with the diffusers class's call signature: the plain module, FSDP-wrapped, with LoRA.
 Transformer: TypeAlias = Callable[..., Any]
-# The keyword arguments of one forward, and what a forward returns: a batch, or a list of samples.
-ForwardInput: TypeAlias = Mapping[str, Any]
-Output: TypeAlias = "Tensor | list[Tensor]"
 
 NO_GUIDANCE = "none"
+DtypeRule: TypeAlias = Literal["model", "float32"]
 # Where the pipelines cut a prompt by default.
 MAX_TEXT_TOKENS = 512
 
@@ -37,10 +37,12 @@ class Guidance:
     Attributes:
         rule: "none" (the conditional branch alone), or the family's rule.
         scale: The guidance scale.
+        embedded: The scale that the model is given as an input; None: it takes none.
     """
 
     rule: str
     scale: Number
+    embedded: Number | None = None
 
     @property
     def is_active(self) -> bool:
@@ -50,7 +52,7 @@ class Guidance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
-    """One sample's next velocity: the arguments of `Family.velocity` that are its own.
+    """What one sample's next velocity is a function of, beside the model.
 
     Attributes:
         latents: x at sigma, any float dtype.
@@ -70,36 +72,63 @@ def run_in_turn(transformer: Transformer, forward_inputs: Sequence[ForwardInput]
     return [transformer(**one, return_dict=False)[0] for one in forward_inputs]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the text encoders are given for one branch."""
+
+    text: str
+
+
+def reaches(guide: Callable[[Tensor], Tensor], solved: Tensor, target: Tensor) -> bool:
+    """Whether some unconditional output, near a solution in exact arithmetic, is guided to these very numbers everywhere.
+
+    Args:
+        guide: The guided velocity of an unconditional output.
+        solved: The solution, rounded to the model's dtype.
+        target: The guided velocity in question.
+    """
+    below = above = solved
+    found = torch.zeros_like(target, dtype=torch.bool)
+    for _ in range(3):
+        for candidate in (below, above):
+            found |= guide(candidate) == target
+        below = torch.nextafter(below, torch.full_like(below, -torch.inf))
+        above = torch.nextafter(above, torch.full_like(above, torch.inf))
+    return bool(found.all())
+
+
 class Family(ABC):
-    """A model family's conventions.
+    """A model family's conventions. What it declares is data; what is particular to it are about nine methods.
 
     Attributes:
         name: Name of the family, as in `SamplingRecord.family`.
         pipeline_class: The `_class_name` in model_index.json.
+        text_encoders: Components of the pipeline that encode text; the first one is always there.
+        tokenizers: Components of the pipeline that make tokens.
+        optional_components: Those of both that a checkpoint may be saved without.
         variants: Defaults by variant; the first is what a checkpoint is taken for.
         guidance_rule: Name of the rule that `velocity` applies when guidance is active.
-        embeds_key: Key of the text embedding in the branches of a `DenoisingEnv`.
-        env_schema: The other keys of a branch, each with its layout.
-        env_required: Those of them that no forward can do without.
+        guided_above: The pipeline runs the unconditional branch above this scale.
+        noise_in: The dtype that the pipeline draws initial noise in: the model's, or float32.
+        timesteps_in: The dtype in which the pipeline computes the timestep given to the model.
+        max_text_tokens: How many tokens a text embedding has at most.
+        conditioning: The arguments of a forward.
         parallel_plan: What of the transformer can be sharded.
     """
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    optional_components: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[Mapping[str, Defaults]]
     guidance_rule: ClassVar[str]
-    embeds_key: ClassVar[str]
-    env_schema: ClassVar[Mapping[str, str]]
-    env_required: ClassVar[tuple[str, ...]] = ()
+    guided_above: ClassVar[Number]
+    noise_in: ClassVar[DtypeRule] = "model"
+    timesteps_in: ClassVar[DtypeRule] = "model"
+    max_text_tokens: ClassVar[int] = MAX_TEXT_TOKENS
+    conditioning: ClassVar[Conditioning]
     parallel_plan: ClassVar[ParallelPlan]
-
-    def guidance(self, scale: Number) -> Guidance:
-        """The guidance of this scale: active where the family's pipeline runs classifier-free guidance."""
-        return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale)
-
-    @abstractmethod
-    def uses_cfg(self, scale: Number) -> bool:
-        """Whether the pipeline runs the unconditional branch at this scale."""
 
     @abstractmethod
     def spec(self, pipeline: Any) -> ModelSpec:
@@ -114,20 +143,12 @@ class Family(ABC):
         """The shapes of one sample; height and width are multiples of `spec.pixel_unit`."""
 
     @abstractmethod
-    def base_grid(self, num_steps: int) -> Float[Tensor, " steps"]:
+    def base_grid(self, spec: ModelSpec, config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
         """The grid before the shift, as the family's pipeline makes it."""
-
-    @abstractmethod
-    def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """The dtype that the pipeline draws initial noise in."""
 
     @abstractmethod
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
         """The first latents of one sample from the pipeline's noise."""
-
-    @abstractmethod
-    def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the pipeline computes the timestep given to the model."""
 
     @abstractmethod
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
@@ -139,40 +160,28 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode(self, pipeline: Any, prompt: str) -> Mapping[str, EnvValue]:
-        """The text arguments of one prompt, encoded alone as the pipeline encodes one prompt."""
+    def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
+        """The conditioning fields of one prompt, encoded alone as the pipeline encodes one prompt."""
 
-    def image_arguments(self, geometry: Geometry) -> Mapping[str, EnvValue]:
-        """The transformer's arguments about the image's shape, the same in both branches; none by default."""
+    def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
+        """The conditioning fields that follow from the image's size and the number of text tokens; none by default."""
         return {}
 
-    def env(
-        self, positive: Mapping[str, EnvValue], negative: Mapping[str, EnvValue] | None, geometry: Geometry
-    ) -> DenoisingEnv:
-        """The environment of one sample from its encoded prompts."""
-
-        def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
-            length = cast(Tensor, text[self.embeds_key]).shape[0]
-            return {**text, **self.image_arguments(geometry), "txt_seq_lens": [length]}
-
-        return DenoisingEnv(pos_cond_kwargs=branch(positive), neg_cond_kwargs=None if negative is None else branch(negative))
+    def model_latents(self, latents: Float[Tensor, " *latent"], env: DenoisingEnv) -> Float[Tensor, " *input"]:
+        """What the transformer takes for one sample's latents, without batch dimension; the latents by default."""
+        return latents
 
     @abstractmethod
-    def forward_inputs(
-        self,
-        latents: Float[Tensor, " *latent"],
-        timestep: Float[Tensor, " 1"],
-        env: DenoisingEnv,
-        guidance: Guidance,
-        dtype: torch.dtype,
-    ) -> list[ForwardInput]:
-        """The inputs of the transformer's forwards in one step of one sample; the arguments are those of `velocity`."""
+    def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
+        """The guided velocity of a sample from the outputs of its step's forwards."""
 
     @abstractmethod
-    def apply_guidance(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
-        """The guided velocity from the outputs of the step's forwards."""
+    def decode(
+        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
+    ) -> Float[Tensor, " 1 3 height width"]:
+        """What the VAE makes of one sample's latents, decoded alone; `picture` makes an image of it."""
 
-    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
+    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
         """Whether some other unconditional branch would make this velocity of the conditional branch in `outputs`.
 
         An audit asks this of a recorded velocity that replay does not reproduce: if so, weights, latents and the prompt are
@@ -181,57 +190,104 @@ class Family(ABC):
         Args:
             outputs: Of the forwards of a guided step, replayed.
             velocity: The recorded velocity, float32.
-            guidance: The recorded guidance, active.
+            one: The step, with the recorded guidance, which is active.
         """
         return False
 
-    def velocity(
+    # What follows from the declaration.
+
+    @property
+    def embeds_key(self) -> str:
+        """Name of the text embedding in the branches of a `DenoisingEnv`."""
+        return self.conditioning.embeds.name
+
+    def uses_cfg(self, scale: Number) -> bool:
+        """Whether the pipeline runs the unconditional branch at this scale."""
+        return scale > self.guided_above
+
+    def guidance(self, scale: Number, embedded: Number | None = None) -> Guidance:
+        """The guidance of this scale: active where the family's pipeline runs classifier-free guidance."""
+        return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale, embedded=embedded)
+
+    def size_fields(self, geometry: Geometry, num_tokens: int) -> dict[str, EnvValue]:
+        """`size_arguments`, and the number of tokens where the family declares it."""
+        declared = {field.name for field in self.conditioning.fields}
+        lengths: dict[str, EnvValue] = {LENGTHS: [num_tokens]} if LENGTHS in declared else {}
+        return {**self.size_arguments(geometry, num_tokens), **lengths}
+
+    def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the pipeline draws initial noise in."""
+        return model_dtype if self.noise_in == "model" else torch.float32
+
+    def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the pipeline computes the timestep given to the model."""
+        return model_dtype if self.timesteps_in == "model" else torch.float32
+
+    def env(
         self,
-        transformer: Transformer,
-        latents: Float[Tensor, " *latent"],
-        timestep: Float[Tensor, " 1"],
-        env: DenoisingEnv,
-        guidance: Guidance,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, " *latent"]:
+        positive: Mapping[str, EnvValue],
+        negative: Mapping[str, EnvValue] | None,
+        geometry: Geometry,
+        *,
+        images: Mapping[str, EnvValue] | None = None,
+        embedded: Number | None = None,
+    ) -> DenoisingEnv:
+        """The environment of one sample.
+
+        Args:
+            positive: The encoded prompt.
+            negative: The encoded negative prompt; None without guidance.
+            geometry: The shapes of the sample.
+            images: The fields of reference images.
+            embedded: The guidance scale that the model is given as an input.
+        """
+
+        def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
+            embeds = cast(Tensor, text[self.embeds_key])
+            return {**text, **self.size_fields(geometry, embeds.shape[0])}
+
+        device = cast(Tensor, positive[self.embeds_key]).device
+        env = DenoisingEnv(
+            image_kwargs=images or {},
+            pos_cond_kwargs=branch(positive),
+            neg_cond_kwargs=None if negative is None else branch(negative),
+            guidance=None if embedded is None else torch.tensor(embedded, dtype=torch.float32),
+        )
+        return env.with_tensors(lambda tensor: tensor.to(device))
+
+    def forward_inputs(self, one: StepInput, dtype: torch.dtype) -> list[ForwardInput]:
+        """The inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
+        latents = self.model_latents(one.latents.to(dtype), one.env)
+        return self.conditioning.forward_inputs(latents, one.timestep, one.env, is_guided=one.guidance.is_active)
+
+    def velocity(self, transformer: Transformer, one: StepInput, dtype: torch.dtype) -> Float[Tensor, " *latent"]:
         """The guided velocity v = eps - x0 of one sample.
 
         Args:
             transformer: The model, or a wrapper with its call signature.
-            latents: x at sigma, any float dtype.
-            timestep: This step's entry of `model_timesteps`.
-            env: The sample's environment, on the transformer's device.
-            guidance: How the branches are combined.
+            one: The sample's latents, timestep, environment and guidance.
             dtype: The transformer's dtype, to which its inputs are cast.
 
         Returns:
             The velocity, in the dtype that the pipeline gives to its scheduler.
         """
-        return self.apply_guidance(
-            run_in_turn(transformer, self.forward_inputs(latents, timestep, env, guidance, dtype)), guidance
-        )
+        return self.apply_guidance(run_in_turn(transformer, self.forward_inputs(one, dtype)), one)
 
-    @abstractmethod
     def collate_key(self, forward_input: ForwardInput) -> Hashable:
         """Forward inputs with equal keys can be collated: every tensor that the model makes of them has the same shape."""
+        return self.conditioning.key(forward_input)
 
-    @abstractmethod
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         """One forward input for several of the same key, with the samples in this order."""
+        return self.conditioning.collate(forward_inputs)
 
-    @abstractmethod
     def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
         """The output of each forward input that was collated."""
+        return uncollate(output, num_inputs)
 
-    @abstractmethod
     def rows_per_sample(self, forward_input: ForwardInput) -> int:
         """How many entries of the transformer's batch this forward input has: 2 where a sample's own forward is a pair."""
-
-    @abstractmethod
-    def decode(
-        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 3 height width"]:
-        """What the VAE makes of one sample's latents, decoded alone; `picture` makes an image of it."""
+        return self.conditioning.rows(forward_input)
 
     @staticmethod
     def picture(pipeline: Any, decoded: Float[Tensor, " 1 3 height width"]) -> Float[Tensor, " 3 1 height width"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flowroll.types import Number
@@ -9,13 +10,23 @@ from flowroll.types import Number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a request leaves open. Sizes in pixels."""
+    """What a request leaves open. Sizes in pixels.
+
+    Attributes:
+        height: Of the image.
+        width: Of the image.
+        num_inference_steps: Number of transitions T.
+        guidance_scale: The scale of classifier-free guidance, or of the embedding where the model takes one.
+        negative_prompt: Text of the unconditional branch.
+        true_cfg_scale: The scale of classifier-free guidance beside the embedded one; None: there is one scale.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: Number
     negative_prompt: str
+    true_cfg_scale: Number | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,19 +36,23 @@ class ModelSpec:
     Attributes:
         latent_channels: Channels of the VAE's latents.
         vae_scale_factor: Pixels per latent cell along one side.
-        text_width: Width of the text embeddings that the transformer takes.
+        widths: Sizes of its conditioning tensors, by the names that the family's declaration uses.
+        patch_size: Latent cells per token along one side.
+        embeds_guidance: Whether the transformer takes the guidance scale as an input.
         max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
     """
 
     latent_channels: int
     vae_scale_factor: int
-    text_width: int
+    widths: Mapping[str, int]
+    patch_size: int = 2
+    embeds_guidance: bool = False
     max_tokens_per_side: tuple[int, int] | None = None
 
     @property
     def pixel_unit(self) -> int:
-        """Height and width must be multiples of this: one patch of 2 x 2 latent cells."""
-        return 2 * self.vae_scale_factor
+        """Height and width must be multiples of this: the pixels of one token along one side."""
+        return self.patch_size * self.vae_scale_factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +66,8 @@ class Geometry:
         columns: Columns of patches.
         noise_shape: What the pipeline draws, at batch 1.
         latent_shape: One sample's latents in the denoising loop, without batch dimension.
+        frames: Frames of the decoded sample.
+        latent_frames: Rows and columns of patches there are, one after the other in time.
     """
 
     height: int
@@ -59,8 +76,10 @@ class Geometry:
     columns: int
     noise_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
+    frames: int = 1
+    latent_frames: int = 1
 
     @property
     def num_tokens(self) -> int:
         """Image tokens, before any padding inside the model."""
-        return self.rows * self.columns
+        return self.latent_frames * self.rows * self.columns

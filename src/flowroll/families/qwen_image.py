@@ -6,7 +6,7 @@ and divided by 1000; guidance runs above a scale of 1.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Family, ForwardInput, Guidance, Output
+from flowroll.families.base import Family, Prompt, StepInput
+from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
-from flowroll.sampling.schedule import linspace_float64
-from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
-
-_MASK = "encoder_hidden_states_mask"
+from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
+from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
 
 
 class QwenImage(Family):
@@ -33,13 +32,16 @@ class QwenImage(Family):
         "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=" "),
     }
     guidance_rule: ClassVar[str] = "cfg_norm_rescale"
-    embeds_key: ClassVar[str] = "encoder_hidden_states"
-    env_schema: ClassVar[Mapping[str, str]] = {
-        _MASK: "[L], only where a mask was passed",
-        "img_shapes": "[[[1, rows, columns]]]",
-        "txt_seq_lens": "[L], metadata; never passed to the transformer",
-    }
-    env_required: ClassVar[tuple[str, ...]] = ("img_shapes",)
+    guided_above: ClassVar[Number] = 1
+    conditioning: ClassVar[Conditioning] = Conditioning(
+        latents=Argument(name="hidden_states"),
+        fields=(
+            ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text"), is_listed_by_sglang=True),
+            ConditioningField(name="encoder_hidden_states_mask", shape=(TOKENS,), dtype="index", is_required=False),
+            ConditioningField(name="img_shapes", source="size", batch="list"),
+            TEXT_LENGTHS,
+        ),
+    )
     # The image's rows are sharded from `img_in` to `proj_out`; the text stream, few rows that every image row attends to, is
     # computed by every rank. The joint attention sees [text, image].
     parallel_plan: ClassVar[ParallelPlan] = ParallelPlan(
@@ -71,10 +73,6 @@ class QwenImage(Family):
     )
 
     @override
-    def uses_cfg(self, scale: Number) -> bool:
-        return scale > 1
-
-    @override
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config
         for option in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
@@ -85,7 +83,7 @@ class QwenImage(Family):
         return ModelSpec(
             latent_channels=config.in_channels // 4,
             vae_scale_factor=pipeline.vae_scale_factor,
-            text_width=config.joint_attention_dim,
+            widths={"text": config.joint_attention_dim},
         )
 
     @override
@@ -101,12 +99,8 @@ class QwenImage(Family):
         )
 
     @override
-    def base_grid(self, num_steps: int) -> Float[Tensor, " steps"]:
+    def base_grid(self, spec: ModelSpec, config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
         return linspace_float64(num_steps)
-
-    @override
-    def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype
 
     @override
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
@@ -115,82 +109,25 @@ class QwenImage(Family):
         return patches.reshape(height // 2 * (width // 2), channels * 4)
 
     @override
-    def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype
-
-    @override
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
         return timesteps.to(dtype) / 1000
 
     @override
-    def encode(self, pipeline: Any, prompt: str) -> Mapping[str, EnvValue]:
-        embeds, mask = pipeline.encode_prompt(prompt, max_sequence_length=MAX_TEXT_TOKENS)
-        branch: dict[str, EnvValue] = {self.embeds_key: embeds[0]}
+    def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
+        embeds, mask = pipeline.encode_prompt(prompt.text, max_sequence_length=self.max_text_tokens)
+        branch: dict[str, EnvValue] = {"encoder_hidden_states": embeds[0]}
         if mask is not None:
-            branch[_MASK] = mask[0]
+            branch["encoder_hidden_states_mask"] = mask[0]
         return branch
 
     @override
-    def image_arguments(self, geometry: Geometry) -> Mapping[str, EnvValue]:
+    def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
         return {"img_shapes": [[[1, geometry.rows, geometry.columns]]]}
 
     @override
-    def forward_inputs(
-        self,
-        latents: Float[Tensor, " *latent"],
-        timestep: Float[Tensor, " 1"],
-        env: DenoisingEnv,
-        guidance: Guidance,
-        dtype: torch.dtype,
-    ) -> list[ForwardInput]:
-        tokens = latents.to(dtype)[None]
-        branches = [env.pos_cond_kwargs]
-        if guidance.is_active:
-            assert env.neg_cond_kwargs is not None
-            branches.append(env.neg_cond_kwargs)
-        return [self._call(tokens, timestep, branch) for branch in branches]
-
-    def _call(self, tokens: Tensor, timestep: Tensor, branch: Mapping[str, EnvValue]) -> ForwardInput:
-        mask = branch.get(_MASK)
-        return {
-            "hidden_states": tokens,
-            "timestep": timestep,
-            "encoder_hidden_states": cast(Tensor, branch[self.embeds_key])[None],
-            "encoder_hidden_states_mask": None if mask is None else cast(Tensor, mask)[None],
-            "img_shapes": branch["img_shapes"],
-        }
-
-    @override
-    def collate_key(self, forward_input: ForwardInput) -> Hashable:
-        (((frames, rows, columns),),) = forward_input["img_shapes"]
-        text: Tensor = forward_input["encoder_hidden_states"]
-        return frames, rows, columns, text.shape[1], forward_input[_MASK] is not None
-
-    @override
-    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
-        def joined(key: str) -> Tensor:
-            return torch.cat([one[key] for one in forward_inputs])
-
-        return {
-            "hidden_states": joined("hidden_states"),
-            "timestep": joined("timestep"),
-            "encoder_hidden_states": joined("encoder_hidden_states"),
-            "encoder_hidden_states_mask": None if forward_inputs[0][_MASK] is None else joined(_MASK),
-            "img_shapes": [shape for one in forward_inputs for shape in one["img_shapes"]],
-        }
-
-    @override
-    def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
-        return list(torch.split(cast(Tensor, output), 1))
-
-    @override
-    def rows_per_sample(self, forward_input: ForwardInput) -> int:
-        return 1
-
-    @override
-    def apply_guidance(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+    def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
         positive, *rest = cast("Sequence[Tensor]", outputs)
-        return self.guide(positive, rest[0], guidance.scale)[0] if rest else positive[0]
+        return self.guide(positive, rest[0], one.guidance.scale)[0] if rest else positive[0]
 
     @staticmethod
     def guide(
@@ -205,14 +142,14 @@ class QwenImage(Family):
         return cast(Tensor, combined * rescale)
 
     @override
-    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
+    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
         """A token's guided velocity has the norm of its conditional one, whatever the other branch is.
 
         Measured on small models: with another negative prompt the velocities move at least 100 times as far as their norms do
         (which bfloat16 rounds), with other weights about 10 times.
         """
         positive = cast(Tensor, outputs[0])[0].float()
-        moved = (velocity - self.apply_guidance(outputs, guidance).float()).norm(dim=-1)
+        moved = (velocity - self.apply_guidance(outputs, one).float()).norm(dim=-1)
         stretched = (velocity.norm(dim=-1) - positive.norm(dim=-1)).abs()
         return bool(moved.mean() > 30 * stretched.mean())
 

@@ -104,29 +104,20 @@ class Recipe:
         Raises:
             InvalidRequestError: A branch lacks something, or there is no negative one though guidance is active.
         """
-        branches = {"pos_cond_kwargs": env.pos_cond_kwargs}
-        if self.guidance.is_active:
-            if env.neg_cond_kwargs is None:
-                raise InvalidRequestError(
-                    f"denoising_env must hold neg_cond_kwargs for a guided rollout, got none{where}; "
-                    "use the env of the same response.",
-                    field="denoising_env",
-                )
-            branches["neg_cond_kwargs"] = env.neg_cond_kwargs
-        for name, branch in branches.items():
-            if not isinstance(branch.get(self.family.embeds_key), Tensor):
-                raise InvalidRequestError(
-                    f"denoising_env must hold the tensor {self.family.embeds_key} in {name} for {self.family.name}, "
-                    f"got {sorted(branch)}{where}; use the env of the same response.",
-                    field="denoising_env",
-                )
-            for key in self.family.env_required:
-                if branch.get(key) is None:
-                    raise InvalidRequestError(
-                        f"denoising_env must hold {key} in {name} for {self.family.name}, got {sorted(branch)}{where}; "
-                        "use the env of the same response.",
-                        field="denoising_env",
-                    )
+        if self.guidance.is_active and env.neg_cond_kwargs is None:
+            raise InvalidRequestError(
+                f"denoising_env must hold neg_cond_kwargs for a guided rollout, got none{where}; "
+                "use the env of the same response.",
+                field="denoising_env",
+            )
+        for place, field in self.family.conditioning.missing(env, is_guided=self.guidance.is_active):
+            what = f"the tensor {field.name}" if field.is_tensor else field.name
+            got = None if place == "guidance" else sorted(getattr(env, place) or {})
+            raise InvalidRequestError(
+                f"denoising_env must hold {what} in {place} for {self.family.name}, got {got}{where}; "
+                "use the env of the same response.",
+                field="denoising_env",
+            )
 
     def score(
         self,
@@ -168,8 +159,7 @@ class Recipe:
         env: DenoisingEnv,
     ) -> Float[Tensor, " *latent"]:
         """The guided velocity of one step; the arguments are those of `score`."""
-        one = self.step_input(latents, step, env)
-        return self.family.velocity(transformer, one.latents, one.timestep, one.env, one.guidance, self.dtype)
+        return self.family.velocity(transformer, self.step_input(latents, step, env), self.dtype)
 
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
         """What the velocity of one step is a function of; the arguments are those of `score`."""

@@ -7,8 +7,8 @@ rows of modulation, the shorter caption padded to the longer), which is therefor
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,13 +16,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import MAX_TEXT_TOKENS, Family, ForwardInput, Guidance, Output
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, reaches
+from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
-from flowroll.sampling.schedule import linspace_float32
+from flowroll.sampling.schedule import ScheduleConfig, linspace_float32
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
-
-# The model fills captions and images up to a multiple of so many rows.
-_PADDED = 32
 
 
 def _region(blocks: str, leave: str) -> Region:
@@ -54,8 +52,26 @@ class ZImage(Family):
         "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=""),
     }
     guidance_rule: ClassVar[str] = "cfg_pair"
-    embeds_key: ClassVar[str] = "cap_feats"
-    env_schema: ClassVar[Mapping[str, str]] = {"txt_seq_lens": "[L], metadata; never passed to the transformer"}
+    guided_above: ClassVar[Number] = 0
+    noise_in: ClassVar[DtypeRule] = "float32"
+    timesteps_in: ClassVar[DtypeRule] = "float32"
+    conditioning: ClassVar[Conditioning] = Conditioning(
+        latents=Argument(name="x", batch="list"),
+        timestep="t",
+        pair=("positive", "negative"),
+        fields=(
+            ConditioningField(
+                name="cap_feats",
+                shape=(TOKENS, "text"),
+                batch="list",
+                # Captions whose padded lengths are the same have the same shapes from the first product on.
+                padded_to=32,
+                sglang_name="encoder_hidden_states",
+                is_listed_by_sglang=True,
+            ),
+            TEXT_LENGTHS,
+        ),
+    )
     parallel_plan: ClassVar[ParallelPlan] = ParallelPlan(
         regions=(
             _region("noise_refiner", "noise_refiner.-1"),
@@ -81,15 +97,11 @@ class ZImage(Family):
     )
 
     @override
-    def uses_cfg(self, scale: Number) -> bool:
-        return scale > 0
-
-    @override
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config
         text_positions, rows, columns = config.axes_lens
         # Captions take positions 1..512, the image the one after them.
-        needed = MAX_TEXT_TOKENS + 2
+        needed = self.max_text_tokens + 2
         if text_positions < needed:
             raise UnsupportedModelError(
                 f"axes_lens[0] must be at least {needed} for {self.name}, got {text_positions}; use a full position table."
@@ -101,7 +113,7 @@ class ZImage(Family):
         return ModelSpec(
             latent_channels=config.in_channels,
             vae_scale_factor=pipeline.vae_scale_factor,
-            text_width=config.cap_feat_dim,
+            widths={"text": config.cap_feat_dim},
             max_tokens_per_side=(rows, columns),
         )
 
@@ -112,72 +124,32 @@ class ZImage(Family):
         return Geometry(height=height, width=width, rows=rows, columns=columns, noise_shape=(1, *shape), latent_shape=shape)
 
     @override
-    def base_grid(self, num_steps: int) -> Float[Tensor, " steps"]:
+    def base_grid(self, spec: ModelSpec, config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
         return linspace_float32(num_steps)
-
-    @override
-    def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
 
     @override
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
         return noise[0]
 
     @override
-    def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
-
-    @override
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
         return (1000 - timesteps.to(dtype)) / 1000
 
     @override
-    def encode(self, pipeline: Any, prompt: str) -> Mapping[str, EnvValue]:
-        embeds, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=MAX_TEXT_TOKENS)
-        return {self.embeds_key: embeds[0]}
+    def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
+        most = self.max_text_tokens
+        embeds, _ = pipeline.encode_prompt(prompt.text, do_classifier_free_guidance=False, max_sequence_length=most)
+        return {"cap_feats": embeds[0]}
 
     @override
-    def forward_inputs(
-        self,
-        latents: Float[Tensor, " *latent"],
-        timestep: Float[Tensor, " 1"],
-        env: DenoisingEnv,
-        guidance: Guidance,
-        dtype: torch.dtype,
-    ) -> list[ForwardInput]:
-        captions = [env.positive(self.embeds_key)]
-        if guidance.is_active:
-            captions.append(env.negative(self.embeds_key))
-        frames = [latents.to(dtype).unsqueeze(1)] * len(captions)
-        return [{"x": frames, "t": timestep.repeat(len(captions)), "cap_feats": captions}]
+    def model_latents(self, latents: Float[Tensor, " *latent"], env: DenoisingEnv) -> Float[Tensor, " *input"]:
+        return latents.unsqueeze(1)
 
     @override
-    def collate_key(self, forward_input: ForwardInput) -> Hashable:
-        # Captions whose padded lengths are the same have the same shapes from the first product on.
-        return tuple(forward_input["x"][0].shape), tuple(-(-len(caption) // _PADDED) for caption in forward_input["cap_feats"])
-
-    @override
-    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
-        return {
-            "x": [frames for one in forward_inputs for frames in one["x"]],
-            "t": torch.cat([one["t"] for one in forward_inputs]),
-            "cap_feats": [caption for one in forward_inputs for caption in one["cap_feats"]],
-        }
-
-    @override
-    def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
-        rows = len(output) // num_inputs
-        return [cast("list[Tensor]", output[start : start + rows]) for start in range(0, len(output), rows)]
-
-    @override
-    def rows_per_sample(self, forward_input: ForwardInput) -> int:
-        return len(forward_input["x"])
-
-    @override
-    def apply_guidance(self, outputs: Sequence[Output], guidance: Guidance) -> Float[Tensor, " *latent"]:
+    def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
         (pair,) = outputs
         branches = [output.float() for output in pair]
-        return -self.guide(branches, guidance.scale).squeeze(1)
+        return -self.guide(branches, one.guidance.scale).squeeze(1)
 
     @staticmethod
     def guide(branches: list[Float[Tensor, " *latent"]], scale: Number) -> Float[Tensor, " *latent"]:
@@ -188,25 +160,18 @@ class ZImage(Family):
         return positive + scale * (positive - negative)
 
     @override
-    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], guidance: Guidance) -> bool:
+    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
         """Solves for the unconditional output, element by element, and asks whether it is a number of the model's dtype.
 
         With the right conditional output such a number, or one beside it, gives the recorded bits everywhere. With a wrong one
         it does not: a scale above 1 leaves gaps between the velocities that can be reached.
         """
         (pair,) = outputs
-        positive, target = pair[0].float(), -velocity.unsqueeze(1)
-        if guidance.scale <= 1:
+        positive, target, scale = pair[0].float(), -velocity.unsqueeze(1), one.guidance.scale
+        if scale <= 1:
             return False
-        solved = positive.double() - (target.double() - positive.double()) / guidance.scale
-        below = above = solved.to(pair[0].dtype)
-        reached = torch.zeros_like(target, dtype=torch.bool)
-        for _ in range(3):
-            for candidate in (below, above):
-                reached |= self.guide([positive, candidate.float()], guidance.scale) == target
-            below = torch.nextafter(below, torch.full_like(below, -torch.inf))
-            above = torch.nextafter(above, torch.full_like(above, torch.inf))
-        return bool(reached.all())
+        solved = positive.double() - (target.double() - positive.double()) / scale
+        return reaches(lambda negative: self.guide([positive, negative.float()], scale), solved.to(pair[0].dtype), target)
 
     @override
     def decode(

@@ -15,33 +15,38 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.shards import Shard
 
-_DISPATCH = "dispatch_attention_fn"
+_DISPATCH, _TORCHS = "dispatch_attention_fn", "scaled_dot_product_attention"
 _FEW = 3
 _SMALLEST_BLOCK = 32
 
 
-def with_dispatch(processor: Any, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Any:
-    """A processor that runs the code of `processor`, with its attention dispatch wrapped.
+def with_attention(processor: Any, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Any:
+    """A processor that runs the code of `processor`, with its attention function wrapped.
 
-    diffusers' processors project, normalise and rotate queries, keys and values, and hand them to the one function
-    `dispatch_attention_fn`. Everything around that call is the model's own business and stays the model's own code.
+    diffusers' processors project, normalise and rotate queries, keys and values, and hand them to one function: the newer ones
+    to `dispatch_attention_fn`, the older ones to torch's `F.scaled_dot_product_attention`, with heads before rows. Everything
+    around that call is the model's own business and stays the model's own code.
 
     Args:
         processor: A diffusers attention processor.
-        wrap: Makes the dispatch to use from the processor's own.
+        wrap: Makes the function to use from one that takes [batch, rows, heads, channels].
 
     Raises:
-        LookupError: The processor does not dispatch that way.
+        LookupError: The processor calls neither.
     """
     own = type(processor).__call__
-    dispatch = own.__globals__.get(_DISPATCH)
-    if dispatch is None or _DISPATCH not in own.__code__.co_names:
-        raise LookupError(f"{type(processor).__name__} does not call {_DISPATCH}")
-    scope = {**own.__globals__, _DISPATCH: wrap(dispatch)}
+    names, scope = own.__code__.co_names, dict(own.__globals__)
+    if _DISPATCH in names and _DISPATCH in scope:
+        scope[_DISPATCH] = wrap(scope[_DISPATCH])
+    elif "F" in names and _TORCHS in names:
+        scope["F"] = _Functional(wrap)
+    else:
+        raise LookupError(f"{type(processor).__name__} calls neither {_DISPATCH} nor F.{_TORCHS}")
     call = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
     call.__kwdefaults__ = own.__kwdefaults__
     copy: Any = object.__new__(type(f"Gathering{type(processor).__name__}", (type(processor),), {"__call__": call}))
@@ -49,27 +54,55 @@ def with_dispatch(processor: Any, wrap: Callable[[Callable[..., Tensor]], Callab
     return copy
 
 
+class _Functional:
+    """`torch.nn.functional` with its attention wrapped."""
+
+    def __init__(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+        def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+            return functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+
+        self._attend = wrap(attend)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(functional, name)
+
+    def scaled_dot_product_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Torch's, by way of the wrapped function."""
+        query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+        return self._attend(query, key, value, **options).transpose(1, 2)
+
+
 def gather_keys(
     mesh: Mesh,
     rows: Shard,
     key: Float[Tensor, "batch keys heads channels"],
     value: Float[Tensor, "batch keys heads channels"],
+    *,
+    in_front: bool = False,
 ) -> tuple[Float[Tensor, "batch all_keys heads channels"], Float[Tensor, "batch all_keys heads channels"]]:
     """Keys and values of the whole sequence, in its own order, in one collective.
 
     Args:
         mesh: The ranks.
-        rows: Which rows are this rank's. What stands before them is the same on every rank and stays in front.
+        rows: Which rows are this rank's. The others are the same on every rank, and stay where they are.
         key: This rank's.
         value: This rank's.
+        in_front: Whether this rank's rows stand before the others.
     """
-    prefix = key.shape[1] - rows.size
+    start = 0 if in_front else key.shape[1] - rows.size
+    stop = start + rows.size
     # Side by side behind the batch, which stays in front: samples of a shared forward are told apart by that.
-    pair = torch.stack((key[:, prefix:], value[:, prefix:]), dim=1)
+    pair = torch.stack((key[:, start:stop], value[:, start:stop]), dim=1)
     keys, values = mesh.gather(pair, axis="sp", dim=2, sizes=rows.sizes).unbind(1)
-    if prefix:
-        return torch.cat((key[:, :prefix], keys), dim=1), torch.cat((value[:, :prefix], values), dim=1)
-    return keys, values
+    if key.shape[1] == rows.size:
+        return keys, values
+
+    def whole(own: Tensor, gathered: Tensor) -> Tensor:
+        others = own[:, stop:] if in_front else own[:, :start]
+        return torch.cat((gathered, others) if in_front else (others, gathered), dim=1)
+
+    return whole(key, keys), whole(value, values)
 
 
 def widen_mask(mask: Tensor, rows: Shard, keys: int) -> Tensor:
@@ -91,23 +124,24 @@ def attend_own_rows(
     query: Float[Tensor, "batch queries heads channels"],
     key: Float[Tensor, "batch keys heads channels"],
     value: Float[Tensor, "batch keys heads channels"],
-    rows: Shard,
+    *,
+    has_end: bool,
     **options: Any,
 ) -> Float[Tensor, "batch queries heads channels"]:
     """Attention of this rank's queries, each with the bits it has on one rank.
 
     Args:
         dispatch: The model's attention; its mask, if there is one, is the same for all queries.
-        query: What is before this rank's rows, the same on every rank, and these rows.
+        query: This rank's rows, and before or behind them those that are the same on every rank.
         key: Of the whole sequence.
         value: Of the whole sequence.
-        rows: Which rows are this rank's.
+        has_end: Whether the last of these queries are the last of the whole sequence.
         **options: Further arguments of `dispatch`.
     """
     if query.device.type != "cpu":
         return dispatch(query, key, value, **options)
     # Of self-attention: there are as many queries as keys.
-    end = _few_rows(key.shape[1]) if rows.is_last else 0
+    end = _few_rows(key.shape[1]) if has_end else 0
     split = query.shape[1] - end
     padded = next(length for length in itertools.count(split) if not _few_rows(length))
     # Rows that are there anyway fill the block up.

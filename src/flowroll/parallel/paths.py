@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from torch import nn
 
 
 def find_modules(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """The modules at a path, each with its own path: `*` stands for every child, `-1` for the last.
+    """The modules at a path, each with its own path. Its parts are names, patterns as of files, or `-1` for the last child.
+
+    A pattern such as `*` or `attn*` stands for every child whose name it fits; some of them may lack what follows.
 
     Raises:
         LookupError: There is no such module: the plan does not fit the model.
@@ -16,8 +20,9 @@ def find_modules(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         following = []
         for parent, module in found:
             children = dict(module.named_children())
-            names = list(children) if atom == "*" else [list(children)[-1] if atom == "-1" and children else atom]
-            following += [(f"{parent}.{name}".lstrip("."), children[name]) for name in names if name in children]
+            wanted = list(children)[-1] if atom == "-1" and children else atom
+            names = [name for name in children if fnmatchcase(name, wanted)]
+            following += [(f"{parent}.{name}".lstrip("."), children[name]) for name in names]
         found = following
     if not found:
         raise LookupError(f"{type(root).__name__} has no module {path}")

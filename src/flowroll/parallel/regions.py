@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowroll.parallel.attention import attend_own_rows, gather_keys, widen_mask, with_dispatch
+from flowroll.parallel.attention import attend_own_rows, gather_keys, widen_mask, with_attention
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.paths import find_modules
 from flowroll.parallel.shards import Shard, shard_rows
@@ -50,7 +50,7 @@ class ShardedRegion:
             for _, module in find_modules(transformer, self._region.attention):
                 # An `Attention` of diffusers.
                 attention: Any = module
-                attention.set_processor(with_dispatch(attention.processor, self._gathering))
+                attention.set_processor(with_attention(attention.processor, self._gathering))
 
     def _hook_split(self, transformer: nn.Module, split: Split, narrow: Callable[[Split, Tensor], Tensor]) -> None:
         for _, module in find_modules(transformer, split.module):
@@ -95,10 +95,14 @@ class ShardedRegion:
         def attend(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
             if self._rows is None:
                 return dispatch(query, key, value, attn_mask=attn_mask, **options)
-            key, value = gather_keys(self._mesh, self._rows, key, value)
+            in_front = self._region.is_in_front
+            # Rows behind the sharded ones are the end of the sequence on every rank.
+            has_end = self._rows.is_last or (in_front and key.shape[1] > self._rows.size)
+            key, value = gather_keys(self._mesh, self._rows, key, value, in_front=in_front)
             if attn_mask is not None:
+                assert not in_front, "no family has it"
                 attn_mask = widen_mask(attn_mask, self._rows, key.shape[1])
-            return attend_own_rows(dispatch, query, key, value, self._rows, attn_mask=attn_mask, **options)
+            return attend_own_rows(dispatch, query, key, value, has_end=has_end, attn_mask=attn_mask, **options)
 
         return attend
 

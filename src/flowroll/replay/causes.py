@@ -15,13 +15,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from flowroll.families import Guidance, StepScore, Transformer
+from flowroll.families import Output, StepInput, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
-from flowroll.families.base import Output, run_in_turn
+from flowroll.families.base import run_in_turn
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
-from flowroll.types import DenoisingEnv, EnvValue, Number, Rollout, branch_digest
+from flowroll.types import DenoisingEnv, EnvValue, Number, Rollout, env_digests
 
 Kind: TypeAlias = Literal[
     "weight_version",
@@ -119,18 +119,23 @@ class Diagnosis:
 
     def _env(self) -> Iterator[Cause]:
         """Compares the env with the digests in the record, and with what this model makes of the prompts."""
-        source, record, key, is_wrong = self.source, self.source.rollout.sampling, self.source.family.embeds_key, False
+        source, record, is_wrong = self.source, self.source.rollout.sampling, False
         right = None if self.encode is None else self.encode(source.rollout)
-        digests = {"pos_cond_kwargs": record.pos_cond_sha256, "neg_cond_kwargs": record.neg_cond_sha256}
-        for name, words in (("pos_cond_kwargs", "prompt"), ("neg_cond_kwargs", "negative prompt")):
+        recorded = (record.pos_cond_sha256, record.neg_cond_sha256)
+        branches = zip(
+            ("pos_cond_kwargs", "neg_cond_kwargs"),
+            ("prompt", "negative prompt"),
+            recorded,
+            env_digests(source.env),
+            strict=True,
+        )
+        for name, words, then, now in branches:
             branch: Mapping[str, Any] | None = getattr(source.env, name)
             if branch is None or (name == "neg_cond_kwargs" and not source.recipe.guidance.is_active):
                 continue
-            tokens = branch[key].shape[0]
-            if branch.get("txt_seq_lens", [tokens]) != [tokens]:
-                shown = f"txt_seq_lens is {branch['txt_seq_lens']}, {key} has {tokens} tokens"
+            if shown := source.family.conditioning.contradiction(branch):
                 message = f"another env: in the {words}'s branch {shown}"
-            elif digests[name] not in (None, branch_digest(branch)):
+            elif then not in (None, now):
                 message = f"another env: the {words}'s branch is not the one that the rollout was made with"
             elif right is not None and not _same(branch, getattr(right, name)):
                 message = f"another env: the {words}'s branch is not what this model makes of its text"
@@ -175,12 +180,13 @@ class Diagnosis:
         """Whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""
         source, place, recipe = self.source, self.place, self.source.recipe
         latents, timestep = source.state(step, place.device), recipe.timesteps[step : step + 1]
-        calls = source.family.forward_inputs(latents, timestep, source.env_on(place), recipe.guidance, recipe.dtype)
-        outputs, recorded = run_in_turn(self.transformer, calls), recorded.to(place.device)
-        if (scale := fitted_scale(source, outputs, recorded)) is not None:
+        one = StepInput(latents=latents, timestep=timestep, env=source.env_on(place), guidance=recipe.guidance)
+        outputs = run_in_turn(self.transformer, source.family.forward_inputs(one, recipe.dtype))
+        recorded = recorded.to(place.device)
+        if (scale := fitted_scale(source, outputs, recorded, one)) is not None:
             fit = f"the record says {recipe.guidance.scale:g}, the recorded velocities fit {scale:g}"
             return Cause("guidance", f"another guidance scale: {fit}")
-        if source.family.fits_conditional(outputs, recorded, recipe.guidance):
+        if source.family.fits_conditional(outputs, recorded, one):
             return Cause("env", "another env: the prompt's branch fits the recorded velocities, the negative prompt's does not")
         return None
 
@@ -222,12 +228,12 @@ def _std_causes(recorded: Sequence[float], replayed: Sequence[float]) -> Iterato
         yield Cause("sigmas", f"another grid of sigmas, or another sde_type: {shown}")
 
 
-def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor) -> float | None:
+def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor, one: StepInput) -> float | None:
     """The guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
     guidance, family = source.recipe.guidance, source.family
 
     def error(scale: Number) -> float:
-        return _relative(family.apply_guidance(list(outputs), Guidance(rule=guidance.rule, scale=scale)), velocity)
+        return _relative(family.apply_guidance(list(outputs), replace(one, guidance=replace(guidance, scale=scale))), velocity)
 
     grid = [0.5 * index for index in range(41)] + [20 * 50 ** (index / 20) for index in range(1, 21)]
     best = min(range(len(grid)), key=lambda index: error(grid[index]))

@@ -5,7 +5,7 @@ Owns every reason why a rollout cannot be replayed, and which (sample, step) pai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
-from flowroll.types import DenoisingEnv, EnvValue, Rollout, Trajectory
+from flowroll.types import DenoisingEnv, Rollout, Trajectory
 from flowroll.types.arguments import Integers
 from flowroll.types.plain import plain
 
@@ -74,7 +74,7 @@ class Source:
         env = self.env.to(place.device)
         if place.dtype is None or str(place.dtype) == self.rollout.sampling.model_dtype:
             return env
-        return _cast(env, place.dtype)
+        return self.family.conditioning.cast(env, place.dtype)
 
 
 def place_of(
@@ -247,21 +247,6 @@ def source_of(index: int, rollout: Rollout, place: Place) -> Source:
         recipe=recipe,
         trajectory=rollout.dit_trajectory,
         env=rollout.denoising_env,
-    )
-
-
-def _cast(env: DenoisingEnv, dtype: torch.dtype) -> DenoisingEnv:
-    def branch(values: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
-        return {
-            key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for key, value in values.items()
-        }
-
-    return DenoisingEnv(
-        image_kwargs=branch(env.image_kwargs),
-        pos_cond_kwargs=branch(env.pos_cond_kwargs),
-        neg_cond_kwargs=None if env.neg_cond_kwargs is None else branch(env.neg_cond_kwargs),
-        guidance=None if env.guidance is None else env.guidance.to(dtype),
     )
 
 

@@ -145,6 +145,24 @@ def linspace_float32(num_steps: int) -> Float[Tensor, " steps"]:
     return torch.linspace(1.0, 1 / num_steps, num_steps)
 
 
+def scheduler_grid(config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
+    """The scheduler's own base grid, for pipelines that give it a number of steps and no sigmas; float64.
+
+    It runs from the largest to the smallest sigma that the scheduler knows, and with a static shift these are shifted already.
+    """
+    steps = config.num_train_timesteps
+    ends = torch.tensor([steps, 1], dtype=torch.float32) / steps
+    if not config.use_dynamic_shifting:
+        ends = config.shift * ends / (1 + (config.shift - 1) * ends)
+    first, last = (sigma * steps for sigma in ends.tolist())
+    if num_steps == 1:
+        return torch.tensor([first], dtype=torch.float64) / steps
+    grid = torch.arange(num_steps, dtype=torch.float64) * ((last - first) / (num_steps - 1)) + first
+    grid[-1] = last
+    sigmas: Tensor = grid / steps
+    return sigmas
+
+
 def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, num_tokens: int) -> Schedule:
     """The checkpoint's own grid.
 
@@ -155,7 +173,7 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
 
     Args:
         config: The checkpoint's scheduler configuration.
-        base: The family's base grid u, float32, from 1 down.
+        base: The family's base grid u, from 1 down, in the dtype that the pipeline computes in.
         num_tokens: Image tokens of one sample.
 
     Returns:
@@ -170,13 +188,14 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
             # Beyond float32's range the grid is refused below.
             mu = math.exp(min(mu, _MAX_EXPONENT))
         # A tensor, because torch computes `number / tensor` as a reciprocal and a product: one rounding too many.
-        factor = torch.tensor(mu, dtype=torch.float32)
+        factor = torch.tensor(mu, dtype=base.dtype)
         sigmas = factor / (factor + (1 / base - 1))
     else:
         sigmas = config.shift * base / (1 + (config.shift - 1) * base)
     if config.shift_terminal and len(base) > 1:
         one_minus = 1 - sigmas
         sigmas = 1 - one_minus / (one_minus[-1] / (1 - config.shift_terminal))
+    sigmas = sigmas.to(torch.float32)
     grid = torch.cat([sigmas, torch.zeros(1)])
     levels = grid.tolist()
     # Written so that NaN does not pass.

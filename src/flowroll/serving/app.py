@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
-
 from fastapi import FastAPI
 
 from flowroll import __version__
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineClient
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
@@ -33,23 +30,16 @@ from flowroll.serving.state import AppState
 from flowroll.serving.tracing import Tracing, current_tracing
 
 
-def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
-    """The HTTP interface of a worker.
+def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
+    """The HTTP interface of an engine.
 
     Args:
-        worker: Runs the requests. Who made it closes it, after the app's last request.
+        engine: Runs the requests. Who made it closes it, after the app's last request.
         config: How to answer; its address is not used here.
         tracing: Makes spans of requests; None: spans go to the process's own provider, if it has one.
     """
-    state = AppState.build(worker, config)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await state.groups.close()
-
+    state = AppState.build(engine, config)
     app = FastAPI(
-        lifespan=lifespan,
         title="flowroll",
         version=__version__,
         description="Rollouts of flow-matching text-to-image models for RL post-training.",

@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flowroll.engine.scheduler import StageSpan
 from flowroll.errors import EngineError, UnauthorizedError
+from flowroll.logs import POLLED, log_request, name_request
 from flowroll.serving.errors import error_response
-from flowroll.serving.logs import POLLED, log_request, name_request
 from flowroll.serving.metrics import Metrics
 from flowroll.serving.tracing import Tracing
 

@@ -3,6 +3,8 @@
 from flowroll.extras import extra_for
 
 with extra_for("flowroll.testing", "engine"):
-    from flowroll.testing.checkpoints import FamilyName, Size, make_checkpoint
+    from flowroll.testing.checkpoints import BUILDERS, make_checkpoint
+    from flowroll.testing.inputs import random_input, random_text
+    from flowroll.testing.parts import Size
 
-__all__ = ["FamilyName", "Size", "make_checkpoint"]
+__all__ = ["BUILDERS", "Size", "make_checkpoint", "random_input", "random_text"]

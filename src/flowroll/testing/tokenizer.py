@@ -1,16 +1,20 @@
-"""A small Qwen tokenizer, trained on the spot.
+"""Small tokenizers of the real classes, trained on the spot.
 
-Owns the corpus and the chat template. The class, the splitting rules and the special tokens are those of the real Qwen
-tokenizers; the vocabulary is a few hundred whole English words, with single bytes for everything else, so that any text in
-any script can be encoded.
+Owns the corpus and the chat template. The classes, the splitting rules and the special tokens are those of the real tokenizers;
+the vocabularies are a few hundred whole English words. Qwen's and CLIP's have single bytes for everything else, so that any
+text in any script can be encoded; T5's has letters, and one token for what is unknown, as the real one.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import string
+from collections import Counter
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 # The sentence before every Qwen-Image prompt. Its pipeline drops the tokens of this prefix by their number, so each word of
 # it has to be one token, as it is for the real tokenizer.
@@ -107,3 +111,41 @@ def make_tokenizer() -> Qwen2Tokenizer:
     prefix = tokenizer(QWEN_IMAGE_PREFIX).input_ids
     assert len(prefix) == QWEN_IMAGE_PREFIX_TOKENS, f"the prompt prefix is {len(prefix)} tokens long"
     return tokenizer
+
+
+def make_clip_tokenizer(*, pad_token: str = _END_OF_TEXT) -> CLIPTokenizer:
+    """A `CLIPTokenizer` that knows the corpus's words whole and takes 77 tokens; the same one every time.
+
+    Args:
+        pad_token: What a text is filled up with; the real tokenizers of SD3 differ in that.
+    """
+    suffix = "</w>"
+    rules = CLIPTokenizer().backend_tokenizer
+    draft = Tokenizer(models.BPE(end_of_word_suffix=suffix))
+    draft.normalizer, draft.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=8192, min_frequency=1, end_of_word_suffix=suffix, show_progress=False)
+    draft.train_from_iterator(_CORPUS, trainer)
+    model = json.loads(draft.to_str())["model"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = [*alphabet, *(letter + suffix for letter in alphabet)]
+    words = [token for token in sorted(model["vocab"], key=model["vocab"].__getitem__) if token not in set(known)]
+    tokens = [*known, *words, "<|startoftext|>", _END_OF_TEXT]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in model["merges"]],
+        pad_token=pad_token,
+        model_max_length=77,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_t5_tokenizer() -> T5TokenizerFast:
+    """A `T5TokenizerFast` that knows the corpus's words whole, the likelier the more often they are in it."""
+    words = Counter(word for text in _CORPUS for word in re.findall(r"\w+", text))
+    total = words.total()
+    scored = [(f"\u2581{word}", math.log(count / total)) for word, count in sorted(words.items())]
+    # Unlikely enough that a word is taken whole where it can be.
+    letters = [(letter, -20.0) for letter in sorted(set(string.printable) - set(string.whitespace))]
+    start = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    sentinels = [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
+    return T5TokenizerFast(vocab=[*start, *scored, *letters, *sentinels], model_max_length=512)

@@ -14,7 +14,7 @@ from flowroll.types.adapters import (
     check_lora_name,
 )
 from flowroll.types.arguments import ImageFields, RolloutFields, params_of
-from flowroll.types.digest import branch_digest
+from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
@@ -89,6 +89,7 @@ __all__ = [
     "by_field_name",
     "check_lora_name",
     "check_version",
+    "env_digests",
     "params_of",
     "version_number",
 ]

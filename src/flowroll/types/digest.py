@@ -8,8 +8,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from flowroll.types.results import EnvValue
+from flowroll.types.results import DenoisingEnv, EnvValue
 from flowroll.types.tensors import plain_tensor, tensor_bytes
+
+
+def env_digests(env: DenoisingEnv) -> tuple[str, str | None]:
+    """`branch_digest` of the conditional branch, and of the unconditional one where there is one.
+
+    What both branches share, the arguments of reference images and the guidance embedding, counts as part of each.
+    """
+    shared: dict[str, EnvValue] = {f"image_kwargs.{key}": value for key, value in env.image_kwargs.items()}
+    if env.guidance is not None:
+        shared["guidance"] = env.guidance
+    negative = env.neg_cond_kwargs
+    return (
+        branch_digest({**env.pos_cond_kwargs, **shared}),
+        None if negative is None else branch_digest({**negative, **shared}),
+    )
 
 
 def branch_digest(branch: Mapping[str, EnvValue]) -> str:
@@ -22,7 +37,15 @@ def branch_digest(branch: Mapping[str, EnvValue]) -> str:
         value = branch[name]
         if isinstance(value, Tensor):
             digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            digest.update(tensor_bytes(plain_tensor(value, name)))
         else:
-            digest.update(json.dumps([name, value]).encode())
+            digest.update(json.dumps([name, value], default=lambda tensor: [str(tensor.dtype), list(tensor.shape)]).encode())
+        for tensor in _nested(value):
+            digest.update(tensor_bytes(plain_tensor(tensor, name)))
     return digest.hexdigest()
+
+
+def _nested(value: EnvValue) -> list[Tensor]:
+    """The tensors inside lists, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _nested(item)] if isinstance(value, list | tuple) else []

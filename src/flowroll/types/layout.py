@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the whole replica."""
+        """Returns the number of ranks of the engine."""
         return self.cfg * self.sp * self.tp
 
     @property
@@ -78,7 +78,7 @@ class Split:
     """A tensor that is narrowed to the part of this rank.
 
     Attributes:
-        module: Path of a module in the transformer; `*` stands for every index, `-1` for the last.
+        module: Path of a module in the transformer; `*` stands for every child, `-1` for the last.
         argument: Name of the argument to narrow; None: the module's output.
         item: Index in an output that is a tuple; None: the output is the tensor.
         rows: Dimension of the token rows (sequence parallel); None: not narrowed by rows.
@@ -117,13 +117,15 @@ class Region:
         enter: The hidden states, where they are narrowed.
         follow: What else is narrowed along with them.
         leave: Where they are gathered.
-        attention: Path of the attention modules inside. Keys that are not sharded stand before those that are.
+        attention: Path of the attention modules inside.
+        is_in_front: Whether attention has the keys that are sharded before those that are not; else they stand behind them.
     """
 
     enter: Split
     follow: tuple[Split, ...] = ()
     leave: Gather
     attention: str
+    is_in_front: bool = False
 
     def following(self, *more: Split) -> Region:
         """The same region with more tensors that are narrowed."""

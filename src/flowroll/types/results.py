@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -113,14 +113,23 @@ class DebugTensors:
     model_output: Float[Tensor, " steps *latent"]
 
 
+def replace_tensors(value: Any, change: Callable[[Tensor], object]) -> Any:
+    """The same nested mappings and lists with something else in the place of every tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: replace_tensors(item, change) for key, item in value.items()}
+    return [replace_tensors(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoisingEnv:
     """Every argument of the transformer that does not change along the trajectory, for one sample.
 
-    The families declare which keys there are (`Family.env_schema`). Tensors have no batch dimension.
+    A family declares which arguments there are (`Family.conditioning`). Tensors have no batch dimension.
 
     Attributes:
-        image_kwargs: Arguments of image conditioning; empty for text-to-image.
+        image_kwargs: Arguments that come from reference images; empty for text-to-image.
         pos_cond_kwargs: Arguments of the conditional branch.
         neg_cond_kwargs: Arguments of the unconditional branch; None without guidance.
         guidance: Guidance embedding input; None for models without one.
@@ -133,26 +142,27 @@ class DenoisingEnv:
 
     def to(self, device: torch.device | str) -> DenoisingEnv:
         """The same environment with its tensors on a device, copied: it shares nothing with this one."""
+        return self.with_tensors(lambda tensor: tensor.detach().to(device, copy=True))
 
-        def copied(value: EnvValue) -> EnvValue:
-            return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> DenoisingEnv:
+        """The same environment with every tensor replaced, wherever it is nested."""
+        return DenoisingEnv(**replace_tensors({name: getattr(self, name) for name in self.__slots__}, change))
 
-        negative = self.neg_cond_kwargs
-        return DenoisingEnv(
-            image_kwargs={key: copied(value) for key, value in self.image_kwargs.items()},
-            pos_cond_kwargs={key: copied(value) for key, value in self.pos_cond_kwargs.items()},
-            neg_cond_kwargs=None if negative is None else {key: copied(value) for key, value in negative.items()},
-            guidance=None if self.guidance is None else self.guidance.detach().to(device, copy=True),
-        )
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its dotted name, e.g. "pos_cond_kwargs.cap_feats", in one fixed order."""
 
-    def positive(self, key: str) -> Tensor:
-        """The tensor `key` of the conditional branch."""
-        return cast(Tensor, self.pos_cond_kwargs[key])
+        def found(name: str, value: EnvValue) -> Iterator[tuple[str, Tensor]]:
+            if isinstance(value, Tensor):
+                yield name, value
+            elif isinstance(value, list | tuple):
+                for index, item in enumerate(value):
+                    yield from found(f"{name}[{index}]", item)
 
-    def negative(self, key: str) -> Tensor:
-        """The tensor `key` of the unconditional branch."""
-        assert self.neg_cond_kwargs is not None
-        return cast(Tensor, self.neg_cond_kwargs[key])
+        for part in ("image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs"):
+            for key, value in (getattr(self, part) or {}).items():
+                yield from found(f"{part}.{key}", value)
+        if self.guidance is not None:
+            yield "guidance", self.guidance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +188,7 @@ class Rollout:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, " 3 1 height width"]
+    image: Float[Tensor, " 3 frames height width"]
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
     debug_tensors: DebugTensors | None = None
@@ -208,7 +218,7 @@ class GeneratedImage:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, " 3 1 height width"]
+    image: Float[Tensor, " 3 frames height width"]
     latents: Float[Tensor, " *latent"]
     sampling: SamplingRecord
     weight_version: str

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from flowroll.errors import InvalidRequestError
 
-# The parts of a checkpoint that have weights.
-ModuleName: TypeAlias = Literal["transformer", "text_encoder", "vae"]
+# The parts of a checkpoint that have weights; not every checkpoint has all of them.
+ModuleName: TypeAlias = Literal["transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
 MAX_VERSION_CHARS = 128
 # No sign, no leading zero: what a counter writes.
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)

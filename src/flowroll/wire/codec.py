@@ -18,11 +18,11 @@ from torch import Tensor
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
 from flowroll.types.tensors import plain_tensor, tensor_bytes
-from flowroll.wire.blob import safetensors_prefix, tensor_from_blob
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.dialects import image_from_wire, image_to_wire, rollout_from_wire, rollout_to_wire
 from flowroll.wire.envelope import TOKEN_CHARS, json_envelope, msgpack_envelope
 from flowroll.wire.messages import Data, Dialect, WireImage, WireSample
+from flowroll.wire.safetensors import safetensors_prefix, tensor_from_blob
 
 WireFormat: TypeAlias = Literal["json", "msgpack"]
 Body: TypeAlias = bytes | bytearray | memoryview

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowroll.families import FAMILIES
+from flowroll.families.conditioning import TOKENS, Argument, Conditioning, ConditioningField
 from flowroll.types import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -24,10 +26,11 @@ from flowroll.types import (
 )
 from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, SentEnv, WireEnv, WireImage, WireSample, WireTrajectory
 
-# The sglang dialect calls the text embedding this for every family, and holds it in a list.
-SGLANG_EMBEDS = "encoder_hidden_states"
-# What the families call it, where that differs.
-NATIVE_EMBEDS: Mapping[str, str] = {"z_image": "cap_feats"}
+# Of a family that this flowroll does not have, the text embedding alone is known.
+_ANY_FAMILY = Conditioning(
+    latents=Argument(name="hidden_states"),
+    fields=(ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text"), is_listed_by_sglang=True),),
+)
 
 # Image shapes have three levels.
 _MAX_ENV_DEPTH = 8
@@ -40,7 +43,6 @@ class LayoutError(ValueError):
 def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
     """The response object of a rollout, tensors as they are."""
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
-    embeds = embeds_name(rollout.sampling)
     return WireSample(
         request_id=rollout.request_id,
         prompt=rollout.prompt,
@@ -48,7 +50,7 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
         generated_output=rollout.image,
         rollout_log_probs=rollout.log_probs,
         rollout_debug_tensors=None if debug is None else _debug_to_wire(debug, dialect),
-        denoising_env=None if env is None else env_to_wire(env, dialect, embeds),
+        denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling)),
         dit_trajectory=None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
         sde_step_indices=rollout.sde_step_indices,
         weight_version=rollout.weight_version,
@@ -74,7 +76,6 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     _check_version(sample.sampling)
     debug, env, trajectory = sample.rollout_debug_tensors, sample.denoising_env, sample.dit_trajectory
     log_probs, num_steps = sample.rollout_log_probs, sample.sampling.num_inference_steps
-    embeds = embeds_name(sample.sampling)
     return Rollout(
         request_id=sample.request_id,
         prompt=sample.prompt,
@@ -83,7 +84,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         log_probs=None if log_probs is None else _of_rank(1, load(log_probs), "rollout_log_probs"),
         sde_step_indices=sample.sde_step_indices,
         debug_tensors=None if debug is None else _debug_from_wire(debug, load),
-        denoising_env=None if env is None else env_from_wire(env, load, embeds),
+        denoising_env=None if env is None else env_from_wire(env, load, conditioning_of(sample.sampling)),
         dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
         weight_version=sample.weight_version,
         sampling=sample.sampling,
@@ -144,18 +145,21 @@ def _debug_from_wire(tensors: Mapping[str, Leaf], load: Callable[[Leaf], Tensor]
     return DebugTensors(**found)
 
 
-def embeds_name(record: SamplingRecord) -> str:
-    """What the family of a record calls the text embedding."""
-    return NATIVE_EMBEDS.get(record.family, SGLANG_EMBEDS)
+def conditioning_of(record: SamplingRecord) -> Conditioning:
+    """What the family of a record declares of its environments."""
+    family = FAMILIES.get(record.family)
+    return _ANY_FAMILY if family is None else family.conditioning
 
 
-def env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> SentEnv[Tensor]:
-    """The object of an environment, tensors as they are; `embeds` is the family's name of the text embedding."""
+def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning) -> SentEnv[Tensor]:
+    """The object of an environment, tensors as they are."""
 
     def branch(values: Mapping[str, EnvValue]) -> dict[str, Any]:
         renamed: dict[str, Any] = dict(values)
-        if dialect == "sglang" and embeds in renamed:
-            renamed[SGLANG_EMBEDS] = [renamed.pop(embeds)]
+        for field in conditioning.fields if dialect == "sglang" else ():
+            if field.name in renamed:
+                value = renamed.pop(field.name)
+                renamed[field.sglang_name or field.name] = [value] if field.is_listed_by_sglang else value
         return renamed
 
     negative = env.neg_cond_kwargs
@@ -167,11 +171,11 @@ def env_to_wire(env: DenoisingEnv, dialect: Dialect, embeds: str) -> SentEnv[Ten
     )
 
 
-def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: str) -> DenoisingEnv:
+def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioning: Conditioning) -> DenoisingEnv:
     """The environment of an object of either dialect.
 
     Raises:
-        LayoutError: The embeds are in a list, and not alone, or lists are nested beyond any use.
+        LayoutError: A tensor is in a list, and not alone, or lists are nested beyond any use.
     """
 
     def loaded(value: object, depth: int = 0) -> EnvValue:
@@ -183,12 +187,16 @@ def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], embeds: st
 
     def branch(values: Mapping[str, object]) -> dict[str, EnvValue]:
         native = {key: loaded(value) for key, value in values.items()}
-        if isinstance(native.get(SGLANG_EMBEDS), list):
-            match native.pop(SGLANG_EMBEDS):
-                case [Tensor() as tensor]:
-                    native[embeds] = tensor
-                case _:
-                    raise LayoutError(f"{SGLANG_EMBEDS} that is a list of anything but one tensor")
+        for field in conditioning.fields:
+            name = field.sglang_name or field.name
+            if field.is_listed_by_sglang and isinstance(native.get(name), list):
+                match native.pop(name):
+                    case [Tensor() as tensor]:
+                        native[field.name] = tensor
+                    case _:
+                        raise LayoutError(f"{name} that is a list of anything but one tensor")
+            elif name != field.name and not field.is_listed_by_sglang and name in native:
+                native[field.name] = native.pop(name)
         return native
 
     return DenoisingEnv(
@@ -227,6 +235,6 @@ def _of_rank(rank: int, tensor: Tensor, name: str) -> Tensor:
 
 
 def _picture(tensor: Tensor) -> Tensor:
-    if tensor.shape[:2] != (3, 1):
-        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3, 1, H, W]")
+    if tensor.shape[:1] != (3,):
+        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3, frames, H, W]")
     return _of_rank(4, tensor, "generated_output")

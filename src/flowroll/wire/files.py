@@ -19,9 +19,9 @@ from torch import Tensor
 from flowroll.errors import RolloutFileError
 from flowroll.types import SCHEMA_VERSION, Rollout
 from flowroll.types.tensors import plain_tensor, tensor_bytes
-from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.dialects import rollout_from_wire, rollout_to_wire
 from flowroll.wire.messages import WireSample
+from flowroll.wire.safetensors import safetensors_prefix
 
 _CONTENT_KEY = "flowroll.rollout"
 _VERSION_KEY = "flowroll.schema_version"

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
-from flowroll.wire.blob import BlobError, tensor_from_blob
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
-from flowroll.wire.dialects import LayoutError, embeds_name, env_from_wire, env_to_wire
+from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
 from flowroll.wire.messages import (
     Dialect,
     WireSampleScores,
@@ -28,6 +27,7 @@ from flowroll.wire.messages import (
     WireSteps,
     WireTensor,
 )
+from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
@@ -49,7 +49,7 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
             steps=sample.steps,
             latents=sample.latents,
             next_latents=sample.next_latents,
-            denoising_env=env_to_wire(sample.denoising_env, dialect, embeds_name(sample.sampling)),
+            denoising_env=env_to_wire(sample.denoising_env, dialect, conditioning_of(sample.sampling)),
             sampling=msgspec.to_builtins(sample.sampling),
             sde_step_indices=sample.sde_step_indices,
         )
@@ -151,7 +151,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
 def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
     record = _record(sample.sampling)
     try:
-        env = env_from_wire(sample.denoising_env, _load, embeds_name(record))
+        env = env_from_wire(sample.denoising_env, _load, conditioning_of(record))
     except (BlobError, LayoutError) as error:
         _refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
     return RecordedSteps(

@@ -80,13 +80,13 @@ class ChecksumRequest(Request, kw_only=True, frozen=True):
     """Body of POST /get_weights_checksum.
 
     Attributes:
-        module_names: Parts of the checkpoint. null: all three.
+        module_names: Parts of the checkpoint. null: all of them.
     """
 
     EXAMPLES = ({"module_names": ["transformer"]},)
 
     module_names: Annotated[
-        Annotated[list[ModuleName], Meta(min_length=1, max_length=3)] | None, about(["transformer"], "leave it out for all")
+        Annotated[list[ModuleName], Meta(min_length=1, max_length=5)] | None, about(["transformer"], "leave it out for all")
     ] = None
 
 
@@ -179,6 +179,8 @@ class ChecksumsObject:
 
     transformer: str | None = None
     text_encoder: str | None = None
+    text_encoder_2: str | None = None
+    text_encoder_3: str | None = None
     vae: str | None = None
 
 

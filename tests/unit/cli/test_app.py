@@ -11,6 +11,7 @@ import flowroll.serving
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.serve import serve
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
+from flowroll.families import FAMILIES
 from flowroll.serving import ServerConfig
 from flowroll.types import Layout
 
@@ -35,7 +36,7 @@ def test_a_users_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_pat
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize(("family", "pipeline"), [("qwen_image", "QwenImagePipeline"), ("z_image", "ZImagePipeline")])
+@pytest.mark.parametrize(("family", "pipeline"), [(name, family.pipeline_class) for name, family in FAMILIES.items()])
 def test_make_checkpoint_makes_a_checkpoint_of_the_family(family, pipeline, tmp_path):
     result = run_cli("make-checkpoint", family, tmp_path / "made")
     assert result.exit_code == 0, result.output
@@ -50,9 +51,10 @@ def test_make_checkpoint_takes_a_seed(tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize("words", [("sd3", "out"), ("z_image", "out", "--size", "huge"), ("z_image", "out", "--seed", "-1")])
+@pytest.mark.parametrize("words", [("z_image", "out", "--size", "huge"), ("z_image", "out", "--seed", "-1")])
 def test_make_checkpoint_refuses_what_it_does_not_know(words):
     assert run_cli("make-checkpoint", *words).exit_code == 2
+    assert_one_line_error(run_cli("make-checkpoint", "sdxl", "out"), f"family must be one of {', '.join(FAMILIES)}, got sdxl")
 
 
 def test_make_checkpoint_refuses_a_path_that_is_a_file(tmp_path):

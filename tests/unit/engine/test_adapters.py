@@ -19,11 +19,12 @@ from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import AdapterLimits, Engine
 from flowroll.engine.adapters.patterns import check_patterns
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, WeightsRejectedError
+from flowroll.families import FAMILIES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module", params=["qwen_image", "z_image"])
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: Any) -> Iterator[Engine]:
     """With the adapters "a", "b" and, merged, "m"."""
     folder = tmp_path_factory.mktemp("adapters")

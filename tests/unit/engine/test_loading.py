@@ -15,6 +15,7 @@ from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.errors import CheckpointError, InvalidRequestError
+from flowroll.families import FAMILIES
 from flowroll.parallel.linears import ColumnParallelLinear, count_parameters
 from flowroll.types import Layout
 
@@ -28,9 +29,9 @@ class TensorMesh(KnowingMesh):
         return self._degree if axis == "tp" else 1
 
 
-@pytest.fixture(params=["qwen_image", "z_image"])
-def folder(request: pytest.FixtureRequest, qwen_checkpoint: Path, z_image_checkpoint: Path) -> Path:
-    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}[request.param]
+@pytest.fixture(params=list(FAMILIES))
+def folder(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Path:
+    return checkpoints[request.param]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

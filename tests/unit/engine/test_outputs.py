@@ -14,8 +14,9 @@ from tests.weights import change
 from torch import Tensor, nn
 
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import CheckpointError, EngineError, InvalidRequestError
+from flowroll.families import FAMILIES, Prompt
 from flowroll.types import all_finite
 
 REQUEST: dict[str, Any] = {"prompt": "a red fox", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 2}
@@ -23,7 +24,7 @@ BROKEN_VAE = "image of the sample with seed 7 must be finite, got NaN or infinit
 EVERYTHING = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 
 
-@pytest.fixture(scope="module", params=["qwen_image", "z_image"])
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iterator[Engine]:
     with Engine(checkpoints[request.param], device="cpu") as engine:
         yield engine
@@ -107,9 +108,9 @@ def test_one_broken_sample_ends_its_request_alone(engine: Engine) -> None:
     (good,) = engine.generate(**REQUEST)
     encode = engine._model.family.encode
 
-    def broken(pipeline: Any, prompt: str) -> Any:
+    def broken(pipeline: Any, prompt: Prompt) -> Any:
         encoded = dict(encode(pipeline, prompt))
-        if prompt == "broken":
+        if prompt.text == "broken":
             encoded[engine._model.family.embeds_key].view(-1)[3] = torch.inf
         return encoded
 
@@ -138,7 +139,7 @@ def test_a_text_encoder_of_nan_is_refused_at_the_start(z_image_checkpoint: Path,
 
 
 def test_every_route_answers_with_the_error(blind: Path) -> None:
-    with Engine(blind, device="cpu") as engine, EngineWorker(engine, max_queue=4) as worker, serving(worker) as client:
+    with Engine(blind, device="cpu") as engine, EngineService(engine, max_queue=4) as service, serving(service) as client:
         for route, body in (
             ("/rollout/generate", SMALL),
             ("/generate", {key: value for key, value in SMALL.items() if not key.startswith("rollout")}),

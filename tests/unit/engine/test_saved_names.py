@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.errors import CheckpointError, WeightsRejectedError
+from flowroll.families import FAMILIES
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
-FAMILIES = ("qwen_image", "z_image")
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import torch
 
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError, ShuttingDownError
+from flowroll.families import FAMILIES
 
 REQUEST = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 3, "seed": 5}
 
 
-@pytest.fixture(scope="module", params=["qwen_image", "z_image"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    folder: Path = request.getfixturevalue({"qwen_image": "qwen_checkpoint", "z_image": "z_image_checkpoint"}[request.param])
-    with Engine(folder, dtype="bfloat16") as engine:
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iterator[Engine]:
+    with Engine(checkpoints[request.param], dtype="bfloat16") as engine:
         yield engine
 
 

@@ -23,6 +23,7 @@ from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_component, load_transformer
 from flowroll.errors import CheckpointError, FlowrollError, UnsupportedModelError
+from flowroll.families import FAMILIES
 
 FILES = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -32,7 +33,7 @@ FILES = {
 REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 1, "height": 64, "width": 64, "num_inference_steps": 1}
 
 
-@pytest.fixture(params=["qwen_image", "z_image"])
+@pytest.fixture(params=list(FAMILIES))
 def folder(request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of a checkpoint, to be spoilt."""
     shutil.copytree(checkpoints[request.param], tmp_path / "model")

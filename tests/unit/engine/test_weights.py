@@ -26,6 +26,7 @@ from flowroll.errors import (
     WeightsMismatchError,
     WeightsRejectedError,
 )
+from flowroll.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def copy(other: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_after_an_update_every_tensor_is_that_of_an_engine_started_on_the_new_weights(
     family: str, dtype: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

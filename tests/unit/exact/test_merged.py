@@ -14,12 +14,12 @@ from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
 from flowroll.exact import Alone, Forward, Merged, probe
 from flowroll.exact.mode import Notes
-from flowroll.families import FAMILIES, Family, Output, StepInput
-from flowroll.types import DenoisingEnv
+from flowroll.families import FAMILIES, Family, ModelSpec, Output, StepInput
+from flowroll.testing import random_input
 
 NAMES = list(FAMILIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TEXT_DIM = 64
+SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 64, "pooled": 64})
 
 Load = Callable[[str, str], Any]
 
@@ -55,21 +55,9 @@ def make_input(
     sigma: float = 0.5,
     scale: float = 4.0,
 ) -> StepInput:
-    rows, columns = grid
-    guidance = family.guidance(scale)
-
-    def branch(length: int) -> dict[str, Any]:
-        text = torch.randn(length, TEXT_DIM, generator=generator).to(dtype)
-        shapes = {"img_shapes": [[[1, rows, columns]]]} if family.name == "qwen_image" else {}
-        return {family.embeds_key: text, **shapes}
-
-    shape = (rows * columns, 64) if family.name == "qwen_image" else (16, 2 * rows, 2 * columns)
-    return StepInput(
-        latents=torch.randn(shape, generator=generator),
-        timestep=torch.tensor([sigma], dtype=family.timestep_dtype(dtype)),
-        env=DenoisingEnv(pos_cond_kwargs=branch(texts[0]), neg_cond_kwargs=branch(texts[1]) if guidance.is_active else None),
-        guidance=guidance,
-    )
+    height, width = (SPEC.pixel_unit * count for count in grid)
+    size = {"height": height, "width": width, "texts": texts}
+    return random_input(family, SPEC, **size, dtype=dtype, generator=generator, timestep=sigma, scale=scale)
 
 
 def random_mixture(family: Family, dtype: torch.dtype, source: random.Random) -> list[StepInput]:

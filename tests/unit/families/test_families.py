@@ -9,7 +9,7 @@ from flowroll.families import FAMILIES, Guidance, ModelSpec, family_of_pipeline
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.z_image import ZImage
 
-SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, text_width=48)
+SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 48})
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 160), (1024, 768)])

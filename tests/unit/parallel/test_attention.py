@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flowroll.parallel.attention import attend_own_rows, widen_mask, with_dispatch
+from flowroll.parallel.attention import attend_own_rows, widen_mask, with_attention
 from flowroll.parallel.shards import Shard, shard_rows
 
 PREFIXES = (0, 5, 20, 33, 66)
@@ -21,15 +22,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None =
     return torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=attn_mask).permute(0, 2, 1, 3)
 
 
-def own_part(tensor: Tensor, prefix: int, shard: Shard) -> Tensor:
-    start = prefix + shard.start
-    return torch.cat((tensor[:, :prefix], tensor[:, start : start + shard.size]), dim=1)
+def own_part(tensor: Tensor, others: int, shard: Shard, *, in_front: bool) -> Tensor:
+    start = shard.start + (0 if in_front else others)
+    own = tensor[:, start : start + shard.size]
+    return torch.cat((own, tensor[:, shard.total :]) if in_front else (tensor[:, :others], own), dim=1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "in_front"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_row_has_the_bits_of_the_whole_sequence(dtype: torch.dtype, masked: bool, threads: int) -> None:
+def test_every_row_has_the_bits_of_the_whole_sequence(dtype: torch.dtype, masked: bool, in_front: bool, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
@@ -44,8 +46,11 @@ def test_every_row_has_the_bits_of_the_whole_sequence(dtype: torch.dtype, masked
                 for ranks in (2, 3, 4):
                     for index in range(ranks):
                         if shard := shard_rows(total, index, ranks):
-                            own = attend_own_rows(attend, own_part(query, prefix, shard), key, value, shard, **options)
-                            assert torch.equal(own, own_part(whole, prefix, shard)), (total, prefix, ranks, index)
+                            has_end = shard.is_last or (in_front and prefix > 0)
+                            part = own_part(query, prefix, shard, in_front=in_front)
+                            own = attend_own_rows(attend, part, key, value, has_end=has_end, **options)
+                            expected = own_part(whole, prefix, shard, in_front=in_front)
+                            assert torch.equal(own, expected), (total, prefix, ranks, index)
     finally:
         torch.set_num_threads(before)
 
@@ -74,7 +79,7 @@ class Processor:
 
 def test_a_processor_keeps_its_code_and_state_and_gets_another_dispatch() -> None:
     own = Processor()
-    other = with_dispatch(own, lambda dispatch: lambda value: dispatch(value) + 100)
+    other = with_attention(own, lambda dispatch: lambda value: dispatch(value) + 100)
     assert isinstance(other, Processor) and other is not own
     assert own(1) == 9
     assert other(1) == 209
@@ -82,5 +87,31 @@ def test_a_processor_keeps_its_code_and_state_and_gets_another_dispatch() -> Non
 
 
 def test_a_processor_that_dispatches_otherwise_is_refused() -> None:
-    with pytest.raises(LookupError, match="SimpleNamespace does not call dispatch_attention_fn"):
-        with_dispatch(type("SimpleNamespace", (SimpleNamespace,), {"__call__": lambda self: None})(), lambda dispatch: dispatch)
+    with pytest.raises(LookupError, match=r"SimpleNamespace calls neither dispatch_attention_fn nor F\.scaled"):
+        with_attention(
+            type("SimpleNamespace", (SimpleNamespace,), {"__call__": lambda self: None})(), lambda dispatch: dispatch
+        )
+
+
+class OlderProcessor:
+    """Calls torch's attention with heads before rows, as diffusers' older processors do."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
+        return F.silu(attended)
+
+
+def test_a_processor_of_torchs_attention_gets_another_one_of_rows_before_heads() -> None:
+    seen = []
+
+    def wrap(attention: Any) -> Any:
+        def attend_and_add(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            seen.append((tuple(query.shape), options))
+            return attention(query, key, value, **options) + 1
+
+        return attend_and_add
+
+    tensors = [torch.randn(1, 2, 5, 4) for _ in range(3)]
+    expected = F.silu(F.scaled_dot_product_attention(*tensors) + 1)
+    assert torch.equal(with_attention(OlderProcessor(), wrap)(*tensors), expected)
+    assert seen == [((1, 5, 2, 4), {"dropout_p": 0.0, "is_causal": False})]

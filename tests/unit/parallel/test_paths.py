@@ -16,6 +16,8 @@ MODEL = nn.ModuleDict(
         ("layers.-1", ["layers.1"]),
         ("layers.*.b", ["layers.1.b"]),
         ("layers.0.a", ["layers.0.a"]),
+        ("layers.*.[ab]", ["layers.0.a", "layers.1.b"]),
+        ("la*.1", ["layers.1"]),
     ],
 )
 def test_paths_find_their_modules(path: str, names: list[str]) -> None:

@@ -6,6 +6,7 @@ import torch
 from tests.factories import make_rollout
 from tests.rollouts import tensors_of
 
+from flowroll.families import FAMILIES
 from flowroll.parity.compare import Measure, compare_rollouts, values_of
 from flowroll.parity.compare import measure as measure_samples
 
@@ -108,7 +109,7 @@ def test_the_worst_sample_counts():
     assert found.mean_abs == pytest.approx(2 / 12, abs=1e-15)
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_a_rollout_is_compared(family):
     rollout = make_rollout(family=family)
     seen = {id(value) for _, value in values_of(rollout)}

@@ -6,10 +6,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from flowroll.errors import CheckpointError, InvalidRequestError
+from flowroll.families import FAMILIES
 from flowroll.testing import make_checkpoint
 from flowroll.testing.tokenizer import QWEN_IMAGE_PREFIX, make_tokenizer
 
-FAMILIES = ("qwen_image", "z_image")
 CLASSES = {
     "qwen_image": {
         "_class_name": "QwenImagePipeline",
@@ -38,8 +38,8 @@ def family(request):
 
 
 @pytest.fixture
-def checkpoint(family, qwen_checkpoint, z_image_checkpoint):
-    return {"qwen_image": qwen_checkpoint, "z_image": z_image_checkpoint}[family]
+def checkpoint(family, checkpoints):
+    return checkpoints[family]
 
 
 def load(folder, dtype=torch.float32):

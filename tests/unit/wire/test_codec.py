@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowroll import DenoisingEnv, Rollout
 from flowroll.errors import EngineError, ServerConnectionError
+from flowroll.families import FAMILIES
 from flowroll.wire import envelope
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import decode_images, decode_rollouts, encode_images, encode_rollouts
@@ -67,7 +68,7 @@ def with_tensor(tensor: Tensor) -> Rollout:
 
 @pytest.mark.parametrize("wire_format", FORMATS)
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_group_comes_back_equal_in_every_field(wire_format: Any, dialect: Any, family: str, guided: bool) -> None:
     group = [make_rollout(family=family, guided=guided, seed=seed) for seed in (3, 4)]
@@ -137,7 +138,7 @@ def test_every_tensor_survives_bit_for_bit_and_loads_with_safetensors(tensor: Te
         warnings.simplefilter("error")
         (decoded,) = decode_rollouts(whole, body.content_type)
     assert decoded.denoising_env is not None
-    result = decoded.denoising_env.positive("x")
+    result = decoded.denoising_env.pos_cond_kwargs["x"]
     leaf = parsed(body)[0]["denoising_env"]["pos_cond_kwargs"]["x"]
     assert leaf["__tensor__"] is True
     assert (leaf["shape"], leaf["dtype"]) == (list(tensor.shape), str(tensor.dtype))

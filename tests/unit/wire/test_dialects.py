@@ -8,9 +8,9 @@ from tests.unit.wire.test_codec import blob_of
 
 from flowroll.errors import ServerConnectionError
 from flowroll.families import FAMILIES
-from flowroll.wire.blob import tensor_from_blob
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
-from flowroll.wire.dialects import NATIVE_EMBEDS, SGLANG_EMBEDS, LayoutError, WireEnv, env_from_wire
+from flowroll.wire.dialects import LayoutError, WireEnv, env_from_wire
+from flowroll.wire.safetensors import tensor_from_blob
 
 RESPONSE_FIELDS = {
     "request_id",
@@ -38,12 +38,15 @@ def value_of(leaf: dict[str, Any]) -> torch.Tensor:
     return tensor_from_blob(bytearray(blob_of(leaf)))
 
 
+QWEN = FAMILIES["qwen_image"].conditioning
+
+
 def decoded(sample: dict[str, Any]) -> Any:
     return decode_rollouts(msgspec.msgpack.encode([sample]), "application/msgpack")[0]
 
 
 @pytest.mark.parametrize("dialect", ["native", "sglang"])
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_response_has_the_documented_fields(dialect: Any, family: str) -> None:
     sample = sample_of(dialect, family=family)
     assert set(sample) == RESPONSE_FIELDS
@@ -51,7 +54,7 @@ def test_a_response_has_the_documented_fields(dialect: Any, family: str) -> None
     assert set(sample["dit_trajectory"]) == {"latents", "timesteps", "sigmas", "latent_step_indices"}
     assert sample["denoising_env"]["image_kwargs"] == {} and sample["denoising_env"]["guidance"] is None
     for branch, tokens in (("pos_cond_kwargs", 7), ("neg_cond_kwargs", 6)):
-        assert sample["denoising_env"][branch]["txt_seq_lens"] == [tokens]
+        assert sample["denoising_env"][branch].get("txt_seq_lens", [tokens]) == [tokens]
         assert "freqs_cis" not in sample["denoising_env"][branch]
 
 
@@ -66,7 +69,7 @@ def test_the_native_dialect_uses_the_families_own_names() -> None:
     assert qwen["dit_trajectory"]["timesteps"]["shape"] == [4]
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_sglang_dialect_uses_its_names(family: str) -> None:
     native, sample = sample_of("native", family=family), sample_of("sglang", family=family)
     assert sample["rollout_debug_tensors"] == {
@@ -77,8 +80,10 @@ def test_the_sglang_dialect_uses_its_names(family: str) -> None:
     }
     for branch in ("pos_cond_kwargs", "neg_cond_kwargs"):
         expected = dict(native["denoising_env"][branch])
-        embeds = expected.pop(FAMILIES[family].embeds_key)
-        assert sample["denoising_env"][branch] == expected | {"encoder_hidden_states": [embeds]}
+        embeds = FAMILIES[family].conditioning.embeds
+        value = expected.pop(embeds.name)
+        held = [value] if embeds.is_listed_by_sglang else value
+        assert sample["denoising_env"][branch] == expected | {"encoder_hidden_states": held}
     timesteps, own = (value_of(answer["dit_trajectory"]["timesteps"]) for answer in (sample, native))
     assert torch.equal(timesteps, torch.cat([own, torch.zeros(1)]))
 
@@ -109,11 +114,6 @@ def test_an_environment_without_a_mask_has_no_mask_key() -> None:
         assert set(sample["denoising_env"]["pos_cond_kwargs"]) == {"encoder_hidden_states", "img_shapes", "txt_seq_lens"}
         assert sample["denoising_env"]["neg_cond_kwargs"] is None
         assert_same_answer(make_rollout(denoising_env=env), decoded(sample))
-
-
-def test_the_table_of_embeddings_is_the_families_own() -> None:
-    for name, family in FAMILIES.items():
-        assert NATIVE_EMBEDS.get(name, SGLANG_EMBEDS) == family.embeds_key
 
 
 def test_fields_that_a_newer_server_adds_are_ignored() -> None:
@@ -157,7 +157,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(field: str, source: str, message: 
 def test_a_picture_in_another_layout_is_refused() -> None:
     sample = sample_of("native", family="z_image")
     sample["generated_output"] = sample["dit_trajectory"]["latents"]
-    with pytest.raises(ServerConnectionError, match=r"not \[3, 1, H, W\]"):
+    with pytest.raises(ServerConnectionError, match=r"not \[3, frames, H, W\]"):
         decoded(sample)
 
 
@@ -201,7 +201,7 @@ def test_an_env_with_lists_beyond_any_use_is_refused_before_python_runs_out_of_f
     for _ in range(400):
         nested = [nested]
     with pytest.raises(LayoutError, match="more than 8 levels"):
-        env_from_wire(WireEnv(pos_cond_kwargs={"img_shapes": nested}), lambda leaf: leaf, "encoder_hidden_states")
+        env_from_wire(WireEnv(pos_cond_kwargs={"img_shapes": nested}), lambda leaf: leaf, QWEN)
     shapes = [[[1, 4, 4]]]
-    env = env_from_wire(WireEnv(pos_cond_kwargs={"img_shapes": shapes}), lambda leaf: leaf, "encoder_hidden_states")
+    env = env_from_wire(WireEnv(pos_cond_kwargs={"img_shapes": shapes}), lambda leaf: leaf, QWEN)
     assert env.pos_cond_kwargs["img_shapes"] == shapes

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner import messages
-from flowroll.engine.runner.messages import EnvShape, TensorShape, env_tensors
+from flowroll.engine.runner.messages import EnvShape, TensorShape
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
 from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.pipeline import PipelineRunner
@@ -69,7 +69,7 @@ class Executor:
         )
         with self._peers.together():
             message = messages.AddRequest(id=request_id, params=params, env=EnvShape.of(env))
-            self._peers.send(message, env_tensors(env))
+            self._peers.send(message, [tensor for _, tensor in env.tensors()])
         self._runner.add_request(request_id, conditioning)
 
     def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
@@ -127,7 +127,7 @@ class Executor:
             env=EnvShape.of(one.env),
         )
         with self._peers.together():
-            self._peers.send(begin, [*env_tensors(one.env), one.latents])
+            self._peers.send(begin, [*(tensor for _, tensor in one.env.tensors()), one.latents])
         self._runner.begin_recomputation(number, one)
         velocities = []
         try:

@@ -12,7 +12,8 @@ from flowroll.engine.config import Limits
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec
-from flowroll.types import DenoisingEnv, EnvValue, LoraAdapter, SamplingParams, SamplingRecord
+from flowroll.types import DenoisingEnv, LoraAdapter, SamplingParams, SamplingRecord
+from flowroll.types.results import replace_tensors
 
 
 class TensorShape(msgspec.Struct, frozen=True):
@@ -31,43 +32,36 @@ class TensorShape(msgspec.Struct, frozen=True):
         return torch.empty(self.shape, dtype=getattr(torch, self.dtype.removeprefix("torch.")), device=device)
 
 
-class BranchShape(msgspec.Struct, frozen=True):
-    """The arguments of one guidance branch, without the data of its tensors."""
-
-    tensors: dict[str, TensorShape]
-    plain: dict[str, Any]
-
-    @classmethod
-    def of(cls, branch: dict[str, EnvValue]) -> BranchShape:
-        """Describes a branch."""
-        return cls(
-            tensors={key: TensorShape.of(value) for key, value in branch.items() if isinstance(value, Tensor)},
-            plain={key: value for key, value in branch.items() if not isinstance(value, Tensor)},
-        )
-
-    def empty(self, device: torch.device) -> dict[str, EnvValue]:
-        """Allocates memory for the tensors of the branch."""
-        return {**{key: tensor.empty(device) for key, tensor in self.tensors.items()}, **self.plain}
-
-
 class EnvShape(msgspec.Struct, frozen=True):
-    """A denoising environment, without the data of its tensors."""
+    """A denoising environment, whose tensors are given as shapes. No value of an environment is an object itself."""
 
-    positive: BranchShape
-    negative: BranchShape | None
+    image_kwargs: dict[str, Any]
+    pos_cond_kwargs: dict[str, Any]
+    neg_cond_kwargs: dict[str, Any] | None
+    guidance: TensorShape | None
 
     @classmethod
     def of(cls, env: DenoisingEnv) -> EnvShape:
         """Describes an environment."""
-        # What this message does not carry; no family has either.
-        assert env.guidance is None and not env.image_kwargs
-        negative = None if env.neg_cond_kwargs is None else BranchShape.of(dict(env.neg_cond_kwargs))
-        return cls(positive=BranchShape.of(dict(env.pos_cond_kwargs)), negative=negative)
+        return cls(**replace_tensors({name: getattr(env, name) for name in cls.__struct_fields__}, TensorShape.of))
 
     def empty(self, device: torch.device) -> DenoisingEnv:
         """Allocates memory for the tensors of the environment."""
-        negative = None if self.negative is None else self.negative.empty(device)
-        return DenoisingEnv(pos_cond_kwargs=self.positive.empty(device), neg_cond_kwargs=negative)
+
+        def value(described: Any) -> Any:
+            if isinstance(described, dict):
+                return msgspec.convert(described, TensorShape).empty(device)
+            return [value(item) for item in described] if isinstance(described, list) else described
+
+        def branch(values: dict[str, Any] | None) -> Any:
+            return None if values is None else {key: value(described) for key, described in values.items()}
+
+        return DenoisingEnv(
+            image_kwargs=branch(self.image_kwargs),
+            pos_cond_kwargs=branch(self.pos_cond_kwargs),
+            neg_cond_kwargs=branch(self.neg_cond_kwargs),
+            guidance=None if self.guidance is None else self.guidance.empty(device),
+        )
 
 
 class Serve(msgspec.Struct, frozen=True, tag=True):
@@ -224,9 +218,3 @@ def decode_message(data: bytes) -> Message:
     """Reads a message."""
     message: Message = _DECODER.decode(data)
     return message
-
-
-def env_tensors(env: DenoisingEnv) -> list[Tensor]:
-    """Lists the tensors of an environment, in the same order on every rank."""
-    branches = [env.pos_cond_kwargs, env.neg_cond_kwargs or {}]
-    return [branch[key] for branch in branches for key in sorted(branch) if isinstance(branch[key], Tensor)]  # type: ignore[misc]

@@ -18,8 +18,8 @@ from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError
-from flowroll.families import Geometry
-from flowroll.types import DenoisingEnv, EnvValue, all_finite
+from flowroll.families import Geometry, Prompt
+from flowroll.types import EnvValue, all_finite
 
 
 class PipelineRunner:
@@ -56,9 +56,9 @@ class PipelineRunner:
         encoded: dict[str, Mapping[str, EnvValue]] = {}
         for prompt in (plan.params.prompt, plan.negative_prompt):
             if prompt is not None and prompt not in encoded:
-                encoded[prompt] = model.family.encode(pipeline, prompt)
+                encoded[prompt] = model.family.encode(pipeline, Prompt(text=prompt))
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
-        env: DenoisingEnv = model.family.env(encoded[plan.params.prompt], negative, plan.geometry)
+        env = model.family.env(encoded[plan.params.prompt], negative, plan.geometry, embedded=plan.guidance.embedded)
         check_encoded(env)
         record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
         return Conditioning.build(plan, model, env, record)

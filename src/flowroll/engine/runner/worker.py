@@ -22,9 +22,10 @@ from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.engine.runner import messages
-from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message, env_tensors
+from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
-from flowroll.engine.runner.rank_group import ERRED, STAGED, RankConfig
+from flowroll.engine.runner.rank_group import STAGED, RankConfig
+from flowroll.engine.runner.rank_watch import ERRED
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.shares import Shares
@@ -156,7 +157,7 @@ class Worker:
         match message:
             case messages.AddRequest(id=number, params=params, env=shape):
                 env = shape.empty(model.device)
-                self._receive(env_tensors(env))
+                self._receive([tensor for _, tensor in env.tensors()])
                 plan = plan_request(params, model, self._limits)
                 runner.add_request(number, Conditioning.build(plan, model, env, plan.record))
             case messages.StartSample(id=number, request=request, seed=seed):
@@ -210,7 +211,7 @@ class Worker:
     def _recomputation(self, message: messages.BeginRecomputation) -> Recomputation:
         model = self._model
         env, latents = message.env.empty(model.device), message.latents.empty(model.device)
-        self._receive([*env_tensors(env), latents])
+        self._receive([*(tensor for _, tensor in env.tensors()), latents])
         record = message.record
         recipe = Recipe.of(record, model.family, sde_step_indices=message.sde_step_indices, device=model.device)
         transformer = model.adapters.transformer(None if record.lora is None else record.lora.name)

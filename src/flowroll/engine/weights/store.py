@@ -14,6 +14,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
+from flowroll.engine.loading import modules_of
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
@@ -138,11 +139,18 @@ class WeightStore:
             yield whole_tensors(module)
 
     def _module(self, name: str) -> Any:
-        known = get_args(ModuleName)
-        if name not in known:
-            raise InvalidRequestError(f"module must be one of {', '.join(known)}, got {name}; choose one.", field="module")
         pipeline = self._pipeline
         if pipeline is None:
             raise ShuttingDownError("the engine must run to use its weights, got a shutdown; ask another replica.")
+        modules = modules_of(pipeline)
+        if name not in modules:
+            known = ", ".join(one for one in get_args(ModuleName) if one in modules)
+            raise InvalidRequestError(f"module must be one of {known}, got {name}; choose one.", field="module")
         self._offload.check_awake()
-        return getattr(pipeline, name)
+        return modules[name]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The parts of the checkpoint that have weights."""
+        modules = modules_of(self._pipeline) if self._pipeline is not None else {}
+        return tuple(name for name in get_args(ModuleName) if name in modules)

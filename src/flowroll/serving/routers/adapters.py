@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.adapters.files import AdapterFiles, find_adapter, unpack_config
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
-from flowroll.engine.scheduler import ExclusiveMode
+from flowroll.engine.service import CallFuture, EngineService
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES
@@ -35,13 +34,11 @@ from flowroll.wire.weights import (
     UnloadAdapterRequest,
 )
 
-T = TypeVar("T")
-
 
 def build_router(state: AppState) -> APIRouter:
     """The routes about adapters."""
     router = APIRouter(tags=["weights"])
-    engine = state.worker.engine
+    engine = state.engine
 
     @router.post(
         LOAD_ADAPTER_ROUTE,
@@ -87,15 +84,20 @@ def build_router(state: AppState) -> APIRouter:
             return await _load(await run_in_threadpool(find_adapter, folder), accepted)
 
     async def _load(files: AdapterFiles, accepted: LoadAdapterRequest) -> AdapterChangeObject:
-        stage = functools.partial(engine.stage_lora_adapter, files, name=accepted.lora_name, merged=accepted.merged)
-        commit = functools.partial(engine.commit_lora_adapter, weight_version=accepted.weight_version, mode=accepted.mode)
-        change = await change_adapter(stage, commit, accepted.mode)
+        change = await _change(
+            lambda: engine.call(
+                EngineService.load_adapter,
+                files,
+                accepted.lora_name,
+                merged=accepted.merged,
+                weight_version=accepted.weight_version,
+                mode=accepted.mode,
+            )
+        )
         return AdapterChangeObject.of(change, "loaded")
 
-    async def change_adapter(
-        stage: Callable[[], T], commit: Callable[[T], AdapterChange], mode: ExclusiveMode
-    ) -> AdapterChange:
-        change = await state.change_policy(stage, commit, mode)
+    async def _change(call: Callable[[], CallFuture[AdapterChange]]) -> AdapterChange:
+        change = await state.change_policy(lambda: asyncio.wrap_future(call()))
         if change.lora_name == PUSHED_ADAPTER:
             state.pushes.replaced(PUSHED_ADAPTER)
         return change
@@ -111,15 +113,13 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, UnloadAdapterRequest)
         name, version, mode = accepted.lora_name, accepted.weight_version, accepted.mode
 
-        def unload(_: None) -> AdapterChange:
-            return engine.unload_lora_adapter(name, weight_version=version, mode=mode)
-
-        change = await change_adapter(lambda: None, unload, mode)
+        change = await _change(lambda: engine.call(EngineService.unload_adapter, name, weight_version=version, mode=mode))
         return AdapterChangeObject.of(change, "unloaded")
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)
     async def lora_adapters() -> LoraAdaptersObject:
-        return LoraAdaptersObject(adapters=list(engine.lora_adapters()))
+        adapters = await asyncio.wrap_future(engine.call(EngineService.lora_adapters))
+        return LoraAdaptersObject(adapters=list(adapters))
 
     return router
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from fastapi import APIRouter, Response
 
+from flowroll.engine.service import Evidence
 from flowroll.errors import AsleepError, EngineError, FlowrollError, PausedError, ShuttingDownError
 from flowroll.serving.errors import COMMON_RESPONSES, error_response
-from flowroll.serving.probe import Evidence
 from flowroll.serving.state import AppState
 from flowroll.wire.control import ErrorBody
 
@@ -57,7 +57,6 @@ _FAILED: dict[int | str, dict[str, object]] = {
 def build_router(state: AppState) -> APIRouter:
     """The health routes."""
     router = APIRouter(tags=["health"])
-    worker = state.worker
 
     @router.get("/liveness", summary="The process answers", description="Open even where the server demands a token.")
     async def liveness() -> Health:
@@ -65,26 +64,34 @@ def build_router(state: AppState) -> APIRouter:
 
     @router.get("/health", summary="The engine's thread lives", response_model=EngineHealth, responses=_FAILED)
     async def health() -> EngineHealth | Response:
-        if not worker.is_alive:
+        try:
+            status = await state.status()
+        except FlowrollError as error:
+            return _unavailable(error)
+        if not status.is_alive:
             return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
-        return EngineHealth(is_asleep=worker.engine.is_asleep)
+        return EngineHealth(is_asleep=status.is_asleep)
 
     @router.get("/readiness", summary="New requests are taken", response_model=Health, responses=_FAILED)
     async def readiness() -> Health | Response:
-        if not worker.is_accepting:
+        try:
+            status = await state.status()
+        except FlowrollError as error:
+            return _unavailable(error)
+        if not status.is_accepting:
             return _unavailable(
                 ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
             )
-        if worker.engine.is_asleep:
+        if status.is_asleep:
             return _unavailable(AsleepError("the engine must be awake to be ready, got released memory; wake it."))
-        if worker.is_paused:
+        if status.load.is_paused:
             return _unavailable(PausedError("generation must go on to be ready, got a pause; continue it."))
         return Health()
 
     @router.get("/health_generate", summary="The engine generates", response_model=GenerationHealth, responses=_FAILED)
     async def health_generate() -> GenerationHealth | Response:
         try:
-            return GenerationHealth(evidence=await state.probe.check())
+            return GenerationHealth(evidence=await state.probe())
         except FlowrollError as error:
             return _unavailable(error)
 

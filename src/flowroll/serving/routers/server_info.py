@@ -107,25 +107,26 @@ class ServerInfo:
 def build_router(state: AppState) -> APIRouter:
     """The info route."""
     router = APIRouter(tags=["status"])
-    info, config = state.worker.engine.info, state.config
+    facts, config = state.engine.facts, state.config
 
     @router.get("/server_info", summary="What runs here, and how", responses=COMMON_RESPONSES)
     async def server_info() -> ServerInfo:
-        load = state.worker.load()
+        status = await state.status()
+        load = status.load
         return ServerInfo(
-            **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
-            weight_version=state.worker.engine.weight_version,
+            **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
+            weight_version=status.weight_version,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
-            batching=state.worker.engine.scheduler.limits,
+            batching=facts.batching,
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
             is_paused=load.is_paused,
-            is_asleep=state.worker.engine.is_asleep,
-            is_ready=state.worker.is_accepting and not (load.is_paused or state.worker.engine.is_asleep),
+            is_asleep=status.is_asleep,
+            is_ready=status.is_accepting and not (load.is_paused or status.is_asleep),
             queue=Queue(**dataclasses.asdict(load.requests)),
             uptime_s=time.monotonic() - state.started_s,
         )

@@ -1,0 +1,247 @@
+"""What a family declares of its conditioning, and everything that follows from the declaration alone.
+
+Owns how an environment becomes the arguments of a forward, how forwards of several samples are joined and told apart, and
+which environments are whole. Nothing here knows a particular model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from flowroll.types import DenoisingEnv, EnvValue
+from flowroll.types.results import replace_tensors
+from flowroll.types.tensors import plain_tensor, tensor_bytes
+
+# The keyword arguments of one forward, and what a forward returns: a batch, or a list of samples.
+ForwardInput: TypeAlias = Mapping[str, Any]
+Output: TypeAlias = "Tensor | list[Tensor]"
+Branch: TypeAlias = Literal["positive", "negative"]
+
+POSITIVE, NEGATIVE, IMAGES = "pos_cond_kwargs", "neg_cond_kwargs", "image_kwargs"
+# The length of a text, the one size of a tensor that no checkpoint fixes.
+TOKENS = "tokens"
+# The field that says how many tokens a branch's text has.
+LENGTHS = "txt_seq_lens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """How one keyword argument of the transformer is collated.
+
+    Attributes:
+        name: What the transformer calls it.
+        batch: "stack": the entries of the batch are stacked along a new first dimension; "list": they are the items of a list;
+            "shared": all entries have the same value, which has no batch dimension.
+        padded_to: The model fills the first dimension of an entry up to a multiple of so many rows.
+    """
+
+    name: str
+    batch: Literal["stack", "list", "shared"] = "stack"
+    padded_to: int = 1
+
+    def joined(self, entries: Sequence[Any]) -> Any:
+        """The argument of a forward from the entries of its batch; None where they have none."""
+        if entries[0] is None or self.batch == "shared":
+            return entries[0]
+        if self.batch == "list":
+            return list(entries)
+        return torch.stack(list(entries)) if len(entries) > 1 else entries[0][None]
+
+    def collated(self, values: Sequence[Any]) -> Any:
+        """The argument of one forward for those of several."""
+        if values[0] is None or self.batch == "shared":
+            return values[0]
+        if self.batch == "list":
+            return [entry for value in values for entry in value]
+        return torch.cat(list(values))
+
+    def key(self, value: Any) -> Hashable:
+        """Values with equal keys can be collated: every tensor that the model makes of them has the same shape."""
+        if value is None:
+            return None
+        if self.batch == "stack":
+            return tuple(value.shape)
+        return tuple(map(self._entry_key, value)) if self.batch == "list" else _same_value(value)
+
+    def _entry_key(self, entry: Any) -> Hashable:
+        if isinstance(entry, Tensor):
+            return -(-len(entry) // self.padded_to), tuple(entry.shape[1:])
+        return _same_value(entry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditioningField(Argument):
+    """One conditioning argument of a family.
+
+    Attributes:
+        source: What it varies with: the text ("prompt"), the size of the image and the number of tokens ("size"), reference
+            images ("image") or the guidance scale ("scale"). The first two are in each branch of an environment, the third is
+            in its `image_kwargs`, the fourth is its `guidance`.
+        shape: Of the tensor without its batch dimension: `TOKENS`, names of `ModelSpec.widths`, numbers. None: plain values.
+        dtype: "model": the transformer's; "float32"; "index": booleans or integers.
+        is_passed: Whether a forward takes it. False: metadata.
+        is_required: Whether no forward can do without it.
+        sglang_name: What SGLang-Diffusion calls it; None: the same.
+        is_listed_by_sglang: Whether SGLang-Diffusion holds the tensor in a list of one.
+    """
+
+    source: Literal["prompt", "size", "image", "scale"] = "prompt"
+    shape: tuple[str | int, ...] | None = None
+    dtype: Literal["model", "float32", "index"] = "model"
+    is_passed: bool = True
+    is_required: bool = True
+    sglang_name: str | None = None
+    is_listed_by_sglang: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether its value is a tensor."""
+        return self.shape is not None
+
+    def sizes(self, widths: Mapping[str, int]) -> list[int]:
+        """The shape of its tensor, where these are the sizes by name."""
+        return [size if isinstance(size, int) else widths[size] for size in self.shape or ()]
+
+    def value(self, env: DenoisingEnv, branch: Branch) -> EnvValue | None:
+        """Its value in one branch of an environment; None where there is none."""
+        if self.source == "scale":
+            return env.guidance
+        values: Mapping[str, EnvValue] = getattr(env, self.place(branch)) or {}
+        return values.get(self.name)
+
+    def place(self, branch: Branch) -> str:
+        """The part of an environment that holds it for one branch."""
+        if self.source in ("image", "scale"):
+            return IMAGES if self.source == "image" else "guidance"
+        return POSITIVE if branch == "positive" else NEGATIVE
+
+
+# Metadata that a family may declare: the number of text tokens, in a list of one.
+TEXT_LENGTHS = ConditioningField(name=LENGTHS, source="size", batch="list", is_passed=False, is_required=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """All that a family declares of its forwards.
+
+    Attributes:
+        fields: The conditioning arguments. The first one is the text embedding.
+        latents: The argument that takes the latents.
+        timestep: The argument that takes the timesteps, one per entry of the batch.
+        pair: The order of the branches that go through the model as one batch of two; None: each has a forward of its own,
+            the conditional one first.
+    """
+
+    fields: tuple[ConditioningField, ...]
+    latents: Argument
+    timestep: str = "timestep"
+    pair: tuple[Branch, Branch] | None = None
+
+    @property
+    def embeds(self) -> ConditioningField:
+        """The text embedding."""
+        return self.fields[0]
+
+    def in_place(self, place: str) -> list[ConditioningField]:
+        """The fields of one part of an environment, e.g. "pos_cond_kwargs"."""
+        return [field for field in self.fields if place in (field.place("positive"), field.place("negative"))]
+
+    def forward_inputs(self, latents: Tensor, timestep: Tensor, env: DenoisingEnv, *, is_guided: bool) -> list[ForwardInput]:
+        """The inputs of the forwards of one step of one sample.
+
+        Args:
+            latents: What the model takes for the sample's latents, in its dtype, without batch dimension.
+            timestep: One entry.
+            env: The sample's environment.
+            is_guided: Whether there is an unconditional branch.
+        """
+        branches: list[tuple[Branch, ...]] = [("positive",)]
+        if is_guided:
+            branches = [("positive",), ("negative",)] if self.pair is None else [self.pair]
+        return [self._forward_input(latents, timestep, env, rows) for rows in branches]
+
+    def _forward_input(self, latents: Tensor, timestep: Tensor, env: DenoisingEnv, rows: Sequence[Branch]) -> dict[str, Any]:
+        passed = [field for field in self.fields if field.is_passed]
+        return {
+            self.latents.name: self.latents.joined([latents] * len(rows)),
+            self.timestep: timestep if self.pair is None else timestep.repeat(len(rows)),
+            **{field.name: field.joined([_entry(field, env, branch) for branch in rows]) for field in passed},
+        }
+
+    def key(self, forward_input: ForwardInput) -> Hashable:
+        """Forward inputs with equal keys can be collated."""
+        return tuple(argument.key(forward_input[argument.name]) for argument in self._arguments())
+
+    def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
+        """One forward input for several of the same key, with the samples in this order."""
+        return {
+            argument.name: argument.collated([one[argument.name] for one in forward_inputs]) for argument in self._arguments()
+        }
+
+    def rows(self, forward_input: ForwardInput) -> int:
+        """How many entries of the transformer's batch a forward input has."""
+        return len(forward_input[self.timestep])
+
+    def contradiction(self, branch: Mapping[str, EnvValue]) -> str | None:
+        """What a branch says of the number of its tokens and does not have, in words."""
+        embeds, lengths = branch[self.embeds.name], branch.get(LENGTHS)
+        if not isinstance(embeds, Tensor) or lengths is None or lengths == [len(embeds)]:
+            return None
+        return f"{LENGTHS} is {lengths}, {self.embeds.name} has {len(embeds)} tokens"
+
+    def cast(self, env: DenoisingEnv, dtype: torch.dtype) -> DenoisingEnv:
+        """The environment for a transformer of another dtype."""
+        kept = {field.name for field in self.fields if field.dtype != "model"}
+
+        def branch(values: Mapping[str, EnvValue] | None) -> Any:
+            def cast(tensor: Tensor) -> Tensor:
+                return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+            if values is None:
+                return None
+            return {key: value if key in kept else replace_tensors(value, cast) for key, value in values.items()}
+
+        return replace(env, **{place: branch(getattr(env, place)) for place in (IMAGES, POSITIVE, NEGATIVE)})
+
+    def missing(self, env: DenoisingEnv, *, is_guided: bool) -> Iterator[tuple[str, ConditioningField]]:
+        """The required fields that an environment lacks, each with the part that should hold it."""
+        branches: tuple[Branch, ...] = ("positive", "negative") if is_guided else ("positive",)
+        for branch in branches:
+            for field in self.fields:
+                value = field.value(env, branch)
+                if field.is_required and (not isinstance(value, Tensor) if field.is_tensor else value is None):
+                    yield field.place(branch), field
+
+    def _arguments(self) -> Iterator[Argument]:
+        yield self.latents
+        yield Argument(name=self.timestep)
+        yield from (field for field in self.fields if field.is_passed)
+
+
+def uncollate(output: Output, num_inputs: int) -> list[Output]:
+    """The output of each forward input that was collated."""
+    rows = len(output) // num_inputs
+    if isinstance(output, Tensor):
+        return list(torch.split(output, rows))
+    return [output[start : start + rows] for start in range(0, len(output), rows)]
+
+
+def _entry(field: ConditioningField, env: DenoisingEnv, branch: Branch) -> Any:
+    """A field's value for one entry of the batch. A plain value of a list argument is a list of one, as pipelines pass it."""
+    value = field.value(env, branch)
+    if value is None:
+        assert not field.is_required, field.name
+        return None
+    return cast("Sequence[Any]", value)[0] if field.batch == "list" and not field.is_tensor else value
+
+
+def _same_value(value: Any) -> Hashable:
+    """A key that equal values alone have."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), bytes(tensor_bytes(plain_tensor(value.cpu())))
+    return tuple(map(_same_value, value)) if isinstance(value, list | tuple) else cast(Hashable, value)

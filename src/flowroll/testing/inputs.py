@@ -1,0 +1,64 @@
+"""Random inputs of a family's forwards, by what it declares: for tests and benchmarks of the forwards alone."""
+
+from __future__ import annotations
+
+import torch
+
+from flowroll.families import Family, ModelSpec, StepInput
+from flowroll.families.conditioning import TOKENS
+from flowroll.types import EnvValue, Number
+
+
+def random_text(
+    family: Family, spec: ModelSpec, num_tokens: int, *, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, EnvValue]:
+    """The required conditioning fields of a text, as if it had been encoded.
+
+    Args:
+        family: Declares them.
+        spec: The sizes of the checkpoint.
+        num_tokens: Length of the text.
+        dtype: The transformer's.
+        generator: Draws the numbers.
+    """
+    sizes = {**spec.widths, TOKENS: num_tokens}
+    return {
+        field.name: torch.randn(field.sizes(sizes), generator=generator).to(dtype)
+        for field in family.conditioning.fields
+        if field.source == "prompt" and field.is_required
+    }
+
+
+def random_input(
+    family: Family,
+    spec: ModelSpec,
+    *,
+    height: int,
+    width: int,
+    texts: tuple[int, int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    timestep: float = 0.5,
+    scale: Number = 4.0,
+) -> StepInput:
+    """One sample's input of a step.
+
+    Args:
+        family: The model family.
+        spec: The sizes of the checkpoint.
+        height: Pixels.
+        width: Pixels.
+        texts: Tokens of the prompt and of the negative prompt.
+        dtype: The transformer's.
+        generator: Draws the numbers.
+        timestep: As the model takes it.
+        scale: The guidance scale.
+    """
+    geometry, guidance = family.geometry(spec, height=height, width=width), family.guidance(scale)
+    positive, negative = (random_text(family, spec, one, dtype=dtype, generator=generator) for one in texts)
+    return StepInput(
+        latents=torch.randn(geometry.latent_shape, generator=generator),
+        timestep=torch.tensor([timestep], dtype=family.timestep_dtype(dtype)),
+        env=family.env(positive, negative if guidance.is_active else None, geometry),
+        guidance=guidance,
+    )
