@@ -145,7 +145,7 @@ def checkpoints(family: str, folder: Path) -> dict[str, Path]:
 
 
 async def soak_one(subject: Subject, options: argparse.Namespace) -> Soaked:
-    """Traffic to warm up, a rest; then spans of traffic, a rest after each, at which it is seen what the server holds."""
+    """Traffic to warm up, a rest; then stretches of traffic, a rest after each, at which it is seen what the server holds."""
     began_s, pid = time.monotonic(), subject.server.pid
     warm_up = options.minutes / 6 if options.warm_up is None else options.warm_up
 

@@ -168,7 +168,7 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
 
     Dynamic shift: sigma = e^mu / (e^mu + 1/u - 1) with mu linear in the number of tokens (or the linear form, mu in place
     of e^mu). Static shift: sigma = shift u / (1 + (shift - 1) u). Then, if configured, 1 - sigma is stretched so that the
-    last step starts at `shift_terminal`; a grid of one step has nothing to span and stays at its base value (diffusers
+    last step starts at `shift_terminal`; a grid of one step has nothing to stretch and stays at its base value (diffusers
     divides 0 by 0 there).
 
     Args:

@@ -68,8 +68,8 @@ class Tracing:
         span = self._tracer.start_span(name, parent, kind=SpanKind.SERVER, attributes=dict(attributes), start_time=at(start_s))
         if span.is_recording():
             inside = set_span_in_context(span)
-            for span in spans:
-                self._tracer.start_span(span.stage, inside, start_time=at(span.start_s)).end(at(span.end_s))
+            for stage in spans:
+                self._tracer.start_span(stage.stage, inside, start_time=at(stage.start_s)).end(at(stage.end_s))
             if int(attributes["http.response.status_code"]) >= _SERVER_ERROR:
                 span.set_status(Status(StatusCode.ERROR))
         span.end(end_ns)
