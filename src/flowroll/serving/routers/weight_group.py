@@ -58,6 +58,7 @@ def build_router(state: AppState) -> APIRouter:
                 backend=accepted.backend,
                 address=accepted.master_address,
                 port=accepted.master_port,
+                timeout_s=state.config.rank_timeout_s,
             )
             await asyncio.wrap_future(joined)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
