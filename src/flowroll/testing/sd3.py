@@ -17,7 +17,7 @@ _CLIP_DIMS = (16, 32)
 # As 3.5 medium: norms of queries and keys, and in the first layers a second attention over the image alone.
 _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
     "tiny": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "dual_attention_layers": (0,)},
-    "mid": {"num_layers": 14, "num_attention_heads": 8, "attention_head_dim": 64, "dual_attention_layers": (0, 1)},
+    "mid": {"num_layers": 11, "num_attention_heads": 8, "attention_head_dim": 64, "dual_attention_layers": (0, 1)},
     "shapes": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 24, "dual_attention_layers": ()},
 }
 
