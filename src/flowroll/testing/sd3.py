@@ -25,17 +25,19 @@ _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
 def make_sd3(size: Size, seed: int, overrides: dict[str, Any]) -> StableDiffusion3Pipeline:
     """A pipeline of this size; `overrides` are fields of the transformer's configuration."""
     channels = LATENT_CHANNELS[size]
-    config = {"in_channels": channels, "out_channels": channels, **_TRANSFORMERS[size], **overrides}
+    config = {
+        "sample_size": 128,
+        "pos_embed_max_size": 96,
+        "in_channels": channels,
+        "out_channels": channels,
+        "joint_attention_dim": TEXT_DIM,
+        "pooled_projection_dim": sum(_CLIP_DIMS),
+        "qk_norm": "rms_norm",
+        **_TRANSFORMERS[size],
+        **overrides,
+    }
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    transformer = SD3Transformer2DModel(
-        sample_size=128,
-        pos_embed_max_size=96,
-        joint_attention_dim=TEXT_DIM,
-        caption_projection_dim=width,
-        pooled_projection_dim=sum(_CLIP_DIMS),
-        qk_norm="rms_norm",
-        **config,
-    )
+    transformer = SD3Transformer2DModel(**{"caption_projection_dim": width, **config})
     # Without it, what a prompt says among hundreds of image tokens would hardly matter.
     fill_random(transformer, seed, {"attn.add_v_proj.weight": 4.0})
     clips, t5 = [make_clip_tokenizer(), make_clip_tokenizer(pad_token="!")], make_t5_tokenizer()
