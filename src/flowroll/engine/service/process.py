@@ -16,11 +16,12 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
-from flowroll.engine.service.channel import Channel, ChannelClosedError
+from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
 from flowroll.engine.service.client import CallFuture, EngineClient, FailureListener
 from flowroll.engine.service.messages import Answer, Call, Cancel, Close, EngineOptions, Failed, Ready
 from flowroll.engine.service.service import EngineService
@@ -193,7 +194,7 @@ class EngineProcess(EngineClient):
     def _read(self) -> None:
         try:
             while True:
-                message = self._channel.receive()
+                message = self._receive()
                 if isinstance(message, Answer):
                     future = self._calls.pop(message.id, None)
                     if future is not None:
@@ -209,6 +210,14 @@ class EngineProcess(EngineClient):
         if not self._closing.is_set():
             self._fail(self._lost())
         self._end_calls()
+
+    def _receive(self) -> Any:
+        try:
+            return self._channel.receive()
+        except TensorsLostError as lost:
+            _log.error("the tensors of an answer are lost: %s", lost)
+            error = EngineError(f"the answer must find room in the server's process, got {lost}.")
+            return replace(lost.message, result=None, error=error)
 
     def _fail(self, error: FlowrollError) -> None:
         with self._lock:
