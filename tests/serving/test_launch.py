@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -165,6 +166,17 @@ def test_what_cannot_be_loaded_exits_with_one_line_before_the_port_is_bound(
     assert isinstance(exited.value.code, str)
     assert words in exited.value.code and "\n" not in exited.value.code
     assert [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_connections_may_not_use_up_the_descriptors_that_answers_need(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with pytest.raises(SystemExit):
+            serve(ServerConfig(model=str(tmp_path), max_connections=500))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_port_that_is_taken_exits_with_one_line(qwen_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -33,6 +34,8 @@ from flowroll.serving.tracing import Tracing, otlp_provider
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN_POLL_S = 0.02
+# Beside one for each connection: log, sockets, and for moments the tensors of answers and uploads.
+_SPARE_DESCRIPTORS = 1024
 
 
 def serve(config: ServerConfig) -> None:
@@ -49,6 +52,7 @@ def serve(config: ServerConfig) -> None:
             rank was lost, which ends every request. With status 0: a signal came before the server was up.
     """
     configure_logging(config.log_level, config.log_format)
+    _allow_descriptors(config.max_connections + _SPARE_DESCRIPTORS)
     place = torchrun_rank()
     if place is not None and place.rank > 0:
         _follow(config)
@@ -68,6 +72,14 @@ def serve(config: ServerConfig) -> None:
     if engine.failure is not None:
         raise SystemExit(f"Error: {engine.failure.message}")
     _log.info("stopped")
+
+
+def _allow_descriptors(count: int) -> None:
+    """Lets this process have so many open files, as far as it may: often the limit is 1024, and a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _engine_options(config: ServerConfig) -> EngineOptions:

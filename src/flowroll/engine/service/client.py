@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from flowroll.errors import FlowrollError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 FailureListener = Callable[[FlowrollError], None]
 # Calls that may take long are made at the same time by so many threads; more of them wait.
 _MAX_BLOCKED = 32
@@ -125,11 +127,17 @@ class Dispatcher:
 
 
 def outcome(ended: Future[Any]) -> tuple[Any, BaseException | None, tuple[StageSpan, ...]]:
-    """The result, the error and the spans of a call that has ended."""
+    """The result, the error and the spans of a call that has ended.
+
+    The error is one of ours: another process may not know the class of any other, or not be able to make one.
+    """
     spans = getattr(ended, "spans", ())
     if ended.cancelled():
         return None, cancelled(), spans
     error = ended.exception()
+    if error is not None and not isinstance(error, FlowrollError):
+        _log.error("a call of the engine failed", exc_info=error)
+        error = engine_error(error)
     return None if error is not None else ended.result(), error, spans
 
 

@@ -14,6 +14,7 @@ from tests.rollouts import assert_same_bits
 from flowroll import Rollout, SamplingParams
 from flowroll.engine import Engine, RequestPlan
 from flowroll.engine.service import EngineService, InProcessEngine
+from flowroll.engine.service.service import blocking
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError
 
 QUEUE = "flowroll.engine.scheduler.queue"
@@ -28,6 +29,24 @@ def engine(qwen_checkpoint: Path) -> Iterator[HookedEngine]:
 @pytest.fixture
 def plan(engine: Engine) -> RequestPlan:
     return engine.plan(SamplingParams(prompt="a cat", seed=1, height=32, width=32, num_inference_steps=2))
+
+
+def test_an_error_that_is_none_of_ours_becomes_one_so_that_another_process_can_make_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(Exception):
+        """Cannot be made of its text alone, as `pickle` would."""
+
+        def __init__(self, one: str, other: str) -> None:
+            super().__init__(f"{one}{other}")
+
+    def leave_groups(service: EngineService) -> None:
+        raise Odd("a", "b")
+
+    monkeypatch.setattr(EngineService, "leave_groups", blocking(leave_groups))
+    with EngineService(engine, max_queue=1) as service:
+        error = InProcessEngine(service).call(leave_groups).exception(WAIT_S)
+        assert type(error) is EngineError and "Odd: ab" in error.message
 
 
 def assert_balanced(service: EngineService) -> None:
