@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 # What a worker is started as; it reads its configuration from the first line of its standard input.
-WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "flowroll.engine.runner")
+# -P: a file of the working folder is not taken for a module of the same name.
+WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "flowroll.engine.runner")
 # A worker that outlives its standard input ends with this status.
 ORPHANED = 70
 

@@ -47,7 +47,8 @@ class EngineProcess(EngineClient):
     def __init__(self, options: EngineOptions) -> None:
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with other:
-            command = [sys.executable, "-m", "flowroll.engine.service", str(other.fileno())]
+            # -P: a file of the working folder is not taken for a module of the same name.
+            command = [sys.executable, "-P", "-m", "flowroll.engine.service", str(other.fileno())]
             # In a session of its own, so that a Ctrl-C at the terminal reaches the server alone, which then ends it in order.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()], start_new_session=True

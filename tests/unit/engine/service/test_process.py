@@ -179,6 +179,16 @@ def test_a_checkpoint_that_cannot_be_loaded_is_said_so(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_a_file_of_the_working_folder_is_not_taken_for_a_module(
+    z_image_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    # Two ranks: both processes are started in the same way.
+    with EngineProcess(options(z_image_checkpoint, layout=Layout.parse("sp2"))) as process:
+        process.wait()
+
+
 def test_an_engine_ends_with_the_process_of_its_server(z_image_checkpoint: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from tests.unit.engine.service.test_process import options; "
