@@ -24,6 +24,7 @@ from flowroll.client import AsyncClient, Client
 from flowroll.client.pushing import buckets_of
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
+from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -211,6 +212,23 @@ def test_a_push_that_fails_anywhere_leaves_everything_and_the_way_free(
         client.update_weights((pair for pair in tensors.items() if 1 // (pair[0] != names[40])), bucket_bytes=10**5)
     with pytest.raises(WeightsRejectedError, match="got none for"):
         client.update_weights(list(tensors.items())[:-1])
+    server.post(f"/weights/{begin(server)}/abort")
+
+
+def test_a_commit_that_cannot_be_made_ready_ends_its_update(
+    server: httpx.Client, tensors: dict[str, Tensor], untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Tensor:
+        raise MemoryError("no room")
+
+    update_id = begin(server, partial=True)
+    name = min(tensors)
+    assert put(server, update_id, save({name: tensors[name]})).status_code == 200
+    with monkeypatch.context() as patched:
+        patched.setattr(WeightReceiver, "_own_part", full)
+        answer = server.post(f"/weights/{update_id}/commit")
+    assert (answer.status_code, error_of(answer)["code"]) == (422, "weights_rejected")
+    # Nothing more can come of it, so it is in nobody's way.
     server.post(f"/weights/{begin(server)}/abort")
 
 

@@ -317,7 +317,8 @@ class EngineService:
 
     def is_open(self, update_id: str) -> bool:
         """Whether tensors of the update may still come."""
-        return update_id in self._updates
+        receiver = self._updates.get(update_id)
+        return receiver is not None and receiver.is_open
 
     def drop_update(self, update_id: str) -> None:
         """Forgets an update and what has arrived of it. Without effect on one that has ended."""
