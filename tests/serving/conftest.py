@@ -1,6 +1,7 @@
 """One worker per family and one server over each, shared by the tests that leave them as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,23 @@ def worker(qwen_checkpoint: Path) -> Iterator[EngineWorker]:
 def z_worker(z_image_checkpoint: Path) -> Iterator[EngineWorker]:
     with Engine(z_image_checkpoint, device="cpu", variant="turbo") as engine, EngineWorker(engine, max_queue=4) as worker:
         yield worker
+
+
+@pytest.fixture(scope="session")
+def worker_of(
+    worker: EngineWorker, z_worker: EngineWorker, checkpoints: dict[str, Path]
+) -> Iterator[Callable[[str], EngineWorker]]:
+    """The worker of a family."""
+    known = {"qwen_image": worker, "z_image": z_worker}
+    with ExitStack() as stack:
+
+        def get(family: str) -> EngineWorker:
+            if family not in known:
+                engine = stack.enter_context(Engine(checkpoints[family], device="cpu"))
+                known[family] = stack.enter_context(EngineWorker(engine, max_queue=4))
+            return known[family]
+
+        yield get
 
 
 @pytest.fixture(scope="session")
