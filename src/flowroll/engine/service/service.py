@@ -6,6 +6,7 @@ Arguments and results are data that can be sent to another process; they hold no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -363,8 +364,12 @@ class EngineService:
 
     @blocking
     def fail_group(self, name: str) -> None:
-        """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same."""
-        self._groups.find(name).close(UNRECEIVED)
+        """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same.
+
+        Without effect on one that was left meanwhile.
+        """
+        with contextlib.suppress(NotFoundError):
+            self._groups.find(name).close(UNRECEIVED)
 
     # Adapters
 
