@@ -84,7 +84,8 @@ def _calls(rollout: Rollout) -> list:
     return family.forward_inputs(one, torch.float32)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the section with what it was measured on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
@@ -93,3 +94,7 @@ if __name__ == "__main__":
     print(f"# The cost of replay\n\nCommand: {command}. {hardware()}; one thread.")
     print("Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.\n")
     print(run(options.rounds))
+
+
+if __name__ == "__main__":
+    main()

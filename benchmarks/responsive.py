@@ -27,7 +27,7 @@ import uvicorn
 
 from benchmarks.measure import hardware
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
 from flowroll.testing import make_checkpoint
@@ -64,9 +64,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_checkpoint("qwen_image", Path(folder) / "qwen", size="tiny")
         with Engine(checkpoint, dtype="float32", device="cpu") as engine:
-            worker = EngineWorker(engine, max_queue=16)
-            measured, gaps = asyncio.run(_serve(worker, options.rounds))
-            worker.close()
+            service = EngineService(engine, max_queue=16)
+            measured, gaps = asyncio.run(_serve(service, options.rounds))
+            service.close()
     health = sorted(measured["health_s"])
     lines = [
         f"# Responsiveness under large answers, {today:%Y-%m-%d}",
@@ -89,9 +89,9 @@ def _row(values: Sequence[float]) -> str:
     return " | ".join(f"{seconds * 1000:.1f}" for seconds in (statistics.median(values), p99, values[-1]))
 
 
-async def _serve(worker: EngineWorker, rounds: int) -> tuple[dict[str, Any], list[float]]:
+async def _serve(service: EngineService, rounds: int) -> tuple[dict[str, Any], list[float]]:
     """Runs the server until the clients are done; returns what they measured, and how late each heartbeat was."""
-    app = create_app(worker, ServerConfig(model="tiny"))
+    app = create_app(InProcessEngine(service), ServerConfig(model="tiny"))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     serving = asyncio.create_task(server.serve())
     while not server.started:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from flowroll.cli.plots import colour_of, line_chart, save_chart
+from flowroll.cli.plots import color_of, line_chart, save_chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str) -> None:
     figure, axes = line_chart(title, x="round (one update of the server's weights each)", y="mean reward")
     axes.set_ylim(0, 1)
     for index, (label, rows) in enumerate(runs.items()):
-        colour = colour_of(index)
+        colour = color_of(index)
         rounds = [(row.round, row.reward) for row in rows if row.reward is not None]
         evaluations = [(row.round, row.evaluation) for row in rows if row.evaluation is not None]
         axes.plot(*zip(*rounds, strict=True), ".", markersize=3, alpha=0.5, color=colour)

@@ -20,7 +20,7 @@ back, so both sides raise the same class. It must not know about models, tensors
     ├── QueueFullError           429  too many requests are waiting; carries retry_after_s
     ├── CancelledRequestError    499  the caller took the request back, or went away
     ├── EngineError              500  the model failed while it ran this request
-    │   └── RankLostError        503  a rank of the replica died or stalled; the replica is down
+    │   └── RankLostError        503  a rank of the engine died or stalled; the engine is down
     ├── ShuttingDownError        503  the engine stops and takes no more work
     ├── CheckpointError           -   the folder cannot be loaded as a checkpoint
     ├── UnsupportedModelError     -   the checkpoint is fine, but of no family that flowroll knows
@@ -181,7 +181,7 @@ class EngineError(FlowrollError):
 
 
 class RankLostError(EngineError):
-    """A rank of a replica died, stalled, or cannot go on; nothing runs on this replica any more."""
+    """A rank of the engine died, stalled, or cannot go on; nothing runs on this engine any more."""
 
     code = "rank_lost"
     status = 503

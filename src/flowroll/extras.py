@@ -6,6 +6,7 @@ The extras themselves are listed in pyproject.toml. It must not know what they a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 from flowroll.errors import MissingExtraError
@@ -28,6 +29,17 @@ def extra_for(user: str, extra: str) -> Iterator[None]:
         if (missing := missing_extra(user, extra, error)) is None:
             raise
         raise missing from error
+
+
+def check_installed(*libraries: str) -> None:
+    """Refuses to go on without these libraries, which are imported later, where they are used.
+
+    Raises:
+        ModuleNotFoundError: One of them is not installed.
+    """
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
 
 
 def missing_extra(user: str, extra: str, error: ImportError) -> MissingExtraError | None:

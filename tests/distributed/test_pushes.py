@@ -8,7 +8,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 from tests.adapters import policy, saved
-from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
 from tests.pickling import pushed, trainer
 from tests.rollouts import assert_same_bits, tensors_of
@@ -21,7 +21,7 @@ from torch import Tensor
 from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 Truth = list[tuple[dict[str, Tensor], Rollout, str]]
 
@@ -52,8 +52,8 @@ def truth(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def server(request: pytest.FixtureRequest, z_image_checkpoint: Path) -> Iterator[httpx.Client]:
     with (
         Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[request.param], rank_timeout_s=30.0) as engine,
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker, allow_pickle_weights=True) as server,
+        EngineService(engine, max_queue=4) as service,
+        serving(service, allow_pickle_weights=True) as server,
     ):
         yield server
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.adapters import policy, saved
-from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.distributed.test_weight_updates import FAILING
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.adapters import policy
-from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
 from tests.rollouts import assert_same_bits, tensors_of
 from tests.serving.servers import serving
@@ -17,7 +17,7 @@ from tests.weights import WEIGHTS, with_other
 from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 LORA = {"lora_name": "a"}
 
@@ -39,8 +39,8 @@ def test_several_ranks_take_every_kind_of_change_over_http(qwen_checkpoint: Path
     old, new, adapted = one_rank(qwen_checkpoint), one_rank(other), one_rank(qwen_checkpoint, adapter)
     with (
         Engine(qwen_checkpoint, device="cpu", dtype="bfloat16", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine,
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker, weights_roots=(str(tmp_path),)) as http,
+        EngineService(engine, max_queue=4) as service,
+        serving(service, weights_roots=(str(tmp_path),)) as http,
         Client(str(http.base_url)) as client,
     ):
         client.update_weights_from_disk(other)

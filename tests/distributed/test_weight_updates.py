@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.distributed.test_replica import no_torchrun  # noqa: F401  # an autouse fixture
+from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST as SMALL
 from tests.weights import WEIGHTS, in_shards, with_other
@@ -77,13 +77,13 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
         assert engine.weights_checksum() == new_sum
 
 
-def test_a_rank_that_dies_while_it_reads_takes_the_replica_down(
+def test_a_rank_that_dies_while_it_reads_takes_the_engine_down(
     z_image_checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = "import os; worker.stage_weights = lambda *_: os._exit(7)"
     monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
-        with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 7"):
+        with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 7"):
             engine.update_weights_from_disk(other)
         assert engine.weight_version == "0"
         with pytest.raises(RankLostError):

@@ -1,4 +1,4 @@
-"""One worker per family and one server over each, shared by the tests that leave them as they are."""
+"""One service per family and one server over each, shared by the tests that leave them as they are."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,42 +9,42 @@ import pytest
 from tests.serving.servers import HookedEngine, serving
 
 from flowroll.engine import Engine, Limits
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 
 @pytest.fixture(scope="session")
-def worker(qwen_checkpoint: Path) -> Iterator[EngineWorker]:
+def service(qwen_checkpoint: Path) -> Iterator[EngineService]:
     limits = Limits(max_pixels=512 * 512, max_steps=1000, max_outputs=64)
-    with Engine(qwen_checkpoint, device="cpu", limits=limits) as engine, EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+    with Engine(qwen_checkpoint, device="cpu", limits=limits) as engine, EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")
-def z_worker(z_image_checkpoint: Path) -> Iterator[EngineWorker]:
-    with Engine(z_image_checkpoint, device="cpu", variant="turbo") as engine, EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+def z_service(z_image_checkpoint: Path) -> Iterator[EngineService]:
+    with Engine(z_image_checkpoint, device="cpu", variant="turbo") as engine, EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")
-def worker_of(
-    worker: EngineWorker, z_worker: EngineWorker, checkpoints: dict[str, Path]
-) -> Iterator[Callable[[str], EngineWorker]]:
-    """The worker of a family."""
-    known = {"qwen_image": worker, "z_image": z_worker}
+def service_of(
+    service: EngineService, z_service: EngineService, checkpoints: dict[str, Path]
+) -> Iterator[Callable[[str], EngineService]]:
+    """The service of a family."""
+    known = {"qwen_image": service, "z_image": z_service}
     with ExitStack() as stack:
 
-        def get(family: str) -> EngineWorker:
+        def get(family: str) -> EngineService:
             if family not in known:
                 engine = stack.enter_context(Engine(checkpoints[family], device="cpu"))
-                known[family] = stack.enter_context(EngineWorker(engine, max_queue=4))
+                known[family] = stack.enter_context(EngineService(engine, max_queue=4))
             return known[family]
 
         yield get
 
 
 @pytest.fixture(scope="session")
-def server(worker: EngineWorker) -> Iterator[httpx.Client]:
-    with serving(worker) as client:
+def server(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service) as client:
         yield client
 
 

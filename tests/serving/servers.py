@@ -17,10 +17,9 @@ import httpx
 import uvicorn
 from tests.hooked import WAIT_S, Gate, HookedEngine
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app
-from flowroll.serving.connections import HttpConfig
-from flowroll.serving.listening import open_listener
+from flowroll.serving.connections import HttpConfig, open_listener
 
 __all__ = [
     "LONG",
@@ -42,11 +41,11 @@ LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 1000, "num_outputs_per_p
 
 
 @contextmanager
-def serving(worker: EngineWorker, **options: Any) -> Iterator[httpx.Client]:
-    """A client of a server over this worker, on a thread. The worker lives on."""
-    config = ServerConfig(model=worker.engine.info.model, port=0, **options)
+def serving(service: EngineService, **options: Any) -> Iterator[httpx.Client]:
+    """A client of a server over this service, on a thread. The service lives on."""
+    config = ServerConfig(model=service.engine.info.model, port=0, **options)
     listener = open_listener(config)
-    server = uvicorn.Server(HttpConfig(create_app(worker, config), config))
+    server = uvicorn.Server(HttpConfig(create_app(InProcessEngine(service), config), config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from tests.serving.servers import SMALL, error_of, serving
 from tests.serving.test_openapi import ROUTES
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app
 
 KEY = "s3cret"
@@ -19,17 +19,19 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "FROB")
 
 
 @pytest.fixture(scope="module")
-def guarded(worker: EngineWorker) -> Iterator[httpx.Client]:
-    with serving(worker, api_key=KEY) as client:
+def guarded(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service, api_key=KEY) as client:
         yield client
 
 
-def test_every_route_of_the_app_but_liveness_is_closed_whatever_the_method(worker: EngineWorker, guarded: httpx.Client) -> None:
+def test_every_route_of_the_app_but_liveness_is_closed_whatever_the_method(
+    service: EngineService, guarded: httpx.Client
+) -> None:
     """The app itself is walked, so that a route that the document leaves out is found too."""
-    app = create_app(worker, ServerConfig(model="x", api_key=KEY))
+    app = create_app(InProcessEngine(service), ServerConfig(model="x", api_key=KEY))
     paths = {path for path, _ in routes(app.routes)}
     assert {*ROUTES, "/openapi.json"} == paths
-    before = worker.stats().accepted
+    before = service.status().counts.accepted
     for path in (*sorted(paths - {"/liveness"}), "/nope", "/liveness/", "/liveness/../health", "//liveness", "/LIVENESS", "/"):
         for method in METHODS:
             answer = guarded.request(method, path, json=SMALL if method == "POST" else None)
@@ -37,7 +39,7 @@ def test_every_route_of_the_app_but_liveness_is_closed_whatever_the_method(worke
             assert answer.headers["www-authenticate"] == "Bearer"
             if method != "HEAD":
                 assert error_of(answer)["code"] == "unauthorized"
-    assert worker.stats().accepted == before
+    assert service.status().counts.accepted == before
     assert guarded.get("/liveness").status_code == 200
 
 
@@ -54,7 +56,7 @@ def test_a_token_in_the_wrong_place_opens_nothing(guarded: httpx.Client) -> None
     assert guarded.get("/health", headers={"x-api-key": KEY, "proxy-authorization": f"Bearer {KEY}"}).status_code == 401
 
 
-def test_a_websocket_is_not_let_in(worker: EngineWorker) -> None:
+def test_a_websocket_is_not_let_in(service: EngineService) -> None:
     sent: list[dict[str, Any]] = []
     scope = {"type": "websocket", "path": "/health", "headers": [], "query_string": b"", "subprotocols": []}
 
@@ -64,7 +66,7 @@ def test_a_websocket_is_not_let_in(worker: EngineWorker) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(create_app(worker, ServerConfig(model="x", api_key=KEY))(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(create_app(InProcessEngine(service), ServerConfig(model="x", api_key=KEY))(scope, receive, send))  # type: ignore[arg-type]
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 

@@ -23,7 +23,7 @@ from flowroll import replay
 from flowroll.client import AsyncClient, Client
 from flowroll.client.calls import UpdateMode
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import ForbiddenError, InvalidRequestError, WeightsRejectedError
 
 
@@ -49,7 +49,7 @@ def root(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine, root: Path) -> Iterator[httpx.Client]:
-    with EngineWorker(engine, max_queue=4) as worker, serving(worker, weights_roots=(str(root),)) as client:
+    with EngineService(engine, max_queue=4) as service, serving(service, weights_roots=(str(root),)) as client:
         yield client
 
 

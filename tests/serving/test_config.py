@@ -14,6 +14,7 @@ from flowroll.serving import ServerConfig
         ("port", -1),
         ("port", 65536),
         ("max_queue", -1),
+        ("max_connections", 0),
         ("max_body_bytes", 0),
         ("max_score_body_bytes", 0),
         ("max_weights_body_bytes", 0),

@@ -8,7 +8,7 @@ import pytest
 from tests.serving.servers import LONG, SMALL, Background, Gate, HookedEngine, error_of, serving, until
 
 from flowroll.client import Client
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, PausedError
 from flowroll.serving.parsing import MAX_CONTROL_BYTES
 
@@ -17,7 +17,7 @@ ROLLOUT = "/rollout/generate"
 
 def test_an_aborted_request_is_answered_with_499_whether_it_runs_or_waits(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=2) as worker, serving(worker) as client, Client(str(client.base_url)) as own:
+    with EngineService(hooked, max_queue=2) as service, serving(service) as client, Client(str(client.base_url)) as own:
         caught: list[Exception] = []
 
         def roll(name: str) -> httpx.Response:
@@ -28,18 +28,18 @@ def test_an_aborted_request_is_answered_with_499_whether_it_runs_or_waits(hooked
             return httpx.Response(200)
 
         first = Background(lambda: roll("a"))
-        until(lambda: worker.running == 1)
+        until(lambda: service.status().counts.running == 1)
         others = [Background(lambda name=name: roll(name)) for name in ("b", "c")]
-        until(lambda: worker.pending == 2)
+        until(lambda: service.status().counts.pending == 2)
         assert client.post("/abort_request", json={"request_id": "none"}).json() == {"num_aborted": 0}
         assert client.post("/abort_request", json={"rid": "b", "abort_all": False}).json() == {"num_aborted": 1}
         others[0].answer()
-        assert len(caught) == 1 and worker.stats().failed == 1
+        assert len(caught) == 1 and service.status().counts.failed == 1
         assert client.post("/abort_request", json={"rid": "", "abort_all": True}).json() == {"num_aborted": 2}
         for request in (first, others[1]):
             request.answer()
         gate.opened.set()
-        assert len(caught) == 3 and worker.stats().failed == 3
+        assert len(caught) == 3 and service.status().counts.failed == 3
         assert client.post(ROLLOUT, json=SMALL).status_code == 200
 
 
@@ -63,9 +63,9 @@ def test_what_cannot_be_meant_is_refused(server: httpx.Client, path: str, body: 
 @pytest.mark.parametrize("mode", ["finish", "freeze"])
 def test_a_paused_server_refuses_new_requests_until_it_goes_on(hooked: HookedEngine, mode: str) -> None:
     body = {**SMALL, "num_inference_steps": 200, "rollout_debug_mode": False}
-    with EngineWorker(hooked, max_queue=2) as worker, serving(worker) as client, Client(str(client.base_url)) as own:
+    with EngineService(hooked, max_queue=2) as service, serving(service) as client, Client(str(client.base_url)) as own:
         running = Background(lambda: client.post(ROLLOUT, json=body))
-        until(lambda: worker.load().steps > 0)
+        until(lambda: service.status().load.steps > 0)
         paused = client.post("/pause_generation", json={"mode": mode}).json()
         assert paused["is_paused"] and paused["num_waiting"] == 0
         refused = client.post(ROLLOUT, json=SMALL)
@@ -76,36 +76,36 @@ def test_a_paused_server_refuses_new_requests_until_it_goes_on(hooked: HookedEng
         if mode == "finish":
             assert running.answer().status_code == 200
         else:
-            steps = worker.load().steps
+            steps = service.status().load.steps
             assert client.get("/health_generate").json()["evidence"] == "running"
-            assert worker.load().steps <= steps + 1
+            assert service.status().load.steps <= steps + 1
         assert client.post("/continue_generation").json()["is_paused"] is False
         assert running.answer().status_code == client.post(ROLLOUT, json=SMALL).status_code == 200
 
 
-def test_a_request_that_misses_its_deadline_is_answered_with_408(server: httpx.Client, worker: EngineWorker) -> None:
-    before = worker.load().failures.get("deadline_exceeded", 0)
+def test_a_request_that_misses_its_deadline_is_answered_with_408(server: httpx.Client, service: EngineService) -> None:
+    before = service.status().load.failures.get("deadline_exceeded", 0)
     response = server.post(ROLLOUT, json=LONG, headers={"x-flowroll-deadline-s": "0.3"})
     assert (response.status_code, error_of(response)["code"]) == (408, DeadlineExceededError.code)
-    until(lambda: worker.load().running_samples == 0)
-    assert worker.load().failures["deadline_exceeded"] == before + 1
+    until(lambda: service.status().load.running_samples == 0)
+    assert service.status().load.failures["deadline_exceeded"] == before + 1
     assert server.post(ROLLOUT, json=SMALL, headers={"x-flowroll-deadline-s": "300"}).status_code == 200
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", ""])
-def test_a_deadline_that_is_none_is_refused(server: httpx.Client, worker: EngineWorker, seconds: str) -> None:
-    before = worker.stats().accepted
+def test_a_deadline_that_is_none_is_refused(server: httpx.Client, service: EngineService, seconds: str) -> None:
+    before = service.status().counts.accepted
     response = server.post(ROLLOUT, json=SMALL, headers={"x-flowroll-deadline-s": seconds})
     assert (response.status_code, error_of(response)["field"]) == (422, "x-flowroll-deadline-s")
-    assert worker.stats().accepted == before
+    assert service.status().counts.accepted == before
 
 
-def test_a_client_that_goes_away_takes_its_running_samples_with_it(server: httpx.Client, worker: EngineWorker) -> None:
-    cancelled = worker.load().failures.get("cancelled", 0)
+def test_a_client_that_goes_away_takes_its_running_samples_with_it(server: httpx.Client, service: EngineService) -> None:
+    cancelled = service.status().load.failures.get("cancelled", 0)
     with pytest.raises(httpx.ReadTimeout):
         server.post(ROLLOUT, json=LONG, timeout=httpx.Timeout(30.0, read=1.0))
-    until(lambda: worker.load().failures.get("cancelled", 0) == cancelled + 1)
-    until(lambda: worker.load().running_samples == 0)
+    until(lambda: service.status().load.failures.get("cancelled", 0) == cancelled + 1)
+    until(lambda: service.status().load.running_samples == 0)
 
 
 @pytest.mark.parametrize("path", [ROLLOUT, "/generate"])
@@ -121,7 +121,7 @@ def test_metrics_show_batches_stages_and_failures(hooked: HookedEngine) -> None:
     def fail(plan: object) -> None:
         raise RuntimeError("no device")
 
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         client.post(ROLLOUT, json={**SMALL, "num_outputs_per_prompt": 3})
         hooked.hook = fail
         client.post(ROLLOUT, json=SMALL)

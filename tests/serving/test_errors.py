@@ -11,7 +11,7 @@ import pytest
 from tests.serving.servers import SMALL, Background, Gate, HookedEngine, error_of, serving, until
 
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import error_from_wire
 
 ROUTES = ("/rollout/generate", "/generate", "/v1/images/generations")
@@ -53,16 +53,16 @@ KEY = "s3cret"
     ],
 )
 def test_a_bad_value_is_a_422_that_names_the_field_as_the_wire_has_it(
-    server: httpx.Client, worker: EngineWorker, change: dict[str, Any], field: str, words: str
+    server: httpx.Client, service: EngineService, change: dict[str, Any], field: str, words: str
 ) -> None:
-    before = worker.stats().accepted
+    before = service.status().counts.accepted
     response = server.post("/rollout/generate", json={**SMALL, **change})
     assert response.status_code == 422
     error = error_of(response)
     assert (error["code"], error["field"]) == ("invalid_request", field)
     assert error["message"].startswith(field) and words in error["message"]
     assert response.headers["x-request-id"]
-    assert worker.stats().accepted == before
+    assert service.status().counts.accepted == before
 
 
 def test_a_refused_request_carries_its_callers_id(server: httpx.Client) -> None:
@@ -109,12 +109,12 @@ def test_unknown_paths_are_404_and_wrong_methods_405(server: httpx.Client) -> No
     assert server.post("/health").status_code == 405
 
 
-def test_a_body_above_the_limit_is_a_413_whether_or_not_its_length_is_declared(worker: EngineWorker) -> None:
+def test_a_body_above_the_limit_is_a_413_whether_or_not_its_length_is_declared(service: EngineService) -> None:
     def undeclared() -> Iterator[bytes]:
         for _ in range(100):
             yield b" " * 100
 
-    with serving(worker, max_body_bytes=1000) as client:
+    with serving(service, max_body_bytes=1000) as client:
         headers = {"content-type": "application/json"}
         assert client.post("/rollout/generate", json=SMALL).status_code == 200
         for content in (b" " * 1001, undeclared()):
@@ -134,9 +134,9 @@ def test_a_declared_length_above_the_limit_is_refused_before_the_body_comes(serv
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         taken = [Background(lambda: client.post("/rollout/generate", json=SMALL)) for _ in range(2)]
-        until(lambda: worker.pending == 1 and worker.running == 1)
+        until(lambda: service.status().counts.pending == 1 and service.status().counts.running == 1)
         response = client.post("/rollout/generate", json=SMALL)
         assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
         assert int(response.headers["retry-after"]) >= 1
@@ -146,14 +146,14 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(hooked: HookedEngine)
 
 def test_a_client_that_goes_away_disturbs_no_other(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/rollout/generate", json=SMALL, timeout=0.1)
         other = Background(lambda: client.post("/rollout/generate", json=SMALL))
-        until(lambda: worker.pending == 1)
+        until(lambda: service.status().counts.pending == 1)
         gate.opened.set()
         assert other.answer().status_code == 200
-        stats = worker.stats()
+        stats = service.status().counts
         assert (stats.accepted, stats.completed, stats.failed) == (2, 1, 1)
 
 
@@ -167,7 +167,7 @@ def test_a_failure_in_the_engine_is_a_500_of_that_request_alone(
 
     body = SMALL if "images" not in route else {"prompt": "a cat", "size": "64x64", "num_inference_steps": 2}
     hooked.hook = fail_once
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client, caplog.at_level(logging.ERROR):
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client, caplog.at_level(logging.ERROR):
         response = client.post(route, json=body)
         assert response.status_code == 500
         error = error_of(response)
@@ -185,7 +185,7 @@ def test_a_defect_of_the_server_itself_is_a_500_with_our_body_and_a_trace_in_the
         raise KeyError("internal detail")
 
     monkeypatch.setattr("flowroll.serving.routers.rollout.encode_rollouts", defect)
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client, caplog.at_level(logging.ERROR):
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client, caplog.at_level(logging.ERROR):
         response = client.post("/rollout/generate", json=SMALL)
     assert response.status_code == 500
     error = error_of(response)
@@ -196,15 +196,15 @@ def test_a_defect_of_the_server_itself_is_a_500_with_our_body_and_a_trace_in_the
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_draining_server_answers_503(hooked: HookedEngine, route: str) -> None:
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
-        worker.drain()
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
+        service.drain()
         body = SMALL if "images" not in route else {"prompt": "a cat", "size": "64x64", "num_inference_steps": 2}
         response = client.post(route, json=body)
     assert (response.status_code, error_of(response)["code"]) == (503, "shutting_down")
 
 
-def test_a_token_is_demanded_of_every_route_but_liveness(worker: EngineWorker) -> None:
-    with serving(worker, api_key=KEY) as client:
+def test_a_token_is_demanded_of_every_route_but_liveness(service: EngineService) -> None:
+    with serving(service, api_key=KEY) as client:
         paths = [(method.upper(), path) for path, methods in _paths(client).items() for method in methods]
         assert len(paths) > 8
         for method, path in [*paths, ("GET", "/openapi.json"), ("GET", "/nope")]:
@@ -230,19 +230,19 @@ def test_a_token_is_demanded_of_every_route_but_liveness(worker: EngineWorker) -
         (b"Bearer \xff\xfe", 401),
     ],
 )
-def test_only_the_token_itself_opens(worker: EngineWorker, sent: str | bytes, status: int) -> None:
-    with serving(worker, api_key=KEY) as client:
+def test_only_the_token_itself_opens(service: EngineService, sent: str | bytes, status: int) -> None:
+    with serving(service, api_key=KEY) as client:
         assert client.get("/health", headers={"authorization": sent}).status_code == status
 
 
-def test_the_api_key_is_shown_nowhere(worker: EngineWorker) -> None:
-    with serving(worker, api_key=KEY) as client:
+def test_the_api_key_is_shown_nowhere(service: EngineService) -> None:
+    with serving(service, api_key=KEY) as client:
         headers = {"authorization": f"Bearer {KEY}"}
         for path in ("/server_info", "/openapi.json", "/metrics"):
             assert KEY not in client.get(path, headers=headers).text
 
 
-def test_every_error_reaches_a_client_as_the_class_that_was_raised(server: httpx.Client, worker: EngineWorker) -> None:
+def test_every_error_reaches_a_client_as_the_class_that_was_raised(server: httpx.Client, service: EngineService) -> None:
     response = server.post("/rollout/generate", json={**SMALL, "height": 100})
     error = error_of(response)
     raised = error_from_wire(error["code"], error["message"], error["field"])

@@ -27,7 +27,7 @@ from tests.serving.servers import SMALL, WAIT_S, error_of, serving
 from tests.serving.test_openapi import ROUTES
 
 from flowroll.engine import Engine, Limits
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 EXAMPLES = int(os.environ.get("FLOWROLL_FUZZ_EXAMPLES", "8"))
 # Of the spoilt requests of a route, unless all are to be sent.
@@ -96,8 +96,8 @@ def server(qwen_checkpoint: Path, folder: Path) -> Iterator[httpx.Client]:
     roots = (str(folder / "root"),)
     with (
         Engine(qwen_checkpoint, device="cpu", limits=limits) as engine,
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker, weights_roots=roots, allow_pickle_weights=True) as client,
+        EngineService(engine, max_queue=4) as service,
+        serving(service, weights_roots=roots, allow_pickle_weights=True) as client,
     ):
         yield client
 
@@ -349,8 +349,8 @@ def split(tensor: dict[str, Any], index: int) -> dict[str, Any]:
     """One state of a trajectory, as a tensor of its own."""
     import base64
 
-    from flowroll.wire.blob import tensor_from_blob
     from flowroll.wire.codec import encode
+    from flowroll.wire.safetensors import tensor_from_blob
 
     states = tensor_from_blob(bytearray(base64.b64decode(tensor["data"])))
     return json.loads(b"".join(encode([states[index : index + 1].clone()], "json").chunks()))[0]

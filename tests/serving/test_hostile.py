@@ -20,10 +20,10 @@ import pytest
 import torch
 from tests.serving.servers import SMALL, WAIT_S, error_of, serving
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app
 from flowroll.serving.connections import MAX_HEADER_BYTES
-from flowroll.wire.blob import safetensors_prefix
+from flowroll.wire.safetensors import safetensors_prefix
 
 TIMEOUT_S = 0.4
 DRIBBLE_S = 0.05
@@ -34,9 +34,9 @@ GOOD = json.dumps({**SMALL, "num_inference_steps": 1}).encode()
 
 
 @pytest.fixture(scope="module")
-def hurried(worker: EngineWorker) -> Iterator[httpx.Client]:
+def hurried(service: EngineService) -> Iterator[httpx.Client]:
     """A server that waits for nobody for long."""
-    with serving(worker, receive_timeout_s=TIMEOUT_S, max_body_bytes=1 << 20) as client:
+    with serving(service, receive_timeout_s=TIMEOUT_S, max_body_bytes=1 << 20) as client:
         yield client
 
 
@@ -190,10 +190,10 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: httpx.Client, d
 
 
 @pytest.mark.parametrize("length", ["²", "9" * 5000, "-1", "٣", "1" * 19])
-def test_a_declared_length_is_no_number_until_it_is_one(worker: EngineWorker, length: str) -> None:
+def test_a_declared_length_is_no_number_until_it_is_one(service: EngineService, length: str) -> None:
     """Under another server than ours such a header can reach the app."""
     sent: list[dict[str, Any]] = []
-    app = create_app(worker, ServerConfig(model="x"))
+    app = create_app(InProcessEngine(service), ServerConfig(model="x"))
     headers = [(b"content-type", b"application/json"), (b"content-length", length.encode("latin-1", "replace"))]
     scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers}
 
@@ -333,7 +333,7 @@ def test_headers_that_choose_an_answer_may_hold_anything(hurried: httpx.Client) 
 
 
 def test_a_client_that_leaves_at_any_byte_leaves_no_trace(
-    hurried: httpx.Client, worker: EngineWorker, caplog: pytest.LogCaptureFixture
+    hurried: httpx.Client, service: EngineService, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = post(LENGTH, body=GOOD)
     for end in range(0, len(whole), 7):

@@ -12,7 +12,7 @@ from tests.weights import WEIGHTS, with_other
 from flowroll import replay
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import ForbiddenError, WeightsRejectedError
 
 
@@ -27,14 +27,14 @@ def snapshot(cache: Path, z_image_checkpoint: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module")
-def worker(z_image_checkpoint: Path) -> Iterator[EngineWorker]:
-    with Engine(z_image_checkpoint, device="cpu") as engine, EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+def service(z_image_checkpoint: Path) -> Iterator[EngineService]:
+    with Engine(z_image_checkpoint, device="cpu") as engine, EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def client(worker: EngineWorker, cache: Path) -> Iterator[Client]:
-    with serving(worker, weights_roots=(str(cache),)) as server, Client(str(server.base_url)) as client:
+def client(service: EngineService, cache: Path) -> Iterator[Client]:
+    with serving(service, weights_roots=(str(cache),)) as server, Client(str(server.base_url)) as client:
         yield client
 
 
@@ -45,8 +45,8 @@ def test_a_snapshot_or_a_file_in_it_is_an_update(path: str, client: Client, snap
         assert client.weights_checksum() == fresh.weights_checksum()
 
 
-def test_an_adapter_in_a_cache_is_loaded(client: Client, worker: EngineWorker, cache: Path, tmp_path: Path) -> None:
-    model = policy(worker.engine._model.transformer)
+def test_an_adapter_in_a_cache_is_loaded(client: Client, service: EngineService, cache: Path, tmp_path: Path) -> None:
+    model = policy(service.engine._model.transformer)
     folder = as_hub_cache(saved(model, tmp_path / "adapter"), cache)
     change = client.load_lora_adapter(folder, name="cached")
     assert change.adapter is not None and change.adapter.sha256 == replay.adapter_checksum(model)
@@ -59,10 +59,10 @@ def test_a_file_of_another_kind_is_named_as_it_was_given(client: Client, snapsho
 
 
 def test_links_out_of_the_root_are_refused_whatever_they_are_called(
-    worker: EngineWorker, snapshot: Path, tmp_path: Path
+    service: EngineService, snapshot: Path, tmp_path: Path
 ) -> None:
     # The names are inside, and the files beside: in the cache's blobs.
-    with serving(worker, weights_roots=(str(snapshot),)) as server, Client(str(server.base_url)) as client:
+    with serving(service, weights_roots=(str(snapshot),)) as server, Client(str(server.base_url)) as client:
         before = client.weights_checksum()
         for path in ("", "transformer", f"transformer/{WEIGHTS}"):
             with pytest.raises(ForbiddenError, match="must lead into a folder of --weights-root"):

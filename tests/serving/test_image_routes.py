@@ -13,7 +13,7 @@ from tests.serving.servers import SMALL, error_of, serving
 from torch import Tensor
 
 from flowroll import SamplingParams
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.types import ROLLOUT_FIELDS
 from flowroll.wire.codec import decode_images
 
@@ -27,9 +27,9 @@ VALUES = {
 
 
 @pytest.fixture(scope="module")
-def expected(worker: EngineWorker) -> Tensor:
+def expected(service: EngineService) -> Tensor:
     params = SamplingParams(prompt=SMALL["prompt"], seed=7, height=64, width=64, num_inference_steps=2, rollout=False)
-    (image,) = worker.engine.generate(params)
+    (image,) = service.engine.generate(params)
     return image.image
 
 
@@ -102,6 +102,6 @@ def test_generic_routes_refuse_every_rollout_field(server: httpx.Client, route: 
     assert error["field"] == name and "/rollout/generate" in error["message"]
 
 
-def test_generate_follows_the_servers_format(worker: EngineWorker) -> None:
-    with serving(worker, wire_format="msgpack") as client:
+def test_generate_follows_the_servers_format(service: EngineService) -> None:
+    with serving(service, wire_format="msgpack") as client:
         assert client.post("/generate", json=SMALL).headers["content-type"] == "application/msgpack"

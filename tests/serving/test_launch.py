@@ -17,8 +17,8 @@ import httpx
 import pytest
 from tests.serving.servers import LONG, SMALL, WAIT_S, Background, ServerProcess, error_of, until
 
+from flowroll.logs import LineFormatter
 from flowroll.serving import ServerConfig, launch, serve
-from flowroll.serving.logs import LineFormatter
 
 NUM_PROBES = 40
 # Loading takes seconds of CPU; what follows a signal must not.
@@ -130,12 +130,12 @@ def test_a_truncated_checkpoint_ends_the_process_with_one_clear_line_and_nothing
 
 
 def test_a_signal_while_the_checkpoint_loads_exits_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object, **__: object) -> None:
+    def wait(process: object) -> None:
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("loading went on")
 
     monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
-    monkeypatch.setattr(launch, "Engine", load)
+    monkeypatch.setattr(launch.EngineProcess, "wait", wait)
     with pytest.raises(SystemExit) as exited:
         serve(ServerConfig(model="x"))
     assert exited.value.code == 0

@@ -11,7 +11,7 @@ from tests.serving.servers import WAIT_S, Gate, HookedEngine, serving, until
 from typer.testing import CliRunner
 
 from flowroll.cli.app import app
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import ServerConnectionError
 from flowroll.loadgen import Load, LoadReport, Mix, Outcome, run_load
 
@@ -32,7 +32,7 @@ def test_good_and_rejected_requests_balance(hooked: HookedEngine) -> None:
         assert (await first).completed == 1
         return await running
 
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as http:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as http:
         report = asyncio.run(run(http))
     assert (report.sent, report.completed, report.rejected, report.failed, report.rejections) == (6, 1, 5, 0, 5)
     assert report.errors == {"429 queue_full": 5} and report.per_second["bytes"] > 0
@@ -85,7 +85,7 @@ def test_a_server_without_anything_of_flowrolls_is_measured_too() -> None:
 
 def test_what_is_due_while_too_much_is_in_flight_is_not_sent(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=4) as worker, serving(worker) as http:
+    with EngineService(hooked, max_queue=4) as service, serving(service) as http:
         ended: list[str] = []
 
         def on_outcome(outcome: Outcome) -> None:

@@ -13,9 +13,8 @@ import httpx
 import pytest
 from tests.serving.servers import SMALL, HookedEngine, serving, until
 
-from flowroll.engine.worker import EngineWorker
-from flowroll.serving.config import LogFormat, LogLevel
-from flowroll.serving.logs import configure_logging
+from flowroll.engine.service import EngineService
+from flowroll.logs import LogFormat, LogLevel, configure_logging
 from flowroll.wire.body import EncodedBody
 
 ROLLOUT = "/rollout/generate"
@@ -70,8 +69,8 @@ def test_every_line_of_a_request_carries_its_id_and_none_its_prompt(
 
     with (
         HookedEngine(qwen_checkpoint, device="cpu") as engine,
-        EngineWorker(engine, max_queue=1) as worker,
-        serving(worker, api_key=TOKEN) as client,
+        EngineService(engine, max_queue=1) as service,
+        serving(service, api_key=TOKEN) as client,
     ):
         client.headers["authorization"] = f"Bearer {TOKEN}"
         body = {**SMALL, "prompt": SECRET}
@@ -101,14 +100,14 @@ def test_every_line_of_a_request_carries_its_id_and_none_its_prompt(
 
 
 def test_a_body_that_breaks_off_in_the_http_library_is_logged_with_the_request_s_id(
-    worker: EngineWorker, log: Log, monkeypatch: pytest.MonkeyPatch
+    service: EngineService, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaking(body: EncodedBody) -> Iterator[bytes]:
         yield b"["
         raise RuntimeError("no more")
 
     monkeypatch.setattr(EncodedBody, "chunks", breaking)
-    with serving(worker) as client, pytest.raises(httpx.RemoteProtocolError):
+    with serving(service) as client, pytest.raises(httpx.RemoteProtocolError):
         client.post(ROLLOUT, json={**SMALL, "request_id": "cut"})
     until(lambda: any(entry["logger"] == "uvicorn.error" for entry in log.about("cut")))
 

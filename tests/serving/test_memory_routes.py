@@ -13,7 +13,7 @@ from tests.weights import REQUEST
 
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import AsleepError
 
 RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
@@ -23,8 +23,8 @@ RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
 def server(z_image_checkpoint: Path) -> Iterator[httpx.Client]:
     with (
         Engine(z_image_checkpoint, device="cpu") as engine,
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker, weights_roots=(str(z_image_checkpoint),)) as client,
+        EngineService(engine, max_queue=4) as service,
+        serving(service, weights_roots=(str(z_image_checkpoint),)) as client,
     ):
         yield client
 

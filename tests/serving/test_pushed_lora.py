@@ -20,7 +20,7 @@ from torch import Tensor
 from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.engine import AdapterLimits, Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.replay import adapter_checksum
 
 LORA: dict[str, Any] = {"weight_update_mode": "lora_merge", "lora_alpha": 6, "lora_rank": 4}
@@ -46,7 +46,7 @@ def z_image(z_image_checkpoint: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def server(z_image: Engine) -> Iterator[httpx.Client]:
-    with EngineWorker(z_image, max_queue=4) as worker, serving(worker, allow_pickle_weights=True) as client:
+    with EngineService(z_image, max_queue=4) as service, serving(service, allow_pickle_weights=True) as client:
         yield client
 
 
@@ -88,8 +88,8 @@ def test_every_request_runs_with_the_pushed_adapter_as_with_the_trainers_own(mod
     (base,) = engine.rollout(**REQUEST)
     (expected,) = engine.rollout(**REQUEST, lora_name="truth")
     with (
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker, allow_pickle_weights=True, lora_merge_mode=mode) as server,
+        EngineService(engine, max_queue=4) as service,
+        serving(service, allow_pickle_weights=True, lora_merge_mode=mode) as server,
         Client(str(server.base_url)) as client,
     ):
         for bucket in parts(factors(model)):
@@ -159,9 +159,9 @@ def test_ranks_and_scales_are_each_layers_own(merged: bool, z_image: Engine, tmp
     """A layer's rank is that of its factors, whatever the request says; without an alpha its scale is 1."""
     mode = "merge" if merged else "dynamic"
     with (
-        EngineWorker(z_image, max_queue=4) as worker,
+        EngineService(z_image, max_queue=4) as service,
         serving(
-            worker,
+            service,
             allow_pickle_weights=True,
             lora_merge_mode=mode,  # type: ignore[arg-type]
         ) as server,
@@ -232,8 +232,8 @@ def test_an_adapter_is_as_large_as_adapters_may_be(z_image_checkpoint: Path) -> 
     limits = AdapterLimits(max_adapter_bytes=1000)
     with (
         Engine(z_image_checkpoint, device="cpu", adapter_limits=limits) as engine,
-        EngineWorker(engine, max_queue=1) as worker,
-        serving(worker, allow_pickle_weights=True, adapter_limits=limits) as server,
+        EngineService(engine, max_queue=1) as service,
+        serving(service, allow_pickle_weights=True, adapter_limits=limits) as server,
     ):
         answer = send(server, {"transformer": list(factors(policy(engine._model.transformer)).items())}, **LORA)
         assert answer.status_code == 422 and "at most 1000 bytes" in error_of(answer)["message"]

@@ -12,7 +12,7 @@ from tests.serving.servers import SMALL, serving
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.client import Client
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.families import FAMILIES
 from flowroll.sampling.dynamics import NAMES, dynamics_named
 from flowroll.serving.routers import rollout as rollout_route
@@ -55,9 +55,9 @@ def decoded(response: httpx.Response) -> list[Rollout]:
 @pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_over_http_have_the_bits_of_the_engine(
-    worker_of: Callable[[str], EngineWorker], family: str, media_type: str, dialect: str
+    service_of: Callable[[str], EngineService], family: str, media_type: str, dialect: str
 ) -> None:
-    served = worker_of(family)
+    served = service_of(family)
     with serving(served) as client:
         response = post(client, EVERYTHING, accept=media_type, x_flowroll_dialect=dialect)
     assert response.headers["content-type"] == media_type
@@ -71,9 +71,9 @@ def test_rollouts_over_http_have_the_bits_of_the_engine(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_dynamics_travels_and_is_replayed_and_scored_exactly(z_worker: EngineWorker, name: str) -> None:
+def test_every_dynamics_travels_and_is_replayed_and_scored_exactly(z_service: EngineService, name: str) -> None:
     body = {**SMALL, "num_inference_steps": 3, "rollout_return_denoising_env": True, "rollout_return_dit_trajectory": True}
-    with serving(z_worker) as client:
+    with serving(z_service) as client:
         received = decoded(post(client, {**body, "rollout_sde_type": name}))
         scored = Client(str(client.base_url)).score(received)
     chosen = dynamics_named(name)
@@ -81,7 +81,7 @@ def test_every_dynamics_travels_and_is_replayed_and_scored_exactly(z_worker: Eng
     assert {rollout.sampling.sde_type for rollout in received} == {chosen.name}
     assert bool((recorded != 0).any()) == chosen.is_stochastic
     assert torch.equal(scored.log_probs, recorded)
-    again = replay.log_prob(z_worker.engine._pipeline.transformer, received)
+    again = replay.log_prob(z_service.engine._pipeline.transformer, received)
     assert torch.equal(replay.ratio(again.cpu(), recorded), torch.ones_like(recorded))
 
 
@@ -100,18 +100,18 @@ def test_the_noise_level_of_cps_may_be_above_one(server: httpx.Client) -> None:
     assert rollout.sampling.noise_level == 1.3 and rollout.log_probs[0] != 0
 
 
-def test_dialect_of_the_server_holds_where_the_request_names_none(worker: EngineWorker, server: httpx.Client) -> None:
+def test_dialect_of_the_server_holds_where_the_request_names_none(service: EngineService, server: httpx.Client) -> None:
     native = post(server, SMALL).json()[0]["rollout_debug_tensors"]
-    with serving(worker, wire_dialect="sglang") as client:
+    with serving(service, wire_dialect="sglang") as client:
         sglang = post(client, SMALL).json()[0]["rollout_debug_tensors"]
         asked = post(client, SMALL, x_flowroll_dialect="native").json()[0]["rollout_debug_tensors"]
     assert "variance_noise" in native and "rollout_variance_noises" in sglang
     assert asked == native
 
 
-def test_json_answers_any_type_unless_the_server_was_started_with_msgpack(worker: EngineWorker, server: httpx.Client) -> None:
+def test_json_answers_any_type_unless_the_server_was_started_with_msgpack(service: EngineService, server: httpx.Client) -> None:
     assert post(server, SMALL, accept="*/*").headers["content-type"] == "application/json"
-    with serving(worker, wire_format="msgpack") as client:
+    with serving(service, wire_format="msgpack") as client:
         assert post(client, SMALL, accept="*/*").headers["content-type"] == "application/msgpack"
         assert post(client, SMALL, accept="application/json").headers["content-type"] == "application/json"
 
@@ -142,8 +142,8 @@ def test_answers_are_encoded_off_the_event_loop(server: httpx.Client, monkeypatc
     assert not threads["loop"] & (threads["encoder"] | threads["chunks"])
 
 
-def test_the_minimal_request_works_with_the_familys_defaults(z_worker: EngineWorker) -> None:
-    with serving(z_worker, wire_format="msgpack") as client:
+def test_the_minimal_request_works_with_the_familys_defaults(z_service: EngineService) -> None:
+    with serving(z_service, wire_format="msgpack") as client:
         (rollout,) = decoded(post(client, {"prompt": "a cat"}))
     assert rollout.image.shape == (3, 1, 1024, 1024)
     assert rollout.log_probs is not None and rollout.log_probs.shape == (9,)

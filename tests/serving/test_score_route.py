@@ -20,7 +20,7 @@ from tests.serving.servers import WAIT_S, Background, error_of, serving, until
 from flowroll import Rollout, replay
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine, Limits
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, PayloadTooLargeError
 from flowroll.families import FAMILIES
 from flowroll.replay.remote import score_params
@@ -52,8 +52,8 @@ MEDIA = {"json": "application/json", "msgpack": "application/msgpack"}
 class Served:
     """An engine behind a server, and rollouts of every kind that it made."""
 
-    def __init__(self, worker: EngineWorker, http: httpx.Client) -> None:
-        self.worker, self.engine, self.http = worker, worker.engine, http
+    def __init__(self, service: EngineService, http: httpx.Client) -> None:
+        self.service, self.engine, self.http = service, service.engine, http
         self.rollouts = [rollout for kind in KINDS for rollout in self.engine.rollout(**{**REQUEST, **kind})]
 
     def client(self, wire_format: Any = "msgpack") -> Client:
@@ -78,8 +78,8 @@ def served_of(checkpoints: dict[str, Path]) -> Iterator[Callable[[str, str], Ser
             if (family, dtype) not in found:
                 limits = Limits(max_pixels=512 * 512, max_scores=30)
                 engine = stack.enter_context(Engine(checkpoints[family], dtype=dtype, device="cpu", limits=limits))
-                worker = stack.enter_context(EngineWorker(engine, max_queue=4))
-                found[family, dtype] = Served(worker, stack.enter_context(serving(worker)))
+                service = stack.enter_context(EngineService(engine, max_queue=4))
+                found[family, dtype] = Served(service, stack.enter_context(serving(service)))
             return found[family, dtype]
 
         yield get
@@ -240,13 +240,13 @@ def test_scores_can_demand_a_version_of_the_weights(served: Served, monkeypatch:
 
 def test_what_cannot_be_replayed_is_refused_before_it_is_sent(served: Served) -> None:
     with served.client() as client:
-        before = served.worker.stats().accepted
+        before = served.service.status().counts.accepted
         for change, words in (({"denoising_env": None}, "return_denoising_env=True"), ({"dit_trajectory": None}, "be there")):
             with pytest.raises(InvalidRequestError, match=words):
                 client.score([replace(served.rollouts[0], **change)])
         with pytest.raises(InvalidRequestError, match=r"steps must lie in 0\.\.2, got 3"):
             client.score(served.rollouts, steps=[3])
-        assert served.worker.stats().accepted == before
+        assert served.service.status().counts.accepted == before
 
 
 def spoilt(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -373,7 +373,7 @@ def test_too_many_steps_too_large_answers_and_bodies_are_refused(served: Served)
         assert caught.value.field == "samples"
         assert len(client.score([served.rollouts[0]] * 10).log_probs) == 10
     with (
-        serving(served.worker, max_score_body_bytes=2000) as http,
+        serving(served.service, max_score_body_bytes=2000) as http,
         Client(str(http.base_url)) as client,
         pytest.raises(PayloadTooLargeError, match="at most 2000 bytes"),
     ):
@@ -402,10 +402,10 @@ def test_scores_are_counted_and_end_in_one_result_or_error(served: Served) -> No
         ]
         return float(line.split()[1])
 
-    before, stats = counted(), served.worker.stats()
+    before, stats = counted(), served.service.status().counts
     scored(served.post(served.sent()))
     assert error_of(served.post(spoilt(served.sent(), "latents", tensor(2, 16, 8, 8, dtype=F32, fill=3e38))))["field"]
-    after = served.worker.stats()
+    after = served.service.status().counts
     assert counted() == before + 2
     assert (after.completed - stats.completed, after.failed - stats.failed) == (1, 1)
     assert after.accepted == after.completed + after.failed
@@ -440,7 +440,7 @@ def score_counts(served: Served) -> dict[str, float]:
 
 def test_scores_that_miss_their_deadline_are_a_408_and_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, before = [], score_counts(served)
-    monkeypatch.setattr(served.engine, "_score_samples", begun.append)
+    monkeypatch.setattr(served.engine._log_probs, "answer", begun.append)
     with busy(served) as task:
         response = served.post(served.sent(), **{"x-flowroll-deadline-s": "0.05"})
         assert (response.status_code, error_of(response)["code"]) == (408, "deadline_exceeded")
@@ -468,7 +468,7 @@ def test_scores_that_are_aborted_are_a_499(served: Served, body: dict[str, Any])
 def test_scores_of_a_client_that_goes_away_are_never_begun(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, before = [], score_counts(served)
     with busy(served):
-        monkeypatch.setattr(served.engine, "_score_samples", begun.append)
+        monkeypatch.setattr(served.engine._log_probs, "answer", begun.append)
         with pytest.raises(httpx.ReadTimeout):
             served.http.post("/rollout/score", json=served.sent(), timeout=httpx.Timeout(WAIT_S, read=0.5))
         until(lambda: score_counts(served)["failed"] == before["failed"] + 1)

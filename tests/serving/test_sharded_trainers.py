@@ -28,7 +28,7 @@ from flowroll import Rollout, replay
 from flowroll.client import Client
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import FlowrollError
 
 WORLD = 2
@@ -199,8 +199,8 @@ def folders(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def server(z_image_checkpoint: Path) -> Iterator[httpx.Client]:
     with (
         Engine(z_image_checkpoint, dtype="float32", device="cpu") as engine,
-        EngineWorker(engine, max_queue=4) as worker,
-        serving(worker) as client,
+        EngineService(engine, max_queue=4) as service,
+        serving(service) as client,
     ):
         yield client
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import WeightsBusyError
 from flowroll.replay import weights_checksum
 
@@ -52,19 +52,19 @@ def truth(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def worker(z_image_checkpoint: Path) -> Iterator[EngineWorker]:
-    with HookedEngine(z_image_checkpoint, device="cpu") as engine, EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+def service(z_image_checkpoint: Path) -> Iterator[EngineService]:
+    with HookedEngine(z_image_checkpoint, device="cpu") as engine, EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def server(worker: EngineWorker) -> Iterator[httpx.Client]:
-    with serving(worker, allow_pickle_weights=True, weights_idle_s=60.0) as client:
+def server(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service, allow_pickle_weights=True, weights_idle_s=60.0) as client:
         yield client
 
 
 @pytest.fixture
-def old(worker: EngineWorker, server: httpx.Client, truth: Truth) -> Rollout:
+def old(service: EngineService, server: httpx.Client, truth: Truth) -> Rollout:
     """The engine has the old weights, as version "kept", and no push is incomplete."""
     assert send(server, list(truth[0][0].items()), weight_version="kept").json()["is_complete"]
     return truth[0][1]
@@ -96,7 +96,7 @@ def ended(server: httpx.Client, before: Mapping[str, float]) -> dict[str, float]
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_a_push_of_a_trainer_gives_the_rollouts_of_an_engine_started_on_the_weights(
-    dtype: Any, server: httpx.Client, worker: EngineWorker, old: Rollout, z_image_checkpoint: Path, tmp_path: Path
+    dtype: Any, server: httpx.Client, service: EngineService, old: Rollout, z_image_checkpoint: Path, tmp_path: Path
 ) -> None:
     fresh = with_other(z_image_checkpoint, tmp_path / "fresh", factor=0.9 + KINDS.index(dtype) / 50)
     kinds = itertools.cycle(DTYPES if dtype == "mixed" else [dtype])
@@ -110,7 +110,7 @@ def test_a_push_of_a_trainer_gives_the_rollouts_of_an_engine_started_on_the_weig
         assert answer.json()["weight_version"] == f"{dtype}"
         # It is in place now: what was sent is what is there.
         names = [metadata.name for metadata in kept[0]["transformer"]["metadata"]]  # type: ignore[index]
-        live = dict(worker.engine._model.transformer.state_dict())
+        live = dict(service.engine._model.transformer.state_dict())
         for name in names:
             assert torch.equal(live[name], tensors[name].to(live[name].dtype)), name
         count += len(names)
@@ -128,7 +128,7 @@ def test_a_push_of_a_trainer_gives_the_rollouts_of_an_engine_started_on_the_weig
 
 @pytest.mark.parametrize("form", ["bucket", "keyed bucket", "list", "keyed list"])
 def test_every_form_of_a_payload_is_taken(
-    form: str, server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    form: str, server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
     tensors, new, new_sum = truth[1]
     value: Any = flattened(tensors) if "bucket" in form else list(tensors.items())
@@ -144,27 +144,27 @@ def test_every_form_of_a_payload_is_taken(
         "num_arrived": 73,
         "num_tensors": 73,
     }
-    assert worker.engine.weights_checksum() == new_sum
-    assert_same_bits(worker.engine.rollout(**REQUEST)[0], new)
+    assert service.engine.weights_checksum() == new_sum
+    assert_same_bits(service.engine.rollout(**REQUEST)[0], new)
 
 
-def test_the_vae_is_pushed_under_its_name(server: httpx.Client, worker: EngineWorker, old: Rollout) -> None:
-    tensors = {name: tensor.clone() for name, tensor in worker.engine._pipeline.vae.state_dict().items()}
-    before = worker.engine.weights_checksum("vae")
+def test_the_vae_is_pushed_under_its_name(server: httpx.Client, service: EngineService, old: Rollout) -> None:
+    tensors = {name: tensor.clone() for name, tensor in service.engine._pipeline.vae.state_dict().items()}
+    before = service.engine.weights_checksum("vae")
     halved = {name: tensor * 0.5 for name, tensor in tensors.items()}
     answer = send(server, {"vae": flattened(halved)}, load_format="flattened_bucket", target_modules=["vae"])
-    assert answer.json()["is_complete"] and worker.engine.weights_checksum("vae") != before
+    assert answer.json()["is_complete"] and service.engine.weights_checksum("vae") != before
     answer = send(server, {"vae": flattened(tensors)}, load_format="flattened_bucket")
     assert (answer.status_code, error_of(answer)["field"]) == (422, "serialized_named_tensors")
     assert "target_modules" in error_of(answer)["message"]
     assert send(server, {"vae": list(tensors.items())}, target_modules=["vae"]).json()["is_complete"]
-    assert worker.engine.weights_checksum("vae") == before
+    assert service.engine.weights_checksum("vae") == before
 
 
 def test_no_sample_starts_between_the_buckets_of_a_push(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
-    new, engine, gate = truth[1][1], worker.engine, Gate()
+    new, engine, gate = truth[1][1], service.engine, Gate()
     assert isinstance(engine, HookedEngine)
     first, second = halves(truth[1][0])
     with Client(str(server.base_url)) as client:
@@ -204,9 +204,9 @@ def test_no_sample_starts_between_the_buckets_of_a_push(
 
 
 def test_what_was_running_may_be_done_again_with_the_new_weights(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
-    engine, gate = worker.engine, Gate()
+    engine, gate = service.engine, Gate()
     assert isinstance(engine, HookedEngine)
     first, second = halves(truth[1][0])
     engine.hook = gate
@@ -225,11 +225,11 @@ def test_what_was_running_may_be_done_again_with_the_new_weights(
 
 
 def test_a_push_that_is_not_completed_is_given_up_after_a_silence(
-    worker: EngineWorker, truth: Truth, caplog: pytest.LogCaptureFixture
+    service: EngineService, truth: Truth, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = halves(truth[1][0])
-    with serving(worker, allow_pickle_weights=True, weights_idle_s=0.5) as server, Client(str(server.base_url)) as client:
-        worker.engine.update_weights_from_tensors(truth[0][0])
+    with serving(service, allow_pickle_weights=True, weights_idle_s=0.5) as server, Client(str(server.base_url)) as client:
+        service.engine.update_weights_from_tensors(truth[0][0])
         with caplog.at_level(logging.WARNING, "flowroll.serving.pushes"):
             assert send(server, list(first.items()), weight_version="half").json()["is_complete"] is False
             (got,) = client.rollout(**REQUEST)
@@ -245,7 +245,7 @@ def test_a_push_that_is_not_completed_is_given_up_after_a_silence(
 
 @pytest.mark.parametrize("version", ["another", None])
 def test_everything_has_to_come_once_more_when_a_trainer_begins_again(
-    version: str | None, server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    version: str | None, server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
     before = outcomes(server)
     first, second = halves(truth[1][0])
@@ -258,21 +258,21 @@ def test_everything_has_to_come_once_more_when_a_trainer_begins_again(
     assert send(server, list(first.items()), weight_version="last").json()["num_arrived"] == 37
     assert is_holding(server)
     assert send(server, list(second.items()), weight_version="last").json()["is_complete"] is True
-    assert worker.engine.weights_checksum() == truth[1][2] and not is_holding(server)
+    assert service.engine.weights_checksum() == truth[1][2] and not is_holding(server)
     assert ended(server, before) == {"completed": 1, "restarted": 1 if version == "another" else 2}
 
 
 def test_a_push_without_a_version_is_counted_once(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
-    worker.engine.update_weights_from_tensors(truth[0][0], weight_version="100")
+    service.engine.update_weights_from_tensors(truth[0][0], weight_version="100")
     first, second = halves(truth[1][0])
     versions = [send(server, list(half.items())).json()["weight_version"] for half in (first, second, first, second)]
     assert versions == ["101", "101", "102", "102"]
 
 
 def test_an_error_leaves_everything_and_the_push_goes_on(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
     before = outcomes(server)
     first, second = halves(truth[1][0])
@@ -285,20 +285,20 @@ def test_an_error_leaves_everything_and_the_push_goes_on(
         answer = send(server, list(wrong.items()))
         assert answer.status_code == 422 and list(wrong)[-1] in error_of(answer)["message"]
         # Nothing was begun.
-        assert not is_holding(server) and worker.engine.weight_version == "kept"
-    assert worker.engine.weights_checksum() == truth[0][2]
+        assert not is_holding(server) and service.engine.weight_version == "kept"
+    assert service.engine.weights_checksum() == truth[0][2]
     assert send(server, list(first.items())).status_code == 200
-    between = worker.engine.weights_checksum()
+    between = service.engine.weights_checksum()
     assert send(server, list({**second, name: torch.zeros(7)}.items())).status_code == 422
     assert send(server, []).status_code == 422
-    assert worker.engine.weights_checksum() == between and is_holding(server)
+    assert service.engine.weights_checksum() == between and is_holding(server)
     assert send(server, list(second.items())).json()["is_complete"] is True
-    assert worker.engine.weights_checksum() == truth[1][2]
+    assert service.engine.weights_checksum() == truth[1][2]
     assert ended(server, before) == {"completed": 1}
 
 
 def test_a_bucket_that_cannot_be_put_in_place_has_not_come(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth, monkeypatch: pytest.MonkeyPatch
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = halves(truth[1][0])
     assert send(server, list(first.items())).status_code == 200
@@ -309,11 +309,11 @@ def test_a_bucket_that_cannot_be_put_in_place_has_not_come(
         server.post("/resume_memory_occupation").raise_for_status()
     assert is_holding(server)
     assert send(server, list(second.items())).json()["is_complete"] is True
-    assert worker.engine.weights_checksum() == truth[1][2]
+    assert service.engine.weights_checksum() == truth[1][2]
 
 
 def test_a_whole_module_from_elsewhere_ends_a_push(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
     before = outcomes(server)
     first, _ = halves(truth[1][0])
@@ -327,7 +327,7 @@ def test_a_whole_module_from_elsewhere_ends_a_push(
         assert_same_bits(client.rollout(**REQUEST)[0], truth[1][1])
 
 
-def test_nothing_is_scored_with_a_mixture(server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth) -> None:
+def test_nothing_is_scored_with_a_mixture(server: httpx.Client, service: EngineService, old: Rollout, truth: Truth) -> None:
     first, second = halves(truth[1][0])
     with Client(str(server.base_url)) as client:
         before = score(client, old)
@@ -343,9 +343,9 @@ def score(client: Client, rollout: Rollout) -> Tensor:
 
 
 def test_buckets_of_an_update_that_was_begun_change_nothing_before_its_commit(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
-    engine, (tensors, new, _) = worker.engine, truth[1]
+    engine, (tensors, new, _) = service.engine, truth[1]
     first, second = halves(tensors)
     update_id = server.post("/weights/begin", json={"weight_version": "9"}).json()["update_id"]
     answer = send(server, {"transformer": flattened(first)}, load_format="flattened_bucket", update_id=update_id)
@@ -383,8 +383,8 @@ class _Evil:
         return os.system, (f"touch {self._path}",)
 
 
-def test_anything_else_is_refused_by_name(server: httpx.Client, worker: EngineWorker, old: Rollout, tmp_path: Path) -> None:
-    before = worker.engine.weight_version, worker.engine.weights_checksum()
+def test_anything_else_is_refused_by_name(server: httpx.Client, service: EngineService, old: Rollout, tmp_path: Path) -> None:
+    before = service.engine.weight_version, service.engine.weights_checksum()
     answer = send(server, pickle.dumps(_Evil(tmp_path / "run")))
     assert (answer.status_code, error_of(answer)["code"]) == (403, "forbidden")
     assert "posix.system" in error_of(answer)["message"]
@@ -416,28 +416,27 @@ def test_anything_else_is_refused_by_name(server: httpx.Client, worker: EngineWo
     ):
         answer = server.post(ROUTE, json=body)
         assert (answer.status_code, error_of(answer)["field"]) == (status, field), answer.text
-    assert (worker.engine.weight_version, worker.engine.weights_checksum()) == before
+    assert (service.engine.weight_version, service.engine.weights_checksum()) == before
 
 
-def test_without_leave_nothing_is_read(worker: EngineWorker) -> None:
-    with serving(worker) as server:
+def test_without_leave_nothing_is_read(service: EngineService) -> None:
+    with serving(service) as server:
         answer = send(server, [])
         assert (answer.status_code, error_of(answer)["code"]) == (403, "forbidden")
         assert "--allow-pickle-weights" in error_of(answer)["message"]
 
 
-def test_a_server_on_a_gpu_reads_the_payload_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what torch would say of the second one is put in its place."""
+def test_a_server_on_a_gpu_reads_the_payload_of_its_own() -> None:
     from flowroll.errors import InvalidRequestError
     from flowroll.serving.routers import shared_tensors
 
-    monkeypatch.setattr(shared_tensors, "gpu_uuid", lambda index: f"aaaa-{index}")
-    device = torch.device("cuda:1")
-    assert shared_tensors._own_entry(["GPU-AAAA-0", "GPU-AAAA-1"], device) == 1
-    assert shared_tensors._own_entry(["MIG-aaaa-1", "aaaa-0"], device) == 0
-    assert shared_tensors._own_entry(None, device) == 0
+    own = "aaaa-1"
+    assert shared_tensors._own_entry(["GPU-AAAA-0", "GPU-AAAA-1"], own) == 1
+    assert shared_tensors._own_entry(["MIG-aaaa-1", "aaaa-0"], own) == 0
+    assert shared_tensors._own_entry(None, own) == 0
+    assert shared_tensors._own_entry(["GPU-aaaa-0"], None) == 0
     with pytest.raises(InvalidRequestError, match="server's GPU, which is aaaa-1, got aaaa-0"):
-        shared_tensors._own_entry(["GPU-aaaa-0"], device)
+        shared_tensors._own_entry(["GPU-aaaa-0"], own)
 
 
 def sums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -452,7 +451,7 @@ def sums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def test_the_checker_compares_what_it_is_asked_for(
-    server: httpx.Client, worker: EngineWorker, old: Rollout, truth: Truth
+    server: httpx.Client, service: EngineService, old: Rollout, truth: Truth
 ) -> None:
     def check(expected: object, module: str = "transformer") -> tuple[int, dict[str, Any]]:
         answer = server.post(CHECKER, json={"target_module": module, "expected_named_tensors_sha256": expected})
@@ -474,7 +473,7 @@ def test_the_checker_compares_what_it_is_asked_for(
     assert status == 400 and answer["message"].endswith(", ... (+68 more)")
     send(server, [(first, truth[1][0][first])])
     assert check({first: expected[first]})[0] == 400 and check(sums({first: truth[1][0][first]}))[0] == 200
-    vae = worker.engine._pipeline.vae.state_dict()
+    vae = service.engine._pipeline.vae.state_dict()
     assert check(sums(vae), "vae")[0] == 200
     for body, field in (
         ({"expected_named_tensors_sha256": some}, "target_module"),

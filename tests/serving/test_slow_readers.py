@@ -19,8 +19,8 @@ LARGE = {
 TIMEOUT_S = 1.0
 
 
-def test_a_client_that_never_reads_is_let_go_while_others_are_served(worker):
-    with serving(worker, send_timeout_s=TIMEOUT_S) as others, socket.socket() as silent:
+def test_a_client_that_never_reads_is_let_go_while_others_are_served(service):
+    with serving(service, send_timeout_s=TIMEOUT_S) as others, socket.socket() as silent:
         url = urlsplit(str(others.base_url))
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.connect((url.hostname, url.port))
@@ -35,8 +35,8 @@ def test_a_client_that_never_reads_is_let_go_while_others_are_served(worker):
         assert received(silent) < len(others.post("/rollout/generate", json=LARGE).content) / 2
 
 
-def test_a_client_that_reads_slowly_gets_all_of_its_answer(worker):
-    with serving(worker, send_timeout_s=TIMEOUT_S) as client:
+def test_a_client_that_reads_slowly_gets_all_of_its_answer(service):
+    with serving(service, send_timeout_s=TIMEOUT_S) as client:
         with client.stream("POST", "/rollout/generate", json=LARGE) as answer:
             size = 0
             for number, piece in enumerate(answer.iter_raw(chunk_size=2**20)):

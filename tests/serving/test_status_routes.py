@@ -8,9 +8,8 @@ import httpx
 import pytest
 from tests.serving.servers import SMALL, Background, Gate, HookedEngine, error_of, serving, until
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, probe
 from flowroll.families import FAMILIES
-from flowroll.serving import probe
 
 
 def test_probes_answer_ok_on_an_idle_server(server: httpx.Client) -> None:
@@ -19,9 +18,9 @@ def test_probes_answer_ok_on_an_idle_server(server: httpx.Client) -> None:
         assert response.status_code == 200 and response.json()["status"] == "ok"
 
 
-def test_server_info_shows_engine_limits_and_queue(server: httpx.Client, worker: EngineWorker) -> None:
+def test_server_info_shows_engine_limits_and_queue(server: httpx.Client, service: EngineService) -> None:
     info = server.get("/server_info").json()
-    engine = worker.engine.info
+    engine = service.engine.info
     assert (info["family"], info["variant"], info["dtype"]) == ("qwen_image", engine.variant, "float32")
     assert info["limits"] == dataclasses.asdict(engine.limits)
     assert info["defaults"]["num_inference_steps"] == engine.defaults.num_inference_steps
@@ -35,17 +34,17 @@ def test_server_info_shows_engine_limits_and_queue(server: httpx.Client, worker:
 def test_health_generate_makes_a_one_step_image_once_and_then_reports_it(checkpoints: dict[str, Path], family: str) -> None:
     with (
         HookedEngine(checkpoints[family], device="cpu") as engine,
-        EngineWorker(engine, max_queue=1) as worker,
-        serving(worker) as client,
+        EngineService(engine, max_queue=1) as service,
+        serving(service) as client,
     ):
         assert client.get("/health_generate").json() == {"status": "ok", "evidence": "probe"}
         assert client.get("/health_generate").json() == {"status": "ok", "evidence": "recent"}
-        assert worker.stats().accepted == 1
+        assert service.status().counts.accepted == 1
 
 
 def test_health_generate_reports_a_generation_that_runs_without_waiting_for_it(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         running = Background(lambda: client.post("/rollout/generate", json=SMALL))
         assert gate.entered.wait(10)
         assert client.get("/health_generate").json()["evidence"] == "running"
@@ -55,12 +54,12 @@ def test_health_generate_reports_a_generation_that_runs_without_waiting_for_it(h
 
 def test_simultaneous_probes_share_one_generation(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         probes = [Background(lambda: client.get("/health_generate")) for _ in range(4)]
         assert gate.entered.wait(10)
         gate.opened.set()
         assert {request.answer().json()["status"] for request in probes} == {"ok"}
-        assert worker.stats().accepted == 1
+        assert service.status().counts.accepted == 1
 
 
 def test_health_generate_fails_when_its_image_fails(hooked: HookedEngine) -> None:
@@ -68,7 +67,7 @@ def test_health_generate_fails_when_its_image_fails(hooked: HookedEngine) -> Non
         raise RuntimeError("no device")
 
     hooked.hook = fail
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         response = client.get("/health_generate")
         assert response.status_code == 503
         assert error_of(response)["code"] == "engine_error"
@@ -78,19 +77,19 @@ def test_health_generate_fails_when_its_image_fails(hooked: HookedEngine) -> Non
 def test_health_generate_fails_when_its_image_does_not_end(hooked: HookedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_TIMEOUT_S", 0.1)
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         for _ in range(2):
             assert client.get("/health_generate").status_code == 503
-        assert worker.stats().accepted == 1
+        assert service.status().counts.accepted == 1
         gate.opened.set()
-        until(lambda: worker.running == 0)
+        until(lambda: service.status().counts.running == 0)
         assert client.get("/health_generate").json()["evidence"] == "recent"
 
 
 def test_health_generate_fails_while_a_request_is_stuck(hooked: HookedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
-        monkeypatch.setattr(worker, "is_progressing", lambda: False)
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
+        monkeypatch.setattr(hooked.scheduler, "is_progressing", lambda: False)
         running = Background(lambda: client.post("/rollout/generate", json=SMALL))
         assert gate.entered.wait(10)
         assert client.get("/health_generate").status_code == 503
@@ -99,8 +98,8 @@ def test_health_generate_fails_while_a_request_is_stuck(hooked: HookedEngine, mo
 
 
 def test_a_draining_server_is_alive_but_not_ready(hooked: HookedEngine) -> None:
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
-        worker.drain()
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
+        service.drain()
         assert client.get("/liveness").status_code == client.get("/health").status_code == 200
         for path in ("/readiness", "/health_generate"):
             response = client.get(path)
@@ -108,8 +107,8 @@ def test_a_draining_server_is_alive_but_not_ready(hooked: HookedEngine) -> None:
 
 
 def test_a_server_whose_engine_thread_ended_is_not_healthy(hooked: HookedEngine) -> None:
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
-        worker.close()
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
+        service.close()
         assert client.get("/liveness").status_code == 200
         assert client.get("/health").status_code == 503
 
@@ -118,7 +117,7 @@ def test_metrics_count_requests_samples_steps_and_balance(hooked: HookedEngine) 
     def fail(plan: object) -> None:
         raise RuntimeError("no device")
 
-    with EngineWorker(hooked, max_queue=1) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=1) as service, serving(service) as client:
         rollout = {**SMALL, "num_inference_steps": 3, "num_outputs_per_prompt": 2, "rollout_sde_step_indices": [0]}
         answered = client.post("/rollout/generate", json=rollout)
         client.post("/generate", json=SMALL)
@@ -151,9 +150,9 @@ def test_metrics_count_requests_samples_steps_and_balance(hooked: HookedEngine) 
 
 def test_metrics_show_the_queue_while_requests_wait(hooked: HookedEngine) -> None:
     hooked.hook = gate = Gate()
-    with EngineWorker(hooked, max_queue=2) as worker, serving(worker) as client:
+    with EngineService(hooked, max_queue=2) as service, serving(service) as client:
         requests = [Background(lambda: client.post("/generate", json=SMALL)) for _ in range(3)]
-        until(lambda: worker.pending == 2 and worker.running == 1)
+        until(lambda: service.status().counts.pending == 2 and service.status().counts.running == 1)
         values = _values(client.get("/metrics").text)
         assert (values["flowroll_queue_depth"], values["flowroll_running_requests"]) == (2, 1)
         gate.opened.set()
@@ -161,8 +160,8 @@ def test_metrics_show_the_queue_while_requests_wait(hooked: HookedEngine) -> Non
             request.answer()
 
 
-def test_two_apps_count_apart(worker: EngineWorker, server: httpx.Client) -> None:
-    with serving(worker) as other:
+def test_two_apps_count_apart(service: EngineService, server: httpx.Client) -> None:
+    with serving(service) as other:
         other.get("/health")
         other.get("/health")
         values = _values(other.get("/metrics").text)

@@ -23,7 +23,7 @@ from flowroll import Rollout
 from flowroll.client import AsyncClient, Client
 from flowroll.client.pushing import buckets_of
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -63,14 +63,14 @@ def engine(z_image_checkpoint: Path) -> Iterator[HookedEngine]:
 
 
 @pytest.fixture(scope="module")
-def worker(engine: HookedEngine) -> Iterator[EngineWorker]:
-    with EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+def service(engine: HookedEngine) -> Iterator[EngineService]:
+    with EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def server(worker: EngineWorker) -> Iterator[httpx.Client]:
-    with serving(worker) as client:
+def server(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service) as client:
         yield client
 
 
@@ -275,10 +275,10 @@ def test_a_trainer_that_is_killed_leaves_everything(
         free(server)
 
 
-def test_an_update_that_falls_silent_is_dropped(worker: EngineWorker, tensors: dict[str, Tensor]) -> None:
-    before = worker.engine.weight_version, worker.engine.weights_checksum()
+def test_an_update_that_falls_silent_is_dropped(service: EngineService, tensors: dict[str, Tensor]) -> None:
+    before = service.engine.weight_version, service.engine.weights_checksum()
     data = save(tensors)
-    with serving(worker, weights_idle_s=0.3) as server:
+    with serving(service, weights_idle_s=0.3) as server:
         update_id = begin(server)
         assert put(server, update_id, save(tensors)).status_code == 200
         free(server)
@@ -297,13 +297,13 @@ def test_an_update_that_falls_silent_is_dropped(worker: EngineWorker, tensors: d
             time.sleep(0.2)
             assert put(server, update_id, save(half)).status_code == 200
         assert server.post(f"/weights/{update_id}/abort").status_code == 200
-    assert (worker.engine.weight_version, worker.engine.weights_checksum()) == before
+    assert (service.engine.weight_version, service.engine.weights_checksum()) == before
 
 
 def test_a_commit_that_waits_for_requests_is_no_silence(
-    worker: EngineWorker, engine: HookedEngine, tensors: dict[str, Tensor]
+    service: EngineService, engine: HookedEngine, tensors: dict[str, Tensor]
 ) -> None:
-    with serving(worker, weights_idle_s=0.2) as server:
+    with serving(service, weights_idle_s=0.2) as server:
         engine.hook = gate = Gate()
         try:
             running = Background(lambda: server.post("/rollout/generate", json={"prompt": "a", "num_inference_steps": 1}))
@@ -357,9 +357,9 @@ def test_bad_requests_are_refused_by_name(server: httpx.Client, tensors: dict[st
     server.post(f"/weights/{update_id}/abort")
 
 
-def test_a_body_is_limited_whether_it_tells_its_length_or_not(worker: EngineWorker, tensors: dict[str, Tensor]) -> None:
+def test_a_body_is_limited_whether_it_tells_its_length_or_not(service: EngineService, tensors: dict[str, Tensor]) -> None:
     data = save(tensors)
-    with serving(worker, max_weights_body_bytes=len(data) // 2) as server:
+    with serving(service, max_weights_body_bytes=len(data) // 2) as server:
         with Client(str(server.base_url)) as client:
             with pytest.raises(PayloadTooLargeError):
                 client.update_weights(tensors)
@@ -370,8 +370,8 @@ def test_a_body_is_limited_whether_it_tells_its_length_or_not(worker: EngineWork
         free(server)
 
 
-def test_the_token_guards_them(worker: EngineWorker) -> None:
-    with serving(worker, api_key="s3cret") as client:
+def test_the_token_guards_them(service: EngineService) -> None:
+    with serving(service, api_key="s3cret") as client:
         for path in ("/weights/begin", "/weights/x/buckets", "/weights/x/commit", "/weights/x/abort", ONE_BODY):
             assert client.post(path).status_code == 401
 

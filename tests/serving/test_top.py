@@ -10,17 +10,17 @@ from tests.scripted import scripted_server
 from tests.serving.servers import SMALL, WAIT_S, serving, until
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 ONCE = ("--once", "--interval-s", "0.1")
 
 
-def test_one_frame_of_a_server_goes_to_a_pipe(server: httpx.Client, worker: EngineWorker) -> None:
+def test_one_frame_of_a_server_goes_to_a_pipe(server: httpx.Client, service: EngineService) -> None:
     assert server.post("/generate", json=SMALL).status_code == 200
     result = run_cli("top", "--url", server.base_url, *ONCE, columns=110)
     assert result.exit_code == 0 and "\x1b" not in result.stdout
     for shown in (
-        Path(worker.engine.info.model).name,
+        Path(service.engine.info.model).name,
         "● ready",
         "running samples",
         "per second",
@@ -30,8 +30,8 @@ def test_one_frame_of_a_server_goes_to_a_pipe(server: httpx.Client, worker: Engi
         assert shown in result.stdout, result.stdout
 
 
-def test_a_guarded_server_wants_its_token(worker: EngineWorker) -> None:
-    with serving(worker, api_key="secret") as client:
+def test_a_guarded_server_wants_its_token(service: EngineService) -> None:
+    with serving(service, api_key="secret") as client:
         assert_one_line_error(run_cli("top", "--url", client.base_url, *ONCE), "token")
         assert run_cli("top", "--url", client.base_url, "--api-key", "secret", *ONCE).exit_code == 0
 

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from tests.serving.servers import SMALL, WAIT_S, Gate, HookedEngine, ServerProcess, until
 
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app, launch, serve, tracing
 from flowroll.serving.tracing import Tracing
 
@@ -35,9 +35,9 @@ def engine(z_image_checkpoint: Path) -> Iterator[HookedEngine]:
 
 
 @pytest.fixture(scope="module")
-def worker(engine: HookedEngine) -> Iterator[EngineWorker]:
-    with EngineWorker(engine, max_queue=0) as worker:
-        yield worker
+def service(engine: HookedEngine) -> Iterator[EngineService]:
+    with EngineService(engine, max_queue=0) as service:
+        yield service
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def provider(exporter: InMemorySpanExporter) -> TracerProvider:
 
 
 @pytest.fixture
-def client(worker: EngineWorker, provider: TracerProvider) -> Iterator[httpx.Client]:
-    with serving_spans(worker, Tracing(provider)) as client:
+def client(service: EngineService, provider: TracerProvider) -> Iterator[httpx.Client]:
+    with serving_spans(service, Tracing(provider)) as client:
         yield client
 
 
 @contextmanager
-def serving_spans(worker: EngineWorker, made: Tracing | None) -> Iterator[httpx.Client]:
-    app = create_app(worker, ServerConfig(model="x"), tracing=made)
+def serving_spans(service: EngineService, made: Tracing | None) -> Iterator[httpx.Client]:
+    app = create_app(InProcessEngine(service), ServerConfig(model="x"), tracing=made)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -79,7 +79,7 @@ def spans_of(exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[Readabl
     return root, sorted(children, key=lambda span: span.start_time)
 
 
-def test_an_answer_is_a_span_with_a_child_for_every_stretch_of_its_time(
+def test_an_answer_is_a_span_with_a_child_for_every_span_of_its_time(
     client: httpx.Client, exporter: InMemorySpanExporter
 ) -> None:
     answer = client.post(ROLLOUT, json={**SMALL, "prompt": "a secret garden", "request_id": "step 3"})
@@ -157,10 +157,10 @@ def test_what_is_polled_leaves_no_span(client: httpx.Client, exporter: InMemoryS
 
 
 def test_the_process_s_own_provider_is_used_and_the_web_framework_adds_nothing(
-    worker: EngineWorker, provider: TracerProvider, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+    service: EngineService, provider: TracerProvider, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
-    with serving_spans(worker, None) as client:
+    with serving_spans(service, None) as client:
         client.post("/generate", json=SMALL)
     root, children = spans_of(exporter)
     assert root.name == "POST /generate" and [span.name for span in children] == STAGES

@@ -15,7 +15,7 @@ from tests.weights import REQUEST, WEIGHTS, with_other
 from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 
 UPDATES = 100
 # More steps than an update takes, so that updates fall into trajectories.
@@ -30,8 +30,8 @@ def test_a_hundred_updates_under_traffic_mix_no_trajectory_and_lose_no_request(
     expected = [_alone(folder) for folder in folders]
     with (
         Engine(z_image_checkpoint, device="cpu") as engine,
-        EngineWorker(engine, max_queue=8) as worker,
-        serving(worker, weights_roots=tuple(map(str, folders))) as http,
+        EngineService(engine, max_queue=8) as service,
+        serving(service, weights_roots=tuple(map(str, folders))) as http,
         Client(str(http.base_url)) as trainer,
     ):
         num_answers, _ = _update_under_traffic(trainer, folders, expected, range(1, 11))
@@ -39,7 +39,7 @@ def test_a_hundred_updates_under_traffic_mix_no_trajectory_and_lose_no_request(
         more_answers, versions = _update_under_traffic(trainer, folders, expected, range(11, 11 + UPDATES))
         # Traffic was there all along.
         assert len(versions) > UPDATES / 4
-        stats = worker.stats()
+        stats = service.status().counts
         assert (stats.accepted, stats.completed, stats.failed) == (num_answers + more_answers,) * 2 + (0,)
         (held_bytes, held_files), (bytes_before, files_before) = _held(), before
         assert held_bytes == bytes_before and held_files <= files_before

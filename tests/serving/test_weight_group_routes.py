@@ -25,10 +25,10 @@ from flowroll import Rollout
 from flowroll.client import Client
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
+from flowroll.engine.weights import groups
 from flowroll.errors import InvalidRequestError, WeightsBusyError, WeightsRejectedError
 from flowroll.parallel.broadcasting import BroadcastGroup
-from flowroll.serving import weight_groups
 from flowroll.serving.routers import weight_group
 from flowroll.wire.schema import parse_json_body
 
@@ -59,14 +59,14 @@ def engine(z_image_checkpoint: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def worker(engine: Engine) -> Iterator[EngineWorker]:
-    with EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+def service(engine: Engine) -> Iterator[EngineService]:
+    with EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def server(worker: EngineWorker) -> Iterator[httpx.Client]:
-    with serving(worker, rank_timeout_s=20.0, weights_idle_s=0.5) as client:
+def server(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service, rank_timeout_s=20.0, weights_idle_s=0.5) as client:
         yield client
 
 
@@ -171,10 +171,14 @@ def test_a_refused_bucket_leaves_everything_and_is_never_taken_for_the_next(
     assert_untouched(engine, truth)
 
 
-def test_a_server_that_is_busy_leaves_the_others_free(worker: EngineWorker, engine: Engine, truth: Truth, old: Rollout) -> None:
+def test_a_server_that_is_busy_leaves_the_others_free(
+    service: EngineService, engine: Engine, truth: Truth, old: Rollout
+) -> None:
+    # Each server is a member of its own; the engine is the fixture's to close.
+    other = EngineService(engine, max_queue=4)
     with (
-        serving(worker) as free_one,
-        serving(worker) as busy_one,
+        serving(service) as free_one,
+        serving(other) as busy_one,
         Client(str(free_one.base_url)) as first,
         Client(str(busy_one.base_url)) as second,
         WeightGroup([first, second], timeout_s=20.0) as group,
@@ -209,9 +213,9 @@ def test_a_group_whose_bucket_was_refused_receives_nothing_more(
 
 
 def test_a_trainer_that_falls_silent_is_waited_for_no_longer_than_is_said(
-    worker: EngineWorker, engine: Engine, truth: Truth, old: Rollout
+    service: EngineService, engine: Engine, truth: Truth, old: Rollout
 ) -> None:
-    with serving(worker, rank_timeout_s=1.0) as server, Client(str(server.base_url)) as client:
+    with serving(service, rank_timeout_s=1.0) as server, Client(str(server.base_url)) as client:
         with WeightGroup([client], timeout_s=20.0) as group:
             body = {"names": ["x_pad_token"], "dtypes": ["float32"], "shapes": [[1, 64]], "group_name": group._name}
             answer = server.post(UPDATE, json=body)
@@ -255,10 +259,10 @@ def test_a_broadcast_that_waits_ends_with_its_group(
 
 
 def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(
-    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+    service: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_groups, "MAX_GROUPS", 2)
-    with serving(worker, rank_timeout_s=20.0) as server, Client(str(server.base_url)) as client:
+    monkeypatch.setattr(groups, "MAX_GROUPS", 2)
+    with serving(service, rank_timeout_s=20.0) as server, Client(str(server.base_url)) as client:
         free(server)
         failed, kept = (WeightGroup([client], timeout_s=20.0) for _ in range(2))
         with pytest.raises(WeightsBusyError, match=r"at most 2 process groups, .*; destroy one of them first"):
@@ -285,7 +289,7 @@ def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(
             group.close()
 
 
-def test_the_end_of_the_server_is_the_end_of_its_groups(worker: EngineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_server_is_the_end_of_its_groups(service: EngineService, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
     close = BroadcastGroup.close
 
@@ -295,7 +299,7 @@ def test_the_end_of_the_server_is_the_end_of_its_groups(worker: EngineWorker, mo
 
     monkeypatch.setattr(BroadcastGroup, "close", noted)
     with ExitStack() as clients:
-        with serving(worker, rank_timeout_s=20.0) as server:
+        with serving(service, rank_timeout_s=20.0) as server:
             group = WeightGroup([clients.enter_context(Client(str(server.base_url)))], timeout_s=20.0)
         assert closed == [group._name]
         group.close()

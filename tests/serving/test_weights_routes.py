@@ -19,7 +19,7 @@ from tests.weights import REQUEST, WEIGHTS, with_other
 from flowroll import Rollout, replay
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import ForbiddenError, OutdatedWeightsError, WeightsMismatchError, WeightsRejectedError
 from flowroll.serving.paths import allowed_path
 
@@ -45,7 +45,7 @@ def engine(z_image_checkpoint: Path) -> Iterator[HookedEngine]:
 
 @pytest.fixture(scope="module")
 def server(engine: HookedEngine, root: Path) -> Iterator[httpx.Client]:
-    with EngineWorker(engine, max_queue=4) as worker, serving(worker, weights_roots=(str(root),)) as client:
+    with EngineService(engine, max_queue=4) as service, serving(service, weights_roots=(str(root),)) as client:
         yield client
 
 
@@ -161,15 +161,15 @@ def test_a_refused_update_leaves_the_next_rollout_as_it_was(client: Client, serv
     assert new.weight_version == version
 
 
-def test_a_server_without_roots_reads_nothing_and_says_how_to_allow_it(worker: EngineWorker, root: Path) -> None:
-    with serving(worker) as client:
+def test_a_server_without_roots_reads_nothing_and_says_how_to_allow_it(service: EngineService, root: Path) -> None:
+    with serving(service) as client:
         answer = client.post(UPDATE, json={"model_path": str(root / "good")})
         assert (answer.status_code, error_of(answer)["code"]) == (403, "forbidden")
         assert "start it with --weights-root DIR" in error_of(answer)["message"]
 
 
-def test_the_token_guards_weights(worker: EngineWorker, root: Path) -> None:
-    with serving(worker, api_key="s3cret", weights_roots=(str(root),)) as client:
+def test_the_token_guards_weights(service: EngineService, root: Path) -> None:
+    with serving(service, api_key="s3cret", weights_roots=(str(root),)) as client:
         for path in (UPDATE, "/get_weights_checksum", "/verify_weights"):
             assert client.post(path, json={"model_path": str(root / "good")}).status_code == 401
 

@@ -21,15 +21,15 @@ def test_a_fresh_error_is_the_same_in_all_but_its_frames(kind: type[FlowrollErro
 
 
 def test_an_engine_whose_ranks_are_down_keeps_nothing_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowroll.engine.core import EngineCore
-    from flowroll.engine.worker import EngineWorker
+    from flowroll.engine import Engine
+    from flowroll.engine.service import EngineService
 
     failure = RankLostError("rank 1 must live, got its end; restart it.")
-    monkeypatch.setattr(EngineCore, "failure", failure)
-    monkeypatch.setattr(EngineWorker, "failure", failure)
-    worker = EngineWorker.__new__(EngineWorker)
-    worker._is_draining = True
-    for check in (EngineCore.__new__(EngineCore)._check_interrupt, worker._check_draining):
+    monkeypatch.setattr(Engine, "failure", failure)
+    monkeypatch.setattr(EngineService, "failure", failure)
+    service = EngineService.__new__(EngineService)
+    service._is_draining = True
+    for check in (Engine.__new__(Engine)._check_open, service._check_accepting):
         with pytest.raises(RankLostError) as caught:
             check()
         assert caught.value is not failure

@@ -1,4 +1,4 @@
-"""The `flowroll` command. Importing it loads neither torch nor a model library; each command imports what it needs."""
+"""Holds the `flowroll` command. Importing it loads neither torch nor a model library; each command imports what it needs."""
 
 from flowroll.errors import MissingExtraError
 from flowroll.extras import extra_for

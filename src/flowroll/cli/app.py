@@ -1,4 +1,4 @@
-"""The command group: which commands there are, and how an error ends one.
+"""Holds the command group: which commands there are, and how an error ends one.
 
 A command's module is imported when the command is run or asked for its help, so that `flowroll --help` is there at once, and a
 command asks for no library that another one needs.
@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from flowroll.errors import FlowrollError
@@ -24,7 +23,7 @@ PLAIN: Mapping[str, Any] = {"add_completion": False, "rich_markup_mode": None, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One command of the group.
+    """Describes one command of the group.
 
     Attributes:
         where: Module in this package and name in it, of a function or of a group.
@@ -37,7 +36,7 @@ class Entry:
     extra: str
 
     def load(self, name: str) -> Any:
-        """The command itself.
+        """Imports the command.
 
         Raises:
             MissingExtraError: A library that it needs is not installed.
@@ -65,7 +64,7 @@ COMMANDS: Mapping[str, Entry] = {
     "verify": Entry(
         where="verify:verify", help="Replay saved rollouts with a checkpoint's weights, and say what differs.", extra="engine"
     ),
-    "top": Entry(where="top:top", help="Watch a server: load, rates, time by stage, errors; until Ctrl-C.", extra="client"),
+    "top": Entry(where="top:top", help="Watch a server's load, rates, time by stage and errors until Ctrl-C.", extra="client"),
     "bench": Entry(where="bench:bench", help="Measure a running server.", extra="client"),
     "make-checkpoint": Entry(
         where="make_checkpoint:make_checkpoint",
@@ -79,11 +78,11 @@ class Commands(TyperGroup):
     """Ends a command that the user got wrong with one line on stderr and status 1."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of all commands."""
+        """Returns the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of this name, or None."""
+        """Returns the command of this name, or None."""
         entry = COMMANDS.get(cmd_name)
         return None if entry is None else entry.load(cmd_name)
 
@@ -108,7 +107,7 @@ class Commands(TyperGroup):
             raise
         except OSError as error:
             message = f"every path must be usable, got {error}; choose another one."
-        Console(stderr=True).print(f"Error: {message}", markup=False, highlight=False, soft_wrap=True)
+        typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(1)
 
 

@@ -1,11 +1,9 @@
-"""`flowroll bench serve`: load on a running server, and how it held up."""
+"""`flowroll bench serve` puts load on a running server and measures it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,30 +32,35 @@ _NO_FLAG = {
 
 def serve(
     given: dict[str, Any],
-    url: Annotated[str, typer.Option(help="Of the server, e.g. http://127.0.0.1:30000.")],
+    url: Annotated[str, typer.Option(help="URL of the server, e.g. http://127.0.0.1:30000.")],
     prompts: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help='One prompt a line; or .jsonl, objects with a "prompt" key.')
     ],
-    rate: Annotated[float | None, typer.Option(help="Open loop: arrivals per second (Poisson).")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Closed loop: requests in flight.")] = None,
-    num_requests: Annotated[int | None, typer.Option(help="How many to send.")] = None,
-    duration_s: Annotated[float | None, typer.Option(help="For how long to start requests, in seconds.")] = None,
-    sizes: Annotated[str, typer.Option(metavar="WxH,...", help="Pixels.")] = "512x512",
-    steps: Annotated[str, typer.Option(metavar="N,...", help="Denoising steps.")] = "10",
-    group_sizes: Annotated[str, typer.Option(metavar="N,...", help="Samples per request.")] = "1",
-    dynamics: Annotated[str, typer.Option(metavar="NAME,...", help=f"{', '.join(DYNAMICS)}.")] = "sde",
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same requests at the same times.")] = 0,
-    warmup: Annotated[int, typer.Option(min=0, help="Requests sent first that are not measured.")] = 1,
-    retries: Annotated[int, typer.Option(min=0, help="How often to send a request again that got 429.")] = 0,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: requests arrive at this rate per second, as a Poisson process.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Closed loop: so many requests are in flight at a time.")] = None,
+    num_requests: Annotated[int | None, typer.Option(help="Number of requests to send.")] = None,
+    duration_s: Annotated[float | None, typer.Option(help="Seconds for which new requests are started.")] = None,
+    sizes: Annotated[str, typer.Option(metavar="WxH,...", help="Sizes in pixels to draw from.")] = "512x512",
+    steps: Annotated[str, typer.Option(metavar="N,...", help="Numbers of denoising steps to draw from.")] = "10",
+    group_sizes: Annotated[str, typer.Option(metavar="N,...", help="Numbers of samples per request to draw from.")] = "1",
+    dynamics: Annotated[str, typer.Option(metavar="NAME,...", help=f"Dynamics to draw from: {', '.join(DYNAMICS)}.")] = "sde",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same requests at the same times.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests that are sent first and not measured.")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="How often a request that got 429 is sent again.")] = 0,
     max_in_flight: Annotated[
-        int, typer.Option(min=1, help="Open loop: a request that is due while so many are unanswered is not sent, and failed.")
+        int,
+        typer.Option(
+            min=1, help="Open loop: a request that is due while so many are unanswered is not sent and counts as failed."
+        ),
     ] = 512,
     wire_format: Annotated[
-        Literal["json", "msgpack"], typer.Option(help="Of the answers; json is what every server with the API has.")
+        Literal["json", "msgpack"], typer.Option(help="Format of the answers. Every server with the API has json.")
     ] = "json",
     api_key: ApiKey = None,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest silence of the server, in seconds.")] = 600.0,
-    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for the figures.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds for which the server may be silent.")] = 600.0,
+    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file.")] = None,
 ) -> None:
     """Send load to a server and measure it.
 
@@ -95,9 +98,18 @@ def serve(
         retries=retries,
         max_in_flight=max_in_flight,
     )
-    with _progress(num_requests) as on_outcome:
+    # On standard error, because the figures may be redirected.
+    console = Console(stderr=True)
+    with progress_bar(console, is_shown=console.is_terminal) as progress:
+        task, not_ok = progress.add_task("requests", total=num_requests), 0
+
+        def count(outcome: Outcome) -> None:
+            nonlocal not_ok
+            not_ok += outcome.code != "ok"
+            progress.update(task, advance=1, description=f"requests, {not_ok} not ok")
+
         options: dict[str, Any] = {"api_key": api_key, "wire_format": wire_format, "timeout_s": timeout_s}
-        report = asyncio.run(run_load(url, mix, load, on_outcome=on_outcome, **options))
+        report = asyncio.run(run_load(url, mix, load, on_outcome=count, **options))
     # Printed before the file is written, so that the figures are seen even where that fails.
     print_whole(report_table(report))
     if json_file is not None:
@@ -123,7 +135,7 @@ def _group() -> None:
 
 
 def report_table(report: LoadReport) -> Table:
-    """One figure a row."""
+    """Makes a table with one figure per row."""
     table = plain_table(f"{report.sent} requests in {report.seconds:.1f} s", "figure", "value", right=("value",))
     for name in ("completed", "rejected", "failed", "rejections"):
         add_row(table, name, str(getattr(report, name)))
@@ -137,21 +149,6 @@ def report_table(report: LoadReport) -> Table:
     for name, value in report.per_second.items():
         add_row(table, f"{name} per second", format_bytes(round(value)) if name == "bytes" else f"{value:.2f}")
     return table
-
-
-@contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[Outcome], None]]:
-    """A progress bar on standard error, because the figures may be redirected; what it gives counts a request."""
-    console = Console(stderr=True)
-    with progress_bar(console, is_shown=console.is_terminal) as progress:
-        task, not_ok = progress.add_task("requests", total=total), 0
-
-        def count(outcome: Outcome) -> None:
-            nonlocal not_ok
-            not_ok += outcome.code != "ok"
-            progress.update(task, advance=1, description=f"requests, {not_ok} not ok")
-
-        yield count
 
 
 def _size(text: str) -> tuple[int, int]:

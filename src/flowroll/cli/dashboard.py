@@ -1,10 +1,10 @@
-"""What `flowroll top` shows: one frame, drawn from what a server said of itself. Asks nobody."""
+"""Draws what `flowroll top` shows, one frame from what a server said of itself. It asks nobody."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -28,10 +28,10 @@ _FAINT = "bright_black"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scrape:
-    """What GET /metrics said at one time.
+    """Holds what GET /metrics said at one time.
 
     Attributes:
-        at_s: Monotonic clock.
+        at_s: When, by the monotonic clock.
         series: Labels and value of each sample, by the name of the series.
     """
 
@@ -52,39 +52,39 @@ class Scrape:
         return cls(at_s=at_s, series=series)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of the samples that have these labels; 0 where there are none."""
+        """Adds up the samples that have these labels; 0 where there are none."""
         return math.fsum(value for own, value in self.series.get(name, ()) if labels.items() <= own.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What happened between two scrapes."""
+    """Tells what happened between two scrapes."""
 
     before: Scrape
     after: Scrape
 
     @property
     def seconds(self) -> float:
-        """The time between them."""
+        """Returns the time between them."""
         return self.after.at_s - self.before.at_s
 
     def growth(self, name: str, **labels: str) -> float:
-        """By how much a counter grew. A lower value than before is that of a server that was started anew."""
+        """Tells by how much a counter grew. A lower value than before is that of a server that was started anew."""
         before, after = self.before.total(name, **labels), self.after.total(name, **labels)
         return after - before if after >= before else after
 
     def per_s(self, name: str, **labels: str) -> float:
-        """By how much a counter grew per second; 0 without two scrapes."""
+        """Tells by how much a counter grew per second; 0 without two scrapes."""
         return self.growth(name, **labels) / self.seconds if self.seconds > 0 else 0.0
 
     def mean(self, total: str, count: str, **labels: str) -> float | None:
-        """By how much one counter grew for each of another; None if the other did not grow."""
+        """Tells by how much one counter grew for each of another; None if the other did not grow."""
         grown = self.growth(count)
         return self.growth(total, **labels) / grown if grown else None
 
 
 def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, silent_s: float | None = None) -> RenderableType:
-    """One picture of a server.
+    """Draws one picture of a server.
 
     Args:
         info: What GET /server_info says.
@@ -92,125 +92,105 @@ def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, sil
         width: Columns of the terminal.
         silent_s: For how many seconds the server has not answered; None: it answers.
     """
-    scrapes = list(scrapes)
     recent = Change(before=scrapes[-min(len(scrapes), _RECENT)], after=scrapes[-1])
-    title = f"time by stage, last {recent.seconds:.0f} s"
+    is_wide = width >= _WIDE
     load, rates = _panel("load", _load(info, recent)), _panel("per second", _rates(scrapes))
-    stages, errors = _panel(title, _stages(recent)), _errors(recent, most=len(STAGES))
-    if width < _WIDE:
-        return Group(_header(info, silent_s), load, rates, stages, _panel("errors", errors), _footer(info, scrapes))
-    columns = Table.grid(expand=True)
-    columns.add_column(ratio=1)
-    columns.add_column(ratio=1)
+    stages = _panel(f"time by stage, last {recent.seconds:.0f} s", _stages(recent))
     # As high as the stages beside it.
-    columns.add_row(Group(load, _panel("errors", errors, height=len(STAGES) + 2)), Group(rates, stages))
-    return Group(_header(info, silent_s), columns, _footer(info, scrapes))
+    errors = _panel("errors", _errors(recent, most=len(STAGES)), height=len(STAGES) + 2 if is_wide else None)
+    if is_wide:
+        columns = Table.grid(expand=True)
+        columns.add_column(ratio=1)
+        columns.add_column(ratio=1)
+        columns.add_row(Group(load, errors), Group(rates, stages))
+        return Group(_header(info, silent_s), columns, _footer(info, scrapes))
+    return Group(_header(info, silent_s), load, rates, stages, errors, _footer(info, scrapes))
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """The last values as columns. The highest is full, the latest is rightmost, and no value above 0 is invisible."""
+    """Draws the last values as columns. The highest is full, the latest is rightmost, and no value above 0 is invisible."""
     shown = values[-width:]
     most = max(shown, default=0.0)
     return "".join(" ▁▂▃▄▅▆▇█"[max(1, round(8 * value / most)) if value > 0 else 0] for value in shown).rjust(width)
 
 
-def _panel(title: str, content: RenderableType, **options: Any) -> Panel:
-    return Panel(content, title=f"[bold]{title}", title_align="left", border_style=_FAINT, **options)
-
-
-def _table(rows: Iterable[Sequence[RenderableType]]) -> Table:
-    """Rows of a name, a value in bold at the right, and what else there is."""
+def _panel(title: str, rows: Iterable[Sequence[RenderableType]], *, height: int | None = None) -> Panel:
+    """Frames rows of a name, a value in bold at the right, and what else there is."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right", style="bold")
     for row in rows:
         table.add_row(*row)
-    return table
+    return Panel(table, title=f"[bold]{title}", title_align="left", border_style=_FAINT, height=height)
 
 
 def _header(info: Mapping[str, Any], silent_s: float | None) -> RenderableType:
     layout = info["layout"]
-    ranks = layout["sp"] * layout["tp"] * (2 if layout["cfg_parallel"] else 1)
-    facts = (f"{info['family']} {info['variant']}", f"{info['dtype']} on {info['device']}", _counted(ranks, "rank"))
-    left = Text.assemble(
-        (" flowroll ", "bold reverse cyan"), (f"  {PurePath(info['model']).name}", "bold"), (f"  {' · '.join(facts)}", _FAINT)
-    )
+    ranks = _counted(layout["sp"] * layout["tp"] * (2 if layout["cfg_parallel"] else 1), "rank")
+    facts = f"  {info['family']} {info['variant']} · {info['dtype']} on {info['device']} · {ranks}"
+    name = (f"  {PurePath(info['model']).name}", "bold")
     if silent_s is not None:
-        state = Text(f"● no answer for {silent_s:.0f} s ", "bold red")
+        state, color = f"no answer for {silent_s:.0f} s", "red"
     elif info["is_ready"]:
-        state = Text("● ready ", "bold green")
+        state, color = "ready", "green"
     else:
-        state = Text("● paused " if info["is_paused"] else "● stopping ", "bold yellow")
+        state, color = "paused" if info["is_paused"] else "stopping", "yellow"
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     table.add_column(no_wrap=True)
-    table.add_row(left, state)
+    title = Text.assemble((" flowroll ", "bold reverse cyan"), name, (facts, _FAINT))
+    table.add_row(title, Text(f"● {state} ", f"bold {color}"))
     return table
 
 
-def _load(info: Mapping[str, Any], recent: Change) -> RenderableType:
+def _load(info: Mapping[str, Any], recent: Change) -> Iterator[Sequence[RenderableType]]:
     latest, batching = recent.after, info["batching"]
-    occupancy = recent.mean("flowroll_batch_samples_sum", "flowroll_batch_samples_count") or 0.0
     waiting, room = latest.total("flowroll_queue_depth"), info["max_queue"]
     # A full queue refuses requests.
     alarm = "red" if waiting >= room else "yellow" if waiting >= 0.75 * room else "cyan"
-
-    def row(name: str, value: float, most: int, shown: str, color: str = "cyan") -> Sequence[RenderableType]:
-        return name, shown, Text(f"of {most}", _FAINT), Bar(most or 1, 0, value, width=_BAR, color=color)
-
-    running, most = latest.total("flowroll_running_samples"), batching["max_running_samples"]
-    age_s = latest.total("flowroll_queue_age_seconds")
-    return _table(
-        (
-            row("running samples", running, most, f"{running:.0f}"),
-            row("samples a forward", occupancy, batching["max_batch_samples"], f"{occupancy:.1f}"),
-            row("waiting requests", waiting, room, f"{waiting:.0f}", alarm),
-            ("running requests", f"{latest.total('flowroll_running_requests'):.0f}"),
-            ("longest wait", f"{age_s:.1f} s" if age_s >= 0.05 else "-"),
-        )
-    )
+    running, age_s = latest.total("flowroll_running_samples"), latest.total("flowroll_queue_age_seconds")
+    together = recent.mean("flowroll_batch_samples_sum", "flowroll_batch_samples_count") or 0.0
+    for name, value, shown, most, color in (
+        ("running samples", running, f"{running:.0f}", batching["max_running_samples"], "cyan"),
+        ("samples a forward", together, f"{together:.1f}", batching["max_batch_samples"], "cyan"),
+        ("waiting requests", waiting, f"{waiting:.0f}", room, alarm),
+    ):
+        yield name, shown, Text(f"of {most}", _FAINT), Bar(most or 1, 0, value, width=_BAR, color=color)
+    yield "running requests", f"{latest.total('flowroll_running_requests'):.0f}"
+    yield "longest wait", f"{age_s:.1f} s" if age_s >= 0.05 else "-"
 
 
-def _rates(scrapes: Sequence[Scrape]) -> RenderableType:
+def _rates(scrapes: Sequence[Scrape]) -> Iterator[Sequence[RenderableType]]:
     changes = [Change(before=before, after=after) for before, after in itertools.pairwise(scrapes)]
-
-    def row(name: str, counter: str, shown: Callable[[float], str] | None = None) -> Sequence[RenderableType]:
+    for name, counter in (
+        ("steps", "flowroll_steps_total"),
+        ("forwards", "flowroll_batch_samples_count"),
+        ("samples", "flowroll_samples_total"),
+        ("requests", "flowroll_ended_requests_total"),
+        ("bytes out", "flowroll_response_bytes_total"),
+    ):
         values = [change.per_s(counter) for change in changes]
-        return name, (shown or _number)(values[-1]) if values else "-", Text(spark(values, _SPARK), "cyan")
-
-    return _table(
-        (
-            row("steps", "flowroll_steps_total"),
-            row("forwards", "flowroll_batch_samples_count"),
-            row("samples", "flowroll_samples_total"),
-            row("requests", "flowroll_ended_requests_total"),
-            row("bytes out", "flowroll_response_bytes_total", lambda value: format_bytes(round(value))),
-        )
-    )
+        shown = [format_bytes(round(value)) if name == "bytes out" else _number(value) for value in values[-1:]]
+        yield name, *(shown or "-"), Text(spark(values, _SPARK), "cyan")
 
 
-def _stages(recent: Change) -> RenderableType:
-    """Mean milliseconds of the requests that ended, by stage."""
+def _stages(recent: Change) -> Iterator[Sequence[RenderableType]]:
+    """Gives the mean milliseconds of the requests that ended, by stage."""
     ended, seconds = "flowroll_ended_requests_total", "flowroll_stage_seconds_total"
     means = {stage: recent.mean(seconds, ended, stage=stage) for stage in STAGES}
     whole = sum(mean for mean in means.values() if mean) or 1.0
-    return _table(
-        (
-            stage,
-            "-" if mean is None else f"{mean * 1000:,.1f} ms".replace(",", " "),
-            Bar(whole, 0, mean or 0.0, width=_SPARK, color=color),
-        )
-        for (stage, mean), color in zip(means.items(), STAGES.values(), strict=True)
-    )
+    for stage, mean in means.items():
+        shown = "-" if mean is None else f"{mean * 1000:,.1f} ms".replace(",", " ")
+        yield stage, shown, Bar(whole, 0, mean or 0.0, width=_SPARK, color=STAGES[stage])
 
 
-def _errors(recent: Change, *, most: int) -> RenderableType:
+def _errors(recent: Change, *, most: int) -> Iterator[Sequence[RenderableType]]:
     counts = {labels["code"]: count for labels, count in recent.after.series.get("flowroll_errors_total", ()) if count}
-    rows: list[Sequence[RenderableType]] = []
     for code, count in sorted(counts.items(), key=lambda item: -item[1])[:most]:
         rate = recent.per_s("flowroll_errors_total", code=code)
-        rows.append((code, _number(count), Text(f"{_number(rate)}/s" if rate else "", "yellow")))
-    return _table(rows) if rows else Text("none so far", _FAINT)
+        yield code, _number(count), Text(f"{_number(rate)}/s" if rate else "", "yellow")
+    if not counts:
+        yield (Text("none so far", _FAINT),)
 
 
 def _footer(info: Mapping[str, Any], scrapes: Sequence[Scrape]) -> RenderableType:

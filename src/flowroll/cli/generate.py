@@ -1,4 +1,4 @@
-"""`flowroll generate`: one request, in this process, no server."""
+"""`flowroll generate` runs one request in this process, without a server."""
 
 from __future__ import annotations
 

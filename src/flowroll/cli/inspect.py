@@ -1,4 +1,4 @@
-"""`flowroll inspect`: what a rollout file holds."""
+"""`flowroll inspect` shows what a rollout file holds."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ def inspect(
     console.print(record_table(rollout))
     if plot is not None:
         plot_log_probs([(f"seed {rollout.seed}", rollout)], plot, title=file.name)
-        console.print(f"plot: {plot}", markup=False, soft_wrap=True)
+        typer.echo(f"plot: {plot}")

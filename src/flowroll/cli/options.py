@@ -1,8 +1,7 @@
-"""Arguments that several commands share."""
+"""Holds the arguments that several commands share."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -26,20 +25,19 @@ Variant: TypeAlias = Annotated[
     ),
 ]
 Dtype: TypeAlias = Annotated[
-    Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto: bfloat16 on CUDA, float32 on the CPU.")
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Dtype of the weights; auto is bfloat16 on CUDA, float32 on the CPU."),
 ]
-Device: TypeAlias = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
+Device: TypeAlias = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:N, or auto.")]
 ApiKey: TypeAlias = Annotated[
-    str | None, typer.Option(help="Bearer token.", envvar="FLOWROLL_API_KEY", show_envvar=True, show_default=False)
+    str | None,
+    typer.Option(help="Bearer token of the server.", envvar="FLOWROLL_API_KEY", show_envvar=True, show_default=False),
 ]
 
 
 def quiet_model_libraries() -> None:
     """Turns the progress bars of diffusers and transformers off, and loads both."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with extra_for("A checkpoint", "engine"):
-        import diffusers.utils.logging
-        import transformers.utils.logging
+        from flowroll.engine.loading import silence_model_libraries
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+        silence_model_libraries()

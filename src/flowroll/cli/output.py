@@ -1,8 +1,8 @@
-"""What the commands print and write: rich tables, PNG pictures."""
+"""Makes what the commands print and write: rich tables and PNG pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from flowroll.parity.compare import values_of
 from flowroll.types import GeneratedImage, Rollout
 
 # Wider than any path.
@@ -28,39 +29,30 @@ def save_png(image: Float[Tensor, " 3 1 height width"], path: Path) -> None:
     path.write_bytes(encode_png(image))
 
 
-def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a rollout with its dotted name."""
-    for part in ("image", "log_probs", "debug_tensors", "dit_trajectory"):
-        value = getattr(rollout, part)
-        if isinstance(value, Tensor):
-            yield part, value
-        elif value is not None:
-            for field in fields(value):
-                if isinstance(tensor := getattr(value, field.name), Tensor):
-                    yield f"{part}.{field.name}", tensor
-    if (env := rollout.denoising_env) is not None:
-        yield from ((f"denoising_env.{name}", tensor) for name, tensor in env.tensors())
+def tensors_of(rollout: Rollout) -> list[tuple[str, Tensor]]:
+    """Returns every tensor of a rollout with its dotted name."""
+    return [(name, value) for name, value in values_of(rollout) if isinstance(value, Tensor)]
 
 
 def num_bytes(rollout: Rollout) -> int:
-    """Bytes of all its tensors."""
+    """Counts the bytes of all its tensors."""
     return sum(tensor.nbytes for _, tensor in tensors_of(rollout))
 
 
 def format_bytes(count: int) -> str:
-    """`12.3 MiB`."""
+    """Writes a size as people do, e.g. `12.3 MiB`."""
     if count < 2**10:
         return f"{count} B"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def shape_of(tensor: Tensor) -> str:
-    """`11 x 256 x 64`."""
+    """Writes a shape, e.g. `11 x 256 x 64`."""
     return " x ".join(map(str, tensor.shape)) or "scalar"
 
 
 def plain_table(title: str, *columns: str, right: Sequence[str] = (), unbroken: Sequence[str] = ()) -> Table:
-    """An empty table in the one style of all commands; columns in `right` are flushed right, those in `unbroken` never fold."""
+    """Makes an empty table; columns in `right` are flushed right, those in `unbroken` never fold."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column in right else "left"
@@ -74,7 +66,7 @@ def print_whole(table: Table) -> None:
 
 
 def progress_bar(console: Console, *, is_shown: bool = True) -> Progress:
-    """How many are done, of how many, and for how long yet."""
+    """Makes a bar that shows how many are done, of how many, and how long the rest will take."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,7 +84,7 @@ def add_row(table: Table, *cells: str, end_section: bool = False) -> None:
 
 
 def samples_table(samples: Sequence[Rollout | GeneratedImage], files: Sequence[Path]) -> Table:
-    """One row per sample: what it is and where it was written."""
+    """Makes a table with one row per sample: what it is and where it was written."""
     right = ("sample", "seed", "steps", "log-prob", "seconds")
     table = plain_table("Samples", "sample", "seed", "size", "steps", "log-prob", "seconds", "file", right=right)
     for index, (sample, file) in enumerate(zip(samples, files, strict=True)):
@@ -111,7 +103,7 @@ def samples_table(samples: Sequence[Rollout | GeneratedImage], files: Sequence[P
 
 
 def tensors_table(rollout: Rollout) -> Table:
-    """Name, shape, dtype, size of every tensor."""
+    """Makes a table of the name, shape, dtype and size of every tensor."""
     table = plain_table("Tensors", "tensor", "shape", "dtype", "size", right=("shape", "size"))
     for name, tensor in tensors_of(rollout):
         add_row(table, name, shape_of(tensor), str(tensor.dtype).removeprefix("torch."), format_bytes(tensor.nbytes))
@@ -119,7 +111,7 @@ def tensors_table(rollout: Rollout) -> Table:
 
 
 def log_probs_table(rollout: Rollout) -> Table:
-    """One row per step: its sigmas, the dynamics that it followed and its log-prob."""
+    """Makes a table with one row per step: its sigmas, the dynamics that it followed and its log-prob."""
     assert rollout.log_probs is not None
     record, stochastic = rollout.sampling, set(rollout.sde_step_indices or ())
     right = ("step", "sigma", "next sigma", "log-prob")
@@ -131,7 +123,7 @@ def log_probs_table(rollout: Rollout) -> Table:
 
 
 def record_table(rollout: Rollout) -> Table:
-    """What the sample is and how it was made."""
+    """Makes a table of what the sample is and how it was made."""
     table = plain_table("Record", "field", "value", unbroken=("field",))
     for name in ("prompt", "seed", "request_id", "weight_version", "inference_time_s", "peak_memory_mb", "sde_step_indices"):
         add_row(table, name, _shown(getattr(rollout, name)))

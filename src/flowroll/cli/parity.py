@@ -1,4 +1,4 @@
-"""`flowroll parity`: parallel layouts against one rank, bit for bit."""
+"""`flowroll parity` compares parallel layouts with one rank, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
 from flowroll.errors import InvalidRequestError
@@ -23,18 +22,20 @@ _DEFAULT = "the family's"
 
 def parity(
     model: Model,
-    layouts: Annotated[str, typer.Option(help="Products of spN, cfg2 and tpN; single: one rank again.")] = "sp2,cfg2,tp2",
-    modes: Annotated[str, typer.Option(help=f"Dynamics: {', '.join(DYNAMICS)}.")] = "sde,cps,ode",
-    prompt: Annotated[str, typer.Option(help="The text.")] = _PROMPT,
+    layouts: Annotated[
+        str, typer.Option(help="Layouts to compare: products of spN, cfg2 and tpN; single is one rank again.")
+    ] = "sp2,cfg2,tp2",
+    modes: Annotated[str, typer.Option(help=f"Dynamics to compare: {', '.join(DYNAMICS)}.")] = "sde,cps,ode",
+    prompt: Annotated[str, typer.Option(help="Text to draw.")] = _PROMPT,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 42,
-    num_outputs: Annotated[int, typer.Option(help="Samples.")] = 1,
+    num_outputs: Annotated[int, typer.Option(help="Number of samples.")] = 1,
     rollout_noise_level: Annotated[
         float | None,
         typer.Option(help="Noise level of the stochastic dynamics. In short: --noise-level.", show_default=f"{_NOISE_LEVEL}"),
     ] = None,
     noise_level: Annotated[float | None, typer.Option(hidden=True)] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH|N", help="Pixels.", show_default=_DEFAULT)] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default=_DEFAULT)] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH|N", help="Size in pixels.", show_default=_DEFAULT)] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of denoising steps.", show_default=_DEFAULT)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=_DEFAULT)] = None,
     variant: Variant = None,
     dtype: Dtype = "auto",
@@ -42,9 +43,11 @@ def parity(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each rank.", show_default="the cores, shared by the most ranks")
     ] = None,
-    rank_timeout_s: Annotated[float, typer.Option(help="How long ranks wait for each other, in seconds.")] = 60.0,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The report, as Markdown.")] = Path("flowroll-parity.md"),
-    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write every figure there, as JSON.")] = None,
+    rank_timeout_s: Annotated[float, typer.Option(help="Seconds for which ranks wait for each other.")] = 60.0,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Write the report to this file, as Markdown.")] = Path(
+        "flowroll-parity.md"
+    ),
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write every figure to this file, as JSON.")] = None,
 ) -> None:
     """Check that parallel layouts give the bits of one rank.
 
@@ -73,11 +76,10 @@ def parity(
     )
     places = {"variant": variant, "dtype": dtype, "device": device, "threads": threads, "rank_timeout_s": rank_timeout_s}
     plan = plan_parity(model, params, layouts=layouts, modes=modes, **places)  # type: ignore[arg-type]
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def show(layout: LayoutParity) -> None:
         result = "exact" if layout.is_exact else f"failed: {layout.error}" if layout.error else "not exact"
-        console.print(f"{layout.layout} {result}", markup=False)
+        typer.echo(f"{layout.layout} {result}", err=True)
 
     report = run_parity(plan, on_layout=show)
     for file, text in ((out, to_markdown(report)), (json, to_json(report))):
@@ -89,7 +91,7 @@ def parity(
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of `WxH`, or of one number for a square."""
+    """Reads width and height in pixels from `WxH`, or from one number for a square."""
     width, _, height = text.strip().partition("x")
     if not (width.isdecimal() and (height.isdecimal() or "x" not in text) and len(text) < 16):
         raise InvalidRequestError(

@@ -1,4 +1,4 @@
-"""Pictures about rollouts: the log-probs of every step, and contact sheets of pictures through the steps.
+"""Draws pictures about rollouts: the log-probs of every step, and contact sheets of pictures through the steps.
 
 matplotlib is imported on use, and without pyplot: no global state, no display.
 """
@@ -18,7 +18,7 @@ from flowroll.extras import extra_for
 from flowroll.types import Rollout
 
 _INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
-_COLOURS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c", "#5c940d", "#364fc7")
+_COLORS = ("#3366cc", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#c2255c", "#5c940d", "#364fc7")
 # Samples of one group have nearly the same log-probs: rings around dots, dashes over lines keep all of them visible.
 _STYLES: tuple[dict[str, Any], ...] = (
     {"linestyle": "-", "marker": "o", "markersize": 9, "markerfacecolor": "none"},
@@ -33,7 +33,7 @@ _DPI = 150
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContactRow:
-    """One sample of a contact sheet.
+    """Describes one sample of a contact sheet.
 
     Attributes:
         label: What the sample is.
@@ -61,12 +61,12 @@ def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: 
             raise InvalidRequestError(f"a plot must have log-probs, got an evaluation for {label}; roll out with rollout=True.")
         steps = list(rollout.sde_step_indices or ())
         values = rollout.log_probs[steps].tolist()
-        axes.plot(steps, values, linewidth=1.5, color=colour_of(index), label=label, **_STYLES[index % len(_STYLES)])
+        axes.plot(steps, values, linewidth=1.5, color=color_of(index), label=label, **_STYLES[index % len(_STYLES)])
     save_chart(figure, path)
 
 
 def line_chart(title: str, *, x: str, y: str) -> tuple[Any, Any]:
-    """An empty chart over whole numbers: figure and axes, to draw labelled lines in; `save_chart` writes it.
+    """Makes an empty chart over whole numbers, to draw labelled lines in: its figure and axes; `save_chart` writes it.
 
     Args:
         title: Above the chart.
@@ -97,9 +97,9 @@ def save_chart(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
 
 
-def colour_of(index: int) -> str:
-    """The colour of a chart's line."""
-    return _COLOURS[index % len(_COLOURS)]
+def color_of(index: int) -> str:
+    """Returns the color of a chart's line."""
+    return _COLORS[index % len(_COLORS)]
 
 
 def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Path, *, title: str) -> None:
@@ -131,7 +131,7 @@ def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Pat
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure; sizes in inches."""
+    """Makes an empty figure; sizes are in inches."""
     with extra_for("A plot", "plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Files of prompts, as `rollout` and `bench serve` read them."""
+"""Reads files of prompts, for `rollout` and `bench serve`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowroll.types.arguments import refuse_unknown
 
 
 def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
-    """The requests of a file; blank lines are skipped.
+    """Reads the requests of a file; blank lines are skipped.
 
     A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`. The text is UTF-8, with or without a byte
     order mark. A line ends at a line feed, alone or after a carriage return; whatever else separates lines is part of a prompt.
@@ -25,7 +25,7 @@ def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
     Raises:
         InvalidRequestError: A line is no such object, a field is unknown or breaks its rule, or there is no prompt at all.
     """
-    # The flags' own mistakes are no line's.
+    # A mistake in the flags is not blamed on a line.
     SamplingParams(**{"prompt": "", **flags})
     found = []
     for where, fields in _lines(path):
@@ -37,14 +37,14 @@ def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
 
 
 def _flags_beside(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags whose value no field gives, under either name."""
+    """Returns the flags whose value no field gives, under either name."""
     refuse_unknown(fields)
     given = by_field_name(fields)
     return {name: value for name, value in flags.items() if ALIASES.get(name, name) not in given}
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, for a command that chooses all other fields.
+    """Reads the prompts of a file, for a command that chooses all other fields.
 
     Raises:
         InvalidRequestError: As for `read_requests`; also where a line gives another field.
@@ -60,7 +60,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Which line it is, and what it gives, of every line that is not blank."""
+    """Reads every line that is not blank: which line it is, and its fields."""
     try:
         # Newlines stay as they are.
         text = path.read_bytes().decode("utf-8-sig")
@@ -86,7 +86,7 @@ def _fields(where: str, line: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these members, each of which comes once."""
+    """Makes the object of these members, each of which must come once."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name twice")

@@ -1,4 +1,4 @@
-"""`flowroll rollout`: many prompts through a running server, one file per sample."""
+"""`flowroll rollout` sends many prompts to a running server and writes one file per sample."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _HOPELESS = (ServerConnectionError, UnauthorizedError, RolloutFileError)
 @partial(with_sampling_flags, without={"prompt", "request_id", "min_weight_version", "lora_name"})
 def rollout(
     given: dict[str, Any],
-    url: Annotated[str, typer.Option(help="Of the server, e.g. http://127.0.0.1:30000.")],
+    url: Annotated[str, typer.Option(help="URL of the server, e.g. http://127.0.0.1:30000.")],
     prompts: Annotated[
         Path,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help='One prompt a line; or .jsonl: objects with a "prompt" and any other field, which goes before the flag.',
+            help='File with one prompt a line; or .jsonl with objects of "prompt" and other fields, which override the flags.',
         ),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rollouts.")],
     api_key: ApiKey = None,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest wait for one prompt, in seconds.")] = 600.0,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one prompt.")] = 600.0,
 ) -> None:
     """Roll out every prompt of a file on a server.
 
@@ -47,10 +47,9 @@ def rollout(
     # Every request is checked before the first one is sent.
     requests = read_requests(prompts, given)
     out.mkdir(parents=True, exist_ok=True)
-    console, errors = Console(), Console(stderr=True)
     failures: list[str] = []
     num_samples = num_rolled_out = 0
-    with Client(url, api_key=api_key, timeout_s=timeout_s) as client, progress_bar(console) as progress:
+    with Client(url, api_key=api_key, timeout_s=timeout_s) as client, progress_bar(Console()) as progress:
         for number, params in enumerate(progress.track(requests, description="rollouts"), start=1):
             try:
                 for index, sample in enumerate(client.rollout(params)):
@@ -62,11 +61,9 @@ def rollout(
                     break
                 continue
             num_rolled_out += 1
-    console.print(f"{num_samples} rollouts of {num_rolled_out} prompts in {out}", markup=False, soft_wrap=True)
+    typer.echo(f"{num_samples} rollouts of {num_rolled_out} prompts in {out}")
     if failures:
         untried = len(requests) - num_rolled_out - len(failures)
-        summary = f"{len(failures)} of {len(requests)} prompts failed"
-        errors.print(summary + (f", {untried} were not tried:" if untried else ":"), markup=False, highlight=False)
-        for line in failures:
-            errors.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        summary = f"{len(failures)} of {len(requests)} prompts failed" + (f", {untried} were not tried:" if untried else ":")
+        typer.echo("\n  ".join([summary, *failures]), err=True)
         raise typer.Exit(1)

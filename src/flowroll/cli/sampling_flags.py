@@ -1,4 +1,4 @@
-"""One command-line flag per field of `SamplingParams` and one per short name, derived from the dataclass and its docstring.
+"""Derives one command-line flag per field of `SamplingParams`, and one per short name, from the dataclass and its docstring.
 
 A flag that is not set does not exist: it never enters `SamplingParams`, whose own defaults decide, and which refuses a value
 that is given by both of its names.
@@ -52,7 +52,7 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
 
 
 def _flag(name: str, field: Field[Any]) -> inspect.Parameter:
-    """The typer parameter of one field or short name: required as the field is, else None until it is set."""
+    """Makes the typer parameter of one field or short name: required as the field is, else None until it is set."""
     kind, options = _flag_type(get_type_hints(SamplingParams)[field.name])
     flag = "--" + name.replace("_", "-")
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
@@ -71,7 +71,7 @@ def _flag(name: str, field: Field[Any]) -> inspect.Parameter:
 
 
 def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
-    """What typer parses for a field's type, and the options that this takes."""
+    """Returns what typer parses for a field's type, and the options that this takes."""
     if get_origin(hint) in (Union, types.UnionType):
         members = tuple(member for member in get_args(hint) if member is not type(None))
         if members == get_args(Number):
@@ -99,7 +99,7 @@ def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...
 
 @functools.cache
 def _field_help() -> dict[str, str]:
-    """The description of each field, from the docstring that defines it and from the dynamics."""
+    """Collects the description of each field from the docstring that defines it and from the dynamics."""
     section = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].split("\n\n")[0]
     found = {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)}
     shorts = {field: "--" + alias.replace("_", "-") for alias, field in ALIASES.items()}

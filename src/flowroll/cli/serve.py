@@ -1,4 +1,4 @@
-"""`flowroll serve`: the HTTP server."""
+"""`flowroll serve` runs the HTTP server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant, quiet_model_libraries
+from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant
 from flowroll.errors import InvalidRequestError
 from flowroll.extras import extra_for
 
@@ -19,25 +19,27 @@ _MAX_PORT = 65535
 def serve(
     model: Model = Path("shapes-z_image"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 30000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 30000,
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     api_key: ApiKey = None,
-    wire_format: Annotated[Literal["json", "msgpack"], typer.Option(help="Answer to Accept: */*.")] = "json",
+    wire_format: Annotated[
+        Literal["json", "msgpack"], typer.Option(help="Format of an answer where the client accepts any.")
+    ] = "json",
     wire_dialect: Annotated[
-        Literal["native", "sglang"], typer.Option(help="Names in the answer where a request does not choose.")
+        Literal["native", "sglang"], typer.Option(help="Names that an answer uses where the request does not choose.")
     ] = "native",
-    sp: Annotated[int, typer.Option(min=1, help="Ranks that share the rows of the token sequence.")] = 1,
+    sp: Annotated[int, typer.Option(min=1, help="Number of ranks that share the rows of the token sequence.")] = 1,
     cfg_parallel: Annotated[
         bool, typer.Option("--cfg-parallel", help="Run the two guidance branches on two groups of ranks.")
     ] = False,
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that share the columns of the transformer's weights.")] = 1,
-    rank_timeout_s: Annotated[float, typer.Option(min=0.1, help="How long ranks wait for each other.")] = 60.0,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Width times height of one sample.")] = 2048 * 2048,
-    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one request.")] = 1000,
-    max_outputs: Annotated[int, typer.Option(min=1, help="Samples of one request.")] = 64,
-    max_answer_bytes: Annotated[int, typer.Option(min=1, help="Tensors of one request's answer.")] = 16 * 2**30,
+    tp: Annotated[int, typer.Option(min=1, help="Number of ranks that share the columns of the transformer's weights.")] = 1,
+    rank_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds for which ranks wait for each other.")] = 60.0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of one sample, width times height.")] = 2048 * 2048,
+    max_steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of one request.")] = 1000,
+    max_outputs: Annotated[int, typer.Option(min=1, help="Most samples of one request.")] = 64,
+    max_answer_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of the tensors in one answer.")] = 16 * 2**30,
     weights_roots: Annotated[
         list[Path] | None,
         typer.Option(
@@ -55,26 +57,34 @@ def serve(
             "may be given several times.",
         ),
     ] = None,
-    max_scores: Annotated[int, typer.Option(min=1, help="Recorded steps that one request may have scored again.")] = 4096,
-    max_batch_samples: Annotated[int, typer.Option(min=1, help="Samples in one forward.")] = 16,
-    max_running_samples: Annotated[int, typer.Option(min=1, help="Samples in memory at once.")] = 32,
-    max_running_pixels: Annotated[int, typer.Option(min=1, help="Their pixels together.")] = 32 * 2**20,
-    max_adapters: Annotated[int, typer.Option(min=0, help="LoRA adapters at once.")] = 16,
-    max_adapter_bytes: Annotated[int, typer.Option(min=0, help="Bytes of all of them.")] = 8 * 2**30,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait behind those that run.")] = 64,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a request body.")] = 4 * 2**20,
-    max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body of /rollout/score.")] = 2**30,
+    max_scores: Annotated[
+        int, typer.Option(min=1, help="Most recorded steps whose log-probs one request may have recomputed.")
+    ] = 4096,
+    max_batch_samples: Annotated[int, typer.Option(min=1, help="Most samples in one forward.")] = 16,
+    max_running_samples: Annotated[int, typer.Option(min=1, help="Most samples in memory at once.")] = 32,
+    max_running_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of the samples in memory together.")] = 32 * 2**20,
+    max_adapters: Annotated[int, typer.Option(min=0, help="Most LoRA adapters in memory at once.")] = 16,
+    max_adapter_bytes: Annotated[int, typer.Option(min=0, help="Most bytes of all adapters together.")] = 8 * 2**30,
+    max_connections: Annotated[int, typer.Option(min=1, help="Most TCP connections at once.")] = 1000,
+    max_queue: Annotated[int, typer.Option(min=0, help="Most requests that may wait behind those that run.")] = 64,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request body.")] = 4 * 2**20,
+    max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a body of /rollout/score.")] = 2**30,
     send_timeout_s: Annotated[
-        float, typer.Option(min=0.1, max=10**6, help="Seconds for which a client may take nothing of its answer.")
+        float,
+        typer.Option(
+            min=0.1, max=10**6, help="Seconds for which a client may take nothing of its answer before it is dropped."
+        ),
     ] = 60.0,
-    max_weights_body_bytes: Annotated[int, typer.Option(min=1, help="Size of a body with tensors of new weights.")] = 8 * 2**30,
+    max_weights_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a body with tensors of new weights.")] = 8
+    * 2**30,
     weights_idle_s: Annotated[
-        float, typer.Option(min=0.1, help="Silence after which an incomplete update is dropped, or samples start again.")
+        float,
+        typer.Option(min=0.1, help="Seconds of silence after which an incomplete update is dropped, or samples start again."),
     ] = 60.0,
     allow_pickle_weights: Annotated[
         bool,
         typer.Option(
-            "--allow-pickle-weights", help="Take tensors in shared memory and on GPUs, as SGLang's trainers send them."
+            "--allow-pickle-weights", help="Accept tensors in shared memory and on GPUs, as SGLang's trainers send them."
         ),
     ] = False,
     lora_merge_mode: Annotated[
@@ -82,21 +92,25 @@ def serve(
         typer.Option(help="Run an adapter that a trainer pushes beside the weights, or merged into a copy of them."),
     ] = "dynamic",
     receive_timeout_s: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for a request's headers to come, and its body (and a second per 64 KiB).")
+        float,
+        typer.Option(min=0.1, help="Seconds for a request's headers to arrive, and as many for its body plus one per 64 KiB."),
     ] = 20.0,
-    grace_s: Annotated[float, typer.Option(min=0, help="Seconds that accepted requests get to finish at a stop.")] = 5.0,
+    grace_s: Annotated[
+        float, typer.Option(min=0, help="Seconds that accepted requests have to finish when the server stops.")
+    ] = 5.0,
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log, on standard error.")
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Level of the log, which goes to standard error.")
     ] = "info",
-    log_format: Annotated[Literal["text", "json"], typer.Option(help="Lines to read, or a JSON object a line.")] = "text",
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Write lines to read, or one JSON object per line.")
+    ] = "text",
     otlp_endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Send spans of requests there, by OTLP over HTTP (extra: otel).")
+        str | None, typer.Option(metavar="URL", help="Send spans of requests to this URL by OTLP over HTTP (extra: otel).")
     ] = None,
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
     check_address(host, port)
     with extra_for("`flowroll serve`", "server"):
-        quiet_model_libraries()
         from flowroll.engine import AdapterLimits, BatchLimits, Limits
         from flowroll.serving import ServerConfig
         from flowroll.serving import serve as run_server
@@ -130,6 +144,7 @@ def serve(
             wire_dialect=wire_dialect,
             weight_group_hosts=tuple(weight_group_hosts or ()),
             weights_roots=tuple(map(str, weights_roots or ())),
+            max_connections=max_connections,
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
             max_score_body_bytes=max_score_body_bytes,
@@ -148,7 +163,7 @@ def serve(
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuses an address that cannot be had now, before the libraries and the checkpoint are loaded.
+    """Refuses an address that cannot be listened on now, before the libraries and the checkpoint are loaded.
 
     Raises:
         InvalidRequestError: Another process listens there, or it is no address of this machine.

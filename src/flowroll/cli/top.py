@@ -1,4 +1,4 @@
-"""`flowroll top`: a live view of a server's load."""
+"""`flowroll top` shows a live view of a server's load."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _TIMEOUT_S = 5.0
 
 
 def top(
-    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:30000",
+    url: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:30000",
     api_key: ApiKey = None,
-    interval_s: Annotated[float, typer.Option(min=0.1, help="Between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame, of two looks, and end.")] = False,
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame, made of two looks, and end.")] = False,
 ) -> None:
-    """Watch a server: load, rates, time by stage, errors; until Ctrl-C."""
+    """Watch a server's load, rates, time by stage and errors until Ctrl-C."""
     from flowroll.client import Client
 
     console, scrapes = Console(), deque[Scrape](maxlen=_MAX_SCRAPES)

@@ -1,4 +1,4 @@
-"""`flowroll verify`: whether a checkpoint's weights reproduce saved rollouts bit for bit."""
+"""`flowroll verify` tells whether a checkpoint's weights reproduce saved rollouts bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Rollouts saved as safetensors.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of rollouts, saved as safetensors.")],
     model: Annotated[
         Path,
         typer.Option(metavar="DIR", help="The diffusers checkpoint folder that made them.", callback=find_checkpoint),
@@ -54,17 +54,16 @@ def verify(
         )
     loaded, pipeline = load_model(checkpoint, device=place, dtype=resolve_dtype(dtype.removeprefix("torch."), place))
     report = audit(loaded.transformer, rollouts, encode=lambda rollout: encoded_again(loaded, pipeline, rollout))
-    console = Console()
-    console.print(_steps_table(report))
+    Console().print(_steps_table(report))
     for index, file in enumerate(files):
-        console.print(f"rollout {index}: {file}", markup=False, highlight=False, soft_wrap=True)
-    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(f"rollout {index}: {file}")
+    typer.echo(report)
     if not report.is_exact:
         raise typer.Exit(1)
 
 
 def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> DenoisingEnv:
-    """The env that this model makes of a rollout's prompts."""
+    """Returns the env that this model makes of a rollout's prompts."""
     import torch
 
     from flowroll.engine.plan import plan_geometry
@@ -88,7 +87,7 @@ def _only(what: str, values: Sequence[str]) -> str:
 
 
 def _steps_table(report: AuditReport) -> Table:
-    """One row per step: how far ratio and velocity (dv) are off."""
+    """Makes a table with one row per step: how far ratio and velocity (dv) are off."""
     right = ("step", "rollouts", "max |ratio-1|", "mean |ratio-1|", "max |dv|")
     table = plain_table("Replay", *right[:2], "exact", *right[2:], right=right)
     for step in report.steps:

@@ -36,8 +36,11 @@ from flowroll.types import (
 )
 from flowroll.types.arguments import Integers, given_fields
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
-from flowroll.wire.names import EXTRA, EXTRA_ONLY, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
+from flowroll.wire.fields import Request
+from flowroll.wire.names import EXTRA, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
+from flowroll.wire.schema import GenerateRequest, RolloutRequest
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
+from flowroll.wire.validation import nested_request
 
 UpdateMode: TypeAlias = Literal["drain", "abort"]
 _PROBE_TIMEOUT_S = 5.0
@@ -61,7 +64,7 @@ def rollout(
         ServerConnectionError: The server cannot be reached, or broke off.
         FlowrollError: Whatever else the server raised; or the client is closed.
     """
-    body = _request_body(given_fields(request, values))
+    body = _request_body(RolloutRequest, given_fields(request, values))
     return Call(method="POST", path=ROLLOUT_ROUTE, read=decode_rollouts, accept=_ACCEPT[_wire_format], content=body)
 
 
@@ -81,7 +84,7 @@ def generate(
     if isinstance(request, SamplingParams):
         # Plain generation by definition; the route knows no such field.
         given.pop("rollout", None)
-    body = _request_body(given)
+    body = _request_body(GenerateRequest, given)
     return Call(method="POST", path=GENERATE_ROUTE, read=decode_images, accept=_ACCEPT[_wire_format], content=body)
 
 
@@ -165,10 +168,14 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
         yield READY_POLL_S
 
 
-def _request_body(given: Mapping[str, Any]) -> bytes:
-    sent: dict[str, Any] = {name: value for name, value in given.items() if name not in EXTRA_ONLY}
-    if extra := {name: value for name, value in given.items() if name in EXTRA_ONLY}:
-        sent[EXTRA] = extra
+def _request_body(kind: type[Request], given: Mapping[str, Any]) -> bytes:
+    """What was given, and nothing else: the server's defaults are its own."""
+    nested = nested_request(kind, EXTRA)
+    assert nested is not None
+    inside = set(nested.__struct_fields__) - set(kind.__struct_fields__)
+    sent: dict[str, Any] = {name: value for name, value in given.items() if name not in inside}
+    if further := {name: value for name, value in given.items() if name in inside}:
+        sent[EXTRA] = further
     return encoded(sent)
 
 

@@ -19,6 +19,8 @@ from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectio
 from flowroll.types import Number
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON
+from flowroll.wire.control import ErrorBody
+from flowroll.wire.fields import Request
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 600.0
@@ -85,16 +87,6 @@ async def _awaited(content: EncodedBody) -> AsyncIterator[bytes]:
         yield piece
 
 
-class _ErrorDetail(msgspec.Struct, frozen=True):
-    code: str
-    message: str
-    field: str | None = None
-
-
-class _ErrorBody(msgspec.Struct, frozen=True):
-    error: _ErrorDetail
-
-
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -108,7 +100,7 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Pr
     if response.is_success:
         return call.read(body, response.headers.get("content-type", ""))
     try:
-        detail = msgspec.json.decode(body, type=_ErrorBody).error
+        detail = msgspec.json.decode(body, type=ErrorBody).error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         between = "any proxy in between" if proxy is None else str(proxy)
         raise ServerConnectionError(
@@ -128,8 +120,8 @@ def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
     )
 
 
-def post(path: str, sent: Mapping[str, Any], read: Callable[[bytearray, str], T]) -> Call[T]:
-    """POST of a JSON object.
+def post(path: str, sent: Request, read: Callable[[bytearray, str], T]) -> Call[T]:
+    """POST of a request.
 
     Raises:
         InvalidRequestError: It holds what JSON does not have.
@@ -137,8 +129,8 @@ def post(path: str, sent: Mapping[str, Any], read: Callable[[bytearray, str], T]
     return Call(method="POST", path=path, read=read, content=encoded(sent))
 
 
-def encoded(sent: Mapping[str, Any]) -> bytes:
-    """A JSON object.
+def encoded(sent: Request | Mapping[str, Any]) -> bytes:
+    """A request, or its fields, as JSON.
 
     Raises:
         InvalidRequestError: It holds what JSON does not have.

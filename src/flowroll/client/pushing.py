@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
 
+import msgspec
+import torch
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
@@ -17,9 +19,11 @@ from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
-from flowroll.wire.blob import safetensors_prefix
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
+from flowroll.wire.safetensors import safetensors_prefix
+from flowroll.wire.weight_updates import BeginUpdateRequest, CommitUpdateRequest
+from flowroll.wire.weights import AdapterFromTensorsRequest, Updatable
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -30,7 +34,7 @@ _OCTETS = "application/octet-stream"
 def push_weights(
     named_tensors: NamedTensors,
     *,
-    module: str,
+    module: Updatable,
     weight_version: str | None,
     partial: bool,
     mode: UpdateMode,
@@ -40,14 +44,11 @@ def push_weights(
 
     On a rank of a sharded trainer that does not send, there are none.
     """
-    buckets = buckets_of(named_tensors, bucket_bytes)
-    first = next(buckets, {})
-    ranks = ranks_of(named_tensors, first)
+    ranks, buckets = gathered_buckets(named_tensors, bucket_bytes)
     update_id: str = yield from ranks.once(lambda: begin_call(module, weight_version, partial), str)
     try:
-        for bucket in itertools.chain([first] if first else [], buckets):
-            make = functools.partial(bucket_call, update_id, ranks.gather(bucket))
-            yield from ranks.once(make, None)
+        for bucket in buckets:
+            yield from ranks.once(functools.partial(bucket_call, update_id, bucket), None)
         return (yield from ranks.once(lambda: commit_call(update_id, mode), WeightUpdate))
     except GeneratorExit:
         raise
@@ -78,9 +79,9 @@ def push_adapter(
     return (yield from ranks.once(make, AdapterChange))
 
 
-def begin_call(module: str, weight_version: str | None, partial: bool) -> Call[str]:
+def begin_call(module: Updatable, weight_version: str | None, partial: bool) -> Call[str]:
     """POST /weights/begin: the id of the update."""
-    sent = {"module": module, "weight_version": weight_version, "partial": partial}
+    sent = BeginUpdateRequest(module=module, weight_version=weight_version, partial=partial)
     return post(BEGIN_ROUTE, sent, lambda body, content_type: str(read_object(body, content_type).get("update_id")))
 
 
@@ -115,9 +116,10 @@ def adapter_call(
         prefix = safetensors_prefix(tensors, metadata={"adapter_config": adapter_config_text(config)})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"tensors and config must be peft's, got {error}; use get_peft_model_state_dict.") from error
-    version = {} if weight_version is None else {"weight_version": weight_version}
-    query = {"lora_name": name, "merged": str(merged).lower(), "mode": mode, **version}
-    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(query)}"
+    query = AdapterFromTensorsRequest(
+        lora_name=name, merged="true" if merged else "false", weight_version=weight_version, mode=mode
+    )
+    path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(msgspec.to_builtins(query))}"
     content = _body(prefix, tensors)
     return Call(method="POST", path=path, read=lambda body, _: read_by(CHANGE, body), content=content, content_type=_OCTETS)
 
@@ -129,7 +131,7 @@ def _body(prefix: bytes, tensors: Mapping[str, Tensor]) -> EncodedBody:
 
 def commit_call(update_id: str, mode: UpdateMode) -> Call[WeightUpdate]:
     """POST /weights/{update_id}/commit."""
-    return post(COMMIT_ROUTE.format(update_id=update_id), {"mode": mode}, lambda body, _: read_by(UPDATE, body))
+    return post(COMMIT_ROUTE.format(update_id=update_id), CommitUpdateRequest(mode=mode), lambda body, _: read_by(UPDATE, body))
 
 
 def abandon_call(update_id: str) -> Call[dict[str, object]]:
@@ -137,9 +139,19 @@ def abandon_call(update_id: str) -> Call[dict[str, object]]:
     return Call(method="POST", path=ABANDON_ROUTE.format(update_id=update_id), read=read_object)
 
 
-def ranks_of(named_tensors: NamedTensors, first: Mapping[str, Tensor]) -> TrainerRanks:
-    """The ranks that push these tensors; a generator shows its first bucket alone."""
-    return TrainerRanks((named_tensors if isinstance(named_tensors, Mapping) else first).values())
+def gathered_buckets(
+    named_tensors: NamedTensors, bucket_bytes: int, device: torch.device | str = "cpu"
+) -> tuple[TrainerRanks, Iterator[dict[str, Tensor]]]:
+    """The ranks that push these tensors, and the buckets as each of these ranks has them once they are gathered.
+
+    The first bucket is gathered at once: what cannot be sent is refused before a server begins. Of a generator, it alone shows
+    how the tensors are sharded.
+    """
+    buckets = buckets_of(named_tensors, bucket_bytes)
+    first = next(buckets, {})
+    ranks = TrainerRanks((named_tensors if isinstance(named_tensors, Mapping) else first).values())
+    gathered = [ranks.gather(first, device)] if first else []
+    return ranks, itertools.chain(gathered, (ranks.gather(bucket, device) for bucket in buckets))
 
 
 def buckets_of(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -19,30 +19,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flowroll.client.exchange import post, read_object
-from flowroll.client.pushing import (
-    BUCKET_BYTES,
-    NamedTensors,
-    abandon_call,
-    begin_call,
-    buckets_of,
-    commit_call,
-    ranks_of,
-)
+from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, abandon_call, begin_call, commit_call, gathered_buckets
 from flowroll.client.synchronous import Client
 from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
+from flowroll.wire.fields import Request
+from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+from flowroll.wire.weights import Updatable
 
 # How long the answer of a server may take that has closed the group.
 _REASON_S = 5.0
@@ -92,11 +87,18 @@ class WeightGroup:
         self._store = TCPStore(
             master_address, port, world_size, True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        place = {"master_address": master_address, "master_port": port, "world_size": world_size, "backend": backend}
+        first = InitGroupRequest(
+            master_address=master_address,
+            master_port=port,
+            rank_offset=1,
+            world_size=world_size,
+            group_name=self._name,
+            backend=backend,
+        )
         own: Future[BroadcastGroup] | None = None
         try:
             joined = [
-                self._post(client, INIT_GROUP_ROUTE, {**place, "rank_offset": rank})
+                self._post(client, INIT_GROUP_ROUTE, replace(first, rank_offset=rank))
                 for rank, client in enumerate(self._clients, start=1)
             ]
             own = self._threads.submit(
@@ -130,7 +132,7 @@ class WeightGroup:
         self,
         named_tensors: NamedTensors,
         *,
-        module: str = "transformer",
+        module: Updatable = "transformer",
         weight_version: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> list[str]:
@@ -152,16 +154,12 @@ class WeightGroup:
             WeightsBusyError: A server takes another update just now.
             FlowrollError: Whatever else a server raised.
         """
-        buckets = buckets_of(named_tensors, bucket_bytes)
-        first = next(buckets, {})
-        ranks = ranks_of(named_tensors, first)
         device = "cpu" if self._group is None else self._group.device
-        # What cannot be sent is refused before the servers begin.
-        gathered = [ranks.gather(first, device)] if first else []
+        ranks, buckets = gathered_buckets(named_tensors, bucket_bytes, device)
         begun: list[str] = ranks.run(lambda: self._begin(module, weight_version), list[str])
         try:
-            for whole in itertools.chain(gathered, (ranks.gather(bucket, device) for bucket in buckets)):
-                ranks.run(functools.partial(self._broadcast, whole, module, begun), None)
+            for bucket in buckets:
+                ranks.run(functools.partial(self._broadcast, bucket, module, begun), None)
             return ranks.run(lambda: self._commit(begun), list[str])
         except BaseException:
             if ranks.sends:
@@ -173,7 +171,7 @@ class WeightGroup:
         if self._group is not None:
             self._group.close()
         clients, self._clients = self._clients, []
-        left = [self._post(client, DESTROY_GROUP_ROUTE, {}) for client in clients]
+        left = [self._post(client, DESTROY_GROUP_ROUTE, DestroyGroupRequest(group_name=self._name)) for client in clients]
         for future in left:
             # A server that never joined, or is gone, has nothing to destroy.
             if isinstance(error := future.exception(), Exception) and not isinstance(error, FlowrollError):
@@ -181,7 +179,7 @@ class WeightGroup:
         self._store = None
         self._threads.shutdown(wait=False)
 
-    def _begin(self, module: str, weight_version: str | None) -> list[str]:
+    def _begin(self, module: Updatable, weight_version: str | None) -> list[str]:
         if self._group is None:
             raise InvalidRequestError(
                 "clients must be given on the rank that sends, got none; give them on the first rank of the mesh.",
@@ -213,18 +211,19 @@ class WeightGroup:
             with contextlib.suppress(FlowrollError):
                 client._send(abandon_call(update_id))
 
-    def _broadcast(self, bucket: Mapping[str, Tensor], module: str, begun: Sequence[str]) -> None:
+    def _broadcast(self, bucket: Mapping[str, Tensor], module: Updatable, begun: Sequence[str]) -> None:
         group = self._group
         assert group is not None
         tensors = list(bucket.values())
-        expected = {
-            "target_modules": [module],
-            "names": list(bucket),
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-            "shapes": [list(tensor.shape) for tensor in tensors],
-        }
+        expected = UpdateFromGroupRequest(
+            group_name=self._name,
+            target_modules=[module],
+            names=list(bucket),
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+            shapes=[list(tensor.shape) for tensor in tensors],
+        )
         answers = [
-            self._post(client, UPDATE_FROM_GROUP_ROUTE, {**expected, "update_id": update_id})
+            self._post(client, UPDATE_FROM_GROUP_ROUTE, replace(expected, update_id=update_id))
             for client, update_id in zip(self._clients, begun, strict=True)
         ]
 
@@ -245,9 +244,8 @@ class WeightGroup:
             raise
         _results(answers)
 
-    def _post(self, client: Client, route: str, sent: Mapping[str, Any]) -> Future[dict[str, Any]]:
-        call = post(route, {**sent, "group_name": self._name}, read_object)
-        return self._threads.submit(client._send, call)
+    def _post(self, client: Client, route: str, sent: Request) -> Future[dict[str, Any]]:
+        return self._threads.submit(client._send, post(route, sent, read_object))
 
 
 def _close_made(made: Future[BroadcastGroup]) -> None:

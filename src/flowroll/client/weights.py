@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from torch import Tensor
@@ -14,8 +14,9 @@ from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
 from flowroll.client.exchange import Call, Steps, excerpt, post, read_by
 from flowroll.client.pushing import NamedTensors
 from flowroll.errors import ServerConnectionError
-from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, WeightUpdate
+from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ModuleName, WeightUpdate
 from flowroll.wire.codec import WireFormat
+from flowroll.wire.control import ReleaseRequest, ResumeRequest
 from flowroll.wire.names import (
     ADAPTERS_ROUTE,
     CHECKSUM_ROUTE,
@@ -26,20 +27,21 @@ from flowroll.wire.names import (
     UPDATE_FROM_DISK_ROUTE,
     VERIFY_ROUTE,
 )
+from flowroll.wire.weights import (
+    ChecksumRequest,
+    LoadAdapterRequest,
+    LoraAdaptersObject,
+    UnloadAdapterRequest,
+    Updatable,
+    UpdateFromDiskRequest,
+    VerifiedObject,
+    VerifyRequest,
+)
 
-
-class _Verified(msgspec.Struct, frozen=True):
-    num_tensors: int
-
-
-class _Adapters(msgspec.Struct, frozen=True):
-    adapters: list[LoraAdapter]
-
-
-_ADAPTERS = msgspec.json.Decoder(_Adapters)
+_ADAPTERS = msgspec.json.Decoder(LoraAdaptersObject)
 _MEMORY = msgspec.json.Decoder(MemoryChange)
 _SUMS = msgspec.json.Decoder(dict[str, str])
-_VERIFIED = msgspec.json.Decoder(_Verified)
+_VERIFIED = msgspec.json.Decoder(VerifiedObject)
 
 
 def update_weights_from_disk(
@@ -47,7 +49,7 @@ def update_weights_from_disk(
     /,
     path: str | PathLike[str],
     *,
-    module: str = "transformer",
+    module: Updatable = "transformer",
     weight_version: str | None = None,
     mode: UpdateMode = "drain",
 ) -> Call[WeightUpdate]:
@@ -65,7 +67,7 @@ def update_weights_from_disk(
         WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
         FlowrollError: As for `rollout`.
     """
-    sent = {"model_path": str(path), "module": module, "weight_version": weight_version, "mode": mode}
+    sent = UpdateFromDiskRequest(model_path=str(path), module=module, weight_version=weight_version, mode=mode)
     return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
 
 
@@ -74,7 +76,7 @@ def update_weights(
     /,
     named_tensors: NamedTensors,
     *,
-    module: str = "transformer",
+    module: Updatable = "transformer",
     weight_version: str | None = None,
     mode: UpdateMode = "drain",
     bucket_bytes: int = pushing.BUCKET_BYTES,
@@ -112,16 +114,16 @@ def update_weights(
     )
 
 
-def weights_checksum(_: WireFormat, /, module: str = "transformer") -> Call[str]:
+def weights_checksum(_: WireFormat, /, module: ModuleName = "transformer") -> Call[str]:
     """sha256 over the server's weights; `flowroll.replay.weights_checksum` is the same for a trainer's module.
 
     Args:
         module: "transformer", "text_encoder" or "vae".
     """
-    return post(CHECKSUM_ROUTE, {"module_names": [module]}, lambda body, _: _read_sum(body, module))
+    return post(CHECKSUM_ROUTE, ChecksumRequest(module_names=[module]), lambda body, _: _read_sum(body, module))
 
 
-def verify_weights(_: WireFormat, /, expected: Mapping[str, str], *, module: str = "transformer") -> Call[int]:
+def verify_weights(_: WireFormat, /, expected: Mapping[str, str], *, module: ModuleName = "transformer") -> Call[int]:
     """Has the server compare its weights with the trainer's, tensor by tensor.
 
     Args:
@@ -134,7 +136,7 @@ def verify_weights(_: WireFormat, /, expected: Mapping[str, str], *, module: str
     Raises:
         WeightsMismatchError: It names those that differ, are missing or unknown.
     """
-    sent = {"module": module, "expected": dict(expected)}
+    sent = VerifyRequest(module=module, expected=dict(expected))
     return post(VERIFY_ROUTE, sent, lambda body, _: read_by(_VERIFIED, body).num_tensors)
 
 
@@ -162,7 +164,7 @@ def load_lora_adapter(
         WeightsRejectedError: No plain LoRA adapter of the server's model, or there is no room. Everything is as it was.
         FlowrollError: As for `rollout`.
     """
-    sent = {"lora_name": name, "lora_path": str(path), "merged": merged, "weight_version": weight_version, "mode": mode}
+    sent = LoadAdapterRequest(lora_name=name, lora_path=str(path), merged=merged, weight_version=weight_version, mode=mode)
     return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 
@@ -200,7 +202,7 @@ def unload_lora_adapter(
         weight_version: Of the server's weights from now on; None: the server counts.
         mode: As for `update_weights`.
     """
-    sent = {"lora_name": name, "weight_version": weight_version, "mode": mode}
+    sent = UnloadAdapterRequest(lora_name=name, weight_version=weight_version, mode=mode)
     return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 
@@ -209,7 +211,7 @@ def lora_adapters(_: WireFormat, /) -> Call[list[LoraAdapter]]:
     return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: read_by(_ADAPTERS, body).adapters)
 
 
-def release_memory(_: WireFormat, /, mode: str = "offload") -> Call[MemoryChange]:
+def release_memory(_: WireFormat, /, mode: Literal["offload", "disk"] = "offload") -> Call[MemoryChange]:
     """Has the server release the memory of its weights, once the requests that run have finished.
 
     Args:
@@ -218,12 +220,12 @@ def release_memory(_: WireFormat, /, mode: str = "offload") -> Call[MemoryChange
     Raises:
         FlowrollError: As for `rollout`.
     """
-    return post(RELEASE_ROUTE, {"mode": mode}, lambda body, _: read_by(_MEMORY, body))
+    return post(RELEASE_ROUTE, ReleaseRequest(mode=mode), lambda body, _: read_by(_MEMORY, body))
 
 
 def resume_memory(_: WireFormat, /) -> Call[MemoryChange]:
     """Has the server take the memory of its weights again; they are as they were."""
-    return post(RESUME_ROUTE, {}, lambda body, _: read_by(_MEMORY, body))
+    return post(RESUME_ROUTE, ResumeRequest(), lambda body, _: read_by(_MEMORY, body))
 
 
 def _read_sum(body: bytearray, module: str) -> str:

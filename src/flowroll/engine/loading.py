@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
+from flowroll.engine.facts import ModelFacts
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
@@ -29,37 +27,34 @@ from flowroll.families.alignment import align_weights
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
-from flowroll.sampling.schedule import ScheduleConfig
 from flowroll.types import all_finite
 
 _PROBE = "a red circle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
+class LoadedModel(ModelFacts):
     """What planning and denoising need of a checkpoint in memory.
 
     Attributes:
-        family: How to call it.
-        variant: Which of the family's variants it is taken for.
         transformer: The denoiser, or this rank's part of it.
         adapters: The same with LoRA adapters.
         strategy: Computes the velocities of samples that take a step together.
-        spec: The facts that shape its latents.
-        schedule_config: Its sigma grid.
-        device: Where the modules are.
-        dtype: Of the weights.
     """
 
-    family: Family
-    variant: str
     transformer: Any
     adapters: AdapterSet
     strategy: Strategy
-    spec: ModelSpec
-    schedule_config: ScheduleConfig
-    device: torch.device
-    dtype: torch.dtype
+
+
+def silence_model_libraries() -> None:
+    """Turns the progress bars of diffusers and transformers off, and imports both."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_model(
@@ -144,6 +139,9 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     Raises:
         CheckpointError: A weight is missing, or a tensor is none of the class's.
     """
+    import diffusers
+    import transformers
+
     library: Any = transformers if component.startswith("text_encoder") else diffusers
     module, report = getattr(library, checkpoint.class_of(component)).from_pretrained(
         checkpoint.folder / component,
@@ -164,6 +162,9 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
 def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> set[str]:
     """The tensors of the class that a text encoder was saved from, whose head the pipeline's class leaves out by intention."""
     config = read_json(checkpoint.folder / component / "config.json", f"{component} must have a configuration")
+    import transformers
+    from accelerate import init_empty_weights
+
     saver = getattr(transformers, plain_class(str((config.get("architectures") or [""])[0])), None)
     if saver is None or not isinstance(module.config, saver.config_class):
         return set()
@@ -173,6 +174,9 @@ def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> se
 
 def empty_module(checkpoint: Checkpoint, component: str) -> Any:
     """A component of the pipeline without memory for its weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
     model_class = getattr(diffusers, checkpoint.class_of(component))
     with init_empty_weights(include_buffers=False):
         return model_class.from_config(model_class.load_config(checkpoint.folder / component))
@@ -201,6 +205,8 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
     """The pipeline in evaluation mode, on the CPU."""
+    from diffusers import DiffusionPipeline
+
     modules = {
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
         for name in checkpoint.modules

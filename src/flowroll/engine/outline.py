@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import torch
 
 from flowroll.engine.checkpoint import Checkpoint
@@ -26,6 +25,8 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
         CheckpointError: The libraries cannot build it.
         UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
     """
+    import diffusers
+
     try:
         modules = {name: empty_module(checkpoint, name) for name in ("transformer", "vae")}
         # The pipeline's own arithmetic over the configurations is part of what a request is checked against.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from flowroll.engine.config import Limits
-from flowroll.engine.loading import LoadedModel
+from flowroll.engine.facts import ModelFacts
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.dynamics import amplification, transitions
@@ -56,14 +56,12 @@ class RequestPlan:
         return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
 
 
-def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> RequestPlan:
+def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
     """Checks a request against the loaded model and fills in what it leaves open.
 
     Raises:
         InvalidRequestError: A value is off the model's grid or above a limit.
     """
-    # Of an adapter that is not there, before anything else is looked at.
-    model.adapters.record(params.lora_name)
     defaults = model.family.variants[model.variant]
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
@@ -91,7 +89,7 @@ def plan_request(params: SamplingParams, model: LoadedModel, limits: Limits) -> 
 
 def _record(
     params: SamplingParams,
-    model: LoadedModel,
+    model: ModelFacts,
     geometry: Geometry,
     schedule: Schedule,
     guidance: Guidance,
@@ -127,7 +125,7 @@ def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
     raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
 
 
-def plan_geometry(model: LoadedModel, *, height: int, width: int) -> Geometry:
+def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
     """The shapes of a sample of this size.
 
     Raises:
@@ -147,7 +145,7 @@ def plan_geometry(model: LoadedModel, *, height: int, width: int) -> Geometry:
     return model.family.geometry(model.spec, height=height, width=width)
 
 
-def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -> Geometry:
+def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) -> Geometry:
     defaults = model.family.variants[model.variant]
     geometry = plan_geometry(model, height=params.height or defaults.height, width=params.width or defaults.width)
     if geometry.height * geometry.width > limits.max_pixels:
@@ -157,7 +155,7 @@ def _plan_geometry(params: SamplingParams, model: LoadedModel, limits: Limits) -
     return geometry
 
 
-def _plan_guidance(params: SamplingParams, model: LoadedModel) -> Guidance:
+def _plan_guidance(params: SamplingParams, model: ModelFacts) -> Guidance:
     """One scale for classifier-free guidance; a second one where the model takes a scale as an input."""
     defaults = model.family.variants[model.variant]
     if not model.spec.embeds_guidance:
@@ -166,7 +164,7 @@ def _plan_guidance(params: SamplingParams, model: LoadedModel) -> Guidance:
     return model.family.guidance(_first(params.true_cfg_scale, defaults.true_cfg_scale, 1.0), embedded)
 
 
-def _plan_schedule(params: SamplingParams, model: LoadedModel, limits: Limits, geometry: Geometry) -> Schedule:
+def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, geometry: Geometry) -> Schedule:
     if params.sigmas is not None:
         num_steps, field = len(params.sigmas) - 1, "sigmas"
     else:

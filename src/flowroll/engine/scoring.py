@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
-from flowroll.engine.loading import LoadedModel
+from flowroll.engine.facts import ModelFacts
 from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
@@ -42,7 +42,7 @@ class ScorePlan:
         return sum(sample.sampling.height * sample.sampling.width * len(sample.steps) for sample in self.params.samples)
 
 
-def plan_score(params: ScoreParams, model: LoadedModel, limits: Limits) -> ScorePlan:
+def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScorePlan:
     """Checks every step that is to be scored.
 
     Raises:
@@ -64,7 +64,7 @@ def plan_score(params: ScoreParams, model: LoadedModel, limits: Limits) -> Score
     return ScorePlan(params=params, request_id=params.request_id or uuid.uuid4().hex)
 
 
-def check_sample(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> None:
+def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> None:
     """Checks the steps of one sample against the model.
 
     Raises:
@@ -88,7 +88,7 @@ def check_sample(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> N
     _check_env(sample.denoising_env, model, geometry)
 
 
-def recipe_of(sample: RecordedSteps, model: LoadedModel, *, device: torch.device | str) -> Recipe:
+def recipe_of(sample: RecordedSteps, model: ModelFacts, *, device: torch.device | str) -> Recipe:
     """How the sample's steps are taken."""
     return Recipe.of(sample.sampling, model.family, sde_step_indices=sample.sde_step_indices, device=device)
 
@@ -135,12 +135,8 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.to(torch.float32) for tensor in tensors]).cpu()
 
 
-def _check_record(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> None:
+def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> None:
     record, steps = sample.sampling, sample.sampling.num_inference_steps
-    try:
-        model.adapters.record(None if record.lora is None else record.lora.name)
-    except InvalidRequestError as error:
-        raise error.within("sampling") from None
     if record.family != model.family.name:
         rule = f"be {model.family.name}, which this engine has"
         _refuse("sampling.family", rule, record.family[:80], "send it to that family's engine")
@@ -171,7 +167,7 @@ def _check_record(sample: RecordedSteps, model: LoadedModel, limits: Limits) -> 
             _refuse(field, f"lie in 0..{steps - 1}", outside[0], "count steps from 0")
 
 
-def _check_env(env: DenoisingEnv, model: LoadedModel, geometry: Geometry) -> None:
+def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None:
     """Checks an environment against what the family declares."""
     family = model.family
     for place, is_given in (("image_kwargs", bool(env.image_kwargs)), ("guidance", env.guidance is not None)):
@@ -186,7 +182,7 @@ def _check_env(env: DenoisingEnv, model: LoadedModel, geometry: Geometry) -> Non
             _check_branch(branch, place, model, geometry)
 
 
-def _check_branch(branch: Mapping[str, EnvValue], place: str, model: LoadedModel, geometry: Geometry) -> None:
+def _check_branch(branch: Mapping[str, EnvValue], place: str, model: ModelFacts, geometry: Geometry) -> None:
     family = model.family
     embeds = branch.get(family.embeds_key)
     tokens = len(embeds) if isinstance(embeds, Tensor) and embeds.ndim else 0
@@ -196,7 +192,7 @@ def _check_branch(branch: Mapping[str, EnvValue], place: str, model: LoadedModel
 def _check_part(
     values: Mapping[str, EnvValue],
     place: str,
-    model: LoadedModel,
+    model: ModelFacts,
     sizes: Mapping[str, int],
     expected: Mapping[str, EnvValue] | None = None,
 ) -> None:
@@ -226,7 +222,7 @@ def _check_part(
 
 
 def _check_tensor(
-    field: ConditioningField, value: EnvValue | None, name: str, model: LoadedModel, sizes: Mapping[str, int]
+    field: ConditioningField, value: EnvValue | None, name: str, model: ModelFacts, sizes: Mapping[str, int]
 ) -> None:
     """Checks the shape, the dtype and the numbers of one tensor."""
     assert field.shape is not None

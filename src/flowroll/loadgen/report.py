@@ -1,4 +1,4 @@
-"""From the outcomes of requests to the figures of a run. Of a request a few numbers are kept, never its answer."""
+"""Computes the figures of a run from the outcomes of its requests, which are a few numbers each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PERCENTS = (50, 90, 99)
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """How one request ended; filled in while its answer arrives.
+    """Tells how one request ended. It is filled in while the answer arrives.
 
     Attributes:
-        status: HTTP status of the answer; None: there was no answer.
+        status: HTTP status of the answer; None where there was no answer.
         code: "ok", the code of the error, or the name of the exception that broke the connection.
         latency_s: Seconds from when the request was due to the last byte of its answer, waits and retries included.
         samples: Number of samples received.

@@ -1,20 +1,30 @@
-"""Sends a load to a server and notes how every request ended."""
+"""Sends a load to a server and measures every answer as it arrives. Answers are neither kept nor decoded."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from flowroll.client import AsyncClient
+import httpx
+
+from flowroll.client import calls
+from flowroll.client.exchange import retry_after_s
+from flowroll.client.route import check_timeout, check_wire_format, route_to
 from flowroll.errors import ServerConnectionError
-from flowroll.loadgen.measuring import MeasuringTransport
 from flowroll.loadgen.plan import Load, Mix, arrivals
 from flowroll.loadgen.report import OK, REJECTED, LoadReport, Outcome, summarize
 from flowroll.types import Number
-from flowroll.wire.codec import WireFormat
+from flowroll.wire.codec import JSON, MSGPACK, WireFormat
+
+_DEFAULT_RETRY_S = 1.0
+_MAX_ERROR_BYTES = 64 * 1024
+# The key of a sample's image. In a JSON text the second quote of a prompt would be escaped.
+_SAMPLE_KEYS = {JSON: b'"generated_output":', MSGPACK: b"\xb0generated_output"}
 
 
 async def run_load(
@@ -42,10 +52,11 @@ async def run_load(
         ServerConnectionError: A request of the warm-up failed, other than by 429.
         InvalidRequestError: The URL or the key cannot be used in HTTP.
     """
-    transport = MeasuringTransport()
-    options: dict[str, Any] = {"api_key": api_key, "wire_format": wire_format, "timeout_s": timeout_s}
-    async with AsyncClient(url, **options, transport=transport) as client:
-        run = _Run(client, transport, load, on_outcome)
+    # Any number may be in flight: waiting for a connection of our own would be no latency of the server.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    way = route_to(url, api_key=api_key, has_transport=True)
+    async with way.open(httpx.AsyncClient, httpx.AsyncHTTPTransport(limits=limits)) as http:
+        run = _Run(http, load, check_wire_format(wire_format), check_timeout(timeout_s), on_outcome)
         # Other requests of the same kind, so that the warm-up does not change what is measured.
         await run.warm_up(islice(mix.requests(seed=~mix.seed), load.warmup), url)
         planned = islice(mix.requests(), load.num_requests)
@@ -62,9 +73,15 @@ class _Run:
     """What was sent and how it ended."""
 
     def __init__(
-        self, client: AsyncClient, transport: MeasuringTransport, load: Load, on_outcome: Callable[[Outcome], None]
+        self,
+        http: httpx.AsyncClient,
+        load: Load,
+        wire_format: WireFormat,
+        timeout_s: float,
+        on_outcome: Callable[[Outcome], None],
     ) -> None:
-        self._client, self._transport, self._load, self._on_outcome = client, transport, load, on_outcome
+        self._http, self._load, self._wire_format = http, load, wire_format
+        self._timeout_s, self._on_outcome = timeout_s, on_outcome
         self._in_flight = 0
         self.outcomes: list[Outcome] = []
 
@@ -94,7 +111,7 @@ class _Run:
                     self._note(Outcome(code="not_sent"))
 
     async def closed_loop(self, planned: Iterator[dict[str, Any]], end_s: float) -> None:
-        """Keeps so many requests in flight."""
+        """Keeps `concurrency` requests in flight."""
 
         async def caller() -> None:
             while time.monotonic() < end_s and (values := next(planned, None)) is not None:
@@ -118,12 +135,55 @@ class _Run:
         return outcome
 
     async def _send_once(self, values: dict[str, Any], outcome: Outcome) -> None:
-        self._transport.outcome.set(outcome)
-        await self._client.rollout(**values)
-        if outcome.code == OK and outcome.samples != values["num_outputs_per_prompt"]:
-            outcome.code, outcome.samples = "wrong_answer", 0
+        """Sends a request and reads its answer to the end; counts of earlier attempts are added to."""
+        call = calls.rollout(self._wire_format, **values)
+        # Uncompressed, so that servers that compress and servers that do not are measured on the same bytes.
+        headers = {**call.headers, "accept-encoding": "identity"}
+        outcome.status, outcome.code, outcome.samples, outcome.retry_after_s = None, OK, 0, 0.0
+        error_body = bytearray()
+        timeout = call.timeout(self._timeout_s)
+        try:
+            async with self._http.stream(
+                "POST", call.path, content=call.async_body(), headers=headers, timeout=timeout
+            ) as answer:
+                outcome.status = answer.status_code
+                outcome.stages = stages_of(answer.headers.get("x-flowroll-timing", ""))
+                media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+                key, tail = _SAMPLE_KEYS.get(media_type), b""
+                async for piece in answer.aiter_raw():
+                    outcome.received_bytes += len(piece)
+                    if not answer.is_success:
+                        error_body += piece[: _MAX_ERROR_BYTES - len(error_body)]
+                    elif key is not None:
+                        outcome.samples += (tail + piece).count(key)
+                        # Too short to contain the key once more.
+                        tail = (tail + piece)[1 - len(key) :]
+        except httpx.HTTPError as error:
+            outcome.code, outcome.samples = type(error).__name__, 0
+        else:
+            if not answer.is_success:
+                outcome.code = error_code(error_body)
+            elif outcome.samples != values["num_outputs_per_prompt"]:
+                outcome.code, outcome.samples = "wrong_answer", 0
+        if outcome.status == REJECTED:
+            outcome.rejections += 1
+            outcome.retry_after_s = retry_after_s(answer.headers.get("retry-after", ""), _DEFAULT_RETRY_S)
         outcome.steps = outcome.samples * values["num_inference_steps"]
 
     def _note(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self._on_outcome(outcome)
+
+
+def error_code(body: bytes | bytearray) -> str:
+    """The code in an error's body; "unknown" where there is none, as from other servers or a proxy."""
+    try:
+        return str(json.loads(body)["error"]["code"])[:80] or "unknown"
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return "unknown"
+
+
+def stages_of(header: str) -> dict[str, float]:
+    """Seconds by stage from `queue;dur=0.1, encode;dur=8.2`, which is in milliseconds."""
+    found = re.findall(r"([\w-]+)(?:;[^;,]*)*;dur=(\d+(?:\.\d+)?)", header[:1000])
+    return {stage: float(milliseconds) / 1000 for stage, milliseconds in found}

@@ -1,4 +1,4 @@
-"""Messages between rank 0 and the ranks that follow it, through their store: commands one way, signs of life the other.
+"""Carries messages between rank 0 and the other ranks through their store: commands one way, signs of life the other.
 
 A collective has a timeout, so nobody can wait in one for a request that may come tomorrow; here a rank can wait as long as it
 takes. The messages are text that the caller encodes; nothing is pickled.
@@ -19,17 +19,17 @@ _DOWN = "down"
 
 
 class Channel:
-    """Rank 0's end, or a follower's.
+    """Holds the end of rank 0, or that of a worker, which is a rank above 0.
 
     Args:
         store: Shared by all ranks.
         rank: Of this process.
-        num_ranks: Of the replica.
+        num_ranks: Number of ranks of the engine.
     """
 
     def __init__(self, store: Store, *, rank: int, num_ranks: int) -> None:
         self._store = store
-        self._rank, self._followers = rank, range(1, num_ranks)
+        self._rank, self._workers = rank, range(1, num_ranks)
         self._next = self._oldest = 0
         self._stopped = threading.Event()
 
@@ -38,13 +38,13 @@ class Channel:
         self._store.set(f"{stage}/{self._rank}", text)
 
     def announced(self, stage: str) -> dict[int, str]:
-        """The followers that have reached a stage, with what they said."""
-        keys = {rank: f"{stage}/{rank}" for rank in self._followers}
+        """Returns the workers that have reached a stage, with what they said."""
+        keys = {rank: f"{stage}/{rank}" for rank in self._workers}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     def retract(self, stage: str) -> None:
-        """Deletes what all followers announced, so that the stage can be reached again."""
-        for rank in self._followers:
+        """Deletes what all workers announced, so that the stage can be reached again."""
+        for rank in self._workers:
             self._store.delete_key(f"{stage}/{rank}")
 
     def wait_for(self, stage: str) -> None:
@@ -52,7 +52,7 @@ class Channel:
         self._store.wait([f"{stage}/0"], _FOREVER)
 
     def send(self, command: str) -> None:
-        """Gives all followers a command."""
+        """Gives all workers a command."""
         self._store.set(f"command/{self._next}", command)
         self._next += 1
 
@@ -65,13 +65,13 @@ class Channel:
         return command
 
     def forget(self) -> None:
-        """Deletes all commands that were sent; every follower must have received them."""
+        """Deletes all commands that were sent; every worker must have received them."""
         for number in range(self._oldest, self._next):
             self._store.delete_key(f"command/{number}")
         self._oldest = self._next
 
     def take_down(self) -> None:
-        """Ends all followers, wherever they are: in a collective, or waiting for a command."""
+        """Ends all workers, wherever they are: in a collective, or waiting for a command."""
         self._store.set(_DOWN, "")
 
     def beat(self, store: Store, on_down: Callable[[], object]) -> None:
@@ -79,7 +79,7 @@ class Channel:
 
         Args:
             store: A connection for it alone: the commands' one is busy with waiting.
-            on_down: Called when rank 0 takes the replica down, or is gone.
+            on_down: Called when rank 0 takes the ranks down, or is gone.
         """
         key = f"beat/{self._rank}"
 
@@ -106,11 +106,11 @@ class Channel:
 
 
 class Pulse:
-    """Rank 0's view of the followers' signs of life.
+    """Hears the workers' signs of life on rank 0.
 
     Args:
         store: A connection for it alone.
-        num_ranks: Of the replica.
+        num_ranks: Number of ranks of the engine.
         now_s: A clock.
     """
 
@@ -119,7 +119,7 @@ class Pulse:
         self._last = {rank: ("", now_s()) for rank in range(1, num_ranks)}
 
     def silent_for_s(self) -> dict[int, float]:
-        """Seconds since each follower's last sign of life; 0 for one that has not begun to give any."""
+        """Returns the seconds since each worker's last sign of life; 0 for one that has not begun to give any."""
         silences = {}
         for rank, (beat, since_s) in self._last.items():
             key = f"beat/{rank}"

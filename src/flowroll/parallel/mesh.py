@@ -1,4 +1,4 @@
-"""The ranks of one replica on the axes cfg, sp and tp, and the few collectives that flowroll uses.
+"""The ranks of one engine on the axes cfg, sp and tp, and the few collectives that flowroll uses.
 
 Every collective moves bits and computes nothing. On GPUs the data goes through NCCL and the control messages, which are on the
 CPU, through gloo, so that no step waits for the device to tell whether it may go on.
@@ -44,7 +44,7 @@ def check_alone() -> None:
 
 
 class Mesh:
-    """This rank's place among the ranks of a replica. A context manager; `close` leaves the process group.
+    """Holds this rank's place among the ranks of an engine. A context manager; `close` leaves the process group.
 
     Rank r is at (cfg, sp, tp) in row-major order: tensor-parallel neighbours, which talk most, have neighbouring ranks.
 

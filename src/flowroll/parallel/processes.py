@@ -9,21 +9,21 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-# What a follower is started as; it reads its configuration from the first line of its standard input.
+# What a worker is started as; it reads its configuration from the first line of its standard input.
 WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "flowroll.engine.runner")
-# A follower that outlives its standard input ends with this status.
+# A worker that outlives its standard input ends with this status.
 ORPHANED = 70
 
 
 class RankProcesses:
-    """Starts one process per follower and ends them.
+    """Starts one process per worker, a rank above 0, and ends them.
 
-    A follower's standard input is its lifeline: it holds the configuration and then nothing, and when it ends, because this
-    process has ended in whatever way, the follower ends too. Followers are in sessions of their own, so a Ctrl-C at the
+    A worker's standard input holds its configuration and then nothing; when it ends, because this
+    process has ended in whatever way, the worker ends too. Workers are in sessions of their own, so a Ctrl-C at the
     terminal reaches this process alone, which then ends them in order.
 
     Args:
-        configurations: One line of text per follower, by rank.
+        configurations: One line of text per worker, by rank.
         command: What to start.
     """
 
@@ -76,7 +76,7 @@ class RankProcesses:
 
 
 def read_configuration() -> str:
-    """On a follower: its configuration. From then on the process ends when rank 0's does."""
+    """Reads a worker's configuration. From then on the process ends when rank 0's does."""
     line = sys.stdin.readline()
 
     def watch() -> None:

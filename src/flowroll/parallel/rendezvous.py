@@ -1,4 +1,4 @@
-"""Where the ranks of a replica find each other: a store of their own on this machine's loopback interface, or torchrun's."""
+"""Where the ranks of an engine find each other: a store of their own on this machine's loopback interface, or torchrun's."""
 
 from __future__ import annotations
 

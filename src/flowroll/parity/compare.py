@@ -91,6 +91,9 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{name}[{index}]", item)
     elif is_dataclass(value) and name != "sampling":
         for field in fields(value):
             yield from _leaves(f"{name}.{field.name}", getattr(value, field.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from flowroll.types import Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAudit:
-    """One step of all audited rollouts that have it.
+    """Tells what was found at one step of all audited rollouts that have it.
 
     Attributes:
         step: The step.
@@ -29,8 +29,8 @@ class StepAudit:
         is_exact: Whether every log-prob, and every velocity that was recorded, has the recorded bits.
         max_ratio_error: Largest |ratio - 1|.
         mean_ratio_error: Mean |ratio - 1|.
-        max_velocity_error: Largest |difference| of an element of the velocity; None: there are no debug tensors.
-        mean_velocity_error: Mean |difference| of the elements; None: there are no debug tensors.
+        max_velocity_error: Largest |difference| of an element of the velocity; None without debug tensors.
+        mean_velocity_error: Mean |difference| of the elements; None without debug tensors.
     """
 
     step: int
@@ -44,7 +44,7 @@ class StepAudit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutAudit:
-    """One audited rollout.
+    """Tells what was found in one rollout.
 
     Attributes:
         causes: What differs from what made the rollout; empty where it is exact.
@@ -60,7 +60,7 @@ class RolloutAudit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
-    """The audit of some rollouts; `str` says it in plain words.
+    """Holds the audit of some rollouts; `str` says it in plain words.
 
     Attributes:
         steps: What was found at each step.
@@ -117,14 +117,14 @@ def audit(
     """
     check_any(rollouts)
     audits: list[RolloutAudit] = []
-    compared: dict[int, list[_Comparison]] = {}
+    found: dict[int, list[StepAudit]] = {}
     for index, rollout in enumerate(rollouts):
         place = place_of(transformer, [rollout], device, _dtype_of(transformer, rollout))
         source = source_of(index, rollout, place)
         with torch.no_grad():
             env = source.env_on(place)
             scores = {step: run_pair(transformer, source, step, place, env) for step in _steps_of(source)}
-            found = {step: _compare(rollout, step, score) for step, score in scores.items()}
+            steps = [_compare(rollout, step, score) for step, score in scores.items()]
             diagnosis = Diagnosis(
                 source=source,
                 scores=scores,
@@ -134,25 +134,15 @@ def audit(
                 encode=encode,
             )
             # A grid that contradicts itself is reported even where the ratio happens to be 1.
-            is_same = all(one.is_exact for one in found.values())
-            causes = tuple(grid_causes(source) if is_same else diagnosis.causes())
-        audits.append(RolloutAudit(causes=causes))
-        for step, one in found.items():
-            compared.setdefault(step, []).append(one)
-    return AuditReport(steps=tuple(_step_audit(step, compared[step]) for step in sorted(compared)), rollouts=tuple(audits))
-
-
-class _Comparison(NamedTuple):
-    """One step of one rollout; the velocity has no errors where none was recorded."""
-
-    is_exact: bool
-    ratio_error: float
-    max_velocity_error: float | None
-    mean_velocity_error: float | None
+            causes = grid_causes(source) if all(one.is_exact for one in steps) else diagnosis.causes()
+            audits.append(RolloutAudit(causes=tuple(causes)))
+        for one in steps:
+            found.setdefault(one.step, []).append(one)
+    return AuditReport(steps=tuple(_merged(found[step]) for step in sorted(found)), rollouts=tuple(audits))
 
 
 def _dtype_of(transformer: Transformer, rollout: Rollout) -> torch.dtype:
-    """The dtype to replay in: the recorded one, where the transformer has weights in it, else the transformer's."""
+    """Returns the recorded dtype where the transformer has weights in it, else the transformer's."""
     recorded = dtype_named(rollout.sampling.model_dtype)
     weights = transformer.parameters() if isinstance(transformer, nn.Module) else iter(())
     dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
@@ -160,7 +150,7 @@ def _dtype_of(transformer: Transformer, rollout: Rollout) -> torch.dtype:
 
 
 def _steps_of(source: Source) -> list[int]:
-    """The steps whose states the trajectory holds; at least one."""
+    """Returns the steps whose states the trajectory holds; at least one."""
     if steps := [step for step in range(source.num_steps) if source.has_states(step)]:
         return steps
     shown = f"the states {list(source.trajectory.latent_step_indices)} in rollout {source.index}"
@@ -170,27 +160,34 @@ def _steps_of(source: Source) -> list[int]:
     )
 
 
-def _compare(rollout: Rollout, step: int, score: StepScore) -> _Comparison:
+def _compare(rollout: Rollout, step: int, score: StepScore) -> StepAudit:
+    """Audits one step of one rollout. A NaN is reported as infinitely far, since it is what an audit is to find."""
     assert rollout.log_probs is not None
-    new, old, debug = score.log_prob.cpu(), rollout.log_probs[step], rollout.debug_tensors
-    # Reported, not refused: a NaN is what an audit is to find.
+    new, old, off = score.log_prob.cpu(), rollout.log_probs[step], None
     error = (torch.exp(new - old) - 1).abs().nan_to_num(nan=math.inf).item()
-    if debug is None:
-        return _Comparison(torch.equal(new, old), error, None, None)
-    off = (score.velocity.float().cpu() - debug.model_output[step]).abs().nan_to_num(nan=math.inf)
-    return _Comparison(torch.equal(new, old) and not off.any(), error, off.max().item(), off.mean().item())
-
-
-def _step_audit(step: int, compared: Sequence[_Comparison]) -> StepAudit:
-    errors = [one.ratio_error for one in compared]
-    most = [one.max_velocity_error for one in compared if one.max_velocity_error is not None]
-    means = [one.mean_velocity_error for one in compared if one.mean_velocity_error is not None]
+    if rollout.debug_tensors is not None:
+        off = (score.velocity.float().cpu() - rollout.debug_tensors.model_output[step]).abs().nan_to_num(nan=math.inf)
     return StepAudit(
         step=step,
-        num_samples=len(compared),
-        is_exact=all(one.is_exact for one in compared),
-        max_ratio_error=max(errors),
-        mean_ratio_error=sum(errors) / len(errors),
+        num_samples=1,
+        is_exact=torch.equal(new, old) and (off is None or not off.any()),
+        max_ratio_error=error,
+        mean_ratio_error=error,
+        max_velocity_error=None if off is None else off.max().item(),
+        mean_velocity_error=None if off is None else off.mean().item(),
+    )
+
+
+def _merged(audits: Sequence[StepAudit]) -> StepAudit:
+    """Merges the audits of one step of single rollouts."""
+    most = [one.max_velocity_error for one in audits if one.max_velocity_error is not None]
+    means = [one.mean_velocity_error for one in audits if one.mean_velocity_error is not None]
+    return StepAudit(
+        step=audits[0].step,
+        num_samples=len(audits),
+        is_exact=all(one.is_exact for one in audits),
+        max_ratio_error=max(one.max_ratio_error for one in audits),
+        mean_ratio_error=fmean(one.mean_ratio_error for one in audits),
         max_velocity_error=max(most, default=None),
-        mean_velocity_error=sum(means) / len(means) if means else None,
+        mean_velocity_error=fmean(means) if means else None,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
 from flowroll import __version__
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineClient, EngineService
+from flowroll.errors import FlowrollError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
@@ -33,20 +35,21 @@ from flowroll.serving.state import AppState
 from flowroll.serving.tracing import Tracing, current_tracing
 
 
-def create_app(worker: EngineWorker, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
-    """The HTTP interface of a worker.
+def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
+    """The HTTP interface of an engine.
 
     Args:
-        worker: Runs the requests. Who made it closes it, after the app's last request.
+        engine: Runs the requests. Who made it closes it, after the app's last request.
         config: How to answer; its address is not used here.
         tracing: Makes spans of requests; None: spans go to the process's own provider, if it has one.
     """
-    state = AppState.build(worker, config)
+    state = AppState.build(engine, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await state.groups.close()
+        with contextlib.suppress(FlowrollError):
+            await asyncio.wrap_future(engine.call(EngineService.leave_groups))
 
     app = FastAPI(
         lifespan=lifespan,

@@ -9,13 +9,13 @@ from typing import Literal, TypeAlias
 
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.errors import InvalidRequestError
+from flowroll.logs import LogFormat, LogLevel
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
-from flowroll.wire.dialects import Dialect
+from flowroll.wire.messages import Dialect
 
-LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 LoraMergeMode: TypeAlias = Literal["dynamic", "merge"]
-LogFormat: TypeAlias = Literal["text", "json"]
+
 
 _MAX_PORT = 65535
 # The kernel counts milliseconds in 32 bits.
@@ -43,6 +43,7 @@ class ServerConfig:
         wire_dialect: Names in the answer where the request does not choose.
         weights_roots: Folders, absolute, from which clients may have weights read; none: no client may.
         weight_group_hosts: Hosts, besides this machine, whose process groups clients may have the server join; "*": every one.
+        max_connections: TCP connections at once; more are answered with 429 and ended.
         max_queue: Requests that may wait behind those that run.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
@@ -83,6 +84,7 @@ class ServerConfig:
     wire_dialect: Dialect = "native"
     weights_roots: tuple[str, ...] = ()
     weight_group_hosts: tuple[str, ...] = ()
+    max_connections: int = 1000
     max_queue: int = 64
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
@@ -104,6 +106,7 @@ class ServerConfig:
         object.__setattr__(self, "weights_roots", tuple(os.path.realpath(root) for root in self.weights_roots))
         in_range = 0 <= self.port <= _MAX_PORT
         _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
+        _require(self.max_connections > 0, "max_connections", "be > 0", self.max_connections, "leave it out")
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
         _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")

@@ -6,34 +6,17 @@ import math
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from flowroll.errors import FlowrollError, MalformedRequestError, NotFoundError, QueueFullError, UnauthorizedError
+from flowroll.wire.control import ErrorBody
 
 
 class SlowRequestError(MalformedRequestError):
     """The request does not come to an end in time; a `MalformedRequestError` to the client."""
 
     status = 408
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    code: str = Field(description="Stable name of the kind of error.", examples=["invalid_request"])
-    message: str = Field(
-        description="Subject, rule, value and remedy.",
-        examples=["height must be a multiple of 16 for qwen_image, got 1000; use 992 or 1008."],
-    )
-    field: str | None = Field(description="The request's field that the message is about.", examples=["height"])
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: ErrorDetail
 
 
 # What every route can answer; shown in the OpenAPI document.

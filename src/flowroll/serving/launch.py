@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import signal
 import socket
 import threading
@@ -21,15 +20,14 @@ from typing import Any
 
 import uvicorn
 
-from flowroll.engine import Engine, follow
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine import follow
+from flowroll.engine.service import EngineClient, EngineFacts, EngineOptions, EngineProcess, EngineService
 from flowroll.errors import FlowrollError
+from flowroll.logs import configure_logging
 from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.connections import HttpConfig
-from flowroll.serving.listening import open_listener
-from flowroll.serving.logs import configure_logging
+from flowroll.serving.connections import HttpConfig, open_listener
 from flowroll.serving.tracing import Tracing, otlp_provider
 
 _log = logging.getLogger(__name__)
@@ -43,7 +41,8 @@ def serve(config: ServerConfig) -> None:
     On the first signal no request is taken any more (/readiness says so), those that were accepted get `config.grace_s`
     seconds to finish, and what is left then ends in a `ShuttingDownError`. A second signal cuts the grace period short.
 
-    Under torchrun rank 0 serves, and the other ranks follow it until it stops.
+    The engine has a process of its own, which starts those of its other ranks. Under torchrun rank 0 serves, its engine joins
+    torchrun's group, and the other ranks follow it until it stops.
 
     Raises:
         SystemExit: With one line for the user and status 1: the checkpoint cannot be loaded, the address cannot be bound, or a
@@ -59,40 +58,20 @@ def serve(config: ServerConfig) -> None:
         try:
             if place is not None:
                 check_world(config.layout, place)
-            engine = Engine(
-                config.model,
-                limits=config.limits,
-                batching=config.batching,
-                adapter_limits=config.adapter_limits,
-                **_rank_options(config),
-            )
+            with EngineProcess(_engine_options(config)) as engine:
+                engine.wait()
+                with open_listener(config) as listener:
+                    _announce(config, engine.facts, listener)
+                    _DrainingServer(config, engine, tracing).run(sockets=[listener])
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
-        worker = None
-        try:
-            with open_listener(config) as listener:
-                _announce(config, engine, listener)
-                worker = EngineWorker(engine, max_queue=config.max_queue)
-                _DrainingServer(config, worker, tracing).run(sockets=[listener])
-        finally:
-            _close(engine, worker)
     if engine.failure is not None:
         raise SystemExit(f"Error: {engine.failure.message}")
     _log.info("stopped")
 
 
-def _close(engine: Engine, worker: EngineWorker | None) -> None:
-    """Ends the worker's thread, then the engine with its ranks."""
-    if worker is not None and not worker.close():
-        if engine.info.layout.num_ranks > 1:
-            # Stuck with the other ranks, on a GPU perhaps in a collective of one that is lost: an orderly exit would wait for
-            # it.
-            if engine.failure is not None:
-                _log.error("Error: %s", engine.failure.message)
-            logging.shutdown()
-            os._exit(1)
-        return
-    engine.close()
+def _engine_options(config: ServerConfig) -> EngineOptions:
+    return EngineOptions(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EngineOptions)})
 
 
 def _rank_options(config: ServerConfig) -> dict[str, Any]:
@@ -114,12 +93,12 @@ def _follow(config: ServerConfig) -> None:
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets the engine finish before it stops to listen."""
 
-    def __init__(self, config: ServerConfig, worker: EngineWorker, tracing: Tracing | None) -> None:
-        super().__init__(HttpConfig(create_app(worker, config, tracing=tracing), config))
-        self._worker = worker
+    def __init__(self, config: ServerConfig, engine: EngineClient, tracing: Tracing | None) -> None:
+        super().__init__(HttpConfig(create_app(engine, config, tracing=tracing), config))
+        self._engine = engine
         self._grace_s = config.grace_s
         self._in_a_hurry = False
-        worker.engine.on_failure(self._on_failure)
+        engine.on_failure(self._on_failure)
 
     def _on_failure(self, error: FlowrollError) -> None:
         """Ends the main loop: nothing can be served any more."""
@@ -140,18 +119,21 @@ class _DrainingServer(uvicorn.Server):
     async def main_loop(self) -> None:
         """Serves until a signal, then drains."""
         await super().main_loop()
-        if self._worker.failure is not None:
+        if self._engine.failure is not None:
             return
         _log.info("stopping: accepted requests have %g s to finish", self._grace_s)
-        self._worker.drain()
         deadline_s = time.monotonic() + self._grace_s
-        while self._has_work() and time.monotonic() < deadline_s and not self._in_a_hurry:
-            await asyncio.sleep(_DRAIN_POLL_S)
-        await asyncio.to_thread(self._worker.close)
+        with contextlib.suppress(FlowrollError, TimeoutError):
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._grace_s + _DRAIN_POLL_S):
+                await asyncio.wrap_future(self._engine.call(EngineService.drain))
+                while await self._has_work() and time.monotonic() < deadline_s and not self._in_a_hurry:
+                    await asyncio.sleep(_DRAIN_POLL_S)
+        await asyncio.to_thread(self._engine.close)
 
-    def _has_work(self) -> bool:
+    async def _has_work(self) -> bool:
         """Whether a request is still to be run, or its answer to be sent."""
-        return bool(self._worker.pending or self._worker.running or self.server_state.tasks)
+        counts = (await asyncio.wrap_future(self._engine.call(EngineService.status))).counts
+        return bool(counts.pending or counts.running or self.server_state.tasks)
 
 
 @contextlib.contextmanager
@@ -192,17 +174,17 @@ def _signals_end_start() -> Iterator[None]:
             signal.signal(sig, handler)
 
 
-def _announce(config: ServerConfig, engine: Engine, listener: socket.socket) -> None:
+def _announce(config: ServerConfig, facts: EngineFacts, listener: socket.socket) -> None:
     """Prints the resolved configuration, once."""
     shown = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.repr}
     resolved = {
         **shown,
-        **{field.name: getattr(engine.info, field.name) for field in dataclasses.fields(engine.info)},
+        **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
         "port": listener.getsockname()[1],
         "api_key": "set" if config.api_key else "none",
     }
     _log.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in resolved.items()))
-    _log.info("memory: %s", engine.describe_memory())
+    _log.info("memory: %s", facts.memory)
     if config.api_key is None and not config.is_loopback:
         _log.warning(
             "%s is reachable from other machines and no api_key is set: anybody who reaches it can use this server", config.host

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
-from flowroll.engine.worker import EngineWorker, RequestKind
+from flowroll.engine.service import EngineStatus, RequestKind
 from flowroll.types import Number
 
 # From a probe's milliseconds to a group of large images.
@@ -19,35 +20,35 @@ _SECONDS_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 12
 _OCCUPANCY_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, math.inf)
 
 
-class WorkerCollector(Collector):
-    """Reads the worker at every scrape, all of its numbers from the same moment, so that they balance.
-
-    Args:
-        worker: The worker that runs the app's requests.
+class EngineCollector(Collector):
+    """Shows what the engine has said last, all numbers from the same moment, so that they balance.
 
     Attributes:
+        status: The engine; None: it was not asked yet.
         answer_s: Seconds by stage that answers took after their requests had ended.
     """
 
-    def __init__(self, worker: EngineWorker) -> None:
-        self._worker = worker
+    def __init__(self) -> None:
+        self.status: EngineStatus | None = None
         self.answer_s: dict[str, float] = {"serialise": 0.0, "send": 0.0}
 
     def collect(self) -> Iterator[Metric]:
         """Queue, running requests and samples, batches, stages, and how every accepted request ended."""
-        load, scores, engine = self._worker.load(), self._worker.score_stats(), self._worker.engine
+        if (status := self.status) is None:
+            return
+        load, scores = status.load, status.load.log_probs
         requests = load.requests
         yield GaugeMetricFamily("flowroll_queue_depth", "Accepted requests that wait.", requests.pending)
         yield GaugeMetricFamily("flowroll_running_requests", "Requests that the engine runs now.", requests.running)
         yield CounterMetricFamily("flowroll_accepted_requests", "Requests that entered the queue.", requests.accepted)
-        age_s = engine.scheduler.oldest_waiting_s()
+        age_s = status.oldest_waiting_s
         yield GaugeMetricFamily("flowroll_queue_age_seconds", "Age of the request that waits longest.", age_s)
         yield GaugeMetricFamily("flowroll_running_samples", "Samples from noise to picture.", load.running_samples)
         yield GaugeMetricFamily("flowroll_is_paused", "1 while new requests are refused.", int(load.is_paused))
         yield GaugeMetricFamily(
             "flowroll_is_holding", "1 while no sample starts until a push of weights is complete.", int(load.is_holding)
         )
-        yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", int(engine.is_asleep))
+        yield GaugeMetricFamily("flowroll_is_asleep", "1 while the memory of the weights is released.", int(status.is_asleep))
         yield CounterMetricFamily("flowroll_steps", "Denoising steps of all samples, also of those that failed.", load.steps)
         yield _occupancy(load)
         stages = (*load.stage_s.items(), *self.answer_s.items())
@@ -58,8 +59,7 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily("flowroll_accepted_score_requests", text, scores.accepted)
         yield GaugeMetricFamily("flowroll_open_score_requests", "Of these, those that wait or are scored.", scores.pending)
         yield _counter("flowroll_ended_score_requests", "Of these, those that ended.", "outcome", _ended(scores))
-        version = {"version": engine.weight_version}
-        yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", version)
+        yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", {"version": status.weight_version})
 
 
 def _counter(name: str, text: str, label: str, counts: Iterable[tuple[str, Number]]) -> Metric:
@@ -87,17 +87,19 @@ class Metrics:
     """What the server counts; each metric's text says what it is.
 
     Args:
-        worker: The worker, which is read at every scrape.
+        engine_pid: The process of the engine, which may be another one.
 
     Attributes:
         registry: Holds all of it.
     """
 
-    def __init__(self, worker: EngineWorker) -> None:
+    def __init__(self, engine_pid: int) -> None:
         self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)
+        # e.g. flowroll_engine_process_resident_memory_bytes
+        ProcessCollector(namespace="flowroll_engine", pid=lambda: engine_pid, registry=own)
         PlatformCollector(registry=own)
-        self._collector = WorkerCollector(worker)
+        self._collector = EngineCollector()
         own.register(self._collector)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -118,6 +120,11 @@ class Metrics:
         self.weight_pause_seconds = counter("weight_pause_seconds", "Seconds for which no request ran because of an update.")
         self.scored_steps = counter("scored_steps", "Recorded steps that were scored again.")
 
+    def render(self, status: EngineStatus) -> bytes:
+        """All metrics as Prometheus reads them, with the engine as it is now."""
+        self._collector.status = status
+        return generate_latest(self.registry)
+
     def observe_request(self, *, route: str, code: int, seconds: float, body_bytes: int, error: str | None) -> None:
         """Counts an answered HTTP request; on the event loop."""
         self.requests.labels(route, str(code)).inc()
@@ -131,11 +138,11 @@ class Metrics:
         self.requests.labels("connection", str(code)).inc()
         self.errors.labels(error).inc()
 
-    def observe_stages(self, stretches: Iterable[StageSpan]) -> None:
+    def observe_stages(self, spans: Iterable[StageSpan]) -> None:
         """Counts the time that an answer took after its request had ended; on the event loop."""
-        for stretch in stretches:
-            if stretch.stage in self._collector.answer_s:
-                self._collector.answer_s[stretch.stage] += stretch.seconds
+        for span in spans:
+            if span.stage in self._collector.answer_s:
+                self._collector.answer_s[span.stage] += span.seconds
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from flowroll.errors import InvalidRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat
-from flowroll.wire.dialects import Dialect
+from flowroll.wire.messages import Dialect
 
 PNG = "image/png"
 DIALECT_HEADER = "x-flowroll-dialect"

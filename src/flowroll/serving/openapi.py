@@ -1,100 +1,99 @@
-"""The OpenAPI document: the request models are shown in it although the routes read the raw body themselves."""
+"""The OpenAPI document: what the routes read and answer, from the very types that do it."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from fastapi.routing import APIRoute
 
 from flowroll.serving.middleware import OPEN_PATHS
 from flowroll.serving.negotiation import PNG
-from flowroll.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from flowroll.wire.arrivals import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
-from flowroll.wire.codec import MSGPACK
-from flowroll.wire.control import AbortRequest, ContinueRequest, PauseRequest
-from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
-from flowroll.wire.memory import ReleaseRequest, ResumeRequest
-from flowroll.wire.responses import ScoreRequestObject
-from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest
-from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
+from flowroll.wire.codec import JSON, MSGPACK
+from flowroll.wire.describe import REF, components
+from flowroll.wire.fields import Request
+from flowroll.wire.messages import (
+    SentEnv,
+    WireEnv,
+    WireImage,
+    WireSample,
+    WireSampleScores,
+    WireScoreAnswer,
+    WireScoreRequest,
+    WireSteps,
+    WireTensor,
+    WireTrajectory,
+)
+from flowroll.wire.schema import ExtraGenerateParams, ExtraSamplingParams
 
-_REF = "#/components/schemas/{model}"
-# The answers that are no JSON.
+# The contents that are no JSON.
 MSGPACK_CONTENT: dict[str, Any] = {
     MSGPACK: {"schema": {"type": "string", "format": "binary", "description": "The same; every `data` is raw bytes."}}
 }
 PNG_CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
-_REQUESTS: tuple[type[BaseModel], ...] = (
-    RolloutRequest,
-    GenerateRequest,
-    ImagesRequest,
-    ScoreRequestObject,
-    UpdateFromDiskRequest,
-    ChecksumRequest,
-    VerifyRequest,
-    LoadAdapterRequest,
-    UnloadAdapterRequest,
-    ReleaseRequest,
-    ResumeRequest,
-    BeginUpdateRequest,
-    CommitUpdateRequest,
-    UpdateFromTensorRequest,
-    CheckUpdateRequest,
-    InitGroupRequest,
-    UpdateFromGroupRequest,
-    DestroyGroupRequest,
-    AbortRequest,
-    PauseRequest,
-    ContinueRequest,
-)
+_SAFETENSORS = {"type": "string", "format": "binary", "description": "A safetensors file: tensors by their names."}
+_Tensor = WireTensor[str]
 
 
-_SAFETENSORS_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/octet-stream": {
-                "schema": {"type": "string", "format": "binary", "description": "A safetensors file: tensors by their names."}
-            }
-        },
-    }
-}
-
-
-def safetensors_body(query: type[BaseModel] | None = None) -> dict[str, Any]:
+def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
     """What a route that reads tensors, and fields of `query` beside them, adds to its entry in the document."""
+    body = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _SAFETENSORS}}}}
     if query is None:
-        return _SAFETENSORS_BODY
-    described = query.model_json_schema()
+        return body
+    described = components([query])[query.__name__]
     required = described.get("required", ())
-    parameters = [
-        {"name": name, "in": "query", "required": name in required, "schema": field}
-        for name, field in described["properties"].items()
-    ]
-    return {**_SAFETENSORS_BODY, "parameters": parameters}
+    fields = described["properties"].items()
+    return body | {
+        "parameters": [{"name": name, "in": "query", "required": name in required, "schema": field} for name, field in fields]
+    }
 
 
-def request_body(model: type[BaseModel], **other_content: Any) -> dict[str, Any]:
-    """What a route that reads `model`, or other content, adds to its entry in the document."""
-    assert model in _REQUESTS
-    schema = {"$ref": _REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}, **other_content}}}
+def request_body(kind: type, **other_content: Any) -> dict[str, Any]:
+    """What a route that reads a message, or other content, adds to its entry in the document."""
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": _ref(kind)}, **other_content}}}
+
+
+def tensor_answer(kind: type, description: str, *, is_list: bool = False, **other_content: Any) -> dict[str, Any]:
+    """What a route that answers a message with tensors, or a list of them, says of it in the document."""
+    schema = {"type": "array", "items": _ref(kind)} if is_list else _ref(kind)
+    return {"description": description, "content": {JSON: {"schema": schema}, **MSGPACK_CONTENT, **other_content}}
 
 
 def install_openapi(app: FastAPI, *, needs_token: bool) -> None:
-    """Completes the app's document with the request models and the way to authenticate.
+    """Completes the app's document with the messages and the way to authenticate.
 
     Call it after the last route was added: the document is made here, once, because making it takes a tenth of a second.
     """
     document = app.openapi()
-    components = document.setdefault("components", {})
-    _, models = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REF)
-    components.setdefault("schemas", {}).update(models["$defs"])
+    described = document.setdefault("components", {}).setdefault("schemas", {})
+    requests = [kind for kind in _all_below(Request) if kind.EXAMPLES]
+    described |= components([*requests, ExtraSamplingParams, ExtraGenerateParams, *dict.fromkeys(_answers(app))])
+    described |= components(kind[_Tensor] for kind in (WireScoreRequest, WireSteps, SentEnv))
+    tensors = (WireSample, WireEnv, WireTrajectory, WireImage, WireScoreAnswer, WireSampleScores)
+    described |= components((kind[_Tensor] for kind in tensors), is_answer=True)
     if needs_token:
-        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"token": []}]
         for path in OPEN_PATHS:
             for operation in document["paths"][path].values():
                 operation["security"] = []
+
+
+def _ref(kind: type) -> dict[str, str]:
+    return {"$ref": REF.format(name=kind.__name__)}
+
+
+def _all_below(kind: type[Request]) -> Iterator[type[Request]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _all_below(below)
+
+
+def _answers(app: FastAPI) -> Iterator[Any]:
+    """The dataclasses that the routes answer, of which the web framework knows no words."""
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            for model in (route.response_model, *(response.get("model") for response in route.responses.values())):
+                yield from (kind for kind in get_args(model) or (model,) if dataclasses.is_dataclass(kind))

@@ -8,23 +8,23 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
-from flowroll.engine import Engine
-from flowroll.engine.plan import RequestPlan
-from flowroll.engine.scoring import ScorePlan
+from flowroll.engine.plan import RequestPlan, plan_request
+from flowroll.engine.scoring import ScorePlan, plan_score
+from flowroll.engine.service import EngineFacts
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.serving.errors import SlowRequestError
 from flowroll.serving.middleware import RequestContext, context_of
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import JSON, MSGPACK
+from flowroll.wire.fields import Request as Message
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.scoring import decode_score_request
 
-RequestT = TypeVar("RequestT", RolloutRequest, GenerateRequest, ImagesRequest)
-ControlT = TypeVar("ControlT", bound=BaseModel)
+SamplingT = TypeVar("SamplingT", RolloutRequest, GenerateRequest, ImagesRequest)
+RequestT = TypeVar("RequestT", bound=Message)
 
 # Of a request that steers the server: a path and some names. It is parsed on the event loop, in well under a millisecond.
 MAX_CONTROL_BYTES = 64 * 1024
@@ -41,7 +41,7 @@ class UnsupportedMediaTypeError(MalformedRequestError):
     status = 415
 
 
-async def accept_request(request: Request, state: AppState, model: type[RequestT]) -> tuple[RequestT, RequestPlan]:
+async def accept_request(request: Request, state: AppState, model: type[SamplingT]) -> tuple[SamplingT, RequestPlan]:
     """Reads, parses and plans a request.
 
     Args:
@@ -61,7 +61,7 @@ async def accept_request(request: Request, state: AppState, model: type[RequestT
     """
     body = await read_body(request, state)
     # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
-    return await run_in_threadpool(_plan, state.worker.engine, model, body, context_of(request))
+    return await run_in_threadpool(_plan, state.engine.facts, model, body, context_of(request))
 
 
 async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:
@@ -81,7 +81,7 @@ async def read_body(request: Request, state: AppState, max_bytes: int | None = N
     return await _receive(request, max_bytes or state.config.max_body_bytes, state.config.receive_timeout_s)
 
 
-async def accept_control(request: Request, state: AppState, model: type[ControlT], *, is_optional: bool = False) -> ControlT:
+async def accept_control(request: Request, state: AppState, model: type[RequestT], *, is_optional: bool = False) -> RequestT:
     """Reads and parses a request that steers the server, of at most `MAX_CONTROL_BYTES`.
 
     Args:
@@ -115,20 +115,22 @@ async def accept_score_request(request: Request, state: AppState) -> ScorePlan:
     """
     media_type = check_media_type(request.headers, (JSON, MSGPACK))
     body = await _receive(request, state.config.max_score_body_bytes, state.config.receive_timeout_s)
-    return await run_in_threadpool(_plan_score, state.worker.engine, body, media_type, context_of(request))
+    return await run_in_threadpool(_plan_score, state.engine.facts, body, media_type, context_of(request))
 
 
-def _plan_score(engine: Engine, body: bytearray, media_type: str, context: RequestContext) -> ScorePlan:
+def _plan_score(facts: EngineFacts, body: bytearray, media_type: str, context: RequestContext) -> ScorePlan:
     params = decode_score_request(body, media_type)
     context.suppress_logs = params.suppress_logs
     if params.request_id is None:
         params = replace(params, request_id=context.request_id)
     else:
         context.request_id = params.request_id
-    return engine.plan_score(params)
+    return plan_score(params, facts.model, facts.info.limits)
 
 
-def _plan(engine: Engine, model: type[RequestT], body: bytearray, context: RequestContext) -> tuple[RequestT, RequestPlan]:
+def _plan(
+    facts: EngineFacts, model: type[SamplingT], body: bytearray, context: RequestContext
+) -> tuple[SamplingT, RequestPlan]:
     accepted = parse(model, parse_json_body(body))
     params = accepted.to_params()
     context.suppress_logs = params.suppress_logs
@@ -137,7 +139,7 @@ def _plan(engine: Engine, model: type[RequestT], body: bytearray, context: Reque
     else:
         context.request_id = params.request_id
     try:
-        return accepted, engine.plan(params)
+        return accepted, plan_request(params, facts.model, facts.info.limits)
     except InvalidRequestError as error:
         raise accepted.as_wire_error(error) from None
 

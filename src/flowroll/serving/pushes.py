@@ -62,7 +62,7 @@ class WeightPushes:
         turn: Held by the one bucket that is being received or put in place.
     """
 
-    def __init__(self, hold: Callable[[bool], None], count: Callable[[PushOutcome], None], *, idle_s: float) -> None:
+    def __init__(self, hold: Callable[[bool], object], count: Callable[[PushOutcome], None], *, idle_s: float) -> None:
         self._hold, self._count, self._idle_s = hold, count, idle_s
         # The last of each subject that has ended; and those that are incomplete.
         self._last: dict[str, WeightPush] = {}

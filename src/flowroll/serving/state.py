@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
-from torch import Tensor
 
-from flowroll.engine import RequestFuture
-from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, factor_names, read_factors
-from flowroll.engine.plan import RequestPlan
+from flowroll.engine import RequestPlan
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, factor_names
 from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.engine.scoring import ScorePlan
-from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.staged import StagedWeights
-from flowroll.engine.worker import EngineWorker, RequestKind
-from flowroll.errors import InvalidRequestError
+from flowroll.engine.service import (
+    CallFuture,
+    EngineClient,
+    EngineService,
+    EngineStatus,
+    Evidence,
+    RequestKind,
+    UpdateProgress,
+)
+from flowroll.errors import EngineError, InvalidRequestError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
 from flowroll.serving.middleware import context_of
 from flowroll.serving.negotiation import choose_deadline_s
-from flowroll.serving.probe import GenerationProbe
 from flowroll.serving.pushes import WeightPush, WeightPushes
-from flowroll.serving.weight_groups import WeightGroups
-from flowroll.serving.weight_updates import OpenUpdate, WeightUpdates
+from flowroll.serving.weight_uploads import WeightUpload, WeightUploads
 from flowroll.types import AdapterChange, GeneratedImage, ModuleName, Rollout, ScoreAnswer, WeightUpdate
-from flowroll.wire.arrivals import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
+from flowroll.wire.weight_updates import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
 
 T = TypeVar("T")
 C = TypeVar("C", WeightUpdate, AdapterChange)
+# How long an engine may take to say how it is. It answers between two instructions of Python, also while a step runs.
+_STATUS_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,52 +47,65 @@ class AppState:
 
     Attributes:
         config: How the server was started.
-        worker: Runs the engine.
+        engine: Runs the requests.
         metrics: Counts.
-        probe: Tells whether the engine can generate.
         started_s: Monotonic clock at the start.
-        updating: Held by the one change of weights or adapters that reads or commits: each needs memory of its own.
-        arriving: The update whose tensors arrive over HTTP.
+        updating: Held by the one change of weights, adapters or memory that reads or commits: each needs memory of its own.
+        joining: Held by the one request that joins a process group: each holds a thread until its trainer comes.
+        probing: The one look at whether the engine generates, which all callers share.
+        uploads: The update whose tensors arrive over HTTP.
         pushes: Those of which a bucket is in place and others are missing.
-        groups: Process groups with trainers.
     """
 
     config: ServerConfig
-    worker: EngineWorker
+    engine: EngineClient
     metrics: Metrics
-    probe: GenerationProbe
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
-    arriving: WeightUpdates
+    joining: asyncio.Lock = field(default_factory=asyncio.Lock)
+    probing: list[CallFuture[Evidence]] = field(default_factory=list)
+    uploads: WeightUploads
     pushes: WeightPushes
-    groups: WeightGroups = field(default_factory=WeightGroups)
 
     @classmethod
-    def build(cls, worker: EngineWorker, config: ServerConfig) -> AppState:
+    def build(cls, engine: EngineClient, config: ServerConfig) -> AppState:
         """The state of a new app."""
-        arriving = WeightUpdates(worker.engine, idle_s=config.weights_idle_s)
-        metrics = Metrics(worker)
+        metrics = Metrics(engine.facts.pid)
         pushes = WeightPushes(
-            worker.engine.scheduler.hold_starts,
+            lambda is_held: engine.call(EngineService.hold_starts, is_held),
             lambda outcome: metrics.weight_pushes.labels(outcome).inc(),
             idle_s=config.weights_idle_s,
         )
-        return cls(
-            config=config,
-            worker=worker,
-            metrics=metrics,
-            probe=GenerationProbe(worker),
-            arriving=arriving,
-            pushes=pushes,
-        )
+        uploads = WeightUploads(engine, idle_s=config.weights_idle_s)
+        return cls(config=config, engine=engine, metrics=metrics, uploads=uploads, pushes=pushes)
+
+    # Requests
 
     async def rollout(self, request: Request, plan: RequestPlan) -> list[Rollout]:
         """Runs a planned rollout, for as long as its client is there."""
-        return await self._run(request, plan, self.worker.submit(plan, "rollout", timeout_s=_timeout_s(request)), "rollout")
+        return await self._run(request, plan, "rollout")
 
     async def generate(self, request: Request, plan: RequestPlan) -> list[GeneratedImage]:
         """Runs a planned generation, for as long as its client is there."""
-        return await self._run(request, plan, self.worker.submit(plan, "generate", timeout_s=_timeout_s(request)), "generate")
+        return await self._run(request, plan, "generate")
+
+    async def _run(self, request: Request, plan: RequestPlan, kind: RequestKind) -> list[Any]:
+        accepted = self.engine.call(EngineService.submit, plan, kind, timeout_s=_timeout_s(request))
+        try:
+            results: list[Any] = await while_connected(request, accepted, self.engine.cancel)
+        finally:
+            context_of(request).spans += accepted.spans
+        self.metrics.observe_result(plan, kind)
+        return results
+
+    async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
+        """Recomputes log-probs of recorded steps, between the steps of requests, for as long as their client is there."""
+        self.pushes.check_whole()
+        scores = self.engine.call(EngineService.submit_scores, plan, timeout_s=_timeout_s(request))
+        with context_of(request).stage("score"):
+            answer = await while_connected(request, scores, self.engine.cancel)
+        self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
+        return answer
 
     async def serialise(self, request: Request, encode: Callable[..., T], /, *values: Any, **options: Any) -> T:
         """Encodes an answer on a thread, and notes how long that took.
@@ -101,164 +115,155 @@ class AppState:
         with context_of(request).stage("serialise"):
             return await run_in_threadpool(encode, *values, **options)
 
-    async def _run(self, request: Request, plan: RequestPlan, accepted: RequestFuture[T], kind: RequestKind) -> list[T]:
+    # The engine's state
+
+    async def status(self) -> EngineStatus:
+        """The engine at this moment.
+
+        Raises:
+            EngineError: It does not answer.
+        """
         try:
-            results = await while_connected(request, accepted, self.worker.cancel)
-        finally:
-            context_of(request).stretches += accepted.spans
-        self.metrics.observe_result(plan, kind)
-        return results
+            return await asyncio.wait_for(asyncio.wrap_future(self.engine.call(EngineService.status)), _STATUS_S)
+        except TimeoutError:
+            raise EngineError(f"the engine must answer within {_STATUS_S:g} s, got no answer; restart the server.") from None
 
-    async def update_weights(
-        self,
-        stage: Callable[[], StagedWeights],
-        weight_version: str | None,
-        mode: ExclusiveMode = "drain",
-        *,
-        is_whole: bool = True,
-    ) -> WeightUpdate:
-        """Gets new weights ready while requests run, and exchanges them between two requests.
+    async def probe(self) -> Evidence:
+        """What shows that the engine generates; callers at the same time share one look at it.
 
-        Args:
-            stage: Gets them ready; called on a thread.
-            weight_version: Of the new weights; None: counted.
-            mode: What becomes of the requests that run.
-            is_whole: Whether they are all of the module's, which ends a push of it.
+        Raises:
+            FlowrollError: Why it does not.
         """
-        commit = functools.partial(self.worker.engine.commit_weights, weight_version=weight_version, mode=mode)
-        update = await self.change_policy(stage, commit, mode)
-        if is_whole:
-            self.pushes.replaced(update.module)
-        return update
+        if not self.probing or self.probing[0].done():
+            self.probing[:] = [self.engine.call(EngineService.probe_generation)]
+        # Shielded: a caller that gives up must not take the others' answer with it.
+        return await asyncio.shield(asyncio.wrap_future(self.probing[0]))
 
-    async def change_policy(self, stage: Callable[[], T], commit: Callable[[T], C], mode: ExclusiveMode) -> C:
-        """Changes weights or adapters, one change at a time, and counts it.
+    # Changes of weights and adapters
 
-        Args:
-            stage: Gets the change ready; called on a thread, while requests run.
-            commit: Makes it, of what `stage` returned; called between two requests.
-            mode: What becomes of the requests that run.
-        """
+    async def change_policy(self, change: Callable[[], Awaitable[C]]) -> C:
+        """Changes weights or adapters, one change at a time, and counts it."""
         async with self.updating:
             try:
-                staged = await run_in_threadpool(stage)
-                change = await self.between_requests(lambda: commit(staged), mode)
+                changed = await change()
             except BaseException:
                 self.metrics.weight_updates.labels("failed").inc()
                 raise
         self.metrics.weight_updates.labels("completed").inc()
-        self.metrics.weight_pause_seconds.inc(change.paused_s)
-        return change
+        self.metrics.weight_pause_seconds.inc(changed.paused_s)
+        return changed
 
-    async def commit_arrival(self, arrival: OpenUpdate, mode: ExclusiveMode = "drain") -> WeightUpdate:
+    async def update_weights(self, call: Callable[[], CallFuture[WeightUpdate]], *, is_whole: bool = True) -> WeightUpdate:
+        """Has the engine get new weights ready while requests run, and exchange them between two requests.
+
+        Args:
+            call: Has the engine do it.
+            is_whole: Whether they are all of the module's, which ends a push of it.
+        """
+        update = await self.change_policy(lambda: asyncio.wrap_future(call()))
+        if is_whole:
+            self.pushes.replaced(update.module)
+        return update
+
+    async def commit_upload(self, upload: WeightUpload, mode: ExclusiveMode = "drain") -> WeightUpdate:
         """Ends an update whose tensors have arrived; one that lacks some goes on."""
-        arrival.is_committing = True
+        upload.is_committing = True
+        number, version = upload.update_id, upload.weight_version
         try:
-            incoming, version = arrival.incoming, arrival.weight_version
-            return await self.update_weights(incoming.stage, version, mode, is_whole=not incoming.partial)
+            return await self.update_weights(
+                lambda: self.engine.call(EngineService.commit_update, number, version, mode), is_whole=not upload.partial
+            )
         finally:
-            arrival.is_committing = False
-            arrival.touch()
-            if not arrival.incoming.is_open:
-                self.arriving.end(arrival)
+            upload.is_committing = False
+            upload.touch()
+            if not await asyncio.shield(asyncio.wrap_future(self.engine.call(EngineService.is_open, number))):
+                self.uploads.end(upload)
 
     async def take_bucket(
-        self, accepted: Bucketed, names: Collection[str], fill: Callable[[WeightReceiver], None]
+        self, accepted: Bucketed, names: Collection[str], fill: Callable[[str], CallFuture[UpdateProgress]]
     ) -> SharedUpdateObject:
         """Puts a bucket in place, on all ranks or on none, or adds it to the update that it names.
 
         Args:
             accepted: What the sender says of it.
-            names: Of its tensors.
-            fill: Adds them; called on a thread.
+            names: The names of its tensors.
+            fill: Has the engine add them to the update of this id.
         """
         if accepted.update_id is not None:
             return await self._add_bucket(accepted, accepted.update_id, fill)
-        engine, module = self.worker.engine, accepted.chosen_module
-
-        def stage() -> StagedWeights:
-            try:
-                fill(incoming)
-                return incoming.stage()
-            finally:
-                incoming.drop()
-
+        module = accepted.chosen_module
         async with self.pushes.turn:
-            self.arriving.check_none()
-            incoming = engine.receive_weights(module, partial=True)
-            staged = await run_in_threadpool(stage)
-            with self.pushes.bucket(module, accepted.weight_version, set(names), incoming.names) as push:
-                version = push.version or accepted.weight_version
-                update = await self.update_weights(lambda: staged, version, accepted.mode, is_whole=False)
-                push.version = update.weight_version
-        return _bucket_answer(push, module, f"{len(names)} tensors of {module} are in place", update.weight_version)
+            self.uploads.check_none()
+            opened = await asyncio.wrap_future(self.engine.call(EngineService.open_update, module, partial=True))
+            try:
+                await asyncio.wrap_future(fill(opened.update_id))
+                with self.pushes.bucket(module, accepted.weight_version, set(names), opened.names) as push:
+                    version = push.version or accepted.weight_version
+                    update = await self.update_weights(
+                        lambda: self.engine.call(EngineService.commit_update, opened.update_id, version, accepted.mode),
+                        is_whole=False,
+                    )
+                    push.version = update.weight_version
+            finally:
+                self.engine.call(EngineService.drop_update, opened.update_id)
+        return _bucket_answer(push, opened.module, f"{len(names)} tensors of {module} are in place", update.weight_version)
 
     async def take_lora_bucket(
-        self, accepted: UpdateFromTensorRequest, names: Collection[str], copy: Callable[[], Mapping[str, Tensor]]
+        self, accepted: UpdateFromTensorRequest, names: Collection[str], sent_id: str
     ) -> SharedUpdateObject:
         """Puts factors of the pushed adapter in place, on all ranks or on none; requests that name no adapter run with it.
 
         Args:
             accepted: What the sender says of them.
-            names: Of the tensors.
-            copy: Gives them, on the CPU; called on a thread.
+            names: The names of the tensors.
+            sent_id: Names the tensors at the engine.
         """
-        engine, merged = self.worker.engine, self.config.lora_merge_mode == "merge"
         layers = {layer for layer, _ in factor_names(list(names)).values()}
         async with self.pushes.turn:
-            self.arriving.check_none()
-            factors = read_factors(await run_in_threadpool(copy), accepted.lora_alpha, accepted.lora_rank)
-            with (
-                tempfile.TemporaryDirectory(prefix="flowroll-") as folder,
-                self.pushes.bucket(PUSHED_ADAPTER, accepted.weight_version, layers) as push,
-            ):
-                stage = functools.partial(engine.stage_pushed_lora, factors, Path(folder), merged=merged)
-                version = push.version or accepted.weight_version
-                commit = functools.partial(engine.commit_lora_adapter, weight_version=version, mode=accepted.mode)
-                change = await self.change_policy(stage, commit, accepted.mode)
+            self.uploads.check_none()
+            with self.pushes.bucket(PUSHED_ADAPTER, accepted.weight_version, layers) as push:
+                change = await self.change_policy(
+                    lambda: asyncio.wrap_future(
+                        self.engine.call(
+                            EngineService.load_pushed_adapter,
+                            sent_id,
+                            alpha=accepted.lora_alpha,
+                            rank=accepted.lora_rank,
+                            merged=self.config.lora_merge_mode == "merge",
+                            weight_version=push.version or accepted.weight_version,
+                            mode=accepted.mode,
+                        )
+                    )
+                )
                 push.version = change.weight_version
         return _bucket_answer(push, "transformer", f"{len(layers)} layers of the adapter are in place", change.weight_version)
 
     async def _add_bucket(
-        self, accepted: Bucketed, update_id: str, fill: Callable[[WeightReceiver], None]
+        self, accepted: Bucketed, update_id: str, fill: Callable[[str], CallFuture[UpdateProgress]]
     ) -> SharedUpdateObject:
         """Adds a bucket to an update that was begun by name; nothing is put in place."""
-        arrival = self.arriving.get(update_id)
-        incoming, module = arrival.incoming, accepted.chosen_module
-        if module != incoming.module:
+        upload, module = self.uploads.get(update_id), accepted.chosen_module
+        if module != upload.opened.module:
             raise InvalidRequestError(
-                f"target_modules must be of the update, got {module} for one of {incoming.module}; send its module, or "
+                f"target_modules must be of the update, got {module} for one of {upload.opened.module}; send its module, or "
                 "begin another update.",
                 field="target_modules",
             )
-        arrival.fills += 1
+        upload.fills += 1
         try:
-            await run_in_threadpool(fill, incoming)
+            progress = await asyncio.wrap_future(fill(update_id))
         finally:
-            arrival.fills -= 1
-            arrival.touch()
-        count, total = incoming.num_arrived, incoming.num_tensors
+            upload.fills -= 1
+            upload.touch()
+        count, total = progress.num_arrived, progress.num_tensors
         return SharedUpdateObject(
             message=f"{count} of {total} tensors have arrived; they are put in place at the commit of {update_id}",
-            module=module,
+            module=upload.opened.module,
             is_complete=False,
-            weight_version=self.worker.engine.weight_version,
+            weight_version=progress.weight_version,
             num_arrived=count,
             num_tensors=total,
         )
-
-    async def between_requests(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
-        """Has something done on the engine's thread while no request runs."""
-        return await asyncio.wrap_future(self.worker.between_requests(action, mode=mode))
-
-    async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
-        """Scores recorded steps, between the steps of requests, for as long as their client is there."""
-        self.pushes.check_whole()
-        scores = self.worker.submit_scores(plan, timeout_s=_timeout_s(request))
-        with context_of(request).stage("score"):
-            answer = await while_connected(request, scores, self.worker.cancel)
-        self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
-        return answer
 
 
 def _timeout_s(request: Request) -> float | None:

@@ -3,56 +3,96 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
+from torch import Tensor
 
-from flowroll.engine.weights.tensorstream import TensorStream
+from flowroll.engine.service import EngineClient, EngineService, SharedMemory, UpdateProgress, bucket_bytes, bucket_tensors
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.parsing import bounded_stream, check_media_type
-from flowroll.serving.weight_updates import OpenUpdate
+from flowroll.serving.weight_uploads import WeightUpload
+from flowroll.wire.safetensors import StoredTensor, TensorStream
 
 # So much is handed to a thread at a time: the copy then takes longer than the change of threads.
 _LOT_BYTES = 4 * 2**20
 _OCTETS = ("application/octet-stream", "application/safetensors")
 
 
-async def read_bucket(request: Request, arrival: OpenUpdate, *, max_bytes: int, idle_s: float) -> int:
-    """Reads a safetensors body into memory that the engine will hold.
+class BucketStream(TensorStream):
+    """A bucket that arrives as the pieces of a safetensors body, into memory that the engine shares.
+
+    Ends with `finish` and `put`, or with `drop`; used by one thread at a time.
+
+    Args:
+        engine: Looks at the header as soon as that is here, before any data is.
+        update_id: The update that the bucket is part of.
+    """
+
+    def __init__(self, engine: EngineClient, update_id: str) -> None:
+        super().__init__(self._claim)
+        self._engine, self._update_id = engine, update_id
+        self._heads: list[StoredTensor] | None = None
+        self._memory: SharedMemory | None = None
+
+    def put(self) -> UpdateProgress:
+        """Adds the bucket to what has arrived, once the body has ended.
+
+        Raises:
+            WeightsRejectedError: It is not whole, or the update has ended meanwhile.
+        """
+        self.finish()
+        assert self._heads is not None and self._memory is not None
+        heads, self._heads = self._heads, None
+        return self._engine.call(EngineService.put_bucket, self._update_id, heads, self._memory).result()
+
+    def drop(self) -> None:
+        """Forgets the bucket; its tensors may come again in another. Without effect on one that was added."""
+        if self._heads is not None:
+            self._engine.call(EngineService.drop_bucket, self._update_id, self._heads)
+
+    def _claim(self, heads: list[StoredTensor]) -> list[Tensor]:
+        self._engine.call(EngineService.claim_bucket, self._update_id, heads).result()
+        self._heads = heads
+        try:
+            self._memory = SharedMemory.create(bucket_bytes(heads))
+        except OSError as error:
+            raise WeightsRejectedError(f"the body must find room in memory, got {error.strerror}; send less.") from error
+        return bucket_tensors(self._memory.bytes, heads)
+
+
+async def read_bucket(
+    request: Request, engine: EngineClient, upload: WeightUpload, *, max_bytes: int, idle_s: float
+) -> UpdateProgress:
+    """Reads a safetensors body into memory that the engine shares, and has the engine take it.
 
     Args:
         request: Its body is read here.
-        arrival: What the bucket is part of.
+        engine: Whose weights they are.
+        upload: The update that the bucket is part of.
         max_bytes: Size of the body.
         idle_s: Longest pause in it.
-
-    Returns:
-        How many tensors it held.
 
     Raises:
         WeightsRejectedError: It is not whole, stalls, or holds what is not wanted. Nothing is left of the bucket.
         PayloadTooLargeError: It is longer than `max_bytes`.
         UnsupportedMediaTypeError: It is sent as something else.
     """
-    check_media_type(request.headers, _OCTETS)
-    stream = TensorStream(arrival.incoming)
+    stream = BucketStream(engine, upload.update_id)
 
     def take(pieces: list[bytes]) -> None:
         for piece in pieces:
             stream.feed(piece)
 
     try:
-        async with _without_pause(idle_s) as go_on:
-            async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
-                await run_in_threadpool(take, pieces)
-                arrival.touch()
-                go_on()
-            return await run_in_threadpool(stream.finish)
+        async for lot in _lots(request, max_bytes, idle_s):
+            await run_in_threadpool(take, lot)
+            upload.touch()
+        return await run_in_threadpool(stream.put)
     finally:
-        arrival.touch()
+        upload.touch()
         stream.drop()
 
 
@@ -70,39 +110,34 @@ async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: flo
         PayloadTooLargeError: It is longer than `max_bytes`.
         UnsupportedMediaTypeError: It is sent as something else.
     """
-    check_media_type(request.headers, _OCTETS)
     try:
         with path.open("xb") as file:
-            async with _without_pause(idle_s) as go_on:
-                async for pieces in _in_lots(bounded_stream(request, max_bytes, idle_s)):
-                    await run_in_threadpool(file.writelines, pieces)
-                    go_on()
+            async for lot in _lots(request, max_bytes, idle_s):
+                await run_in_threadpool(file.writelines, lot)
     except OSError as error:
         raise WeightsRejectedError(f"the body must find room on the disk, got {error.strerror}; make some.") from error
 
 
-@contextlib.asynccontextmanager
-async def _without_pause(idle_s: float) -> AsyncIterator[Callable[[], None]]:
-    """Ends the block when what it gives was not called for so long.
+async def _lots(request: Request, max_bytes: int, idle_s: float) -> AsyncIterator[list[bytes]]:
+    """The pieces of a body in lists, each worth a change of threads.
 
     Raises:
-        WeightsRejectedError: It was not.
+        WeightsRejectedError: A list took longer than `idle_s` to come.
+        PayloadTooLargeError: The body is longer than `max_bytes`.
+        UnsupportedMediaTypeError: It is sent as something else.
     """
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(idle_s) as silence:
-            yield lambda: silence.reschedule(loop.time() + idle_s)
-    except TimeoutError:
-        raise WeightsRejectedError(f"the body must arrive without a pause of {idle_s:g} s, got one; send it again.") from None
-
-
-async def _in_lots(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    """The pieces in lists, each worth a change of threads."""
-    lot, size = [], 0
-    async for piece in pieces:
-        lot.append(piece)
-        size += len(piece)
-        if size >= _LOT_BYTES:
-            yield lot
-            lot, size = [], 0
-    yield lot
+    check_media_type(request.headers, _OCTETS)
+    pieces = bounded_stream(request, max_bytes, idle_s)
+    piece: bytes | None = b""
+    while piece is not None:
+        lot, size = [], 0
+        try:
+            async with asyncio.timeout(idle_s):
+                while size < _LOT_BYTES and (piece := await anext(pieces, None)) is not None:
+                    lot.append(piece)
+                    size += len(piece)
+        except TimeoutError:
+            raise WeightsRejectedError(
+                f"the body must arrive without a pause of {idle_s:g} s, got one; send it again."
+            ) from None
+        yield lot

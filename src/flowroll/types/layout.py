@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the whole replica."""
+        """Returns the number of ranks of the engine."""
         return self.cfg * self.sp * self.tp
 
     @property

@@ -77,18 +77,19 @@ class SamplingParams:
 
     Attributes:
         prompt: The text; may be empty.
-        negative_prompt: Text of the unconditional branch; used only when guidance runs.
+        negative_prompt: Text of the unconditional branch; used only when guidance runs. None: the family's own.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
-        width: Pixels.
-        height: Pixels.
-        num_inference_steps: Number of transitions T.
+        width: Pixels; a multiple of the family's pixel unit. None: the family's.
+        height: As `width`.
+        num_inference_steps: Number of transitions T. None: the family's.
         num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
         num_frames: 1 or None: an image. Taken for clients that always send it.
         fps: Any number; an image has no use for it. Taken for clients that always send it.
-        guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None.
-        true_cfg_scale: Guidance scale, 0 to 1000.
+        guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None. None: the family's. Guidance runs above
+            the scale that the family says: 1 for Qwen-Image, 0 for Z-Image.
+        true_cfg_scale: Guidance scale, 0 to 1000; wins over `guidance_scale`.
         sigmas: T + 1 noise levels used verbatim: in (0, 1], strictly decreasing by at least 1e-6, then a final 0.
         rollout: False: an evaluation, the image alone; it refuses what only a rollout can return or follow.
         rollout_sde_type: Dynamics of the stochastic steps.

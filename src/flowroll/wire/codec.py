@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias
 
 import msgspec
 from torch import Tensor
@@ -18,18 +18,11 @@ from torch import Tensor
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
 from flowroll.types.tensors import plain_tensor, tensor_bytes
-from flowroll.wire.blob import safetensors_prefix, tensor_from_blob
 from flowroll.wire.body import EncodedBody, Segment
-from flowroll.wire.dialects import (
-    Dialect,
-    WireImage,
-    WireSample,
-    image_from_wire,
-    image_to_wire,
-    rollout_from_wire,
-    rollout_to_wire,
-)
+from flowroll.wire.dialects import image_from_wire, image_to_wire, rollout_from_wire, rollout_to_wire
 from flowroll.wire.envelope import TOKEN_CHARS, json_envelope, msgpack_envelope
+from flowroll.wire.messages import Data, Dialect, WireImage, WireSample
+from flowroll.wire.safetensors import safetensors_prefix, tensor_from_blob
 
 WireFormat: TypeAlias = Literal["json", "msgpack"]
 Body: TypeAlias = bytes | bytearray | memoryview
@@ -38,8 +31,6 @@ JSON = "application/json"
 MSGPACK = "application/msgpack"
 # A prefix of whole base64 groups, 8-byte aligned: the data can be encoded on its own.
 _PREFIX_MULTIPLE = 24
-
-Data = TypeVar("Data")
 
 
 class Blob(msgspec.Struct, Generic[Data], frozen=True):

@@ -1,49 +1,45 @@
-"""The requests that steer generation, and their answers."""
+"""The requests that steer generation and the memory of the weights, their answers, and the answer of an error."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from msgspec import Meta
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import MAX_REQUEST_ID_CHARS
+from flowroll.types import MAX_REQUEST_ID_CHARS, MemoryChange
 from flowroll.wire import fields
-from flowroll.wire.fields import Rule
-from flowroll.wire.schema import Strict
+from flowroll.wire.fields import Request, about
 
 
-class AbortRequest(Strict):
-    """Body of POST /abort_request: one id, or all."""
+class AbortRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /abort_request: one id, or all.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"request_id": "step-12-prompt-3"}, {"abort_all": True}]})
+    Attributes:
+        request_id: Of the request that ends.
+        rid: The same as `request_id`, as SGLang's clients send it; empty: none.
+        abort_all: Whether every request ends.
+    """
+
+    EXAMPLES = ({"request_id": "step-12-prompt-3"}, {"abort_all": True})
 
     request_id: fields.RequestId = None
     rid: Annotated[
-        str | None,
-        Field(
-            max_length=MAX_REQUEST_ID_CHARS,
-            description="The same as `request_id`, as SGLang's clients send it; empty: none.",
-            examples=["step-12-prompt-3"],
-        ),
-        Rule(text=f"be null or a string of at most {MAX_REQUEST_ID_CHARS} characters", remedy="send the request's id"),
+        Annotated[str, Meta(max_length=MAX_REQUEST_ID_CHARS)] | None, about("step-12-prompt-3", "send the request's id")
     ] = None
-    abort_all: Annotated[
-        bool,
-        Field(description="Whether every request ends.", examples=[True]),
-        Rule(text="be true or false", remedy="leave it out to abort one id"),
-    ] = False
+    abort_all: Annotated[bool, about(True, "leave it out to abort one id")] = False
 
-    @model_validator(mode="after")
-    def _check_one(self) -> AbortRequest:
-        named = [name for name in ("request_id", "rid") if getattr(self, name)]
-        if len(named) + self.abort_all != 1:
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses anything but one id, or all."""
+        count = len([name for name in (self.request_id, self.rid) if name]) + self.abort_all
+        if count != 1:
             raise InvalidRequestError(
-                f"request_id must be given, or abort_all be true, but not both, got {len(named) + self.abort_all} of them; "
-                "say which request is meant.",
+                f"request_id must be given, or abort_all be true, but not both, got {count} of them; say which request is "
+                "meant.",
                 field="request_id",
             )
-        return self
 
     @property
     def meant(self) -> str | None:
@@ -51,36 +47,118 @@ class AbortRequest(Strict):
         return self.request_id or self.rid or None
 
 
-class PauseRequest(Strict):
-    """Body of POST /pause_generation."""
+class PauseRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /pause_generation; it may be left out.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"mode": "freeze"}]})
+    Attributes:
+        mode: What becomes of the requests that run: they finish, or stand still at their next step.
+    """
 
-    mode: Annotated[
-        Literal["finish", "freeze"],
-        Field(
-            description="What becomes of the requests that run: they finish, or stand still at their next step.",
-            examples=["freeze"],
-        ),
-        Rule(text='be "finish" or "freeze"', remedy='leave it out for "finish"'),
-    ] = "finish"
+    EXAMPLES = ({"mode": "freeze"},)
+
+    mode: Annotated[Literal["finish", "freeze"], about("freeze", 'leave it out for "finish"')] = "finish"
 
 
-class ContinueRequest(Strict):
-    """Body of POST /continue_generation: an empty object."""
+class ContinueRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /continue_generation: an empty object; it may be left out."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{}]})
-
-
-class AbortedObject(BaseModel):
-    """What was aborted. Each of these requests ends in a 499."""
-
-    num_aborted: int = Field(description="Requests that waited or ran under this id.", examples=[1])
+    EXAMPLES = ({},)
 
 
-class GenerationObject(BaseModel):
-    """How generation stands."""
+class ResumeRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /resume_memory_occupation; it may be left out.
 
-    is_paused: bool = Field(description="Whether new requests are refused.")
-    num_running: int = Field(description="Requests that were taken up and have not ended.")
-    num_waiting: int = Field(description="Requests that wait; they keep their places.")
+    Attributes:
+        tags: What is meant, as SGLang's clients send it. null: everything. Of the three there are only weights here; the
+            others change nothing.
+    """
+
+    EXAMPLES = ({},)
+
+    tags: Annotated[
+        Annotated[list[Literal["weights", "kv_cache", "cuda_graph"]], Meta(min_length=1)] | None,
+        about(["weights"], "leave it out for everything"),
+    ] = None
+
+    @property
+    def means_weights(self) -> bool:
+        """Whether there is something to do."""
+        return self.tags is None or "weights" in self.tags
+
+
+class ReleaseRequest(ResumeRequest, kw_only=True, frozen=True):
+    """Body of POST /release_memory_occupation; it may be left out.
+
+    Attributes:
+        mode: offload: to pinned memory of the host; on a CPU the weights stay and nothing is released. disk: to a file without
+            a name in the server's folder for temporary files.
+    """
+
+    EXAMPLES = ({"mode": "offload"},)
+
+    mode: Annotated[Literal["offload", "disk"], about("offload", 'leave it out for "offload"')] = "offload"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorDetail:
+    """What went wrong.
+
+    Attributes:
+        code: Stable name of the kind of error.
+        message: Subject, rule, value and remedy.
+        field: The request's field that the message is about.
+    """
+
+    code: Annotated[str, Meta(examples=["invalid_request"])]
+    message: Annotated[str, Meta(examples=["height must be a multiple of 16 for qwen_image, got 1000; use 992 or 1008."])]
+    field: Annotated[str | None, Meta(examples=["height"])] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorBody:
+    """The body of every answer that is not a success.
+
+    Attributes:
+        error: What went wrong.
+    """
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortedObject:
+    """What was aborted. Each of these requests ends in a 499.
+
+    Attributes:
+        num_aborted: Requests that waited or ran under this id.
+    """
+
+    num_aborted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationObject:
+    """How generation stands.
+
+    Attributes:
+        is_paused: Whether new requests are refused.
+        num_running: Requests that were taken up and have not ended.
+        num_waiting: Requests that wait; they keep their places.
+    """
+
+    is_paused: bool
+    num_running: int
+    num_waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryObject(MemoryChange):
+    """Where the weights are.
+
+    Attributes:
+        success: Always.
+        is_asleep: Whether the memory of the weights is released.
+    """
+
+    success: Literal[True] = True
+    is_asleep: bool

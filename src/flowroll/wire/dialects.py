@@ -7,9 +7,8 @@ same layout with leaves of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import Any, cast
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -21,31 +20,17 @@ from flowroll.types import (
     DenoisingEnv,
     EnvValue,
     GeneratedImage,
-    Number,
     Rollout,
     SamplingRecord,
     Trajectory,
 )
+from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, SentEnv, WireEnv, WireImage, WireSample, WireTrajectory
 
-Dialect: TypeAlias = Literal["native", "sglang"]
-# How a tensor is written: an object of the wire format at hand.
-Leaf = TypeVar("Leaf")
-
-# Native name -> name in the sglang dialect.
-DEBUG_NAMES: Mapping[str, str] = {
-    "variance_noise": "rollout_variance_noises",
-    "prev_sample_mean": "rollout_prev_sample_means",
-    "noise_std_dev": "rollout_noise_std_devs",
-    "model_output": "rollout_model_outputs",
-}
 # Of a family that this flowroll does not have, the text embedding alone is known.
 _ANY_FAMILY = Conditioning(
     latents=Argument(name="hidden_states"),
     fields=(ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text"), is_listed_by_sglang=True),),
 )
-
-LeafOrPlain: TypeAlias = Leaf | list[Any] | int | float | str | bool
-WireEnvValue: TypeAlias = Leaf | list[LeafOrPlain[Leaf]] | int | float | str | bool
 
 # Image shapes have three levels.
 _MAX_ENV_DEPTH = 8
@@ -55,73 +40,24 @@ class LayoutError(ValueError):
     """An answer that is well-formed but not laid out as a rollout."""
 
 
-class WireEnv(msgspec.Struct, Generic[Leaf], frozen=True):
-    """`denoising_env`."""
-
-    pos_cond_kwargs: dict[str, WireEnvValue[Leaf]]
-    image_kwargs: dict[str, WireEnvValue[Leaf]] = {}
-    neg_cond_kwargs: dict[str, WireEnvValue[Leaf]] | None = None
-    guidance: Leaf | None = None
-
-
-class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
-    """`dit_trajectory`."""
-
-    latents: Leaf
-    timesteps: Leaf
-    sigmas: Leaf
-    latent_step_indices: tuple[int, ...]
-
-
-class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
-    """One object of the answer of POST /rollout/generate."""
-
-    request_id: str
-    prompt: str
-    seed: int
-    generated_output: Leaf
-    weight_version: str
-    sampling: SamplingRecord
-    inference_time_s: Number
-    peak_memory_mb: Number
-    rollout_log_probs: Leaf | None = None
-    rollout_debug_tensors: dict[str, Leaf] | None = None
-    denoising_env: WireEnv[Leaf] | None = None
-    dit_trajectory: WireTrajectory[Leaf] | None = None
-    sde_step_indices: tuple[int, ...] | None = None
-
-
-class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
-    """One object of the answer of POST /generate."""
-
-    request_id: str
-    prompt: str
-    seed: int
-    generated_output: Leaf
-    latents: Leaf
-    weight_version: str
-    sampling: SamplingRecord
-    inference_time_s: Number
-
-
-def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> dict[str, object]:
+def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
     """The response object of a rollout, tensors as they are."""
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
-    return {
-        "request_id": rollout.request_id,
-        "prompt": rollout.prompt,
-        "seed": rollout.seed,
-        "generated_output": rollout.image,
-        "rollout_log_probs": rollout.log_probs,
-        "rollout_debug_tensors": None if debug is None else _debug_to_wire(debug, dialect),
-        "denoising_env": None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling)),
-        "dit_trajectory": None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
-        "sde_step_indices": rollout.sde_step_indices,
-        "weight_version": rollout.weight_version,
-        "sampling": rollout.sampling,
-        "inference_time_s": rollout.inference_time_s,
-        "peak_memory_mb": rollout.peak_memory_mb,
-    }
+    return WireSample(
+        request_id=rollout.request_id,
+        prompt=rollout.prompt,
+        seed=rollout.seed,
+        generated_output=rollout.image,
+        rollout_log_probs=rollout.log_probs,
+        rollout_debug_tensors=None if debug is None else _debug_to_wire(debug, dialect),
+        denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling)),
+        dit_trajectory=None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
+        sde_step_indices=rollout.sde_step_indices,
+        weight_version=rollout.weight_version,
+        sampling=rollout.sampling,
+        inference_time_s=rollout.inference_time_s,
+        peak_memory_mb=rollout.peak_memory_mb,
+    )
 
 
 def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) -> Rollout:
@@ -157,18 +93,18 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     )
 
 
-def image_to_wire(image: GeneratedImage) -> dict[str, object]:
+def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
     """The response object of a generated image, tensors as they are."""
-    return {
-        "request_id": image.request_id,
-        "prompt": image.prompt,
-        "seed": image.seed,
-        "generated_output": image.image,
-        "latents": image.latents,
-        "weight_version": image.weight_version,
-        "sampling": image.sampling,
-        "inference_time_s": image.inference_time_s,
-    }
+    return WireImage(
+        request_id=image.request_id,
+        prompt=image.prompt,
+        seed=image.seed,
+        generated_output=image.image,
+        latents=image.latents,
+        weight_version=image.weight_version,
+        sampling=image.sampling,
+        inference_time_s=image.inference_time_s,
+    )
 
 
 def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> GeneratedImage:
@@ -195,7 +131,7 @@ def _check_version(record: SamplingRecord) -> None:
         raise LayoutError(f"schema_version {record.schema_version} where this flowroll reads {SCHEMA_VERSION}")
 
 
-def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, object]:
+def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, Tensor]:
     return {(name if dialect == "native" else sglang): getattr(debug, name) for name, sglang in DEBUG_NAMES.items()}
 
 
@@ -215,11 +151,11 @@ def conditioning_of(record: SamplingRecord) -> Conditioning:
     return _ANY_FAMILY if family is None else family.conditioning
 
 
-def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning) -> dict[str, object]:
+def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning) -> SentEnv[Tensor]:
     """The object of an environment, tensors as they are."""
 
-    def branch(values: Mapping[str, EnvValue]) -> dict[str, object]:
-        renamed: dict[str, object] = dict(values)
+    def branch(values: Mapping[str, EnvValue]) -> dict[str, Any]:
+        renamed: dict[str, Any] = dict(values)
         for field in conditioning.fields if dialect == "sglang" else ():
             if field.name in renamed:
                 value = renamed.pop(field.name)
@@ -227,12 +163,12 @@ def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning)
         return renamed
 
     negative = env.neg_cond_kwargs
-    return {
-        "image_kwargs": dict(env.image_kwargs),
-        "pos_cond_kwargs": branch(env.pos_cond_kwargs),
-        "neg_cond_kwargs": None if negative is None else branch(negative),
-        "guidance": env.guidance,
-    }
+    return SentEnv(
+        image_kwargs={**env.image_kwargs},
+        pos_cond_kwargs=branch(env.pos_cond_kwargs),
+        neg_cond_kwargs=None if negative is None else branch(negative),
+        guidance=env.guidance,
+    )
 
 
 def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioning: Conditioning) -> DenoisingEnv:
@@ -271,14 +207,14 @@ def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioni
     )
 
 
-def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> dict[str, object]:
+def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> WireTrajectory[Tensor]:
     timesteps = trajectory.timesteps
-    return {
-        "latents": trajectory.latents,
-        "timesteps": timesteps if dialect == "native" else torch.cat([timesteps, timesteps.new_zeros(1)]),
-        "sigmas": trajectory.sigmas,
-        "latent_step_indices": trajectory.latent_step_indices,
-    }
+    return WireTrajectory(
+        latents=trajectory.latents,
+        timesteps=timesteps if dialect == "native" else torch.cat([timesteps, timesteps.new_zeros(1)]),
+        sigmas=trajectory.sigmas,
+        latent_step_indices=trajectory.latent_step_indices,
+    )
 
 
 def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> Trajectory:

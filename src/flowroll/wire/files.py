@@ -19,8 +19,9 @@ from torch import Tensor
 from flowroll.errors import RolloutFileError
 from flowroll.types import SCHEMA_VERSION, Rollout
 from flowroll.types.tensors import plain_tensor, tensor_bytes
-from flowroll.wire.blob import safetensors_prefix
-from flowroll.wire.dialects import WireSample, rollout_from_wire, rollout_to_wire
+from flowroll.wire.dialects import rollout_from_wire, rollout_to_wire
+from flowroll.wire.messages import WireSample
+from flowroll.wire.safetensors import safetensors_prefix
 
 _CONTENT_KEY = "flowroll.rollout"
 _VERSION_KEY = "flowroll.schema_version"
@@ -109,6 +110,8 @@ def _without_tensors(value: object, name: str, found: dict[str, Tensor]) -> obje
     if isinstance(value, Tensor):
         found[name] = value
         return _TensorName(name=name)
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
     if isinstance(value, Mapping):
         return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), found) for key, item in value.items()}
     if isinstance(value, list):

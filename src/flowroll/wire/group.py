@@ -2,116 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, model_validator
+from msgspec import Meta
 
 from flowroll.errors import InvalidRequestError
-from flowroll.wire.arrivals import Bucketed
-from flowroll.wire.fields import Items, Rule
-from flowroll.wire.schema import Strict
+from flowroll.wire.fields import Request, about
+from flowroll.wire.weight_updates import Bucketed
 
 DEFAULT_GROUP = "weight_update_group"
 _MAX_PORT, _MAX_WORLD, _MAX_NAME = 65535, 4096, 128
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 _GroupName: TypeAlias = Annotated[
-    str,
-    Field(min_length=1, max_length=_MAX_NAME, description="The same in all processes of the group.", examples=["trainer-0"]),
-    Rule(text=f"be a string of 1 to {_MAX_NAME} characters", remedy="leave it out for the usual name"),
+    Annotated[str, Meta(min_length=1, max_length=_MAX_NAME)], about("trainer-0", "leave it out for the usual name")
 ]
+_Shape: TypeAlias = Annotated[list[Annotated[int, Meta(ge=0, le=2**48)]], Meta(max_length=16)]
 
 
-class InitGroupRequest(Strict):
-    """Body of POST /init_weights_update_group."""
+class InitGroupRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /init_weights_update_group.
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"master_address": "127.0.0.1", "master_port": 29600, "rank_offset": 1, "world_size": 2, "backend": "nccl"}
-            ]
-        }
-    )
+    Attributes:
+        master_address: Where rank 0's store listens: this machine, or a host of --weight-group-host.
+        master_port: The port of the store.
+        rank_offset: This server's rank; the trainer is 0.
+        world_size: The trainer and its servers, each of which counts as one.
+        group_name: The same in all processes of the group.
+        backend: gloo carries tensors on the CPU, nccl on GPUs.
+    """
+
+    EXAMPLES = ({"master_address": "127.0.0.1", "master_port": 29600, "rank_offset": 1, "world_size": 2, "backend": "nccl"},)
 
     master_address: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=255,
-            description="Where rank 0's store listens: this machine, or a host of --weight-group-host.",
-            examples=["127.0.0.1"],
-        ),
-        Rule(text="be a host", remedy="send the trainer's address"),
+        Annotated[str, Meta(min_length=1, max_length=255)], about("127.0.0.1", "send the trainer's address", "be a host")
     ]
     master_port: Annotated[
-        int,
-        Field(ge=1, le=_MAX_PORT, description="Of the same.", examples=[29600]),
-        Rule(text=f"lie in 1..{_MAX_PORT}", remedy="send the store's port"),
+        Annotated[int, Meta(ge=1, le=_MAX_PORT)], about(29600, "send the store's port", f"lie in 1..{_MAX_PORT}")
     ]
     rank_offset: Annotated[
-        int,
-        Field(ge=1, le=_MAX_WORLD, description="This server's rank; the trainer is 0.", examples=[1]),
-        Rule(text="be at least 1, and below world_size", remedy="number the servers from 1"),
+        Annotated[int, Meta(ge=1, le=_MAX_WORLD)],
+        about(1, "number the servers from 1", "be at least 1, and below world_size"),
     ]
     world_size: Annotated[
-        int,
-        Field(ge=2, le=_MAX_WORLD, description="The trainer and its servers, each of which counts as one.", examples=[2]),
-        Rule(text=f"lie in 2..{_MAX_WORLD}", remedy="send one more than there are servers"),
+        Annotated[int, Meta(ge=2, le=_MAX_WORLD)],
+        about(2, "send one more than there are servers", f"lie in 2..{_MAX_WORLD}"),
     ]
     group_name: _GroupName = DEFAULT_GROUP
-    backend: Annotated[
-        Literal["nccl", "gloo"],
-        Field(description="gloo carries tensors on the CPU, nccl on GPUs.", examples=["nccl"]),
-        Rule(text='be "nccl" or "gloo"', remedy='leave it out for "nccl"'),
-    ] = "nccl"
+    backend: Annotated[Literal["nccl", "gloo"], about("nccl", 'leave it out for "nccl"')] = "nccl"
 
-    @model_validator(mode="after")
-    def _check_rank(self) -> InitGroupRequest:
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses a rank that the group does not have."""
         if self.rank_offset >= self.world_size:
             raise InvalidRequestError(
                 f"rank_offset must be below world_size, got {self.rank_offset} of {self.world_size}; number servers from 1.",
                 field="rank_offset",
             )
-        return self
 
 
-class UpdateFromGroupRequest(Bucketed):
-    """Body of POST /update_weights_from_distributed."""
+class UpdateFromGroupRequest(Bucketed, kw_only=True, frozen=True):
+    """Body of POST /update_weights_from_distributed.
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"names": ["x_pad_token"], "dtypes": ["bfloat16"], "shapes": [[1, 3840]]}]}
-    )
+    Attributes:
+        names: Of the tensors, in the order in which rank 0 broadcasts them.
+        dtypes: Of each tensor.
+        shapes: Of each tensor, whole.
+        group_name: The same in all processes of the group.
+        load_format: Whether they are broadcast as one tensor of bytes; null: one by one.
+    """
+
+    EXAMPLES = ({"names": ["x_pad_token"], "dtypes": ["bfloat16"], "shapes": [[1, 3840]]},)
 
     names: Annotated[
-        Items[str],
-        Field(
-            min_length=1,
-            description="Of the tensors, in the order in which rank 0 broadcasts them.",
-            examples=[["x_pad_token"]],
-        ),
-        Rule(text="be a list of at least one name", remedy="name the tensors that are broadcast"),
+        Annotated[list[str], Meta(min_length=1)],
+        about(["x_pad_token"], "name the tensors that are broadcast", "be a list of at least one name"),
     ]
     dtypes: Annotated[
-        Items[Annotated[str, Field(max_length=32)]],
-        Field(description="Of each.", examples=[["bfloat16"]]),
-        Rule(text="be a list of dtypes", remedy="send one for each name"),
+        list[Annotated[str, Meta(max_length=32)]], about(["bfloat16"], "send one for each name", "be a list of dtypes")
     ]
-    shapes: Annotated[
-        Items[Annotated[Items[Annotated[int, Field(ge=0, le=2**48)]], Field(max_length=16)]],
-        Field(description="Of each, whole.", examples=[[[1, 3840]]]),
-        Rule(text="be a list of shapes", remedy="send one for each name"),
-    ]
+    shapes: Annotated[list[_Shape], about([[1, 3840]], "send one for each name", "be a list of shapes")]
     group_name: _GroupName = DEFAULT_GROUP
-    load_format: Annotated[
-        Literal["flattened_bucket"] | None,
-        Field(
-            description="Whether they are broadcast as one tensor of bytes; null: one by one.", examples=["flattened_bucket"]
-        ),
-        Rule(text='be null or "flattened_bucket"', remedy="leave it out for one by one"),
-    ] = None
+    load_format: Annotated[Literal["flattened_bucket"] | None, about("flattened_bucket", "leave it out for one by one")] = None
 
-    @model_validator(mode="after")
-    def _check_lengths(self) -> UpdateFromGroupRequest:
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses lists that do not go together, and dtypes that weights do not have."""
+        super().check(sent)
         for name in ("dtypes", "shapes"):
             if len(getattr(self, name)) != len(self.names):
                 given = f"{len(getattr(self, name))} for {len(self.names)}"
@@ -121,12 +97,15 @@ class UpdateFromGroupRequest(Bucketed):
                 raise InvalidRequestError(
                     f"dtypes must be of {', '.join(_DTYPES)}, got {dtype}; send weights in one of these.", field="dtypes"
                 )
-        return self
 
 
-class DestroyGroupRequest(Strict):
-    """Body of POST /destroy_weights_update_group."""
+class DestroyGroupRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /destroy_weights_update_group.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"group_name": "trainer-0"}]})
+    Attributes:
+        group_name: The same in all processes of the group.
+    """
+
+    EXAMPLES = ({"group_name": "trainer-0"},)
 
     group_name: _GroupName = DEFAULT_GROUP

@@ -28,6 +28,3 @@ INIT_GROUP_ROUTE = "/init_weights_update_group"
 UPDATE_FROM_GROUP_ROUTE = "/update_weights_from_distributed"
 DESTROY_GROUP_ROUTE = "/destroy_weights_update_group"
 UPDATE_FROM_BODY_ROUTE = "/update_weights_from_safetensors"
-
-# Fields that a request carries in its object of further parameters, not at its top level.
-EXTRA_ONLY = frozenset({"sigmas"})

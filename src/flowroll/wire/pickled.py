@@ -1,8 +1,9 @@
 """Named tensors in a pickle, as SGLang's trainers send them.
 
-A stream is read twice. First its instructions are scanned: anything that a pickled tensor does not need is refused, and so are
-values of the wrong kind and streams that are too long, before a single object is made. Then Python's unpickler reads it, and
-finds no other globals than those listed here: functions of this package that check each argument, in the place of torch's.
+A stream is not given to Python's unpickler. `_Unpickler` does the few instructions that a pickled tensor needs, so many of them
+in all, and checks the kinds of their values; it has no others, and no other globals than those listed here. In the place of
+torch's functions stand functions of this package that check each argument. What a stream takes in memory is bounded by its
+length and by the number of its instructions; the data of its tensors is not read here.
 
 What is trusted all the same, which is why it is off unless the server was started with `--allow-pickle-weights`: the sender may
 name any shared-memory segment that torch made for the same user, which is read, and its count of users lowered by one, as
@@ -16,15 +17,12 @@ flattened tensor, which in SGLang 0.5.23 are bytes.
 
 from __future__ import annotations
 
-import io
-import pickle
 import pickletools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 import torch
-from typing_extensions import override
 
 from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError
 from flowroll.wire.sent_tensors import SentTensor, SharedStorage, checked_numbers, cuda_tensor, empty_storage, shared_storage
@@ -36,24 +34,14 @@ _BUCKET_FIELDS = frozenset({"flattened_tensor", "metadata"})
 # 5,000 tensors take 230,000, or 150,000 in a flattened bucket. An instruction makes one value at most, of some 100 bytes; so
 # this bounds time, stack, memo and depth.
 _MOST_INSTRUCTIONS = 500_000
-_INSTRUCTIONS = frozenset(
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# What the instruction itself holds.
+_LITERALS = frozenset(
     {
-        *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
-        *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"),
-        *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT"),
-        *("LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+        *("BININT", "BININT1", "BININT2", "LONG1"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"),
     }
 )
-# What an instruction takes and makes, where Python's own table does not say it closely enough. Keys are texts alone: to hash a
-# nested tuple could take for ever. Attributes are set on nothing but new objects, of which metadata is the one kind.
-_TAKES = {
-    "SETITEM": ["dict", "str", "any"],
-    "REDUCE": ["global", "tuple"],
-    "NEWOBJ": ["global", "tuple"],
-    "BUILD": ["object", "dict"],
-}
-_MAKERS = ("REDUCE", "NEWOBJ", "BUILD")
-_MAKES = {"GLOBAL": "global", "STACK_GLOBAL": "global", "NEWOBJ": "object", "BUILD": "object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +81,15 @@ def named_tensors(data: bytes, *, module: str, flattened: bool, unread: Sequence
     """
     sent = SentTensors()
     try:
-        _scan(data)
-        value = _payload(_Unpickler(data, sent.sources).load(), module)
+        value = _payload(_Unpickler(sent.sources).load(data), module)
         sent.pairs.extend(_bucket(value) if flattened else _pairs(value))
         for other in unread:
-            _scan(other)
-            _Unpickler(other, sent.sources, opens_gpus=False).load()
+            _Unpickler(sent.sources, opens_gpus=False).load(other)
         return sent
     except (ForbiddenError, InvalidRequestError):
         sent.release()
         raise
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-        EOFError,
-        pickle.PickleError,
-    ) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
         sent.release()
         reason = (str(error).splitlines() or [""])[0][:200]
         raise MalformedRequestError(
@@ -120,93 +97,142 @@ def named_tensors(data: bytes, *, module: str, flattened: bool, unread: Sequence
         ) from error
 
 
-def _scan(data: bytes) -> None:
-    """Refuses streams that do or take more than a pickled tensor does; nothing is made of them.
+@dataclass(frozen=True, slots=True)
+class _Function:
+    """What a stream may call.
 
-    It keeps the kind of each value that would be on the stack or in the memo.
+    Attributes:
+        call: Takes the arguments that are no classes.
+        classes: Places of those that have to be one of torch's classes.
     """
-    stack: list[str] = []
-    memo: dict[int, str] = {}
-    argument: Any
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
-        name: str = instruction.name
-        if count == _MOST_INSTRUCTIONS:
-            raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions; send fewer tensors in one bucket")
-        if name not in _INSTRUCTIONS:
-            _refuse(f"the instruction {name}")
-        if name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            # Picklers count from 0; Python makes room up to the place.
-            place = len(memo) if name == "MEMOIZE" else argument
-            if place >= _MOST_INSTRUCTIONS:
-                raise ValueError("a huge place in the memo")
-            memo[place] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        else:
-            _take(stack, name, _TAKES.get(name) or [kind.name for kind in instruction.stack_before])
-            stack.extend(_MAKES.get(name, kind.name) for kind in instruction.stack_after)
-    if stack:
-        raise ValueError("more than one value")
 
-
-def _take(stack: list[str], name: str, expected: list[str]) -> None:
-    """Takes off the stack what an instruction needs."""
-    if expected[-1:] == ["stackslice"]:
-        place = len(stack) - 1
-        while stack[place] != "mark":
-            place -= 1
-            if place < 0:
-                raise ValueError("no mark on the stack")
-        items, expected = stack[place + 1 :], expected[:-2]
-        del stack[place:]
-        if name == "SETITEMS" and (len(items) % 2 or any(kind != "str" for kind in items[::2])):
-            raise TypeError("a dictionary must have texts as its keys")
-    start = len(stack) - len(expected)
-    if start < 0 or "mark" in stack[start:]:
-        raise ValueError("too little on the stack")
-    for kind, found in zip(expected, stack[start:], strict=True):
-        if kind in ("any", found):
-            continue
-        if name in _MAKERS:
-            _refuse(f"the instruction {name} on something else than tensors need")
-        raise TypeError(f"{name} needs a {kind}, not a {found}")
-    del stack[start:]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows no other global than those below."""
-
-    def __init__(self, data: bytes, sources: list[SharedStorage], *, opens_gpus: bool = True) -> None:
-        super().__init__(io.BytesIO(data))
-        self._sources, self._opens_gpus = sources, opens_gpus
-
-    @override
-    def find_class(self, module: str, name: str, /) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return getattr(torch, name)
-        # Its module is the trainer's business: the class is not looked up.
-        if name == "FlattenedTensorMetadata":
-            return _Metadata
-        if (module, name) in _CLASSES:
-            return _CLASS
-        if (module, name) == (_REDUCTIONS, "rebuild_storage_filename"):
-            return self._storage_by_name
-        if (module, name) in _FUNCTIONS:
-            found = _FUNCTIONS[module, name]
-            return found if self._opens_gpus or found is not _cuda_tensor else _unopened
-        _refuse(f"the global {module[:80]}.{name[:80]}")
-
-    def _storage_by_name(self, kind: object, manager: object, *arguments: Any) -> SentTensor:
-        # The manager is a socket of the sender's, to which torch's own receiver would connect.
-        _check_class(kind)
-        storage = shared_storage(*arguments)
-        assert isinstance(storage.source, SharedStorage)
-        self._sources.append(storage.source)
-        return storage
+    call: Callable[..., object]
+    classes: tuple[int, ...] = ()
 
 
 class _Metadata:
     """What the stream says of one tensor of a bucket; not checked yet."""
+
+
+class _Unpickler:
+    """Reads one stream; see the module.
+
+    Args:
+        sources: The segments that the stream names are added to these.
+        opens_gpus: Whether handles of memory on a GPU are opened.
+    """
+
+    def __init__(self, sources: list[SharedStorage], *, opens_gpus: bool = True) -> None:
+        self._sources, self._opens_gpus = sources, opens_gpus
+        self._stack: list[Any] = []
+        # What lies below each mark.
+        self._below: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+
+    def load(self, data: bytes) -> object:
+        """The value that a stream makes."""
+        instruction: Any
+        argument: Any
+        for count, (instruction, argument, place) in enumerate(pickletools.genops(data)):
+            if count == _MOST_INSTRUCTIONS:
+                raise ValueError(f"more than {_MOST_INSTRUCTIONS} instructions; send fewer tensors in one bucket")
+            if instruction.name == "FRAME" and (place or 0) + argument >= len(data):
+                raise ValueError("a frame must end within its stream")
+            if instruction.name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[instruction.name])
+            elif instruction.name in _LITERALS:
+                self._stack.append(argument)
+            elif instruction.name in ("REDUCE", "NEWOBJ", "BUILD"):
+                self._make(instruction.name)
+            else:
+                self._arrange(instruction.name, argument)
+        if self._below or len(self._stack) != 1:
+            raise ValueError("not one value")
+        return self._stack[0]
+
+    def _arrange(self, name: str, argument: Any) -> None:
+        """Puts values into others, into the memo and out of it."""
+        stack, memo = self._stack, self._memo
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self._below.append(stack)
+                self._stack = []
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(int(name[-1]))]
+                stack.append(tuple(reversed(items)))
+            case "TUPLE":
+                items = self._since_mark()
+                self._stack.append(tuple(items))
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if name == "APPEND" else self._since_mark()
+                _typed(self._stack[-1], list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._since_mark()
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    # Texts alone: to hash a nested tuple could take for ever.
+                    _typed(self._stack[-1], dict)[_typed(key, str)] = value
+            case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                place = len(memo) if name == "MEMOIZE" else argument
+                if place >= _MOST_INSTRUCTIONS:
+                    raise ValueError("a huge place in the memo")
+                memo[place] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(self._find(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                word, module = stack.pop(), stack.pop()
+                stack.append(self._find(_typed(module, str), _typed(word, str)))
+            case _:
+                _refuse(f"the instruction {name}")
+
+    def _since_mark(self) -> list[Any]:
+        items, self._stack = self._stack, self._below.pop()
+        return items
+
+    def _make(self, name: str) -> None:
+        """Calls a function, makes an object, or sets its attributes."""
+        given, subject = self._stack.pop(), self._stack.pop()
+        if name == "REDUCE" and type(subject) is _Function and type(given) is tuple:
+            if any(given[place : place + 1] != (_CLASS,) for place in subject.classes):
+                _refuse("a tensor of an unknown class")
+            self._stack.append(subject.call(*(value for value in given if value is not _CLASS)))
+        elif name == "NEWOBJ" and subject is _METADATA and type(given) is tuple and not given:
+            self._stack.append(_Metadata())
+        elif name == "BUILD" and type(subject) is _Metadata and type(given) is dict:
+            vars(subject).update(given)
+            self._stack.append(subject)
+        else:
+            _refuse(f"the instruction {name} on something else than tensors need")
+
+    def _find(self, module: str, name: str) -> object:
+        """What stands in the place of a global."""
+        if module == "torch" and name in _DTYPES:
+            return getattr(torch, name)
+        # Its module is the trainer's business: the class is not looked up.
+        if name == "FlattenedTensorMetadata":
+            return _METADATA
+        if (module, name) in _CLASSES:
+            return _CLASS
+        if (module, name) == (_REDUCTIONS, "rebuild_storage_filename"):
+            return _Function(self._storage_by_name, (0,))
+        if (module, name) in _FUNCTIONS:
+            found = _FUNCTIONS[module, name]
+            return found if self._opens_gpus or found is not _CUDA_TENSOR else _Function(lambda *_: empty_storage())
+        _refuse(f"the global {module[:80]}.{name[:80]}")
+
+    def _storage_by_name(self, manager: object, *arguments: Any) -> SentTensor:
+        # The manager is a socket of the sender's, to which torch's own receiver would connect.
+        storage = shared_storage(*arguments)
+        assert isinstance(storage.source, SharedStorage)
+        self._sources.append(storage.source)
+        return storage
 
 
 def _refuse(what: str) -> NoReturn:
@@ -223,46 +249,17 @@ def _typed(value: Any, kind: type[Any]) -> Any:
     return value
 
 
-def _check_class(kind: object) -> None:
-    if kind is not _CLASS:
-        _refuse("a tensor of an unknown class")
-
-
-def _size(numbers: object) -> tuple[int, ...]:
-    return checked_numbers(numbers)
-
-
-def _tensor(kind: object, storage: object, metadata: object) -> SentTensor:
-    _check_class(kind)
+def _tensor(storage: object, metadata: object) -> SentTensor:
     offset, size, stride, _ = _typed(metadata, tuple)
     (first,) = checked_numbers((offset,))
     found: SentTensor = _typed(storage, SentTensor).view(first, checked_numbers(size), checked_numbers(stride))
     return found
 
 
-def _cuda_tensor(kind: object, size: object, stride: object, offset: object, storage_kind: object, *rest: Any) -> SentTensor:
-    _check_class(kind)
-    _check_class(storage_kind)
-    return cuda_tensor(size, stride, offset, *rest)
-
-
-def _unopened(*_: object) -> SentTensor:
-    return empty_storage()
-
-
-def _typed_storage(storage: object, dtype: object) -> SentTensor:
-    found: SentTensor = _typed(storage, SentTensor).as_dtype(dtype)
-    return found
-
-
-def _empty(kind: object) -> SentTensor:
-    _check_class(kind)
-    return empty_storage()
-
-
 _REDUCTIONS = "torch.multiprocessing.reductions"
-# Classes that are only named: in their place stands one object that is none.
+# Classes that are only named: in their place stand objects that are none.
 _CLASS: Final = object()
+_METADATA: Final = object()
 _CLASSES = frozenset(
     {
         ("torch", "Tensor"),
@@ -273,15 +270,16 @@ _CLASSES = frozenset(
         ("torch", "UntypedStorage"),
     }
 )
-_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
-    ("torch", "Size"): _size,
-    (_REDUCTIONS, "rebuild_tensor"): _tensor,
-    (_REDUCTIONS, "rebuild_typed_storage"): _typed_storage,
-    (_REDUCTIONS, "rebuild_storage_empty"): _empty,
-    (_REDUCTIONS, "rebuild_cuda_tensor"): _cuda_tensor,
+_CUDA_TENSOR = _Function(cuda_tensor, (0, 4))
+_FUNCTIONS: Mapping[tuple[str, str], _Function] = {
+    ("torch", "Size"): _Function(checked_numbers),
+    (_REDUCTIONS, "rebuild_tensor"): _Function(_tensor, (0,)),
+    (_REDUCTIONS, "rebuild_typed_storage"): _Function(lambda storage, dtype: _typed(storage, SentTensor).as_dtype(dtype)),
+    (_REDUCTIONS, "rebuild_storage_empty"): _Function(empty_storage, (0,)),
+    (_REDUCTIONS, "rebuild_cuda_tensor"): _CUDA_TENSOR,
     # The same, with the device by its UUID.
-    ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified"): _cuda_tensor,
-    ("sglang.srt.patch_torch", "_rebuild_cuda_tensor_modified"): _cuda_tensor,
+    ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified"): _CUDA_TENSOR,
+    ("sglang.srt.patch_torch", "_rebuild_cuda_tensor_modified"): _CUDA_TENSOR,
 }
 
 

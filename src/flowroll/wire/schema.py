@@ -1,20 +1,23 @@
-"""The requests: what POST /rollout/generate, /generate and /v1/images/generations accept, and nothing else.
+"""The requests of POST /rollout/generate, /generate and /v1/images/generations, which become `SamplingParams`.
 
-The models carry what OpenAPI shows. Types are strict and unknown fields are refused. Names and defaults are those of
-`SamplingParams`, which `to_params` makes; its short names are for `extra_sampling_params` alone.
+Types are strict and unknown fields are refused. The fields are described where `SamplingParams` describes them; its short
+names are for `extra_sampling_params` alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import ALIASES, SamplingParams
+from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
+from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
+from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType
 from flowroll.wire import fields
-from flowroll.wire.fields import Rule
+from flowroll.wire.fields import Request, about
 from flowroll.wire.names import EXTRA
 from flowroll.wire.validation import parse, parse_json_body, shown
 
@@ -24,82 +27,46 @@ __all__ = [
     "GenerateRequest",
     "ImagesRequest",
     "RolloutRequest",
-    "Strict",
     "parse",
     "parse_json_body",
 ]
 
-
-class Strict(BaseModel):
-    """What every request has in common."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    def given(self) -> dict[str, Any]:
-        """The fields that were sent with a value; null is the same as nothing. Lists become tuples."""
-        sent = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in sent.items() if value is not None}
-
-
-class _Prompted(Strict):
-    prompt: fields.Prompt
-
-
-class _SamplingFields(Strict):
-    negative_prompt: fields.NegativePrompt = None
-    seed: fields.Seed = None
-    seeds: fields.Seeds = None
-    generator_device: fields.Device = "cuda"
-    width: fields.Width = None
-    height: fields.Height = None
-    num_inference_steps: fields.Steps = None
-    num_outputs_per_prompt: fields.Outputs = None
-    num_frames: fields.Frames = None
-    fps: fields.FramesPerSecond = None
-    guidance_scale: fields.GuidanceScale = None
-    true_cfg_scale: fields.TrueCfgScale = None
-    suppress_logs: fields.SuppressLogs = False
-    request_id: fields.RequestId = None
-    min_weight_version: fields.MinWeightVersion = None
-    lora_name: fields.LoraName = None
+_Indices: TypeAlias = tuple[Annotated[int, Meta(ge=0)], ...]
+_Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
+_LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
+_SIGMAS = Annotated[
+    Annotated[tuple[Annotated[float, Meta(ge=0, le=1)], ...], Meta(min_length=2)] | None,
+    about(
+        [1.0, 0.75, 0.4, 0.0], "send one value per step and a final 0", "be null or a list of two or more numbers from 0 to 1"
+    ),
+]
+_SDE_TYPE = about(
+    "cps",
+    "choose one of these",
+    f"be one of {', '.join(DYNAMICS)}",
+    "Dynamics of the stochastic steps. " + "; ".join(f'"{name}": {found.summary}' for name, found in DYNAMICS.items()) + ".",
+)
+_NOISE_LEVEL = about(
+    0.7,
+    "use 0 for a deterministic rollout",
+    f"be 0, or a number from {NOISE_LEVEL_MIN} to {NOISE_LEVEL_MAX:g}",
+    f"Noise level n: 0 (every step is an ODE step), or {noise_level_help()}.",
+)
+_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
-class _RolloutFields(Strict):
-    rollout: fields.RolloutFlag = True
-    rollout_sde_type: fields.SdeTypeName = "sde"
-    rollout_noise_level: fields.NoiseLevel = 0.7
-    rollout_log_prob_no_const: fields.LogProbNoConst = False
-    rollout_debug_mode: fields.DebugMode = True
-    rollout_return_denoising_env: fields.ReturnEnv = False
-    rollout_return_dit_trajectory: fields.ReturnTrajectory = False
-    rollout_sde_step_indices: fields.SdeSteps = None
-    rollout_return_step_indices: fields.ReturnSteps = None
+class _Described(Request, kw_only=True, frozen=True):
+    # Fields are described where the parameters are.
+    __doc__ = SamplingParams.__doc__
 
 
-class ExtraGenerateParams(_SamplingFields):
-    """Further parameters of a plain generation. A field given here must not be given at the top level too."""
-
-    sigmas: fields.Sigmas = None
-
-
-class ExtraSamplingParams(ExtraGenerateParams, _RolloutFields):
-    """Further parameters of a rollout, by either of their names. Each must be given once, here or at the top level."""
-
-    sde_type: fields.SdeTypeName = "sde"
-    noise_level: fields.NoiseLevel = 0.7
-    log_prob_no_const: fields.LogProbNoConst = False
-    debug_mode: fields.DebugMode = True
-    return_denoising_env: fields.ReturnEnv = False
-    return_dit_trajectory: fields.ReturnTrajectory = False
-    sde_step_indices: fields.SdeSteps = None
-    return_step_indices: fields.ReturnSteps = None
-
-
-class _Request(_Prompted):
-    """What the three requests share: they become `SamplingParams`, and errors about those get the wire's names."""
+class _SamplingRequest(_Described, kw_only=True, frozen=True):
+    # What becomes `SamplingParams`; errors about those get the wire's names.
 
     # What every request of the route has.
-    _fixed: ClassVar[Mapping[str, Any]] = {}
+    _FIXED: ClassVar[Mapping[str, Any]] = {}
+
+    prompt: fields.Prompt
 
     def to_params(self) -> SamplingParams:
         """The request as `SamplingParams`; what was not sent keeps its default.
@@ -108,15 +75,13 @@ class _Request(_Prompted):
             InvalidRequestError: Values that do not go together; named as the wire has them.
         """
         try:
-            return SamplingParams(**self._params(), **self._fixed)
+            return SamplingParams(**self._params(), **self._FIXED)
         except InvalidRequestError as error:
             raise self.as_wire_error(error) from None
 
     def as_wire_error(self, error: InvalidRequestError) -> InvalidRequestError:
         """The error about a field of `SamplingParams`, naming what this request calls it."""
-        if error.field is None:
-            return error
-        return error.renamed(self._wire_name(error.field))
+        return error if error.field is None else error.renamed(self._wire_name(error.field))
 
     def _params(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -125,15 +90,31 @@ class _Request(_Prompted):
         raise NotImplementedError
 
 
-class _ExtensibleRequest(_Request):
-    """A request with `extra_sampling_params`."""
+class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
+    # Of a request with `extra_sampling_params`, which the requests themselves declare: its fields are made from these.
+    negative_prompt: fields.NegativePrompt = None
+    seed: fields.Seed = None
+    seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
+    generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
+    width: Annotated[fields.Count | None, about(1024, "leave it out for the family's width")] = None
+    height: Annotated[fields.Count | None, about(1024, "leave it out for the family's height")] = None
+    num_inference_steps: fields.Steps = None
+    num_outputs_per_prompt: Annotated[fields.Count | None, about(4, "leave it out for one output")] = None
+    num_frames: Annotated[
+        Annotated[int, Meta(ge=1, le=1)] | None, about(1, "leave it out, flowroll makes images", "be null or 1")
+    ] = None
+    fps: Annotated[float | None, about(24, "leave it out, an image has no use for it")] = None
+    guidance_scale: fields.GuidanceScale = None
+    true_cfg_scale: fields.GuidanceScale = None
+    suppress_logs: fields.Flag = False
+    request_id: fields.RequestId = None
+    min_weight_version: Annotated[fields.VersionText | None, about("120", "leave it out for any version")] = None
+    lora_name: Annotated[_LoraName | None, about("step-120", "leave it out for the model as it is")] = None
 
-    extra_sampling_params: ExtraGenerateParams | None = None
-
-    @model_validator(mode="after")
-    def _check_given_once(self) -> _ExtensibleRequest:
-        seen = set(self.given())
-        for name, value in self._extra().items():
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses a field that is given twice."""
+        seen = {name for name, value in sent.items() if value is not None}
+        for name, value in self._given_further().items():
             field = ALIASES.get(name, name)
             if field in seen:
                 raise InvalidRequestError(
@@ -141,90 +122,167 @@ class _ExtensibleRequest(_Request):
                     field=f"{EXTRA}.{name}",
                 )
             seen.add(field)
-        return self
 
-    def _extra(self) -> dict[str, Any]:
-        return {} if self.extra_sampling_params is None else self.extra_sampling_params.given()
+    def _given_further(self) -> dict[str, Any]:
+        """What `extra_sampling_params` gives, by the names that were sent; null is the same as nothing."""
+        further: Request | None = getattr(self, EXTRA)
+        given = {} if further is None else structs.asdict(further)
+        return {name: value for name, value in given.items() if value is not UNSET and value is not None}
 
     def _params(self) -> dict[str, Any]:
-        return {name: value for name, value in self.given().items() if name != EXTRA} | self._extra()
+        given = {name: getattr(self, name) for name in self.__struct_fields__ if name in _PARAMS}
+        return given | {ALIASES.get(name, name): value for name, value in self._given_further().items()}
 
     def _wire_name(self, param: str) -> str:
         field = ALIASES.get(param, param)
-        nested = next((name for name in self._extra() if ALIASES.get(name, name) == field), None)
+        nested = next((name for name in self._given_further() if ALIASES.get(name, name) == field), None)
         return field if nested is None else f"{EXTRA}.{nested}"
 
 
-class RolloutRequest(_RolloutFields, _SamplingFields, _ExtensibleRequest):
-    """Body of POST /rollout/generate."""
+class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
+    rollout: Annotated[bool, about(True, "leave it out for true")] = True
+    rollout_sde_type: Annotated[SdeType, _SDE_TYPE] = "sde"
+    rollout_noise_level: Annotated[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], _NOISE_LEVEL] = 0.7
+    rollout_log_prob_no_const: fields.Flag = False
+    rollout_debug_mode: Annotated[bool, about(False, "leave it out for true")] = True
+    rollout_return_denoising_env: fields.Flag = False
+    rollout_return_dit_trajectory: fields.Flag = False
+    rollout_sde_step_indices: Annotated[_Indices | None, about([0, 1], "count steps from 0")] = None
+    rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "prompt": "a red fox in snow",
-                    "seed": 42,
-                    "num_outputs_per_prompt": 4,
-                    "num_inference_steps": 10,
-                    "rollout_sde_step_indices": [0, 1, 2],
-                    "rollout_return_denoising_env": True,
-                    "rollout_return_dit_trajectory": True,
-                }
-            ]
-        }
+
+def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:
+    """The object of further parameters of a request: any of its fields may be there, and none has a default of its own."""
+    hints = get_type_hints(owner, include_extras=True)
+    kinds = {field: hints[field] for field in owner.__struct_fields__ if field != "prompt"} | {"sigmas": _SIGMAS}
+    kinds |= {short: hints[field] for short, field in short_names.items()}
+    attributes = "".join(f"\n    {short}: The same as `{field}`." for short, field in short_names.items())
+    return defstruct(
+        name,
+        [(field, _optional(kind), UNSET) for field, kind in kinds.items()],
+        bases=(_Described,),
+        namespace={"__doc__": f"{summary}\n\nAttributes:{attributes}"},
+        module=__name__,
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
     )
 
-    extra_sampling_params: Annotated[
-        ExtraSamplingParams | None,
-        Field(description="Further fields, each with the rules of its namesake.", examples=[{"sigmas": [1.0, 0.5, 0.0]}]),
-        Rule(text="be null or an object", remedy="send further sampling parameters by name"),
-    ] = None
-    image_path: fields.ImagePath = None
+
+def _optional(kind: Any) -> Any:
+    """The type of a field that may be absent: what is said of it stays outside, its limits inside."""
+    *limits, said = kind.__metadata__
+    inner = kind.__origin__
+    for limit in limits:
+        inner = Annotated[inner, limit]
+    return Annotated[inner | UnsetType, said]
 
 
-class GenerateRequest(_SamplingFields, _ExtensibleRequest):
-    """Body of POST /generate: plain text-to-image."""
+# A type checker cannot see what is in them; nothing but the methods above looks.
+if TYPE_CHECKING:
+    ExtraGenerateParams: TypeAlias = Request
+    ExtraSamplingParams: TypeAlias = Request
+else:
+    ExtraGenerateParams = _further("ExtraGenerateParams", _GenerateFields, "Further parameters of an image.", {})
+    ExtraSamplingParams = _further(
+        "ExtraSamplingParams", _RolloutFields, "Further parameters of a rollout, by either of their names.", ALIASES
+    )
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "a red fox in snow", "seed": 42}]})
-    _fixed: ClassVar[Mapping[str, Any]] = {"rollout": False}
-
-    extra_sampling_params: Annotated[
-        ExtraGenerateParams | None,
-        Field(description="Further fields, each with the rules of its namesake.", examples=[{"sigmas": [1.0, 0.5, 0.0]}]),
-        Rule(text="be null or an object", remedy="send further sampling parameters by name"),
-    ] = None
+_FURTHER = about({"sigmas": [1.0, 0.5, 0.0]}, "send further sampling parameters by name")
 
 
-class ImagesRequest(_Request):
-    """Body of POST /v1/images/generations, as OpenAI's clients send it; the last four fields are flowroll's own."""
+class RolloutRequest(_RolloutFields, kw_only=True, frozen=True):
+    """Body of POST /rollout/generate.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "a red fox in snow", "n": 1, "size": "1024x1024"}]})
-    _fixed: ClassVar[Mapping[str, Any]] = {"rollout": False}
+    Attributes:
+        extra_sampling_params: Further fields, each with the rules of its namesake; each must be given once, here or there.
+        image_path: Accepted for compatibility; must be null.
+    """
+
+    EXAMPLES = (
+        {
+            "prompt": "a red fox in snow",
+            "seed": 42,
+            "num_outputs_per_prompt": 4,
+            "num_inference_steps": 10,
+            "rollout_sde_step_indices": [0, 1, 2],
+            "rollout_return_denoising_env": True,
+            "rollout_return_dit_trajectory": True,
+        },
+    )
+
+    extra_sampling_params: Annotated[ExtraSamplingParams | None, _FURTHER] = None
+    image_path: Annotated[None, about(None, "leave it out, flowroll makes images from text alone")] = None
+
+
+class GenerateRequest(_GenerateFields, kw_only=True, frozen=True):
+    """Body of POST /generate: plain text-to-image.
+
+    Attributes:
+        extra_sampling_params: Further fields, each with the rules of its namesake; each must be given once, here or there.
+    """
+
+    EXAMPLES = ({"prompt": "a red fox in snow", "seed": 42},)
+    _FIXED: ClassVar[Mapping[str, Any]] = {"rollout": False}
+
+    extra_sampling_params: Annotated[ExtraGenerateParams | None, _FURTHER] = None
+
+
+_UNUSED = "leave it out"
+_PNG = "leave it out, images are PNG"
+_WHOLE = "leave it out, the answer comes whole"
+
+
+class ImagesRequest(_SamplingRequest, kw_only=True, frozen=True):
+    """Body of POST /v1/images/generations, as OpenAI's clients send it; the last four fields are flowroll's own.
+
+    Attributes:
+        model: Name of the served model. null: the one that is served.
+        n: Number of images, up to the server's limit. null: 1.
+        size: "WIDTHxHEIGHT" in pixels. "auto" or null: the family's own.
+        response_format: How images are returned: as base64 PNG.
+        user: Accepted for compatibility; has no effect.
+        quality: Accepted where it changes nothing.
+        style: Accepted where it changes nothing.
+        background: Accepted where it changes nothing: images are opaque.
+        output_format: Accepted where it changes nothing: images are PNG.
+        output_compression: Accepted where it changes nothing: PNG is lossless.
+        moderation: Accepted for compatibility; nothing is moderated.
+        stream: Accepted where it changes nothing: the answer comes whole.
+        partial_images: Accepted where it changes nothing: the answer comes whole.
+    """
+
+    EXAMPLES = ({"prompt": "a red fox in snow", "n": 1, "size": "1024x1024"},)
+    _FIXED: ClassVar[Mapping[str, Any]] = {"rollout": False}
     _NAMES: ClassVar[Mapping[str, str]] = {"num_outputs_per_prompt": "n", "width": "size", "height": "size"}
 
-    model: fields.Model = None
-    n: fields.ImageCount = None
-    size: fields.ImageSize = None
-    response_format: fields.ResponseFormat = None
-    user: fields.User = None
-    quality: fields.Quality = None
-    style: fields.Style = None
-    background: fields.Background = None
-    output_format: fields.OutputFormat = None
-    output_compression: fields.OutputCompression = None
-    moderation: fields.Moderation = None
-    stream: fields.Stream = None
-    partial_images: fields.PartialImages = None
+    model: Annotated[str | None, about("Qwen-Image", "leave it out for the served model")] = None
+    n: Annotated[fields.Count | None, about(2, "leave it out for one image")] = None
+    size: Annotated[
+        # Python's `$` is before a last newline too.
+        Annotated[str, Meta(pattern=r"^(auto|[1-9][0-9]{0,5}x[1-9][0-9]{0,5})$(?!\n)")] | None,
+        about("1024x768", 'send for example "1024x768"', 'be null, "auto" or "WIDTHxHEIGHT"'),
+    ] = None
+    response_format: Annotated[
+        Literal["b64_json"] | None, about("b64_json", "read the image from b64_json, there are no URLs")
+    ] = None
+    user: Annotated[str | None, about("trainer-3", _UNUSED)] = None
+    quality: Annotated[Literal["auto", "standard"] | None, about("auto", "choose num_inference_steps instead")] = None
+    style: Annotated[None, about(None, "describe the style in the prompt")] = None
+    background: Annotated[Literal["auto", "opaque"] | None, about("opaque", "leave it out, images are opaque")] = None
+    output_format: Annotated[Literal["png"] | None, about("png", _PNG)] = None
+    output_compression: Annotated[Literal[100] | None, about(100, "leave it out, PNG is lossless")] = None
+    moderation: Annotated[Literal["auto", "low"] | None, about("auto", _UNUSED)] = None
+    stream: Annotated[Literal[False] | None, about(False, _WHOLE)] = None
+    partial_images: Annotated[Literal[0] | None, about(0, _WHOLE)] = None
     seed: fields.Seed = None
     negative_prompt: fields.NegativePrompt = None
     num_inference_steps: fields.Steps = None
     guidance_scale: fields.GuidanceScale = None
 
     def _params(self) -> dict[str, Any]:
-        shared = ("prompt", "seed", "negative_prompt", "num_inference_steps", "guidance_scale")
-        params = {name: value for name, value in self.given().items() if name in shared}
-        if self.n is not None:
-            params["num_outputs_per_prompt"] = self.n
+        params = {name: getattr(self, name) for name in self.__struct_fields__ if name in _PARAMS}
+        params["num_outputs_per_prompt"] = self.n
         if self.size is not None and self.size != "auto":
             params["width"], params["height"] = map(int, self.size.split("x"))
         return params

@@ -9,82 +9,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import AdapterRecord, Number, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
-from flowroll.wire.blob import BlobError, tensor_from_blob
+from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
-from flowroll.wire.dialects import Dialect, LayoutError, WireEnv, conditioning_of, env_from_wire, env_to_wire
+from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
+from flowroll.wire.messages import (
+    Dialect,
+    WireSampleScores,
+    WireScoreAnswer,
+    WireScoreRequest,
+    WireSteps,
+    WireTensor,
+)
+from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
-Leaf = TypeVar("Leaf")
-Data = TypeVar("Data")
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _REMEDY = "see /openapi.json"
-
-
-class _Tensor(msgspec.Struct, Generic[Data], frozen=True, forbid_unknown_fields=True):
-    """A tensor of a request."""
-
-    is_tensor: Literal[True] = msgspec.field(name="__tensor__")
-    data: Data
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class _Env(WireEnv[Leaf], Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """`denoising_env` of a request."""
-
-
-class WireSteps(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """One object of `samples`."""
-
-    steps: tuple[int, ...]
-    latents: Leaf
-    next_latents: Leaf
-    denoising_env: _Env[Leaf]
-    sampling: dict[str, Any]
-    sde_step_indices: tuple[int, ...] | None = None
-
-
-class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """The body of a request."""
-
-    samples: list[WireSteps[Leaf]]
-    log_probs_only: bool = False
-    suppress_logs: bool = False
-    request_id: str | None = None
-    min_weight_version: str | None = None
-
-
-class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
-    """One object of `samples` of an answer."""
-
-    steps: tuple[int, ...]
-    log_probs: Leaf
-    stds: Leaf
-    means: Leaf | None = None
-    velocities: Leaf | None = None
-    lora: AdapterRecord | None = None
-
-
-class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
-    """The body of an answer."""
-
-    request_id: str
-    weight_version: str
-    samples: list[WireSampleScores[Leaf]]
-    inference_time_s: Number
-
-
 _REQUESTS: Mapping[str, Any] = {
-    JSON: msgspec.json.Decoder(WireScoreRequest[_Tensor[bytearray]]),
-    MSGPACK: msgspec.msgpack.Decoder(WireScoreRequest[_Tensor[memoryview]]),
+    JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
+    MSGPACK: msgspec.msgpack.Decoder(WireScoreRequest[WireTensor[memoryview]]),
 }
 _ANSWERS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreAnswer[Blob[bytearray]]),
@@ -95,18 +45,24 @@ _ANSWERS: Mapping[str, Any] = {
 def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialect: Dialect = "native") -> EncodedBody:
     """The body of a request; it refers to the tensors of `params`."""
     samples = [
-        {
-            "steps": sample.steps,
-            "latents": sample.latents,
-            "next_latents": sample.next_latents,
-            "denoising_env": env_to_wire(sample.denoising_env, dialect, conditioning_of(sample.sampling)),
-            "sampling": sample.sampling,
-            "sde_step_indices": sample.sde_step_indices,
-        }
+        WireSteps(
+            steps=sample.steps,
+            latents=sample.latents,
+            next_latents=sample.next_latents,
+            denoising_env=env_to_wire(sample.denoising_env, dialect, conditioning_of(sample.sampling)),
+            sampling=msgspec.to_builtins(sample.sampling),
+            sde_step_indices=sample.sde_step_indices,
+        )
         for sample in params.samples
     ]
-    names = ("log_probs_only", "suppress_logs", "request_id", "min_weight_version")
-    return encode({"samples": samples, **{name: getattr(params, name) for name in names}}, wire_format)
+    request = WireScoreRequest(
+        samples=samples,
+        log_probs_only=params.log_probs_only,
+        suppress_logs=params.suppress_logs,
+        request_id=params.request_id,
+        min_weight_version=params.min_weight_version,
+    )
+    return encode(request, wire_format)
 
 
 def decode_score_request(body: Body, media_type: str) -> ScoreParams:
@@ -145,9 +101,24 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
 
 def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> EncodedBody:
     """The body of an answer; it refers to the tensors of `answer`."""
-    samples = [{name: getattr(sample, name) for name in WireSampleScores.__struct_fields__} for sample in answer.samples]
-    names = ("request_id", "weight_version", "inference_time_s")
-    return encode({**{name: getattr(answer, name) for name in names}, "samples": samples}, wire_format)
+    scores = [
+        WireSampleScores(
+            steps=sample.steps,
+            log_probs=sample.log_probs,
+            stds=sample.stds,
+            means=sample.means,
+            velocities=sample.velocities,
+            lora=sample.lora,
+        )
+        for sample in answer.samples
+    ]
+    made = WireScoreAnswer(
+        request_id=answer.request_id,
+        weight_version=answer.weight_version,
+        samples=scores,
+        inference_time_s=answer.inference_time_s,
+    )
+    return encode(made, wire_format)
 
 
 def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
@@ -177,7 +148,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
     )
 
 
-def _steps_of(sample: WireSteps[_Tensor[Any]]) -> RecordedSteps:
+def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
     record = _record(sample.sampling)
     try:
         env = env_from_wire(sample.denoising_env, _load, conditioning_of(record))
@@ -212,7 +183,7 @@ def _record(sent: dict[str, Any]) -> SamplingRecord:
         _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
 
 
-def _states(sent: _Tensor[Any], field: str) -> Tensor:
+def _states(sent: WireTensor[Any], field: str) -> Tensor:
     try:
         return _load(sent)
     except (BlobError, LayoutError) as error:
@@ -220,7 +191,7 @@ def _states(sent: _Tensor[Any], field: str) -> Tensor:
 
 
 def _load(sent: object) -> Tensor:
-    if not isinstance(sent, _Tensor):
+    if not isinstance(sent, WireTensor):
         raise LayoutError(f"{type(sent).__name__} where a tensor should be")
     tensor = tensor_from_blob(sent.data)
     if tuple(tensor.shape) != sent.shape or str(tensor.dtype) != sent.dtype:

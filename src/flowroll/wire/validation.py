@@ -6,24 +6,30 @@ Owns the wording of refused values. The rules themselves stand with the fields.
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import reprlib
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast, get_args
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
-from pydantic import BaseModel, ValidationError
+from msgspec import Meta, UnsetType, convert
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.types import ALIASES, ROLLOUT_FIELDS
 from flowroll.types.arguments import closest
-from flowroll.wire.fields import Rule
+from flowroll.wire.fields import Request
 from flowroll.wire.names import EXTRA, ROLLOUT_ROUTE
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
+RequestT = TypeVar("RequestT", bound=Request)
 
+# msgspec prints an integer that is none of a literal's, and Python does not print several thousand digits.
+_REFUSED = (msgspec.ValidationError, ValueError)
 _MAX_NAME_CHARS = 80
-_BODY_RULE = Rule(text="be a JSON object of valid text", remedy="send the request's fields by name")
 _ROLLOUT_NAMES = ROLLOUT_FIELDS | set(ALIASES)
+_NAMES: Mapping[Any, str] = {NoneType: "null", None: "null", str: "a string", int: "an integer", float: "a number"}
 
 
 def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
@@ -43,49 +49,69 @@ def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
     return parsed
 
 
-def parse(model: type[ModelT], data: object) -> ModelT:
-    """The request that `data` holds, each value checked against its own rule.
+def parse(kind: type[RequestT], data: object) -> RequestT:
+    """The request that `data` holds, each value checked against its own rule, and those between fields.
 
-    Rules between values are checked by the request's `to_params`.
+    Rules of `SamplingParams` are checked by the request's `to_params`.
 
     Args:
-        model: One of the request models of `flowroll.wire.schema`.
+        kind: A request.
         data: What `parse_json_body` gave.
 
     Raises:
         InvalidRequestError: Names the field as the wire has it, the rule, the value and the remedy.
     """
-    if isinstance(data, dict):
-        _check_names(model, data)
+    if not isinstance(data, dict):
+        raise InvalidRequestError(
+            f"body must be a JSON object of valid text, got {shown(data)}; send the request's fields by name."
+        )
+    # Before any value: a misspelt field is often a missing one as well.
+    _check_names(kind, data)
     try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise _error_from_validation(model, error) from error
+        request = convert(data, kind)
+    except _REFUSED as error:
+        raise _first_wrong(kind, data) from error
+    request.check(data)
+    return request
 
 
-def _check_names(model: type[BaseModel], data: dict[Any, Any]) -> None:
-    """Refuses an unknown name before any value is looked at.
-
-    A misspelt field is often a missing one as well. And pydantic would make an error of each name, of a million as of one.
-    """
-    for field in model.model_fields:
-        inner, value = nested_model(model, field), data.get(field)
+def _check_names(kind: type[Request], data: dict[Any, Any]) -> None:
+    for field in kind.__struct_fields__:
+        inner, value = nested_request(kind, field), data.get(field)
         if inner is not None and isinstance(value, dict):
             for name in value:
-                if name not in inner.model_fields:
-                    raise _unknown_field(model, (field, str(name)), value[name])
+                if name not in inner.__struct_fields__:
+                    raise _unknown_field(kind, (field, str(name)), value[name])
     for name in data:
-        if name not in model.model_fields:
-            raise _unknown_field(model, (str(name),), data[name])
+        if name not in kind.__struct_fields__:
+            raise _unknown_field(kind, (str(name),), data[name])
 
 
-def _error_from_validation(model: type[BaseModel], error: ValidationError) -> InvalidRequestError:
-    """One error for all that pydantic found wrong: the first bad value."""
-    detail = error.errors(include_url=False, include_context=False)[0]
-    location = tuple(detail["loc"])
-    value = "nothing" if detail["type"] == "missing" else shown(detail["input"])
-    name, rule = _rule_at(model, location)
-    return InvalidRequestError(f"{name} must {rule.text}, got {value}; {rule.remedy}.", field=name if location else None)
+def _first_wrong(kind: type[Request], data: dict[str, Any], parent: str = "") -> InvalidRequestError:
+    """The error of the first field whose value breaks its rule."""
+    for name, field in _fields(kind).items():
+        wrong, value = "nothing", data.get(name)
+        if name in data:
+            try:
+                convert(value, field.type)
+                continue
+            except _REFUSED as error:
+                inner = nested_request(kind, name)
+                if inner is not None and isinstance(value, dict):
+                    return _first_wrong(inner, value, f"{name}.")
+                wrong = shown(_item_at(value, str(error)))
+        elif not field.required:
+            continue
+        remedy, rule = _about(field.type)
+        return InvalidRequestError(f"{parent}{name} must {rule}, got {wrong}; {remedy}.", field=parent + name)
+    raise AssertionError(f"nothing is wrong in a refused {kind.__name__}")
+
+
+def _item_at(value: Any, message: str) -> object:
+    """The part of a value that msgspec's message is about; the value of an object that is no string, which it does not name."""
+    for index in re.findall(r"\[(\d+|\.\.\.)\]", message.rpartition(" - at `$")[2]):
+        value = value[int(index)] if index != "..." else next(one for one in value.values() if not isinstance(one, str))
+    return value
 
 
 def shown(value: object) -> str:
@@ -99,43 +125,80 @@ def shown(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
-def nested_model(model: type[BaseModel], field: str) -> type[BaseModel] | None:
-    """The model of a field that is an object."""
-    info = model.model_fields.get(field)
-    candidates = () if info is None else (info.annotation, *get_args(info.annotation))
-    return next((kind for kind in candidates if inspect.isclass(kind) and issubclass(kind, BaseModel)), None)
+# Reading annotations takes far longer than a request.
+@cache
+def _fields(kind: type[Request]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
-def _rule_at(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, Rule]:
-    """Name and rule of the field at pydantic's location; a place in a list counts as the list's field."""
-    if not location:
-        return "body", _BODY_RULE
-    name = cast(str, location[0])
-    inner = nested_model(model, name)
-    if inner is not None and len(location) > 1:
-        nested, rule = _rule_at(inner, location[1:])
-        return f"{name}.{nested}", rule
-    return name, next(entry for entry in model.model_fields[name].metadata if isinstance(entry, Rule))
+@cache
+def nested_request(kind: type[Request], field: str) -> type[Request] | None:
+    """The class of a field that is an object of fields."""
+    hint = _fields(kind)[field].type if field in kind.__struct_fields__ else None
+    parts = get_args(getattr(hint, "__origin__", hint))
+    return next((part for part in parts if inspect.isclass(part) and issubclass(part, Request)), None)
 
 
-def _unknown_field(model: type[BaseModel], location: tuple[str, ...], value: object) -> InvalidRequestError:
+def _about(hint: Any) -> tuple[str, str]:
+    """Remedy and rule of a field."""
+    said = hint.__metadata__[-1].extra
+    return said["remedy"], said["rule"] or f"be {_listed(_words(hint), 'or')}"
+
+
+def _words(hint: Any, limits: Sequence[Meta] = ()) -> list[str]:
+    """What a value may be, as its type and limits say it; alternatives one by one, null first."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _words(hint.__origin__, hint.__metadata__)
+    if origin in (Union, UnionType):
+        ordered = sorted(members, key=lambda member: member is not NoneType)
+        return [word for member in ordered if member is not UnsetType for word in _words(member)]
+    if origin is Literal:
+        return [json.dumps(value) for value in members]
+    if origin in (list, tuple):
+        items = [re.sub(r"^an? (\w+)", r"\1s", word) for word in _words(members[0])]
+        return [f"a list of {_listed(items, 'and')}"]
+    if hint is bool:
+        return ["true", "false"]
+    return [_NAMES.get(hint, "an object") + _limits(hint, limits)]
+
+
+def _limits(hint: Any, limits: Sequence[Meta]) -> str:
+    least, most = (
+        next((value for limit in limits for name in names if (value := getattr(limit, name)) is not None), None)
+        for names in (("ge", "min_length"), ("le", "max_length"))
+    )
+    if hint is str:
+        return (
+            "" if most is None else f" of at most {most} characters" if least is None else f" of {least} to {most} characters"
+        )
+    if most is None:
+        return "" if least is None else f" >= {least}"
+    return f" from {least} to {most:g}" if hint is float else f" from {least} to {most}"
+
+
+def _listed(words: list[str], last: str) -> str:
+    return f" {last} ".join([part for part in (", ".join(words[:-1]), words[-1]) if part])
+
+
+def _unknown_field(kind: type[Request], location: tuple[str, ...], value: object) -> InvalidRequestError:
     *path, last = (part[:_MAX_NAME_CHARS] for part in location)
     name = ".".join([*path, last])
-    owner = model if not path else nested_model(model, path[0])
+    owner = kind if not path else nested_request(kind, path[0])
     assert owner is not None
-    if last in _ROLLOUT_NAMES and not _ROLLOUT_NAMES & set(owner.model_fields):
+    if last in _ROLLOUT_NAMES and not _ROLLOUT_NAMES & set(owner.__struct_fields__):
         message = f"{name} must be left out of plain generation, got {shown(value)}; use POST {ROLLOUT_ROUTE} for rollouts."
         return InvalidRequestError(message, field=name)
-    return InvalidRequestError(f"{name} must be a known field, got an unknown name; {_remedy(model, owner, last)}.", field=name)
+    return InvalidRequestError(f"{name} must be a known field, got an unknown name; {_remedy(kind, owner, last)}.", field=name)
 
 
-def _remedy(model: type[BaseModel], owner: type[BaseModel], name: str) -> str:
-    if ALIASES.get(name) in owner.model_fields:
+def _remedy(kind: type[Request], owner: type[Request], name: str) -> str:
+    known = owner.__struct_fields__
+    if ALIASES.get(name) in known:
         return f"use {ALIASES[name]}"
-    extra = nested_model(model, EXTRA)
-    elsewhere: Mapping[str, object] = model.model_fields if owner is not model else extra.model_fields if extra else {}
+    further = nested_request(kind, EXTRA)
+    elsewhere = kind.__struct_fields__ if owner is not kind else () if further is None else further.__struct_fields__
     if name in elsewhere:
-        return "send it at the top level" if owner is not model else f"send it inside {EXTRA}"
-    known = owner.model_fields
+        return "send it at the top level" if owner is not kind else f"send it inside {EXTRA}"
     guess = closest(name, known)
     return f"use {guess} if that is meant" if guess else f"use one of {', '.join(known)}"

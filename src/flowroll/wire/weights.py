@@ -1,94 +1,61 @@
-"""The requests about weights, and their answers."""
+"""The requests about weights and LoRA adapters on the server's disk, and their answers."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from msgspec import Meta
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import MAX_VERSION_CHARS, ModuleName, WeightUpdate
-from flowroll.wire.fields import Items, Rule
-from flowroll.wire.schema import Strict
-
-MAX_PATH_CHARS = 4096
-# The parts of a checkpoint, as a rule lists them.
-MODULES = " or ".join(f'"{name}"' for name in get_args(ModuleName)).replace(" or ", ", ", len(get_args(ModuleName)) - 2)
+from flowroll.types import MAX_LORA_NAME_CHARS, AdapterChange, LoraAdapter, ModuleName, WeightUpdate
+from flowroll.wire import fields
+from flowroll.wire.fields import Request, about
 
 Updatable: TypeAlias = Literal["transformer", "vae"]
-_ModulePath: TypeAlias = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=MAX_PATH_CHARS,
-        description="On the server's disk, absolute, inside a folder of --weights-root: a checkpoint folder, whose subfolder "
-        "of the module's name is read; the module's own folder; or one .safetensors file.",
-        examples=["/runs/7/step-120"],
-    ),
-    Rule(text=f"be a path of 1 to {MAX_PATH_CHARS} characters", remedy="send an absolute path on the server's disk"),
+_LoraName: TypeAlias = Annotated[
+    Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)], about("step-120", "send a short name")
 ]
-_Module: TypeAlias = Annotated[
-    ModuleName,
-    Field(description="Part of the checkpoint.", examples=["transformer"]),
-    Rule(text=f"be {MODULES}", remedy="choose one of these"),
-]
-Version: TypeAlias = Annotated[
-    str | None,
-    Field(
-        min_length=1,
-        max_length=MAX_VERSION_CHARS,
-        description="Version of the new weights. null: one more than the highest number that a version had so far.",
-        examples=["120"],
-    ),
-    Rule(text=f"be null or a string of 1 to {MAX_VERSION_CHARS} characters", remedy="leave it out for a counted one"),
-]
-
-Mode: TypeAlias = Annotated[
-    Literal["drain", "abort"],
-    Field(
-        description="What becomes of the requests that run: they finish first, or are done again, wholly, with the new "
-        "weights.",
-        examples=["drain"],
-    ),
-    Rule(text='be "drain" or "abort"', remedy='leave it out for "drain"'),
-]
+_BESIDE = "leave it out for an adapter beside the weights"
 
 
-class Targeted(Strict):
-    """What the requests of SGLang-Diffusion's clients for an update have in common."""
+class Changing(Request, kw_only=True, frozen=True):
+    """What the requests that change the policy have in common.
 
-    module: Annotated[
-        Updatable | None,
-        Field(description="What to update. null: the transformer.", examples=["transformer"]),
-        Rule(text='be null, "transformer" or "vae"', remedy="leave it out for the transformer"),
-    ] = None
-    weight_version: Version = None
-    mode: Mode = "drain"
+    Attributes:
+        weight_version: Version of the new weights. null: one more than the highest number that a version had so far.
+        mode: What becomes of the requests that run: they finish first, or are done again, wholly, with the new weights.
+    """
+
+    weight_version: fields.Version = None
+    mode: fields.Mode = "drain"
+
+
+class Targeted(Changing, kw_only=True, frozen=True):
+    """What the requests of SGLang-Diffusion's clients for an update have in common.
+
+    Attributes:
+        module: What to update. null: the transformer.
+        target_modules: The same as `module`, as SGLang-Diffusion's clients send it: a list of one.
+        flush_cache: Accepted for compatibility; there is no cache that outlives weights.
+    """
+
+    module: Annotated[Updatable | None, about("transformer", "leave it out for the transformer")] = None
     target_modules: Annotated[
-        Items[Updatable] | None,
-        Field(
-            min_length=1,
-            max_length=1,
-            description="The same as `module`, as SGLang-Diffusion's clients send it: a list of one.",
-            examples=[["transformer"]],
-        ),
-        Rule(text='be null or a list of one of "transformer" and "vae"', remedy="send one update for each module"),
+        Annotated[list[Updatable], Meta(min_length=1, max_length=1)] | None,
+        about(["transformer"], "send one update for each module", 'be null or a list of one of "transformer" and "vae"'),
     ] = None
-    flush_cache: Annotated[
-        bool | None,
-        Field(description="Accepted for compatibility; there is no cache that outlives weights.", examples=[True]),
-        Rule(text="be null, true or false", remedy="leave it out"),
-    ] = None
+    flush_cache: Annotated[bool | None, about(True, "leave it out")] = None
 
-    @model_validator(mode="after")
-    def _check_one_name(self) -> Targeted:
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses two names of the module."""
         if self.module is not None and self.target_modules is not None:
             raise InvalidRequestError(
                 f"target_modules must not be given beside module, got {self.target_modules}; send one of the two.",
                 field="target_modules",
             )
-        return self
 
     @property
     def chosen_module(self) -> ModuleName:
@@ -96,63 +63,102 @@ class Targeted(Strict):
         return self.module or (self.target_modules or ["transformer"])[0]
 
 
-class UpdateFromDiskRequest(Targeted):
-    """Body of POST /update_weights_from_disk."""
+class UpdateFromDiskRequest(Targeted, kw_only=True, frozen=True):
+    """Body of POST /update_weights_from_disk.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model_path": "/runs/7/step-120", "weight_version": "120"}]})
+    Attributes:
+        model_path: On the server's disk, absolute, inside a folder of --weights-root: a checkpoint folder, whose subfolder of
+            the module's name is read; the module's own folder; or one .safetensors file.
+    """
 
-    model_path: _ModulePath
+    EXAMPLES = ({"model_path": "/runs/7/step-120", "weight_version": "120"},)
+
+    model_path: fields.DiskPath
 
 
-class ChecksumRequest(Strict):
-    """Body of POST /get_weights_checksum."""
+class ChecksumRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /get_weights_checksum.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"module_names": ["transformer"]}]})
+    Attributes:
+        module_names: Parts of the checkpoint. null: all of them.
+    """
+
+    EXAMPLES = ({"module_names": ["transformer"]},)
 
     module_names: Annotated[
-        Items[_Module] | None,
-        Field(
-            min_length=1, max_length=5, description="Parts of the checkpoint. null: all of them.", examples=[["transformer"]]
-        ),
-        Rule(text=f"be null or a list of {MODULES}", remedy="leave it out for all"),
+        Annotated[list[ModuleName], Meta(min_length=1, max_length=5)] | None, about(["transformer"], "leave it out for all")
     ] = None
 
 
-def first_wrong(value: object) -> object:
-    """Of an object in which values are no strings the first of these alone: each would make an error of its own."""
-    wrong = ((name, one) for name, one in value.items() if not isinstance(one, str)) if isinstance(value, dict) else ()
-    return next(({name: one} for name, one in wrong), value)
+class VerifyRequest(Request, kw_only=True, frozen=True):
+    """Body of POST /verify_weights.
 
+    Attributes:
+        module: Part of the checkpoint.
+        expected: sha256 of the raw bytes of every tensor of the module, as hexadecimal digits, by its name.
+    """
 
-class VerifyRequest(Strict):
-    """Body of POST /verify_weights."""
+    EXAMPLES = ({"expected": {"proj_out.weight": "9f86d08..."}},)
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"expected": {"proj_out.weight": "9f86d08..."}}]})
-
-    module: _Module = "transformer"
+    module: fields.Module = "transformer"
     expected: Annotated[
         dict[str, str],
-        BeforeValidator(first_wrong),
-        Field(
-            description="sha256 of the raw bytes of every tensor of the module, as hexadecimal digits, by its name.",
-            examples=[{"proj_out.weight": "9f86d08..."}],
-        ),
-        Rule(text="be an object of strings", remedy="send every tensor's sha256 by its name"),
+        about({"proj_out.weight": "9f86d08..."}, "send every tensor's sha256 by its name", "be an object of strings"),
     ]
 
 
-class UpdateObject(BaseModel):
-    """The weights were exchanged."""
+class _AdapterRequest(Changing, kw_only=True, frozen=True):
+    """What the requests about one adapter have in common.
+
+    Attributes:
+        lora_name: By which requests choose it.
+    """
+
+    lora_name: _LoraName
+
+
+class UnloadAdapterRequest(_AdapterRequest, kw_only=True, frozen=True):
+    """Body of POST /unload_lora_adapter."""
+
+    EXAMPLES = ({"lora_name": "step-120"},)
+
+
+class LoadAdapterRequest(_AdapterRequest, kw_only=True, frozen=True):
+    """Body of POST /load_lora_adapter.
+
+    Attributes:
+        lora_path: On the server's disk, absolute, inside a folder of --weights-root: what peft's save_pretrained wrote.
+        merged: true: added to a copy of the weights that it changes, which costs their memory and nothing in a forward. false:
+            beside the weights, with the bits of a trainer's peft model.
+    """
+
+    EXAMPLES = ({"lora_name": "step-120", "lora_path": "/runs/7/step-120", "weight_version": "120"},)
+
+    lora_path: fields.DiskPath
+    merged: Annotated[bool, about(False, _BESIDE)] = False
+
+
+class AdapterFromTensorsRequest(_AdapterRequest, kw_only=True, frozen=True):
+    """Query of POST /load_lora_adapter_from_tensors.
+
+    Attributes:
+        merged: As for /load_lora_adapter.
+    """
+
+    merged: Annotated[Literal["true", "false"], about("false", _BESIDE, "be true or false")] = "false"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateObject(WeightUpdate):
+    """The weights were exchanged.
+
+    Attributes:
+        success: Always.
+        message: The same in words.
+    """
 
     success: Literal[True] = True
-    message: str = Field(description="The same in words.", examples=["transformer is of version 120, was of 119"])
-    module: ModuleName = Field(description="What was changed.")
-    weight_version: str = Field(description="The version from now on.", examples=["120"])
-    previous_version: str = Field(description="The one before.", examples=["119"])
-    num_tensors: int = Field(description="Tensors of the module.")
-    num_bytes: int = Field(description="Of these tensors in memory, on rank 0.")
-    read_s: float = Field(description="Seconds of reading and checking, while generation went on.")
-    paused_s: float = Field(description="Seconds for which no request could run.")
+    message: Annotated[str, Meta(examples=["transformer is of version 120, was of 119"])]
 
     @classmethod
     def of(cls, update: WeightUpdate) -> UpdateObject:
@@ -161,8 +167,15 @@ class UpdateObject(BaseModel):
         return cls(message=message, **dataclasses.asdict(update))
 
 
-class ChecksumsObject(BaseModel):
-    """sha256 over the names and tensors of each module that was asked for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChecksumsObject:
+    """sha256 over the names and tensors of each module that was asked for.
+
+    Attributes:
+        transformer: Of the transformer.
+        text_encoder: Of the text encoder.
+        vae: Of the VAE.
+    """
 
     transformer: str | None = None
     text_encoder: str | None = None
@@ -171,11 +184,50 @@ class ChecksumsObject(BaseModel):
     vae: str | None = None
 
 
-class VerifiedObject(BaseModel):
-    """Every tensor is as expected."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedObject:
+    """Every tensor is as expected.
+
+    Attributes:
+        success: Always.
+        message: The same in words.
+        module: Part of the checkpoint.
+        weight_version: Of the weights that were compared.
+        num_tensors: Tensors that were compared.
+    """
 
     success: Literal[True] = True
-    message: str = Field(description="The same in words.", examples=["77 tensors are as expected"])
+    message: Annotated[str, Meta(examples=["77 tensors are as expected"])]
     module: ModuleName
-    weight_version: str = Field(description="Of the weights that were compared.", examples=["120"])
+    weight_version: str
     num_tensors: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraAdaptersObject:
+    """What is loaded.
+
+    Attributes:
+        adapters: In the order of loading.
+    """
+
+    adapters: list[LoraAdapter]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChangeObject(AdapterChange):
+    """An adapter was loaded, replaced or unloaded.
+
+    Attributes:
+        success: Always.
+        message: The same in words.
+    """
+
+    success: Literal[True] = True
+    message: Annotated[str, Meta(examples=["step-120 is loaded, in version 120"])]
+
+    @classmethod
+    def of(cls, change: AdapterChange, done: str) -> AdapterChangeObject:
+        """What is said of a change; `done` is its verb."""
+        message = f"{change.lora_name} is {done}, in version {change.weight_version}"
+        return cls(message=message, **{field.name: getattr(change, field.name) for field in dataclasses.fields(change)})

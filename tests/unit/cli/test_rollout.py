@@ -10,7 +10,7 @@ from tests.serving.servers import HookedEngine, serving
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 from flowroll.client import Client
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import ServerConnectionError
 from flowroll.wire.files import load_rollout
 
@@ -25,14 +25,14 @@ def engine(qwen_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def worker(engine):
-    with EngineWorker(engine, max_queue=4) as worker:
-        yield worker
+def service(engine):
+    with EngineService(engine, max_queue=4) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def url(worker):
-    with serving(worker) as client:
+def url(service):
+    with serving(service) as client:
         yield str(client.base_url)
 
 
@@ -214,8 +214,8 @@ def test_a_full_disk_ends_the_command_and_what_was_saved_stays(url, prompts, tmp
     assert files_in(out) == [f"prompt-00001-sample-{index:02d}-seed-{5 + index}.safetensors" for index in (0, 1)]
 
 
-def test_the_api_key_is_sent(worker, prompts, tmp_path):
-    with serving(worker, api_key="sesame") as client:
+def test_the_api_key_is_sent(service, prompts, tmp_path):
+    with serving(service, api_key="sesame") as client:
         words = ("--url", str(client.base_url), "--prompts", prompts, "--out", tmp_path / "out", *SMALL)
         refused = rollout(*words)
         assert refused.exit_code == 1

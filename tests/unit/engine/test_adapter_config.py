@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flowroll.client import Client
 from flowroll.engine import Engine
 from flowroll.engine.adapters.config import lora_config, shape_key
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError, WeightsRejectedError
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["layers.0", "layers.1"]}
@@ -195,7 +195,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine, root: Path) -> Iterator[httpx.Client]:
-    with EngineWorker(engine, max_queue=4) as worker, serving(worker, weights_roots=(str(root),)) as client:
+    with EngineService(engine, max_queue=4) as service, serving(service, weights_roots=(str(root),)) as client:
         yield client
 
 

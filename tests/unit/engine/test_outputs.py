@@ -14,7 +14,7 @@ from tests.weights import change
 from torch import Tensor, nn
 
 from flowroll.engine import Engine
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService
 from flowroll.errors import CheckpointError, EngineError, InvalidRequestError
 from flowroll.families import FAMILIES, Prompt
 from flowroll.types import all_finite
@@ -139,7 +139,7 @@ def test_a_text_encoder_of_nan_is_refused_at_the_start(z_image_checkpoint: Path,
 
 
 def test_every_route_answers_with_the_error(blind: Path) -> None:
-    with Engine(blind, device="cpu") as engine, EngineWorker(engine, max_queue=4) as worker, serving(worker) as client:
+    with Engine(blind, device="cpu") as engine, EngineService(engine, max_queue=4) as service, serving(service) as client:
         for route, body in (
             ("/rollout/generate", SMALL),
             ("/generate", {key: value for key, value in SMALL.items() if not key.startswith("rollout")}),

@@ -8,18 +8,18 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from flowroll.parallel.channel import Channel, Pulse
 
 
-def test_every_follower_receives_every_command_in_order_and_none_is_kept() -> None:
+def test_every_worker_receives_every_command_in_order_and_none_is_kept() -> None:
     store = HashStore()
-    leader, *followers = (Channel(store, rank=rank, num_ranks=3) for rank in range(3))
+    leader, *workers = (Channel(store, rank=rank, num_ranks=3) for rank in range(3))
     keys = store.num_keys()
     for command in ("one", "zwei ☃", "three"):
         leader.send(command)
-    for follower in followers:
-        assert [follower.receive().decode() for _ in range(3)] == ["one", "zwei ☃", "three"]
+    for worker in workers:
+        assert [worker.receive().decode() for _ in range(3)] == ["one", "zwei ☃", "three"]
     leader.forget()
     assert store.num_keys() == keys
     leader.send("four")
-    assert [follower.receive() for follower in followers] == [b"four", b"four"]
+    assert [worker.receive() for worker in workers] == [b"four", b"four"]
 
 
 def test_stages_are_announced_with_their_words() -> None:
@@ -63,12 +63,12 @@ def test_a_channel_beats_until_it_is_stopped(monkeypatch) -> None:
     assert store.get("beat/1") == last
 
 
-def test_followers_hear_that_the_replica_is_taken_down_or_its_store_lost(monkeypatch) -> None:
+def test_workers_hear_that_the_engine_is_taken_down_or_its_store_lost(monkeypatch) -> None:
     monkeypatch.setattr("flowroll.parallel.channel._BEAT_S", 0.02)
     heard = threading.Event()
     store = HashStore()
-    leader, follower = (Channel(store, rank=rank, num_ranks=2) for rank in range(2))
-    follower.beat(store, heard.set)
+    leader, worker = (Channel(store, rank=rank, num_ranks=2) for rank in range(2))
+    worker.beat(store, heard.set)
     assert not heard.wait(0.1)
     leader.take_down()
     assert heard.wait(5.0)

@@ -8,9 +8,9 @@ from tests.unit.wire.test_codec import blob_of
 
 from flowroll.errors import ServerConnectionError
 from flowroll.families import FAMILIES
-from flowroll.wire.blob import tensor_from_blob
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
 from flowroll.wire.dialects import LayoutError, WireEnv, env_from_wire
+from flowroll.wire.safetensors import tensor_from_blob
 
 RESPONSE_FIELDS = {
     "request_id",

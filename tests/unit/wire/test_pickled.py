@@ -12,6 +12,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,6 +258,28 @@ def test_five_thousand_tensors_of_their_own_take_neither_too_many_instructions_n
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(received(pickled(flattened(tensors)), is_flattened=True)) == 5000
+
+
+BOMBS = {
+    "bytes of 4 GiB": b"\x80\x04B\xff\xff\xff\xff.",
+    "text of 4 GiB": b"\x80\x04X\xff\xff\xff\xff.",
+    "a bytearray of 8 GiB": b"\x80\x05\x96" + struct.pack("<Q", 2**33) + b".",
+    "a frame of a TiB": b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"].",
+    "a place in the memo": b"\x80\x04]r\xff\xff\xff\x7f.",
+    "a segment of a TiB": b"\x80\x04]" + b"ctorch.multiprocessing.reductions\nrebuild_storage_filename\n"
+    b"(ctorch.storage\nUntypedStorage\nC\x00C\x0c/torch_1_1_1\x8a\x06" + (2**40).to_bytes(6, "little") + b"tRa.",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_what_a_stream_takes_in_memory_is_bounded_by_its_length(kind: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises((ForbiddenError, MalformedRequestError)):
+            named_tensors(BOMBS[kind], module="transformer", flattened=False)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 _EMPTY_STORAGE = b"\x80\x02]ctorch.multiprocessing.reductions\nrebuild_storage_empty\n)"

@@ -6,13 +6,22 @@ import re
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from flowroll import SamplingParams
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
 from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED
-from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
+from flowroll.wire.describe import components
+from flowroll.wire.fields import Request
+from flowroll.wire.schema import (
+    ExtraGenerateParams,
+    ExtraSamplingParams,
+    GenerateRequest,
+    ImagesRequest,
+    RolloutRequest,
+    parse,
+    parse_json_body,
+)
 
 PROMPT = {"prompt": "a red fox"}
 TOO_LARGE = 10**30
@@ -135,9 +144,10 @@ def test_a_minimal_request_is_the_defaults(model: Any) -> None:
 
 def test_documented_defaults_are_the_real_ones() -> None:
     real = SamplingParams(prompt="")
+    properties = components([RolloutRequest])["RolloutRequest"]["properties"]
     for name, (param, _, _) in (ROWS | ROLLOUT_ROWS).items():
         if name != "prompt":
-            assert RolloutRequest.model_fields[name].default == getattr(real, param)
+            assert properties[name]["default"] == getattr(real, param)
 
 
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
@@ -155,7 +165,7 @@ def test_an_image_input_must_be_null(value: Any) -> None:
 
 def test_an_alias_of_a_dynamics_is_accepted_and_shown() -> None:
     assert params(RolloutRequest, PROMPT | {"rollout_sde_type": "dance_sde"}).rollout_sde_type == "dance"
-    shown = json.dumps(RolloutRequest.model_json_schema()["properties"]["rollout_sde_type"])
+    shown = json.dumps(components([RolloutRequest])["RolloutRequest"]["properties"]["rollout_sde_type"])
     assert all(f'"{name}"' in shown for name in NAMES) and all(found.summary in shown for found in DYNAMICS.values())
 
 
@@ -294,7 +304,7 @@ def test_an_images_request_refuses(name: str, value: Any) -> None:
 
 
 def test_an_images_request_becomes_plain_generation() -> None:
-    assert set(IMAGE_ROWS) == set(ImagesRequest.model_fields)
+    assert set(IMAGE_ROWS) == set(ImagesRequest.__struct_fields__)
     body = {
         **PROMPT,
         "model": "Qwen-Image",
@@ -343,12 +353,15 @@ def test_errors_of_the_engine_get_the_names_of_the_request(model: Any, body: dic
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_request_field_is_described_with_valid_examples(model: type[BaseModel]) -> None:
-    schema = model.model_json_schema()
-    assert schema["additionalProperties"] is False
+def test_every_request_field_is_described_with_valid_examples(model: type[Request]) -> None:
+    found = components([model, ExtraSamplingParams, ExtraGenerateParams])
+    schema = found[model.__name__]
+    assert schema["examples"]
     for example in schema["examples"]:
         params(model, example)
-    for part in (schema, *schema.get("$defs", {}).values()):
+    extra = json.dumps(schema["properties"].get("extra_sampling_params")).partition("schemas/")[2].partition('"')[0]
+    for part in (schema, *([found[extra]] if extra else ())):
+        assert part["additionalProperties"] is False
         nested = part is not schema
         for name, field in part["properties"].items():
             assert field["description"] and field["examples"], name
@@ -358,13 +371,13 @@ def test_every_request_field_is_described_with_valid_examples(model: type[BaseMo
 
 
 def test_the_limits_are_in_the_openapi_document() -> None:
-    properties = RolloutRequest.model_json_schema()["properties"]
+    properties = components([RolloutRequest])["RolloutRequest"]["properties"]
     limits = {name: json.dumps(properties[name]) for name in properties}
     assert '"maximum": 4294967295' in limits["seed"] and '"minimum": 0' in limits["seed"]
     assert '"minItems": 1' in limits["seeds"] and '"maximum": 4294967295' in limits["seeds"]
     assert '"maximum": 10.0' in limits["rollout_noise_level"]
     assert '"minimum": 1' in limits["num_frames"] and '"maximum": 1' in limits["num_frames"]
-    assert f'"enum": {json.dumps(NAMES)}' in limits["rollout_sde_type"]
+    assert properties["rollout_sde_type"]["enum"] == sorted(NAMES)
     assert f'"maxLength": {MAX_PROMPT_CHARS}' in limits["prompt"]
     for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
         assert '"minimum": 1' in limits[name]
@@ -432,3 +445,37 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
         for value in (float("nan"), float("inf"), float("-inf")):
             with pytest.raises(InvalidRequestError, match=f"{name} must "):
                 parse(RolloutRequest, PROMPT | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"seed": -1}, "seed must be null or an integer from 0 to 4294967295, got -1; leave it out for a drawn seed."),
+        (
+            {"seeds": [1, "4"]},
+            "seeds must be null or a list of integers from 0 to 4294967295, got '4'; send one seed per output.",
+        ),
+        ({"prompt": None}, "prompt must be a string of at most 100000 characters, got None; send one prompt as text."),
+        (
+            {"generator_device": "mps"},
+            'generator_device must be "cuda" or "cpu", got \'mps\'; leave it out for the engine\'s device.',
+        ),
+        ({"width": 0}, "width must be null or an integer >= 1, got 0; leave it out for the family's width."),
+        ({"guidance_scale": 2000}, "guidance_scale must be null or a number from 0 to 1000, got 2000; use 0 for no guidance."),
+        ({"rollout": 1}, "rollout must be true or false, got 1; leave it out for true."),
+        (
+            {"request_id": ""},
+            "request_id must be null or a string of 1 to 256 characters, got ''; leave it out for a generated one.",
+        ),
+        (
+            {"extra_sampling_params": {"sde_step_indices": [0, [1]]}},
+            "extra_sampling_params.sde_step_indices must be null or a list of integers >= 0, got [1]; count steps from 0.",
+        ),
+        (
+            {"extra_sampling_params": 3},
+            "extra_sampling_params must be null or an object, got 3; send further sampling parameters by name.",
+        ),
+    ],
+)
+def test_a_refusal_says_field_rule_value_and_remedy_word_for_word(body: dict[str, Any], message: str) -> None:
+    assert refusal(RolloutRequest, PROMPT | body).message == message

@@ -79,6 +79,11 @@ class AdapterSet:
         """What there is, in the order of loading."""
         return tuple(adapter.about for adapter in self._loaded.values())
 
+    @property
+    def module_names(self) -> frozenset[str]:
+        """Names of the modules of the transformer."""
+        return frozenset(name for name, _ in self._base.named_modules())
+
     def parameters(self) -> Iterator[Tensor]:
         """Of all trees and layers; those of the base are among them, and some come several times."""
         for adapter in self._loaded.values():

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowroll.engine.weights.files import read_json
-from flowroll.engine.weights.tensorfile import StoredTensor, TensorFile
+from flowroll.engine.weights.tensorfile import TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import adapter_config_text
 from flowroll.types.tensors import plain_tensor
+from flowroll.wire.safetensors import StoredTensor
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONFIG_KEY = "adapter_config"

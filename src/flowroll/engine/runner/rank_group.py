@@ -20,6 +20,7 @@ from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.runner.messages import DropStaged, Message, Serve, Stop, encode_message
 from flowroll.engine.runner.peers import FailureListener, NoPeers, Peers
+from flowroll.engine.runner.rank_watch import RankWatch
 from flowroll.errors import (
     CheckpointError,
     FlowrollError,
@@ -29,13 +30,12 @@ from flowroll.errors import (
     fresh,
 )
 from flowroll.families import ModelSpec
-from flowroll.parallel.channel import Channel, Pulse
+from flowroll.parallel.channel import Channel
 from flowroll.parallel.mesh import Mesh, check_alone
 from flowroll.parallel.processes import RankProcesses
 from flowroll.parallel.rendezvous import (
     check_devices,
     check_world,
-    second_connection,
     serve_store,
     torchrun_rank,
     torchrun_store,
@@ -53,8 +53,6 @@ _JOIN_S = 5.0
 _START_S = 300.0
 # What a rank announces once it has prepared a change: nothing, or why it could not.
 STAGED = "staged"
-# What a rank announces before it ends by an error.
-ERRED = "erred"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +109,15 @@ class RankGroup:
         else:
             self._store = torchrun_store()
         self._channel = Channel(self._store, rank=0, num_ranks=config.layout.num_ranks)
-        self._watch = threading.Thread(target=self._watch_ranks, name="flowroll-ranks", daemon=True)
+        watch = RankWatch(
+            self._channel,
+            self._processes,
+            num_ranks=config.layout.num_ranks,
+            timeout_s=config.timeout_s,
+            closing=self._closing,
+            report=self._fail,
+        )
+        self._watch = threading.Thread(target=watch.run, args=(self._store,), name="flowroll-ranks", daemon=True)
         self._watch.start()
         try:
             self._wait_for_all("here", _START_S)
@@ -248,11 +254,11 @@ class RankGroup:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             self._fail(
                 f"every rank must take each step within {self._config.timeout_s:g} s, got {type(error).__name__}: {reason}; "
-                "see the log and restart the replica."
+                "see the log and restart the engine."
             )
         if self.failure is not None:
             return fresh(self.failure)
-        return RankLostError("every rank must run to take a step, got the replica's end; restart it.")
+        return RankLostError("every rank must run to take a step, got the engine's end; restart it.")
 
     def _join(self) -> None:
         """Waits for ranks that torchrun started; the store must not go before they have read the last command."""
@@ -280,36 +286,8 @@ class RankGroup:
                 )
             time.sleep(poll_s)
 
-    def _watch_ranks(self) -> None:
-        """Looks after the other ranks until the replica closes or fails."""
-        try:
-            pulse = Pulse(second_connection(self._store), num_ranks=self._config.layout.num_ranks)
-            while not self._closing.wait(_POLL_S) and self.failure is None:
-                self._look_at_processes()
-                self._look_at_pulse(pulse)
-        except Exception as error:
-            self._fail(f"the ranks' store must answer, got {type(error).__name__}: {error}; restart the replica.")
-
-    def _look_at_processes(self) -> None:
-        if self._processes is not None and (ended := self._processes.ended()) and not self._closing.is_set():
-            rank, status = next(iter(ended.items()))
-            if reason := self._channel.announced(ERRED).get(rank):
-                self._fail(f"rank {rank} must run every step, got {reason}; see the log and restart the replica.")
-                return
-            how = f"its end by signal {-status}" if status < 0 else f"its end with status {status}"
-            self._fail(f"rank {rank} must live as long as its replica, got {how}; see the log and restart the replica.")
-
-    def _look_at_pulse(self, pulse: Pulse) -> None:
-        for rank, silence_s in pulse.silent_for_s().items():
-            if silence_s > self._config.timeout_s:
-                self._fail(
-                    f"rank {rank} must give a sign of life within {self._config.timeout_s:g} s, got {silence_s:.0f} s of "
-                    "silence; look after its machine and restart the replica."
-                )
-                return
-
     def _fail(self, message: str) -> None:
-        """Takes the replica down, once."""
+        """Ends the ranks, once, and tells the listeners why."""
         with self._lock:
             if self.failure is not None or self._closing.is_set():
                 return

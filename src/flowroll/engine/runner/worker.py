@@ -24,7 +24,8 @@ from flowroll.engine.plan import plan_request
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
-from flowroll.engine.runner.rank_group import ERRED, STAGED, RankConfig
+from flowroll.engine.runner.rank_group import STAGED, RankConfig
+from flowroll.engine.runner.rank_watch import ERRED
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.shares import Shares

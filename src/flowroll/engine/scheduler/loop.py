@@ -20,7 +20,7 @@ from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats, View
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
-from flowroll.engine.scheduler.policy import BatchLimits, Watchdog, is_out_of_memory
+from flowroll.engine.scheduler.policy import BatchLimits, Watchdog
 from flowroll.engine.scheduler.queue import RequestQueue
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
 from flowroll.engine.scheduler.runner import Runner
@@ -259,7 +259,7 @@ class Loop:
         self._exclusive_thread = threading.get_ident() if task.needs_idle else None
         self._runner.use_threads(task.num_threads)
         try:
-            is_done, result = _advance(task)
+            is_done, result = task.advance()
         except BaseException as error:
             self._end_task(task, error=error)
         else:
@@ -303,7 +303,7 @@ class Loop:
             return False
         self._runner.use_threads(batch[0].of.request.num_threads)
         started_s = self._clock()
-        outcomes = self._outcomes(key, batch)
+        outcomes = self._samples.step(self._runner, key, batch)
         self._note_piece(started_s, running_pixels=self._samples.pixels_in_memory)
         self._queue.counters.batches[len(batch)] += 1
         for running in batch:
@@ -316,28 +316,6 @@ class Loop:
             else:
                 self._decode(running, outcome)
         return True
-
-    def _outcomes(self, key: Any, batch: list[RunningSample]) -> dict[int, Sample | BaseException]:
-        """What became of the samples that need no further step, by id.
-
-        A forward that fails with several samples is taken again in halves, so that only those that fail alone are lost.
-        """
-        try:
-            outcome = self._runner.step([running.of.id for running in batch])
-            self._samples.backoff.went_well(key, len(batch))
-            return {**outcome.finished, **outcome.failures}
-        except BaseException as error:
-            if len(batch) == 1:
-                return {batch[0].of.id: error}
-            if is_out_of_memory(error):
-                self._samples.backoff.ran_out(key, len(batch))
-            ids = sorted({running.of.request.plan.request_id for running in batch})
-            text = "a forward of %d samples failed (%s); taking it again in halves"
-            _log.warning(text, len(batch), type(error).__name__, extra={"request_ids": ids})
-        # After the handler, so that the failed forward's tensors are free.
-        self._runner.free_memory()
-        half = -(-len(batch) // 2)
-        return {**self._outcomes(key, batch[:half]), **self._outcomes(key, batch[half:])}
 
     def _decode(self, running: RunningSample, sample: Sample) -> None:
         request = running.of.request
@@ -373,17 +351,3 @@ class Loop:
             running_pixels=self._samples.pixels_in_memory,
             task_since_s=None if tasks.current is None else tasks.current_since_s,
         )
-
-
-def _advance(task: ControlTask) -> tuple[bool, Any]:
-    """Does a task, or the next piece of one; returns whether it is done, and its result."""
-    if task.pieces is None:
-        result = task.action()
-        if not hasattr(result, "send"):
-            return True, result
-        task.pieces = result
-    try:
-        next(task.pieces)
-    except StopIteration as end:
-        return True, end.value
-    return False, None

@@ -40,7 +40,7 @@ class RequestQueue:
 
     Args:
         clock: Monotonic seconds.
-        release: Called with a request that runs no more, before it ends or is put back.
+        release: Called with a request that runs no more, before it ends or is requeued.
     """
 
     def __init__(self, clock: Callable[[], float], release: Callable[[Request], None]) -> None:

@@ -56,7 +56,7 @@ class Request:
         accepted_s: When the request came.
         deadline_s: When it is given up; None: never.
         num_threads: CPU threads of the caller. They shape the bits, so every thread that works for the request uses as many.
-        attempt: How many times the request was put back to the start. What an earlier attempt left behind is dropped.
+        attempt: How many times the request was requeued. What an earlier attempt left behind is dropped.
         has_begun: Whether the future can no longer be cancelled by itself.
         conditioning: What its samples share, once the prompts are encoded.
         results: Answers by place in the order of the seeds.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
-from flowroll.engine.scheduler.policy import BatchLimits, OomBackoff, RoundRobin
+from flowroll.engine.runner.sample import Sample
+from flowroll.engine.scheduler.policy import BatchLimits, OomBackoff, RoundRobin, is_out_of_memory
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample
+from flowroll.engine.scheduler.runner import Runner
+
+_log = logging.getLogger(__name__)
 
 
 class RunningSamples:
@@ -19,7 +24,6 @@ class RunningSamples:
         num_in_memory: Samples between their initial noise and their picture.
         pixels_in_memory: Pixels of these samples together.
         num_decoding: Samples in the decode stage.
-        backoff: How many samples fit into a forward.
     """
 
     def __init__(self, limits: BatchLimits) -> None:
@@ -28,7 +32,7 @@ class RunningSamples:
         self._lanes: RoundRobin[RunningSample] = RoundRobin()
         self._num_made = 0
         self.num_in_memory = self.pixels_in_memory = self.num_decoding = 0
-        self.backoff = OomBackoff()
+        self._backoff = OomBackoff()
 
     @property
     def num_ready(self) -> int:
@@ -59,7 +63,29 @@ class RunningSamples:
 
     def next_batch(self) -> tuple[Hashable, list[RunningSample]]:
         """Returns the samples that take the next step together, and their key."""
-        return self._lanes.next(lambda key: self.backoff.most(key, self._limits.max_batch_samples))
+        return self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
+
+    def step(self, runner: Runner, key: Hashable, batch: Sequence[RunningSample]) -> dict[int, Sample | BaseException]:
+        """Takes one step of a batch, and returns what became of the samples that need no further step, by id.
+
+        A forward that fails with several samples is taken again in halves, so that only those that fail alone are lost.
+        """
+        try:
+            outcome = runner.step([running.of.id for running in batch])
+            self._backoff.went_well(key, len(batch))
+            return {**outcome.finished, **outcome.failures}
+        except BaseException as error:
+            if len(batch) == 1:
+                return {batch[0].of.id: error}
+            if is_out_of_memory(error):
+                self._backoff.ran_out(key, len(batch))
+            ids = sorted({running.of.request.plan.request_id for running in batch})
+            text = "a forward of %d samples failed (%s); taking it again in halves"
+            _log.warning(text, len(batch), type(error).__name__, extra={"request_ids": ids})
+        # After the handler, so that the failed forward's tensors are free.
+        runner.free_memory()
+        half = -(-len(batch) // 2)
+        return {**self.step(runner, key, batch[:half]), **self.step(runner, key, batch[half:])}
 
     def begin_decoding(self, sample: RunningSample) -> None:
         """Takes a sample that had its last step out of the lanes; it stays in memory."""

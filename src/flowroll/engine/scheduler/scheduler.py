@@ -160,7 +160,7 @@ class Scheduler:
 
         Args:
             action: Runs on the loop's thread.
-            mode: "drain": what runs finishes first. "abort": what runs is put back to the start, with the same seeds, and is
+            mode: "drain": what runs finishes first. "abort": what runs is requeued with the same seeds and is
                 done again, wholly, afterwards.
 
         Returns:

@@ -43,6 +43,19 @@ class ControlTask:
     deadline_s: float | None = None
     pieces: Pieces | None = None
 
+    def advance(self) -> tuple[bool, Any]:
+        """Does the task, or its next piece; returns whether it is done, and its result."""
+        if self.pieces is None:
+            result = self.action()
+            if not hasattr(result, "send"):
+                return True, result
+            self.pieces = result
+        try:
+            next(self.pieces)
+        except StopIteration as end:
+            return True, end.value
+        return False, None
+
 
 class TaskQueue:
     """The tasks that wait, those of each kind in the order in which they came, and the one that is being done."""

@@ -1,17 +1,86 @@
-"""Tensors from a process group into an update. Rank 0 of the engine receives all; the others get their parts at the commit."""
+"""The process groups that an engine is in, and tensors from one of them into an update.
+
+Rank 0 of the engine receives all tensors; the other ranks get their parts at the commit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.tensorfile import TensorHead
+from flowroll.errors import NotFoundError, WeightsBusyError
 from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.wire.safetensors import TensorHead
 
 UNRECEIVED = "a bucket that was refused"
+# Each holds threads and connections, also of a trainer that was killed without a word.
+MAX_GROUPS = 16
+
+
+class WeightGroups:
+    """The process groups of one engine, by name. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, BroadcastGroup] = {}
+        # A join holds a thread for as long as its trainer does not come.
+        self._joining = threading.Lock()
+
+    def find(self, name: str) -> BroadcastGroup:
+        """The group of this name.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        group = self._groups.get(name)
+        if group is None:
+            raise NotFoundError(f"group_name must be of a group, got {name[:80]}; init it first.", field="group_name")
+        return group
+
+    def join(self, name: str, make: Callable[[], BroadcastGroup]) -> None:
+        """Joins a group; one of the same name is closed first, and those that have failed are forgotten.
+
+        Raises:
+            WeightsBusyError: There are too many.
+            InvalidRequestError: The others do not come.
+        """
+        with self._joining:
+            if (former := self._groups.pop(name, None)) is not None:
+                former.close()
+            self._groups = {other: group for other, group in self._groups.items() if not group.has_failed}
+            if len(self._groups) >= MAX_GROUPS:
+                self._forget_lost()
+            if len(self._groups) >= MAX_GROUPS:
+                raise WeightsBusyError(
+                    f"the server must be in at most {MAX_GROUPS} process groups, got one more than {', '.join(self._groups)}; "
+                    "destroy one of them first."
+                )
+            self._groups[name] = make()
+
+    def leave(self, name: str) -> None:
+        """Leaves a group.
+
+        Raises:
+            NotFoundError: There is none of this name.
+        """
+        group = self.find(name)
+        self._groups.pop(name, None)
+        group.close()
+
+    def close(self) -> None:
+        """Leaves all groups."""
+        while self._groups:
+            self._groups.popitem()[1].close()
+
+    def _forget_lost(self) -> None:
+        """Closes those whose trainer is gone."""
+        for name, group in list(self._groups.items()):
+            if group.has_lost_rank_0():
+                group.close()
+                self._groups.pop(name, None)
 
 
 def receive_from_group(

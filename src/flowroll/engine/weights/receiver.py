@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.weights.staged import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
-from flowroll.engine.weights.tensorfile import TensorHead
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
+from flowroll.wire.safetensors import TensorHead
 
 _CPU = torch.device("cpu")
 _SUBJECT = "the new weights"
@@ -84,29 +84,14 @@ class WeightReceiver:
             WeightsRejectedError: A name is unknown, came already or comes twice, a shape or a dtype is another, or there is no
                 memory.
         """
-        try:
-            self._claim(heads)
-        except CheckpointError as error:
-            raise rejected(error, None) from error
-        try:
-            targets = [torch.empty(head.shape, dtype=FLOATS[head.dtype], device=device) for head in heads]
-        except BaseException as error:
-            self._release(heads)
-            if isinstance(error, MemoryError | RuntimeError):  # torch's lack of memory is a RuntimeError
-                raise rejected(error, None) from error
-            raise
-        return Bucket(self, heads, targets)
+        self.claim(heads)
+        return self._room(heads, device)
 
     @contextlib.contextmanager
     def bucket(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Iterator[list[Tensor]]:
         """The block fills these tensors; if it fails, they are dropped. See `open`."""
-        bucket = self.open(heads, device=device)
-        try:
-            yield bucket.targets
-            bucket.keep()
-        except BaseException:
-            bucket.drop()
-            raise
+        with self._filling(self.open(heads, device=device)) as targets:
+            yield targets
 
     def put(self, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         """Copies ordinary tensors; see `types.tensors.plain_tensor`.
@@ -117,6 +102,28 @@ class WeightReceiver:
         with self.bucket([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in named_tensors]) as targets:
             for target, (_, tensor) in zip(targets, named_tensors, strict=True):
                 target.copy_(tensor.detach())
+
+    def claim(self, heads: Sequence[TensorHead]) -> None:
+        """Checks what a bucket will hold, before any of its data is here; `put_claimed` or `unclaim` has to follow.
+
+        Raises:
+            WeightsRejectedError: A name is unknown, came already or comes twice, or a shape or a dtype is another.
+        """
+        try:
+            self._claim(heads)
+        except CheckpointError as error:
+            raise rejected(error, None) from error
+
+    def put_claimed(self, heads: Sequence[TensorHead], tensors: Sequence[Tensor]) -> None:
+        """Copies the tensors of a claimed bucket; see `open` for errors."""
+        with self._filling(self._room(heads, _CPU)) as targets:
+            for target, tensor in zip(targets, tensors, strict=True):
+                target.copy_(tensor)
+
+    def unclaim(self, heads: Sequence[TensorHead]) -> None:
+        """Forgets a claimed bucket; its tensors may come in another."""
+        with self._lock:
+            self._claimed -= {head.name for head in heads}
 
     def stage(self) -> StagedWeights:
         """What has arrived, ready to be committed; nothing more is taken from then on.
@@ -170,9 +177,25 @@ class WeightReceiver:
                 check_tensor(head, self._slots[head.name], _SUBJECT)
             self._claimed |= set(names)
 
-    def _release(self, heads: Sequence[TensorHead]) -> None:
-        with self._lock:
-            self._claimed -= {head.name for head in heads}
+    def _room(self, heads: Sequence[TensorHead], device: torch.device) -> Bucket:
+        try:
+            targets = [torch.empty(head.shape, dtype=FLOATS[head.dtype], device=device) for head in heads]
+        except BaseException as error:
+            self.unclaim(heads)
+            if isinstance(error, MemoryError | RuntimeError):  # torch's lack of memory is a RuntimeError
+                raise rejected(error, None) from error
+            raise
+        return Bucket(self, heads, targets)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _filling(bucket: Bucket) -> Iterator[list[Tensor]]:
+        try:
+            yield bucket.targets
+            bucket.keep()
+        except BaseException:
+            bucket.drop()
+            raise
 
     def _keep(self, heads: Sequence[TensorHead], targets: Sequence[Tensor]) -> None:
         try:
@@ -219,4 +242,4 @@ class Bucket:
     def drop(self) -> None:
         """They will not; another bucket may hold them. Without effect after `keep`."""
         if not self._is_kept:
-            self._incoming._release(self._heads)
+            self._incoming.unclaim(self._heads)

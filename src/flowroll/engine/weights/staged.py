@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from flowroll.engine.checkpoint import plain_class
 from flowroll.engine.weights.files import read_json, weight_files
-from flowroll.engine.weights.tensorfile import FileStamp, StoredTensor, TensorFile, TensorHead
+from flowroll.engine.weights.tensorfile import FileStamp, TensorFile
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName
+from flowroll.wire.safetensors import StoredTensor, TensorHead
 
 # The text encoder is not among them: transformers translates the names of its file while it loads it.
 UPDATABLE: tuple[ModuleName, ...] = ("transformer", "vae")

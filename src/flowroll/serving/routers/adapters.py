@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import dataclasses
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from flowroll.engine.adapters.files import AdapterFiles, find_adapter, unpack_config
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
-from flowroll.engine.scheduler import ExclusiveMode
+from flowroll.engine.service import CallFuture, EngineService
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.state import AppState
 from flowroll.serving.uploads import save_body
 from flowroll.types import AdapterChange, check_lora_name, check_version
-from flowroll.wire.adapters import (
+from flowroll.wire.control import ErrorBody
+from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
+from flowroll.wire.schema import parse
+from flowroll.wire.weights import (
     AdapterChangeObject,
     AdapterFromTensorsRequest,
     LoadAdapterRequest,
-    LoraAdapterObject,
     LoraAdaptersObject,
     UnloadAdapterRequest,
 )
-from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
-from flowroll.wire.schema import parse
-
-T = TypeVar("T")
 
 
 def build_router(state: AppState) -> APIRouter:
     """The routes about adapters."""
     router = APIRouter(tags=["weights"])
-    engine = state.worker.engine
+    engine = state.engine
 
     @router.post(
         LOAD_ADAPTER_ROUTE,
@@ -88,15 +84,20 @@ def build_router(state: AppState) -> APIRouter:
             return await _load(await run_in_threadpool(find_adapter, folder), accepted)
 
     async def _load(files: AdapterFiles, accepted: LoadAdapterRequest) -> AdapterChangeObject:
-        stage = functools.partial(engine.stage_lora_adapter, files, name=accepted.lora_name, merged=accepted.merged)
-        commit = functools.partial(engine.commit_lora_adapter, weight_version=accepted.weight_version, mode=accepted.mode)
-        change = await change_adapter(stage, commit, accepted.mode)
-        return _answer(change, f"{change.lora_name} is loaded, in version {change.weight_version}")
+        change = await _change(
+            lambda: engine.call(
+                EngineService.load_adapter,
+                files,
+                accepted.lora_name,
+                merged=accepted.merged,
+                weight_version=accepted.weight_version,
+                mode=accepted.mode,
+            )
+        )
+        return AdapterChangeObject.of(change, "loaded")
 
-    async def change_adapter(
-        stage: Callable[[], T], commit: Callable[[T], AdapterChange], mode: ExclusiveMode
-    ) -> AdapterChange:
-        change = await state.change_policy(stage, commit, mode)
+    async def _change(call: Callable[[], CallFuture[AdapterChange]]) -> AdapterChange:
+        change = await state.change_policy(lambda: asyncio.wrap_future(call()))
         if change.lora_name == PUSHED_ADAPTER:
             state.pushes.replaced(PUSHED_ADAPTER)
         return change
@@ -112,15 +113,13 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, UnloadAdapterRequest)
         name, version, mode = accepted.lora_name, accepted.weight_version, accepted.mode
 
-        def unload(_: None) -> AdapterChange:
-            return engine.unload_lora_adapter(name, weight_version=version, mode=mode)
-
-        change = await change_adapter(lambda: None, unload, mode)
-        return _answer(change, f"{name} is unloaded, in version {change.weight_version}")
+        change = await _change(lambda: engine.call(EngineService.unload_adapter, name, weight_version=version, mode=mode))
+        return AdapterChangeObject.of(change, "unloaded")
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)
     async def lora_adapters() -> LoraAdaptersObject:
-        return LoraAdaptersObject(adapters=[LoraAdapterObject(**dataclasses.asdict(one)) for one in engine.lora_adapters()])
+        adapters = await asyncio.wrap_future(engine.call(EngineService.lora_adapters))
+        return LoraAdaptersObject(adapters=list(adapters))
 
     return router
 
@@ -148,7 +147,3 @@ def _check_words(accepted: LoadAdapterRequest | AdapterFromTensorsRequest) -> No
     check_lora_name(accepted.lora_name)
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
-
-
-def _answer(change: AdapterChange, message: str) -> AdapterChangeObject:
-    return AdapterChangeObject(message=message, **dataclasses.asdict(change))

@@ -6,6 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
+from flowroll.engine.service import EngineService
 from flowroll.serving.errors import CONTROL_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control
@@ -17,7 +18,7 @@ from flowroll.wire.names import ABORT_ROUTE, CONTINUE_ROUTE, PAUSE_ROUTE
 def build_router(state: AppState) -> APIRouter:
     """The routes that steer generation."""
     router = APIRouter(tags=["control"])
-    worker = state.worker
+    engine = state.engine
 
     @router.post(
         ABORT_ROUTE,
@@ -29,7 +30,8 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def abort_request(request: Request) -> AbortedObject:
         accepted = await accept_control(request, state, AbortRequest)
-        return AbortedObject(num_aborted=await asyncio.wrap_future(worker.abort(accepted.meant)))
+        aborted = engine.call(EngineService.abort, accepted.meant)
+        return AbortedObject(num_aborted=await asyncio.wrap_future(aborted))
 
     @router.post(
         PAUSE_ROUTE,
@@ -40,8 +42,8 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def pause_generation(request: Request) -> GenerationObject:
         accepted = await accept_control(request, state, PauseRequest, is_optional=True)
-        await asyncio.wrap_future(worker.pause(accepted.mode))
-        return _state()
+        await asyncio.wrap_future(engine.call(EngineService.pause, accepted.mode))
+        return await _state()
 
     @router.post(
         CONTINUE_ROUTE,
@@ -51,11 +53,11 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def continue_generation(request: Request) -> GenerationObject:
         await accept_control(request, state, ContinueRequest, is_optional=True)
-        await asyncio.wrap_future(worker.resume())
-        return _state()
+        await asyncio.wrap_future(engine.call(EngineService.resume))
+        return await _state()
 
-    def _state() -> GenerationObject:
-        load = worker.load()
+    async def _state() -> GenerationObject:
+        load = (await state.status()).load
         requests = load.requests
         return GenerationObject(is_paused=load.is_paused, num_running=requests.running, num_waiting=requests.pending)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from flowroll.errors import InvalidRequestError
-from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
-from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body
+from flowroll.serving.openapi import PNG_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
+from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_images
+from flowroll.wire.messages import WireImage
 from flowroll.wire.names import GENERATE_ROUTE
 from flowroll.wire.png import encode_png
-from flowroll.wire.responses import GeneratedImageObject
 from flowroll.wire.schema import GenerateRequest
 
 SEED_HEADER = "x-flowroll-seed"
@@ -31,11 +31,7 @@ def build_router(state: AppState) -> APIRouter:
         response_class=Response,
         responses={
             **WORK_RESPONSES,
-            200: {
-                "model": list[GeneratedImageObject],
-                "description": "One object per image, or the one image",
-                "content": {**MSGPACK_CONTENT, **PNG_CONTENT},
-            },
+            200: tensor_answer(WireImage, "One object per image, or the one image", is_list=True, **PNG_CONTENT),
         },
         openapi_extra=request_body(GenerateRequest),
     )

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Field
 
+from flowroll.engine.service import Evidence
 from flowroll.errors import AsleepError, EngineError, FlowrollError, PausedError, ShuttingDownError
-from flowroll.serving.errors import COMMON_RESPONSES, ErrorBody, error_response
-from flowroll.serving.probe import Evidence
+from flowroll.serving.errors import COMMON_RESPONSES, error_response
 from flowroll.serving.state import AppState
+from flowroll.wire.control import ErrorBody
 
 
-class Health(BaseModel):
-    """The check passed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """The check passed.
+
+    Attributes:
+        status: Always "ok".
+    """
 
     status: Literal["ok"] = "ok"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth(Health):
-    """The engine is there."""
+    """The engine is there.
 
-    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
+    Attributes:
+        is_asleep: Whether the memory of the weights is released.
+    """
+
+    is_asleep: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationHealth(Health):
-    """The engine generates."""
+    """The engine generates.
 
-    evidence: Evidence = Field(
-        description="recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image; "
-        "paused: generation is paused; asleep: the memory of the weights is released."
-    )
+    Attributes:
+        evidence: recent: a request ended well in the last 30 s; running: one is making progress; probe: a one-step image;
+            paused: generation is paused; asleep: the memory of the weights is released.
+    """
+
+    evidence: Evidence
 
 
 _FAILED: dict[int | str, dict[str, object]] = {
@@ -43,7 +57,6 @@ _FAILED: dict[int | str, dict[str, object]] = {
 def build_router(state: AppState) -> APIRouter:
     """The health routes."""
     router = APIRouter(tags=["health"])
-    worker = state.worker
 
     @router.get("/liveness", summary="The process answers", description="Open even where the server demands a token.")
     async def liveness() -> Health:
@@ -51,26 +64,34 @@ def build_router(state: AppState) -> APIRouter:
 
     @router.get("/health", summary="The engine's thread lives", response_model=EngineHealth, responses=_FAILED)
     async def health() -> EngineHealth | Response:
-        if not worker.is_alive:
+        try:
+            status = await state.status()
+        except FlowrollError as error:
+            return _unavailable(error)
+        if not status.is_alive:
             return _unavailable(EngineError("the engine's thread must live, got its end; restart the server."))
-        return EngineHealth(is_asleep=worker.engine.is_asleep)
+        return EngineHealth(is_asleep=status.is_asleep)
 
     @router.get("/readiness", summary="New requests are taken", response_model=Health, responses=_FAILED)
     async def readiness() -> Health | Response:
-        if not worker.is_accepting:
+        try:
+            status = await state.status()
+        except FlowrollError as error:
+            return _unavailable(error)
+        if not status.is_accepting:
             return _unavailable(
                 ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
             )
-        if worker.engine.is_asleep:
+        if status.is_asleep:
             return _unavailable(AsleepError("the engine must be awake to be ready, got released memory; wake it."))
-        if worker.is_paused:
+        if status.load.is_paused:
             return _unavailable(PausedError("generation must go on to be ready, got a pause; continue it."))
         return Health()
 
     @router.get("/health_generate", summary="The engine generates", response_model=GenerationHealth, responses=_FAILED)
     async def health_generate() -> GenerationHealth | Response:
         try:
-            return GenerationHealth(evidence=await state.probe.check())
+            return GenerationHealth(evidence=await state.probe())
         except FlowrollError as error:
             return _unavailable(error)
 

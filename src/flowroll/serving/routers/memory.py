@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 
+from flowroll.engine.service import CallFuture, EngineService
 from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.state import AppState
 from flowroll.types import MemoryChange
-from flowroll.wire.memory import MemoryObject, ReleaseRequest, ResumeRequest
+from flowroll.wire.control import MemoryObject, ReleaseRequest, ResumeRequest
 from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
 
 
 def build_router(state: AppState) -> APIRouter:
     """The routes about memory."""
     router = APIRouter(tags=["weights"])
-    engine = state.worker.engine
+    engine = state.engine
 
     @router.post(
         RELEASE_ROUTE,
@@ -31,7 +33,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def release_memory_occupation(request: Request) -> MemoryObject:
         accepted = await accept_control(request, state, ReleaseRequest, is_optional=True)
-        return await _do(accepted, lambda: engine.sleep(accepted.mode))
+        return await _do(accepted, lambda: engine.call(EngineService.sleep, accepted.mode))
 
     @router.post(
         RESUME_ROUTE,
@@ -41,15 +43,16 @@ def build_router(state: AppState) -> APIRouter:
         openapi_extra=request_body(ResumeRequest),
     )
     async def resume_memory_occupation(request: Request) -> MemoryObject:
-        return await _do(await accept_control(request, state, ResumeRequest, is_optional=True), engine.wake)
+        accepted = await accept_control(request, state, ResumeRequest, is_optional=True)
+        return await _do(accepted, lambda: engine.call(EngineService.wake))
 
-    async def _do(accepted: ResumeRequest, action: Callable[[], MemoryChange]) -> MemoryObject:
+    async def _do(accepted: ResumeRequest, call: Callable[[], CallFuture[MemoryChange]]) -> MemoryObject:
         # Not beside an update that is being read: it would find no weights to fit in.
         async with state.updating:
             if accepted.means_weights:
-                change = await state.between_requests(action)
+                change = await asyncio.wrap_future(call())
             else:
-                change = MemoryChange(mode=engine.memory_mode, num_bytes=0, seconds=0.0)
+                change = MemoryChange(mode=(await state.status()).memory_mode, num_bytes=0, seconds=0.0)
         return MemoryObject(is_asleep=change.mode is not None, **dataclasses.asdict(change))
 
     return router

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.state import AppState
@@ -15,6 +15,6 @@ def build_router(state: AppState) -> APIRouter:
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=COMMON_RESPONSES)
     async def metrics() -> Response:
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(state.metrics.render(await state.status()), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from msgspec import Meta
 
 from flowroll.errors import NotFoundError
 from flowroll.serving.errors import COMMON_RESPONSES, WORK_RESPONSES
@@ -20,30 +22,67 @@ from flowroll.serving.state import AppState
 from flowroll.types import GeneratedImage
 from flowroll.wire.codec import JSON
 from flowroll.wire.png import encode_png
-from flowroll.wire.responses import Base64Image, ImagesObject
 from flowroll.wire.schema import ImagesRequest
 
 
-class ServedModel(BaseModel):
-    """The model of this server."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model of this server.
 
-    id: str = Field(description="The checkpoint folder's name.", examples=["Qwen-Image"])
+    Attributes:
+        id: The checkpoint folder's name.
+        object: What this is.
+        created: When the server started; Unix time, seconds.
+        owned_by: Who serves it.
+    """
+
+    id: Annotated[str, Meta(examples=["Qwen-Image"])]
     object: Literal["model"] = "model"
-    created: int = Field(description="When the server started; Unix time, seconds.")
+    created: int
     owned_by: Literal["flowroll"] = "flowroll"
 
 
-class ServedModels(BaseModel):
-    """A list of one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModels:
+    """A list of one.
+
+    Attributes:
+        object: What this is.
+        data: The model.
+    """
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base64Image:
+    """One image of an OpenAI answer.
+
+    Attributes:
+        b64_json: The PNG in base64.
+    """
+
+    b64_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesObject:
+    """Answer of POST /v1/images/generations.
+
+    Attributes:
+        created: Unix time, seconds.
+        data: The images.
+    """
+
+    created: int
+    data: list[Base64Image]
+
+
 def build_router(state: AppState) -> APIRouter:
     """The routes that OpenAI has too."""
     router = APIRouter(prefix="/v1", tags=["openai"])
-    info = state.worker.engine.info
+    info = state.engine.facts.info
     served = ServedModel(id=Path(info.model).resolve().name, created=int(time.time()))
 
     @router.get("/models", summary="The served model", responses=COMMON_RESPONSES)
@@ -73,4 +112,4 @@ def build_router(state: AppState) -> APIRouter:
 
 def _answer(images: Sequence[GeneratedImage]) -> bytes:
     data = [Base64Image(b64_json=base64.b64encode(encode_png(image.image)).decode()) for image in images]
-    return ImagesObject(created=int(time.time()), data=data).model_dump_json().encode()
+    return msgspec.json.encode(ImagesObject(created=int(time.time()), data=data))

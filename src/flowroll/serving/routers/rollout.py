@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import choose_dialect, choose_wire_format
-from flowroll.serving.openapi import MSGPACK_CONTENT, request_body
+from flowroll.serving.openapi import request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
+from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_rollouts
+from flowroll.wire.messages import WireSample
 from flowroll.wire.names import ROLLOUT_ROUTE
-from flowroll.wire.responses import RolloutObject
 from flowroll.wire.schema import RolloutRequest
 
 
@@ -27,7 +27,7 @@ def build_router(state: AppState) -> APIRouter:
         response_class=Response,
         responses={
             **WORK_RESPONSES,
-            200: {"model": list[RolloutObject], "description": "One object per sample", "content": MSGPACK_CONTENT},
+            200: tensor_answer(WireSample, "One object per sample", is_list=True),
         },
         openapi_extra=request_body(RolloutRequest),
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import choose_wire_format
-from flowroll.serving.openapi import MSGPACK_CONTENT, request_body
+from flowroll.serving.openapi import MSGPACK_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_score_request
+from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
+from flowroll.wire.messages import WireScoreAnswer, WireScoreRequest
 from flowroll.wire.names import SCORE_ROUTE
-from flowroll.wire.responses import ScoreAnswerObject, ScoreRequestObject
 from flowroll.wire.scoring import encode_score_answer
 
 
@@ -28,9 +28,9 @@ def build_router(state: AppState) -> APIRouter:
         responses={
             **WORK_RESPONSES,
             415: {**WORK_RESPONSES[415], "description": "The body is sent neither as JSON nor as msgpack"},
-            200: {"model": ScoreAnswerObject, "description": "The scores", "content": MSGPACK_CONTENT},
+            200: tensor_answer(WireScoreAnswer, "The scores"),
         },
-        openapi_extra=request_body(ScoreRequestObject, **MSGPACK_CONTENT),
+        openapi_extra=request_body(WireScoreRequest, **MSGPACK_CONTENT),
     )
     async def score_steps(request: Request) -> Response:
         wire_format = choose_wire_format(request.headers, state.config)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from msgspec import Meta
 
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.families import Defaults
@@ -15,11 +17,20 @@ from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.state import AppState
 from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
-from flowroll.wire.dialects import Dialect
+from flowroll.wire.messages import Dialect
 
 
-class Queue(BaseModel):
-    """The worker's counters: accepted = completed + failed + pending + running."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """The worker's counters: accepted = completed + failed + pending + running.
+
+    Attributes:
+        accepted: Requests that were taken.
+        completed: That ended well.
+        failed: That ended in an error.
+        pending: That wait.
+        running: That run.
+    """
 
     accepted: int
     completed: int
@@ -28,35 +39,67 @@ class Queue(BaseModel):
     running: int
 
 
-class ServerInfo(BaseModel):
-    """What runs here, and how. Every "auto" of the start is a value."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What runs here, and how. Every "auto" of the start is a value.
 
-    model: str = Field(description="The checkpoint folder.")
-    family: str = Field(examples=["qwen_image"])
-    variant: str = Field(examples=["base"])
-    pipeline: str = Field(description="The diffusers pipeline class.", examples=["QwenImagePipeline"])
-    dtype: str = Field(examples=["bfloat16"])
-    device: str = Field(examples=["cuda:0"])
-    parameters: int = Field(description="Of the transformer.")
-    layout: Layout = Field(description="How the transformer is spread over ranks.")
-    transformer_bytes: int = Field(description="Of its weights, on each rank.")
-    weight_version: str = Field(description="Of the weights in memory.", examples=["0"])
-    limits: Limits = Field(description="What one request may ask for.")
-    adapter_limits: AdapterLimits = Field(description="How many LoRA adapters there may be.")
-    defaults: Defaults = Field(description="What a request leaves open.")
-    pixel_unit: int = Field(description="Height and width must be multiples of this.")
-    versions: Mapping[str, str] = Field(description="Of the libraries whose code shapes the bits.")
-    wire_format: WireFormat = Field(description="Answer to Accept: */*.")
-    wire_dialect: Dialect = Field(description="Names in the answer where the request does not choose.")
-    batching: BatchLimits = Field(description="How much runs at once.")
-    max_queue: int = Field(description="Requests that may wait.")
-    max_body_bytes: int = Field(description="Size of a request body.")
-    max_score_body_bytes: int = Field(description="Size of a body of POST /rollout/score.")
-    max_weights_body_bytes: int = Field(description="Size of a body with tensors of new weights.")
-    receive_timeout_s: float = Field(description="Seconds for headers to come, and a body (and a second per 64 KiB of it).")
-    is_paused: bool = Field(description="Whether new requests are refused until /continue_generation.")
-    is_asleep: bool = Field(description="Whether the memory of the weights is released.")
-    is_ready: bool = Field(description="Whether new requests are taken.")
+    Attributes:
+        model: The checkpoint folder.
+        family: Model family.
+        variant: Variant of the family.
+        pipeline: The diffusers pipeline class.
+        dtype: Dtype of the transformer.
+        device: Where it runs.
+        parameters: Of the transformer.
+        layout: How the transformer is spread over ranks.
+        transformer_bytes: Of its weights, on each rank.
+        weight_version: Of the weights in memory.
+        limits: What one request may ask for.
+        adapter_limits: How many LoRA adapters there may be.
+        defaults: What a request leaves open.
+        pixel_unit: Height and width must be multiples of this.
+        versions: Of the libraries whose code shapes the bits.
+        wire_format: Answer to Accept: */*.
+        wire_dialect: Names in the answer where the request does not choose.
+        batching: How much runs at once.
+        max_queue: Requests that may wait.
+        max_body_bytes: Size of a request body.
+        max_score_body_bytes: Size of a body of POST /rollout/score.
+        max_weights_body_bytes: Size of a body with tensors of new weights.
+        receive_timeout_s: Seconds for headers to come, and a body (and a second per 64 KiB of it).
+        is_paused: Whether new requests are refused until /continue_generation.
+        is_asleep: Whether the memory of the weights is released.
+        is_ready: Whether new requests are taken.
+        queue: The worker's counters.
+        uptime_s: Seconds since the start.
+    """
+
+    model: str
+    family: Annotated[str, Meta(examples=["qwen_image"])]
+    variant: Annotated[str, Meta(examples=["base"])]
+    pipeline: Annotated[str, Meta(examples=["QwenImagePipeline"])]
+    dtype: Annotated[str, Meta(examples=["bfloat16"])]
+    device: Annotated[str, Meta(examples=["cuda:0"])]
+    parameters: int
+    layout: Layout
+    transformer_bytes: int
+    weight_version: Annotated[str, Meta(examples=["0"])]
+    limits: Limits
+    adapter_limits: AdapterLimits
+    defaults: Defaults
+    pixel_unit: int
+    versions: Mapping[str, str]
+    wire_format: WireFormat
+    wire_dialect: Dialect
+    batching: BatchLimits
+    max_queue: int
+    max_body_bytes: int
+    max_score_body_bytes: int
+    max_weights_body_bytes: int
+    receive_timeout_s: float
+    is_paused: bool
+    is_asleep: bool
+    is_ready: bool
     queue: Queue
     uptime_s: float
 
@@ -64,25 +107,26 @@ class ServerInfo(BaseModel):
 def build_router(state: AppState) -> APIRouter:
     """The info route."""
     router = APIRouter(tags=["status"])
-    info, config = state.worker.engine.info, state.config
+    facts, config = state.engine.facts, state.config
 
     @router.get("/server_info", summary="What runs here, and how", responses=COMMON_RESPONSES)
     async def server_info() -> ServerInfo:
-        load = state.worker.load()
+        status = await state.status()
+        load = status.load
         return ServerInfo(
-            **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
-            weight_version=state.worker.engine.weight_version,
+            **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
+            weight_version=status.weight_version,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
-            batching=state.worker.engine.scheduler.limits,
+            batching=facts.batching,
             max_queue=config.max_queue,
             max_body_bytes=config.max_body_bytes,
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
             is_paused=load.is_paused,
-            is_asleep=state.worker.engine.is_asleep,
-            is_ready=state.worker.is_accepting and not (load.is_paused or state.worker.engine.is_asleep),
+            is_asleep=status.is_asleep,
+            is_ready=status.is_accepting and not (load.is_paused or status.is_asleep),
             queue=Queue(**dataclasses.asdict(load.requests)),
             uptime_s=time.monotonic() - state.started_s,
         )

@@ -6,27 +6,26 @@ sent.
 
 from __future__ import annotations
 
+import asyncio
 import binascii
+import dataclasses
 
-import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
-from torch import Tensor
 
-from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.staged import tensor_head
-from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError, WeightsRejectedError
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.engine.service import EngineService
+from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError
+from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import read_body
 from flowroll.serving.state import AppState
 from flowroll.types import check_version
-from flowroll.wire.arrivals import CheckedUpdateObject, CheckUpdateRequest, SharedUpdateObject, UpdateFromTensorRequest
+from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import CHECK_UPDATE_ROUTE, UPDATE_FROM_TENSOR_ROUTE
-from flowroll.wire.pickled import FIELD, SentTensors, named_tensors
+from flowroll.wire.pickled import FIELD
 from flowroll.wire.schema import parse, parse_json_body
-from flowroll.wire.sent_tensors import gpu_uuid
+from flowroll.wire.weight_updates import CheckedUpdateObject, CheckUpdateRequest, SharedUpdateObject, UpdateFromTensorRequest
 
 # Handles, not data: a thousand tensors take half a megabyte a rank.
 _MAX_BODY = 64 * 2**20
@@ -36,7 +35,7 @@ _MOST_SHOWN = 5
 def build_router(state: AppState) -> APIRouter:
     """The routes for tensors that are not in the body."""
     router = APIRouter(tags=["weights"])
-    engine = state.worker.engine
+    engine = state.engine
 
     @router.post(
         UPDATE_FROM_TENSOR_ROUTE,
@@ -60,16 +59,22 @@ def build_router(state: AppState) -> APIRouter:
                 "--allow-pickle-weights, or send safetensors."
             )
         body = await read_body(request, state, _MAX_BODY)
-        accepted, sent = await run_in_threadpool(_decode, body, torch.device(engine.info.device))
-        names = [name for name, _ in sent.pairs]
+        accepted, payload, unread = await run_in_threadpool(_decode, body, engine.facts.gpu_uuid)
+        flattened = accepted.load_format is not None
+        sent = await asyncio.wrap_future(
+            engine.call(EngineService.open_sent, payload, module=accepted.chosen_module, flattened=flattened, unread=unread)
+        )
         try:
             if accepted.weight_update_mode is not None:
-                most = state.config.adapter_limits.max_adapter_bytes
-                return await state.take_lora_bucket(accepted, names, lambda: _copies(sent, most))
-            return await state.take_bucket(accepted, names, lambda incoming: _copy(incoming, sent))
+                return await state.take_lora_bucket(accepted, sent.names, sent.sent_id)
+            return await state.take_bucket(
+                accepted,
+                sent.names,
+                lambda update_id: engine.call(EngineService.fill_from_sent, update_id, sent.sent_id),
+            )
         finally:
             # Of a bucket that nobody wanted, too.
-            sent.release()
+            engine.call(EngineService.close_sent, sent.sent_id)
 
     @router.post(
         CHECK_UPDATE_ROUTE,
@@ -89,7 +94,7 @@ def build_router(state: AppState) -> APIRouter:
         body = await read_body(request, state)
         accepted = await run_in_threadpool(lambda: parse(CheckUpdateRequest, parse_json_body(body)))
         module, expected = accepted.target_module, accepted.expected_named_tensors_sha256
-        missing, different = await state.between_requests(lambda: engine.differing_weights(expected, module=module))
+        missing, different = await asyncio.wrap_future(engine.call(EngineService.differing_weights, expected, module))
         success = not (missing or different)
         message = f"Verified module '{module}' update for {len(expected)} tensor(s)."
         if not success:
@@ -97,7 +102,7 @@ def build_router(state: AppState) -> APIRouter:
             found = "; ".join(text.format(len(names), _listed(names)) for names, text in parts if names)
             message = f"Module '{module}' update weight check failed: {found}"
         checked = CheckedUpdateObject(success=success, message=message)
-        return JSONResponse(checked.model_dump(), status_code=200 if success else 400)
+        return JSONResponse(dataclasses.asdict(checked), status_code=200 if success else 400)
 
     return router
 
@@ -107,25 +112,24 @@ def _listed(names: list[str]) -> str:
     return ", ".join(name[:200] for name in names[:_MOST_SHOWN]) + (f", ... (+{rest} more)" if rest > 0 else "")
 
 
-def _decode(body: bytearray, device: torch.device) -> tuple[UpdateFromTensorRequest, SentTensors]:
+def _decode(body: bytearray, gpu_uuid: str | None) -> tuple[UpdateFromTensorRequest, bytes, list[bytes]]:
+    """The request, the entry that is read, and the others."""
     accepted = parse(UpdateFromTensorRequest, parse_json_body(body))
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
-    own = _own_entry(accepted.payload_gpu_uuids, device)
+    own = _own_entry(accepted.payload_gpu_uuids, gpu_uuid)
     try:
         entries = [binascii.a2b_base64(entry, strict_mode=True) for entry in accepted.serialized_named_tensors]
     except ValueError as error:
         raise MalformedRequestError(f"{FIELD} must be base64, got {error}; encode it again.", field=FIELD) from error
-    data = entries.pop(own)
-    flattened = accepted.load_format is not None
-    return accepted, named_tensors(data, module=accepted.chosen_module, flattened=flattened, unread=entries)
+    return accepted, entries.pop(own), entries
 
 
-def _own_entry(uuids: list[str] | None, device: torch.device) -> int:
+def _own_entry(uuids: list[str] | None, gpu_uuid: str | None) -> int:
     """Which entry to read: all hold the whole bucket, but one on this GPU needs no other to be in reach."""
-    if uuids is None or device.type != "cuda":
+    if uuids is None or gpu_uuid is None:
         return 0
-    own = _plain_uuid(gpu_uuid(torch.cuda.current_device() if device.index is None else device.index))
+    own = _plain_uuid(gpu_uuid)
     known = [_plain_uuid(uuid) for uuid in uuids]
     if own not in known:
         raise InvalidRequestError(
@@ -139,45 +143,3 @@ def _own_entry(uuids: list[str] | None, device: torch.device) -> int:
 def _plain_uuid(uuid: str) -> str:
     # NVML's prefixes are not in torch's.
     return uuid.removeprefix("MIG-").removeprefix("GPU-").lower()
-
-
-def _copy(incoming: WeightReceiver, sent: SentTensors) -> None:
-    """Copies the data, and lets the sender have its memory back, whatever comes of it."""
-    tensors = sent.pairs
-    try:
-        if tensors:
-            heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
-            with incoming.bucket(heads, device=tensors[0][1].device) as targets:
-                for target, (_, tensor) in zip(targets, tensors, strict=True):
-                    tensor.copy_to(target)
-    except ValueError as error:
-        raise _unreadable(error) from error
-    finally:
-        # Here, not after the weights' context, which may have to wait.
-        sent.release()
-
-
-def _copies(sent: SentTensors, max_bytes: int) -> dict[str, Tensor]:
-    """The same, to tensors of their own on the CPU."""
-    try:
-        total = sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for _, tensor in sent.pairs)
-        if total > max_bytes:
-            raise WeightsRejectedError(
-                f"{FIELD} must have at most {max_bytes} bytes of an adapter, got {total}; lower the rank, or start the server "
-                "with a higher --max-adapter-bytes.",
-                field=FIELD,
-            )
-        copies = {}
-        for name, tensor in sent.pairs:
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            tensor.copy_to(target)
-            copies[name] = target.cpu()
-        return copies
-    except ValueError as error:
-        raise _unreadable(error) from error
-    finally:
-        sent.release()
-
-
-def _unreadable(error: ValueError) -> MalformedRequestError:
-    return MalformedRequestError(f"{FIELD} must be readable to its end, got {error}; send it again.", field=FIELD)

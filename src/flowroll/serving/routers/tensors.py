@@ -5,14 +5,18 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from flowroll.engine.scheduler import ExclusiveMode
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.engine.service import UpdateProgress
+from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.state import AppState
 from flowroll.serving.uploads import read_bucket
-from flowroll.serving.weight_updates import OpenUpdate
+from flowroll.serving.weight_uploads import WeightUpload
 from flowroll.types import check_version
-from flowroll.wire.arrivals import (
+from flowroll.wire.control import ErrorBody
+from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
+from flowroll.wire.schema import parse
+from flowroll.wire.weight_updates import (
     AbandonedObject,
     ArrivedObject,
     BeginUpdateRequest,
@@ -20,8 +24,6 @@ from flowroll.wire.arrivals import (
     BodyUpdateRequest,
     CommitUpdateRequest,
 )
-from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
-from flowroll.wire.schema import parse
 from flowroll.wire.weights import UpdateObject
 
 _RESPONSES = {
@@ -34,7 +36,7 @@ _RESPONSES = {
 def build_router(state: AppState) -> APIRouter:
     """The routes that take tensors."""
     router = APIRouter(tags=["weights"])
-    arriving, config = state.arriving, state.config
+    uploads, config = state.uploads, state.config
 
     @router.post(
         BEGIN_ROUTE,
@@ -47,15 +49,14 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, BeginUpdateRequest, is_optional=True)
         if accepted.weight_version is not None:
             check_version(accepted.weight_version, "weight_version")
-        arrival = arriving.begin(accepted.module, accepted.weight_version, partial=accepted.partial)
-        incoming = arrival.incoming
+        opened = (await uploads.begin(accepted.module, accepted.weight_version, partial=accepted.partial)).opened
         return BegunObject(
-            update_id=arrival.update_id,
-            module=incoming.module,
-            num_tensors=incoming.num_tensors,
-            num_bytes=incoming.num_bytes,
+            update_id=opened.update_id,
+            module=opened.module,
+            num_tensors=len(opened.names),
+            num_bytes=opened.num_bytes,
             max_body_bytes=config.max_weights_body_bytes,
-            idle_s=arriving.idle_s,
+            idle_s=uploads.idle_s,
         )
 
     @router.post(
@@ -67,13 +68,13 @@ def build_router(state: AppState) -> APIRouter:
         openapi_extra=safetensors_body(),
     )
     async def put_bucket(update_id: str, request: Request) -> ArrivedObject:
-        arrival = arriving.get(update_id)
-        await _read(request, arrival)
+        upload = uploads.get(update_id)
+        progress = await _read(request, upload)
         return ArrivedObject(
             update_id=update_id,
-            module=arrival.incoming.module,
-            num_arrived=arrival.incoming.num_arrived,
-            num_tensors=arrival.incoming.num_tensors,
+            module=upload.opened.module,
+            num_arrived=progress.num_arrived,
+            num_tensors=progress.num_tensors,
         )
 
     @router.post(
@@ -86,13 +87,13 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def commit(update_id: str, request: Request) -> UpdateObject:
         accepted = await accept_control(request, state, CommitUpdateRequest, is_optional=True)
-        return await _commit(arriving.get(update_id), accepted.mode)
+        return await _commit(uploads.get(update_id), accepted.mode)
 
     @router.post(
         ABANDON_ROUTE, summary="Drop an update", description="Weights, version and checksum stay.", responses=_RESPONSES
     )
     async def abandon(update_id: str) -> AbandonedObject:
-        arriving.abandon(update_id)
+        uploads.abandon(update_id)
         return AbandonedObject(update_id=update_id)
 
     @router.post(
@@ -107,17 +108,17 @@ def build_router(state: AppState) -> APIRouter:
         accepted = parse(BodyUpdateRequest, dict(request.query_params))
         if accepted.weight_version is not None:
             check_version(accepted.weight_version, "weight_version")
-        arrival = arriving.begin(accepted.module, accepted.weight_version)
+        upload = await uploads.begin(accepted.module, accepted.weight_version)
         try:
-            await _read(request, arrival)
-            return await _commit(arrival, accepted.mode)
+            await _read(request, upload)
+            return await _commit(upload, accepted.mode)
         finally:
-            arriving.end(arrival)
+            uploads.end(upload)
 
-    async def _read(request: Request, arrival: OpenUpdate) -> None:
-        await read_bucket(request, arrival, max_bytes=config.max_weights_body_bytes, idle_s=arriving.idle_s)
+    async def _read(request: Request, upload: WeightUpload) -> UpdateProgress:
+        return await read_bucket(request, state.engine, upload, max_bytes=config.max_weights_body_bytes, idle_s=uploads.idle_s)
 
-    async def _commit(arrival: OpenUpdate, mode: ExclusiveMode) -> UpdateObject:
-        return UpdateObject.of(await state.commit_arrival(arrival, mode))
+    async def _commit(upload: WeightUpload, mode: ExclusiveMode) -> UpdateObject:
+        return UpdateObject.of(await state.commit_upload(upload, mode))
 
     return router

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import asyncio
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.weights.groups import UNRECEIVED, receive_from_group
+from flowroll.engine.service import EngineService
 from flowroll.engine.weights.staged import tensor_head
-from flowroll.engine.weights.tensorfile import TensorHead
-from flowroll.parallel.broadcasting import BroadcastGroup
-from flowroll.serving.errors import WEIGHTS_RESPONSES, ErrorBody
+from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import check_host
 from flowroll.serving.state import AppState
-from flowroll.serving.weight_groups import close_group
 from flowroll.types import check_version
-from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
+from flowroll.wire.control import ErrorBody
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
+from flowroll.wire.safetensors import TensorHead
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.validation import shown
+from flowroll.wire.weight_updates import DoneObject, SharedUpdateObject
 
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
 
@@ -32,7 +31,7 @@ _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No 
 def build_router(state: AppState) -> APIRouter:
     """The routes about process groups."""
     router = APIRouter(tags=["weights"])
-    groups = state.groups
+    engine = state.engine
 
     @router.post(
         INIT_GROUP_ROUTE,
@@ -49,18 +48,19 @@ def build_router(state: AppState) -> APIRouter:
     async def init_group(request: Request) -> DoneObject:
         accepted = await accept_control(request, state, InitGroupRequest)
         check_host(accepted.master_address, state.config.weight_group_hosts, "master_address")
-        make = functools.partial(
-            BroadcastGroup,
-            accepted.group_name,
-            rank=accepted.rank_offset,
-            world_size=accepted.world_size,
-            backend=accepted.backend,
-            address=accepted.master_address,
-            port=accepted.master_port,
-            device=state.worker.engine.info.device if accepted.backend == "nccl" else "cpu",
-            timeout_s=state.config.rank_timeout_s,
-        )
-        await groups.join(accepted.group_name, make)
+        # One at a time: each holds a thread of the engine for as long as its trainer does not come.
+        async with state.joining:
+            joined = engine.call(
+                EngineService.join_group,
+                accepted.group_name,
+                rank=accepted.rank_offset,
+                world_size=accepted.world_size,
+                backend=accepted.backend,
+                address=accepted.master_address,
+                port=accepted.master_port,
+                timeout_s=state.config.rank_timeout_s,
+            )
+            await asyncio.wrap_future(joined)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
 
     @router.post(
@@ -78,18 +78,19 @@ def build_router(state: AppState) -> APIRouter:
         # On threads: a large model has thousands of tensors.
         sent = await run_in_threadpool(parse_json_body, body)
         name = sent.get("group_name", DEFAULT_GROUP)
-        group = groups.find(name if isinstance(name, str) else shown(name))
+        name = name if isinstance(name, str) else shown(name)
+        await asyncio.wrap_future(engine.call(EngineService.check_group, name))
         try:
             accepted, heads = await run_in_threadpool(_described, sent)
             flattened = accepted.load_format is not None
             return await state.take_bucket(
                 accepted,
                 accepted.names,
-                lambda incoming: receive_from_group(incoming, group, heads, flattened=flattened),
+                lambda update_id: engine.call(EngineService.fill_from_group, update_id, name, heads, flattened=flattened),
             )
         except BaseException:
             # The trainer sends them all the same, and nobody receives them.
-            await close_group(group, UNRECEIVED)
+            await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name)))
             raise
 
     @router.post(
@@ -101,7 +102,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def destroy_group(request: Request) -> DoneObject:
         accepted = await accept_control(request, state, DestroyGroupRequest)
-        await groups.destroy(accepted.group_name)
+        await asyncio.wrap_future(engine.call(EngineService.leave_group, accepted.group_name))
         return DoneObject(message=f"{accepted.group_name} is destroyed")
 
     return router

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
+from flowroll.engine.service import EngineService
 from flowroll.engine.weights.staged import WeightFiles, find_weights
 from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
@@ -32,7 +34,7 @@ from flowroll.wire.weights import (
 def build_router(state: AppState) -> APIRouter:
     """The routes about weights."""
     router = APIRouter(tags=["weights"])
-    engine = state.worker.engine
+    engine = state.engine
 
     @router.post(
         UPDATE_FROM_DISK_ROUTE,
@@ -45,7 +47,8 @@ def build_router(state: AppState) -> APIRouter:
     async def update_weights_from_disk(request: Request) -> UpdateObject:
         accepted = await accept_control(request, state, UpdateFromDiskRequest)
         files = await run_in_threadpool(_find, accepted, state.config)
-        update = await state.update_weights(lambda: engine.stage_weights(files), accepted.weight_version, accepted.mode)
+        version, mode = accepted.weight_version, accepted.mode
+        update = await state.update_weights(lambda: engine.call(EngineService.update_from_disk, files, version, mode))
         return UpdateObject.of(update)
 
     @router.post(
@@ -59,9 +62,8 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def get_weights_checksum(request: Request) -> ChecksumsObject:
         accepted = await accept_control(request, state, ChecksumRequest)
-        names = dict.fromkeys(accepted.module_names or engine.modules)
-        sums = await state.between_requests(lambda: {name: engine.weights_checksum(name) for name in names})
-        return ChecksumsObject(**sums)
+        names = list(dict.fromkeys(accepted.module_names or engine.facts.modules))
+        return ChecksumsObject(**await asyncio.wrap_future(engine.call(EngineService.checksums, names)))
 
     @router.post(
         VERIFY_ROUTE,
@@ -76,16 +78,10 @@ def build_router(state: AppState) -> APIRouter:
         accepted, expected = await run_in_threadpool(_read_expected, body)
         module = accepted.module
 
-        def verify() -> VerifiedObject:
-            count = engine.verify_weights(expected, module=module)
-            return VerifiedObject(
-                message=f"{count} tensors are as expected",
-                module=module,
-                weight_version=engine.weight_version,
-                num_tensors=count,
-            )
-
-        return await state.between_requests(verify)
+        count, version = await asyncio.wrap_future(engine.call(EngineService.verify_weights, expected, module))
+        return VerifiedObject(
+            message=f"{count} tensors are as expected", module=module, weight_version=version, num_tensors=count
+        )
 
     return router
 

@@ -175,7 +175,7 @@ def test_what_a_failure_held_is_free_at_once(hand: Hand, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError("all of it")])
-def test_not_even_what_ends_a_thread_ends_a_line(hand: Hand, error: BaseException) -> None:
+def test_not_even_what_ends_a_thread_ends_the_loop(hand: Hand, error: BaseException) -> None:
     def fail(*_: object) -> None:
         hand.work.before_decode = lambda sample: None
         raise error
@@ -196,7 +196,7 @@ def test_every_accepted_request_ends_exactly_once_in_a_storm(
     inject(hand, monkeypatch)
     ends: Counter[int] = Counter()
     accepted: list[RequestFuture[Any]] = []
-    refused = errands = 0
+    refused = tasks = 0
 
     def submit() -> None:
         nonlocal refused
@@ -219,9 +219,9 @@ def test_every_accepted_request_ends_exactly_once_in_a_storm(
         accepted.append(one)
 
     def exclusive() -> None:
-        nonlocal errands
+        nonlocal tasks
         done = hand.exclusive(lambda: None, mode=source.choice(["drain", "abort"]))
-        errands += not done.done()
+        tasks += not done.done()
 
     def tick() -> None:
         hand.clock.now_s += source.choice([0.1, 1.0])
@@ -252,7 +252,7 @@ def test_every_accepted_request_ends_exactly_once_in_a_storm(
     outcomes = Counter("cancelled" if one.cancelled() else type(one.exception(0)).__name__ for one in accepted)
     assert outcomes["NoneType"] == stats["completed"]
     assert outcomes.keys() >= {"NoneType", "CancelledRequestError", "DeadlineExceededError", "EngineError"}
-    assert refused and errands
+    assert refused and tasks
     # Nothing is left that would stop the next one.
     (last,) = hand.finish(hand.submit(seed=1))
     assert not isinstance(last, FlowrollError)

@@ -372,10 +372,10 @@ def test_stop_ends_everything_once_and_refuses_what_comes(hand: Hand) -> None:
     requests = [hand.submit(seed=seed) for seed in range(3)]
     hand.encode()
     hand.step()
-    errand = hand.exclusive(lambda: None)
+    task = hand.exclusive(lambda: None)
     end = ShuttingDownError("the engine must run, got its end; go elsewhere.")
     hand.scheduler.stop(end)
-    told = [request.exception(0) for request in (*requests, errand)]
+    told = [request.exception(0) for request in (*requests, task)]
     assert [str(error) for error in told] == [str(end)] * 4 and {type(error) for error in told} == {ShuttingDownError}
     # Each its own: whoever asks a future raises what is in it, and adds frames to it.
     assert len({id(error) for error in (*told, end)}) == 5

@@ -1,4 +1,4 @@
-"""The worker's promise: every accepted request ends in exactly one result or one error."""
+"""The service's promise: every accepted request ends in exactly one result or one error."""
 
 import logging
 import threading
@@ -13,10 +13,10 @@ from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout, SamplingParams
 from flowroll.engine import Engine, RequestPlan
-from flowroll.engine.worker import EngineWorker
+from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.errors import EngineError, InvalidRequestError, QueueFullError, ShuttingDownError
 
-BOOK = "flowroll.engine.scheduler.queue"
+QUEUE = "flowroll.engine.scheduler.queue"
 
 
 @pytest.fixture
@@ -30,18 +30,18 @@ def plan(engine: Engine) -> RequestPlan:
     return engine.plan(SamplingParams(prompt="a cat", seed=1, height=32, width=32, num_inference_steps=2))
 
 
-def assert_balanced(worker: EngineWorker) -> None:
-    stats = worker.stats()
+def assert_balanced(service: EngineService) -> None:
+    stats = service.status().counts
     assert stats.accepted == stats.completed + stats.failed + stats.pending + stats.running
 
 
 def test_a_rollout_through_the_worker_has_the_bits_of_the_engine(engine: Engine) -> None:
     params = SamplingParams(prompt="a cat", seed=5, height=32, width=32, num_inference_steps=2, return_dit_trajectory=True)
     expected = engine.rollout(params)
-    with EngineWorker(engine, max_queue=1) as worker:
-        (through_worker,) = worker.submit(engine.plan(params), "rollout").result(WAIT_S)
+    with EngineService(engine, max_queue=1) as service:
+        (through_worker,) = service.submit(engine.plan(params), "rollout").result(WAIT_S)
         plain = SamplingParams(prompt="a cat", seed=5, height=32, width=32, num_inference_steps=2, rollout=False)
-        (image,) = worker.submit(engine.plan(plain), "generate").result(WAIT_S)
+        (image,) = service.submit(engine.plan(plain), "generate").result(WAIT_S)
     assert_same_bits(through_worker, expected[0])
     assert image.seed == 5
 
@@ -49,8 +49,8 @@ def test_a_rollout_through_the_worker_has_the_bits_of_the_engine(engine: Engine)
 def test_requests_run_on_threads_of_the_engines_own(engine: HookedEngine, plan: RequestPlan) -> None:
     threads: set[int] = set()
     engine.hook = lambda plan: threads.add(threading.get_ident())
-    with EngineWorker(engine, max_queue=8) as worker:
-        for future in [worker.submit(plan, "rollout") for _ in range(4)]:
+    with EngineService(engine, max_queue=8) as service:
+        for future in [service.submit(plan, "rollout") for _ in range(4)]:
             future.result(WAIT_S)
     assert len(threads) == 1
     assert threading.get_ident() not in threads
@@ -60,19 +60,19 @@ def test_queue_takes_what_can_run_and_max_queue_waiting_requests_and_refuses_the
     engine: HookedEngine, plan: RequestPlan
 ) -> None:
     engine.hook = gate = Gate()
-    with EngineWorker(engine, max_queue=2) as worker:
-        futures = [worker.submit(plan, "rollout") for _ in range(3)]
+    with EngineService(engine, max_queue=2) as service:
+        futures = [service.submit(plan, "rollout") for _ in range(3)]
         with pytest.raises(QueueFullError, match="2 waiting") as refused:
-            worker.submit(plan, "rollout")
+            service.submit(plan, "rollout")
         assert refused.value.retry_after_s >= 1
-        _until(lambda: (worker.pending, worker.running) == (2, 1))
+        _until(lambda: (service.status().counts.pending, service.status().counts.running) == (2, 1))
         with pytest.raises(QueueFullError, match="2 waiting"):
-            worker.submit(plan, "rollout")
+            service.submit(plan, "rollout")
         gate.opened.set()
         for future in futures:
             assert len(future.result(WAIT_S)) == 1
-        assert worker.stats().accepted == 3
-        assert_balanced(worker)
+        assert service.status().counts.accepted == 3
+        assert_balanced(service)
 
 
 def test_an_unexpected_exception_fails_its_request_alone_and_its_trace_goes_to_the_log(
@@ -85,16 +85,16 @@ def test_an_unexpected_exception_fails_its_request_alone_and_its_trace_goes_to_t
             raise outcome
 
     engine.hook = script
-    with EngineWorker(engine, max_queue=2) as worker, caplog.at_level(logging.ERROR):
-        broken, fine = worker.submit(plan, "rollout"), worker.submit(plan, "rollout")
+    with EngineService(engine, max_queue=2) as service, caplog.at_level(logging.ERROR):
+        broken, fine = service.submit(plan, "rollout"), service.submit(plan, "rollout")
         with pytest.raises(EngineError, match="RuntimeError: kernel went away") as raised:
             broken.result(WAIT_S)
         assert len(fine.result(WAIT_S)) == 1
-        assert (worker.stats().completed, worker.stats().failed) == (1, 1)
+        assert (service.status().counts.completed, service.status().counts.failed) == (1, 1)
     assert "details" not in raised.value.message
     assert "Traceback" not in raised.value.message
     assert raised.value.__cause__ is None
-    (record,) = [record for record in caplog.records if record.name == BOOK]
+    (record,) = [record for record in caplog.records if record.name == QUEUE]
     assert record.request_id == plan.request_id
     assert record.exc_info is not None
 
@@ -107,10 +107,10 @@ def test_even_a_request_that_ends_its_thread_leaves_the_worker_running(engine: H
             raise outcome
 
     engine.hook = script
-    with EngineWorker(engine, max_queue=1) as worker:
+    with EngineService(engine, max_queue=1) as service:
         with pytest.raises(EngineError, match="SystemExit"):
-            worker.submit(plan, "rollout").result(WAIT_S)
-        assert len(worker.submit(plan, "rollout").result(WAIT_S)) == 1
+            service.submit(plan, "rollout").result(WAIT_S)
+        assert len(service.submit(plan, "rollout").result(WAIT_S)) == 1
 
 
 def test_our_own_errors_pass_through_as_they_are(engine: HookedEngine, plan: RequestPlan) -> None:
@@ -120,50 +120,50 @@ def test_our_own_errors_pass_through_as_they_are(engine: HookedEngine, plan: Req
         raise error
 
     engine.hook = script
-    with EngineWorker(engine, max_queue=1) as worker:
-        assert worker.submit(plan, "rollout").exception(WAIT_S) is error
+    with EngineService(engine, max_queue=1) as service:
+        assert service.submit(plan, "rollout").exception(WAIT_S) is error
 
 
 def test_close_interrupts_running_requests_and_fails_the_waiting_ones(engine: Engine) -> None:
     long = engine.plan(SamplingParams(prompt="a cat", height=32, width=32, num_inference_steps=1000, seeds=tuple(range(64))))
-    worker = EngineWorker(engine, max_queue=4)
-    futures = [worker.submit(long, "rollout") for _ in range(3)]
-    _until(lambda: worker.load().running_samples > 0)
-    assert worker.close()
+    service = EngineService(engine, max_queue=4)
+    futures = [service.submit(long, "rollout") for _ in range(3)]
+    _until(lambda: service.status().load.running_samples > 0)
+    assert service.close()
     for future in futures:
         with pytest.raises(ShuttingDownError):
             future.result(0)
-    assert not worker.is_alive
-    assert worker.stats().failed == 3
-    assert_balanced(worker)
+    assert not service.status().is_alive
+    assert service.status().counts.failed == 3
+    assert_balanced(service)
     with pytest.raises(ShuttingDownError):
-        worker.submit(long, "rollout")
-    assert worker.close()
+        service.submit(long, "rollout")
+    assert service.close()
 
 
 def test_close_gives_up_on_an_engine_that_does_not_react_and_its_late_result_is_dropped(
     engine: HookedEngine, plan: RequestPlan
 ) -> None:
     engine.hook = gate = Gate()
-    worker = EngineWorker(engine, max_queue=1)
-    running = worker.submit(plan, "rollout")
+    service = EngineService(engine, max_queue=1)
+    running = service.submit(plan, "rollout")
     assert gate.entered.wait(WAIT_S)
-    assert not worker.close(timeout_s=0.05)
+    assert not service.close(timeout_s=0.05)
     with pytest.raises(ShuttingDownError):
         running.result(0)
     gate.opened.set()
-    assert worker.close(timeout_s=WAIT_S)
-    assert (worker.stats().completed, worker.stats().failed) == (0, 1)
+    assert service.close(timeout_s=WAIT_S)
+    assert (service.status().counts.completed, service.status().counts.failed) == (0, 1)
 
 
 def test_drain_refuses_new_requests_and_finishes_the_accepted_ones(engine: HookedEngine, plan: RequestPlan) -> None:
     engine.hook = gate = Gate()
-    with EngineWorker(engine, max_queue=1) as worker:
-        futures = [worker.submit(plan, "rollout") for _ in range(2)]
-        worker.drain()
-        assert not worker.is_accepting
+    with EngineService(engine, max_queue=1) as service:
+        futures = [service.submit(plan, "rollout") for _ in range(2)]
+        service.drain()
+        assert not service.status().is_accepting
         with pytest.raises(ShuttingDownError):
-            worker.submit(plan, "rollout")
+            service.submit(plan, "rollout")
         gate.opened.set()
         assert [len(future.result(WAIT_S)) for future in futures] == [1, 1]
 
@@ -176,18 +176,18 @@ def test_a_request_cancelled_while_it_waits_never_runs(engine: HookedEngine, pla
         gate(plan)
 
     engine.hook = script
-    with EngineWorker(engine, max_queue=1) as worker:
-        first, second = worker.submit(plan, "rollout"), worker.submit(plan, "rollout")
+    with EngineService(engine, max_queue=1) as service:
+        first, second = service.submit(plan, "rollout"), service.submit(plan, "rollout")
         assert gate.entered.wait(WAIT_S)
         assert not first.cancel()
         assert second.cancel()
         gate.opened.set()
         assert len(first.result(WAIT_S)) == 1
-        _until(lambda: worker.pending == 0)
+        _until(lambda: service.status().counts.pending == 0)
         with pytest.raises(CancelledError):
             second.result(0)
         assert len(ran) == 1
-        assert (worker.stats().completed, worker.stats().failed) == (1, 1)
+        assert (service.status().counts.completed, service.status().counts.failed) == (1, 1)
 
 
 def test_counters_balance_while_many_threads_submit_and_the_worker_closes(engine: HookedEngine, plan: RequestPlan) -> None:
@@ -198,28 +198,28 @@ def test_counters_balance_while_many_threads_submit_and_the_worker_closes(engine
             raise RuntimeError("every third fails")
 
     engine.hook = script
-    worker = EngineWorker(engine, max_queue=8)
-    logging.getLogger(BOOK).setLevel(logging.CRITICAL)
+    service = EngineService(engine, max_queue=8)
+    logging.getLogger(QUEUE).setLevel(logging.CRITICAL)
 
     def submit_many(_: int) -> list[Future[list[Rollout]]]:
         taken: list[Future[list[Rollout]]] = []
         for _ in range(100):
             try:
-                taken.append(worker.submit(plan, "rollout"))
+                taken.append(service.submit(plan, "rollout"))
             except (QueueFullError, ShuttingDownError):
                 time.sleep(0.0005)
-            assert_balanced(worker)
+            assert_balanced(service)
         return taken
 
     try:
         with ThreadPoolExecutor(4) as pool:
             batches = [pool.submit(submit_many, index) for index in range(4)]
             time.sleep(0.2)
-            worker.close()
+            service.close()
             futures = [future for batch in batches for future in batch.result(WAIT_S)]
     finally:
-        logging.getLogger(BOOK).setLevel(logging.NOTSET)
-    stats = worker.stats()
+        logging.getLogger(QUEUE).setLevel(logging.NOTSET)
+    stats = service.status().counts
     assert all(future.done() for future in futures)
     assert stats.accepted == len(futures) == stats.completed + stats.failed
     assert sum(future.exception() is None for future in futures) == stats.completed
@@ -235,62 +235,62 @@ def test_what_is_to_be_done_between_requests_goes_before_those_that_wait_and_cou
         gate(plan)
 
     engine.hook = script
-    with EngineWorker(engine, max_queue=2) as worker:
-        requests = [worker.submit(plan, "rollout") for _ in range(2)]
+    with EngineService(engine, max_queue=2) as service:
+        requests = [service.submit(plan, "rollout") for _ in range(2)]
         assert gate.entered.wait(WAIT_S)
-        errands = [worker.between_requests(lambda name=name: done.append(name) or name) for name in ("first", "second")]
-        assert not any(errand.done() for errand in errands)
-        assert (worker.pending, worker.running) == (1, 1)
+        exclusive = service.engine.scheduler.exclusive
+        tasks = [exclusive(lambda name=name: done.append(name) or name) for name in ("first", "second")]
+        assert not any(task.done() for task in tasks)
+        assert (service.status().counts.pending, service.status().counts.running) == (1, 1)
         gate.opened.set()
-        assert [errand.result(WAIT_S) for errand in errands] == ["first", "second"]
+        assert [task.result(WAIT_S) for task in tasks] == ["first", "second"]
         for request in requests:
             request.result(WAIT_S)
         assert done == ["request", "first", "second", "request"]
-        assert (worker.stats().accepted, worker.stats().completed) == (2, 2)
-        assert_balanced(worker)
+        assert (service.status().counts.accepted, service.status().counts.completed) == (2, 2)
+        assert_balanced(service)
 
 
-def test_an_errand_ends_in_its_error_and_the_thread_goes_on(
-    engine: HookedEngine, plan: RequestPlan, caplog: pytest.LogCaptureFixture
+def test_what_fails_in_a_call_ends_that_call_and_the_engine_goes_on(
+    engine: HookedEngine, plan: RequestPlan, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = InvalidRequestError("module must be one, got two; choose.", field="module")
-
-    def refuse() -> None:
-        raise refused
-
-    def fail() -> None:
+    def fail(module: str) -> None:
         raise RuntimeError("no such tensor")
 
-    with EngineWorker(engine, max_queue=1) as worker:
-        assert worker.between_requests(refuse).exception(WAIT_S) is refused
-        with pytest.raises(EngineError, match="RuntimeError: no such tensor"):
-            worker.between_requests(fail).result(WAIT_S)
-        assert len(worker.submit(plan, "rollout").result(WAIT_S)) == 1
-        assert worker.stats().failed == 0
+    with EngineService(engine, max_queue=1) as service:
+        client = InProcessEngine(service)
+        with pytest.raises(InvalidRequestError, match="module must be one of"):
+            client.call(EngineService.checksums, ["unet"]).result(WAIT_S)
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match="RuntimeError: no such tensor"):
+            patch.setattr(engine._weights, "checksum", fail)
+            client.call(EngineService.checksums, ["vae"]).result(WAIT_S)
+        assert len(service.submit(plan, "rollout").result(WAIT_S)) == 1
+        assert service.status().counts.failed == 0
     assert "no such tensor" in caplog.text
 
 
-def test_close_ends_errands_that_wait_or_hang(engine: HookedEngine) -> None:
+def test_close_ends_calls_that_wait_or_hang(engine: HookedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, opened = threading.Event(), threading.Event()
-    worker = EngineWorker(engine, max_queue=1)
+    service = EngineService(engine, max_queue=1)
+    client = InProcessEngine(service)
 
-    def hang() -> None:
+    def hang(module: str) -> str:
         entered.set()
         assert opened.wait(WAIT_S)
+        return ""
 
-    hanging = worker.between_requests(hang)
+    monkeypatch.setattr(engine._weights, "checksum", hang)
+    hanging = client.call(EngineService.checksums, ["vae"])
     assert entered.wait(WAIT_S)
-    assert worker.running == 0 and worker.is_progressing()
-    waiting = worker.between_requests(lambda: None)
-    assert not worker.close(timeout_s=0.05)
-    for errand in (hanging, waiting):
+    assert service.status().counts.running == 0 and engine.scheduler.is_progressing()
+    waiting = client.call(EngineService.checksums, ["vae"])
+    assert not service.close(timeout_s=0.05)
+    for call in (hanging, waiting, client.call(EngineService.checksums, ["vae"])):
         with pytest.raises(ShuttingDownError):
-            errand.result(0)
-    with pytest.raises(ShuttingDownError):
-        worker.between_requests(lambda: None)
+            call.result(WAIT_S)
     opened.set()
-    assert worker.close(timeout_s=WAIT_S)
-    assert_balanced(worker)
+    assert service.close(timeout_s=WAIT_S)
+    assert_balanced(service)
 
 
 def _until(condition: Callable[[], bool]) -> None:

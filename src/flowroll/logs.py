@@ -12,9 +12,12 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from typing import Literal, TypeAlias
 from urllib.parse import quote
 
-from flowroll.serving.config import LogFormat, LogLevel
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+# Lines to read, or a JSON object a line.
+LogFormat: TypeAlias = Literal["text", "json"]
 
 _log = logging.getLogger("flowroll.access")
 # Whatever watches the server asks these every few seconds: they are only worth a line at level debug.

@@ -1,4 +1,4 @@
-"""The life of a replica: how its ranks come up, what happens when one is lost, and that none is ever left behind."""
+"""How the ranks of an engine come up, what happens when one is lost, and that none is ever left behind."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def two_requests(client: httpx.Client) -> list[Background]:
     return requests
 
 
-def test_an_error_in_the_middle_of_a_step_takes_the_replica_down(
+def test_an_error_in_the_middle_of_a_step_takes_the_engine_down(
     z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[FlowrollError] = []
@@ -97,7 +97,7 @@ def test_a_killed_rank_ends_the_running_and_the_waiting_request_with_its_reason_
         for request in requests:
             answer = request.answer()
             assert (answer.status_code, error_of(answer)["code"]) == (503, "rank_lost")
-            assert "rank 1 must live as long as its replica, got its end by signal 9" in error_of(answer)["message"]
+            assert "rank 1 must live as long as its engine, got its end by signal 9" in error_of(answer)["message"]
         assert server.process.wait(DOWN_S) == 1
         assert time.monotonic() - killed_s < DOWN_S
     assert [line for line in server.log.splitlines() if line.startswith("Error: rank 1 must live")]
@@ -198,7 +198,7 @@ def test_a_rank_that_cannot_load_its_part_says_why(z_image_checkpoint: Path, mon
 
 def test_a_rank_that_cannot_start_is_an_error_at_once(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", "import sys; sys.exit(3)"))
-    with pytest.raises(RankLostError, match="rank 1 must live as long as its replica, got its end with status 3"):
+    with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 3"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()
 

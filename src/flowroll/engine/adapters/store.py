@@ -1,0 +1,148 @@
+"""The LoRA adapters of one engine, on all of its ranks: read and checked, put in place, unloaded.
+
+It decides nothing about when: whoever calls `commit` or `unload` sees to it that no request runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowroll.engine.adapters.adapter_set import Adapter, AdapterSet
+from flowroll.engine.adapters.files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, LoraFactors, as_peft
+from flowroll.engine.adapters.pushed import refused as refused_push
+from flowroll.engine.config import AdapterLimits
+from flowroll.engine.runner.executor import Executor
+from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.staged import listed
+from flowroll.engine.weights.versions import WeightVersions
+from flowroll.types import AdapterChange, LoraAdapter, check_lora_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedAdapter:
+    """An adapter that was read and checked, beside those that are loaded.
+
+    Attributes:
+        files: The files that it was read from; the other ranks read them too.
+        adapter: The adapter.
+        seconds: How long reading and checking took.
+    """
+
+    files: AdapterFiles
+    adapter: Adapter
+    seconds: float
+
+
+class AdapterStore:
+    """Changes the adapters of an engine; `AdapterSet` holds those of one rank.
+
+    Args:
+        adapters: The adapters of this rank.
+        executor: Reaches the other ranks.
+        offload: Tells whether the weights are in memory.
+        versions: The versions of the weights; a change of adapters makes a new one.
+        limits: How many adapters there may be.
+    """
+
+    def __init__(
+        self,
+        adapters: AdapterSet,
+        executor: Executor,
+        offload: WeightOffload,
+        versions: WeightVersions,
+        limits: AdapterLimits,
+    ) -> None:
+        self._adapters, self._executor = adapters, executor
+        self._offload, self._versions, self._limits = offload, versions, limits
+
+    @property
+    def loaded(self) -> tuple[LoraAdapter, ...]:
+        """The loaded adapters."""
+        return self._adapters.loaded
+
+    def stage(self, files: AdapterFiles, *, name: str, merged: bool) -> StagedAdapter:
+        """Reads and checks an adapter; may be called from any thread, while requests run.
+
+        Raises:
+            InvalidRequestError: The name is no short text.
+            WeightsRejectedError: The adapter cannot be taken.
+        """
+        started_s = time.perf_counter()
+        check_lora_name(name)
+        self._offload.check_awake()
+        data = read_adapter(files, max_bytes=self._limits.max_adapter_bytes)
+        adapter = self._adapters.stage(data, name=name, merged=merged)
+        self._check_room(adapter.about)
+        return StagedAdapter(files=files, adapter=adapter, seconds=time.perf_counter() - started_s)
+
+    def stage_pushed(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
+        """Makes an adapter of factors that a trainer has pushed, and of those of other layers that are in place.
+
+        Once it is committed, requests that name no adapter run with it.
+
+        Args:
+            factors: The factors by layer.
+            folder: An empty folder, in which the adapter stays until it is committed: the other ranks read it there.
+            merged: Whether it is added to a copy of the weights.
+
+        Raises:
+            WeightsRejectedError: A layer is none of the transformer's linears, or the adapter cannot be taken.
+        """
+        if unknown := set(factors) - self._adapters.module_names:
+            raise refused_push(f"must be of the transformer's layers, got {listed(unknown)}")
+        tensors, config = as_peft({**self._adapters.factors(PUSHED_ADAPTER), **factors})
+        write_adapter(folder, tensors, config)
+        return self.stage(find_adapter(folder), name=PUSHED_ADAPTER, merged=merged)
+
+    def commit(self, staged: StagedAdapter, weight_version: str | None) -> AdapterChange:
+        """Puts a staged adapter in place on every rank, or on none."""
+
+        def change(version: str) -> LoraAdapter:
+            self._check_room(staged.adapter.about)
+            adapter = self._adapters.finished(staged.adapter, version)
+            self._executor.stage_adapter(staged.files.folder, adapter.about)
+            self._executor.commit()
+            self._adapters.put(adapter)
+            return adapter.about
+
+        return self._change(staged.adapter.about.name, change, weight_version, read_s=staged.seconds)
+
+    def unload(self, name: str, weight_version: str | None) -> AdapterChange:
+        """Forgets an adapter on every rank."""
+
+        def change(version: str) -> None:
+            self._adapters.drop(name)
+            self._executor.unload_adapter(name)
+
+        return self._change(name, change, weight_version, read_s=0.0)
+
+    def _change(
+        self, name: str, change: Callable[[str], LoraAdapter | None], weight_version: str | None, *, read_s: float
+    ) -> AdapterChange:
+        self._offload.check_awake()
+        started_s = time.perf_counter()
+        version, previous = self._versions.following(weight_version), self._versions.current
+        adapter = change(version)
+        self._versions.advance(version)
+        return AdapterChange(
+            lora_name=name,
+            weight_version=version,
+            previous_version=previous,
+            adapter=adapter,
+            read_s=read_s,
+            paused_s=time.perf_counter() - started_s,
+        )
+
+    def _check_room(self, wanted: LoraAdapter) -> None:
+        limits = self._limits
+        others = [adapter for adapter in self.loaded if adapter.name != wanted.name]
+        total = wanted.num_bytes + sum(adapter.num_bytes for adapter in others)
+        if len(others) >= limits.max_adapters or total > limits.max_adapter_bytes:
+            raise refused(
+                f"the adapters must be at most {limits.max_adapters} with {limits.max_adapter_bytes} bytes together, got "
+                f"{len(others) + 1} with {total}; unload one first, or start the engine with a higher limit."
+            )

@@ -1,0 +1,36 @@
+"""What is known of a loaded model without its weights: enough to check and plan requests, also in another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from flowroll.families import Family, ModelSpec
+from flowroll.sampling.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A loaded model without its weights.
+
+    Attributes:
+        family: The conventions of its family.
+        variant: The variant of the family that it is taken for.
+        spec: The facts that shape its latents.
+        schedule_config: The configuration of its sigma grid.
+        device: The device of its modules.
+        dtype: The dtype of its weights.
+    """
+
+    family: Family
+    variant: str
+    spec: ModelSpec
+    schedule_config: ScheduleConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The facts alone, where this is more."""
+        return ModelFacts(**{field.name: getattr(self, field.name) for field in fields(ModelFacts)})

@@ -1,0 +1,33 @@
+"""An engine as a server uses it: in the server's process, or in a process of its own behind the same interface."""
+
+from flowroll.engine.service.client import CallFuture, EngineClient, InProcessEngine
+from flowroll.engine.service.process import EngineOptions, EngineProcess
+from flowroll.engine.service.service import EngineService, RequestKind, bucket_bytes, bucket_tensors
+from flowroll.engine.service.shared_memory import SharedMemory
+from flowroll.engine.service.status import (
+    EngineFacts,
+    EngineStatus,
+    Evidence,
+    OpenedUpdate,
+    SentNames,
+    UpdateProgress,
+)
+
+__all__ = [
+    "CallFuture",
+    "EngineClient",
+    "EngineFacts",
+    "EngineOptions",
+    "EngineProcess",
+    "EngineService",
+    "EngineStatus",
+    "Evidence",
+    "InProcessEngine",
+    "OpenedUpdate",
+    "RequestKind",
+    "SentNames",
+    "SharedMemory",
+    "UpdateProgress",
+    "bucket_bytes",
+    "bucket_tensors",
+]

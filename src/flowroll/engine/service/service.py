@@ -1,0 +1,480 @@
+"""What a server asks of an engine, where the engine is: in its own process, or in the server's.
+
+A method that is marked `blocking` may take long and is called on a thread; the others return at once, some of them a future.
+Arguments and results are data that can be sent to another process; they hold no part of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flowroll.engine.adapters.files import AdapterFiles
+from flowroll.engine.adapters.pushed import read_factors
+from flowroll.engine.engine import Engine, RequestKind
+from flowroll.engine.plan import RequestPlan
+from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
+from flowroll.engine.scheduler.request import engine_error
+from flowroll.engine.scoring import ScorePlan
+from flowroll.engine.service.probe import GenerationProbe
+from flowroll.engine.service.shared_memory import SharedMemory, placed, tensor_at
+from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
+from flowroll.engine.weights.groups import UNRECEIVED, WeightGroups, receive_from_group
+from flowroll.engine.weights.offload import SleepMode
+from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
+from flowroll.engine.weights.staged import FLOATS, WeightFiles
+from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
+from flowroll.parallel.broadcasting import Backend, BroadcastGroup
+from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
+from flowroll.wire.pickled import SentTensors, named_tensors
+from flowroll.wire.safetensors import TensorHead
+
+__all__ = ["EngineService", "RequestKind", "blocking"]
+
+T = TypeVar("T")
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+_log = logging.getLogger(__name__)
+# What a thread gets to come back from the collective of a lost rank.
+_LOST_S = 3.0
+_RETRY_S = 1.0
+
+
+def blocking(method: MethodT) -> MethodT:
+    """Marks a method of `EngineService` that may take long."""
+    method.is_blocking = True  # type: ignore[attr-defined]
+    return method
+
+
+def bucket_bytes(heads: Sequence[TensorHead]) -> int:
+    """How much memory the tensors of a bucket take one after the other."""
+    return placed([_num_bytes(head) for head in heads])[1]
+
+
+def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
+    """The tensors of a bucket in memory that holds them one after the other."""
+    starts, _ = placed([_num_bytes(head) for head in heads])
+    return [tensor_at(memory, start, head.shape, FLOATS[head.dtype]) for start, head in zip(starts, heads, strict=True)]
+
+
+def _num_bytes(head: TensorHead) -> int:
+    return math.prod(head.shape) * FLOATS[head.dtype].itemsize
+
+
+class EngineService:
+    """An engine behind a bounded queue. A context manager: `close` ends the engine's threads.
+
+    Args:
+        engine: Used by this service alone from now on; its owner closes it, after the service.
+        max_queue: Requests that may wait behind those that run.
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int) -> None:
+        assert max_queue >= 0
+        self.engine = engine
+        self._max_queue = max_queue
+        self._is_draining = False
+        self._probe = GenerationProbe(engine)
+        self._groups = WeightGroups()
+        # Requests to recompute log-probs that have not ended.
+        self._scores: set[Future[ScoreAnswer]] = set()
+        self._submitting_scores = threading.Lock()
+        self._updates: dict[str, WeightReceiver] = {}
+        self._sent: dict[str, SentTensors] = {}
+        engine.scheduler.start()
+
+    def __enter__(self) -> EngineService:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # State
+
+    def facts(self) -> EngineFacts:
+        """What never changes while the engine runs."""
+        engine, device = self.engine, torch.device(self.engine.info.device)
+        return EngineFacts(
+            info=engine.info,
+            model=engine.facts,
+            batching=engine.scheduler.limits,
+            modules=engine.modules,
+            memory=engine.describe_memory(),
+            pid=os.getpid(),
+            gpu_uuid=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
+        )
+
+    def status(self) -> EngineStatus:
+        """The engine at this moment."""
+        engine, scheduler = self.engine, self.engine.scheduler
+        return EngineStatus(
+            load=scheduler.load(),
+            oldest_waiting_s=scheduler.oldest_waiting_s(),
+            weight_version=engine.weight_version,
+            memory_mode=engine.memory_mode,
+            is_alive=scheduler.is_alive,
+            is_accepting=not self._is_draining and scheduler.is_alive,
+        )
+
+    @property
+    def failure(self) -> RankLostError | None:
+        """Why the engine's ranks are down, which ended everything that was accepted; None while they are up."""
+        return self.engine.failure
+
+    @blocking
+    def probe_generation(self) -> Evidence:
+        """Finds what shows that the engine can generate, or makes a one-step image; see `GenerationProbe.check`."""
+        self._check_accepting("the server must take requests to generate, got a shutdown; use another replica.")
+        return self._probe.check()
+
+    # Requests
+
+    def submit(self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None) -> RequestFuture[Any]:
+        """Takes a planned request; may be called from any thread.
+
+        Args:
+            plan: A request, planned for this engine's model.
+            kind: What its samples become.
+            timeout_s: It is given up when it has not ended after so long; None: never.
+
+        Returns:
+            Ends in the engine's answer, a `FlowrollError`, or, if cancelled while it waits, in that.
+
+        Raises:
+            PausedError: Generation is paused.
+            QueueFullError: Too many wait; try again after its `retry_after_s`.
+            ShuttingDownError: No more requests are taken.
+            InvalidRequestError: The adapter is not loaded.
+            AsleepError: The memory of the weights is released.
+            OutdatedWeightsError: The weights are older than the request demands.
+        """
+        self._check_accepting()
+        self.engine.check_ready(plan.params)
+        accepted: RequestFuture[Any] = self.engine.submit(plan, kind, timeout_s=timeout_s, max_waiting=self._max_queue)
+        accepted.add_done_callback(self._probe.note_end)
+        return accepted
+
+    def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
+        """Takes a planned request to recompute log-probs; may be called from any thread.
+
+        It waits in no queue of requests: log-probs are made between the steps of requests, one request after the other.
+
+        Args:
+            plan: A request, planned for this engine's model.
+            timeout_s: It is given up when it has not ended after so long; None: never.
+
+        Returns:
+            Ends in the log-probs or a `FlowrollError`; `cancel` and `abort` end it early.
+
+        Raises:
+            QueueFullError: As many of these requests wait as may wait for samples.
+            ShuttingDownError: No more requests are taken.
+        """
+        self._check_accepting()
+        self.engine.check_ready_to_score(plan.params)
+        with self._submitting_scores:
+            if len(self._scores) > self._max_queue:
+                raise QueueFullError(
+                    f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
+                    f"{_RETRY_S:.0f} s.",
+                    retry_after_s=_RETRY_S,
+                )
+            scores = self.engine.submit_scores(plan, timeout_s=timeout_s)
+            self._scores.add(scores)
+        scores.add_done_callback(self._scores.discard)
+        return scores
+
+    def cancel(self, future: Future[Any]) -> None:
+        """Ends a request whose caller went away, whether it waits or runs."""
+        self.engine.scheduler.cancel(future)
+
+    def abort(self, request_id: str | None) -> Future[int]:
+        """Cancels the requests of this id, or all, also those to recompute log-probs; tells how many there were."""
+        return self.engine.scheduler.abort(request_id)
+
+    def pause(self, mode: PauseMode) -> Future[None]:
+        """Refuses new requests, and admits none of those that wait, until `resume`; see `Scheduler.pause`."""
+        return self.engine.scheduler.pause(mode)
+
+    def resume(self) -> Future[None]:
+        """Goes on after `pause`."""
+        return self.engine.scheduler.resume()
+
+    def hold_starts(self, is_held: bool) -> None:
+        """Keeps new samples from starting, while a push of weights is incomplete, or lets them start again."""
+        self.engine.scheduler.hold_starts(is_held)
+
+    # Weights that are read from disk, and what can be known of those in memory
+
+    @blocking
+    def update_from_disk(self, files: WeightFiles, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
+        """Reads new weights while requests run, and exchanges them between two requests; see `Engine`."""
+        return self._guarded(
+            lambda: self.engine.commit_weights(self.engine.stage_weights(files), weight_version=weight_version, mode=mode)
+        )
+
+    @blocking
+    def checksums(self, modules: Sequence[str]) -> dict[str, str]:
+        """Checksums of modules, all at the same moment."""
+        engine = self.engine
+        return self._guarded(lambda: engine.exclusive(lambda: {name: engine.weights_checksum(name) for name in modules}))
+
+    @blocking
+    def verify_weights(self, expected: Iterable[tuple[str, str]], module: str) -> tuple[int, str]:
+        """Compares every tensor of a module; returns how many there are, and the version that was looked at."""
+        engine = self.engine
+        return self._guarded(
+            lambda: engine.exclusive(lambda: (engine.verify_weights(expected, module=module), engine.weight_version))
+        )
+
+    @blocking
+    def differing_weights(self, expected: Mapping[str, str], module: str) -> tuple[list[str], list[str]]:
+        """The names that a module does not have, and those whose tensors differ; see `Engine.differing_weights`."""
+        return self._guarded(lambda: self.engine.differing_weights(expected, module=module))
+
+    # Weights that arrive in buckets
+
+    def open_update(self, module: str, *, partial: bool) -> OpenedUpdate:
+        """Makes room for new weights that arrive in buckets, while requests run."""
+        receiver = self.engine.receive_weights(module, partial=partial)
+        update_id = secrets.token_hex(8)
+        self._updates[update_id] = receiver
+        return OpenedUpdate(update_id=update_id, module=receiver.module, names=receiver.names, num_bytes=receiver.num_bytes)
+
+    def claim_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
+        """Checks what a bucket will hold, before any of its data has come; `put_bucket` or `drop_bucket` has to follow.
+
+        Raises:
+            WeightsRejectedError: A name is unknown, came already or comes twice, or a shape or a dtype is another.
+        """
+        self._receiver(update_id).claim(heads)
+
+    @blocking
+    def put_bucket(self, update_id: str, heads: Sequence[TensorHead], memory: SharedMemory) -> UpdateProgress:
+        """Takes copies of the tensors of a claimed bucket, which lie one after the other; see `bucket_tensors`."""
+        receiver = self._receiver(update_id)
+        self._guarded(lambda: receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads)))
+        return self._progress(receiver)
+
+    def drop_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
+        """Forgets a claimed bucket, whose tensors may then come in another."""
+        if (receiver := self._updates.get(update_id)) is not None:
+            receiver.unclaim(heads)
+
+    @blocking
+    def open_sent(self, payload: bytes, *, module: str, flattened: bool, unread: Sequence[bytes]) -> SentNames:
+        """Finds the tensors that a pickled payload names in another process's memory; `close_sent` has to follow.
+
+        See `wire.pickled.named_tensors` for the arguments and errors.
+        """
+        sent = named_tensors(payload, module=module, flattened=flattened, unread=unread)
+        sent_id = secrets.token_hex(8)
+        self._sent[sent_id] = sent
+        return SentNames(sent_id=sent_id, names=tuple(name for name, _ in sent.pairs))
+
+    @blocking
+    def close_sent(self, sent_id: str) -> None:
+        """Lets a sender have its memory back. Without effect where it has it."""
+        if (sent := self._sent.pop(sent_id, None)) is not None:
+            sent.release()
+
+    @blocking
+    def fill_from_sent(self, update_id: str, sent_id: str) -> UpdateProgress:
+        """Copies a bucket from another process's memory, and lets the sender have that back."""
+        receiver = self._receiver(update_id)
+        self._guarded(lambda: fill_from_sent(receiver, self._sent[sent_id]))
+        return self._progress(receiver)
+
+    @blocking
+    def fill_from_group(
+        self, update_id: str, group_name: str, heads: Sequence[TensorHead], *, flattened: bool
+    ) -> UpdateProgress:
+        """Receives a bucket from a process group; after an error the group receives nothing more."""
+        receiver, group = self._receiver(update_id), self._groups.find(group_name)
+        self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened))
+        return self._progress(receiver)
+
+    @blocking
+    def commit_update(self, update_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
+        """Puts what has arrived in place, between two requests. If tensors are missing, the update stays open."""
+        receiver = self._receiver(update_id)
+        staged = self._guarded(receiver.stage)
+        self._updates.pop(update_id, None)
+        return self._guarded(lambda: self.engine.commit_weights(staged, weight_version=weight_version, mode=mode))
+
+    def is_open(self, update_id: str) -> bool:
+        """Whether tensors of the update may still come."""
+        return update_id in self._updates
+
+    def drop_update(self, update_id: str) -> None:
+        """Forgets an update and what has arrived of it. Without effect on one that has ended."""
+        if (receiver := self._updates.pop(update_id, None)) is not None:
+            receiver.drop()
+
+    # Process groups with trainers
+
+    @blocking
+    def join_group(
+        self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int, timeout_s: float
+    ) -> None:
+        """Joins a process group as one member, whatever the engine's layout; see `BroadcastGroup` for the arguments."""
+        make = functools.partial(
+            BroadcastGroup,
+            name,
+            rank=rank,
+            world_size=world_size,
+            backend=backend,
+            address=address,
+            port=port,
+            device=self.engine.info.device if backend == "nccl" else "cpu",
+            timeout_s=timeout_s,
+        )
+        self._guarded(lambda: self._groups.join(name, make))
+
+    def check_group(self, name: str) -> None:
+        """Refuses a group that the engine is not in.
+
+        Raises:
+            NotFoundError: It is not.
+        """
+        self._groups.find(name)
+
+    @blocking
+    def leave_group(self, name: str) -> None:
+        """Leaves a process group; a broadcast that is under way ends with an error."""
+        self._groups.leave(name)
+
+    @blocking
+    def leave_groups(self) -> None:
+        """Leaves all process groups."""
+        self._groups.close()
+
+    @blocking
+    def fail_group(self, name: str) -> None:
+        """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same."""
+        self._groups.find(name).close(UNRECEIVED)
+
+    # Adapters
+
+    def lora_adapters(self) -> tuple[LoraAdapter, ...]:
+        """The loaded adapters."""
+        return self.engine.lora_adapters()
+
+    @blocking
+    def load_adapter(
+        self, files: AdapterFiles, name: str, *, merged: bool, weight_version: str | None, mode: ExclusiveMode
+    ) -> AdapterChange:
+        """Reads an adapter while requests run, and puts it in place between two requests; see `Engine`."""
+
+        def load() -> AdapterChange:
+            staged = self.engine.stage_lora_adapter(files, name=name, merged=merged)
+            return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+
+        return self._guarded(load)
+
+    @blocking
+    def load_pushed_adapter(
+        self,
+        sent_id: str,
+        *,
+        alpha: int | float | None,
+        rank: int | None,
+        merged: bool,
+        weight_version: str | None,
+        mode: ExclusiveMode,
+    ) -> AdapterChange:
+        """Adds factors that a trainer shares to the pushed adapter; requests that name no adapter run with it."""
+
+        def load() -> AdapterChange:
+            copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
+            factors = read_factors(copies, alpha, rank)
+            with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+                staged = self.engine.stage_pushed_lora(factors, Path(folder), merged=merged)
+                return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+
+        return self._guarded(load)
+
+    @blocking
+    def unload_adapter(self, name: str, *, weight_version: str | None, mode: ExclusiveMode) -> AdapterChange:
+        """Forgets an adapter; requests that wait for it end in an error."""
+        return self._guarded(lambda: self.engine.unload_lora_adapter(name, weight_version=weight_version, mode=mode))
+
+    # Memory and life
+
+    @blocking
+    def sleep(self, mode: SleepMode) -> MemoryChange:
+        """Releases the memory of the weights, once the requests that run have finished."""
+        return self._guarded(lambda: self.engine.sleep(mode))
+
+    @blocking
+    def wake(self) -> MemoryChange:
+        """Brings the weights back."""
+        return self._guarded(self.engine.wake)
+
+    def drain(self) -> None:
+        """Takes no more requests; those that were accepted run on."""
+        self._is_draining = True
+
+    def close(self, *, timeout_s: float = 10.0) -> bool:
+        """Fails what waits or runs with `ShuttingDownError`, ends the threads. May be called twice.
+
+        Args:
+            timeout_s: How long the engine may take to end what it is at. Past it the threads are left behind.
+
+        Returns:
+            Whether the threads have ended.
+        """
+        self._is_draining = True
+        self._groups.close()
+        self.engine.interrupt()
+        return self.engine.scheduler.halt(min(timeout_s, _LOST_S) if self.failure else timeout_s)
+
+    def _check_accepting(
+        self, message: str = "the server must run to answer, got a shutdown; send the request to another replica."
+    ) -> None:
+        if self._is_draining or not self.engine.scheduler.is_alive:
+            if (failure := self.failure) is not None:
+                raise fresh(failure)
+            if self._is_draining:
+                raise ShuttingDownError(message)
+
+    def _receiver(self, update_id: str) -> WeightReceiver:
+        receiver = self._updates.get(update_id)
+        if receiver is None:
+            raise NotFoundError(
+                f"update_id must be of an update that is under way, got {update_id[:80]}; it was committed, aborted or dropped "
+                "after a silence: begin another.",
+                field="update_id",
+            )
+        return receiver
+
+    def _progress(self, receiver: WeightReceiver) -> UpdateProgress:
+        return UpdateProgress(
+            num_arrived=receiver.num_arrived,
+            num_tensors=receiver.num_tensors,
+            weight_version=self.engine.weight_version,
+        )
+
+    def _guarded(self, action: Callable[[], T]) -> T:
+        """Does it; what it raises unexpectedly goes to the log, and to the caller as an `EngineError`."""
+        try:
+            self._check_accepting()
+            return action()
+        except FlowrollError:
+            raise
+        except BaseException as error:
+            _log.exception("what a server asked of the engine failed")
+            # Not chained: its traceback holds tensors.
+            raise engine_error(error) from None

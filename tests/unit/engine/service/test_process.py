@@ -1,0 +1,166 @@
+"""An engine in a process of its own: the bits of an engine in this one, and an end that both sides notice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.hooked import WAIT_S
+from tests.proofs.doors import assert_same_samples
+
+from flowroll import Rollout, SamplingParams
+from flowroll.engine import AdapterLimits, BatchLimits, Engine, Limits
+from flowroll.engine.plan import plan_request
+from flowroll.engine.service import EngineOptions, EngineProcess, EngineService
+from flowroll.errors import CheckpointError, InvalidRequestError, QueueFullError, RankLostError, ShuttingDownError
+from flowroll.types import Layout
+
+SMALL = SamplingParams(
+    prompt="a red fox", seed=3, height=64, width=64, num_inference_steps=2, num_outputs_per_prompt=2, return_dit_trajectory=True
+)
+LONG = SamplingParams(prompt="a red fox", seed=3, height=64, width=64, num_inference_steps=1000, rollout=False)
+
+
+def options(model: Path, **changes: object) -> EngineOptions:
+    chosen = {
+        "model": str(model),
+        "variant": None,
+        "dtype": "auto",
+        "device": "cpu",
+        "layout": Layout(),
+        "limits": Limits(),
+        "batching": BatchLimits(),
+        "adapter_limits": AdapterLimits(),
+        "rank_timeout_s": 30.0,
+        "max_queue": 0,
+        "log_level": "warning",
+        "log_format": "text",
+    }
+    return EngineOptions(**{**chosen, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def started(z_image_checkpoint: Path) -> Iterator[EngineProcess]:
+    with EngineProcess(options(z_image_checkpoint)) as process:
+        process.wait()
+        yield process
+
+
+@pytest.fixture
+def lone(z_image_checkpoint: Path) -> Iterator[EngineProcess]:
+    with EngineProcess(options(z_image_checkpoint)) as process:
+        process.wait()
+        yield process
+
+
+def rollouts(process: EngineProcess, params: SamplingParams = SMALL) -> list[Rollout]:
+    plan = plan_request(params, process.facts.model, process.facts.info.limits)
+    return process.call(EngineService.submit, plan, "rollout").result(WAIT_S)
+
+
+def test_a_rollout_has_the_bits_of_an_engine_in_this_process(started: EngineProcess, z_image_checkpoint: Path) -> None:
+    with Engine(z_image_checkpoint, device="cpu") as engine:
+        torch.set_num_threads(1)
+        assert_same_samples(rollouts(started), engine.rollout(SMALL))
+        assert started.call(EngineService.checksums, ["transformer"]).result(WAIT_S) == {
+            "transformer": engine.weights_checksum()
+        }
+        assert started.facts.info.family == engine.info.family and started.facts.pid == started.pid != os.getpid()
+
+
+def test_a_request_notes_where_its_time_went(started: EngineProcess) -> None:
+    plan = plan_request(SMALL, started.facts.model, started.facts.info.limits)
+    before_s = time.monotonic()
+    future = started.call(EngineService.submit, plan, "rollout")
+    future.result(WAIT_S)
+    assert [span.stage for span in future.spans] == ["queue", "encode", "queue", "denoise", "decode"]
+    assert before_s <= future.spans[0].start_s <= future.spans[-1].end_s <= time.monotonic()
+
+
+def test_errors_are_those_of_the_engine(started: EngineProcess) -> None:
+    with pytest.raises(InvalidRequestError, match="lora_name must be") as caught:
+        rollouts(started, SamplingParams(prompt="a", lora_name="none"))
+    assert caught.value.field == "lora_name"
+    with pytest.raises(InvalidRequestError, match="module must be one of"):
+        started.call(EngineService.checksums, ["unet"]).result(WAIT_S)
+
+
+def test_a_request_whose_caller_goes_leaves_the_engine(started: EngineProcess) -> None:
+    plan = plan_request(LONG, started.facts.model, started.facts.info.limits)
+    future = started.call(EngineService.submit, plan, "generate")
+    _until(lambda: started.call(EngineService.status).result(WAIT_S).load.running_samples == 1)
+    others = [started.call(EngineService.submit, plan, "generate") for _ in range(40)]
+    refused = others[-1].exception(WAIT_S)
+    assert isinstance(refused, QueueFullError) and refused.retry_after_s > 0
+    started.call(EngineService.abort, None).result(WAIT_S)
+    _until(lambda: started.call(EngineService.status).result(WAIT_S).load.running_samples == 0)
+    assert future.exception(WAIT_S) is not None
+    again = started.call(EngineService.submit, plan, "generate")
+    _until(lambda: started.call(EngineService.status).result(WAIT_S).load.running_samples == 1)
+    started.cancel(again)
+    assert again.exception(WAIT_S) is not None
+    _until(lambda: started.call(EngineService.status).result(WAIT_S).load.running_samples == 0)
+
+
+def test_a_process_that_is_killed_ends_every_call_with_its_reason_and_tells_the_server(lone: EngineProcess) -> None:
+    told: list[Exception] = []
+    lone.on_failure(told.append)
+    plan = plan_request(LONG, lone.facts.model, lone.facts.info.limits)
+    future = lone.call(EngineService.submit, plan, "generate")
+    _until(lambda: lone.call(EngineService.status).result(WAIT_S).load.running_samples == 1)
+    os.kill(lone.pid, signal.SIGKILL)
+    for ended in (future, lone.call(EngineService.status)):
+        with pytest.raises(RankLostError, match="the engine's process must live to answer, got its end by SIGKILL"):
+            ended.result(WAIT_S)
+    _until(lambda: bool(told))
+    assert isinstance(lone.failure, RankLostError)
+
+
+def test_a_close_ends_what_runs_and_the_process(lone: EngineProcess) -> None:
+    plan = plan_request(LONG, lone.facts.model, lone.facts.info.limits)
+    future = lone.call(EngineService.submit, plan, "generate")
+    _until(lambda: lone.call(EngineService.status).result(WAIT_S).load.running_samples == 1)
+    assert lone.close(timeout_s=WAIT_S)
+    assert isinstance(future.exception(WAIT_S), ShuttingDownError)
+    assert isinstance(lone.call(EngineService.status).exception(WAIT_S), ShuttingDownError)
+    assert lone.failure is None and not Path(f"/proc/{lone.pid}").exists()
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_said_so(tmp_path: Path) -> None:
+    with EngineProcess(options(tmp_path)) as process, pytest.raises(CheckpointError, match=r"model_index\.json"):
+        process.wait()
+
+
+def test_an_engine_ends_with_the_process_of_its_server(z_image_checkpoint: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from tests.unit.engine.service.test_process import options; "
+        "from flowroll.engine.service import EngineProcess; process = EngineProcess(options(Path(sys.argv[1]))); "
+        "process.wait(); print(process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(z_image_checkpoint)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[4]
+    ) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        server.kill()
+        _until(lambda: not _lives(pid))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _until(condition: object) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
