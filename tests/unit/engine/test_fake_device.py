@@ -25,7 +25,7 @@ from flowroll.engine.loading import LoadedModel, build_model, load_model
 from flowroll.engine.plan import RequestPlan, plan_request
 from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.recorder import Recorder
-from flowroll.engine.runner.sample import Conditioning, Sample
+from flowroll.engine.runner.sample import Conditioning
 from flowroll.exact import choose_strategy
 from flowroll.exact.strategy import StrategyName
 from flowroll.families import FAMILIES
