@@ -300,10 +300,10 @@ class EngineService:
 
     @blocking
     def fill_from_group(
-        self, update_id: str, group_name: str, heads: Sequence[TensorHead], *, flattened: bool
+        self, update_id: str, group_name: str, group_id: str, heads: Sequence[TensorHead], *, flattened: bool
     ) -> UpdateProgress:
         """Receives a bucket from a process group; after an error the group receives nothing more."""
-        receiver, group = self._receiver(update_id), self._groups.find(group_name)
+        receiver, group = self._receiver(update_id), self._groups.find(group_name, group_id)
         self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened))
         return self._progress(receiver)
 
@@ -344,13 +344,13 @@ class EngineService:
         )
         self._guarded(lambda: self._groups.join(name, make))
 
-    def check_group(self, name: str) -> None:
-        """Refuses a group that the engine is not in.
+    def find_group(self, name: str) -> str:
+        """The id of the group of this name, which one that is made later does not have.
 
         Raises:
-            NotFoundError: It is not.
+            NotFoundError: The engine is in none.
         """
-        self._groups.find(name)
+        return self._groups.find(name).id
 
     @blocking
     def leave_group(self, name: str) -> None:
@@ -363,13 +363,13 @@ class EngineService:
         self._groups.close()
 
     @blocking
-    def fail_group(self, name: str) -> None:
+    def fail_group(self, name: str, group_id: str) -> None:
         """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same.
 
-        Without effect on one that was left meanwhile.
+        Without effect where it was left meanwhile, or another of its name was joined.
         """
         with contextlib.suppress(NotFoundError):
-            self._groups.find(name).close(UNRECEIVED)
+            self._groups.find(name, group_id).close(UNRECEIVED)
 
     # Adapters
 

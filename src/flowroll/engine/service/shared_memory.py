@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import weakref
@@ -24,6 +25,9 @@ class SharedMemory:
 
     Attributes:
         bytes: The memory, as a tensor [bytes] of uint8.
+
+    Raises:
+        OSError: It cannot be mapped. The descriptor is closed then, too.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -31,7 +35,10 @@ class SharedMemory:
         weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
         # torch opens the file once more, and closes it: a mapping that is still in use holds no descriptor.
-        self.bytes: Tensor = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+        try:
+            self.bytes: Tensor = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, str(error)) from None
 
     @classmethod
     def create(cls, num_bytes: int) -> SharedMemory:
@@ -43,10 +50,10 @@ class SharedMemory:
         descriptor = os.memfd_create("flowroll", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, max(num_bytes, 1))
-            return cls(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
+        return cls(descriptor)
 
 
 def tensor_at(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

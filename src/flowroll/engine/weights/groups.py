@@ -29,14 +29,18 @@ class WeightGroups:
         # A join holds a thread for as long as its trainer does not come.
         self._joining = threading.Lock()
 
-    def find(self, name: str) -> BroadcastGroup:
+    def find(self, name: str, group_id: str | None = None) -> BroadcastGroup:
         """The group of this name.
+
+        Args:
+            name: Of the group.
+            group_id: Its id, where one that was made later is not meant; None: whichever it is.
 
         Raises:
             NotFoundError: There is none.
         """
         group = self._groups.get(name)
-        if group is None:
+        if group is None or group_id not in (None, group.id):
             raise NotFoundError(f"group_name must be of a group, got {name[:80]}; init it first.", field="group_name")
         return group
 
