@@ -34,7 +34,7 @@ from flowroll.testing import make_checkpoint, random_input
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(REGISTERED)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOKENS = {64: (8, 8), 256: (16, 16), 1024: (32, 32)}
+TOKENS = {32: (8, 4), 64: (8, 8), 256: (16, 16), 1024: (32, 32)}
 SAMPLES = (1, 2, 4, 8, 16)
 # A prompt and a negative prompt.
 TEXTS = (20, 7)

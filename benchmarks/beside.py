@@ -75,7 +75,7 @@ def main() -> None:
         f"# A step beside large answers, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.beside --rounds {options.rounds}`. {hardware()}; one engine thread; two cores for the "
         "engine, the server and the clients together.",
-        f"{len(ACCEPT)} clients read one answer of about 200 MB each ({', '.join(ACCEPT)}), in a process of their own. Medians of "
+        f"{len(ACCEPT)} clients read one answer of about 200 MB each ({', '.join(ACCEPT)}), a process each. Medians of "
         f"{options.rounds} rounds, servers in turn.",
         "| the engine is | ms a step alone | ms a step beside | ratio [least, most] | s of reading |\n|---|---|---|---|---|\n"
         + "\n".join(rows),

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,8 +32,10 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.sample import Sample
 from flowroll.families import FAMILIES as REGISTERED
+from flowroll.families import Guidance
+from flowroll.families.base import NO_GUIDANCE
 from flowroll.testing import make_checkpoint
-from flowroll.types import SamplingParams
+from flowroll.types import Layout, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(REGISTERED)
@@ -63,6 +66,15 @@ at once.
 | family | dtype | new, caller's loop | new, own loop | after load, caller's loop | after load, own loop |
 |---|---|---|---|---|---|"""
 
+RANKS = f"""## Under load, on two ranks
+
+Wall time of {NUM_REQUESTS} requests of {STEPS} steps one at a time / all at once, one thread a rank; the same on one rank in
+the same run; and the bound: the same ratio for a rank's part of one step in the model's own inexact batch, which knows neither
+messages nor collectives (sp2: half of the image tokens; cfg2: one branch).
+
+| family | dtype | layout | batched | batched on one rank | bound, step | in a step |
+|---|---|---|---|---|---|---|"""
+
 
 def main() -> None:
     """Measures and writes the result file."""
@@ -70,6 +82,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine's loop and of its stages")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--layout", nargs="*", choices=["sp2", "cfg2"], default=["sp2", "cfg2"], help="layouts of two ranks")
     parser.add_argument("--out", type=Path, default=None, help="result file")
     options = parser.parse_args()
     today = datetime.datetime.now(datetime.UTC)
@@ -82,17 +96,18 @@ def main() -> None:
         "Medians of paired ratios with their 95 % intervals.\n\n"
         "Not claimed: absolute times (the machine is shared), any figure for a GPU."
     )
-    load, alone = [LOAD], [ALONE]
+    load, alone, ranks = [LOAD], [ALONE], [RANKS]
     with tempfile.TemporaryDirectory() as folder:
-        for family in FAMILIES:
+        for family in options.family:
             checkpoint = make_checkpoint(family, Path(folder) / family, size="tiny")
             for dtype in options.dtype:
                 cell = (checkpoint, dtype, options.threads, options.rounds)
                 load.append(_apart(_load_row, *cell))
                 alone.append(_apart(_alone_row, *cell))
-                print(load[-1], alone[-1], sep="\n", flush=True)
+                ranks += [_apart(_ranks_row, *cell, layout) for layout in options.layout]
+                print(load[-1], alone[-1], *ranks[len(ranks) - len(options.layout) :], sep="\n", flush=True)
                 # A long run that is cut off leaves what it has.
-                out.write_text("\n\n".join([head, "\n".join(load), "\n".join(alone)]) + "\n", encoding="utf-8")
+                out.write_text("\n\n".join([head, *map("\n".join, (load, alone, ranks))]) + "\n", encoding="utf-8")
 
 
 def _apart(row: Callable[..., str], *arguments: object) -> str:
@@ -155,8 +170,28 @@ def _alone_row(checkpoint: Path, dtype: str, threads: int, rounds: int) -> str:
     return f"| {engine.info.family} | {dtype} | {' | '.join(map(str, found))} |"
 
 
-def _engine(checkpoint: Path, dtype: str) -> Engine:
-    return Engine(checkpoint, dtype=dtype, device="cpu", batching=BatchLimits(max_running_samples=64))
+def _ranks_row(checkpoint: Path, dtype: str, threads: int, rounds: int, layout: str) -> str:
+    torch.set_num_threads(threads)
+    with _engine(checkpoint, dtype) as one, _engine(checkpoint, dtype, Layout.parse(layout)) as two:
+        arms: dict[str, Callable[[], object]] = {}
+        for name, engine in (("one", one), ("two", two)):
+            plans = [_plan(engine, number, STEPS) for number in range(NUM_REQUESTS)]
+            arms[f"{name} at once"] = lambda engine=engine, plans=plans: _run(engine, plans)  # type: ignore[misc]
+            arms[f"{name} in turn"] = lambda engine=engine, plans=plans: [_run(engine, [plan]) for plan in plans]  # type: ignore[misc]
+        times = paired_times(arms, rounds=rounds, clock=time.perf_counter)
+        sizes = two.scheduler.load().batches
+        assert NUM_REQUESTS in sizes, "the requests must share a forward on the ranks"
+        own = {"tokens": TOKENS // 2} if layout == "sp2" else {"guided": False}
+        bound = _step_bound(one, threads, rounds, **own)  # type: ignore[arg-type]
+        share = sum(size * number for size, number in sizes.items() if size > 1) / sum(
+            number for size, number in sizes.items() if size > 1
+        )
+    on_two, on_one = (ratio(times[f"{name} in turn"], times[f"{name} at once"]) for name in ("two", "one"))
+    return f"| {one.info.family} | {dtype} | {layout} | {on_two} | {on_one} | {bound} | {share:.1f} |"
+
+
+def _engine(checkpoint: Path, dtype: str, layout: Layout | None = None) -> Engine:
+    return Engine(checkpoint, dtype=dtype, device="cpu", layout=layout, batching=BatchLimits(max_running_samples=64))
 
 
 def _plan(engine: Engine, number: int, steps: int) -> RequestPlan:
@@ -192,18 +227,20 @@ def _run_plainly(engine: Engine, plan: RequestPlan) -> None:
 
 
 @torch.no_grad()
-def _step_bound(engine: Engine, threads: int, rounds: int) -> Ratio:
+def _step_bound(engine: Engine, threads: int, rounds: int, *, tokens: int = TOKENS, guided: bool = True) -> Ratio:
     model = engine._model
     cell = Cell(
         family=model.family,
         spec=model.spec,
         transformer=model.transformer,
         dtype=model.dtype,
-        tokens=TOKENS,
+        tokens=tokens,
         samples=NUM_REQUESTS,
         threads=threads,
     )
     inputs = make_inputs(cell, one_step=False)
+    if not guided:
+        inputs = [replace(one, guidance=Guidance(rule=NO_GUIDANCE, scale=0.0)) for one in inputs]
 
     def in_turn() -> None:
         for one in inputs:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
-# Samples that follow each other resemble each other: the line is fitted to the means of so many stretches of time.
+# Samples that follow each other resemble each other: the line is fitted to the means of so many spans of time.
 _STRETCHES = 20
 # Two-sided 95 % points of Student's t, by degrees of freedom.
 _T95 = {3: 3.18, 5: 2.57, 8: 2.31, 10: 2.23, 12: 2.18, 15: 2.13, 18: 2.10, 30: 2.04}
@@ -60,14 +60,14 @@ def holding(pid: int, began_s: float) -> Holding:
 
 
 def slope(minutes: Sequence[float], values: Sequence[float]) -> Slope:
-    """Of a line through the values, or, if they are many and so near each other alike, through the means of equal stretches."""
-    stretches = min(_STRETCHES, len(values))
-    assert stretches >= 5
-    edges = [len(values) * index // stretches for index in range(stretches + 1)]
+    """Of a line through the values, or, if they are many and so near each other alike, through the means of equal spans."""
+    spans = min(_STRETCHES, len(values))
+    assert spans >= 5
+    edges = [len(values) * index // spans for index in range(spans + 1)]
     xs = [statistics.fmean(minutes[a:b]) for a, b in itertools.pairwise(edges)]
     ys = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
     value, intercept = statistics.linear_regression(xs, ys)
-    freedom = stretches - 2
+    freedom = spans - 2
     residual = sum((y - intercept - value * x) ** 2 for x, y in zip(xs, ys, strict=True)) / freedom
     mean = statistics.fmean(xs)
     error = math.sqrt(residual / sum((x - mean) ** 2 for x in xs))

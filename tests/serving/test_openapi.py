@@ -9,11 +9,11 @@ import pytest
 from tests.serving.servers import serving
 
 from flowroll.engine.service import EngineService
-from flowroll.wire.arrivals import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.messages import WireImage, WireSample, WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps
 from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.scoring import decode_score_request
+from flowroll.wire.weight_updates import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
 
 ROUTES = {

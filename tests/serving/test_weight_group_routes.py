@@ -174,9 +174,11 @@ def test_a_refused_bucket_leaves_everything_and_is_never_taken_for_the_next(
 def test_a_server_that_is_busy_leaves_the_others_free(
     service: EngineService, engine: Engine, truth: Truth, old: Rollout
 ) -> None:
+    # Each server is a member of its own; the engine is the fixture's to close.
+    other = EngineService(engine, max_queue=4)
     with (
         serving(service) as free_one,
-        serving(service) as busy_one,
+        serving(other) as busy_one,
         Client(str(free_one.base_url)) as first,
         Client(str(busy_one.base_url)) as second,
         WeightGroup([first, second], timeout_s=20.0) as group,

@@ -19,10 +19,10 @@ from flowroll.client.ranks import TrainerRanks
 from flowroll.errors import FlowrollError, InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
-from flowroll.wire.arrivals import BeginUpdateRequest, CommitUpdateRequest
 from flowroll.wire.body import EncodedBody, Segment
 from flowroll.wire.names import ABANDON_ROUTE, ADAPTER_FROM_TENSORS_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE
 from flowroll.wire.safetensors import safetensors_prefix
+from flowroll.wire.weight_updates import BeginUpdateRequest, CommitUpdateRequest
 from flowroll.wire.weights import AdapterFromTensorsRequest, Updatable
 
 NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]

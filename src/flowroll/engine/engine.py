@@ -94,7 +94,6 @@ class Engine:
     Attributes:
         info: What is loaded, and how.
         scheduler: Runs the requests: cancels, pauses, counts them.
-        rank_timeout_s: How long ranks wait for each other, and for trainers in process groups.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or an incomplete one.
@@ -136,7 +135,6 @@ class Engine:
         self._log_probs = LogProbs(self._model, self._executor, self._offload, versions)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
-        self.rank_timeout_s = rank_timeout_s
         self.info = _describe(self._model, str(checkpoint.folder), layout, limits, adapter_limits)
 
     def __enter__(self) -> Engine:

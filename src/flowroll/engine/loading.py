@@ -117,8 +117,6 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
     try:
         if mesh is None or mesh.degree("tp") == 1:
             transformer = load_component(checkpoint, "transformer", dtype)
-            # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
-            align_weights(transformer)
         else:
             transformer = empty_module(checkpoint, "transformer")
             shard_columns_of(transformer, plan.columns, mesh)
@@ -156,6 +154,8 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     if unknown and library is transformers:
         unknown -= _tensors_of_saver(checkpoint, component, module)
     checkpoint.check_loaded(component, module, missing=report["missing_keys"], unknown=unknown)
+    # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
+    align_weights(module)
     return module
 
 

@@ -38,7 +38,6 @@ class StableDiffusion3(Family):
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=28, guidance_scale=7.0, negative_prompt=""),
         "3.5-medium": Defaults(height=1024, width=1024, num_inference_steps=40, guidance_scale=4.5, negative_prompt=""),
-        "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=""),
     }
     guidance_rule: ClassVar[str] = "cfg_batch"
     guided_above: ClassVar[Number] = 1
@@ -64,6 +63,7 @@ class StableDiffusion3(Family):
                 ),
                 leave=Gather(module="proj_out", rows=1, branches=0),
                 attention=f"{_BLOCK}.attn*",
+                sliced=(f"{_BLOCK}.attn.to_out.0", f"{_BLOCK}.attn.to_add_out"),
                 is_in_front=True,
             ),
         ),

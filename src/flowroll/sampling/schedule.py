@@ -159,8 +159,7 @@ def scheduler_grid(config: ScheduleConfig, num_steps: int) -> Float[Tensor, " st
         return torch.tensor([first], dtype=torch.float64) / steps
     grid = torch.arange(num_steps, dtype=torch.float64) * ((last - first) / (num_steps - 1)) + first
     grid[-1] = last
-    sigmas: Tensor = grid / steps
-    return sigmas
+    return torch.div(grid, steps)
 
 
 def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, num_tokens: int) -> Schedule:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
 from fastapi import FastAPI
 
 from flowroll import __version__
-from flowroll.engine.service import EngineClient
+from flowroll.engine.service import EngineClient, EngineService
+from flowroll.errors import FlowrollError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
@@ -39,7 +44,15 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         tracing: Makes spans of requests; None: spans go to the process's own provider, if it has one.
     """
     state = AppState.build(engine, config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        with contextlib.suppress(FlowrollError):
+            await asyncio.wrap_future(engine.call(EngineService.leave_groups))
+
     app = FastAPI(
+        lifespan=lifespan,
         title="flowroll",
         version=__version__,
         description="Rollouts of flow-matching text-to-image models for RL post-training.",

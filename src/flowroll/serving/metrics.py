@@ -138,11 +138,11 @@ class Metrics:
         self.requests.labels("connection", str(code)).inc()
         self.errors.labels(error).inc()
 
-    def observe_stages(self, stretches: Iterable[StageSpan]) -> None:
+    def observe_stages(self, spans: Iterable[StageSpan]) -> None:
         """Counts the time that an answer took after its request had ended; on the event loop."""
-        for stretch in stretches:
-            if stretch.stage in self._collector.answer_s:
-                self._collector.answer_s[stretch.stage] += stretch.seconds
+        for span in spans:
+            if span.stage in self._collector.answer_s:
+                self._collector.answer_s[span.stage] += span.seconds
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""

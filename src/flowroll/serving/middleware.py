@@ -48,7 +48,7 @@ class RequestContext:
         body_bytes: Bytes of the answer's body so far.
         started_s: When the request began, by the monotonic clock.
         answered_s: When the answer began.
-        stretches: The stages of the request's time, as far as they are known.
+        spans: The stages of the request's time, as far as they are known.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -58,14 +58,14 @@ class RequestContext:
     body_bytes: int = 0
     started_s: float = field(default_factory=time.monotonic)
     answered_s: float | None = None
-    stretches: list[StageSpan] = field(default_factory=list)
+    spans: list[StageSpan] = field(default_factory=list)
 
     @property
     def stages(self) -> dict[str, float]:
         """Milliseconds by stage, in the order in which the stages were reached."""
         totals: dict[str, float] = {}
-        for stretch in self.stretches:
-            totals[stretch.stage] = totals.get(stretch.stage, 0.0) + stretch.seconds * 1000
+        for span in self.spans:
+            totals[span.stage] = totals.get(span.stage, 0.0) + span.seconds * 1000
         return totals
 
     @contextmanager
@@ -75,7 +75,7 @@ class RequestContext:
         try:
             yield
         finally:
-            self.stretches.append(StageSpan(stage=name, start_s=start_s, end_s=time.monotonic()))
+            self.spans.append(StageSpan(stage=name, start_s=start_s, end_s=time.monotonic()))
 
 
 def context_of(request: Request) -> RequestContext:
@@ -159,13 +159,13 @@ class RequestMiddleware:
     def _observe(self, context: RequestContext, scope: Scope) -> None:
         """Counts, traces and logs a request that has ended."""
         now_s = time.monotonic()
-        if context.stretches and context.answered_s is not None:
-            context.stretches.append(StageSpan(stage="send", start_s=context.answered_s, end_s=now_s))
+        if context.spans and context.answered_s is not None:
+            context.spans.append(StageSpan(stage="send", start_s=context.answered_s, end_s=now_s))
         seconds, status, error = now_s - context.started_s, context.status or _CLIENT_CLOSED, context.error
         # Unknown paths share one label, because their number is the caller's choice.
         route, method = getattr(scope.get("route"), "path", "other"), scope["method"]
         self._metrics.observe_request(route=route, code=status, seconds=seconds, body_bytes=context.body_bytes, error=error)
-        self._metrics.observe_stages(context.stretches)
+        self._metrics.observe_stages(context.spans)
         trace_id = None
         if self._tracing is not None and route not in POLLED:
             attributes = {
@@ -179,7 +179,7 @@ class RequestMiddleware:
                 f"{method} {route}",
                 headers=Headers(scope=scope),
                 start_s=context.started_s,
-                stretches=context.stretches,
+                spans=context.spans,
                 attributes=attributes | ({} if error is None else {"error.type": error}),
             )
         if not context.suppress_logs:

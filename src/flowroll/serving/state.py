@@ -33,7 +33,7 @@ from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.pushes import WeightPush, WeightPushes
 from flowroll.serving.weight_uploads import WeightUpload, WeightUploads
 from flowroll.types import AdapterChange, GeneratedImage, ModuleName, Rollout, ScoreAnswer, WeightUpdate
-from flowroll.wire.arrivals import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
+from flowroll.wire.weight_updates import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
 
 T = TypeVar("T")
 C = TypeVar("C", WeightUpdate, AdapterChange)
@@ -94,7 +94,7 @@ class AppState:
         try:
             results: list[Any] = await while_connected(request, accepted, self.engine.cancel)
         finally:
-            context_of(request).stretches += accepted.spans
+            context_of(request).spans += accepted.spans
         self.metrics.observe_result(plan, kind)
         return results
 

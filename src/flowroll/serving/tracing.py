@@ -41,7 +41,7 @@ class Tracing:
         *,
         headers: Mapping[str, str],
         start_s: float,
-        stretches: Sequence[StageSpan],
+        spans: Sequence[StageSpan],
         attributes: Mapping[str, str | int],
     ) -> str | None:
         """Records an answered request, which ends now.
@@ -50,7 +50,7 @@ class Tracing:
             name: Method and route.
             headers: The request's headers, in lower case.
             start_s: When the request began, by the monotonic clock.
-            stretches: The stages of its time.
+            spans: The stages of its time.
             attributes: The attributes of its span, by OpenTelemetry's names.
 
         Returns:
@@ -68,8 +68,8 @@ class Tracing:
         span = self._tracer.start_span(name, parent, kind=SpanKind.SERVER, attributes=dict(attributes), start_time=at(start_s))
         if span.is_recording():
             inside = set_span_in_context(span)
-            for stretch in stretches:
-                self._tracer.start_span(stretch.stage, inside, start_time=at(stretch.start_s)).end(at(stretch.end_s))
+            for stage in spans:
+                self._tracer.start_span(stage.stage, inside, start_time=at(stage.start_s)).end(at(stage.end_s))
             if int(attributes["http.response.status_code"]) >= _SERVER_ERROR:
                 span.set_status(Status(StatusCode.ERROR))
         span.end(end_ns)

@@ -17,7 +17,7 @@ _CLIP_DIMS = (16, 32)
 # As 3.5 medium: norms of queries and keys, and in the first layers a second attention over the image alone.
 _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
     "tiny": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "dual_attention_layers": (0,)},
-    "mid": {"num_layers": 14, "num_attention_heads": 8, "attention_head_dim": 64, "dual_attention_layers": (0, 1)},
+    "mid": {"num_layers": 11, "num_attention_heads": 8, "attention_head_dim": 64, "dual_attention_layers": (0, 1)},
     "shapes": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 24, "dual_attention_layers": ()},
 }
 
@@ -25,17 +25,19 @@ _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
 def make_sd3(size: Size, seed: int, overrides: dict[str, Any]) -> StableDiffusion3Pipeline:
     """A pipeline of this size; `overrides` are fields of the transformer's configuration."""
     channels = LATENT_CHANNELS[size]
-    config = {"in_channels": channels, "out_channels": channels, **_TRANSFORMERS[size], **overrides}
+    config = {
+        "sample_size": 128,
+        "pos_embed_max_size": 96,
+        "in_channels": channels,
+        "out_channels": channels,
+        "joint_attention_dim": TEXT_DIM,
+        "pooled_projection_dim": sum(_CLIP_DIMS),
+        "qk_norm": "rms_norm",
+        **_TRANSFORMERS[size],
+        **overrides,
+    }
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    transformer = SD3Transformer2DModel(
-        sample_size=128,
-        pos_embed_max_size=96,
-        joint_attention_dim=TEXT_DIM,
-        caption_projection_dim=width,
-        pooled_projection_dim=sum(_CLIP_DIMS),
-        qk_norm="rms_norm",
-        **config,
-    )
+    transformer = SD3Transformer2DModel(**{"caption_projection_dim": width, **config})
     # Without it, what a prompt says among hundreds of image tokens would hardly matter.
     fill_random(transformer, seed, {"attn.add_v_proj.weight": 4.0})
     clips, t5 = [make_clip_tokenizer(), make_clip_tokenizer(pad_token="!")], make_t5_tokenizer()

@@ -121,18 +121,24 @@ def make_clip_tokenizer(*, pad_token: str = _END_OF_TEXT) -> CLIPTokenizer:
     """
     suffix = "</w>"
     rules = CLIPTokenizer().backend_tokenizer
-    draft = Tokenizer(models.BPE(end_of_word_suffix=suffix))
-    draft.normalizer, draft.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=8192, min_frequency=1, end_of_word_suffix=suffix, show_progress=False)
-    draft.train_from_iterator(_CORPUS, trainer)
-    model = json.loads(draft.to_str())["model"]
+    words = [word for line in _CORPUS for word, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(line))]
+    # The trainer is the same every time where it is given all letters, and it takes single ones alone. So a last letter, which
+    # has the suffix, is trained as another letter.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known = [*alphabet, *(letter + suffix for letter in alphabet)]
-    words = [token for token in sorted(model["vocab"], key=model["vocab"].__getitem__) if token not in set(known)]
-    tokens = [*known, *words, "<|startoftext|>", _END_OF_TEXT]
+    lasts = {letter: chr(0xE000 + ord(letter)) for letter in alphabet}
+    draft = Tokenizer(models.BPE())
+    draft.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192, min_frequency=1, initial_alphabet=[*alphabet, *lasts.values()], show_progress=False
+    )
+    draft.train_from_iterator([word[:-1] + lasts[word[-1]] for word in words], trainer)
+    model = json.loads(draft.to_str())["model"]
+    suffixed = {ord(last): letter + suffix for letter, last in lasts.items()}
+    merges = [tuple(part.translate(suffixed) for part in pair) for pair in model["merges"]]
+    tokens = [token.translate(suffixed) for token in sorted(model["vocab"], key=model["vocab"].__getitem__)]
     return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[tuple(pair) for pair in model["merges"]],
+        vocab={token: index for index, token in enumerate([*tokens, "<|startoftext|>", _END_OF_TEXT])},
+        merges=merges,
         pad_token=pad_token,
         model_max_length=77,
         clean_up_tokenization_spaces=False,

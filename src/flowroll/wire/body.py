@@ -13,7 +13,7 @@ _MIN_CHUNK_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A stretch of a body.
+    """A span of a body.
 
     Attributes:
         data: The bytes before any base64.

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from msgspec import Meta
 
 from flowroll.errors import InvalidRequestError
-from flowroll.wire.arrivals import Bucketed
 from flowroll.wire.fields import Request, about
+from flowroll.wire.weight_updates import Bucketed
 
 DEFAULT_GROUP = "weight_update_group"
 _MAX_PORT, _MAX_WORLD, _MAX_NAME = 65535, 4096, 128

@@ -72,7 +72,7 @@ def test_the_other_ranks_of_torchrun_do_not_ask_for_the_port_that_rank_0_has(mon
     ("words", "blocked", "extra"),
     [
         (("--help",), "typer", "client"),
-        (("--help",), "rich", "client"),
+        (("inspect", "FILE"), "rich", "client"),
         (("serve", "--port", "0"), "fastapi", "server"),
         (("serve", "--port", "0"), "diffusers", "server"),
         (("generate", "shapes-z_image", "--prompt", "x"), "diffusers", "engine"),

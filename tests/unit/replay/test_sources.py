@@ -11,6 +11,7 @@ from torch import nn
 
 from flowroll import Rollout, replay
 from flowroll.errors import InvalidRequestError
+from flowroll.families import FAMILIES
 from flowroll.replay.remote import score_params
 
 
@@ -65,7 +66,7 @@ def filtered(*states: int) -> Rollout:
         ("dit_trajectory", [filtered(0, 1, 3, 4)], r"states 1 and 2 to replay step 1, got the states \[0, 1, 3, 4\]"),
         ("dit_trajectory", [with_trajectory(sigmas=torch.linspace(1, 0, 5))], "the sigmas of dit_trajectory are not those"),
         ("dit_trajectory", [with_trajectory(timesteps=torch.ones(4))], "the timesteps of dit_trajectory are not those"),
-        ("family", [with_record(family="sdxl")], "be one of qwen_image, z_image, got sdxl"),
+        ("family", [with_record(family="sdxl")], f"be one of {', '.join(FAMILIES)}, got sdxl"),
         ("rollouts", [rollout(), rollout(family="z_image")], "be of one model family, got qwen_image and z_image"),
         ("guidance_rule", [with_record(guidance_rule="cfg")], "be none or cfg_norm_rescale for qwen_image, got cfg"),
         ("schema_version", [with_record(schema_version=9)], "be 1, got 9"),

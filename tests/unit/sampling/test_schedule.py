@@ -77,7 +77,7 @@ def test_any_configuration_gives_the_schedulers_bits(
 @pytest.mark.parametrize("config", [QWEN_IMAGE, Z_IMAGE])
 @pytest.mark.parametrize("base_grid", [linspace_float32, linspace_float64])
 def test_one_step_goes_from_noise_to_data(config: ScheduleConfig, base_grid) -> None:
-    # diffusers divides 0 by 0 in the terminal stretch of a one-step grid.
+    # diffusers divides 0 by 0 in the terminal span of a one-step grid.
     assert shifted_schedule(config, base_grid(1), num_tokens=256).sigmas.tolist() == [1.0, 0.0]
 
 

@@ -6,6 +6,8 @@ Arguments and results are data that can be sent to another process; they hold no
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import os
@@ -325,14 +327,21 @@ class EngineService:
     # Process groups with trainers
 
     @blocking
-    def join_group(self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int) -> None:
-        """Joins a process group as one member, whatever the engine's layout; waits for the others."""
-        device = self.engine.info.device if backend == "nccl" else "cpu"
-
-        def make() -> BroadcastGroup:
-            place = {"rank": rank, "world_size": world_size, "address": address, "port": port}
-            return BroadcastGroup(name, backend=backend, device=device, timeout_s=self.engine.rank_timeout_s, **place)  # type: ignore[arg-type]
-
+    def join_group(
+        self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int, timeout_s: float
+    ) -> None:
+        """Joins a process group as one member, whatever the engine's layout; see `BroadcastGroup` for the arguments."""
+        make = functools.partial(
+            BroadcastGroup,
+            name,
+            rank=rank,
+            world_size=world_size,
+            backend=backend,
+            address=address,
+            port=port,
+            device=self.engine.info.device if backend == "nccl" else "cpu",
+            timeout_s=timeout_s,
+        )
         self._guarded(lambda: self._groups.join(name, make))
 
     def check_group(self, name: str) -> None:
@@ -349,9 +358,18 @@ class EngineService:
         self._groups.leave(name)
 
     @blocking
+    def leave_groups(self) -> None:
+        """Leaves all process groups."""
+        self._groups.close()
+
+    @blocking
     def fail_group(self, name: str) -> None:
-        """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same."""
-        self._groups.find(name).close(UNRECEIVED)
+        """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same.
+
+        Without effect on one that was left meanwhile.
+        """
+        with contextlib.suppress(NotFoundError):
+            self._groups.find(name).close(UNRECEIVED)
 
     # Adapters
 

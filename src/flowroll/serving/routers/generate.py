@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from flowroll.errors import InvalidRequestError
-from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
 from flowroll.serving.openapi import PNG_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
+from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_images
 from flowroll.wire.messages import WireImage

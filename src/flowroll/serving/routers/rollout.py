@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import choose_dialect, choose_wire_format
 from flowroll.serving.openapi import request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
+from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_rollouts
 from flowroll.wire.messages import WireSample

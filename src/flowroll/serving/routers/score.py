@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from flowroll.serving.answers import stream
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import choose_wire_format
 from flowroll.serving.openapi import MSGPACK_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_score_request
+from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
 from flowroll.wire.messages import WireScoreAnswer, WireScoreRequest
 from flowroll.wire.names import SCORE_ROUTE

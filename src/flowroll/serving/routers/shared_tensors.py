@@ -21,11 +21,11 @@ from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import read_body
 from flowroll.serving.state import AppState
 from flowroll.types import check_version
-from flowroll.wire.arrivals import CheckedUpdateObject, CheckUpdateRequest, SharedUpdateObject, UpdateFromTensorRequest
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import CHECK_UPDATE_ROUTE, UPDATE_FROM_TENSOR_ROUTE
 from flowroll.wire.pickled import FIELD
 from flowroll.wire.schema import parse, parse_json_body
+from flowroll.wire.weight_updates import CheckedUpdateObject, CheckUpdateRequest, SharedUpdateObject, UpdateFromTensorRequest
 
 # Handles, not data: a thousand tensors take half a megabyte a rank.
 _MAX_BODY = 64 * 2**20

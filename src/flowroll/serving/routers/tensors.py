@@ -13,7 +13,10 @@ from flowroll.serving.state import AppState
 from flowroll.serving.uploads import read_bucket
 from flowroll.serving.weight_uploads import WeightUpload
 from flowroll.types import check_version
-from flowroll.wire.arrivals import (
+from flowroll.wire.control import ErrorBody
+from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
+from flowroll.wire.schema import parse
+from flowroll.wire.weight_updates import (
     AbandonedObject,
     ArrivedObject,
     BeginUpdateRequest,
@@ -21,9 +24,6 @@ from flowroll.wire.arrivals import (
     BodyUpdateRequest,
     CommitUpdateRequest,
 )
-from flowroll.wire.control import ErrorBody
-from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
-from flowroll.wire.schema import parse
 from flowroll.wire.weights import UpdateObject
 
 _RESPONSES = {

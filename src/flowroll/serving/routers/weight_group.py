@@ -17,13 +17,13 @@ from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import check_host
 from flowroll.serving.state import AppState
 from flowroll.types import check_version
-from flowroll.wire.arrivals import DoneObject, SharedUpdateObject
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 from flowroll.wire.safetensors import TensorHead
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.validation import shown
+from flowroll.wire.weight_updates import DoneObject, SharedUpdateObject
 
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
 
@@ -58,6 +58,7 @@ def build_router(state: AppState) -> APIRouter:
                 backend=accepted.backend,
                 address=accepted.master_address,
                 port=accepted.master_port,
+                timeout_s=state.config.rank_timeout_s,
             )
             await asyncio.wrap_future(joined)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")

@@ -1,0 +1,165 @@
+"""What is particular to Stable Diffusion 3: T5 that was not saved, shifts, plain and dual attention, refusals."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flowroll import replay
+from flowroll.engine import Engine
+from flowroll.errors import CheckpointError, InvalidRequestError
+from flowroll.families.alignment import align_weights
+from flowroll.testing import make_checkpoint
+
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+REQUEST: dict[str, Any] = {"prompt": "a red cup", "negative_prompt": "blurry", "height": 80, "width": 112}
+EVERYTHING = {"return_denoising_env": True, "return_dit_trajectory": True}
+
+
+def load(folder: Path, dtype: str = "float32", **parts: Any) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+        align_weights(module)
+    return pipeline
+
+
+def latents_of(pipeline: Any, **request: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return pipeline(**{**REQUEST, **request}, generator=generator, output_type="latent").images[0]
+
+
+def edited(source: Path, folder: Path, file: str, **values: Any) -> Path:
+    """A copy of a checkpoint with other values in one of its JSON files."""
+    shutil.copytree(source, folder)
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_t5(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd3") / "without_t5"
+    load(checkpoints["sd3"], **NO_T5).save_pretrained(folder)
+    assert json.loads((folder / "model_index.json").read_text())["text_encoder_3"] == [None, None]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(without_t5: Path) -> Iterator[Engine]:
+    with Engine(without_t5, device="cpu", dtype="float32") as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_without_t5_the_bits_are_the_pipelines(without_t5: Path, dtype: str, scale: float) -> None:
+    expected = latents_of(load(without_t5, dtype, **NO_T5), num_inference_steps=3, guidance_scale=scale)
+    with Engine(without_t5, device="cpu", dtype=dtype) as engine:
+        (found,) = engine.generate(**REQUEST, seed=7, num_inference_steps=3, guidance_scale=scale)
+    assert found.latents.dtype == expected.dtype and torch.equal(found.latents, expected)
+
+
+def test_without_t5_zeros_of_256_rows_stand_in_and_replay_is_exact(engine: Engine) -> None:
+    (rollout,) = engine.rollout(**REQUEST, **EVERYTHING, num_inference_steps=3, guidance_scale=7.0)
+    env = rollout.denoising_env
+    assert env is not None and env.neg_cond_kwargs is not None
+    for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
+        embeds = branch["encoder_hidden_states"]
+        assert isinstance(embeds, Tensor) and embeds.shape == (77 + 256, 64)
+        assert not embeds[77:].any() and embeds[:77].any()
+    assert torch.equal(replay.log_prob(engine._model.transformer, [rollout])[0], rollout.log_probs)
+
+
+def test_what_was_not_saved_has_no_weights_to_ask_for(engine: Engine) -> None:
+    assert engine.modules == ("transformer", "text_encoder", "text_encoder_2", "vae")
+    assert len({engine.weights_checksum(name) for name in engine.modules}) == 4
+    with pytest.raises(InvalidRequestError, match="one of transformer, text_encoder, text_encoder_2, vae, got text_encoder_3"):
+        engine.weights_checksum("text_encoder_3")
+
+
+def test_an_engine_without_t5_sleeps_and_wakes_to_the_same_bits(engine: Engine) -> None:
+    request = {**REQUEST, "seed": 1, "num_inference_steps": 2}
+    before = engine.generate(**request)[0].image
+    engine.sleep(mode="disk")
+    engine.wake()
+    assert torch.equal(engine.generate(**request)[0].image, before)
+
+
+@pytest.mark.parametrize("name", ["text_encoder_2", "tokenizer"])
+def test_a_component_that_the_family_needs_is_missed_before_anything_is_loaded(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = edited(checkpoints["sd3"], tmp_path / "model", "model_index.json", **{name: [None, None]})
+    with pytest.raises(CheckpointError, match=rf"model_index\.json must name the class of {name}, got none"):
+        Engine(folder, device="cpu")
+
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "static": {},
+    "no shift": {"shift": 1.0},
+    "dynamic": {"use_dynamic_shifting": True},
+    "dynamic, linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    "terminal": {"shift_terminal": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_shift_and_number_of_steps_gives_the_pipelines_bits(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = edited(checkpoints["sd3"], tmp_path / "model", "scheduler/scheduler_config.json", **SCHEDULERS[name])
+    pipeline = load(folder)
+    with Engine(folder, device="cpu", dtype="float32") as engine:
+        for steps in (1, 2, 7, 28) if name != "terminal" else (2, 7):
+            (found,) = engine.generate(**REQUEST, seed=7, num_inference_steps=steps, guidance_scale=1.0)
+            assert torch.equal(found.latents, latents_of(pipeline, num_inference_steps=steps, guidance_scale=1.0)), steps
+            assert found.sampling.sigmas == tuple(pipeline.scheduler.sigmas.tolist())
+
+
+@pytest.mark.parametrize("options", [{"dual_attention_layers": (), "qk_norm": None}, {"dual_attention_layers": (0, 1, 2)}])
+def test_plain_and_dual_attention_have_the_pipelines_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = make_checkpoint("sd3", tmp_path, **options)
+    with Engine(folder, device="cpu", dtype="float32") as engine:
+        (found,) = engine.generate(**REQUEST, seed=7, num_inference_steps=2, guidance_scale=4.0)
+    assert torch.equal(found.latents, latents_of(load(folder), num_inference_steps=2, guidance_scale=4.0))
+
+
+def test_the_defaults_are_the_pipelines_and_those_of_the_model_card(checkpoints: dict[str, Path]) -> None:
+    with Engine(checkpoints["sd3"], device="cpu") as base:
+        assert (base.info.defaults.num_inference_steps, base.info.defaults.guidance_scale) == (28, 7.0)
+    with Engine(checkpoints["sd3"], device="cpu", variant="3.5-medium") as medium:
+        assert (medium.info.defaults.num_inference_steps, medium.info.defaults.guidance_scale) == (40, 4.5)
+
+
+def test_an_image_beyond_the_position_table_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_checkpoint("sd3", tmp_path, pos_embed_max_size=8, sample_size=16)
+    with Engine(folder, device="cpu") as engine:
+        with pytest.raises(InvalidRequestError, match="width must be at most 128, where the position table ends, got 144"):
+            engine.generate(prompt="a", height=64, width=144)
+        assert engine.generate(prompt="a", height=128, width=128, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor[:-1], lambda tensor: tensor * torch.nan])
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "pooled_projections"])
+def test_a_changed_env_is_refused_by_name(engine: Engine, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    (rollout,) = engine.rollout(**REQUEST, **EVERYTHING, num_inference_steps=2)
+    env, trajectory = rollout.denoising_env, rollout.dit_trajectory
+    assert env is not None and trajectory is not None
+    branch = {**env.pos_cond_kwargs, name: change(env.pos_cond_kwargs[name])}  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.score(
+            latents=trajectory.latents[0],
+            next_latents=trajectory.latents[1],
+            step=0,
+            env=type(env)(pos_cond_kwargs=branch, neg_cond_kwargs=env.neg_cond_kwargs),
+            record=rollout.sampling,
+            sde_step_indices=rollout.sde_step_indices,
+        )
+    assert caught.value.field == f"denoising_env.pos_cond_kwargs.{name}"
