@@ -15,11 +15,7 @@ import torch
 from tests import fake_device
 from tests.fake_device import CUDA, DeviceFaultError
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from flowroll import DenoisingEnv, SamplingParams
@@ -156,13 +152,20 @@ def assert_on_device(steps: Steps) -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_stay_on_the_device(
-    steps_of: StepsOf, name: str, strategy: StrategyName, request_of: dict[str, Any], noise_on: str
+    steps_of: StepsOf,
+    name: str,
+    strategy: StrategyName,
+    request_of: dict[str, Any],
+    noise_on: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     steps = steps_of(name, request_of, strategy, noise_on)
     assert_on_device(steps)
     for _ in range(2):
         steps.take()
         assert_on_device(steps)
+    # A warning: the samples ran one by one.
+    assert not caplog.records
     assert steps.compared == [CUDA, CUDA] and not steps.runner._samples
     for sample in steps.samples.values():
         assert (sample.recorder is None) == (request_of is EVALUATION)
