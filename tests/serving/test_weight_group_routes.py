@@ -274,7 +274,9 @@ def test_a_bucket_of_a_group_that_was_left_does_not_end_the_next_of_its_name(
     with WeightGroup([client], timeout_s=20.0) as group:
         service.fail_group("flowroll-same", former)
         with pytest.raises(NotFoundError, match="group_name must be of a group"):
-            service.fill_from_group(service.open_update("vae", partial=True).update_id, "flowroll-same", former, [], flattened=False)
+            service.fill_from_group(
+                service.open_update("vae", partial=True).update_id, "flowroll-same", former, [], flattened=False
+            )
         group.update_weights(truth[0][0])
 
 

@@ -137,9 +137,7 @@ def test_a_stopped_process_holds_up_no_caller_and_is_ended_all_the_same(lone: En
     os.kill(lone.pid, signal.SIGSTOP)
     futures: list[CallFuture[EngineStatus]] = []
     # More than its socket holds.
-    caller = threading.Thread(
-        target=lambda: futures.extend(lone.call(EngineService.status) for _ in range(5000)), daemon=True
-    )
+    caller = threading.Thread(target=lambda: futures.extend(lone.call(EngineService.status) for _ in range(5000)), daemon=True)
     caller.start()
     caller.join(WAIT_S)
     assert not caller.is_alive() and not any(future.done() for future in futures)
