@@ -21,6 +21,7 @@ ROLLOUT = {**REQUEST, "height": 192, "width": 192, "guidance_scale": 3.0}
 TARGETS = {
     "qwen_image": ["to_q", "to_out.0", "net.2", "img_mod.1", "img_in", "proj_out"],
     "z_image": ["to_q", "to_out.0", "w2", "0.adaLN_modulation.0"],
+    "sd3": ["to_q", "to_out.0", "net.2", "norm1.linear", "context_embedder", "proj_out"],
 }
 
 

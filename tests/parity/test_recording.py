@@ -26,6 +26,7 @@ NAMES = list(FAMILIES)
 EXTRA_OPS: dict[str, Counter[str]] = {
     "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, sum=4, _local_scalar_dense=4),
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
+    "sd3": Counter(mul=2, add=1, _to_copy=1, sum=6, _local_scalar_dense=6),
 }
 
 
@@ -147,7 +148,7 @@ def test_latents_are_raw_not_the_models_input(engine_of: Callable[[str, str], En
 def test_a_bf16_ode_rollout_keeps_the_loops_dtypes(engine_of: Callable[[str, str], Engine], name: str) -> None:
     rollout = engine_of(name, "bfloat16").rollout(**REQUEST, **ALL, sde_type="ode")[0]
     debug, trajectory = parts(rollout)
-    assert trajectory.latents.dtype == (torch.bfloat16 if name == "qwen_image" else torch.float32)
+    assert trajectory.latents.dtype == (FAMILIES[name].noise_dtype(torch.bfloat16))
     assert debug.model_output.dtype == debug.prev_sample_mean.dtype == torch.float32
     assert torch.equal(debug.prev_sample_mean, trajectory.latents[1:].float())
     assert not debug.variance_noise.any() and not debug.noise_std_dev.any()
@@ -164,7 +165,8 @@ def test_each_step_of_a_window_follows_its_own_rule(engine_of: Callable[[str, st
     assert rollout.sde_step_indices == (1, 2) and trajectory.latents.dtype == torch.float32
     assert rollout.log_probs is not None
     assert [value == 0 for value in rollout.log_probs.tolist()] == [True, False, False, True]
-    velocity_dtype = torch.bfloat16 if name == "qwen_image" else torch.float32
+    # The pair of Z-Image is guided in float32.
+    velocity_dtype = torch.float32 if name == "z_image" else torch.bfloat16
     for step in (0, 3):
         dt = trajectory.sigmas[step + 1] - trajectory.sigmas[step]
         expected = ode.step(trajectory.latents[step], debug.model_output[step].to(velocity_dtype), dt)

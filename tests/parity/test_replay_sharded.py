@@ -1,6 +1,7 @@
 """Replay through FSDP-wrapped transformers, on one rank and on two real processes."""
 
 import copy
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_two_ranks_recompute_the_log_probs_of_one(checkpoints: dict[str, Path], 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    cls = {"qwen_image": "QwenImageTransformer2DModel", "z_image": "ZImageTransformer2DModel"}[name]
+    cls = json.loads((checkpoints[name] / "model_index.json").read_text())["transformer"][1]
     arguments = (port, checkpoints[name], cls, tmp_path / "rollout", tmp_path)
     torch.multiprocessing.spawn(_replay_on_rank, arguments, nprocs=2)
     for rank in ("0", "1"):

@@ -1,6 +1,7 @@
 """One service per family and one server over each, shared by the tests that leave them as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,23 @@ def service(qwen_checkpoint: Path) -> Iterator[EngineService]:
 def z_service(z_image_checkpoint: Path) -> Iterator[EngineService]:
     with Engine(z_image_checkpoint, device="cpu", variant="turbo") as engine, EngineService(engine, max_queue=4) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def service_of(
+    service: EngineService, z_service: EngineService, checkpoints: dict[str, Path]
+) -> Iterator[Callable[[str], EngineService]]:
+    """The service of a family."""
+    known = {"qwen_image": service, "z_image": z_service}
+    with ExitStack() as stack:
+
+        def get(family: str) -> EngineService:
+            if family not in known:
+                engine = stack.enter_context(Engine(checkpoints[family], device="cpu"))
+                known[family] = stack.enter_context(EngineService(engine, max_queue=4))
+            return known[family]
+
+        yield get
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ class StableDiffusion3(Family):
                 ),
                 leave=Gather(module="proj_out", rows=1, branches=0),
                 attention=f"{_BLOCK}.attn*",
+                sliced=(f"{_BLOCK}.attn.to_out.0", f"{_BLOCK}.attn.to_add_out"),
                 is_in_front=True,
             ),
         ),

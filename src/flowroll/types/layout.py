@@ -118,6 +118,9 @@ class Region:
         follow: What else is narrowed along with them.
         leave: Where they are gathered.
         attention: Path of the attention modules inside.
+        sliced: Paths of linears whose input is a part of a longer sequence. For a pair of branches such a part is not
+            contiguous, and torch's linear adds the bias to the rounded product; for one branch it is, and the sum is rounded
+            once (measured with torch 2.13 on CPU, bfloat16). Those listed here compute one branch as they compute a pair.
         is_in_front: Whether attention has the keys that are sharded before those that are not; else they stand behind them.
     """
 
@@ -125,6 +128,7 @@ class Region:
     follow: tuple[Split, ...] = ()
     leave: Gather
     attention: str
+    sliced: tuple[str, ...] = ()
     is_in_front: bool = False
 
     def following(self, *more: Split) -> Region:

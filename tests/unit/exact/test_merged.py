@@ -19,7 +19,7 @@ from flowroll.testing import random_input
 
 NAMES = list(FAMILIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 64, "pooled": 64})
+SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 64, "pooled": 48, "text_tokens": 40})
 
 Load = Callable[[str, str], Any]
 
@@ -138,7 +138,7 @@ def test_merged_products_without_the_question_change_bits(load: Load, name: str,
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_samples_share_forwards(load: Load, name: str) -> None:
-    """Two guided samples: two forwards (Qwen-Image, a branch each) or one (Z-Image, two pairs)."""
+    """Two guided samples: two forwards, a branch each, or one of two pairs."""
     family, transformer = FAMILIES[name], load(name, "float32")
     generator = torch.Generator().manual_seed(0)
     batches: list[int] = []
@@ -148,7 +148,7 @@ def test_samples_share_forwards(load: Load, name: str) -> None:
     strategy = Merged(family, torch.float32)
     inputs = [make_input(family, generator, torch.float32, sigma=sigma) for sigma in (0.3, 0.8)]
     same = [make_input(family, generator, torch.float32, texts=(5, 5))] * 2
-    for some, expected in ((inputs, [2, 2] if name == "qwen_image" else [4]), (same, [4])):
+    for some, expected in ((inputs, [4] if family.conditioning.pair else [2, 2]), (same, [4])):
         strategy.velocities(transformer, some)
         batches.clear()
         strategy.velocities(transformer, some)

@@ -163,9 +163,9 @@ def test_what_is_required_is_missed_in_every_branch_that_needs_it() -> None:
 def test_both_dialects_carry_every_part_of_an_environment(dialect: Any) -> None:
     env = make_env()
     written = env_to_wire(env, dialect, DECLARED)
-    sent: Any = written["pos_cond_kwargs"]
+    sent: Any = written.pos_cond_kwargs
     assert ("pooled_projections" in sent, "pooled" in sent) == (dialect == "sglang", dialect == "native")
-    assert_same_answer(env_from_wire(WireEnv(**written), lambda leaf: leaf, DECLARED), env)  # type: ignore[arg-type]
+    assert_same_answer(env_from_wire(WireEnv(**msgspec.structs.asdict(written)), lambda leaf: leaf, DECLARED), env)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wire_format", ["json", "msgpack"])
