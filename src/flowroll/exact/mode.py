@@ -194,6 +194,8 @@ class Analysis(TorchFunctionMode):
     def _place_input(self, name: str, value: Any, own: Sequence[Any]) -> None:
         count = self.samples.count
         if isinstance(value, Tensor):
+            # Numbers of a pair may be one number, expanded; joined with others' they lie one after the other.
+            own = [one.contiguous() if isinstance(one, Tensor) and one.ndim == 1 else one for one in own]
             if all(isinstance(one, Tensor) and one.ndim and same_bits(value, one) for one in own):
                 # Without a batch dimension, and the same for every sample, as the weights are.
                 return

@@ -8,7 +8,7 @@ call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -59,12 +59,14 @@ class StepInput:
         timestep: This step's entry of `model_timesteps`.
         env: The sample's environment, on the transformer's device.
         guidance: How the branches are combined.
+        fixed: `Conditioning.fixed_inputs` of the environment, where they were made already.
     """
 
     latents: Float[Tensor, " *latent"]
     timestep: Float[Tensor, " 1"]
     env: DenoisingEnv
     guidance: Guidance
+    fixed: Sequence[ForwardInput] | None = None
 
 
 def run_in_turn(transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
@@ -79,22 +81,22 @@ class Prompt:
     text: str
 
 
-def reaches(guide: Callable[[Tensor], Tensor], solved: Tensor, target: Tensor) -> bool:
-    """Whether some unconditional output, near a solution in exact arithmetic, is guided to these very numbers everywhere.
-
-    Args:
-        guide: The guided velocity of an unconditional output.
-        solved: The solution, rounded to the model's dtype.
-        target: The guided velocity in question.
-    """
-    below = above = solved
+def reached(guide: Callable[[Tensor], Tensor], target: Tensor, candidates: Iterable[Tensor]) -> float:
+    """The share of these numbers that are the guided velocity of some candidate for the unconditional output."""
     found = torch.zeros_like(target, dtype=torch.bool)
-    for _ in range(3):
-        for candidate in (below, above):
-            found |= guide(candidate) == target
+    for candidate in candidates:
+        found |= guide(candidate) == target
+    return found.sum().item() / found.numel()
+
+
+def neighbors(solved: Tensor, count: int = 2) -> Iterator[Tensor]:
+    """A tensor, and so many numbers of its dtype on either side of each of its own."""
+    below = above = solved
+    yield solved
+    for _ in range(count):
         below = torch.nextafter(below, torch.full_like(below, -torch.inf))
         above = torch.nextafter(above, torch.full_like(above, torch.inf))
-    return bool(found.all())
+        yield from (below, above)
 
 
 class Family(ABC):
@@ -257,8 +259,9 @@ class Family(ABC):
 
     def forward_inputs(self, one: StepInput, dtype: torch.dtype) -> list[ForwardInput]:
         """The inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
-        latents = self.model_latents(one.latents.to(dtype), one.env)
-        return self.conditioning.forward_inputs(latents, one.timestep, one.env, is_guided=one.guidance.is_active)
+        latents, is_guided = self.model_latents(one.latents.to(dtype), one.env), one.guidance.is_active
+        fixed = one.fixed or self.conditioning.fixed_inputs(one.env, is_guided=is_guided)
+        return self.conditioning.forward_inputs(latents, one.timestep, fixed, is_guided=is_guided)
 
     def velocity(self, transformer: Transformer, one: StepInput, dtype: torch.dtype) -> Float[Tensor, " *latent"]:
         """The guided velocity v = eps - x0 of one sample.

@@ -50,7 +50,7 @@ class Argument:
             return entries[0]
         if self.batch == "list":
             return list(entries)
-        return torch.stack(list(entries)) if len(entries) > 1 else entries[0][None]
+        return torch.cat([entry[None] for entry in entries]) if len(entries) > 1 else entries[0][None]
 
     def collated(self, values: Sequence[Any]) -> Any:
         """The argument of one forward for those of several."""
@@ -114,6 +114,11 @@ class ConditioningField(Argument):
         values: Mapping[str, EnvValue] = getattr(env, self.place(branch)) or {}
         return values.get(self.name)
 
+    def tensors(self, env: DenoisingEnv) -> list[Tensor]:
+        """Its tensors in the branches of an environment that have one."""
+        branches: tuple[Branch, ...] = ("positive", "negative")
+        return [value for value in (self.value(env, branch) for branch in branches) if isinstance(value, Tensor)]
+
     def place(self, branch: Branch) -> str:
         """The part of an environment that holds it for one branch."""
         if self.source in ("image", "scale"):
@@ -151,27 +156,51 @@ class Conditioning:
         """The fields of one part of an environment, e.g. "pos_cond_kwargs"."""
         return [field for field in self.fields if place in (field.place("positive"), field.place("negative"))]
 
-    def forward_inputs(self, latents: Tensor, timestep: Tensor, env: DenoisingEnv, *, is_guided: bool) -> list[ForwardInput]:
+    def fixed_inputs(self, env: DenoisingEnv, *, is_guided: bool) -> list[ForwardInput]:
+        """What the forwards of a step take beside latents and timestep: the same at every step of a sample.
+
+        Args:
+            env: The sample's environment.
+            is_guided: Whether there is an unconditional branch.
+        """
+        passed = [field for field in self.fields if field.is_passed]
+        return [
+            {field.name: field.joined([_entry(field, env, branch) for branch in rows]) for field in passed}
+            for rows in self._branches(is_guided=is_guided)
+        ]
+
+    def forward_inputs(
+        self, latents: Tensor, timestep: Tensor, fixed: Sequence[ForwardInput], *, is_guided: bool
+    ) -> list[ForwardInput]:
         """The inputs of the forwards of one step of one sample.
 
         Args:
             latents: What the model takes for the sample's latents, in its dtype, without batch dimension.
             timestep: One entry.
-            env: The sample's environment.
+            fixed: From `fixed_inputs`.
             is_guided: Whether there is an unconditional branch.
         """
-        branches: list[tuple[Branch, ...]] = [("positive",)]
-        if is_guided:
-            branches = [("positive",), ("negative",)] if self.pair is None else [self.pair]
-        return [self._forward_input(latents, timestep, env, rows) for rows in branches]
+        found: list[ForwardInput] = []
+        for rows, others in zip(self._branches(is_guided=is_guided), fixed, strict=True):
+            varying = {
+                self.latents.name: self.latents.joined([latents] * len(rows)),
+                self.timestep: self._timesteps(timestep, len(rows)),
+            }
+            # A model may write into a list that it is given.
+            found.append({**varying, **{name: list(one) if isinstance(one, list) else one for name, one in others.items()}})
+        return found
 
-    def _forward_input(self, latents: Tensor, timestep: Tensor, env: DenoisingEnv, rows: Sequence[Branch]) -> dict[str, Any]:
-        passed = [field for field in self.fields if field.is_passed]
-        return {
-            self.latents.name: self.latents.joined([latents] * len(rows)),
-            self.timestep: timestep if self.pair is None else timestep.repeat(len(rows)),
-            **{field.name: field.joined([_entry(field, env, branch) for branch in rows]) for field in passed},
-        }
+    def _timesteps(self, timestep: Tensor, rows: int) -> Tensor:
+        if self.pair is None:
+            return timestep
+        # As the pipelines do it.
+        return timestep.repeat(rows) if self.latents.batch == "list" else timestep.expand(rows)
+
+    def _branches(self, *, is_guided: bool) -> list[tuple[Branch, ...]]:
+        """The branches of each forward."""
+        if not is_guided:
+            return [("positive",)]
+        return [("positive",), ("negative",)] if self.pair is None else [self.pair]
 
     def key(self, forward_input: ForwardInput) -> Hashable:
         """Forward inputs with equal keys can be collated."""
@@ -216,6 +245,13 @@ class Conditioning:
                 value = field.value(env, branch)
                 if field.is_required and (not isinstance(value, Tensor) if field.is_tensor else value is None):
                     yield field.place(branch), field
+
+    def unequal(self, env: DenoisingEnv) -> ConditioningField | None:
+        """The first field of which a pair's branches have different shapes, though they are stacked."""
+        for field in self.fields if self.pair else ():
+            if field.batch == "stack" and len({value.shape for value in field.tensors(env)}) > 1:
+                return field
+        return None
 
     def _arguments(self) -> Iterator[Argument]:
         yield self.latents

@@ -110,6 +110,12 @@ class Recipe:
                 "use the env of the same response.",
                 field="denoising_env",
             )
+        if self.guidance.is_active and (unequal := self.family.conditioning.unequal(env)):
+            raise InvalidRequestError(
+                f"denoising_env must hold {unequal.name} of one shape in both branches for {self.family.name}, "
+                f"got {[list(value.shape)[:8] for value in unequal.tensors(env)]}{where}; use the env of the same response.",
+                field="denoising_env",
+            )
         for place, field in self.family.conditioning.missing(env, is_guided=self.guidance.is_active):
             what = f"the tensor {field.name}" if field.is_tensor else field.name
             got = None if place == "guidance" else sorted(getattr(env, place) or {})

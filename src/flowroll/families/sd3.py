@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, reaches
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, neighbors, reached
 from flowroll.families.conditioning import Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig, scheduler_grid
@@ -139,12 +139,23 @@ class StableDiffusion3(Family):
 
     @override
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        """Solves for the unconditional output, element by element, and asks whether it is a number of the model's dtype."""
+        """Solves for the unconditional output, element by element, and asks whether a number beside it gives these bits.
+
+        Each operation rounds by up to half a step of the largest number in it, so numbers that far off are tried too. A scale
+        above 2 leaves gaps between the velocities that can be reached: with the right conditional output 997 of 1,000 were
+        found, with a wrong one 750 to 950 (measured on small models at a scale of 4).
+        """
         (found,) = cast("Sequence[Tensor]", outputs)
         positive, scale = found[1], one.guidance.scale
-        solved = (velocity.double() - scale * positive.double()) / (1 - scale)
+        if scale <= 2:
+            return False
         target = velocity.to(positive.dtype)
-        return reaches(lambda negative: self.guide(negative, positive, scale), solved.to(positive.dtype), target)
+        solved = (target.double() - scale * positive.double()) / (1 - scale)
+        largest = torch.stack([positive.abs(), target.abs(), solved.abs().to(positive.dtype)]).amax(0)
+        (_, _, above) = neighbors(largest, 1)
+        step = (above - largest).double() / 4
+        candidates = ((solved + offset * step).to(positive.dtype) for offset in range(-3, 4))
+        return reached(lambda negative: self.guide(negative, positive, scale), target, candidates) > 0.98
 
     @override
     def decode(

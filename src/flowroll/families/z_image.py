@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, reaches
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, neighbors, reached
 from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float32
@@ -171,7 +171,8 @@ class ZImage(Family):
         if scale <= 1:
             return False
         solved = positive.double() - (target.double() - positive.double()) / scale
-        return reaches(lambda negative: self.guide([positive, negative.float()], scale), solved.to(pair[0].dtype), target)
+        guided = lambda negative: self.guide([positive, negative.float()], scale)  # noqa: E731
+        return reached(guided, target, neighbors(solved.to(pair[0].dtype))) == 1
 
     @override
     def decode(

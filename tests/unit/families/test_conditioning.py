@@ -18,7 +18,7 @@ from flowroll.exact.sharing import SharedForwards
 from flowroll.families.conditioning import TOKENS, Argument, Conditioning, ConditioningField, uncollate
 from flowroll.types import DenoisingEnv, SamplingParams, env_digests
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
-from flowroll.wire.dialects import WireEnv, env_from_wire, env_to_wire
+from flowroll.wire.dialects import env_from_wire, env_to_wire
 from flowroll.wire.files import load_rollout, save_rollout
 
 DECLARED = Conditioning(
@@ -58,7 +58,8 @@ def negative(env: DenoisingEnv, key: str) -> Tensor:
 
 
 def forward_input(env: DenoisingEnv, *, is_guided: bool = True) -> Any:
-    (one,) = DECLARED.forward_inputs(torch.ones(9, 4), torch.tensor([0.5]), env, is_guided=is_guided)
+    fixed = DECLARED.fixed_inputs(env, is_guided=is_guided)
+    (one,) = DECLARED.forward_inputs(torch.ones(9, 4), torch.tensor([0.5]), fixed, is_guided=is_guided)
     return one
 
 
@@ -163,9 +164,9 @@ def test_what_is_required_is_missed_in_every_branch_that_needs_it() -> None:
 def test_both_dialects_carry_every_part_of_an_environment(dialect: Any) -> None:
     env = make_env()
     written = env_to_wire(env, dialect, DECLARED)
-    sent: Any = written.pos_cond_kwargs
+    sent = written.pos_cond_kwargs
     assert ("pooled_projections" in sent, "pooled" in sent) == (dialect == "sglang", dialect == "native")
-    assert_same_answer(env_from_wire(WireEnv(**msgspec.structs.asdict(written)), lambda leaf: leaf, DECLARED), env)  # type: ignore[arg-type]
+    assert_same_answer(env_from_wire(written, lambda leaf: leaf, DECLARED), env)
 
 
 @pytest.mark.parametrize("wire_format", ["json", "msgpack"])

@@ -7,7 +7,7 @@ velocity: whether its forward was shared with other samples makes no difference 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.recorder import Recorder
-from flowroll.families import StepInput
+from flowroll.families import ForwardInput, StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
 from flowroll.types import DenoisingEnv, SamplingRecord
 
@@ -31,6 +31,7 @@ class Conditioning:
         model: The model that runs it.
         transformer: The denoiser, with the adapter that the request names.
         env: The transformer's fixed arguments.
+        fixed: The same, as the forwards of a step take them.
         timesteps: The timesteps as the model takes them.
         dts: Next sigma minus sigma.
         record: How the samples are made.
@@ -40,6 +41,7 @@ class Conditioning:
     model: LoadedModel
     transformer: Any
     env: DenoisingEnv
+    fixed: Sequence[ForwardInput]
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
     record: SamplingRecord
@@ -59,6 +61,7 @@ class Conditioning:
             model=model,
             transformer=model.adapters.transformer(plan.params.lora_name),
             env=env,
+            fixed=model.family.conditioning.fixed_inputs(env, is_guided=plan.guidance.is_active),
             timesteps=timesteps,
             dts=sigmas[1:] - sigmas[:-1],
             record=record,
@@ -116,6 +119,7 @@ class Sample:
             timestep=conditioning.timesteps[self.step : self.step + 1],
             env=conditioning.env,
             guidance=conditioning.plan.guidance,
+            fixed=conditioning.fixed,
         )
 
     def take_step(self, velocity: Float[Tensor, " *latent"]) -> None:
