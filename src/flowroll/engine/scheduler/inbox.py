@@ -14,7 +14,7 @@ from flowroll.engine.scheduler.request import Request, RequestSample
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
 from flowroll.errors import FlowrollError
 
-# An upper bound of one wait, since a lock takes no arbitrarily large timeout; whoever waits checks again afterwards.
+# The longest single wait, because a clock cannot represent every timeout; the loop simply waits again.
 _LONGEST_WAIT_S = 3600.0
 
 PauseMode: TypeAlias = Literal["finish", "freeze"]

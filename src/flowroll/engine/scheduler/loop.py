@@ -110,7 +110,7 @@ class Loop:
         self._deliver_ends()
 
     def _deliver_ends(self) -> None:
-        """Ends the futures of everything that has ended. The counters are published before, so a woken caller sees its own end."""
+        """Ends the futures of all that has ended. The counters are published before, so a caller finds its own end counted."""
         answers, self._answers = self._answers, []
         for answer, value in answers:
             end_future(answer, value)
@@ -243,7 +243,7 @@ class Loop:
         return not (self._queue.num_running or self._is_encoding or self._samples.num_decoding)
 
     def _release(self, request: Request) -> None:
-        """Drops the samples of a request on every rank. A sample that is being decoded leaves when its stage has finished it."""
+        """Drops the samples of a request on every rank. Samples that are being decoded leave memory when that has ended."""
         self._samples.drop(request)
         if request.conditioning is not None:
             try:

@@ -23,7 +23,7 @@ class BatchLimits:
     Attributes:
         max_batch_samples: The largest number of samples in one forward.
         max_running_samples: The largest number of samples in memory, from their initial noise to their decoded picture.
-        max_running_pixels: The largest number of pixels of these samples together. A sample that exceeds it by itself runs alone.
+        max_running_pixels: The largest number of pixels of these samples together. A sample that exceeds it runs alone.
 
     Raises:
         InvalidRequestError: A limit is below 1.
@@ -49,9 +49,9 @@ class BatchLimits:
 class RoundRobin(Generic[T]):
     """Decides which samples take the next step.
 
-    Samples with the same batch key may share a forward and are kept in one lane. Lanes take turns in a circle, and a new lane is
-    added at its end. Within a lane the oldest samples go first. So a sample of a rare shape takes a step in every round, whatever
-    arrives meanwhile.
+    Samples with the same batch key may share a forward and are kept in one lane. Lanes take turns in a circle, and a new lane
+    is added at its end. Within a lane the oldest samples go first. So a sample of a rare shape takes a step in every round,
+    whatever arrives meanwhile.
     """
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class Watchdog:
     def free_at_s(self, running: Iterable[Request]) -> float | None:
         """Estimates when a place in the queue becomes free, in monotonic seconds: at the earliest end of a running request.
 
-        Returns None if no request has ended yet, or none runs.
+        Returns None if no request has completed yet, or none runs.
         """
         if not self._request_paces:
             return None

@@ -1,4 +1,4 @@
-"""Memory that two processes have in common: a file without a name, which is gone when neither of them holds it any more."""
+"""Memory that two processes share: an unnamed file, which is freed when neither process refers to it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Where torch's allocator puts every tensor; what lies at another address may give other bits.
+# torch's allocator aligns every tensor to this number of bytes; another alignment may give other bits.
 _ALIGNMENT = 64
 
 
 class SharedMemory:
-    """Some bytes in a file without a name. Whoever has its descriptor can map the same bytes.
+    """Bytes in an unnamed file. Every process that has its descriptor can map the same bytes.
 
-    The memory is freed when the last process that maps it, or holds its descriptor, lets go of it or ends, in whatever way.
+    The memory is freed when the last process that maps it or holds its descriptor releases it or ends, in whatever way.
 
     Args:
-        descriptor: The descriptor of the file; owned by this object from now on.
+        descriptor: The descriptor of the file, which this object owns from now on.
 
     Attributes:
+        descriptor: The descriptor of the file.
         bytes: The memory, as a tensor [bytes] of uint8.
     """
 
@@ -30,15 +31,15 @@ class SharedMemory:
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
-        # torch opens the file once more, and closes it: a mapping that is still in use holds no descriptor.
+        # torch opens the file once more and closes it after mapping, so a mapping that is still in use holds no descriptor.
         self.bytes: Tensor = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
 
     @classmethod
     def create(cls, num_bytes: int) -> SharedMemory:
-        """Makes memory of this size, filled with zeros.
+        """Creates memory of this size, at least one byte, filled with zeros.
 
         Raises:
-            OSError: There is no room for it.
+            OSError: There is not enough memory.
         """
         descriptor = os.memfd_create("flowroll", os.MFD_CLOEXEC)
         try:
@@ -50,12 +51,12 @@ class SharedMemory:
 
 
 def tensor_at(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor whose bytes begin at this place of some memory."""
+    """Returns the tensor whose bytes begin at `start` in `memory`, as a view."""
     return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
 def placed(num_bytes: Sequence[int]) -> tuple[list[int], int]:
-    """Places for tensors of these sizes one after the other, and the size of all: each begins at a multiple of 64."""
+    """Returns where tensors of these sizes begin one after the other, each at a multiple of 64, and their size together."""
     starts, end = [], 0
     for size in num_bytes:
         starts.append(end)
