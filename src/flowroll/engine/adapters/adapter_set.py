@@ -279,7 +279,7 @@ def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Map
 
 
 def _put_over(layer: Any, linear: nn.Module) -> None:
-    """Makes peft's layer wrap a linear of the base. The linear's hooks, which shard rows, are moved to the layer."""
+    """Makes peft's layer wrap a linear of the base. The layer gets the linear's hooks, because they shard rows."""
     if any(getattr(linear, hooks) for hooks in _HOOKS):
         bare = _twin(linear)
         for hooks in _HOOKS:

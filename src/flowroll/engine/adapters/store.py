@@ -86,7 +86,7 @@ class AdapterStore:
 
         Args:
             factors: The factors by layer.
-            folder: An empty folder, in which the adapter must stay until it is committed, because the other ranks read it there.
+            folder: An empty folder for the adapter, which must exist until the commit, because the other ranks read it there.
             merged: Whether the adapter is added to a copy of the weights.
 
         Raises:

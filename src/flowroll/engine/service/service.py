@@ -170,8 +170,8 @@ class EngineService:
     def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
         """Accepts a planned request to recompute log-probs. May be called from any thread.
 
-        It does not wait in the queue of requests for samples: log-probs are recomputed between the steps of samples, one request
-        after the other.
+        It does not wait in the queue of requests for samples: log-probs are recomputed between the steps of samples, one
+        request after the other.
 
         Args:
             plan: The request, planned for this engine's model.
@@ -277,7 +277,7 @@ class EngineService:
 
     @blocking
     def open_sent(self, payload: bytes, *, module: str, flattened: bool, unread: Sequence[bytes]) -> SentNames:
-        """Opens the tensors that a pickled payload names in another process's memory; the caller must call `close_sent` later.
+        """Opens the tensors that a pickled payload names in another process's memory; the caller must call `close_sent`.
 
         See `wire.pickled.named_tensors` for the arguments and errors.
         """
