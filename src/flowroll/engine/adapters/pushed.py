@@ -34,7 +34,7 @@ class LoraFactors:
     Attributes:
         down: The factor lora_A, of shape [rank, in_features].
         up: The factor lora_B, of shape [out_features, rank].
-        alpha: The numerator of the scale.
+        alpha: The numerator of the scale alpha / rank.
     """
 
     down: Tensor

@@ -28,7 +28,7 @@ class Peers(Protocol):
 
     @property
     def failure(self) -> RankLostError | None:
-        """Why the ranks are down; None while they are up."""
+        """The error that took the ranks down; None while they are up."""
 
     @property
     def pids(self) -> Mapping[int, int]:
@@ -75,7 +75,7 @@ class Peers(Protocol):
 
 
 class NoPeers:
-    """The peers of an engine of one rank."""
+    """The `Peers` of an engine of one rank: there is no other rank, so nothing is sent or awaited."""
 
     mesh: Mesh | None = None
     failure: RankLostError | None = None

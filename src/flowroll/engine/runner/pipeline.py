@@ -26,7 +26,7 @@ class PipelineRunner:
     """Encodes prompts and decodes samples with a loaded pipeline, until `release`.
 
     Args:
-        model: The model.
+        model: The model in memory.
         pipeline: The diffusers pipeline that holds its modules.
         versions: The versions of the weights.
         offload: Tells whether the weights are in memory.

@@ -83,7 +83,7 @@ class RankConfig:
 
 
 class RankGroup:
-    """The other ranks of one engine, seen from rank 0; see `Peers`.
+    """Implements `Peers` for several ranks: starts or joins the other ranks of one engine, and reaches them from rank 0.
 
     Args:
         config: The configuration of rank 0.

@@ -14,7 +14,7 @@ from flowroll.types import DebugTensors, Trajectory
 
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """The record of one sample, owned by that sample.
+    """Records the tensors of one sample; the sample owns it.
 
     The loop never changes a tensor in place, so on the CPU the recorder keeps references. On a GPU, each step starts copies of
     its tensors to pinned memory, and the loop does not wait for them: whoever reads the record calls `wait` first. The tensors

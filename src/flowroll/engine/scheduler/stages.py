@@ -23,7 +23,7 @@ class Stage(Protocol):
     """Runs work in the order in which it was submitted."""
 
     def submit(self, work: Work) -> None:
-        """Adds work; does not wait for it."""
+        """Adds work without waiting for it."""
 
     def start(self) -> None:
         """Starts the stage, unless it runs already."""
@@ -94,7 +94,7 @@ class ThreadStage:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Work) -> None:
-        """Adds work; does not wait for it."""
+        """Adds work without waiting for it."""
         self._queue.put(work)
 
     def start(self) -> None:

@@ -47,7 +47,7 @@ class CallFuture(Future[T]):
 
 
 class EngineClient(ABC):
-    """An engine as a server sees it.
+    """The interface of an engine for a server.
 
     Attributes:
         facts: The facts about the engine that do not change while it runs.
@@ -137,7 +137,7 @@ def outcome(ended: Future[Any]) -> tuple[Any, BaseException | None, tuple[StageS
 
 
 class InProcessEngine(EngineClient):
-    """An engine in this process.
+    """The `EngineClient` of an engine in this process.
 
     Args:
         service: The engine's service; its owner closes it, or `close` does.

@@ -168,7 +168,7 @@ class StagedWeights:
             raise WeightsRejectedError("new weights must be read while the engine is awake, got a sleep meanwhile; ask again.")
 
     def commit(self, conclude: Callable[[], None]) -> None:
-        """Puts the new weights in place of the old, or, if anything goes wrong, leaves the old.
+        """Puts the new weights in place of the old ones. If anything fails, the old ones stay.
 
         The parameters stay the same objects, so hooks, shards and gradient flags stay; their data is exchanged, not copied
         over. An exchange moves no bytes, cannot stop half-way within a tensor, and can be undone as long as the old data is
