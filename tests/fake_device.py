@@ -1,7 +1,7 @@
 """A CUDA device without a GPU: tensors have a device, a shape and a dtype, and no numbers.
 
-torch's `FakeTensorMode` raises where an operation mixes devices and where somebody reads a number of a tensor. It lets two
-things pass that `Watch` raises at.
+torch's `FakeTensorMode` raises where most operations mix devices, and where somebody reads a number of a tensor. `Watch` raises
+at what it lets pass.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 _REGISTER = "_ZN3c104impl19registerDeviceGuardENS_10DeviceTypeEPKNS0_24DeviceGuardImplInterfaceE"
 
 
-class HostWaitsError(Exception):
-    """An operation makes the host wait for the device, or takes a number of the host's that should be on the device."""
+class DeviceFaultError(Exception):
+    """An operation has operands on two devices, or makes the host wait for the device."""
 
 
 class Watch(TorchDispatchMode):
-    """Raises at what a fake device lets pass: blocking copies to the CPU, and scalars on the CPU among a GPU's operands."""
+    """Raises at operands on two devices and at copies to the CPU that the host waits for.
+
+    A fake device lets pass: scalars, indices and the input of a convolution on the CPU beside operands on a GPU; every copy.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = (_devices(values) for values in ((args, kwargs), result))
-        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        if is_copy and given | made == {"cpu", "cuda"}:
-            is_queued = (kwargs or {}).get("non_blocking") or args[2:] == (True,)
-            target = made if func is torch.ops.aten._to_copy.default else _devices(args[0])
-            if target == {"cpu"} and not is_queued:
-                raise HostWaitsError(f"{func} from the device to the CPU waits")
-        elif not is_copy and len(given) > 1:
-            raise HostWaitsError(f"{func} has operands on {' and '.join(sorted(given))}")
+        kwargs = kwargs or {}
+        given = _devices((args, kwargs))
+        is_copy_here = func is torch.ops.aten.copy_.default
+        if len(given) > 1 and not is_copy_here:
+            raise DeviceFaultError(f"{func} has operands on {' and '.join(sorted(given))}")
+        result = func(*args, **kwargs)
+        if is_copy_here or func is torch.ops.aten._to_copy.default:
+            is_queued = kwargs.get("non_blocking") or args[2:] == (True,)
+            if "cuda" in given and _devices(result) == {"cpu"} and not is_queued:
+                raise DeviceFaultError(f"{func} to the CPU waits for the device")
         return result
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import h11
 import httpx
 import pytest
-from flowroll.engine.worker import EngineWorker
 from tests.serving.servers import SMALL, WAIT_S, error_of, serving
 from tests.serving.test_hostile import CHUNKED, CLOSE, chunked, connected, post, read_answer
 
+from flowroll.engine.service import EngineService
 from flowroll.serving.connections import BoundedProtocol
 
 KEY = "s3cret"
@@ -24,8 +24,8 @@ MOST_S = 0.25
 
 
 @pytest.fixture(scope="module")
-def locked(worker: EngineWorker) -> Iterator[httpx.Client]:
-    with serving(worker, api_key=KEY) as client:
+def locked(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service, api_key=KEY) as client:
         yield client
 
 
@@ -108,8 +108,8 @@ def test_tiny_chunks_after_a_refusal_end_the_connection(locked: httpx.Client) ->
                 time.sleep(0.01)
 
 
-def test_connections_beyond_the_bound_are_told_so(worker: EngineWorker) -> None:
-    with serving(worker, max_connections=3) as client, contextlib.ExitStack() as stack:
+def test_connections_beyond_the_bound_are_told_so(service: EngineService) -> None:
+    with serving(service, max_connections=3) as client, contextlib.ExitStack() as stack:
         held = [stack.enter_context(connected(client)) for _ in range(3)]
         assert _status(held[0]) == 200
         with connected(client) as refused:

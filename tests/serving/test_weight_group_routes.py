@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,7 +28,7 @@ from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
 from flowroll.engine.weights import groups
-from flowroll.errors import InvalidRequestError, WeightsBusyError, WeightsRejectedError
+from flowroll.errors import InvalidRequestError, NotFoundError, WeightsBusyError, WeightsRejectedError
 from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.serving.routers import weight_group
 from flowroll.wire.schema import parse_json_body
@@ -256,6 +257,27 @@ def test_a_broadcast_that_waits_ends_with_its_group(
         waiting.join(WAIT_S)
         assert (answers[0].status_code, error_of(answers[0])["field"]) == (422, "group_name")
         assert server.post(f"/weights/{begun}/abort").status_code == 200
+
+
+def test_a_bucket_of_a_group_that_was_left_does_not_end_the_next_of_its_name(
+    client: Client,
+    server: httpx.Client,
+    service: EngineService,
+    truth: Truth,
+    old: Rollout,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flowroll.client.weight_group.secrets", SimpleNamespace(token_hex=lambda count: "same"))
+    free(server)
+    WeightGroup([client], timeout_s=20.0)
+    former = service.find_group("flowroll-same")
+    with WeightGroup([client], timeout_s=20.0) as group:
+        service.fail_group("flowroll-same", former)
+        with pytest.raises(NotFoundError, match="group_name must be of a group"):
+            service.fill_from_group(
+                service.open_update("vae", partial=True).update_id, "flowroll-same", former, [], flattened=False
+            )
+        group.update_weights(truth[0][0])
 
 
 def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(

@@ -7,6 +7,7 @@ that a trainer that makes its end that way, as SGLang's do, meets ours.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import threading
 import time
@@ -44,6 +45,7 @@ class BroadcastGroup:
         store: Rank 0's, if that is this process.
 
     Attributes:
+        id: No other group has it, also none of the same name.
         device: Of the tensors.
 
     Raises:
@@ -64,6 +66,7 @@ class BroadcastGroup:
         store: Store | None = None,
     ) -> None:
         self.name, self._timeout_s = name, timeout_s
+        self.id = secrets.token_hex(8)
         self.device = torch.device(device)
         self._lock = threading.Lock()
         self._failure: str | None = None

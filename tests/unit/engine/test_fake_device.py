@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from tests import fake_device
-from tests.fake_device import CUDA
+from tests.fake_device import CUDA, DeviceFaultError
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from flowroll import DenoisingEnv, SamplingParams
@@ -23,12 +23,14 @@ from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits
 from flowroll.engine.loading import LoadedModel, build_model, load_model
 from flowroll.engine.plan import RequestPlan, plan_request
+from flowroll.engine.runner import recorder as recorder_module
 from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.recorder import Recorder
-from flowroll.engine.runner.sample import Conditioning, Sample
+from flowroll.engine.runner.sample import Conditioning
 from flowroll.exact import choose_strategy
 from flowroll.exact.strategy import StrategyName
 from flowroll.families import FAMILIES
+from flowroll.sampling import transition
 from flowroll.testing import random_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor is deprecated")
@@ -125,7 +127,7 @@ def steps_of(mode: FakeTensorMode, models: dict[str, LoadedModel], monkeypatch: 
             return Steps(model, plan)
 
         yield make
-    assert set(chosen) <= {CUDA}
+    assert set(chosen) == {CUDA}
 
 
 def devices_in(value: Any) -> set[torch.device]:
@@ -150,13 +152,20 @@ def assert_on_device(steps: Steps) -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_stay_on_the_device(
-    steps_of: StepsOf, name: str, strategy: StrategyName, request_of: dict[str, Any], noise_on: str
+    steps_of: StepsOf,
+    name: str,
+    strategy: StrategyName,
+    request_of: dict[str, Any],
+    noise_on: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     steps = steps_of(name, request_of, strategy, noise_on)
     assert_on_device(steps)
     for _ in range(2):
         steps.take()
         assert_on_device(steps)
+    # A warning: the samples ran one by one.
+    assert not caplog.records
     assert steps.compared == [CUDA, CUDA] and not steps.runner._samples
     for sample in steps.samples.values():
         assert (sample.recorder is None) == (request_of is EVALUATION)
@@ -173,3 +182,44 @@ def assert_recorded(recorder: Recorder) -> None:
     assert devices_in(kept) == {torch.device("cpu")}
     assert [len(tensor) for tensor in kept] == [2, 2, 2, 2, 3]
     assert recorder._copied is not None
+
+
+def leave_dts_on_the_cpu(steps: Steps, _: pytest.MonkeyPatch) -> None:
+    for sample in steps.samples.values():
+        sample.conditioning = replace(steps.conditioning, dts=steps.conditioning.dts.to("cpu", non_blocking=True))
+
+
+def leave_latents_on_the_cpu(steps: Steps, _: pytest.MonkeyPatch) -> None:
+    for sample in steps.samples.values():
+        sample.latents = sample.latents.to("cpu", non_blocking=True)
+
+
+def look_at_the_mean(_: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log_prob(this: Any, next_latents: Tensor, mean: Tensor, *, no_const: bool = False) -> Tensor:
+        assert bool(mean.isfinite().all())
+        return mean.new_zeros(len(mean))
+
+    monkeypatch.setattr(transition, "log_prob", log_prob)
+
+
+def wait_for_what_is_recorded(_: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_to_host", lambda tensor: tensor.cpu())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (leave_dts_on_the_cpu, DeviceFaultError),
+        (leave_latents_on_the_cpu, DeviceFaultError),
+        (look_at_the_mean, DataDependentOutputException),
+        (wait_for_what_is_recorded, DeviceFaultError),
+    ],
+)
+def test_a_fault_of_device_handling_shows(
+    steps_of: StepsOf, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Steps, pytest.MonkeyPatch], None], expected: type
+) -> None:
+    steps = steps_of("sd3", ROLLOUT)
+    spoil(steps, monkeypatch)
+    with pytest.raises(expected):
+        for _ in range(2):
+            steps.take()

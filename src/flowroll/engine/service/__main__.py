@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from flowroll.engine.service.channel import Channel, ChannelClosedError
+from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
 from flowroll.engine.service.messages import Answer, Call, Cancel, Close, EngineOptions, Failed, Ready
 from flowroll.errors import EngineError, FlowrollError
 from flowroll.logs import configure_logging
@@ -103,7 +103,12 @@ class _Served:
         """Handles the server's messages until the server has ended."""
         try:
             while True:
-                message = self._channel.receive()
+                try:
+                    message = self._channel.receive()
+                except TensorsLostError as lost:
+                    refused = EngineError(f"the call must find room in the engine's process, got {lost}.")
+                    self._answer(lost.message.id, None, refused, ())
+                    continue
                 if isinstance(message, Call):
                     self._begin(message)
                 elif isinstance(message, Cancel):

@@ -32,6 +32,18 @@ class ChannelClosedError(Exception):
     """The other process has ended, or has closed its end of the channel."""
 
 
+class TensorsLostError(Exception):
+    """A message arrived without its tensors: there was no free descriptor, or no memory, for them.
+
+    Attributes:
+        message: The message, with None in the place of each tensor.
+    """
+
+    def __init__(self, message: Any) -> None:
+        super().__init__("no free descriptor, or no memory; allow more open files (ulimit -n)")
+        self.message = message
+
+
 class Channel:
     """One end of the socket. Only one thread may receive; any thread may send.
 
@@ -71,16 +83,18 @@ class Channel:
 
         Raises:
             ChannelClosedError: The other end is closed.
+            TensorsLostError: There is no place for its tensors. The messages after it may be received.
         """
         try:
             head, descriptors = self._receive_head()
             body_bytes, inline_bytes, count = _HEAD.unpack(head)
-            memories = [SharedMemory(descriptor) for descriptor in descriptors]
-            if len(memories) != count:
-                raise ChannelClosedError("descriptors of a message were lost")
+            memories = _mapped(descriptors)
             body, inline = self._receive_exactly(body_bytes), self._receive_exactly(inline_bytes)
         except OSError as error:
             raise ChannelClosedError(str(error)) from error
+        # The kernel leaves out descriptors that find no place.
+        if len(memories) != count:
+            raise TensorsLostError(_Unpickler(body, None, inline).load())
         return _Unpickler(body, memories, inline).load()
 
     def close(self) -> None:
@@ -91,7 +105,9 @@ class Channel:
 
     def _receive_head(self) -> tuple[bytes, list[int]]:
         size = array.array("i").itemsize
-        head, rights, _, _ = self._socket.recvmsg(_HEAD.size, socket.CMSG_SPACE(_MAX_DESCRIPTORS * size))
+        head, rights, _, _ = self._socket.recvmsg(
+            _HEAD.size, socket.CMSG_SPACE(_MAX_DESCRIPTORS * size), socket.MSG_CMSG_CLOEXEC
+        )
         descriptors = array.array("i")
         for level, kind, data in rights:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -109,6 +125,15 @@ class Channel:
                 raise ChannelClosedError("the other end is closed")
             view = view[done:]
         return data
+
+
+def _mapped(descriptors: list[int]) -> list[SharedMemory]:
+    """Maps the memory of these descriptors, and leaves out what cannot be mapped."""
+    memories = []
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            memories.append(SharedMemory(descriptor))
+    return memories
 
 
 class _Pickler(pickle.Pickler):
@@ -162,16 +187,18 @@ class _Unpickler(pickle.Unpickler):
 
     Args:
         body: The pickle of the message.
-        memories: The shared memory that came with it.
+        memories: The shared memory that came with it; None: it was lost.
         inline: The bytes of the tensors that followed it; if it is empty, the tensors are in the last of the memories.
     """
 
-    def __init__(self, body: bytearray, memories: list[SharedMemory], inline: bytearray) -> None:
+    def __init__(self, body: bytearray, memories: list[SharedMemory] | None, inline: bytearray) -> None:
         super().__init__(io.BytesIO(body))
         self._memories, self._inline = memories, inline
 
     def persistent_load(self, reference: Any) -> Any:
         """Returns the tensor or shared memory that a reference in the pickle stands for."""
+        if self._memories is None:
+            return None
         kind, place, *rest = reference
         if kind == "memory":
             return self._memories[place]

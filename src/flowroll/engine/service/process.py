@@ -9,26 +9,32 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
-from flowroll.engine.service.channel import Channel, ChannelClosedError
+from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
 from flowroll.engine.service.client import CallFuture, EngineClient, FailureListener
 from flowroll.engine.service.messages import Answer, Call, Cancel, Close, EngineOptions, Failed, Ready
-from flowroll.errors import FlowrollError, RankLostError, ShuttingDownError, fresh
+from flowroll.engine.service.service import EngineService
+from flowroll.engine.service.status import EngineStatus
+from flowroll.errors import EngineError, FlowrollError, RankLostError, ShuttingDownError, fresh
 
 __all__ = ["EngineOptions", "EngineProcess"]
 
 _log = logging.getLogger(__name__)
 # How much longer than its timeout a process may take to end, in seconds.
 _END_S = 5.0
+# How often a process is asked for a sign of life.
+_PULSE_S = 1.0
 
 
 class EngineProcess(EngineClient):
@@ -46,14 +52,19 @@ class EngineProcess(EngineClient):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()], start_new_session=True
             )
-        self._channel = Channel(own)
+        self._channel, self._timeout_s = Channel(own), options.rank_timeout_s
+        # Sent on a thread of its own: a process that is stopped takes nothing, and no caller may wait for it.
+        self._outbox: queue.SimpleQueue[Call | Cancel | Close | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._calls: dict[int, CallFuture[Any]] = {}
         self._lock = threading.Lock()
         self._failure: FlowrollError | None = None
         self._listeners: list[FailureListener] = []
-        self._is_closing = False
-        self._reader = threading.Thread(target=self._read, name="flowroll-engine", daemon=True)
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=f"flowroll-engine-{target.__name__[1:]}", daemon=True)
+            for target in (self._read, self._write, self._watch)
+        ]
         with contextlib.suppress(ChannelClosedError):  # `wait` raises the reason
             self._channel.send(options)
 
@@ -87,30 +98,29 @@ class EngineProcess(EngineClient):
             raise first.error
         assert isinstance(first, Ready)
         self.facts = first.facts
-        self._reader.start()
+        for thread in self._threads:
+            thread.start()
 
     @override
     def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> CallFuture[Any]:
         future: CallFuture[Any] = CallFuture()
-        # Calls are numbered and sent under the lock, so that they are sent in the order of their numbers.
+        # Calls are numbered under the lock, so that they are sent in the order of their numbers.
         with self._lock:
             if self._failure is not None:
                 future.end(None, fresh(self._failure))
                 return future
-            if self._is_closing:
+            if self._closing.is_set():
                 future.end(None, _shutting_down())
                 return future
             number = next(self._numbers)
             self._calls[number], future.number = future, number
-            with contextlib.suppress(ChannelClosedError):  # the reader ends all calls
-                self._channel.send(Call(id=number, method=method, args=args, options=options))
+            self._outbox.put(Call(id=number, method=method, args=args, options=options))
         return future
 
     @override
     def cancel(self, future: Future[Any]) -> None:
         assert isinstance(future, CallFuture)
-        with contextlib.suppress(ChannelClosedError):
-            self._channel.send(Cancel(id=future.number))
+        self._outbox.put(Cancel(id=future.number))
 
     @override
     def on_failure(self, listener: FailureListener) -> None:
@@ -122,9 +132,8 @@ class EngineProcess(EngineClient):
 
     @override
     def close(self, *, timeout_s: float = 10.0) -> bool:
-        self._is_closing = True
-        with contextlib.suppress(ChannelClosedError):
-            self._channel.send(Close(timeout_s=timeout_s))
+        self._closing.set()
+        self._outbox.put(Close(timeout_s=timeout_s))
         try:
             self._process.wait(timeout_s + _END_S)
         except subprocess.TimeoutExpired:
@@ -136,17 +145,56 @@ class EngineProcess(EngineClient):
 
     def kill(self) -> None:
         """Ends the process immediately and waits for its end. The ranks that it has started end with it."""
-        self._is_closing = True
+        self._closing.set()
+        self._outbox.put(None)
         self._process.kill()
         self._process.wait()
         self._channel.close()
-        if self._reader.is_alive() and threading.current_thread() is not self._reader:
-            self._reader.join(_END_S)
+        for thread in self._threads:
+            if thread.is_alive() and threading.current_thread() is not thread:
+                thread.join(_END_S)
+
+    def _write(self) -> None:
+        with contextlib.suppress(ChannelClosedError):  # the reader ends all calls
+            while (message := self._outbox.get()) is not None:
+                self._send(message)
+                del message  # and the memory that it holds
+
+    def _send(self, message: Call | Cancel | Close) -> None:
+        try:
+            self._channel.send(message)
+        except ChannelClosedError:
+            raise
+        except BaseException as error:
+            _log.exception("a message cannot be sent to the engine's process")
+            future = self._calls.pop(message.id, None) if isinstance(message, Call) else None
+            if future is not None:
+                reason = f"{type(error).__name__}: {error}"
+                future.end(None, EngineError(f"the call must reach the engine, got {reason}; see the log."))
+
+    def _watch(self) -> None:
+        """Ends a process that is stopped, or hangs: every call would wait for ever."""
+        sign: CallFuture[EngineStatus] | None = None
+        num_silent = 0
+        # Pulses are counted, not seconds: this process may have been stopped too.
+        while not self._closing.wait(_PULSE_S) and self._failure is None:
+            if sign is None or sign.done():
+                sign, num_silent = self.call(EngineService.status), 0
+                continue
+            num_silent += 1
+            if num_silent * _PULSE_S >= self._timeout_s:
+                self._fail(
+                    RankLostError(
+                        f"the engine's process must give a sign of life within {self._timeout_s:g} s, got silence; look after "
+                        "its machine and restart the server."
+                    )
+                )
+                self._process.kill()
 
     def _read(self) -> None:
         try:
             while True:
-                message = self._channel.receive()
+                message = self._receive()
                 if isinstance(message, Answer):
                     future = self._calls.pop(message.id, None)
                     if future is not None:
@@ -159,9 +207,17 @@ class EngineProcess(EngineClient):
         except BaseException:
             _log.exception("a message of the engine's process cannot be read")
             self._process.kill()
-        if not self._is_closing:
+        if not self._closing.is_set():
             self._fail(self._lost())
         self._end_calls()
+
+    def _receive(self) -> Any:
+        try:
+            return self._channel.receive()
+        except TensorsLostError as lost:
+            _log.error("the tensors of an answer are lost: %s", lost)
+            error = EngineError(f"the answer must find room in the server's process, got {lost}.")
+            return replace(lost.message, result=None, error=error)
 
     def _fail(self, error: FlowrollError) -> None:
         with self._lock:

@@ -301,10 +301,10 @@ class EngineService:
 
     @blocking
     def fill_from_group(
-        self, update_id: str, group_name: str, heads: Sequence[TensorHead], *, flattened: bool
+        self, update_id: str, group_name: str, group_id: str, heads: Sequence[TensorHead], *, flattened: bool
     ) -> UpdateProgress:
         """Receives a bucket from a process group. After an error the group receives nothing more."""
-        receiver, group = self._receiver(update_id), self._groups.find(group_name)
+        receiver, group = self._receiver(update_id), self._groups.find(group_name, group_id)
         self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened))
         return self._progress(receiver)
 
@@ -345,13 +345,13 @@ class EngineService:
         )
         self._guarded(lambda: self._groups.join(name, make))
 
-    def check_group(self, name: str) -> None:
-        """Checks that the engine is in a group.
+    def find_group(self, name: str) -> str:
+        """Returns the id of the group with this name; a later group of the same name has another id.
 
         Raises:
-            NotFoundError: The engine is not in this group.
+            NotFoundError: The engine is in no group of this name.
         """
-        self._groups.find(name)
+        return self._groups.find(name).id
 
     @blocking
     def leave_group(self, name: str) -> None:
@@ -364,13 +364,13 @@ class EngineService:
         self._groups.close()
 
     @blocking
-    def fail_group(self, name: str) -> None:
+    def fail_group(self, name: str, group_id: str) -> None:
         """Closes a group after one of its buckets was refused, since no receiver takes what its trainer sends nevertheless.
 
-        It has no effect on a group that was left meanwhile.
+        It has no effect if the group was left meanwhile, or another one of its name was joined.
         """
         with contextlib.suppress(NotFoundError):
-            self._groups.find(name).close(UNRECEIVED)
+            self._groups.find(name, group_id).close(UNRECEIVED)
 
     # Adapters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import weakref
@@ -25,14 +26,20 @@ class SharedMemory:
     Attributes:
         descriptor: The descriptor of the file.
         bytes: The memory, as a tensor [bytes] of uint8.
+
+    Raises:
+        OSError: The file cannot be mapped. The descriptor is closed in this case too.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
-        # torch opens the file once more and closes it after mapping, so a mapping that is still in use holds no descriptor.
-        self.bytes: Tensor = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+        # torch opens the file once more, and closes it: a mapping that is still in use holds no descriptor.
+        try:
+            self.bytes: Tensor = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, str(error)) from None
 
     @classmethod
     def create(cls, num_bytes: int) -> SharedMemory:
@@ -44,10 +51,10 @@ class SharedMemory:
         descriptor = os.memfd_create("flowroll", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, max(num_bytes, 1))
-            return cls(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
+        return cls(descriptor)
 
 
 def tensor_at(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -29,14 +29,18 @@ class WeightGroups:
         # Serializes joins; a join blocks its thread until the trainer joins too.
         self._joining = threading.Lock()
 
-    def find(self, name: str) -> BroadcastGroup:
-        """Returns the group with this name.
+    def find(self, name: str, group_id: str | None = None) -> BroadcastGroup:
+        """The group of this name.
+
+        Args:
+            name: Of the group.
+            group_id: Its id, where one that was made later is not meant; None: whichever it is.
 
         Raises:
             NotFoundError: There is no such group.
         """
         group = self._groups.get(name)
-        if group is None:
+        if group is None or group_id not in (None, group.id):
             raise NotFoundError(f"group_name must be of a group, got {name[:80]}; init it first.", field="group_name")
         return group
 

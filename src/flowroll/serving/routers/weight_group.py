@@ -79,18 +79,20 @@ def build_router(state: AppState) -> APIRouter:
         sent = await run_in_threadpool(parse_json_body, body)
         name = sent.get("group_name", DEFAULT_GROUP)
         name = name if isinstance(name, str) else shown(name)
-        await asyncio.wrap_future(engine.call(EngineService.check_group, name))
+        group_id = await asyncio.wrap_future(engine.call(EngineService.find_group, name))
         try:
             accepted, heads = await run_in_threadpool(_described, sent)
             flattened = accepted.load_format is not None
             return await state.take_bucket(
                 accepted,
                 accepted.names,
-                lambda update_id: engine.call(EngineService.fill_from_group, update_id, name, heads, flattened=flattened),
+                lambda update_id: engine.call(
+                    EngineService.fill_from_group, update_id, name, group_id, heads, flattened=flattened
+                ),
             )
         except BaseException:
             # The trainer sends them all the same, and nobody receives them.
-            await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name)))
+            await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name, group_id)))
             raise
 
     @router.post(

@@ -1,6 +1,9 @@
 """What goes through a channel comes out the same, and large tensors lie in memory that both ends map."""
 
+import contextlib
+import gc
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowroll import errors
-from flowroll.engine.service.channel import Channel, ChannelClosedError
+from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
 from flowroll.engine.service.shared_memory import SharedMemory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool)
@@ -85,6 +88,37 @@ def test_no_descriptor_and_no_memory_stays_behind(ends: tuple[Channel, Channel])
     assert (len(os.listdir("/proc/self/fd")), _mapped()) == (before, mapped)
 
 
+def test_a_message_whose_tensors_find_no_descriptor_is_lost_alone(ends: tuple[Channel, Channel]) -> None:
+    values = [{"text": "a", "tensor": torch.ones(100_000)}, SharedMemory.create(10), torch.arange(50_000)]
+    for value in values:
+        ends[0].send(Message(value))
+    with _no_free_descriptor() as held:
+        with pytest.raises(TensorsLostError) as lost:
+            ends[1].receive()
+        # One is free, but the mapping needs another for a moment.
+        os.close(held.pop())
+        with pytest.raises(TensorsLostError):
+            ends[1].receive()
+    before = len(os.listdir("/proc/self/fd"))
+    assert lost.value.message.value == {"text": "a", "tensor": None}
+    assert same(ends[1].receive().value, values[2])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_that_cannot_be_mapped_is_an_os_error_and_closes_its_own_descriptor_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[int] = []
+    close = os.close
+    with _no_free_descriptor() as held, monkeypatch.context() as patched:
+        os.close(held.pop())
+        patched.setattr(os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
+        with pytest.raises(OSError, match="Too many open files"):
+            SharedMemory.create(10)
+        gc.collect()
+    assert len(closed) == 1
+
+
 def test_many_threads_may_send(ends: tuple[Channel, Channel]) -> None:
     def send(start: int) -> None:
         for index in range(20):
@@ -119,6 +153,23 @@ def test_every_error_arrives_as_it_was(ends: tuple[Channel, Channel], kind: type
     error = kind("a must b, got c; d.", field="a", **more)
     received = through(ends, error)
     assert type(received) is kind and vars(received) == vars(error) and str(received) == str(error)
+
+
+@contextlib.contextmanager
+def _no_free_descriptor() -> Iterator[list[int]]:
+    """Holds every descriptor that this process may have meanwhile; those in the list may be closed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
+    held: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(2))
+        yield held
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _mapped() -> int:

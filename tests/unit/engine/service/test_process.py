@@ -1,9 +1,11 @@
 """An engine in a process of its own: the bits of an engine in this one, and an end that both sides notice."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,8 +19,8 @@ from tests.proofs.doors import assert_same_samples
 from flowroll import Rollout, SamplingParams
 from flowroll.engine import AdapterLimits, BatchLimits, Engine, Limits
 from flowroll.engine.plan import plan_request
-from flowroll.engine.service import EngineOptions, EngineProcess, EngineService
-from flowroll.errors import CheckpointError, InvalidRequestError, QueueFullError, RankLostError, ShuttingDownError
+from flowroll.engine.service import CallFuture, EngineOptions, EngineProcess, EngineService, EngineStatus, SharedMemory
+from flowroll.errors import CheckpointError, EngineError, InvalidRequestError, QueueFullError, RankLostError, ShuttingDownError
 from flowroll.types import Layout
 
 SMALL = SamplingParams(
@@ -129,6 +131,45 @@ def test_a_close_ends_what_runs_and_the_process(lone: EngineProcess) -> None:
     assert isinstance(future.exception(WAIT_S), ShuttingDownError)
     assert isinstance(lone.call(EngineService.status).exception(WAIT_S), ShuttingDownError)
     assert lone.failure is None and not Path(f"/proc/{lone.pid}").exists()
+
+
+def test_a_stopped_process_holds_up_no_caller_and_is_ended_all_the_same(lone: EngineProcess) -> None:
+    os.kill(lone.pid, signal.SIGSTOP)
+    futures: list[CallFuture[EngineStatus]] = []
+    # More than its socket holds.
+    caller = threading.Thread(target=lambda: futures.extend(lone.call(EngineService.status) for _ in range(5000)), daemon=True)
+    caller.start()
+    caller.join(WAIT_S)
+    assert not caller.is_alive() and not any(future.done() for future in futures)
+    assert not lone.close(timeout_s=0.1)
+    assert all(isinstance(future.exception(WAIT_S), ShuttingDownError) for future in futures)
+
+
+def test_a_process_that_is_stopped_ends_every_call_with_its_reason(z_image_checkpoint: Path) -> None:
+    with EngineProcess(options(z_image_checkpoint, rank_timeout_s=2.0)) as process:
+        process.wait()
+        told: list[Exception] = []
+        process.on_failure(told.append)
+        time.sleep(4.0)  # one that answers lives longer than its patience
+        assert process.failure is None
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(RankLostError, match="must give a sign of life within 2 s, got silence"):
+            process.call(EngineService.status).result(WAIT_S)
+        _until(lambda: bool(told))
+        assert not _lives(process.pid)
+
+
+def test_a_call_that_cannot_be_sent_ends_in_an_error_and_the_next_is_answered(
+    started: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(num_bytes: int) -> SharedMemory:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(SharedMemory, "create", full)
+    future = started.call(EngineService.checksums, torch.ones(100_000))  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="Too many open files"):
+        future.result(WAIT_S)
+    assert started.call(EngineService.status).result(WAIT_S).is_alive
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_said_so(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_what_is_to_be_done_between_requests_goes_before_those_that_wait_and_cou
         exclusive = service.engine.scheduler.exclusive
         tasks = [exclusive(lambda name=name: done.append(name) or name) for name in ("first", "second")]
         assert not any(task.done() for task in tasks)
-        assert (service.status().counts.pending, service.status().counts.running) == (1, 1)
+        _until(lambda: (service.status().counts.pending, service.status().counts.running) == (1, 1))
         gate.opened.set()
         assert [task.result(WAIT_S) for task in tasks] == ["first", "second"]
         for request in requests:
