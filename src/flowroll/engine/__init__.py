@@ -1,9 +1,10 @@
-"""The rollout engine over diffusers checkpoints: load, plan, encode, denoise, decode."""
+"""The rollout engine for diffusers checkpoints: it loads, plans, encodes, denoises and decodes."""
 
 from flowroll.extras import check_installed, extra_for
 
 with extra_for("flowroll.engine", "engine"):
-    # They take seconds to import: `engine.loading` does so when a checkpoint is loaded, which a server does not.
+    # Only checked here, because their imports take seconds. `engine.loading` imports them when it loads a checkpoint, which
+    # a server's process does not do.
     check_installed("accelerate", "diffusers", "transformers")
     from flowroll.engine.config import AdapterLimits, EngineInfo, Limits
     from flowroll.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""What callers may pass to an engine's methods."""
+"""Turns the arguments of an engine's `rollout` and `generate` into requests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flowroll.types import ALIASES, ROLLOUT_FIELDS, SamplingParams, params_of
 def rollout_request(
     request: str | SamplingParams | RequestPlan | None, values: Mapping[str, Any]
 ) -> SamplingParams | RequestPlan:
-    """The request of a rollout.
+    """Returns the request of a rollout from the arguments of `Engine.rollout`.
 
     Raises:
-        InvalidRequestError: It is given twice or not at all, a name is no field, or a value breaks its rule.
+        InvalidRequestError: The prompt is given twice or not at all, a name is no field, or a value is invalid.
     """
     if isinstance(request, RequestPlan):
         return params_of(request.params, values) if values else request
@@ -26,10 +26,10 @@ def rollout_request(
 def image_request(
     request: str | SamplingParams | RequestPlan | None, values: Mapping[str, Any]
 ) -> SamplingParams | RequestPlan:
-    """The request of plain generation.
+    """Returns the request of plain generation from the arguments of `Engine.generate`.
 
     Raises:
-        InvalidRequestError: As for `rollout_request`; also for a rollout field.
+        InvalidRequestError: As for `rollout_request`, or a rollout field is given.
     """
     _refuse_rollout_fields(values)
     if request is None or isinstance(request, str):

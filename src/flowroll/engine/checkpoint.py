@@ -1,8 +1,8 @@
-"""Looks at a diffusers checkpoint folder before anything is loaded from it.
+"""Checks a diffusers checkpoint folder before anything is loaded from it.
 
-Owns everything that can be wrong with the files of a folder. diffusers and transformers fill in missing weights with random
-ones, pass over those that they do not know, read any dtype as if it were the weight's own, or fail deep inside; here a bad
-folder is one clear error, before anything is built where the files alone show it.
+This module owns everything that can be wrong with the files of a folder. diffusers and transformers replace missing weights by
+random ones, ignore unknown ones, read any dtype as if it were the weight's own, or fail deep inside. Here a bad folder gives
+one clear error, and if the files alone show the problem, before anything is built.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
 
 _INDEX = "model_index.json"
-# What the index says of a component that the pipeline was saved without.
+# The entry of the index for a component that the pipeline was saved without.
 _NOT_SAVED = [None, None]
-# Ours, optional: what model_index.json does not say.
+# An optional file of flowroll's own, for what model_index.json cannot say.
 _NOTES = "flowroll.json"
-# The modules that every pipeline has; its text encoders come beside them.
+# The modules that every pipeline has, besides its text encoders.
 _TRANSFORMER, _VAE = "transformer", "vae"
-# What a weight may be stored in: floats that hold its value without a scale beside it.
+# The dtypes that a weight may be stored in: floats that hold its value without a separate scale.
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# What counters and positions are stored in.
+# The dtypes that counters and positions are stored in.
 _INTEGERS = ("BOOL", "U8", "I16", "I32", "I64")
-# Options of a component's configuration that have its library load something else than the floats in its files.
+# Options of a component's configuration that make its library load something other than the floats in its files.
 _REDIRECTIONS = ("quantization_config", "compression_config", "transformers_weights")
-# What torch puts before the name of a class: _fully_shard/_fsdp_init.py, _composable/replicate.py.
+# The prefixes that torch puts before the name of a class: _fully_shard/_fsdp_init.py, _composable/replicate.py.
 _WRAPPERS = ("FSDP", "Replicate", "DDP")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A folder whose files are all there and whole.
+    """A checkpoint folder whose files are complete.
 
     Attributes:
-        folder: Where it is.
-        index: Its model_index.json.
-        family: Whose checkpoint it is.
-        variant: Which of the family's variants it is taken for.
-        schedule_config: Its sigma grid.
-        stored: Of each component that has weights, the dtypes of its files' tensors, as safetensors names them, by name.
+        folder: The path of the folder.
+        index: The content of its model_index.json.
+        family: The model family.
+        variant: The variant of the family that it is used as.
+        schedule_config: The configuration of its sigma grid.
+        stored: For each component that has weights, the dtypes of its stored tensors by name, as safetensors names dtypes.
     """
 
     folder: Path
@@ -72,27 +72,27 @@ class Checkpoint:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """The components that were not saved; who loads the pipeline has to say so."""
+        """The components that were not saved. Whoever loads the pipeline has to pass None for them."""
         optional = (name for name in self.family.optional_components if name not in self.index)
         return (*(name for name, entry in self.index.items() if entry == _NOT_SAVED), *optional)
 
     def class_of(self, component: str) -> str:
-        """The class that the component is saved as."""
+        """Returns the name of the class that the component was saved as."""
         return plain_class(str(self.index[component][1]))
 
     def weights_variant(self, component: str) -> str | None:
-        """The variant of a component's files, e.g. "fp16", that its library has to be asked for; None: they have none."""
+        """Returns the variant of a component's files that its library has to be asked for, e.g. "fp16"; None if it has none."""
         return chosen_file(self.folder / component, _stems(component)).variant
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component."""
+        """Returns the paths of the safetensors files of a component."""
         folder = self.folder / component
         return [folder / name for name in weight_files(folder, _stems(component))]
 
     def check_stored(self, component: str, module: torch.nn.Module) -> None:
         """Checks the names and dtypes of a component's tensors against the module that they are for.
 
-        It is the rule of diffusers' loader, for a module that is filled without that loader.
+        It applies the rule of diffusers' loader to a module that is filled without that loader.
 
         Raises:
             CheckpointError: A weight is missing, unknown, or no float.
@@ -103,16 +103,16 @@ class Checkpoint:
         self.check_loaded(component, module, missing=expected - stored, unknown=unknown)
 
     def check_loaded(self, component: str, module: torch.nn.Module, *, missing: Iterable[str], unknown: Iterable[str]) -> None:
-        """Refuses a component whose files do not hold its module's weights, all of them and nothing else.
+        """Refuses a component whose files do not hold exactly its module's weights.
 
         Args:
-            component: Its folder.
-            module: What it was loaded as.
-            missing: Weights that the loader did not find.
-            unknown: Tensors that it could not place, without those that the class declares as passed over.
+            component: The name of the component.
+            module: The module that it was loaded as.
+            missing: The names of weights that the loader did not find.
+            unknown: The names of tensors that the loader could not place, without those that the class declares as ignored.
 
         Raises:
-            CheckpointError: It names some that are missing, unknown, or no floats.
+            CheckpointError: Weights are missing, unknown or no floats; the error names some of them.
         """
         kind = type(module).__name__
         if missing := sorted(missing):
@@ -120,7 +120,7 @@ class Checkpoint:
         if unknown := sorted(unknown):
             remedy = "save it as that class, without scales or heads beside its weights"
             raise self._unfit(component, f"hold the weights of {kind} alone", f"others: {some_of(unknown)}", remedy)
-        # A class may rename what it loads, but hardly the last part of a name; a part that no weight has is a counter's.
+        # A class may rename what it loads, but hardly the last part of a name. A last part that no weight has is a counter's.
         leaves = {name.rpartition(".")[2] for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
         odd = {name: dtype for name, dtype in self.stored[component].items() if dtype not in _FLOATS}
         if wrong := sorted(name for name in odd if name.rpartition(".")[2] in leaves):
@@ -139,10 +139,10 @@ _SAVE_FLOATS = "dequantize it and save it in one of these"
 
 
 def plain_class(name: str) -> str:
-    """The name of a model's class without what a trainer's wrapper puts before it.
+    """Returns the name of a model's class without the prefixes of a trainer's wrapper.
 
-    torch's composable wrappers (`fully_shard`, `replicate`) change the class of a module in place, so a module that is saved
-    under one of them is called e.g. FSDPQwenImageTransformer2DModel.
+    torch's composable wrappers (`fully_shard`, `replicate`) change the class of a module in place, so a wrapped module is saved
+    under a name like FSDPQwenImageTransformer2DModel.
     """
     while prefix := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
@@ -150,15 +150,15 @@ def plain_class(name: str) -> str:
 
 
 def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
-    """Looks at the files in `folder`; nothing is loaded or downloaded.
+    """Checks the files in `folder`. Nothing is loaded or downloaded.
 
     Args:
         folder: A diffusers checkpoint folder.
-        variant: Variant of the family; None: the one that the folder's flowroll.json names, else the family's first.
+        variant: The variant of the family; None: the one that the folder's flowroll.json names, else the family's first.
 
     Raises:
-        CheckpointError: Not a checkpoint, or one with a missing, truncated or mismatched file.
-        UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
+        CheckpointError: It is not a checkpoint, or a file is missing, truncated or mismatched.
+        UnsupportedModelError: The checkpoint is of a kind that flowroll does not know.
     """
     index = read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
     family = family_of_pipeline(str(index.get("_class_name")))
@@ -181,14 +181,14 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
 
 
 def _check_scheduler_class(index: Mapping[str, Any]) -> None:
-    """The index chooses the class that diffusers loads, whatever the scheduler's own configuration says."""
+    """Checks the scheduler's class in the index: diffusers loads that class, whatever the scheduler's configuration says."""
     entry = index.get("scheduler")
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
     ScheduleConfig.from_scheduler_config({"_class_name": name})
 
 
 def _noted_variant(folder: Path) -> str | None:
-    """What the folder's own flowroll.json says; None where there is no such file."""
+    """Returns the variant that the folder's flowroll.json names; None if there is no such file."""
     path = folder / _NOTES
     if not path.is_file():
         return None
@@ -211,10 +211,10 @@ def _resolve_variant(family: Family, variant: str | None) -> str:
 
 
 def _saved(index: Mapping[str, Any], family: Family, names: Iterable[str]) -> list[str]:
-    """Those of a family's components that a folder of this index holds.
+    """Returns those of the named components that a folder with this index holds.
 
     Raises:
-        CheckpointError: One was not saved that no pipeline of the family can do without.
+        CheckpointError: A component was not saved that every pipeline of the family needs.
     """
     absent = [name for name in names if index.get(name, _NOT_SAVED) == _NOT_SAVED]
     if needed := [name for name in absent if name not in family.optional_components]:
@@ -235,21 +235,21 @@ def _check_tokenizer(component: Path) -> None:
 
 
 def _check_module(component: Path, name: str) -> Mapping[str, str]:
-    """Checks that a module's files are there and whole; returns the dtypes of its stored tensors by name."""
+    """Checks that a module's files are complete; returns the dtypes of its stored tensors by name."""
     _check_config(component, name)
     return _stored_dtypes(component, _stems(name))
 
 
 def _stems(name: str) -> tuple[str, ...]:
-    """What the files of a component begin with: transformers' name for a text encoder, else diffusers'."""
+    """Returns the names that a component's files may begin with: transformers' for a text encoder, otherwise diffusers'."""
     return tuple(stem for stem in WEIGHT_STEMS if (stem == TEXT_STEM) == name.startswith("text_encoder"))
 
 
 def _check_config(component: Path, name: str) -> None:
-    """Refuses a component that its library would load otherwise than from the floats in its files, without a word."""
+    """Refuses a component if its library would silently load something other than the floats in its files."""
     path = component / "config.json"
     config = read_json(path, f"{component} must have a configuration")
-    # Also in the configuration of a part, as that of a text model in a vision-language model.
+    # The configurations of parts are also checked, for example that of a text model in a vision-language model.
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _REDIRECTIONS:
             if part.get(key):
@@ -264,10 +264,10 @@ def _check_config(component: Path, name: str) -> None:
 
 
 def _stored_dtypes(component: Path, stems: tuple[str, ...]) -> dict[str, str]:
-    """The dtypes of a component's tensors, by name.
+    """Returns the dtypes of a component's tensors, by name.
 
     Raises:
-        CheckpointError: A name in several files, a dtype that no weight has, or an index that is of other files.
+        CheckpointError: A name is in several files, a dtype is one that no weight has, or the index does not fit the files.
     """
     dtypes: dict[str, str] = {}
     for file in weight_files(component, stems):
@@ -284,7 +284,7 @@ def _stored_dtypes(component: Path, stems: tuple[str, ...]) -> dict[str, str]:
                     )
                 dtypes[tensor.name] = tensor.dtype
     chosen = chosen_file(component, stems).path
-    # diffusers believes the index: it would not see, or would look in vain for, what the index has otherwise.
+    # diffusers trusts the index: it would ignore a tensor that the index lacks, and look in vain for one that no file has.
     if chosen.suffix == ".json" and (differing := weight_map(component, chosen).keys() ^ dtypes.keys()):
         raise CheckpointError(
             f"{chosen} must list the tensors of its files, got a difference in {some_of(differing)}; save the checkpoint again."

@@ -1,4 +1,4 @@
-"""What an engine is started with, resolved once."""
+"""The configuration of an engine, which is resolved once, at its start."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one request may ask for.
+    """The limits of one request.
 
     Attributes:
-        max_pixels: Height times width of a sample.
-        max_steps: Denoising steps.
-        max_outputs: Samples of one request.
-        max_answer_bytes: Image, debug and trajectory tensors of one request, held until its answer is sent.
-        max_scores: Recorded steps that one request may have scored again.
+        max_pixels: The largest height times width of a sample, in pixels.
+        max_steps: The largest number of denoising steps.
+        max_outputs: The largest number of samples.
+        max_answer_bytes: The most bytes of image, debug and trajectory tensors, which are held until the answer is sent.
+        max_scores: The largest number of recorded steps whose log-probs one request may have recomputed.
     """
 
     max_pixels: int = 2048 * 2048
@@ -35,14 +35,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
-    """How many LoRA adapters an engine holds.
+    """The limits of the LoRA adapters that an engine holds.
 
     Attributes:
-        max_adapters: At once.
-        max_adapter_bytes: Of all of them on rank 0, the weights of merged ones included.
+        max_adapters: The largest number of adapters at the same time.
+        max_adapter_bytes: The most bytes of all adapters on rank 0, including the weights of merged ones.
 
     Raises:
-        InvalidRequestError: A negative number.
+        InvalidRequestError: A limit is negative.
     """
 
     max_adapters: int = 16
@@ -56,23 +56,23 @@ class AdapterLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine runs: every "auto" is a value here.
+    """Describes what an engine runs, with a value in place of every "auto".
 
     Attributes:
         model: The checkpoint folder.
-        family: Name of the model family.
-        variant: Its variant.
-        pipeline: The diffusers pipeline class.
-        dtype: Dtype of the weights, e.g. "bfloat16".
-        device: Device, e.g. "cuda:0".
-        parameters: Parameters of the transformer, those of all ranks together.
-        layout: How it is spread over ranks.
-        transformer_bytes: Of its weights, on this rank.
-        limits: What a request may ask for.
-        adapter_limits: How many adapters there may be.
-        defaults: What a request leaves open.
-        pixel_unit: Height and width must be multiples of this.
-        versions: Of the libraries whose code shapes the bits.
+        family: The name of the model family.
+        variant: The variant of the family.
+        pipeline: The name of the diffusers pipeline class.
+        dtype: The dtype of the weights, e.g. "bfloat16".
+        device: The device, e.g. "cuda:0".
+        parameters: The number of parameters of the transformer, on all ranks together.
+        layout: How the transformer is distributed over ranks.
+        transformer_bytes: The number of bytes of the transformer's weights on this rank.
+        limits: The limits of one request.
+        adapter_limits: The limits of the LoRA adapters.
+        defaults: The default values of a request.
+        pixel_unit: The number of pixels that height and width must be multiples of.
+        versions: The versions of the libraries whose code the bits depend on, by name.
     """
 
     model: str
@@ -92,10 +92,10 @@ class EngineInfo:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device by name; "auto" is CUDA where there is one.
+    """Returns the device with this name; "auto" is CUDA if it is available, otherwise the CPU.
 
     Raises:
-        InvalidRequestError: No such device here.
+        InvalidRequestError: This machine has no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,10 +116,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype by name; "auto" is bfloat16 on an accelerator and float32 on the CPU.
+    """Returns the dtype with this name; "auto" is bfloat16 on an accelerator and float32 on the CPU.
 
     Raises:
-        InvalidRequestError: Not a dtype that flowroll's promises cover.
+        InvalidRequestError: flowroll's promises do not cover the dtype.
     """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""The engine: a checkpoint in memory that turns requests into rollouts. No server needed."""
+"""The engine: a checkpoint in memory that turns requests into rollouts. It needs no server."""
 
 from __future__ import annotations
 
@@ -66,39 +66,41 @@ from flowroll.types.tensors import plain_tensor
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 T = TypeVar("T")
 
-# How long lost ranks may take to let go of what they failed.
+# How long the scheduler's threads may take to end before `close` checks whether a rank was lost, in seconds.
 _RELEASE_S = 5.0
-# How long the loop may take to come back from a collective of lost ranks, before its requests are ended without it.
+# How long the loop may take to return from a collective after a rank was lost, before its requests are ended without it.
 _LOST_S = 3.0
 
 
 class Engine:
-    """Rolls out one checkpoint.
+    """Runs rollouts and plain generation with one checkpoint.
 
-    Calls from several threads share forwards, each with the bits that it has alone, under the CPU thread count of its caller. A
-    context manager: `close` frees the model. After `close`, and after a rank was lost, every call raises `ShuttingDownError` or
-    `RankLostError`. What changes the model (weights, adapters, memory) waits for the requests that run.
+    Calls from several threads share forwards, and each result is bit for bit the same as alone, with the CPU thread count of
+    its caller. The engine is a context manager, and `close` frees the model. After `close` every call raises
+    `ShuttingDownError`, and after a rank was lost, `RankLostError`. Changes of the model (weights, adapters, memory) wait for
+    the running requests.
 
     Args:
-        model: A diffusers checkpoint folder.
-        variant: Variant of the model family, e.g. "turbo" for Z-Image-Turbo; None: the family's first.
+        model: The path of a diffusers checkpoint folder.
+        variant: The variant of the model family, e.g. "turbo" for Z-Image-Turbo; None: the one that the folder's flowroll.json
+            names, else the family's first.
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 on the CPU.
         device: "cpu", "cuda", "cuda:N", or "auto".
-        limits: What one request may ask for.
-        batching: How much runs at once.
-        adapter_limits: How many LoRA adapters it holds.
-        layout: How the transformer is spread over ranks. The other ranks are started here, one process each, on this machine;
-            under torchrun they are its processes, which call `follow`.
-        rank_timeout_s: How long ranks wait for each other before the engine is taken down.
+        limits: The limits of one request.
+        batching: The limits of what runs at the same time.
+        adapter_limits: The limits of the LoRA adapters.
+        layout: How the transformer is distributed over ranks. The engine starts the other ranks on this machine, one process
+            each; under torchrun they are its other processes, which call `follow`.
+        rank_timeout_s: How many seconds ranks wait for each other before the engine is taken down.
 
     Attributes:
         info: What is loaded, and how.
-        scheduler: Runs the requests: cancels, pauses, counts them.
+        scheduler: The request scheduler, which runs, cancels, pauses and counts requests.
 
     Raises:
-        CheckpointError: The folder is no checkpoint, or an incomplete one.
-        UnsupportedModelError: No family covers the checkpoint.
-        InvalidRequestError: A device, dtype or layout that is not to be had.
+        CheckpointError: The folder is not a complete checkpoint.
+        UnsupportedModelError: No family supports the checkpoint.
+        InvalidRequestError: The device, dtype or layout is not available.
         RankLostError: A rank ended before it was up.
     """
 
@@ -146,7 +148,7 @@ class Engine:
     # Requests
 
     def plan(self, params: SamplingParams) -> RequestPlan:
-        """Checks a request against the model and fills in its defaults, without model work; may be called from any thread.
+        """Checks a request against the model and fills in its defaults, without model work. May be called from any thread.
 
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit, or the adapter is not loaded.
@@ -157,35 +159,41 @@ class Engine:
         return plan_request(params, self._open_model(), self.info.limits)
 
     def check_ready(self, params: SamplingParams) -> None:
-        """Checks what may change from one moment to the next: adapters, memory and version; errors as for `plan`."""
+        """Checks what can change after planning: adapters, memory and version. The errors are those of `plan`."""
         self._check_weights(params.min_weight_version)
         self._open_model().adapters.record(params.lora_name)
 
     def rollout(
         self, request: str | SamplingParams | RequestPlan | None = None, /, **values: Unpack[RolloutFields]
     ) -> list[Rollout]:
-        """Rolls out one request, e.g. `engine.rollout("a red fox", seed=42)`: one `Rollout` per sample, on the CPU.
+        """Runs the rollouts of one request, e.g. `engine.rollout("a red fox", seed=42)`.
 
         Args:
-            request: The prompt; or the whole request, then without fields.
+            request: The prompt, or the whole request, in which case no fields are given.
             **values: Fields of `SamplingParams`.
 
+        Returns:
+            One `Rollout` per sample, in the order of the seeds, on the CPU.
+
         Raises:
-            InvalidRequestError: Before any model work.
+            InvalidRequestError: The request is invalid; this is raised before any model work.
         """
         return self._answer(self.submit(self._planned(rollout_request(request, values)), "rollout"))
 
     def generate(
         self, request: str | SamplingParams | RequestPlan | None = None, /, **values: Unpack[ImageFields]
     ) -> list[GeneratedImage]:
-        """Plain text-to-image generation: the bits of the diffusers pipeline, one `GeneratedImage` per sample, on the CPU.
+        """Runs plain text-to-image generation, bit for bit as the diffusers pipeline.
 
         Args:
-            request: The prompt; or the whole request, with `rollout=False` and every rollout field at its default.
-            **values: Fields of `SamplingParams` that are no rollout fields.
+            request: The prompt, or the whole request, with `rollout=False` and every rollout field at its default.
+            **values: Fields of `SamplingParams` that are not rollout fields.
+
+        Returns:
+            One `GeneratedImage` per sample, in the order of the seeds, on the CPU.
 
         Raises:
-            InvalidRequestError: Before any model work; also for a rollout field.
+            InvalidRequestError: The request is invalid or has a rollout field; this is raised before any model work.
         """
         return self._answer(self.submit(self._planned(image_request(request, values)), "generate"))
 
@@ -200,36 +208,36 @@ class Engine:
     def submit(
         self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None, max_waiting: int | None = None
     ) -> RequestFuture[Any]:
-        """Takes a planned request without waiting for its answer.
+        """Accepts a planned request, and returns a future of its answer.
 
         Args:
-            plan: From `plan`.
-            kind: What its samples become.
-            timeout_s: It is given up when it has not ended after so long; None: never.
-            max_waiting: It is refused where so many wait; None: never.
+            plan: The planned request, from `plan`.
+            kind: Whether its samples become rollouts or plain images.
+            timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
+            max_waiting: The request is refused if this number of requests waits; None: no limit.
 
         Raises:
-            PausedError: Between `pause` and `resume`.
-            QueueFullError: Too many wait.
+            PausedError: The scheduler is paused.
+            QueueFullError: Too many requests wait.
         """
         self.scheduler.start()
         finish: Callable[[RequestPlan, Finished], Any] = self._as_rollout if kind == "rollout" else self._as_image
         return self.scheduler.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
 
     def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
-        """The picture of one sample's latents, e.g. of a predicted clean image.
+        """Decodes the latents of one sample into a picture, e.g. those of a predicted clean image.
 
         Args:
-            latents: One sample's latents, without batch dimension.
-            height: Pixels.
-            width: Pixels.
+            latents: The latents of one sample, without batch dimension.
+            height: The height of the picture in pixels.
+            width: The width of the picture in pixels.
 
         Returns:
-            float32 in [0, 1], on the CPU.
+            The picture as float32 in [0, 1], on the CPU.
 
         Raises:
-            InvalidRequestError: The size is off the model's grid, or the latents are not of that size or not finite.
-            EngineError: The VAE gave NaN or infinity.
+            InvalidRequestError: The size is off the model's grid, or the latents do not have that size or are not finite.
+            EngineError: The VAE returned NaN or infinity.
         """
         self._check_open()
         geometry = plan_geometry(self._model, height=height, width=width)
@@ -258,18 +266,18 @@ class Engine:
         record: SamplingRecord,
         sde_step_indices: Collection[int] | None = None,
     ) -> StepScore:
-        """Log-prob, mean and velocity of one recorded step under the weights in memory, by the code that replay uses.
+        """Recomputes log-prob, mean and velocity of one recorded step with the current weights, by the code that replay uses.
 
         Args:
-            latents: x before the step, as a trajectory holds it.
-            next_latents: x after it.
-            step: Which step, counted from 0.
-            env: The environment of the rollout.
-            record: Its `sampling`.
-            sde_step_indices: The stochastic steps of the rollout; None: every step is stochastic.
+            latents: The latents before the step, as a trajectory holds them.
+            next_latents: The latents after the step.
+            step: The index of the step, counted from 0.
+            env: The denoising environment of the rollout.
+            record: The `sampling` record of the rollout.
+            sde_step_indices: The indices of the rollout's stochastic steps; None: every step is stochastic.
 
         Returns:
-            On the CPU, float32.
+            The log-prob, mean and velocity as float32 on the CPU, and the std.
 
         Raises:
             InvalidRequestError: The record is of another model, dtype or schema, or a value does not fit it.
@@ -291,7 +299,7 @@ class Engine:
         )
 
     def plan_score(self, params: ScoreParams) -> ScorePlan:
-        """Checks a request to recompute log-probs, without model work; may be called from any thread.
+        """Checks a request to recompute log-probs, without model work. May be called from any thread.
 
         Raises:
             InvalidRequestError: A sample does not fit the model, or is above a limit.
@@ -301,7 +309,7 @@ class Engine:
         return plan_score(params, self._open_model(), self.info.limits)
 
     def check_ready_to_score(self, params: ScoreParams) -> None:
-        """Checks what may change from one moment to the next; errors as for `plan_score`."""
+        """Checks what can change after planning: adapters, memory and version. The errors are those of `plan_score`."""
         self._check_weights(params.min_weight_version)
         for index, sample in enumerate(params.samples):
             try:
@@ -310,7 +318,9 @@ class Engine:
                 raise error.within(f"samples[{index}]") from None
 
     def run_scores(self, params: ScoreParams | ScorePlan) -> ScoreAnswer:
-        """As `score`, for several steps of several samples; each is scored alone, so neither their order nor number matters.
+        """Recomputes the log-probs of several steps of several samples.
+
+        Each step has its own forward, as in `score`, so neither the order nor the number of steps changes a result.
 
         Raises:
             InvalidRequestError: A sample does not fit the model, or is above a limit.
@@ -318,11 +328,11 @@ class Engine:
         return self.submit_scores(params if isinstance(params, ScorePlan) else self.plan_score(params)).result()
 
     def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
-        """As `run_scores`, without waiting: between the steps of what runs.
+        """Accepts a request to recompute log-probs, which runs between steps, and returns a future of its answer.
 
         Args:
-            plan: From `plan_score`.
-            timeout_s: It is given up when it has not ended after so long; None: never.
+            plan: The planned request, from `plan_score`.
+            timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
         """
         self._check_open()
         self.scheduler.start()
@@ -335,12 +345,12 @@ class Engine:
 
     @property
     def weight_version(self) -> str:
-        """Version of the weights in memory."""
+        """The version of the weights in memory."""
         return self._weights.versions.current
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The parts of the checkpoint that have weights, e.g. "transformer", "text_encoder", "vae"."""
+        """The names of the modules of the checkpoint that have weights, e.g. "transformer", "text_encoder", "vae"."""
         return self._weights.modules
 
     def update_weights_from_disk(
@@ -351,23 +361,23 @@ class Engine:
         weight_version: str | None = None,
         mode: ExclusiveMode = "drain",
     ) -> WeightUpdate:
-        """Replaces the weights of a module by others of the same shapes: all of them, or, whatever goes wrong, none.
+        """Replaces all weights of a module by others of the same shapes, from files. If anything fails, none is replaced.
 
-        Requests go on while the files are read and checked; then the change waits for those that run. With several ranks
-        each reads its own part, from the same path, when its turn has come. Afterwards rollouts have the bits of an engine that
-        was started on the new weights.
+        Requests go on while the files are read and checked; then the change waits for the running ones. The other ranks read
+        their own parts from the same path at that time. Afterwards, rollouts are bit for bit those of an engine that was
+        started with the new weights.
 
         Args:
-            folder: A checkpoint folder, whose subfolder of the module's name is read; the module's own folder; or one
+            folder: A checkpoint folder, whose subfolder with the module's name is read; the module's own folder; or one
                 .safetensors file.
             module: "transformer" or "vae".
-            weight_version: Of the new weights; None: one more than the highest number that a version had so far.
-            mode: What becomes of the requests that run: "drain": they finish first; "abort": they are done again, wholly, with
-                the new weights.
+            weight_version: The version of the new weights; None: one more than the highest number that a version had so far.
+            mode: What happens to running requests: "drain": they finish first; "abort": they start again from their beginning,
+                with the new weights.
 
         Raises:
-            InvalidRequestError: Another module, or a version that is no short text.
-            WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
+            InvalidRequestError: The module takes no new weights, or the version is not a valid short text.
+            WeightsRejectedError: The files cannot be read to their end, or do not fit the module. Nothing has changed.
         """
         staged = self.stage_weights(find_weights(folder, module))
         return self.commit_weights(staged, weight_version=weight_version, mode=mode)
@@ -381,19 +391,20 @@ class Engine:
         mode: ExclusiveMode = "drain",
         partial: bool = False,
     ) -> WeightUpdate:
-        """Replaces the weights of a module by copies of a trainer's tensors in this process: all of them, or none.
+        """Replaces weights of a module by copies of a trainer's tensors in this process. If anything fails, none is replaced.
 
         Args:
-            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`; taken one at a time. DTensors,
-                as FSDP2 has them, are gathered: every rank of the trainer has to make this call, on an engine of its own.
+            named_tensors: The tensors by the names of the module's state_dict, e.g. `trainer.state_dict()`; they are taken one
+                at a time. DTensors, which FSDP2 uses, are gathered, so every rank of the trainer has to make this call, each on
+                its own engine.
             module: "transformer" or "vae".
-            weight_version: Of the new weights; None: one more than the highest number that a version had so far.
-            mode: What becomes of the requests that run; see `update_weights_from_disk`.
-            partial: Whether what is not given stays as it is; otherwise it is an error.
+            weight_version: The version of the new weights; None: one more than the highest number that a version had so far.
+            mode: What happens to running requests; see `update_weights_from_disk`.
+            partial: Whether tensors that are not given keep their values; otherwise a missing tensor is an error.
 
         Raises:
-            InvalidRequestError: Another module, or a version that is no short text.
-            WeightsRejectedError: Tensors that are not the module's. Everything is as it was.
+            InvalidRequestError: The module takes no new weights, or the version is not a valid short text.
+            WeightsRejectedError: The tensors do not fit the module. Nothing has changed.
         """
         incoming = self.receive_weights(module, partial=partial)
         for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
@@ -401,23 +412,23 @@ class Engine:
         return self.commit_weights(incoming.stage(), weight_version=weight_version, mode=mode)
 
     def stage_weights(self, files: WeightFiles) -> StagedWeights:
-        """The first half of an update: reads and checks; may be called from any thread, while requests run.
+        """Reads and checks new weights, the first half of an update. May be called from any thread while requests run.
 
         Raises:
-            WeightsRejectedError: Files that cannot be read to their end, or are not the module's.
+            WeightsRejectedError: The files cannot be read to their end, or do not fit the module.
         """
         self._check_open()
         return self._weights.stage(files)
 
     def receive_weights(self, module: str = "transformer", *, partial: bool = False) -> WeightReceiver:
-        """Makes room for new weights that arrive in buckets, while requests run; what `stage` then gives can be committed.
+        """Returns a receiver for new weights that arrive in buckets while requests run; `commit_weights` takes its `stage()`.
 
         Args:
             module: "transformer" or "vae".
-            partial: Whether tensors that do not arrive stay as they are; otherwise it is an error.
+            partial: Whether tensors that do not arrive keep their values; otherwise a missing tensor is an error.
 
         Raises:
-            InvalidRequestError: Another module.
+            InvalidRequestError: The module takes no new weights.
         """
         self._check_open()
         return self._weights.receive(module, partial=partial)
@@ -425,57 +436,57 @@ class Engine:
     def commit_weights(
         self, staged: StagedWeights, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> WeightUpdate:
-        """The second half of an update: exchanges the weights once no request runs; see `update_weights_from_disk`."""
+        """Exchanges the weights once no request runs, the second half of an update; see `update_weights_from_disk`."""
         return self.exclusive(lambda: self._weights.commit(staged, weight_version), mode)
 
     def weights_checksum(self, module: str = "transformer") -> str:
-        """sha256 over the module's tensors in the order of their names, of each its name and then its bytes, of all ranks.
+        """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.
 
-        Waits for the requests that run. `flowroll.replay.weights_checksum` is the same for a trainer's module.
+        It waits for the running requests. `flowroll.replay.weights_checksum` computes the same for a trainer's module.
 
         Args:
-            module: One of `modules`.
+            module: The name of the module, one of `modules`.
 
         Raises:
-            InvalidRequestError: Another module.
+            InvalidRequestError: There is no such module.
         """
         return self.exclusive(lambda: self._weights.checksum(module))
 
     def verify_weights(self, expected: Iterable[tuple[str, str]], *, module: str = "transformer") -> int:
-        """Compares every tensor of a module with what the caller expects. Waits for the requests that run.
+        """Compares every tensor of a module with the expected checksum. It waits for the running requests.
 
         Args:
-            expected: Name and sha256 of the raw bytes, of every tensor.
-            module: One of `modules`.
+            expected: The name of every tensor with the sha256 of its raw bytes.
+            module: The name of the module, one of `modules`.
 
         Returns:
-            How many tensors there are.
+            The number of tensors.
 
         Raises:
-            WeightsMismatchError: Names that are unknown, missing or doubled, or tensors that differ; lists them.
-            InvalidRequestError: Another module.
+            WeightsMismatchError: Names are unknown, missing or doubled, or tensors differ; the error lists them.
+            InvalidRequestError: There is no such module.
         """
         return self.exclusive(lambda: self._weights.verify(expected, module))
 
     def differing_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> tuple[list[str], list[str]]:
-        """Compares tensors of a module with what the caller expects. Waits for the requests that run.
+        """Compares tensors of a module with the expected checksums. It waits for the running requests.
 
         Args:
-            expected: `typed_tensor_checksum` by name; tensors that are not named are not looked at.
-            module: One of `modules`.
+            expected: The `typed_tensor_checksum` of tensors, by name; tensors that are not named are not compared.
+            module: The name of the module, one of `modules`.
 
         Returns:
             The names that the module does not have, and those whose tensors differ.
 
         Raises:
-            InvalidRequestError: Another module.
+            InvalidRequestError: There is no such module.
         """
         return self.exclusive(lambda: self._weights.differing(expected, module))
 
     # Adapters
 
     def lora_adapters(self) -> tuple[LoraAdapter, ...]:
-        """The loaded adapters."""
+        """Returns the loaded adapters."""
         self._check_open()
         return self._adapters.loaded
 
@@ -490,22 +501,24 @@ class Engine:
     ) -> AdapterChange:
         """Loads a LoRA adapter that peft has saved, for requests that give its name as `lora_name`.
 
-        One that has the name is replaced, at once. The adapter keeps the dtype that it was saved in, as in peft. Requests go on
-        while it is read and checked; then the change waits for those that run. The model without adapter is not touched.
+        A loaded adapter with the same name is replaced. The adapter keeps the dtype that it was saved in, as in peft. Requests
+        go on while it is read and checked; then the change waits for the running ones. The model without adapter stays the
+        same.
 
         Args:
-            folder: With adapter_config.json and adapter_model.safetensors.
-            name: Printable text of 1 to 128 characters.
-            merged: Add it to a copy of the weights that it changes, which takes their memory once more, and then costs
-                nothing in a forward; a rollout has the bits of a checkpoint that peft's `merge_and_unload` made. Otherwise it
-                runs beside the weights, and a rollout has the bits of a trainer's peft model.
-            weight_version: Of the engine's weights from now on; None: one more than the highest number so far.
-            mode: What becomes of the requests that run: "drain": they finish first; "abort": they are done again, wholly.
+            folder: The folder with adapter_config.json and adapter_model.safetensors.
+            name: The name, a printable text of 1 to 128 characters.
+            merged: Whether to add the adapter to a copy of the weights that it changes. The copy takes the memory of these
+                weights once more, and the adapter then costs nothing in a forward; a rollout is bit for bit that of a
+                checkpoint that peft's `merge_and_unload` made. Otherwise the adapter runs beside the weights, and a rollout
+                is bit for bit that of a trainer's peft model.
+            weight_version: The version of the engine's weights from now on; None: one more than the highest number so far.
+            mode: What happens to running requests: "drain": they finish first; "abort": they start again from their beginning.
 
         Raises:
-            InvalidRequestError: A name or version that is no short text.
-            WeightsRejectedError: It cannot be read to its end, is no plain LoRA of this model's linears, or there is no room
-                for it. Everything is as it was.
+            InvalidRequestError: The name or the version is not a valid short text.
+            WeightsRejectedError: The adapter cannot be read to its end, is no plain LoRA of this model's linears, or there is
+                no room for it. Nothing has changed.
         """
         staged = self.stage_lora_adapter(find_adapter(folder), name=name, merged=merged)
         return self.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
@@ -520,54 +533,54 @@ class Engine:
         weight_version: str | None = None,
         mode: ExclusiveMode = "drain",
     ) -> AdapterChange:
-        """Loads an adapter from a trainer in this process; see `load_lora_adapter`. Other ranks must be on this machine.
+        """Loads an adapter from a trainer in this process; see `load_lora_adapter`. All ranks must be on this machine.
 
         Args:
-            tensors: `peft.get_peft_model_state_dict(model)`.
-            config: `model.peft_config["default"].to_dict()`.
-            name: Printable text of 1 to 128 characters.
-            merged: Whether it is added to a copy of the weights.
-            weight_version: Of the engine's weights from now on; None: one more than the highest number so far.
-            mode: What becomes of the requests that run.
+            tensors: The tensors, as `peft.get_peft_model_state_dict(model)` returns them.
+            config: The configuration, as `model.peft_config["default"].to_dict()` returns it.
+            name: The name, a printable text of 1 to 128 characters.
+            merged: Whether the adapter is added to a copy of the weights.
+            weight_version: The version of the engine's weights from now on; None: one more than the highest number so far.
+            mode: What happens to running requests; see `load_lora_adapter`.
         """
-        # In a folder, where other ranks read it too.
+        # Written to a folder, because the other ranks read it there.
         with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
             write_adapter(Path(folder), tensors, config)
             return self.load_lora_adapter(folder, name=name, merged=merged, weight_version=weight_version, mode=mode)
 
     def stage_lora_adapter(self, files: AdapterFiles, *, name: str, merged: bool = False) -> StagedAdapter:
-        """The first half of loading: reads and checks; may be called from any thread, while requests run.
+        """Reads and checks an adapter, the first half of loading it. May be called from any thread while requests run.
 
         Raises:
-            InvalidRequestError: A name that is no short text.
-            WeightsRejectedError: It cannot be taken.
+            InvalidRequestError: The name is not a valid short text.
+            WeightsRejectedError: The adapter is refused.
         """
         self._check_open()
         return self._adapters.stage(files, name=name, merged=merged)
 
     def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
-        """Makes an adapter of factors that a trainer has pushed; see `AdapterStore.stage_pushed`."""
+        """Makes an adapter from factors that a trainer has pushed; see `AdapterStore.stage_pushed`."""
         self._check_open()
         return self._adapters.stage_pushed(factors, folder, merged=merged)
 
     def commit_lora_adapter(
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> AdapterChange:
-        """The second half of loading: puts it in place once no request runs; see `load_lora_adapter`."""
+        """Puts a staged adapter in place once no request runs, the second half of loading it; see `load_lora_adapter`."""
         return self.exclusive(lambda: self._adapters.commit(staged, weight_version), mode)
 
     def unload_lora_adapter(
         self, name: str, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> AdapterChange:
-        """Forgets an adapter; requests that wait for it end in an error.
+        """Unloads an adapter. Waiting requests that name it end in an error.
 
         Args:
             name: The name that it was loaded under.
-            weight_version: Of the engine's weights from now on; None: one more than the highest number so far.
-            mode: What becomes of the requests that run; see `load_lora_adapter`.
+            weight_version: The version of the engine's weights from now on; None: one more than the highest number so far.
+            mode: What happens to running requests; see `load_lora_adapter`.
 
         Raises:
-            InvalidRequestError: There is no such adapter, or a version that is no short text.
+            InvalidRequestError: There is no such adapter, or the version is not a valid short text.
         """
         return self.exclusive(lambda: self._adapters.unload(name, weight_version), mode)
 
@@ -580,36 +593,36 @@ class Engine:
 
     @property
     def memory_mode(self) -> SleepMode | None:
-        """Where the weights are kept while their memory is released; None: they are in place."""
+        """Where the weights are kept while their memory is released; None if they are in place."""
         return self._offload.mode
 
     def sleep(self, mode: SleepMode = "offload") -> MemoryChange:
-        """Releases the memory of all weights and adapters, on every rank, once the requests that run have finished.
+        """Releases the memory of all weights and adapters, on every rank, once the running requests have finished.
 
-        Until `wake`, whatever needs weights, requests that wait already included, ends in an `AsleepError`; also updates and
-        checksums. An engine that sleeps already goes on as it does.
+        Until `wake`, everything that needs weights ends in an `AsleepError`: requests, also those that wait already, updates
+        and checksums. If the engine sleeps already, nothing changes.
 
         Args:
-            mode: "offload": weights of a GPU go to pinned memory of the host; those of a CPU stay, and nothing is released.
-                "disk": they go to a file without a name in the folder for temporary files (TMPDIR).
+            mode: "offload": weights on a GPU are moved to pinned memory of the host; those on a CPU stay, and nothing is
+                released. "disk": weights are moved to an unnamed file in the folder for temporary files (TMPDIR).
 
         Raises:
-            EngineError: There is no room there, on some rank. Everything is as it was.
+            EngineError: There is not enough room there, on some rank. Nothing has changed.
         """
         return self._change_memory(
             lambda: self.is_asleep, lambda: self._offload.prepare_release(mode), lambda: self._executor.stage_release(mode)
         )
 
     def wake(self) -> MemoryChange:
-        """Brings the weights back, bit for bit; one that does not sleep stays as it is.
+        """Restores the weights bit for bit. If the engine does not sleep, nothing changes.
 
         Raises:
-            EngineError: There is no memory for them, or the disk fails, on some rank. The engine sleeps on.
+            EngineError: There is not enough memory, or the disk fails, on some rank. The engine stays asleep.
         """
         return self._change_memory(lambda: not self.is_asleep, self._offload.prepare_resume, self._executor.stage_resume)
 
     def describe_memory(self) -> str:
-        """How much memory the samples that run at once can take, in words."""
+        """Returns a text that says how much memory the samples that run at the same time can take."""
         defaults = self.info.defaults
         geometry = plan_geometry(self._model, height=defaults.height, width=defaults.width)
         return describe_memory(self.info, geometry, self.scheduler.limits)
@@ -618,34 +631,34 @@ class Engine:
 
     @property
     def failure(self) -> RankLostError | None:
-        """Why this engine's ranks are down; None while they are up."""
+        """The error that took this engine's ranks down; None while they are up."""
         return self._peers.failure
 
     @property
     def facts(self) -> ModelFacts:
-        """What requests are checked and planned with."""
+        """The facts about the model that requests are checked and planned with."""
         return self._open_model().facts
 
     @property
     def rank_pids(self) -> Mapping[int, int]:
-        """Process ids of the ranks that this engine started, by rank."""
+        """The process ids of the ranks that this engine started, by rank."""
         return self._peers.pids
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """Bytes that rank 0 has received from other ranks, by mesh axis."""
+        """The number of bytes that rank 0 has received from other ranks, by mesh axis."""
         return self._peers.received_bytes
 
     def on_failure(self, listener: FailureListener) -> None:
-        """Calls it, on a thread of its own, once the ranks of this engine are down."""
+        """Calls the listener, normally on another thread, once the ranks of this engine are down."""
         self._peers.add_listener(listener)
 
     def exclusive(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
-        """Does something to the model while no request runs, before those that wait.
+        """Runs an action on the model while no request runs, before waiting requests are admitted.
 
         Args:
-            action: What is to be done; called on the scheduler's thread, or at once where the caller is in such an action.
-            mode: What becomes of the requests that run; see `update_weights_from_disk`.
+            action: The function to call, on the scheduler's thread, or directly if the caller runs in such an action itself.
+            mode: What happens to running requests; see `update_weights_from_disk`.
         """
         self._check_open()
         if self.scheduler.is_in_exclusive_task:
@@ -654,13 +667,13 @@ class Engine:
         return self.scheduler.exclusive(action, mode=mode).result()
 
     def interrupt(self) -> None:
-        """Ends every request, and every later call, in a `ShuttingDownError`; may be called from any thread."""
+        """Ends every request and every later call in a `ShuttingDownError`. May be called from any thread."""
         self.scheduler.stop(_shutting_down())
 
     def close(self) -> None:
-        """Interrupts what runs, waits for it, ends the other ranks and frees the model; may be called twice."""
+        """Ends all requests, waits for the current work, ends the other ranks and frees the model. May be called twice."""
         self.interrupt()
-        # Given up where a lost rank may hold a step for ever.
+        # The wait is given up if a rank was lost, since the current step may then never end.
         while not self.scheduler.halt(_RELEASE_S) and self.failure is None:
             pass
         self._peers.close()
@@ -681,7 +694,7 @@ class Engine:
     def _open_model(self) -> LoadedModel:
         self._check_open()
         model: LoadedModel | None = getattr(self, "_model", None)
-        if model is None:  # closed since the check
+        if model is None:  # the engine was closed since the check
             raise _shutting_down()
         return model
 
@@ -720,7 +733,7 @@ class Engine:
         return request if isinstance(request, RequestPlan) else self.plan(request)
 
     def _answer(self, future: RequestFuture[T]) -> list[T]:
-        """Waits for a request, which goes if its caller does."""
+        """Waits for a request's answer. If the wait is interrupted, the request is cancelled."""
         try:
             return future.result()
         except BaseException:
@@ -760,7 +773,7 @@ def _describe(model: LoadedModel, folder: str, layout: Layout, limits: Limits, a
 
 
 def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:
-    """All weights of this rank."""
+    """Yields all weights of this rank."""
     for module in modules_of(pipeline).values():
         yield from module.parameters()
     yield from model.adapters.parameters()

@@ -1,4 +1,4 @@
-"""How much memory the samples that run at once can take, said in words when a server starts."""
+"""Estimates how much memory the samples that run at the same time can take, as a text that a server shows at its start."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _GIB = 2**30
 
 
 def describe_memory(info: EngineInfo, geometry: Geometry, limits: BatchLimits) -> str:
-    """Weights, and what samples of the default size and number of steps hold.
+    """Describes the memory of the weights, and that of samples of the default size and number of steps.
 
-    A forward's activations, which depend on the kernels, are not in it.
+    The activations of a forward are not included, because they depend on the kernels.
     """
     steps, pixels = info.defaults.num_inference_steps, geometry.height * geometry.width
     state = 4 * math.prod(geometry.latent_shape)
-    # Noise, mean and velocity of each step, and every state.
+    # The noise, mean and velocity of each step, and every state.
     recorded = state * (3 * steps + steps + 1)
     samples = min(limits.max_running_samples, max(limits.max_running_pixels // pixels, 1))
     batch = min(samples, limits.max_batch_samples)

@@ -1,4 +1,4 @@
-"""What is known of a loaded model without its weights: enough to check and plan requests, also in another process."""
+"""The facts about a loaded model without its weights, which are enough to check and plan requests in any process."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class ModelFacts:
 
     @property
     def facts(self) -> ModelFacts:
-        """The facts alone, where this is more."""
+        """A `ModelFacts` with only these fields, also if this object is of a subclass with more."""
         return ModelFacts(**{field.name: getattr(self, field.name) for field in fields(ModelFacts)})

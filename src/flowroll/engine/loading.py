@@ -1,4 +1,4 @@
-"""Loads an examined checkpoint: the whole pipeline, or the part of the transformer that one rank holds."""
+"""Loads a checked checkpoint: the whole pipeline, or the part of the transformer that one rank holds."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _PROBE = "a red circle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel(ModelFacts):
-    """What planning and denoising need of a checkpoint in memory.
+    """The parts of a loaded checkpoint that planning and denoising need.
 
     Attributes:
         transformer: The denoiser, or this rank's part of it.
-        adapters: The same with LoRA adapters.
+        adapters: The transformer with LoRA adapters.
         strategy: Computes the velocities of samples that take a step together.
     """
 
@@ -48,7 +48,7 @@ class LoadedModel(ModelFacts):
 
 
 def silence_model_libraries() -> None:
-    """Turns the progress bars of diffusers and transformers off, and imports both."""
+    """Imports diffusers and transformers, and turns off their progress bars."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -60,20 +60,20 @@ def silence_model_libraries() -> None:
 def load_model(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
 ) -> tuple[LoadedModel, Any]:
-    """Loads the checkpoint.
+    """Loads the checkpoint into memory.
 
     Args:
-        checkpoint: From `examine_checkpoint`.
-        device: Where to put the modules.
-        dtype: Dtype of all modules.
-        mesh: The ranks that share the transformer; None: this one has all of it.
+        checkpoint: The checkpoint, from `examine_checkpoint`.
+        device: The device for the modules.
+        dtype: The dtype of all modules.
+        mesh: The collectives of the ranks that share the transformer; None: this rank holds all of it.
 
     Returns:
         The model, and the diffusers pipeline that holds the modules.
 
     Raises:
-        CheckpointError: The libraries cannot load it.
-        UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
+        CheckpointError: The libraries cannot load the checkpoint.
+        UnsupportedModelError: The checkpoint is of a kind that flowroll does not know.
     """
     try:
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
@@ -90,7 +90,7 @@ def load_model(
 def build_model(
     checkpoint: Checkpoint, transformer: Any, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
 ) -> LoadedModel:
-    """The model around a loaded transformer."""
+    """Makes the model of a loaded transformer, with its adapters and its strategy."""
     over_ranks: dict[str, Any] = {}
     if mesh is not None:
         over_ranks = {"run": functools.partial(run_on_groups, mesh), "agree": functools.partial(all_ranks_agree, mesh)}
@@ -108,10 +108,10 @@ def build_model(
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> nn.Module:
-    """The transformer in evaluation mode, on the CPU: all of it, or this rank's part.
+    """Loads the transformer in evaluation mode, on the CPU: all of it, or this rank's part.
 
     Raises:
-        CheckpointError: The libraries cannot load it, or its files lack a weight.
+        CheckpointError: The libraries cannot load the transformer, or its files lack a weight.
     """
     plan = checkpoint.family.parallel_plan
     try:
@@ -128,16 +128,16 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
         raise _unloadable(checkpoint, error) from error
     if mesh is not None:
         shard_rows_of(transformer, plan, mesh)
-    # Not frozen: torch picks another kernel for some products whose weight needs no gradient, and a pipeline's weights, like a
-    # trainer's, do. Nothing here records a graph.
+    # Not frozen: for some products, torch picks another kernel if the weight needs no gradient, and the weights of a pipeline,
+    # like a trainer's, need one. No graph is recorded here in any case.
     return transformer.eval()  # type: ignore[no-any-return]
 
 
 def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> Any:
-    """A component as its library loads it, whose own report tells which tensors of the files found no place.
+    """Loads a component with its library, whose report tells which tensors of the files found no place.
 
     Raises:
-        CheckpointError: A weight is missing, or a tensor is none of the class's.
+        CheckpointError: A weight is missing, or a tensor does not belong to the class.
     """
     import diffusers
     import transformers
@@ -154,13 +154,16 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     if unknown and library is transformers:
         unknown -= _tensors_of_saver(checkpoint, component, module)
     checkpoint.check_loaded(component, module, missing=report["missing_keys"], unknown=unknown)
-    # Mapped from a file, they lie wherever its header's length puts them, and bits would depend on that.
+    # Weights that are mapped from a file are aligned according to the length of its header, and bits would depend on that.
     align_weights(module)
     return module
 
 
 def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> set[str]:
-    """The tensors of the class that a text encoder was saved from, whose head the pipeline's class leaves out by intention."""
+    """Returns the tensor names of the class that a text encoder was saved from.
+
+    The pipeline's class intentionally leaves out that class's head.
+    """
     config = read_json(checkpoint.folder / component / "config.json", f"{component} must have a configuration")
     import transformers
     from accelerate import init_empty_weights
@@ -173,7 +176,7 @@ def _tensors_of_saver(checkpoint: Checkpoint, component: str, module: Any) -> se
 
 
 def empty_module(checkpoint: Checkpoint, component: str) -> Any:
-    """A component of the pipeline without memory for its weights."""
+    """Builds a component of the pipeline without memory for its weights."""
     import diffusers
     from accelerate import init_empty_weights
 
@@ -183,11 +186,11 @@ def empty_module(checkpoint: Checkpoint, component: str) -> Any:
 
 
 def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dtype) -> None:
-    """Fills the transformer from its files. Of a sharded weight, only this rank's columns are read."""
+    """Fills the transformer from its files; of a sharded weight, only this rank's columns are read."""
     expected = set(transformer.state_dict())
     for file in checkpoint.weight_files("transformer"):
         with safe_open(file, framework="pt") as weights:
-            # What the class passes over is in the file, but not in the module.
+            # Tensors that the class ignores are in the file, but not in the module.
             for name in sorted(expected.intersection(weights.keys())):
                 path, _, leaf = name.rpartition(".")
                 owner = transformer.get_submodule(path)
@@ -204,7 +207,7 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
 
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
-    """The pipeline in evaluation mode, on the CPU."""
+    """Loads the pipeline in evaluation mode, on the CPU."""
     from diffusers import DiffusionPipeline
 
     modules = {
@@ -221,15 +224,15 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
-    """The components of a pipeline that have weights, by name."""
+    """Returns the components of a pipeline that have weights, by name."""
     return {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
 
 
 @contextlib.contextmanager
 def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder whose index names the classes of the libraries, which diffusers imports even of components that it is given.
+    """Yields a folder whose index names the libraries' own classes, because diffusers imports the class of every component.
 
-    It is the checkpoint's own, unless that was saved from under a trainer's wrapper.
+    It is the checkpoint's folder, unless that names the classes of a trainer's wrapper.
     """
     plain = {
         name: ["transformers" if name.startswith("text_encoder") else "diffusers", checkpoint.class_of(name)]
@@ -247,7 +250,7 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def _check_text(family: Family, pipeline: Any) -> None:
-    """Encodes a prompt: a broken tokenizer, template or text encoder shows here and not in the first request."""
+    """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
     with torch.no_grad():
         encoded = family.encode(pipeline, Prompt(text=_PROBE))
     embeds = encoded[family.embeds_key]
@@ -260,7 +263,7 @@ def _check_text(family: Family, pipeline: Any) -> None:
 
 
 def _unloadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
-    """What the libraries raise is about this folder's content, which was looked at as far as it can be."""
+    """Makes the error for an exception of the libraries, which is about content that the earlier checks could not reach."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     wanted = checkpoint.family.pipeline_class
     return CheckpointError(f"{checkpoint.folder} must load as {wanted}, got {reason}; save the checkpoint again.")

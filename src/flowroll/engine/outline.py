@@ -1,4 +1,4 @@
-"""What a checkpoint's configurations alone say: enough to check a request or a layout, with no weight in memory."""
+"""Builds a model from a checkpoint's configurations alone, to check requests and layouts without weights in memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from flowroll.types import Layout
 
 
 def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """The model without memory for its weights: `plan_request` takes it, a forward does not.
+    """Builds the model without memory for its weights. `plan_request` accepts it; it cannot run a forward.
 
     Args:
-        checkpoint: From `examine_checkpoint`.
-        device: Where the weights would be.
-        dtype: Dtype that they would have.
+        checkpoint: The checkpoint, from `examine_checkpoint`.
+        device: The device that the weights would be on.
+        dtype: The dtype that the weights would have.
 
     Raises:
-        CheckpointError: The libraries cannot build it.
-        UnsupportedModelError: A checkpoint of a kind that flowroll does not know.
+        CheckpointError: The libraries cannot build the model.
+        UnsupportedModelError: The checkpoint is of a kind that flowroll does not know.
     """
     import diffusers
 
     try:
         modules = {name: empty_module(checkpoint, name) for name in ("transformer", "vae")}
-        # The pipeline's own arithmetic over the configurations is part of what a request is checked against.
+        # Requests are also checked against values that the pipeline itself computes from the configurations.
         pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
         others = (*checkpoint.family.text_encoders, *checkpoint.family.tokenizers, "scheduler")
         pipeline = pipeline_class(**modules, **dict.fromkeys(others))
@@ -48,7 +48,7 @@ def check_layout(outline: LoadedModel, layout: Layout, limits: Limits) -> None:
     """Refuses degrees that do not fit a model, before any weight is loaded or any rank is started.
 
     Raises:
-        InvalidRequestError: It names the degrees that fit.
+        InvalidRequestError: A degree does not fit; the error names the degrees that fit.
     """
     check_columns(outline.transformer, outline.family.parallel_plan.columns, layout.tp)
     check_rows(layout.sp, limits.max_pixels // outline.spec.pixel_unit**2)

@@ -1,6 +1,6 @@
-"""What a finished sample becomes: a `Rollout`, or the picture of plain generation.
+"""Makes the answer of a finished sample: a `Rollout`, or the `GeneratedImage` of plain generation.
 
-Owns the rule that every number in an answer is finite: a sample with NaN or infinity in it is an error, never a picture.
+It owns the rule that every number in an answer is finite: a sample with NaN or infinity gives an error, never a picture.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from flowroll.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """One finished sample.
+    """A finished sample with its picture.
 
     Attributes:
         sample: The sample after its last step.
-        image: Its picture, on the CPU.
-        seconds: Wall time of the loop and the decode.
+        image: The picture of the sample, on the CPU.
+        seconds: The wall time from the sample's start to the end of its decoding, in seconds.
     """
 
     sample: Sample
@@ -40,10 +40,10 @@ class Finished:
 
 
 def check_encoded(env: DenoisingEnv) -> None:
-    """Refuses an environment that the text encoder left with NaN or infinity, before a step is taken with it.
+    """Refuses an environment in which the text encoder left NaN or infinity, before any step is taken with it.
 
     Raises:
-        EngineError: It names the tensor.
+        EngineError: A tensor is not finite; the error names it.
     """
     for name, tensor in env.tensors():
         if not all_finite(tensor):
@@ -55,10 +55,12 @@ def check_encoded(env: DenoisingEnv) -> None:
 
 
 def check_denoised(plan: RequestPlan, sample: Sample) -> None:
-    """Refuses a trajectory that left float32's range, before it is decoded. What a recorder kept has to have arrived.
+    """Refuses a trajectory that left the range of float32, before it is decoded.
+
+    The copies of the sample's recorder must have arrived in host memory.
 
     Raises:
-        EngineError: It names the sample and the tensor.
+        EngineError: A tensor is not finite; the error names the sample and the tensor.
     """
     log_probs = [] if sample.recorder is None else [("log_probs", sample.recorder.stacked_log_probs())]
     level = "" if sample.recorder is None else f"noise_level {plan.params.noise_level} and "
@@ -71,7 +73,7 @@ def check_denoised(plan: RequestPlan, sample: Sample) -> None:
 
 
 def _check_recorded(seed: int, rollout: Rollout) -> None:
-    """Refuses what was recorded on the way and never reaches the latents."""
+    """Refuses recorded tensors with NaN or infinity, which may not show in the final latents."""
 
     def recorded() -> Iterator[tuple[str, Tensor]]:
         for part in ("debug_tensors", "dit_trajectory"):
@@ -101,7 +103,7 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
 
 
 def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, peak_memory_mb: Number) -> Rollout:
-    """Makes the answer of a rollout, with what it asked for, on the CPU.
+    """Makes the answer of a rollout with the tensors that it asked for, on the CPU.
 
     Raises:
         EngineError: A recorded tensor holds NaN or infinity.
@@ -130,7 +132,7 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
 
 
 def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:
-    """Describes how the samples of a request are made, with the digests of their environment where that is returned."""
+    """Returns the record of how a request's samples are made, with the digests of their environment if that is returned."""
     if not _returns_env(plan):
         return plan.record
     positive, negative = env_digests(env)

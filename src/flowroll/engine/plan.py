@@ -1,4 +1,4 @@
-"""From a request to everything that is decided before model work: the last place where a request can be refused."""
+"""Plans requests: decides everything that is known before any model work. Invalid requests are refused here at the latest."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_sche
 from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
 
-# Squares of latents, which every norm in a model takes, overflow float32 beyond about this.
+# Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
 _MAX_AMPLIFICATION = 1e18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestPlan:
-    """One accepted request: every open value filled in, shared by its samples.
+    """A checked request with every default filled in, which its samples share.
 
     Attributes:
-        params: What was asked for.
-        request_id: Given or made.
-        seeds: One per sample.
-        negative_prompt: None where no unconditional branch runs.
-        geometry: Shapes of a sample.
+        params: The parameters of the request, as they were given.
+        request_id: The id of the request: the given one, or a new one.
+        seeds: The seeds, one per sample.
+        negative_prompt: The negative prompt; None if no unconditional branch runs.
+        geometry: The shapes of a sample.
         schedule: The sigma grid.
-        transitions: One per step; None for an evaluation, which takes plain ODE steps.
-        guidance: How the branches are combined.
-        generator_device: Where noise is drawn.
-        record: What the response says about all this.
+        transitions: The transitions, one per step; None for plain generation, which takes plain ODE steps.
+        guidance: How the conditional and the unconditional branch are combined.
+        generator_device: The device on which noise is drawn.
+        record: The record of these choices, for the answer.
     """
 
     params: SamplingParams
@@ -52,12 +52,12 @@ class RequestPlan:
 
     @property
     def work(self) -> int:
-        """What its time is roughly proportional to: pixels x steps x samples."""
+        """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
         return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
 
 
 def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
-    """Checks a request against the loaded model and fills in what it leaves open.
+    """Checks a request against the loaded model, and fills in its defaults.
 
     Raises:
         InvalidRequestError: A value is off the model's grid or above a limit.
@@ -126,7 +126,7 @@ def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
 
 
 def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
-    """The shapes of a sample of this size.
+    """Returns the shapes of a sample of this size, in pixels.
 
     Raises:
         InvalidRequestError: The size is off the model's grid.
@@ -156,7 +156,7 @@ def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) ->
 
 
 def _plan_guidance(params: SamplingParams, model: ModelFacts) -> Guidance:
-    """One scale for classifier-free guidance; a second one where the model takes a scale as an input."""
+    """Chooses the scale of classifier-free guidance, and a second scale if the model takes one as an input."""
     defaults = model.family.variants[model.variant]
     if not model.spec.embeds_guidance:
         return model.family.guidance(_first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale))

@@ -1,4 +1,4 @@
-"""Log-probs of recorded steps, recomputed on every rank of one engine; scoring.py has what needs no engine."""
+"""Recomputes log-probs of recorded steps on all ranks of an engine; scoring.py has the parts that need no engine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from flowroll.types import RecordedSteps, SampleScores, ScoreAnswer
 
 
 class LogProbs:
-    """Recomputes log-probs, a step at a time: the scheduler runs the steps of requests in between.
+    """Recomputes log-probs one step at a time, so that the scheduler can run the steps of requests in between.
 
     Args:
         model: The model in memory.
-        executor: Runs a forward on every rank.
+        executor: Runs the forwards on every rank.
         offload: Tells whether the weights are in memory.
         versions: The versions of the weights.
     """
@@ -31,8 +31,8 @@ class LogProbs:
         self._offload, self._versions = offload, versions
 
     def answer(self, plan: ScorePlan) -> Generator[None, None, ScoreAnswer]:
-        """Recomputes the steps of a checked request; yields after each forward."""
-        # Again: the weights may have been changed, even to older ones, while the request waited.
+        """Recomputes the steps of a checked request. Yields after each forward, and returns the answer."""
+        # Checked again, because the weights may have been changed, even to older ones, while the request waited.
         self._versions.demand(plan.params.min_weight_version)
         started_s = time.perf_counter()
         found = []
@@ -50,7 +50,7 @@ class LogProbs:
         )
 
     def sample(self, sample: RecordedSteps, *, log_probs_only: bool) -> Generator[None, None, SampleScores]:
-        """Recomputes the steps of one checked sample; yields after each forward."""
+        """Recomputes the steps of one checked sample. Yields after each forward, and returns the log-probs."""
         self._offload.check_awake()
         model, lora = self._model, sample.sampling.lora
         name = None if lora is None else lora.name

@@ -1,6 +1,6 @@
-"""Recorded steps, scored on the engine: for trainers that recompute old log-probs where the rollouts are made.
+"""Recomputes the log-probs of recorded steps, for trainers that do so on the engine that made the rollouts.
 
-Every step is a forward of its own, by the code that replay uses. Owns every reason why a step cannot be scored.
+Every step has its own forward, by the code that replay uses. This module owns all reasons for which a step is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _REMEDY = "use the env of the rollout"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorePlan:
-    """One accepted request.
+    """A checked request to recompute log-probs.
 
     Attributes:
-        params: What was asked for, checked against the model.
-        request_id: Given or made.
+        params: The request, checked against the model.
+        request_id: The id of the request: the given one, or a new one.
     """
 
     params: ScoreParams
@@ -38,12 +38,12 @@ class ScorePlan:
 
     @property
     def work(self) -> int:
-        """What its time is roughly proportional to: pixels x steps x samples."""
+        """The amount of work, to which the request's time is roughly proportional: pixels x steps, summed over samples."""
         return sum(sample.sampling.height * sample.sampling.width * len(sample.steps) for sample in self.params.samples)
 
 
 def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScorePlan:
-    """Checks every step that is to be scored.
+    """Checks every step whose log-prob is to be recomputed.
 
     Raises:
         InvalidRequestError: A sample does not fit the model or is above a limit; the field begins with `samples[i].`.
@@ -68,7 +68,7 @@ def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> No
     """Checks the steps of one sample against the model.
 
     Raises:
-        InvalidRequestError: They do not fit it.
+        InvalidRequestError: The steps do not fit the model.
     """
     record = sample.sampling
     _check_record(sample, model, limits)
@@ -89,12 +89,12 @@ def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> No
 
 
 def recipe_of(sample: RecordedSteps, model: ModelFacts, *, device: torch.device | str) -> Recipe:
-    """How the sample's steps are taken."""
+    """Returns the recipe by which the sample's steps are taken."""
     return Recipe.of(sample.sampling, model.family, sde_step_indices=sample.sde_step_indices, device=device)
 
 
 def forward_rows(sample: RecordedSteps, recipe: Recipe, *, log_probs_only: bool) -> list[int]:
-    """The rows of the sample that need a forward."""
+    """Returns the rows of the sample that need a forward: all, or, for log-probs only, those of stochastic steps."""
     steps = enumerate(sample.steps)
     return [row for row, step in steps if not log_probs_only or recipe.transitions[step].is_stochastic]
 
@@ -102,16 +102,16 @@ def forward_rows(sample: RecordedSteps, recipe: Recipe, *, log_probs_only: bool)
 def sample_scores(
     sample: RecordedSteps, recipe: Recipe, velocities: Mapping[int, Tensor], *, log_probs_only: bool
 ) -> SampleScores:
-    """The answer for one sample.
+    """Makes the answer for one sample.
 
     Args:
-        sample: Its states.
-        recipe: Its steps.
-        velocities: By row; a row without one has no density.
-        log_probs_only: Leave means and velocities out.
+        sample: The sample, with the latents before and after each step.
+        recipe: The recipe by which its steps are taken.
+        velocities: The velocities by row. A row without a velocity is a deterministic step, whose log-prob is 0.
+        log_probs_only: Whether means and velocities are left out of the answer.
 
     Raises:
-        InvalidRequestError: A forward gave NaN or infinity.
+        InvalidRequestError: A velocity, mean or log-prob is NaN or infinity.
     """
     scores: dict[int, StepScore] = {}
     for row, velocity in velocities.items():
@@ -145,7 +145,7 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
         if (got := getattr(record, name)) != str(dtype):
             _refuse(f"sampling.{name}", f"be {dtype}, which this engine has", got[:80], "start an engine in that dtype")
     try:
-        # The rules of a request are the rules of its record, whose names are the short ones.
+        # A record obeys the rules of a request. It uses the short names of the fields.
         names = ("height", "width", "sigmas", "guidance_scale", "sde_type", "noise_level")
         chosen = sample.sde_step_indices
         SamplingParams(
@@ -168,7 +168,7 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
 
 
 def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None:
-    """Checks an environment against what the family declares."""
+    """Checks an environment against the conditioning fields that the family declares."""
     family = model.family
     for place, is_given in (("image_kwargs", bool(env.image_kwargs)), ("guidance", env.guidance is not None)):
         if is_given and not family.conditioning.in_place(place):
@@ -199,10 +199,10 @@ def _check_part(
     """Checks one part of an environment.
 
     Args:
-        values: Its fields.
-        place: Its name.
-        model: The model.
-        sizes: What the sizes are that the part itself decides.
+        values: The values of the part's fields, by name.
+        place: The name of the part.
+        model: The facts about the model.
+        sizes: The sizes that the part itself decides, by name.
         expected: The values of the fields that follow from the size of the image and the number of tokens.
     """
     where, fields, expected = f"denoising_env.{place}", model.family.conditioning.in_place(place), expected or {}
@@ -224,7 +224,7 @@ def _check_part(
 def _check_tensor(
     field: ConditioningField, value: EnvValue | None, name: str, model: ModelFacts, sizes: Mapping[str, int]
 ) -> None:
-    """Checks the shape, the dtype and the numbers of one tensor."""
+    """Checks the shape and the dtype of one tensor, and that its numbers are finite."""
     assert field.shape is not None
     shape = field.sizes({**model.spec.widths, **sizes})
     dtype = model.dtype if field.dtype == "model" else torch.float32

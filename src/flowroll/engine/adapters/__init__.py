@@ -1,1 +1,1 @@
-"""LoRA adapters: read from files or pushes, held beside the transformer or merged into a copy of it."""
+"""LoRA adapters, which are read from files or pushed, and run beside the transformer or merged into copies of its weights."""

@@ -1,14 +1,15 @@
-"""The transformer with LoRA adapters: one more tree of modules for each, over the same weights.
+"""The transformer with LoRA adapters: each adapter has its own tree of modules over the same weights.
 
     base:     transformer -> blocks -> attention -> to_q
-    adapter:  transformer' -> blocks' -> attention' -> peft's layer(to_q), or to_q with merged weights
+    adapter:  transformer' -> blocks' -> attention' -> peft's layer(to_q), or to_q' with merged weights
 
-Only the modules on the way to an adapted linear are copied, as Python objects; all others, and every weight that the adapter
-does not change, are the base's own. So the base has no wrapper, no flag and no other name than without adapters; a forward uses
-the adapter whose tree it calls, and no state has to be set before it; an update of the base's weights is seen by every tree.
+Only the modules on the path to an adapted linear are copied, as Python objects. All other modules, and every weight that the
+adapter does not change, are the base's own. So the base is the same as without adapters: it has no wrapper, no flag and no
+other names. A forward uses the adapter whose tree it calls, without any state that must be set before. An update of the base's
+weights takes effect in every tree.
 
-peft itself finds the adapted linears and makes their layers, on a copy of the base that has no weights: it may run while
-requests do.
+peft itself finds the adapted linears and makes their layers, on a copy of the base without weights, so it may run while
+requests run.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from flowroll.families.checksums import layers_checksum
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import AdapterRecord, LoraAdapter
 
-# peft's name of the adapter, in trees that have one each.
+# The name that peft gives the adapter; each tree has one adapter.
 _OWN = "default"
 _MOST_TEMPLATES = 4
-# What a module calls around its forward.
+# The attributes of a module that hold the hooks around its forward.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -48,10 +49,10 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-        about: What is said of it.
-        layers: peft's layers by the paths of the linears below them.
-        transformer: The tree that runs with it.
-        base_changes: Changes of the base's weights that a merged one has seen.
+        about: The description of the adapter: its name, version, checksum and sizes.
+        layers: peft's layers, by the paths of the linears that they wrap.
+        transformer: The transformer's tree with this adapter.
+        base_changes: The number of changes of the base's weights before the adapter was made; it matters for a merged one.
     """
 
     about: LoraAdapter
@@ -61,55 +62,55 @@ class Adapter:
 
 
 class AdapterSet:
-    """The adapters of one transformer. One thread changes it, any may read.
+    """The adapters of one transformer. Only one thread may change it; any thread may read it.
 
     Args:
-        transformer: In memory, or this rank's part of it.
+        transformer: The transformer in memory, or this rank's part of it.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
         self._base = transformer
         self._loaded: Mapping[str, Adapter] = {}
         self._base_changes = 0
-        # peft's layers without tensors, by what shapes them: an adapter that is loaded again and again is found once.
+        # peft's layers without tensors, by their shape key, so that peft searches the layers of similar adapters only once.
         self._templates: Mapping[str, Mapping[str, Any]] = {}
 
     @property
     def loaded(self) -> tuple[LoraAdapter, ...]:
-        """What there is, in the order of loading."""
+        """The loaded adapters, in the order of loading."""
         return tuple(adapter.about for adapter in self._loaded.values())
 
     @property
     def module_names(self) -> frozenset[str]:
-        """Names of the modules of the transformer."""
+        """The names of all modules of the transformer."""
         return frozenset(name for name, _ in self._base.named_modules())
 
     def parameters(self) -> Iterator[Tensor]:
-        """Of all trees and layers; those of the base are among them, and some come several times."""
+        """Yields the parameters of all trees and layers, including shared ones of the base; some occur several times."""
         for adapter in self._loaded.values():
             for module in (adapter.transformer, *adapter.layers.values()):
                 yield from module.parameters()
 
     def transformer(self, name: str | None) -> Any:
-        """What runs with this adapter; None: with the one that a trainer has pushed, or the base.
+        """Returns the transformer with this adapter; for None, with the pushed adapter if there is one, otherwise the base.
 
         Raises:
-            InvalidRequestError: It is not loaded.
+            InvalidRequestError: The adapter is not loaded.
         """
         adapter = self._find(name)
         return self._base if adapter is None else adapter.transformer
 
     def record(self, name: str | None) -> AdapterRecord | None:
-        """What a sample's record says of it.
+        """Returns what a sample's record says about this adapter; for None, about the pushed one; None if there is none.
 
         Raises:
-            InvalidRequestError: It is not loaded.
+            InvalidRequestError: The adapter is not loaded.
         """
         adapter = self._find(name)
         return None if adapter is None else adapter.about.record
 
     def factors(self, name: str) -> dict[str, LoraFactors]:
-        """The factors of an adapter by layer; none if it is not loaded."""
+        """Returns the factors of an adapter by layer; an empty mapping if it is not loaded."""
         adapter = self._loaded.get(name)
         if adapter is None:
             return {}
@@ -119,10 +120,10 @@ class AdapterSet:
         }
 
     def stage(self, data: AdapterData, *, name: str, merged: bool) -> Adapter:
-        """Makes an adapter of what was read, beside those that are loaded; may run while the transformer does.
+        """Makes an adapter from data that was read, beside the loaded ones. It may run while the transformer runs.
 
         Raises:
-            WeightsRejectedError: It is none of this transformer's.
+            WeightsRejectedError: The adapter does not fit this transformer.
         """
         try:
             with torch.no_grad():
@@ -144,30 +145,30 @@ class AdapterSet:
             raise unreadable(error) from error
 
     def finished(self, staged: Adapter, version: str) -> Adapter:
-        """A staged adapter as it is to be put: of this version, and over the base's weights of now."""
+        """Returns a staged adapter, ready for `put`: with this version, and merged again if the base's weights have changed."""
         if staged.about.merged and staged.base_changes != self._base_changes:
             staged = self._again(staged)
         return replace(staged, about=replace(staged.about, version=version))
 
     def put(self, adapter: Adapter) -> None:
-        """Adds it, or replaces the one of its name."""
+        """Adds an adapter, or replaces the one with the same name."""
         self._loaded = {**self._loaded, adapter.about.name: adapter}
 
     def drop(self, name: str) -> None:
-        """Forgets it.
+        """Removes an adapter.
 
         Raises:
-            InvalidRequestError: It is not loaded.
+            InvalidRequestError: The adapter is not loaded.
         """
         self._get(name)
         self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
 
     def over_new_base(self) -> Mapping[str, Adapter]:
-        """All adapters over the base's weights of now: merged ones merged again. For `adopt`, once the change is certain."""
+        """Returns all adapters over the base's current weights, with merged ones merged again, for `adopt`."""
         return {name: self._again(adapter) if adapter.about.merged else adapter for name, adapter in self._loaded.items()}
 
     def adopt(self, adapters: Mapping[str, Adapter]) -> None:
-        """Takes the result of `over_new_base`."""
+        """Puts the result of `over_new_base` into effect, and counts the change of the base's weights."""
         self._loaded = adapters
         self._base_changes += 1
 
@@ -200,7 +201,7 @@ class AdapterSet:
 
     def _build(self, about: LoraAdapter, layers: Mapping[str, Any]) -> Adapter:
         placed: Mapping[str, nn.Module] = layers
-        # Read before the weights: a change that comes between is seen as one that has not been.
+        # Read before the weights are, so that a change between the two counts as not yet seen, and the adapter is merged again.
         base_changes = self._base_changes
         if about.merged:
             placed = {path: _merged(layer, self._base.get_submodule(path)) for path, layer in layers.items()}
@@ -210,10 +211,10 @@ class AdapterSet:
 
 
 def _inject(base: nn.Module, config: Any) -> nn.Module:
-    """A copy of the base without weights, in which peft has put its layers where the configuration says."""
+    """Returns a copy of the base without weights, into which peft has put its layers as the configuration says."""
     peft = load_peft()
     try:
-        # The device is this thread's own: what peft makes takes no memory, and no random numbers.
+        # On the meta device, which is set for this thread only, peft's tensors take no memory and draw no random numbers.
         with torch.device("meta"):
             skeleton = peft.inject_adapter_in_model(config, _skeleton(base), adapter_name=_OWN)
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, OverflowError, re.error) as error:
@@ -226,7 +227,7 @@ def _skeleton(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Linear | ColumnParallelLinear):
         return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     copied = _twin(module)
-    # peft changes flags of parameters; these are not to be found.
+    # Without parameters, because peft would change their flags.
     copied._parameters = {}
     copied._modules = {name: None if child is None else _skeleton(child) for name, child in module._modules.items()}
     return copied
@@ -242,7 +243,7 @@ def _layers(skeleton: nn.Module) -> dict[str, Any]:
 
 
 def _empty_copy(layer: Any) -> Any:
-    """Another of peft's layers, with modules for its factors that nobody else has."""
+    """Returns a copy of one of peft's layers, with its own modules for the factors."""
     copied = _with_own_modules(layer)
     for factor in ("lora_A", "lora_B"):
         own = _with_own_modules(getattr(layer, factor))
@@ -256,7 +257,7 @@ def _factors(layer: Any) -> dict[str, Tensor]:
 
 
 def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]) -> None:
-    """Gives the layers their tensors, all of which are checked first."""
+    """Puts the tensors into the layers, after checking all of them."""
     expected = {f"{path}.{name}": factor for path, layer in layers.items() for name, factor in _factors(layer).items()}
     for rule, names in (
         ("hold tensors of the layers that its configuration names alone, got others:", set(tensors) - set(expected)),
@@ -273,12 +274,12 @@ def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Map
     for path, layer in layers.items():
         device = _weight(linears[path]).device
         for kind in ("lora_A", "lora_B"):
-            # Not frozen, for the same reason as the weights below, and as a trainer has them.
+            # Not frozen, as a trainer has them, and because torch may choose other kernels for frozen weights.
             getattr(layer, kind)[_OWN].weight = nn.Parameter(tensors[f"{path}.{kind}.weight"].to(device))
 
 
 def _put_over(layer: Any, linear: nn.Module) -> None:
-    """Puts peft's layer over a linear of the base. What is hooked to the linear is hooked to the layer: it is about rows."""
+    """Makes peft's layer wrap a linear of the base. The layer gets the linear's hooks, because they shard rows."""
     if any(getattr(linear, hooks) for hooks in _HOOKS):
         bare = _twin(linear)
         for hooks in _HOOKS:
@@ -289,9 +290,9 @@ def _put_over(layer: Any, linear: nn.Module) -> None:
 
 
 def _merged(layer: Any, linear: nn.Module) -> nn.Module:
-    """The linear with the adapter added to a copy of its weight, by peft's own product."""
+    """Returns a copy of the linear with the adapter added to a copy of its weight, by peft's own product."""
     weight, delta = _weight(linear).data.clone(), layer.get_delta_weight(_OWN)
-    # In place, as peft merges: of a wider adapter only the sum is rounded.
+    # In place, as peft merges: if the adapter has a wider dtype, only the sum is rounded.
     weight += delta[linear.own_columns] if isinstance(linear, ColumnParallelLinear) else delta
     copied = _with_own_parameters(linear)
     copied.weight = nn.Parameter(weight, requires_grad=_weight(linear).requires_grad)
@@ -311,7 +312,7 @@ def _with_own_modules(module: nn.Module) -> nn.Module:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Another module with the same attributes. `copy.copy`, eight times as fast, of which an adapter needs thousands."""
+    """Returns a shallow copy of a module. An adapter needs thousands, and this is eight times as fast as `copy.copy`."""
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
     return twin
@@ -324,7 +325,7 @@ def _weight(linear: nn.Module) -> Tensor:
 
 
 def _with_modules(module: nn.Module, placed: Mapping[str, nn.Module]) -> nn.Module:
-    """The same tree with others at these paths; what lies on the way to them is copied, everything else shared."""
+    """Returns the tree with other modules at these paths; modules on the way to them are copied, all others are shared."""
     if "" in placed:
         return placed[""]
     below: dict[str, dict[str, nn.Module]] = {}

@@ -1,9 +1,9 @@
-"""What an adapter's configuration means, by its effect on a finished adapter and not by its spelling.
+"""Interprets an adapter's configuration by its effect on a finished adapter, not by its spelling.
 
-Whatever has the effect of peft's default is taken as the default: an option that is off, however it is written; an option of
-training or of peft at run time; a part of an option that is itself off. What is refused is what the engine would compute
-otherwise than the trainer: kinds of adapters beyond plain LoRA on linears, options that this peft does not know, and starting
-values that change the weights below.
+A value that has the same effect as peft's default is treated as the default: an option that is off, however it is written; an
+option of training or of peft at run time; a part of an option that is itself off. Refused is whatever the engine would compute
+differently than the trainer: kinds of adapters other than plain LoRA on linears, options that the installed peft does not
+know, and initial values that change the model's weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from flowroll.engine.adapters.files import refused
 from flowroll.engine.adapters.patterns import check_patterns
 
-# What decides which layers there are, of which rank and scale.
+# The options that decide which layers there are, and their ranks and scales.
 _SHAPING = (
     "r",
     "lora_alpha",
@@ -31,36 +31,36 @@ _SHAPING = (
     "layers_pattern",
 )
 _NUMBERS = ("r", "lora_alpha")
-# What changes nothing in a finished adapter of linears, beside what `PeftConfig` itself has, which only describes.
+# The options that change nothing in a finished adapter of linears, besides those of `PeftConfig`, which only describe it.
 _IDLE = frozenset(
     {
-        # Of training, and of memory at run time.
+        # Options of training, and of memory at run time.
         "lora_dropout",
         "runtime_config",
-        # Of a start; whether it is one that matters is asked of init_lora_weights.
+        # Options of the initial values; init_lora_weights tells whether these matter.
         "init_lora_weights",
         "loftq_config",
         "eva_config",
         "corda_config",
         "lora_ga_config",
-        # Of options that are refused where they are on.
+        # Parts of options that are refused if they are on.
         "megatron_core",
         "qalora_group_size",
-        # Of layers that are no linears, and of linears with shared weights, which no transformer here has.
+        # Options of layers other than linears, and of linears with shared weights, which no transformer here has.
         "fan_in_fan_out",
         "ensure_weight_tying",
     }
 )
-# Starting values that leave the weights below as they are; others are no adapter for the model that is served.
+# The kinds of initial values that leave the model's weights unchanged; an adapter with others is not for the served model.
 _STARTS = (True, "gaussian", "orthogonal", "eva", "mica")
 _MAX_RANK, _MAX_ALPHA = 4096, 1e9
 
 
 def lora_config(config: Mapping[str, Any]) -> Any:
-    """The `LoraConfig` of an adapter's configuration, as it is when the adapter is used.
+    """Returns peft's `LoraConfig` for an adapter's configuration, as it applies when the adapter is used.
 
     Raises:
-        WeightsRejectedError: It is not of plain LoRA, or a value breaks its rule.
+        WeightsRejectedError: The configuration is not of plain LoRA, or a value is invalid.
     """
     peft = load_peft()
     if config.get("peft_type") != "LORA":
@@ -86,15 +86,15 @@ def lora_config(config: Mapping[str, Any]) -> Any:
 
 
 def shape_key(config: Mapping[str, Any]) -> str:
-    """Adapters with equal keys have the same layers."""
+    """Returns a key that is equal for configurations that give the same layers."""
     return json.dumps(_shaping(config), sort_keys=True)
 
 
 def load_peft() -> Any:
-    """The library, which only those need who use adapters.
+    """Imports peft, which is needed only to use adapters.
 
     Raises:
-        WeightsRejectedError: It is not there.
+        WeightsRejectedError: peft is not installed.
     """
     try:
         return importlib.import_module("peft")
@@ -103,15 +103,15 @@ def load_peft() -> Any:
 
 
 def _is_default(config_class: Any, usual: Any, key: str, value: object) -> bool:
-    """Whether a value does what peft's default does."""
+    """Returns whether a value has the same effect as peft's default."""
     if not value:
-        # Where an empty object is meant as an option with all its defaults, peft makes that option of it.
+        # An empty object may mean an option with all its defaults; peft then makes that option of it.
         return value != {} or not hasattr(usual, key) or not _effective(config_class, key, value)
     return hasattr(usual, key) and value == getattr(usual, key)
 
 
 def _effective(config_class: Any, key: str, value: object) -> object:
-    """What peft takes a value for; something that is not off where it takes it for nothing."""
+    """Returns what peft makes of a value; a value that is not off if peft does not accept it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -121,13 +121,13 @@ def _effective(config_class: Any, key: str, value: object) -> object:
 
 
 def _shaping(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that shape the layers, without those that are off."""
+    """Returns the options that shape the layers, without those that are off."""
     given = {key: config[key] for key in _SHAPING if key in config}
     return {key: value for key, value in given.items() if key in _NUMBERS or not _is_empty(value)}
 
 
 def _is_empty(value: object) -> bool:
-    # Not by its truth: 0 is the first layer.
+    # Not decided by truth value, because 0 is the index of the first layer.
     return value is None or value is False or value == "" or value == [] or value == {}
 
 
@@ -137,7 +137,7 @@ def _check_numbers(shaping: Mapping[str, Any]) -> None:
         if not (type(rank) is int and 1 <= rank <= _MAX_RANK):
             raise refused(f"r must be an integer from 1 to {_MAX_RANK}, got {_shown(rank)}; save the adapter again.")
     for scale in (shaping.get("lora_alpha", 8), *scales.values()):
-        # Compared, not converted: an integer may be beyond all floats.
+        # Compared without conversion, because an integer may be too large for a float.
         if not (type(scale) in (int, float) and abs(scale) <= _MAX_ALPHA):
             raise refused(
                 f"lora_alpha must be a finite number of at most {_MAX_ALPHA:g}, got {_shown(scale)}; save the adapter again."

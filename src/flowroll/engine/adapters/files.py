@@ -1,6 +1,6 @@
-"""LoRA adapters as peft saves them: adapter_config.json beside adapter_model.safetensors, found and read.
+"""Finds, reads and writes LoRA adapters as peft saves them: adapter_config.json beside adapter_model.safetensors.
 
-What the configuration means is adapter_config.py's.
+adapters/config.py interprets the configuration.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFiles:
-    """Where an adapter is; nothing is read yet.
+    """The files of an adapter; nothing is read yet.
 
     Attributes:
-        folder: That was named, symbolic links resolved.
-        config: Its configuration.
-        weights: Its tensors.
+        folder: The adapter's folder, with symbolic links resolved.
+        config: The file of its configuration.
+        weights: The safetensors file of its tensors.
     """
 
     folder: Path
@@ -46,12 +46,12 @@ class AdapterFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterData:
-    """An adapter as it was read.
+    """An adapter as it was read from its files.
 
     Attributes:
-        config: The configuration's object.
-        tensors: By their names without peft's prefix, in the dtypes that they have in the file.
-        seconds: That reading took.
+        config: The JSON object of the configuration.
+        tensors: The tensors by their names without peft's prefix, in the dtypes that they have in the file.
+        seconds: How long reading took, in seconds.
     """
 
     config: Mapping[str, Any]
@@ -60,28 +60,28 @@ class AdapterData:
 
 
 def find_adapter(source: str | Path) -> AdapterFiles:
-    """The files of an adapter's folder.
+    """Finds the files of an adapter's folder.
 
     Raises:
-        WeightsRejectedError: They are not there.
+        WeightsRejectedError: The files are not there.
     """
     try:
         folder = Path(source).resolve()
         for name in (_CONFIG, _WEIGHTS):
             if not (folder / name).is_file():
-                # Named where it is the likely reason: pickles are not read.
+                # The message names adapter_model.bin if it exists, because it is the likely reason: pickles are not read.
                 got = "adapter_model.bin" if name == _WEIGHTS and (folder / "adapter_model.bin").exists() else "none"
                 raise refused(f"{folder} must hold {name}, got {got}; save the adapter with peft's save_pretrained.")
         return AdapterFiles(folder=folder, config=(folder / _CONFIG).resolve(), weights=(folder / _WEIGHTS).resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # the last two: no path at all, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: an invalid path, a loop of links
         raise unreadable(error) from error
 
 
 def unpack_config(weights: Path) -> None:
-    """Puts the configuration that a file of tensors carries in its metadata, as `adapter_config`, beside it.
+    """Writes the configuration that a safetensors file has in its metadata, as `adapter_config`, to a file beside it.
 
     Raises:
-        WeightsRejectedError: It carries none, or is no safetensors file.
+        WeightsRejectedError: The metadata has no configuration, or it is no safetensors file.
     """
     try:
         with safe_open(weights, framework="pt") as file:
@@ -96,18 +96,19 @@ def unpack_config(weights: Path) -> None:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Saves an adapter as peft does."""
-    # Clones, because safetensors refuses tensors that share memory.
+    """Saves an adapter as peft saves it."""
+    # Cloned, because safetensors refuses tensors that share memory.
     copies = {name: plain_tensor(tensor, name).clone() for name, tensor in tensors.items()}
     save_file(copies, folder / _WEIGHTS)
     (folder / _CONFIG).write_text(adapter_config_text(config))
 
 
 def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
-    """Reads an adapter into memory of its own.
+    """Reads an adapter into newly allocated memory.
 
     Raises:
-        WeightsRejectedError: It cannot be read to its end, is larger, or holds what is no tensor of an adapter.
+        WeightsRejectedError: The adapter cannot be read to its end, has more than `max_bytes` bytes of tensors, or holds
+            tensors that no adapter has.
     """
     started_s = time.perf_counter()
     try:
@@ -144,12 +145,12 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refused(message: str) -> WeightsRejectedError:
-    """What the caller is told of an adapter that cannot be taken."""
+    """Makes the error for an adapter that is refused."""
     return WeightsRejectedError(message, field="lora_path")
 
 
 def unreadable(error: Exception) -> WeightsRejectedError:
-    """The same, of an error of the disk, the libraries or the file's content."""
+    """Makes the error for an adapter that the disk, the libraries or the file's content keep from being read."""
     if isinstance(error, CheckpointError):
         return refused(error.message)
     reason = (str(error).strip().splitlines() or [""])[0][:200]

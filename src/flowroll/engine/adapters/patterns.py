@@ -1,12 +1,13 @@
-r"""What of an adapter's configuration peft compiles as regular expressions: those that could hold up the server are refused.
+r"""Refuses regular expressions in an adapter's configuration, which peft compiles, if they could block the server.
 
-Python matches by trying, and holds its lock meanwhile: `([\w.]+)+!` takes longer on one name than the server will run. How many
-ways of trying there can be is bounded from the pattern's text:
+Python matches by backtracking, and holds the interpreter lock meanwhile: `([\w.]+)+!` takes practically forever on one name.
+The number of ways that a match can try is bounded from the pattern's text:
 
-- nothing after a group repeats it, there is no `(?`, and no group is referred to; so what repeats is one character;
-- each repetition may then end at any character of the name, and each group, like the whole, take any of its alternatives.
+- no group is repeated, there is no `(?`, and no group is referred to, so only single characters are repeated;
+- then each repetition can end at any character of the name, and each group, and the whole, can take any of its alternatives.
 
-Lists of names, which is what peft writes, are no patterns and have no such bound; nor have keys without repetition and choice.
+Lists of names, which peft writes, are not patterns, so this bound does not apply to them; nor does it restrict keys without
+repetition and alternatives.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 from flowroll.errors import WeightsRejectedError
 
 _MAX_CHARS, _MAX_KEYS, _MAX_NAMES = 1000, 1024, 4096
-# Keys, or patterns of layers, that are more than a name: each is tried on every linear.
+# The number of keys or layer patterns that are more than a name; each is tried on every linear.
 _MAX_PATTERNS = 16
-# As long as a linear's name may be. With it, and with so many ways, one match takes a tenth of a second at the very most.
+# The assumed longest name of a linear, and the largest number of ways. With these, one match takes at most 0.1 s.
 _NAME_CHARS, _MAX_WAYS = 64, 2**24
 _FORBIDDEN = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")
 _REPEATS = re.compile(r"[*+?{]")
@@ -30,15 +31,15 @@ _REMEDY = "list the modules by name"
 
 
 def check_patterns(config: Mapping[str, Any]) -> None:
-    """Checks everything of a configuration that chooses modules.
+    """Checks all options of a configuration that choose modules.
 
     Raises:
-        WeightsRejectedError: A pattern is none, or could take too long; or there are too many.
+        WeightsRejectedError: A pattern is invalid or could take too long, or there are too many patterns or names.
     """
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(key)
         texts = [value] if isinstance(value, str) else _names(key, value)
-        # A list of layers' names is one of patterns all the same.
+        # In layers_pattern, a list of names is also compiled as patterns.
         if isinstance(value, str) or key == "layers_pattern":
             _check_all(key, texts, _MAX_PATTERNS)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -62,17 +63,17 @@ def _check_all(key: str, patterns: list[str], most: int) -> None:
         if _FORBIDDEN.search(pattern) or _ways(pattern) > _MAX_WAYS:
             raise _refused(f"{key} must hold patterns that are quickly tried, got {pattern[:80]}")
         try:
-            # Alone: peft puts it between brackets, which it could close.
+            # Compiled by itself, because peft puts it between parentheses, which the pattern could close.
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise _refused(f"{key} must hold regular expressions, got {pattern[:80]} ({str(error)[:80]})") from error
 
 
 def _ways(pattern: str) -> float:
-    """At most so many ways of trying it there are."""
+    """Returns an upper bound of the number of ways in which a match with this pattern can be tried."""
     groups = 1 + pattern.count("(")
     repeats = len(_REPEATS.findall(pattern))
-    # However the choices are spread over the groups, their product is greatest if evenly. Logarithms: of powers beyond floats.
+    # The product is greatest if the alternatives are spread evenly over the groups. Logarithms avoid float overflow.
     return math.exp(min(repeats * math.log(_NAME_CHARS) + groups * math.log1p(pattern.count("|") / groups), 700.0))
 
 

@@ -1,7 +1,8 @@
-"""The LoRA adapter that SGLang's trainers push as bare factors, in SGLang's mode "lora_merge".
+"""The LoRA adapter that SGLang's trainers push as plain factors, in SGLang's mode "lora_merge".
 
-A bucket holds both factors of some layers, as `<layer>.lora_A` and `<layer>.lora_B`. They replace those of the same layers and
-leave the others. The rank is that of the factors, and alpha is one number for all layers of a bucket, or each layer's rank.
+A bucket holds both factors of some layers, as `<layer>.lora_A` and `<layer>.lora_B`. They replace the factors of the same
+layers; other layers keep theirs. The rank is that of the factors, and alpha is one number for all layers of a bucket, or the
+rank of each layer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from flowroll.engine.weights.staged import listed
 from flowroll.errors import WeightsRejectedError
 
-# Requests that name no adapter run with the one of this name, if it is loaded.
+# Requests that name no adapter run with the adapter of this name, if it is loaded.
 PUSHED_ADAPTER = "lora_merge"
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<factor>lora_[AB])(?:\.[^.]+)?(?:\.weight)?")
 _log = logging.getLogger(__name__)
@@ -28,12 +29,12 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraFactors:
-    """An adapter of one linear: its weight plus alpha / rank x up x down.
+    """The adapter of one linear, which adds alpha / rank x up x down to its weight.
 
     Attributes:
-        down: [rank, in_features]; lora_A.
-        up: [out_features, rank]; lora_B.
-        alpha: The numerator of the scale.
+        down: The factor lora_A, of shape [rank, in_features].
+        up: The factor lora_B, of shape [out_features, rank].
+        alpha: The numerator of the scale alpha / rank.
     """
 
     down: Tensor
@@ -42,15 +43,15 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
-        """Rows of the first factor."""
+        """The rank: the number of rows of `down`."""
         return int(self.down.shape[0])
 
 
 def factor_names(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The layer, and "lora_A" or "lora_B", of each name.
+    """Returns, for each name, its layer and "lora_A" or "lora_B".
 
     Raises:
-        WeightsRejectedError: There are none, a name is not of a factor, a factor comes twice, or a layer has but one.
+        WeightsRejectedError: There are no names, a name is not that of a factor, a factor comes twice, or a layer has only one.
     """
     if not names:
         raise refused("must hold both factors of a layer, got nothing")
@@ -70,15 +71,15 @@ def factor_names(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def read_factors(tensors: Mapping[str, Tensor], alpha: int | float | None, rank: int | None) -> dict[str, LoraFactors]:
-    """The factors by layer.
+    """Returns the factors by layer.
 
     Args:
-        tensors: By the names that were sent.
-        alpha: Of all layers; None: of each its rank.
-        rank: What the sender says of it. The factors' own counts, as in SGLang; a difference is logged.
+        tensors: The factors, by the names that were sent.
+        alpha: The alpha of all layers; None: the rank of each layer.
+        rank: The rank that the sender gave, or None. The rank of the factors is used, as in SGLang; a difference is logged.
 
     Raises:
-        WeightsRejectedError: The names are wrong, or the factors of a layer do not fit each other.
+        WeightsRejectedError: The names are wrong, the factors of a layer do not fit each other, or have another dtype.
     """
     places = {place: tensors[name] for name, place in factor_names(list(tensors)).items()}
     found = {}
@@ -96,7 +97,7 @@ def read_factors(tensors: Mapping[str, Tensor], alpha: int | float | None, rank:
 
 
 def as_peft(factors: Mapping[str, LoraFactors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration with which peft makes this adapter."""
+    """Returns the tensors and the configuration from which peft makes this adapter."""
     rank = Counter(one.rank for one in factors.values()).most_common(1)[0][0]
     alpha = Counter(one.alpha for one in factors.values()).most_common(1)[0][0]
     config = {
@@ -104,7 +105,7 @@ def as_peft(factors: Mapping[str, LoraFactors]) -> tuple[dict[str, Tensor], dict
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(factors),
-        # peft takes a key for the end of a layer's name, unless it says where the name begins.
+        # peft matches a key with the end of a layer's name, unless the key is anchored at the beginning.
         "rank_pattern": {f"^{re.escape(layer)}": one.rank for layer, one in factors.items() if one.rank != rank},
         "alpha_pattern": {f"^{re.escape(layer)}": one.alpha for layer, one in factors.items() if one.alpha != alpha},
     }
@@ -115,5 +116,5 @@ def as_peft(factors: Mapping[str, LoraFactors]) -> tuple[dict[str, Tensor], dict
 
 
 def refused(what: str, remedy: str = "send the adapter of the model that is served") -> WeightsRejectedError:
-    """What the caller is told of factors that cannot be taken."""
+    """Makes the error for pushed factors that are refused."""
     return WeightsRejectedError(f"a pushed adapter {what}; {remedy}.", field="serialized_named_tensors")

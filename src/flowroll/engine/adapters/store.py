@@ -1,6 +1,6 @@
-"""The LoRA adapters of one engine, on all of its ranks: read and checked, put in place, unloaded.
+"""Reads, checks, loads and unloads the LoRA adapters of one engine, on all of its ranks.
 
-It decides nothing about when: whoever calls `commit` or `unload` sees to it that no request runs meanwhile.
+It does not schedule anything: whoever calls `commit` or `unload` ensures that no request runs meanwhile.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from flowroll.types import AdapterChange, LoraAdapter, check_lora_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedAdapter:
-    """An adapter that was read and checked, beside those that are loaded.
+    """An adapter that was read and checked, but is not loaded yet.
 
     Attributes:
         files: The files that it was read from; the other ranks read them too.
         adapter: The adapter.
-        seconds: How long reading and checking took.
+        seconds: How long reading and checking took, in seconds.
     """
 
     files: AdapterFiles
@@ -45,7 +45,7 @@ class AdapterStore:
         executor: Reaches the other ranks.
         offload: Tells whether the weights are in memory.
         versions: The versions of the weights; a change of adapters makes a new one.
-        limits: How many adapters there may be.
+        limits: The limits of the number and bytes of adapters.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class AdapterStore:
         return self._adapters.loaded
 
     def stage(self, files: AdapterFiles, *, name: str, merged: bool) -> StagedAdapter:
-        """Reads and checks an adapter; may be called from any thread, while requests run.
+        """Reads and checks an adapter. May be called from any thread while requests run.
 
         Raises:
-            InvalidRequestError: The name is no short text.
-            WeightsRejectedError: The adapter cannot be taken.
+            InvalidRequestError: The name is not a valid short text.
+            WeightsRejectedError: The adapter is refused.
         """
         started_s = time.perf_counter()
         check_lora_name(name)
@@ -80,17 +80,17 @@ class AdapterStore:
         return StagedAdapter(files=files, adapter=adapter, seconds=time.perf_counter() - started_s)
 
     def stage_pushed(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
-        """Makes an adapter of factors that a trainer has pushed, and of those of other layers that are in place.
+        """Makes an adapter from the factors that a trainer has pushed, and the current factors of all other layers.
 
-        Once it is committed, requests that name no adapter run with it.
+        After its commit, requests that name no adapter run with it.
 
         Args:
             factors: The factors by layer.
-            folder: An empty folder, in which the adapter stays until it is committed: the other ranks read it there.
-            merged: Whether it is added to a copy of the weights.
+            folder: An empty folder for the adapter, which must exist until the commit, because the other ranks read it there.
+            merged: Whether the adapter is added to a copy of the weights.
 
         Raises:
-            WeightsRejectedError: A layer is none of the transformer's linears, or the adapter cannot be taken.
+            WeightsRejectedError: A layer is none of the transformer's modules, or the adapter is refused.
         """
         if unknown := set(factors) - self._adapters.module_names:
             raise refused_push(f"must be of the transformer's layers, got {listed(unknown)}")
@@ -99,7 +99,7 @@ class AdapterStore:
         return self.stage(find_adapter(folder), name=PUSHED_ADAPTER, merged=merged)
 
     def commit(self, staged: StagedAdapter, weight_version: str | None) -> AdapterChange:
-        """Puts a staged adapter in place on every rank, or on none."""
+        """Puts a staged adapter in place on every rank, or, after an error, on none."""
 
         def change(version: str) -> LoraAdapter:
             self._check_room(staged.adapter.about)
@@ -112,7 +112,7 @@ class AdapterStore:
         return self._change(staged.adapter.about.name, change, weight_version, read_s=staged.seconds)
 
     def unload(self, name: str, weight_version: str | None) -> AdapterChange:
-        """Forgets an adapter on every rank."""
+        """Unloads an adapter on every rank."""
 
         def change(version: str) -> None:
             self._adapters.drop(name)

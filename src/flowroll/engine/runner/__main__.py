@@ -15,7 +15,7 @@ from flowroll.parallel.rendezvous import join_store, rank_device
 
 
 def main() -> None:
-    """Works until rank 0 says stop; the configuration is the first line of standard input."""
+    """Runs the worker until rank 0 stops it. The configuration is the first line of standard input."""
     config = msgspec.json.decode(read_configuration(), type=RankConfig)
     assert config.port is not None
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s")
@@ -24,9 +24,9 @@ def main() -> None:
         run_worker(config, join_store(config.port), rank_device(torch.device(config.device), config.rank))
     except Exception:
         logging.getLogger(__name__).exception("this rank cannot go on")
-        # Not an exit: threads of a broken process group could keep the process.
+        # `os._exit`, because an ordinary exit could wait for threads of a broken process group.
         os._exit(1)
-    # Not an exit either: it would wait for the thread that holds standard input.
+    # Here too: an ordinary exit would wait for the thread that reads standard input.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Rank 0's operations on the model: each is told to the other ranks, then done here. One rank is the case of no peers."""
+"""Rank 0's operations on the model: each is sent to the other ranks, then run here. With one rank there are no peers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from flowroll.types import LoraAdapter, SamplingRecord
 
 
 class Executor:
-    """See the module. The loop's thread calls it, but for `encode` and `decode`, which have stages of their own.
+    """Runs operations on the model on every rank.
+
+    The scheduler loop's thread calls all methods except `encode` and `decode`, which the encode and decode stages call.
 
     Args:
         model: The model, or rank 0's part of it.
         pipeline: The text encoder and the VAE.
-        peers: The other ranks.
+        peers: Reaches the other ranks.
     """
 
     def __init__(self, model: LoadedModel, pipeline: PipelineRunner, peers: Peers) -> None:
@@ -41,7 +43,7 @@ class Executor:
         self._num_recomputations = 0
 
     def use_threads(self, num_threads: int) -> None:
-        """Gives the calling thread torch's settings for a caller with so many CPU threads."""
+        """Sets torch's per-thread settings on the calling thread, for a caller with this number of CPU threads."""
         self._runner.use_threads(num_threads)
 
     def encode(self, plan: RequestPlan) -> Conditioning:
@@ -49,13 +51,13 @@ class Executor:
         return self._pipeline.encode(plan)
 
     def decode(self, sample: Sample) -> Tensor:
-        """Makes the picture of a finished sample, on the CPU."""
+        """Decodes a finished sample into its picture, on the CPU."""
         return self._pipeline.decode(sample)
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
-        """Makes every rank ready for the samples of a request."""
+        """Prepares every rank for the samples of a request."""
         plan, env = conditioning.plan, conditioning.env
-        # What the others need to take the same steps; they record nothing that is returned.
+        # The values that the other ranks need to take the same steps, without the tensors that only a result holds.
         params = replace(
             plan.params,
             seed=None,
@@ -73,17 +75,17 @@ class Executor:
         self._runner.add_request(request_id, conditioning)
 
     def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
-        """Draws a sample's initial noise on every rank; returns the key of the forwards that it can share."""
+        """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
         self._peers.send(messages.StartSample(id=sample_id, request=request_id, seed=seed))
-        # A forward runs with one number of CPU threads.
+        # All samples of a forward run with the same number of CPU threads, so that number is part of the key.
         return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, seed)
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
-        """Takes one step of samples with equal keys, on every rank, in one forward.
+        """Takes one step of samples with equal batch keys, in one forward, on every rank.
 
         Raises:
-            RankLostError: One rank of several failed alone.
-            Exception: The forward failed on the only rank; all samples are where they were.
+            RankLostError: There are several ranks, and one of them failed.
+            Exception: There is one rank, and its forward failed. No sample has advanced.
         """
         with self._peers.together():
             self._peers.send(messages.Step(samples=tuple(sample_ids), num_threads=torch.get_num_threads()))
@@ -99,22 +101,22 @@ class Executor:
         self._peers.send(messages.DropRequest(id=request_id))
 
     def free_memory(self) -> None:
-        """Gives cached memory of the device back."""
+        """Returns memory that torch has cached to the device."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def recompute(
         self, record: SamplingRecord, sde_step_indices: tuple[int, ...] | None, recomputation: Recomputation
     ) -> Generator[None, None, list[Tensor]]:
-        """Runs recorded steps of one sample again on every rank, a step a piece; returns their velocities.
+        """Runs recorded steps of one sample again on every rank. Yields after each step, and returns the velocities.
 
         Args:
-            record: The record of the rollout.
-            sde_step_indices: The stochastic steps of the rollout.
-            recomputation: The steps.
+            record: The record of how the rollout was sampled.
+            sde_step_indices: The indices of the rollout's stochastic steps; None: every step is stochastic.
+            recomputation: The steps to run again.
 
         Raises:
-            EngineError: A rank came to another velocity.
+            EngineError: A rank computed another velocity than rank 0.
         """
         self._num_recomputations += 1
         number, one = self._num_recomputations, recomputation
@@ -146,14 +148,14 @@ class Executor:
         return velocities
 
     def stage_weights(self, source: WeightFiles | Mapping[str, Tensor]) -> None:
-        """Has every other rank prepare new weights of the transformer, from the same files or from these whole tensors.
+        """Makes every other rank prepare new weights of the transformer, from the same files or from these whole tensors.
 
         Raises:
-            WeightsRejectedError: A rank could not, or found another save; all have dropped them.
-            RankLostError: A rank ended.
+            WeightsRejectedError: A rank could not prepare them, or found other files than rank 0. All ranks have dropped them.
+            RankLostError: A rank has ended.
         """
         if isinstance(source, WeightFiles):
-            # Between this rank's reading and theirs, somebody may save other weights under the same names.
+            # The stamps detect weights that were saved under the same names after this rank read its files.
             assert source.stamps is not None
             config = None if source.config is None else str(source.config)
             files = [str(file) for file in source.files]
@@ -165,37 +167,37 @@ class Executor:
             self._peers.send(messages.ReceiveTensors(), parts)
 
     def stage_adapter(self, folder: Path, about: LoraAdapter) -> None:
-        """Has every other rank read an adapter; errors as for `stage_weights`."""
+        """Makes every other rank read an adapter. The errors are those of `stage_weights`."""
         self._peers.stage(messages.StageAdapter(folder=str(folder), about=about), field="lora_path")
 
     def stage_release(self, mode: SleepMode) -> None:
-        """Has every other rank copy its weights to where they are kept.
+        """Makes every other rank copy its weights to where they are kept while the engine sleeps.
 
         Raises:
-            EngineError: A rank could not.
-            RankLostError: A rank ended.
+            EngineError: A rank could not copy them.
+            RankLostError: A rank has ended.
         """
         self._peers.stage(messages.StageRelease(mode=mode), error=EngineError)
 
     def stage_resume(self) -> None:
-        """Has every other rank make its weights again; errors as for `stage_release`."""
+        """Makes every other rank load its kept weights again. The errors are those of `stage_release`."""
         self._peers.stage(messages.StageResume(), error=EngineError)
 
     def commit(self) -> None:
-        """Makes what was staged take effect on every other rank. One that cannot ends, and the engine with it."""
+        """Puts the staged change into effect on every other rank. If a rank fails to, it ends, and the engine fails."""
         self._peers.send(messages.Commit())
 
     def drop_staged(self) -> None:
-        """Makes every other rank forget what it has staged."""
+        """Makes every other rank drop its staged change."""
         self._peers.send(messages.DropStaged())
 
     def unload_adapter(self, name: str) -> None:
-        """Makes every other rank forget an adapter."""
+        """Removes an adapter from every other rank."""
         self._peers.send(messages.UnloadAdapter(name=name))
 
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:
-        """Makes every rank go through `whole_tensors` of its transformer, as this one does in the block."""
+        """Makes every other rank iterate over `whole_tensors` of its transformer, as the caller must do within the block."""
         with self._peers.together():
             self._peers.send(messages.GatherWeights())
             yield

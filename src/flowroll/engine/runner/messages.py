@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks. Each message is small JSON; tensors follow it by broadcast. Nothing is pickled."""
+"""The messages from rank 0 to the other ranks. Each is small JSON; its tensors follow by broadcast. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowroll.types.results import replace_tensors
 
 
 class TensorShape(msgspec.Struct, frozen=True):
-    """A tensor whose data follows by broadcast."""
+    """The shape and dtype of a tensor whose data follows by broadcast."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -33,7 +33,10 @@ class TensorShape(msgspec.Struct, frozen=True):
 
 
 class EnvShape(msgspec.Struct, frozen=True):
-    """A denoising environment, whose tensors are given as shapes. No value of an environment is an object itself."""
+    """A denoising environment with a `TensorShape` in place of each tensor.
+
+    No value of an environment is itself a JSON object, so in the decoded JSON every object is a `TensorShape`.
+    """
 
     image_kwargs: dict[str, Any]
     pos_cond_kwargs: dict[str, Any]
@@ -42,7 +45,7 @@ class EnvShape(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, env: DenoisingEnv) -> EnvShape:
-        """Describes an environment."""
+        """Describes an environment without the data of its tensors."""
         return cls(**replace_tensors({name: getattr(env, name) for name in cls.__struct_fields__}, TensorShape.of))
 
     def empty(self, device: torch.device) -> DenoisingEnv:
@@ -65,14 +68,14 @@ class EnvShape(msgspec.Struct, frozen=True):
 
 
 class Serve(msgspec.Struct, frozen=True, tag=True):
-    """The first message: what a rank cannot see for itself."""
+    """The first message, with what a rank cannot find out by itself: the facts that shape the latents, and the limits."""
 
     spec: ModelSpec
     limits: Limits
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
-    """Be ready for the samples of a request. The tensors of its environment follow."""
+    """Prepare for the samples of a request. The tensors of its environment follow."""
 
     id: int
     params: SamplingParams
@@ -88,7 +91,7 @@ class StartSample(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Take a step of these samples, in one forward, with so many CPU threads."""
+    """Take a step of these samples, in one forward, with this number of CPU threads."""
 
     samples: tuple[int, ...]
     num_threads: int
@@ -101,7 +104,7 @@ class DropRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class BeginRecomputation(msgspec.Struct, frozen=True, tag=True):
-    """Be ready to run recorded steps again. The tensors of the environment and the states before the steps follow."""
+    """Prepare to run recorded steps again. The tensors of the environment and the latents before the steps follow."""
 
     id: int
     record: SamplingRecord
@@ -112,7 +115,7 @@ class BeginRecomputation(msgspec.Struct, frozen=True, tag=True):
 
 
 class Recompute(msgspec.Struct, frozen=True, tag=True):
-    """Run one of these steps again, with so many CPU threads."""
+    """Run one of the recorded steps again, with this number of CPU threads."""
 
     id: int
     row: int
@@ -120,15 +123,15 @@ class Recompute(msgspec.Struct, frozen=True, tag=True):
 
 
 class EndRecomputation(msgspec.Struct, frozen=True, tag=True):
-    """Forget these steps."""
+    """Forget the recorded steps of a recomputation."""
 
     id: int
 
 
 class StageWeights(msgspec.Struct, frozen=True, tag=True):
-    """Read new weights of the transformer beside the old ones, and say whether that went well.
+    """Read new weights of the transformer beside the old ones, and report whether that succeeded.
 
-    `stamps` are those of the files that rank 0 has read; another save is refused.
+    `stamps` identify the files that rank 0 has read; a rank that finds other files refuses them.
     """
 
     files: list[str]
@@ -137,52 +140,52 @@ class StageWeights(msgspec.Struct, frozen=True, tag=True):
 
 
 class StageTensors(msgspec.Struct, frozen=True, tag=True):
-    """Make room for new weights of the transformer, which will be broadcast in this order, and say whether there is any."""
+    """Allocate memory for new transformer weights, which are broadcast in this order, and report whether that succeeded."""
 
     tensors: dict[str, TensorShape]
 
 
 class ReceiveTensors(msgspec.Struct, frozen=True, tag=True):
-    """Every rank has room: the weights come now."""
+    """Receive the new weights by broadcast; every rank has allocated memory for them."""
 
 
 class StageAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Read an adapter beside those that are loaded, and say whether that went well and it is the same."""
+    """Read an adapter beside the loaded ones, and report whether that succeeded and it is the adapter that rank 0 has read."""
 
     folder: str
     about: LoraAdapter
 
 
 class StageRelease(msgspec.Struct, frozen=True, tag=True):
-    """Copy the weights to where they are kept while the engine sleeps, and say whether that went well."""
+    """Copy the weights to where they are kept while the engine sleeps, and report whether that succeeded."""
 
     mode: SleepMode
 
 
 class StageResume(msgspec.Struct, frozen=True, tag=True):
-    """Make the weights again, and say whether that went well."""
+    """Load the kept weights into memory again, and report whether that succeeded."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Every rank could: what was staged takes effect."""
+    """Put the staged change into effect; every rank has prepared it."""
 
 
 class DropStaged(msgspec.Struct, frozen=True, tag=True):
-    """A rank could not: what was staged is forgotten."""
+    """Drop the staged change, because a rank could not prepare it."""
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Forget an adapter."""
+    """Remove an adapter."""
 
     name: str
 
 
 class GatherWeights(msgspec.Struct, frozen=True, tag=True):
-    """Gather the sharded weights, one after the other in the order of their names."""
+    """Gather the sharded weights one after the other, in the order of their names."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """No more messages."""
+    """End; no more messages follow."""
 
 
 Message: TypeAlias = (
@@ -210,11 +213,11 @@ _DECODER = msgspec.json.Decoder(Message)
 
 
 def encode_message(message: Message) -> str:
-    """Writes a message as text."""
+    """Encodes a message as JSON text."""
     return msgspec.json.encode(message).decode()
 
 
 def decode_message(data: bytes) -> Message:
-    """Reads a message."""
+    """Decodes a message from JSON."""
     message: Message = _DECODER.decode(data)
     return message

@@ -1,7 +1,7 @@
-"""The samples of one rank, and what is done to them. Every rank has one, with the same samples under the same ids.
+"""Holds the samples of one rank and runs their steps. Every rank has a runner, with the same samples under the same ids.
 
-Latents are replicated: each rank draws the same noise and takes the same steps, and only the transformer's forward is shared
-out. Where this runs, and who asks for it, is not its business.
+Latents are replicated: each rank draws the same noise and takes the same steps, and only the transformer's forward is divided
+among the ranks. The runner does not know in which process it runs or who calls it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
 from flowroll.families import Recipe
 from flowroll.types import DenoisingEnv
 
-# The ranks whose tensor does not have rank 0's bits; asked of all ranks at once.
+# Returns the ranks whose tensor does not have rank 0's bits. All ranks call it at the same time.
 Compare = Callable[[Tensor], list[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recomputation:
-    """Recorded steps of one sample that are to be run again.
+    """The recorded steps of one sample that are to be run again.
 
     Attributes:
         recipe: How the steps are taken.
         transformer: The denoiser, with an adapter or without.
-        steps: Which steps.
-        latents: x before each of them, on the model's device.
-        env: The environment, on the model's device.
+        steps: The indices of the steps, counted from 0; one per row of `latents`.
+        latents: The latents before each step, on the model's device.
+        env: The denoising environment of the rollout, on the model's device.
     """
 
     recipe: Recipe
@@ -43,11 +43,11 @@ class Recomputation:
 
 
 class ModelRunner:
-    """See the module.
+    """Holds the samples of one rank and runs their steps.
 
     Args:
         model: The model, or this rank's part of it.
-        compare: Compares a tensor with that of the other ranks; all ranks call it at the same time.
+        compare: Returns the ranks whose tensor differs from rank 0's; all ranks call it at the same time.
     """
 
     def __init__(self, model: LoadedModel, compare: Compare) -> None:
@@ -58,10 +58,10 @@ class ModelRunner:
         self._recomputations: dict[int, Recomputation] = {}
 
     def use_threads(self, num_threads: int) -> None:
-        """Gives the calling thread torch's settings, which are each thread's own.
+        """Sets torch's settings on the calling thread; they belong to each thread separately.
 
         Args:
-            num_threads: CPU threads of the caller whose work follows; they shape the bits on a CPU.
+            num_threads: The number of CPU threads of the caller whose work follows; on a CPU, bits depend on it.
         """
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
@@ -69,22 +69,22 @@ class ModelRunner:
             torch.cuda.set_device(self.model.device)
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
-        """Keeps what the samples of a request share."""
+        """Stores the conditioning that the samples of a request share."""
         self._conditionings[request_id], self._sample_ids[request_id] = conditioning, []
 
     def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
-        """Draws a sample's initial noise; returns the key of the forwards that the sample can share."""
+        """Draws a sample's initial noise, and returns its batch key: samples with equal keys can share a forward."""
         sample = Sample.start(self._conditionings[request_id], seed)
         self._samples[sample_id] = sample
         self._sample_ids[request_id].append(sample_id)
         return sample.batch_key
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
-        """Takes one step of samples with equal keys; those that had their last step are not kept any more.
+        """Takes one step of samples with equal batch keys, and removes the samples that took their last step.
 
         Raises:
-            Exception: The forward failed, and all samples are where they were. An error in a sample's own step is that
-                sample's, and is in the outcome.
+            Exception: The forward failed, and no sample has advanced. An error in the step of one sample is not raised: it is
+                in the outcome, under that sample's id.
         """
         samples = {sample_id: self._samples[sample_id] for sample_id in sample_ids}
         ending = [sample_id for sample_id, sample in samples.items() if sample.num_steps_left == 1]
@@ -108,25 +108,25 @@ class ModelRunner:
             self._samples.pop(sample_id, None)
 
     def begin_recomputation(self, recomputation_id: int, recomputation: Recomputation) -> None:
-        """Keeps recorded steps that are to be run again."""
+        """Stores recorded steps that are to be run again."""
         self._recomputations[recomputation_id] = recomputation
 
     def recompute(self, recomputation_id: int, row: int) -> tuple[Float[Tensor, " *latent"], list[int]]:
-        """Runs one recorded step again, alone; returns its velocity and the ranks that came to another one."""
+        """Runs one recorded step again, in a forward of its own; returns its velocity and the ranks whose velocity differs."""
         one = self._recomputations[recomputation_id]
-        # Copied: a row of a stack lies anywhere, and bits can depend on that.
+        # Copied, because a row of a stack has an arbitrary address, and bits can depend on the address.
         latents = one.latents[row].clone()
         step_input = one.recipe.step_input(latents, one.steps[row], one.env)
         (velocity,) = self.model.strategy.velocities(one.transformer, [step_input])
         return velocity, self._compare(velocity)
 
     def end_recomputation(self, recomputation_id: int) -> None:
-        """Forgets recorded steps."""
+        """Forgets the recorded steps of a recomputation."""
         del self._recomputations[recomputation_id]
 
 
 def forward(samples: Sequence[Sample]) -> list[Tensor]:
-    """Computes the velocities of samples with equal keys, each with the bits that it has alone."""
+    """Computes the velocities of samples with equal batch keys, each bit for bit as in a forward of its own."""
     conditioning = samples[0].conditioning
     model = conditioning.model
     inputs = [sample.next_input() for sample in samples]

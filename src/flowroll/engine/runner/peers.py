@@ -1,4 +1,4 @@
-"""The other ranks of an engine, seen from rank 0. An engine of one rank has `NoPeers`, and no other difference."""
+"""The interface through which rank 0 reaches the other ranks. An engine of one rank differs only in that it has `NoPeers`."""
 
 from __future__ import annotations
 
@@ -20,96 +20,96 @@ FailureListener = Callable[[RankLostError], None]
 
 @runtime_checkable
 class Peers(Protocol):
-    """What rank 0 does with the other ranks."""
+    """Everything that rank 0 can do with the other ranks."""
 
     @property
     def mesh(self) -> Mesh | None:
-        """The collectives of all ranks; None: there is one rank."""
+        """The collectives of all ranks; None if there is only one rank."""
 
     @property
     def failure(self) -> RankLostError | None:
-        """Why the ranks are down; None while they are up."""
+        """The error that took the ranks down; None while they are up."""
 
     @property
     def pids(self) -> Mapping[int, int]:
-        """Process ids of the ranks that were started here, by rank."""
+        """The process ids of the ranks that this process started, by rank."""
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """Bytes that rank 0 has received from other ranks, by mesh axis."""
+        """The number of bytes that rank 0 has received from other ranks, by mesh axis."""
 
     def serve(self, spec: ModelSpec, limits: Limits) -> None:
         """Waits until every rank has loaded its part.
 
         Raises:
-            CheckpointError: A rank could not.
-            RankLostError: A rank ended.
+            CheckpointError: A rank could not load its part.
+            RankLostError: A rank has ended.
         """
 
     def send(self, message: Message, tensors: Iterable[Tensor] = ()) -> None:
-        """Sends a message, and after it the data of the tensors that it describes.
+        """Sends a message, followed by the data of the tensors that it describes.
 
         Raises:
             RankLostError: The ranks are down.
         """
 
     def together(self) -> AbstractContextManager[None]:
-        """Surrounds what all ranks do at the same time. An error of one rank alone ends all: the others wait for it."""
+        """Encloses an operation that all ranks run together. An error on one rank ends all, because the others wait for it."""
 
     def compare(self, tensor: Tensor) -> list[int]:
         """Returns the ranks whose tensor does not have this rank's bits; all ranks call it at the same time."""
 
     def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
-        """Has every rank prepare a change, and waits for all; whether it is made is told by a later message.
+        """Makes every rank prepare a change, and waits for all. A later message puts the change into effect or drops it.
 
         Raises:
-            error: A rank could not; all have dropped what they prepared.
-            RankLostError: A rank ended.
+            error: A rank could not prepare the change; all ranks have dropped it.
+            RankLostError: A rank has ended.
         """
 
     def add_listener(self, listener: FailureListener) -> None:
-        """Calls the listener, on another thread, if the ranks fail; at once if they have."""
+        """Calls the listener on another thread when the ranks fail, or immediately if they have failed already."""
 
     def close(self) -> None:
-        """Ends the other ranks; may be called twice."""
+        """Ends the other ranks. May be called twice."""
 
 
 class NoPeers:
-    """The peers of an engine of one rank."""
+    """The `Peers` of an engine of one rank: there is no other rank, so nothing is sent or awaited."""
 
     mesh: Mesh | None = None
     failure: RankLostError | None = None
 
     @property
     def pids(self) -> Mapping[int, int]:
-        """No process."""
+        """Returns an empty mapping: there are no other processes."""
         return {}
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """No bytes."""
+        """Returns an empty mapping: nothing is received."""
         return {}
 
     def serve(self, spec: ModelSpec, limits: Limits) -> None:
-        """Waits for nobody."""
+        """Does nothing: there is no rank to wait for."""
 
     def send(self, message: Message, tensors: Iterable[Tensor] = ()) -> None:
-        """Sends nothing."""
+        """Does nothing: there is no rank to send to."""
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Errors pass as they are: nobody waits."""
+        """Lets errors pass unchanged: no rank waits for this one."""
         yield
 
     def compare(self, tensor: Tensor) -> list[int]:
-        """No rank has other bits."""
+        """Returns an empty list: there is no rank that could differ."""
         return []
 
     def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
-        """Nobody has to prepare."""
+        """Does nothing: there is no rank that has to prepare."""
 
     def add_listener(self, listener: FailureListener) -> None:
-        """Nobody can fail."""
+        """Does nothing: there is no rank that can fail."""
 
     def close(self) -> None:
-        """Ends nobody."""
+        """Does nothing: there is no rank to end."""

@@ -1,4 +1,4 @@
-"""The text encoder and the VAE of a pipeline, which rank 0 alone has."""
+"""The text encoder and the VAE of a pipeline, which only rank 0 has."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from flowroll.types import EnvValue, all_finite
 
 
 class PipelineRunner:
-    """Encodes prompts and decodes samples with a loaded pipeline; `release` lets go of it.
+    """Encodes prompts and decodes samples with a loaded pipeline, until `release`.
 
     Args:
-        model: The model.
+        model: The model in memory.
         pipeline: The diffusers pipeline that holds its modules.
         versions: The versions of the weights.
-        offload: Whether they are there.
+        offload: Tells whether the weights are in memory.
     """
 
     def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions, offload: WeightOffload) -> None:
@@ -40,13 +40,13 @@ class PipelineRunner:
         self._decoder = threading.Lock()
 
     def encode(self, plan: RequestPlan) -> Conditioning:
-        """Makes the conditioning of a request: each distinct prompt is encoded once, one prompt per call.
+        """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
 
         Raises:
-            AsleepError: The memory of the weights was released while it waited.
-            OutdatedWeightsError: The weights were changed to older ones than it demands while it waited.
-            InvalidRequestError: Its adapter was unloaded while it waited.
-            EngineError: The text encoder gave NaN or infinity.
+            AsleepError: The memory of the weights was released while the request waited.
+            OutdatedWeightsError: While the request waited, the weights were replaced by older ones than it demands.
+            InvalidRequestError: The request's adapter was unloaded while the request waited.
+            EngineError: The text encoder returned NaN or infinity.
         """
         self._offload.check_awake()
         self._versions.demand(plan.params.min_weight_version)
@@ -64,10 +64,10 @@ class PipelineRunner:
         return Conditioning.build(plan, model, env, record)
 
     def decode(self, sample: Sample) -> Tensor:
-        """Makes the picture of a finished sample, on the CPU.
+        """Decodes a finished sample into its picture, on the CPU.
 
         Raises:
-            EngineError: Its trajectory left float32's range, or the VAE gave NaN or infinity.
+            EngineError: The trajectory left the range of float32, or the VAE returned NaN or infinity.
         """
         if sample.recorder is not None:
             sample.recorder.wait()
@@ -78,16 +78,16 @@ class PipelineRunner:
     def picture(
         self, latents: Float[Tensor, " *latent"], geometry: Geometry, *, what: str = "image"
     ) -> Float[Tensor, " 3 1 height width"]:
-        """Makes the picture of one sample's latents, on the CPU.
+        """Decodes the latents of one sample into its picture, on the CPU.
 
         Args:
-            latents: One sample's latents, on the model's device.
-            geometry: The shapes of a sample of that size.
-            what: How a message calls the picture.
+            latents: The latents of one sample, on the model's device.
+            geometry: The shapes of a sample of this size.
+            what: The name of the picture in an error message.
 
         Raises:
             AsleepError: The memory of the weights is released.
-            EngineError: The VAE gave NaN or infinity.
+            EngineError: The VAE returned NaN or infinity.
         """
         self._offload.check_awake()
         model, pipeline = self._get()
@@ -95,11 +95,11 @@ class PipelineRunner:
             decoded = model.family.decode(pipeline, latents, geometry)
         if not all_finite(decoded):
             raise EngineError(f"{what} must be finite, got NaN or infinity from the VAE; check its weights and its dtype.")
-        # The pipeline's own image processor cuts at black and white, where an infinity would be a color.
+        # The pipeline's image processor clamps values to black and white: unchecked, an infinity would become a color.
         return model.family.picture(pipeline, decoded).cpu()
 
     def release(self) -> None:
-        """Lets go of the model; nothing works after that."""
+        """Drops the references to the model and the pipeline; no other method may be called after that."""
         self._loaded = None
 
     def _get(self) -> tuple[LoadedModel, Any]:

@@ -1,4 +1,4 @@
-"""The ranks of an engine as processes: rank 0 starts them, tells them what to do, notices when one is lost, and ends them."""
+"""The other ranks of an engine as processes: rank 0 starts them, sends them messages, notices lost ones, and ends them."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ from flowroll.types import Layout
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
-# No request runs while the ranks prepare a change.
+# Polled more often, because no request runs while the ranks prepare a change.
 _STAGED_POLL_S = 0.005
-# After a failed collective, how long to look for the rank whose end explains it.
+# How long to look, after a failed collective, for a rank that has ended and so explains the failure.
 _EXPLAIN_S = 2.0
 _JOIN_S = 5.0
 # How long the processes of a group may take to start, before any of them loads.
 _START_S = 300.0
-# What a rank announces once it has prepared a change: nothing, or why it could not.
+# A rank announces this once it has tried to prepare a change, with an empty text or the reason why it could not.
 STAGED = "staged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """What every rank of an engine is started with.
+    """The configuration that every rank of an engine is started with.
 
     Attributes:
         model: The checkpoint folder.
-        variant: Variant of the model family.
-        dtype: Dtype of the weights, e.g. "bfloat16".
-        device: Device of rank 0, e.g. "cuda:0".
-        layout: The degrees of the axes.
-        timeout_s: How long ranks wait for each other.
-        num_threads: CPU threads of each rank while it loads; later they are told with each step.
-        rank: Rank of this process.
-        port: Port of rank 0's store on this machine; None: torchrun's store.
+        variant: The variant of the model family.
+        dtype: The dtype of the weights, e.g. "bfloat16".
+        device: The device of rank 0, e.g. "cuda:0".
+        layout: The degrees of the mesh axes.
+        timeout_s: How long ranks wait for each other, in seconds.
+        num_threads: The number of CPU threads of each rank while it loads; later, each step's message gives the number.
+        rank: The rank of this process.
+        port: The port of rank 0's store on this machine; None if torchrun's store is used.
     """
 
     model: str
@@ -83,11 +83,11 @@ class RankConfig:
 
 
 class RankGroup:
-    """The other ranks of one engine, seen from rank 0; see `Peers`.
+    """Implements `Peers` for several ranks: starts or joins the other ranks of one engine, and reaches them from rank 0.
 
     Args:
-        config: Of rank 0.
-        own_ranks: Whether to start the other ranks here; else torchrun has.
+        config: The configuration of rank 0.
+        own_ranks: Whether to start the other ranks here; otherwise torchrun has started them.
 
     Raises:
         RankLostError: A rank ended before it was up.
@@ -136,27 +136,27 @@ class RankGroup:
 
     @property
     def pids(self) -> dict[int, int]:
-        """Process ids of the ranks that were started here, by rank."""
+        """The process ids of the ranks that this process started, by rank."""
         return {} if self._processes is None else self._processes.pids
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """Bytes that rank 0 has received from other ranks, by mesh axis."""
+        """The number of bytes that rank 0 has received from other ranks, by mesh axis."""
         return {str(axis): count for axis, count in self.mesh.received_bytes.items()}
 
     def serve(self, spec: ModelSpec, limits: Limits) -> None:
         """Waits until every rank has loaded its part.
 
         Raises:
-            CheckpointError: A rank could not.
-            RankLostError: A rank ended.
+            CheckpointError: A rank could not load its part.
+            RankLostError: A rank has ended.
         """
         self._wait_for_all("loaded")
         self._is_up = True
         self.send(Serve(spec=spec, limits=limits))
 
     def send(self, message: Message, tensors: Iterable[Tensor] = ()) -> None:
-        """Sends a message, and after it the data of the tensors that it describes.
+        """Sends a message, followed by the data of the tensors that it describes.
 
         Raises:
             RankLostError: The ranks are down.
@@ -165,26 +165,26 @@ class RankGroup:
             raise fresh(self.failure)
         self._channel.send(encode_message(message))
         for tensor in tensors:
-            # Where broadcast needs it to be.
+            # A broadcast needs the tensor on the mesh's kind of device.
             assert tensor.device.type == self.mesh.device.type
             self.mesh.broadcast(tensor.contiguous())
 
     def compare(self, tensor: Tensor) -> list[int]:
         """Returns the ranks whose tensor does not have this rank's bits; all ranks call it at the same time."""
         odd = self.mesh.odd_ranks(tensor)
-        # Every rank has come here, and so has received all messages.
+        # Every rank has reached this collective, so every rank has received all earlier messages.
         self._channel.forget()
         return odd
 
     def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
-        """Has every rank prepare a change, and waits for all.
+        """Makes every rank prepare a change, and waits for all of them.
 
         Raises:
-            error: A rank could not; all have dropped what they prepared.
-            RankLostError: A rank ended.
+            error: A rank could not prepare the change; all ranks have dropped it.
+            RankLostError: A rank has ended.
         """
         self.send(message)
-        # No collective: reading takes as long as it takes, and a rank that reads gives signs of life.
+        # Not a collective, which would time out: reading may take long, and a rank that reads still gives signs of life.
         with self.together():
             self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
         refused = {rank: reason for rank, reason in self._channel.announced(STAGED).items() if reason}
@@ -196,7 +196,7 @@ class RankGroup:
             raise error(f"rank {rank}: {reason}", field=field)
 
     def add_listener(self, listener: FailureListener) -> None:
-        """Calls the listener, on another thread, if the ranks fail; at once if they have."""
+        """Calls the listener on another thread when the ranks fail, or immediately if they have failed already."""
         with self._lock:
             self._listeners.append(listener)
             failure = self.failure
@@ -204,7 +204,7 @@ class RankGroup:
             listener(failure)
 
     def close(self) -> None:
-        """Ends the other ranks and leaves the process group; may be called twice."""
+        """Ends the other ranks and leaves the process group. May be called twice."""
         with self._lock:
             if self._closing.is_set():
                 return
@@ -219,34 +219,34 @@ class RankGroup:
             if self._processes is not None:
                 self._processes.join(_JOIN_S if self.failure is None and self._is_up else 0.0)
             self._watch.join()
-            # A broken group on GPUs can be waited for without end; it goes with the process.
+            # Closing a broken process group on GPUs could block forever, so it is left to the end of the process.
             if hasattr(self, "mesh") and (self.failure is None or self.mesh.device.type == "cpu"):
                 self.mesh.close()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Surrounds what all ranks do at the same time. An error of one rank alone ends all: the others wait for it.
+        """Encloses an operation that all ranks run together. An error on one rank ends all, because the others wait for it.
 
         A forward that ran out of memory on one rank is among these errors: the other ranks are in the middle of a collective
         that this rank will never join, and cannot be called back from it.
 
         Raises:
-            RankLostError: In place of any other exception than ours.
+            RankLostError: The operation failed. It replaces the exception that was raised, which is its cause.
         """
         try:
             yield
         except RankLostError:
-            # There are no ranks any more.
+            # The ranks are down already.
             raise
         except Exception as error:
             raise self._lost(error) from error
         except BaseException as error:
-            # A Ctrl-C in a script, say.
+            # For example a KeyboardInterrupt in a script.
             self._lost(error)
             raise
 
     def _lost(self, error: BaseException) -> RankLostError:
-        """Why this rank could not go on: a rank that ended, if one is found, else what was raised here."""
+        """Returns why this rank could not go on: the end of another rank if one is found, otherwise the error raised here."""
         deadline_s = time.monotonic() + _EXPLAIN_S
         while self.failure is None and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
@@ -261,14 +261,14 @@ class RankGroup:
         return RankLostError("every rank must run to take a step, got the engine's end; restart it.")
 
     def _join(self) -> None:
-        """Waits for ranks that torchrun started; the store must not go before they have read the last command."""
+        """Waits for ranks that torchrun started, so that the store exists until they have read the last message."""
         deadline_s = time.monotonic() + _JOIN_S
         others = self._config.layout.num_ranks - 1
         while self._processes is None and len(self._channel.announced("stopped")) < others and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
 
     def _wait_for_all(self, stage: str, timeout_s: float = math.inf, *, poll_s: float = _POLL_S) -> None:
-        """Waits for every other rank to reach a stage; without a limit, since loading takes its time, where none is given."""
+        """Waits until every other rank has reached a stage; by default without a time limit, since loading can take long."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             if failed := self._channel.announced("failed"):
@@ -287,14 +287,14 @@ class RankGroup:
             time.sleep(poll_s)
 
     def _fail(self, message: str) -> None:
-        """Ends the ranks, once, and tells the listeners why."""
+        """Ends the ranks and calls the listeners with the reason. Only the first call has an effect."""
         with self._lock:
             if self.failure is not None or self._closing.is_set():
                 return
             self.failure = RankLostError(message)
             listeners = list(self._listeners)
         _log.error("%s", message)
-        # A collective that waits for one of them ends now.
+        # This ends any collective that waits for one of them.
         if self._processes is not None:
             self._processes.kill()
         else:
@@ -307,7 +307,7 @@ class RankGroup:
 def open_peers(
     checkpoint: Checkpoint, layout: Layout, limits: Limits, *, dtype: torch.dtype, device: torch.device, timeout_s: float
 ) -> Peers:
-    """Starts the other ranks, or meets those that torchrun started, once the layout is known to fit.
+    """Checks that the layout fits, then starts the other ranks or connects to those that torchrun started.
 
     Raises:
         InvalidRequestError: The layout does not fit the model or the machine.

@@ -12,20 +12,20 @@ from flowroll.parallel.processes import RankProcesses
 from flowroll.parallel.rendezvous import second_connection
 
 _POLL_S = 0.1
-# What a rank announces before it ends by an error.
+# A rank announces this, with the reason, before it ends because of an error.
 ERRED = "erred"
 
 
 class RankWatch:
-    """Looks after the other ranks until the engine closes, or one of them is lost.
+    """Watches the other ranks until the engine closes or one of them is lost.
 
     Args:
-        channel: What ranks announce.
-        processes: The ranks that were started here; None: torchrun has started them.
-        num_ranks: Number of ranks of the engine.
-        timeout_s: How long a rank may be silent.
-        closing: Set when the engine closes; the end of a rank is no loss then.
-        report: Called once with the reason, in words, when a rank is lost.
+        channel: Gives what the ranks have announced.
+        processes: The ranks that this process started; None if torchrun has started them.
+        num_ranks: The number of ranks of the engine.
+        timeout_s: How long a rank may give no sign of life, in seconds.
+        closing: Set when the engine closes; from then on a rank that ends is not reported.
+        report: Called once, with the reason as a text, when a rank is lost.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class RankWatch:
         self._closing, self._report = closing, report
 
     def run(self, store: Store) -> None:
-        """Looks ten times a second; a thread is started with it.
+        """Checks the ranks ten times a second; it is the target of a thread.
 
         Args:
-            store: The store of the ranks, to which the signs of life have a connection of their own.
+            store: The ranks' store; the signs of life use a second connection to it.
         """
         try:
             pulse = Pulse(second_connection(store), num_ranks=self._num_ranks)

@@ -1,4 +1,4 @@
-"""Keeps what a rollout asked for, step by step, and nothing else."""
+"""Records, step by step, the tensors that a rollout asked for, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flowroll.types import DebugTensors, Trajectory
 
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """The record of one sample, owned by that sample.
+    """Records the tensors of one sample; the sample owns it.
 
-    The loop never changes a tensor in place, so on the CPU what is kept here are references. From a GPU each tensor leaves for
-    pinned memory at its step, and the loop does not wait for it: whoever reads the record calls `wait` first. It is stacked
-    once, at the end.
+    The loop never changes a tensor in place, so on the CPU the recorder keeps references. On a GPU, each step starts copies of
+    its tensors to pinned memory, and the loop does not wait for them: whoever reads the record calls `wait` first. The tensors
+    are stacked once, at the end.
     """
 
     plan: RequestPlan
@@ -31,7 +31,7 @@ class Recorder:
     _copied: torch.cuda.Event | None = None
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
-        """Keeps x of this state (0..T) if the request wants it, and its dtype in any case."""
+        """Records the latents of a state (0..T) if the request asked for them, and their dtype in any case."""
         params = self.plan.params
         self.dtypes.add(latents.dtype)
         wanted = params.return_step_indices is None or state in params.return_step_indices
@@ -47,7 +47,7 @@ class Recorder:
         mean: Float[Tensor, " *latent"],
         log_prob: Float[Tensor, ""],
     ) -> None:
-        """Keeps one transition; `noise` is None at a deterministic step."""
+        """Records one transition; `noise` is None for a deterministic step."""
         self.log_probs.append(_to_host(log_prob))
         if self.plan.params.debug_mode:
             self.velocities.append(_to_host(velocity.to(torch.float32)))
@@ -56,16 +56,16 @@ class Recorder:
         self._note_copies(mean)
 
     def wait(self) -> None:
-        """Until everything that was kept so far has arrived in host memory."""
+        """Waits until everything that was recorded so far has arrived in host memory."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
-        """The log-probs on the CPU."""
+        """Returns the log-probs of all steps, on the CPU."""
         return torch.stack(self.log_probs)
 
     def debug_tensors(self) -> DebugTensors | None:
-        """The debug tensors on the CPU, if asked for."""
+        """Returns the debug tensors on the CPU, or None if the request did not ask for them."""
         if not self.plan.params.debug_mode:
             return None
         assert self.plan.transitions is not None
@@ -78,7 +78,7 @@ class Recorder:
         )
 
     def trajectory(self) -> Trajectory | None:
-        """The trajectory on the CPU, if asked for; float32 where the loop's dtypes differ."""
+        """Returns the trajectory on the CPU, float32 if the dtypes of its states differ; None if it was not asked for."""
         if not self.plan.params.return_dit_trajectory:
             return None
         schedule = self.plan.schedule
@@ -101,5 +101,5 @@ class Recorder:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """The tensor itself on the CPU; from a GPU a pinned copy, complete once the stream has come so far."""
+    """Returns a CPU tensor itself; for a GPU tensor, a pinned copy that is complete once the stream has reached it."""
     return tensor.to("cpu", non_blocking=True)

@@ -1,8 +1,8 @@
 """The state of one sample, and its steps.
 
-There are two step functions: `plain_step` is the diffusers pipeline's own step and knows nothing of rollouts; `recorded_step`
-follows the request's transitions and keeps what was asked for. A sample takes one of them from start to end. Both are given the
-velocity: whether its forward was shared with other samples makes no difference to them.
+There are two step functions: `plain_step` is the step of the diffusers pipeline and has no part in rollouts; `recorded_step`
+follows the request's transitions and records what was asked for. A sample uses the same function for all of its steps. Both
+are given the velocity, so they do not depend on whether its forward was shared with other samples.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from flowroll.types import DenoisingEnv, SamplingRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
-    """What the samples of one request share, on the model's device.
+    """The data that the samples of one request share, on the model's device.
 
     Attributes:
-        plan: The request.
+            plan: The request.
         model: The model that runs it.
         transformer: The denoiser, with the adapter that the request names.
         env: The transformer's fixed arguments.
         fixed: The same, as the forwards of a step take them.
-        timesteps: The timesteps as the model takes them.
-        dts: Next sigma minus sigma.
-        record: How the samples are made.
+            timesteps: The timesteps as the model takes them.
+        dts: The next sigma minus the sigma, of each step.
+        record: The record of how the samples are made.
     """
 
     plan: RequestPlan
@@ -48,10 +48,10 @@ class Conditioning:
 
     @classmethod
     def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv, record: SamplingRecord) -> Conditioning:
-        """Puts the schedule on the model's device, where the pipeline has it too.
+        """Builds the conditioning, with the schedule on the model's device, where the pipeline also has it.
 
         Raises:
-            InvalidRequestError: The request's adapter is not loaded any more.
+            InvalidRequestError: The request's adapter is no longer loaded.
         """
         dtype = model.family.timestep_dtype(model.dtype)
         timesteps = model.family.model_timesteps(plan.schedule.timesteps.to(model.device), dtype)
@@ -73,11 +73,11 @@ class Sample:
     """One running sample.
 
     Attributes:
-        conditioning: What it shares with the other samples of its request.
-        seed: The seed of this sample alone.
-        latents: x before `step`, raw: neither scaled nor cast for the model.
-        step: The next step to take.
-        recorder: Keeps what was asked for; None for plain generation.
+        conditioning: The data that it shares with the other samples of its request.
+        seed: The seed of this sample.
+        latents: The latents before `step`, neither scaled nor cast for the model.
+        step: The index of the next step.
+        recorder: Records what the rollout asked for; None if the sample takes plain ODE steps.
     """
 
     conditioning: Conditioning
@@ -88,7 +88,7 @@ class Sample:
 
     @classmethod
     def start(cls, conditioning: Conditioning, seed: int) -> Sample:
-        """Makes a sample at its initial noise, drawn as the pipeline draws it."""
+        """Creates a sample with its initial noise, drawn as the pipeline draws it."""
         plan, model = conditioning.plan, conditioning.model
         drawn = noise.initial_noise(
             seed, plan.geometry.noise_shape, dtype=model.family.noise_dtype(model.dtype), device=plan.generator_device
@@ -102,17 +102,17 @@ class Sample:
 
     @property
     def num_steps_left(self) -> int:
-        """How many steps are still to be taken."""
+        """The number of steps that are still to be taken."""
         return self.conditioning.plan.schedule.num_steps - self.step
 
     @property
     def batch_key(self) -> Hashable:
-        """Samples with equal keys may share a forward. Each adapter has a transformer of its own."""
+        """A key that is equal for samples that may share a forward. Each adapter has its own transformer, so its own keys."""
         conditioning = self.conditioning
         return id(conditioning.transformer), conditioning.model.strategy.batch_key(self.next_input())
 
     def next_input(self) -> StepInput:
-        """What the next velocity is a function of."""
+        """Returns the input of the next step's forward."""
         conditioning = self.conditioning
         return StepInput(
             latents=self.latents,
@@ -123,19 +123,19 @@ class Sample:
         )
 
     def take_step(self, velocity: Float[Tensor, " *latent"]) -> None:
-        """Advances the sample by one step."""
+        """Advances the sample by one step with this velocity."""
         step: StepFunction = plain_step if self.recorder is None else recorded_step
         step(self, velocity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """What became of the samples of one shared step, by their ids; the others go on.
+    """The outcome of one shared step, by sample id. Samples that are not listed have further steps to take.
 
     Attributes:
-        finished: Samples that had their last step.
-        failures: What the samples' own steps raised.
-        odd_ranks: For each sample that had its last step, the ranks that came to other latents than rank 0.
+        finished: The samples that took their last step.
+        failures: The errors that were raised in the steps of single samples.
+        odd_ranks: For each sample that took its last step, the ranks whose latents differ from rank 0's.
     """
 
     finished: dict[int, Sample] = field(default_factory=dict)
@@ -150,7 +150,7 @@ def plain_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
 
 
 def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
-    """Takes one step of the request's own dynamics: transition, log-prob, record."""
+    """Takes one step of the request's dynamics: samples the transition, computes its log-prob, and records both."""
     plan = sample.conditioning.plan
     assert plan.transitions is not None and sample.recorder is not None
     this = plan.transitions[sample.step]

@@ -1,6 +1,6 @@
-"""The process of a rank other than 0: it loads its part of the transformer, then does what rank 0 says until that says stop.
+"""The process of a rank other than 0: it loads its part of the transformer, then handles rank 0's messages until `Stop`.
 
-It waits for a message, not in a collective: rank 0 may be silent for as long as it likes.
+Between messages it does not wait in a collective, which would time out: rank 0 may send nothing for any length of time.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ def follow(
     layout: Layout,
     rank_timeout_s: float = 60.0,
 ) -> None:
-    """Follows the `Engine` that rank 0 of a torchrun job opens with these same arguments, until that engine closes.
+    """Runs this process as a rank of the `Engine` that rank 0 of a torchrun job opens, until that engine closes.
+
+    The arguments must be those that rank 0 opens its engine with.
 
     Raises:
-        InvalidRequestError: torchrun did not start this process, or started another number of them.
-        CheckpointError: This rank cannot load its part; rank 0 raises it too.
+        InvalidRequestError: torchrun did not start this process, or the number of processes does not fit the layout.
+        CheckpointError: This rank cannot load its part; rank 0 raises the error too.
     """
     place = torchrun_rank()
     if place is None or place.rank == 0:
@@ -65,7 +67,7 @@ def follow(
     own = resolve_device(str(rank_device(first, place.local_rank)))
     folder = Path(model)
     checkpoint = examine_checkpoint(folder, variant=variant)
-    # As rank 0 does, which will not be there if it refuses.
+    # Rank 0 makes the same check. If it refuses the layout, it ends, and this rank would wait for it in vain.
     check_layout(outline_model(checkpoint, device=own, dtype=resolve_dtype(dtype, own)), layout, Limits())
     config = RankConfig(
         model=str(folder),
@@ -81,18 +83,18 @@ def follow(
 
 
 def run_worker(config: RankConfig, store: Store, device: torch.device) -> None:
-    """Takes part in an engine until rank 0 ends it.
+    """Runs one rank of an engine until rank 0 ends it.
 
     Args:
         config: The configuration of this rank.
-        store: Shared by all ranks.
+        store: The store that all ranks share.
         device: The device of this rank.
 
     Raises:
         FlowrollError: This rank cannot load its part.
     """
     channel = Channel(store, rank=config.rank, num_ranks=config.layout.num_ranks)
-    # Not an exit: the main thread may be in a collective that never returns.
+    # `os._exit`, because the main thread may be in a collective that never returns.
     channel.beat(second_connection(store), lambda: os._exit(ORPHANED))
     channel.announce("here")
     channel.wait_for("here")
@@ -134,25 +136,25 @@ def _work(worker: Worker, channel: Channel) -> None:
 
 
 class Worker:
-    """Does on its rank what the messages say.
+    """Applies rank 0's messages on its own rank.
 
     Args:
         model: This rank's part of the model.
-        limits: What one request may ask for.
-        channel: Where messages come from.
-        mesh: The ranks.
+        limits: The limits of one request.
+        channel: The channel on which messages arrive.
+        mesh: The collectives of all ranks.
     """
 
     def __init__(self, model: LoadedModel, limits: Limits, channel: Channel, mesh: Mesh) -> None:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
         self._offload = WeightOffload(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
-        # Makes what was staged take effect.
+        # Puts the staged change into effect.
         self._commit: Callable[[], object] | None = None
         self._shares: Shares | None = None
 
     def apply(self, message: Message) -> None:
-        """Does what one message says."""
+        """Applies one message."""
         runner, model = self._runner, self._model
         match message:
             case messages.AddRequest(id=number, params=params, env=shape):
@@ -218,7 +220,7 @@ class Worker:
         return Recomputation(recipe=recipe, transformer=transformer, steps=message.steps, latents=latents, env=env)
 
     def _stage(self, prepare: Callable[[], Callable[[], object] | None]) -> None:
-        """Prepares a change and says how that went; whether anybody makes it is rank 0's to say."""
+        """Prepares a change and announces whether that succeeded; rank 0 decides whether it takes effect."""
         try:
             self._commit = prepare()
         except (WeightsRejectedError, EngineError) as error:
@@ -253,7 +255,7 @@ def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
 
 def _read_adapter(model: LoadedModel, message: messages.StageAdapter) -> Callable[[], None]:
     about, files = message.about, find_adapter(message.folder)
-    # Rank 0 has counted its bytes.
+    # Without a limit, because rank 0 has checked the number of bytes.
     adapter = model.adapters.stage(read_adapter(files, max_bytes=sys.maxsize), name=about.name, merged=about.merged)
     if adapter.about.sha256 != about.sha256:
         raise refused(

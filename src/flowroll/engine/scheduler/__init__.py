@@ -1,15 +1,16 @@
-"""Requests that share forwards: accepted, encoded, denoised step by step beside others, decoded, ended.
+"""The request scheduler: accepts requests, encodes them, denoises them in shared forwards, decodes and ends them.
 
-scheduler.py   the callers' side: submit, cancel, pause, control tasks, stop
-inbox.py       what callers and stages tell the loop
-loop.py        the loop: one thread owns all state, and does one piece of work a turn
-stages.py      encoding and decoding, beside the loop
-queue.py       every accepted request until its one end
-request.py     a request, its future, its samples
-tasks.py       what is done to the model between steps, or while nothing runs
-policy.py      how much runs at once, whose step is next, when a forward is too large, when something is stuck
-counters.py    how many requests there were, how they ended, where the time went
-runner.py      what the loop asks of whoever runs the model
+scheduler.py   the interface for callers: submit, cancel, pause, control tasks, stop
+inbox.py       the messages to the loop, from callers and from the stages
+loop.py        the loop: one thread owns all state and does one piece of work per turn
+stages.py      the encode and decode stages, which work beside the loop
+queue.py       all accepted requests, from their acceptance to their end
+request.py     a request, its future and its samples
+tasks.py       control tasks, which run between steps or while no request runs
+samples.py     the samples in memory: ready to start, taking steps, or being decoded
+policy.py      the rules: batch limits, whose step is next, back-off when memory runs out, and when something is stuck
+counters.py    the numbers of requests, how they ended, and how their time was spent
+runner.py      the interface of the object that runs the model
 """
 
 from flowroll.engine.scheduler.counters import STAGES, LoadStats, RequestCounts, StageSpan, Timing

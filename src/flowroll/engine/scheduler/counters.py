@@ -1,4 +1,4 @@
-"""Numbers about requests: how many were accepted, how they ended, how full the batches were, where the time went."""
+"""Numbers about requests: how many were accepted, how they ended, how full batches were, and how time was spent."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class StageSpan:
     """A span of time that a request spent in one stage.
 
     Attributes:
-        stage: One of `STAGES`, or what a server does with the answer afterwards.
-        start_s: Monotonic clock.
-        end_s: Monotonic clock.
+        stage: One of `STAGES`, or the name of what a server does with the answer afterwards.
+        start_s: The start of the span in seconds of the monotonic clock.
+        end_s: The end of the span in seconds of the monotonic clock.
     """
 
     stage: str
@@ -27,19 +27,19 @@ class StageSpan:
 
     @property
     def seconds(self) -> float:
-        """Length of the span."""
+        """The length of the span in seconds."""
         return self.end_s - self.start_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Where the time of one request went. The stages follow each other without a gap.
+    """How the time of one request was spent, by stage. The stages follow each other without a gap.
 
     Attributes:
-        queue: Seconds until the request was admitted, and from its conditioning to the first step of its first sample.
-        encode: Seconds in the text encoder.
-        denoise: Seconds from its first step to the last step of its last sample.
-        decode: Seconds from there to the answer.
+        queue: The seconds until the request was admitted, plus those from its conditioning to its first sample's first step.
+        encode: The seconds in the text encoder.
+        denoise: The seconds from its first step to the last step of its last sample.
+        decode: The seconds from the last step to the answer.
     """
 
     queue: float = 0.0
@@ -49,7 +49,7 @@ class Timing:
 
     @classmethod
     def of(cls, spans: Iterable[StageSpan]) -> Timing:
-        """Sums the spans by stage; a stage that was not reached took no time."""
+        """Sums the spans by stage. A stage that was not reached has 0 seconds."""
         totals = dict.fromkeys(STAGES, 0.0)
         for span in spans:
             totals[cast(StageName, span.stage)] += span.seconds
@@ -58,14 +58,14 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCounts:
-    """One consistent view of the requests: accepted = completed + failed + pending + running, always.
+    """The numbers of requests at one moment. Always accepted = completed + failed + pending + running.
 
     Attributes:
-        accepted: Requests taken since the start.
-        completed: Requests that ended in a result.
-        failed: Requests that ended in an error or were cancelled.
-        pending: Requests that wait now.
-        running: Requests that were admitted and have not ended.
+        accepted: The number of requests accepted since the start.
+        completed: The number of requests that ended in a result.
+        failed: The number of requests that ended in an error or were cancelled.
+        pending: The number of requests that wait now.
+        running: The number of requests that were admitted and have not ended.
     """
 
     accepted: int = 0
@@ -77,18 +77,18 @@ class RequestCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStats:
-    """One consistent view of the load, made by the loop at the end of a turn.
+    """The load at one moment. The loop makes it in each turn.
 
     Attributes:
-        requests: How many requests there were and are.
-        log_probs: How many requests to recompute log-probs there were and are; none of them counts as running.
-        oldest_waiting_since_s: Monotonic time at which the request that has waited longest came; None where none waits.
-        running_samples: Samples between their initial noise and their decoded picture.
-        batches: Shared forwards so far, by the number of samples in them.
-        failures: Requests that ended in an error, by the error's code.
-        stage_s: Seconds of ended requests, by stage.
+        requests: The numbers of requests for samples.
+        log_probs: The numbers of requests to recompute log-probs; none of them counts as running.
+        oldest_waiting_since_s: When the request that has waited longest arrived, in monotonic seconds; None if none waits.
+        running_samples: The number of samples between their initial noise and their decoded picture.
+        batches: The number of forwards so far, by the number of samples in them.
+        failures: The number of requests that ended in an error, by the error's code.
+        stage_s: The seconds that ended requests have spent, by stage.
         is_paused: Whether new requests are refused.
-        is_holding: Whether no sample starts until a push of weights is complete.
+        is_holding: Whether no request is admitted until a push of weights is complete.
     """
 
     requests: RequestCounts = field(default_factory=RequestCounts)
@@ -103,23 +103,23 @@ class LoadStats:
 
     @property
     def steps(self) -> int:
-        """Denoising steps so far, of all samples."""
+        """The number of denoising steps so far, summed over samples."""
         return sum(samples * count for samples, count in self.batches.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What other threads may know of the loop: one immutable object, replaced as a whole.
+    """What other threads may know of the loop: one immutable object, which the loop replaces as a whole.
 
     Attributes:
-        num_taken: Submitted requests that the loop has taken from its inbox, since the start.
-        num_waiting: Requests that wait in the queue.
-        has_room: Whether the next request would be admitted at once.
-        free_at_s: When a place in the queue is expected to be free; None: nothing is known.
-        stats: The load.
-        running_since_s: When the oldest running request was admitted; None: none runs.
-        running_pixels: Pixels of all samples in memory.
-        task_since_s: When the control task that is being done was begun; None: there is none.
+        num_taken: The number of submitted requests that the loop has taken from its inbox since the start.
+        num_waiting: The number of requests that wait in the queue.
+        has_room: Whether the next request would be admitted immediately.
+        free_at_s: When a place in the queue is expected to be free, in monotonic seconds; None if there is no estimate.
+        stats: The load at that moment.
+        running_since_s: When the oldest running request was admitted, in monotonic seconds; None if none runs.
+        running_pixels: The number of pixels of all samples in memory.
+        task_since_s: When the current control task was begun, in monotonic seconds; None if there is none.
     """
 
     num_taken: int = 0
@@ -134,7 +134,7 @@ class View:
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
-    """The running totals of a scheduler. Its loop alone writes them."""
+    """The running totals of a scheduler. Only its loop writes them."""
 
     accepted: int = 0
     completed: int = 0
@@ -143,7 +143,7 @@ class Counters:
     stage_s: dict[StageName, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def note_end(self, timing: Timing, failure: str | None) -> None:
-        """Counts a request that ended in an error of that code, or in a result."""
+        """Counts a request that ended in an error with the code `failure`, or in a result if that is None."""
         if failure is None:
             self.completed += 1
         else:

@@ -1,4 +1,4 @@
-"""What reaches the loop: messages from callers and from the encode and decode stages."""
+"""The messages that reach the loop, from callers and from the encode and decode stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowroll.engine.scheduler.request import Request, RequestSample
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
 from flowroll.errors import FlowrollError
 
-# A wait can be no longer than clocks can tell; whoever waits looks again.
+# The longest single wait, because a clock cannot represent every timeout; the loop simply waits again.
 _LONGEST_WAIT_S = 3600.0
 
 PauseMode: TypeAlias = Literal["finish", "freeze"]
@@ -22,21 +22,21 @@ PauseMode: TypeAlias = Literal["finish", "freeze"]
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new request."""
+    """Accept a new request."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The caller of a request, or of a task, is not interested any more."""
+    """Cancel a request or a task, because its caller no longer wants it."""
 
     future: Future[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """All requests of an id are to end, or all there are; the answer is how many there were."""
+    """Cancel all requests with this id, or all requests if it is None; the answer is their number."""
 
     request_id: str | None
     answer: Future[int]
@@ -44,7 +44,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """No request is admitted from now on; those that run finish, or freeze at their next step. None ends the pause."""
+    """Admit no more requests; those that run either finish or freeze before their next step. The mode None ends the pause."""
 
     mode: PauseMode | None
     answer: Future[None]
@@ -52,14 +52,17 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """No request is admitted while this is so; what runs goes on."""
+    """Admit no requests while `is_holding` is set. Running requests go on."""
 
     is_holding: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Do:
-    """A task for the loop's thread; `mode` is what becomes of running requests if it needs idleness."""
+    """Run a control task on the loop's thread.
+
+    `mode` says what happens to running requests if the task needs that none runs.
+    """
 
     task: ControlTask
     mode: ExclusiveMode
@@ -67,7 +70,10 @@ class Do:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The encode stage is done with a request: its conditioning, or an error, and when it began; None: it did nothing."""
+    """The encode stage has finished a request, with a conditioning or an error.
+
+    `started_s` is when it began; None means that it skipped the request.
+    """
 
     request: Request
     attempt: int
@@ -78,7 +84,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The decode stage is done with a sample: its answer, or an error, and when it began; None: it did nothing."""
+    """The decode stage has finished a sample, with an answer or an error.
+
+    `started_s` is when it began; None means that it skipped the sample.
+    """
 
     sample: RequestSample
     started_s: float | None = None
@@ -88,24 +97,24 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Everything ends in this error, and so does what comes later."""
+    """End all requests and tasks in this error, and all that arrive later."""
 
     error: FlowrollError
 
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """The loop's thread ends after this turn."""
+    """End the loop's thread after this turn."""
 
 
 Message: TypeAlias = Submit | Cancel | Abort | Pause | Hold | Do | Encoded | Decoded | Stop | Halt
 
 
 class Inbox:
-    """Messages in the order in which they came. Any thread may put, the loop's alone takes."""
+    """The messages in the order in which they arrived. Any thread may put messages; only the loop's thread takes them."""
 
     def __init__(self) -> None:
-        # Its `put` may be called from anywhere, also while an object is collected.
+        # A SimpleQueue, because its `put` may also be called from a finalizer, during garbage collection.
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._peeked: deque[Message] = deque()
 
@@ -114,7 +123,7 @@ class Inbox:
         self._queue.put(message)
 
     def take_all(self) -> Iterator[Message]:
-        """Yields what is there, without waiting."""
+        """Yields the messages that have arrived, without waiting for more."""
         while self._peeked:
             yield self._peeked.popleft()
         while True:
@@ -124,7 +133,7 @@ class Inbox:
                 return
 
     def wait(self, timeout_s: float | None) -> None:
-        """Waits until there is a message, or for so long; None: for ever."""
+        """Waits until there is a message, at most for this time; None: without a limit. It may return early."""
         if self._peeked:
             return
         try:

@@ -1,8 +1,8 @@
-"""The loop: one thread owns all state of all requests, and does one piece of work a turn.
+"""The scheduler's loop: one thread owns the state of all requests and does one piece of work per turn.
 
-    take messages -> expire -> admit -> a control task, or: start samples, one shared step -> publish -> end futures
+    take messages -> expire -> admit -> a control task, or: start samples and take one shared step -> publish -> end futures
 
-Nothing here waits or locks. Encoding and decoding happen in stages beside the loop, which report to its inbox.
+The loop neither waits nor locks. Encoding and decoding run in stages beside it, which report to its inbox.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _log = logging.getLogger(__name__)
 
 
 class Loop:
-    """The state of a scheduler, and one turn of its work.
+    """Holds the state of a scheduler and does its work, one turn at a time.
 
     Args:
         runner: Runs the model.
-        limits: How much runs at once.
-        inbox: Where messages come from.
+        limits: The limits of what runs at the same time.
+        inbox: The inbox that messages are taken from.
         encoder: The stage that encodes prompts.
         decoder: The stage that decodes samples.
-        clock: Monotonic seconds.
+        clock: Returns the monotonic time in seconds.
 
     Attributes:
-        view: What other threads may know.
-        watchdog: How long recent work took.
-        stopped: Why nothing is accepted any more; None: requests are taken.
-        is_halted: Whether the thread is to end.
+        view: What other threads may know of the loop.
+        watchdog: Knows how long recent work took.
+        stopped: The reason why requests are no longer accepted; None while they are.
+        is_halted: Whether the loop's thread must end.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Loop:
         self._num_taken = 0
         self._pause: PauseMode | None = None
         self._is_holding = False
-        # What callers are told at the end of this turn.
+        # Futures of callers, with the results that they get at the end of this turn.
         self._answers: list[tuple[Future[Any], Any]] = []
-        # After a control task samples have their turn, however many others wait.
+        # After a control task, samples take a step before the next task, however many tasks wait.
         self._owes_step = False
         self._exclusive_thread: int | None = None
         self.watchdog = Watchdog()
@@ -74,12 +74,12 @@ class Loop:
 
     @property
     def is_in_exclusive_task(self) -> bool:
-        """Whether the calling thread is in a control task for which nothing else runs."""
+        """Whether the calling thread runs a control task that needs idleness."""
         return self._exclusive_thread == threading.get_ident()
 
     def turn(self) -> bool:
-        """Takes what came in, then does one piece of work; False: there was nothing to do."""
-        # Where gradients are off already, as on the loop's own thread, torch's way there would cost 15 us.
+        """Takes the messages that arrived, then does one piece of work; returns whether there was anything to do."""
+        # On the loop's own thread gradients are off already; entering `torch.no_grad` again would cost 15 us.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             return self._turn()
 
@@ -91,7 +91,7 @@ class Loop:
             task = self._tasks.next(self._clock(), is_idle=self._is_idle(), is_holding=self._is_holding)
         if task is None:
             has_worked |= self._start_samples()
-        # Before the work, which may take long, so that others see what is at work; and after it.
+        # Published before the work, which may take long, so that other threads see what runs, and again after it.
         self._publish()
         self._deliver_ends()
         if task is None:
@@ -104,13 +104,13 @@ class Loop:
         return has_worked
 
     def settle(self) -> None:
-        """Takes what came in, without any work on the model."""
+        """Takes the messages that arrived, without any work on the model."""
         self._take_messages()
         self._publish()
         self._deliver_ends()
 
     def _deliver_ends(self) -> None:
-        """Ends the futures of what has ended; whoever is told so sees it counted already."""
+        """Ends the futures of all that has ended. The counters are published before, so a caller finds its own end counted."""
         answers, self._answers = self._answers, []
         for answer, value in answers:
             end_future(answer, value)
@@ -118,7 +118,7 @@ class Loop:
         self._tasks.deliver_ends()
 
     def _take_messages(self) -> bool:
-        """Handles all messages, ends what is due, and admits what there is room for; False: there was no message."""
+        """Handles all messages, expires what is due, and admits requests; returns whether there was a message."""
         has_taken = False
         for message in self._inbox.take_all():
             self._handle(message)
@@ -129,12 +129,12 @@ class Loop:
         return has_taken
 
     def idle_s(self) -> float | None:
-        """How long there is nothing to do unless a message comes; None: for ever."""
+        """Returns for how many seconds there is nothing to do unless a message arrives; None: without a limit."""
         deadlines = [s for s in (self._queue.next_deadline_s(), self._tasks.next_deadline_s()) if s is not None]
         return max(min(deadlines) - self._clock(), 0.0) if deadlines else None
 
     def fail_all(self, error: FlowrollError) -> None:
-        """Ends every request and task in this error, and refuses what comes."""
+        """Ends every request and task in this error, and refuses those that arrive later."""
         self.stopped = self.stopped or error
         for request in list(self._queue):
             self._queue.fail(request, fresh(error))
@@ -223,7 +223,7 @@ class Loop:
             self._queue.complete(request)
 
     def _has_room(self) -> bool:
-        """Whether a request may be admitted: one is encoded ahead of what runs."""
+        """Returns whether a request may be admitted. Requests are encoded one at a time, ahead of the samples that run."""
         return (
             self._pause is None
             and not self._is_holding
@@ -239,16 +239,16 @@ class Loop:
             self._encoder.submit(encoding(self._runner, self._inbox, request, self._clock))
 
     def _is_idle(self) -> bool:
-        """Whether nothing works for a request, not even for one that has ended."""
+        """Returns whether no work is under way for any request, not even for one that has ended."""
         return not (self._queue.num_running or self._is_encoding or self._samples.num_decoding)
 
     def _release(self, request: Request) -> None:
-        """A request runs no more: its samples leave on every rank. What is being decoded leaves with its stage."""
+        """Drops the samples of a request on every rank. Samples that are being decoded leave memory when that has ended."""
         self._samples.drop(request)
         if request.conditioning is not None:
             try:
                 self._runner.drop_request(request.id)
-            except FlowrollError:  # a rank is lost, which ends everything
+            except FlowrollError:  # a rank is lost, and the engine ends anyway
                 _log.debug("a request could not be dropped on every rank", exc_info=True)
 
     def _run_task(self, task: ControlTask) -> None:
@@ -270,12 +270,12 @@ class Loop:
             self._note_piece(started_s)
 
     def _end_task(self, task: ControlTask, result: Any = None, *, error: BaseException | None = None) -> None:
-        # Unless it was ended meanwhile, by what it did itself.
+        # The task's own action may have ended the task already.
         if self._tasks.current is task:
             self._tasks.end(task, result, error=error)
 
     def _start_samples(self) -> bool:
-        """Starts the samples that there is room for."""
+        """Starts the samples that the limits admit; returns whether there were any."""
         has_started = False
         while self._pause != "freeze" and (sample := self._samples.next_start()) is not None:
             self._start(sample)
@@ -295,7 +295,7 @@ class Loop:
         self._note_piece(started_s)
 
     def _step(self) -> bool:
-        """Takes one step of the samples whose turn it is."""
+        """Takes one shared step of the samples whose turn it is; returns whether there were any."""
         if self._pause == "freeze":
             return False
         key, batch = self._samples.next_batch()
@@ -308,7 +308,7 @@ class Loop:
         self._queue.counters.batches[len(batch)] += 1
         for running in batch:
             outcome = outcomes.get(running.of.id)
-            # Asked for each: the failure of one takes the others of its request out.
+            # Checked for each sample, because the failure of one sample drops the others of its request.
             if outcome is None or not running.of.is_wanted:
                 continue
             if isinstance(outcome, BaseException):
@@ -324,7 +324,7 @@ class Loop:
         self._decoder.submit(decoding(self._runner, self._inbox, running, sample, self._clock))
 
     def _note_piece(self, started_s: float | None, *, running_pixels: int = 0) -> None:
-        """Notes the end of a piece of work that began then; None: nothing was done."""
+        """Notes that a piece of work that began at `started_s` has ended; None: no work was done."""
         if started_s is not None:
             self.watchdog.note_piece(started_s, self._clock(), running_pixels=running_pixels)
 

@@ -1,4 +1,4 @@
-"""What the loop decides by: how much runs at once, whose step is next, how large a forward may be, when something is stuck."""
+"""The rules of the loop: how much runs at once, whose step is next, how large a forward is, and when something is stuck."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
-    """How much an engine runs at once.
+    """The limits of what an engine runs at the same time.
 
     Attributes:
-        max_batch_samples: Samples in one forward.
-        max_running_samples: Samples in memory from their initial noise to their decoded picture.
-        max_running_pixels: Pixels of these samples together. A sample that exceeds this by itself runs alone.
+        max_batch_samples: The largest number of samples in one forward.
+        max_running_samples: The largest number of samples in memory, from their initial noise to their decoded picture.
+        max_running_pixels: The largest number of pixels of these samples together. A sample that exceeds it runs alone.
 
     Raises:
         InvalidRequestError: A limit is below 1.
@@ -40,17 +40,18 @@ class BatchLimits:
                 raise InvalidRequestError(f"{name} must be >= 1, got {value}; leave it out.", field=name)
 
     def admits(self, *, pixels: int, num_running: int, running_pixels: int) -> bool:
-        """Tells whether one more sample of so many pixels may start."""
+        """Returns whether one more sample with this number of pixels may start."""
         if num_running == 0:
             return True
         return num_running < self.max_running_samples and running_pixels + pixels <= self.max_running_pixels
 
 
 class RoundRobin(Generic[T]):
-    """Whose step is next.
+    """Decides which samples take the next step.
 
-    Samples of one key may share a forward and stand in one lane. Lanes take turns in a circle, and a new lane joins at its end.
-    In a lane the oldest go first. So a sample of a rare shape gets its step once in every round, whatever arrives meanwhile.
+    Samples with the same batch key may share a forward and are kept in one lane. Lanes take turns in a circle, and a new lane
+    is added at its end. Within a lane the oldest samples go first. So a sample of a rare shape takes a step in every round,
+    whatever arrives meanwhile.
     """
 
     def __init__(self) -> None:
@@ -68,20 +69,20 @@ class RoundRobin(Generic[T]):
         self._lanes.setdefault(key, []).append(item)
 
     def remove(self, key: Hashable, item: T) -> None:
-        """Takes an item out; an empty lane loses its place in the circle."""
+        """Removes an item from its lane. An empty lane loses its place in the circle."""
         lane = self._lanes[key]
         lane.remove(item)
         if not lane:
             del self._lanes[key]
 
     def next(self, most: Callable[[Hashable], int]) -> tuple[Hashable, list[T]]:
-        """Returns the first items of the lane whose turn it is; that lane goes to the end of the circle.
+        """Returns the first items of the lane whose turn it is, and moves that lane to the end of the circle.
 
         Args:
-            most: How many items to return, by the lane's key.
+            most: Returns the largest number of items to return for a lane's key.
 
         Returns:
-            The lane's key and its items; none where nothing runs.
+            The lane's key and its items; None and an empty list if there are no lanes.
         """
         if not self._lanes:
             return None, []
@@ -98,9 +99,10 @@ class _Learned:
 
 
 class OomBackoff:
-    """How many samples of a key fit into one forward, learned from the forwards that ran out of memory."""
+    """Learns from forwards that ran out of memory how many samples with a batch key fit into one forward."""
 
-    # After so many forwards of the most that fits, twice as many samples are tried: others on the device may have let go.
+    # After this number of successful forwards of the largest size, twice as many samples are tried: other users of the device
+    # may have freed memory.
     _PATIENCE = 64
     _MAX_KEYS = 256
 
@@ -108,19 +110,19 @@ class OomBackoff:
         self._learned: dict[Hashable, _Learned] = {}
 
     def most(self, key: Hashable, wanted: int) -> int:
-        """Returns how many of the wanted samples to put into one forward, at least 1."""
+        """Returns how many of the `wanted` samples to put into one forward, at least 1."""
         learned = self._learned.get(key)
         return wanted if learned is None else min(wanted, learned.most)
 
     def ran_out(self, key: Hashable, size: int) -> None:
-        """Notes that a forward of so many samples, more than one, ran out of memory: half as many are tried."""
+        """Notes that a forward of `size` samples, more than one, ran out of memory: half as many are tried next."""
         before = self._learned.pop(key, None)
         if len(self._learned) >= self._MAX_KEYS:
             del self._learned[next(iter(self._learned))]
         self._learned[key] = _Learned(failed=size if before is None else max(before.failed, size), most=-(-size // 2))
 
     def went_well(self, key: Hashable, size: int) -> None:
-        """Notes that a forward of so many samples came to its end."""
+        """Notes that a forward of `size` samples succeeded."""
         learned = self._learned.get(key)
         if learned is None or size < learned.most:
             return
@@ -132,25 +134,25 @@ class OomBackoff:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error is a lack of memory, of a device or, a plain RuntimeError in torch, of the host."""
+    """Returns whether an error means that memory ran out, on a device or on the host, where torch raises a RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 class Watchdog:
-    """How long work takes, learned from recent work: when to come back, and whether something is stuck.
+    """Learns from recent work how long work takes, to estimate when to retry and to tell whether something is stuck.
 
-    The loop writes it; any thread may ask, and sees numbers that are at most a turn old.
+    The loop writes it. Any thread may read it, and sees numbers that are at most one turn old.
     """
 
     _RECENT = 32
     _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 120.0
-    # Something is stuck when nothing came to an end for this many times longer than it took lately, and at least the floor.
+    # Work is stuck when nothing has ended for this many times the duration of the slowest recent work, and at least the floor.
     _STALL_FACTOR, _STALL_FLOOR_S = 10.0, 60.0
-    # A step grows with its pixels to this power at most, because of its attention.
+    # The duration of a step grows at most with its pixels to this power, because of attention.
     _GROWTH = 2.0
-    # Allowed before anything of the kind was measured: a first, large step on a slow device takes its time.
+    # The time that is allowed before any work was measured: a first, large step on a slow device may take long.
     _STALL_UNKNOWN_S = 1800.0
 
     def __init__(self) -> None:
@@ -164,12 +166,15 @@ class Watchdog:
         self._request_paces.append((now_s - request.admitted_s) / request.work)
 
     def note_piece(self, started_s: float, now_s: float, *, running_pixels: int = 0) -> None:
-        """Notes that a piece of work came to an end: a step while so many pixels ran, or something else."""
+        """Notes that a piece of work has ended: a step, with the pixels of all samples in memory, or something else, with 0."""
         self._pieces = (*self._pieces[1 - self._RECENT :], (now_s - started_s, running_pixels))
         self._progress_s = now_s
 
     def free_at_s(self, running: Iterable[Request]) -> float | None:
-        """Estimates when a place in the queue is free: the earliest end of what runs now; None: nothing is known."""
+        """Estimates when a place in the queue becomes free, in monotonic seconds: at the earliest end of a running request.
+
+        Returns None if no request has completed yet, or none runs.
+        """
         if not self._request_paces:
             return None
         pace = statistics.median(self._request_paces)
@@ -177,20 +182,20 @@ class Watchdog:
 
     @classmethod
     def retry_after_s(cls, free_at_s: float | None, now_s: float) -> float:
-        """Tells a refused caller when to come back, in seconds."""
+        """Returns after how many seconds a refused caller should retry, from 1 to 120."""
         return min(max(0.0 if free_at_s is None else free_at_s - now_s, cls._MIN_RETRY_S), cls._MAX_RETRY_S)
 
     def is_task_stuck(self, since_s: float, now_s: float) -> bool:
-        """Tells whether something that is done between steps takes longer than anything should."""
+        """Returns whether a control task that began at `since_s` has taken longer than any task should."""
         return now_s - since_s >= self._STALL_UNKNOWN_S
 
     def is_stuck(self, since_s: float, now_s: float, running_pixels: int) -> bool:
-        """Tells whether nothing came to an end for longer than recent work explains.
+        """Returns whether no work has ended for longer than the durations of recent work explain.
 
         Args:
-            since_s: When what runs now was admitted.
-            now_s: The time.
-            running_pixels: Pixels of all samples that run now.
+            since_s: When the oldest running request was admitted, in monotonic seconds.
+            now_s: The current time, in monotonic seconds.
+            running_pixels: The number of pixels of all samples in memory.
         """
         latest_s = since_s if self._progress_s is None else max(since_s, self._progress_s)
         return now_s - latest_s >= self._allowed_s(running_pixels)
@@ -201,6 +206,6 @@ class Watchdog:
             return self._STALL_UNKNOWN_S
         slowest_s = self._STALL_FACTOR * max(seconds for seconds, _ in pieces)
         largest = max(pixels for _, pixels in pieces)
-        # What is larger than all that was measured may take longer by so much, but not for ever.
+        # Work that is larger than any that was measured may take longer in proportion, up to a limit.
         growth = max(running_pixels / largest, 1.0) ** self._GROWTH if largest else 1.0
         return max(self._STALL_FLOOR_S, min(slowest_s * growth, max(slowest_s, self._STALL_UNKNOWN_S)))

@@ -1,4 +1,4 @@
-"""Every accepted request until its end: it waits, it runs, it ends, once. Belongs to the loop."""
+"""Holds every accepted request until its end: a request waits, runs, and ends exactly once. Only the loop uses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _End:
-    """How a request ends: in results, or in an error. `cause` is what the log is told, where that is more."""
+    """How a request ends: in results or in an error. `cause` is the original exception, for the log, if `error` shows less."""
 
     request: Request
     results: list[Any] | None = None
@@ -28,7 +28,7 @@ class _End:
         request = self.request
         if self.cause is not None:
             _log.error("the request failed in the engine", exc_info=self.cause, extra={"request_id": request.plan.request_id})
-            # Its frames hold tensors, and, through them, itself.
+            # The frames of the traceback hold tensors, and they refer back to the exception.
             self.cause.__traceback__ = None
         if not request.has_begun and not request.future.set_running_or_notify_cancel():
             return
@@ -36,11 +36,11 @@ class _End:
 
 
 class RequestQueue:
-    """The accepted requests, those that wait and those that run.
+    """Holds the accepted requests: those that wait and those that run.
 
     Args:
-        clock: Monotonic seconds.
-        release: Called with a request that runs no more, before it ends or is requeued.
+        clock: Returns the monotonic time in seconds.
+        release: Called with a request that no longer runs, before it ends or is requeued.
     """
 
     def __init__(self, clock: Callable[[], float], release: Callable[[Request], None]) -> None:
@@ -52,22 +52,22 @@ class RequestQueue:
 
     @property
     def num_waiting(self) -> int:
-        """How many requests wait."""
+        """The number of requests that wait."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """How many requests were admitted and have not ended."""
+        """The number of requests that were admitted and have not ended."""
         return len(self._running)
 
     @property
     def running(self) -> Iterable[Request]:
-        """The requests that run, in the order in which they were admitted."""
+        """The running requests, in the order in which they were admitted."""
         return self._running.keys()
 
     @property
     def oldest_waiting_since_s(self) -> float | None:
-        """When the first request in line came; None: none waits."""
+        """When the first waiting request arrived, in monotonic seconds; None if none waits."""
         return self._waiting[0].accepted_s if self._waiting else None
 
     def __iter__(self) -> Iterator[Request]:
@@ -75,7 +75,7 @@ class RequestQueue:
         yield from self._waiting
 
     def counts(self) -> RequestCounts:
-        """Counts the requests as they are now."""
+        """Counts the requests at this moment."""
         return RequestCounts(
             accepted=self.counters.accepted,
             completed=self.counters.completed,
@@ -85,12 +85,12 @@ class RequestQueue:
         )
 
     def accept(self, request: Request) -> None:
-        """Puts a new request in line."""
+        """Adds a new request at the end of the queue."""
         self.counters.accepted += 1
         self._waiting.append(request)
 
     def admit(self) -> Request | None:
-        """Takes the first request in line, which runs from now on; None: none waits."""
+        """Admits the first waiting request, which runs from now on, and returns it; None if none waits."""
         while self._waiting:
             request = self._waiting[0]
             is_wanted = request.has_begun or request.future.set_running_or_notify_cancel()
@@ -105,7 +105,7 @@ class RequestQueue:
         return None
 
     def requeue_all(self) -> None:
-        """Puts everything that runs back to the start, before the requests that wait."""
+        """Resets all running requests and puts them back into the queue, before the requests that wait."""
         requests = list(self._running)
         self._running.clear()
         self._waiting.extendleft(reversed(requests))
@@ -114,13 +114,13 @@ class RequestQueue:
             request.restart()
 
     def complete(self, request: Request) -> None:
-        """Ends a request in its results."""
+        """Ends a request with its results."""
         self._end(_End(request=request, results=[request.results[index] for index in range(len(request.plan.seeds))]))
 
     def fail(self, request: Request, error: BaseException) -> None:
-        """Ends a request in an error. One that is not ours is shown to the caller in a line, and to the log in full."""
+        """Ends a request in an error. Unless it is a `FlowrollError`, the caller gets one line of it, and the log all of it."""
         if isinstance(error, FlowrollError):
-            # Its frames hold tensors, as those of any error that was raised in a step.
+            # Without its traceback, whose frames hold tensors, as those of any error that was raised in a step.
             self._end(_End(request=request, error=error.with_traceback(None)))
         else:
             self._end(_End(request=request, error=engine_error(error), cause=error))
@@ -135,11 +135,11 @@ class RequestQueue:
                 self.fail(request, cancelled())
 
     def next_deadline_s(self) -> float | None:
-        """The first moment at which `expire` will have something to do; None: no request has a deadline."""
+        """Returns the earliest deadline of all requests, in monotonic seconds; None if no request has one."""
         return min((request.deadline_s for request in self if request.deadline_s is not None), default=None)
 
     def deliver_ends(self) -> None:
-        """Ends the futures of the requests that have ended; their callbacks run here."""
+        """Ends the futures of the requests that have ended. The futures' callbacks run in this call."""
         ends, self._ends = self._ends, []
         for end in ends:
             end.deliver()
@@ -153,6 +153,6 @@ class RequestQueue:
             self._waiting.remove(request)
         request.future.spans = request.spans(self._clock())
         self.counters.note_end(request.future.timing, None if end.error is None else end.error.code)
-        # What still works for the request is not wanted any more.
+        # A new attempt, so that results of work that is still under way for the request are dropped.
         request.restart()
         self._ends.append(end)

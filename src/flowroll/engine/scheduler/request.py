@@ -1,4 +1,4 @@
-"""An accepted request, its future, and the samples that it is made of."""
+"""An accepted request, its future and its samples."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from flowroll.engine.scheduler.counters import StageName, StageSpan, Timing
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, EngineError
 
 T = TypeVar("T")
-# The stages between the moments that a request notes.
+# The stages between the successive moments that a request records.
 _BETWEEN: tuple[StageName, ...] = ("queue", "encode", "queue", "denoise", "decode")
 # Makes the answer of a finished sample.
 Finish = Callable[[RequestPlan, Finished], Any]
 
 
 class RequestFuture(Future[list[T]]):
-    """The answer to come of an accepted request: one entry per sample, in the order of the seeds.
+    """The future answer of an accepted request: one entry per sample, in the order of the seeds.
 
-    `cancel` works while the request waits; `Scheduler.cancel` at any time.
+    Its own `cancel` works while the request waits; `Scheduler.cancel` works at any time.
 
     Attributes:
-        request_id: Id of the request; callers may give several requests the same.
-        spans: Where the time of the request went, in order and without a gap, once it has ended.
+        request_id: The id of the request; callers may give the same id to several requests.
+        spans: How the time of the request was spent, in order and without a gap; empty until the request has ended.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -40,31 +40,33 @@ class RequestFuture(Future[list[T]]):
 
     @property
     def timing(self) -> Timing:
-        """Where the time of the request went, by stage."""
+        """How the time of the request was spent, by stage."""
         return Timing.of(self.spans)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """An accepted request. The loop's thread alone changes it.
+    """An accepted request. Only the loop's thread changes it.
 
     Attributes:
-        id: Place in the order of acceptance; names the request on every rank.
-        plan: What was asked for, with every default filled in.
-        finish: Makes the answer of a sample.
-        future: Receives the answers.
-        accepted_s: When the request came.
-        deadline_s: When it is given up; None: never.
-        num_threads: CPU threads of the caller. They shape the bits, so every thread that works for the request uses as many.
-        attempt: How many times the request was requeued. What an earlier attempt left behind is dropped.
-        has_begun: Whether the future can no longer be cancelled by itself.
-        conditioning: What its samples share, once the prompts are encoded.
-        results: Answers by place in the order of the seeds.
-        admitted_s: When it was admitted.
-        encoded_s: When its conditioning was made.
+        id: Its position in the order of acceptance; it identifies the request on every rank.
+        plan: The planned request, with every default filled in.
+        finish: Makes the answer of a finished sample.
+        future: The future that receives the answers.
+        accepted_s: When the request arrived, in monotonic seconds, as are all times below.
+        deadline_s: When the request fails if it has not ended; None: never.
+        num_threads: The number of CPU threads of the caller. Bits depend on it, so every thread that works for the request
+            uses this number.
+        attempt: The number of the attempt, which grows when the request is requeued or ends. Work for an earlier attempt is
+            dropped.
+        has_begun: Whether the future's own `cancel` no longer works.
+        conditioning: The data that its samples share; None until the prompts are encoded.
+        results: The answers so far, by the index of their seed.
+        admitted_s: When the request was admitted.
+        encoded_s: When its conditioning was complete.
         started_s: When its first sample started.
-        denoised_s: When its last sample had its last step.
-        num_denoised: How many samples had their last step.
+        denoised_s: When its last sample took its last step.
+        num_denoised: The number of samples that took their last step.
     """
 
     id: int
@@ -86,22 +88,22 @@ class Request:
 
     @property
     def pixels(self) -> int:
-        """Pixels of one sample."""
+        """The number of pixels of one sample."""
         return self.plan.geometry.height * self.plan.geometry.width
 
     @property
     def work(self) -> int:
-        """What the time of the request is roughly proportional to: pixels x steps x samples."""
+        """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
         return self.plan.work
 
     def note_denoised(self, now_s: float) -> None:
-        """Notes that one more sample had its last step."""
+        """Notes that one more sample took its last step."""
         self.num_denoised += 1
         if self.num_denoised == len(self.plan.seeds):
             self.denoised_s = now_s
 
     def restart(self) -> None:
-        """Puts the request back to the start, with the same seeds."""
+        """Resets the request to its start, with the same seeds, as a new attempt."""
         self.attempt += 1
         self.conditioning = None
         self.results.clear()
@@ -109,7 +111,7 @@ class Request:
         self.num_denoised = 0
 
     def spans(self, now_s: float) -> tuple[StageSpan, ...]:
-        """Where the time of the request went if it ends now."""
+        """Returns how the time of the request was spent if it ends at `now_s`."""
         moments = (self.accepted_s, self.admitted_s, self.encoded_s, self.started_s, self.denoised_s)
         noted = [moment_s for moment_s in moments if moment_s is not None]
         return tuple(
@@ -120,13 +122,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RequestSample:
-    """One sample of a request, as the scheduler sees it; its tensors are with the runner, under `id`.
+    """One sample of a request, as the scheduler sees it. The runner holds its tensors, under `id`.
 
     Attributes:
-        id: Names the sample on every rank.
+        id: Identifies the sample on every rank.
         request: The request that it belongs to.
-        attempt: Attempt of the request for which the sample was made.
-        index: Place in the order of the seeds.
+        attempt: The attempt of the request for which the sample was made.
+        index: The index of its seed among the request's seeds.
     """
 
     id: int
@@ -136,12 +138,12 @@ class RequestSample:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the request still is at the attempt that this sample was made for."""
+        """Whether the request is still in the attempt that this sample was made for."""
         return self.attempt == self.request.attempt
 
     @property
     def seed(self) -> int:
-        """Seed of the sample."""
+        """The seed of the sample."""
         return self.request.plan.seeds[self.index]
 
 
@@ -150,9 +152,9 @@ class RunningSample:
     """A sample that takes steps.
 
     Attributes:
-        of: The sample.
-        key: Samples with equal keys may share a forward.
-        started_s: When it started.
+        of: The sample of the request.
+        key: The batch key: samples with equal keys may share a forward.
+        started_s: When the sample started, in monotonic seconds.
     """
 
     of: RequestSample
@@ -161,7 +163,7 @@ class RunningSample:
 
 
 def end_future(future: Future[Any], outcome: Any = None, *, error: BaseException | None = None) -> None:
-    """Ends a future, unless somebody else has ended it already."""
+    """Ends a future with an outcome or an error, unless it has ended already."""
     try:
         if error is None:
             future.set_result(outcome)
@@ -172,19 +174,22 @@ def end_future(future: Future[Any], outcome: Any = None, *, error: BaseException
 
 
 def cancelled() -> CancelledRequestError:
-    """Makes the error of a request that was aborted, or whose caller went away."""
+    """Makes the error of a request that was aborted, or whose caller disconnected."""
     return CancelledRequestError("the request must be wanted to run to its end, got its cancellation; send it again.")
 
 
 def too_late(seconds: float) -> DeadlineExceededError:
-    """Makes the error of a request that has not ended after so many seconds, although its deadline was then."""
+    """Makes the error of a request that had not ended at its deadline, after this number of seconds."""
     return DeadlineExceededError(
         f"the request must end before its deadline, got {seconds:.1f} s without an end; allow more, or ask for less."
     )
 
 
 def engine_error(error: BaseException) -> EngineError:
-    """Makes what the caller may know of an unexpected failure: its kind and first line. A traceback would hold tensors."""
+    """Makes the error that a caller gets for an unexpected failure, with its class and first line.
+
+    The traceback is left out, because it would hold tensors.
+    """
     reason = str(error).strip().splitlines()
     shown = f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__
     return EngineError(f"the engine must run the request to its end, got {shown}; see the log for the request id.")

@@ -1,4 +1,4 @@
-"""What the loop and its stages ask of whoever runs the model; see `Executor`."""
+"""The interface through which the loop and its stages run the model; `Executor` implements it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
 
 @runtime_checkable
 class Runner(Protocol):
-    """Runs the model on all ranks; see `Executor`."""
+    """Runs the model on all ranks; `Executor` documents the methods in full."""
 
     def use_threads(self, num_threads: int) -> None:
-        """Gives the calling thread torch's settings for a caller with so many CPU threads."""
+        """Sets torch's per-thread settings on the calling thread, for a caller with this number of CPU threads."""
 
     def encode(self, plan: RequestPlan) -> Conditioning:
-        """Encodes the prompts of a request. Called by the encode stage."""
+        """Encodes the prompts of a request. The encode stage calls it."""
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
-        """Makes every rank ready for the samples of a request."""
+        """Prepares every rank for the samples of a request."""
 
     def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
-        """Draws a sample's initial noise on every rank; returns the key of the forwards that it can share."""
+        """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
-        """Takes one step of samples with equal keys on every rank. An error leaves all of them where they were."""
+        """Takes one step of samples with equal batch keys on every rank. After an error, no sample has advanced."""
 
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples on every rank."""
 
     def free_memory(self) -> None:
-        """Gives cached memory of the device back, after a forward that failed."""
+        """Returns memory that torch has cached to the device, after a forward that failed."""
 
     def decode(self, sample: Sample) -> Tensor:
-        """Makes the picture of a finished sample. Called by the decode stage."""
+        """Decodes a finished sample into its picture. The decode stage calls it."""

@@ -1,4 +1,4 @@
-"""The samples in memory: which may start, which take steps, which are being decoded. Belongs to the loop."""
+"""Knows which samples may start, which take steps and which are being decoded. Only the loop uses it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _log = logging.getLogger(__name__)
 
 
 class RunningSamples:
-    """The samples of all requests that have their conditioning.
+    """Holds the samples of all requests whose prompts are encoded.
 
     Args:
-        limits: How much runs at once.
+        limits: The limits of what runs at the same time.
 
     Attributes:
-        num_in_memory: Samples between their initial noise and their picture.
-        pixels_in_memory: Pixels of these samples together.
-        num_decoding: Samples in the decode stage.
+        num_in_memory: The number of samples between their initial noise and their picture.
+        pixels_in_memory: The number of pixels of these samples together.
+        num_decoding: The number of samples in the decode stage.
     """
 
     def __init__(self, limits: BatchLimits) -> None:
@@ -36,18 +36,21 @@ class RunningSamples:
 
     @property
     def num_ready(self) -> int:
-        """How many samples wait for a place."""
+        """The number of samples that wait to start."""
         return len(self._ready)
 
     def add_ready(self, request: Request) -> None:
-        """Lets the samples of a request start as there is room, in the order of acceptance."""
+        """Adds the samples of a request to those that wait to start; they start in the order in which they were added."""
         for index in range(len(request.plan.seeds)):
             self._num_made += 1
             sample = RequestSample(id=self._num_made, request=request, attempt=request.attempt, index=index)
             self._ready.append(sample)
 
     def next_start(self) -> RequestSample | None:
-        """Takes the sample that may start now; the first in line is never overtaken. None: there is no room."""
+        """Removes and returns the first waiting sample; None if there is none, or the limits do not admit it now.
+
+        A later sample never overtakes the first one.
+        """
         if not self._ready:
             return None
         pixels = self._ready[0].request.pixels
@@ -56,19 +59,19 @@ class RunningSamples:
         return self._ready.popleft()
 
     def run(self, sample: RunningSample) -> None:
-        """Gives a started sample its place among those that take steps."""
+        """Adds a started sample to those that take steps."""
         self.num_in_memory += 1
         self.pixels_in_memory += sample.of.request.pixels
         self._lanes.add(sample.key, sample)
 
     def next_batch(self) -> tuple[Hashable, list[RunningSample]]:
-        """Returns the samples that take the next step together, and their key."""
+        """Returns the samples that take the next step together, and their batch key."""
         return self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
 
     def step(self, runner: Runner, key: Hashable, batch: Sequence[RunningSample]) -> dict[int, Sample | BaseException]:
-        """Takes one step of a batch, and returns what became of the samples that need no further step, by id.
+        """Takes one step of a batch; returns, by id, the finished samples and the errors of the failed ones.
 
-        A forward that fails with several samples is taken again in halves, so that only those that fail alone are lost.
+        A forward that fails with several samples is repeated in halves, so that only samples that fail by themselves are lost.
         """
         try:
             outcome = runner.step([running.of.id for running in batch])
@@ -82,23 +85,23 @@ class RunningSamples:
             ids = sorted({running.of.request.plan.request_id for running in batch})
             text = "a forward of %d samples failed (%s); taking it again in halves"
             _log.warning(text, len(batch), type(error).__name__, extra={"request_ids": ids})
-        # After the handler, so that the failed forward's tensors are free.
+        # After the handler, where the tensors of the failed forward are no longer referenced.
         runner.free_memory()
         half = -(-len(batch) // 2)
         return {**self.step(runner, key, batch[:half]), **self.step(runner, key, batch[half:])}
 
     def begin_decoding(self, sample: RunningSample) -> None:
-        """Takes a sample that had its last step out of the lanes; it stays in memory."""
+        """Moves a sample that took its last step from those that take steps to those that are decoded. It stays in memory."""
         self._lanes.remove(sample.key, sample)
         self.num_decoding += 1
 
     def end_decoding(self, request: Request) -> None:
-        """Notes that a sample of the request left the decode stage, and memory."""
+        """Notes that a sample of the request has left the decode stage, and with it the memory."""
         self.num_decoding -= 1
         self._leave_memory(request)
 
     def drop(self, request: Request) -> None:
-        """Takes out what the request has here; what is being decoded leaves with `end_decoding`."""
+        """Removes the request's waiting and running samples. Those that are being decoded leave with `end_decoding`."""
         self._ready = deque(sample for sample in self._ready if sample.request is not request)
         for sample in [sample for sample in self._lanes if sample.of.request is request]:
             self._lanes.remove(sample.key, sample)

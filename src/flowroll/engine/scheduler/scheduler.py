@@ -1,7 +1,7 @@
-"""The callers' side of the scheduler: requests come in, are cancelled, paused, drained; control tasks are done to the model.
+"""The scheduler's interface for callers: it accepts, cancels and pauses requests, and runs control tasks on the model.
 
-A caller puts a message into the inbox and gets a future. The one thing that callers share is a count of what they have put in,
-so that a full queue refuses at once, however long the loop's step takes.
+A caller puts a message into the inbox and gets a future. The only state that callers share is a count of what they have put
+in, so that a full queue refuses a request immediately, however long the loop's current step takes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ T = TypeVar("T")
 
 
 class Scheduler:
-    """Runs the requests of one engine: each ends in exactly one result or one error.
+    """Runs the requests of one engine. Each request ends in exactly one result or one error.
 
-    Its threads start with the first call that needs them, and end when nobody holds the scheduler any more.
+    Its threads start with `start`, and end when the scheduler is no longer referenced.
 
     Args:
         runner: Runs the model.
-        limits: How much runs at once.
-        encoder: The stage that encodes prompts.
-        decoder: The stage that decodes samples.
-        clock: Monotonic seconds.
+        limits: The limits of what runs at the same time.
+        encoder: The stage that encodes prompts; None: a thread of its own.
+        decoder: The stage that decodes samples; None: a thread of its own.
+        clock: Returns the monotonic time in seconds.
 
     Attributes:
-        limits: How much runs at once.
+        limits: The limits of what runs at the same time.
     """
 
     def __init__(
@@ -72,27 +72,27 @@ class Scheduler:
         self._is_holding = False
         self._num_submitted = 0
         self._submitting = threading.Lock()
-        # Futures that have not ended, in case the loop cannot end them.
+        # The futures that have not ended; they are ended from outside if the loop cannot do it.
         self._open: dict[Future[Any], None] = {}
 
     def submit(
         self, plan: RequestPlan, finish: Finish, *, timeout_s: float | None = None, max_waiting: int | None = None
     ) -> RequestFuture[Any]:
-        """Takes a planned request; may be called from any thread.
+        """Accepts a planned request. May be called from any thread.
 
         Args:
-            plan: The request.
-            finish: Makes the answer of each of its samples.
-            timeout_s: The request is given up when it has not ended after so long; None: never.
-            max_waiting: The request is refused where so many wait; None: never.
+            plan: The planned request.
+            finish: Makes the answer of each finished sample.
+            timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
+            max_waiting: The request is refused if this number of requests waits; None: no limit.
 
         Returns:
-            Ends in one answer per sample, or in a `FlowrollError`.
+            A future that ends in one answer per sample, or in a `FlowrollError`.
 
         Raises:
-            PausedError: Between `pause` and `resume`.
+            PausedError: Generation is paused: `pause` was called, and `resume` was not.
             QueueFullError: Too many requests wait.
-            FlowrollError: What `stop` was called with.
+            FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
         now_s = self._clock()
         future: RequestFuture[Any] = RequestFuture(plan.request_id)
@@ -110,32 +110,32 @@ class Scheduler:
         return future
 
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a request, also one to recompute log-probs, in a `CancelledRequestError`, after the step that is being taken."""
+        """Ends a request in a `CancelledRequestError` after the current step; also a request to recompute log-probs."""
         self._inbox.put(messages.Cancel(future))
 
     def abort(self, request_id: str | None) -> Future[int]:
-        """Cancels the requests of this id, or all; the future tells how many there were."""
+        """Cancels the requests with this id, or all requests if it is None; the future gives their number."""
         answer: Future[int] = Future()
         self._put(messages.Abort(request_id, answer), answer)
         return answer
 
     def pause(self, mode: PauseMode) -> Future[None]:
-        """Refuses new requests at once, and admits none of those that wait, until `resume`.
+        """Refuses new requests immediately, and admits none of those that wait, until `resume`.
 
         Args:
-            mode: What becomes of those that run: they "finish", or "freeze" at their next step.
+            mode: What happens to running requests: they "finish", or they "freeze" before their next step.
 
         Returns:
-            Ends when the step that was being taken has ended.
+            A future that ends when the current step has ended.
 
         Raises:
-            FlowrollError: What `stop` was called with.
+            FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
         self._check_open()
         return self._set_pause(mode)
 
     def resume(self) -> Future[None]:
-        """Goes on after `pause`; the future ends when the loop does."""
+        """Ends a `pause`; the future ends when the loop has resumed."""
         return self._set_pause(None)
 
     def _set_pause(self, mode: PauseMode | None) -> Future[None]:
@@ -145,46 +145,48 @@ class Scheduler:
         return answer
 
     def hold_starts(self, is_holding: bool) -> None:
-        """Keeps requests that wait from being admitted, or lets them go on. New ones are taken, and wait; what runs goes on.
+        """Stops admitting requests, or admits them again. New requests are accepted and wait; running requests go on.
 
-        Requests to recompute log-probs are treated in the same way. Called in an `exclusive` action, or before it is asked
-        for, it leaves no gap in which a sample could start.
+        Requests to recompute log-probs are held in the same way. If it is called within an `exclusive` action, or before that
+        is submitted, no request can be admitted between the two.
         """
         self._is_holding = is_holding
         self._inbox.put(messages.Hold(is_holding))
 
     def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
-        """Has something done to the model while no request runs; may be called from any thread.
+        """Runs an action on the model while no request runs. May be called from any thread.
 
-        Requests that wait go on waiting meanwhile, and no trajectory sees the model before and after.
+        Waiting requests go on waiting meanwhile, and no trajectory is computed partly before and partly after the action.
 
         Args:
-            action: Runs on the loop's thread.
-            mode: "drain": what runs finishes first. "abort": what runs is requeued with the same seeds and is
-                done again, wholly, afterwards.
+            action: The action, which is called on the loop's thread.
+            mode: "drain": running requests finish first. "abort": running requests are requeued with the same seeds and start
+                again from their beginning afterwards.
 
         Returns:
-            Ends in what the action returns or raises, or in a `PausedError`: frozen requests would never finish.
+            A future that ends in what the action returns or raises, or in a `PausedError` if running requests are frozen,
+            since they would never finish.
 
         Raises:
-            FlowrollError: What `stop` was called with.
+            FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
         return self._do(ControlTask(action=action, needs_idle=True), mode)
 
     def between_steps(self, action: Callable[[], Any], *, request_id: str | None = None, timeout_s: float | None = None) -> Any:
-        """Has something done with the model between two steps.
+        """Runs an action on the model between two steps.
 
         Args:
-            action: Runs on the loop's thread; if it returns a generator, that is advanced between steps, and what it returns
-                is the result.
-            request_id: Counts it as a request to recompute log-probs, which `cancel` and `abort` can end; None: neither.
-            timeout_s: It is given up when it has not ended after so long; None: never.
+            action: The action, which is called on the loop's thread. If it returns a generator, the generator is advanced
+                between steps, and what it returns is the result.
+            request_id: The id of a request to recompute log-probs, which is counted, and which `cancel` and `abort` can end.
+                None: any other action, for which neither is true.
+            timeout_s: The action fails if it has not ended after this many seconds; None: no limit.
 
         Returns:
             A future of the result.
 
         Raises:
-            FlowrollError: What `stop` was called with.
+            FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
         now_s = self._clock()
         deadline_s = None if timeout_s is None else now_s + timeout_s
@@ -192,16 +194,16 @@ class Scheduler:
         return self._do(task, "drain")
 
     def load(self) -> LoadStats:
-        """The load at the end of the loop's last turn, all numbers from the same moment; whether it holds is as of now."""
+        """Returns the load that the loop published last, all numbers from one moment; only `is_holding` is from now."""
         return replace(self.loop.view.stats, is_holding=self._is_holding)
 
     def oldest_waiting_s(self) -> float:
-        """How long the first request in line has waited; 0 where none waits."""
+        """Returns for how many seconds the first waiting request has waited; 0 if none waits."""
         since_s = self.load().oldest_waiting_since_s
         return 0.0 if since_s is None else self._clock() - since_s
 
     def is_progressing(self) -> bool:
-        """Whether a request or a task runs, and it has not been silent for much longer than recent work explains."""
+        """Returns whether a request or a task runs and is not stuck, by the durations of recent work."""
         view, now_s, watchdog = self.loop.view, self._clock(), self.loop.watchdog
         if view.task_since_s is not None:
             return not watchdog.is_task_stuck(view.task_since_s, now_s)
@@ -211,12 +213,12 @@ class Scheduler:
 
     @property
     def is_in_exclusive_task(self) -> bool:
-        """Whether the calling thread is in an `exclusive` action."""
+        """Whether the calling thread runs an `exclusive` action."""
         return self.loop.is_in_exclusive_task
 
     @property
     def stopped(self) -> FlowrollError | None:
-        """Why nothing is accepted any more; None: requests are taken."""
+        """The reason why requests are no longer accepted; None while they are."""
         return self._stopped
 
     @property
@@ -225,24 +227,24 @@ class Scheduler:
         return self._thread is not None and self._thread.is_alive() and all(stage.is_alive for stage in self._stages)
 
     def start(self) -> None:
-        """Starts the threads, unless they run."""
+        """Starts the threads, unless they run already or the scheduler was stopped."""
         with self._submitting:
             if self._thread is not None or self._stopped is not None:
                 return
             for stage in self._stages:
                 stage.start()
-            # The thread must not hold the loop while it sleeps, so that an engine that nobody holds can be collected.
+            # The thread holds no reference to the loop while it waits, so that an unreferenced engine can be garbage collected.
             arguments = (weakref.ref(self.loop), self._inbox, weakref.WeakMethod(self._crash))
             self._thread = threading.Thread(target=_drive, name="flowroll-loop", args=arguments, daemon=True)
             self._thread.start()
 
     def stop(self, error: FlowrollError, *, patience_s: float | None = None) -> None:
-        """Ends every request and task in this error, and refuses new ones; what the model is at is dropped when it ends.
+        """Ends every request and task in this error, and refuses new ones. The result of the current step is dropped.
 
         Args:
-            error: The reason.
-            patience_s: After so long the futures are ended from here: the loop may be in a collective that never returns.
-                None: do not wait.
+            error: The error that requests and tasks end in.
+            patience_s: After this many seconds the calling thread ends the futures, since the loop may be in a collective that
+                never returns. None: do not wait for the loop.
         """
         with self._submitting:
             self._stopped = self._stopped or error
@@ -253,7 +255,14 @@ class Scheduler:
             self._give_up(patience_s)
 
     def halt(self, timeout_s: float | None = None) -> bool:
-        """Ends the threads after what they are at; False: one is still at it after so long. `start` starts others."""
+        """Ends the threads after their current work. `start` can start new ones.
+
+        Args:
+            timeout_s: How long to wait for the threads, in seconds; None: no limit.
+
+        Returns:
+            Whether all threads have ended; False also if the calling thread is the loop's own.
+        """
         if self._thread is None:
             return True
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -278,7 +287,10 @@ class Scheduler:
         return True
 
     def _crash(self, error: BaseException) -> None:
-        """Ends everything with the reason, instead of letting it wait for ever; called on the loop's thread, by a defect."""
+        """Ends everything after an error in the loop itself, which is a defect, so that no caller waits forever.
+
+        It is called on the loop's thread.
+        """
         _log.error("the engine's loop cannot go on", exc_info=error)
         stopped = engine_error(error)
         with self._submitting:
@@ -287,7 +299,7 @@ class Scheduler:
         self.loop.settle()
 
     def _give_up(self, patience_s: float) -> None:
-        """Ends what the loop does not end, where everything was told of the end."""
+        """Ends the futures that the loop has not ended within this time after a stop."""
         assert self._stopped is not None
         deadline_s = time.monotonic() + patience_s
         while self._open and time.monotonic() < deadline_s:
@@ -312,7 +324,7 @@ class Scheduler:
 
     def _check_queue(self, max_waiting: int | None, now_s: float) -> None:
         view = self.loop.view
-        # Where there is room, one of those that wait is on its way into the engine.
+        # If there is room, one of the waiting requests is about to be admitted and is not counted.
         waiting = view.num_waiting + self._num_submitted - view.num_taken - view.has_room
         if max_waiting is not None and waiting >= max_waiting:
             retry_s = Watchdog.retry_after_s(view.free_at_s, now_s)
@@ -321,7 +333,7 @@ class Scheduler:
 
 
 def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Callable[[BaseException], None]]) -> None:
-    # A thread's own setting in torch, for all that it does.
+    # In torch this is a setting of each thread; it holds for all work of the loop's thread.
     torch.set_grad_enabled(False)
     while (loop := held()) is not None and not loop.is_halted:
         try:

@@ -1,4 +1,4 @@
-"""The encode and decode stages: work beside the loop, on a thread each. What they made goes to the inbox."""
+"""The encode and decode stages, which work beside the loop on one thread each. They put their results into the inbox."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ Work: TypeAlias = Callable[[], None]
 
 @runtime_checkable
 class Stage(Protocol):
-    """Does work in the order in which it came."""
+    """Runs work in the order in which it was submitted."""
 
     def submit(self, work: Work) -> None:
-        """Adds work; does not wait for it."""
+        """Adds work without waiting for it."""
 
     def start(self) -> None:
-        """Begins to work, unless it does so already."""
+        """Starts the stage, unless it runs already."""
 
     def stop(self) -> None:
-        """Ends after the work that it is at; does not wait."""
+        """Makes the stage end after its current work, without waiting for that."""
 
     def join(self, timeout_s: float | None) -> bool:
-        """Waits for the end; False: it did not come within so long."""
+        """Waits for the end of the stage; returns whether it has ended within this time."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether it works, or waits for work."""
+        """Whether the stage runs."""
 
 
 def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
-    """Makes the work of encoding a request's prompts, unless the request is back at its start by then."""
+    """Makes the work that encodes a request's prompts; it does nothing if the request has been reset before it begins."""
     attempt = request.attempt
 
     def encode() -> None:
@@ -60,7 +60,7 @@ def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[],
 
 
 def decoding(runner: Runner, inbox: Inbox, running: RunningSample, sample: Sample, clock: Callable[[], float]) -> Work:
-    """Makes the work of a sample's picture and answer, unless nobody wants the sample by then."""
+    """Makes the work that decodes a sample and makes its answer; it does nothing if the sample is no longer wanted."""
     of, request = running.of, running.of.request
 
     def decode() -> None:
@@ -82,10 +82,10 @@ def decoding(runner: Runner, inbox: Inbox, running: RunningSample, sample: Sampl
 
 
 class ThreadStage:
-    """A stage on a thread of its own.
+    """A stage that works on its own thread.
 
     Args:
-        name: Name of the thread.
+        name: The name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -94,21 +94,21 @@ class ThreadStage:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Work) -> None:
-        """Adds work; does not wait for it."""
+        """Adds work without waiting for it."""
         self._queue.put(work)
 
     def start(self) -> None:
-        """Starts the thread, unless it runs."""
+        """Starts the thread, unless it runs already."""
         if self._thread is None:
             self._thread = threading.Thread(target=_work_off, name=self._name, args=(self._queue,), daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the work that it is at; does not wait. Safe while an object is collected."""
+        """Makes the thread end after its current work, without waiting for that. It may be called from a finalizer."""
         self._queue.put(None)
 
     def join(self, timeout_s: float | None) -> bool:
-        """Waits for the thread's end; False: it did not come within so long."""
+        """Waits for the end of the thread; returns whether it has ended within this time."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -125,5 +125,5 @@ class ThreadStage:
 def _work_off(waiting: queue.SimpleQueue[Work | None]) -> None:
     while (work := waiting.get()) is not None:
         work()
-        # What it refers to may be the last hold on an engine.
+        # Deleted, because the work may hold the last reference to an engine.
         del work

@@ -1,4 +1,4 @@
-"""Work on the model besides the steps of samples: changes of its weights, and recomputed log-probs. Belongs to the loop."""
+"""Control tasks: work on the model besides steps, such as weight changes and recomputed log-probs. Only the loop uses them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from flowroll.engine.scheduler.request import cancelled, end_future, too_late
 from flowroll.errors import FlowrollError
 
 ExclusiveMode: TypeAlias = Literal["drain", "abort"]
-# Work that is done in pieces, between which samples take steps; what the generator returns is the result.
+# A task in pieces: samples take steps between the pieces, and the value that the generator returns is the result.
 Pieces: TypeAlias = Generator[None, None, Any]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ControlTask:
-    """Something that the loop's thread does with the model, instead of a step.
+    """An action on the model that the loop's thread runs in a turn instead of a step.
 
     Attributes:
-        action: What to do; a generator is advanced by one piece a turn.
-        needs_idle: Whether no request may run meanwhile; otherwise it goes between two steps.
-        future: Receives what the action returns or raises.
-        num_threads: CPU threads of the caller.
-        request_id: Names a request to recompute log-probs; None: anything else, which is neither counted nor aborted.
-        accepted_s: When it came.
-        deadline_s: When it is given up; None: never.
-        pieces: The generator, once it was begun.
+        action: The function to call. If it returns a generator, that is advanced by one piece per turn.
+        needs_idle: Whether no request may run meanwhile; otherwise the task runs between two steps.
+        future: The future that receives what the action returns or raises.
+        num_threads: The number of CPU threads of the caller.
+        request_id: The id of a request to recompute log-probs; None for any other task, which is neither counted nor aborted.
+        accepted_s: When the task arrived, in monotonic seconds.
+        deadline_s: When the task fails if it has not ended, in monotonic seconds; None: never.
+        pieces: The generator that the action returned; None before that.
     """
 
     action: Callable[[], Any]
@@ -44,7 +44,7 @@ class ControlTask:
     pieces: Pieces | None = None
 
     def advance(self) -> tuple[bool, Any]:
-        """Does the task, or its next piece; returns whether it is done, and its result."""
+        """Runs the task or its next piece; returns whether the task is done, and its result."""
         if self.pieces is None:
             result = self.action()
             if not hasattr(result, "send"):
@@ -58,12 +58,12 @@ class ControlTask:
 
 
 class TaskQueue:
-    """The tasks that wait, those of each kind in the order in which they came, and the one that is being done."""
+    """Holds the current task and the waiting tasks, which are in order of arrival within each of their two kinds."""
 
     def __init__(self) -> None:
         self._between: deque[ControlTask] = deque()
         self._exclusive: deque[ControlTask] = deque()
-        # Begun, and not ended; a task in pieces stays here between its pieces.
+        # The task that was begun and has not ended. A task in pieces stays here between its pieces.
         self.current: ControlTask | None = None
         self.current_since_s = 0.0
         self._accepted = self._completed = self._failed = 0
@@ -71,7 +71,7 @@ class TaskQueue:
 
     @property
     def needs_idle(self) -> bool:
-        """Whether a task waits for all requests to end, or is being done without them, so that none may be admitted."""
+        """Whether a task that needs idleness waits or is current, so that no request may be admitted."""
         return bool(self._exclusive) or (self.current is not None and self.current.needs_idle)
 
     def __iter__(self) -> Iterator[ControlTask]:
@@ -81,24 +81,25 @@ class TaskQueue:
         yield from self._exclusive
 
     def counts(self) -> RequestCounts:
-        """Counts the requests to recompute log-probs; one that is being done is among those that wait."""
+        """Counts the requests to recompute log-probs. The current one is counted as pending."""
         pending = self._accepted - self._completed - self._failed
         return RequestCounts(accepted=self._accepted, completed=self._completed, failed=self._failed, pending=pending)
 
     def add(self, task: ControlTask) -> None:
-        """Puts a task in line."""
+        """Adds a task at the end of the queue of its kind."""
         (self._exclusive if task.needs_idle else self._between).append(task)
         self._accepted += task.request_id is not None
 
     def next(self, now_s: float, *, is_idle: bool, is_holding: bool) -> ControlTask | None:
-        """Begins the next task, or goes on with the one that is being done in pieces.
+        """Returns the current task, after making the next one current if there is none; None if no task may begin now.
 
-        A task that needs idleness goes first where nothing runs: the others may come without end.
+        If nothing runs, a task that needs idleness goes first, because the other tasks may arrive without end.
 
         Args:
-            now_s: The time.
-            is_idle: Whether nothing works for a request.
-            is_holding: Whether weights may be a mixture: log-probs that were not begun are not recomputed with it, but wait.
+            now_s: The current time, in monotonic seconds.
+            is_idle: Whether no work is under way for any request.
+            is_holding: Whether the weights may be a mixture of old and new ones. If so, requests to recompute log-probs that
+                have not begun go on waiting.
         """
         if self.current is None:
             if self._exclusive and is_idle:
@@ -110,7 +111,7 @@ class TaskQueue:
         return self.current
 
     def end(self, task: ControlTask, result: Any = None, *, error: BaseException | None = None) -> None:
-        """Takes a task out, wherever it is; its future is ended by `deliver_ends`."""
+        """Removes a task, whether it waits or is current; `deliver_ends` ends its future."""
         if task is self.current:
             self.current = None
             if task.pieces is not None:
@@ -123,13 +124,13 @@ class TaskQueue:
         self._ends.append((task, result, error))
 
     def deliver_ends(self) -> None:
-        """Ends the futures of the tasks that have ended; their callbacks run here."""
+        """Ends the futures of the tasks that have ended. The futures' callbacks run in this call."""
         ends, self._ends = self._ends, []
         for task, result, error in ends:
             end_future(task.future, result, error=error)
 
     def cancel(self, is_meant: Callable[[ControlTask], bool]) -> int:
-        """Ends the requests to recompute log-probs that are meant; returns how many there were."""
+        """Cancels the requests to recompute log-probs for which `is_meant` holds; returns their number."""
         meant = [task for task in self if task.request_id is not None and is_meant(task)]
         for task in meant:
             self.end(task, error=cancelled())
@@ -144,10 +145,10 @@ class TaskQueue:
                 self.end(task, error=cancelled())
 
     def next_deadline_s(self) -> float | None:
-        """The first moment at which `expire` will have something to do; None: no task has a deadline."""
+        """Returns the earliest deadline of all tasks, in monotonic seconds; None if no task has one."""
         return min((task.deadline_s for task in self if task.deadline_s is not None), default=None)
 
     def fail_all(self, make_error: Callable[[], FlowrollError]) -> None:
-        """Ends every task, the one that is being done too."""
+        """Ends every task in an error, also the current one."""
         for task in list(self):
             self.end(task, error=make_error())

@@ -1,4 +1,4 @@
-"""An engine as a server uses it: in the server's process, or in a process of its own behind the same interface."""
+"""An engine as a server uses it: in the server's process, or in another process behind the same interface."""
 
 from flowroll.engine.service.client import CallFuture, EngineClient, InProcessEngine
 from flowroll.engine.service.process import EngineOptions, EngineProcess

@@ -1,4 +1,4 @@
-"""The process of a server's engine: `python -m flowroll.engine.service DESCRIPTOR`, started by `EngineProcess`."""
+"""The process of a server's engine: `python -m flowroll.engine.service DESCRIPTOR`. `EngineProcess` starts it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from flowroll.engine.service.messages import Answer, Call, Cancel, Close, Engine
 from flowroll.errors import EngineError, FlowrollError
 from flowroll.logs import configure_logging
 
-# A process that outlives its server ends with this status.
+# The exit status of a process whose server has ended.
 ORPHANED = 70
-# Answers are put into shared memory by so many threads.
+# The number of threads that send answers; sending copies large tensors into shared memory.
 _NUM_SENDERS = 4
 
 
 def main() -> None:
-    """Loads the engine, says so, and does what the server asks until it says stop, or ends."""
-    # The server's signals are the server's: it ends this process.
+    """Loads the engine, reports that it is ready, and serves the server's calls until the server closes it or ends."""
+    # Signals are left to the server, which ends this process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _load(options: EngineOptions) -> tuple[Any, Any]:
-    # Here, and not above: what can be refused before the libraries are loaded was refused by the server.
+    # Imported here, because loading the libraries takes long. The server has refused all that can be refused without them.
     from flowroll.engine.engine import Engine
     from flowroll.engine.loading import silence_model_libraries
     from flowroll.engine.service.service import EngineService
@@ -74,10 +74,10 @@ def _load(options: EngineOptions) -> tuple[Any, Any]:
 
 
 class _Served:
-    """Reads what the server says, and sends it the answers.
+    """Reads the server's messages, and sends it the answers.
 
     Args:
-        channel: To the server.
+        channel: The channel to the server.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -89,18 +89,18 @@ class _Served:
         self._senders = ThreadPoolExecutor(_NUM_SENDERS, thread_name_prefix="flowroll-answer")
 
     def start(self, service: Any) -> None:
-        """Tells the server that its calls may come."""
+        """Starts to serve calls, and tells the server that the engine is ready."""
         from flowroll.engine.service.client import Dispatcher
 
         self._service, self._dispatcher = service, Dispatcher(service)
         _tell(self._channel, Ready(facts=service.facts()))
 
     def wait_for_close(self) -> float:
-        """Waits until the server wants no more; returns how long what runs may take to end."""
+        """Waits until the server closes the engine; returns how many seconds running work may take to end."""
         return self._closing.result()
 
     def read(self) -> None:
-        """Does what the server says, until it has ended."""
+        """Handles the server's messages until the server has ended."""
         try:
             while True:
                 try:
@@ -118,7 +118,7 @@ class _Served:
                     self._closing.set_result(message.timeout_s)
                 del message
         except ChannelClosedError:
-            # Nobody is there any more; the ranks that this process has started end with it.
+            # The server has ended. The ranks that this process has started end with it.
             _exit(ORPHANED)
         except BaseException:
             logging.getLogger(__name__).exception("a message of the server cannot be read")
@@ -136,7 +136,7 @@ class _Served:
 
         def end(ended: Future[Any]) -> None:
             self._requests.pop(number, None)
-            # On a thread of its own: this one is the scheduler's, which has steps to take.
+            # Answered on another thread, because the scheduler's loop runs this callback and must go on with its steps.
             self._senders.submit(self._answer, number, *outcome(ended))
 
         future.add_done_callback(end)

@@ -1,8 +1,8 @@
-"""Messages between two processes of one server, over a socket that nobody else can reach.
+"""Sends messages between two processes of one server, over a socket that no other process can reach.
 
-A message is a pickled dataclass: both ends are this program, and the socket is a pair that was made before the second process
-was started. Tensors are no part of the pickle. Small ones follow it; large ones are put into shared memory, whose descriptor
-goes with the message, and the receiver uses them where they lie.
+A message is a pickled dataclass. Pickle is safe here, because both ends are this program, and the socket pair was made before
+the second process was started. Tensors are not part of the pickle. Small ones follow it. Large ones are put into shared
+memory, whose descriptor is sent with the message, and the receiver uses them there without a copy.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from flowroll.engine.service.shared_memory import SharedMemory, placed, tensor_at
 
-# Bytes of the pickle, bytes of the tensors that follow it, descriptors.
+# The number of bytes of the pickle, that of the tensors that follow it, and the number of descriptors.
 _HEAD = struct.Struct("<QQQ")
-# Tensors of so many bytes together are worth a mapping.
+# From this number of bytes on, the tensors of a message are sent in shared memory.
 _SHARED_BYTES = 64 * 1024
 _MAX_DESCRIPTORS = 64
 
 
 class ChannelClosedError(Exception):
-    """The other process has ended, or has closed its end."""
+    """The other process has ended, or has closed its end of the channel."""
 
 
 class TensorsLostError(Exception):
@@ -45,10 +45,10 @@ class TensorsLostError(Exception):
 
 
 class Channel:
-    """One end of the socket. One thread receives; any thread may send.
+    """One end of the socket. Only one thread may receive; any thread may send.
 
     Args:
-        connection: A stream socket of the family AF_UNIX.
+        connection: A stream socket of the AF_UNIX family.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -56,10 +56,10 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Sends a message; its tensors are on the CPU.
+        """Sends a message, whose tensors must be on the CPU.
 
         Raises:
-            ChannelClosedError: Nobody receives any more.
+            ChannelClosedError: The other end is closed.
         """
         pickler = _Pickler()
         body, memories = pickler.pickle(message), pickler.memories
@@ -82,7 +82,7 @@ class Channel:
         """Waits for the next message.
 
         Raises:
-            ChannelClosedError: There will be none.
+            ChannelClosedError: The other end is closed.
             TensorsLostError: There is no place for its tensors. The messages after it may be received.
         """
         try:
@@ -98,7 +98,7 @@ class Channel:
         return _Unpickler(body, memories, inline).load()
 
     def close(self) -> None:
-        """Closes this end; the other one finds out at once."""
+        """Closes this end; the other end notices immediately."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -128,7 +128,7 @@ class Channel:
 
 
 def _mapped(descriptors: list[int]) -> list[SharedMemory]:
-    """The memory behind these descriptors, as far as it can be mapped."""
+    """Maps the memory of these descriptors, and leaves out what cannot be mapped."""
     memories = []
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def _mapped(descriptors: list[int]) -> list[SharedMemory]:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors and shared memory out of the pickle, and collects them."""
+    """A pickler that leaves tensors and shared memory out of the pickle, and collects them."""
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
@@ -147,18 +147,18 @@ class _Pickler(pickle.Pickler):
         self._tensors: dict[int, tuple[int, Tensor]] = {}
 
     def pickle(self, message: Any) -> bytes:
-        """The pickle of a message."""
+        """Returns the pickle of a message."""
         self.dump(message)
         return self._buffer.getvalue()
 
     def packed_in_shared_memory(self) -> SharedMemory:
-        """Copies the tensors one after the other into shared memory."""
+        """Copies the tensors one after the other into new shared memory, and returns it."""
         memory = SharedMemory.create(self.num_bytes)
         self._pack(memory.bytes)
         return memory
 
     def packed_inline(self) -> bytes:
-        """Copies the tensors one after the other."""
+        """Returns the bytes of the tensors, one after the other."""
         packed = torch.empty(self.num_bytes, dtype=torch.uint8)
         self._pack(packed)
         return packed.numpy().tobytes()
@@ -168,14 +168,14 @@ class _Pickler(pickle.Pickler):
             tensor_at(target, start, tensor.shape, tensor.dtype).copy_(tensor.detach())
 
     def persistent_id(self, value: Any) -> Any:
-        """What stands in the pickle for a tensor or shared memory; None: anything else is pickled."""
+        """Returns what replaces a tensor or shared memory in the pickle; None for anything else, which is pickled."""
         if isinstance(value, SharedMemory):
             self.memories.append(value)
             return "memory", len(self.memories) - 1
         if not isinstance(value, Tensor):
             return None
         assert value.device.type == "cpu" and value.layout == torch.strided, "only plain tensors of the CPU are sent"
-        # A message may hold one tensor in several places.
+        # A message may hold the same tensor in several places; it is sent once.
         if id(value) not in self._tensors:
             self._tensors[id(value)] = self.num_bytes, value
             self.num_bytes += placed([value.nbytes])[1]
@@ -183,12 +183,12 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds tensors and shared memory where they are.
+    """An unpickler that puts the tensors and the shared memory of a message back in their places.
 
     Args:
-        body: The pickle.
+        body: The pickle of the message.
         memories: The shared memory that came with it; None: it was lost.
-        inline: The tensors that followed it; if there are none, they lie in the last of the memories.
+        inline: The bytes of the tensors that followed it; if it is empty, the tensors are in the last of the memories.
     """
 
     def __init__(self, body: bytearray, memories: list[SharedMemory] | None, inline: bytearray) -> None:
@@ -196,7 +196,7 @@ class _Unpickler(pickle.Unpickler):
         self._memories, self._inline = memories, inline
 
     def persistent_load(self, reference: Any) -> Any:
-        """The tensor or shared memory that is meant."""
+        """Returns the tensor or shared memory that a reference in the pickle stands for."""
         if self._memories is None:
             return None
         kind, place, *rest = reference
@@ -204,7 +204,7 @@ class _Unpickler(pickle.Unpickler):
             return self._memories[place]
         shape, dtype = rest
         if self._inline or not self._memories:
-            # A copy, which lies where torch's allocator puts a tensor.
+            # Copied, so that the tensor is aligned as torch's allocator aligns it.
             packed = torch.frombuffer(self._inline, dtype=torch.uint8) if self._inline else torch.empty(0, dtype=torch.uint8)
             return tensor_at(packed, place, shape, dtype).clone()
         return tensor_at(self._memories[-1].bytes, place, shape, dtype)

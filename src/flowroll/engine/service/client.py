@@ -1,7 +1,7 @@
-"""How a server reaches its engine: one interface, whether the engine is in the server's process or in one of its own.
+"""The interface through which a server reaches its engine, whether that runs in the server's process or in another one.
 
-`call(EngineService.sleep, "disk")` has the engine's service do something and returns a future of the result: the methods of
-`EngineService` are the interface, and are written down nowhere else.
+`call(EngineService.sleep, "disk")` calls a method of the engine's service and returns a future of the result. The methods of
+`EngineService` are the interface; they are not repeated here.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 FailureListener = Callable[[FlowrollError], None]
-# Calls that may take long are made at the same time by so many threads; more of them wait.
+# The number of threads for calls that may take long; further such calls wait.
 _MAX_BLOCKED = 32
 
 
 class CallFuture(Future[T]):
-    """The result to come of a call.
+    """The future result of a call.
 
     Attributes:
-        spans: Where the time of a request went, once it has ended; empty for other calls.
-        number: The place of the call among all calls of an engine in another process.
+        spans: How the time of a request was spent, once it has ended; empty for other calls.
+        number: The number of the call among all calls to an engine in another process; -1 for an engine in this process.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,17 @@ class CallFuture(Future[T]):
         self.spans: tuple[StageSpan, ...] = ()
 
     def end(self, result: Any, error: BaseException | None, spans: tuple[StageSpan, ...] = ()) -> None:
-        """Ends in the result or the error, unless it has ended."""
+        """Ends the future in the result or the error, unless it has ended already."""
         if not self.done():
             self.spans = spans
         end_future(self, result, error=error)
 
 
 class EngineClient(ABC):
-    """An engine as a server sees it.
+    """The interface of an engine for a server.
 
     Attributes:
-        facts: What never changes while the engine runs.
+        facts: The facts about the engine that do not change while it runs.
     """
 
     facts: EngineFacts
@@ -60,7 +60,7 @@ class EngineClient(ABC):
     @property
     @abstractmethod
     def failure(self) -> FlowrollError | None:
-        """Why the engine is down for good; None while it is up."""
+        """The error that ended the engine for good; None while it is up."""
 
     @overload
     def call(
@@ -71,7 +71,10 @@ class EngineClient(ABC):
         self, method: Callable[Concatenate[EngineService, P], T], /, *args: P.args, **options: P.kwargs
     ) -> CallFuture[T]: ...
     def call(self, method: Callable[..., Any], /, *args: Any, **options: Any) -> CallFuture[Any]:
-        """Has a method of the engine's service called. Calls are begun in their order; an error is the future's."""
+        """Calls a method of the engine's service and returns a future of its result or error.
+
+        Calls begin in the order in which they were made.
+        """
         return self._call(method.__name__, args, options)
 
     @abstractmethod
@@ -79,29 +82,29 @@ class EngineClient(ABC):
 
     @abstractmethod
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a call of `submit` or `submit_scores` whose caller went away."""
+        """Cancels a call of `submit` or `submit_scores` whose caller has disconnected."""
 
     @abstractmethod
     def on_failure(self, listener: FailureListener) -> None:
-        """Calls it, on a thread of its own, once the engine is down."""
+        """Calls the listener on another thread once the engine is down."""
 
     @abstractmethod
     def close(self, *, timeout_s: float = 10.0) -> bool:
-        """Ends what runs with `ShuttingDownError`, and the engine's threads. May be called twice.
+        """Ends all requests with `ShuttingDownError`, and the engine's threads. May be called twice.
 
         Args:
-            timeout_s: How long the engine may take to end what it is at.
+            timeout_s: How many seconds the engine may take to end its current work.
 
         Returns:
-            Whether it has ended in time.
+            Whether the engine has ended in time.
         """
 
 
 class Dispatcher:
-    """Calls methods of a service: those that may take long on threads, the others at once.
+    """Calls methods of a service: those that may take long on threads of a pool, the others on the calling thread.
 
     Args:
-        service: The service.
+        service: The service whose methods are called.
     """
 
     def __init__(self, service: EngineService) -> None:
@@ -109,7 +112,7 @@ class Dispatcher:
         self._pool = ThreadPoolExecutor(_MAX_BLOCKED, thread_name_prefix="flowroll-call")
 
     def begin(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Future[Any]:
-        """Begins a call; the future of a request is one that `EngineService.cancel` takes."""
+        """Begins a call and returns its future. `EngineService.cancel` accepts the future of a request."""
         method = getattr(self._service, name)
         try:
             if getattr(method, "is_blocking", False):
@@ -122,7 +125,7 @@ class Dispatcher:
         return found if isinstance(found, Future) else _ended(found)
 
     def close(self) -> None:
-        """Takes no more calls; those that run end by themselves."""
+        """Accepts no more calls and cancels those that wait; those that run end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -142,10 +145,10 @@ def outcome(ended: Future[Any]) -> tuple[Any, BaseException | None, tuple[StageS
 
 
 class InProcessEngine(EngineClient):
-    """An engine in this process.
+    """The `EngineClient` of an engine in this process.
 
     Args:
-        service: The engine's service, which its owner closes, or `close`.
+        service: The engine's service; its owner closes it, or `close` does.
     """
 
     def __init__(self, service: EngineService) -> None:

@@ -1,4 +1,4 @@
-"""What the process of a server and the process of its engine say to each other."""
+"""The messages between the process of a server and the process of its engine."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from flowroll.types import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine is started; the first message to its process.
+    """The options that an engine is started with; the first message to its process.
 
     Attributes:
         model: The checkpoint folder.
-        variant: Variant of the model family; None: the family's first.
+        variant: The variant of the model family; None: the family's first.
         dtype: The dtype of the weights, or "auto".
         device: The device of rank 0, or "auto".
-        layout: How the transformer is spread over ranks.
-        limits: What one request may ask for.
-        batching: How much runs at once.
-        adapter_limits: How many LoRA adapters there may be.
-        rank_timeout_s: How long ranks wait for each other.
-        max_queue: Requests that may wait behind those that run.
+        layout: How the transformer is distributed over ranks.
+        limits: The limits of one request.
+        batching: The limits of what runs at the same time.
+        adapter_limits: The limits of the LoRA adapters.
+        rank_timeout_s: How long ranks wait for each other, in seconds.
+        max_queue: The number of requests that may wait behind those that run.
         log_level: The level of the log.
-        log_format: The form of its lines.
+        log_format: The format of the log's lines.
     """
 
     model: str
@@ -48,21 +48,21 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The engine is up."""
+    """To the server: the engine is up."""
 
     facts: EngineFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The engine could not be started, or is down for good."""
+    """To the server: the engine could not be started, or is down for good."""
 
     error: FlowrollError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """Call a method of the engine's service."""
+    """To the engine: call a method of its service."""
 
     id: int
     method: str
@@ -72,14 +72,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """The caller of a request went away."""
+    """To the engine: cancel a request, because its caller has disconnected."""
 
     id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """How a call has ended."""
+    """To the server: the result or the error of a call."""
 
     id: int
     result: Any
@@ -89,6 +89,6 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
-    """End what runs, then the process."""
+    """To the engine: end all requests, then the process."""
 
     timeout_s: float

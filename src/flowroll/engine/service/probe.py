@@ -1,4 +1,4 @@
-"""Whether an engine can generate: by what it did lately, by what it does now, or by trying."""
+"""Finds out whether an engine can generate: from recent results, from what runs now, or by generating an image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TIMEOUT_S = 20.0
 
 
 class GenerationProbe:
-    """Finds what shows that an engine works. Callers at the same time share one generation.
+    """Finds evidence that an engine works. Concurrent callers share one generation.
 
     Args:
-        engine: It runs the probe's generation like any other request.
+        engine: The engine, which runs the probe's generation like any other request.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -35,13 +35,16 @@ class GenerationProbe:
             self._last_success_s = time.monotonic()
 
     def check(self) -> Evidence:
-        """Looks for a result in the last 30 s, or a request that makes progress; otherwise makes a one-step image.
+        """Looks for a result in the last 30 s or a request that makes progress; otherwise generates an image in one step.
 
-        A paused engine, one that waits for the rest of a push of weights, or one that sleeps, shows nothing and is well.
+        An engine that is paused, waits for the rest of a push of weights, or sleeps counts as healthy without any generation.
+
+        Returns:
+            The kind of evidence that was found.
 
         Raises:
-            EngineError: The running request, or the probe, does not come to an end.
-            FlowrollError: What the probe's generation raised.
+            EngineError: The running request or the probe's own does not end.
+            FlowrollError: The probe's generation failed with this error.
         """
         if self._engine.is_asleep:
             return "asleep"
@@ -78,7 +81,7 @@ class GenerationProbe:
         return self._attempt is not None and self._attempt.running()
 
     def _is_held_up(self) -> bool:
-        """Whether somebody else's request runs, and well. The probe's own is no evidence before it ends."""
+        """Returns whether another request than the probe's makes progress; the probe's own is no evidence until it ends."""
         return not self._is_running() and self._engine.scheduler.is_progressing()
 
     def _params(self) -> SamplingParams:

@@ -1,7 +1,7 @@
-"""An engine in a process of its own, seen from the server's process.
+"""An engine in another process, seen from the server's process.
 
-A step of the engine is then not slowed down by the Python of a busy server, nor by its answers. The processes share a socket
-pair and memory; whichever of them ends, the other finds out at once.
+This way neither the Python code of a busy server nor the sending of answers slows down the engine's steps. The processes share
+a socket pair and memory; when one of them ends, the other notices immediately.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from flowroll.errors import EngineError, FlowrollError, RankLostError, ShuttingD
 __all__ = ["EngineOptions", "EngineProcess"]
 
 _log = logging.getLogger(__name__)
-# How much longer than it was given a process may take to end.
+# How much longer than its timeout a process may take to end, in seconds.
 _END_S = 5.0
 # How often a process is asked for a sign of life.
 _PULSE_S = 1.0
 
 
 class EngineProcess(EngineClient):
-    """Starts the process. A context manager: at the end no process is left.
+    """Starts the process of an engine and reaches it. It is a context manager, which ends the process.
 
     Args:
-        options: How the engine is started.
+        options: The options that the engine is started with.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -66,7 +66,7 @@ class EngineProcess(EngineClient):
             threading.Thread(target=target, name=f"flowroll-engine-{target.__name__[1:]}", daemon=True)
             for target in (self._read, self._write, self._watch)
         ]
-        with contextlib.suppress(ChannelClosedError):  # `wait` finds out why
+        with contextlib.suppress(ChannelClosedError):  # `wait` raises the reason
             self._channel.send(options)
 
     def __enter__(self) -> EngineProcess:
@@ -77,7 +77,7 @@ class EngineProcess(EngineClient):
 
     @property
     def pid(self) -> int:
-        """The process id of the engine."""
+        """The id of the engine's process."""
         return self._process.pid
 
     @property
@@ -89,7 +89,7 @@ class EngineProcess(EngineClient):
         """Waits until the engine is up.
 
         Raises:
-            FlowrollError: Why it cannot be.
+            FlowrollError: The engine could not be started; it is the reason.
         """
         try:
             first = self._channel.receive()
@@ -105,7 +105,7 @@ class EngineProcess(EngineClient):
     @override
     def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> CallFuture[Any]:
         future: CallFuture[Any] = CallFuture()
-        # Calls are sent in the order of their numbers: what is begun first is called first.
+        # Calls are numbered under the lock, so that they are sent in the order of their numbers.
         with self._lock:
             if self._failure is not None:
                 future.end(None, fresh(self._failure))
@@ -145,7 +145,7 @@ class EngineProcess(EngineClient):
         return True
 
     def kill(self) -> None:
-        """Ends the process at once; none is left to be waited for. The ranks that it has started end with it."""
+        """Ends the process immediately and waits for its end. The ranks that it has started end with it."""
         self._closing.set()
         self._outbox.put(None)
         self._process.kill()
@@ -236,7 +236,7 @@ class EngineProcess(EngineClient):
             future.end(None, _shutting_down() if self._failure is None else fresh(self._failure))
 
     def _lost(self) -> RankLostError:
-        """The error of an engine whose process has ended, or ends now."""
+        """Makes the error of an engine whose process has ended or is about to end."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         status = self._process.poll()

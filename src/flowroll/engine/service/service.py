@@ -1,7 +1,7 @@
-"""What a server asks of an engine, where the engine is: in its own process, or in the server's.
+"""The operations of an engine that a server calls. They run in the engine's process, which may be the server's own.
 
-A method that is marked `blocking` may take long and is called on a thread; the others return at once, some of them a future.
-Arguments and results are data that can be sent to another process; they hold no part of the model.
+A method that is marked `blocking` may take long and is called on a thread; the others return immediately, some of them with a
+future. Arguments and results are data that can be sent to another process, and hold no part of the model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = ["EngineService", "RequestKind", "blocking"]
 T = TypeVar("T")
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
-# What a thread gets to come back from the collective of a lost rank.
+# How long a thread may take to return from a collective after a rank was lost, in seconds.
 _LOST_S = 3.0
 _RETRY_S = 1.0
 
@@ -60,12 +60,12 @@ def blocking(method: MethodT) -> MethodT:
 
 
 def bucket_bytes(heads: Sequence[TensorHead]) -> int:
-    """How much memory the tensors of a bucket take one after the other."""
+    """Returns the bytes that the tensors of a bucket take one after the other, with their alignment."""
     return placed([_num_bytes(head) for head in heads])[1]
 
 
 def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
-    """The tensors of a bucket in memory that holds them one after the other."""
+    """Returns the tensors of a bucket as views of memory that holds them one after the other."""
     starts, _ = placed([_num_bytes(head) for head in heads])
     return [tensor_at(memory, start, head.shape, FLOATS[head.dtype]) for start, head in zip(starts, heads, strict=True)]
 
@@ -75,11 +75,11 @@ def _num_bytes(head: TensorHead) -> int:
 
 
 class EngineService:
-    """An engine behind a bounded queue. A context manager: `close` ends the engine's threads.
+    """An engine behind a bounded queue. It is a context manager, whose exit calls `close`.
 
     Args:
-        engine: Used by this service alone from now on; its owner closes it, after the service.
-        max_queue: Requests that may wait behind those that run.
+        engine: The engine, which only this service uses from now on; its owner closes it after the service.
+        max_queue: The number of requests that may wait behind those that run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int) -> None:
@@ -89,7 +89,7 @@ class EngineService:
         self._is_draining = False
         self._probe = GenerationProbe(engine)
         self._groups = WeightGroups()
-        # Requests to recompute log-probs that have not ended.
+        # The requests to recompute log-probs that have not ended.
         self._scores: set[Future[ScoreAnswer]] = set()
         self._submitting_scores = threading.Lock()
         self._updates: dict[str, WeightReceiver] = {}
@@ -105,7 +105,7 @@ class EngineService:
     # State
 
     def facts(self) -> EngineFacts:
-        """What never changes while the engine runs."""
+        """Returns the facts about the engine that do not change while it runs."""
         engine, device = self.engine, torch.device(self.engine.info.device)
         return EngineFacts(
             info=engine.info,
@@ -118,7 +118,7 @@ class EngineService:
         )
 
     def status(self) -> EngineStatus:
-        """The engine at this moment."""
+        """Returns the state of the engine at this moment."""
         engine, scheduler = self.engine, self.engine.scheduler
         return EngineStatus(
             load=scheduler.load(),
@@ -131,32 +131,32 @@ class EngineService:
 
     @property
     def failure(self) -> RankLostError | None:
-        """Why the engine's ranks are down, which ended everything that was accepted; None while they are up."""
+        """The error that took the engine's ranks down and ended all accepted requests; None while the ranks are up."""
         return self.engine.failure
 
     @blocking
     def probe_generation(self) -> Evidence:
-        """Finds what shows that the engine can generate, or makes a one-step image; see `GenerationProbe.check`."""
+        """Finds evidence that the engine can generate, or generates an image in one step; see `GenerationProbe.check`."""
         self._check_accepting("the server must take requests to generate, got a shutdown; use another replica.")
         return self._probe.check()
 
     # Requests
 
     def submit(self, plan: RequestPlan, kind: RequestKind, *, timeout_s: float | None = None) -> RequestFuture[Any]:
-        """Takes a planned request; may be called from any thread.
+        """Accepts a planned request. May be called from any thread.
 
         Args:
-            plan: A request, planned for this engine's model.
-            kind: What its samples become.
-            timeout_s: It is given up when it has not ended after so long; None: never.
+            plan: The request, planned for this engine's model.
+            kind: Whether its samples become rollouts or plain images.
+            timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
 
         Returns:
-            Ends in the engine's answer, a `FlowrollError`, or, if cancelled while it waits, in that.
+            A future that ends in the engine's answer or in a `FlowrollError`, or is cancelled while the request waits.
 
         Raises:
             PausedError: Generation is paused.
-            QueueFullError: Too many wait; try again after its `retry_after_s`.
-            ShuttingDownError: No more requests are taken.
+            QueueFullError: Too many requests wait; its `retry_after_s` tells when to try again.
+            ShuttingDownError: No more requests are accepted.
             InvalidRequestError: The adapter is not loaded.
             AsleepError: The memory of the weights is released.
             OutdatedWeightsError: The weights are older than the request demands.
@@ -168,20 +168,21 @@ class EngineService:
         return accepted
 
     def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
-        """Takes a planned request to recompute log-probs; may be called from any thread.
+        """Accepts a planned request to recompute log-probs. May be called from any thread.
 
-        It waits in no queue of requests: log-probs are made between the steps of requests, one request after the other.
+        It does not wait in the queue of requests for samples: log-probs are recomputed between the steps of samples, one
+        request after the other.
 
         Args:
-            plan: A request, planned for this engine's model.
-            timeout_s: It is given up when it has not ended after so long; None: never.
+            plan: The request, planned for this engine's model.
+            timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
 
         Returns:
-            Ends in the log-probs or a `FlowrollError`; `cancel` and `abort` end it early.
+            A future that ends in the log-probs or in a `FlowrollError`; `cancel` and `abort` end it early.
 
         Raises:
-            QueueFullError: As many of these requests wait as may wait for samples.
-            ShuttingDownError: No more requests are taken.
+            QueueFullError: More than `max_queue` of these requests have not ended.
+            ShuttingDownError: No more requests are accepted.
         """
         self._check_accepting()
         self.engine.check_ready_to_score(plan.params)
@@ -198,43 +199,43 @@ class EngineService:
         return scores
 
     def cancel(self, future: Future[Any]) -> None:
-        """Ends a request whose caller went away, whether it waits or runs."""
+        """Cancels a request whose caller has disconnected, whether it waits or runs."""
         self.engine.scheduler.cancel(future)
 
     def abort(self, request_id: str | None) -> Future[int]:
-        """Cancels the requests of this id, or all, also those to recompute log-probs; tells how many there were."""
+        """Cancels the requests with this id, or all if it is None, also those to recompute log-probs; gives their number."""
         return self.engine.scheduler.abort(request_id)
 
     def pause(self, mode: PauseMode) -> Future[None]:
-        """Refuses new requests, and admits none of those that wait, until `resume`; see `Scheduler.pause`."""
+        """Refuses new requests, and admits none of those that wait, until `resume` is called; see `Scheduler.pause`."""
         return self.engine.scheduler.pause(mode)
 
     def resume(self) -> Future[None]:
-        """Goes on after `pause`."""
+        """Ends a `pause`."""
         return self.engine.scheduler.resume()
 
     def hold_starts(self, is_held: bool) -> None:
-        """Keeps new samples from starting, while a push of weights is incomplete, or lets them start again."""
+        """Stops admitting requests while a push of weights is incomplete, or admits them again."""
         self.engine.scheduler.hold_starts(is_held)
 
-    # Weights that are read from disk, and what can be known of those in memory
+    # Weights that are read from disk, and checks of the weights in memory
 
     @blocking
     def update_from_disk(self, files: WeightFiles, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
-        """Reads new weights while requests run, and exchanges them between two requests; see `Engine`."""
+        """Reads new weights while requests run, and exchanges them while none runs; see `Engine.update_weights_from_disk`."""
         return self._guarded(
             lambda: self.engine.commit_weights(self.engine.stage_weights(files), weight_version=weight_version, mode=mode)
         )
 
     @blocking
     def checksums(self, modules: Sequence[str]) -> dict[str, str]:
-        """Checksums of modules, all at the same moment."""
+        """Returns the checksums of these modules by name, all from the same moment."""
         engine = self.engine
         return self._guarded(lambda: engine.exclusive(lambda: {name: engine.weights_checksum(name) for name in modules}))
 
     @blocking
     def verify_weights(self, expected: Iterable[tuple[str, str]], module: str) -> tuple[int, str]:
-        """Compares every tensor of a module; returns how many there are, and the version that was looked at."""
+        """Compares every tensor of a module with its expected checksum; returns their number and the version of the weights."""
         engine = self.engine
         return self._guarded(
             lambda: engine.exclusive(lambda: (engine.verify_weights(expected, module=module), engine.weight_version))
@@ -242,41 +243,41 @@ class EngineService:
 
     @blocking
     def differing_weights(self, expected: Mapping[str, str], module: str) -> tuple[list[str], list[str]]:
-        """The names that a module does not have, and those whose tensors differ; see `Engine.differing_weights`."""
+        """Returns the names that a module does not have, and those whose tensors differ; see `Engine.differing_weights`."""
         return self._guarded(lambda: self.engine.differing_weights(expected, module=module))
 
     # Weights that arrive in buckets
 
     def open_update(self, module: str, *, partial: bool) -> OpenedUpdate:
-        """Makes room for new weights that arrive in buckets, while requests run."""
+        """Opens an update, whose new weights arrive in buckets while requests run."""
         receiver = self.engine.receive_weights(module, partial=partial)
         update_id = secrets.token_hex(8)
         self._updates[update_id] = receiver
         return OpenedUpdate(update_id=update_id, module=receiver.module, names=receiver.names, num_bytes=receiver.num_bytes)
 
     def claim_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
-        """Checks what a bucket will hold, before any of its data has come; `put_bucket` or `drop_bucket` has to follow.
+        """Checks what a bucket will hold before its data arrives. The caller must call `put_bucket` or `drop_bucket` next.
 
         Raises:
-            WeightsRejectedError: A name is unknown, came already or comes twice, or a shape or a dtype is another.
+            WeightsRejectedError: A name is unknown, came already or comes twice, a shape differs, or a dtype is no float.
         """
         self._receiver(update_id).claim(heads)
 
     @blocking
     def put_bucket(self, update_id: str, heads: Sequence[TensorHead], memory: SharedMemory) -> UpdateProgress:
-        """Takes copies of the tensors of a claimed bucket, which lie one after the other; see `bucket_tensors`."""
+        """Copies the tensors of a claimed bucket from memory that holds them one after the other; see `bucket_tensors`."""
         receiver = self._receiver(update_id)
         self._guarded(lambda: receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads)))
         return self._progress(receiver)
 
     def drop_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
-        """Forgets a claimed bucket, whose tensors may then come in another."""
+        """Drops the claim of a bucket, so that its tensors may come in another bucket."""
         if (receiver := self._updates.get(update_id)) is not None:
             receiver.unclaim(heads)
 
     @blocking
     def open_sent(self, payload: bytes, *, module: str, flattened: bool, unread: Sequence[bytes]) -> SentNames:
-        """Finds the tensors that a pickled payload names in another process's memory; `close_sent` has to follow.
+        """Opens the tensors that a pickled payload names in another process's memory; the caller must call `close_sent`.
 
         See `wire.pickled.named_tensors` for the arguments and errors.
         """
@@ -287,13 +288,13 @@ class EngineService:
 
     @blocking
     def close_sent(self, sent_id: str) -> None:
-        """Lets a sender have its memory back. Without effect where it has it."""
+        """Releases a sender's memory. It has no effect if the memory was released already."""
         if (sent := self._sent.pop(sent_id, None)) is not None:
             sent.release()
 
     @blocking
     def fill_from_sent(self, update_id: str, sent_id: str) -> UpdateProgress:
-        """Copies a bucket from another process's memory, and lets the sender have that back."""
+        """Copies a bucket from another process's memory, and releases that memory."""
         receiver = self._receiver(update_id)
         self._guarded(lambda: fill_from_sent(receiver, self._sent[sent_id]))
         return self._progress(receiver)
@@ -302,14 +303,14 @@ class EngineService:
     def fill_from_group(
         self, update_id: str, group_name: str, group_id: str, heads: Sequence[TensorHead], *, flattened: bool
     ) -> UpdateProgress:
-        """Receives a bucket from a process group; after an error the group receives nothing more."""
+        """Receives a bucket from a process group. After an error the group receives nothing more."""
         receiver, group = self._receiver(update_id), self._groups.find(group_name, group_id)
         self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened))
         return self._progress(receiver)
 
     @blocking
     def commit_update(self, update_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
-        """Puts what has arrived in place, between two requests. If tensors are missing, the update stays open."""
+        """Puts the arrived weights in place while no request runs. If tensors are missing, the update stays open."""
         receiver = self._receiver(update_id)
         staged = self._guarded(receiver.stage)
         self._updates.pop(update_id, None)
@@ -321,7 +322,7 @@ class EngineService:
         return receiver is not None and receiver.is_open
 
     def drop_update(self, update_id: str) -> None:
-        """Forgets an update and what has arrived of it. Without effect on one that has ended."""
+        """Drops an update and the tensors that have arrived. It has no effect on an update that has ended."""
         if (receiver := self._updates.pop(update_id, None)) is not None:
             receiver.drop()
 
@@ -331,7 +332,7 @@ class EngineService:
     def join_group(
         self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int, timeout_s: float
     ) -> None:
-        """Joins a process group as one member, whatever the engine's layout; see `BroadcastGroup` for the arguments."""
+        """Joins a process group as one member, for any layout of the engine; see `BroadcastGroup` for the arguments."""
         make = functools.partial(
             BroadcastGroup,
             name,
@@ -346,16 +347,16 @@ class EngineService:
         self._guarded(lambda: self._groups.join(name, make))
 
     def find_group(self, name: str) -> str:
-        """The id of the group of this name, which one that is made later does not have.
+        """Returns the id of the group with this name; a later group of the same name has another id.
 
         Raises:
-            NotFoundError: The engine is in none.
+            NotFoundError: The engine is in no group of this name.
         """
         return self._groups.find(name).id
 
     @blocking
     def leave_group(self, name: str) -> None:
-        """Leaves a process group; a broadcast that is under way ends with an error."""
+        """Leaves a process group. A broadcast that is under way ends with an error."""
         self._groups.leave(name)
 
     @blocking
@@ -365,9 +366,9 @@ class EngineService:
 
     @blocking
     def fail_group(self, name: str, group_id: str) -> None:
-        """Closes a group of which a bucket was refused: nobody receives what its trainer sends all the same.
+        """Closes a group after one of its buckets was refused, since no receiver takes what its trainer sends nevertheless.
 
-        Without effect where it was left meanwhile, or another of its name was joined.
+        It has no effect if the group was left meanwhile, or another one of its name was joined.
         """
         with contextlib.suppress(NotFoundError):
             self._groups.find(name, group_id).close(UNRECEIVED)
@@ -375,14 +376,14 @@ class EngineService:
     # Adapters
 
     def lora_adapters(self) -> tuple[LoraAdapter, ...]:
-        """The loaded adapters."""
+        """Returns the loaded adapters."""
         return self.engine.lora_adapters()
 
     @blocking
     def load_adapter(
         self, files: AdapterFiles, name: str, *, merged: bool, weight_version: str | None, mode: ExclusiveMode
     ) -> AdapterChange:
-        """Reads an adapter while requests run, and puts it in place between two requests; see `Engine`."""
+        """Reads an adapter while requests run, and puts it in place while none runs; see `Engine.load_lora_adapter`."""
 
         def load() -> AdapterChange:
             staged = self.engine.stage_lora_adapter(files, name=name, merged=merged)
@@ -401,7 +402,7 @@ class EngineService:
         weight_version: str | None,
         mode: ExclusiveMode,
     ) -> AdapterChange:
-        """Adds factors that a trainer shares to the pushed adapter; requests that name no adapter run with it."""
+        """Adds factors that a trainer shares to the pushed adapter, which requests that name no adapter run with."""
 
         def load() -> AdapterChange:
             copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
@@ -414,30 +415,30 @@ class EngineService:
 
     @blocking
     def unload_adapter(self, name: str, *, weight_version: str | None, mode: ExclusiveMode) -> AdapterChange:
-        """Forgets an adapter; requests that wait for it end in an error."""
+        """Unloads an adapter. Waiting requests that name it end in an error."""
         return self._guarded(lambda: self.engine.unload_lora_adapter(name, weight_version=weight_version, mode=mode))
 
     # Memory and life
 
     @blocking
     def sleep(self, mode: SleepMode) -> MemoryChange:
-        """Releases the memory of the weights, once the requests that run have finished."""
+        """Releases the memory of the weights once the running requests have finished; see `Engine.sleep`."""
         return self._guarded(lambda: self.engine.sleep(mode))
 
     @blocking
     def wake(self) -> MemoryChange:
-        """Brings the weights back."""
+        """Restores the weights; see `Engine.wake`."""
         return self._guarded(self.engine.wake)
 
     def drain(self) -> None:
-        """Takes no more requests; those that were accepted run on."""
+        """Accepts no more requests; accepted ones go on."""
         self._is_draining = True
 
     def close(self, *, timeout_s: float = 10.0) -> bool:
-        """Fails what waits or runs with `ShuttingDownError`, ends the threads. May be called twice.
+        """Ends all requests with `ShuttingDownError`, then the threads. May be called twice.
 
         Args:
-            timeout_s: How long the engine may take to end what it is at. Past it the threads are left behind.
+            timeout_s: How many seconds the engine may take to end its current work. After that the threads are left running.
 
         Returns:
             Whether the threads have ended.
@@ -474,7 +475,7 @@ class EngineService:
         )
 
     def _guarded(self, action: Callable[[], T]) -> T:
-        """Does it; what it raises unexpectedly goes to the log, and to the caller as an `EngineError`."""
+        """Runs an action. An unexpected error is logged, and the caller gets it as an `EngineError`."""
         try:
             self._check_accepting()
             return action()
@@ -482,5 +483,5 @@ class EngineService:
             raise
         except BaseException as error:
             _log.exception("what a server asked of the engine failed")
-            # Not chained: its traceback holds tensors.
+            # Not chained, because the traceback of the cause holds tensors.
             raise engine_error(error) from None

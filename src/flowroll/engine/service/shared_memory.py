@@ -1,4 +1,4 @@
-"""Memory that two processes have in common: a file without a name, which is gone when neither of them holds it any more."""
+"""Memory that two processes share: an unnamed file, which is freed when neither process refers to it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Where torch's allocator puts every tensor; what lies at another address may give other bits.
+# torch's allocator aligns every tensor to this number of bytes; another alignment may give other bits.
 _ALIGNMENT = 64
 
 
 class SharedMemory:
-    """Some bytes in a file without a name. Whoever has its descriptor can map the same bytes.
+    """Bytes in an unnamed file. Every process that has its descriptor can map the same bytes.
 
-    The memory is freed when the last process that maps it, or holds its descriptor, lets go of it or ends, in whatever way.
+    The memory is freed when the last process that maps it or holds its descriptor releases it or ends, in whatever way.
 
     Args:
-        descriptor: The descriptor of the file; owned by this object from now on.
+        descriptor: The descriptor of the file, which this object owns from now on.
 
     Attributes:
+        descriptor: The descriptor of the file.
         bytes: The memory, as a tensor [bytes] of uint8.
 
     Raises:
-        OSError: It cannot be mapped. The descriptor is closed then, too.
+        OSError: The file cannot be mapped. The descriptor is closed in this case too.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -42,10 +43,10 @@ class SharedMemory:
 
     @classmethod
     def create(cls, num_bytes: int) -> SharedMemory:
-        """Makes memory of this size, filled with zeros.
+        """Creates memory of this size, at least one byte, filled with zeros.
 
         Raises:
-            OSError: There is no room for it.
+            OSError: There is not enough memory.
         """
         descriptor = os.memfd_create("flowroll", os.MFD_CLOEXEC)
         try:
@@ -57,12 +58,12 @@ class SharedMemory:
 
 
 def tensor_at(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor whose bytes begin at this place of some memory."""
+    """Returns the tensor whose bytes begin at `start` in `memory`, as a view."""
     return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
 def placed(num_bytes: Sequence[int]) -> tuple[list[int], int]:
-    """Places for tensors of these sizes one after the other, and the size of all: each begins at a multiple of 64."""
+    """Returns where tensors of these sizes begin one after the other, each at a multiple of 64, and their size together."""
     starts, end = [], 0
     for size in num_bytes:
         starts.append(end)

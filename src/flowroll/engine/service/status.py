@@ -1,4 +1,4 @@
-"""What a server may know of its engine: facts that never change, and its state at one moment."""
+"""What a server can know about its engine: facts that do not change while it runs, and its state at one moment."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from flowroll.engine.scheduler import BatchLimits, LoadStats, RequestCounts
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.types import ModuleName
 
-# What shows that an engine can generate.
+# The kinds of evidence that an engine can generate.
 Evidence: TypeAlias = Literal["recent", "running", "paused", "updating", "asleep", "probe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """What never changes while an engine runs.
+    """The facts about an engine that do not change while it runs.
 
     Attributes:
         info: What is loaded, and how.
-        model: What requests are checked and planned with.
-        batching: How much runs at once.
-        modules: The parts of the checkpoint that have weights.
-        pid: The process of the engine; rank 0's.
-        memory: How much memory the samples that run at once can take, in words.
-        gpu_uuid: The GPU of rank 0, as CUDA names it; None on a CPU.
+        model: The facts about the model that requests are checked and planned with.
+        batching: The limits of what runs at the same time.
+        modules: The names of the modules of the checkpoint that have weights.
+        pid: The process id of the engine's rank 0.
+        memory: A text that says how much memory the samples that run at the same time can take.
+        gpu_uuid: The UUID of rank 0's GPU, as CUDA gives it; None on a CPU.
     """
 
     info: EngineInfo
@@ -40,15 +40,16 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """An engine at one moment.
+    """The state of an engine at one moment.
 
     Attributes:
-        load: What runs and what ran.
-        oldest_waiting_s: How long the first request in line has waited; 0 where none waits.
-        weight_version: Version of the weights in memory.
-        memory_mode: Where the weights are kept while their memory is released; None: they are in place.
+        load: The numbers of requests and samples that run and have run.
+        oldest_waiting_s: How many seconds the first waiting request has waited; 0 if none waits.
+        weight_version: The version of the weights in memory.
+        memory_mode: Where the weights are kept while their memory is released; None if they are in place.
         is_alive: Whether the engine's threads run.
-        is_accepting: False once the service was told to drain, or a thread died. A pause refuses requests too, but ends.
+        is_accepting: Whether requests are accepted: False once the service drains or a thread has died. A pause, which also
+            refuses requests but ends, does not change it.
     """
 
     load: LoadStats
@@ -65,7 +66,7 @@ class EngineStatus:
 
     @property
     def counts(self) -> RequestCounts:
-        """The counters of all requests, those to recompute log-probs among them."""
+        """The numbers of all requests, including those to recompute log-probs."""
         one, other = self.load.requests, self.load.log_probs
         return RequestCounts(
             **{field.name: getattr(one, field.name) + getattr(other, field.name) for field in fields(RequestCounts)}
@@ -74,13 +75,13 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedUpdate:
-    """An update of weights whose tensors may come now.
+    """An update of weights that has been opened and accepts tensors.
 
     Attributes:
-        update_id: Names it.
+        update_id: The id of the update.
         module: The module that the weights are for.
         names: The names of the module's tensors.
-        num_bytes: The bytes of the module's tensors, in the dtype of the weights.
+        num_bytes: The number of bytes of the module's tensors, in the dtype of the weights.
     """
 
     update_id: str
@@ -94,9 +95,9 @@ class UpdateProgress:
     """How much of an update has arrived.
 
     Attributes:
-        num_arrived: Tensors that have arrived.
-        num_tensors: Tensors of the module.
-        weight_version: Version of the weights in memory, which the update has not touched.
+        num_arrived: The number of tensors that have arrived.
+        num_tensors: The number of the module's tensors.
+        weight_version: The version of the weights in memory, which the update has not changed.
     """
 
     num_arrived: int
@@ -106,10 +107,10 @@ class UpdateProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentNames:
-    """Tensors that another process holds ready.
+    """The names of tensors that another process has shared.
 
     Attributes:
-        sent_id: Names them.
+        sent_id: The id of the shared tensors.
         names: The names of the tensors, in their order.
     """
 

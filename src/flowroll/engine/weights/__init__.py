@@ -1,1 +1,1 @@
-"""New weights: read or received beside the old ones, exchanged, offloaded; their versions and checksums."""
+"""The weights of an engine: reading or receiving new ones beside the old, exchanging, offloading, versions, checksums."""

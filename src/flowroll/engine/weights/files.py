@@ -1,4 +1,4 @@
-"""Which files of a module's folder hold its weights, by the names that diffusers and transformers give them."""
+"""Finds the files of a module's folder that hold its weights, by the names that diffusers and transformers give them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt
 
 
 def read_json(path: Path, rule: str) -> Mapping[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
+
+    Args:
+        path: The file.
+        rule: The beginning of the error message if there is no such file.
 
     Raises:
-        CheckpointError: There is none; it begins with `rule` if there is no such file.
+        CheckpointError: There is no such file, or it holds no JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"{rule}, got no {path.name}; give the folder that holds model_index.json.")
@@ -34,19 +38,19 @@ def read_json(path: Path, rule: str) -> Mapping[str, Any]:
 
 
 def some_of(names: Collection[str]) -> str:
-    """Names as a message shows them: in order, and not too many."""
+    """Joins names for an error message: sorted, and at most three of them."""
     return ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def weight_files(folder: Path, stems: Collection[str] = WEIGHT_STEMS) -> list[str]:
-    """The files of a module's folder that the libraries will read: the shards of the index where there is one, else one file.
+    """Returns the names of the files that the libraries will read: the shards of the index if there is one, else one file.
 
     Args:
-        folder: Of the module.
-        stems: Names that the files may begin with, the preferred one first.
+        folder: The module's folder.
+        stems: The names that the files may begin with, the preferred one first.
 
     Raises:
-        CheckpointError: There are none, or some are missing.
+        CheckpointError: There are no weights, those of several variants, or some files are missing.
     """
     chosen = chosen_file(folder, stems).path
     return sorted(set(weight_map(folder, chosen).values())) if chosen.suffix == ".json" else [chosen.name]
@@ -54,17 +58,17 @@ def weight_files(folder: Path, stems: Collection[str] = WEIGHT_STEMS) -> list[st
 
 @dataclass(frozen=True, slots=True)
 class ChosenWeights:
-    """The one file, or the index, that the libraries choose, and the variant that they have to be asked for."""
+    """The file or the index that the libraries choose, and the variant that they have to be asked for, or None."""
 
     path: Path
     variant: str | None
 
 
 def chosen_file(folder: Path, stems: Collection[str]) -> ChosenWeights:
-    """What the libraries choose; where there are weights of one variant alone, those.
+    """Returns the file or index that the libraries choose; if there are only weights of one variant, that variant's.
 
     Raises:
-        CheckpointError: There are none, or those of several variants.
+        CheckpointError: There are no weights, or only those of several variants.
     """
     for stem in stems:
         for pattern in _patterns(stem):
@@ -73,7 +77,7 @@ def chosen_file(folder: Path, stems: Collection[str]) -> ChosenWeights:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     variants = {
         variant: folder / name
-        # The preferred ones last, so that they stay.
+        # The preferred names come last, so that they overwrite the others.
         for stem in reversed(tuple(stems))
         for pattern in reversed(_patterns(stem))
         for name in names
@@ -93,16 +97,16 @@ def chosen_file(folder: Path, stems: Collection[str]) -> ChosenWeights:
 
 
 def _patterns(stem: str) -> tuple[str, str]:
-    """The names of a file and an index, the preferred one first: where there are both, the libraries differ.
+    """Returns the name patterns of a file and an index, the preferred one first; the two libraries prefer different ones.
 
-    The place of the variant is that of diffusers' and transformers' own `_add_variant`.
+    The variant stands where `_add_variant` of diffusers and transformers puts it.
     """
     single, index = "{stem}{variant}.safetensors", "{stem}.safetensors.index{variant}.json"
     return (single, index) if stem == TEXT_STEM else (index, single)
 
 
 def _variant_of(name: str, pattern: str, stem: str) -> str | None:
-    """The variant in the name of a file or an index; None for other files, and for one shard of several."""
+    """Returns the variant in the name of a file or an index; None for other files and for a shard."""
     head, tail = pattern.format(stem=stem, variant="/").split("/")
     middle = name.removeprefix(head).removesuffix(tail)
     if len(middle) + len(head) + len(tail) != len(name) or not re.fullmatch(r"\.[^.]+", middle):
@@ -111,9 +115,13 @@ def _variant_of(name: str, pattern: str, stem: str) -> str | None:
 
 
 def weight_map(folder: Path, index: Path) -> dict[str, str]:
-    """The file of each tensor, from an index whose files are all there."""
+    """Returns the file name of each tensor from an index.
+
+    Raises:
+        CheckpointError: The index is unreadable, names no files beside it, or a file is missing.
+    """
     found = read_json(index, f"{index} must be readable").get("weight_map")
-    # A name with a folder in it could lead anywhere.
+    # A name that contains a folder could lead out of the checkpoint.
     if not (isinstance(found, dict) and found and all(map(_is_file_name, found.values()))):
         raise CheckpointError(f"{index} must map weights to files beside it, got something else; save the checkpoint again.")
     if missing := sorted(shard for shard in set(found.values()) if not (folder / shard).is_file()):

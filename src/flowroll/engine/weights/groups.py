@@ -1,6 +1,6 @@
-"""The process groups that an engine is in, and tensors from one of them into an update.
+"""The process groups that an engine has joined, and the receiving of tensors from one of them into an update.
 
-Rank 0 of the engine receives all tensors; the other ranks get their parts at the commit.
+Only rank 0 of the engine receives the tensors; the other ranks get their parts at the commit.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.wire.safetensors import TensorHead
 
 UNRECEIVED = "a bucket that was refused"
-# Each holds threads and connections, also of a trainer that was killed without a word.
+# Each group holds threads and connections, even after its trainer was killed.
 MAX_GROUPS = 16
 
 
 class WeightGroups:
-    """The process groups of one engine, by name. Threads may share it."""
+    """The process groups of one engine, by name. Several threads may use it at the same time."""
 
     def __init__(self) -> None:
         self._groups: dict[str, BroadcastGroup] = {}
-        # A join holds a thread for as long as its trainer does not come.
+        # Serializes joins; a join blocks its thread until the trainer joins too.
         self._joining = threading.Lock()
 
     def find(self, name: str, group_id: str | None = None) -> BroadcastGroup:
@@ -37,7 +37,7 @@ class WeightGroups:
             group_id: Its id, where one that was made later is not meant; None: whichever it is.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no such group.
         """
         group = self._groups.get(name)
         if group is None or group_id not in (None, group.id):
@@ -45,11 +45,15 @@ class WeightGroups:
         return group
 
     def join(self, name: str, make: Callable[[], BroadcastGroup]) -> None:
-        """Joins a group; one of the same name is closed first, and those that have failed are forgotten.
+        """Joins a group. A group of the same name is closed first, and groups that have failed are removed.
+
+        Args:
+            name: The name of the group.
+            make: Joins the group and returns it.
 
         Raises:
-            WeightsBusyError: There are too many.
-            InvalidRequestError: The others do not come.
+            WeightsBusyError: The engine is in too many groups.
+            InvalidRequestError: The other members do not join.
         """
         with self._joining:
             if (former := self._groups.pop(name, None)) is not None:
@@ -68,7 +72,7 @@ class WeightGroups:
         """Leaves a group.
 
         Raises:
-            NotFoundError: There is none of this name.
+            NotFoundError: There is no group with this name.
         """
         group = self.find(name)
         self._groups.pop(name, None)
@@ -80,7 +84,7 @@ class WeightGroups:
             self._groups.popitem()[1].close()
 
     def _forget_lost(self) -> None:
-        """Closes those whose trainer is gone."""
+        """Closes and removes the groups whose trainer has ended."""
         for name, group in list(self._groups.items()):
             if group.has_lost_rank_0():
                 group.close()
@@ -90,17 +94,17 @@ class WeightGroups:
 def receive_from_group(
     incoming: WeightReceiver, group: BroadcastGroup, heads: Sequence[TensorHead], *, flattened: bool = False
 ) -> None:
-    """Receives a bucket; requests may run meanwhile.
+    """Receives a bucket of tensors from a process group. Requests may run meanwhile.
 
     Args:
-        incoming: What it is part of.
-        group: Whose rank 0 sends it.
-        heads: Its tensors, in the order in which they are sent.
-        flattened: Whether they are sent as one, all bytes in a row.
+        incoming: The receiver of the update that the bucket belongs to.
+        group: The group, whose rank 0 sends the bucket.
+        heads: The names, dtypes and shapes of its tensors, in the order in which they are sent.
+        flattened: Whether all tensors are sent as one tensor of uint8 that holds their bytes in a row.
 
     Raises:
-        WeightsRejectedError: They are not wanted, which is found before any is received; or the sender is gone. Nothing is
-            left of the bucket, and the group is closed: what was sent and not received would be taken for the next bucket.
+        WeightsRejectedError: The update refuses the tensors, which is found before any is received, or the sender has ended.
+            The bucket is dropped and the group is closed, since data that was not received would be taken for the next bucket.
     """
     try:
         with group.turn(), incoming.bucket(heads, device=group.device) as targets:

@@ -1,9 +1,9 @@
-"""The memory of one rank's weights, given back while nobody generates.
+"""Releases the memory of one rank's weights while no request runs, and restores it.
 
-Both ways have two halves, so that several ranks do them together or not at all: the first copies and can fail, the second
-exchanges the parameters' data and cannot. Parameters stay the objects that they are; what comes back lies as it lay, in its
-strides and its address modulo 64, on which the bits of products depend. Weights are never read from the checkpoint again: they
-may have been updated since.
+Release and resume have two halves each, so that either all ranks do them or none: the first half copies and can fail; the
+second exchanges the parameters' data and cannot fail. Parameters stay the same objects. Restored data has the strides and
+the address modulo 64 that it had before, because the bits of matrix products depend on them. Weights are never read from the
+checkpoint again, because they may have been updated since.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from flowroll.errors import AsleepError, EngineError
 from flowroll.types.tensors import plain_tensor, tensor_bytes
 
 SleepMode: TypeAlias = Literal["offload", "disk"]
-# Where torch's allocator puts every tensor.
+# torch's allocator aligns every tensor to this number of bytes.
 _ALLOCATED = 64
-# A parameter, and what makes its data again.
+# A parameter, and a function that restores its data.
 _Kept: TypeAlias = tuple[Tensor, Callable[[], Tensor]]
 
 
 class WeightOffload:
-    """Whether one rank's weights are in memory, and where they are if not.
+    """Knows whether one rank's weights are in memory, and holds them while they are not.
 
     Args:
-        parameters: All that may be released; some may come twice.
+        parameters: Returns all parameters that may be released; a parameter may occur several times.
 
     Attributes:
-        mode: How the memory was released; None: the weights are there.
+        mode: How the memory was released; None while the weights are in memory.
     """
 
     def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
@@ -42,23 +42,23 @@ class WeightOffload:
         self.mode: SleepMode | None = None
 
     def check_awake(self) -> None:
-        """Refuses to work without weights.
+        """Checks that the weights are in memory.
 
         Raises:
-            AsleepError: Their memory is released.
+            AsleepError: The memory of the weights is released.
         """
         if self.mode is not None:
             raise AsleepError("the engine must be awake to use its weights, got released memory; wake it first.")
 
     def prepare_release(self, mode: SleepMode) -> Callable[[], int]:
-        """Copies the weights to where they are kept; what is returned releases their memory, and tells how many bytes.
+        """Copies the weights to where they are kept. The returned function releases their memory, and returns its bytes.
 
         Args:
-            mode: "offload": in pinned memory of the host; weights of a CPU are there already, and nothing is released. "disk":
-                in a file of this process's own without a name, in the folder for temporary files (TMPDIR).
+            mode: "offload": pinned memory of the host; weights on a CPU are in host memory already, so nothing is released.
+                "disk": an unnamed file of this process in the folder for temporary files (TMPDIR).
 
         Raises:
-            EngineError: There is no room there. Everything is as it was.
+            EngineError: There is not enough room there. Nothing has changed.
         """
         parameters = list({id(parameter): parameter for parameter in self._parameters()}.values())
         try:
@@ -83,10 +83,10 @@ class WeightOffload:
         return release
 
     def prepare_resume(self) -> Callable[[], int]:
-        """Makes the weights again; what is returned puts them in place, and tells how many bytes.
+        """Loads the kept weights. The returned function puts them in place and returns the number of bytes.
 
         Raises:
-            EngineError: There is no room for them, or the disk fails. They stay where they are kept.
+            EngineError: There is not enough memory for the weights, or the disk fails. The kept weights stay where they are.
         """
         try:
             restored = [(parameter, load()) for parameter, load in self._kept]
@@ -103,7 +103,7 @@ class WeightOffload:
         return resume
 
     def forget(self) -> None:
-        """Lets go of what is kept; nothing comes back after that."""
+        """Drops the kept weights and all parameters; no weights can be restored after that."""
         self._kept = []
         self._parameters = tuple
 
@@ -117,19 +117,19 @@ def _in_host_memory(parameter: Tensor) -> _Kept:
 
 
 class _Spill:
-    """A file without a name, closed with the last that holds it, and gone with the process."""
+    """An unnamed temporary file. It is closed when the last reference to this object is dropped, or the process ends."""
 
     def __init__(self) -> None:
         self._file: Any = tempfile.TemporaryFile(prefix="flowroll-")  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
     def keep(self, parameter: Tensor) -> _Kept:
-        """Appends a parameter's data."""
+        """Appends a parameter's data to the file; returns the parameter and a function that reads the data again."""
         data, start = parameter.data, self._file.tell()
         shape, dtype, device = data.shape, data.dtype, data.device
         layout = data.stride(), data.data_ptr() % _ALLOCATED
         self._file.write(tensor_bytes(plain_tensor(data)))
-        # Now, and not with what is written last: a full disk is to be found before anything is released.
+        # Flushed for each parameter, so that a full disk is found before any memory is released.
         self._file.flush()
 
         def load() -> Tensor:
@@ -144,7 +144,7 @@ class _Spill:
 
 
 def _empty(shape: torch.Size, stride: tuple[int, ...], offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that lies as said; on a GPU as it is allocated."""
+    """Allocates a tensor with these strides, at an address that is `offset` modulo 64; on a GPU at any allocated address."""
     if offset == 0 or device.type == "cuda":
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

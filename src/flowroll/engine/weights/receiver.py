@@ -1,7 +1,7 @@
-"""New weights that arrive tensor by tensor, from HTTP, from shared memory or from a process group, beside the old ones.
+"""Receives new weights tensor by tensor, from HTTP, shared memory or a process group, beside the old ones.
 
-What has arrived lies where it will stay: in memory of its own, one allocation a tensor, which is what float32 bits depend on
-(families/alignment.py).
+A tensor that has arrived is already where it will stay: each has its own allocation, because float32 bits depend on the
+alignment of the data (families/alignment.py).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _SUBJECT = "the new weights"
 
 
 class WeightReceiver:
-    """New weights of one module, of which some have arrived. Threads may share it.
+    """Collects the new weights of one module. Several threads may use it at the same time.
 
-    A bucket is checked by the names, shapes and dtypes of its tensors before its data is here. One that is refused, or breaks
-    off, leaves no trace: its tensors may come again. Every tensor comes once; so what is held is at most the module's bytes,
-    and of buckets on their way at most eight bytes an element.
+    A bucket is checked by the names, shapes and dtypes of its tensors before its data arrives. A bucket that is refused or
+    breaks off has no effect: its tensors may be sent again. Every tensor is accepted once, so the arrived tensors take at most
+    the module's bytes, and buckets on their way at most eight bytes per element.
 
     Args:
-        module: What they are for.
-        slots: Of the module in memory, which is looked at, not changed, and may run meanwhile.
-        partial: Whether tensors that do not arrive stay as they are.
+        module: The name of the module that the weights are for.
+        slots: The slots of the module in memory, by name. The module is read, not changed, and may run meanwhile.
+        partial: Whether tensors that do not arrive keep their values; otherwise a missing tensor is an error.
     """
 
     def __init__(self, module: ModuleName, slots: Mapping[str, Slot], *, partial: bool = False) -> None:
@@ -43,71 +43,71 @@ class WeightReceiver:
         self._slots = slots
         self._lock = threading.Lock()
         self._is_open = True
-        # Arrived or on their way; and arrived, whole, in the dtype of the weights.
+        # Names of tensors that are on their way or have arrived; then the arrived tensors, whole, in the weights' dtype.
         self._claimed: set[str] = set()
         self._arrived: dict[str, Tensor] = {}
         self._started_s = time.perf_counter()
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the module's tensors."""
+        """The names of the module's tensors."""
         return frozenset(self._slots)
 
     @property
     def num_tensors(self) -> int:
-        """Tensors of the module."""
+        """The number of the module's tensors."""
         return len(self._slots)
 
     @property
     def num_bytes(self) -> int:
-        """Of the module's tensors, in the dtype of the weights."""
+        """The number of bytes of the module's tensors, in the dtype of the weights."""
         return sum(torch.Size(slot.shape).numel() * slot.live.itemsize for slot in self._slots.values())
 
     @property
     def num_arrived(self) -> int:
-        """Tensors that are here."""
+        """The number of tensors that have arrived."""
         return len(self._arrived)
 
     @property
     def is_open(self) -> bool:
-        """Whether it was neither staged nor dropped."""
+        """Whether the update was neither staged nor dropped, so that it still takes tensors."""
         return self._is_open
 
     def open(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Bucket:
-        """Checks what a bucket will hold, and makes room for it.
+        """Checks what a bucket will hold, and allocates memory for it.
 
         Args:
-            heads: Its tensors.
-            device: Where their data will arrive.
+            heads: The names, dtypes and shapes of its tensors.
+            device: The device on which their data will arrive.
 
         Raises:
-            WeightsRejectedError: A name is unknown, came already or comes twice, a shape or a dtype is another, or there is no
-                memory.
+            WeightsRejectedError: A name is unknown, came already or comes twice, a shape differs, a dtype is no float, or
+                there is not enough memory.
         """
         self.claim(heads)
         return self._room(heads, device)
 
     @contextlib.contextmanager
     def bucket(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Iterator[list[Tensor]]:
-        """The block fills these tensors; if it fails, they are dropped. See `open`."""
+        """Yields the tensors of a bucket for the block to fill. If the block fails, they are dropped. See `open`."""
         with self._filling(self.open(heads, device=device)) as targets:
             yield targets
 
     def put(self, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Copies ordinary tensors; see `types.tensors.plain_tensor`.
+        """Copies a bucket of ordinary tensors; see `types.tensors.plain_tensor`.
 
         Raises:
-            WeightsRejectedError: See `open`.
+            WeightsRejectedError: As for `open`.
         """
         with self.bucket([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in named_tensors]) as targets:
             for target, (_, tensor) in zip(targets, named_tensors, strict=True):
                 target.copy_(tensor.detach())
 
     def claim(self, heads: Sequence[TensorHead]) -> None:
-        """Checks what a bucket will hold, before any of its data is here; `put_claimed` or `unclaim` has to follow.
+        """Checks what a bucket will hold before its data arrives. The caller must call `put_claimed` or `unclaim` afterwards.
 
         Raises:
-            WeightsRejectedError: A name is unknown, came already or comes twice, or a shape or a dtype is another.
+            WeightsRejectedError: A name is unknown, came already or comes twice, a shape differs, or a dtype is no float.
         """
         try:
             self._claim(heads)
@@ -115,21 +115,21 @@ class WeightReceiver:
             raise rejected(error, None) from error
 
     def put_claimed(self, heads: Sequence[TensorHead], tensors: Sequence[Tensor]) -> None:
-        """Copies the tensors of a claimed bucket; see `open` for errors."""
+        """Copies the tensors of a claimed bucket. The errors are those of `open`."""
         with self._filling(self._room(heads, _CPU)) as targets:
             for target, tensor in zip(targets, tensors, strict=True):
                 target.copy_(tensor)
 
     def unclaim(self, heads: Sequence[TensorHead]) -> None:
-        """Forgets a claimed bucket; its tensors may come in another."""
+        """Drops the claim of a bucket, so that its tensors may come in another bucket."""
         with self._lock:
             self._claimed -= {head.name for head in heads}
 
     def stage(self) -> StagedWeights:
-        """What has arrived, ready to be committed; nothing more is taken from then on.
+        """Returns the arrived weights, ready to be committed. No more tensors are accepted afterwards.
 
         Raises:
-            WeightsRejectedError: Something is missing, or the engine sleeps. It may still come, or wake.
+            WeightsRejectedError: A tensor is missing, or the engine sleeps. In both cases the update stays open.
         """
         with self._lock:
             self._check_open()
@@ -147,19 +147,19 @@ class WeightReceiver:
             arrived, self._arrived = self._arrived, {}
         try:
             pairs = [(self._slots[name].live, self._own_part(name, tensor)) for name, tensor in arrived.items()]
-        except (MemoryError, RuntimeError, IndexError) as error:  # the last: it fell asleep meanwhile
+        except (MemoryError, RuntimeError, IndexError) as error:  # IndexError: the engine fell asleep meanwhile
             raise rejected(error, None) from error
         return StagedWeights(self.module, arrived, pairs, time.perf_counter() - self._started_s)
 
     def drop(self) -> None:
-        """Forgets what has arrived; nothing more is taken. May be called twice."""
+        """Drops the arrived tensors; no more are accepted. May be called twice."""
         with self._lock:
             self._is_open = False
             self._arrived = {}
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
         slot = self._slots[name]
-        # A copy of a sharded one: rows of the whole would keep the whole, and lie anywhere.
+        # Rows of a sharded tensor are copied: a view would keep the whole tensor in memory, at an arbitrary address.
         return slot.own_rows(tensor).to(slot.live.device, copy=slot.is_sharded)
 
     def _claim(self, heads: Sequence[TensorHead]) -> None:
@@ -209,7 +209,7 @@ class WeightReceiver:
             self._arrived |= placed
 
     def _place(self, slot: Slot, target: Tensor) -> Tensor:
-        # Of a sharded one the whole is needed until the other ranks have their parts.
+        # A sharded tensor is kept whole on the device where it arrived, until the other ranks have their parts.
         device = target.device if slot.is_sharded else slot.live.device
         return target.to(device=device, dtype=slot.live.dtype)
 
@@ -219,10 +219,10 @@ class WeightReceiver:
 
 
 class Bucket:
-    """Tensors on their way; from `WeightReceiver.open`. Ends with `keep` or `drop`.
+    """The memory for a bucket of tensors that are on their way, from `WeightReceiver.open`. It ends with `keep` or `drop`.
 
     Attributes:
-        targets: To be filled, contiguous, in the order of the heads.
+        targets: The tensors to fill, contiguous, in the order of the heads.
     """
 
     def __init__(self, incoming: WeightReceiver, heads: Sequence[TensorHead], targets: list[Tensor]) -> None:
@@ -231,15 +231,15 @@ class Bucket:
         self._is_kept = False
 
     def keep(self) -> None:
-        """They have arrived.
+        """Notes that the tensors have arrived, and hands them to the receiver.
 
         Raises:
-            WeightsRejectedError: The update has ended meanwhile, or there is no memory on the device.
+            WeightsRejectedError: The update has ended meanwhile, or there is not enough memory on the device.
         """
         self._incoming._keep(self._heads, self.targets)
         self._is_kept = True
 
     def drop(self) -> None:
-        """They will not; another bucket may hold them. Without effect after `keep`."""
+        """Notes that the tensors will not arrive; another bucket may hold them. It has no effect after `keep`."""
         if not self._is_kept:
             self._incoming.unclaim(self._heads)

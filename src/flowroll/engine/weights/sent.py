@@ -1,4 +1,4 @@
-"""Tensors that another process of this machine shares, into an update or an adapter."""
+"""Copies tensors that another process of this machine shares into an update or an adapter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flowroll.wire.pickled import FIELD, SentTensors
 
 
 def fill_from_sent(incoming: WeightReceiver, sent: SentTensors) -> None:
-    """Copies a bucket, and lets the sender have its memory back, whatever comes of it.
+    """Copies a bucket into an update, and releases the sender's memory in any case.
 
     Raises:
-        WeightsRejectedError: The tensors are not wanted.
-        MalformedRequestError: The memory cannot be read to its end.
+        WeightsRejectedError: The update refuses the tensors.
+        MalformedRequestError: The shared memory cannot be read to its end.
     """
     tensors = sent.pairs
     try:
@@ -28,16 +28,16 @@ def fill_from_sent(incoming: WeightReceiver, sent: SentTensors) -> None:
     except ValueError as error:
         raise _unreadable(error) from error
     finally:
-        # Here, not after the weights' exchange, which may have to wait.
+        # Released here, and not after the exchange of the weights, which may have to wait.
         sent.release()
 
 
 def copies_of_sent(sent: SentTensors, max_bytes: int) -> dict[str, Tensor]:
-    """Copies tensors to the CPU, by name, and lets the sender have its memory back, whatever comes of it.
+    """Copies tensors to the CPU, and releases the sender's memory in any case; returns the copies by name.
 
     Raises:
-        WeightsRejectedError: They have more bytes than this.
-        MalformedRequestError: The memory cannot be read to its end.
+        WeightsRejectedError: The tensors have more than `max_bytes` bytes.
+        MalformedRequestError: The shared memory cannot be read to its end.
     """
     try:
         total = sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for _, tensor in sent.pairs)

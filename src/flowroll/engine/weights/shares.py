@@ -1,4 +1,4 @@
-"""New weights that rank 0 broadcasts: each rank keeps its part beside the old ones, until it is told to take it."""
+"""Receives new weights that rank 0 broadcasts: each rank keeps its part beside the old weights until the commit."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from flowroll.parallel.mesh import Mesh
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Views a contiguous tensor as bytes, which every transport takes, whatever the dtype."""
+    """Views a contiguous tensor as bytes, because every transport takes bytes, but not every dtype."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 class Shares:
-    """A rank's part of weights that are to come.
+    """Memory for a rank's part of new weights that rank 0 will broadcast.
 
     Args:
-        tensors: The whole ones, in the order in which they come.
-        slots: The tensors of the transformer in memory.
+        tensors: The shapes and dtypes of the whole tensors, by name, in the order in which they are broadcast.
+        slots: The slots of the transformer in memory, by name.
     """
 
     def __init__(self, tensors: Mapping[str, TensorShape], slots: Mapping[str, Slot]) -> None:
-        # The memory is taken before anybody waits for anybody.
+        # The memory is allocated here, before any rank waits for another.
         self._parts = [(slots[name], torch.empty_like(slots[name].live.data), shape) for name, shape in tensors.items()]
 
     def fill(self, mesh: Mesh) -> StagedWeights:
-        """Receives the tensors."""
+        """Receives the tensors from rank 0, and keeps this rank's rows of those that are sharded."""
         started_s = time.perf_counter()
         for slot, part, shape in self._parts:
             whole = shape.empty(part.device) if slot.is_sharded else part

@@ -1,4 +1,4 @@
-"""New weights for a module in memory: found, checked and read in full beside the old ones, then put in their place at once."""
+"""Finds, checks and reads all new weights of a module beside the old ones, then exchanges them together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName
 from flowroll.wire.safetensors import StoredTensor, TensorHead
 
-# The text encoder is not among them: transformers translates the names of its file while it loads it.
+# The text encoder cannot be updated: transformers translates the names in its files while it loads them.
 UPDATABLE: tuple[ModuleName, ...] = ("transformer", "vae")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_SHOWN = 20
@@ -31,13 +31,13 @@ _MOST_SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
-    """Where new weights of a module are; nothing is read yet.
+    """The files that hold new weights of a module; nothing is read yet.
 
     Attributes:
-        module: What they are for.
-        files: Their safetensors files, symbolic links resolved.
-        config: The configuration that belongs to them, if there is one.
-        stamps: Of the files, once a rank has read them: the others have to read the same.
+        module: The name of the module that the weights are for.
+        files: The safetensors files, with symbolic links resolved.
+        config: The configuration that belongs to the weights; None if there is none.
+        stamps: The stamps of the files, once a rank has read them: the other ranks must read the same files.
     """
 
     module: ModuleName
@@ -47,18 +47,18 @@ class WeightFiles:
 
 
 def find_weights(source: str | Path, module: str, *, named: str | None = None) -> WeightFiles:
-    """The files of a module's weights.
+    """Finds the files of a module's weights.
 
     Args:
-        source: A checkpoint folder, whose subfolder of the module's name is taken; the module's own folder; or one
+        source: A checkpoint folder, whose subfolder with the module's name is used; the module's own folder; or one
             .safetensors file.
         module: "transformer" or "vae".
-        named: What the caller called it, if `source` is that with its links resolved. In a Hugging Face cache, the names are
-            links to files that are called by their checksums.
+        named: The path that the caller gave, if `source` is that path with its links resolved. In a Hugging Face cache, the
+            files' names are links to files that are named by their checksums.
 
     Raises:
-        InvalidRequestError: Another module.
-        WeightsRejectedError: There are no such files.
+        InvalidRequestError: The module is not one of these.
+        WeightsRejectedError: There are no such files, or the path is invalid.
     """
     name = check_updatable(module)
     try:
@@ -73,15 +73,15 @@ def find_weights(source: str | Path, module: str, *, named: str | None = None) -
         files = tuple((folder / file).resolve() for file in weight_files(folder))
         config = folder / "config.json"
         return WeightFiles(module=name, files=files, config=config.resolve() if config.is_file() else None)
-    except (CheckpointError, OSError, ValueError, RuntimeError) as error:  # the last two: no path at all, a loop of links
+    except (CheckpointError, OSError, ValueError, RuntimeError) as error:  # the last two: an invalid path, a loop of links
         raise rejected(error) from error
 
 
 def check_updatable(module: str) -> ModuleName:
-    """The name of a module that takes new weights.
+    """Checks that a module takes new weights, and returns its name.
 
     Raises:
-        InvalidRequestError: Another module.
+        InvalidRequestError: The module takes no new weights.
     """
     for name in UPDATABLE:
         if name == module:
@@ -93,7 +93,7 @@ def check_updatable(module: str) -> ModuleName:
 
 
 def rejected(error: Exception, field: str | None = "model_path") -> WeightsRejectedError:
-    """What the caller is told of an error before the old weights were touched."""
+    """Makes the error that the caller gets for an error that occurred before the old weights were changed."""
     if isinstance(error, CheckpointError):
         return WeightsRejectedError(error.message, field=field)
     reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -108,9 +108,9 @@ class Slot:
     """A tensor of a module in memory.
 
     Attributes:
-        live: It, or this rank's rows of it.
-        shape: Of the whole.
-        first_row: Where this rank's rows begin in the whole.
+        live: The tensor, or this rank's rows of it.
+        shape: The shape of the whole tensor.
+        first_row: The index at which this rank's rows begin in the whole tensor.
     """
 
     live: Tensor
@@ -119,11 +119,11 @@ class Slot:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether other ranks hold other rows."""
+        """Whether other ranks hold other rows of the tensor."""
         return self.shape != tuple(self.live.shape)
 
     def own_rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a whole tensor."""
+        """Returns this rank's rows of a whole tensor."""
         return whole[self.first_row : self.first_row + self.live.shape[0]] if self.is_sharded else whole
 
 
@@ -131,11 +131,11 @@ class StagedWeights:
     """New weights of one module, complete and checked, in memory beside the old ones.
 
     Args:
-        module: What they are for.
-        source: Where the other ranks get them: files that each of them reads, or whole tensors by name, which it has to be
-            sent.
-        pairs: Tensors of the module in memory, each with what replaces its data.
-        seconds: That reading took.
+        module: The name of the module that the weights are for.
+        source: Where the other ranks get the weights: files that each of them reads, or whole tensors by name, which have to be
+            sent to them.
+        pairs: The tensors of the module in memory, each with the tensor that replaces its data.
+        seconds: How long reading or receiving took, in seconds.
     """
 
     def __init__(
@@ -150,32 +150,33 @@ class StagedWeights:
 
     @property
     def num_tensors(self) -> int:
-        """Tensors that are replaced."""
+        """The number of tensors that are replaced."""
         return len(self._pairs)
 
     @property
     def num_bytes(self) -> int:
-        """Their size in memory."""
+        """The number of bytes of the new tensors in memory."""
         return sum(new.nbytes for _, new in self._pairs)
 
     def check_whole(self) -> None:
-        """Refuses what was read while the memory of the old weights was released: there was nothing to fit it to.
+        """Refuses weights that were read while the memory of the old ones was released, when their sizes could not be known.
 
         Raises:
-            WeightsRejectedError: It was.
+            WeightsRejectedError: The new weights were read while the engine slept.
         """
         if any(live.numel() and not new.numel() for live, new in self._pairs):
             raise WeightsRejectedError("new weights must be read while the engine is awake, got a sleep meanwhile; ask again.")
 
     def commit(self, conclude: Callable[[], None]) -> None:
-        """Puts the new weights in place of the old, or, if anything goes wrong, leaves the old.
+        """Puts the new weights in place of the old ones. If anything fails, the old ones stay.
 
-        The parameters stay the objects that they are, so hooks, shards and gradient flags stay; their data is exchanged, not
-        copied over. An exchange moves no byte, cannot stop half-way in a tensor, and can be undone as long as the old data is
-        held here; and new memory from the allocator lies as a fresh load's does, which float32 bits depend on.
+        The parameters stay the same objects, so hooks, shards and gradient flags stay; their data is exchanged, not copied
+        over. An exchange moves no bytes, cannot stop half-way within a tensor, and can be undone as long as the old data is
+        referenced here. The new data is aligned as after a fresh load, because it has its own memory from the allocator;
+        float32 bits depend on that.
 
         Args:
-            conclude: What belongs to the change; if it raises, the old weights are back.
+            conclude: Called after the exchange, as a part of the change; if it raises, the old weights are restored.
         """
         old = [live.data for live, _ in self._pairs]
         try:
@@ -186,20 +187,20 @@ class StagedWeights:
             for (live, _), data in zip(self._pairs, old, strict=True):
                 live.data = data
             raise
-        # Or whoever keeps this object keeps the weights.
+        # Dropped, so that a reference to this object does not keep the weights in memory.
         self._pairs, self.source = [], {}
 
 
 def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
-    """Reads new weights of a module beside the old ones; of a sharded weight, this rank's rows alone.
+    """Reads new weights of a module beside the old ones; of a sharded weight, only this rank's rows.
 
     Args:
-        module: In memory. It is looked at, not changed, and may run meanwhile.
-        files: From `find_weights`.
+        module: The module in memory. It is read, not changed, and may run meanwhile.
+        files: The files, from `find_weights`.
 
     Raises:
-        WeightsRejectedError: A name is missing, unknown or doubled, a shape, a dtype or the configuration differs, a file
-            cannot be read to its end, or it is not the one that another rank has read.
+        WeightsRejectedError: A name is missing, unknown or doubled, a shape or the configuration differs, a dtype is no float,
+            a file cannot be read to its end, or another rank has read other files.
     """
     started_s = time.perf_counter()
     try:
@@ -216,13 +217,13 @@ def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
 
 
 def _check_stamps(found: Sequence[FileStamp], expected: Sequence[FileStamp] | None) -> None:
-    """Refuses files that are not those which another rank has read: each would take its part of other weights."""
+    """Refuses files that differ from those that another rank has read: the ranks would hold parts of different weights."""
     if expected is not None and not all(map(FileStamp.is_same_save, found, expected)):
         raise CheckpointError("the files must be the same on every rank, got another save; ask again.")
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
-    """The tensors of a module by the names that its files have."""
+    """Returns the slots of a module's tensors, by the names that they have in the module's files."""
     slots = {}
     for name, live in module.state_dict(keep_vars=True).items():
         owner = module.get_submodule(name.rpartition(".")[0])
@@ -231,13 +232,13 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
             slots[name] = Slot(live=live, shape=shape, first_row=owner.own_columns.start)
         else:
             slots[name] = Slot(live=live, shape=tuple(live.shape))
-    # Two names of one parameter would need a rule for which of them counts; no module that is updated here has any.
+    # A parameter with two names would need a rule for which of them counts; no module that is updated here has one.
     assert len({id(slot.live) for slot in slots.values()}) == len(slots)
     return slots
 
 
 def _read(slots: Mapping[str, Slot], files: Sequence[TensorFile]) -> list[tuple[Tensor, Tensor]]:
-    """Every slot's tensor with its new data. All of it is checked before the first byte is read."""
+    """Returns the tensor of every slot with its new data. All tensors are checked before the first byte is read."""
     found = [(tensor, file) for file in files for tensor in file.stored]
     counts = Counter(tensor.name for tensor, _ in found)
     _refuse_names("hold every weight once", "several of", [name for name, count in counts.items() if count > 1])
@@ -257,27 +258,27 @@ def _refuse_names(rule: str, got: str, names: Collection[str]) -> None:
 
 
 def listed(names: Collection[str]) -> str:
-    """Names as a message shows them: in order, and not too many."""
+    """Joins names for an error message: sorted, and at most 20 of them."""
     rest = len(names) - _MOST_SHOWN
     return ", ".join(sorted(names)[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def tensor_head(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorHead:
-    """A tensor without its data; of a dtype that no weight has, too."""
+    """Describes a tensor without its data; the dtype may also be one that no weight has."""
     names = {known: name for name, known in FLOATS.items()}
     return TensorHead(name=name, dtype=names.get(dtype, str(dtype)), shape=tuple(shape))
 
 
 def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
-    """Refuses a tensor that cannot be a slot's.
+    """Refuses a tensor that does not fit a slot.
 
     Args:
-        tensor: What is offered.
-        slot: Of its name.
-        subject: What the message is about.
+        tensor: The name, dtype and shape of the new tensor.
+        slot: The slot with the same name.
+        subject: The subject of the error message.
 
     Raises:
-        CheckpointError: Another shape, or no float.
+        CheckpointError: The shape differs, or the dtype is no float.
     """
     if tensor.shape != slot.shape:
         shapes = f"{list(slot.shape)}, got {list(tensor.shape)}"
@@ -289,7 +290,7 @@ def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
 
 
 def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile) -> Tensor:
-    """The new data of a slot, in memory of its own: cast and placed as loading does it."""
+    """Reads the new data of a slot into its own memory, cast and placed as loading a checkpoint does it."""
     stored = torch.empty(slot.live.shape, dtype=FLOATS[tensor.dtype])
     row_bytes = (tensor.stop - tensor.start) // slot.shape[0] if slot.first_row else 0
     file.read_into(stored, tensor.start + slot.first_row * row_bytes)
@@ -297,14 +298,14 @@ def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile) -> Tensor:
 
 
 def _check_config(module: nn.Module, path: Path) -> None:
-    """Refuses weights of a module that is built otherwise: a number of heads, say, shows in no shape."""
+    """Refuses weights whose configuration differs: for example, the number of heads does not show in any shape."""
     given = read_json(path, f"{path} must be readable")
     live: Mapping[str, Any] = module.config  # type: ignore[assignment]
     name = type(module).__name__
     if plain_class(str(given.get("_class_name", name))) != name:
         raise CheckpointError(f"{path} must be of a {name}, got {given['_class_name']}; save the module that is served.")
     for key, parameter in inspect.signature(type(module).__init__).parameters.items():
-        # A file of another library version may lack what has a default; what no longer exists shapes nothing.
+        # A file of another library version may lack options that have a default. Options that no longer exist are ignored.
         default = "nothing" if parameter.default is parameter.empty else parameter.default
         value = _plain(given.get(key, default))
         if key in live and value != _plain(live[key]):
@@ -314,5 +315,5 @@ def _check_config(module: nn.Module, path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: a tuple and a list are the same."""
+    """Returns the value as it is after a round trip through JSON, where tuples and lists are equal."""
     return json.loads(json.dumps(value, default=str))

@@ -1,6 +1,7 @@
-"""The weights of one engine: their version, their change, their checksums.
+"""The weights of one engine: their versions, updates and checksums.
 
-It decides nothing about when: whoever calls `commit`, `checksum` or `verify` sees to it that no request runs meanwhile.
+It does not schedule anything: whoever calls `commit`, `checksum`, `verify` or `differing` ensures that no request runs
+meanwhile.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from flowroll.types import ModuleName, WeightUpdate
 
 
 class WeightStore:
-    """See the module.
+    """Updates the weights of one engine, and computes their checksums.
 
     Args:
         pipeline: The diffusers pipeline that holds the modules.
-        executor: Reaches the other ranks. Of the modules they hold the transformer.
-        adapters: Of the transformer; merged ones are merged again when it changes.
-        offload: Without weights, nothing can be said of them or done to them.
-        versions: Of the weights; one for all modules together.
+        executor: Reaches the other ranks, which hold only their parts of the transformer.
+        adapters: The adapters of the transformer; merged ones are merged again when the transformer changes.
+        offload: Tells whether the weights are in memory.
+        versions: The versions of the weights; all modules together have one version.
     """
 
     def __init__(
@@ -44,20 +45,20 @@ class WeightStore:
         self._offload, self.versions = offload, versions
 
     def release(self) -> None:
-        """Lets go of the modules."""
+        """Drops the reference to the pipeline and its modules."""
         self._pipeline = None
 
     def stage(self, files: WeightFiles) -> StagedWeights:
-        """Reads new weights beside the old, on this rank."""
+        """Reads new weights beside the old ones on this rank; see `stage_weights` for the errors."""
         return stage_weights(self._module(files.module), files)
 
     def receive(self, module: str, *, partial: bool) -> WeightReceiver:
-        """Makes room for new weights that arrive tensor by tensor."""
+        """Returns a receiver for new weights of a module, which arrive tensor by tensor."""
         name = check_updatable(module)
         return WeightReceiver(name, slots_of(self._module(name)), partial=partial)
 
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
-        """Puts new weights in place on every rank, or on none."""
+        """Puts new weights in place on every rank, or, after an error, on none."""
         self._offload.check_awake()
         staged.check_whole()
         started_s = time.perf_counter()
@@ -70,7 +71,7 @@ class WeightStore:
 
         def conclude() -> None:
             adapters = self._adapters.over_new_base() if is_transformer else None
-            # Whatever can fail comes before the other ranks are told, which cannot be taken back; what follows assigns.
+            # Everything that can fail comes before the other ranks' commit, which cannot be undone. Only assignments follow.
             advanced = self.versions.advanced(version)
             if is_transformer:
                 self._executor.commit()
@@ -95,12 +96,16 @@ class WeightStore:
         )
 
     def checksum(self, module: str) -> str:
-        """sha256 over a module's names and tensors."""
+        """Returns the sha256 over a module's names and tensors."""
         with self._tensors(module) as tensors:
             return checksum_of(tensors)
 
     def verify(self, expected: Iterable[tuple[str, str]], module: str) -> int:
-        """Compares a module's tensors, one by one, with the sums that the caller expects."""
+        """Compares a module's tensors one by one with the expected checksums; returns the number of tensors.
+
+        Raises:
+            WeightsMismatchError: A name is unknown, missing or doubled, or a tensor differs.
+        """
         pairs = list(expected)
         counts = Counter(name for name, _ in pairs)
         with self._tensors(module) as tensors:
@@ -121,16 +126,16 @@ class WeightStore:
         return len(actual)
 
     def differing(self, expected: Mapping[str, str], module: str) -> tuple[list[str], list[str]]:
-        """Those of these tensors that the module does not have, and those whose `typed_tensor_checksum` is another one."""
+        """Returns the expected names that the module does not have, and those whose `typed_tensor_checksum` differs."""
         with self._tensors(module) as tensors:
-            # All of them are passed through: what is sharded is gathered in turn.
+            # All tensors are iterated over, because the ranks gather the sharded ones one after the other.
             actual = {name: typed_tensor_checksum(tensor) for name, tensor in tensors if name in expected}
         different = [name for name, digest in actual.items() if digest != expected[name].lower()]
         return sorted(set(expected) - set(actual)), sorted(different)
 
     @contextlib.contextmanager
     def _tensors(self, name: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """All of a module's tensors, whole, in the order of their names. What is sharded is gathered from every rank."""
+        """Yields all of a module's tensors, whole, in the order of their names. Sharded ones are gathered from every rank."""
         module = self._module(name)
         if name == "transformer":
             with self._executor.gathering():
@@ -151,6 +156,6 @@ class WeightStore:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The parts of the checkpoint that have weights."""
+        """The names of the modules of the checkpoint that have weights."""
         modules = modules_of(self._pipeline) if self._pipeline is not None else {}
         return tuple(name for name in get_args(ModuleName) if name in modules)

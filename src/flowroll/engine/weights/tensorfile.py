@@ -1,8 +1,8 @@
-"""safetensors files, read with plain reads.
+"""Reads safetensors files with ordinary reads.
 
-Not mapped, as the safetensors library does it: a mapped file that somebody truncates ends the process with a bus error, and one
-that is written again changes under the weights. A read into memory of our own fails with an error, and puts tensors where the
-allocator would.
+The safetensors library maps files into memory; here they are read. If a mapped file is truncated, the process ends with a bus
+error, and if it is written again, the weights change. A read into allocated memory fails with an error instead, and the
+tensors are aligned as the allocator aligns them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MAX_HEADER = 100 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStamp:
-    """What tells one save of a file from another without its data being read.
+    """Identifies one save of a file without reading its data.
 
     Attributes:
-        size: In bytes.
-        mtime_ns: When it was last written to.
-        header_sha256: Of its header.
-        machine: That looked at it.
-        inode: On that machine; a file that takes the place of another has one of its own.
+        size: The size of the file in bytes.
+        mtime_ns: When the file was last written to, in nanoseconds.
+        header_sha256: The sha256 of the safetensors header.
+        machine: The name of the machine that looked at the file.
+        inode: The inode on that machine; a file that replaces another has another inode.
     """
 
     size: int
@@ -43,31 +43,31 @@ class FileStamp:
     inode: int
 
     def is_same_save(self, other: FileStamp) -> bool:
-        """Whether both are of one save. Another machine may number the same file otherwise."""
+        """Returns whether both stamps are of the same save. Inodes are compared only if both are of the same machine."""
         if self.machine == other.machine and self.inode != other.inode:
             return False
         return (self.size, self.mtime_ns, self.header_sha256) == (other.size, other.mtime_ns, other.header_sha256)
 
 
 class TensorFile:
-    """An open safetensors file whose header is whole and whose length is what the header says. A context manager.
+    """An open safetensors file with a valid header and the length that the header implies. It is a context manager.
 
     Args:
-        path: A regular file.
+        path: The path of a regular file.
 
     Attributes:
-        path: The same.
-        stored: Its tensors.
-        stamp: What it was when it was opened.
+        path: The path of the file.
+        stored: The names, dtypes, shapes and places of its tensors.
+        stamp: The stamp of the file when it was opened.
 
     Raises:
-        CheckpointError: No regular file, a header that is none, or another length.
-        OSError: It cannot be read.
+        CheckpointError: It is no regular file, its header is invalid, or its length does not fit the header.
+        OSError: The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Whoever waits for the other end of a pipe waits for ever; a regular file does not care.
+        # O_NONBLOCK, because opening a pipe would otherwise wait for its other end forever. It has no effect on a regular file.
         self._file: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
         try:
             status = self._look()
@@ -93,7 +93,7 @@ class TensorFile:
         """Fills a contiguous tensor on the CPU with the bytes from `start` on.
 
         Raises:
-            CheckpointError: The file ends before.
+            CheckpointError: The file ends before the tensor is full.
             OSError: The disk fails.
         """
         view = tensor_bytes(target)
@@ -106,10 +106,10 @@ class TensorFile:
             done += count
 
     def check_unchanged(self) -> None:
-        """Refuses a file that was written to since it was opened: what was read may be half old, half new.
+        """Refuses a file that was written to since it was opened: the data that was read may be partly old and partly new.
 
         Raises:
-            CheckpointError: It was.
+            CheckpointError: The file has changed.
         """
         status = self._look()
         if (status.st_size, status.st_mtime_ns) != (self.stamp.size, self.stamp.mtime_ns):

@@ -1,7 +1,7 @@
-"""Which weights an engine has, and has had.
+"""The versions of the weights that an engine has and has had.
 
-Versions compare so: two numbers as numbers; anything else by order of arrival, where whatever this engine has ever had counts
-as no newer than what it has now. A name that never arrived is newer.
+Two versions that are numbers are compared as numbers. Any others are compared by arrival: a version that this engine has ever
+had is no newer than its current one, and a version that it never had is newer.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from flowroll.types import check_version, version_number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advance:
-    """A step to another version.
+    """The state of `WeightVersions` after a change to another version.
 
     Attributes:
-        current: The version.
-        highest: The highest number so far, with it.
-        arrived: All versions so far, with it.
+        current: The new current version.
+        highest: The highest number of all versions so far, including this one.
+        arrived: All versions so far, including this one.
     """
 
     current: str
@@ -28,10 +28,10 @@ class Advance:
 
 
 class WeightVersions:
-    """The current version, and every one before it. One thread writes, any may read.
+    """The current version and all versions before it. Only one thread may write; any thread may read.
 
     Args:
-        first: Of the weights that the engine was started with.
+        first: The version of the weights that the engine was started with.
     """
 
     def __init__(self, first: str = "0") -> None:
@@ -40,10 +40,10 @@ class WeightVersions:
         self.current = first
 
     def following(self, given: str | None) -> str:
-        """The version of the next weights: the given one, or one more than the highest number so far.
+        """Returns the version of the next weights: the given one, or, if that is None, one more than the highest number so far.
 
         Raises:
-            InvalidRequestError: The given one cannot name a version.
+            InvalidRequestError: The given text is not a valid version.
         """
         if given is None:
             return str(self._highest + 1)
@@ -51,24 +51,24 @@ class WeightVersions:
         return given
 
     def advance(self, version: str) -> None:
-        """Makes it the current one."""
+        """Makes `version` the current version."""
         self.adopt(self.advanced(version))
 
     def advanced(self, version: str) -> Advance:
-        """What `adopt` needs to make it the current one."""
+        """Returns the change that makes `version` the current version, for `adopt`."""
         return Advance(
             current=version, highest=max(self._highest, version_number(version) or 0), arrived=self._arrived | {version}
         )
 
     def adopt(self, advance: Advance) -> None:
-        """Takes the result of `advanced`; cannot fail."""
+        """Puts the result of `advanced` into effect. It cannot fail."""
         self._arrived, self._highest, self.current = advance.arrived, advance.highest, advance.current
 
     def demand(self, minimum: str | None) -> None:
         """Refuses to run on weights that are older than `minimum`.
 
         Raises:
-            OutdatedWeightsError: They are.
+            OutdatedWeightsError: The current weights are older.
         """
         current = self.current
         if minimum is None or minimum == current:
