@@ -111,7 +111,7 @@ class TrainerRanks:
         outcome = msgspec.json.decode(bytes(data.tolist()), type=_Outcome)
         if (failure := outcome.failure) is not None:
             if failure.code == ServerConnectionError.code:
-                # # `error_from_wire` does not know this class, since no server sends it.
+                # `error_from_wire` does not know this class, since no server sends it.
                 raise ServerConnectionError(failure.message, field=failure.field)
             raise error_from_wire(failure.code, failure.message, failure.field)
         return None if kind is None else msgspec.convert(outcome.value, kind)

@@ -49,7 +49,8 @@ class Route:
     """The route to one server.
 
     Attributes:
-        base_url: The server's URL. headers: The headers of every request.
+        base_url: The server's URL.
+        headers: The headers of every request.
         proxy: The proxy between client and server; None if there is none.
     """
 
@@ -159,7 +160,7 @@ def is_this_machine(host: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        # # `inet_aton` also reads the short forms, e.g. 127.1.
+        # `inet_aton` also reads the short forms, e.g. 127.1.
         address: Any = ipaddress.ip_address(socket.inet_aton(name))
     except OSError:
         try:

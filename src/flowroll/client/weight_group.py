@@ -1,6 +1,6 @@
 """The trainer's end of a process group through which servers receive new weights.
 
-    # # Servers on other machines must be started with --weight-group-host 10.0.0.7.
+    # Servers on other machines must be started with --weight-group-host 10.0.0.7.
     with WeightGroup([client], backend="nccl", master_address="10.0.0.7") as group:
         group.update_weights(model.named_parameters(), weight_version="120")
 
