@@ -60,7 +60,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Yields the number and the fields of every line that is not blank."""
+    """Returns every line that is not blank: its name in messages (file and line number), and its fields."""
     try:
         # Newlines stay as they are.
         text = path.read_bytes().decode("utf-8-sig")

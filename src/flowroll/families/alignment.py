@@ -39,5 +39,5 @@ def unaligned_weights(module: nn.Module) -> list[str]:
 
 
 def _on_cpu(module: nn.Module) -> list[Tensor]:
-    """Yields a module's plain parameters on the CPU; sharded ones are gathered into allocated memory anyway."""
+    """Returns a module's plain parameters on the CPU; sharded ones are gathered into allocated memory anyway."""
     return [weight for weight in module.parameters() if weight.device.type == "cpu" and type(weight.data) is Tensor]
