@@ -45,7 +45,7 @@ def branch_digest(branch: Mapping[str, EnvValue]) -> str:
 
 
 def _nested(value: EnvValue) -> list[Tensor]:
-    """Yields the tensors inside lists, in their order."""
+    """Returns the tensors inside nested lists, in their order."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in value for tensor in _nested(item)] if isinstance(value, list | tuple) else []

@@ -181,7 +181,7 @@ class SamplingParams:
             _require(isinstance(value, bool), name, "be True or False", value, "use a bool")
 
     def _take_plain(self) -> None:
-        """Lists and arrays become tuples, so that nobody can change a checked request; numbers of libraries become Python's."""
+        """Converts lists and arrays to tuples, so that a checked request cannot change, and other numbers to Python's."""
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's, and a list, a range or a 1-D array as a tuple of such; all else as it is."""
+    """Converts numbers of numpy and torch to Python's, and lists, ranges and 1-D arrays to tuples; keeps all else."""
     if isinstance(value, tuple | list | range):
         return tuple(map(_one, value))
     made = _one(value)
