@@ -1,4 +1,4 @@
-"""`python -m flowroll` is `flowroll`."""
+"""Lets `python -m flowroll` run the `flowroll` command."""
 
 from flowroll.cli import app
 

@@ -36,7 +36,7 @@ from typing import ClassVar, TypeVar
 
 
 class FlowrollError(Exception):
-    """Base of everything flowroll raises on purpose.
+    """The base class of every error that flowroll raises on purpose.
 
     Args:
         message: `<subject> must <rule>, got <value>; <what to do>.`
@@ -59,12 +59,12 @@ class InvalidRequestError(FlowrollError):
     status = 422
 
     def within(self, parent: str) -> InvalidRequestError:
-        """The same error about a value inside `parent`; the field stands at the beginning of the message."""
+        """Returns the error for a value inside `parent`; the message begins with the field's new name."""
         field = parent if self.field is None else f"{parent}.{self.field}"
         return InvalidRequestError(f"{parent}.{self.message}" if self.field else f"{parent}: {self.message}", field=field)
 
     def renamed(self, field: str) -> InvalidRequestError:
-        """The same error by another name of its field, which stands at the beginning of the message."""
+        """Returns the error under another name of its field; the message begins with that name."""
         message = self.message
         if self.field is not None and message.startswith(self.field):
             message = field + message.removeprefix(self.field)
@@ -107,28 +107,28 @@ class WeightsMismatchError(FlowrollError):
 
 
 class WeightsBusyError(FlowrollError):
-    """Another update of the weights is under way; wait for its end, or end it."""
+    """Another update of the weights is under way; wait until it ends, or abort it."""
 
     code = "weights_busy"
     status = 409
 
 
 class WeightsRejectedError(FlowrollError):
-    """New weights are not those of the module, or cannot be read; weights, version and checksum are as they were."""
+    """New weights are not those of the module, or cannot be read; weights, version and checksum are unchanged."""
 
     code = "weights_rejected"
     status = 422
 
 
 class NotFoundError(FlowrollError):
-    """Nothing answers to that name here."""
+    """There is no route, model, update or other object of that name."""
 
     code = "not_found"
     status = 404
 
 
 class DeadlineExceededError(FlowrollError):
-    """The request's deadline passed before its answer was made; what was done for it is dropped."""
+    """The request's deadline passed before its answer was ready; its partial work is dropped."""
 
     code = "deadline_exceeded"
     status = 408
@@ -149,7 +149,7 @@ class AsleepError(FlowrollError):
 
 
 class CancelledRequestError(FlowrollError):
-    """The request was aborted by its id, or its client went away; what was done for it is dropped."""
+    """The request was aborted by its id, or its client disconnected; its partial work is dropped."""
 
     code = "cancelled"
     status = 499
@@ -188,7 +188,7 @@ class RankLostError(EngineError):
 
 
 class ShuttingDownError(FlowrollError):
-    """The engine is closing; the request was not, or not wholly, run."""
+    """The engine is closing; the request was not run, or not to its end."""
 
     code = "shutting_down"
     status = 503
@@ -201,7 +201,7 @@ class CheckpointError(FlowrollError):
 
 
 class UnsupportedModelError(FlowrollError):
-    """A checkpoint whose pipeline, scheduler or configuration flowroll does not support."""
+    """flowroll does not support the checkpoint's pipeline, scheduler or configuration."""
 
     code = "unsupported_model"
 
@@ -253,13 +253,13 @@ ErrorT = TypeVar("ErrorT", bound=FlowrollError)
 
 
 def fresh(error: ErrorT) -> ErrorT:
-    """A copy to raise or to hand out, with all fields and without traceback.
+    """Returns a copy of an error to raise or to hand out, with all fields and without traceback.
 
-    An error that is kept must not be raised itself: Python would add the frames of every raise to it, with all that they hold.
+    An error that is kept must not be raised itself: each raise would add its stack frames, and the objects in them, to it.
     """
     return copy.copy(error)
 
 
 def error_from_wire(code: str, message: str, field: str | None) -> FlowrollError:
-    """The exception that a server meant by this `{"error": {...}}` body; an unknown code becomes an `EngineError`."""
+    """Makes the exception that a server's `{"error": {...}}` body describes; an unknown code becomes an `EngineError`."""
     return _WIRE_ERRORS.get(code, EngineError)(message, field=field)

@@ -1,6 +1,6 @@
-"""Extras: the libraries that only some uses of flowroll need, and what to install where one is missing.
+"""Extras: the libraries that only some uses of flowroll need, and the message about what to install if one is missing.
 
-The extras themselves are listed in pyproject.toml. It must not know what they are for.
+The extras themselves are listed in pyproject.toml. This module must not know what they are for.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from flowroll.errors import MissingExtraError
 
 @contextlib.contextmanager
 def extra_for(user: str, extra: str) -> Iterator[None]:
-    """Surrounds imports of an extra's libraries. Of nested blocks, the outermost one decides which extra is named.
+    """Turns a failed import of an extra's library into an error that names the extra; the outermost of nested blocks decides.
 
     Args:
-        user: What needs them, e.g. "flowroll.client".
-        extra: The extra that brings them.
+        user: What needs the libraries, e.g. "flowroll.client".
+        extra: The extra that installs the libraries.
 
     Raises:
-        MissingExtraError: One of them cannot be imported; names it and the `pip install` that brings it.
+        MissingExtraError: A library cannot be imported; the message names it and the `pip install` that installs it.
     """
     try:
         yield
@@ -32,10 +32,10 @@ def extra_for(user: str, extra: str) -> Iterator[None]:
 
 
 def check_installed(*libraries: str) -> None:
-    """Refuses to go on without these libraries, which are imported later, where they are used.
+    """Checks that these libraries are installed, without importing them.
 
     Raises:
-        ModuleNotFoundError: One of them is not installed.
+        ModuleNotFoundError: A library is not installed.
     """
     for library in libraries:
         if importlib.util.find_spec(library) is None:
@@ -43,7 +43,7 @@ def check_installed(*libraries: str) -> None:
 
 
 def missing_extra(user: str, extra: str, error: ImportError) -> MissingExtraError | None:
-    """What to raise of a failed import; None where it is no library that fails but our own code."""
+    """Makes the error about a failed import; None if the import that failed is one of flowroll's own modules."""
     library = (error.name or "").partition(".")[0]
     if library in ("", "flowroll"):
         return None

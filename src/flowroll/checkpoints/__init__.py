@@ -19,13 +19,13 @@ SHAPES = tuple(_PREFIX + family for family in SHAPES_FAMILIES)
 
 
 def shapes_checkpoint(family: str) -> Path:
-    """The folder of a family's shipped checkpoint.
+    """Returns the folder of a family's shipped checkpoint.
 
     Args:
         family: One of `SHAPES_FAMILIES`.
 
     Raises:
-        CheckpointError: None is shipped for this family.
+        CheckpointError: flowroll ships no checkpoint for this family.
     """
     name = _PREFIX + family
     if name not in SHAPES:
@@ -34,16 +34,16 @@ def shapes_checkpoint(family: str) -> Path:
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder that MODEL means: a path, or where there is no such path, the name of a shipped checkpoint."""
+    """Returns the folder that MODEL names: a path, or the name of a shipped checkpoint where no such path exists."""
     path = Path(model)
     return _FOLDER / str(model) if str(model) in SHAPES and not path.exists() else path
 
 
 def find_checkpoint(model: str | Path) -> Path:
-    """`resolve`, which refuses at once what is no checkpoint folder at all; the engine looks at its files.
+    """Resolves MODEL as `resolve` does, and refuses what is no checkpoint folder at all; the engine checks the files.
 
     Raises:
-        CheckpointError: There is no such folder, or it has no index.
+        CheckpointError: The folder does not exist, or it has no model_index.json.
     """
     folder = resolve(model)
     if not (folder / _INDEX).is_file():

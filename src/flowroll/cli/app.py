@@ -26,9 +26,9 @@ class Entry:
     """Describes one command of the group.
 
     Attributes:
-        where: Module in this package and name in it, of a function or of a group.
-        help: First line of its help.
-        extra: The extra that brings its libraries.
+        where: The module in this package, and the name in it of a function or a group.
+        help: The first line of the command's help text.
+        extra: The extra that installs the command's libraries.
     """
 
     where: str
@@ -39,7 +39,7 @@ class Entry:
         """Imports the command.
 
         Raises:
-            MissingExtraError: A library that it needs is not installed.
+            MissingExtraError: A library that the command needs is not installed.
         """
         module, _, attribute = self.where.partition(":")
         with extra_for(f"`flowroll {name}`", self.extra):
@@ -75,7 +75,7 @@ COMMANDS: Mapping[str, Entry] = {
 
 
 class Commands(TyperGroup):
-    """Ends a command that the user got wrong with one line on stderr and status 1."""
+    """The command group; it ends a command that the user got wrong with one line on stderr and status 1."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Returns the names of all commands."""

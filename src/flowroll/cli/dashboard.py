@@ -1,4 +1,4 @@
-"""Draws what `flowroll top` shows, one frame from what a server said of itself. It asks nobody."""
+"""Draws the frames of `flowroll top` from what a server reported. It sends no requests itself."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Scrape:
     """Holds what GET /metrics said at one time.
 
     Attributes:
-        at_s: When, by the monotonic clock.
-        series: Labels and value of each sample, by the name of the series.
+        at_s: When the metrics were read, in seconds of the monotonic clock.
+        series: The labels and the value of each sample, by the name of the series.
     """
 
     at_s: float
@@ -43,7 +43,7 @@ class Scrape:
         """Reads the text of /metrics.
 
         Raises:
-            ValueError: The text is something else.
+            ValueError: The text is not in Prometheus' format.
         """
         series: dict[str, list[tuple[Mapping[str, str], float]]] = {}
         for family in text_string_to_metric_families(text):
@@ -58,27 +58,27 @@ class Scrape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """Tells what happened between two scrapes."""
+    """What happened between two scrapes."""
 
     before: Scrape
     after: Scrape
 
     @property
     def seconds(self) -> float:
-        """Returns the time between them."""
+        """Returns the seconds between the two scrapes."""
         return self.after.at_s - self.before.at_s
 
     def growth(self, name: str, **labels: str) -> float:
-        """Tells by how much a counter grew. A lower value than before is that of a server that was started anew."""
+        """Returns by how much a counter grew. A lower value than before means that the server was restarted."""
         before, after = self.before.total(name, **labels), self.after.total(name, **labels)
         return after - before if after >= before else after
 
     def per_s(self, name: str, **labels: str) -> float:
-        """Tells by how much a counter grew per second; 0 without two scrapes."""
+        """Returns by how much a counter grew per second; 0 without two scrapes."""
         return self.growth(name, **labels) / self.seconds if self.seconds > 0 else 0.0
 
     def mean(self, total: str, count: str, **labels: str) -> float | None:
-        """Tells by how much one counter grew for each of another; None if the other did not grow."""
+        """Returns the growth of one counter divided by that of another; None if the other did not grow."""
         grown = self.growth(count)
         return self.growth(total, **labels) / grown if grown else None
 
@@ -87,10 +87,10 @@ def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, sil
     """Draws one picture of a server.
 
     Args:
-        info: What GET /server_info says.
-        scrapes: What GET /metrics said, oldest first; rates need two.
-        width: Columns of the terminal.
-        silent_s: For how many seconds the server has not answered; None: it answers.
+        info: The answer of GET /server_info.
+        scrapes: Answers of GET /metrics, oldest first; rates need two.
+        width: The number of the terminal's columns.
+        silent_s: For how many seconds the server has not answered; None if it answers.
     """
     recent = Change(before=scrapes[-min(len(scrapes), _RECENT)], after=scrapes[-1])
     is_wide = width >= _WIDE
@@ -115,7 +115,7 @@ def spark(values: Sequence[float], width: int) -> str:
 
 
 def _panel(title: str, rows: Iterable[Sequence[RenderableType]], *, height: int | None = None) -> Panel:
-    """Frames rows of a name, a value in bold at the right, and what else there is."""
+    """Makes a framed panel; each row is a name, a value in bold at the right, and further columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right", style="bold")
@@ -175,7 +175,7 @@ def _rates(scrapes: Sequence[Scrape]) -> Iterator[Sequence[RenderableType]]:
 
 
 def _stages(recent: Change) -> Iterator[Sequence[RenderableType]]:
-    """Gives the mean milliseconds of the requests that ended, by stage."""
+    """Returns the mean milliseconds of the requests that ended, by stage."""
     ended, seconds = "flowroll_ended_requests_total", "flowroll_stage_seconds_total"
     means = {stage: recent.mean(seconds, ended, stage=stage) for stage in STAGES}
     whole = sum(mean for mean in means.values() if mean) or 1.0

@@ -46,7 +46,7 @@ def generate(
 
 
 def _write(samples: Sequence[Rollout | GeneratedImage], out: Path) -> list[Path]:
-    """Writes every sample; returns the main file of each."""
+    """Writes every sample, and returns the main file of each."""
     from flowroll.wire.files import save_rollout
 
     out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def tensors_of(rollout: Rollout) -> list[tuple[str, Tensor]]:
 
 
 def num_bytes(rollout: Rollout) -> int:
-    """Counts the bytes of all its tensors."""
+    """Counts the bytes of all tensors of a rollout."""
     return sum(tensor.nbytes for _, tensor in tensors_of(rollout))
 
 
@@ -79,7 +79,7 @@ def progress_bar(console: Console, *, is_shown: bool = True) -> Progress:
 
 
 def add_row(table: Table, *cells: str, end_section: bool = False) -> None:
-    """Adds plain text: brackets in a prompt are no markup."""
+    """Adds a row of plain text, in which brackets (as in a prompt) are not read as markup."""
     table.add_row(*map(Text, cells), end_section=end_section)
 
 

@@ -20,7 +20,7 @@ def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
 
     Args:
         path: The file.
-        flags: Fields of every request; a line's own go before them.
+        flags: Fields of every request; the fields of a line take precedence over them.
 
     Raises:
         InvalidRequestError: A line is no such object, a field is unknown or breaks its rule, or there is no prompt at all.
@@ -47,7 +47,7 @@ def read_prompts(path: Path) -> list[str]:
     """Reads the prompts of a file, for a command that chooses all other fields.
 
     Raises:
-        InvalidRequestError: As for `read_requests`; also where a line gives another field.
+        InvalidRequestError: The file is refused as by `read_requests`, or a line gives a field other than the prompt.
     """
     prompts = []
     for where, fields in _lines(path):
@@ -60,7 +60,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Reads every line that is not blank: which line it is, and its fields."""
+    """Returns every line that is not blank: its name in messages (file and line number), and its fields."""
     try:
         # Newlines stay as they are.
         text = path.read_bytes().decode("utf-8-sig")
@@ -86,7 +86,7 @@ def _fields(where: str, line: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes the object of these members, each of which must come once."""
+    """Makes a JSON object of these members; refuses a name that occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name twice")

@@ -26,8 +26,8 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
     """Gives a command the sampling flags; those that were set reach it as the argument `given`, by field or short name.
 
     Args:
-        command: Its parameter `given: dict[str, Any]` takes the flags.
-        without: Fields that this command has no flag for, under either name.
+        command: A command whose parameter `given: dict[str, Any]` takes the flags.
+        without: Fields for which this command has no flag, under either name.
     """
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -52,7 +52,7 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
 
 
 def _flag(name: str, field: Field[Any]) -> inspect.Parameter:
-    """Makes the typer parameter of one field or short name: required as the field is, else None until it is set."""
+    """Makes the typer parameter of one field or short name: required if the field is, otherwise None until it is set."""
     kind, options = _flag_type(get_type_hints(SamplingParams)[field.name])
     flag = "--" + name.replace("_", "-")
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]

@@ -166,7 +166,7 @@ def check_address(host: str, port: int) -> None:
     """Refuses an address that cannot be listened on now, before the libraries and the checkpoint are loaded.
 
     Raises:
-        InvalidRequestError: Another process listens there, or it is no address of this machine.
+        InvalidRequestError: Another process listens on the address, or the address is not one of this machine.
     """
     # Under torchrun only rank 0 listens. A port out of range is the configuration's to refuse.
     if os.environ.get("RANK", "0") != "0" or not 0 <= port <= _MAX_PORT:

@@ -57,11 +57,11 @@ def top(
 
 
 def _look(client: Client, scrapes: deque[Scrape]) -> dict[str, Any]:
-    """Asks a server for its metrics, which are added to the others, and for what it says of itself.
+    """Asks a server for its metrics, which are appended to the earlier scrapes, and for its GET /server_info.
 
     Raises:
         ServerConnectionError: No flowroll server answers.
-        FlowrollError: The server's own error.
+        FlowrollError: The server answered with this error.
     """
     info = client.server_info()
     try:

@@ -63,7 +63,7 @@ def verify(
 
 
 def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> DenoisingEnv:
-    """Returns the env that this model makes of a rollout's prompts."""
+    """Encodes a rollout's prompts with this model, and returns the resulting env."""
     import torch
 
     from flowroll.engine.plan import plan_geometry
@@ -87,7 +87,7 @@ def _only(what: str, values: Sequence[str]) -> str:
 
 
 def _steps_table(report: AuditReport) -> Table:
-    """Makes a table with one row per step: how far ratio and velocity (dv) are off."""
+    """Makes a table with one row per step: the errors of the ratio and of the velocity (dv)."""
     right = ("step", "rollouts", "max |ratio-1|", "mean |ratio-1|", "max |dv|")
     table = plain_table("Replay", *right[:2], "exact", *right[2:], right=right)
     for step in report.steps:

@@ -4,7 +4,7 @@
         for rollout in client.rollout(prompt="a red fox in snow", seed=42, num_outputs_per_prompt=4):
             print(rollout.seed, rollout.log_probs)
 
-`AsyncClient` is the same for asyncio. Everything but the transport call itself is in `exchange`. Importing this needs torch
+`AsyncClient` is the client for asyncio. Everything but the transport call itself is in `exchange`. Importing this needs torch
 and httpx, no model library, no pydantic and no web framework.
 """
 

@@ -1,4 +1,4 @@
-"""The asyncio client: `Client`, with `await`."""
+"""The asyncio client, which has the methods of `Client`, to be awaited."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 def _method(
     operation: Callable[Concatenate[WireFormat, P], Operation[T]],
 ) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """The method of `AsyncClient` that does an operation, with its parameters and its documentation."""
+    """Makes the method of `AsyncClient` for an operation of `calls` or `weights`, with its parameters and its documentation."""
 
     @functools.wraps(operation)
     async def method(self: AsyncClient, /, *args: P.args, **values: P.kwargs) -> T:
@@ -35,7 +35,7 @@ def _method(
 def _method_on_thread(
     operation: Callable[Concatenate[WireFormat, P], Operation[T]],
 ) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """As `_method`, for an operation whose encoding takes long enough to hold up the caller's event loop."""
+    """Makes a method as `_method` does, but encodes on a thread, because encoding would hold up the caller's event loop."""
 
     @functools.wraps(operation)
     async def method(self: AsyncClient, /, *args: P.args, **values: P.kwargs) -> T:
@@ -47,19 +47,20 @@ def _method_on_thread(
 class AsyncClient:
     """Talks to one flowroll server from asyncio; requests may run at the same time. See `Client` for arguments and errors.
 
-    An asynchronous context manager: `close` closes its connections. It belongs to the event loop that it is first used in.
+    It is an asynchronous context manager: `close` closes its connections. It belongs to the event loop in which it is first
+    used.
 
     Args:
-        base_url: E.g. "http://127.0.0.1:30000".
+        base_url: The server's URL, e.g. "http://127.0.0.1:30000".
         api_key: The server's bearer token, if it demands one.
-        timeout_s: Longest silence of the server.
+        timeout_s: The longest silence of the server, in seconds.
         wire_format: "msgpack" or "json".
-        proxy: URL of a proxy on the way to the server, "direct", or None: the environment's.
+        proxy: The URL of a proxy on the way to the server, or "direct" for none. None: the environment's proxy.
         transport: Another httpx transport, e.g. to an app in this process.
 
     Raises:
         InvalidRequestError: An argument breaks its rule, or the URL, the key or the proxy cannot be used in HTTP.
-        MissingExtraError: A SOCKS proxy without the library for it.
+        MissingExtraError: The library for a SOCKS proxy is not installed.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connections; may be called twice."""
+        """Closes the connections. It may be called twice."""
         await self._http.aclose()
 
     rollout = _method(calls.rollout)

@@ -1,4 +1,4 @@
-"""The methods of both clients, each as the call that it makes and how its answer is read; `weights` has those about weights.
+"""The methods of both clients. Each makes a call and says how its answer is read. `weights` has the methods about weights.
 
 The first parameter is the client's wire format; the others, and the docstring, are those of the method.
 """
@@ -55,14 +55,14 @@ def rollout(
     """Rolls out one request, e.g. `client.rollout("a red fox", seed=42)`: one `Rollout` per sample.
 
     Args:
-        request: The prompt; or the whole request, of which what differs from the defaults is sent.
-        **values: Fields of `SamplingParams`; only what is given is sent.
+        request: The prompt, or the whole request, of which the values that differ from the defaults are sent.
+        **values: Fields of `SamplingParams`; only the fields that are given are sent.
 
     Raises:
         InvalidRequestError: A value breaks a rule.
-        QueueFullError: Too many requests wait; carries `retry_after_s`.
-        ServerConnectionError: The server cannot be reached, or broke off.
-        FlowrollError: Whatever else the server raised; or the client is closed.
+        QueueFullError: Too many requests wait; the error carries `retry_after_s`.
+        ServerConnectionError: The server cannot be reached, or broke off its answer.
+        FlowrollError: The server raised any other error, or the client is closed.
     """
     body = _request_body(RolloutRequest, given_fields(request, values))
     return Call(method="POST", path=ROLLOUT_ROUTE, read=decode_rollouts, accept=_ACCEPT[_wire_format], content=body)
@@ -71,14 +71,14 @@ def rollout(
 def generate(
     _wire_format: WireFormat, request: str | SamplingParams | None = None, /, **values: Unpack[ImageFields]
 ) -> Call[list[GeneratedImage]]:
-    """Plain text-to-image generation: one `GeneratedImage` per sample.
+    """Generates images from text without rollout data: one `GeneratedImage` per sample.
 
     Args:
-        request: The prompt; or the whole request, without rollout fields.
-        **values: Fields of `SamplingParams` that are no rollout fields.
+        request: The prompt, or the whole request without rollout fields.
+        **values: Fields of `SamplingParams` other than rollout fields.
 
     Raises:
-        FlowrollError: As for `rollout`.
+        FlowrollError: The call fails for a reason that `rollout` lists.
     """
     given = given_fields(request, values)
     if isinstance(request, SamplingParams):
@@ -96,22 +96,22 @@ def score(
     log_probs_only: bool = False,
     min_weight_version: str | None = None,
 ) -> Call[Scores]:
-    """Has the server score steps of rollouts again, under the weights it has now: `replay.score`, without a transformer.
+    """Has the server recompute the log-probs of rollouts under its present weights: `replay.score` without a transformer.
 
-    All of it is scored by the weights of one version, which the answer tells, and every step alone: before an update the
-    log-probs are the recorded bits. The whole call is one request.
+    All steps are computed under the weights of one version, which the answer names, and each step alone: before an update the
+    log-probs equal the recorded ones bit for bit. The whole call is one request.
 
     Args:
-        rollouts: Of one or several requests, with env and trajectory.
-        steps: Which steps, 0-based; None: all, for rollouts of one length.
-        log_probs_only: Leave means and velocities out of the answer, which are most of its bytes.
-        min_weight_version: Refuse weights that are older than this version.
+        rollouts: Rollouts of one or several requests, with env and trajectory.
+        steps: The steps to recompute, counted from 0. None: all steps; the rollouts must then have the same length.
+        log_probs_only: Whether to leave out means and velocities, which are most of the answer's bytes.
+        min_weight_version: The request is refused if the server's weights are older than this version.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed, or not by this server's model; the message names the remedy.
         OutdatedWeightsError: The server's weights are older than `min_weight_version`.
-        PayloadTooLargeError: Too much at once; score fewer rollouts at a time.
-        FlowrollError: As for `rollout`.
+        PayloadTooLargeError: The request is too large; send fewer rollouts at a time.
+        FlowrollError: The call fails for a reason that `rollout` lists.
     """
     params = score_params(rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version)
     body = encode_score_request(params, wire_format=_wire_format)
@@ -130,22 +130,22 @@ def score(
 
 
 def health(_: WireFormat, /) -> Call[dict[str, Any]]:
-    """What GET /health says; raises if the server is not healthy."""
+    """Returns the answer of GET /health; raises an error if the server is not healthy."""
     return Call(method="GET", path="/health", read=read_object)
 
 
 def server_info(_: WireFormat, /) -> Call[dict[str, Any]]:
-    """The model that is served, the limits, the versions."""
+    """Returns the model that is served, the limits and the versions."""
     return Call(method="GET", path="/server_info", read=read_object)
 
 
 def models(_: WireFormat, /) -> Call[list[dict[str, Any]]]:
-    """The entries of GET /v1/models."""
+    """Returns the entries of GET /v1/models."""
     return Call(method="GET", path="/v1/models", read=_read_models)
 
 
 def metrics(_: WireFormat, /) -> Call[str]:
-    """The Prometheus metrics, as text."""
+    """Returns the Prometheus metrics as text."""
     return Call(method="GET", path="/metrics", read=_read_text, accept="text/plain")
 
 
@@ -153,7 +153,7 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
     """Waits until the server takes requests.
 
     Raises:
-        ServerConnectionError: It does not within `timeout_s` seconds; says why.
+        ServerConnectionError: The server is not ready within `timeout_s` seconds; the message says why.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -169,7 +169,7 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
 
 
 def _request_body(kind: type[Request], given: Mapping[str, Any]) -> bytes:
-    """What was given, and nothing else: the server's defaults are its own."""
+    """Returns only the fields that were given, so that the server's defaults apply to all others."""
     nested = nested_request(kind, EXTRA)
     assert nested is not None
     inside = set(nested.__struct_fields__) - set(kind.__struct_fields__)

@@ -1,6 +1,6 @@
-"""What both clients share: a call, and from its response a value or the exception that the server raised.
+"""What both clients share: a call, and how its response becomes a value or the exception that the server raised.
 
-Nothing here does input or output.
+This module does no input or output.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _MAX_SHOWN_CHARS = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[T]):
-    """One request, and how its answer is read.
+    """One HTTP request, and how its answer is read.
 
     Attributes:
-        method: HTTP method.
-        path: Below the server's URL.
-        read: Makes the value of the body of a successful answer, which it may take over, and its content type.
-        accept: Media type asked for.
-        content: Body.
-        content_type: Its media type.
-        timeout_s: Longest silence of the server; None: the client's.
+        method: The HTTP method.
+        path: The path below the server's URL.
+        read: Makes the value from the body of a successful answer, which it may keep, and from its content type.
+        accept: The media type that the client asks for.
+        content: The body of the request.
+        content_type: The media type of the body.
+        timeout_s: The longest silence of the server, in seconds; None: the client's own value.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Call(Generic[T]):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of this call."""
+        """Returns the headers of this call."""
         headers = {"Accept": self.accept}
         if self.content is not None:
             headers["Content-Type"] = self.content_type
@@ -62,15 +62,15 @@ class Call(Generic[T]):
         return headers
 
     def body(self) -> bytes | Iterator[bytes] | None:
-        """The body for a transport that does not await."""
+        """Returns the body for a synchronous transport."""
         return self.content.chunks() if isinstance(self.content, EncodedBody) else self.content
 
     def async_body(self) -> bytes | AsyncIterator[bytes] | None:
-        """The body for one that does."""
+        """Returns the body for an asynchronous transport."""
         return _awaited(self.content) if isinstance(self.content, EncodedBody) else self.content
 
     def timeout(self, default_s: Number) -> httpx.Timeout:
-        """The timeouts of this call."""
+        """Returns the timeouts of this call."""
         seconds = default_s if self.timeout_s is None else self.timeout_s
         return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_S))
 
@@ -91,11 +91,11 @@ _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Proxy | None = None) -> T:
-    """The value of a whole response, which came through `proxy`.
+    """Returns the value of a complete response, which came through `proxy`, or raises the server's error.
 
     Raises:
-        FlowrollError: The one that the server raised, with its class.
-        ServerConnectionError: The answer is not flowroll's.
+        FlowrollError: The server raised this error; it has the same class here.
+        ServerConnectionError: The answer is not one of a flowroll server.
     """
     if response.is_success:
         return call.read(body, response.headers.get("content-type", ""))
@@ -114,26 +114,26 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Pr
 
 
 def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
-    """The error of a server that did not become ready."""
+    """Makes the error about a server that did not become ready."""
     return ServerConnectionError(
         f"the server must be ready within {timeout_s:g} s, got ({reason}); look at its log, or wait longer for a large model."
     )
 
 
 def post(path: str, sent: Request, read: Callable[[bytearray, str], T]) -> Call[T]:
-    """POST of a request.
+    """Makes the call that posts a request.
 
     Raises:
-        InvalidRequestError: It holds what JSON does not have.
+        InvalidRequestError: The request holds a value that JSON cannot represent.
     """
     return Call(method="POST", path=path, read=read, content=encoded(sent))
 
 
 def encoded(sent: Request | Mapping[str, Any]) -> bytes:
-    """A request, or its fields, as JSON.
+    """Encodes a request, or its fields, as JSON.
 
     Raises:
-        InvalidRequestError: It holds what JSON does not have.
+        InvalidRequestError: The request holds a value that JSON cannot represent.
     """
     try:
         return msgspec.json.encode(sent)
@@ -142,15 +142,15 @@ def encoded(sent: Request | Mapping[str, Any]) -> bytes:
 
 
 def read_object(body: bytearray, content_type: str) -> dict[str, Any]:
-    """The JSON object of an answer."""
+    """Reads the JSON object of an answer."""
     return read_by(_OBJECT, body)
 
 
 def read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
-    """What a decoder makes of a JSON answer.
+    """Decodes a JSON answer with the given decoder.
 
     Raises:
-        ServerConnectionError: The answer is not flowroll's.
+        ServerConnectionError: The answer is not one of a flowroll server.
     """
     try:
         return decoder.decode(body)
@@ -161,12 +161,12 @@ def read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
 
 
 def excerpt(body: bytearray) -> str:
-    """The beginning of a body that is not as it should be."""
+    """Returns the beginning of an unexpected body, for an error message."""
     return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
 
 
 def retry_after_s(header: str, default_s: float) -> float:
-    """Seconds of the Retry-After header; the default where it is absent or a date."""
+    """Returns the seconds of the Retry-After header, or the default where it is absent or a date."""
     try:
         seconds = float(header)
     except ValueError:

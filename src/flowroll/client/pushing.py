@@ -1,4 +1,4 @@
-"""A trainer's tensors as buckets of an update; see `Client.update_weights`."""
+"""Sends a trainer's tensors to a server as the buckets of an update; see `Client.update_weights`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def push_weights(
     mode: UpdateMode,
     bucket_bytes: int,
 ) -> Steps[WeightUpdate]:
-    """The calls of an update, one after the other; each is answered by what it returned or raised. See `Client.update_weights`.
+    """Yields the calls of an update in turn; the caller sends back each answer or error. See `Client.update_weights`.
 
-    On a rank of a sharded trainer that does not send, there are none.
+    A rank of a sharded trainer that does not send yields no calls.
     """
     ranks, buckets = gathered_buckets(named_tensors, bucket_bytes)
     update_id: str = yield from ranks.once(lambda: begin_call(module, weight_version, partial), str)
@@ -68,7 +68,7 @@ def push_adapter(
     weight_version: str | None,
     mode: UpdateMode,
 ) -> Steps[AdapterChange]:
-    """The call that sends an adapter; see `push_weights`."""
+    """Yields the call that sends an adapter; see `push_weights`."""
     if not isinstance(tensors, Mapping):
         raise InvalidRequestError(
             f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}; use get_peft_model_state_dict."
@@ -80,16 +80,16 @@ def push_adapter(
 
 
 def begin_call(module: Updatable, weight_version: str | None, partial: bool) -> Call[str]:
-    """POST /weights/begin: the id of the update."""
+    """Makes the call POST /weights/begin, which returns the id of the update."""
     sent = BeginUpdateRequest(module=module, weight_version=weight_version, partial=partial)
     return post(BEGIN_ROUTE, sent, lambda body, content_type: str(read_object(body, content_type).get("update_id")))
 
 
 def bucket_call(update_id: str, bucket: Mapping[str, Tensor]) -> Call[dict[str, object]]:
-    """POST /weights/{update_id}/buckets, of ordinary tensors. The data is sent from where it lies.
+    """Makes the call POST /weights/{update_id}/buckets for ordinary tensors, whose data is sent without a copy.
 
     Raises:
-        InvalidRequestError: A tensor of a dtype that cannot be sent.
+        InvalidRequestError: A tensor has a dtype that cannot be sent.
     """
     try:
         prefix = safetensors_prefix(bucket)
@@ -107,10 +107,10 @@ def adapter_call(
     weight_version: str | None,
     mode: UpdateMode,
 ) -> Call[AdapterChange]:
-    """POST /load_lora_adapter_from_tensors, of ordinary tensors. The data is sent from where it lies.
+    """Makes the call POST /load_lora_adapter_from_tensors for ordinary tensors, whose data is sent without a copy.
 
     Raises:
-        InvalidRequestError: A tensor of a dtype that cannot be sent, or a configuration that is none.
+        InvalidRequestError: A tensor has a dtype that cannot be sent, or the configuration is not one of peft.
     """
     try:
         prefix = safetensors_prefix(tensors, metadata={"adapter_config": adapter_config_text(config)})
@@ -130,22 +130,22 @@ def _body(prefix: bytes, tensors: Mapping[str, Tensor]) -> EncodedBody:
 
 
 def commit_call(update_id: str, mode: UpdateMode) -> Call[WeightUpdate]:
-    """POST /weights/{update_id}/commit."""
+    """Makes the call POST /weights/{update_id}/commit."""
     return post(COMMIT_ROUTE.format(update_id=update_id), CommitUpdateRequest(mode=mode), lambda body, _: read_by(UPDATE, body))
 
 
 def abandon_call(update_id: str) -> Call[dict[str, object]]:
-    """POST /weights/{update_id}/abort."""
+    """Makes the call POST /weights/{update_id}/abort."""
     return Call(method="POST", path=ABANDON_ROUTE.format(update_id=update_id), read=read_object)
 
 
 def gathered_buckets(
     named_tensors: NamedTensors, bucket_bytes: int, device: torch.device | str = "cpu"
 ) -> tuple[TrainerRanks, Iterator[dict[str, Tensor]]]:
-    """The ranks that push these tensors, and the buckets as each of these ranks has them once they are gathered.
+    """Returns the ranks that push these tensors, and the gathered buckets, which are empty on ranks that do not send.
 
-    The first bucket is gathered at once: what cannot be sent is refused before a server begins. Of a generator, it alone shows
-    how the tensors are sharded.
+    The first bucket is gathered at once, so that what cannot be sent is refused before a server begins. If the tensors come
+    from a generator, the first bucket alone shows how they are sharded.
     """
     buckets = buckets_of(named_tensors, bucket_bytes)
     first = next(buckets, {})
@@ -155,10 +155,10 @@ def gathered_buckets(
 
 
 def buckets_of(named_tensors: NamedTensors, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in order, in lots of at most `bucket_bytes`, or of one that is larger; taken when their turn comes.
+    """Yields the tensors in order, in buckets of at most `bucket_bytes` bytes; a larger tensor gets a bucket of its own.
 
     Raises:
-        InvalidRequestError: A name comes twice in a lot, something is no tensor with data, or the size is none.
+        InvalidRequestError: A name occurs twice in a bucket, an entry is not a tensor with data, or `bucket_bytes` is below 1.
     """
     if bucket_bytes < 1:
         raise InvalidRequestError(f"bucket_bytes must be at least 1, got {bucket_bytes}; leave it out.", field="bucket_bytes")

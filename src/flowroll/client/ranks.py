@@ -38,7 +38,7 @@ class TrainerRanks:
     """The ranks among which a trainer's tensors are sharded. A process whose tensors are not sharded is alone, and sends.
 
     Args:
-        tensors: The first of those that will be pushed; a DTensor among them tells the mesh.
+        tensors: The first tensors that will be pushed; the first DTensor among them gives the mesh.
 
     Attributes:
         sends: Whether this rank is the one that sends.
@@ -50,10 +50,10 @@ class TrainerRanks:
         self.sends = self._mesh is None or torch.distributed.get_rank() == int(self._mesh.mesh.flatten()[0])
 
     def gather(self, named: Mapping[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The tensors whole and ordinary, on the rank that sends; nothing on the others, which take part all the same.
+        """Returns whole, ordinary tensors on the rank that sends, and nothing on the others, which take part in the gathering.
 
         Raises:
-            InvalidRequestError: One has no data that could be read, or is the first DTensor and comes too late.
+            InvalidRequestError: A tensor has no readable data, or the first DTensor comes after the first bucket.
         """
         whole = {}
         for name, tensor in named.items():
@@ -68,14 +68,14 @@ class TrainerRanks:
         return whole
 
     def once(self, make: Callable[[], Call[T]], kind: Any) -> Generator[Call[T], T, T]:
-        """A call that one rank makes for all: it is yielded on the rank that sends, and its answer is returned on every rank.
+        """Yields a call on the rank that sends, and returns its answer on every rank.
 
         Args:
-            make: Makes the call.
-            kind: Type of the answer; None: the others do not need it.
+            make: A function that makes the call.
+            kind: The type of the answer; None if the other ranks do not need the answer.
 
         Raises:
-            FlowrollError: What was raised on the rank that sends.
+            FlowrollError: The call failed with this error on the rank that sends.
         """
         if not self.sends:
             return self._hear(kind)  # type: ignore[no-any-return]
@@ -88,7 +88,7 @@ class TrainerRanks:
         return answer
 
     def run(self, work: Callable[[], T], kind: Any) -> T:
-        """Work that one rank does for all; see `once`."""
+        """Runs a function on the rank that sends, and returns its result on every rank; see `once`."""
         if not self.sends:
             return self._hear(kind)  # type: ignore[no-any-return]
         try:
@@ -111,13 +111,13 @@ class TrainerRanks:
         outcome = msgspec.json.decode(bytes(data.tolist()), type=_Outcome)
         if (failure := outcome.failure) is not None:
             if failure.code == ServerConnectionError.code:
-                # No server sends this one.
+                # `error_from_wire` does not know this class, since no server sends it.
                 raise ServerConnectionError(failure.message, field=failure.field)
             raise error_from_wire(failure.code, failure.message, failure.field)
         return None if kind is None else msgspec.convert(outcome.value, kind)
 
     def _summed(self, part: Tensor) -> Tensor:
-        """The sum over all ranks of the mesh, whatever its dimensions are; only the rank that sends adds anything."""
+        """Returns the sum over all ranks of the mesh, whatever its dimensions; only the rank that sends adds nonzero values."""
         from torch.distributed.tensor import DTensor, Partial
 
         mesh = self._mesh

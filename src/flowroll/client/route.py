@@ -1,4 +1,4 @@
-"""The way to a server: its URL, the key, and the proxy in between, if there is one.
+"""The route to a server: its URL, the API key, and the proxy in between if there is one.
 
 A server on this machine is always reached directly: an environment's proxies are for the network beyond it.
 """
@@ -30,11 +30,11 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proxy:
-    """A proxy on the way.
+    """A proxy between the client and the server.
 
     Attributes:
-        url: With its credentials, which are never shown.
-        origin: Who asked for it: "proxy", or a variable of the environment.
+        url: The proxy's URL with its credentials, which are never shown.
+        origin: Where the proxy was set: the argument "proxy", or a variable of the environment.
     """
 
     url: httpx.URL
@@ -46,12 +46,12 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """The way to one server.
+    """The route to one server.
 
     Attributes:
-        base_url: Of the server.
-        headers: Of every request.
-        proxy: On the way; None: none.
+        base_url: The server's URL.
+        headers: The headers of every request.
+        proxy: The proxy between client and server; None if there is none.
     """
 
     base_url: httpx.URL
@@ -60,7 +60,7 @@ class Route:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What an httpx client on this way is made with, besides a transport.
+        """The arguments of an httpx client on this route, except the transport.
 
         Raises:
             InvalidRequestError: The environment's certificates cannot be read.
@@ -78,11 +78,11 @@ class Route:
         return options
 
     def open(self, kind: Callable[..., H], transport: object) -> H:
-        """An httpx client on this way, of the class `kind`."""
+        """Makes an httpx client of the class `kind` on this route."""
         return kind(**self.options, transport=transport)
 
     def failed(self, error: Exception, *, is_closed: bool) -> FlowrollError:
-        """What to raise of a request that did not come through."""
+        """Makes the error about a request that did not reach the server or got no answer."""
         if is_closed:
             return FlowrollError("The client is closed; make a new one.")
         remedy = "start it with `flowroll serve`, or check the URL"
@@ -105,17 +105,17 @@ class Route:
 
 
 def route_to(base_url: str, *, api_key: str | None = None, proxy: str | None = None, has_transport: bool = False) -> Route:
-    """The way to a server.
+    """Makes the route to a server.
 
     Args:
-        base_url: Of the server.
-        api_key: Its bearer token.
-        proxy: URL of a proxy, or "direct"; None: as the environment says.
-        has_transport: The caller has a transport of its own, which no proxy goes with.
+        base_url: The server's URL.
+        api_key: The server's bearer token.
+        proxy: The URL of a proxy, or "direct" for none; None: the environment's proxy.
+        has_transport: Whether the caller has a transport of its own, beside which no proxy is used.
 
     Raises:
         InvalidRequestError: The URL, the key or the proxy cannot be used in HTTP.
-        MissingExtraError: A SOCKS proxy without the library for it.
+        MissingExtraError: The library for a SOCKS proxy is not installed.
     """
     url = _url("base_url", base_url, "http://host:port")
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > _MAX_PORT:
@@ -129,10 +129,10 @@ def route_to(base_url: str, *, api_key: str | None = None, proxy: str | None = N
 
 
 def check_timeout(timeout_s: Number) -> float:
-    """Seconds of patience, as a plain number.
+    """Returns a timeout in seconds as a plain number.
 
     Raises:
-        InvalidRequestError: It is no positive, finite number.
+        InvalidRequestError: The timeout is not a positive, finite number.
     """
     seconds = plain(timeout_s)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
@@ -143,10 +143,10 @@ def check_timeout(timeout_s: Number) -> float:
 
 
 def check_wire_format(wire_format: WireFormat) -> WireFormat:
-    """The wire format that a client was given.
+    """Returns the wire format, if it is a known one.
 
     Raises:
-        InvalidRequestError: There is none of that name.
+        InvalidRequestError: There is no wire format of that name.
     """
     if wire_format not in get_args(WireFormat):
         known = " or ".join(get_args(WireFormat))
@@ -155,12 +155,12 @@ def check_wire_format(wire_format: WireFormat) -> WireFormat:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a URL's host is this machine by its loopback addresses; an address left open reaches them too."""
+    """Tells whether a URL's host is a loopback address of this machine, or the unspecified address, which leads there too."""
     name = host.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        # Also of the short forms, e.g. 127.1.
+        # `inet_aton` also reads the short forms, e.g. 127.1.
         address: Any = ipaddress.ip_address(socket.inet_aton(name))
     except OSError:
         try:
@@ -223,7 +223,7 @@ def _url(name: str, value: str, remedy: str) -> httpx.URL:
 
 
 def _shown(url: object) -> str:
-    """A URL that may be none, without what may be a password."""
+    """Returns the text of a possibly invalid URL without what may be a password."""
     text = str(url)
     scheme, separator, rest = text.rpartition("://")
     return repr(f"{scheme}{separator}{rest.rpartition('@')[2]}")

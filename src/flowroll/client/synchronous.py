@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def _method(operation: Callable[Concatenate[WireFormat, P], Operation[T]]) -> Callable[Concatenate[Client, P], T]:
-    """The method of `Client` that does an operation, with its parameters and its documentation."""
+    """Makes the method of `Client` for an operation of `calls` or `weights`, with its parameters and its documentation."""
 
     @functools.wraps(operation)
     def method(self: Client, /, *args: P.args, **values: P.kwargs) -> T:
@@ -31,24 +31,24 @@ def _method(operation: Callable[Concatenate[WireFormat, P], Operation[T]]) -> Ca
 
 
 class Client:
-    """Talks to one flowroll server. Threads may share it. A context manager: `close` closes its connections.
+    """Talks to one flowroll server. Threads may share it. It is a context manager: `close` closes its connections.
 
     With msgpack, the large tensors of an answer lie in one buffer, which lives as long as any of them: clone what you keep
     of an answer whose rest you drop.
 
     Args:
-        base_url: E.g. "http://127.0.0.1:30000".
+        base_url: The server's URL, e.g. "http://127.0.0.1:30000".
         api_key: The server's bearer token, if it demands one.
-        timeout_s: Longest silence of the server; a rollout is silent while it is made.
+        timeout_s: The longest silence of the server, in seconds; the server sends nothing while it makes a rollout.
         wire_format: "msgpack", or "json", which is larger and slower, and easy to look at.
-        proxy: URL of a proxy on the way to the server, or "direct" for none. None: the environment's (`http_proxy`,
+        proxy: The URL of a proxy on the way to the server, or "direct" for none. None: the environment's proxy (`http_proxy`,
             `https_proxy`, `all_proxy`, `no_proxy`). A server on this machine (127.0.0.0/8, ::1, localhost) is always reached
             directly.
         transport: Another httpx transport, e.g. to an app in this process.
 
     Raises:
         InvalidRequestError: An argument breaks its rule, or the URL, the key or the proxy cannot be used in HTTP.
-        MissingExtraError: A SOCKS proxy without the library for it.
+        MissingExtraError: The library for a SOCKS proxy is not installed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connections; may be called twice."""
+        """Closes the connections. It may be called twice."""
         self._http.close()
 
     rollout = _method(calls.rollout)

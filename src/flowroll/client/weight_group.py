@@ -1,14 +1,14 @@
-"""The trainer's end of a process group through which servers get new weights.
+"""The trainer's end of a process group through which servers receive new weights.
 
-    # Of servers elsewhere: started with --weight-group-host 10.0.0.7.
+    # Servers on other machines must be started with --weight-group-host 10.0.0.7.
     with WeightGroup([client], backend="nccl", master_address="10.0.0.7") as group:
         group.update_weights(model.named_parameters(), weight_version="120")
 
 Each server is one member of the group, however many ranks its engine has: its rank 0 receives whole tensors and shares them
 out. The trainer's own default group is left alone.
 
-Of a trainer sharded by FSDP2, the first rank of the mesh gives the clients, the others give none; all make the same calls,
-since all take part in gathering the weights:
+If FSDP2 shards the trainer, the first rank of the mesh passes the clients and the other ranks pass none; all ranks make the
+same calls, since all take part in gathering the weights:
 
     clients = [Client(url)] if torch.distributed.get_rank() == 0 else []
     with WeightGroup(clients) as group:
@@ -46,19 +46,19 @@ U = TypeVar("U")
 
 
 class WeightGroup:
-    """See the module. A context manager; `close` destroys the group on the servers.
+    """A process group of a trainer and servers. As a context manager it ends with `close`, which destroys the group.
 
     Args:
-        clients: Of the servers; none on the ranks of a sharded trainer that do not send.
-        master_address: Of this machine, as the servers reach it.
-        master_port: 0 lets the system choose.
+        clients: The clients of the servers; empty on the ranks of a sharded trainer that do not send.
+        master_address: The address of this machine at which the servers reach it.
+        master_port: The port of the group's store; 0 lets the system choose.
         backend: "gloo" sends from the CPU, "nccl" from a GPU.
-        device: Of the same, e.g. "cuda:0".
-        timeout_s: How long processes wait for each other; the servers have their own --rank-timeout-s.
+        device: The device from which the backend sends, e.g. "cuda:0".
+        timeout_s: How many seconds processes wait for each other; the servers have their own --rank-timeout-s.
 
     Raises:
-        InvalidRequestError: A server does not come, or cannot.
-        FlowrollError: Whatever else a server raised.
+        InvalidRequestError: A server does not join the group, or cannot.
+        FlowrollError: A server raised any other error.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class WeightGroup:
             self._join(master_address, master_port, backend, device, timeout_s)
 
     def _join(self, master_address: str, master_port: int, backend: Backend, device: str, timeout_s: float) -> None:
-        """Makes the group, with the servers in it."""
+        """Makes the group together with the servers."""
         world_size = len(self._clients) + 1
         family = socket.getaddrinfo(master_address, None, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((master_address, master_port), family=family)
@@ -139,20 +139,20 @@ class WeightGroup:
         """Broadcasts new weights: each server takes all of them, or, whatever goes wrong, none.
 
         Args:
-            named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs.
-                DTensors are gathered: every rank of the trainer makes this call.
-            module: "transformer" or "vae".
-            weight_version: Of the new weights; None: each server counts.
-            bucket_bytes: How much a server is told to expect at a time.
+            named_tensors: The tensors by their names in the module's state_dict, e.g. `trainer.state_dict()`, or a generator of
+                pairs. DTensors are gathered: every rank of the trainer makes this call.
+            module: The module to update: "transformer" or "vae".
+            weight_version: The version of the new weights; None: each server increments its own.
+            bucket_bytes: How many bytes a server is told to expect at a time.
 
         Returns:
-            The version of each server.
+            The weight version of each server.
 
         Raises:
             WeightsRejectedError: The tensors are not the module's, some are missing, or a server is gone. Where tensors were
                 refused the group can only be closed; servers that had all tensors may have taken them.
             WeightsBusyError: A server takes another update just now.
-            FlowrollError: Whatever else a server raised.
+            FlowrollError: A server raised any other error.
         """
         device = "cpu" if self._group is None else self._group.device
         ranks, buckets = gathered_buckets(named_tensors, bucket_bytes, device)
@@ -167,7 +167,7 @@ class WeightGroup:
             raise
 
     def close(self) -> None:
-        """Destroys the group, here and on the servers that can be reached; may be called twice."""
+        """Destroys the group, here and on the servers that can be reached. It may be called twice."""
         if self._group is not None:
             self._group.close()
         clients, self._clients = self._clients, []
@@ -200,7 +200,7 @@ class WeightGroup:
         return [update.weight_version for update in updates]
 
     def _of_each(self, call: Callable[[Client, T], U], values: Sequence[T]) -> list[U]:
-        """What each server answers to a call with its own value."""
+        """Calls each server with its own value, and returns the answers."""
         return _results(
             [self._threads.submit(call, client, value) for client, value in zip(self._clients, values, strict=True)]
         )
@@ -254,7 +254,7 @@ def _close_made(made: Future[BroadcastGroup]) -> None:
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """The results of all, or the first error."""
+    """Returns the results of all calls, or raises the first error."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     for future in done:
         future.result()

@@ -1,4 +1,4 @@
-"""The methods of both clients about weights, adapters and memory, as `calls` has the others."""
+"""The methods of both clients about weights, adapters and memory; the others are in `calls`."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def update_weights_from_disk(
     weight_version: str | None = None,
     mode: UpdateMode = "drain",
 ) -> Call[WeightUpdate]:
-    """Has the server take new weights from its disk: all of them, or, whatever goes wrong, none.
+    """Has the server load new weights from its disk: either all of them or, if anything fails, none.
 
     Args:
-        path: On the server's disk, absolute, inside a folder of its --weights-root: a checkpoint folder, the module's own,
-            or one .safetensors file.
-        module: "transformer" or "vae".
-        weight_version: Of the new weights; None: the server counts.
-        mode: As for `update_weights`.
+        path: An absolute path on the server's disk, inside a folder of its --weights-root: a checkpoint folder, the module's
+            own folder, or one .safetensors file.
+        module: The module to update: "transformer" or "vae".
+        weight_version: The version of the new weights; None: the server increments its own.
+        mode: What happens to the requests that run; see `update_weights`.
 
     Raises:
-        ForbiddenError: The server may not read there.
-        WeightsRejectedError: Files that cannot be read to their end, or are not the module's. Everything is as it was.
-        FlowrollError: As for `rollout`.
+        ForbiddenError: The server may not read that path.
+        WeightsRejectedError: The files cannot be read to their end, or are not those of the module. Nothing has changed.
+        FlowrollError: The call fails for a reason that `rollout` lists.
     """
     sent = UpdateFromDiskRequest(model_path=str(path), module=module, weight_version=weight_version, mode=mode)
     return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
@@ -82,27 +82,28 @@ def update_weights(
     bucket_bytes: int = pushing.BUCKET_BYTES,
     partial: bool = False,
 ) -> Steps[WeightUpdate]:
-    """Sends the server new weights over HTTP: it takes all of them, or, whatever goes wrong, none.
+    """Sends the server new weights over HTTP, of which it takes all or, if anything fails, none.
 
-    They go in buckets, while the server goes on with its requests; its weights change at the end, between two requests.
+    The weights are sent in buckets while the server runs its requests; they change at the end, between two requests.
 
     Args:
-        named_tensors: By the names of the module's state_dict, e.g. `trainer.state_dict()`, or a generator of pairs; on any
-            device. Only one bucket of them is held at a time, and none is copied as a whole. Of a trainer sharded by FSDP2
-            (DTensors), every rank makes this call with `trainer.state_dict()`: all gather, the first rank of the mesh
-            sends, and every rank gets the same answer or error.
-        module: "transformer" or "vae".
-        weight_version: Of the new weights; None: the server counts.
-        mode: What becomes of the requests that run there: "drain": they finish first; "abort": they are done again, wholly,
-            with the new weights.
-        bucket_bytes: Size of a bucket; at most the server's --max-weights-body-bytes.
-        partial: Whether what is not sent stays as it is; otherwise it is an error.
+        named_tensors: The tensors, on any device, by their names in the module's state_dict, e.g. `trainer.state_dict()`, or a
+            generator of pairs. Only one bucket is held at a time, and the module is never copied as a whole. If FSDP2 shards
+            the trainer (DTensors), every rank makes this call with `trainer.state_dict()`: all ranks gather, the first rank of
+            the mesh sends, and every rank gets the same answer or error.
+        module: The module to update: "transformer" or "vae".
+        weight_version: The version of the new weights; None: the server increments its own.
+        mode: What happens to the requests that run there. "drain": they finish first; "abort": they are run again from the
+            start with the new weights.
+        bucket_bytes: The size of a bucket in bytes, at most the server's --max-weights-body-bytes.
+        partial: Whether tensors that are not sent stay as they are; otherwise a missing tensor is an error.
 
     Raises:
-        InvalidRequestError: A tensor has no elements that could be read, or is of no float dtype; it is named.
-        WeightsRejectedError: The tensors are not the module's. Everything is as it was.
+        InvalidRequestError: A tensor has no readable elements, or no float dtype; the message names it.
+        WeightsRejectedError: The tensors are not those of the module. Nothing has changed.
         WeightsBusyError: Another update is under way.
-        FlowrollError: As for `rollout`. After a `ServerConnectionError` at the end, `server_info` tells the version.
+        FlowrollError: The call fails for a reason that `rollout` lists. After a `ServerConnectionError` at the end,
+            `server_info` tells the version.
     """
     return pushing.push_weights(
         named_tensors,
@@ -115,10 +116,10 @@ def update_weights(
 
 
 def weights_checksum(_: WireFormat, /, module: ModuleName = "transformer") -> Call[str]:
-    """sha256 over the server's weights; `flowroll.replay.weights_checksum` is the same for a trainer's module.
+    """Returns the sha256 over the server's weights; `flowroll.replay.weights_checksum` computes it for a trainer's module.
 
     Args:
-        module: "transformer", "text_encoder" or "vae".
+        module: The module to read: "transformer", "text_encoder" or "vae".
     """
     return post(CHECKSUM_ROUTE, ChecksumRequest(module_names=[module]), lambda body, _: _read_sum(body, module))
 
@@ -127,14 +128,14 @@ def verify_weights(_: WireFormat, /, expected: Mapping[str, str], *, module: Mod
     """Has the server compare its weights with the trainer's, tensor by tensor.
 
     Args:
-        expected: sha256 of every tensor by its name, as `flowroll.replay.tensor_checksums` makes them.
-        module: "transformer", "text_encoder" or "vae".
+        expected: The sha256 of every tensor by its name, as `flowroll.replay.tensor_checksums` computes them.
+        module: The module to read: "transformer", "text_encoder" or "vae".
 
     Returns:
-        How many tensors were compared.
+        The number of tensors that were compared.
 
     Raises:
-        WeightsMismatchError: It names those that differ, are missing or unknown.
+        WeightsMismatchError: The weights differ; the message names the tensors that differ, are missing or are unknown.
     """
     sent = VerifyRequest(module=module, expected=dict(expected))
     return post(VERIFY_ROUTE, sent, lambda body, _: read_by(_VERIFIED, body).num_tensors)
@@ -150,19 +151,21 @@ def load_lora_adapter(
     weight_version: str | None = None,
     mode: UpdateMode = "drain",
 ) -> Call[AdapterChange]:
-    """Has the server load a LoRA adapter, or replace the one of that name; requests choose it by `lora_name`.
+    """Has the server load a LoRA adapter, or replace the adapter of that name; requests choose it by `lora_name`.
 
     Args:
-        path: On the server's disk, absolute, inside a folder of its --weights-root: what peft's `save_pretrained` wrote.
-        name: Printable text of 1 to 128 characters.
-        merged: Add it to a copy of the weights that it changes, instead of running it beside them.
-        weight_version: Of the server's weights from now on; None: the server counts.
-        mode: As for `update_weights`.
+        path: An absolute path on the server's disk, inside a folder of its --weights-root: the folder that peft's
+            `save_pretrained` wrote.
+        name: The adapter's name, printable text of 1 to 128 characters.
+        merged: Whether the adapter is added to a copy of the weights that it changes, instead of running beside them.
+        weight_version: The version of the server's weights from now on; None: the server increments its own.
+        mode: What happens to the requests that run; see `update_weights`.
 
     Raises:
-        ForbiddenError: The server may not read there.
-        WeightsRejectedError: No plain LoRA adapter of the server's model, or there is no room. Everything is as it was.
-        FlowrollError: As for `rollout`.
+        ForbiddenError: The server may not read that path.
+        WeightsRejectedError: The files are not a plain LoRA adapter for the server's model, or there is no room. Nothing has
+            changed.
+        FlowrollError: The call fails for a reason that `rollout` lists.
     """
     sent = LoadAdapterRequest(lora_name=name, lora_path=str(path), merged=merged, weight_version=weight_version, mode=mode)
     return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
@@ -182,12 +185,12 @@ def load_lora_adapter_from_tensors(
     """Sends the server a LoRA adapter; see `load_lora_adapter`.
 
     Args:
-        tensors: `peft.get_peft_model_state_dict(model)`; sharded ones as for `update_weights`.
-        config: `model.peft_config["default"].to_dict()`.
-        name: See `load_lora_adapter`, as for the rest.
-        merged: The same.
-        weight_version: The same.
-        mode: The same.
+        tensors: The result of `peft.get_peft_model_state_dict(model)`; sharded tensors are gathered as in `update_weights`.
+        config: The adapter's configuration, `model.peft_config["default"].to_dict()`.
+        name: The adapter's name, printable text of 1 to 128 characters.
+        merged: Whether the adapter is added to a copy of the weights that it changes, instead of running beside them.
+        weight_version: The version of the server's weights from now on; None: the server increments its own.
+        mode: What happens to the requests that run; see `update_weights`.
     """
     return pushing.push_adapter(tensors, config, name, merged, weight_version, mode)
 
@@ -195,19 +198,19 @@ def load_lora_adapter_from_tensors(
 def unload_lora_adapter(
     _: WireFormat, /, name: str, *, weight_version: str | None = None, mode: UpdateMode = "drain"
 ) -> Call[AdapterChange]:
-    """Has the server forget an adapter.
+    """Has the server unload an adapter.
 
     Args:
-        name: Of the adapter.
-        weight_version: Of the server's weights from now on; None: the server counts.
-        mode: As for `update_weights`.
+        name: The adapter's name.
+        weight_version: The version of the server's weights from now on; None: the server increments its own.
+        mode: What happens to the requests that run; see `update_weights`.
     """
     sent = UnloadAdapterRequest(lora_name=name, weight_version=weight_version, mode=mode)
     return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
 
 
 def lora_adapters(_: WireFormat, /) -> Call[list[LoraAdapter]]:
-    """The server's adapters, in the order of loading."""
+    """Returns the server's adapters in the order of loading."""
     return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: read_by(_ADAPTERS, body).adapters)
 
 
@@ -215,16 +218,16 @@ def release_memory(_: WireFormat, /, mode: Literal["offload", "disk"] = "offload
     """Has the server release the memory of its weights, once the requests that run have finished.
 
     Args:
-        mode: "offload": to pinned memory of the host; "disk": to a file without a name.
+        mode: Where the weights go. "offload": to pinned memory of the host; "disk": to a file without a name.
 
     Raises:
-        FlowrollError: As for `rollout`.
+        FlowrollError: The call fails for a reason that `rollout` lists.
     """
     return post(RELEASE_ROUTE, ReleaseRequest(mode=mode), lambda body, _: read_by(_MEMORY, body))
 
 
 def resume_memory(_: WireFormat, /) -> Call[MemoryChange]:
-    """Has the server take the memory of its weights again; they are as they were."""
+    """Has the server allocate the memory of its weights again and restore them unchanged."""
     return post(RESUME_ROUTE, ResumeRequest(), lambda body, _: read_by(_MEMORY, body))
 
 

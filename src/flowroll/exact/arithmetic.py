@@ -37,7 +37,7 @@ _ATTENTION: Mapping[str, Any] = {
 
 
 def elementwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Handles one rounded operation per element, which has the same bits wherever the element stands."""
+    """Handles functions of one rounded operation per element, which have the same bits wherever the element stands."""
     if not is_aligned(trace, args[:1] if func in CASTS else args, kwargs):
         return each(trace, func, args, kwargs)
     if "alpha" in kwargs or "rounding_mode" in kwargs or (_any_complex(args, kwargs) and func not in COPIES):
@@ -46,7 +46,7 @@ def elementwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def pointwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Handles several operations per element: the last elements of a tensor, and of a thread's part, have other bits."""
+    """Handles functions of several operations per element, whose bits differ at the end of a tensor or of a thread's part."""
     if not is_aligned(trace, args, kwargs):
         return each(trace, func, args, kwargs)
     alone_args, alone_kwargs, _ = alone_of(trace, func, args, kwargs)
@@ -60,19 +60,19 @@ def pointwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def power(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Treats a square as one product."""
+    """Handles powers: a square is one product per element, and other exponents are several operations."""
     is_square = len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 2
     return (elementwise if is_square else pointwise)(trace, func, args, kwargs)
 
 
 def inverse_root(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Handles two rounded operations, between which bfloat16 is rounded or not, depending on the place of the element."""
+    """Handles rsqrt: two rounded operations, between which bfloat16 is rounded or not, depending on the element's place."""
     is_wide = all(tensor.dtype in (torch.float32, torch.float64) for _, tensor in tensors_in(args, kwargs))
     return (elementwise if is_wide else pointwise)(trace, func, args, kwargs)
 
 
 def reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """A reduction along the last dimension goes row by row, unless a sample alone has a single, long row."""
+    """Handles reductions along the last dimension: they go row by row, unless a sample alone has a single, long row."""
     tensor = args[0]
     dim = argument(args, kwargs, 1, "dim", None)
     if isinstance(dim, (list, tuple)) and len(dim) == 1:
@@ -86,7 +86,7 @@ def reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def normalize_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """A norm of trailing dimensions goes row by row."""
+    """Handles norms over trailing dimensions, which go row by row."""
     tensor, shape = args[0], argument(args, kwargs, 1, "normalized_shape", ())
     others = [one for path, one in tensors_in(args, kwargs) if path != (0,)]
     shared = all(trace.place(one) is None for one in others)
@@ -99,7 +99,7 @@ def normalize_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decisio
 
 
 def linear(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Multiplies the rows that each sample has alone."""
+    """Handles a linear layer: the probe tells whether the rows of all samples may be multiplied together."""
     inputs = args[0] if args else None
     place = trace.place(inputs) if isinstance(inputs, Tensor) else None
     others = [trace.place(one) for path, one in tensors_in(args, kwargs) if path != (0,)]
@@ -115,7 +115,7 @@ def linear(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def attention(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Computes the whole batch at once where that is known to change nothing: plain attention, without a mask."""
+    """Handles attention: plain attention without a mask runs on the whole batch if the probe finds equal bits."""
     given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
     operands = [given.pop(name, None) for name in ("query", "key", "value")]
     # What a call says beyond the three operands, and what it means by default.

@@ -1,4 +1,4 @@
-"""Computes a call for all samples at once, or for each sample by itself, in the forward that is analysed.
+"""Computes a call for all samples at once, or for each sample by itself, in the forward that is being analyzed.
 
 The rules in `arithmetic` and `shapes` choose between the two.
 """
@@ -24,7 +24,7 @@ BROADCASTS = ELEMENTWISE | POINTWISE | COPIES
 
 
 def whole(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Makes the plain call, for functions that move numbers or look at one row at a time."""
+    """Makes the plain call on the whole batch, for functions that move numbers or compute one row at a time."""
     alone_args, alone_kwargs, _ = alone_of(trace, func, args, kwargs)
     alone = func(*alone_args, **alone_kwargs)
     result = func(*args, **kwargs)
@@ -47,7 +47,7 @@ def each(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 def alone_of(
     trace: Any, func: Any, args: Args, kwargs: Kwargs
 ) -> tuple[list[Any], dict[str, Any], tuple[tuple[Path, int], ...]]:
-    """Returns the first sample's own arguments, and which of the batch's arguments have a part per sample."""
+    """Returns the first sample's own arguments, and the places of the arguments that have a part per sample."""
     alone_args, alone_kwargs = list(args), dict(kwargs)
     found = list(tensors_in(args, kwargs))
     batched = [(tensor.ndim, len(tensor)) for _, tensor in found if isinstance(trace.place(tensor), Batched)]

@@ -17,7 +17,7 @@ _OWNERS = (torch, Tensor, F, torch._C._nn, torch.special)
 
 
 def functions(*names: str) -> frozenset[Callable[..., Any]]:
-    """What torch has under these names: functions, methods, and functions of `torch.nn.functional`."""
+    """Returns torch's functions of these names: in `torch`, in `torch.nn.functional`, and as methods of tensors."""
     found = set()
     for name in names:
         owners = (Tensor,) if name.startswith("__") else _OWNERS
@@ -28,18 +28,18 @@ def functions(*names: str) -> frozenset[Callable[..., Any]]:
 
 
 def named(func: Any) -> str:
-    """The name of a function, for messages."""
+    """Returns the name of a function for a message."""
     return str(getattr(func, "__name__", None) or repr(func))
 
 
-# They tell something about a tensor that is no number in it.
+# Functions that return a property of a tensor other than its numbers.
 METADATA = functions(
     *("size", "dim", "ndimension", "numel", "nelement", "__len__", "stride", "storage_offset", "is_contiguous", "get_device"),
     *("is_floating_point", "is_complex", "is_signed", "element_size", "data_ptr", "is_same_size", "__hash__", "result_type"),
     "requires_grad_",
 )
 
-# One correctly rounded operation, or a choice, for each element (of real numbers).
+# Functions of one correctly rounded operation, or a choice, per element (for real numbers).
 ELEMENTWISE = functions(
     *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "mul", "__mul__", "__rmul__", "div", "true_divide"),
     *("__truediv__", "__rtruediv__", "__rdiv__", "neg", "negative", "__neg__", "abs", "absolute", "__abs__", "square"),
@@ -48,17 +48,17 @@ ELEMENTWISE = functions(
     *("logical_not", "logical_and", "logical_or", "logical_xor", "__invert__", "__and__", "__or__", "isfinite"),
 )
 
-# They move or convert numbers, element by element. Dropout moves them where it is off; where it is on it draws numbers, which
-# ends the shared forward.
+# Functions that move or convert numbers, element by element. Dropout that is off does so; dropout that is on draws numbers,
+# which ends the shared forward.
 COPIES = functions(
     *("to", "type_as", "float", "half", "bfloat16", "double", "int", "long", "bool", "clone", "contiguous", "detach"),
     *("where", "masked_fill", "dropout", "view_as_real", "view_as_complex", "complex", "zeros_like", "ones_like", "full_like"),
 )
 
-# Of these arguments only the first is looked into; another one gives its dtype and device.
+# Functions that use the numbers of the first argument alone; of another one they use the dtype and the device.
 CASTS = functions("to", "type_as")
 
-# Several operations for each element, in code that is other for the last elements of a tensor.
+# Functions of several operations per element, whose code differs for the last elements of a tensor.
 POINTWISE = functions(
     *("silu", "gelu", "tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sin", "cos", "erf", "softplus", "mish", "elu"),
     *("logsigmoid", "addcmul", "addcdiv", "lerp", "polar", "atan2", "__pow__", "__rpow__", "hardtanh", "leaky_relu"),
@@ -78,10 +78,10 @@ SECTIONS = UNBINDS | functions("chunk", "split", "tensor_split", "split_with_siz
 INDEXING = functions("__getitem__")
 
 JOINS = functions("cat", "concat", "concatenate", "stack")
-# They make a batch of a list of entries.
+# Functions that make a batch from a list of entries.
 GATHERS = JOINS | {torch._C._nn.pad_sequence}
 
-# They make a tensor whose numbers do not depend on its size.
+# Functions that make a tensor whose numbers do not depend on its size.
 FACTORIES = functions(
     *("zeros", "ones", "full", "empty", "arange", "tensor", "eye", "meshgrid", "zeros_like", "ones_like", "full_like"),
     *(
@@ -101,10 +101,10 @@ FACTORIES = functions(
 ) | {torch._C._nn.pad_sequence}
 NEW = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "empty_like")
 
-# Writes of numbers as they are.
+# Functions that write numbers unchanged.
 WRITES = functions("__setitem__", "fill_", "zero_", "copy_", "masked_fill_", "index_fill_")
 
-# Known to need each sample by itself, so that none of their numbers is mistaken for the length of a batch.
+# Functions that are always computed for each sample, so that no number among their arguments is taken for a batch length.
 PER_SAMPLE = functions(
     *("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d", "group_norm", "cumsum"),
     *(

@@ -1,4 +1,4 @@
-"""Where the samples of a merged tensor lie in memory, and how a sample's part is made to lie as it does alone.
+"""The memory layout of a merged tensor, and how a sample's part is given the layout that the sample has alone.
 
 A batched tensor has the samples along its first dimension, in their order, each with the same number of rows. Kernels choose
 their code by strides and, for products of few rows, by the address modulo a cache line. So a part that is computed by itself
@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where torch's allocator puts every tensor, and what products of few rows depend on.
+# torch's allocator puts every tensor at a multiple of this many bytes; the bits of products of few rows depend on it.
 ALLOCATED = 64
 
 
 class CannotMergeError(Exception):
-    """This forward cannot be shared with a proof; the samples run alone. It never leaves the package."""
+    """It is not certain that this forward can be shared without a changed bit. The error never leaves the package."""
 
 
 def address(tensor: Tensor) -> int:
-    """The address of its first element, modulo what allocations are aligned to."""
+    """Returns the address of a tensor's first element, modulo the alignment of allocations."""
     return tensor.data_ptr() % ALLOCATED
 
 
 def parts_of(batched: Tensor, num_samples: int, at: int = 0) -> list[Tensor]:
-    """Each sample's part of a batched tensor, lying as memory of its own would.
+    """Returns each sample's part of a batched tensor, at the address (modulo `ALLOCATED`) that it has alone.
 
     Args:
-        batched: The samples along the first dimension.
-        num_samples: How many.
+        batched: A tensor with the samples along its first dimension.
+        num_samples: The number of samples.
         at: The address that a part has alone, modulo `ALLOCATED`.
     """
     assert len(batched) % num_samples == 0
@@ -40,7 +40,7 @@ def parts_of(batched: Tensor, num_samples: int, at: int = 0) -> list[Tensor]:
 
 
 def _moved(part: Tensor, at: int) -> Tensor:
-    """A copy with the same strides at another address."""
+    """Copies a part to another address, with the same strides."""
     if at == 0 and part.is_contiguous():
         return part.clone()
     if at % part.element_size() or any(
@@ -54,10 +54,10 @@ def _moved(part: Tensor, at: int) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """One batched tensor of the samples' own results, each part with the strides of `like`.
+    """Joins the samples' own results into one batched tensor, in which each part has the strides of `like`.
 
     Raises:
-        CannotMergeError: The results differ in shape, or such strides leave no room for other samples.
+        CannotMergeError: The results differ in shape, or these strides leave no room for other samples.
     """
     shape, strides = like.shape, like.stride()
     if not shape or any(part.shape != shape or (part.stride() != strides and not same_strides(part, like)) for part in parts):
@@ -78,7 +78,7 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The strides for more rows, the first dimension outermost; None where a part's own have gaps or overlap."""
+    """Returns the strides of a longer tensor, the first dimension outermost; None if a part's own have gaps or overlap."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
@@ -89,7 +89,7 @@ def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ..
 
 
 def same_layout(batched: Tensor, alone: Tensor, num_samples: int) -> bool:
-    """Whether a sample's part of `batched` has the shape, the strides and the dtype of `alone`."""
+    """Tells whether a sample's part of `batched` has the shape, the strides and the dtype of `alone`."""
     if batched.ndim != alone.ndim or not alone.ndim or batched.dtype != alone.dtype:
         return False
     rows, *sizes = alone.shape
@@ -99,19 +99,19 @@ def same_layout(batched: Tensor, alone: Tensor, num_samples: int) -> bool:
 
 
 def same_strides(one: Tensor, alone: Tensor) -> bool:
-    """Whether the strides are those of `alone`, where it has more than one element along a dimension."""
+    """Tells whether the strides are those of `alone` in each dimension with more than one element."""
     both = zip(alone.shape, one.stride(), alone.stride(), strict=True)
     return all(size <= 1 or stride == other for size, stride, other in both)
 
 
 def is_outermost(tensor: Tensor) -> bool:
-    """Whether the other strides are the same for any length of the first dimension."""
+    """Tells whether the first dimension is outermost, so that its length does not change the other strides."""
     others = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
     return tensor.stride(0) == 0 or all(size * stride <= tensor.stride(0) for size, stride in others)
 
 
 def outline(tree: Any) -> Any:
-    """The shapes and strides of a tensor, or of tensors in tuples and lists, without their memory."""
+    """Returns a tensor, or tensors in tuples and lists, with the same shapes and strides on the meta device."""
     if isinstance(tree, Tensor):
         return torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype, device="meta")
     if isinstance(tree, (tuple, list)):
@@ -120,7 +120,7 @@ def outline(tree: Any) -> Any:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN being equal to itself."""
+    """Tells whether two tensors hold the same numbers; NaN counts as equal to NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if torch.equal(one, other):

@@ -1,7 +1,8 @@
 """The function modes of torch under which a forward is shared by several samples.
 
-`Analysis` is active in the first forward of its kind. It follows every tensor from the inputs on, knows whose it is, asks
-`rules` how each function is to be computed, and notes the answers. Beside every batched tensor it carries the first
+`Analysis` is active in the first forward of its kind. It follows every tensor from the inputs on, knows which samples it
+belongs to, asks `rules` how each function is to be computed, and notes the answers. Beside every batched tensor it carries the
+first
 sample's own tensor, computed as that sample alone computes it: shapes, strides and bits of the batched one must agree with it
 after every function.
 `Repetition` is active in later forwards of the same kind: it computes every function in the way that was noted.
@@ -23,7 +24,7 @@ from flowroll.exact.tracking import Batched, Own, Place, tensors_in
 from flowroll.exact.ways import Samples, Way
 from flowroll.parallel.mesh import gather_parts
 
-# A function that the model called, and how it is computed; None: as it is.
+# A function that the model called, and how it is computed; None: by the plain call.
 Note: TypeAlias = "tuple[Callable[..., Any], Way | None]"
 
 _Getter = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
@@ -32,12 +33,12 @@ _PLACE = "_flowroll_place"
 
 
 class DivergedError(Exception):
-    """A forward calls other functions than the forward of its kind that was analysed."""
+    """A forward calls other functions than the analyzed forward of its kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """How a forward is computed.
+    """The notes of an analysis: how each function of a forward is computed.
 
     Attributes:
         steps: The functions of the forward, in the order of the calls.
@@ -52,12 +53,12 @@ class Analysis(TorchFunctionMode):
     """Follows the first forward of its kind.
 
     Args:
-        samples: Who shares the forward.
-        goes_on: Whether a forward that cannot be shared goes on to its end all the same, as a plain one whose output is of no
-            use: other ranks wait for this one in the collectives of that forward.
+        samples: The samples that share the forward.
+        goes_on: Whether a forward that cannot be shared still runs to its end as a plain one, whose output is not used: other
+            ranks wait for this one in the collectives of that forward.
 
     Attributes:
-        failure: Why the forward cannot be shared; None: it can.
+        failure: Why the forward cannot be shared; None if it can.
     """
 
     def __init__(self, samples: Samples, *, goes_on: bool = False) -> None:
@@ -66,21 +67,21 @@ class Analysis(TorchFunctionMode):
         self.failure: CannotMergeError | None = None
         self.steps: list[Note] = []
         self.without_rule: set[str] = set()
-        # What its places are known by. Tensors may outlive the forward, and should not keep it.
+        # Marks the places of this analysis. Tensors may outlive the forward, and must not keep the analysis alive.
         self.token = object()
 
     def forward(
         self, transformer: Callable[..., Any], batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]
     ) -> tuple[Any, Notes]:
-        """The output of the shared forward, and how it was computed. It is of no use where there is a `failure`.
+        """Runs the shared forward, and returns its output and its notes; neither may be used if there is a `failure`.
 
         Args:
-            transformer: The model.
+            transformer: The model that is run.
             batched: The collated forward input.
             alone: The samples' own forward inputs.
 
         Raises:
-            CannotMergeError: Some function cannot be computed for several samples at once with the bits of each, and nobody
+            CannotMergeError: A function cannot be computed for several samples at once with the bits of each, and no other rank
                 waits for this forward to end.
         """
         self._try(lambda: self._place_inputs(batched, alone))
@@ -100,7 +101,7 @@ class Analysis(TorchFunctionMode):
         return found[0] if found else func(*args, **kwargs)
 
     def _try(self, check: Callable[[], object]) -> None:
-        """Does what may find that the forward cannot be shared."""
+        """Runs a check; if it fails, notes that the forward cannot be shared, or raises where the forward may stop."""
         if self.failure is not None:
             return
         try:
@@ -111,7 +112,7 @@ class Analysis(TorchFunctionMode):
             self.failure = error
 
     def _gather_parts(self, args: Sequence[Any]) -> Tensor:
-        """Joins what ranks have, once: the first sample's own tensor is its part of the whole, which was only moved here."""
+        """Gathers the ranks' parts once; the first sample's own tensor is its part of the result, as numbers are only moved."""
         result: Tensor = gather_parts(*args)
         self.steps.append((gather_parts, None))
         _, part, _, dim, _ = args
@@ -138,7 +139,8 @@ class Analysis(TorchFunctionMode):
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
             if "memory" in str(error):
                 raise
-            # A shape that a batch does not have, for one; if the fault is the model's, the sample alone shows it.
+            # For instance, the model asks for a shape that a batch does not have. If the model is at fault, a sample alone
+            # fails too.
             raise CannotMergeError(f"{named(func)} fails: {str(error).splitlines()[0]}") from error
         if func not in WRITES and versions != [tensor._version for tensor in found]:
             raise CannotMergeError(f"{named(func)} writes into its arguments")
@@ -146,12 +148,12 @@ class Analysis(TorchFunctionMode):
         return result
 
     def place(self, tensor: Tensor) -> Place | None:
-        """Whose it is; None for what was there before the forward: weights and tables."""
+        """Returns the place of a tensor; None for what existed before the forward, such as weights and tables."""
         place: Place | None = getattr(tensor, _PLACE, None)
         return place if place is not None and place.trace is self.token else None
 
     def put(self, result: Any, place: Place | None, args: Sequence[Any] = ()) -> None:
-        """Says whose the tensors of a result are; an argument that is returned as it was stays where it is."""
+        """Sets the place of every tensor in a result; an argument that is returned unchanged keeps its place."""
         if isinstance(result, Tensor):
             if not any(result is one for one in args):
                 setattr(result, _PLACE, place)
@@ -160,10 +162,10 @@ class Analysis(TorchFunctionMode):
                 self.put(one, place, args)
 
     def put_batched(self, result: Any, alone: Any, is_conditioning: bool) -> None:
-        """Says that a result, or each of several, is batched, after a look at the first sample's own.
+        """Marks a result, or each of several, as batched, after comparing it with the first sample's own.
 
         Raises:
-            CannotMergeError: They do not agree.
+            CannotMergeError: The first sample's part differs in layout or bits from what the sample has alone.
         """
         if isinstance(result, (tuple, list)):
             for one, own in zip(result, alone, strict=True):
@@ -178,7 +180,7 @@ class Analysis(TorchFunctionMode):
             raise CannotMergeError("a function of the samples' data returns no tensor")
 
     def _get(self, func: Any, tensor: Tensor) -> Any:
-        """An attribute. Those that are tensors are views, and computed as they are."""
+        """Reads an attribute of a tensor. An attribute that is a tensor is a view, and needs no way of its own."""
         found, place = func(tensor), self.place(tensor)
         if isinstance(found, Tensor) and place is not None:
             if isinstance(place, Batched):
@@ -197,7 +199,7 @@ class Analysis(TorchFunctionMode):
             # Numbers of a pair may be one number, expanded; joined with others' they lie one after the other.
             own = [one.contiguous() if isinstance(one, Tensor) and one.ndim == 1 else one for one in own]
             if all(isinstance(one, Tensor) and one.ndim and same_bits(value, one) for one in own):
-                # Without a batch dimension, and the same for every sample, as the weights are.
+                # It has no batch dimension and is the same for every sample, as the weights are.
                 return
             if not all(isinstance(one, Tensor) and same_layout(value, one, count) for one in own):
                 raise CannotMergeError(f"{name} is not collated along its first dimension")
@@ -207,7 +209,7 @@ class Analysis(TorchFunctionMode):
             if not all(len(one) == rows and isinstance(one, list) for one in own):
                 raise CannotMergeError(f"{name} has other numbers of entries in other samples")
             for index, entry in enumerate(value):
-                # A copy, since samples may share one, and each has to be known as its sample's.
+                # Copied, since samples may share one tensor, and each entry needs a place of its own.
                 value[index] = entry.clone()
                 setattr(value[index], _PLACE, Own(self.token, index // rows))
         elif not isinstance(value, list) and any(one != value for one in own):
@@ -230,11 +232,11 @@ class Analysis(TorchFunctionMode):
 
 
 class Repetition(TorchFunctionMode):
-    """Computes the functions of a forward as the analysis of the first forward of its kind noted.
+    """Computes each function of a forward in the way that the analysis of its kind noted.
 
     Args:
-        notes: What the analysis found.
-        samples: Who shares the forward.
+        notes: The notes of the analysis.
+        samples: The samples that share the forward.
     """
 
     def __init__(self, notes: Notes, samples: Samples) -> None:
@@ -243,10 +245,10 @@ class Repetition(TorchFunctionMode):
         self._samples = samples
 
     def forward(self, transformer: Callable[..., Any], batched: Mapping[str, Any]) -> Any:
-        """The output of the shared forward.
+        """Runs the shared forward and returns its output.
 
         Raises:
-            DivergedError: The model calls other functions than it did.
+            DivergedError: The model calls other functions than in the analysis.
         """
         with self:
             output = transformer(**batched, return_dict=False)[0]

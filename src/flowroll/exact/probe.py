@@ -1,4 +1,4 @@
-"""How products and attention of several samples may be computed together without another bit for any of them.
+"""Finds out how products and attention of several samples may be computed together without a changed bit.
 
 Whether a product of more rows, or attention over a larger batch, has the same bits depends on shapes, dtype, thread count,
 library and device. It is not assumed but asked: the first time a shape is met, the very function is run on made-up inputs of
@@ -22,29 +22,29 @@ from torch import Tensor, nn
 
 from flowroll.exact.layout import ALLOCATED, parts_of
 
-# A product of several samples: inputs with the samples in front, how many, weight, bias.
+# Computes a product of several samples from the inputs (samples first), the number of samples, the weight and the bias.
 Product: TypeAlias = Callable[[Tensor, int, Tensor, "Tensor | None"], Tensor]
 
-# More shapes than a server meets between two restarts.
+# How many shapes are remembered: more than a server meets between two restarts.
 _SHAPES = 65536
-# Rows that random inputs are made of; no divisor of anything.
+# Random inputs repeat this many rows. It is prime, so the repetition does not line up with the samples.
 _POOL = 61
-# Of the elements, how many must have a rounding error for an answer to count.
+# The share of elements that must have a rounding error for an answer to count.
 _TELLING = 0.5
 
 
 def each(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product per sample: exact, whatever the machine."""
+    """Computes one product per sample, which is exact on every machine."""
     return torch.cat([F.linear(part, weight, bias) for part in parts_of(inputs, num_samples)])
 
 
 def merged(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One product of all rows."""
+    """Computes one product of the rows of all samples."""
     return F.linear(inputs, weight, bias)
 
 
 def stacked(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One call with a product per sample in it."""
+    """Computes one batched product, in which each sample has an entry of its own."""
     rows = inputs.reshape(num_samples, -1, inputs.shape[-1])
     columns = weight.t().expand(num_samples, *weight.t().shape)
     products = torch.bmm(rows, columns) if bias is None else torch.baddbmm(bias, rows, columns)
@@ -52,7 +52,7 @@ def stacked(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | Non
 
 
 def product(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of every sample's rows with the bits it has alone, in the fastest way that has them."""
+    """Computes the product of every sample's rows in the fastest way that keeps the bits each sample has alone."""
     ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and inputs.is_contiguous()
     if num_samples == 1 or not ordinary or weight.data_ptr() % ALLOCATED:
         return each(inputs, num_samples, weight, bias)
@@ -76,7 +76,7 @@ def _way(
     requires_grad: bool,
     setting: tuple[torch.dtype, torch.device, int],
 ) -> Product:
-    """The first way whose rounding errors on a product of these shapes are those of each sample alone."""
+    """Returns the first way whose rounding errors on a product of these shapes equal those of each sample alone."""
     dtype, device, _ = setting
     inputs, weight, bias = cancelling_product(shape, weight_shape, dtype, device)
     operands = (inputs, num_samples, weight.requires_grad_(requires_grad), bias if has_bias else None)
@@ -89,7 +89,7 @@ def _way(
 
 
 def attention_is_independent(query: Tensor, key: Tensor, value: Tensor, num_samples: int) -> bool:
-    """Whether plain attention over this batch (no mask, no options) has for every sample the bits that it has alone."""
+    """Tells whether plain attention over a batch (no mask, no options) gives every sample the bits that it has alone."""
     layouts = tuple(_heads_are_inside(one) for one in (query, key, value))
     shapes_fit = key.shape == value.shape and query.shape[3] == key.shape[3] and query.shape[:2] == key.shape[:2]
     if None in layouts or not shapes_fit:
@@ -99,7 +99,7 @@ def attention_is_independent(query: Tensor, key: Tensor, value: Tensor, num_samp
 
 
 def _heads_are_inside(operand: Tensor) -> bool | None:
-    """Whether heads lie beside each other in every row, as models hand them over, or the operand is contiguous."""
+    """Returns True if the heads lie inside every row, False if the operand is contiguous, None for other layouts."""
     if operand.ndim != 4 or operand.data_ptr() % ALLOCATED:
         return None
     if operand.is_contiguous():
@@ -125,14 +125,14 @@ def _attends_alike(
             return rows.view(batch, length, heads, channels).transpose(1, 2)
         return rows.view(batch, heads, length, channels)
 
-    # Logits that are rounding errors, made large: the order of the sums over channels.
+    # Logits that are enlarged rounding errors show the order of the sums over channels.
     first, second, _ = cancelling_product(
         torch.Size((batch * heads * queries, channels)), torch.Size((batch * heads * keys, channels)), dtype, device
     )
     noisy = (laid_out(first * 2.0**11, queries, layouts[0]), laid_out(second * 2.0**11, keys, layouts[1]))
     values = laid_out(_random(batch * heads * keys, channels, generator, dtype), keys, layouts[2])
-    # Equal weights and values that cancel: the order of the sums over keys. Plain bfloat16 numbers are summed here, not
-    # products: only far apart are their sums rounded.
+    # Equal weights and values that cancel show the order of the sums over keys. These are sums of plain bfloat16 numbers, not
+    # of products, and are rounded only if the numbers are of very different magnitudes.
     zeros = (torch.zeros_like(noisy[0]), torch.zeros_like(noisy[1]))
     pairs = _random(keys // 2 * batch, heads * channels, generator, dtype, octaves=14)
     cancelling = torch.cat((pairs, -pairs, pairs.new_zeros(keys % 2 * batch, heads * channels)))
@@ -149,7 +149,7 @@ def _attends_alike(
 
 
 def _in_order(values: Tensor, heads_are_inside: bool | None) -> Tensor:
-    """[batch, keys, heads, channels] as rows of channels, in the order in which they lie in memory."""
+    """Reshapes [batch, keys, heads, channels] to rows of channels, in their order in memory."""
     ordered = values if heads_are_inside else values.transpose(1, 2)
     return ordered.reshape(-1, values.shape[-1])
 
@@ -157,7 +157,7 @@ def _in_order(values: Tensor, heads_are_inside: bool | None) -> Tensor:
 def cancelling_product(
     shape: torch.Size, weight_shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "... inputs"], Float[Tensor, "outputs inputs"], Float[Tensor, " outputs"]]:
-    """Inputs, weight and bias of a product that is the bias, which is as small as the rounding errors of the sums."""
+    """Makes inputs, weight and bias whose exact product is the bias, which is as small as the rounding errors."""
     generator = torch.Generator(device).manual_seed(0)
     columns = shape[-1]
     half, rows = columns // 2, shape[:-1].numel()
@@ -174,7 +174,7 @@ def cancelling_product(
 def _random(
     rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype, octaves: int = 5
 ) -> Float[Tensor, "rows columns"]:
-    """Numbers of many magnitudes, so that their sums are rounded in bfloat16's short fractions too; few are drawn."""
+    """Draws numbers of many magnitudes, so that sums are rounded in bfloat16 too; a few rows are repeated."""
     pool = torch.randn(_POOL, columns, generator=generator, device=generator.device)
     magnitudes = torch.randint(-octaves, octaves + 1, pool.shape, generator=generator, device=generator.device)
     pool = torch.ldexp(pool, magnitudes).to(dtype)
@@ -182,5 +182,5 @@ def _random(
 
 
 def _tells(errors: Tensor) -> bool:
-    """Whether there are rounding errors to compare."""
+    """Tells whether there are enough rounding errors to compare."""
     return bool(torch.isfinite(errors).all()) and bool((errors != 0).float().mean() >= _TELLING)

@@ -14,13 +14,13 @@ from flowroll.parallel.shards import shard_evenly
 
 
 def run_on_groups(mesh: Mesh, forwards: Sequence[Forward]) -> list[list[Output]]:
-    """The outputs of all forwards, each of whose inputs is computed by one group of the cfg axis.
+    """Runs all forwards and returns their outputs; each input is computed by one group of the cfg axis.
 
     Where the branches of a sample are a pair in one forward, every group runs that forward, and the regions of the transformer
     give each group its own branch of every pair. All outputs of a step have the same shape.
 
     Args:
-        mesh: The ranks; there are as many groups as branches.
+        mesh: The mesh of the ranks; it has as many cfg groups as there are branches.
         forwards: The forwards of a step, the same on every rank.
     """
     degree = mesh.degree("cfg")
@@ -49,7 +49,7 @@ def run_on_groups(mesh: Mesh, forwards: Sequence[Forward]) -> list[list[Output]]
 
 
 def all_ranks_agree(mesh: Mesh, vote: bool) -> bool:
-    """Tells whether every rank that takes part in a forward votes yes; all of them call it at the same time."""
+    """Tells whether every rank that takes part in a forward votes yes; all of these ranks must make this call."""
     return mesh.all_agree(vote, ("cfg", "sp", "tp") if mesh.shares_branches else ("sp", "tp"))
 
 

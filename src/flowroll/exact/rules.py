@@ -42,16 +42,16 @@ from flowroll.exact.tracking import Batched, Constant, Own, Place, tensors_in
 
 
 def decide(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Computes a call in the forward that is analysed, and decides how it is to be computed from now on.
+    """Computes a call in the forward that is analyzed, and decides how it is to be computed from now on.
 
     Args:
-        trace: The analysis; its places are updated.
+        trace: The analysis, whose places are updated.
         func: A function of torch, as a function mode is given it.
         args: The positional arguments of the call.
         kwargs: The named arguments of the call.
 
     Raises:
-        CannotMergeError: No way is known to have every sample's bits.
+        CannotMergeError: No way is known that gives every sample its own bits.
     """
     if func in METADATA:
         return func(*args, **kwargs), None
@@ -77,7 +77,7 @@ def decide(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def _constant(trace: Any, func: Any, args: Args, kwargs: Kwargs, found: list[Tensor], places: list[Place | None]) -> Decision:
-    """Handles a function of weights, tables and positions alone."""
+    """Handles a function whose arguments are only weights, tables and positions."""
     constants = [place for place in places if isinstance(place, Constant)]
     are_exact = all(place.is_exact for place in constants)
     if _writes(func, kwargs):
@@ -98,7 +98,7 @@ def _constant(trace: Any, func: Any, args: Args, kwargs: Kwargs, found: list[Ten
 
 
 def _gather(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Makes a batch of entries of all samples, in their order."""
+    """Handles a function that makes a batch from entries of all samples, in their order."""
     entries = args[0] if args else None
     dim = argument(args, kwargs, 1, "dim", 0)
     if func not in GATHERS or not isinstance(entries, (list, tuple)) or (func in (torch.cat, torch.stack) and dim != 0):
@@ -116,7 +116,7 @@ def _gather(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def _unknown(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Computes a function without a rule by sample, unless a number among the arguments may be the length of the batch."""
+    """Handles a function without a rule: it runs per sample, unless a number argument may be the length of the batch."""
     numbers = {
         number
         for value in (*args, *kwargs.values())

@@ -1,6 +1,6 @@
 """Rules for functions that move numbers: views, sections, indexing, joining, padding.
 
-No kernel changes a number here. What counts is whether the samples still lie behind each other along the first dimension.
+None of these functions changes a number. What matters is whether the samples still follow each other along the first dimension.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowroll.exact.ways import Sections
 
 
 def reshape(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Numbers keep their order, so samples stay behind each other where the new first dimension divides among them."""
+    """Handles reshapes: numbers keep their order, so the new first dimension must be a multiple of the number of samples."""
     place = trace.place(args[0])
     if not isinstance(place, Batched) or any(isinstance(one, torch.dtype) for one in (*args, *kwargs.values())):
         raise CannotMergeError(f"{named(func)} with these arguments")
@@ -37,7 +37,7 @@ def reshape(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def sections(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Pieces along another dimension are views; along the first each is of one sample."""
+    """Handles splits: pieces along the first dimension must each lie in one sample; pieces along others are views."""
     place = trace.place(args[0])
     if not isinstance(place, Batched):
         raise CannotMergeError(f"{named(func)} takes the samples' data as numbers")
@@ -55,7 +55,7 @@ def sections(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def index_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Takes an entry or a piece of one sample, or the same part of all."""
+    """Handles indexing that takes an entry or a piece of one sample, or the same part of all samples."""
     tensor, index = args
     place = trace.place(tensor)
     parts = index if isinstance(index, tuple) else (index,)
@@ -90,7 +90,7 @@ def _cut(
     kind: Any,
     rest: Args = (),
 ) -> Decision:
-    """Cuts pieces of single samples, which lie as they do in the sample's own tensor."""
+    """Cuts pieces of single samples, each with the memory layout that it has in the sample's own tensor."""
     if kind is iter:
         raise CannotMergeError("rows are taken one after the other")
     length = len(place.alone)
@@ -110,7 +110,7 @@ def _cut(
 
 
 def join(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Tensors side by side are copied; one behind the other they are joined for each sample."""
+    """Handles concatenation: along the first dimension it runs per sample, along others it is one copy."""
     dim = argument(args, kwargs, 1, "dim", 0)
     tensors = args[0] if args and isinstance(args[0], (list, tuple)) else ()
     inside = tensors and dim not in (0, -tensors[0].ndim - (1 if func is torch.stack else 0))
@@ -120,13 +120,13 @@ def join(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 
 def pad(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Padding with a number is a copy."""
+    """Handles padding: with a constant it is a copy of the whole batch; other modes run per sample."""
     mode = argument(args, kwargs, 2, "mode", "constant")
     return (whole if mode == "constant" else each)(trace, func, args, kwargs)
 
 
 def empty(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """A new tensor of some shape takes nothing but dtype and device from the samples' data."""
+    """Handles a new tensor that takes nothing but dtype and device from the samples' data."""
     result = func(*args, **kwargs)
     trace.put(result, Constant(trace.token, True, True))
     return result, None

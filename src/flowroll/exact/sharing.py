@@ -1,8 +1,8 @@
-"""One forward of a transformer for several samples: analysed once for each kind, repeated as often as it comes again.
+"""Runs one forward of a transformer for several samples; each kind of forward is analyzed once and then repeated.
 
 A kind is what decides which functions the model calls, on which shapes, and with which kernels: the family's key of the forward
-inputs, the number of samples, the number of threads, the gradient mode. Samples are run alone too when a kind is analysed, and
-what the shared forward gave must be theirs. So a model that computes with the length of its batch is found out as well.
+inputs, the number of samples, the number of threads, the gradient mode. When a kind is analyzed, samples are also run alone,
+and the shared forward must give the same outputs. This also detects a model that computes with the length of its batch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from flowroll.families import ForwardInput, Output, Transformer, run_in_turn
 
 _log = logging.getLogger(__name__)
 
-# Kinds that are remembered for a transformer; those that came longest ago are forgotten first. A kind can have a few analyses,
-# since forward inputs of one key may be prepared by other functions (a caption that needs no padding).
+# How many kinds are remembered for a transformer; the least recently used ones are forgotten first. A kind can have a few
+# analyses, since forward inputs of one key may be prepared by other functions (a caption that needs no padding).
 _KINDS, _ANALYSES = 256, 4
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of a transformer.
+    """What is known about the forwards of one transformer.
 
     Attributes:
-        notes: By kind; None: the samples run alone.
-        forms: Of forward inputs whose shared forwards were compared with every sample alone.
-        reasons: Why some kinds cannot be shared, each told once.
+        notes: The analyses of each kind; None if the samples of that kind run alone.
+        forms: The forms of forward inputs whose shared forwards were compared with every sample alone.
+        reasons: Why some kinds cannot be shared; each reason is logged once.
     """
 
     notes: OrderedDict[Hashable, list[Notes] | None] = field(default_factory=OrderedDict)
@@ -44,7 +44,7 @@ class _Known:
     reasons: set[str] = field(default_factory=set)
 
     def of(self, kind: Hashable) -> list[Notes] | None:
-        """The analyses of a kind; None where it is known that the samples run alone."""
+        """Returns the analyses of a kind; None if the samples of that kind run alone."""
         found = self.notes.setdefault(kind, [])
         self.notes.move_to_end(kind)
         if len(self.notes) > _KINDS:
@@ -52,7 +52,7 @@ class _Known:
         return found
 
     def give_up(self, kind: Hashable, reason: str) -> None:
-        """From now on the samples of this kind run alone."""
+        """Makes the samples of this kind run alone from now on, and logs the reason."""
         if reason not in self.reasons:
             self.reasons.add(reason)
             _log.warning("samples of one shape run one by one, since they cannot share a forward: %s", reason)
@@ -61,25 +61,25 @@ class _Known:
 
 @runtime_checkable
 class Collation(Protocol):
-    """What sharing needs of a family."""
+    """The methods of a family that shared forwards need."""
 
     def collate_key(self, forward_input: ForwardInput) -> Hashable:
-        """Inputs with equal keys can be collated."""
+        """Returns a key; inputs with equal keys can be collated."""
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
-        """One forward input for several."""
+        """Joins several forward inputs into one."""
 
     def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
-        """The output of each."""
+        """Splits an output into one output per forward input."""
 
 
 class SharedForwards:
-    """Runs forwards for several samples at once where every sample keeps its bits, and one by one where that is not certain.
+    """Runs several samples in one forward where every sample keeps its bits, and one by one where that is not certain.
 
     Args:
-        family: How forward inputs are collated.
-        agree: Tells whether all ranks that share a forward vote yes; None: there is one rank. All of them run samples together
-            or one by one: otherwise some would wait for the others in a collective.
+        family: Collates forward inputs and splits outputs.
+        agree: Tells whether all ranks that share a forward vote yes; None if there is one rank. Either all of them run the
+            samples together or all run them one by one; otherwise some would wait for the others in a collective.
     """
 
     def __init__(self, family: Collation, agree: Callable[[bool], bool] | None = None) -> None:
@@ -87,7 +87,7 @@ class SharedForwards:
         self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
     def outputs(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
-        """One output per forward input; the inputs have equal keys."""
+        """Returns one output per forward input; the inputs must have equal keys."""
         count = len(forward_inputs)
         if count == 1 or torch.is_autocast_enabled("cpu") or torch.is_inference_mode_enabled():
             return run_in_turn(transformer, forward_inputs)
@@ -105,7 +105,8 @@ class SharedForwards:
         if not torch.equal(torch.get_rng_state(), random_state):
             torch.set_rng_state(random_state)
             reason = reason or "the model draws random numbers"
-        # Ranks vote on what they analysed. What they repeat, they have voted on, and draws are alike on all of them.
+        # Ranks vote on an analysis. They need no vote on a repetition: they voted on its analysis, and random draws are the
+        # same on all of them.
         if reason is not None or notes is not None:
             if not (self._agree or bool)(reason is None):
                 known.give_up(kind, reason or "another rank cannot share it")
@@ -118,7 +119,7 @@ class SharedForwards:
     def _repeat(
         self, transformer: Transformer, analyses: Sequence[Notes], forward_inputs: Sequence[ForwardInput]
     ) -> Output | None:
-        """The output computed as one of the analyses noted; None where the model calls other functions now."""
+        """Computes the output in the way of one of the analyses; None if the model calls other functions now."""
         for notes in analyses:
             batched = self._family.collate(forward_inputs)
             try:
@@ -131,13 +132,13 @@ class SharedForwards:
     def _analyse(
         self, transformer: Transformer, forward_inputs: Sequence[ForwardInput], *, is_new: bool
     ) -> tuple[Output, Notes, str | None]:
-        """The output, how it was computed, and why it cannot be used, if so.
+        """Returns the output, the notes, and the reason why the output cannot be used, or None.
 
-        It is compared with samples alone: with all of them where the form is new.
+        The output is compared with the last sample run alone, or with every sample if the form is new.
         """
         count = len(forward_inputs)
         looked_at = range(count) if is_new else [count - 1]
-        # Before the analysis, so that tables which the model makes at its first forward are there.
+        # These run before the analysis, so that tables which the model makes at its first forward exist.
         alone = [run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
         batched = self._family.collate(forward_inputs)
         analysis = Analysis(_samples(batched, count), goes_on=self._agree is not None)
@@ -154,9 +155,9 @@ class SharedForwards:
 
 
 def _samples(batched: ForwardInput, count: int) -> Samples:
-    """Which samples have the same conditioning: the same numbers in every argument that has one number per entry.
+    """Finds the samples with the same conditioning: equal numbers in every argument that has one number per entry.
 
-    On a GPU nobody looks, since looking would wait for it.
+    On a GPU every sample counts as different, since reading the numbers would wait for the device.
     """
     numbers = [value for value in batched.values() if isinstance(value, Tensor) and value.ndim == 1]
     if any(value.device.type != "cpu" for value in numbers):
@@ -167,7 +168,7 @@ def _samples(batched: ForwardInput, count: int) -> Samples:
 
 
 def _form(forward_input: ForwardInput) -> Any:
-    """Ranks and dtypes of the tensors in a forward input, and the kinds of its other values."""
+    """Returns the numbers of dimensions and dtypes of the tensors in a forward input, and the types of its other values."""
 
     def of_value(value: Any) -> Any:
         if isinstance(value, Tensor):

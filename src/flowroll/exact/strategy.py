@@ -1,4 +1,4 @@
-"""Two ways to compute the velocities of several samples, both with the bits that each sample has alone.
+"""The two strategies for the velocities of several samples; both give each sample the bits that it has alone.
 
 `Merged` runs several samples in one forward under the function mode of `mode`; `Alone` runs one forward per sample and branch.
 The runner chooses one per device with `choose_strategy`, and knows neither how samples are grouped nor what a key is made of.
@@ -18,7 +18,7 @@ from typing_extensions import override
 from flowroll.exact.sharing import SharedForwards
 from flowroll.families import Family, ForwardInput, Output, StepInput, Transformer, run_in_turn
 
-# The outputs of forward inputs that share a forward.
+# Computes the outputs of forward inputs that share a forward.
 Compute: TypeAlias = Callable[[Sequence[ForwardInput]], list[Output]]
 StrategyName: TypeAlias = Literal["merged", "alone"]
 
@@ -30,9 +30,9 @@ class Forward:
     Ranks that share the work may run any part of it (`part`): an output has the same bits whichever inputs are beside it.
 
     Attributes:
-        inputs: One per sample and branch.
-        rows_per_sample: Entries of the transformer's batch that an input has: 2 where the branches of a sample are a pair.
-        compute: The outputs of some of the inputs, in their order.
+        inputs: The forward inputs, one per sample and branch (or per pair of branches).
+        rows_per_sample: The number of entries that an input has in the transformer's batch: 2 if the branches are a pair.
+        compute: Computes the outputs of some of the inputs, in their order.
     """
 
     inputs: tuple[ForwardInput, ...]
@@ -40,11 +40,11 @@ class Forward:
     compute: Compute
 
     def __call__(self) -> list[Output]:
-        """One output per input."""
+        """Runs the forward, and returns one output per input."""
         return self.compute(self.inputs)
 
     def part(self, start: int, stop: int) -> Forward:
-        """The forward of the inputs from `start` up to `stop`."""
+        """Returns the forward of the inputs from `start` up to, but without, `stop`."""
         return replace(self, inputs=self.inputs[start:stop])
 
 
@@ -53,37 +53,37 @@ RunForwards: TypeAlias = Callable[[Sequence[Forward]], list[list[Output]]]
 
 
 def run_here(forwards: Sequence[Forward]) -> list[list[Output]]:
-    """The outputs of all forwards, run one after the other by this rank."""
+    """Runs all forwards on this rank, one after the other, and returns their outputs."""
     return [forward() for forward in forwards]
 
 
 class Strategy(ABC):
-    """Computes velocities; every velocity is that of its sample alone, bit for bit.
+    """Computes the velocities of several samples; each one equals that of its sample alone, bit for bit.
 
     Args:
         family: The model family.
         dtype: The transformer's dtype.
-        run: Runs the forwards of one step; ranks that share forwards give a function of their own.
+        run: Runs the forwards of one step; ranks that share forwards pass a function of their own.
     """
 
     def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_here) -> None:
         self.family, self.dtype, self._run = family, dtype, run
 
     def batch_key(self, one: StepInput) -> Hashable:
-        """Samples with equal keys gain from being given to `velocities` together.
+        """Returns a key; samples with equal keys run faster when they are passed to `velocities` together.
 
-        The key is the same at every step of a sample. Samples with different keys may be given together as well.
+        The key is the same at every step of a sample. Samples with different keys may be passed together as well.
         """
-        # In the latents' own dtype, on which no key depends: a cast would cost every sample a tensor.
+        # No key depends on the dtype; the latents keep their own, because a cast would allocate a tensor per sample.
         inputs = self.family.forward_inputs(one, one.latents.dtype)
         return tuple(self.family.collate_key(forward_input) for forward_input in inputs)
 
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
-        """The guided velocities of several samples.
+        """Computes the guided velocities of several samples.
 
         Args:
             transformer: The model, or a wrapper with its call signature; all samples have the same adapter.
-            inputs: Samples at any steps of any schedules.
+            inputs: The step inputs of the samples, which may be at any steps of any schedules.
 
         Returns:
             One velocity per sample, in the order of the inputs.
@@ -93,7 +93,7 @@ class Strategy(ABC):
         return [self.family.apply_guidance([next(outputs) for _ in some], one) for some, one in zip(own, inputs, strict=True)]
 
     def _outputs(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
-        """One output per forward input."""
+        """Returns one output per forward input."""
         grouped = self._forwards(transformer, inputs)
         forwards = [
             Forward(
@@ -110,11 +110,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
-        """Which inputs share a forward, and how that is computed."""
+        """Groups the inputs that share a forward, and says how each group is computed."""
 
 
 class Alone(Strategy):
-    """One forward per sample and branch: exact by construction, on every device."""
+    """Runs one forward per sample and branch, which is exact by construction on every device."""
 
     @override
     def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
@@ -125,7 +125,7 @@ class Alone(Strategy):
 
 
 class Merged(Strategy):
-    """One forward for all forward inputs of the same key, whichever samples and branches they belong to."""
+    """Runs one forward for all forward inputs of the same key, whichever samples and branches they belong to."""
 
     def __init__(
         self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
@@ -154,15 +154,15 @@ def choose_strategy(
     agree: Callable[[bool], bool] | None = None,
     name: StrategyName | None = None,
 ) -> Strategy:
-    """The strategy for a device: merged on a CPU, alone on others, whose kernels nobody has asked yet.
+    """Makes the strategy for a device: merged on a CPU, alone on other devices, whose kernels have not been measured.
 
     Args:
         family: The model family.
-        device: Where the transformer is.
+        device: The device of the transformer.
         dtype: The transformer's dtype.
         run: Runs the forwards of one step.
-        agree: Tells whether all ranks that share a forward vote yes; None: there is one rank.
-        name: A strategy by name; None: the device's.
+        agree: Tells whether all ranks that share a forward vote yes; None if there is one rank.
+        name: The name of a strategy; None: the strategy of the device.
     """
     if (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
         return Alone(family, dtype, run)

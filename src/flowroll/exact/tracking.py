@@ -1,7 +1,7 @@
-"""Whose a tensor is during the analysis of a shared forward.
+"""Which samples a tensor belongs to during the analysis of a shared forward.
 
 A tensor that the model had before the forward (weights, tables) has no place: it is the same for every sample. Every other
-tensor is of one of three kinds. In a sample's own forward, alone, it has a counterpart:
+tensor is of one of three kinds, and has a counterpart in the forward of a sample alone:
 
 - `Batched`: the samples' counterparts one behind the other along the first dimension.
 - `Own`: the counterpart itself, of one sample. Models that take lists have these.
@@ -24,10 +24,10 @@ from flowroll.exact.ways import Path
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Whose a tensor is.
+    """The samples that a tensor belongs to.
 
     Attributes:
-        trace: The analysis that says so; in another one it means nothing.
+        trace: The token of the analysis that set the place; the place means nothing in another analysis.
     """
 
     trace: Any
@@ -35,11 +35,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batched(Place):
-    """All samples'.
+    """The place of a tensor that holds all samples along its first dimension.
 
     Attributes:
         alone: The first sample's own tensor.
-        is_conditioning: It depends on nothing of a sample but its conditioning.
+        is_conditioning: Whether the tensor depends on nothing of a sample but its conditioning.
     """
 
     alone: Tensor
@@ -48,18 +48,18 @@ class Batched(Place):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Own(Place):
-    """One sample's."""
+    """The place of a tensor that belongs to one sample."""
 
     sample: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Constant(Place):
-    """No sample's.
+    """The place of a tensor that was made in the forward from no sample's data.
 
     Attributes:
-        is_exact: Every element has the same bits however many others are beside it.
-        is_fresh: The memory was made in this forward, so that it may be written to.
+        is_exact: Whether every element has the same bits whatever the number of elements.
+        is_fresh: Whether the memory was allocated in this forward, so that it may be written to.
     """
 
     is_exact: bool
@@ -67,7 +67,7 @@ class Constant(Place):
 
 
 def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
-    """The tensors among the arguments, and in lists and tuples among them."""
+    """Yields the tensors among the arguments, and in lists and tuples among them, each with its place there."""
     named: Iterator[tuple[int | str, Any]] = itertools.chain(enumerate(args), kwargs.items())
     for key, value in named:
         if isinstance(value, Tensor):

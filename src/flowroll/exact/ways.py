@@ -1,7 +1,7 @@
 """How one function of a forward is computed when the forward is shared by several samples.
 
 A way is what `rules` decides for a call at the first forward of a shape, and what every later forward of that shape repeats.
-`None` stands for the plain call: the function of the whole batch has every sample's bits.
+`None` stands for the plain call: the function of the whole batch gives every sample its own bits.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Samples:
     """The samples that share a forward.
 
     Attributes:
-        count: How many.
-        same_conditioning: For each the first one with the same conditioning (the numbers that a sample gives its entries of the
-            batch: timesteps, guidance).
-        distinct: Those that are the first of their conditioning.
+        count: The number of samples.
+        same_conditioning: For each sample, the index of the first sample with the same conditioning (the numbers that a sample
+            has for its entries of the batch: timesteps, guidance).
+        distinct: The indices of the samples that are the first with their conditioning.
     """
 
     count: int
@@ -34,34 +34,35 @@ class Samples:
 
     @classmethod
     def of(cls, same_conditioning: Sequence[int]) -> Samples:
-        """From the first sample of the same conditioning, for each sample."""
+        """Makes the samples from `same_conditioning`."""
         same = tuple(same_conditioning)
         return cls(len(same), same, tuple(dict.fromkeys(same)))
 
 
 # Computes a call of a shared forward: the samples, the function, its arguments; the result has every sample's own bits.
 Way: TypeAlias = Callable[[Samples, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-# Where a tensor stands among the arguments (a position or a name, then indices of lists), and its address alone.
+# `Path` is a tensor's place among the arguments (a position or a name, then indices of lists); `Split` adds the address that
+# a sample's part has alone.
 Path: TypeAlias = "tuple[int | str, ...]"
 Split: TypeAlias = "tuple[Path, int]"
 
 
 @dataclass(frozen=True, slots=True)
 class Each:
-    """The function of each sample's part of every batched argument, and the results joined.
+    """Calls the function with each sample's part of every batched argument, and joins the results.
 
     Attributes:
-        splits: The batched arguments.
-        alone: The result of the first sample, for its shapes and strides.
+        splits: The places of the batched arguments, and the address that a sample's part has alone.
+        alone: The result of the first sample, which gives shapes and strides.
     """
 
     splits: tuple[Split, ...]
     alone: Any
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The joined results."""
+        """Computes the joined results."""
         if all(path == (index,) for index, (path, _) in enumerate(self.splits)):
-            # The first arguments, as with most functions.
+            # Most functions have their batched arguments first.
             own = [parts_of(value, samples.count, at) for value, (_, at) in zip(args, self.splits, strict=False)]
             rest = args[len(own) :]
             return join_tree([func(*parts, *rest, **kwargs) for parts in zip(*own, strict=True)], self.alone)
@@ -89,21 +90,21 @@ def join_tree(results: Sequence[Any], alone: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A linear layer, merged as far as the kernels' answers allow.
+    """Computes a linear layer for all samples, merged where the probe found that the bits stay the same.
 
     Attributes:
-        of_conditioning: The input depends on nothing of a sample but its conditioning, so that samples of the same
+        of_conditioning: Whether the input depends on nothing of a sample but its conditioning, so that samples of the same
             conditioning have the same product.
     """
 
     of_conditioning: bool
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The product."""
+        """Computes the product."""
         return self.compute(samples, *args, **kwargs)
 
     def compute(self, samples: Samples, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product; the names are those of `torch.nn.functional.linear`."""
+        """Computes the product; the argument names are those of `torch.nn.functional.linear`."""
         if not self.of_conditioning or len(samples.distinct) == samples.count:
             return product(input, samples.count, weight, bias)
         parts = parts_of(input, samples.count)
@@ -114,14 +115,14 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Sections:
-    """Pieces along the first dimension, each within one sample, cut from the sample's own part.
+    """Cuts pieces along the first dimension, each within one sample, from the sample's own part.
 
     Attributes:
-        at: The address of a part alone.
-        pieces: Sample, start and stop within its part.
-        rows: Whether a piece is a row without the first dimension.
-        kind: What holds the pieces; None where the function returns a single one.
-        rest: The rest of the index behind the first dimension.
+        at: The address (modulo the alignment of allocations) that a sample's part has alone.
+        pieces: For each piece the index of its sample, and its start and stop within the sample's part.
+        rows: Whether a piece is a single row, without the first dimension.
+        kind: The type that holds the pieces; None if the function returns a single one.
+        rest: The index in the dimensions after the first.
     """
 
     at: int
@@ -131,7 +132,7 @@ class Sections:
     rest: tuple[Any, ...] = ()
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The pieces."""
+        """Cuts the pieces."""
         parts = parts_of(args[0], samples.count, self.at)
         index = [start if self.rows else slice(start, stop) for _, start, stop in self.pieces]
         found = [parts[sample][(one, *self.rest)] for (sample, _, _), one in zip(self.pieces, index, strict=True)]
@@ -147,7 +148,7 @@ def _at(args: Sequence[Any], kwargs: Mapping[str, Any], path: Path) -> Any:
 
 
 def put_at(args: list[Any], kwargs: dict[str, Any], path: Path, value: Any) -> None:
-    """Puts a value in the place of an argument, or of an entry of a list among the arguments."""
+    """Replaces an argument, or an entry of a list among the arguments, by a value."""
     first, *rest = path
     if not rest:
         if isinstance(first, str):

@@ -17,10 +17,10 @@ FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage()
 
 
 def family_of_pipeline(pipeline_class: str) -> Family:
-    """The family of a checkpoint, by the pipeline class of its model_index.json.
+    """Returns the family of a checkpoint, by the pipeline class in its model_index.json.
 
     Raises:
-        UnsupportedModelError: No family covers it; the message lists what is supported.
+        UnsupportedModelError: No family covers the checkpoint; the message lists what is supported.
     """
     for family in FAMILIES.values():
         if family.pipeline_class == pipeline_class:

@@ -1,4 +1,4 @@
-"""Where a module's weights lie in memory, which the bits of its products depend on.
+"""The addresses of a module's weights in memory, on which the bits of its products depend.
 
 Measured on a CPU (torch 2.13, float32): a product of one row changes in its last bits when the weight does not lie at a
 multiple of 16 bytes. Allocated memory always does. Weights that a library maps from a safetensors file do or do not, by the
@@ -11,17 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Where torch's allocator puts every tensor, and what the products were found to depend on.
+# torch's allocator puts every tensor at a multiple of this many bytes; the bits of products were found to depend on it.
 _ALLOCATED, _NEEDED = 64, 16
 
 
 def align_weights(module: nn.Module) -> int:
-    """Moves weights on the CPU that do not lie where an allocation would put them; values stay, addresses change.
+    """Moves weights on the CPU to the alignment that an allocation would give them; values stay, addresses change.
 
-    For a trainer: call it once after loading, before an optimizer or a wrapper takes views of the weights.
+    A trainer calls it once after loading, before an optimizer or a wrapper takes views of the weights.
 
     Returns:
-        How many were moved.
+        The number of weights that were moved.
     """
     moved = 0
     for weight in _on_cpu(module):
@@ -32,12 +32,12 @@ def align_weights(module: nn.Module) -> int:
 
 
 def unaligned_weights(module: nn.Module) -> list[str]:
-    """Names of the float32 weights whose address changes bits."""
+    """Returns the names of the float32 weights whose address changes bits."""
     names = {id(weight): name for name, weight in module.named_parameters()}
     found = [weight for weight in _on_cpu(module) if weight.dtype == torch.float32 and weight.data_ptr() % _NEEDED]
     return [names[id(weight)] for weight in found]
 
 
 def _on_cpu(module: nn.Module) -> list[Tensor]:
-    """Its plain parameters on the CPU; sharded ones are gathered into allocated memory anyway."""
+    """Returns a module's plain parameters on the CPU; sharded ones are gathered into allocated memory anyway."""
     return [weight for weight in module.parameters() if weight.device.type == "cpu" and type(weight.data) is Tensor]

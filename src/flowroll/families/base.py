@@ -1,4 +1,4 @@
-"""What a model family has to say: the one place for a model's conventions.
+"""The model family: the one place for the conventions of a model.
 
 A `Family` is stateless. The engine and replay call the same `velocity`, so the forward that is replayed cannot drift from
 the one that was rolled out. Families use torch alone: pipelines, VAEs and transformers reach them as objects that they
@@ -26,18 +26,18 @@ Transformer: TypeAlias = Callable[..., Any]
 
 NO_GUIDANCE = "none"
 DtypeRule: TypeAlias = Literal["model", "float32"]
-# Where the pipelines cut a prompt by default.
+# The number of tokens at which the pipelines cut a prompt by default.
 MAX_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """How the conditional and the unconditional branch become one velocity.
+    """How the conditional and the unconditional branch are combined into one velocity.
 
     Attributes:
         rule: "none" (the conditional branch alone), or the family's rule.
         scale: The guidance scale.
-        embedded: The scale that the model is given as an input; None: it takes none.
+        embedded: The scale that the model gets as an input; None if the model takes none.
     """
 
     rule: str
@@ -52,11 +52,11 @@ class Guidance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
-    """What one sample's next velocity is a function of, beside the model.
+    """The inputs of one sample's next velocity, apart from the model.
 
     Attributes:
         latents: x at sigma, any float dtype.
-        timestep: This step's entry of `model_timesteps`.
+        timestep: The entry of `model_timesteps` for this step.
         env: The sample's environment, on the transformer's device.
         guidance: How the branches are combined.
         fixed: `Conditioning.fixed_inputs` of the environment, where they were made already.
@@ -70,13 +70,13 @@ class StepInput:
 
 
 def run_in_turn(transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
-    """The outputs of several forwards, one after the other."""
+    """Runs several forwards one after the other, and returns their outputs."""
     return [transformer(**one, return_dict=False)[0] for one in forward_inputs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What the text encoders are given for one branch."""
+    """The text that the encoders get for one branch."""
 
     text: str
 
@@ -100,22 +100,22 @@ def neighbors(solved: Tensor, count: int = 2) -> Iterator[Tensor]:
 
 
 class Family(ABC):
-    """A model family's conventions. What it declares is data; what is particular to it are about nine methods.
+    """The conventions of a model family. It declares data, and defines about nine methods of its own.
 
     Attributes:
-        name: Name of the family, as in `SamplingRecord.family`.
+        name: The name of the family, as in `SamplingRecord.family`.
         pipeline_class: The `_class_name` in model_index.json.
-        text_encoders: Components of the pipeline that encode text; the first one is always there.
-        tokenizers: Components of the pipeline that make tokens.
-        optional_components: Those of both that a checkpoint may be saved without.
-        variants: Defaults by variant; the first is what a checkpoint is taken for.
-        guidance_rule: Name of the rule that `velocity` applies when guidance is active.
-        guided_above: The pipeline runs the unconditional branch above this scale.
-        noise_in: The dtype that the pipeline draws initial noise in: the model's, or float32.
+        text_encoders: The pipeline's components that encode text; the first one is always present.
+        tokenizers: The pipeline's components that make tokens.
+        optional_components: The text encoders and tokenizers that a checkpoint may lack.
+        variants: The defaults of each variant; a checkpoint is taken for the first variant unless another is chosen.
+        guidance_rule: The name of the rule that `velocity` applies when guidance is active.
+        guided_above: The guidance scale above which the pipeline runs the unconditional branch.
+        noise_in: The dtype in which the pipeline draws initial noise: the model's, or float32.
         timesteps_in: The dtype in which the pipeline computes the timestep given to the model.
-        max_text_tokens: How many tokens a text embedding has at most.
-        conditioning: The arguments of a forward.
-        parallel_plan: What of the transformer can be sharded.
+        max_text_tokens: The largest number of tokens in a text embedding.
+        conditioning: The declaration of a forward's arguments.
+        parallel_plan: The parts of the transformer that can be sharded.
     """
 
     name: ClassVar[str]
@@ -134,95 +134,95 @@ class Family(ABC):
 
     @abstractmethod
     def spec(self, pipeline: Any) -> ModelSpec:
-        """The facts of a loaded diffusers pipeline.
+        """Returns the facts of a loaded diffusers pipeline.
 
         Raises:
-            UnsupportedModelError: The checkpoint is of a kind that the family does not cover.
+            UnsupportedModelError: The family does not cover this kind of checkpoint.
         """
 
     @abstractmethod
     def geometry(self, spec: ModelSpec, *, height: int, width: int) -> Geometry:
-        """The shapes of one sample; height and width are multiples of `spec.pixel_unit`."""
+        """Returns the shapes of one sample; height and width are multiples of `spec.pixel_unit`."""
 
     @abstractmethod
     def base_grid(self, spec: ModelSpec, config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
-        """The grid before the shift, as the family's pipeline makes it."""
+        """Returns the grid before the shift, as the family's pipeline makes it."""
 
     @abstractmethod
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
-        """The first latents of one sample from the pipeline's noise."""
+        """Makes the first latents of one sample from the pipeline's noise."""
 
     @abstractmethod
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
-        """The schedule's timesteps as the model takes them.
+        """Converts the schedule's timesteps to those that the model takes.
 
         Args:
-            timesteps: As the schedule has them, on the transformer's device.
-            dtype: From `timestep_dtype`; the latents' dtype does not matter.
+            timesteps: The schedule's timesteps, on the transformer's device.
+            dtype: The dtype from `timestep_dtype`; the latents' dtype does not matter.
         """
 
     @abstractmethod
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
-        """The conditioning fields of one prompt, encoded alone as the pipeline encodes one prompt."""
+        """Encodes one prompt alone, as the pipeline does, and returns its conditioning fields."""
 
     def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
-        """The conditioning fields that follow from the image's size and the number of text tokens; none by default."""
+        """Returns the conditioning fields that follow from the image's size and the number of text tokens; none by default."""
         return {}
 
     def model_latents(self, latents: Float[Tensor, " *latent"], env: DenoisingEnv) -> Float[Tensor, " *input"]:
-        """What the transformer takes for one sample's latents, without batch dimension; the latents by default."""
+        """Returns the transformer's input for one sample's latents, without batch dimension; by default the latents."""
         return latents
 
     @abstractmethod
     def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
-        """The guided velocity of a sample from the outputs of its step's forwards."""
+        """Computes a sample's guided velocity from the outputs of its step's forwards."""
 
     @abstractmethod
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
     ) -> Float[Tensor, " 1 3 height width"]:
-        """What the VAE makes of one sample's latents, decoded alone; `picture` makes an image of it."""
+        """Decodes one sample's latents alone with the VAE; `picture` makes an image of the result."""
 
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        """Whether some other unconditional branch would make this velocity of the conditional branch in `outputs`.
+        """Tells whether another unconditional branch would give this velocity with the conditional branch in `outputs`.
 
-        An audit asks this of a recorded velocity that replay does not reproduce: if so, weights, latents and the prompt are
-        right, and the negative prompt is not. A family that cannot tell says no.
+        An audit asks this about a recorded velocity that replay does not reproduce. If the answer is yes, then weights, latents
+        and prompt are right and the negative prompt is wrong. A family that cannot tell answers no.
 
         Args:
-            outputs: Of the forwards of a guided step, replayed.
+            outputs: The outputs of the forwards of a guided step, replayed.
             velocity: The recorded velocity, float32.
-            one: The step, with the recorded guidance, which is active.
+            one: The input of the step, with the recorded guidance, which is active.
         """
         return False
 
-    # What follows from the declaration.
+    # The methods below follow from the declaration.
 
     @property
     def embeds_key(self) -> str:
-        """Name of the text embedding in the branches of a `DenoisingEnv`."""
+        """The name of the text embedding in the branches of a `DenoisingEnv`."""
         return self.conditioning.embeds.name
 
     def uses_cfg(self, scale: Number) -> bool:
-        """Whether the pipeline runs the unconditional branch at this scale."""
+        """Tells whether the pipeline runs the unconditional branch at this scale."""
         return scale > self.guided_above
 
     def guidance(self, scale: Number, embedded: Number | None = None) -> Guidance:
-        """The guidance of this scale: active where the family's pipeline runs classifier-free guidance."""
+        """Returns the guidance of this scale, which is active where the family's pipeline runs classifier-free guidance."""
         return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale, embedded=embedded)
 
     def size_fields(self, geometry: Geometry, num_tokens: int) -> dict[str, EnvValue]:
-        """`size_arguments`, and the number of tokens where the family declares it."""
+        """Returns `size_arguments`, and the number of text tokens if the family declares that field."""
         declared = {field.name for field in self.conditioning.fields}
         lengths: dict[str, EnvValue] = {LENGTHS: [num_tokens]} if LENGTHS in declared else {}
         return {**self.size_arguments(geometry, num_tokens), **lengths}
 
     def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """The dtype that the pipeline draws initial noise in."""
+        """Returns the dtype in which the pipeline draws initial noise."""
         return model_dtype if self.noise_in == "model" else torch.float32
 
     def timestep_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the pipeline computes the timestep given to the model."""
+        """Returns the dtype in which the pipeline computes the timestep given to the model."""
         return model_dtype if self.timesteps_in == "model" else torch.float32
 
     def env(
@@ -234,14 +234,14 @@ class Family(ABC):
         images: Mapping[str, EnvValue] | None = None,
         embedded: Number | None = None,
     ) -> DenoisingEnv:
-        """The environment of one sample.
+        """Makes the environment of one sample.
 
         Args:
-            positive: The encoded prompt.
-            negative: The encoded negative prompt; None without guidance.
+            positive: The fields of the encoded prompt.
+            negative: The fields of the encoded negative prompt; None without guidance.
             geometry: The shapes of the sample.
             images: The fields of reference images.
-            embedded: The guidance scale that the model is given as an input.
+            embedded: The guidance scale that the model gets as an input.
         """
 
         def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
@@ -264,7 +264,7 @@ class Family(ABC):
         return self.conditioning.forward_inputs(latents, one.timestep, fixed, is_guided=is_guided)
 
     def velocity(self, transformer: Transformer, one: StepInput, dtype: torch.dtype) -> Float[Tensor, " *latent"]:
-        """The guided velocity v = eps - x0 of one sample.
+        """Computes the guided velocity v = eps - x0 of one sample.
 
         Args:
             transformer: The model, or a wrapper with its call signature.
@@ -277,23 +277,23 @@ class Family(ABC):
         return self.apply_guidance(run_in_turn(transformer, self.forward_inputs(one, dtype)), one)
 
     def collate_key(self, forward_input: ForwardInput) -> Hashable:
-        """Forward inputs with equal keys can be collated: every tensor that the model makes of them has the same shape."""
+        """Returns a key. Forward inputs with equal keys can be collated: all tensors inside the model have the same shapes."""
         return self.conditioning.key(forward_input)
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
-        """One forward input for several of the same key, with the samples in this order."""
+        """Joins several forward inputs of the same key into one, with the samples in this order."""
         return self.conditioning.collate(forward_inputs)
 
     def uncollate(self, output: Output, num_inputs: int) -> list[Output]:
-        """The output of each forward input that was collated."""
+        """Splits an output into one output per forward input that was collated."""
         return uncollate(output, num_inputs)
 
     def rows_per_sample(self, forward_input: ForwardInput) -> int:
-        """How many entries of the transformer's batch this forward input has: 2 where a sample's own forward is a pair."""
+        """Returns the number of entries that this forward input has in the transformer's batch: 2 for a pair of branches."""
         return self.conditioning.rows(forward_input)
 
     @staticmethod
     def picture(pipeline: Any, decoded: Float[Tensor, " 1 3 height width"]) -> Float[Tensor, " 3 1 height width"]:
-        """What the pipeline's image processor makes of a decoded batch of one, in the layout of a `Rollout`."""
+        """Converts a decoded batch of one as the pipeline's image processor does, to the layout of a `Rollout`."""
         pixels = cast(Tensor, pipeline.image_processor.postprocess(decoded, output_type="pt"))
         return pixels[0].unsqueeze(1).to(torch.float32)

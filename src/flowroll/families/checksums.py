@@ -1,7 +1,7 @@
-"""Sums over a module's weights by which a trainer and an engine tell whether they have the same. torch alone.
+"""Checksums over a module's weights, by which a trainer and an engine compare their weights. It needs torch only.
 
 Weights that are sharded over ranks (DTensors, as FSDP2 makes them) are gathered one at a time, so every rank has to call these
-functions; every rank gets the same sum.
+functions; every rank gets the same checksum.
 """
 
 from __future__ import annotations
@@ -17,42 +17,46 @@ from flowroll.types.tensors import plain_tensor, tensor_bytes
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """sha256 over a module's weights, as an engine that has the same ones answers. Of a sharded module, on every rank.
+    """Returns the sha256 over a module's weights, equal to that of an engine with the same weights.
+
+    If the module is sharded, every rank has to call this.
 
     Raises:
-        InvalidRequestError: A weight has no data that could be read, e.g. on the meta device; it is named.
+        InvalidRequestError: A weight has no readable data, e.g. on the meta device; the message names it.
     """
     return checksum_of(sorted(module.state_dict(keep_vars=True).items()))
 
 
 def tensor_checksums(module: nn.Module) -> dict[str, str]:
-    """sha256 of each of a module's tensors by name, for an engine to compare with its own. Of a sharded module, on every rank.
+    """Returns the sha256 of each tensor of a module by its name, which an engine can compare with its own.
+
+    If the module is sharded, every rank has to call this.
 
     Raises:
-        InvalidRequestError: A weight has no data that could be read, e.g. on the meta device; it is named.
+        InvalidRequestError: A weight has no readable data, e.g. on the meta device; the message names it.
     """
     return {name: tensor_checksum(tensor, name) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def adapter_checksum(module: nn.Module, adapter: str = "default") -> str:
-    """sha256 over a LoRA adapter that peft has put on a module, as an engine that has loaded it answers.
+    """Returns the sha256 over a LoRA adapter that peft has put on a module, equal to that of an engine that has loaded it.
 
-    Over the names of its tensors, without peft's prefix and the adapter's name, and their bytes, and over each layer's scale.
+    It covers the names of the tensors, without peft's prefix and the adapter's name, their bytes, and each layer's scale.
 
     Args:
         module: A peft model, or a model with peft's layers in it.
-        adapter: Its name there.
+        adapter: The adapter's name in the module.
     """
     return layers_checksum(module.named_modules(), adapter)
 
 
 def layers_checksum(named: Iterable[tuple[str, nn.Module]], adapter: str) -> str:
-    """The same over modules by their paths; those without the adapter do not count."""
+    """Returns `adapter_checksum` for modules given by their paths; modules without the adapter are left out."""
     return checksum_of(sorted(_adapter_tensors(named, adapter), key=lambda tensor: tensor[0]))
 
 
 def _adapter_tensors(named: Iterable[tuple[str, nn.Module]], adapter: str) -> Iterator[tuple[str, Tensor]]:
-    # Of peft's layers; this package does not need the library.
+    # These are the attributes of peft's layers, read without importing peft.
     for path, layer in named:
         factors: Any = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         if adapter not in factors[0]:
@@ -65,22 +69,22 @@ def _adapter_tensors(named: Iterable[tuple[str, nn.Module]], adapter: str) -> It
 
 
 def tensor_checksum(tensor: Tensor, name: str = "the tensor") -> str:
-    """sha256 of a tensor's raw bytes in row-major order, as hexadecimal digits.
+    """Returns the sha256 of a tensor's raw bytes in row-major order, as hexadecimal digits.
 
     Args:
         tensor: Any tensor; a DTensor is gathered, see `types.tensors.plain_tensor`.
-        name: What a message calls it.
+        name: The tensor's name in an error message.
 
     Raises:
-        InvalidRequestError: It has no data that could be read.
+        InvalidRequestError: The tensor has no readable data.
     """
     return hashlib.sha256(tensor_bytes(plain_tensor(tensor, name))).hexdigest()
 
 
 def typed_tensor_checksum(tensor: Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and raw bytes, as SGLang's checker of updates makes it.
+    """Returns the sha256 of a tensor's dtype, shape and raw bytes, as SGLang's checker of updates computes it.
 
-    Over `str(dtype)`, then `repr(tuple(shape))`, then the bytes.
+    It covers `str(dtype)`, then `repr(tuple(shape))`, then the bytes.
     """
     digest = hashlib.sha256()
     plain = plain_tensor(tensor)
@@ -90,13 +94,13 @@ def typed_tensor_checksum(tensor: Tensor) -> str:
 
 
 def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over all tensors, as hexadecimal digits: of each its name in UTF-8, then its raw bytes.
+    """Returns the sha256, as hexadecimal digits, over the name in UTF-8 and then the raw bytes of each tensor.
 
     Args:
-        named: In the order of the names, e.g. `sorted(module.state_dict().items())`. Consumed one at a time.
+        named: Names and tensors in the order of the names, e.g. `sorted(module.state_dict().items())`, read one at a time.
 
     Raises:
-        InvalidRequestError: One has no data that could be read.
+        InvalidRequestError: A tensor has no readable data.
     """
     digest = hashlib.sha256()
     for name, tensor in named:

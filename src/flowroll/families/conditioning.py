@@ -1,7 +1,7 @@
-"""What a family declares of its conditioning, and everything that follows from the declaration alone.
+"""What a family declares about its conditioning, and everything that follows from the declaration alone.
 
-Owns how an environment becomes the arguments of a forward, how forwards of several samples are joined and told apart, and
-which environments are whole. Nothing here knows a particular model.
+Owns how an environment becomes the arguments of a forward, how forwards of several samples are joined and split, and which
+environments are complete. Nothing here knows a particular model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Output: TypeAlias = "Tensor | list[Tensor]"
 Branch: TypeAlias = Literal["positive", "negative"]
 
 POSITIVE, NEGATIVE, IMAGES = "pos_cond_kwargs", "neg_cond_kwargs", "image_kwargs"
-# The length of a text, the one size of a tensor that no checkpoint fixes.
+# Stands for the length of a text, which is the only size in a tensor's shape that the checkpoint does not fix.
 TOKENS = "tokens"
 # The field that says how many tokens a branch's text has.
 LENGTHS = "txt_seq_lens"
@@ -34,10 +34,11 @@ class Argument:
     """How one keyword argument of the transformer is collated.
 
     Attributes:
-        name: What the transformer calls it.
-        batch: "stack": the entries of the batch are stacked along a new first dimension; "list": they are the items of a list;
+        name: The argument's name in the transformer.
+        batch: How entries form a batch. "stack": the entries of the batch are stacked along a new first dimension; "list": they
+            are the items of a list;
             "shared": all entries have the same value, which has no batch dimension.
-        padded_to: The model fills the first dimension of an entry up to a multiple of so many rows.
+        padded_to: The model pads the first dimension of an entry to a multiple of this many rows.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Argument:
     padded_to: int = 1
 
     def joined(self, entries: Sequence[Any]) -> Any:
-        """The argument of a forward from the entries of its batch; None where they have none."""
+        """Makes the argument of a forward from the entries of its batch; None if the entries have no value."""
         if entries[0] is None or self.batch == "shared":
             return entries[0]
         if self.batch == "list":
@@ -53,7 +54,7 @@ class Argument:
         return torch.cat([entry[None] for entry in entries]) if len(entries) > 1 else entries[0][None]
 
     def collated(self, values: Sequence[Any]) -> Any:
-        """The argument of one forward for those of several."""
+        """Joins the arguments of several forwards into that of one."""
         if values[0] is None or self.batch == "shared":
             return values[0]
         if self.batch == "list":
@@ -61,7 +62,7 @@ class Argument:
         return torch.cat(list(values))
 
     def key(self, value: Any) -> Hashable:
-        """Values with equal keys can be collated: every tensor that the model makes of them has the same shape."""
+        """Returns a key. Values with equal keys can be collated: all tensors inside the model then have the same shapes."""
         if value is None:
             return None
         if self.batch == "stack":
@@ -79,14 +80,16 @@ class ConditioningField(Argument):
     """One conditioning argument of a family.
 
     Attributes:
-        source: What it varies with: the text ("prompt"), the size of the image and the number of tokens ("size"), reference
+        source: What the value depends on: the text ("prompt"), the size of the image and the number of tokens ("size"),
+            reference
             images ("image") or the guidance scale ("scale"). The first two are in each branch of an environment, the third is
             in its `image_kwargs`, the fourth is its `guidance`.
-        shape: Of the tensor without its batch dimension: `TOKENS`, names of `ModelSpec.widths`, numbers. None: plain values.
-        dtype: "model": the transformer's; "float32"; "index": booleans or integers.
-        is_passed: Whether a forward takes it. False: metadata.
-        is_required: Whether no forward can do without it.
-        sglang_name: What SGLang-Diffusion calls it; None: the same.
+        shape: The shape of the tensor without batch dimension: `TOKENS`, names of `ModelSpec.widths`, numbers. None: plain
+            values.
+        dtype: The dtype of the tensor. "model": the transformer's; "float32"; "index": booleans or integers.
+        is_passed: Whether a forward takes the value. False: it is metadata.
+        is_required: Whether every forward needs the value.
+        sglang_name: The field's name in SGLang-Diffusion; None: the same name.
         is_listed_by_sglang: Whether SGLang-Diffusion holds the tensor in a list of one.
     """
 
@@ -100,15 +103,15 @@ class ConditioningField(Argument):
 
     @property
     def is_tensor(self) -> bool:
-        """Whether its value is a tensor."""
+        """Whether the field's value is a tensor."""
         return self.shape is not None
 
     def sizes(self, widths: Mapping[str, int]) -> list[int]:
-        """The shape of its tensor, where these are the sizes by name."""
+        """Returns the shape of the field's tensor, given the sizes by name."""
         return [size if isinstance(size, int) else widths[size] for size in self.shape or ()]
 
     def value(self, env: DenoisingEnv, branch: Branch) -> EnvValue | None:
-        """Its value in one branch of an environment; None where there is none."""
+        """Returns the field's value in one branch of an environment; None if there is none."""
         if self.source == "scale":
             return env.guidance
         values: Mapping[str, EnvValue] = getattr(env, self.place(branch)) or {}
@@ -120,7 +123,7 @@ class ConditioningField(Argument):
         return [value for value in (self.value(env, branch) for branch in branches) if isinstance(value, Tensor)]
 
     def place(self, branch: Branch) -> str:
-        """The part of an environment that holds it for one branch."""
+        """Returns the name of the part of an environment that holds the field for one branch."""
         if self.source in ("image", "scale"):
             return IMAGES if self.source == "image" else "guidance"
         return POSITIVE if branch == "positive" else NEGATIVE
@@ -132,14 +135,14 @@ TEXT_LENGTHS = ConditioningField(name=LENGTHS, source="size", batch="list", is_p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
-    """All that a family declares of its forwards.
+    """Everything that a family declares about its forwards.
 
     Attributes:
         fields: The conditioning arguments. The first one is the text embedding.
         latents: The argument that takes the latents.
         timestep: The argument that takes the timesteps, one per entry of the batch.
-        pair: The order of the branches that go through the model as one batch of two; None: each has a forward of its own,
-            the conditional one first.
+        pair: The order of the branches that go through the model as one batch of two; None: each branch has a forward of its
+            own, the conditional one first.
     """
 
     fields: tuple[ConditioningField, ...]
@@ -149,11 +152,11 @@ class Conditioning:
 
     @property
     def embeds(self) -> ConditioningField:
-        """The text embedding."""
+        """The field of the text embedding."""
         return self.fields[0]
 
     def in_place(self, place: str) -> list[ConditioningField]:
-        """The fields of one part of an environment, e.g. "pos_cond_kwargs"."""
+        """Returns the fields of one part of an environment, e.g. "pos_cond_kwargs"."""
         return [field for field in self.fields if place in (field.place("positive"), field.place("negative"))]
 
     def fixed_inputs(self, env: DenoisingEnv, *, is_guided: bool) -> list[ForwardInput]:
@@ -203,28 +206,28 @@ class Conditioning:
         return [("positive",), ("negative",)] if self.pair is None else [self.pair]
 
     def key(self, forward_input: ForwardInput) -> Hashable:
-        """Forward inputs with equal keys can be collated."""
+        """Returns a key; forward inputs with equal keys can be collated."""
         return tuple(argument.key(forward_input[argument.name]) for argument in self._arguments())
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
-        """One forward input for several of the same key, with the samples in this order."""
+        """Joins several forward inputs of the same key into one, with the samples in this order."""
         return {
             argument.name: argument.collated([one[argument.name] for one in forward_inputs]) for argument in self._arguments()
         }
 
     def rows(self, forward_input: ForwardInput) -> int:
-        """How many entries of the transformer's batch a forward input has."""
+        """Returns the number of entries that a forward input has in the transformer's batch."""
         return len(forward_input[self.timestep])
 
     def contradiction(self, branch: Mapping[str, EnvValue]) -> str | None:
-        """What a branch says of the number of its tokens and does not have, in words."""
+        """Says in words where a branch's stated number of tokens differs from its text embedding; None if it does not."""
         embeds, lengths = branch[self.embeds.name], branch.get(LENGTHS)
         if not isinstance(embeds, Tensor) or lengths is None or lengths == [len(embeds)]:
             return None
         return f"{LENGTHS} is {lengths}, {self.embeds.name} has {len(embeds)} tokens"
 
     def cast(self, env: DenoisingEnv, dtype: torch.dtype) -> DenoisingEnv:
-        """The environment for a transformer of another dtype."""
+        """Converts an environment for a transformer of another dtype."""
         kept = {field.name for field in self.fields if field.dtype != "model"}
 
         def branch(values: Mapping[str, EnvValue] | None) -> Any:
@@ -238,7 +241,7 @@ class Conditioning:
         return replace(env, **{place: branch(getattr(env, place)) for place in (IMAGES, POSITIVE, NEGATIVE)})
 
     def missing(self, env: DenoisingEnv, *, is_guided: bool) -> Iterator[tuple[str, ConditioningField]]:
-        """The required fields that an environment lacks, each with the part that should hold it."""
+        """Yields the required fields that an environment lacks, each with the part that should hold it."""
         branches: tuple[Branch, ...] = ("positive", "negative") if is_guided else ("positive",)
         for branch in branches:
             for field in self.fields:
@@ -260,7 +263,7 @@ class Conditioning:
 
 
 def uncollate(output: Output, num_inputs: int) -> list[Output]:
-    """The output of each forward input that was collated."""
+    """Splits an output into one output per forward input that was collated."""
     rows = len(output) // num_inputs
     if isinstance(output, Tensor):
         return list(torch.split(output, rows))
@@ -268,7 +271,7 @@ def uncollate(output: Output, num_inputs: int) -> list[Output]:
 
 
 def _entry(field: ConditioningField, env: DenoisingEnv, branch: Branch) -> Any:
-    """A field's value for one entry of the batch. A plain value of a list argument is a list of one, as pipelines pass it."""
+    """Returns a field's value for one entry of the batch; plain values of list arguments are stored in a list of one."""
     value = field.value(env, branch)
     if value is None:
         assert not field.is_required, field.name
@@ -277,7 +280,7 @@ def _entry(field: ConditioningField, env: DenoisingEnv, branch: Branch) -> Any:
 
 
 def _same_value(value: Any) -> Hashable:
-    """A key that equal values alone have."""
+    """Returns a key that only equal values share."""
     if isinstance(value, Tensor):
         return tuple(value.shape), bytes(tensor_bytes(plain_tensor(value.cpu())))
     return tuple(map(_same_value, value)) if isinstance(value, list | tuple) else cast(Hashable, value)

@@ -1,4 +1,4 @@
-"""What is fixed for a family, a checkpoint and a size: defaults, the facts that shape latents, and their shapes."""
+"""The facts of a family, a checkpoint and an image size: defaults, what shapes the latents, and their shapes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flowroll.types import Number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a request leaves open. Sizes in pixels.
+    """The values of what a request leaves open.
 
     Attributes:
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
         guidance_scale: The scale of classifier-free guidance, or of the embedding where the model takes one.
         negative_prompt: Text of the unconditional branch.
@@ -36,7 +36,7 @@ class ModelSpec:
     Attributes:
         latent_channels: Channels of the VAE's latents.
         vae_scale_factor: Pixels per latent cell along one side.
-        widths: Sizes of its conditioning tensors, by the names that the family's declaration uses.
+        widths: Sizes of the checkpoint's conditioning tensors, by the names that the family's declaration uses.
         patch_size: Latent cells per token along one side.
         embeds_guidance: Whether the transformer takes the guidance scale as an input.
         max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
@@ -51,7 +51,7 @@ class ModelSpec:
 
     @property
     def pixel_unit(self) -> int:
-        """Height and width must be multiples of this: the pixels of one token along one side."""
+        """The pixels of one token along one side, of which height and width must be multiples."""
         return self.patch_size * self.vae_scale_factor
 
 
@@ -60,14 +60,14 @@ class Geometry:
     """The shapes of one sample of a given size.
 
     Attributes:
-        height: Pixels.
-        width: Pixels.
-        rows: Rows of patches.
-        columns: Columns of patches.
-        noise_shape: What the pipeline draws, at batch 1.
-        latent_shape: One sample's latents in the denoising loop, without batch dimension.
-        frames: Frames of the decoded sample.
-        latent_frames: Rows and columns of patches there are, one after the other in time.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        rows: Number of rows of patches.
+        columns: Number of columns of patches.
+        noise_shape: The shape of the noise that the pipeline draws at batch 1.
+        latent_shape: The shape of one sample's latents in the denoising loop, without batch dimension.
+        frames: Number of frames of the decoded sample.
+        latent_frames: Number of latent frames in time, each with its rows and columns of patches.
     """
 
     height: int
@@ -81,5 +81,5 @@ class Geometry:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens, before any padding inside the model."""
+        """The number of image tokens, before any padding inside the model."""
         return self.latent_frames * self.rows * self.columns

@@ -23,7 +23,7 @@ from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
 
 
 class QwenImage(Family):
-    """Qwen/Qwen-Image and checkpoints of its pipeline class."""
+    """The family of Qwen/Qwen-Image and of other checkpoints with its pipeline class."""
 
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
@@ -133,9 +133,9 @@ class QwenImage(Family):
     def guide(
         positive: Float[Tensor, " batch tokens channels"], negative: Float[Tensor, " batch tokens channels"], scale: Number
     ) -> Float[Tensor, " batch tokens channels"]:
-        """The true guidance: neg + scale (pos - neg), each token rescaled to the norm of its conditional velocity.
+        """Computes neg + scale (pos - neg), with each token rescaled to the norm of its conditional velocity.
 
-        A token whose two branches cancel exactly has no direction to rescale: it gives 0/0 in the pipeline as it does here.
+        A token whose two branches cancel exactly has no direction to rescale; it gives 0/0 here as in the pipeline.
         """
         combined = negative + scale * (positive - negative)
         rescale = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
@@ -143,7 +143,7 @@ class QwenImage(Family):
 
     @override
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        """A token's guided velocity has the norm of its conditional one, whatever the other branch is.
+        """Compares the norms of the tokens: guidance keeps each token's conditional norm, whatever the other branch is.
 
         Measured on small models: with another negative prompt the velocities move at least 100 times as far as their norms do
         (which bfloat16 rounds), with other weights about 10 times.

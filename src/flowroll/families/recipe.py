@@ -1,4 +1,4 @@
-"""How the steps of one sample are taken, from its record alone: what replay and `Engine.score` share.
+"""How the steps of one sample are taken, from its record alone; replay and `Engine.score` share this code.
 
 Owns the way from a `SamplingRecord` to a step's velocity, mean and log-prob. It uses the family's `velocity`, the
 transitions of `sampling/dynamics` and the one log-prob, as the engine's loop does, and adds no formula.
@@ -22,13 +22,13 @@ from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepScore:
-    """One step of one sample, evaluated again.
+    """One step of one sample, computed again.
 
     Attributes:
         velocity: The guided velocity, in the dtype that the family gives to the transition.
         mean: Mean of the next latents, float32; at an ODE step the next latents themselves, in the loop's dtype.
         std: Total std of the transition; 0 at a deterministic step.
-        log_prob: Of the next latents, float32; exactly 0 at a deterministic step.
+        log_prob: Log-prob of the next latents, float32; exactly 0 at a deterministic step.
     """
 
     velocity: Float[Tensor, " *latent"]
@@ -42,12 +42,12 @@ class Recipe:
     """The steps of one sample.
 
     Attributes:
-        family: How its transformer is called.
+        family: The model family, which knows how its transformer is called.
         guidance: How the branches are combined.
-        transitions: One per step.
-        timesteps: As the model takes them, on its device.
-        dts: Next sigma minus sigma, on the model's device.
-        dtype: Of the transformer's inputs.
+        transitions: The transitions, one per step.
+        timesteps: The timesteps as the model takes them, on the model's device.
+        dts: Next sigma minus sigma of each step, on the model's device.
+        dtype: The dtype of the transformer's inputs.
         no_const: Which of the two log-prob conventions is used.
     """
 
@@ -69,14 +69,15 @@ class Recipe:
         device: torch.device | str,
         dtype: torch.dtype | None = None,
     ) -> Recipe:
-        """The recipe that a record describes.
+        """Makes the recipe that a record describes.
 
         Args:
-            record: How the sample was made.
+            record: The record of how the sample was made.
             family: The family that the record names.
             sde_step_indices: The stochastic steps; None: every step follows the record's dynamics.
             device: The transformer's device.
-            dtype: Of the transformer's inputs; None: as recorded. The timesteps keep the recorded dtype in any case.
+            dtype: The dtype of the transformer's inputs; None: the recorded one. The timesteps keep the recorded dtype in any
+                case.
 
         Raises:
             InvalidRequestError: The record is of another schema, or names a guidance rule that the family does not have, or
@@ -99,10 +100,10 @@ class Recipe:
         )
 
     def check_env(self, env: DenoisingEnv, where: str = "") -> None:
-        """Refuses an environment that lacks what the forwards need.
+        """Refuses an environment that lacks a field that the forwards need.
 
         Raises:
-            InvalidRequestError: A branch lacks something, or there is no negative one though guidance is active.
+            InvalidRequestError: A branch lacks a field, or there is no negative branch although guidance is active.
         """
         if self.guidance.is_active and env.neg_cond_kwargs is None:
             raise InvalidRequestError(
@@ -133,13 +134,13 @@ class Recipe:
         step: int,
         env: DenoisingEnv,
     ) -> StepScore:
-        """Runs one step again and scores the recorded next latents; differentiable in the transformer's weights.
+        """Runs one step again and computes the log-prob of the recorded next latents, differentiable in the weights.
 
         Args:
             transformer: The model, or a wrapper with its call signature.
-            latents: x before the step, as recorded, on the transformer's device.
-            next_latents: x after it, as recorded.
-            step: Which step, counted from 0.
+            latents: The recorded latents before the step, on the transformer's device.
+            next_latents: The recorded latents after the step.
+            step: The step, counted from 0.
             env: The sample's environment, on the transformer's device.
         """
         return self.evaluate(self.velocity(transformer, latents, step, env), latents, next_latents, step)
@@ -151,7 +152,7 @@ class Recipe:
         next_latents: Float[Tensor, " *latent"],
         step: int,
     ) -> StepScore:
-        """Scores the recorded next latents by a velocity; the other arguments are those of `score`."""
+        """Computes the log-prob of the recorded next latents for a velocity; the other arguments are those of `score`."""
         this = self.transitions[step]
         mean = dynamics.step_mean(this, latents, velocity, self.dts[step])
         log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
@@ -164,19 +165,19 @@ class Recipe:
         step: int,
         env: DenoisingEnv,
     ) -> Float[Tensor, " *latent"]:
-        """The guided velocity of one step; the arguments are those of `score`."""
+        """Computes the guided velocity of one step; the arguments are those of `score`."""
         return self.family.velocity(transformer, self.step_input(latents, step, env), self.dtype)
 
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
-        """What the velocity of one step is a function of; the arguments are those of `score`."""
+        """Returns the inputs of one step's velocity; the arguments are those of `score`."""
         return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of a record's "torch.bfloat16".
+    """Returns the dtype of a name in a record, e.g. "torch.bfloat16".
 
     Raises:
-        InvalidRequestError: No such dtype.
+        InvalidRequestError: There is no dtype of that name.
     """
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):

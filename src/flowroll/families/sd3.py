@@ -22,13 +22,13 @@ from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig, scheduler_grid
 from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
 
-# The pipeline's default length of T5's text, and of what stands in for it.
+# The pipeline's default length of T5's text, and of the zeros that stand in for it.
 _T5_TOKENS = 256
 _BLOCK = "transformer_blocks.*"
 
 
 class StableDiffusion3(Family):
-    """Stable Diffusion 3 and 3.5 large; 3.5 medium is the same with other defaults and dual attention."""
+    """The family of Stable Diffusion 3 and 3.5 large, and of 3.5 medium, which has other defaults and dual attention."""
 
     name: ClassVar[str] = "sd3"
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
@@ -134,7 +134,7 @@ class StableDiffusion3(Family):
     def guide(
         negative: Float[Tensor, " *latent"], positive: Float[Tensor, " *latent"], scale: Number
     ) -> Float[Tensor, " *latent"]:
-        """Neg + scale (pos - neg), in the dtype of the model."""
+        """Computes neg + scale (pos - neg) in the dtype of the model."""
         return negative + scale * (positive - negative)
 
     @override

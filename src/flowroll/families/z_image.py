@@ -24,7 +24,7 @@ from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan,
 
 
 def _region(blocks: str, leave: str) -> Region:
-    """The blocks of one stack, up to the module whose output is gathered. The pair of branches is sharded along the batch.
+    """Declares the region of one stack of blocks, up to the module whose output is gathered; branches split the batch.
 
     Every block is given the whole sequence's mask and rotary table again; its keys are whole, so the mask keeps its columns.
     """
@@ -42,7 +42,7 @@ def _region(blocks: str, leave: str) -> Region:
 
 
 class ZImage(Family):
-    """Tongyi-MAI/Z-Image and, as the variant "turbo", Z-Image-Turbo."""
+    """The family of Tongyi-MAI/Z-Image and, as the variant "turbo", of Z-Image-Turbo."""
 
     name: ClassVar[str] = "z_image"
     pipeline_class: ClassVar[str] = "ZImagePipeline"
@@ -153,7 +153,7 @@ class ZImage(Family):
 
     @staticmethod
     def guide(branches: list[Float[Tensor, " *latent"]], scale: Number) -> Float[Tensor, " *latent"]:
-        """Pos + scale (pos - neg), in float32; the conditional branch where it is alone."""
+        """Computes pos + scale (pos - neg) in float32, or returns the conditional branch if it is alone."""
         if len(branches) == 1:
             return branches[0]
         positive, negative = branches
@@ -161,10 +161,10 @@ class ZImage(Family):
 
     @override
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        """Solves for the unconditional output, element by element, and asks whether it is a number of the model's dtype.
+        """Solves for the unconditional output, element by element, and tells whether the model's dtype can represent it.
 
-        With the right conditional output such a number, or one beside it, gives the recorded bits everywhere. With a wrong one
-        it does not: a scale above 1 leaves gaps between the velocities that can be reached.
+        With the right conditional output such a number, or a neighboring one, gives the recorded bits everywhere. With a wrong
+        one it does not, because a scale above 1 leaves gaps between the velocities that can be reached.
         """
         (pair,) = outputs
         positive, target, scale = pair[0].float(), -velocity.unsqueeze(1), one.guidance.scale

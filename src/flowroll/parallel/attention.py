@@ -1,4 +1,4 @@
-"""Attention of own query rows over everybody's keys, each row with the bits that it has in the whole sequence.
+"""Attention of this rank's query rows over the keys of all ranks, each row with the bits that it has on one rank.
 
 On the CPU, `scaled_dot_product_attention` takes queries in blocks of 32, 64 or 256 (by their number), and computes a last
 block of 1 to 3 rows with other kernels than any larger one, with other bits; measured with torch 2.13, float32 and bfloat16.
@@ -26,18 +26,18 @@ _SMALLEST_BLOCK = 32
 
 
 def with_attention(processor: Any, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Any:
-    """A processor that runs the code of `processor`, with its attention function wrapped.
+    """Makes a processor that runs the code of `processor`, with its attention function wrapped.
 
     diffusers' processors project, normalise and rotate queries, keys and values, and hand them to one function: the newer ones
     to `dispatch_attention_fn`, the older ones to torch's `F.scaled_dot_product_attention`, with heads before rows. Everything
-    around that call is the model's own business and stays the model's own code.
+    around that call stays the model's own code.
 
     Args:
         processor: A diffusers attention processor.
-        wrap: Makes the function to use from one that takes [batch, rows, heads, channels].
+        wrap: Makes the function to use from the processor's own; both take tensors [batch, rows, heads, channels].
 
     Raises:
-        LookupError: The processor calls neither.
+        LookupError: The processor calls neither of these functions.
     """
     own = type(processor).__call__
     names, scope = own.__code__.co_names, dict(own.__globals__)
@@ -68,7 +68,7 @@ class _Functional:
         return getattr(functional, name)
 
     def scaled_dot_product_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Torch's, by way of the wrapped function."""
+        """Computes torch's attention through the wrapped function."""
         query, key, value = (one.transpose(1, 2) for one in (query, key, value))
         return self._attend(query, key, value, **options).transpose(1, 2)
 
@@ -81,18 +81,18 @@ def gather_keys(
     *,
     in_front: bool = False,
 ) -> tuple[Float[Tensor, "batch all_keys heads channels"], Float[Tensor, "batch all_keys heads channels"]]:
-    """Keys and values of the whole sequence, in its own order, in one collective.
+    """Gathers the keys and values of the whole sequence, in the sequence's order, in one collective.
 
     Args:
-        mesh: The ranks.
-        rows: Which rows are this rank's. The others are the same on every rank, and stay where they are.
-        key: This rank's.
-        value: This rank's.
-        in_front: Whether this rank's rows stand before the others.
+        mesh: The mesh of the ranks.
+        rows: This rank's rows of the sharded part. The other rows are the same on every rank, and stay where they are.
+        key: This rank's keys.
+        value: This rank's values.
+        in_front: Whether the sharded rows come before the rows that are the same on every rank.
     """
     start = 0 if in_front else key.shape[1] - rows.size
     stop = start + rows.size
-    # Side by side behind the batch, which stays in front: samples of a shared forward are told apart by that.
+    # Stacked behind the batch dimension, which stays first, because a shared forward tells its samples apart by it.
     pair = torch.stack((key[:, start:stop], value[:, start:stop]), dim=1)
     keys, values = mesh.gather(pair, axis="sp", dim=2, sizes=rows.sizes).unbind(1)
     if key.shape[1] == rows.size:
@@ -106,12 +106,12 @@ def gather_keys(
 
 
 def widen_mask(mask: Tensor, rows: Shard, keys: int) -> Tensor:
-    """A mask over the keys of the whole sequence, where it covers this rank's only: the rows inside a region are never padding.
+    """Widens a mask over this rank's keys to the keys of the whole sequence; rows inside a region are never padding.
 
     Args:
-        mask: [..., width], boolean.
-        rows: Which rows are this rank's.
-        keys: Keys of the whole sequence.
+        mask: A boolean mask [..., width].
+        rows: This rank's rows of the sharded part.
+        keys: The number of keys of the whole sequence.
     """
     if mask.shape[-1] == keys:
         return mask
@@ -128,34 +128,34 @@ def attend_own_rows(
     has_end: bool,
     **options: Any,
 ) -> Float[Tensor, "batch queries heads channels"]:
-    """Attention of this rank's queries, each with the bits it has on one rank.
+    """Computes the attention of this rank's queries, each with the bits that it has on one rank.
 
     Args:
         dispatch: The model's attention; its mask, if there is one, is the same for all queries.
-        query: This rank's rows, and before or behind them those that are the same on every rank.
-        key: Of the whole sequence.
-        value: Of the whole sequence.
+        query: This rank's query rows, and before or after them the rows that are the same on every rank.
+        key: The keys of the whole sequence.
+        value: The values of the whole sequence.
         has_end: Whether the last of these queries are the last of the whole sequence.
         **options: Further arguments of `dispatch`.
     """
     if query.device.type != "cpu":
         return dispatch(query, key, value, **options)
-    # Of self-attention: there are as many queries as keys.
+    # In self-attention the whole sequence has as many queries as keys.
     end = _few_rows(key.shape[1]) if has_end else 0
     split = query.shape[1] - end
     padded = next(length for length in itertools.count(split) if not _few_rows(length))
-    # Rows that are there anyway fill the block up.
+    # The first rows are repeated to fill the block.
     body = torch.cat((query[:, :split], query[:, : padded - split]), dim=1) if padded > split else query[:, :split]
     attended = dispatch(body, key, value, **options)[:, :split]
     if end:
-        # Behind a whole block, as there: the same few rows alone are yet another case.
+        # The rows follow a whole block, as on one rank: computed alone, these few rows would have other bits again.
         tail = dispatch(query[:, split - _SMALLEST_BLOCK :], key, value, **options)[:, _SMALLEST_BLOCK:]
         attended = torch.cat((attended, tail), dim=1)
     return attended
 
 
 def _few_rows(num_queries: int) -> int:
-    """Rows of the last block of queries, if it is one that other kernels compute; else 0."""
+    """Returns the number of rows in the last block of queries if other kernels compute it; else 0."""
     block = 256 if num_queries >= 768 else 64 if num_queries >= 192 else _SMALLEST_BLOCK
     last = num_queries % block
     return last if last <= _FEW else 0

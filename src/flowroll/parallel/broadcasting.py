@@ -26,30 +26,30 @@ from flowroll.errors import InvalidRequestError, WeightsRejectedError
 Backend: TypeAlias = Literal["gloo", "nccl"]
 
 _POLL_S, _LONGEST_POLL_S = 0.0002, 0.01
-# NCCL ends the process when it is out of patience; we are so before.
+# NCCL ends the process at its timeout, so its timeout is this many times ours.
 _NCCL_PATIENCE = 10
 
 
 class BroadcastGroup:
-    """This process's place in such a group.
+    """This process's membership in a process group through which rank 0 broadcasts tensors.
 
     Args:
-        name: Of the group, the same in all of its processes.
-        rank: Of this process; 0 sends.
-        world_size: Processes of the group.
+        name: The group's name, the same in all of its processes.
+        rank: The rank of this process; rank 0 sends.
+        world_size: The number of processes of the group.
         backend: "gloo" for tensors on the CPU, "nccl" for tensors on GPUs.
-        address: Where rank 0's store listens.
-        port: Of the same.
-        timeout_s: How long to wait for the other processes, here and in every broadcast.
-        device: Of the tensors; a GPU for nccl.
-        store: Rank 0's, if that is this process.
+        address: The address on which rank 0's store listens.
+        port: The port on which rank 0's store listens.
+        timeout_s: How many seconds to wait for the other processes, here and in every broadcast.
+        device: The device of the tensors; a GPU for nccl.
+        store: Rank 0's store, if this process is rank 0.
 
     Attributes:
         id: No other group has it, also none of the same name.
         device: Of the tensors.
 
     Raises:
-        InvalidRequestError: The others did not come, or this machine cannot take part.
+        InvalidRequestError: The other processes did not come, or this machine cannot take part.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BroadcastGroup:
             )
         timeout = timedelta(seconds=timeout_s)
         try:
-            # Counted by a rank 0 that waits for all of its workers.
+            # Rank 0 may wait until the store has counted all of its workers.
             found = TCPStore(address, port, world_size, False, timeout) if store is None else store
             self._store: Store | None = found
             prefixed = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, found)))
@@ -103,11 +103,11 @@ class BroadcastGroup:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the group can only be closed, or is."""
+        """Whether the group is closed, or has failed and can only be closed."""
         return self._failure is not None
 
     def has_lost_rank_0(self) -> bool:
-        """Whether the store of rank 0 does not answer. Asks it."""
+        """Asks the store of rank 0, and tells whether it does not answer."""
         store = self._store
         if store is None:
             return True
@@ -119,19 +119,19 @@ class BroadcastGroup:
 
     @contextlib.contextmanager
     def turn(self) -> Any:
-        """For broadcasts that belong together; others wait."""
+        """Holds the group for broadcasts that belong together; others wait."""
         with self._lock:
             yield
 
     def broadcast(self, tensor: Tensor, check: Callable[[], object] = lambda: None) -> None:
-        """Sends a contiguous tensor, or fills it with rank 0's; returns when this process is done with it.
+        """Sends a contiguous tensor, or fills it with rank 0's; returns when this process has finished.
 
         Args:
-            tensor: On a device of this group.
-            check: Called now and then; what it raises ends the wait, and the group.
+            tensor: A tensor on the group's device.
+            check: A function that is called repeatedly; an exception from it ends the wait and the group.
 
         Raises:
-            WeightsRejectedError: The other end is gone, or was silent for too long. The group can only be closed then.
+            WeightsRejectedError: The other end is gone, or was silent for too long. The group can then only be closed.
         """
         if self._failure is not None:
             raise self._broken()
@@ -149,10 +149,10 @@ class BroadcastGroup:
             raise
 
     def close(self, reason: str = "its end") -> None:
-        """Leaves the group; a broadcast that waits ends with an error. May be called twice.
+        """Leaves the group; a waiting broadcast ends with an error. It may be called twice.
 
         Args:
-            reason: What a later broadcast is told.
+            reason: The reason that the error of a later broadcast gives.
         """
         if self._failure is None:
             self._failure = reason
@@ -184,8 +184,8 @@ class BroadcastGroup:
             return
         with contextlib.suppress(RuntimeError):
             held[0].abort()
-        # Its threads and connections end with the object. gloo's destructor waits for a receive that nothing ends, until its
-        # patience is over; nobody shall wait for that.
+        # Threads and connections end with the object. gloo's destructor may wait until the timeout for a receive that never
+        # ends, so it runs on a thread of its own.
         threading.Thread(target=held.clear, name="flowroll-group-end", daemon=True).start()
 
     def _broken(self) -> WeightsRejectedError:
@@ -198,7 +198,7 @@ class BroadcastGroup:
 def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta, address: str) -> Any:
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
-    # Over the interface that leads to rank 0; by itself gloo takes that which the host's name resolves to.
+    # The group uses the interface that leads to rank 0; by default gloo uses the one to which the host's name resolves.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(address))]
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
@@ -210,7 +210,7 @@ def _nccl(store: Store, rank: int, world_size: int, timeout: timedelta) -> Any:
 
 
 def _own_address(peer: str) -> str:
-    """This machine's address on the way to another. Nothing is sent: connecting a datagram socket only asks for the way."""
+    """Returns this machine's address towards a peer. Connecting a datagram socket sends nothing; it only selects a route."""
     family, kind, protocol, _, place = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(place)

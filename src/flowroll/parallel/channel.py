@@ -1,7 +1,7 @@
 """Carries messages between rank 0 and the other ranks through their store: commands one way, signs of life the other.
 
-A collective has a timeout, so nobody can wait in one for a request that may come tomorrow; here a rank can wait as long as it
-takes. The messages are text that the caller encodes; nothing is pickled.
+A collective has a timeout, so a rank cannot wait in one for the next request for an unlimited time; in a channel it can. The
+messages are text that the caller encodes; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _DOWN = "down"
 
 
 class Channel:
-    """Holds the end of rank 0, or that of a worker, which is a rank above 0.
+    """One end of the channel: that of rank 0, or that of a worker, which is a rank above 0.
 
     Args:
-        store: Shared by all ranks.
-        rank: Of this process.
-        num_ranks: Number of ranks of the engine.
+        store: The store that all ranks share.
+        rank: The rank of this process.
+        num_ranks: The number of ranks of the engine.
     """
 
     def __init__(self, store: Store, *, rank: int, num_ranks: int) -> None:
@@ -34,16 +34,16 @@ class Channel:
         self._stopped = threading.Event()
 
     def announce(self, stage: str, text: str = "") -> None:
-        """Tells that this rank has reached a stage."""
+        """Announces that this rank has reached a stage."""
         self._store.set(f"{stage}/{self._rank}", text)
 
     def announced(self, stage: str) -> dict[int, str]:
-        """Returns the workers that have reached a stage, with what they said."""
+        """Returns the workers that have reached a stage, each with the text that it announced."""
         keys = {rank: f"{stage}/{rank}" for rank in self._workers}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     def retract(self, stage: str) -> None:
-        """Deletes what all workers announced, so that the stage can be reached again."""
+        """Deletes the announcements of all workers, so that the stage can be reached again."""
         for rank in self._workers:
             self._store.delete_key(f"{stage}/{rank}")
 
@@ -52,12 +52,12 @@ class Channel:
         self._store.wait([f"{stage}/0"], _FOREVER)
 
     def send(self, command: str) -> None:
-        """Gives all workers a command."""
+        """Sends a command to all workers."""
         self._store.set(f"command/{self._next}", command)
         self._next += 1
 
     def receive(self) -> bytes:
-        """The next command, as soon as there is one."""
+        """Waits for the next command and returns it."""
         key = f"command/{self._next}"
         self._store.wait([key], _FOREVER)
         self._next += 1
@@ -71,15 +71,15 @@ class Channel:
         self._oldest = self._next
 
     def take_down(self) -> None:
-        """Ends all workers, wherever they are: in a collective, or waiting for a command."""
+        """Ends all workers, whether they are in a collective or wait for a command."""
         self._store.set(_DOWN, "")
 
     def beat(self, store: Store, on_down: Callable[[], object]) -> None:
-        """Gives signs of life from now on, on a thread, and listens for the end.
+        """Starts a thread that gives signs of life, and that notices when rank 0 takes the ranks down.
 
         Args:
-            store: A connection for it alone: the commands' one is busy with waiting.
-            on_down: Called when rank 0 takes the ranks down, or is gone.
+            store: A connection for this thread alone, because the connection for commands is blocked while it waits.
+            on_down: A function that is called when rank 0 takes the ranks down, or is gone.
         """
         key = f"beat/{self._rank}"
 
@@ -96,7 +96,7 @@ class Channel:
                     on_down()
                     return
 
-        # The first at once: a rank that never gave one counts as not yet begun.
+        # The first sign is given at once, because a rank without any sign counts as not yet started.
         store.set(key, "0")
         threading.Thread(target=run, name="flowroll-beat", daemon=True).start()
 
@@ -106,12 +106,12 @@ class Channel:
 
 
 class Pulse:
-    """Hears the workers' signs of life on rank 0.
+    """Reads the workers' signs of life on rank 0.
 
     Args:
-        store: A connection for it alone.
-        num_ranks: Number of ranks of the engine.
-        now_s: A clock.
+        store: A connection that nothing else uses.
+        num_ranks: The number of ranks of the engine.
+        now_s: A clock that returns seconds.
     """
 
     def __init__(self, store: Store, *, num_ranks: int, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -119,7 +119,7 @@ class Pulse:
         self._last = {rank: ("", now_s()) for rank in range(1, num_ranks)}
 
     def silent_for_s(self) -> dict[int, float]:
-        """Returns the seconds since each worker's last sign of life; 0 for one that has not begun to give any."""
+        """Returns the seconds since each worker's last sign of life; 0 for a worker that has given none yet."""
         silences = {}
         for rank, (beat, since_s) in self._last.items():
             key = f"beat/{rank}"

@@ -1,4 +1,4 @@
-"""Linears whose output columns are spread over the tensor-parallel ranks.
+"""Linear layers whose output columns are spread over the tensor-parallel ranks.
 
     y = x W^T + b,   W = [W_0; ...; W_{n-1}] by output columns,   y = [x W_0^T + b_0, ..., x W_{n-1}^T + b_{n-1}]
 
@@ -27,11 +27,11 @@ COLUMN_BLOCK = 16
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear that holds its rank's output columns and returns all of them.
+    """A linear layer that holds the output columns of its rank and returns all columns.
 
     Args:
-        whole: The linear that it replaces; only its shape is looked at.
-        mesh: The ranks.
+        whole: The linear layer that it replaces; only the shape is used.
+        mesh: The mesh of the ranks.
     """
 
     def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
@@ -47,23 +47,24 @@ class ColumnParallelLinear(nn.Module):
 
     @property
     def own_columns(self) -> slice:
-        """Which rows of the whole weight, and of the bias, this rank holds."""
+        """The rows of the whole weight, and of the bias, that this rank holds."""
         start = self._mesh.coordinate("tp") * self.columns
         return slice(start, start + self.columns)
 
     def forward(self, inputs: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
-        """All columns; bit for bit what the whole linear returns."""
+        """Returns all columns, bit for bit as the whole linear layer does."""
         num_rows = inputs.numel() // self.in_features
         if num_rows >= MIN_ROWS or self.columns % COLUMN_BLOCK == 0:
             return self._gather(nn.functional.linear(inputs, self.weight, self.bias), dim=-1)
-        # Too few rows to split the columns anywhere: the product is done whole, with the weights fetched for it.
+        # With so few rows any split of the columns may change bits, so the weights are gathered and the product is computed
+        # whole.
         bias = None if self.bias is None else self.gather_whole(self.bias)
-        # As a parameter is: torch takes another kernel for some products whose weight needs no gradient.
+        # Requires a gradient as a parameter does: torch uses another kernel for some products whose weight needs no gradient.
         weight = self.gather_whole(self.weight).requires_grad_()
         return nn.functional.linear(inputs, weight, bias)
 
     def gather_whole(self, part: Tensor) -> Tensor:
-        """The whole weight or bias of which every rank has its part."""
+        """Gathers a whole weight or bias, of which every rank has a part."""
         return self._gather(part.detach(), dim=0)
 
     def _gather(self, part: Tensor, *, dim: int) -> Tensor:
@@ -74,7 +75,7 @@ def check_columns(transformer: nn.Module, paths: Sequence[str], degree: int) -> 
     """Refuses a degree that does not divide the columns of every planned linear.
 
     Raises:
-        InvalidRequestError: It lists the degrees that fit.
+        InvalidRequestError: The degree does not fit; the message lists the degrees that fit.
     """
     widths = {path: linear.out_features for path, linear in _planned(transformer, paths)}
     misfits = [path for path, width in widths.items() if width % degree]
@@ -88,14 +89,14 @@ def check_columns(transformer: nn.Module, paths: Sequence[str], degree: int) -> 
 
 
 def shard_columns_of(transformer: nn.Module, paths: Sequence[str], mesh: Mesh) -> None:
-    """Replaces the planned linears by `ColumnParallelLinear` without weights; whoever loads the model fills them."""
+    """Replaces the planned linear layers by `ColumnParallelLinear` without weights, which the loading of the model fills."""
     for path, linear in _planned(transformer, paths):
         parent, _, name = path.rpartition(".")
         setattr(transformer.get_submodule(parent), name, ColumnParallelLinear(linear, mesh))
 
 
 def count_parameters(transformer: nn.Module) -> int:
-    """Parameters of the whole transformer, the columns that other ranks hold included."""
+    """Counts the parameters of the whole transformer, including the columns that other ranks hold."""
     elsewhere = 0
     for module in transformer.modules():
         if isinstance(module, ColumnParallelLinear):
@@ -105,9 +106,9 @@ def count_parameters(transformer: nn.Module) -> int:
 
 
 def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors of a module in the order of the names; what is sharded is gathered when its turn comes.
+    """Yields the names and tensors of a module in the order of the names; each sharded tensor is gathered when it is due.
 
-    Where something is, every rank has to go through all of it.
+    If any tensor is sharded, every rank has to iterate to the end.
     """
     for name, tensor in sorted(module.state_dict().items()):
         owner = module.get_submodule(name.rpartition(".")[0])

@@ -31,10 +31,10 @@ _NCCL_PATIENCE = 3
 
 
 def check_alone() -> None:
-    """Refuses to share torch.distributed, whose default group is the process's, with anybody.
+    """Refuses a process that is already in a process group: torch.distributed has one default group per process.
 
     Raises:
-        EngineError: The process is a member of a process group already.
+        EngineError: The process is already a member of a process group.
     """
     if dist.is_initialized():
         raise EngineError(
@@ -44,33 +44,35 @@ def check_alone() -> None:
 
 
 class Mesh:
-    """Holds this rank's place among the ranks of an engine. A context manager; `close` leaves the process group.
+    """This rank's place among the ranks of an engine. It is a context manager; `close` leaves the process group.
 
-    Rank r is at (cfg, sp, tp) in row-major order: tensor-parallel neighbours, which talk most, have neighbouring ranks.
+    Rank r is at (cfg, sp, tp) in row-major order: tensor-parallel neighbors, which exchange most data, have neighboring ranks.
 
     Args:
         layout: The degrees of the axes.
-        rank: Of this process.
-        store: Where the ranks find each other.
-        device: Of this rank's tensors.
-        timeout_s: How long a collective waits for the slowest rank.
-        loopback: Whether all ranks are on this machine and talk over its loopback interface alone.
+        rank: The rank of this process.
+        store: The store through which the ranks find each other.
+        device: The device of this rank's tensors.
+        timeout_s: How many seconds a collective waits for the slowest rank.
+        loopback: Whether all ranks are on this machine and communicate over its loopback interface only.
     """
 
     def __init__(
         self, layout: Layout, *, rank: int, store: Store, device: torch.device, timeout_s: float, loopback: bool
     ) -> None:
         self.layout, self.rank, self.device = layout, rank, device
-        # Whether the batch of the forward that runs holds the branches of every sample side by side, to be shared out.
+        # Whether the batch of the running forward holds the branches of every sample side by side, to be split over the cfg
+        # axis.
         self.shares_branches = False
-        # Bytes that this rank received, by axis.
+        # The bytes that this rank has received, by axis.
         self.received_bytes: Counter[Axis] = Counter()
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         with _loopback_interface() if loopback else contextlib.nullcontext():
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=layout.num_ranks, timeout=timedelta(seconds=timeout_s)
             )
-            # NCCL ends the process when it is out of patience; gloo, whose error can be told to the requests, comes first.
+            # NCCL ends the process at its timeout; gloo raises an error that can be reported to the requests, so it must time
+            # out first.
             patience_s = timeout_s if device.type == "cpu" else _NCCL_PATIENCE * timeout_s
             grid = torch.arange(layout.num_ranks).view([self.degree(axis) for axis in AXES])
             try:
@@ -89,20 +91,20 @@ class Mesh:
         self.close()
 
     def degree(self, axis: Axis) -> int:
-        """Ranks on this axis."""
+        """Returns the number of ranks on this axis."""
         return {"cfg": self.layout.cfg, "sp": self.layout.sp, "tp": self.layout.tp}[axis]
 
     def coordinate(self, axis: Axis) -> int:
-        """This rank's index on this axis."""
+        """Returns this rank's index on this axis."""
         return self._coordinates[axis]
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
-        """The process group of this rank along an axis."""
+        """Returns the process group of this rank along an axis."""
         return self._groups[axis]
 
     @contextlib.contextmanager
     def sharing_branches(self) -> Iterator[None]:
-        """In the block, regions of the transformer give each group of the cfg axis its own branch of every sample."""
+        """While the block runs, regions of the transformer give each group of the cfg axis its own branch of every sample."""
         self.shares_branches = self.degree("cfg") > 1
         try:
             yield
@@ -110,19 +112,19 @@ class Mesh:
             self.shares_branches = False
 
     def gather(self, part: Float[Tensor, ...], *, axis: Axis, dim: int, sizes: Sequence[int]) -> Float[Tensor, ...]:
-        """The parts of an axis's ranks side by side in rank order, contiguous.
+        """Joins the parts of an axis's ranks in rank order; the result is contiguous.
 
         Args:
-            part: This rank's part; all dimensions but `dim` are the same on every rank.
-            axis: Whose ranks hold the parts.
+            part: This rank's part; all dimensions but `dim` must be the same on every rank.
+            axis: The axis whose ranks hold the parts.
             dim: The dimension to join them along.
-            sizes: Length of every rank's part. The transport sends equal lengths: shorter ones travel with filler rows, which
-                are dropped on arrival.
+            sizes: The length of every rank's part. The transport sends equal lengths: shorter parts are sent with filler rows,
+                which are dropped on arrival.
         """
         return gather_parts(self, part, axis, dim, sizes)
 
     def all_agree(self, vote: bool, axes: Sequence[Axis]) -> bool:
-        """Tells whether every rank on these axes votes yes; all of them call it at the same time."""
+        """Tells whether every rank on these axes votes yes; all of these ranks must make this call."""
         for axis in axes:
             if self.degree(axis) > 1:
                 own = torch.tensor([vote], dtype=torch.uint8, device=self.device)
@@ -130,18 +132,18 @@ class Mesh:
         return vote
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Fills the tensor with rank 0's, on every rank."""
+        """Fills the tensor with rank 0's data on every rank."""
         dist.broadcast(tensor, 0)
 
     def odd_ranks(self, tensor: Tensor) -> list[int]:
-        """The ranks whose tensor does not have rank 0's bits; the same list everywhere. Tensors have the same shape."""
+        """Returns, on every rank, the ranks whose tensor differs in bits from rank 0's; the shapes must be equal."""
         own = _digest(tensor)
         digests = [torch.zeros_like(own) for _ in range(self.layout.num_ranks)]
         dist.all_gather(digests, own)
         return [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
 
     def close(self) -> None:
-        """Leaves the process group; may be called twice."""
+        """Leaves the process group. It may be called twice."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -166,7 +168,7 @@ def gather_parts(mesh: Mesh, part: Tensor, axis: Axis, dim: int, sizes: Sequence
 
 
 def _own_group(grid: Tensor, dim: int, rank: int, timeout_s: float) -> dist.ProcessGroup:
-    """The group along one axis that a rank is in; every rank makes every group, in the same order."""
+    """Returns the rank's group along one axis; every rank makes every group, in the same order."""
     own = None
     for ranks in grid.movedim(dim, -1).flatten(0, -2).tolist():
         # A group that a device mesh makes by itself would have torch's own timeout, of many minutes.
@@ -177,7 +179,7 @@ def _own_group(grid: Tensor, dim: int, rank: int, timeout_s: float) -> dist.Proc
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """64 bits that change with (nearly) any change of the tensor, on the CPU."""
+    """Returns 64 bits, on the CPU, that change with nearly any change of the tensor."""
     bits = tensor.contiguous().flatten().view(torch.uint8).to(torch.int64)
     places = torch.arange(1, 2 * bits.numel(), 2, device=bits.device) * 0x9E3779B1
     return ((bits + 1) * (places ^ (places >> 15))).sum().reshape(1).cpu()
@@ -185,7 +187,7 @@ def _digest(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _loopback_interface() -> Iterator[None]:
-    """Keeps gloo, which otherwise listens on the interface that the host's name resolves to, on the loopback interface."""
+    """Makes gloo listen on the loopback interface instead of the one to which the host's name resolves."""
     name = "GLOO_SOCKET_IFNAME"
     before = os.environ.get(name)
     os.environ[name] = before or ("lo0" if sys.platform == "darwin" else "lo")

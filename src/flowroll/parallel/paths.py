@@ -8,12 +8,13 @@ from torch import nn
 
 
 def find_modules(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """The modules at a path, each with its own path. Its parts are names, patterns as of files, or `-1` for the last child.
+    """Returns the modules at a path, each with its own path. A path's parts are names, patterns, or `-1` for the last child.
 
-    A pattern such as `*` or `attn*` stands for every child whose name it fits; some of them may lack what follows.
+    A pattern such as `*` or `attn*` (as for file names) stands for every child whose name it matches; some of these children
+    may lack the rest of the path.
 
     Raises:
-        LookupError: There is no such module: the plan does not fit the model.
+        LookupError: No module is at this path, so the plan does not fit the model.
     """
     found = [("", root)]
     for atom in path.split("."):

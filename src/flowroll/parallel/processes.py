@@ -1,4 +1,4 @@
-"""The processes of the other ranks on this machine. They live exactly as long as this one."""
+"""The processes of the other ranks on this machine. They end when this process ends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RankProcesses:
     terminal reaches this process alone, which then ends them in order.
 
     Args:
-        configurations: One line of text per worker, by rank.
-        command: What to start.
+        configurations: The configuration of each worker by rank, one line of text.
+        command: The command that starts a worker.
     """
 
     def __init__(self, configurations: Mapping[int, str], *, command: Sequence[str] | None = None) -> None:
@@ -49,15 +49,15 @@ class RankProcesses:
 
     @property
     def pids(self) -> dict[int, int]:
-        """Process ids by rank."""
+        """The process ids by rank."""
         return {rank: process.pid for rank, process in self._processes.items()}
 
     def ended(self) -> dict[int, int]:
-        """The ranks that have ended, each with its exit status (minus the signal's number, if a signal ended it)."""
+        """Returns the ranks that have ended, each with its exit status (the negative signal number if a signal ended it)."""
         return {rank: status for rank, process in self._processes.items() if (status := process.poll()) is not None}
 
     def join(self, timeout_s: float) -> None:
-        """Waits for all to end; kills those that take longer."""
+        """Waits until all workers have ended, and kills those that take longer."""
         deadline_s = time.monotonic() + timeout_s
         for process in self._processes.values():
             try:
@@ -67,7 +67,7 @@ class RankProcesses:
         self.kill()
 
     def kill(self) -> None:
-        """Ends all at once; none is left, and none is left to be waited for."""
+        """Kills all workers at once and waits for them, so that no process and no zombie is left."""
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():
@@ -82,7 +82,7 @@ def read_configuration() -> str:
 
     def watch() -> None:
         sys.stdin.read()
-        # Not an exit: the main thread may be in a collective that never returns.
+        # A plain exit would wait for the main thread, which may be in a collective that never returns.
         os._exit(ORPHANED)
 
     threading.Thread(target=watch, name="flowroll-lifeline", daemon=True).start()

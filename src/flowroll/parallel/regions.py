@@ -1,7 +1,7 @@
-"""Row and branch shards inside a transformer, put there from outside with hooks.
+"""Shards rows and branches inside a transformer, with hooks that are added from outside.
 
-A region begins where hidden states are narrowed to this rank's rows and ends where its output is gathered. Between the two
-every module sees fewer rows and does not know; only attention is told, since its queries need everybody's keys.
+A region begins where hidden states are narrowed to this rank's rows and ends where its output is gathered. In between every
+module computes fewer rows without any change; only attention is changed, since its queries need the keys of all ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowroll.parallel.paths import find_modules
 from flowroll.parallel.shards import Shard, shard_rows
 from flowroll.types import Gather, ParallelPlan, Region, Split
 
-# Elements between two rows: a cache line in bfloat16, so that rows begin where they would without them.
+# The gap between two rows, in elements: a cache line in bfloat16, so that rows keep their place within a cache line.
 _GAP = 32
 
 
@@ -29,11 +29,11 @@ def shard_rows_of(transformer: nn.Module, plan: ParallelPlan, mesh: Mesh) -> Non
 
 
 class ShardedRegion:
-    """One region of one transformer. It holds the shards of the forward that is inside it.
+    """One region of one transformer. It holds the shards of the forward that is running inside it.
 
     Args:
-        region: What the family declares.
-        mesh: The ranks.
+        region: The region that the family declares.
+        mesh: The mesh of the ranks.
     """
 
     def __init__(self, region: Region, mesh: Mesh) -> None:
@@ -73,15 +73,15 @@ class ShardedRegion:
         return self._narrow(split, hidden)
 
     def _narrow(self, split: Split, tensor: Tensor) -> Tensor:
-        """This rank's part; what it is follows from the tensor's own size, since some are narrowed before the region begins."""
+        """Returns this rank's part, from the tensor's own size, since some tensors are narrowed before the region begins."""
         if split.rows is not None and (rows := self._row_shard(tensor.shape[split.rows])):
             tensor = tensor.narrow(split.rows, rows.start, rows.size)
         if split.branches is not None and self._mesh.shares_branches:
-            # Of every sample its own branch: [samples * branches, ...] to [samples, ...].
+            # Takes this rank's branch of every sample: [samples * branches, ...] becomes [samples, ...].
             assert split.branches == 0
             degree = self._mesh.degree("cfg")
             tensor = tensor.view(-1, degree, *tensor.shape[1:])[:, self._mesh.coordinate("cfg")]
-        # Contiguous as the whole was: products of strided inputs may take other kernels.
+        # Contiguous as the whole tensor was, because products of strided inputs may use other kernels.
         return tensor.contiguous()
 
     def _leave(self, gather: Gather, output: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class ShardedRegion:
         return output
 
     def _with_gaps(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Lays one branch's rows out with gaps between them, so that torch's linear treats them as it does the pair's."""
+        """Puts gaps between one branch's rows in memory, so that torch's linear computes them as it does those of the pair."""
         if not self._has_branches:
             return args
         inputs: Tensor = args[0]
@@ -109,7 +109,7 @@ class ShardedRegion:
             if self._rows is None:
                 return dispatch(query, key, value, attn_mask=attn_mask, **options)
             in_front = self._region.is_in_front
-            # Rows behind the sharded ones are the end of the sequence on every rank.
+            # Rows after the sharded ones are the end of the sequence on every rank.
             has_end = self._rows.is_last or (in_front and key.shape[1] > self._rows.size)
             key, value = gather_keys(self._mesh, self._rows, key, value, in_front=in_front)
             if attn_mask is not None:

@@ -25,9 +25,9 @@ class TorchrunRank:
     """This process's place among the processes that torchrun started.
 
     Attributes:
-        rank: Of all processes.
-        world_size: How many processes there are.
-        local_rank: Of those on this machine; it chooses the GPU.
+        rank: This process's rank among all processes.
+        world_size: The number of processes.
+        local_rank: This process's rank among those on this machine, which chooses the GPU.
     """
 
     rank: int
@@ -36,7 +36,7 @@ class TorchrunRank:
 
 
 def torchrun_rank(environment: Mapping[str, str] = os.environ) -> TorchrunRank | None:
-    """This process's place, if torchrun started it."""
+    """Returns this process's place if torchrun started it, else None."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in environment for name in names):
         return None
@@ -48,7 +48,7 @@ def check_world(layout: Layout, place: TorchrunRank) -> None:
     """Refuses a layout that is not exactly the processes that torchrun started.
 
     Raises:
-        InvalidRequestError: It names both numbers.
+        InvalidRequestError: The numbers do not fit; the message names both.
     """
     if place.world_size != layout.num_ranks:
         raise InvalidRequestError(
@@ -59,15 +59,15 @@ def check_world(layout: Layout, place: TorchrunRank) -> None:
 
 
 def torchrun_store() -> Store:
-    """The store of a torchrun job. Each engine that the job's processes open, one after the other, gets keys of its own."""
+    """Returns the store of a torchrun job. Each engine that the job's processes open in turn gets keys of its own."""
     store, rank, _ = next(rendezvous("env://", timeout=_STORE_TIMEOUT))
     opened = store.add(f"flowroll/opened/{rank}", 1)
     return PrefixStore(f"flowroll/{opened}", store)
 
 
 def serve_store() -> tuple[Store, int]:
-    """A new store on a free port of the loopback interface alone, and that port."""
-    # torch would listen on every interface; a socket that is bound already is taken as it is.
+    """Makes a store on a free port of the loopback interface only, and returns it with the port."""
+    # By itself torch would listen on every interface; it uses a socket that is already bound as it is.
     with socket.create_server((_LOOPBACK, 0)) as listener:
         port: int = listener.getsockname()[1]
         store = TCPStore(
@@ -77,19 +77,19 @@ def serve_store() -> tuple[Store, int]:
 
 
 def join_store(port: int) -> Store:
-    """The store that rank 0 serves on this machine."""
+    """Connects to the store that rank 0 serves on this machine."""
     store: Store = TCPStore(_LOOPBACK, port, is_master=False, timeout=_STORE_TIMEOUT)
     return store
 
 
 def second_connection(store: Store) -> Store:
-    """Another connection to the same keys: one that waits for a key does nothing else meanwhile."""
+    """Makes another connection to the same keys, because a connection that waits for a key can do nothing else."""
     connection: Store = store.clone()  # type: ignore[attr-defined]
     return connection
 
 
 def rank_device(first: torch.device, rank: int) -> torch.device:
-    """The device of a rank on this machine: the CPU for all, or the GPU that is `rank` places after the first."""
+    """Returns the device of a rank on this machine: the CPU for all ranks, or the GPU `rank` places after the first."""
     return first if first.type == "cpu" else torch.device(first.type, (first.index or 0) + rank)
 
 
@@ -97,7 +97,7 @@ def check_devices(layout: Layout, first: torch.device, num_devices: int) -> None
     """Refuses more ranks than this machine has GPUs.
 
     Raises:
-        InvalidRequestError: It names both numbers.
+        InvalidRequestError: The numbers do not fit; the message names both.
     """
     free = num_devices - (first.index or 0)
     if first.type != "cpu" and layout.num_ranks > free:

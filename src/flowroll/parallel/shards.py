@@ -1,4 +1,4 @@
-"""Which part of a dimension belongs to which rank."""
+"""Decides which part of a dimension belongs to which rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowroll.errors import InvalidRequestError
 # 1 to 3 rows always, of up to 23 sometimes). Where a rank would get fewer, nothing is sharded and every rank computes all of
 # it.
 MIN_ROWS = 64
-# Shards begin at multiples of so many rows. Element-wise kernels compute the last few elements of a tensor with scalar code,
+# Shards begin at multiples of this many rows. Element-wise kernels compute the last few elements of a tensor with scalar code,
 # whose exp and tanh round otherwise than the vectorised code's; in shards of whole units of 32 rows, every element but the last
 # ones of the whole tensor is in a full vector, whatever the width (measured with torch 2.13 on CPU, float32, at a width of
 # 170).
@@ -19,11 +19,11 @@ ROW_UNIT = 32
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's part of a dimension, in the canonical order of the whole.
+    """One rank's part of a dimension, in the order of the whole.
 
     Attributes:
-        sizes: Of every rank's part, in rank order.
-        index: Which of them is this rank's.
+        sizes: The size of every rank's part, in rank order.
+        index: The index of this rank's part.
     """
 
     sizes: tuple[int, ...]
@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Length of this rank's part."""
+        """The length of this rank's part."""
         return self.sizes[self.index]
 
     @property
@@ -46,21 +46,21 @@ class Shard:
 
     @property
     def total(self) -> int:
-        """Length of the whole dimension."""
+        """The length of the whole dimension."""
         return sum(self.sizes)
 
 
 def shard_evenly(total: int, index: int, ranks: int) -> Shard:
-    """This rank's part of `total` things, as even as can be; the first ranks get one more where there is a rest."""
+    """Returns this rank's part of `total` items, split as evenly as possible; the first ranks share the remainder."""
     base, rest = divmod(total, ranks)
     return Shard(tuple(base + (rank < rest) for rank in range(ranks)), index)
 
 
 def shard_rows(total: int, index: int, ranks: int) -> Shard | None:
-    """This rank's token rows: whole units, as even as can be, and on the last rank what is left over.
+    """Returns this rank's token rows: whole units, split as evenly as possible; the last rank also gets the remainder.
 
     Returns:
-        None where all ranks compute all rows, because there is one rank or too few rows.
+        The shard; None if all ranks compute all rows, because there is one rank or too few rows.
     """
     units, rest = divmod(total, ROW_UNIT)
     sizes = [count * ROW_UNIT for count in shard_evenly(units, index, ranks).sizes]
@@ -71,14 +71,14 @@ def shard_rows(total: int, index: int, ranks: int) -> Shard | None:
 
 
 def check_rows(ranks: int, most_tokens: int) -> None:
-    """Refuses more ranks than the largest image can be shared out to.
+    """Refuses more ranks than the largest image can be split over.
 
     Args:
-        ranks: Of the sequence axis.
-        most_tokens: Image tokens of the largest image that may be asked for.
+        ranks: The number of ranks on the sequence axis.
+        most_tokens: The number of image tokens of the largest image that may be requested.
 
     Raises:
-        InvalidRequestError: It names the largest degree that fits.
+        InvalidRequestError: There are too many ranks; the message names the largest degree that fits.
     """
     if ranks > 1 and shard_rows(most_tokens, 0, ranks) is None:
         fits = max(1, most_tokens // ROW_UNIT // (MIN_ROWS // ROW_UNIT))

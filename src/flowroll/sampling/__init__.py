@@ -1,5 +1,5 @@
-"""Schedules, transitions and noise: torch only, pure functions, no state.
+"""Schedules, transitions and noise, as pure functions without state that need torch only.
 
 `schedule` makes the sigma grid, `dynamics` turns it into one `Transition` per step (by `flow_sde`, `cps` or the plain `ode`),
-`transition` applies and scores a step, `noise` addresses every random number by (seed, step).
+`transition` applies a step and computes its log-prob, `noise` determines every random number by (seed, step).
 """

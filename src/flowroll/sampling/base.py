@@ -1,4 +1,4 @@
-"""What a dynamics must declare.
+"""The declaration of a dynamics.
 
 A dynamics is a rule that turns a grid of sigmas into transitions. It is one file beside this one, which ends with a `Dynamics`;
 `dynamics.py` lists them. Requests, records, the command line, OpenAPI and the docs take names and limits from there.
@@ -17,7 +17,7 @@ from flowroll.sampling.transition import Transition
 
 # (sigmas, step, noise level) -> the transition of that step. The grid is float32, on the CPU.
 CoefficientsFunction: TypeAlias = Callable[[Float[Tensor, " states"], int, int | float], Transition]
-# (sigmas, step) -> the rule that the sigma of that step breaks and what to do about it, or None.
+# (sigmas, step) -> the rule that the sigma of that step breaks and the remedy, or None.
 SigmaProblemFunction: TypeAlias = Callable[[Sequence[float], int], tuple[str, str] | None]
 LogProbForm: TypeAlias = Literal["gaussian", "no_const"]
 
@@ -31,17 +31,17 @@ class Dynamics:
     """One sampler: next ~ N(on_latents x + on_velocity v + on_previous x0_prev, std^2).
 
     Attributes:
-        name: In requests and records.
-        summary: One line for help texts and OpenAPI, without a full stop.
-        coefficients: The transition of one step; the sigmas decrease there.
+        name: The name in requests and records.
+        summary: A description in one line for help texts and OpenAPI, without a full stop.
+        coefficients: Computes the transition of one step of a grid whose sigmas decrease at that step.
         aliases: Other names that requests may use.
         noise_level_max: The largest noise level.
         noise_level_max_is_open: Whether the noise level must stay below `noise_level_max`.
-        is_stochastic: Whether its steps draw noise; then a noise level of 0 makes all of them ODE steps.
+        is_stochastic: Whether its steps draw noise; at a noise level of 0 all steps of such a dynamics are ODE steps.
         needs_history: Whether its steps use x0_prev, the clean prediction of the step before.
-        log_prob_form: The log-prob of the method's own publication: the Gaussian density, or minus the squared error. A
-            request chooses by `rollout_log_prob_no_const`, whatever the dynamics.
-        sigma_problem: Finds a step that it cannot take on a valid grid; None: it can take every step.
+        log_prob_form: The form of the log-prob in the method's own publication: the Gaussian density, or minus the squared
+            error. A request chooses the form by `rollout_log_prob_no_const`, whatever the dynamics.
+        sigma_problem: Finds a step of a valid grid that the dynamics cannot take; None if it can take every step.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Dynamics:
     sigma_problem: SigmaProblemFunction | None = None
 
     def admits(self, noise_level: int | float) -> bool:
-        """Whether the noise level is 0 or within the limits."""
+        """Tells whether the noise level is 0 or within the limits."""
         if noise_level == 0:
             return True
         within = noise_level < self.noise_level_max if self.noise_level_max_is_open else noise_level <= self.noise_level_max
@@ -64,6 +64,6 @@ class Dynamics:
 
     @property
     def noise_level_range(self) -> str:
-        """The limits in words, e.g. "0.0001 to 10"."""
+        """The limits of the noise level in words, e.g. "0.0001 to 10"."""
         below = "below " if self.noise_level_max_is_open else ""
         return f"{NOISE_LEVEL_MIN} to {below}{self.noise_level_max:g}"

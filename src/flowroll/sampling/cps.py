@@ -27,15 +27,15 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
-    """The transition of one step, with the mean collected by latents and velocity.
+    """Computes the transition of one step, with the mean written as factors of latents and velocity.
 
     Args:
         sigmas: The whole grid, float32.
-        step: Which step, counted from 0.
-        noise_level: n in (0, 2).
+        step: The step, counted from 0.
+        noise_level: The noise level n in (0, 2).
 
     Returns:
-        Its coefficients, computed in float64 from the float32 sigmas and rounded once.
+        The transition, whose coefficients are computed in float64 from the float32 sigmas and rounded once.
     """
     s, t = sigmas[step].item(), sigmas[step + 1].item()
     std = t * math.sin(noise_level * math.pi / 2)

@@ -23,15 +23,15 @@ from flowroll.sampling.transition import Transition
 
 
 def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
-    """The transition of one step.
+    """Computes the transition of one step.
 
     Args:
         sigmas: The whole grid, float32.
-        step: Which step, counted from 0.
-        noise_level: n > 0.
+        step: The step, counted from 0.
+        noise_level: The noise level n > 0.
 
     Returns:
-        Its coefficients, computed in float64 from the float32 sigmas and rounded once.
+        The transition, whose coefficients are computed in float64 from the float32 sigmas and rounded once.
     """
     s, t = sigmas[step].item(), sigmas[step + 1].item()
     dt = t - s

@@ -1,4 +1,4 @@
-"""The dynamics by name, and which transition each step of a trajectory follows."""
+"""The dynamics by name, and the transition that each step of a trajectory follows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = tuple(_BY_ANY_NAME)
 
 
 def dynamics_named(name: str, *, field: str = "sde_type") -> Dynamics:
-    """The dynamics of a name or an alias.
+    """Returns the dynamics of a name or an alias.
 
     Args:
-        name: As a request or a record has it.
-        field: What an error calls it.
+        name: The name in a request or a record.
+        field: The name of the field in an error message.
 
     Raises:
-        InvalidRequestError: There is none of that name.
+        InvalidRequestError: There is no dynamics of that name.
     """
     found = _BY_ANY_NAME.get(name)
     if found is None:
@@ -36,7 +36,7 @@ def dynamics_named(name: str, *, field: str = "sde_type") -> Dynamics:
 
 
 def noise_level_help() -> str:
-    """The limits of the noise level, by dynamics."""
+    """Returns the limits of the noise level by dynamics, as a text for help."""
     ranges: dict[str, list[str]] = {}
     for found in DYNAMICS.values():
         ranges.setdefault(found.noise_level_range, []).append(found.name)
@@ -50,18 +50,18 @@ def transitions(
     noise_level: int | float,
     sde_step_indices: Collection[int] | None = None,
 ) -> tuple[Transition, ...]:
-    """The T transitions of a grid.
+    """Computes the T transitions of a grid.
 
     Args:
         sigmas: T + 1 noise levels, float32.
-        sde_type: Dynamics of the chosen steps.
-        noise_level: n; at 0 every step of a stochastic dynamics is an ODE step.
+        sde_type: The dynamics of the chosen steps.
+        noise_level: The noise level n; at 0 every step of a stochastic dynamics is an ODE step.
         sde_step_indices: The chosen steps; None: all. The others are ODE steps.
 
     Returns:
-        One transition per step. A rollout says which of its steps had a density, and from that alone the same transitions
-        have to follow. So a step that has none under the dynamics (the last one of CPS) follows it if all steps with a density
-        do, chosen or not; otherwise it is an ODE step.
+        One transition per step. A rollout says which of its steps had a density, and the same transitions must follow from that
+        alone. So a step without a density under the dynamics (the last one of CPS), whether chosen or not, follows the dynamics
+        if all steps with a density do; otherwise it is an ODE step.
 
     Raises:
         InvalidRequestError: There is no such dynamics, or it cannot take one of its steps.
@@ -95,7 +95,7 @@ def check_sigmas(
         The steps that follow the dynamics.
 
     Raises:
-        InvalidRequestError: Names the sigma and its step.
+        InvalidRequestError: A step cannot be taken; the message names the sigma and its step.
     """
     if _takes_ode_steps(chosen, noise_level):
         return ()
@@ -117,22 +117,22 @@ def check_sigmas(
 def step_mean(
     this: Transition, latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], dt: Float[Tensor, ""]
 ) -> Float[Tensor, " *latent"]:
-    """The mean of the next latents, by the step's own rule.
+    """Computes the mean of the next latents by the step's own rule.
 
     Args:
-        this: The step.
+        this: The transition of the step.
         latents: x at sigma, any float dtype.
         velocity: v, any float dtype.
         dt: Next sigma minus sigma, float32, on the latents' device; used by ODE steps alone.
 
     Returns:
-        float32; at an ODE step the next latents, in the velocity's dtype.
+        The mean, float32; at an ODE step the next latents, in the velocity's dtype.
     """
     return ode.step(latents, velocity, dt) if this.dynamics == ODE else transition.mean(this, latents, velocity)
 
 
 def amplification(chosen: Sequence[Transition]) -> float:
-    """The largest factor by which the latents at any step can grow over the steps after it, velocities aside.
+    """Returns the largest factor by which the latents at any step can grow over the later steps, without the velocities.
 
     A strong Flow-SDE multiplies its latents by far more than 1 at every step: at n = 10 by up to 1e25 in 50 steps.
     """

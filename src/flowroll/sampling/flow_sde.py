@@ -27,19 +27,19 @@ from flowroll.sampling.transition import Transition
 
 
 def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
-    """The transition of one step.
+    """Computes the transition of one step.
 
     Args:
         sigmas: The whole grid, float32.
-        step: Which step, counted from 0.
-        noise_level: n > 0.
+        step: The step, counted from 0.
+        noise_level: The noise level n > 0.
 
     Returns:
-        Its coefficients, rounded to float32.
+        The transition, whose coefficients are rounded to float32.
     """
     sigma = sigmas[step]
     dt = sigmas[step + 1] - sigma
-    # A later step has no right to the second sigma, which is its own or lies above it.
+    # A later step cannot use the second sigma in place of its own: the second sigma is its own or lies above it.
     below_one = sigmas[1] if step == 0 and _is_one(sigma.item()) else sigma
     g = torch.sqrt(sigma / (1 - below_one)) * noise_level
     drift = g**2 / (2 * sigma)

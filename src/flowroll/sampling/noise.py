@@ -1,4 +1,4 @@
-"""Addressable noise: what a sample draws depends on its seed and the step, on nothing else.
+"""Noise that depends only on the sample's seed and the step.
 
 Owns the seed of every random number of a rollout. The initial noise of a sample is drawn as the diffusers pipeline draws it,
 at batch 1 from a generator seeded with the sample's seed; the noise of step k comes from a generator keyed by `step_seed`.
@@ -17,7 +17,7 @@ _MASK64 = 2**64 - 1
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The 64-bit generator seed of one step of one sample.
+    """Returns the 64-bit generator seed of one step of one sample.
 
     The pair is packed as `seed * 2^32 + step`, advanced by the golden-ratio increment and finalised as splitmix64 does;
     then the upper half is folded into the lower (`z ^ (z >> 32)`), because CPU generators use only the low 32 bits of a
@@ -43,13 +43,13 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Float[Tensor, " ..."]:
-    """Standard normal float32 noise of step `step` of the sample `seed`.
+    """Draws the standard normal float32 noise of one step of the sample with this seed.
 
     Args:
         seed: The sample's seed.
         step: The step index, counted from 0.
         shape: Shape of one sample's latents, without batch dimension.
-        device: Where the numbers are drawn; devices draw different numbers.
+        device: The device that draws the numbers; different devices draw different numbers.
 
     Returns:
         Noise of that shape, on that device.
@@ -61,12 +61,12 @@ def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.devi
 def initial_noise(
     seed: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Float[Tensor, " ..."]:
-    """The noise that a diffusers pipeline draws for one sample from `torch.Generator(device).manual_seed(seed)`.
+    """Draws the noise of one sample as a diffusers pipeline does with `torch.Generator(device).manual_seed(seed)`.
 
     Args:
         seed: The sample's seed.
         shape: The pipeline's noise shape at batch 1, batch dimension included.
-        dtype: The dtype that the pipeline draws in; another dtype gives other numbers.
+        dtype: The dtype in which the pipeline draws; another dtype gives other numbers.
         device: Where the numbers are drawn.
 
     Returns:

@@ -22,7 +22,7 @@ from flowroll.sampling.transition import ODE, Transition
 def step(
     latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], dt: Float[Tensor, ""]
 ) -> Float[Tensor, " *latent"]:
-    """One deterministic step.
+    """Takes one deterministic step.
 
     Args:
         latents: x at sigma, any float dtype.
@@ -37,7 +37,7 @@ def step(
 
 
 def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int | float) -> Transition:
-    """The transition of one step, for its record: `step` is what takes it."""
+    """Computes the transition of one step for its record; `step` is what takes the step."""
     dt = sigmas[step + 1] - sigmas[step]
     return Transition(dynamics=ODE, on_latents=1.0, on_velocity=dt.item(), std=0.0)
 

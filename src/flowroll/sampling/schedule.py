@@ -25,9 +25,9 @@ ShiftType: TypeAlias = Literal["exponential", "linear"]
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # Options of the scheduler that change the grid in a way that is not computed here.
 _UNSUPPORTED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
-# Beyond every number that a scheduler is calibrated with, and far inside float32.
+# Larger than every number that a scheduler is calibrated with, and far within the range of float32.
 _MAX_NUMBER = 1e6
-# Its exponential is a float64, and infinite as a float32.
+# The exponential of this shift is finite in float64 and infinite in float32.
 _MAX_EXPONENT = 700.0
 # The shift rounds a first sigma of 1 to one of its neighbors.
 _ABOUT_1 = 1 + 1e-6
@@ -53,7 +53,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleConfig:
-    """What of a `FlowMatchEulerDiscreteScheduler` configuration shapes the grid. Names and defaults are diffusers'."""
+    """The options of a `FlowMatchEulerDiscreteScheduler` that shape the grid, with the names and defaults of diffusers."""
 
     num_train_timesteps: int = 1000
     shift: int | float = 1.0
@@ -69,11 +69,11 @@ class ScheduleConfig:
     def from_scheduler_config(cls, config: Mapping[str, object]) -> ScheduleConfig:
         """Reads a scheduler's configuration (`scheduler/scheduler_config.json`).
 
-        Options that diffusers does not know are passed over, as diffusers does.
+        Options that diffusers does not know are ignored, as diffusers does.
 
         Raises:
             UnsupportedModelError: The configuration asks for a grid that flowroll does not compute.
-            CheckpointError: A value from which no grid can be computed.
+            CheckpointError: No grid can be computed from a value of the configuration.
         """
         name = config.get("_class_name", _SCHEDULER)
         if name != _SCHEDULER:
@@ -89,7 +89,7 @@ class ScheduleConfig:
         return cls(**known)  # type: ignore[arg-type]
 
     def mu(self, num_tokens: int) -> float:
-        """The shift exponent of an image of `num_tokens` tokens, linear between the two calibrated sequence lengths."""
+        """Returns the shift exponent of an image of `num_tokens` tokens, linear between the two calibrated lengths."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         intercept = self.base_shift - slope * self.base_image_seq_len
         return num_tokens * slope + intercept
@@ -122,7 +122,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    # Compared, not converted: an integer may be beyond all floats. NaN is not below anything.
+    # The value is compared and not converted, because an integer may exceed all floats. A comparison with NaN is False.
     return type(value) in (int, float) and abs(value) <= _MAX_NUMBER  # type: ignore[arg-type]
 
 
@@ -131,7 +131,7 @@ def _shown(value: object) -> str:
 
 
 def linspace_float64(num_steps: int) -> Float[Tensor, " steps"]:
-    """`1 .. 1/T` as numpy's linspace computes it in float64, rounded to float32 (the base grid of Qwen-Image's pipeline)."""
+    """Returns `1 .. 1/T` as numpy's linspace computes it in float64, rounded to float32 (Qwen-Image's base grid)."""
     if num_steps == 1:
         return torch.ones(1)
     stop = 1.0 / num_steps
@@ -141,12 +141,12 @@ def linspace_float64(num_steps: int) -> Float[Tensor, " steps"]:
 
 
 def linspace_float32(num_steps: int) -> Float[Tensor, " steps"]:
-    """`1 .. 1/T` as torch's linspace computes it in float32 (the base grid of Z-Image's pipeline)."""
+    """Returns `1 .. 1/T` as torch's linspace computes it in float32 (the base grid of Z-Image's pipeline)."""
     return torch.linspace(1.0, 1 / num_steps, num_steps)
 
 
 def scheduler_grid(config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
-    """The scheduler's own base grid, for pipelines that give it a number of steps and no sigmas; float64.
+    """Returns the scheduler's own base grid in float64, for pipelines that pass a number of steps and no sigmas.
 
     It runs from the largest to the smallest sigma that the scheduler knows, and with a static shift these are shifted already.
     """
@@ -163,7 +163,7 @@ def scheduler_grid(config: ScheduleConfig, num_steps: int) -> Float[Tensor, " st
 
 
 def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, num_tokens: int) -> Schedule:
-    """The checkpoint's own grid.
+    """Computes the checkpoint's own grid.
 
     Dynamic shift: sigma = e^mu / (e^mu + 1/u - 1) with mu linear in the number of tokens (or the linear form, mu in place
     of e^mu). Static shift: sigma = shift u / (1 + (shift - 1) u). Then, if configured, 1 - sigma is stretched so that the
@@ -197,7 +197,7 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
     sigmas = sigmas.to(torch.float32)
     grid = torch.cat([sigmas, torch.zeros(1)])
     levels = grid.tolist()
-    # Written so that NaN does not pass.
+    # The comparison is written so that NaN is refused.
     if not (levels[0] <= _ABOUT_1 and all(later < earlier for earlier, later in itertools.pairwise(levels))):
         raise InvalidRequestError(
             f"sigmas must descend from at most 1 to 0, got {_shown(levels)} from the checkpoint's scheduler at "
@@ -208,6 +208,6 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
 
 
 def explicit_schedule(config: ScheduleConfig, sigmas: Sequence[int | float]) -> Schedule:
-    """A grid used verbatim: T + 1 values, the last 0, rounded to float32."""
+    """Makes a schedule from T + 1 explicit sigmas, of which the last is 0; they are only rounded to float32."""
     grid = torch.tensor(sigmas, dtype=torch.float32)
     return Schedule(sigmas=grid, timesteps=grid[:-1] * config.num_train_timesteps)

@@ -2,8 +2,8 @@
 
 Every sampler here is a Gaussian whose mean is affine in the latents, the velocity and the clean prediction of the step before,
 so a step is five facts: its dynamics, the three factors of the mean and the total std. The samplers compute these facts from
-the sigmas, one sampler to a file; this module applies and scores them, for the engine and for replay alike. The tensor that is
-scored is the tensor that was stored: `next_latents` after all rounding.
+the sigmas, one sampler per file; this module applies them and computes log-probs, for the engine and for replay alike. The
+log-prob is that of the stored tensor: `next_latents` after all rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Transition:
     """next ~ N(on_latents * x + on_velocity * v + on_previous * x0_prev, std^2), for latents x and velocity v.
 
     Attributes:
-        dynamics: The rule that made it. "ode" steps are executed by `ode.step`, in its dtypes.
+        dynamics: The name of the dynamics that made the transition. `ode.step` executes "ode" steps, in its dtypes.
         on_latents: Factor of x, a float32 value.
         on_velocity: Factor of v, a float32 value.
         std: Total std, a float32 value; 0 for a deterministic step.
@@ -40,7 +40,7 @@ class Transition:
 
     @classmethod
     def rounded(cls, *, dynamics: str, **values: float) -> Transition:
-        """A transition from float64 values, each rounded to float32 once."""
+        """Makes a transition from float64 values, each rounded to float32 once."""
         exact = torch.tensor(list(values.values()), dtype=torch.float64)
         return cls(dynamics=dynamics, **dict(zip(values, exact.to(torch.float32).tolist(), strict=True)))
 
@@ -56,13 +56,13 @@ def mean(
     velocity: Float[Tensor, " *shape"],
     previous: Float[Tensor, " *shape"] | None = None,
 ) -> Float[Tensor, " *shape"]:
-    """The mean of the next latents, in float32; differentiable in the velocity.
+    """Computes the mean of the next latents in float32, differentiable in the velocity.
 
     Args:
         transition: A step of any dynamics but the ODE.
         latents: x at sigma, any float dtype; taken to float32 first.
         velocity: v, any float dtype; taken to float32 first.
-        previous: x0_prev, float32; needed exactly where the transition has a factor for it.
+        previous: x0_prev, float32; needed exactly if the transition has a factor for it.
 
     Returns:
         on_latents * x + on_velocity * v + on_previous * x0_prev, float32.
@@ -77,12 +77,12 @@ def mean(
 def sample(
     transition: Transition, mean: Float[Tensor, " *shape"], noise: Float[Tensor, " *shape"] | None
 ) -> Float[Tensor, " *shape"]:
-    """Mean + std * noise in float32; the mean itself where the step is deterministic.
+    """Computes mean + std * noise in float32, or returns the mean itself if the step is deterministic.
 
     Args:
         transition: The step that `mean` belongs to.
-        mean: From `mean`, float32.
-        noise: Standard normal, float32; None exactly for deterministic steps.
+        mean: The result of `mean`, float32.
+        noise: Standard normal noise, float32; None exactly for deterministic steps.
 
     Returns:
         The next latents, float32.
@@ -98,7 +98,7 @@ def log_prob(
     *,
     no_const: bool = False,
 ) -> Float[Tensor, " batch"]:
-    """Log-density of the next latents, averaged over the elements of a sample.
+    """Computes the log-density of the next latents, averaged over the elements of a sample.
 
     With D elements and q = (1/D) sum (next - mean)^2:
 
@@ -108,12 +108,12 @@ def log_prob(
 
     Args:
         transition: The step that `mean` belongs to.
-        next_latents: What was stored, any float dtype.
-        mean: From `mean`, float32.
-        no_const: The wire convention without scale and constants.
+        next_latents: The latents that were stored, any float dtype.
+        mean: The result of `mean`, float32.
+        no_const: Whether to use the wire convention without scale and constants.
 
     Returns:
-        float32; exactly 0 where the step is deterministic and has no density.
+        The log-prob, float32; exactly 0 if the step is deterministic and has no density.
 
     Reference:
         Flow-GRPO (arXiv:2505.05470) takes the mean, not the sum, over a sample's elements. `no_const` is FlowCPS's form

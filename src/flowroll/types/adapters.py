@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) that an engine holds beside its weights: what names one, and what is said of a change of them."""
+"""Low-rank adapters (LoRA) that an engine holds beside its weights: their names, and the reports about their changes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class AdapterRecord:
     """The adapter that made a sample.
 
     Attributes:
-        name: It was loaded under.
-        version: Of the engine's weights when it was loaded; another adapter under the same name has another one.
-        sha256: `replay.adapter_checksum` of a trainer's model that has the same one.
-        merged: Whether it was added to the weights; else it ran beside them, as in training.
+        name: The name under which the adapter was loaded.
+        version: The version of the engine's weights when the adapter was loaded; another adapter under the same name has
+            another version.
+        sha256: The adapter's checksum, equal to `replay.adapter_checksum` of a trainer's model with the same adapter.
+        merged: Whether the adapter was added to the weights; otherwise it ran beside them, as in training.
     """
 
     name: str
@@ -34,12 +35,12 @@ class LoraAdapter:
     """An adapter in memory.
 
     Attributes:
-        name: By which a request chooses it.
-        version: Of the engine's weights when it was loaded.
-        sha256: Over its tensors, their names and scales.
-        merged: Whether it was added to a copy of the weights that it changes; else it runs beside them.
-        num_layers: Linears that it changes.
-        num_bytes: That it takes in memory, on rank 0.
+        name: The name by which a request chooses the adapter.
+        version: The version of the engine's weights when the adapter was loaded.
+        sha256: The sha256 over the adapter's tensors, their names and scales.
+        merged: Whether the adapter was added to a copy of the weights that it changes; otherwise it runs beside them.
+        num_layers: The number of linear layers that the adapter changes.
+        num_bytes: The bytes that the adapter takes in memory on rank 0.
     """
 
     name: str
@@ -51,7 +52,7 @@ class LoraAdapter:
 
     @property
     def record(self) -> AdapterRecord:
-        """What a sample's record says of it."""
+        """The adapter's entry in a sample's record."""
         return AdapterRecord(name=self.name, version=self.version, sha256=self.sha256, merged=self.merged)
 
 
@@ -60,11 +61,11 @@ class AdapterChange:
     """A finished change of adapters.
 
     Attributes:
-        lora_name: Which one.
-        weight_version: Version of the engine's weights from now on.
-        previous_version: The one before.
-        adapter: What has the name now; None: nothing has.
-        read_s: Seconds that reading and checking took, while generation went on.
+        lora_name: The name of the adapter that was changed.
+        weight_version: The version of the engine's weights from now on.
+        previous_version: The version before the change.
+        adapter: The adapter that has the name now; None if none has.
+        read_s: The seconds that reading and checking took, while generation continued.
         paused_s: Seconds for which no request could run.
     """
 
@@ -77,13 +78,13 @@ class AdapterChange:
 
 
 def adapter_config_text(config: Mapping[str, Any]) -> str:
-    """The text of adapter_config.json.
+    """Returns the text of adapter_config.json.
 
     Args:
-        config: What peft's `LoraConfig.to_dict()` or `dataclasses.asdict` gives.
+        config: The result of peft's `LoraConfig.to_dict()` or of `dataclasses.asdict`.
 
     Raises:
-        InvalidRequestError: It holds what has no place in JSON.
+        InvalidRequestError: The configuration holds a value that JSON cannot represent.
     """
     try:
         # peft keeps names in sets.
@@ -95,10 +96,10 @@ def adapter_config_text(config: Mapping[str, Any]) -> str:
 
 
 def check_lora_name(name: object) -> None:
-    """Refuses what cannot name an adapter.
+    """Refuses a value that cannot be the name of an adapter.
 
     Raises:
-        InvalidRequestError: It is no text, empty, too long, or not printable.
+        InvalidRequestError: The name is not a text, is empty, too long, or not printable.
     """
     if not (isinstance(name, str) and 0 < len(name) <= MAX_LORA_NAME_CHARS and name.isprintable()):
         shown = f"{len(name)} characters" if isinstance(name, str) else type(name).__name__

@@ -1,4 +1,4 @@
-"""How a request is given to a method: as its text, as `SamplingParams`, or by the names of their fields.
+"""The ways to pass a request to a method: as its prompt, as `SamplingParams`, or by the names of their fields.
 
 `SamplingParams` is the one definition. The two classes here only repeat its names and types, as editors and type checkers want
 them for keyword arguments; a test compares them with it.
@@ -15,7 +15,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType
 from flowroll.types.plain import plain
 
-# numpy's numbers and tensors of one element too; and for several, 1-D arrays and tensors.
+# Numbers of numpy and tensors of one element are accepted too; for several values, also 1-D arrays and tensors.
 Integer: TypeAlias = int | SupportsIndex
 Real: TypeAlias = float | SupportsFloat
 Integers: TypeAlias = Collection[Integer]
@@ -59,7 +59,7 @@ class RolloutFields(ImageFields, total=False):
     rollout_return_dit_trajectory: bool
     rollout_sde_step_indices: Integers | None
     rollout_return_step_indices: Integers | None
-    # The short names of the same.
+    # The short names of the fields above.
     sde_type: SdeType
     noise_level: Real
     log_prob_no_const: bool
@@ -71,14 +71,14 @@ class RolloutFields(ImageFields, total=False):
 
 
 def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method was given, by the fields of `SamplingParams`: checked, with plain numbers and tuples, otherwise as given.
+    """Returns the fields of `SamplingParams` that a method was given, checked, with plain numbers and tuples.
 
     Args:
-        request: The prompt, or the whole request, of which what differs from the defaults counts as given.
+        request: The prompt, or the whole request, of which the values that differ from the defaults count as given.
         values: The fields given by name.
 
     Raises:
-        InvalidRequestError: A name is no field, something is given twice or not at all, or a value breaks its rule.
+        InvalidRequestError: A name is not a field, a value is given twice or not at all, or a value breaks its rule.
     """
     if isinstance(request, SamplingParams):
         if values:
@@ -103,7 +103,7 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
 
 
 def params_of(request: str | SamplingParams | None, values: Mapping[str, Any]) -> SamplingParams:
-    """The request that a method was given; see `given_fields`."""
+    """Returns the request that a method was given; see `given_fields`."""
     return request if isinstance(request, SamplingParams) and not values else SamplingParams(**given_fields(request, values))
 
 
@@ -111,7 +111,7 @@ def refuse_unknown(names: Iterable[str]) -> None:
     """Refuses a name that `SamplingParams` does not have.
 
     Raises:
-        InvalidRequestError: Says which field may be meant.
+        InvalidRequestError: The name is unknown; the message says which field may be meant.
     """
     for name in names:
         if name not in _FIELDS and name not in ALIASES:
@@ -121,6 +121,6 @@ def refuse_unknown(names: Iterable[str]) -> None:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of."""
+    """Returns the known name of which `name` is most likely a misspelling."""
     matches = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.7)
     return matches[0] if matches else None

@@ -1,4 +1,4 @@
-"""One number for a guidance branch, so that an environment that was altered or mixed up can be told from other weights."""
+"""Digests of guidance branches, which distinguish an environment that was altered or mixed up from other weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flowroll.types.tensors import plain_tensor, tensor_bytes
 
 
 def env_digests(env: DenoisingEnv) -> tuple[str, str | None]:
-    """`branch_digest` of the conditional branch, and of the unconditional one where there is one.
+    """Returns `branch_digest` of the conditional branch, and of the unconditional one if there is one.
 
-    What both branches share, the arguments of reference images and the guidance embedding, counts as part of each.
+    Both branches share the arguments of reference images and the guidance embedding, which count as part of each.
     """
     shared: dict[str, EnvValue] = {f"image_kwargs.{key}": value for key, value in env.image_kwargs.items()}
     if env.guidance is not None:
@@ -28,9 +28,9 @@ def env_digests(env: DenoisingEnv) -> tuple[str, str | None]:
 
 
 def branch_digest(branch: Mapping[str, EnvValue]) -> str:
-    """SHA-256 over the arguments of one branch in the order of their names: name, dtype, shape and bytes, or plain JSON.
+    """Returns the SHA-256 over one branch's arguments by name: the name, then dtype, shape and bytes, or plain JSON.
 
-    It depends on the values alone: neither on the device, nor on how the branch has travelled.
+    It depends on the values only, not on the device or on how the branch was sent.
     """
     digest = hashlib.sha256()
     for name in sorted(branch):
@@ -45,7 +45,7 @@ def branch_digest(branch: Mapping[str, EnvValue]) -> str:
 
 
 def _nested(value: EnvValue) -> list[Tensor]:
-    """The tensors inside lists, in their order."""
+    """Returns the tensors inside nested lists, in their order."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in value for tensor in _nested(item)] if isinstance(value, list | tuple) else []

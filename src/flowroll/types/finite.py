@@ -1,4 +1,4 @@
-"""Whether a tensor holds finite numbers alone."""
+"""A test of whether a tensor holds only finite numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. Costs one pass over the tensor, without a second one in memory."""
+    """Tells whether no entry is NaN or infinite, in one pass over the tensor that allocates no second tensor."""
     if not tensor.is_floating_point():
         return True
-    # A sum with NaN or infinity in it is not finite. That of finite numbers may overflow, so only then each is looked at.
+    # A sum with NaN or infinity in it is not finite. A sum of finite numbers may overflow too, so then each number is checked.
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

@@ -12,15 +12,15 @@ _AXIS = re.compile(r"(sp|tp|cfg)(\d{1,4})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The degrees of an engine's parallel axes. One rank by default.
+    """The degrees of an engine's parallel axes; the default is one rank.
 
     Attributes:
         cfg_parallel: Whether the conditional and the unconditional branch run on two groups of ranks.
-        sp: Ranks that share the rows of the token sequence.
-        tp: Ranks that share the output columns of the transformer's linears.
+        sp: The number of ranks that share the rows of the token sequence.
+        tp: The number of ranks that share the output columns of the transformer's linear layers.
 
     Raises:
-        InvalidRequestError: A degree below 1.
+        InvalidRequestError: A degree is below 1.
     """
 
     cfg_parallel: bool = False
@@ -40,26 +40,26 @@ class Layout:
 
     @property
     def cfg(self) -> int:
-        """Groups of ranks that the guidance branches are spread over: 2 or 1."""
+        """The number of rank groups over which the guidance branches are spread: 2 or 1."""
         return 2 if self.cfg_parallel else 1
 
     @property
     def num_ranks(self) -> int:
-        """Returns the number of ranks of the engine."""
+        """The number of ranks of the engine."""
         return self.cfg * self.sp * self.tp
 
     @property
     def name(self) -> str:
-        """E.g. "sp2xcfg2"; "single" for one rank. `parse` reads it."""
+        """The layout's name, e.g. "sp2xcfg2", or "single" for one rank; `parse` reads it."""
         parts = [f"{axis}{degree}" for axis in ("sp", "cfg", "tp") if (degree := getattr(self, axis)) > 1]
         return "x".join(parts) or "single"
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """The layout of a name such as "sp2", "cfg2", "sp2xtp2" or "single".
+        """Returns the layout of a name such as "sp2", "cfg2", "sp2xtp2" or "single".
 
         Raises:
-            InvalidRequestError: No such layout.
+            InvalidRequestError: There is no layout of that name.
         """
         degrees: dict[str, int] = {}
         for part in [] if name == "single" else name.split("x"):
@@ -97,7 +97,7 @@ class Gather:
     """A module whose output is made whole again.
 
     Attributes:
-        module: Its path.
+        module: Path of the module in the transformer.
         rows: Dimension of the token rows.
         branches: Dimension of the guidance branches; None where branches are separate forwards.
     """
@@ -114,14 +114,14 @@ class Region:
     Every module between `enter` and `leave` treats rows independently, but for attention, whose keys and values are gathered.
 
     Attributes:
-        enter: The hidden states, where they are narrowed.
-        follow: What else is narrowed along with them.
-        leave: Where they are gathered.
-        attention: Path of the attention modules inside.
+        enter: Where the hidden states are narrowed.
+        follow: The other tensors that are narrowed in the same way.
+        leave: The module whose output is gathered.
+        attention: Path of the attention modules in the region.
         sliced: Paths of linears whose input is a part of a longer sequence. For a pair of branches such a part is not
             contiguous, and torch's linear adds the bias to the rounded product; for one branch it is, and the sum is rounded
             once (measured with torch 2.13 on CPU, bfloat16). Those listed here compute one branch as they compute a pair.
-        is_in_front: Whether attention has the keys that are sharded before those that are not; else they stand behind them.
+        is_in_front: Whether attention has the sharded keys before those that are not sharded; otherwise they come after them.
     """
 
     enter: Split
@@ -132,17 +132,17 @@ class Region:
     is_in_front: bool = False
 
     def following(self, *more: Split) -> Region:
-        """The same region with more tensors that are narrowed."""
+        """Returns this region with more tensors to narrow."""
         return replace(self, follow=(*self.follow, *more))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
-    """What of a transformer can be sharded, declared from outside the model.
+    """The parts of a transformer that can be sharded, declared from outside the model.
 
     Attributes:
         regions: Where rows (and branches that share a batch) are sharded.
-        columns: Paths of the linears whose output columns are sharded.
+        columns: Paths of the linear layers whose output columns are sharded.
     """
 
     regions: tuple[Region, ...]

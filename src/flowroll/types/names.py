@@ -1,6 +1,6 @@
-"""Short names for the fields of a dataclass: accepted where it is made, readable on what was made.
+"""Short names for the fields of a dataclass, which its constructor accepts and its instances have as attributes.
 
-Owns the rule for two names of one value: either may be given, both may not.
+Owns the rule for two names of one value: either name may be given, but not both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Alias(Generic[T]):
     """A second name for a field; stands in the body of a dataclass that `accept_aliases` decorates.
 
     Args:
-        field: Name of the field.
+        field: The name of the field.
     """
 
     def __init__(self, field: str) -> None:
@@ -37,15 +37,15 @@ class Alias(Generic[T]):
 
 
 def aliases_of(cls: type) -> dict[str, str]:
-    """The field of every alias that a class declares."""
+    """Returns the field of every alias that a class declares."""
     return {name: value.field for name, value in vars(cls).items() if isinstance(value, Alias)}
 
 
 def by_field(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The values by the names of the fields.
+    """Returns values by the names of the fields.
 
     Args:
-        values: By either name.
+        values: The values by either name.
         aliases: The field of every alias.
 
     Raises:
@@ -60,7 +60,7 @@ def by_field(values: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str,
 
 
 def accept_aliases(cls: ClassT) -> ClassT:
-    """Lets a keyword-only dataclass be made by its aliases too; an error about a field has the name that was given."""
+    """Lets a keyword-only dataclass be constructed by its aliases too; an error uses the name that was given."""
     aliases = aliases_of(cls)
     make = cls.__init__  # type: ignore[misc]
 

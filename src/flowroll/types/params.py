@@ -39,7 +39,7 @@ _FLAGS = (
     "rollout_return_dit_trajectory",
     "suppress_logs",
 )
-# What an evaluation may say beside the defaults: values that ask for nothing.
+# The values that an evaluation may give besides the defaults, because they request nothing.
 _NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0, "rollout_debug_mode": False}
 
 
@@ -49,7 +49,7 @@ def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -
 
 
 def _shown(value: object) -> str:
-    """The value, short."""
+    """Returns a short text of a value."""
     try:
         shown = repr(value)
     except ValueError:  # Python refuses to print integers of several thousand digits, also inside a tuple.
@@ -82,7 +82,7 @@ class SamplingParams:
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
         width: Pixels; a multiple of the family's pixel unit. None: the family's.
-        height: As `width`.
+        height: Pixels; a multiple of the family's pixel unit. None: the family's.
         num_inference_steps: Number of transitions T. None: the family's.
         num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
         num_frames: 1 or None: an image. Taken for clients that always send it.
@@ -181,7 +181,7 @@ class SamplingParams:
             _require(isinstance(value, bool), name, "be True or False", value, "use a bool")
 
     def _take_plain(self) -> None:
-        """Lists and arrays become tuples, so that nobody can change a checked request; numbers of libraries become Python's."""
+        """Converts lists and arrays to tuples, so that a checked request cannot change, and other numbers to Python's."""
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)
@@ -263,7 +263,7 @@ class SamplingParams:
             check_sigmas(grid, chosen, noise_level=level, sde_step_indices=self.rollout_sde_step_indices)
 
     def _check_evaluation(self) -> None:
-        """Refuses what has no effect without a rollout."""
+        """Refuses values that have no effect without a rollout."""
         if self.rollout:
             return
         for name in ROLLOUT_FIELDS - {"rollout"}:
@@ -272,7 +272,7 @@ class SamplingParams:
             _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
 
 
-# The field that every short name stands for.
+# The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
 ROLLOUT_FIELDS = frozenset({"rollout", *ALIASES.values()})
@@ -280,7 +280,7 @@ DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Sam
 
 
 def by_field_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of `SamplingParams` by the names of its fields, from values by either name.
+    """Returns values of `SamplingParams` by the names of its fields, from values by either name.
 
     Raises:
         InvalidRequestError: One value was given by both names.

@@ -1,4 +1,4 @@
-"""Numbers and arrays of numpy and torch as plain values."""
+"""Converts numbers and arrays of numpy and torch to plain Python values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's, and a list, a range or a 1-D array as a tuple of such; all else as it is."""
+    """Converts numbers of numpy and torch to Python's, and lists, ranges and 1-D arrays to tuples; keeps all else."""
     if isinstance(value, tuple | list | range):
         return tuple(map(_one, value))
     made = _one(value)
@@ -14,7 +14,7 @@ def plain(value: Any) -> Any:
 
 
 def _one(value: Any) -> Any:
-    """A value of 0 or 1 dimensions without its library; what a device does not give out stays as it is."""
+    """Converts a value of 0 or 1 dimensions to plain Python; a value that its device does not give out stays unchanged."""
     if isinstance(value, str | int | float | None) or getattr(value, "ndim", None) not in (0, 1):
         # numpy's float64 is a float, and its text is text.
         return float(value) if isinstance(value, float) and type(value) is not float else value

@@ -1,4 +1,4 @@
-"""What comes back: `Rollout`, its parts, and `GeneratedImage`. Tensors have no batch dimension."""
+"""The results of requests: `Rollout`, its parts, and `GeneratedImage`. Tensors have no batch dimension."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SamplingRecord:
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
         negative_prompt: Text of the unconditional branch; None without guidance.
-        height: Pixels.
-        width: Pixels.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
         sigmas: T + 1 noise levels, float32 values.
         timesteps: T timesteps as the model's schedule has them, float32 values.
@@ -43,8 +43,8 @@ class SamplingRecord:
         device: Device type that the transformer ran on.
         schema_version: Version of this record.
         pos_cond_sha256: `branch_digest` of the environment's conditional branch; None where no environment was returned.
-        neg_cond_sha256: Of the unconditional branch; None without one.
-        lora: The adapter that it was made with; None: the model as it is.
+        neg_cond_sha256: `branch_digest` of the unconditional branch; None without one.
+        lora: The adapter with which the sample was made; None: the model without an adapter.
     """
 
     family: str
@@ -65,7 +65,7 @@ class SamplingRecord:
     timestep_dtype: str
     device: str
     schema_version: int = SCHEMA_VERSION
-    # Later than the rest, and without meaning for the steps: records that lack them are of the same schema.
+    # These fields were added later and do not affect the steps, so records without them have the same schema version.
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
@@ -81,9 +81,9 @@ class Trajectory:
 
     Attributes:
         latents: x before each kept step, then the final latents; in the loop's dtype, float32 where steps differ.
-        latent_step_indices: The state (0..T) that each row of `latents` is.
-        timesteps: float32, as the model's schedule has them.
-        sigmas: float32, 1 = noise.
+        latent_step_indices: The state (0..T) of each row of `latents`.
+        timesteps: The timesteps of the model's schedule, float32.
+        sigmas: The noise levels, float32; 1 is noise.
     """
 
     latents: Float[Tensor, " kept *latent"]
@@ -114,7 +114,7 @@ class DebugTensors:
 
 
 def replace_tensors(value: Any, change: Callable[[Tensor], object]) -> Any:
-    """The same nested mappings and lists with something else in the place of every tensor."""
+    """Returns the same nested mappings and lists with every tensor replaced."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -141,15 +141,15 @@ class DenoisingEnv:
     guidance: Tensor | None = None
 
     def to(self, device: torch.device | str) -> DenoisingEnv:
-        """The same environment with its tensors on a device, copied: it shares nothing with this one."""
+        """Returns a copy of the environment on a device; it shares no memory with this one."""
         return self.with_tensors(lambda tensor: tensor.detach().to(device, copy=True))
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> DenoisingEnv:
-        """The same environment with every tensor replaced, wherever it is nested."""
+        """Returns the environment with every tensor replaced, at any depth."""
         return DenoisingEnv(**replace_tensors({name: getattr(self, name) for name in self.__slots__}, change))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its dotted name, e.g. "pos_cond_kwargs.cap_feats", in one fixed order."""
+        """Yields every tensor with its dotted name, e.g. "pos_cond_kwargs.cap_feats", in a fixed order."""
 
         def found(name: str, value: EnvValue) -> Iterator[tuple[str, Tensor]]:
             if isinstance(value, Tensor):
@@ -170,17 +170,17 @@ class Rollout:
     """One finished sample.
 
     Attributes:
-        request_id: Of the request it belongs to.
-        prompt: The text.
+        request_id: Id of the request to which the sample belongs.
+        prompt: The prompt's text.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
-        log_probs: Per step, float32; 0.0 at deterministic steps. None for an evaluation.
+        log_probs: The log-prob of each step, float32; 0.0 at deterministic steps. None for an evaluation.
         sde_step_indices: The steps that have a density, ascending. None for an evaluation.
-        debug_tensors: Present if asked for.
-        denoising_env: Present if asked for.
-        dit_trajectory: Present if asked for.
-        weight_version: Version of the weights that made it.
-        sampling: How it was made.
+        debug_tensors: What every transition saw and made; None unless requested.
+        denoising_env: The environment of the sample; None unless requested.
+        dit_trajectory: The latents of the steps; None unless requested.
+        weight_version: Version of the weights that made the sample.
+        sampling: The record of how the sample was made.
         inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
         peak_memory_mb: Peak memory of the engine's process so far (on CUDA: of this request), MiB.
     """
@@ -205,13 +205,13 @@ class GeneratedImage:
     """One picture of plain text-to-image generation.
 
     Attributes:
-        request_id: Of the request it belongs to.
-        prompt: The text.
+        request_id: Id of the request to which the sample belongs.
+        prompt: The prompt's text.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
         latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.
-        sampling: How it was made.
-        weight_version: Version of the weights that made it.
+        sampling: The record of how the sample was made.
+        weight_version: Version of the weights that made the sample.
         inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
     """
 

@@ -1,4 +1,4 @@
-"""Recorded steps that are to be scored on an engine, and what comes back. Tensors have no batch dimension."""
+"""Recorded steps whose log-probs an engine recomputes, and the results. Tensors have no batch dimension."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class RecordedSteps:
     """Some steps of one sample.
 
     Attributes:
-        steps: Which steps, counted from 0.
-        latents: x before each of them, as a trajectory holds it; [steps, latent].
-        next_latents: x after each of them; as `latents`.
-        denoising_env: Of the rollout.
-        sampling: Of the rollout.
-        sde_step_indices: Of the rollout; None: every step follows the record's dynamics.
+        steps: The steps, counted from 0.
+        latents: The latents before each step, as a trajectory holds them; [steps, latent].
+        next_latents: The latents after each step; [steps, latent].
+        denoising_env: The rollout's environment.
+        sampling: The rollout's record.
+        sde_step_indices: The rollout's steps with a density; None: every step follows the record's dynamics.
 
     Raises:
-        InvalidRequestError: The states are not one per step.
+        InvalidRequestError: The number of states differs from the number of steps.
     """
 
     steps: tuple[int, ...]
@@ -54,14 +54,14 @@ class RecordedSteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreParams:
-    """One request.
+    """One request to recompute log-probs.
 
     Attributes:
-        samples: What to score, in the order of the answer.
-        log_probs_only: Leave means and velocities out of the answer; no forward is run for a step without density.
-        suppress_logs: Do not log this request.
-        request_id: 1 to 256 characters, echoed; None: the engine makes one.
-        min_weight_version: Refuse weights that are older than this version; as in `SamplingParams`.
+        samples: The recorded steps of each sample, in the order of the answer.
+        log_probs_only: Whether to leave means and velocities out of the answer; no forward is run for a step without density.
+        suppress_logs: Whether this request is left out of the log.
+        request_id: The request's id, 1 to 256 characters, which the answer repeats; None: the engine makes one.
+        min_weight_version: The request is refused if the weights are older than this version; see `SamplingParams`.
 
     Raises:
         InvalidRequestError: There is no sample, or the id or the version breaks its rule.
@@ -82,15 +82,15 @@ class ScoreParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleScores:
-    """The steps of one sample, scored; float32, on the CPU.
+    """The results of one sample's steps; float32, on the CPU.
 
     Attributes:
-        steps: Which steps.
-        log_probs: Of the next latents; exactly 0 at deterministic steps.
+        steps: The steps, counted from 0.
+        log_probs: Log-probs of the next latents; exactly 0 at deterministic steps.
         stds: Total std of the transitions; 0 at deterministic steps.
-        means: Of the next latents; None if only log-probs were asked for.
-        velocities: The guided velocities given to the transitions; None if only log-probs were asked for.
-        lora: The adapter that scored them: what now has the name that the sample's record gives; None: the model as it is.
+        means: Means of the next latents; None if only log-probs were requested.
+        velocities: The guided velocities given to the transitions; None if only log-probs were requested.
+        lora: The adapter that was used, which is the one that now has the name in the sample's record; None: no adapter.
     """
 
     steps: tuple[int, ...]
@@ -106,10 +106,10 @@ class ScoreAnswer:
     """The answer to `ScoreParams`.
 
     Attributes:
-        request_id: Of the request.
-        weight_version: Version of the weights that scored all of it.
-        samples: In the order of the request.
-        inference_time_s: Wall time, seconds.
+        request_id: Id of the request.
+        weight_version: Version of the weights with which all steps were computed.
+        samples: The results of each sample, in the order of the request.
+        inference_time_s: Wall time in seconds.
     """
 
     request_id: str

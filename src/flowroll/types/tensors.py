@@ -1,4 +1,4 @@
-"""The one way to the raw memory of a tensor.
+"""The only access to the raw memory of a tensor.
 
 An object that is a `Tensor` need not have memory of its own: a DTensor holds a shard, a meta or fake tensor holds nothing, a
 quantized or sparse one holds something else than its elements, and FSDP frees storages under tensors that still exist. Reading
@@ -25,18 +25,18 @@ _MOST_SHOWN = 200
 
 
 def plain_tensor(tensor: object, subject: str = "the tensor", *, device: torch.device | str | None = "cpu") -> Tensor:
-    """An ordinary contiguous tensor with the same values: in the same memory where the tensor is one already, else a copy.
+    """Returns an ordinary contiguous tensor with the same values, in the same memory if the tensor is already such a tensor.
 
     A DTensor is gathered, which is a collective operation: every rank of its mesh has to call this for the same tensors in the
     same order.
 
     Args:
-        tensor: Any tensor; what is none is refused.
-        subject: What a message calls it, e.g. its name in a state_dict.
-        device: Where the result is to be; None: where the tensor is.
+        tensor: Any tensor; other objects are refused.
+        subject: The tensor's name in an error message, e.g. its name in a state_dict.
+        device: The device of the result; None: the tensor's device.
 
     Raises:
-        InvalidRequestError: It has no data, or its elements cannot be read as they are; says what to do instead.
+        InvalidRequestError: The tensor has no data, or its elements cannot be read directly; the message says what to do.
     """
     readable_bytes(tensor, subject)
     assert isinstance(tensor, Tensor)
@@ -50,11 +50,11 @@ def plain_tensor(tensor: object, subject: str = "the tensor", *, device: torch.d
 
 
 def readable_bytes(tensor: object, subject: str = "the tensor") -> int:
-    """Size of a tensor, of a DTensor the whole of it. Nothing is read or gathered.
+    """Returns the size of a tensor in bytes (of a DTensor, its whole size) without reading or gathering it.
 
     Raises:
-        InvalidRequestError: It can be seen to have no elements that could be read: it is no tensor, has no data, or is
-            quantized, sparse or nested.
+        InvalidRequestError: The object evidently has no readable elements: it is not a tensor, has no data, or is quantized,
+            sparse or nested.
     """
     if not isinstance(tensor, Tensor):
         raise InvalidRequestError(
@@ -78,20 +78,20 @@ def readable_bytes(tensor: object, subject: str = "the tensor") -> int:
 
 
 def mesh_of(tensor: object) -> Any:
-    """The device mesh over which a DTensor is sharded; None for every other object."""
+    """Returns the device mesh over which a DTensor is sharded; None for every other object."""
     # A DTensor exists only where its module was imported, which takes long and which most processes never do.
     module = sys.modules.get("torch.distributed.tensor")
     return tensor.device_mesh if module is not None and isinstance(tensor, module.DTensor) else None
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, writable and in place; it keeps the tensor alive.
+    """Returns a writable view of the memory of a contiguous CPU tensor; the view keeps the tensor alive.
 
     Args:
-        tensor: From `plain_tensor`, or made by torch's own allocator.
+        tensor: A result of `plain_tensor`, or a tensor that torch's own allocator made.
 
     Raises:
-        InvalidRequestError: It has no such memory.
+        InvalidRequestError: The tensor has no contiguous memory on the CPU.
     """
     is_ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
     is_read_as_it_lies = is_ordinary and not (tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
@@ -105,7 +105,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, from all ranks of its mesh; everything else as it is."""
+    """Gathers a DTensor from all ranks of its mesh; returns every other tensor unchanged."""
     mesh = mesh_of(tensor)
     if mesh is None:
         return tensor
@@ -115,14 +115,14 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """The tensor without subclass, and without a conjugation or a negation that is still to be carried out."""
+    """Returns the tensor as a plain `Tensor`, with any pending conjugation or negation carried out."""
     if type(tensor) is not Tensor:
         tensor = tensor.as_subclass(Tensor) if type(tensor).__torch_dispatch__ is _NO_DISPATCH else _copied(tensor)
     return tensor.resolve_conj().resolve_neg()
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A copy of a tensor whose class answers torch's operations itself; what its memory holds, only the class knows.
+    """Copies a tensor whose class implements torch's operations itself, because only the class knows its memory.
 
     Raises:
         RuntimeError: The class does not copy every element.
@@ -132,14 +132,14 @@ def _copied(tensor: Tensor) -> Tensor:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         copies.append(copy.reshape(-1).view(torch.uint8).fill_(filling))
         copy.copy_(tensor)
-    # What was not written differs.
+    # An element that was not written differs between the two copies.
     if not torch.equal(*copies):
         raise RuntimeError("its class does not copy it")
     return copy
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether all elements of a strided tensor lie in its storage."""
+    """Tells whether all elements of a strided tensor lie in its storage."""
     if tensor.numel() == 0:
         return True
     last = tensor.storage_offset() + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -149,7 +149,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _errors_named(tensor: Tensor, subject: str) -> Iterator[None]:
-    """Makes one error of all that torch, or the class of a tensor, raises where it has no such memory."""
+    """Turns every error that torch or a tensor's class raises about missing memory into one error that names the tensor."""
     try:
         yield
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, AttributeError) as error:

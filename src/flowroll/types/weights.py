@@ -1,4 +1,4 @@
-"""What names the weights of a policy, and what is said of a change of them."""
+"""The version names of a policy's weights, and the reports about their changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowroll.errors import InvalidRequestError
 # The parts of a checkpoint that have weights; not every checkpoint has all of them.
 ModuleName: TypeAlias = Literal["transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
 MAX_VERSION_CHARS = 128
-# No sign, no leading zero: what a counter writes.
+# A number as a counter writes it, without sign or leading zero.
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
 
 
@@ -20,12 +20,12 @@ class WeightUpdate:
     """A finished change of weights.
 
     Attributes:
-        module: What was changed.
-        weight_version: The version from now on.
-        previous_version: The one before.
-        num_tensors: Tensors of the module.
-        num_bytes: Of these tensors in memory, on rank 0.
-        read_s: Seconds that reading and checking took, while generation went on.
+        module: The module that was changed.
+        weight_version: The version of the weights from now on.
+        previous_version: The version before the change.
+        num_tensors: The number of the module's tensors.
+        num_bytes: The bytes of these tensors in memory on rank 0.
+        read_s: The seconds that reading and checking took, while generation continued.
         paused_s: Seconds for which no request could run.
     """
 
@@ -40,12 +40,12 @@ class WeightUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChange:
-    """Memory of weights that was released or taken again.
+    """A release or a restoration of the memory of the weights.
 
     Attributes:
         mode: Where the weights are kept now, "offload" or "disk"; None: they are in place.
-        num_bytes: That moved, on rank 0.
-        seconds: For which no request could run.
+        num_bytes: The bytes that were moved on rank 0.
+        seconds: The seconds for which no request could run.
     """
 
     mode: Literal["offload", "disk"] | None
@@ -54,15 +54,15 @@ class MemoryChange:
 
 
 def version_number(version: str) -> int | None:
-    """The number that a version is, if it is one as a counter writes it."""
+    """Returns a version as a number, if it is one as a counter writes it; otherwise None."""
     return int(version) if _INTEGER.fullmatch(version) else None
 
 
 def check_version(version: object, field: str) -> None:
-    """Refuses what cannot name a version.
+    """Refuses a value that cannot be the name of a version.
 
     Raises:
-        InvalidRequestError: It is no text, empty, too long, or not printable.
+        InvalidRequestError: The version is not a text, is empty, too long, or not printable.
     """
     if isinstance(version, str) and 0 < len(version) <= MAX_VERSION_CHARS and version.isprintable():
         return

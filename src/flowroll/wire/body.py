@@ -16,10 +16,10 @@ class Segment:
     """A span of a body.
 
     Attributes:
-        data: The bytes before any base64.
-        is_base64: Whether they are sent as base64. Padding appears where a segment ends, so a base64 segment is a whole text,
-            or the last part of one.
-        owner: The tensor that `data` belongs to, if it is one's storage.
+        data: The bytes before any base64 encoding.
+        is_base64: Whether the bytes are sent as base64. A segment ends with padding, so a base64 segment is a whole text or the
+            last part of one.
+        owner: The tensor to which `data` belongs, if it is a tensor's storage.
     """
 
     data: bytes | memoryview
@@ -28,15 +28,15 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Bytes as sent."""
+        """The number of bytes as sent."""
         return -(-len(self.data) // 3) * 4 if self.is_base64 else len(self.data)
 
     def fitting(self, room: int) -> int:
-        """How many bytes of `data` are at most `room` bytes as sent, without padding in their midst."""
+        """Returns how many bytes of `data` fit into `room` bytes as sent, without padding in the middle."""
         return room // 4 * 3 if self.is_base64 else room
 
     def piece(self, start: int, stop: int) -> bytes | memoryview:
-        """`data[start:stop]` as sent."""
+        """Returns `data[start:stop]` as sent."""
         part = memoryview(self.data)[start:stop]
         return binascii.b2a_base64(part, newline=False) if self.is_base64 else part
 
@@ -45,11 +45,11 @@ class Segment:
 class EncodedBody:
     """An encoded answer.
 
-    It refers to the storage of the tensors it was made from: do not write to them before it is sent.
+    It refers to the storage of the tensors from which it was made: do not write to them before it is sent.
 
     Attributes:
-        content_type: Media type.
-        segments: Its buffers in order.
+        content_type: The media type.
+        segments: The buffers of the body in order.
     """
 
     content_type: str
@@ -57,11 +57,11 @@ class EncodedBody:
 
     @property
     def content_length(self) -> int:
-        """Bytes, exactly."""
+        """The exact number of bytes."""
         return sum(segment.length for segment in self.segments)
 
     def chunks(self, max_bytes: int = 1 << 20) -> Iterator[bytes]:
-        """The body in pieces of at most `max_bytes`, so that no step copies (or encodes) more than that at a time."""
+        """Yields the body in pieces of at most `max_bytes`, so that no step copies or encodes more at a time."""
         assert max_bytes >= _MIN_CHUNK_BYTES
         parts: list[bytes | memoryview] = []
         room = max_bytes

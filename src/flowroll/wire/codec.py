@@ -34,7 +34,7 @@ _PREFIX_MULTIPLE = 24
 
 
 class Blob(msgspec.Struct, Generic[Data], frozen=True):
-    """The envelope of a tensor; the safetensors header inside says dtype and shape again, and counts."""
+    """The envelope of a tensor. The safetensors header in it repeats dtype and shape, and takes precedence."""
 
     data: Data
 
@@ -51,7 +51,7 @@ _IMAGES: Mapping[str, Any] = {
 
 
 def encode_rollouts(rollouts: Sequence[Rollout], *, wire_format: WireFormat, dialect: Dialect = "native") -> EncodedBody:
-    """The body of an answer of POST /rollout/generate.
+    """Encodes the answer of POST /rollout/generate.
 
     The body refers to the rollouts' tensors; do not write to them before it is sent.
     """
@@ -59,40 +59,41 @@ def encode_rollouts(rollouts: Sequence[Rollout], *, wire_format: WireFormat, dia
 
 
 def encode_images(images: Sequence[GeneratedImage], *, wire_format: WireFormat) -> EncodedBody:
-    """The body of an answer of POST /generate; it refers to the images' tensors."""
+    """Encodes the answer of POST /generate; the body refers to the images' tensors."""
     return encode([image_to_wire(image) for image in images], wire_format)
 
 
 def decode_rollouts(body: Body, content_type: str) -> list[Rollout]:
-    """The rollouts of an answer of POST /rollout/generate, in either dialect.
+    """Decodes the rollouts of an answer of POST /rollout/generate, in either dialect.
 
-    All tensors are writable and disjoint. Give a `bytearray` to have the large tensors of a msgpack answer without a copy:
-    it is taken over, must not be changed any more, and lives as long as one of them.
+    All tensors are writable and share no memory with each other. Pass a `bytearray` to get the large tensors of a msgpack
+    answer without a copy: the tensors then use its memory, it must not be changed any more, and it lives as long as any of
+    them.
 
     Args:
-        body: All of the answer.
-        content_type: Its media type.
+        body: The complete answer.
+        content_type: The answer's media type.
 
     Raises:
-        ServerConnectionError: It is truncated, or no such answer.
+        ServerConnectionError: The body is truncated, or is not such an answer.
     """
     with reading("rollouts"):
         return [rollout_from_wire(sample, load) for sample in _ROLLOUTS[media_type_of(content_type)].decode(body)]
 
 
 def decode_images(body: Body, content_type: str) -> list[GeneratedImage]:
-    """The images of an answer of POST /generate; tensors as for `decode_rollouts`.
+    """Decodes the images of an answer of POST /generate; for the tensors see `decode_rollouts`.
 
     Raises:
-        ServerConnectionError: The body is truncated, or no such answer.
+        ServerConnectionError: The body is truncated, or is not an answer of this route.
     """
     with reading("images"):
         return [image_from_wire(sample, load) for sample in _IMAGES[media_type_of(content_type)].decode(body)]
 
 
 def encode(answer: object, wire_format: WireFormat) -> EncodedBody:
-    """The body of plain containers with tensors as leaves; it refers to the tensors' storage."""
-    # Random, so that no prompt can hold it by accident or on purpose.
+    """Encodes plain containers with tensors as leaves; the body refers to the tensors' storage."""
+    # The placeholder is random, so that no prompt can contain it by accident or on purpose.
     token = secrets.token_hex(TOKEN_CHARS // 2)
     tensors: list[Tensor] = []
 
@@ -122,15 +123,15 @@ def encode(answer: object, wire_format: WireFormat) -> EncodedBody:
 
 
 def load(leaf: Blob[Any]) -> Tensor:
-    """The tensor of a leaf."""
+    """Returns the tensor of a leaf."""
     return tensor_from_blob(leaf.data)
 
 
 def media_type_of(content_type: str) -> str:
-    """The media type of an answer.
+    """Returns the media type of an answer.
 
     Raises:
-        ServerConnectionError: It is none of flowroll's.
+        ServerConnectionError: flowroll does not use the media type.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in (JSON, MSGPACK):
@@ -142,7 +143,7 @@ def media_type_of(content_type: str) -> str:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns whatever is wrong with an answer into one error of the connection."""
+    """Turns every error about a malformed answer into a `ServerConnectionError`."""
     try:
         yield
     except (msgspec.DecodeError, ValueError, RecursionError, AssertionError) as error:

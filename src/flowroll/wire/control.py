@@ -15,12 +15,12 @@ from flowroll.wire.fields import Request, about
 
 
 class AbortRequest(Request, kw_only=True, frozen=True):
-    """Body of POST /abort_request: one id, or all.
+    """Body of POST /abort_request: one request id, or all requests.
 
     Attributes:
-        request_id: Of the request that ends.
-        rid: The same as `request_id`, as SGLang's clients send it; empty: none.
-        abort_all: Whether every request ends.
+        request_id: Id of the request to abort.
+        rid: Another name of `request_id`, as SGLang's clients send it; an empty text means none.
+        abort_all: Whether every request is aborted.
     """
 
     EXAMPLES = ({"request_id": "step-12-prompt-3"}, {"abort_all": True})
@@ -32,7 +32,7 @@ class AbortRequest(Request, kw_only=True, frozen=True):
     abort_all: Annotated[bool, about(True, "leave it out to abort one id")] = False
 
     def check(self, sent: Mapping[str, Any]) -> None:
-        """Refuses anything but one id, or all."""
+        """Refuses anything but one id or `abort_all`."""
         count = len([name for name in (self.request_id, self.rid) if name]) + self.abort_all
         if count != 1:
             raise InvalidRequestError(
@@ -43,7 +43,7 @@ class AbortRequest(Request, kw_only=True, frozen=True):
 
     @property
     def meant(self) -> str | None:
-        """The id; None: all."""
+        """The id of the request to abort; None: all requests."""
         return self.request_id or self.rid or None
 
 
@@ -51,7 +51,7 @@ class PauseRequest(Request, kw_only=True, frozen=True):
     """Body of POST /pause_generation; it may be left out.
 
     Attributes:
-        mode: What becomes of the requests that run: they finish, or stand still at their next step.
+        mode: What happens to the requests that run: they finish, or they stop at their next step until generation continues.
     """
 
     EXAMPLES = ({"mode": "freeze"},)
@@ -69,7 +69,7 @@ class ResumeRequest(Request, kw_only=True, frozen=True):
     """Body of POST /resume_memory_occupation; it may be left out.
 
     Attributes:
-        tags: What is meant, as SGLang's clients send it. null: everything. Of the three there are only weights here; the
+        tags: What to resume, as SGLang's clients send it. null: everything. Of the three tags only weights exist here; the
             others change nothing.
     """
 
@@ -82,7 +82,7 @@ class ResumeRequest(Request, kw_only=True, frozen=True):
 
     @property
     def means_weights(self) -> bool:
-        """Whether there is something to do."""
+        """Whether the request concerns the weights."""
         return self.tags is None or "weights" in self.tags
 
 
@@ -90,8 +90,8 @@ class ReleaseRequest(ResumeRequest, kw_only=True, frozen=True):
     """Body of POST /release_memory_occupation; it may be left out.
 
     Attributes:
-        mode: offload: to pinned memory of the host; on a CPU the weights stay and nothing is released. disk: to a file without
-            a name in the server's folder for temporary files.
+        mode: Where the weights go. offload: to pinned memory of the host; on a CPU the weights stay and nothing is released.
+            disk: to a file without a name in the server's folder for temporary files.
     """
 
     EXAMPLES = ({"mode": "offload"},)
@@ -105,8 +105,8 @@ class ErrorDetail:
 
     Attributes:
         code: Stable name of the kind of error.
-        message: Subject, rule, value and remedy.
-        field: The request's field that the message is about.
+        message: The subject, the rule, the value and the remedy.
+        field: The field of the request that the message is about.
     """
 
     code: Annotated[str, Meta(examples=["invalid_request"])]
@@ -127,10 +127,10 @@ class ErrorBody:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortedObject:
-    """What was aborted. Each of these requests ends in a 499.
+    """What was aborted. Each of these requests ends with status 499.
 
     Attributes:
-        num_aborted: Requests that waited or ran under this id.
+        num_aborted: Number of requests that waited or ran under this id.
     """
 
     num_aborted: int
@@ -138,12 +138,12 @@ class AbortedObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationObject:
-    """How generation stands.
+    """The state of generation.
 
     Attributes:
         is_paused: Whether new requests are refused.
-        num_running: Requests that were taken up and have not ended.
-        num_waiting: Requests that wait; they keep their places.
+        num_running: Number of requests that were started and have not ended.
+        num_waiting: Number of requests that wait; they keep their places.
     """
 
     is_paused: bool
@@ -153,10 +153,10 @@ class GenerationObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryObject(MemoryChange):
-    """Where the weights are.
+    """The state of the memory of the weights.
 
     Attributes:
-        success: Always.
+        success: Always true.
         is_asleep: Whether the memory of the weights is released.
     """
 

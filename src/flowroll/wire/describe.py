@@ -1,4 +1,4 @@
-"""JSON schemas of the messages, for the OpenAPI document: types and limits from the annotations, words from the docstrings."""
+"""JSON schemas of the messages for the OpenAPI document: types and limits from annotations, texts from docstrings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _WORDS = (("None", "null"), ("True", "true"), ("False", "false"))
 
 
 def components(kinds: Iterable[Any], *, is_answer: bool = False) -> dict[str, dict[str, Any]]:
-    """The schemas of messages and of all that is in them, by name.
+    """Returns the schemas of messages, and of everything in them, by name.
 
     Args:
-        kinds: Structs and dataclasses.
-        is_answer: Whether their fields are always there, whatever a reader takes for granted.
+        kinds: The classes of the messages, which are structs and dataclasses.
+        is_answer: Whether every field is always present, even one that has a default for a reader.
     """
     kinds = list(kinds)
     _, found = msgspec.json.schema_components(kinds, ref_template=REF)
@@ -34,7 +34,7 @@ def components(kinds: Iterable[Any], *, is_answer: bool = False) -> dict[str, di
         kind = classes.get(name)
         docs = [schema["description"]] if kind is None else [base.__doc__ or "" for base in kind.__mro__]
         _describe(schema, docs)
-        # There is nothing else in a message, in either direction.
+        # A message has no other fields, in either direction.
         schema |= {"title": name, "additionalProperties": False}
         if examples := getattr(kind, "EXAMPLES", ()):
             schema["examples"] = list(examples)
@@ -44,7 +44,7 @@ def components(kinds: Iterable[Any], *, is_answer: bool = False) -> dict[str, di
 
 
 def _describe(schema: dict[str, Any], docs: list[str]) -> None:
-    """Adds what the docstrings of a class and its bases say: of the class itself, and of its fields."""
+    """Adds the descriptions of a class and of its fields from the docstrings of the class and its bases."""
     schema["description"] = _parts(docs[0])[0]
     for doc in docs:
         attributes = _parts(doc)[1]
@@ -54,7 +54,7 @@ def _describe(schema: dict[str, Any], docs: list[str]) -> None:
 
 
 def _parts(doc: str) -> tuple[str, dict[str, str]]:
-    """The text of a docstring before its sections, and its attributes; values that it names are JSON's."""
+    """Returns a docstring's text before its sections, and its attributes, with Python's None and booleans as in JSON."""
     text = inspect.cleandoc(doc)
     for python, json in _WORDS:
         text = re.sub(rf"\b{python}\b", json, text)

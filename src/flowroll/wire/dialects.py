@@ -1,4 +1,4 @@
-"""The layout of an answer, in both dialects: a `Rollout` <-> plain containers with tensors as leaves.
+"""The layout of an answer in both dialects: converts a `Rollout` to plain containers with tensors as leaves, and back.
 
 Owns the names of every response field. It does not know how leaves become bytes: the codec and the rollout files use the
 same layout with leaves of their own.
@@ -26,7 +26,7 @@ from flowroll.types import (
 )
 from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, SentEnv, WireEnv, WireImage, WireSample, WireTrajectory
 
-# Of a family that this flowroll does not have, the text embedding alone is known.
+# For a family that this version of flowroll does not have, only the text embedding is known.
 _ANY_FAMILY = Conditioning(
     latents=Argument(name="hidden_states"),
     fields=(ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text"), is_listed_by_sglang=True),),
@@ -41,7 +41,7 @@ class LayoutError(ValueError):
 
 
 def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
-    """The response object of a rollout, tensors as they are."""
+    """Makes the response object of a rollout, with tensors unchanged."""
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
     return WireSample(
         request_id=rollout.request_id,
@@ -61,17 +61,17 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
 
 
 def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) -> Rollout:
-    """The rollout of a response object of either dialect.
+    """Makes the rollout from a response object of either dialect.
 
-    Each difference of the sglang dialect is told by its own mark: the debug names, embeds in a list, a timestep more than
-    steps.
+    Each difference of the sglang dialect is recognized by itself: the debug names, embeds in a list, one timestep more than
+    there are steps.
 
     Args:
         sample: The decoded object.
-        load: Turns a leaf into its tensor.
+        load: Makes the tensor from a leaf.
 
     Raises:
-        LayoutError: It is no rollout of this version of flowroll.
+        LayoutError: The object is not a rollout of this version of flowroll.
     """
     _check_version(sample.sampling)
     debug, env, trajectory = sample.rollout_debug_tensors, sample.denoising_env, sample.dit_trajectory
@@ -94,7 +94,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
 
 
 def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
-    """The response object of a generated image, tensors as they are."""
+    """Makes the response object of a generated image, with tensors unchanged."""
     return WireImage(
         request_id=image.request_id,
         prompt=image.prompt,
@@ -108,10 +108,10 @@ def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
 
 
 def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> GeneratedImage:
-    """The generated image of a response object.
+    """Makes the generated image from a response object.
 
     Raises:
-        LayoutError: It was made by another version of flowroll.
+        LayoutError: The object was made by another version of flowroll.
     """
     _check_version(sample.sampling)
     return GeneratedImage(
@@ -146,13 +146,13 @@ def _debug_from_wire(tensors: Mapping[str, Leaf], load: Callable[[Leaf], Tensor]
 
 
 def conditioning_of(record: SamplingRecord) -> Conditioning:
-    """What the family of a record declares of its environments."""
+    """Returns what a record's family declares about its environments."""
     family = FAMILIES.get(record.family)
     return _ANY_FAMILY if family is None else family.conditioning
 
 
 def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning) -> SentEnv[Tensor]:
-    """The object of an environment, tensors as they are."""
+    """Makes the object of an environment, with tensors unchanged."""
 
     def branch(values: Mapping[str, EnvValue]) -> dict[str, Any]:
         renamed: dict[str, Any] = dict(values)
@@ -172,10 +172,10 @@ def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning)
 
 
 def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioning: Conditioning) -> DenoisingEnv:
-    """The environment of an object of either dialect.
+    """Makes the environment from an object of either dialect.
 
     Raises:
-        LayoutError: A tensor is in a list, and not alone, or lists are nested beyond any use.
+        LayoutError: A list holds a tensor and something else, or lists are nested too deeply.
     """
 
     def loaded(value: object, depth: int = 0) -> EnvValue:

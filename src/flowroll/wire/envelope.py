@@ -1,6 +1,6 @@
 """The object that stands for a tensor: `{"__tensor__": true, "shape": [...], "dtype": "torch.float32", "data": D}`.
 
-D is a safetensors blob with the key "t": base64 text in JSON, raw bytes in msgpack.
+D is a safetensors blob with the key "t", as base64 text in JSON and as raw bytes in msgpack.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ TOKEN_CHARS = 24
 _ALIGNMENT = 8
 _MAX_BIN_BYTES = 2**32 - 1
 _FIXMAP, _FIXSTR, _TRUE, _BIN32 = 0x80, 0xA0, b"\xc3", b"\xc6"
-# Strings with a length field of so many bytes; a short string may have any of them.
+# msgpack's string types by the number of bytes of their length field; a short string may have any of them.
 _STR_BY_LENGTH_BYTES = {1: b"\xd9", 2: b"\xda", 4: b"\xdb"}
 
 
 def json_envelope(tensor: Tensor, prefix: bytes) -> tuple[bytes, bytes]:
-    """What comes before and after the base64 of the data.
+    """Returns the text before and after the data's base64.
 
     Args:
-        tensor: Gives shape and dtype.
-        prefix: The blob before its data; whole groups of 3 bytes.
+        tensor: The tensor, whose shape and dtype are used.
+        prefix: The part of the blob before its data, in whole groups of 3 bytes.
     """
     shape, dtype = msgspec.json.encode(tuple(tensor.shape)), str(tensor.dtype).encode()
     head = b'{"__tensor__":true,"shape":' + shape + b',"dtype":"' + dtype + b'","data":"'
@@ -34,15 +34,15 @@ def json_envelope(tensor: Tensor, prefix: bytes) -> tuple[bytes, bytes]:
 
 
 def msgpack_envelope(tensor: Tensor, prefix: bytes, offset: int) -> tuple[bytes, bytes]:
-    """What comes before and after the data, which is made to begin at a multiple of 8 bytes in the body.
+    """Returns the bytes before and after the data, which then begins at a multiple of 8 bytes in the body.
 
-    So a decoder can use it where it lies. The filling is in the keys: msgpack lets the length of a short string be written
-    in 1, 2 or 4 bytes, too, which makes up any number from 0 to 7.
+    So a decoder can use the data in place. The keys supply the padding: msgpack also lets the length of a short string be
+    written in 1, 2 or 4 bytes, which yields any number of bytes from 0 to 7.
 
     Args:
-        tensor: Gives shape and dtype.
-        prefix: The blob before its data; a multiple of 8 bytes.
-        offset: Where the envelope begins in the body.
+        tensor: The tensor, whose shape and dtype are used.
+        prefix: The part of the blob before its data, a multiple of 8 bytes.
+        offset: The byte of the body at which the envelope begins.
 
     Raises:
         EngineError: The tensor is too large for msgpack.

@@ -1,7 +1,7 @@
 """What every request has in common: its base class, and the fields that several messages share.
 
-The annotation of a field is its one definition: its type and limits, an example, and what to do where a value breaks the rule.
-`validation` parses by it and words its errors from it, `describe` makes the OpenAPI document of it; the docstrings'
+The annotation of a field is its only definition: its type and limits, an example, and the remedy for a value that breaks the
+rule. `validation` parses by it and words its errors from it, and `describe` makes the OpenAPI document from it; the docstrings'
 `Attributes` describe the fields.
 """
 
@@ -16,10 +16,10 @@ from flowroll.types import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARS, MAX_REQUEST_ID_
 
 
 class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A request: a client makes and encodes one, a server has `validation.parse` make it, by rules within and between fields.
+    """The base class of requests: a client makes and encodes one, and a server makes one with `validation.parse`.
 
     Attributes:
-        EXAMPLES: Whole requests, for the OpenAPI document.
+        EXAMPLES: Complete requests for the OpenAPI document.
     """
 
     EXAMPLES: ClassVar[tuple[Mapping[str, Any], ...]] = ()
@@ -28,21 +28,21 @@ class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
         """Checks the rules between fields.
 
         Args:
-            sent: The same request as it came: which fields were sent.
+            sent: The request as it was received, which says which fields were sent.
 
         Raises:
-            InvalidRequestError: Values do not go together.
+            InvalidRequestError: Values contradict each other.
         """
 
 
 def about(example: object, remedy: str, rule: str | None = None, description: str | None = None) -> Meta:
-    """What is said of a field beside its type; an error is `<field> must <rule>, got <value>; <remedy>`.
+    """Describes a field beyond its type; an error is `<field> must <rule>, got <value>; <remedy>`.
 
     Args:
         example: A valid value.
-        remedy: What to do where a value breaks the rule.
-        rule: The rule in words, with its verb; None: as its type says it.
-        description: What it is; None: what the docstring says.
+        remedy: What to do if a value breaks the rule.
+        rule: The rule in words, with its verb; None: the rule of the type.
+        description: What the field is; None: the docstring's description.
     """
     return Meta(examples=[example], description=description, extra={"remedy": remedy, "rule": rule})
 

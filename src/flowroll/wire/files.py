@@ -28,7 +28,7 @@ _VERSION_KEY = "flowroll.schema_version"
 
 
 class _TensorName(msgspec.Struct, frozen=True):
-    """Stands for a tensor of the file."""
+    """The name that stands for a tensor of the file."""
 
     name: str = msgspec.field(name="__tensor__")
 
@@ -40,7 +40,7 @@ def save_rollout(path: str | Path, rollout: Rollout) -> None:
     """Writes a rollout to a file, whole or not at all: a file of that name is replaced only when the new one is complete.
 
     Raises:
-        RolloutFileError: It cannot be written there.
+        RolloutFileError: The file cannot be written there.
     """
     target = Path(path)
     found: dict[str, Tensor] = {}
@@ -67,10 +67,10 @@ def save_rollout(path: str | Path, rollout: Rollout) -> None:
 
 
 def load_rollout(path: str | Path) -> Rollout:
-    """The rollout in a file, every tensor bit for bit.
+    """Reads the rollout in a file, with every tensor bit for bit.
 
     Raises:
-        RolloutFileError: The file is missing, truncated, no rollout, or of another schema version.
+        RolloutFileError: The file is missing, truncated, not a rollout, or of another schema version.
     """
     source = Path(path)
     try:
@@ -106,7 +106,7 @@ def _tensor(file: Any, name: str) -> Tensor:
 
 
 def _without_tensors(value: object, name: str, found: dict[str, Tensor]) -> object:
-    """The value with each tensor, wherever it is nested, put into `found` and replaced by its name."""
+    """Returns the value with each tensor, at any depth, replaced by its name and added to `found`."""
     if isinstance(value, Tensor):
         found[name] = value
         return _TensorName(name=name)

@@ -25,11 +25,11 @@ class InitGroupRequest(Request, kw_only=True, frozen=True):
     """Body of POST /init_weights_update_group.
 
     Attributes:
-        master_address: Where rank 0's store listens: this machine, or a host of --weight-group-host.
+        master_address: The address on which rank 0's store listens: this machine, or a host of --weight-group-host.
         master_port: The port of the store.
-        rank_offset: This server's rank; the trainer is 0.
-        world_size: The trainer and its servers, each of which counts as one.
-        group_name: The same in all processes of the group.
+        rank_offset: The rank of this server; the trainer has rank 0.
+        world_size: The number of processes: the trainer and its servers, each of which counts as one.
+        group_name: The name of the group, the same in all of its processes.
         backend: gloo carries tensors on the CPU, nccl on GPUs.
     """
 
@@ -65,11 +65,11 @@ class UpdateFromGroupRequest(Bucketed, kw_only=True, frozen=True):
     """Body of POST /update_weights_from_distributed.
 
     Attributes:
-        names: Of the tensors, in the order in which rank 0 broadcasts them.
-        dtypes: Of each tensor.
-        shapes: Of each tensor, whole.
-        group_name: The same in all processes of the group.
-        load_format: Whether they are broadcast as one tensor of bytes; null: one by one.
+        names: The names of the tensors, in the order in which rank 0 broadcasts them.
+        dtypes: The dtype of each tensor.
+        shapes: The shape of each whole tensor.
+        group_name: The name of the group, the same in all of its processes.
+        load_format: Whether the tensors are broadcast as one tensor of bytes; null: one by one.
     """
 
     EXAMPLES = ({"names": ["x_pad_token"], "dtypes": ["bfloat16"], "shapes": [[1, 3840]]},)
@@ -86,7 +86,7 @@ class UpdateFromGroupRequest(Bucketed, kw_only=True, frozen=True):
     load_format: Annotated[Literal["flattened_bucket"] | None, about("flattened_bucket", "leave it out for one by one")] = None
 
     def check(self, sent: Mapping[str, Any]) -> None:
-        """Refuses lists that do not go together, and dtypes that weights do not have."""
+        """Refuses lists of different lengths, and dtypes that weights do not have."""
         super().check(sent)
         for name in ("dtypes", "shapes"):
             if len(getattr(self, name)) != len(self.names):
@@ -103,7 +103,7 @@ class DestroyGroupRequest(Request, kw_only=True, frozen=True):
     """Body of POST /destroy_weights_update_group.
 
     Attributes:
-        group_name: The same in all processes of the group.
+        group_name: The name of the group, the same in all of its processes.
     """
 
     EXAMPLES = ({"group_name": "trainer-0"},)

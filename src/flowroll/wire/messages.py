@@ -1,7 +1,7 @@
-"""The messages that hold tensors: answers of POST /rollout/generate, /generate and /rollout/score, and its requests.
+"""The messages with tensors: answers of POST /rollout/generate, /generate and /rollout/score, and the last one's requests.
 
-One definition for both sides: the codec decodes by it and the OpenAPI document shows it. A message is generic in its leaves,
-which are how the wire format at hand writes a tensor.
+A message has one definition for both sides: the codec decodes by it, and the OpenAPI document shows it. A message is generic in
+its leaves, the form in which a wire format writes a tensor.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class WireTensor(msgspec.Struct, Generic[Data], frozen=True, forbid_unknown_fiel
     """A tensor. In msgpack, `data` is raw bytes.
 
     Attributes:
-        __tensor__: Marks a tensor.
+        __tensor__: Marks the object as a tensor.
         data: A safetensors blob with the key "t", in base64.
-        shape: Its shape.
-        dtype: Its dtype, as PyTorch prints it.
+        shape: The tensor's shape.
+        dtype: The tensor's dtype, as PyTorch prints it.
     """
 
     is_tensor: Literal[True] = msgspec.field(name="__tensor__")
@@ -68,13 +68,13 @@ class WireEnv(msgspec.Struct, Generic[Leaf], frozen=True):
 
 
 class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
-    """The latents a sample went through.
+    """The latents of a sample along its steps.
 
     Attributes:
-        latents: [T+1, latent], or the latents asked for: x before each step, then the final latents; in the loop's dtype,
+        latents: [T+1, latent], or the requested ones of these: x before each step, then the final latents; in the loop's dtype,
             float32 where steps differ.
-        timesteps: [T] float32, as the model's schedule has them; [T+1] with a final 0 in the sglang dialect.
-        sigmas: [T+1] float32; 1 is noise.
+        timesteps: [T] float32, the timesteps of the model's schedule; [T+1] with a final 0 in the sglang dialect.
+        sigmas: [T+1] float32, the noise levels; 1 is noise.
         latent_step_indices: The state (0..T) of each returned latent.
     """
 
@@ -87,25 +87,25 @@ class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
 class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     """One sample of POST /rollout/generate, whose answer is a list of these. Evaluations have null rollout fields.
 
-    T is the number of steps, H and W are pixels, L text tokens, and "latent" a sample's latents as the family's loop has them
-    (Qwen-Image [H/16 * W/16, 64], Z-Image [16, H/8, W/8]).
+    T is the number of steps, H and W are the height and width in pixels, L is the number of text tokens, and "latent" is the
+    shape of a sample's latents in the family's loop (Qwen-Image [H/16 * W/16, 64], Z-Image [16, H/8, W/8]).
 
     Attributes:
-        request_id: Of the request.
-        prompt: The text.
+        request_id: Id of the request.
+        prompt: The prompt's text.
         seed: This sample's own seed.
-        generated_output: [3, 1, H, W] float32 in [0, 1].
-        weight_version: Version of the weights that made it.
-        sampling: How it was made.
+        generated_output: [3, 1, H, W] float32, the image in [0, 1].
+        weight_version: Version of the weights that made the image.
+        sampling: The record of how the image was made.
         inference_time_s: Wall time of the sample's denoising and decode, seconds.
-        peak_memory_mb: Peak memory, MiB.
-        rollout_log_probs: [T] float32; 0.0 at deterministic steps.
+        peak_memory_mb: Peak memory in MiB.
+        rollout_log_probs: [T] float32, the log-prob of each step; 0.0 at deterministic steps.
         rollout_debug_tensors: What every transition saw and made, if rollout_debug_mode is true; float32. variance_noise
             [T, latent]: standard normal noise; prev_sample_mean [T, latent]: mean of the next latents; noise_std_dev [T, 1]:
             total std of the transition; model_output [T, latent]: the guided velocity, v = eps - x0. At a deterministic step
             noise and std are zeros. In the sglang dialect the plural names stand for the same tensors in the same order.
-        denoising_env: If rollout_return_denoising_env is true.
-        dit_trajectory: If rollout_return_dit_trajectory is true.
+        denoising_env: The arguments of the transformer, present if rollout_return_denoising_env is true.
+        dit_trajectory: The latents along the steps, present if rollout_return_dit_trajectory is true.
         sde_step_indices: The steps that have a density.
     """
 
@@ -128,13 +128,13 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
     """One image of POST /generate, whose JSON answer is a list of these.
 
     Attributes:
-        request_id: Of the request.
-        prompt: The text.
+        request_id: Id of the request.
+        prompt: The prompt's text.
         seed: This image's own seed.
-        generated_output: [3, 1, H, W] float32 in [0, 1].
+        generated_output: [3, 1, H, W] float32, the image in [0, 1].
         latents: The final latents, in the loop's dtype.
-        weight_version: Version of the weights that made it.
-        sampling: How it was made.
+        weight_version: Version of the weights that made the image.
+        sampling: The record of how the image was made.
         inference_time_s: Wall time of the image's denoising and decode, seconds.
     """
 
@@ -149,26 +149,26 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
 
 
 class SentEnv(WireEnv[Leaf], Generic[Leaf], frozen=True, forbid_unknown_fields=True):
-    """The environment of a rollout, as its answer has it."""
+    """The environment of a rollout, in the form of its answer."""
 
 
 class WireSteps(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknown_fields=True):
     """Some steps of one sample; n is their number.
 
     Attributes:
-        steps: Which steps, 0-based.
-        latents: [n, latent]: x before each step, as dit_trajectory has it.
+        steps: The steps, counted from 0.
+        latents: [n, latent]: x before each step, as in dit_trajectory.
         next_latents: [n, latent]: x after each step.
-        denoising_env: Of the rollout.
-        sampling: Of the rollout.
-        sde_step_indices: Of the rollout. null: every step follows sampling.sde_type.
+        denoising_env: The rollout's denoising_env.
+        sampling: The rollout's sampling record.
+        sde_step_indices: The rollout's sde_step_indices. null: every step follows sampling.sde_type.
     """
 
     steps: Annotated[tuple[int, ...], Meta(extra_json_schema={"minItems": 1})]
     latents: Leaf
     next_latents: Leaf
     denoising_env: SentEnv[Leaf]
-    # Read by hand, for the names in it are checked too.
+    # Decoded by our own code, because the names in it are checked too.
     sampling: Annotated[dict[str, Any], Meta(extra_json_schema={"$ref": REF.format(name=SamplingRecord.__name__)})]
     sde_step_indices: tuple[int, ...] | None = None
 
@@ -220,11 +220,13 @@ class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknow
     """Body of POST /rollout/score.
 
     Attributes:
-        samples: What to score; each step is scored alone. At most max_scores steps in all.
-        log_probs_only: Leave means and velocities out; no forward is run for a step without density.
-        suppress_logs: Do not log this request.
-        request_id: Echoed. null: the server makes one.
-        min_weight_version: 409 if the weights are older than this version. Numbers compare as numbers, names by arrival.
+        samples: The recorded steps of each sample; the log-prob of each step is recomputed alone. At most max_scores steps in
+            all.
+        log_probs_only: Whether to leave out means and velocities; no forward is run for a step without density.
+        suppress_logs: Whether this request is left out of the log.
+        request_id: Id of the request, which the answer repeats. null: the server makes one.
+        min_weight_version: The answer is 409 if the weights are older than this version. Numbers compare as numbers, names by
+            arrival.
     """
 
     EXAMPLES: ClassVar[tuple[Mapping[str, Any], ...]] = (_SCORE_EXAMPLE,)
@@ -240,15 +242,15 @@ class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknow
 
 
 class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
-    """The scored steps of one sample; float32.
+    """The recomputed steps of one sample; float32.
 
     Attributes:
-        steps: Which steps, as asked for.
-        log_probs: [n]; 0.0 at deterministic steps.
+        steps: The steps as requested.
+        log_probs: [n]: log-probs of the next latents; 0.0 at deterministic steps.
         stds: [n]: total std of the transitions; 0.0 at deterministic steps.
         means: [n, latent]: mean of the next latents; null with log_probs_only.
         velocities: [n, latent]: the guided velocities; null with log_probs_only.
-        lora: What scored them: the adapter that now has the name in sampling.lora; null: the model as it is.
+        lora: The adapter that was used, which is the one that now has the name in sampling.lora; null: no adapter.
     """
 
     steps: tuple[int, ...]
@@ -263,10 +265,10 @@ class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
     """Answer of POST /rollout/score.
 
     Attributes:
-        request_id: Of the request.
-        weight_version: Version of the weights that scored all of it.
-        samples: In the order of the request.
-        inference_time_s: Wall time, seconds.
+        request_id: Id of the request.
+        weight_version: Version of the weights with which all steps were computed.
+        samples: The results of each sample, in the order of the request.
+        inference_time_s: Wall time in seconds.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""Names on the wire: routes, and where a request carries a field. The fields are named as `SamplingParams` names them."""
+"""Names on the wire: routes, and the place of fields in a request. The fields have the names of `SamplingParams`."""
 
 from __future__ import annotations
 

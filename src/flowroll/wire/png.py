@@ -1,4 +1,4 @@
-"""Pictures as PNG. Needs Pillow, which the client does not."""
+"""Encodes images as PNG. It needs Pillow, which the client does not need."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ with extra_for("A PNG file", "engine"):
 
 
 def encode_png(image: Float[Tensor, " 3 1 height width"]) -> bytes:
-    """A picture as 8-bit PNG, with the rounding of diffusers' own image processor.
+    """Encodes an image as 8-bit PNG, with the rounding of diffusers' own image processor.
 
     Args:
-        image: In [0, 1], on the CPU.
+        image: The image in [0, 1], on the CPU.
     """
     pixels = image[:, 0].permute(1, 2, 0).mul(255).round().clamp(0, 255).byte()
     buffer = io.BytesIO()
