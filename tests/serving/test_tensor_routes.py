@@ -215,6 +215,13 @@ def test_a_push_that_fails_anywhere_leaves_everything_and_the_way_free(
     server.post(f"/weights/{begin(server)}/abort")
 
 
+def test_an_update_that_is_aborted_leaves_nothing_with_the_engine(server: httpx.Client, service: EngineService) -> None:
+    update_id = begin(server)
+    assert service.is_open(update_id)
+    assert server.post(f"/weights/{update_id}/abort").status_code == 200
+    until(lambda: not service.is_open(update_id))
+
+
 def test_a_commit_that_cannot_be_made_ready_ends_its_update(
     server: httpx.Client, tensors: dict[str, Tensor], untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
