@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from flowroll.engine.worker import EngineWorker
 from tests.serving.servers import serving
 
 import benchmarks
 from flowroll.engine import Engine
+from flowroll.engine.service import EngineService
 from flowroll.testing import make_checkpoint
 
 NAMES = [module.name for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")]
@@ -33,7 +33,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gpu": ({"TEXT_TOKENS": 8}, ["--device", "cpu", "--size", "64", "--steps", "1"]),
     "load": (
         {"FAMILIES": ("z_image",), "NUM_REQUESTS": 1, "NUM_MIXED": 1, "STATIC_SIZES": (1,), "STEPS": 1, "SIZE": 64},
-        ["--rounds", "1", "--dtype", "float32"],
+        ["--rounds", "1", "--dtype", "float32", "--layout"],
     ),
     "lora": ({"_REQUEST": {"prompt": "a cat", "height": 64, "width": 64, "num_inference_steps": 1}}, ["--repeats", "1"]),
     "replay": ({"SIZE": 64}, ["--rounds", "1"]),
@@ -42,8 +42,8 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "weights": ({}, ["--rounds", "1", "--layers", "1"]),
     "wire": ({"STEPS": 2, "SIZE": 64, "TEXT_TOKENS": 4}, ["--rounds", "1", "--fresh", "1"]),
 }
-# One needs two processes, and diffusers' own context parallelism in them; the other has a proof of its own in tests/serving.
-TAKE_LONGER = {"parallel", "soak"}
+# They start servers, ranks or commands as processes; the soak has a proof of its own in tests/serving.
+TAKE_LONGER = {"beside", "parallel", "soak", "startup"}
 PRINT_ONLY = {"gpu", "lora", "replay"}
 
 
@@ -114,7 +114,7 @@ def in_this_process(name: str, module: ModuleType, folder: Path, monkeypatch: py
             def server(checkpoint: Path) -> Iterator[str]:
                 with (
                     Engine(checkpoint, dtype="float32", device="cpu") as engine,
-                    EngineWorker(engine, max_queue=4) as worker,
+                    EngineService(engine, max_queue=4) as worker,
                     serving(worker, weights_roots=(str(checkpoint),), allow_pickle_weights=True) as http,
                 ):
                     yield str(http.base_url)
