@@ -69,8 +69,8 @@ class ResumeRequest(Request, kw_only=True, frozen=True):
     """Body of POST /resume_memory_occupation; it may be left out.
 
     Attributes:
-        tags: What to resume, as SGLang's clients send it. null: everything. Of the three tags only weights exist here; the
-            others change nothing.
+        tags: Which memory is meant, as SGLang's clients send it. null: everything. Of the three tags only weights exist here;
+            the others change nothing.
     """
 
     EXAMPLES = ({},)

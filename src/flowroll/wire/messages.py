@@ -95,8 +95,8 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
         prompt: The prompt's text.
         seed: This sample's own seed.
         generated_output: [3, 1, H, W] float32, the image in [0, 1].
-        weight_version: Version of the weights that made the image.
-        sampling: The record of how the image was made.
+        weight_version: Version of the weights that made the sample.
+        sampling: The record of how the sample was made.
         inference_time_s: Wall time of the sample's denoising and decode, seconds.
         peak_memory_mb: Peak memory in MiB.
         rollout_log_probs: [T] float32, the log-prob of each step; 0.0 at deterministic steps.
