@@ -37,8 +37,9 @@ def children_of(pid: int) -> list[int]:
 
 
 def rank_process(server: ServerProcess) -> int:
-    """The process of rank 1."""
-    (pid,) = children_of(server.process.pid)
+    """The process of rank 1, which rank 0, the server's engine, has started."""
+    (engine,) = children_of(server.process.pid)
+    (pid,) = children_of(engine)
     return pid
 
 
@@ -129,17 +130,20 @@ def test_a_rank_that_stalls_ends_the_request_after_the_timeout_and_nothing_is_le
         assert is_gone(pid)
 
 
-def test_no_rank_outlives_a_killed_rank_0(z_image_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["the server", "its engine"])
+def test_no_rank_outlives_a_killed_rank_0_or_server(z_image_checkpoint: Path, tmp_path: Path, which: str) -> None:
     with (
         ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server,
         server.client() as client,
     ):
-        pid = rank_process(server)
+        pid, (engine,) = rank_process(server), children_of(server.process.pid)
         request = Background(lambda: _swallow(client))
         until(lambda: running(client, 1))
-        server.stop(signal.SIGKILL)
-        until(lambda: is_gone(pid))
+        os.kill(server.process.pid if which == "the server" else engine, signal.SIGKILL)
+        until(lambda: is_gone(pid) and is_gone(engine))
         request._thread.join(DOWN_S)
+        server.process.wait(DOWN_S)
+    assert which == "the server" or "Error: the engine's process must live to answer, got its end by SIGKILL" in server.log
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])

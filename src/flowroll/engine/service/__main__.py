@@ -26,8 +26,9 @@ _NUM_SENDERS = 4
 def main() -> None:
     """Loads the engine, reports that it is ready, and serves the server's calls until the server closes it or ends."""
     # Signals are left to the server, which ends this process.
+    # A handler, and not SIG_IGN: the processes of other ranks would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     options = channel.receive()
     assert isinstance(options, EngineOptions)
