@@ -119,6 +119,17 @@ def widen_mask(mask: Tensor, rows: Shard, keys: int) -> Tensor:
     return torch.cat((front, mask.new_ones((*mask.shape[:-1], rows.total))), dim=-1)
 
 
+def has_last_queries(rows: Shard, own_queries: int, *, in_front: bool) -> bool:
+    """Tells whether a rank's queries are the end of the whole sequence; rows after the sharded ones are so on every rank.
+
+    Args:
+        rows: Which rows are this rank's.
+        own_queries: Queries of this rank, those that every rank has included.
+        in_front: Whether this rank's rows stand before the others.
+    """
+    return rows.is_last or (in_front and own_queries > rows.size)
+
+
 def attend_own_rows(
     dispatch: Callable[..., Tensor],
     query: Float[Tensor, "batch queries heads channels"],

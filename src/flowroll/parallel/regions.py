@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowroll.parallel.attention import attend_own_rows, gather_keys, widen_mask, with_attention
+from flowroll.parallel.attention import attend_own_rows, gather_keys, has_last_queries, widen_mask, with_attention
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.paths import find_modules
 from flowroll.parallel.shards import Shard, shard_rows
@@ -109,8 +109,7 @@ class ShardedRegion:
             if self._rows is None:
                 return dispatch(query, key, value, attn_mask=attn_mask, **options)
             in_front = self._region.is_in_front
-            # Rows after the sharded ones are the end of the sequence on every rank.
-            has_end = self._rows.is_last or (in_front and key.shape[1] > self._rows.size)
+            has_end = has_last_queries(self._rows, key.shape[1], in_front=in_front)
             key, value = gather_keys(self._mesh, self._rows, key, value, in_front=in_front)
             if attn_mask is not None:
                 assert not in_front, "no family has it"
