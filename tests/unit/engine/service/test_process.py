@@ -49,7 +49,11 @@ def options(model: Path, **changes: object) -> EngineOptions:
 
 @pytest.fixture(scope="module")
 def started(z_image_checkpoint: Path) -> Iterator[EngineProcess]:
-    with EngineProcess(options(z_image_checkpoint)) as process:
+    with pytest.MonkeyPatch.context() as patch:
+        # Threads shape the bits: one, as the engine that it is compared with.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process = EngineProcess(options(z_image_checkpoint))
+    with process:
         process.wait()
         yield process
 
@@ -67,9 +71,12 @@ def rollouts(process: EngineProcess, params: SamplingParams = SMALL) -> list[Rol
 
 
 def test_a_rollout_has_the_bits_of_an_engine_in_this_process(started: EngineProcess, z_image_checkpoint: Path) -> None:
+    threads = torch.get_num_threads()
     with Engine(z_image_checkpoint, device="cpu") as engine:
         torch.set_num_threads(1)
-        assert_same_samples(rollouts(started), engine.rollout(SMALL))
+        expected = engine.rollout(SMALL)
+        torch.set_num_threads(threads)
+        assert_same_samples(rollouts(started), expected)
         assert started.call(EngineService.checksums, ["transformer"]).result(WAIT_S) == {
             "transformer": engine.weights_checksum()
         }
