@@ -25,7 +25,6 @@ import httpx
 import uvicorn
 
 from benchmarks.measure import hardware
-from flowroll.testing import make_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 ACCEPT = ("application/json", "application/msgpack", "application/json")
@@ -56,6 +55,9 @@ def main() -> None:
     if options.read:
         _read(*options.read)
         return
+    # Here: a process that only reads does not need the model libraries.
+    from flowroll.testing import make_checkpoint
+
     today = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"beside_cpu_{today:%Y%m}.md"
     found: dict[str, list[tuple[float, float, float]]] = {place: [] for place in PLACES}
