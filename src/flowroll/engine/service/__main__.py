@@ -12,8 +12,12 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from flowroll.engine.engine import Engine
+from flowroll.engine.loading import silence_model_libraries
 from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
+from flowroll.engine.service.client import Dispatcher, outcome
 from flowroll.engine.service.messages import Answer, Call, Cancel, Close, EngineOptions, Failed, Ready
+from flowroll.engine.service.service import EngineService
 from flowroll.errors import EngineError, FlowrollError
 from flowroll.logs import configure_logging
 
@@ -53,12 +57,7 @@ def main() -> None:
     _exit(0 if has_ended else 1)
 
 
-def _load(options: EngineOptions) -> tuple[Any, Any]:
-    # Imported here, because loading the libraries takes long. The server has refused all that can be refused without them.
-    from flowroll.engine.engine import Engine
-    from flowroll.engine.loading import silence_model_libraries
-    from flowroll.engine.service.service import EngineService
-
+def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
     silence_model_libraries()
     engine = Engine(
         options.model,
@@ -84,15 +83,13 @@ class _Served:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._closing: Future[float] = Future()
-        self._dispatcher: Any = None
-        self._service: Any = None
+        self._dispatcher: Dispatcher
+        self._service: EngineService
         self._requests: dict[int, Future[Any]] = {}
         self._senders = ThreadPoolExecutor(_NUM_SENDERS, thread_name_prefix="flowroll-answer")
 
-    def start(self, service: Any) -> None:
+    def start(self, service: EngineService) -> None:
         """Starts to serve calls, and tells the server that the engine is ready."""
-        from flowroll.engine.service.client import Dispatcher
-
         self._service, self._dispatcher = service, Dispatcher(service)
         _tell(self._channel, Ready(facts=service.facts()))
 
@@ -126,8 +123,6 @@ class _Served:
             _exit(1)
 
     def _begin(self, call: Call) -> None:
-        from flowroll.engine.service.client import outcome
-
         number = call.id
         future = self._dispatcher.begin(call.method, call.args, call.options)
         if future.done():
