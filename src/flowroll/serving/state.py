@@ -46,15 +46,15 @@ class AppState:
     """What the routes of one app share.
 
     Attributes:
-        config: How the server was started.
-        engine: Runs the requests.
-        metrics: Counts.
-        started_s: Monotonic clock at the start.
+        config: The options that the server was started with.
+        engine: The engine that runs the requests.
+        metrics: The counters that /metrics shows.
+        started_s: When the app was started, by the monotonic clock.
         updating: Held by the one change of weights, adapters or memory that reads or commits: each needs memory of its own.
         joining: Held by the one request that joins a process group: each holds a thread until its trainer comes.
         probing: The one look at whether the engine generates, which all callers share.
-        uploads: The update whose tensors arrive over HTTP.
-        pushes: Those of which a bucket is in place and others are missing.
+        uploads: The update of weights whose tensors arrive over HTTP, if there is one.
+        pushes: The pushes of weights of which a bucket is in place and others are missing.
     """
 
     config: ServerConfig

@@ -154,7 +154,7 @@ class UpdateObject(WeightUpdate):
 
     Attributes:
         success: Always.
-        message: The same in words.
+        message: What this answer says, in words.
     """
 
     success: Literal[True] = True
@@ -190,7 +190,7 @@ class VerifiedObject:
 
     Attributes:
         success: Always.
-        message: The same in words.
+        message: What this answer says, in words.
         module: Part of the checkpoint.
         weight_version: Of the weights that were compared.
         num_tensors: Tensors that were compared.
@@ -205,10 +205,10 @@ class VerifiedObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraAdaptersObject:
-    """What is loaded.
+    """The loaded adapters.
 
     Attributes:
-        adapters: In the order of loading.
+        adapters: The adapters, in the order of loading.
     """
 
     adapters: list[LoraAdapter]
@@ -220,7 +220,7 @@ class AdapterChangeObject(AdapterChange):
 
     Attributes:
         success: Always.
-        message: The same in words.
+        message: What this answer says, in words.
     """
 
     success: Literal[True] = True
