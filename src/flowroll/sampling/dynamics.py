@@ -8,11 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.sampling import cps, dance, flow_sde, ode, transition
+from flowroll.sampling import cps, dance, ddim_flow, dpmpp2m, flow_sde, ode, transition
 from flowroll.sampling.base import Dynamics
 from flowroll.sampling.transition import ODE, Transition
 
-DYNAMICS: Mapping[str, Dynamics] = {module.DYNAMICS.name: module.DYNAMICS for module in (flow_sde, cps, dance, ode)}
+DYNAMICS: Mapping[str, Dynamics] = {
+    module.DYNAMICS.name: module.DYNAMICS for module in (flow_sde, cps, dance, ddim_flow, ode, dpmpp2m)
+}
 # Every name that a request may use, and the dynamics that it means.
 _BY_ANY_NAME: Mapping[str, Dynamics] = {name: found for found in DYNAMICS.values() for name in (found.name, *found.aliases)}
 NAMES = tuple(_BY_ANY_NAME)
@@ -115,7 +117,11 @@ def check_sigmas(
 
 
 def step_mean(
-    this: Transition, latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], dt: Float[Tensor, ""]
+    this: Transition,
+    latents: Float[Tensor, " *latent"],
+    velocity: Float[Tensor, " *latent"],
+    dt: Float[Tensor, ""],
+    previous: Float[Tensor, " *latent"] | None = None,
 ) -> Float[Tensor, " *latent"]:
     """Computes the mean of the next latents by the step's own rule.
 
@@ -124,11 +130,14 @@ def step_mean(
         latents: x at sigma, any float dtype.
         velocity: v, any float dtype.
         dt: Next sigma minus sigma, float32, on the latents' device; used by ODE steps alone.
+        previous: x0_prev, the `clean_prediction` of the step before; needed exactly if the transition has a factor for it.
 
     Returns:
         The mean, float32; at an ODE step the next latents, in the velocity's dtype.
     """
-    return ode.step(latents, velocity, dt) if this.dynamics == ODE else transition.mean(this, latents, velocity)
+    if this.dynamics == ODE:
+        return ode.step(latents, velocity, dt)
+    return transition.mean(this, latents, velocity, previous)
 
 
 def amplification(chosen: Sequence[Transition]) -> float:
@@ -138,6 +147,6 @@ def amplification(chosen: Sequence[Transition]) -> float:
     """
     largest = product = 1.0
     for this in chosen:
-        product = max(product * abs(this.on_latents), 1.0)
+        product = max(product * (abs(this.on_latents) + abs(this.on_previous)), 1.0)
         largest = max(largest, product)
     return largest

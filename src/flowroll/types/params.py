@@ -258,6 +258,10 @@ class SamplingParams:
         rule = f"be 0 or from {chosen.noise_level_range} for {chosen.name}"
         ok = _is_finite(level) and chosen.admits(level)
         _require(ok, "rollout_noise_level", rule, level, "use 0 for a deterministic rollout")
+        if chosen.needs_history:
+            rule = f"be left out for {chosen.name}, which has no stochastic steps"
+            indices = self.rollout_sde_step_indices
+            _require(not indices, "rollout_sde_step_indices", rule, indices, "remove it")
         if self.rollout and self.sigmas is not None:
             grid = torch.tensor(self.sigmas, dtype=torch.float32)
             check_sigmas(grid, chosen, noise_level=level, sde_step_indices=self.rollout_sde_step_indices)
