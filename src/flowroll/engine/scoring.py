@@ -19,7 +19,17 @@ from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
 from flowroll.families.conditioning import TOKENS, ConditioningField
-from flowroll.types import DenoisingEnv, EnvValue, RecordedSteps, SampleScores, SamplingParams, ScoreParams, all_finite
+from flowroll.sampling.base import StepRule
+from flowroll.types import (
+    DenoisingEnv,
+    EnvValue,
+    RecordedSteps,
+    SampleScores,
+    SamplingParams,
+    ScoreParams,
+    StepOptions,
+    all_finite,
+)
 
 _REMEDY = "use the env of the rollout"
 
@@ -158,7 +168,10 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
         chosen = sample.sde_step_indices
         SamplingParams(
             prompt="",
-            rollout_sde_step_indices=None if chosen is None else tuple({step for step in chosen if 0 <= step < steps}),
+            rollout_sde_step_indices=None
+            if chosen is None or record.steps is not None
+            else tuple({step for step in chosen if 0 <= step < steps}),
+            rollout_steps=None if record.steps is None else tuple(map(_options_of, record.steps)),
             **{name: getattr(record, name) for name in names},
         )
     except InvalidRequestError as error:
@@ -173,6 +186,10 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
     for field, indices in (("steps", sample.steps), ("sde_step_indices", sample.sde_step_indices or ())):
         if outside := [index for index in indices if not 0 <= index < steps]:
             _refuse(field, f"lie in 0..{steps - 1}", outside[0], "count steps from 0")
+
+
+def _options_of(rule: StepRule) -> StepOptions:
+    return StepOptions(dynamics=rule.dynamics, noise_level=rule.noise_level)
 
 
 def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None:

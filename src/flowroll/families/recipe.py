@@ -92,9 +92,7 @@ class Recipe:
         return cls(
             family=family,
             guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
-            transitions=dynamics.transitions(
-                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=sde_step_indices
-            ),
+            transitions=transitions_of_record(record, sde_step_indices),
             sigmas=tuple(sigmas.tolist()),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],
@@ -198,6 +196,16 @@ class Recipe:
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
         """Returns the inputs of one step's velocity; the arguments are those of `score`."""
         return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
+
+
+def transitions_of_record(record: SamplingRecord, sde_step_indices: Collection[int] | None) -> tuple[Transition, ...]:
+    """Computes the transitions by which a record's steps are taken; see `Recipe.of`."""
+    sigmas = torch.tensor(record.sigmas, dtype=torch.float32)
+    if record.steps is not None:
+        return dynamics.transitions_of(sigmas, record.steps)
+    return dynamics.transitions(
+        sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=sde_step_indices
+    )
 
 
 def dtype_named(name: str) -> torch.dtype:
