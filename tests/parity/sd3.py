@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flowroll.engine.loading import modules_of
@@ -17,7 +17,7 @@ REQUEST: dict[str, Any] = {"prompt": "a red cup", "negative_prompt": "blurry", "
 
 
 def load(folder: Path, dtype: str = "float32", **parts: Any) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
     pipeline.set_progress_bar_config(disable=True)
     for module in modules_of(pipeline).values():
         align_weights(module)

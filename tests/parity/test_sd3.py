@@ -59,6 +59,12 @@ def test_what_was_not_saved_has_no_weights_to_ask_for(engine: Engine) -> None:
         engine.weights_checksum("text_encoder_3")
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_no_text_encoder_is_updated(engine: Engine, checkpoints: dict[str, Path], name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"module must be transformer or vae, got {name}; start an engine on other"):
+        engine.update_weights_from_disk(checkpoints["sd3"], module=name)
+
+
 def test_an_engine_without_t5_sleeps_and_wakes_to_the_same_bits(engine: Engine) -> None:
     request = {**REQUEST, "seed": 1, "num_inference_steps": 2}
     before = engine.generate(**request)[0].image

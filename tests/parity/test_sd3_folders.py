@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[FlowrollError], str]] = {
         INDEX,
         {"_class_name": "StableDiffusion3InpaintPipeline"},
         UnsupportedModelError,
-        "StableDiffusion3Pipeline, .*got StableDiffusion3InpaintPipeline",
+        r"StableDiffusion3Pipeline \(sd3\).*, got StableDiffusion3InpaintPipeline; use a checkpoint of one of these",
     ),
 }
 
@@ -168,30 +168,6 @@ def test_a_transformer_that_does_not_fit_its_text_encoders_is_refused(
     folder = make_checkpoint("sd3", tmp_path, **options)
     with pytest.raises(FlowrollError, match=words):
         Engine(folder, device="cpu")
-
-
-@pytest.mark.parametrize("module", ["text_encoder", "text_encoder_2", "text_encoder_3"])
-def test_every_text_encoder_can_be_updated(checkpoints: dict[str, Path], tmp_path: Path, module: str) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(checkpoints["sd3"], other)
-    trained = getattr(load(other), module)
-    with torch.no_grad():
-        for weight in trained.parameters():
-            weight.mul_(1.01)
-    trained.save_pretrained(other / module)
-    request = {**REQUEST, "seed": 7, "num_inference_steps": 1, "guidance_scale": 4.0}
-    with Engine(other, device="cpu", dtype="float32") as engine:
-        expected, checksum = engine.generate(**request)[0].latents, engine.weights_checksum(module)
-    with Engine(checkpoints["sd3"], device="cpu", dtype="float32") as engine:
-        before = engine.generate(**request)[0].latents
-        engine.update_weights_from_disk(other, module=module)
-        assert engine.weights_checksum(module) == checksum
-        assert torch.equal(engine.generate(**request)[0].latents, expected) and not torch.equal(before, expected)
-        engine.update_weights_from_disk(checkpoints["sd3"], module=module)
-        assert torch.equal(engine.generate(**request)[0].latents, before)
-        # T5's embeddings are in there under two names.
-        engine.update_weights_from_tensors(trained.state_dict(), module=module)
-        assert torch.equal(engine.generate(**request)[0].latents, expected)
 
 
 @pytest.mark.parametrize("name", ["text_encoder_2", "tokenizer"])

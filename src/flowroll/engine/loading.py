@@ -209,15 +209,17 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
     """Loads the pipeline in evaluation mode, on the CPU."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     modules = {
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
         for name in checkpoint.modules
     }
     parts = {**modules, **dict.fromkeys(checkpoint.absent)}
+    # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
+    pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
     with _with_plain_classes(checkpoint) as folder:
-        pipeline = DiffusionPipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
+        pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     for module in modules.values():
         module.eval()

@@ -46,8 +46,8 @@ def make_sd3(size: Size, seed: int, overrides: dict[str, Any]) -> StableDiffusio
     }
     width = config["num_attention_heads"] * config["attention_head_dim"]
     transformer = SD3Transformer2DModel(**{"caption_projection_dim": width, **config})
-    # The pooled prompt shapes every modulation: at full gain the two branches have hardly anything in common, and guidance makes
-    # velocities of three and four.
+    # The pooled prompt shapes every modulation. At full gain the two branches have hardly anything in common, and guidance at 4
+    # makes velocities of three and more.
     fill_random(transformer, seed, {"text_embedder.linear_2.weight": 0.3})
     clips = [make_clip_tokenizer(), make_clip_tokenizer(pad_token="!")]
     # As many people save it; a T5 is also most of what a small checkpoint would weigh, and of the time to train with it.
