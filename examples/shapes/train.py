@@ -31,13 +31,13 @@ from flowroll.testing.weights import align_file
 
 _SMOOTHING = 0.98
 # Optimizer steps of the autoencoder and of the transformer.
-_STEPS = {"qwen_image": (700, 5000), "z_image": (500, 2500), "sd3": (500, 2500)}
+STEPS = {"qwen_image": (700, 5000), "z_image": (500, 2500), "sd3": (500, 2500)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains one family's policy and saves it as a checkpoint folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--family", choices=list(_STEPS), required=True)
+    parser.add_argument("--family", choices=list(STEPS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -70,7 +70,7 @@ def train(pipeline: Any, seed: int, bar: Callable[[str, int], Callable[[int, flo
         bar: Makes the report of a stage from its name and number of steps.
     """
     family = family_of_pipeline(type(pipeline).__name__)
-    vae_steps, steps = _STEPS[family.name]
+    vae_steps, steps = STEPS[family.name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline.vae = type(pipeline.vae).from_config(pipeline.vae.config)

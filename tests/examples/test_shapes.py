@@ -4,11 +4,13 @@ import pytest
 import torch
 from examples.shapes.denoiser import velocities
 from examples.shapes.reward import reward
+from examples.shapes.train import STEPS
 from examples.shapes.world import COLOURS, GROUND, PLACES, SCENES, SHAPES, SIZE, Scene, coverage, draw, scene_of
 
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.engine import Engine
 from flowroll.families import FAMILIES, StepInput
+from flowroll.testing import make_checkpoint
 
 SCENE = Scene(colour="red", shape="circle", place="at the top left")
 
@@ -56,11 +58,11 @@ def test_a_prompt_of_another_world_has_no_reward():
         reward(torch.zeros(3, 1, SIZE, SIZE), "a photo of a dog")
 
 
-@pytest.mark.parametrize("name", SHAPES_FAMILIES)
-def test_what_is_trained_are_the_velocities_of_the_family(name):
+@pytest.mark.parametrize("name", STEPS)
+def test_what_is_trained_are_the_velocities_of_the_family(name, tmp_path):
     family, noisy = FAMILIES[name], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    sigmas, one_step = torch.tensor([0.3, 0.9]), {"guidance_scale": 0.0, "num_inference_steps": 1, "return_denoising_env": True}
-    with Engine(shapes_checkpoint(name), device="cpu", dtype="float32") as engine:
+    sigmas, one_step = torch.tensor([0.25, 0.875]), {"guidance_scale": 0.0, "num_inference_steps": 1, "return_denoising_env": True}
+    with Engine(make_checkpoint(name, tmp_path, size="shapes"), variant="shapes", device="cpu", dtype="float32") as engine:
         envs = [engine.rollout(prompt=scene.prompt, **one_step)[0].denoising_env for scene in (SCENES[0], SCENES[-2])]
         transformer, spec = engine._model.transformer, engine._model.spec
     shape = family.geometry(spec, height=64, width=64).noise_shape
@@ -74,7 +76,7 @@ def test_what_is_trained_are_the_velocities_of_the_family(name):
                 guidance=family.guidance(0.0),
             )
             expected = family.velocity(transformer, one, torch.float32)
-            assert torch.allclose(family.initial_latents(found[index].reshape(shape)), expected, atol=2e-5)
+            assert torch.allclose(family.initial_latents(found[index].reshape(shape)), expected, atol=1e-4), (found, expected)
 
 
 @pytest.mark.parametrize("family", SHAPES_FAMILIES)
