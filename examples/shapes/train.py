@@ -87,7 +87,16 @@ def save(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     for file in folder.glob("*/*.safetensors"):
         align_file(file)
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        _forget_the_folder(file)
     (folder / "flowroll.json").write_text(json.dumps({"variant": "shapes"}) + "\n")
+
+
+def _forget_the_folder(file: Path) -> None:
+    """Removes from a configuration where its pipeline was loaded from, which is this machine's alone to know."""
+    config = json.loads(file.read_text())
+    if config.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def evaluate(folder: Path, guidance_scale: float) -> float:

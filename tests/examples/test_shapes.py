@@ -61,7 +61,10 @@ def test_a_prompt_of_another_world_has_no_reward():
 @pytest.mark.parametrize("name", STEPS)
 def test_what_is_trained_are_the_velocities_of_the_family(name, tmp_path):
     family, noisy = FAMILIES[name], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    sigmas, one_step = torch.tensor([0.25, 0.875]), {"guidance_scale": 0.0, "num_inference_steps": 1, "return_denoising_env": True}
+    sigmas, one_step = (
+        torch.tensor([0.25, 0.875]),
+        {"guidance_scale": 0.0, "num_inference_steps": 1, "return_denoising_env": True},
+    )
     with Engine(make_checkpoint(name, tmp_path, size="shapes"), variant="shapes", device="cpu", dtype="float32") as engine:
         envs = [engine.rollout(prompt=scene.prompt, **one_step)[0].denoising_env for scene in (SCENES[0], SCENES[-2])]
         transformer, spec = engine._model.transformer, engine._model.spec

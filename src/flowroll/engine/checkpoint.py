@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -199,7 +199,7 @@ def _check_scheduler_class(index: Mapping[str, Any]) -> None:
     ScheduleConfig.from_scheduler_config({"_class_name": name})
 
 
-def _is_component(entry: object) -> bool:
+def _is_component(entry: object) -> TypeGuard[list[Any]]:
     """Tells whether an entry of the index is that of a component: a library and a class."""
     return isinstance(entry, list) and len(entry) == 2
 
