@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   roll out two small trained checkpoints through the real server; results in demo-out/"
+	@echo "make demo   roll out the small trained checkpoints through the real server; results in demo-out/"
 	@echo "make test   the whole test suite"
 	@echo "make proofs the long tests: every row of every table, soak, that training learns and what it cannot learn from"
 	@echo "make check  format, lint, types, layers"

@@ -8,36 +8,62 @@ Runs the engine's own step: the family's guided velocity, then an SDE transition
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import time
+import typing
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
-from flowroll.families import FAMILIES, ModelSpec, StepInput
+from flowroll.families import FAMILIES, StepInput
 from flowroll.sampling import noise, transition
 from flowroll.sampling.dynamics import transitions
 from flowroll.sampling.schedule import ScheduleConfig, explicit_schedule
 from flowroll.testing import random_text
 
-# The defaults of these classes are the full-size architectures.
-MODELS: dict[str, type[nn.Module]] = {"qwen_image": QwenImageTransformer2DModel, "z_image": ZImageTransformer2DModel}
-DEPTH = {"qwen_image": "num_layers", "z_image": "n_layers"}
-TEXT_DIM = {"qwen_image": "joint_attention_dim", "z_image": "cap_feat_dim"}
+# The options of the full-size architectures, where they are not the defaults of the class.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    # Stable Diffusion 3.5 medium.
+    "sd3": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    },
+}
+# The names that the classes give to their number of layers.
+DEPTHS = ("num_layers", "n_layers")
+# Where the family does not fix the number.
 TEXT_TOKENS = 64
 SEED = 0
 
 
-def build(family: str, device: torch.device, layers: int | None) -> nn.Module:
+def transformer_class(family: str) -> type[nn.Module]:
+    """The class of the family's transformers, as its pipeline declares it."""
+    pipeline = getattr(diffusers, FAMILIES[family].pipeline_class)
+    found: type[nn.Module] = typing.get_type_hints(pipeline.__init__)["transformer"]
+    return found
+
+
+def build(family: str, device: torch.device, layers: int | None, options: Mapping[str, Any]) -> nn.Module:
     """The transformer with random bf16 weights, made on the device."""
     torch.manual_seed(SEED)
-    options = {} if layers is None else {DEPTH[family]: layers}
+    model_class = transformer_class(family)
+    if layers is not None:
+        parameters = inspect.signature(model_class.__init__).parameters
+        options = {**options, next(name for name in DEPTHS if name in parameters): layers}
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            model = MODELS[family](**options)
+            model = model_class(**options)
     finally:
         torch.set_default_dtype(default)
     return model.to(torch.bfloat16).eval().requires_grad_(False)
@@ -46,14 +72,14 @@ def build(family: str, device: torch.device, layers: int | None) -> nn.Module:
 def main() -> None:
     """Prints one line of figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(MODELS), default="qwen_image")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen_image")
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the script out")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    model = build(options.family, device, options.layers)
+    model = build(options.family, device, options.layers, OPTIONS.get(options.family, {}))
     with torch.no_grad():
         seconds = time_steps(model, options.family, options.size, options.steps, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -68,8 +94,8 @@ def main() -> None:
 def time_steps(model: nn.Module, name: str, size: int, steps: int, device: torch.device) -> list[float]:
     """Seconds of each guided step, after two steps of warm-up."""
     family = FAMILIES[name]
-    widths = {"text": model.config[TEXT_DIM[name]]}
-    spec = ModelSpec(latent_channels=16, vae_scale_factor=8, widths=widths)
+    # What a specification is made of, without text encoders and VAE: CLIP's 77 tokens, 8 pixels per latent cell.
+    spec = family.spec(SimpleNamespace(transformer=model, vae_scale_factor=8, tokenizer_max_length=77))
     geometry = family.geometry(spec, height=size, width=size)
     guidance = family.guidance(4.0)
 

@@ -25,21 +25,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.measure import hardware, ratio
+from benchmarks.received import FORMULAS, received_bytes
 from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
 from flowroll.engine.loading import load_transformer
 from flowroll.engine.outline import outline_model
 from flowroll.exact import Alone, run_here, run_on_groups
-from flowroll.families import Guidance
+from flowroll.families import Guidance, ModelSpec
 from flowroll.families.base import StepInput
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.rendezvous import join_store, serve_store
-from flowroll.parallel.shards import shard_rows
 from flowroll.testing import make_checkpoint, random_input
 from flowroll.types import DenoisingEnv, Layout
 
 RESULTS = Path(__file__).parent / "results"
 LAYOUTS = ("sp2", "cfg2", "tp2")
-# Its ring attention has no CPU kernel ("Native attention does not support return_lse"), and Z-Image has no plan.
+# Its ring attention has no CPU kernel ("Native attention does not support return_lse"); Z-Image and SD3 have no plan.
 PEERS = {"diffusers, Ulysses 2": {"ulysses_degree": 2}}
 # The feed-forward width of the mid-size Z-Image is odd, which no two ranks can share; this one's is not.
 EVEN: Mapping[str, Any] = {"dim": 480, "axes_dims": [32, 44, 44]}
@@ -49,7 +49,7 @@ DTYPE = torch.float32
 
 
 def main() -> None:
-    """Measures both families and writes the result file."""
+    """Measures every family that has a formula, and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", choices=["tiny", "mid"], default="mid")
@@ -60,13 +60,14 @@ def main() -> None:
     sections = [
         f"# The cost of the exact layouts, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.parallel --rounds {options.rounds}`. {hardware()}; gloo over loopback, one thread, "
-        f'float32, {SIDE}x{SIDE} ({TOKENS} image tokens), {TEXT} text tokens, guidance on, transformer size "{options.size}".',
+        f"float32, {SIDE}x{SIDE} ({TOKENS} image tokens), {TEXT} text tokens where the family does not fix their number, "
+        f'guidance on, transformer size "{options.size}".',
         "Ratio: median of the paired ratios of wall time against one rank in the same round, with its 95 % interval. Largest "
         "difference: of the guided velocity, from one rank's.",
         "Not claimed: absolute times (the machine is shared, and loopback sockets are no NVLink), any figure for a GPU.",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for family in ("qwen_image", "z_image"):  # those that have a formula
+        for family in FORMULAS:
             overrides = EVEN if (family, options.size) == ("z_image", "mid") else {}
             checkpoint = make_checkpoint(family, Path(folder) / family, size=options.size, **overrides)
             rows = [row for layout in LAYOUTS for row in measure(checkpoint, layout, options.rounds)]
@@ -108,7 +109,8 @@ def run_rank(rank: int, folder: str, layout_name: str, rounds: int, port: int, r
                     times[name].append(time.perf_counter() - started)
         if rank == 0:
             counted = sum(mesh.received_bytes.values()) // (rounds + 1)
-            assert counted == formula(checkpoint, layout), (counted, formula(checkpoint, layout))
+            expected = received_bytes(checkpoint, layout, image=TOKENS, text=text_tokens(checkpoint), element_bytes=4)
+            assert counted == expected, (counted, expected)
             Path(result).write_text(
                 json.dumps([row(name, velocities, times, layout, counted) for name in arms if name != "one rank"])
             )
@@ -150,56 +152,22 @@ def context_parallel(transformer: Any, rank: int, degrees: Mapping[str, int]) ->
     return transformer
 
 
+def spec_of(checkpoint: Checkpoint) -> ModelSpec:
+    """The checkpoint's facts, without its weights."""
+    return outline_model(checkpoint, device=torch.device("cpu"), dtype=DTYPE).spec
+
+
+def text_tokens(checkpoint: Checkpoint) -> int:
+    """The number of tokens of each branch's text."""
+    return spec_of(checkpoint).widths.get("text_tokens", TEXT)
+
+
 def environment(checkpoint: Checkpoint, generator: torch.Generator) -> tuple[DenoisingEnv, Tensor]:
     """Random embeddings of both branches, and random latents."""
-    spec = outline_model(checkpoint, device=torch.device("cpu"), dtype=DTYPE).spec
+    spec = spec_of(checkpoint)
     size = {"height": SIDE, "width": SIDE, "texts": (TEXT, TEXT)}
     one = random_input(checkpoint.family, spec, **size, dtype=DTYPE, generator=generator)
     return one.env, one.latents
-
-
-def formula(checkpoint: Checkpoint, layout: Layout) -> int:
-    """Bytes that a rank receives a step, by the formulas of docs/parallel.md."""
-    config = json.loads((checkpoint.folder / "transformer" / "config.json").read_text())
-    count = {"sp2": _rows, "cfg2": _branches, "tp2": _columns}[layout.name]
-    return 4 * count(config, checkpoint.family.name)
-
-
-def _rows(config: Mapping[str, Any], family: str) -> int:
-    """Keys and values of every block, and what leaves the regions, of the other rank's rows."""
-    if family == "qwen_image":
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return 2 * _longest(TOKENS) * (2 * width * config["num_layers"] + 64)
-    image, all_rows, width = _longest(TOKENS), _longest(TOKENS + TEXT), config["dim"]
-    return 2 * (image * width * (2 * config["n_refiner_layers"] + 1) + all_rows * (2 * width * config["n_layers"] + 64))
-
-
-def _branches(config: Mapping[str, Any], family: str) -> int:
-    """The other branch's velocity; for a pair, also what leaves the noise refiner."""
-    if family == "qwen_image":
-        return TOKENS * 64
-    return TOKENS * config["dim"] + (TOKENS + TEXT) * 64
-
-
-def _columns(config: Mapping[str, Any], family: str) -> int:
-    """The other rank's half of every sharded linear's output."""
-    if family == "qwen_image":
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        # Two modulations of 6 widths; q, k, v, out (4) and the two linears of the MLP (4 + 1) for image and text.
-        block = 2 * 6 * width + (TOKENS + TEXT) * 9 * width
-        return 2 * (config["num_layers"] * block + 2 * width) // 2
-    width = config["dim"]
-    hidden = width // 3 * 8 if width % 3 == 0 else int(width / 3 * 8)
-    linears = 5 * width + 2 * hidden
-    modulated = config["n_layers"] * (TOKENS + TEXT) + config["n_refiner_layers"] * TOKENS
-    rows = modulated + config["n_refiner_layers"] * TEXT
-    return 2 * (rows * linears + (config["n_layers"] + config["n_refiner_layers"]) * 4 * width) // 2
-
-
-def _longest(total: int) -> int:
-    shard = shard_rows(total, 0, 2)
-    assert shard is not None
-    return max(shard.sizes)
 
 
 def row(

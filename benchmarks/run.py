@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import engine, transition
 from benchmarks.measure import hardware
+from flowroll.families import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,16 +19,18 @@ def main() -> None:
     """Runs the benchmarks and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40, help="paired rounds of the engine benchmark")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="of the engine benchmark")
     parser.add_argument("--out", type=Path, default=None, help="result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    command = f"python -m benchmarks.run --families {' '.join(options.families)} --rounds {options.rounds}"
     today = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"spine_cpu_{today:%Y%m}.md"
     sections = [
         f"# The cost of a rollout, {today:%Y-%m-%d}",
-        f"Command: `python -m benchmarks.run --rounds {options.rounds}` (`make bench`). {hardware()}; one thread.",
+        f"Command: `{command}`. {hardware()}; one thread.",
         "Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.",
-        engine.run(options.rounds),
+        engine.run(options.rounds, options.families),
         transition.run(100),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)

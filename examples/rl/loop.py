@@ -34,7 +34,7 @@ from flowroll.client import Client
 
 _FAMILIES = SHAPES_FAMILIES
 _SHOWN_PROMPTS = 8
-# One forward per step, as Flow-GRPO trains: at this scale neither family runs guidance.
+# One forward per step, as Flow-GRPO trains: at this scale no family runs guidance.
 _UNGUIDED = 0.0
 
 

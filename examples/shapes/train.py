@@ -24,19 +24,20 @@ from examples.shapes.reward import reward
 from examples.shapes.world import SCENES
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.engine import Engine
+from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.families import family_of_pipeline
-from flowroll.testing import BUILDERS, make_checkpoint
+from flowroll.testing import make_checkpoint
 from flowroll.testing.weights import align_file
 
 _SMOOTHING = 0.98
 # Optimizer steps of the autoencoder and of the transformer.
-_STEPS = {"qwen_image": (700, 5000), "z_image": (500, 2500)}
+STEPS = {"qwen_image": (700, 5000), "z_image": (500, 2500), "sd3": (500, 2500)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains one family's policy and saves it as a checkpoint folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--family", choices=list(BUILDERS), required=True)
+    parser.add_argument("--family", choices=list(STEPS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -46,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     started = time.perf_counter()
     make_checkpoint(options.family, options.out, seed=options.seed, size="shapes")
-    pipeline = DiffusionPipeline.from_pretrained(options.out, local_files_only=True)
-    _keep_bfloat16(pipeline.text_encoder)
+    checkpoint = examine_checkpoint(options.out, variant=None)
+    pipeline = DiffusionPipeline.from_pretrained(options.out, **dict.fromkeys(checkpoint.absent), local_files_only=True)
+    for name in checkpoint.text_encoders:
+        _keep_bfloat16(getattr(pipeline, name))
     with Progress(console=console) as progress:
         train(pipeline, options.seed, lambda name, total: _bar(progress, name, total))
     save(pipeline, options.out)
@@ -62,12 +65,12 @@ def train(pipeline: Any, seed: int, bar: Callable[[str, int], Callable[[int, flo
     """Trains the autoencoder and the transformer of a pipeline in place.
 
     Args:
-        pipeline: With any weights; its text encoder stays as it is.
+        pipeline: With any weights; its text encoders stay as they are.
         seed: Of everything that is drawn.
         bar: Makes the report of a stage from its name and number of steps.
     """
     family = family_of_pipeline(type(pipeline).__name__)
-    vae_steps, steps = _STEPS[family.name]
+    vae_steps, steps = STEPS[family.name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline.vae = type(pipeline.vae).from_config(pipeline.vae.config)
@@ -84,7 +87,16 @@ def save(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     for file in folder.glob("*/*.safetensors"):
         align_file(file)
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        _forget_the_folder(file)
     (folder / "flowroll.json").write_text(json.dumps({"variant": "shapes"}) + "\n")
+
+
+def _forget_the_folder(file: Path) -> None:
+    """Removes from a configuration where its pipeline was loaded from, which is this machine's alone to know."""
+    config = json.loads(file.read_text())
+    if config.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def evaluate(folder: Path, guidance_scale: float) -> float:

@@ -5,6 +5,7 @@ Tiny checkpoints, one round, and this process in place of others. The figures me
 
 import contextlib
 import importlib
+import inspect
 import json
 import pkgutil
 import subprocess
@@ -30,7 +31,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"FAMILIES": ("qwen_image",)},
         ["--rounds", "1", "--size", "tiny", "--tokens", "64", "--samples", "2", "--threads", "1"],
     ),
-    "gpu": ({"TEXT_TOKENS": 8}, ["--device", "cpu", "--size", "64", "--steps", "1"]),
+    "gpu": ({}, ["--family", "sd3", "--device", "cpu", "--size", "64", "--steps", "1", "--layers", "2"]),
     "load": (
         {"FAMILIES": ("z_image",), "NUM_REQUESTS": 1, "NUM_MIXED": 1, "STATIC_SIZES": (1,), "STEPS": 1, "SIZE": 64},
         ["--rounds", "1", "--dtype", "float32", "--layout"],
@@ -96,8 +97,10 @@ def in_this_process(name: str, module: ModuleType, folder: Path, monkeypatch: py
         case "load":
             monkeypatch.setattr(module, "_apart", lambda row, *arguments: row(*arguments))
         case "gpu":
-            transformer = Engine(tiny("qwen_image", folder / "qwen"), device="cpu")._model.transformer
-            monkeypatch.setattr(module, "MODELS", {"qwen_image": lambda: type(transformer).from_config(transformer.config)})
+            config = Engine(tiny("sd3", folder / "sd3"), device="cpu")._model.transformer.config
+            parameters = inspect.signature(module.transformer_class("sd3").__init__).parameters
+            options = {name: value for name, value in config.items() if name in parameters}
+            monkeypatch.setattr(module, "OPTIONS", {"sd3": options})
         case "wire":
             monkeypatch.setattr(module, "_in_a_process", module._fresh)
         case "responsive":

@@ -1,46 +1,21 @@
-"""What is particular to Stable Diffusion 3: T5 that was not saved, shifts, plain and dual attention, refusals."""
+"""What is particular to Stable Diffusion 3: T5 that was not saved, lengths of texts, shifts, kinds of attention, refusals."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from tests.parity.sd3 import NO_T5, REQUEST, edited, latents_of, load
 from torch import Tensor
 
 from flowroll import replay
 from flowroll.engine import Engine
-from flowroll.errors import CheckpointError, InvalidRequestError
-from flowroll.families.alignment import align_weights
+from flowroll.errors import InvalidRequestError
 from flowroll.testing import make_checkpoint
 
-NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
-REQUEST: dict[str, Any] = {"prompt": "a red cup", "negative_prompt": "blurry", "height": 80, "width": 112}
 EVERYTHING = {"return_denoising_env": True, "return_dit_trajectory": True}
-
-
-def load(folder: Path, dtype: str = "float32", **parts: Any) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
-        align_weights(module)
-    return pipeline
-
-
-def latents_of(pipeline: Any, **request: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return pipeline(**{**REQUEST, **request}, generator=generator, output_type="latent").images[0]
-
-
-def edited(source: Path, folder: Path, file: str, **values: Any) -> Path:
-    """A copy of a checkpoint with other values in one of its JSON files."""
-    shutil.copytree(source, folder)
-    path = folder / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +59,12 @@ def test_what_was_not_saved_has_no_weights_to_ask_for(engine: Engine) -> None:
         engine.weights_checksum("text_encoder_3")
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_no_text_encoder_is_updated(engine: Engine, checkpoints: dict[str, Path], name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"module must be transformer or vae, got {name}; start an engine on other"):
+        engine.update_weights_from_disk(checkpoints["sd3"], module=name)
+
+
 def test_an_engine_without_t5_sleeps_and_wakes_to_the_same_bits(engine: Engine) -> None:
     request = {**REQUEST, "seed": 1, "num_inference_steps": 2}
     before = engine.generate(**request)[0].image
@@ -92,13 +73,31 @@ def test_an_engine_without_t5_sleeps_and_wakes_to_the_same_bits(engine: Engine) 
     assert torch.equal(engine.generate(**request)[0].image, before)
 
 
-@pytest.mark.parametrize("name", ["text_encoder_2", "tokenizer"])
-def test_a_component_that_the_family_needs_is_missed_before_anything_is_loaded(
-    checkpoints: dict[str, Path], tmp_path: Path, name: str
+# CLIP takes 75 words of one token, T5 255; both cut what is longer, and fill up what is shorter.
+@pytest.mark.parametrize(("words", "negative"), [(0, 75), (1, 255), (75, 0), (76, 256), (255, 76), (256, 1), (600, 600)])
+def test_texts_are_cut_and_filled_up_as_in_the_pipeline(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], words: int, negative: int
 ) -> None:
-    folder = edited(checkpoints["sd3"], tmp_path / "model", "model_index.json", **{name: [None, None]})
-    with pytest.raises(CheckpointError, match=rf"model_index\.json must name the class of {name}, got none"):
-        Engine(folder, device="cpu")
+    texts = {"prompt": "cat " * words, "negative_prompt": "blur " * negative}
+    request = {**REQUEST, **texts, "guidance_scale": 4.0, "num_inference_steps": 1}
+    (found,) = engine_of("sd3", "float32").generate(**request, seed=7)
+    assert torch.equal(found.latents, latents_of(pipeline_of("sd3", "float32"), **request).cpu())
+
+
+# From one token to the whole width of the position table.
+@pytest.mark.parametrize(("height", "width", "steps"), [(16, 16, 1), (16, 1536, 2), (1536, 16, 3), (176, 464, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_size_has_the_pipelines_bits(
+    engine_of: Callable[[str, str], Engine],
+    pipeline_of: Callable[[str, str], Any],
+    dtype: str,
+    height: int,
+    width: int,
+    steps: int,
+) -> None:
+    request = {**REQUEST, "height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 4.0}
+    (found,) = engine_of("sd3", dtype).generate(**request, seed=7)
+    assert torch.equal(found.latents, latents_of(pipeline_of("sd3", dtype), **request).cpu())
 
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -123,8 +122,16 @@ def test_every_shift_and_number_of_steps_gives_the_pipelines_bits(
             assert found.sampling.sigmas == tuple(pipeline.scheduler.sigmas.tolist())
 
 
-@pytest.mark.parametrize("options", [{"dual_attention_layers": (), "qk_norm": None}, {"dual_attention_layers": (0, 1, 2)}])
-def test_plain_and_dual_attention_have_the_pipelines_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+# As Stable Diffusion 3, as 3.5 large, and with more of a second attention than 3.5 medium has.
+ATTENTION: list[dict[str, Any]] = [
+    {"dual_attention_layers": (), "qk_norm": None},
+    {"dual_attention_layers": ()},
+    {"dual_attention_layers": (0, 1, 2)},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTION)
+def test_every_kind_of_attention_has_the_pipelines_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = make_checkpoint("sd3", tmp_path, **options)
     with Engine(folder, device="cpu", dtype="float32") as engine:
         (found,) = engine.generate(**REQUEST, seed=7, num_inference_steps=2, guidance_scale=4.0)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -29,6 +29,7 @@ _NOT_SAVED = [None, None]
 _NOTES = "flowroll.json"
 # The modules that every pipeline has, besides its text encoders.
 _TRANSFORMER, _VAE = "transformer", "vae"
+_SCHEDULER = "scheduler"
 # The dtypes that a weight may be stored in: floats that hold its value without a separate scale.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # The dtypes that counters and positions are stored in.
@@ -72,9 +73,16 @@ class Checkpoint:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """The components that were not saved. Whoever loads the pipeline has to pass None for them."""
+        """The components that were not saved or that the family has no use for.
+
+        Whoever loads the pipeline has to pass None for them.
+        """
+        used = {*self.modules, *self.family.tokenizers, _SCHEDULER}
+        unused = (
+            name for name, entry in self.index.items() if entry == _NOT_SAVED or (_is_component(entry) and name not in used)
+        )
         optional = (name for name in self.family.optional_components if name not in self.index)
-        return (*(name for name, entry in self.index.items() if entry == _NOT_SAVED), *optional)
+        return (*unused, *optional)
 
     def class_of(self, component: str) -> str:
         """Returns the name of the class that the component was saved as."""
@@ -165,11 +173,15 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
     variant = _resolve_variant(family, variant or _noted_variant(folder))
     encoders, tokenizers = (_saved(index, family, names) for names in (family.text_encoders, family.tokenizers))
     stored = {name: _check_module(_component(folder, name), name) for name in (_TRANSFORMER, _VAE, *encoders)}
+    for encoder, name in zip(family.text_encoders, family.tokenizers, strict=False):
+        if encoder in encoders and name not in tokenizers:
+            rule = f"name the class of {name}, which {encoder} needs"
+            raise CheckpointError(f"{_INDEX} must {rule}, got none; save the checkpoint with both, or without {encoder}.")
     for name in tokenizers:
         _check_tokenizer(_component(folder, name))
-    _component(folder, "scheduler")
+    _component(folder, _SCHEDULER)
     _check_scheduler_class(index)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "scheduler must have a configuration")
+    scheduler = read_json(folder / _SCHEDULER / "scheduler_config.json", "scheduler must have a configuration")
     return Checkpoint(
         folder=folder,
         index=index,
@@ -182,9 +194,14 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
 
 def _check_scheduler_class(index: Mapping[str, Any]) -> None:
     """Checks the scheduler's class in the index: diffusers loads that class, whatever the scheduler's configuration says."""
-    entry = index.get("scheduler")
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    entry = index.get(_SCHEDULER)
+    name = entry[1] if _is_component(entry) else entry
     ScheduleConfig.from_scheduler_config({"_class_name": name})
+
+
+def _is_component(entry: object) -> TypeGuard[list[Any]]:
+    """Tells whether an entry of the index is that of a component: a library and a class."""
+    return isinstance(entry, list) and len(entry) == 2
 
 
 def _noted_variant(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
 from flowroll.families import Family, ModelSpec, Prompt
 from flowroll.families.alignment import align_weights
+from flowroll.families.conditioning import TOKENS
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
@@ -79,7 +80,7 @@ def load_model(
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
         pipeline.to(device)
         spec = checkpoint.family.spec(pipeline)
-        _check_text(checkpoint.family, pipeline)
+        _check_text(checkpoint.family, pipeline, spec)
     except FlowrollError:
         raise
     except Exception as error:
@@ -208,15 +209,17 @@ def _load_shards(checkpoint: Checkpoint, transformer: nn.Module, dtype: torch.dt
 
 def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None) -> Any:
     """Loads the pipeline in evaluation mode, on the CPU."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     modules = {
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
         for name in checkpoint.modules
     }
     parts = {**modules, **dict.fromkeys(checkpoint.absent)}
+    # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
+    pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
     with _with_plain_classes(checkpoint) as folder:
-        pipeline = DiffusionPipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
+        pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     for module in modules.values():
         module.eval()
@@ -249,17 +252,24 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _check_text(family: Family, pipeline: Any) -> None:
+def _check_text(family: Family, pipeline: Any, spec: ModelSpec) -> None:
     """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
     with torch.no_grad():
         encoded = family.encode(pipeline, Prompt(text=_PROBE))
     embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
+    names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)
     if not all(all_finite(value) for value in encoded.values() if isinstance(value, torch.Tensor)):
-        names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)
         raise CheckpointError(f"{names} must give finite embeddings, got NaN or infinity; copy the weights again.")
     if embeds.shape[0] < len(_PROBE.split()):
         raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
+    for field in family.conditioning.fields:
+        value, sizes = encoded.get(field.name), field.sizes({**spec.widths, TOKENS: embeds.shape[0]})
+        if field.is_tensor and isinstance(value, torch.Tensor) and list(value.shape) != sizes:
+            raise CheckpointError(
+                f"{names} must give {field.name} of shape {sizes}, which the transformer takes, got {list(value.shape)}; save "
+                "the transformer with the text encoders that it was trained with."
+            )
 
 
 def _unloadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from flowroll.errors import UnsupportedModelError
 from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, neighbors, reached
 from flowroll.families.conditioning import Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
@@ -38,6 +39,7 @@ class StableDiffusion3(Family):
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=28, guidance_scale=7.0, negative_prompt=""),
         "3.5-medium": Defaults(height=1024, width=1024, num_inference_steps=40, guidance_scale=4.5, negative_prompt=""),
+        "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=""),
     }
     guidance_rule: ClassVar[str] = "cfg_batch"
     guided_above: ClassVar[Number] = 1
@@ -82,6 +84,11 @@ class StableDiffusion3(Family):
     @override
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config
+        if config.out_channels not in (None, config.in_channels):
+            raise UnsupportedModelError(
+                f"out_channels must be in_channels = {config.in_channels} for {self.name}, got {config.out_channels}; use a "
+                "text-to-image checkpoint."
+            )
         return ModelSpec(
             latent_channels=config.in_channels,
             vae_scale_factor=pipeline.vae_scale_factor,
