@@ -176,7 +176,7 @@ def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
         "Mesh.gather = gather_or_stall\n"
         "from flowroll.engine.runner.__main__ import main; main()"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", stalling))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", stalling))
     layout = Layout(sp=2, cfg_parallel=True)
     with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=3.0) as engine:
         pids = list(engine.rank_pids.values())
@@ -194,14 +194,14 @@ def test_a_rank_that_cannot_load_its_part_says_why(z_image_checkpoint: Path, mon
         "worker.load_transformer = load\n"
         "from flowroll.engine.runner.__main__ import main; main()"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", failing))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", failing))
     with pytest.raises((CheckpointError, RankLostError), match="rank 1"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()
 
 
 def test_a_rank_that_cannot_start_is_an_error_at_once(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", "import sys; sys.exit(3)"))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", "import sys; sys.exit(3)"))
     with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 3"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()

@@ -53,7 +53,7 @@ def test_a_rank_without_memory_leaves_the_old_weights_on_all(
         "    return Shares(*a)\n"
         "shares.Shares = fail_once"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     (_, old, old_sum), (tensors, new, new_sum) = truth
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(WeightsRejectedError, match=r"rank 1: .*no memory left"):
@@ -69,7 +69,7 @@ def test_a_rank_that_dies_while_it_receives_takes_the_engine_down(
     z_image_checkpoint: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = "import os; shares.Shares.fill = lambda *_: os._exit(7)"
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 7"):
             engine.update_weights_from_tensors(truth[1][0])

@@ -35,6 +35,7 @@ from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.rank_group import open_peers
 from flowroll.engine.scheduler import BatchLimits, ExclusiveMode, RequestFuture, Scheduler
 from flowroll.engine.scoring import ScorePlan, check_sample, plan_score
+from flowroll.engine.weights.digests import Pieces
 from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
@@ -442,7 +443,7 @@ class Engine:
     def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.
 
-        It waits for the running requests. `flowroll.replay.weights_checksum` computes the same for a trainer's module.
+        It is computed between the steps of running requests, and kept until the weights change. `flowroll.replay.weights_checksum` computes the same for a trainer's module.
 
         Args:
             module: The name of the module, one of `modules`.
@@ -450,10 +451,21 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such module.
         """
-        return self.exclusive(lambda: self._weights.checksum(module))
+        return self._read_weights(lambda weights: weights.checksums([module]))[module]
+
+    def submit_read(self, read: Callable[[WeightStore], Pieces[T]]) -> Future[T]:
+        """Reads the weights between steps, in pieces, and returns a future of the result. The weights do not change meanwhile.
+
+        Args:
+            read: Begins the reading, e.g. with `WeightStore.checksums`.
+        """
+        self._check_open()
+        self.scheduler.start()
+        future: Future[T] = self.scheduler.between_steps(lambda: read(self._weights))
+        return future
 
     def verify_weights(self, expected: Iterable[tuple[str, str]], *, module: str = "transformer") -> int:
-        """Compares every tensor of a module with the expected checksum. It waits for the running requests.
+        """Compares every tensor of a module with the expected checksum, between the steps of running requests.
 
         Args:
             expected: The name of every tensor with the sha256 of its raw bytes.
@@ -466,10 +478,10 @@ class Engine:
             WeightsMismatchError: Names are unknown, missing or doubled, or tensors differ; the error lists them.
             InvalidRequestError: There is no such module.
         """
-        return self.exclusive(lambda: self._weights.verify(expected, module))
+        return self._read_weights(lambda weights: weights.verify(expected, module))[0]
 
     def differing_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> tuple[list[str], list[str]]:
-        """Compares tensors of a module with the expected checksums. It waits for the running requests.
+        """Compares tensors of a module with the expected checksums, between the steps of running requests.
 
         Args:
             expected: The `typed_tensor_checksum` of tensors, by name; tensors that are not named are not compared.
@@ -481,7 +493,7 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such module.
         """
-        return self.exclusive(lambda: self._weights.differing(expected, module))
+        return self._read_weights(lambda weights: weights.differing(expected, module))
 
     # Adapters
 
@@ -709,6 +721,17 @@ class Engine:
             self._open_model().adapters.record(None if lora is None else lora.name)
         except InvalidRequestError as error:
             raise error.within("sampling") from None
+
+    def _read_weights(self, read: Callable[[WeightStore], Pieces[T]]) -> T:
+        if not self.scheduler.is_in_exclusive_task:
+            return self.submit_read(read).result()
+        pieces = read(self._weights)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                value: T = end.value
+                return value
 
     def _between_steps(self, action: Callable[[], Any]) -> Any:
         self.scheduler.start()

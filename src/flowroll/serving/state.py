@@ -51,7 +51,6 @@ class AppState:
         metrics: The counters that /metrics shows.
         started_s: When the app was started, by the monotonic clock.
         updating: Held by the one change of weights, adapters or memory that reads or commits: each needs memory of its own.
-        joining: Held by the one request that joins a process group: each holds a thread until its trainer comes.
         probing: The one look at whether the engine generates, which all callers share.
         uploads: The update of weights whose tensors arrive over HTTP, if there is one.
         pushes: The pushes of weights of which a bucket is in place and others are missing.
@@ -62,7 +61,6 @@ class AppState:
     metrics: Metrics
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
-    joining: asyncio.Lock = field(default_factory=asyncio.Lock)
     probing: list[CallFuture[Evidence]] = field(default_factory=list)
     uploads: WeightUploads
     pushes: WeightPushes

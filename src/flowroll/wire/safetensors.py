@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U16": 2, "U32": 4, "U64": 8}
 LENGTH_BYTES = 8
 # As many as torch has; the product of a million numbers would take minutes, in which Python does nothing else.
-_MAX_DIMS = 64
+_MAX_DIMS, _MAX_NUMBER = 64, 2**63 - 1
 # Several times what the names and shapes of the largest models take.
 _MAX_STREAM_HEADER = 16 * 2**20
 _MOST_SHOWN = 200
@@ -141,8 +141,9 @@ def _stored_tensor(name: str, entry: dict[str, Any], begin: int) -> StoredTensor
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     item_bytes = _ITEM_BYTES.get(entry["dtype"])
-    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)) or start > stop:
-        raise ValueError("numbers must be natural")
+    # The product of numbers of thousands of digits would take seconds, in which Python does nothing else.
+    if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in (start, stop, *shape)) or start > stop:
+        raise ValueError("numbers must be natural, and below 2^63")
     if len(shape) > _MAX_DIMS or (item_bytes is not None and stop - start != item_bytes * math.prod(shape)):
         raise BlobError(f"{entry['dtype']} data of {name[:_MOST_SHOWN]} does not fill shape {list(shape)[:8]}")
     return StoredTensor(name=name, dtype=entry["dtype"], shape=shape, start=begin + start, stop=begin + stop)

@@ -196,10 +196,10 @@ class Executor:
         self._peers.send(messages.UnloadAdapter(name=name))
 
     @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Makes every other rank iterate over `whole_tensors` of its transformer, as the caller must do within the block."""
+    def gathering(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Makes every other rank iterate over these `whole_tensors` of its transformer, as the caller must within the block."""
         with self._peers.together():
-            self._peers.send(messages.GatherWeights())
+            self._peers.send(messages.GatherWeights(names=names))
             yield
 
 

@@ -181,7 +181,9 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class GatherWeights(msgspec.Struct, frozen=True, tag=True):
-    """Gather the sharded weights one after the other, in the order of their names."""
+    """Gather these weights, as far as they are sharded, one after the other, in the order of their names."""
+
+    names: tuple[str, ...]
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

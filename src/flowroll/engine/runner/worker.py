@@ -32,6 +32,7 @@ from flowroll.engine.weights.shares import Shares
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
+from flowroll.parallel.bound import unbind
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.linears import whole_tensors
 from flowroll.parallel.mesh import Mesh
@@ -115,6 +116,8 @@ def run_worker(config: RankConfig, store: Store, device: torch.device) -> None:
         except FlowrollError as error:
             channel.announce("failed", error.message)
             raise
+        # From here on this rank's own threads notice the end of rank 0, whose thread that started this process may end now.
+        unbind()
         channel.announce("loaded")
         serve = decode_message(channel.receive())
         if isinstance(serve, Serve):
@@ -204,8 +207,8 @@ class Worker:
                 self._commit = self._shares = None
             case messages.UnloadAdapter(name=name):
                 model.adapters.drop(name)
-            case messages.GatherWeights():
-                for _ in whole_tensors(model.transformer):
+            case messages.GatherWeights(names=names):
+                for _ in whole_tensors(model.transformer, frozenset(names)):
                     pass
             case _:
                 raise AssertionError(f"{type(message).__name__} is no message for a running rank")

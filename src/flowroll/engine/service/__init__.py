@@ -3,7 +3,7 @@
 from flowroll.engine.service.client import CallFuture, EngineClient, InProcessEngine
 from flowroll.engine.service.process import EngineOptions, EngineProcess
 from flowroll.engine.service.service import EngineService, RequestKind, bucket_bytes, bucket_tensors
-from flowroll.engine.service.shared_memory import SharedMemory
+from flowroll.parallel.shared_memory import SharedMemory
 from flowroll.engine.service.status import (
     EngineFacts,
     EngineStatus,

@@ -13,7 +13,6 @@ import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
@@ -27,6 +26,7 @@ from flowroll.engine.service.messages import Answer, Call, Cancel, Close, Engine
 from flowroll.engine.service.service import EngineService
 from flowroll.engine.service.status import EngineStatus
 from flowroll.errors import EngineError, FlowrollError, RankLostError, ShuttingDownError, fresh
+from flowroll.parallel.processes import bound_command
 
 __all__ = ["EngineOptions", "EngineProcess"]
 
@@ -47,8 +47,8 @@ class EngineProcess(EngineClient):
     def __init__(self, options: EngineOptions) -> None:
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with other:
-            # -P: a file of the working folder is not taken for a module of the same name.
-            command = [sys.executable, "-P", "-m", "flowroll.engine.service", str(other.fileno())]
+            # The thread that calls this must live as long as the engine: a server's main thread does.
+            command = bound_command("flowroll.engine.service", str(other.fileno()))
             # In a session of its own, so that a Ctrl-C at the terminal reaches the server alone, which then ends it in order.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()], start_new_session=True
