@@ -23,6 +23,7 @@ SP2 = Layout(sp=2)
 REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width": 192, "num_inference_steps": 2}
 BODY = {**LONG, "height": 192, "width": 192}
 DOWN_S = 10.0
+ORPHAN_S = 2.0
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,20 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+@pytest.mark.parametrize("killed", ["engine", "server"])
+def test_orphans_die_while_they_load(killed: str, z_image_checkpoint: Path, tmp_path: Path) -> None:
+    """They are in the middle of imports of seconds, or of reading weights."""
+    with ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server:
+        until(lambda: bool(children_of(server.process.pid)))
+        (engine,) = children_of(server.process.pid)
+        until(lambda: bool(children_of(engine)))
+        rank = rank_process(server)
+        os.kill(engine if killed == "engine" else server.process.pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        until(lambda: is_gone(rank) and is_gone(engine))
+        assert time.monotonic() - killed_s < ORPHAN_S
 
 
 def running(client: httpx.Client, count: int) -> bool:

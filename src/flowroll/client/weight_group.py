@@ -215,9 +215,7 @@ class WeightGroup:
             with contextlib.suppress(FlowrollError):
                 client._send(abandon_call(update_id))
 
-    def _broadcast(
-        self, bucket: Mapping[str, Tensor], module: Updatable, begun: Sequence[str], verify: bool
-    ) -> None:
+    def _broadcast(self, bucket: Mapping[str, Tensor], module: Updatable, begun: Sequence[str], verify: bool) -> None:
         group = self._group
         assert group is not None
         tensors = list(bucket.values())

@@ -40,6 +40,8 @@ _REDIRECTIONS = ("quantization_config", "compression_config", "transformers_weig
 _WRAPPERS = ("FSDP", "Replicate", "DDP")
 # The options of a configuration that say how often something is built.
 _LAYERS = re.compile(r"(^|_)(layers?|depths?)($|_per_block$)|^num_\w*blocks?$")
+# So many layers are built even where fewer are stored, since some options name layers that the model does not have.
+_MOST_LAYERS = 1024
 # No list in a configuration is longer, such as those of channels or of a latent's means.
 _MOST_ITEMS = 4096
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -272,8 +274,8 @@ def _check_layers(path: Path, config: Mapping[str, Any], num_tensors: int) -> No
         if isinstance(value, dict):
             _check_layers(path, value, num_tensors)
         counts = value if isinstance(value, list) else [value]
-        is_absurd = len(counts) > max(num_tensors, _MOST_ITEMS) or (
-            _LAYERS.search(key) and any(type(count) is int and count > num_tensors for count in counts)
+        is_absurd = len(counts) > _MOST_ITEMS or (
+            _LAYERS.search(key) and any(type(count) is int and count > max(num_tensors, _MOST_LAYERS) for count in counts)
         )
         if is_absurd:
             got = f"{key[:80]} = {json.dumps(value)[:80]} for {num_tensors} stored tensors"

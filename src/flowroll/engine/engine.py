@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import resource
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles, find_adapter, write_adapter
+from flowroll.engine.adapters.files import AdapterFiles, adapter_of, find_adapter
 from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
 from flowroll.engine.arguments import image_request, rollout_request
@@ -63,6 +62,7 @@ from flowroll.types import (
     all_finite,
 )
 from flowroll.types.tensors import plain_tensor
+from flowroll.wire.safetensors import StoredTensor
 
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 T = TypeVar("T")
@@ -443,7 +443,8 @@ class Engine:
     def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.
 
-        It is computed between the steps of running requests, and kept until the weights change. `flowroll.replay.weights_checksum` computes the same for a trainer's module.
+        It is computed between the steps of running requests, and kept until the weights change.
+        `flowroll.replay.weights_checksum` computes the same for a trainer's module.
 
         Args:
             module: The name of the module, one of `modules`.
@@ -555,10 +556,15 @@ class Engine:
             weight_version: The version of the engine's weights from now on; None: one more than the highest number so far.
             mode: What happens to running requests; see `load_lora_adapter`.
         """
-        # Written to a folder, because the other ranks read it there.
-        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
-            write_adapter(Path(folder), tensors, config)
-            return self.load_lora_adapter(folder, name=name, merged=merged, weight_version=weight_version, mode=mode)
+        staged = self.stage_lora_adapter(adapter_of(tensors, config), name=name, merged=merged)
+        return self.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+
+    def check_lora_adapter(
+        self, config: Mapping[str, Any], stored: Sequence[StoredTensor], *, name: str, merged: bool = False
+    ) -> None:
+        """Checks an adapter before the data of its tensors has come; the errors are those of `stage_lora_adapter`."""
+        self._check_open()
+        self._adapters.check(config, stored, name=name, merged=merged)
 
     def stage_lora_adapter(self, files: AdapterFiles, *, name: str, merged: bool = False) -> StagedAdapter:
         """Reads and checks an adapter, the first half of loading it. May be called from any thread while requests run.
@@ -570,10 +576,10 @@ class Engine:
         self._check_open()
         return self._adapters.stage(files, name=name, merged=merged)
 
-    def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
+    def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], *, merged: bool) -> StagedAdapter:
         """Makes an adapter from factors that a trainer has pushed; see `AdapterStore.stage_pushed`."""
         self._check_open()
-        return self._adapters.stage_pushed(factors, folder, merged=merged)
+        return self._adapters.stage_pushed(factors, merged=merged)
 
     def commit_lora_adapter(
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"

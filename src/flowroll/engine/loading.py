@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
 from flowroll.engine.facts import ModelFacts
+from flowroll.engine.scratch import scratch_folder
 from flowroll.engine.templates import check_chat_template
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
@@ -261,12 +261,12 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
     if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
         yield checkpoint.folder
         return
-    with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+    with scratch_folder() as folder:
         for path in checkpoint.folder.iterdir():
             if path.is_dir():
-                (Path(folder) / path.name).symlink_to(path.resolve())
-        (Path(folder) / "model_index.json").write_text(json.dumps({**checkpoint.index, **plain}))
-        yield Path(folder)
+                (folder / path.name).symlink_to(path.resolve())
+        (folder / "model_index.json").write_text(json.dumps({**checkpoint.index, **plain}))
+        yield folder
 
 
 def _check_text(family: Family, pipeline: Any) -> None:

@@ -45,8 +45,8 @@ class ServerConfig:
         weight_group_hosts: Hosts, besides this machine, whose process groups clients may have the server join; "*": every one.
         max_connections: TCP connections at once; more are answered with 429 and ended.
         max_queue: Requests that may wait behind those that run.
-        max_control_queue: Checks of the weights (checksums, comparisons) at once; and as many changes of weights, adapters and memory,
-            of which one goes on and the others wait.
+        max_control_queue: Checks of the weights (checksums, comparisons) at once; and as many changes of weights, adapters and
+            memory, of which one goes on and the others wait.
         max_groups: Process groups of trainers that the server may be in, with those that it is joining.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16

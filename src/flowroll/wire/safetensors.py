@@ -127,6 +127,18 @@ def read_header(raw: bytes | bytearray | memoryview) -> list[StoredTensor]:
     return stored
 
 
+def header_metadata(raw: bytes | bytearray | memoryview) -> dict[str, str]:
+    """The free text in a header that `read_header` has accepted.
+
+    Raises:
+        BlobError: It is not text by name.
+    """
+    metadata = json.loads(str(raw, "utf-8")).get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise BlobError("the metadata is not text by name")
+    return metadata
+
+
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of two entries with the same name the JSON parser would drop one in silence."""
     found: dict[str, Any] = {}
@@ -190,9 +202,13 @@ class TensorStream:
 
     Args:
         begin: Looks at the tensors as soon as the header is here, before any data is, and gives what has to be filled.
+
+    Attributes:
+        header: The header, without its length; empty before it is here.
     """
 
     def __init__(self, begin: Callable[[list[StoredTensor]], Sequence[Tensor]]) -> None:
+        self.header = bytearray()
         self._places = self._in_order(begin)
         # What the next byte belongs to; None: the body has ended.
         self._place = next(self._places, None)
@@ -234,10 +250,10 @@ class TensorStream:
         try:
             if (size := int.from_bytes(length, "little")) > _MAX_STREAM_HEADER:
                 raise BlobError
-            header = bytearray(size)
+            self.header = bytearray(size)
             if size:
-                yield memoryview(header)
-            stored = read_header(header)
+                yield memoryview(self.header)
+            stored = read_header(self.header)
         except BlobError as error:
             raise WeightsRejectedError(broken_header("the body", error, "send it again")) from error
         views = [tensor_bytes(target) for target in begin(stored)]

@@ -152,7 +152,8 @@ class ReceiveTensors(msgspec.Struct, frozen=True, tag=True):
 class StageAdapter(msgspec.Struct, frozen=True, tag=True):
     """Read an adapter beside the loaded ones, and report whether that succeeded and it is the adapter that rank 0 has read."""
 
-    folder: str
+    config: str
+    weights: str
     about: LoraAdapter
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from flowroll.engine.adapters.files import find_adapter, read_adapter, refused
+from flowroll.engine.adapters.files import AdapterFiles, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
@@ -257,11 +257,11 @@ def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
 
 
 def _read_adapter(model: LoadedModel, message: messages.StageAdapter) -> Callable[[], None]:
-    about, files = message.about, find_adapter(message.folder)
+    about, files = message.about, AdapterFiles(config=Path(message.config), weights=Path(message.weights))
     # Without a limit, because rank 0 has checked the number of bytes.
     adapter = model.adapters.stage(read_adapter(files, max_bytes=sys.maxsize), name=about.name, merged=about.merged)
     if adapter.about.sha256 != about.sha256:
         raise refused(
-            f"{files.folder} must hold the same adapter on every rank, got another one; save it where all ranks read."
+            f"{files.weights} must hold the same adapter on every rank, got another one; save it where all ranks read."
         )
     return lambda: model.adapters.put(model.adapters.finished(adapter, about.version))

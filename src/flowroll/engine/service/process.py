@@ -31,8 +31,10 @@ from flowroll.parallel.processes import bound_command
 __all__ = ["EngineOptions", "EngineProcess"]
 
 _log = logging.getLogger(__name__)
-# How much longer than its timeout a process may take to end, in seconds.
+# How long the end of a process or a thread that is on its way may take, in seconds.
 _END_S = 5.0
+# How much longer than its timeout a process may take to end before it is killed, in seconds.
+_KILL_S = 1.0
 # How often a process is asked for a sign of life.
 _PULSE_S = 1.0
 
@@ -136,13 +138,17 @@ class EngineProcess(EngineClient):
         self._closing.set()
         self._outbox.put(Close(timeout_s=timeout_s))
         try:
-            self._process.wait(timeout_s + _END_S)
+            self._process.wait(timeout_s + _KILL_S)
         except subprocess.TimeoutExpired:
             _log.error("the engine's process does not end and is killed")
             self.kill()
             return False
         self.kill()
         return True
+
+    def end_process(self) -> None:
+        """Ends the process immediately, and does not wait. The ranks that it has started end with it."""
+        self._process.kill()
 
     def kill(self) -> None:
         """Ends the process immediately and waits for its end. The ranks that it has started end with it."""

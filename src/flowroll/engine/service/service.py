@@ -11,17 +11,15 @@ import logging
 import math
 import os
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles
+from flowroll.engine.adapters.files import AdapterFiles, files_in_memory, parse_config
 from flowroll.engine.adapters.pushed import read_factors
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
@@ -29,8 +27,8 @@ from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
 from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service.probe import GenerationProbe
-from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
+from flowroll.engine.weights.digests import Pieces
 from flowroll.engine.weights.groups import (
     UNRECEIVED,
     GlooMembership,
@@ -39,7 +37,6 @@ from flowroll.engine.weights.groups import (
     WeightGroups,
     receive_from_group,
 )
-from flowroll.engine.weights.digests import Pieces
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
@@ -47,9 +44,10 @@ from flowroll.engine.weights.staged import FLOATS, WeightFiles
 from flowroll.engine.weights.store import WeightStore
 from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
+from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
-from flowroll.wire.safetensors import TensorHead
+from flowroll.wire.safetensors import StoredTensor, TensorHead
 
 __all__ = ["EngineService", "RequestKind", "blocking"]
 
@@ -418,6 +416,36 @@ class EngineService:
         return self._guarded(load)
 
     @blocking
+    def check_adapter(self, config: str, stored: Sequence[StoredTensor], name: str, *, merged: bool) -> None:
+        """Checks an adapter before the data of its tensors has come.
+
+        Args:
+            config: The text of its adapter_config.json.
+            stored: Its tensors, as the header of a safetensors file names them.
+            name: The name that it will have.
+            merged: Whether it will be added to a copy of the weights.
+
+        Raises:
+            WeightsRejectedError: The adapter is refused.
+        """
+        self._guarded(lambda: self.engine.check_lora_adapter(parse_config(config), stored, name=name, merged=merged))
+
+    @blocking
+    def load_sent_adapter(
+        self,
+        weights: SharedMemory,
+        config: str,
+        name: str,
+        *,
+        merged: bool,
+        weight_version: str | None,
+        mode: ExclusiveMode,
+    ) -> AdapterChange:
+        """Loads an adapter from the memory of a safetensors file and the text of a configuration; see `load_adapter`."""
+        files = self._guarded(lambda: files_in_memory(weights, config))
+        return self.load_adapter(files, name, merged=merged, weight_version=weight_version, mode=mode)
+
+    @blocking
     def load_pushed_adapter(
         self,
         sent_id: str,
@@ -433,9 +461,8 @@ class EngineService:
         def load() -> AdapterChange:
             copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
             factors = read_factors(copies, alpha, rank)
-            with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
-                staged = self.engine.stage_pushed_lora(factors, Path(folder), merged=merged)
-                return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+            staged = self.engine.stage_pushed_lora(factors, merged=merged)
+            return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
 
         return self._guarded(load)
 

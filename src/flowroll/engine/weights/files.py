@@ -33,11 +33,26 @@ def read_json(path: Path, rule: str) -> Mapping[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{rule}, got no {path.name}; give the folder that holds model_index.json.")
     try:
-        value = json.loads(_bounded_text(path))
-    except (ValueError, RecursionError) as error:
+        text = _bounded_text(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} must be JSON, got {error}; copy the file again.") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, subject: str) -> Mapping[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+        CheckpointError: The text is too long, or holds no JSON object; the error begins with the subject.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{subject} must have at most {MAX_JSON_BYTES} bytes, got more; copy the file again.")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{subject} must be JSON, got {error}; copy the file again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}; copy the file again.")
+        raise CheckpointError(f"{subject} must hold an object, got {type(value).__name__}; copy the file again.")
     return value
 
 

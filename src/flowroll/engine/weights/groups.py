@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,39 +30,19 @@ _REPLACED = "another of its name"
 _PATIENCE_S = 5.0
 
 
-class Membership(Protocol):
-    """A membership in a process group, in this process or in another one."""
-
-    name: str
-    id: str
-    device: torch.device
-    is_joined: bool
-
-    def join(self) -> None:
-        """Joins the group, once; `close` on another thread ends it."""
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the membership is closed, or has failed and can only be closed."""
-
-    def has_lost_rank_0(self) -> bool:
-        """Whether the store of rank 0 does not answer."""
-
-    def turn(self) -> AbstractContextManager[None]:
-        """Holds the membership for tensors that belong together; others wait."""
-
-    def receive_into(self, targets: Sequence[Tensor], flattened: bool) -> None:
-        """Fills contiguous tensors; bytes that were not sent are `UNWRITTEN`."""
-
-    def close(self, reason: str = "its end") -> None:
-        """Ends the membership; whoever waits for it gets an error."""
-
-
 class GlooMembership(GroupProcess):
     """A membership in a group that sends tensors on the CPU."""
 
     def receive_into(self, targets: Sequence[Tensor], flattened: bool) -> None:
-        """Implements `Membership`."""
+        """Fills contiguous tensors, the caller holding the `turn`; bytes that were not sent are `UNWRITTEN`.
+
+        Args:
+            targets: The tensors, in the order in which they are sent.
+            flattened: Whether they are sent as one tensor of uint8 that holds their bytes in a row.
+
+        Raises:
+            WeightsRejectedError: They did not come, or there is not enough memory.
+        """
         sizes = [target.nbytes for target in targets]
         try:
             memory = self.receive([sum(sizes)] if flattened else sizes).bytes
@@ -96,7 +76,7 @@ class NcclMembership:
         self._joining: Future[BroadcastGroup] = Future()
 
     def join(self) -> None:
-        """Implements `Membership`."""
+        """Joins the group, once; see `GroupProcess.join`."""
         threading.Thread(target=self._join, name="flowroll-join", daemon=True).start()
         try:
             self._joining.result(self._timeout_s + _PATIENCE_S)
@@ -123,20 +103,20 @@ class NcclMembership:
 
     @property
     def has_failed(self) -> bool:
-        """Implements `Membership`."""
+        """Whether the membership is closed, or has failed and can only be closed."""
         return self._failure is not None or (self.is_joined and self._group.has_failed)
 
     def has_lost_rank_0(self) -> bool:
-        """Implements `Membership`."""
+        """Whether the store of rank 0 does not answer."""
         return self.is_joined and self._group.has_lost_rank_0()
 
     def turn(self) -> AbstractContextManager[None]:
-        """Implements `Membership`."""
+        """Holds the membership for tensors that belong together; others wait."""
         turn: AbstractContextManager[None] = self._group.turn()
         return turn
 
     def receive_into(self, targets: Sequence[Tensor], flattened: bool) -> None:
-        """Implements `Membership`."""
+        """Fills contiguous tensors; see `GlooMembership.receive_into`."""
         if self._failure is not None:
             raise broken(self.name, self._failure)
         for target in targets:
@@ -152,10 +132,13 @@ class NcclMembership:
             _bytes_of(target).copy_(part)
 
     def close(self, reason: str = "its end") -> None:
-        """Implements `Membership`."""
+        """Ends the membership; whoever waits for tensors gets an error with this reason. It may be called twice."""
         self._failure = self._failure or reason
         if self._joining.done() and self._joining.exception() is None:
             self._group.close(reason)
+
+
+Membership: TypeAlias = GlooMembership | NcclMembership
 
 
 class WeightGroups:
@@ -200,14 +183,14 @@ class WeightGroups:
             self._groups = {other: one for other, one in self._groups.items() if not one.has_failed}
             if len(self._groups) >= self._limit:
                 self._forget_lost()
-            if (is_admitted := len(self._groups) < self._limit):
+            if is_admitted := len(self._groups) < self._limit:
                 self._groups[group.name] = group
         if former is not None:
             former.close(_REPLACED)
         if not is_admitted:
             raise WeightsBusyError(
-                f"the server must be in at most {self._limit} process groups, got one more than {listed(self._groups)}; destroy "
-                "one of them first."
+                f"the server must be in at most {self._limit} process groups, got one more than {listed(self._groups)}; "
+                "destroy one of them first."
             )
         try:
             group.join()
@@ -286,8 +269,8 @@ def _check_written(heads: Sequence[TensorHead], targets: Sequence[Tensor]) -> No
         last = _bytes_of(target)[-target.itemsize :]
         if len(last) and bool((last == UNWRITTEN).all()):
             raise WeightsRejectedError(
-                f"the sender must broadcast {head.name[:200]} as {head.dtype} {list(head.shape)[:8]}, got fewer bytes; announce "
-                "what is sent."
+                f"the sender must broadcast {head.name[:200]} as {head.dtype} {list(head.shape)[:8]}, got fewer bytes; "
+                "announce what is sent."
             )
 
 

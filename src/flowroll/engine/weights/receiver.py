@@ -16,7 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowroll.engine.weights.staged import FLOATS, Slot, StagedWeights, check_finite, check_tensor, listed, rejected, tensor_head
+from flowroll.engine.weights.staged import (
+    FLOATS,
+    Slot,
+    StagedWeights,
+    check_finite,
+    check_tensor,
+    listed,
+    rejected,
+    tensor_head,
+)
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
 from flowroll.wire.safetensors import TensorHead

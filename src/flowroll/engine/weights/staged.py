@@ -297,8 +297,8 @@ def check_finite(name: str, tensor: Tensor, subject: str) -> None:
     """
     if not all_finite(tensor):
         raise CheckpointError(
-            f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {tensor.dtype}; look after the "
-            "training."
+            f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {tensor.dtype}; look after "
+            "the training."
         )
 
 

@@ -38,8 +38,8 @@ def build_router(state: AppState) -> APIRouter:
         INIT_GROUP_ROUTE,
         summary="Join a trainer's process group",
         description="Whatever the engine's layout, the server is one member, of rank `rank_offset`. Waits for the others, at "
-        "most for --rank-timeout-s. A group of the same name is destroyed first, also one that is only joining: its trainer has "
-        "begun again. Groups that have failed are forgotten.",
+        "most for --rank-timeout-s. A group of the same name is destroyed first, also one that is only joining: its trainer "
+        "has begun again. Groups that have failed are forgotten.",
         responses={
             **_RESPONSES,
             403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
