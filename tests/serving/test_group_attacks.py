@@ -1,4 +1,4 @@
-"""Trainers that send something else than they announce, and ports that say nothing: no harm to the server, its weights or others."""
+"""Trainers that send something else than they announce, and ports that say nothing, harm neither the weights nor others."""
 
 import contextlib
 import socket

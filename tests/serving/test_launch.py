@@ -125,7 +125,7 @@ def test_neither_a_stopped_engine_nor_a_join_to_a_silent_port_keeps_the_process_
         place = {"master_address": "127.0.0.1", "master_port": silent.getsockname()[1], "rank_offset": 1, "world_size": 2}
         threading.Thread(target=_post_quietly, args=(client, "/init_weights_update_group", place), daemon=True).start()
         silent.accept()
-        engine = client.get("/server_info").json()["pid"]
+        (engine,) = map(int, Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split())
         os.kill(engine, signal.SIGSTOP)
         server.stop(signal.SIGTERM)
         stopped_s = time.monotonic()

@@ -111,8 +111,7 @@ def test_changes_beyond_the_bound_are_refused(server: httpx.Client, service: Eng
     blocker.start()
     assert begun.wait(WAIT_S)
     url = f"{server.base_url}/release_memory_occupation"
-    sleeps = [Background(lambda: httpx.post(url, json={"tags": []}, timeout=WAIT_S)) for _ in range(1)]
-    sleeps += [Background(lambda: httpx.post(url, timeout=WAIT_S)) for _ in range(5)]
+    sleeps = [Background(lambda: httpx.post(url, timeout=WAIT_S)) for _ in range(6)]
     try:
         refused: list[httpx.Response] = []
 

@@ -122,7 +122,7 @@ def test_json_files_are_read_with_a_bound(tmp_path: Path) -> None:
         read_json(path, "x")
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match="got no index.json"):
+    with pytest.raises(CheckpointError, match=r"got no index\.json"):
         read_json(path, "x")
 
 

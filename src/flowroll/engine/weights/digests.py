@@ -47,7 +47,7 @@ class WeightDigests:
 
     def of_tensors(self, module: str, kind: Kind) -> Pieces[dict[str, str]]:
         """Computes the checksum of each of a module's tensors, by name."""
-        return self._keep(module, kind, lambda found: self._hash_each(module, found, kind))
+        return self._keep(module, kind, lambda found: self._hash_each(found, kind))
 
     def _keep(self, module: str, kind: str, make: Callable[[nn.Module], Pieces[T]]) -> Pieces[T]:
         found = self._find(module)
