@@ -57,7 +57,7 @@ class GroupProcess:
     def __init__(self, name: str, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
         self.name, self.id, self.device = name, secrets.token_hex(8), torch.device("cpu")
         self.is_joined = False
-        self._place = {"rank": rank, "world_size": world_size, "address": address, "port": port}
+        self._place: dict[str, Any] = {"rank": rank, "world_size": world_size, "address": address, "port": port}
         self._timeout_s = timeout_s
         self._turn = threading.Lock()
         self._failing = threading.Lock()

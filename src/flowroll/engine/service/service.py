@@ -362,7 +362,7 @@ class EngineService:
         self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int, timeout_s: float
     ) -> None:
         """Joins a process group as one member, for any layout of the engine; see `BroadcastGroup` for the arguments."""
-        place = {"rank": rank, "world_size": world_size, "address": address, "port": port}
+        place: dict[str, Any] = {"rank": rank, "world_size": world_size, "address": address, "port": port}
         group: Membership
         if backend == "gloo":
             group = GlooMembership(name, timeout_s=timeout_s, **place)
