@@ -88,6 +88,10 @@ class EngineService:
         max_queue: The number of requests that may wait behind those that run.
         max_control_queue: The number of checks of the weights that may be under way or wait.
         max_groups: The number of process groups that the engine may be in.
+
+    Attributes:
+        engine: The engine.
+        max_groups: The number of process groups that the engine may be in.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int, max_control_queue: int = 64, max_groups: int = 16) -> None:
@@ -96,6 +100,7 @@ class EngineService:
         self._max_queue, self._max_control_queue = max_queue, max_control_queue
         self._is_draining = False
         self._probe = GenerationProbe(engine)
+        self.max_groups = max_groups
         self._groups = WeightGroups(max_groups)
         # The requests to recompute log-probs that have not ended.
         self._scores: set[Future[ScoreAnswer]] = set()
