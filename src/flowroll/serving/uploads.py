@@ -169,7 +169,7 @@ def _feed(stream: TensorStream, lot: list[bytes]) -> None:
 
 
 async def _lots(request: Request, max_bytes: int, idle_s: float) -> AsyncIterator[list[bytes]]:
-    """The pieces of a body in lists, each worth a change of threads.
+    """Yields the pieces of a body in lists, each worth a change of threads.
 
     Raises:
         WeightsRejectedError: A list took longer than `idle_s` to come.
