@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
-from flowroll.engine.weights.groups import receive_from_group
+from flowroll.engine.weights.groups import GlooMembership, receive_from_group
 from flowroll.engine.weights.staged import tensor_head
 from flowroll.errors import RankLostError, WeightsRejectedError
 from flowroll.parallel import processes
@@ -105,10 +105,10 @@ def test_broadcast_tensors_reach_every_rank_through_rank_0(several: Engine, trut
     several.update_weights_from_tensors(truth[0][0])
     tensors, new, new_sum = truth[1]
     store, port = serve_store()
-    place: dict[str, Any] = {"world_size": 2, "backend": "gloo", "address": "127.0.0.1", "port": port, "timeout_s": 30.0}
+    place: dict[str, Any] = {"world_size": 2, "address": "127.0.0.1", "port": port, "timeout_s": 60.0}
 
     def send() -> None:
-        with BroadcastGroup("trainer", rank=0, store=store, **place) as group:
+        with BroadcastGroup("trainer", rank=0, backend="gloo", store=store, **place) as group:
             for tensor in tensors.values():
                 group.broadcast(tensor)
             assert done.wait(60)
@@ -117,11 +117,13 @@ def test_broadcast_tensors_reach_every_rank_through_rank_0(several: Engine, trut
     trainer = threading.Thread(target=send)
     trainer.start()
     incoming = several.receive_weights()
-    with BroadcastGroup("trainer", rank=1, **place) as group:
-        heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        receive_from_group(incoming, group, heads)
-        done.set()
-        trainer.join()
+    group = GlooMembership("trainer", rank=1, **place)
+    group.join()
+    heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    receive_from_group(incoming, group, heads)
+    done.set()
+    trainer.join()
+    group.close()
     several.commit_weights(incoming.stage())
     assert_same_bits(several.rollout(**REQUEST)[0], new)
     assert several.weights_checksum() == new_sum

@@ -155,7 +155,7 @@ class WeightGroups:
         self._lock = threading.Lock()
 
     def find(self, name: str, group_id: str | None = None) -> Membership:
-        """The membership in the group of this name.
+        """Returns the membership in the group of this name.
 
         Args:
             name: Of the group.
