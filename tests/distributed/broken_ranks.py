@@ -65,7 +65,7 @@ class BrokenEngine(Engine):
         if layout.name in FAULTS:
             FAULTS[layout.name](self._faults.setattr)
             command = (sys.executable, __file__, layout.name)
-            self._faults.setattr(flowroll.parallel.processes, "WORKER_COMMAND", command)
+            self._faults.setattr(flowroll.parallel.processes, "worker_command", lambda: command)
         super().__init__(*arguments, layout=layout, **options)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ SP2 = Layout(sp=2)
 REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width": 192, "num_inference_steps": 2}
 BODY = {**LONG, "height": 192, "width": 192}
 DOWN_S = 10.0
+ORPHAN_S = 2.0
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,20 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+@pytest.mark.parametrize("killed", ["engine", "server"])
+def test_orphans_die_while_they_load(killed: str, z_image_checkpoint: Path, tmp_path: Path) -> None:
+    """They are in the middle of imports of seconds, or of reading weights."""
+    with ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server:
+        until(lambda: bool(children_of(server.process.pid)))
+        (engine,) = children_of(server.process.pid)
+        until(lambda: bool(children_of(engine)))
+        rank = rank_process(server)
+        os.kill(engine if killed == "engine" else server.process.pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        until(lambda: is_gone(rank) and is_gone(engine))
+        assert time.monotonic() - killed_s < ORPHAN_S
 
 
 def running(client: httpx.Client, count: int) -> bool:
@@ -177,7 +192,7 @@ def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
         "Mesh.gather = gather_or_stall\n"
         "from flowroll.engine.runner.__main__ import main; main()"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", stalling))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", stalling))
     layout = Layout(sp=2, cfg_parallel=True)
     with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=3.0) as engine:
         pids = list(engine.rank_pids.values())
@@ -195,14 +210,14 @@ def test_a_rank_that_cannot_load_its_part_says_why(z_image_checkpoint: Path, mon
         "worker.load_transformer = load\n"
         "from flowroll.engine.runner.__main__ import main; main()"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", failing))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", failing))
     with pytest.raises((CheckpointError, RankLostError), match="rank 1"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()
 
 
 def test_a_rank_that_cannot_start_is_an_error_at_once(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", "import sys; sys.exit(3)"))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", "import sys; sys.exit(3)"))
     with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 3"):
         Engine(z_image_checkpoint, device="cpu", layout=SP2)
     assert not torch.distributed.is_initialized()

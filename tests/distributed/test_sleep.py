@@ -33,7 +33,7 @@ FAULT = (
 def test_every_rank_sleeps_and_wakes_or_none_does(
     layout: Layout, z_image_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=FAULT)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=FAULT)))
     with Engine(z_image_checkpoint, device="cpu") as single:
         saved(policy(single._model.transformer), tmp_path / "a")
     with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=30.0) as engine:

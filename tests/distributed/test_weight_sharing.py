@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowroll import Rollout
 from flowroll.engine import Engine
-from flowroll.engine.weights.groups import receive_from_group
+from flowroll.engine.weights.groups import GlooMembership, receive_from_group
 from flowroll.engine.weights.staged import tensor_head
 from flowroll.errors import RankLostError, WeightsRejectedError
 from flowroll.parallel import processes
@@ -53,7 +53,7 @@ def test_a_rank_without_memory_leaves_the_old_weights_on_all(
         "    return Shares(*a)\n"
         "shares.Shares = fail_once"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     (_, old, old_sum), (tensors, new, new_sum) = truth
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(WeightsRejectedError, match=r"rank 1: .*no memory left"):
@@ -69,7 +69,7 @@ def test_a_rank_that_dies_while_it_receives_takes_the_engine_down(
     z_image_checkpoint: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = "import os; shares.Shares.fill = lambda *_: os._exit(7)"
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 7"):
             engine.update_weights_from_tensors(truth[1][0])
@@ -105,10 +105,10 @@ def test_broadcast_tensors_reach_every_rank_through_rank_0(several: Engine, trut
     several.update_weights_from_tensors(truth[0][0])
     tensors, new, new_sum = truth[1]
     store, port = serve_store()
-    place: dict[str, Any] = {"world_size": 2, "backend": "gloo", "address": "127.0.0.1", "port": port, "timeout_s": 30.0}
+    place: dict[str, Any] = {"world_size": 2, "address": "127.0.0.1", "port": port, "timeout_s": 60.0}
 
     def send() -> None:
-        with BroadcastGroup("trainer", rank=0, store=store, **place) as group:
+        with BroadcastGroup("trainer", rank=0, backend="gloo", store=store, **place) as group:
             for tensor in tensors.values():
                 group.broadcast(tensor)
             assert done.wait(60)
@@ -117,11 +117,13 @@ def test_broadcast_tensors_reach_every_rank_through_rank_0(several: Engine, trut
     trainer = threading.Thread(target=send)
     trainer.start()
     incoming = several.receive_weights()
-    with BroadcastGroup("trainer", rank=1, **place) as group:
-        heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        receive_from_group(incoming, group, heads)
-        done.set()
-        trainer.join()
+    group = GlooMembership("trainer", rank=1, **place)
+    group.join()
+    heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    receive_from_group(incoming, group, heads)
+    done.set()
+    trainer.join()
+    group.close()
     several.commit_weights(incoming.stage())
     assert_same_bits(several.rollout(**REQUEST)[0], new)
     assert several.weights_checksum() == new_sum

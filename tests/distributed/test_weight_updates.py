@@ -66,7 +66,7 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
         "    return stage(*a)\n"
         "worker.stage_weights = fail_once"
     )
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     (old, old_sum), (new, new_sum) = expected
     with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine:
         with pytest.raises(WeightsRejectedError, match=r"rank 1: .*Input/output error"):
@@ -83,7 +83,7 @@ def test_a_rank_that_dies_while_it_reads_takes_the_engine_down(
     z_image_checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = "import os; worker.stage_weights = lambda *_: os._exit(7)"
-    monkeypatch.setattr(processes, "WORKER_COMMAND", (sys.executable, "-c", FAILING.format(fault=fault)))
+    monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 7"):
             engine.update_weights_from_disk(other)

@@ -1,5 +1,6 @@
 """The process: what it does at the start, under load, and when it is told to stop."""
 
+import contextlib
 import logging
 import os
 import re
@@ -8,6 +9,8 @@ import shutil
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -109,6 +112,37 @@ def test_a_second_signal_cuts_the_grace_period_short(
 
     _serve_here(act, monkeypatch, caplog, model=str(qwen_checkpoint), grace_s=20.0)
     assert time.monotonic() - stopped_s[0] < STOP_S
+
+
+def test_neither_a_stopped_engine_nor_a_join_to_a_silent_port_keeps_the_process_from_its_end(
+    z_image_checkpoint: Path, tmp_path: Path
+) -> None:
+    with (
+        ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), grace_s=0.5) as server,
+        server.client() as client,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        place = {"master_address": "127.0.0.1", "master_port": silent.getsockname()[1], "rank_offset": 1, "world_size": 2}
+        threading.Thread(target=_post_quietly, args=(client, "/init_weights_update_group", place), daemon=True).start()
+        silent.accept()
+        (engine,) = map(int, Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split())
+        os.kill(engine, signal.SIGSTOP)
+        server.stop(signal.SIGTERM)
+        stopped_s = time.monotonic()
+        server.process.wait(WAIT_S)
+        assert time.monotonic() - stopped_s < 0.5 + launch._END_S + 1.0
+        until(lambda: not Path(f"/proc/{engine}").exists())
+
+
+def test_threads_that_remain_are_ended_with_the_process(tmp_path: Path) -> None:
+    code = (
+        "import threading, time; from flowroll.serving.launch import _LastResort\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "_LastResort().arm(0.2)"
+    )
+    started_s = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S)
+    assert ended.returncode == 1 and time.monotonic() - started_s < 30
 
 
 def test_a_truncated_checkpoint_ends_the_process_with_one_clear_line_and_nothing_listens(
@@ -213,6 +247,11 @@ def _serve_here(
     thread.join(WAIT_S)
     if failures:
         raise failures[0]
+
+
+def _post_quietly(client: httpx.Client, path: str, body: Any) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        client.post(path, json={**body, "backend": "gloo"})
 
 
 def _timed(client: httpx.Client, path: str) -> float:

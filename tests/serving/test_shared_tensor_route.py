@@ -143,6 +143,7 @@ def test_every_form_of_a_payload_is_taken(
         "weight_version": "7",
         "num_arrived": 73,
         "num_tensors": 73,
+        "verified": False,
     }
     assert service.engine.weights_checksum() == new_sum
     assert_same_bits(service.engine.rollout(**REQUEST)[0], new)

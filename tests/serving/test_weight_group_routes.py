@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,9 +27,10 @@ from flowroll.client import Client
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
-from flowroll.engine.weights import groups
 from flowroll.errors import InvalidRequestError, NotFoundError, WeightsBusyError, WeightsRejectedError
 from flowroll.parallel.broadcasting import BroadcastGroup
+from flowroll.parallel.group_process import GroupProcess
+from flowroll.parallel.shared_memory import SharedMemory
 from flowroll.serving.routers import weight_group
 from flowroll.wire.schema import parse_json_body
 
@@ -241,13 +242,13 @@ def test_a_broadcast_that_waits_ends_with_its_group(
         waiting = threading.Thread(
             target=lambda: answers.append(httpx.post(f"{server.base_url}{UPDATE}", json=body, timeout=60))
         )
-        broadcast, entered = BroadcastGroup.broadcast, threading.Event()
+        receive, entered = GroupProcess.receive, threading.Event()
 
-        def noted(self: BroadcastGroup, tensor: Tensor) -> None:
+        def noted(self: GroupProcess, sizes: Sequence[int]) -> SharedMemory:
             entered.set()
-            broadcast(self, tensor)
+            return receive(self, sizes)
 
-        monkeypatch.setattr(BroadcastGroup, "broadcast", noted)
+        monkeypatch.setattr(GroupProcess, "receive", noted)
         waiting.start()
         assert entered.wait(WAIT_S)
         # Longer than an update may be silent: it waits for the trainer, who may take as long as the group allows.
@@ -280,11 +281,11 @@ def test_a_bucket_of_a_group_that_was_left_does_not_end_the_next_of_its_name(
         group.update_weights(truth[0][0])
 
 
-def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(
-    service: EngineService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(groups, "MAX_GROUPS", 2)
-    with serving(service, rank_timeout_s=20.0) as server, Client(str(server.base_url)) as client:
+def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(service: EngineService) -> None:
+    with (
+        serving(EngineService(service.engine, max_queue=4, max_groups=2), rank_timeout_s=20.0) as server,
+        Client(str(server.base_url)) as client,
+    ):
         free(server)
         failed, kept = (WeightGroup([client], timeout_s=20.0) for _ in range(2))
         with pytest.raises(WeightsBusyError, match=r"at most 2 process groups, .*; destroy one of them first"):
@@ -313,13 +314,13 @@ def test_groups_are_bounded_and_those_that_are_of_no_use_make_room(
 
 def test_the_end_of_the_server_is_the_end_of_its_groups(service: EngineService, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
-    close = BroadcastGroup.close
+    close = GroupProcess.close
 
-    def noted(self: BroadcastGroup, reason: str = "its end") -> None:
+    def noted(self: GroupProcess, reason: str = "its end") -> None:
         closed.append(self.name)
         close(self, reason)
 
-    monkeypatch.setattr(BroadcastGroup, "close", noted)
+    monkeypatch.setattr(GroupProcess, "close", noted)
     with ExitStack() as clients:
         with serving(service, rank_timeout_s=20.0) as server:
             group = WeightGroup([clients.enter_context(Client(str(server.base_url)))], timeout_s=20.0)

@@ -67,6 +67,10 @@ def serve(
     max_adapter_bytes: Annotated[int, typer.Option(min=0, help="Most bytes of all adapters together.")] = 8 * 2**30,
     max_connections: Annotated[int, typer.Option(min=1, help="Most TCP connections at once.")] = 1000,
     max_queue: Annotated[int, typer.Option(min=0, help="Most requests that may wait behind those that run.")] = 64,
+    max_control_queue: Annotated[
+        int, typer.Option(min=1, help="Most checks of the weights at once, and most changes of weights that may wait.")
+    ] = 64,
+    max_groups: Annotated[int, typer.Option(min=1, help="Most process groups of trainers at once.")] = 16,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request body.")] = 4 * 2**20,
     max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a body of /rollout/score.")] = 2**30,
     send_timeout_s: Annotated[
@@ -146,6 +150,8 @@ def serve(
             weights_roots=tuple(map(str, weights_roots or ())),
             max_connections=max_connections,
             max_queue=max_queue,
+            max_control_queue=max_control_queue,
+            max_groups=max_groups,
             max_body_bytes=max_body_bytes,
             max_score_body_bytes=max_score_body_bytes,
             send_timeout_s=send_timeout_s,

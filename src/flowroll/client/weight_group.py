@@ -33,6 +33,7 @@ from flowroll.client.exchange import post, read_object
 from flowroll.client.pushing import BUCKET_BYTES, NamedTensors, abandon_call, begin_call, commit_call, gathered_buckets
 from flowroll.client.synchronous import Client
 from flowroll.errors import FlowrollError, InvalidRequestError, WeightsRejectedError
+from flowroll.families.checksums import tensors_digest
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
 from flowroll.wire.fields import Request
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
@@ -135,6 +136,7 @@ class WeightGroup:
         module: Updatable = "transformer",
         weight_version: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        verify: bool = True,
     ) -> list[str]:
         """Broadcasts new weights: each server takes all of them, or, whatever goes wrong, none.
 
@@ -144,6 +146,8 @@ class WeightGroup:
             module: The module to update: "transformer" or "vae".
             weight_version: The version of the new weights; None: each server increments its own.
             bucket_bytes: How many bytes a server is told to expect at a time.
+            verify: Whether a sha256 of each bucket is sent before it, with which the servers compare what arrives. It is
+                computed on the CPU, here and on every server; `Client.weights_checksum` compares at the end as well.
 
         Returns:
             The weight version of each server.
@@ -159,7 +163,7 @@ class WeightGroup:
         begun: list[str] = ranks.run(lambda: self._begin(module, weight_version), list[str])
         try:
             for bucket in buckets:
-                ranks.run(functools.partial(self._broadcast, bucket, module, begun), None)
+                ranks.run(functools.partial(self._broadcast, bucket, module, begun, verify), None)
             return ranks.run(lambda: self._commit(begun), list[str])
         except BaseException:
             if ranks.sends:
@@ -211,7 +215,7 @@ class WeightGroup:
             with contextlib.suppress(FlowrollError):
                 client._send(abandon_call(update_id))
 
-    def _broadcast(self, bucket: Mapping[str, Tensor], module: Updatable, begun: Sequence[str]) -> None:
+    def _broadcast(self, bucket: Mapping[str, Tensor], module: Updatable, begun: Sequence[str], verify: bool) -> None:
         group = self._group
         assert group is not None
         tensors = list(bucket.values())
@@ -221,6 +225,7 @@ class WeightGroup:
             names=list(bucket),
             dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
             shapes=[list(tensor.shape) for tensor in tensors],
+            sha256=tensors_digest(tensors) if verify else None,
         )
         answers = [
             self._post(client, UPDATE_FROM_GROUP_ROUTE, replace(expected, update_id=update_id))

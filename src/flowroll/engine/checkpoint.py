@@ -21,6 +21,7 @@ from flowroll.engine.weights.tensorfile import TensorFile
 from flowroll.errors import CheckpointError, UnsupportedModelError
 from flowroll.families import Family, family_of_pipeline
 from flowroll.sampling.schedule import ScheduleConfig
+from flowroll.types import all_finite
 
 _INDEX = "model_index.json"
 # The entry of the index for a component that the pipeline was saved without.
@@ -38,6 +39,12 @@ _INTEGERS = ("BOOL", "U8", "I16", "I32", "I64")
 _REDIRECTIONS = ("quantization_config", "compression_config", "transformers_weights")
 # The prefixes that torch puts before the name of a class: _fully_shard/_fsdp_init.py, _composable/replicate.py.
 _WRAPPERS = ("FSDP", "Replicate", "DDP")
+# The options of a configuration that say how often something is built.
+_LAYERS = re.compile(r"(^|_)(layers?|depths?)($|_per_block$)|^num_\w*blocks?$")
+# So many layers are built even where fewer are stored, since some options name layers that the model does not have.
+_MOST_LAYERS = 1024
+# No list in a configuration is longer, such as those of channels or of a latent's means.
+_MOST_ITEMS = 4096
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -70,6 +77,11 @@ class Checkpoint:
     def text_encoders(self) -> tuple[str, ...]:
         """The text encoders that were saved."""
         return tuple(name for name in self.family.text_encoders if name in self.stored)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The tokenizers that were saved."""
+        return tuple(name for name in self.family.tokenizers if self.index.get(name, _NOT_SAVED) != _NOT_SAVED)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -138,6 +150,15 @@ class Checkpoint:
                 f"{odd[wrong[0]]} for {some_of(wrong)}",
                 _SAVE_FLOATS,
             )
+
+    def check_finite(self, component: str, module: torch.nn.Module) -> None:
+        """Refuses a component with NaN or infinity in its weights, as they are in memory.
+
+        Raises:
+            CheckpointError: A weight is not finite; the error names some.
+        """
+        if odd := [name for name, weight in module.named_parameters() if not all_finite(weight.detach())]:
+            raise self._unfit(component, "hold finite weights", f"NaN or infinity in {some_of(odd)}", "copy it again")
 
     def _unfit(self, component: str, rule: str, got: str, remedy: str) -> CheckpointError:
         return CheckpointError(f"{self.folder / component} must {rule}, got {got}; {remedy}.")
@@ -254,7 +275,28 @@ def _check_tokenizer(component: Path) -> None:
 def _check_module(component: Path, name: str) -> Mapping[str, str]:
     """Checks that a module's files are complete; returns the dtypes of its stored tensors by name."""
     _check_config(component, name)
-    return _stored_dtypes(component, _stems(name))
+    dtypes = _stored_dtypes(component, _stems(name))
+    path = component / "config.json"
+    _check_layers(path, read_json(path, f"{component} must have a configuration"), len(dtypes))
+    return dtypes
+
+
+def _check_layers(path: Path, config: Mapping[str, Any], num_tensors: int) -> None:
+    """Refuses more layers than there are stored tensors: the libraries would build all of them before they look at the files.
+
+    Raises:
+        CheckpointError: A number of layers, or the length of a list, is absurd.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(path, value, num_tensors)
+        counts = value if isinstance(value, list) else [value]
+        is_absurd = len(counts) > _MOST_ITEMS or (
+            _LAYERS.search(key) and any(type(count) is int and count > max(num_tensors, _MOST_LAYERS) for count in counts)
+        )
+        if is_absurd:
+            got = f"{key[:80]} = {json.dumps(value)[:80]} for {num_tensors} stored tensors"
+            raise CheckpointError(f"{path} must describe the model of the files beside it, got {got}; copy it again.")
 
 
 def _stems(name: str) -> tuple[str, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import resource
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles, find_adapter, write_adapter
+from flowroll.engine.adapters.files import AdapterFiles, adapter_of, find_adapter
 from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
 from flowroll.engine.arguments import image_request, rollout_request
@@ -35,6 +34,7 @@ from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.rank_group import open_peers
 from flowroll.engine.scheduler import BatchLimits, ExclusiveMode, RequestFuture, Scheduler
 from flowroll.engine.scoring import ScorePlan, check_sample, plan_score
+from flowroll.engine.weights.digests import Pieces
 from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
@@ -62,6 +62,7 @@ from flowroll.types import (
     all_finite,
 )
 from flowroll.types.tensors import plain_tensor
+from flowroll.wire.safetensors import StoredTensor
 
 RequestKind: TypeAlias = Literal["rollout", "generate"]
 T = TypeVar("T")
@@ -442,7 +443,8 @@ class Engine:
     def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.
 
-        It waits for the running requests. `flowroll.replay.weights_checksum` computes the same for a trainer's module.
+        It is computed between the steps of running requests, and kept until the weights change.
+        `flowroll.replay.weights_checksum` computes the same for a trainer's module.
 
         Args:
             module: The name of the module, one of `modules`.
@@ -450,10 +452,21 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such module.
         """
-        return self.exclusive(lambda: self._weights.checksum(module))
+        return self._read_weights(lambda weights: weights.checksums([module]))[module]
+
+    def submit_read(self, read: Callable[[WeightStore], Pieces[T]]) -> Future[T]:
+        """Reads the weights between steps, in pieces, and returns a future of the result. The weights do not change meanwhile.
+
+        Args:
+            read: Begins the reading, e.g. with `WeightStore.checksums`.
+        """
+        self._check_open()
+        self.scheduler.start()
+        future: Future[T] = self.scheduler.between_steps(lambda: read(self._weights))
+        return future
 
     def verify_weights(self, expected: Iterable[tuple[str, str]], *, module: str = "transformer") -> int:
-        """Compares every tensor of a module with the expected checksum. It waits for the running requests.
+        """Compares every tensor of a module with the expected checksum, between the steps of running requests.
 
         Args:
             expected: The name of every tensor with the sha256 of its raw bytes.
@@ -466,10 +479,10 @@ class Engine:
             WeightsMismatchError: Names are unknown, missing or doubled, or tensors differ; the error lists them.
             InvalidRequestError: There is no such module.
         """
-        return self.exclusive(lambda: self._weights.verify(expected, module))
+        return self._read_weights(lambda weights: weights.verify(expected, module))[0]
 
     def differing_weights(self, expected: Mapping[str, str], *, module: str = "transformer") -> tuple[list[str], list[str]]:
-        """Compares tensors of a module with the expected checksums. It waits for the running requests.
+        """Compares tensors of a module with the expected checksums, between the steps of running requests.
 
         Args:
             expected: The `typed_tensor_checksum` of tensors, by name; tensors that are not named are not compared.
@@ -481,7 +494,7 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such module.
         """
-        return self.exclusive(lambda: self._weights.differing(expected, module))
+        return self._read_weights(lambda weights: weights.differing(expected, module))
 
     # Adapters
 
@@ -543,10 +556,15 @@ class Engine:
             weight_version: The version of the engine's weights from now on; None: one more than the highest number so far.
             mode: What happens to running requests; see `load_lora_adapter`.
         """
-        # Written to a folder, because the other ranks read it there.
-        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
-            write_adapter(Path(folder), tensors, config)
-            return self.load_lora_adapter(folder, name=name, merged=merged, weight_version=weight_version, mode=mode)
+        staged = self.stage_lora_adapter(adapter_of(tensors, config), name=name, merged=merged)
+        return self.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+
+    def check_lora_adapter(
+        self, config: Mapping[str, Any], stored: Sequence[StoredTensor], *, name: str, merged: bool = False
+    ) -> None:
+        """Checks an adapter before the data of its tensors has come; the errors are those of `stage_lora_adapter`."""
+        self._check_open()
+        self._adapters.check(config, stored, name=name, merged=merged)
 
     def stage_lora_adapter(self, files: AdapterFiles, *, name: str, merged: bool = False) -> StagedAdapter:
         """Reads and checks an adapter, the first half of loading it. May be called from any thread while requests run.
@@ -558,10 +576,10 @@ class Engine:
         self._check_open()
         return self._adapters.stage(files, name=name, merged=merged)
 
-    def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
+    def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], *, merged: bool) -> StagedAdapter:
         """Makes an adapter from factors that a trainer has pushed; see `AdapterStore.stage_pushed`."""
         self._check_open()
-        return self._adapters.stage_pushed(factors, folder, merged=merged)
+        return self._adapters.stage_pushed(factors, merged=merged)
 
     def commit_lora_adapter(
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
@@ -709,6 +727,17 @@ class Engine:
             self._open_model().adapters.record(None if lora is None else lora.name)
         except InvalidRequestError as error:
             raise error.within("sampling") from None
+
+    def _read_weights(self, read: Callable[[WeightStore], Pieces[T]]) -> T:
+        if not self.scheduler.is_in_exclusive_task:
+            return self.submit_read(read).result()
+        pieces = read(self._weights)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                value: T = end.value
+                return value
 
     def _between_steps(self, action: Callable[[], Any]) -> Any:
         self.scheduler.start()

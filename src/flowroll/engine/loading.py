@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import nn
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
 from flowroll.engine.facts import ModelFacts
+from flowroll.engine.scratch import scratch_folder
+from flowroll.engine.templates import check_chat_template
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
@@ -123,6 +124,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | No
             shard_columns_of(transformer, plan.columns, mesh)
             checkpoint.check_stored("transformer", transformer)
             _load_shards(checkpoint, transformer, dtype)
+            checkpoint.check_finite("transformer", transformer)
     except FlowrollError:
         raise
     except Exception as error:
@@ -144,17 +146,21 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -
     import transformers
 
     library: Any = transformers if component.startswith("text_encoder") else diffusers
+    # By default transformers asks on standard input whether code in the folder may run; diffusers' model classes run none.
+    options = {"trust_remote_code": False} if library is transformers else {}
     module, report = getattr(library, checkpoint.class_of(component)).from_pretrained(
         checkpoint.folder / component,
         dtype=dtype,
         variant=checkpoint.weights_variant(component),
         local_files_only=True,
         output_loading_info=True,
+        **options,
     )
     unknown = set(report["unexpected_keys"])
     if unknown and library is transformers:
         unknown -= _tensors_of_saver(checkpoint, component, module)
     checkpoint.check_loaded(component, module, missing=report["missing_keys"], unknown=unknown)
+    checkpoint.check_finite(component, module)
     # Weights that are mapped from a file are aligned according to the length of its header, and bits would depend on that.
     align_weights(module)
     return module
@@ -215,15 +221,29 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
         name: load_transformer(checkpoint, dtype, mesh) if name == "transformer" else load_component(checkpoint, name, dtype)
         for name in checkpoint.modules
     }
-    parts = {**modules, **dict.fromkeys(checkpoint.absent)}
+    parts = {**modules, **_tokenizers(checkpoint), **dict.fromkeys(checkpoint.absent)}
     # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
     pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
     with _with_plain_classes(checkpoint) as folder:
-        pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
+        pipeline = pipeline_class.from_pretrained(
+            folder, **parts, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     pipeline.set_progress_bar_config(disable=True)
     for module in modules.values():
         module.eval()
     return pipeline
+
+
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Loads the tokenizers. diffusers would leave it to transformers' default whether code in their folders may run."""
+    import transformers
+
+    found = {}
+    for name in checkpoint.tokenizers:
+        tokenizer_class = getattr(transformers, checkpoint.class_of(name))
+        folder = checkpoint.folder / name
+        found[name] = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return found
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -244,16 +264,18 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
     if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
         yield checkpoint.folder
         return
-    with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
+    with scratch_folder() as folder:
         for path in checkpoint.folder.iterdir():
             if path.is_dir():
-                (Path(folder) / path.name).symlink_to(path.resolve())
-        (Path(folder) / "model_index.json").write_text(json.dumps({**checkpoint.index, **plain}))
-        yield Path(folder)
+                (folder / path.name).symlink_to(path.resolve())
+        (folder / "model_index.json").write_text(json.dumps({**checkpoint.index, **plain}))
+        yield folder
 
 
 def _check_text(family: Family, pipeline: Any, spec: ModelSpec) -> None:
     """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
+    for name in family.tokenizers:
+        check_chat_template(name, getattr(pipeline, name, None), _PROBE)
     with torch.no_grad():
         encoded = family.encode(pipeline, Prompt(text=_PROBE))
     embeds = encoded[family.embeds_key]

@@ -81,16 +81,28 @@ def tensor_checksum(tensor: Tensor, name: str = "the tensor") -> str:
     return hashlib.sha256(tensor_bytes(plain_tensor(tensor, name))).hexdigest()
 
 
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Returns the sha256 over the bytes of contiguous tensors, one after the other, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor_bytes(tensor.cpu()))
+    return digest.hexdigest()
+
+
 def typed_tensor_checksum(tensor: Tensor) -> str:
     """Returns the sha256 of a tensor's dtype, shape and raw bytes, as SGLang's checker of updates computes it.
 
     It covers `str(dtype)`, then `repr(tuple(shape))`, then the bytes.
     """
-    digest = hashlib.sha256()
     plain = plain_tensor(tensor)
-    digest.update(f"{plain.dtype}{tuple(plain.shape)!r}".encode())
+    digest = hashlib.sha256(typed_prefix(plain))
     digest.update(tensor_bytes(plain))
     return digest.hexdigest()
+
+
+def typed_prefix(tensor: Tensor) -> bytes:
+    """Returns what `typed_tensor_checksum` covers before the bytes of a tensor."""
+    return f"{tensor.dtype}{tuple(tensor.shape)!r}".encode()
 
 
 def checksum_of(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -89,11 +89,7 @@ class BroadcastGroup:
                 else _nccl(prefixed, rank, world_size, timeout * _NCCL_PATIENCE)
             )
         except (RuntimeError, OSError) as error:  # torch's errors of networks and stores are RuntimeErrors
-            raise InvalidRequestError(
-                f"master_address must be where rank 0 of {name} waits for {world_size} processes, got {address}:{port} "
-                f"({_first_line(error)}); start all of them within {timeout_s:g} s.",
-                field="master_address",
-            ) from error
+            raise unmet(name, world_size, f"{address}:{port}", _first_line(error), timeout_s) from error
 
     def __enter__(self) -> BroadcastGroup:
         return self
@@ -189,10 +185,23 @@ class BroadcastGroup:
         threading.Thread(target=held.clear, name="flowroll-group-end", daemon=True).start()
 
     def _broken(self) -> WeightsRejectedError:
-        return WeightsRejectedError(
-            f"the group {self.name} must deliver every tensor, got {self._failure}; destroy it and make another.",
-            field="group_name",
-        )
+        return broken(self.name, self._failure)
+
+
+def unmet(name: str, world_size: int, place: str, reason: str, timeout_s: float) -> InvalidRequestError:
+    """Makes the error of a group whose members did not meet; `place` is the address and port of rank 0's store."""
+    return InvalidRequestError(
+        f"master_address must be where rank 0 of {name} waits for {world_size} processes, got {place} ({reason}); start all of "
+        f"them within {timeout_s:g} s.",
+        field="master_address",
+    )
+
+
+def broken(name: str, reason: str | None) -> WeightsRejectedError:
+    """Makes the error of a group that has failed or was closed."""
+    return WeightsRejectedError(
+        f"the group {name} must deliver every tensor, got {reason}; destroy it and make another.", field="group_name"
+    )
 
 
 def _gloo(store: Store, rank: int, world_size: int, timeout: timedelta, address: str) -> Any:

@@ -9,7 +9,7 @@ floating point.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -105,12 +105,18 @@ def count_parameters(transformer: nn.Module) -> int:
     return elsewhere + sum(parameter.numel() for parameter in transformer.parameters())
 
 
-def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(module: nn.Module, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yields the names and tensors of a module in the order of the names; each sharded tensor is gathered when it is due.
 
-    If any tensor is sharded, every rank has to iterate to the end.
+    If any tensor is sharded, every rank has to iterate to the end, with the same names.
+
+    Args:
+        module: The module, or this rank's part of it.
+        names: The tensors to yield; None: all of them.
     """
     for name, tensor in sorted(module.state_dict().items()):
+        if names is not None and name not in names:
+            continue
         owner = module.get_submodule(name.rpartition(".")[0])
         yield name, owner.gather_whole(tensor) if isinstance(owner, ColumnParallelLinear) else tensor
 

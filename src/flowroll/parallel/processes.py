@@ -1,4 +1,4 @@
-"""The processes of the other ranks on this machine. They end when this process ends."""
+"""The processes that an engine consists of on this machine. They end when the process ends that started them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-# What a worker is started as; it reads its configuration from the first line of its standard input.
-# -P: a file of the working folder is not taken for a module of the same name.
-WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "flowroll.engine.runner")
+# Run as a file: before the first import of the package, which takes seconds, the new process must be bound to its parent.
+_BOUND = str(Path(__file__).with_name("bound.py"))
 # A worker that outlives its standard input ends with this status.
 ORPHANED = 70
+
+
+def bound_command(module: str, *arguments: str) -> list[str]:
+    """Returns the command for a Python module as a process that the kernel kills as soon as the calling thread has ended.
+
+    The thread that starts such a process must live as long as the process is bound; see `bound.unbind`.
+    """
+    # -P: a file of the working folder is not taken for a module of the same name.
+    return [sys.executable, "-P", _BOUND, str(os.getpid()), module, *arguments]
+
+
+def worker_command() -> Sequence[str]:
+    """Returns the command for a worker, which reads its configuration from the first line of its standard input."""
+    return bound_command("flowroll.engine.runner")
 
 
 class RankProcesses:
@@ -29,11 +43,12 @@ class RankProcesses:
     """
 
     def __init__(self, configurations: Mapping[int, str], *, command: Sequence[str] | None = None) -> None:
+        command = list(command or worker_command())
         self._processes: dict[int, subprocess.Popen[str]] = {}
         try:
             for rank, configuration in configurations.items():
                 process = subprocess.Popen(
-                    list(command or WORKER_COMMAND),
+                    command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     text=True,

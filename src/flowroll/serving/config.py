@@ -45,6 +45,9 @@ class ServerConfig:
         weight_group_hosts: Hosts, besides this machine, whose process groups clients may have the server join; "*": every one.
         max_connections: TCP connections at once; more are answered with 429 and ended.
         max_queue: Requests that may wait behind those that run.
+        max_control_queue: Checks of the weights (checksums, comparisons) at once; and as many changes of weights, adapters and
+            memory, of which one goes on and the others wait.
+        max_groups: Process groups of trainers that the server may be in, with those that it is joining.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
@@ -86,6 +89,8 @@ class ServerConfig:
     weight_group_hosts: tuple[str, ...] = ()
     max_connections: int = 1000
     max_queue: int = 64
+    max_control_queue: int = 64
+    max_groups: int = 16
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
     send_timeout_s: int | float = 60.0
@@ -108,6 +113,8 @@ class ServerConfig:
         _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
         _require(self.max_connections > 0, "max_connections", "be > 0", self.max_connections, "leave it out")
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
+        _require(self.max_control_queue > 0, "max_control_queue", "be > 0", self.max_control_queue, "leave it out")
+        _require(self.max_groups > 0, "max_groups", "be > 0", self.max_groups, "leave it out")
         _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
         _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
         _require(

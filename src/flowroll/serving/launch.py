@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import resource
 import signal
 import socket
@@ -34,6 +35,9 @@ from flowroll.serving.tracing import Tracing, otlp_provider
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN_POLL_S = 0.02
+# After the grace period: how long the engine may take to end its current step before it is killed, and how long after that
+# period the process ends at the latest, whatever its threads do.
+_CLOSE_S, _END_S = 1.0, 5.0
 # Beside one for each connection: log, sockets, and for moments the tensors of answers and uploads.
 _SPARE_DESCRIPTORS = 1024
 
@@ -42,7 +46,8 @@ def serve(config: ServerConfig) -> None:
     """Serves a checkpoint until SIGTERM or Ctrl-C.
 
     On the first signal no request is taken any more (/readiness says so), those that were accepted get `config.grace_s`
-    seconds to finish, and what is left then ends in a `ShuttingDownError`. A second signal cuts the grace period short.
+    seconds to finish, and what is left then ends in a `ShuttingDownError`. A second signal cuts the grace period short. Five
+    seconds after it the process has ended in any case.
 
     The engine has a process of its own, which starts those of its other ranks. Under torchrun rank 0 serves, its engine joins
     torchrun's group, and the other ranks follow it until it stops.
@@ -57,16 +62,17 @@ def serve(config: ServerConfig) -> None:
     if place is not None and place.rank > 0:
         _follow(config)
         return
-    with _signals_end_start(), _spans(config) as tracing:
+    with _LastResort() as last_resort, _signals_end_start(), _spans(config) as tracing:
         _log.info("loading %s", config.model)
         try:
             if place is not None:
                 check_world(config.layout, place)
             with EngineProcess(_engine_options(config)) as engine:
+                last_resort.engine = engine
                 engine.wait()
                 with open_listener(config) as listener:
                     _announce(config, engine.facts, listener)
-                    _DrainingServer(config, engine, tracing).run(sockets=[listener])
+                    _DrainingServer(config, engine, tracing, last_resort).run(sockets=[listener])
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
     if engine.failure is not None:
@@ -102,12 +108,46 @@ def _follow(config: ServerConfig) -> None:
         raise SystemExit(f"Error: {error.message}") from None
 
 
+class _LastResort:
+    """Ends the process at a moment, whatever its threads do then. As a context manager it is called off at the end.
+
+    Attributes:
+        engine: The engine's process, which is killed first; None: there is none yet.
+    """
+
+    def __init__(self) -> None:
+        self.engine: EngineProcess | None = None
+        self._timers: list[threading.Timer] = []
+
+    def __enter__(self) -> _LastResort:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    def arm(self, seconds: float) -> None:
+        """Ends the process in so many seconds, unless it was to end earlier."""
+        timer = threading.Timer(seconds, self._end)
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+
+    def _end(self) -> None:
+        threads = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.current_thread())
+        _log.error("the process does not end by itself and is ended; its threads: %s", threads)
+        if self.engine is not None:
+            self.engine.end_process()
+        logging.shutdown()
+        os._exit(1)
+
+
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets the engine finish before it stops to listen."""
 
-    def __init__(self, config: ServerConfig, engine: EngineClient, tracing: Tracing | None) -> None:
+    def __init__(self, config: ServerConfig, engine: EngineClient, tracing: Tracing | None, last_resort: _LastResort) -> None:
         super().__init__(HttpConfig(create_app(engine, config, tracing=tracing), config))
-        self._engine = engine
+        self._engine, self._last_resort = engine, last_resort
         self._grace_s = config.grace_s
         self._in_a_hurry = False
         engine.on_failure(self._on_failure)
@@ -119,6 +159,7 @@ class _DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes a signal. uvicorn's own would raise it again at the end, for an exit status that tells of a failure."""
         self._in_a_hurry = self.should_exit
+        self._last_resort.arm(_END_S if self._in_a_hurry else self._grace_s + _END_S)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -140,7 +181,7 @@ class _DrainingServer(uvicorn.Server):
                 await asyncio.wrap_future(self._engine.call(EngineService.drain))
                 while await self._has_work() and time.monotonic() < deadline_s and not self._in_a_hurry:
                     await asyncio.sleep(_DRAIN_POLL_S)
-        await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._engine.close, timeout_s=_CLOSE_S)
 
     async def _has_work(self) -> bool:
         """Returns whether a request is still to be run, or its answer to be sent."""

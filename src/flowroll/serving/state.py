@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from flowroll.engine.service import (
     RequestKind,
     UpdateProgress,
 )
-from flowroll.errors import EngineError, InvalidRequestError
+from flowroll.errors import EngineError, InvalidRequestError, QueueFullError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
@@ -39,6 +41,7 @@ T = TypeVar("T")
 C = TypeVar("C", WeightUpdate, AdapterChange)
 # How long an engine may take to say how it is. It answers between two instructions of Python, also while a step runs.
 _STATUS_S = 10.0
+_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,8 @@ class AppState:
         metrics: The counters that /metrics shows.
         started_s: When the app was started, by the monotonic clock.
         updating: Held by the one change of weights, adapters or memory that reads or commits: each needs memory of its own.
-        joining: Held by the one request that joins a process group: each holds a thread until its trainer comes.
+        uploading: Held by the one adapter that is read from a body.
+        waiting: How many requests hold or wait for one of these locks, by what they want.
         probing: The one look at whether the engine generates, which all callers share.
         uploads: The update of weights whose tensors arrive over HTTP, if there is one.
         pushes: The pushes of weights of which a bucket is in place and others are missing.
@@ -62,7 +66,8 @@ class AppState:
     metrics: Metrics
     started_s: float = field(default_factory=time.monotonic)
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
-    joining: asyncio.Lock = field(default_factory=asyncio.Lock)
+    uploading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: Counter[str] = field(default_factory=Counter)
     probing: list[CallFuture[Evidence]] = field(default_factory=list)
     uploads: WeightUploads
     pushes: WeightPushes
@@ -141,9 +146,43 @@ class AppState:
 
     # Changes of weights and adapters
 
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Lets one change of weights, adapters or memory go on at a time; the number of those that wait is bounded.
+
+        Raises:
+            QueueFullError: Too many of them wait.
+        """
+        async with self._bounded("changes of weights, adapters and memory", self.updating):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def receiving_adapter(self) -> AsyncIterator[None]:
+        """Lets one adapter at a time be read from a body; the number of those that wait is bounded.
+
+        Raises:
+            QueueFullError: Too many of them wait.
+        """
+        async with self._bounded("adapters in bodies", self.uploading):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _bounded(self, what: str, lock: asyncio.Lock) -> AsyncIterator[None]:
+        most = self.config.max_control_queue
+        if self.waiting[what] >= most:
+            raise QueueFullError(
+                f"{what} must be at most {most} at a time, got one more; try again in {_RETRY_S:.0f} s.", retry_after_s=_RETRY_S
+            )
+        self.waiting[what] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self.waiting[what] -= 1
+
     async def change_policy(self, change: Callable[[], Awaitable[C]]) -> C:
         """Changes weights or adapters, one change at a time, and counts it."""
-        async with self.updating:
+        async with self.changing():
             try:
                 changed = await change()
             except BaseException:

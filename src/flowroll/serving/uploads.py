@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -14,10 +13,13 @@ from flowroll.engine.service import EngineClient, EngineService, SharedMemory, U
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.parsing import bounded_stream, check_media_type
 from flowroll.serving.weight_uploads import WeightUpload
-from flowroll.wire.safetensors import StoredTensor, TensorStream
+from flowroll.types.tensors import tensor_bytes
+from flowroll.wire.safetensors import LENGTH_BYTES, BlobError, StoredTensor, TensorStream, broken_header, header_metadata
 
 # So much is handed to a thread at a time: the copy then takes longer than the change of threads.
 _LOT_BYTES = 4 * 2**20
+# The text of adapter_config.json in the metadata of a body.
+_CONFIG_KEY = "adapter_config"
 _OCTETS = ("application/octet-stream", "application/safetensors")
 
 
@@ -96,26 +98,74 @@ async def read_bucket(
         stream.drop()
 
 
-async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: float) -> None:
-    """Writes a safetensors body to a file.
+class AdapterStream(TensorStream):
+    """An adapter that arrives as the pieces of a safetensors body, into memory that holds the whole file.
+
+    Args:
+        engine: Looks at the header and the configuration in it as soon as they are here, before any data is.
+        name: Of the adapter.
+        merged: Whether it will be added to a copy of the weights.
+
+    Attributes:
+        config: The text of its configuration.
+    """
+
+    def __init__(self, engine: EngineClient, name: str, *, merged: bool) -> None:
+        super().__init__(self._check)
+        self._engine, self._name, self._merged = engine, name, merged
+        self.config = ""
+        self._memory: SharedMemory | None = None
+
+    @property
+    def memory(self) -> SharedMemory:
+        """The memory that holds the file, once the body has ended."""
+        assert self._memory is not None
+        return self._memory
+
+    def _check(self, stored: list[StoredTensor]) -> list[Tensor]:
+        try:
+            config = header_metadata(self.header).get(_CONFIG_KEY)
+        except BlobError as error:
+            raise WeightsRejectedError(broken_header("the body", error, "send it again")) from error
+        if config is None:
+            raise WeightsRejectedError(
+                f"the body must carry {_CONFIG_KEY} in its metadata, got none; send adapter_config.json as that.",
+                field="lora_path",
+            )
+        self.config = config
+        self._engine.call(EngineService.check_adapter, config, stored, self._name, merged=self._merged).result()
+        start = LENGTH_BYTES + len(self.header)
+        end = stored[-1].stop if stored else start
+        try:
+            self._memory = SharedMemory.create(end)
+        except OSError as error:
+            raise WeightsRejectedError(f"the body must find room in memory, got {error.strerror}; send less.") from error
+        tensor_bytes(self._memory.bytes)[:start] = len(self.header).to_bytes(LENGTH_BYTES, "little") + self.header
+        return [self._memory.bytes[start:end]]
+
+
+async def read_adapter(request: Request, stream: AdapterStream, *, max_bytes: int, idle_s: float) -> None:
+    """Reads the body of an adapter.
 
     Args:
         request: Its body is read here.
-        path: Of the new file.
+        stream: Takes it.
         max_bytes: Size of the body.
         idle_s: Longest pause in it.
 
     Raises:
-        WeightsRejectedError: It stalls, or there is no room for it.
+        WeightsRejectedError: It is not whole, stalls, or is refused by its header.
         PayloadTooLargeError: It is longer than `max_bytes`.
         UnsupportedMediaTypeError: It is sent as something else.
     """
-    try:
-        with path.open("xb") as file:
-            async for lot in _lots(request, max_bytes, idle_s):
-                await run_in_threadpool(file.writelines, lot)
-    except OSError as error:
-        raise WeightsRejectedError(f"the body must find room on the disk, got {error.strerror}; make some.") from error
+    async for lot in _lots(request, max_bytes, idle_s):
+        await run_in_threadpool(_feed, stream, lot)
+    stream.finish()
+
+
+def _feed(stream: TensorStream, lot: list[bytes]) -> None:
+    for piece in lot:
+        stream.feed(piece)
 
 
 async def _lots(request: Request, max_bytes: int, idle_s: float) -> AsyncIterator[list[bytes]]:

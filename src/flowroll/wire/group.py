@@ -70,6 +70,8 @@ class UpdateFromGroupRequest(Bucketed, kw_only=True, frozen=True):
         shapes: The shape of each whole tensor.
         group_name: The name of the group, the same in all of its processes.
         load_format: Whether the tensors are broadcast as one tensor of bytes; null: one by one.
+        sha256: sha256 over the bytes of the tensors, one after the other, as hexadecimal digits, with which what arrives is
+            compared. null: it is not; bytes of another dtype of the same size would be taken.
     """
 
     EXAMPLES = ({"names": ["x_pad_token"], "dtypes": ["bfloat16"], "shapes": [[1, 3840]]},)
@@ -84,6 +86,10 @@ class UpdateFromGroupRequest(Bucketed, kw_only=True, frozen=True):
     shapes: Annotated[list[_Shape], about([[1, 3840]], "send one for each name", "be a list of shapes")]
     group_name: _GroupName = DEFAULT_GROUP
     load_format: Annotated[Literal["flattened_bucket"] | None, about("flattened_bucket", "leave it out for one by one")] = None
+    sha256: Annotated[
+        Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")] | None,
+        about("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "leave it out", "be null or 64 hex digits"),
+    ] = None
 
     def check(self, sent: Mapping[str, Any]) -> None:
         """Refuses lists of different lengths, and dtypes that weights do not have."""

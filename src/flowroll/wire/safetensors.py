@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U16": 2, "U32": 4, "U64": 8}
 LENGTH_BYTES = 8
 # As many as torch has; the product of a million numbers would take minutes, in which Python does nothing else.
-_MAX_DIMS = 64
+_MAX_DIMS, _MAX_NUMBER = 64, 2**63 - 1
 # Several times what the names and shapes of the largest models take.
 _MAX_STREAM_HEADER = 16 * 2**20
 _MOST_SHOWN = 200
@@ -127,6 +127,18 @@ def read_header(raw: bytes | bytearray | memoryview) -> list[StoredTensor]:
     return stored
 
 
+def header_metadata(raw: bytes | bytearray | memoryview) -> dict[str, str]:
+    """The free text in a header that `read_header` has accepted.
+
+    Raises:
+        BlobError: It is not text by name.
+    """
+    metadata = json.loads(str(raw, "utf-8")).get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise BlobError("the metadata is not text by name")
+    return metadata
+
+
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns an object; of two entries with the same name the JSON parser would drop one in silence."""
     found: dict[str, Any] = {}
@@ -141,8 +153,9 @@ def _stored_tensor(name: str, entry: dict[str, Any], begin: int) -> StoredTensor
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     item_bytes = _ITEM_BYTES.get(entry["dtype"])
-    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)) or start > stop:
-        raise ValueError("numbers must be natural")
+    # The product of numbers of thousands of digits would take seconds, in which Python does nothing else.
+    if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in (start, stop, *shape)) or start > stop:
+        raise ValueError("numbers must be natural, and below 2^63")
     if len(shape) > _MAX_DIMS or (item_bytes is not None and stop - start != item_bytes * math.prod(shape)):
         raise BlobError(f"{entry['dtype']} data of {name[:_MOST_SHOWN]} does not fill shape {list(shape)[:8]}")
     return StoredTensor(name=name, dtype=entry["dtype"], shape=shape, start=begin + start, stop=begin + stop)
@@ -189,9 +202,13 @@ class TensorStream:
 
     Args:
         begin: Looks at the tensors as soon as the header is here, before any data is, and gives what has to be filled.
+
+    Attributes:
+        header: The header, without its length; empty before it is here.
     """
 
     def __init__(self, begin: Callable[[list[StoredTensor]], Sequence[Tensor]]) -> None:
+        self.header = bytearray()
         self._places = self._in_order(begin)
         # What the next byte belongs to; None: the body has ended.
         self._place = next(self._places, None)
@@ -233,10 +250,10 @@ class TensorStream:
         try:
             if (size := int.from_bytes(length, "little")) > _MAX_STREAM_HEADER:
                 raise BlobError
-            header = bytearray(size)
+            self.header = bytearray(size)
             if size:
-                yield memoryview(header)
-            stored = read_header(header)
+                yield memoryview(self.header)
+            stored = read_header(self.header)
         except BlobError as error:
             raise WeightsRejectedError(broken_header("the body", error, "send it again")) from error
         views = [tensor_bytes(target) for target in begin(stored)]

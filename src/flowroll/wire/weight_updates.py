@@ -200,6 +200,7 @@ class SharedUpdateObject:
         weight_version: The version from now on.
         num_arrived: Tensors that have come since the push began; layers of an adapter.
         num_tensors: Tensors that belong to it: those of the module, or the adapter's layers.
+        verified: Whether the bytes that arrived were compared with a digest that the sender gave.
     """
 
     success: Literal[True] = True
@@ -209,6 +210,7 @@ class SharedUpdateObject:
     weight_version: str
     num_arrived: int
     num_tensors: int
+    verified: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -286,6 +286,16 @@ def test_a_pattern_that_could_take_forever_is_refused(key: str) -> None:
         check_patterns(config([f"transformer_blocks.{place}.attn.to_q" for place in range(1000)]))
 
 
+def test_patterns_are_slow_together_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them took 0.1 s for every linear, and there were up to 80: hours for a large model."""
+    slow = ["(.|.|.)" * 9 + "!" + "a" * number for number in range(16)]
+    config = {"target_modules": ["to_q"], "rank_pattern": dict.fromkeys(slow[:1], 4)}
+    with pytest.raises(WeightsRejectedError, match="patterns must be quickly tried, got ones that are slow together"):
+        check_patterns({**config, "rank_pattern": dict.fromkeys(slow, 4)})
+    quick = ["(.|.)" * 6 + "!" + "a" * number for number in range(16)]
+    check_patterns({**config, "rank_pattern": dict.fromkeys(quick, 4)})
+
+
 def test_what_overflows_in_peft_is_the_adapters_fault(z_image: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a pattern of a{99999999999999} does that no check has seen.
     monkeypatch.setattr("flowroll.engine.adapters.config.check_patterns", lambda config: None)

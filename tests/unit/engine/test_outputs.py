@@ -32,10 +32,11 @@ def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iter
 
 @pytest.fixture(scope="module")
 def blind(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose VAE has NaN in one weight."""
+    """A checkpoint whose VAE returns NaN, although its weights are finite."""
     folder = tmp_path_factory.mktemp("blind") / "model"
     shutil.copytree(z_image_checkpoint, folder)
-    change(folder / "vae", lambda tensors: {**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] * torch.nan})
+    name = "decoder.conv_out.weight"
+    change(folder / "vae", lambda tensors: {**tensors, name: torch.full_like(tensors[name], 3e38)})
     return folder
 
 
@@ -127,14 +128,19 @@ def test_one_broken_sample_ends_its_request_alone(engine: Engine) -> None:
         del engine._model.family.encode
 
 
-def test_a_text_encoder_of_nan_is_refused_at_the_start(z_image_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "words"), [(3e38, "give finite embeddings"), (torch.nan, "hold finite weights")])
+def test_a_text_encoder_of_nan_is_refused_at_the_start(
+    value: float, words: str, z_image_checkpoint: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
     shutil.copytree(z_image_checkpoint, folder)
     file = folder / "text_encoder" / "model.safetensors"
-    save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="text_encoder must give finite embeddings"):
+    tensors = load_file(file)
+    tensors |= {name: torch.full_like(tensors[name], value) for name in tensors if name.endswith("input_layernorm.weight")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"text_encoder must {words}"):
         Engine(folder, device="cpu")
 
 

@@ -41,9 +41,13 @@ def test_a_header_is_read_as_the_library_writes_it_and_written_as_the_library_re
             "F32 data of a does not fill shape",
         ),
         "a number of a million digits": (ENTRY.join(['{"a":', "}"]).replace("[0]", f"[{'9' * 1_000_000}]").encode(), ""),
+        "a product of huge numbers": (
+            ENTRY.join(['{"a":', "}"]).replace("[0]", "[" + ",".join(["9" * 4000] * 64) + "]").encode(),
+            "",
+        ),
         "lists in lists": (b"[" * 1_000_000, ""),
     }.values(),
-    ids=["one name", "every name", "dimensions", "digits", "lists"],
+    ids=["one name", "every name", "dimensions", "digits", "product", "lists"],
 )
 def test_the_time_that_a_bad_header_takes_is_linear_in_its_length(raw: bytes, words: str) -> None:
     """A header of 96 KB in which one name repeated took 4 s, one of 4.8 MB hours."""

@@ -15,7 +15,7 @@ requests run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from flowroll.engine.weights.staged import listed
 from flowroll.errors import InvalidRequestError
 from flowroll.families.checksums import layers_checksum
 from flowroll.parallel.linears import ColumnParallelLinear
-from flowroll.types import AdapterRecord, LoraAdapter
+from flowroll.types import AdapterRecord, LoraAdapter, all_finite
 
 # The name that peft gives the adapter; each tree has one adapter.
 _OWN = "default"
@@ -118,6 +118,17 @@ class AdapterSet:
             path: LoraFactors(down=layer.lora_A[_OWN].weight, up=layer.lora_B[_OWN].weight, alpha=layer.lora_alpha[_OWN])
             for path, layer in adapter.layers.items()
         }
+
+    def check(self, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Checks an adapter by its configuration and the shapes of its tensors, before their data is read.
+
+        Raises:
+            WeightsRejectedError: The adapter does not fit this transformer.
+        """
+        try:
+            _check_fit(self._empty_layers(config), shapes)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            raise unreadable(error) from error
 
     def stage(self, data: AdapterData, *, name: str, merged: bool) -> Adapter:
         """Makes an adapter from data that was read, beside the loaded ones. It may run while the transformer runs.
@@ -256,20 +267,26 @@ def _factors(layer: Any) -> dict[str, Tensor]:
     return {"lora_A.weight": layer.lora_A[_OWN].weight, "lora_B.weight": layer.lora_B[_OWN].weight}
 
 
-def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]) -> None:
-    """Puts the tensors into the layers, after checking all of them."""
+def _check_fit(layers: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Checks that there is one tensor of the right shape for each factor of each layer, and no other."""
     expected = {f"{path}.{name}": factor for path, layer in layers.items() for name, factor in _factors(layer).items()}
     for rule, names in (
-        ("hold tensors of the layers that its configuration names alone, got others:", set(tensors) - set(expected)),
-        ("hold both factors of every layer that its configuration names, got none for", set(expected) - set(tensors)),
+        ("hold tensors of the layers that its configuration names alone, got others:", set(shapes) - set(expected)),
+        ("hold both factors of every layer that its configuration names, got none for", set(expected) - set(shapes)),
     ):
         if names:
             raise refused(f"the adapter must {rule} {listed(names)}; save it again, for the model that is served.")
     for name, factor in expected.items():
-        if tensors[name].shape != factor.shape:
-            got = list(tensors[name].shape)[:8]
+        if tuple(shapes[name]) != tuple(factor.shape):
+            got = list(shapes[name])[:8]
             raise refused(f"the adapter must hold {name} as {list(factor.shape)}, got {got}; save it for this model.")
-        if not tensors[name].isfinite().all():
+
+
+def _fill(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]) -> None:
+    """Puts the tensors into the layers, after checking all of them."""
+    _check_fit(layers, {name: tensor.shape for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
             raise refused(f"the adapter must hold finite numbers, got NaN or infinity in {name}; look after the training.")
     for path, layer in layers.items():
         device = _weight(linears[path]).device

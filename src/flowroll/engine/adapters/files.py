@@ -5,27 +5,28 @@ adapters/config.py interprets the configuration.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flowroll.engine.weights.files import read_json
+from flowroll.engine.weights.files import parse_json, read_json
 from flowroll.engine.weights.tensorfile import TensorFile
 from flowroll.errors import CheckpointError, WeightsRejectedError
+from flowroll.parallel.shared_memory import SharedMemory
 from flowroll.types import adapter_config_text
-from flowroll.types.tensors import plain_tensor
-from flowroll.wire.safetensors import StoredTensor
+from flowroll.types.tensors import plain_tensor, tensor_bytes
+from flowroll.wire.safetensors import StoredTensor, safetensors_prefix
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_CONFIG_KEY = "adapter_config"
 _PREFIX = "base_model.model."
+T = TypeVar("T")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -34,14 +35,25 @@ class AdapterFiles:
     """The files of an adapter; nothing is read yet.
 
     Attributes:
-        folder: The adapter's folder, with symbolic links resolved.
         config: The file of its configuration.
         weights: The safetensors file of its tensors.
+        memories: The memory in which the two files lie, if they have no names; every rank on this machine can open them.
     """
 
-    folder: Path
     config: Path
     weights: Path
+    memories: tuple[SharedMemory, ...] = ()
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Gives files without names their usual ones in the errors of the block."""
+        try:
+            yield
+        except WeightsRejectedError as error:
+            if not self.memories:
+                raise
+            message = error.message.replace(str(self.config), _CONFIG).replace(str(self.weights), "the body")
+            raise WeightsRejectedError(message, field=error.field) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,35 +84,57 @@ def find_adapter(source: str | Path) -> AdapterFiles:
                 # The message names adapter_model.bin if it exists, because it is the likely reason: pickles are not read.
                 got = "adapter_model.bin" if name == _WEIGHTS and (folder / "adapter_model.bin").exists() else "none"
                 raise refused(f"{folder} must hold {name}, got {got}; save the adapter with peft's save_pretrained.")
-        return AdapterFiles(folder=folder, config=(folder / _CONFIG).resolve(), weights=(folder / _WEIGHTS).resolve())
+        return AdapterFiles(config=(folder / _CONFIG).resolve(), weights=(folder / _WEIGHTS).resolve())
     except (OSError, ValueError, RuntimeError) as error:  # the last two: an invalid path, a loop of links
         raise unreadable(error) from error
 
 
-def unpack_config(weights: Path) -> None:
-    """Writes the configuration that a safetensors file has in its metadata, as `adapter_config`, to a file beside it.
+def files_in_memory(weights: SharedMemory, config: str) -> AdapterFiles:
+    """Returns the files of an adapter in memory of this process, which is freed with the result.
+
+    Args:
+        weights: The memory of a safetensors file, whose size is that of the file.
+        config: The text of the configuration.
 
     Raises:
-        WeightsRejectedError: The metadata has no configuration, or it is no safetensors file.
+        OSError: There is not enough memory.
     """
+    text = config.encode()
+    copy = SharedMemory.create(len(text))
+    tensor_bytes(copy.bytes)[: len(text)] = text
+    paths = [Path(f"/proc/{os.getpid()}/fd/{memory.descriptor}") for memory in (copy, weights)]
+    return AdapterFiles(config=paths[0], weights=paths[1], memories=(copy, weights))
+
+
+def adapter_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AdapterFiles:
+    """Returns the files of an adapter that is made of these tensors and this configuration, in memory of this process.
+
+    Raises:
+        WeightsRejectedError: A dtype cannot be written, or there is not enough memory.
+    """
+    plain = {name: plain_tensor(tensor, name).contiguous() for name, tensor in tensors.items()}
     try:
-        with safe_open(weights, framework="pt") as file:
-            config = (file.metadata() or {})[_CONFIG_KEY]
-        (weights.parent / _CONFIG).write_text(config)
-    except KeyError:
-        raise refused(
-            f"the body must carry {_CONFIG_KEY} in its metadata, got none; send adapter_config.json as that."
-        ) from None
-    except (SafetensorError, OSError, UnicodeError) as error:
+        prefix = safetensors_prefix(plain)
+        memory = SharedMemory.create(len(prefix) + sum(tensor.nbytes for tensor in plain.values()))
+        view, start = tensor_bytes(memory.bytes), 0
+        for data in (memoryview(prefix), *map(tensor_bytes, plain.values())):
+            view[start : start + len(data)] = data
+            start += len(data)
+        return files_in_memory(memory, adapter_config_text(config))
+    except (OSError, KeyError) as error:
         raise unreadable(error) from error
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Saves an adapter as peft saves it."""
-    # Cloned, because safetensors refuses tensors that share memory.
-    copies = {name: plain_tensor(tensor, name).clone() for name, tensor in tensors.items()}
-    save_file(copies, folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(adapter_config_text(config))
+def parse_config(text: str) -> Mapping[str, Any]:
+    """Parses the text of adapter_config.json.
+
+    Raises:
+        WeightsRejectedError: It is too long, or no JSON object.
+    """
+    try:
+        return parse_json(text, _CONFIG)
+    except CheckpointError as error:
+        raise refused(error.message) from error
 
 
 def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
@@ -114,30 +148,45 @@ def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
     try:
         config = read_json(files.config, f"{files.config} must be readable")
         with TensorFile(files.weights) as file:
-            total = sum(tensor.stop - tensor.start for tensor in file.stored)
-            if total > max_bytes:
-                raise refused(
-                    f"{files.weights} must have at most {max_bytes} bytes of tensors, got {total}; lower the rank, or start "
-                    "the engine with a higher limit."
-                )
+            check_stored(file.stored, max_bytes, str(files.weights))
             tensors = {tensor.name: _read_tensor(tensor, file) for tensor in file.stored}
             file.check_unchanged()
     except (CheckpointError, OSError, MemoryError, RuntimeError) as error:
         raise unreadable(error) from error
-    return AdapterData(config=config, tensors=_without_prefix(tensors), seconds=time.perf_counter() - started_s)
+    return AdapterData(config=config, tensors=without_prefix(tensors), seconds=time.perf_counter() - started_s)
+
+
+def check_stored(stored: Sequence[StoredTensor], max_bytes: int, subject: str) -> None:
+    """Checks the tensors of an adapter by what a header says of them.
+
+    Raises:
+        WeightsRejectedError: They have more than `max_bytes` bytes, or are no floats.
+    """
+    total = sum(tensor.stop - tensor.start for tensor in stored)
+    if total > max_bytes:
+        raise refused(
+            f"{subject} must have at most {max_bytes} bytes of tensors, got {total}; lower the rank, or start the engine with "
+            "a higher limit."
+        )
+    for tensor in stored:
+        if tensor.dtype not in _FLOATS:
+            raise refused(
+                f"{tensor.name[:200]} must be in one of {', '.join(_FLOATS)}, got {tensor.dtype}; save it in one of these."
+            )
 
 
 def _read_tensor(tensor: StoredTensor, file: TensorFile) -> Tensor:
-    if tensor.dtype not in _FLOATS:
-        raise refused(
-            f"{tensor.name[:200]} must be in one of {', '.join(_FLOATS)}, got {tensor.dtype}; save it in one of these."
-        )
     stored = torch.empty(tensor.shape, dtype=_FLOATS[tensor.dtype])
     file.read_into(stored, tensor.start)
     return stored
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Returns the tensors, or what stands for them, by their names without peft's prefix.
+
+    Raises:
+        WeightsRejectedError: A tensor is there twice, with and without the prefix.
+    """
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     if len(found) != len(tensors):
         raise refused("an adapter must hold every tensor once, got some with and without peft's prefix; save it again.")

@@ -6,12 +6,12 @@ It does not schedule anything: whoever calls `commit` or `unload` ensures that n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from flowroll.engine.adapters.adapter_set import Adapter, AdapterSet
-from flowroll.engine.adapters.files import AdapterFiles, find_adapter, read_adapter, refused, write_adapter
+from flowroll.engine.adapters.files import AdapterFiles, adapter_of, check_stored, read_adapter, refused, without_prefix
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, LoraFactors, as_peft
 from flowroll.engine.adapters.pushed import refused as refused_push
 from flowroll.engine.config import AdapterLimits
@@ -20,6 +20,7 @@ from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.staged import listed
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.types import AdapterChange, LoraAdapter, check_lora_name
+from flowroll.wire.safetensors import StoredTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +75,36 @@ class AdapterStore:
         started_s = time.perf_counter()
         check_lora_name(name)
         self._offload.check_awake()
-        data = read_adapter(files, max_bytes=self._limits.max_adapter_bytes)
-        adapter = self._adapters.stage(data, name=name, merged=merged)
+        with files.named_in_errors():
+            data = read_adapter(files, max_bytes=self._limits.max_adapter_bytes)
+            adapter = self._adapters.stage(data, name=name, merged=merged)
         self._check_room(adapter.about)
         return StagedAdapter(files=files, adapter=adapter, seconds=time.perf_counter() - started_s)
 
-    def stage_pushed(self, factors: Mapping[str, LoraFactors], folder: Path, *, merged: bool) -> StagedAdapter:
+    def check(self, config: Mapping[str, Any], stored: Sequence[StoredTensor], *, name: str, merged: bool) -> None:
+        """Checks an adapter before the data of its tensors has come. May be called from any thread while requests run.
+
+        Raises:
+            InvalidRequestError: The name is not a valid short text.
+            WeightsRejectedError: The adapter is refused.
+        """
+        check_lora_name(name)
+        self._offload.check_awake()
+        check_stored(stored, self._limits.max_adapter_bytes, "the body")
+        shapes = without_prefix({tensor.name: tensor.shape for tensor in stored})
+        self._adapters.check(config, shapes)
+        total = sum(tensor.stop - tensor.start for tensor in stored)
+        self._check_room(
+            LoraAdapter(name=name, version="", sha256="", merged=merged, num_layers=len(stored) // 2, num_bytes=total)
+        )
+
+    def stage_pushed(self, factors: Mapping[str, LoraFactors], *, merged: bool) -> StagedAdapter:
         """Makes an adapter from the factors that a trainer has pushed, and the current factors of all other layers.
 
         After its commit, requests that name no adapter run with it.
 
         Args:
             factors: The factors by layer.
-            folder: An empty folder for the adapter, which must exist until the commit, because the other ranks read it there.
             merged: Whether the adapter is added to a copy of the weights.
 
         Raises:
@@ -95,8 +113,7 @@ class AdapterStore:
         if unknown := set(factors) - self._adapters.module_names:
             raise refused_push(f"must be of the transformer's layers, got {listed(unknown)}")
         tensors, config = as_peft({**self._adapters.factors(PUSHED_ADAPTER), **factors})
-        write_adapter(folder, tensors, config)
-        return self.stage(find_adapter(folder), name=PUSHED_ADAPTER, merged=merged)
+        return self.stage(adapter_of(tensors, config), name=PUSHED_ADAPTER, merged=merged)
 
     def commit(self, staged: StagedAdapter, weight_version: str | None) -> AdapterChange:
         """Puts a staged adapter in place on every rank, or, after an error, on none."""
@@ -104,7 +121,8 @@ class AdapterStore:
         def change(version: str) -> LoraAdapter:
             self._check_room(staged.adapter.about)
             adapter = self._adapters.finished(staged.adapter, version)
-            self._executor.stage_adapter(staged.files.folder, adapter.about)
+            with staged.files.named_in_errors():
+                self._executor.stage_adapter(staged.files, adapter.about)
             self._executor.commit()
             self._adapters.put(adapter)
             return adapter.about

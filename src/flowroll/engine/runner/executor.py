@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flowroll.engine.adapters.files import AdapterFiles
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner import messages
@@ -166,9 +166,10 @@ class Executor:
             parts = (as_bytes(tensor.to(self._device)) for tensor in source.values())
             self._peers.send(messages.ReceiveTensors(), parts)
 
-    def stage_adapter(self, folder: Path, about: LoraAdapter) -> None:
+    def stage_adapter(self, files: AdapterFiles, about: LoraAdapter) -> None:
         """Makes every other rank read an adapter. The errors are those of `stage_weights`."""
-        self._peers.stage(messages.StageAdapter(folder=str(folder), about=about), field="lora_path")
+        message = messages.StageAdapter(config=str(files.config), weights=str(files.weights), about=about)
+        self._peers.stage(message, field="lora_path")
 
     def stage_release(self, mode: SleepMode) -> None:
         """Makes every other rank copy its weights to where they are kept while the engine sleeps.
@@ -196,10 +197,10 @@ class Executor:
         self._peers.send(messages.UnloadAdapter(name=name))
 
     @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Makes every other rank iterate over `whole_tensors` of its transformer, as the caller must do within the block."""
+    def gathering(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Makes every other rank iterate over these `whole_tensors` of its transformer, as the caller must within the block."""
         with self._peers.together():
-            self._peers.send(messages.GatherWeights())
+            self._peers.send(messages.GatherWeights(names=names))
             yield
 
 

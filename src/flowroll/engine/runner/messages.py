@@ -152,7 +152,8 @@ class ReceiveTensors(msgspec.Struct, frozen=True, tag=True):
 class StageAdapter(msgspec.Struct, frozen=True, tag=True):
     """Read an adapter beside the loaded ones, and report whether that succeeded and it is the adapter that rank 0 has read."""
 
-    folder: str
+    config: str
+    weights: str
     about: LoraAdapter
 
 
@@ -181,7 +182,9 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class GatherWeights(msgspec.Struct, frozen=True, tag=True):
-    """Gather the sharded weights one after the other, in the order of their names."""
+    """Gather these weights, as far as they are sharded, one after the other, in the order of their names."""
+
+    names: tuple[str, ...]
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

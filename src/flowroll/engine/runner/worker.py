@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from flowroll.engine.adapters.files import find_adapter, read_adapter, refused
+from flowroll.engine.adapters.files import AdapterFiles, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
@@ -32,6 +32,7 @@ from flowroll.engine.weights.shares import Shares
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.families import Recipe
+from flowroll.parallel.bound import unbind
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.linears import whole_tensors
 from flowroll.parallel.mesh import Mesh
@@ -115,6 +116,8 @@ def run_worker(config: RankConfig, store: Store, device: torch.device) -> None:
         except FlowrollError as error:
             channel.announce("failed", error.message)
             raise
+        # From here on this rank's own threads notice the end of rank 0, whose thread that started this process may end now.
+        unbind()
         channel.announce("loaded")
         serve = decode_message(channel.receive())
         if isinstance(serve, Serve):
@@ -204,8 +207,8 @@ class Worker:
                 self._commit = self._shares = None
             case messages.UnloadAdapter(name=name):
                 model.adapters.drop(name)
-            case messages.GatherWeights():
-                for _ in whole_tensors(model.transformer):
+            case messages.GatherWeights(names=names):
+                for _ in whole_tensors(model.transformer, frozenset(names)):
                     pass
             case _:
                 raise AssertionError(f"{type(message).__name__} is no message for a running rank")
@@ -254,11 +257,11 @@ def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
 
 
 def _read_adapter(model: LoadedModel, message: messages.StageAdapter) -> Callable[[], None]:
-    about, files = message.about, find_adapter(message.folder)
+    about, files = message.about, AdapterFiles(config=Path(message.config), weights=Path(message.weights))
     # Without a limit, because rank 0 has checked the number of bytes.
     adapter = model.adapters.stage(read_adapter(files, max_bytes=sys.maxsize), name=about.name, merged=about.merged)
     if adapter.about.sha256 != about.sha256:
         raise refused(
-            f"{files.folder} must hold the same adapter on every rank, got another one; save it where all ranks read."
+            f"{files.weights} must hold the same adapter on every rank, got another one; save it where all ranks read."
         )
     return lambda: model.adapters.put(model.adapters.finished(adapter, about.version))

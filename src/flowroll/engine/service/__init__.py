@@ -3,7 +3,6 @@
 from flowroll.engine.service.client import CallFuture, EngineClient, InProcessEngine
 from flowroll.engine.service.process import EngineOptions, EngineProcess
 from flowroll.engine.service.service import EngineService, RequestKind, bucket_bytes, bucket_tensors
-from flowroll.engine.service.shared_memory import SharedMemory
 from flowroll.engine.service.status import (
     EngineFacts,
     EngineStatus,
@@ -12,6 +11,7 @@ from flowroll.engine.service.status import (
     SentNames,
     UpdateProgress,
 )
+from flowroll.parallel.shared_memory import SharedMemory
 
 __all__ = [
     "CallFuture",

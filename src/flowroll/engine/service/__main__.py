@@ -14,6 +14,7 @@ from typing import Any
 
 from flowroll.engine.engine import Engine
 from flowroll.engine.loading import silence_model_libraries
+from flowroll.engine.scratch import sweep_scratch
 from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
 from flowroll.engine.service.client import Dispatcher, outcome
 from flowroll.engine.service.messages import Answer, Call, Cancel, Close, EngineOptions, Failed, Ready
@@ -59,6 +60,8 @@ def main() -> None:
 
 def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
     silence_model_libraries()
+    for path in sweep_scratch():
+        logging.getLogger(__name__).info("%s is removed: the process that made it has ended", path)
     engine = Engine(
         options.model,
         variant=options.variant,
@@ -70,7 +73,9 @@ def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
         layout=options.layout,
         rank_timeout_s=options.rank_timeout_s,
     )
-    return engine, EngineService(engine, max_queue=options.max_queue)
+    return engine, EngineService(
+        engine, max_queue=options.max_queue, max_control_queue=options.max_control_queue, max_groups=options.max_groups
+    )
 
 
 class _Served:

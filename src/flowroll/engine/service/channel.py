@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowroll.engine.service.shared_memory import SharedMemory, placed, tensor_at
+from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
 
 # The number of bytes of the pickle, that of the tensors that follow it, and the number of descriptors.
 _HEAD = struct.Struct("<QQQ")

@@ -109,7 +109,8 @@ class Dispatcher:
 
     def __init__(self, service: EngineService) -> None:
         self._service = service
-        self._pool = ThreadPoolExecutor(_MAX_BLOCKED, thread_name_prefix="flowroll-call")
+        # Each join of a process group holds a thread until its trainer comes.
+        self._pool = ThreadPoolExecutor(_MAX_BLOCKED + service.max_groups, thread_name_prefix="flowroll-call")
 
     def begin(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Future[Any]:
         """Begins a call and returns its future. `EngineService.cancel` accepts the future of a request."""

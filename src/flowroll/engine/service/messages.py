@@ -28,6 +28,8 @@ class EngineOptions:
         adapter_limits: The limits of the LoRA adapters.
         rank_timeout_s: How long ranks wait for each other, in seconds.
         max_queue: The number of requests that may wait behind those that run.
+        max_control_queue: The number of checks of the weights that may be under way or wait.
+        max_groups: The number of process groups that the engine may be in.
         log_level: The level of the log.
         log_format: The format of the log's lines.
     """
@@ -42,6 +44,8 @@ class EngineOptions:
     adapter_limits: AdapterLimits
     rank_timeout_s: float
     max_queue: int
+    max_control_queue: int = 64
+    max_groups: int = 16
     log_level: LogLevel
     log_format: LogFormat
 

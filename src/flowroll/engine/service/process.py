@@ -13,7 +13,6 @@ import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
@@ -27,12 +26,15 @@ from flowroll.engine.service.messages import Answer, Call, Cancel, Close, Engine
 from flowroll.engine.service.service import EngineService
 from flowroll.engine.service.status import EngineStatus
 from flowroll.errors import EngineError, FlowrollError, RankLostError, ShuttingDownError, fresh
+from flowroll.parallel.processes import bound_command
 
 __all__ = ["EngineOptions", "EngineProcess"]
 
 _log = logging.getLogger(__name__)
-# How much longer than its timeout a process may take to end, in seconds.
+# How long the end of a process or a thread that is on its way may take, in seconds.
 _END_S = 5.0
+# How much longer than its timeout a process may take to end before it is killed, in seconds.
+_KILL_S = 1.0
 # How often a process is asked for a sign of life.
 _PULSE_S = 1.0
 
@@ -47,8 +49,8 @@ class EngineProcess(EngineClient):
     def __init__(self, options: EngineOptions) -> None:
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with other:
-            # -P: a file of the working folder is not taken for a module of the same name.
-            command = [sys.executable, "-P", "-m", "flowroll.engine.service", str(other.fileno())]
+            # The thread that calls this must live as long as the engine: a server's main thread does.
+            command = bound_command("flowroll.engine.service", str(other.fileno()))
             # In a session of its own, so that a Ctrl-C at the terminal reaches the server alone, which then ends it in order.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()], start_new_session=True
@@ -136,13 +138,17 @@ class EngineProcess(EngineClient):
         self._closing.set()
         self._outbox.put(Close(timeout_s=timeout_s))
         try:
-            self._process.wait(timeout_s + _END_S)
+            self._process.wait(timeout_s + _KILL_S)
         except subprocess.TimeoutExpired:
             _log.error("the engine's process does not end and is killed")
             self.kill()
             return False
         self.kill()
         return True
+
+    def end_process(self) -> None:
+        """Ends the process immediately, and does not wait. The ranks that it has started end with it."""
+        self._process.kill()
 
     def kill(self) -> None:
         """Ends the process immediately and waits for its end. The ranks that it has started end with it."""

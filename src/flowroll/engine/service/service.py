@@ -7,22 +7,19 @@ future. Arguments and results are data that can be sent to another process, and 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles
+from flowroll.engine.adapters.files import AdapterFiles, files_in_memory, parse_config
 from flowroll.engine.adapters.pushed import read_factors
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
@@ -30,18 +27,27 @@ from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
 from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service.probe import GenerationProbe
-from flowroll.engine.service.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
-from flowroll.engine.weights.groups import UNRECEIVED, WeightGroups, receive_from_group
+from flowroll.engine.weights.digests import Pieces
+from flowroll.engine.weights.groups import (
+    UNRECEIVED,
+    GlooMembership,
+    Membership,
+    NcclMembership,
+    WeightGroups,
+    receive_from_group,
+)
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
 from flowroll.engine.weights.staged import FLOATS, WeightFiles
+from flowroll.engine.weights.store import WeightStore
 from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
-from flowroll.parallel.broadcasting import Backend, BroadcastGroup
+from flowroll.parallel.broadcasting import Backend
+from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
-from flowroll.wire.safetensors import TensorHead
+from flowroll.wire.safetensors import StoredTensor, TensorHead
 
 __all__ = ["EngineService", "RequestKind", "blocking"]
 
@@ -80,18 +86,27 @@ class EngineService:
     Args:
         engine: The engine, which only this service uses from now on; its owner closes it after the service.
         max_queue: The number of requests that may wait behind those that run.
+        max_control_queue: The number of checks of the weights that may be under way or wait.
+        max_groups: The number of process groups that the engine may be in.
+
+    Attributes:
+        engine: The engine.
+        max_groups: The number of process groups that the engine may be in.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int) -> None:
+    def __init__(self, engine: Engine, *, max_queue: int, max_control_queue: int = 64, max_groups: int = 16) -> None:
         assert max_queue >= 0
         self.engine = engine
-        self._max_queue = max_queue
+        self._max_queue, self._max_control_queue = max_queue, max_control_queue
         self._is_draining = False
         self._probe = GenerationProbe(engine)
-        self._groups = WeightGroups()
+        self.max_groups = max_groups
+        self._groups = WeightGroups(max_groups)
         # The requests to recompute log-probs that have not ended.
         self._scores: set[Future[ScoreAnswer]] = set()
-        self._submitting_scores = threading.Lock()
+        # The checks of the weights that have not ended.
+        self._reads: set[Future[Any]] = set()
+        self._submitting = threading.Lock()
         self._updates: dict[str, WeightReceiver] = {}
         self._sent: dict[str, SentTensors] = {}
         engine.scheduler.start()
@@ -186,7 +201,7 @@ class EngineService:
         """
         self._check_accepting()
         self.engine.check_ready_to_score(plan.params)
-        with self._submitting_scores:
+        with self._submitting:
             if len(self._scores) > self._max_queue:
                 raise QueueFullError(
                     f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
@@ -227,24 +242,36 @@ class EngineService:
             lambda: self.engine.commit_weights(self.engine.stage_weights(files), weight_version=weight_version, mode=mode)
         )
 
-    @blocking
-    def checksums(self, modules: Sequence[str]) -> dict[str, str]:
-        """Returns the checksums of these modules by name, all from the same moment."""
-        engine = self.engine
-        return self._guarded(lambda: engine.exclusive(lambda: {name: engine.weights_checksum(name) for name in modules}))
+    def checksums(self, modules: Sequence[str]) -> Future[dict[str, str]]:
+        """Computes the checksums of these modules by name, all of the same weights."""
+        return self._read(lambda weights: weights.checksums(modules))
 
-    @blocking
-    def verify_weights(self, expected: Iterable[tuple[str, str]], module: str) -> tuple[int, str]:
-        """Compares every tensor of a module with its expected checksum; returns their number and the version of the weights."""
-        engine = self.engine
-        return self._guarded(
-            lambda: engine.exclusive(lambda: (engine.verify_weights(expected, module=module), engine.weight_version))
-        )
+    def verify_weights(self, expected: Iterable[tuple[str, str]], module: str) -> Future[tuple[int, str]]:
+        """Compares every tensor of a module with its expected checksum; gives their number and the version of the weights."""
+        return self._read(lambda weights: weights.verify(expected, module))
 
-    @blocking
-    def differing_weights(self, expected: Mapping[str, str], module: str) -> tuple[list[str], list[str]]:
-        """Returns the names that a module does not have, and those whose tensors differ; see `Engine.differing_weights`."""
-        return self._guarded(lambda: self.engine.differing_weights(expected, module=module))
+    def differing_weights(self, expected: Mapping[str, str], module: str) -> Future[tuple[list[str], list[str]]]:
+        """Finds the names that a module does not have, and those whose tensors differ; see `Engine.differing_weights`."""
+        return self._read(lambda weights: weights.differing(expected, module))
+
+    def _read(self, read: Callable[[WeightStore], Pieces[T]]) -> Future[T]:
+        """Reads the weights between steps. Such reads take turns with steps, and their number is bounded.
+
+        Raises:
+            QueueFullError: Too many of them have not ended.
+        """
+        self._check_accepting()
+        with self._submitting:
+            if len(self._reads) >= self._max_control_queue:
+                raise QueueFullError(
+                    f"checks of the weights must be at most {self._max_control_queue} at a time, got one more; try again in "
+                    f"{_RETRY_S:.0f} s.",
+                    retry_after_s=_RETRY_S,
+                )
+            future = self.engine.submit_read(read)
+            self._reads.add(future)
+        future.add_done_callback(self._reads.discard)
+        return future
 
     # Weights that arrive in buckets
 
@@ -301,11 +328,18 @@ class EngineService:
 
     @blocking
     def fill_from_group(
-        self, update_id: str, group_name: str, group_id: str, heads: Sequence[TensorHead], *, flattened: bool
+        self,
+        update_id: str,
+        group_name: str,
+        group_id: str,
+        heads: Sequence[TensorHead],
+        *,
+        flattened: bool,
+        sha256: str | None = None,
     ) -> UpdateProgress:
-        """Receives a bucket from a process group. After an error the group receives nothing more."""
+        """Receives a bucket from a process group; see `receive_from_group`. After an error the group receives nothing more."""
         receiver, group = self._receiver(update_id), self._groups.find(group_name, group_id)
-        self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened))
+        self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened, sha256=sha256))
         return self._progress(receiver)
 
     @blocking
@@ -333,18 +367,13 @@ class EngineService:
         self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int, timeout_s: float
     ) -> None:
         """Joins a process group as one member, for any layout of the engine; see `BroadcastGroup` for the arguments."""
-        make = functools.partial(
-            BroadcastGroup,
-            name,
-            rank=rank,
-            world_size=world_size,
-            backend=backend,
-            address=address,
-            port=port,
-            device=self.engine.info.device if backend == "nccl" else "cpu",
-            timeout_s=timeout_s,
-        )
-        self._guarded(lambda: self._groups.join(name, make))
+        place: dict[str, Any] = {"rank": rank, "world_size": world_size, "address": address, "port": port}
+        group: Membership
+        if backend == "gloo":
+            group = GlooMembership(name, timeout_s=timeout_s, **place)
+        else:
+            group = NcclMembership(name, timeout_s=timeout_s, device=self.engine.info.device, **place)
+        self._guarded(lambda: self._groups.join(group))
 
     def find_group(self, name: str) -> str:
         """Returns the id of the group with this name; a later group of the same name has another id.
@@ -392,6 +421,36 @@ class EngineService:
         return self._guarded(load)
 
     @blocking
+    def check_adapter(self, config: str, stored: Sequence[StoredTensor], name: str, *, merged: bool) -> None:
+        """Checks an adapter before the data of its tensors has come.
+
+        Args:
+            config: The text of its adapter_config.json.
+            stored: Its tensors, as the header of a safetensors file names them.
+            name: The name that it will have.
+            merged: Whether it will be added to a copy of the weights.
+
+        Raises:
+            WeightsRejectedError: The adapter is refused.
+        """
+        self._guarded(lambda: self.engine.check_lora_adapter(parse_config(config), stored, name=name, merged=merged))
+
+    @blocking
+    def load_sent_adapter(
+        self,
+        weights: SharedMemory,
+        config: str,
+        name: str,
+        *,
+        merged: bool,
+        weight_version: str | None,
+        mode: ExclusiveMode,
+    ) -> AdapterChange:
+        """Loads an adapter from the memory of a safetensors file and the text of a configuration; see `load_adapter`."""
+        files = self._guarded(lambda: files_in_memory(weights, config))
+        return self.load_adapter(files, name, merged=merged, weight_version=weight_version, mode=mode)
+
+    @blocking
     def load_pushed_adapter(
         self,
         sent_id: str,
@@ -407,9 +466,8 @@ class EngineService:
         def load() -> AdapterChange:
             copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
             factors = read_factors(copies, alpha, rank)
-            with tempfile.TemporaryDirectory(prefix="flowroll-") as folder:
-                staged = self.engine.stage_pushed_lora(factors, Path(folder), merged=merged)
-                return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
+            staged = self.engine.stage_pushed_lora(factors, merged=merged)
+            return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
 
         return self._guarded(load)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +15,57 @@ from flowroll.errors import CheckpointError
 
 TEXT_STEM = "model"
 WEIGHT_STEMS = ("diffusion_pytorch_model", TEXT_STEM)
+# Several times what the index of the largest models takes: some 100 bytes for each of their tensors.
+MAX_JSON_BYTES = 4 * 2**20
 _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".dduf")
 
 
 def read_json(path: Path, rule: str) -> Mapping[str, Any]:
-    """Reads the JSON object in a file.
+    """Reads the JSON object in a file of at most `MAX_JSON_BYTES`.
 
     Args:
         path: The file.
         rule: The beginning of the error message if there is no such file.
 
     Raises:
-        CheckpointError: There is no such file, or it holds no JSON object.
+        CheckpointError: There is no such file, it is too large, or it holds no JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"{rule}, got no {path.name}; give the folder that holds model_index.json.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        text = _bounded_text(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} must be JSON, got {error}; copy the file again.") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, subject: str) -> Mapping[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+        CheckpointError: The text is too long, or holds no JSON object; the error begins with the subject.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{subject} must have at most {MAX_JSON_BYTES} bytes, got more; copy the file again.")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{subject} must be JSON, got {error}; copy the file again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}; copy the file again.")
+        raise CheckpointError(f"{subject} must hold an object, got {type(value).__name__}; copy the file again.")
     return value
+
+
+def _bounded_text(path: Path) -> str:
+    """Reads a small text file. What is read is bounded, not only the size that was looked at: the file may grow meanwhile."""
+    # O_NONBLOCK, because opening a pipe would otherwise wait for its other end forever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError(f"{path} must be a regular file, got another kind; copy the file again.")
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} must have at most {MAX_JSON_BYTES} bytes, got more; copy the file again.")
+    return data.decode("utf-8")
 
 
 def some_of(names: Collection[str]) -> str:

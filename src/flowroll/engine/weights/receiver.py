@@ -16,7 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowroll.engine.weights.staged import FLOATS, Slot, StagedWeights, check_tensor, listed, rejected, tensor_head
+from flowroll.engine.weights.staged import (
+    FLOATS,
+    Slot,
+    StagedWeights,
+    check_finite,
+    check_tensor,
+    listed,
+    rejected,
+    tensor_head,
+)
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
 from flowroll.wire.safetensors import TensorHead
@@ -202,7 +211,9 @@ class WeightReceiver:
             placed = {
                 head.name: self._place(self._slots[head.name], target) for head, target in zip(heads, targets, strict=True)
             }
-        except (MemoryError, RuntimeError) as error:
+            for name, tensor in placed.items():
+                check_finite(name, tensor, _SUBJECT)
+        except (CheckpointError, MemoryError, RuntimeError) as error:
             raise rejected(error, None) from error
         with self._lock:
             self._check_open()
@@ -234,7 +245,8 @@ class Bucket:
         """Notes that the tensors have arrived, and hands them to the receiver.
 
         Raises:
-            WeightsRejectedError: The update has ended meanwhile, or there is not enough memory on the device.
+            WeightsRejectedError: The update has ended meanwhile, a tensor holds NaN or infinity, or there is not enough memory
+                on the device.
         """
         self._incoming._keep(self._heads, self.targets)
         self._is_kept = True

@@ -20,13 +20,13 @@ from flowroll.engine.weights.files import read_json, weight_files
 from flowroll.engine.weights.tensorfile import FileStamp, TensorFile
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
-from flowroll.types import ModuleName
+from flowroll.types import ModuleName, all_finite
 from flowroll.wire.safetensors import StoredTensor, TensorHead
 
 # The text encoder cannot be updated: transformers translates the names in its files while it loads them.
 UPDATABLE: tuple[ModuleName, ...] = ("transformer", "vae")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MOST_SHOWN = 20
+_MOST_SHOWN, _MOST_CHARS = 20, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,9 +258,9 @@ def _refuse_names(rule: str, got: str, names: Collection[str]) -> None:
 
 
 def listed(names: Collection[str]) -> str:
-    """Joins names for an error message: sorted, and at most 20 of them."""
+    """Joins names for an error message: sorted, at most 20 of them, and not more than 200 characters of each."""
     rest = len(names) - _MOST_SHOWN
-    return ", ".join(sorted(names)[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(name[:_MOST_CHARS] for name in sorted(names)[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def tensor_head(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorHead:
@@ -289,12 +289,27 @@ def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
         )
 
 
+def check_finite(name: str, tensor: Tensor, subject: str) -> None:
+    """Refuses a new weight with NaN or infinity in it, as it would be in memory: a cast to the engine's dtype may overflow.
+
+    Raises:
+        CheckpointError: The weight is not finite.
+    """
+    if not all_finite(tensor):
+        raise CheckpointError(
+            f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {tensor.dtype}; look after "
+            "the training."
+        )
+
+
 def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile) -> Tensor:
     """Reads the new data of a slot into its own memory, cast and placed as loading a checkpoint does it."""
     stored = torch.empty(slot.live.shape, dtype=FLOATS[tensor.dtype])
     row_bytes = (tensor.stop - tensor.start) // slot.shape[0] if slot.first_row else 0
     file.read_into(stored, tensor.start + slot.first_row * row_bytes)
-    return stored.to(device=slot.live.device, dtype=slot.live.dtype)
+    placed = stored.to(device=slot.live.device, dtype=slot.live.dtype)
+    check_finite(tensor.name, placed, str(file.path))
+    return placed
 
 
 def _check_config(module: nn.Module, path: Path) -> None:

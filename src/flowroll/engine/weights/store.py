@@ -1,29 +1,25 @@
 """The weights of one engine: their versions, updates and checksums.
 
-It does not schedule anything: whoever calls `commit`, `checksum`, `verify` or `differing` ensures that no request runs
-meanwhile.
+It does not schedule anything: whoever calls `commit` ensures that no request runs meanwhile. Checksums are computed in pieces,
+between which samples may take steps, but no commit may come.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
-
-from torch import Tensor
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.loading import modules_of
 from flowroll.engine.runner.executor import Executor
+from flowroll.engine.weights.digests import Pieces, WeightDigests
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
-from flowroll.families.checksums import checksum_of, tensor_checksum, typed_tensor_checksum
-from flowroll.parallel.linears import whole_tensors
 from flowroll.types import ModuleName, WeightUpdate
 
 
@@ -43,6 +39,7 @@ class WeightStore:
     ) -> None:
         self._pipeline, self._executor, self._adapters = pipeline, executor, adapters
         self._offload, self.versions = offload, versions
+        self._digests = WeightDigests(self._module, executor)
 
     def release(self) -> None:
         """Drops the reference to the pipeline and its modules."""
@@ -70,6 +67,7 @@ class WeightStore:
             self._executor.stage_weights(staged.source)
 
         def conclude() -> None:
+            self._digests.forget(module)
             adapters = self._adapters.over_new_base() if is_transformer else None
             # Everything that can fail comes before the other ranks' commit, which cannot be undone. Only assignments follow.
             advanced = self.versions.advanced(version)
@@ -95,21 +93,24 @@ class WeightStore:
             paused_s=time.perf_counter() - started_s,
         )
 
-    def checksum(self, module: str) -> str:
-        """Returns the sha256 over a module's names and tensors."""
-        with self._tensors(module) as tensors:
-            return checksum_of(tensors)
+    def checksums(self, modules: Sequence[str]) -> Pieces[dict[str, str]]:
+        """Computes the sha256 over the names and tensors of each of these modules, by module."""
+        found = {}
+        for module in modules:
+            found[module] = yield from self._digests.of_module(module)
+        return found
 
-    def verify(self, expected: Iterable[tuple[str, str]], module: str) -> int:
-        """Compares a module's tensors one by one with the expected checksums; returns the number of tensors.
+    def verify(self, expected: Iterable[tuple[str, str]], module: str) -> Pieces[tuple[int, str]]:
+        """Compares a module's tensors one by one with the expected checksums.
+
+        It gives the number of tensors, and the version of the weights that were compared.
 
         Raises:
             WeightsMismatchError: A name is unknown, missing or doubled, or a tensor differs.
         """
         pairs = list(expected)
         counts = Counter(name for name, _ in pairs)
-        with self._tensors(module) as tensors:
-            actual = {name: tensor_checksum(tensor) for name, tensor in tensors}
+        actual = yield from self._digests.of_tensors(module, "plain")
         wanted = {name: digest.lower() for name, digest in pairs}
         findings = {
             "doubled": [name for name, count in counts.items() if count > 1],
@@ -123,25 +124,13 @@ class WeightStore:
                 "or compare with the version that is meant.",
                 field="expected",
             )
-        return len(actual)
+        return len(actual), self.versions.current
 
-    def differing(self, expected: Mapping[str, str], module: str) -> tuple[list[str], list[str]]:
-        """Returns the expected names that the module does not have, and those whose `typed_tensor_checksum` differs."""
-        with self._tensors(module) as tensors:
-            # All tensors are iterated over, because the ranks gather the sharded ones one after the other.
-            actual = {name: typed_tensor_checksum(tensor) for name, tensor in tensors if name in expected}
-        different = [name for name, digest in actual.items() if digest != expected[name].lower()]
+    def differing(self, expected: Mapping[str, str], module: str) -> Pieces[tuple[list[str], list[str]]]:
+        """Finds the expected names that the module does not have, and those whose `typed_tensor_checksum` differs."""
+        actual = yield from self._digests.of_tensors(module, "typed")
+        different = [name for name, digest in expected.items() if name in actual and digest.lower() != actual[name]]
         return sorted(set(expected) - set(actual)), sorted(different)
-
-    @contextlib.contextmanager
-    def _tensors(self, name: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Yields all of a module's tensors, whole, in the order of their names. Sharded ones are gathered from every rank."""
-        module = self._module(name)
-        if name == "transformer":
-            with self._executor.gathering():
-                yield whole_tensors(module)
-        else:
-            yield whole_tensors(module)
 
     def _module(self, name: str) -> Any:
         pipeline = self._pipeline

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.adapters.files import AdapterFiles, find_adapter, unpack_config
+from flowroll.engine.adapters.files import AdapterFiles, find_adapter
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
 from flowroll.engine.service import CallFuture, EngineService
-from flowroll.errors import WeightsRejectedError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.state import AppState
-from flowroll.serving.uploads import save_body
+from flowroll.serving.uploads import AdapterStream, read_adapter
 from flowroll.types import AdapterChange, check_lora_name, check_version
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
@@ -52,7 +48,17 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, LoadAdapterRequest)
         _check_words(accepted)
         files = await run_in_threadpool(_find, accepted, state.config)
-        return await _load(files, accepted)
+        change = await _change(
+            lambda: engine.call(
+                EngineService.load_adapter,
+                files,
+                accepted.lora_name,
+                merged=accepted.merged,
+                weight_version=accepted.weight_version,
+                mode=accepted.mode,
+            )
+        )
+        return AdapterChangeObject.of(change, "loaded")
 
     @router.post(
         ADAPTER_FROM_TENSORS_ROUTE,
@@ -68,32 +74,24 @@ def build_router(state: AppState) -> APIRouter:
     async def load_lora_adapter_from_tensors(request: Request) -> AdapterChangeObject:
         query = parse(AdapterFromTensorsRequest, dict(request.query_params))
         _check_words(query)
-        # A file, so that ranks of this machine read it too; its bound is the adapters' own, with room for a header.
+        # The bound is the adapters' own, with room for a header.
         max_bytes = state.config.adapter_limits.max_adapter_bytes + state.config.max_body_bytes
-        with tempfile.TemporaryDirectory(prefix="flowroll-") as folder, _without(folder):
-            path = Path(folder) / "adapter_model.safetensors"
-            await save_body(request, path, max_bytes=max_bytes, idle_s=state.config.weights_idle_s)
-            await run_in_threadpool(unpack_config, path)
-            accepted = LoadAdapterRequest(
-                lora_name=query.lora_name,
-                lora_path=folder,
-                merged=query.merged == "true",
-                weight_version=query.weight_version,
-                mode=query.mode,
+        merged = query.merged == "true"
+        stream = AdapterStream(engine, query.lora_name, merged=merged)
+        # One at a time is read into memory. A lock of its own: a slow body holds up other bodies, and no update of weights.
+        async with state.receiving_adapter():
+            await read_adapter(request, stream, max_bytes=max_bytes, idle_s=state.config.weights_idle_s)
+            change = await _change(
+                lambda: engine.call(
+                    EngineService.load_sent_adapter,
+                    stream.memory,
+                    stream.config,
+                    query.lora_name,
+                    merged=merged,
+                    weight_version=query.weight_version,
+                    mode=query.mode,
+                )
             )
-            return await _load(await run_in_threadpool(find_adapter, folder), accepted)
-
-    async def _load(files: AdapterFiles, accepted: LoadAdapterRequest) -> AdapterChangeObject:
-        change = await _change(
-            lambda: engine.call(
-                EngineService.load_adapter,
-                files,
-                accepted.lora_name,
-                merged=accepted.merged,
-                weight_version=accepted.weight_version,
-                mode=accepted.mode,
-            )
-        )
         return AdapterChangeObject.of(change, "loaded")
 
     async def _change(call: Callable[[], CallFuture[AdapterChange]]) -> AdapterChange:
@@ -122,18 +120,6 @@ def build_router(state: AppState) -> APIRouter:
         return LoraAdaptersObject(adapters=list(adapters))
 
     return router
-
-
-@contextlib.contextmanager
-def _without(folder: str) -> Iterator[None]:
-    """What is refused names the files, not where the server had them meanwhile."""
-    try:
-        yield
-    except WeightsRejectedError as error:
-        message = error.message
-        for path in (str(Path(folder).resolve()), folder):
-            message = message.replace(f"{path}/", "").replace(path, "the body")
-        raise WeightsRejectedError(message, field=error.field) from error
 
 
 def _find(accepted: LoadAdapterRequest, config: ServerConfig) -> AdapterFiles:

@@ -48,7 +48,7 @@ def build_router(state: AppState) -> APIRouter:
 
     async def _do(accepted: ResumeRequest, call: Callable[[], CallFuture[MemoryChange]]) -> MemoryObject:
         # Not beside an update that is being read: it would find no weights to fit in.
-        async with state.updating:
+        async with state.changing():
             if accepted.means_weights:
                 change = await asyncio.wrap_future(call())
             else:

@@ -79,7 +79,7 @@ def build_router(state: AppState) -> APIRouter:
     @router.post(
         CHECK_UPDATE_ROUTE,
         summary="Compare some weights with what they should be",
-        description="As SGLang's trainers ask it after a push. Waits for the requests that run.",
+        description="As SGLang's trainers ask it after a push. Computed between steps, and kept until the weights change.",
         response_model=CheckedUpdateObject,
         responses={
             **WEIGHTS_RESPONSES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def build_router(state: AppState) -> APIRouter:
         INIT_GROUP_ROUTE,
         summary="Join a trainer's process group",
         description="Whatever the engine's layout, the server is one member, of rank `rank_offset`. Waits for the others, at "
-        "most for --rank-timeout-s. A group of the same name is destroyed first: its trainer has begun again. Groups that have "
-        "failed are forgotten.",
+        "most for --rank-timeout-s. A group of the same name is destroyed first, also one that is only joining: its trainer "
+        "has begun again. Groups that have failed are forgotten.",
         responses={
             **_RESPONSES,
             403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
@@ -48,19 +49,17 @@ def build_router(state: AppState) -> APIRouter:
     async def init_group(request: Request) -> DoneObject:
         accepted = await accept_control(request, state, InitGroupRequest)
         check_host(accepted.master_address, state.config.weight_group_hosts, "master_address")
-        # One at a time: each holds a thread of the engine for as long as its trainer does not come.
-        async with state.joining:
-            joined = engine.call(
-                EngineService.join_group,
-                accepted.group_name,
-                rank=accepted.rank_offset,
-                world_size=accepted.world_size,
-                backend=accepted.backend,
-                address=accepted.master_address,
-                port=accepted.master_port,
-                timeout_s=state.config.rank_timeout_s,
-            )
-            await asyncio.wrap_future(joined)
+        joined = engine.call(
+            EngineService.join_group,
+            accepted.group_name,
+            rank=accepted.rank_offset,
+            world_size=accepted.world_size,
+            backend=accepted.backend,
+            address=accepted.master_address,
+            port=accepted.master_port,
+            timeout_s=state.config.rank_timeout_s,
+        )
+        await asyncio.wrap_future(joined)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
 
     @router.post(
@@ -68,8 +67,9 @@ def build_router(state: AppState) -> APIRouter:
         summary="Take new weights from a process group",
         description="A bucket: rank 0 broadcasts these tensors in this order. It is put in place, all of it or nothing, before "
         "it is answered. Where it is part of a module, no sample starts until the rest has come or was not heard of for "
-        "--weights-idle-s. With `update_id` it is part of an update that is all or nothing. After an error the group receives "
-        "nothing more.",
+        "--weights-idle-s. With `update_id` it is part of an update that is all or nothing. With `sha256` what arrives is "
+        "compared (`verified`); without it, bytes that are missing or too many are an error, and those of another dtype of the "
+        "same size are not noticed. After an error the group receives nothing more.",
         responses=_RESPONSES,
         openapi_extra=request_body(UpdateFromGroupRequest),
     )
@@ -82,14 +82,15 @@ def build_router(state: AppState) -> APIRouter:
         group_id = await asyncio.wrap_future(engine.call(EngineService.find_group, name))
         try:
             accepted, heads = await run_in_threadpool(_described, sent)
-            flattened = accepted.load_format is not None
-            return await state.take_bucket(
+            flattened, sha256 = accepted.load_format is not None, accepted.sha256
+            taken = await state.take_bucket(
                 accepted,
                 accepted.names,
                 lambda update_id: engine.call(
-                    EngineService.fill_from_group, update_id, name, group_id, heads, flattened=flattened
+                    EngineService.fill_from_group, update_id, name, group_id, heads, flattened=flattened, sha256=sha256
                 ),
             )
+            return dataclasses.replace(taken, verified=sha256 is not None)
         except BaseException:
             # The trainer sends them all the same, and nobody receives them.
             await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name, group_id)))

@@ -54,8 +54,8 @@ def build_router(state: AppState) -> APIRouter:
     @router.post(
         CHECKSUM_ROUTE,
         summary="Checksum the weights",
-        description="sha256 over a module's tensors in the order of their names: of each its name, then its raw bytes. Waits "
-        "for the request that runs.",
+        description="sha256 over a module's tensors in the order of their names: of each its name, then its raw bytes. "
+        "Computed between steps, and kept until the weights change.",
         response_model_exclude_none=True,
         responses=WEIGHTS_RESPONSES,
         openapi_extra=request_body(ChecksumRequest),
@@ -68,8 +68,8 @@ def build_router(state: AppState) -> APIRouter:
     @router.post(
         VERIFY_ROUTE,
         summary="Compare the weights with what they should be",
-        description="409 with the names of tensors that differ, are missing, unknown or named twice. Waits for the request "
-        "that runs.",
+        description="409 with the names of tensors that differ, are missing, unknown or named twice. Computed between "
+        "steps, and kept until the weights change.",
         responses=WEIGHTS_RESPONSES,
         openapi_extra=request_body(VerifyRequest),
     )

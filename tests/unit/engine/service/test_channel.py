@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowroll import errors
 from flowroll.engine.service.channel import Channel, ChannelClosedError, TensorsLostError
-from flowroll.engine.service.shared_memory import SharedMemory
+from flowroll.parallel.shared_memory import SharedMemory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool)
 
