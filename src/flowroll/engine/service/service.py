@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,6 +28,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
 from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
+from flowroll.engine.service.open_scores import OpenScores
 from flowroll.engine.service.probe import GenerationProbe
 from flowroll.engine.service.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
@@ -37,7 +37,7 @@ from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
 from flowroll.engine.weights.staged import FLOATS, WeightFiles
-from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
+from flowroll.errors import FlowrollError, NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend, BroadcastGroup
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
@@ -50,7 +50,6 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 # How long a thread may take to return from a collective after a rank was lost, in seconds.
 _LOST_S = 3.0
-_RETRY_S = 1.0
 
 
 def blocking(method: MethodT) -> MethodT:
@@ -89,9 +88,7 @@ class EngineService:
         self._is_draining = False
         self._probe = GenerationProbe(engine)
         self._groups = WeightGroups()
-        # The requests to recompute log-probs that have not ended.
-        self._scores: set[Future[ScoreAnswer]] = set()
-        self._submitting_scores = threading.Lock()
+        self._scores = OpenScores()
         self._updates: dict[str, WeightReceiver] = {}
         self._sent: dict[str, SentTensors] = {}
         engine.scheduler.start()
@@ -186,17 +183,7 @@ class EngineService:
         """
         self._check_accepting()
         self.engine.check_ready_to_score(plan.params)
-        with self._submitting_scores:
-            if len(self._scores) > self._max_queue:
-                raise QueueFullError(
-                    f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
-                    f"{_RETRY_S:.0f} s.",
-                    retry_after_s=_RETRY_S,
-                )
-            scores = self.engine.submit_scores(plan, timeout_s=timeout_s)
-            self._scores.add(scores)
-        scores.add_done_callback(self._scores.discard)
-        return scores
+        return self._scores.add(plan.work, self._max_queue, lambda: self.engine.submit_scores(plan, timeout_s=timeout_s))
 
     def cancel(self, future: Future[Any]) -> None:
         """Cancels a request whose caller has disconnected, whether it waits or runs."""
