@@ -65,7 +65,7 @@ def test_an_answer_has_a_bound_whether_it_says_its_length_or_not(kind: str, decl
 
     with pytest.raises(ServerConnectionError, match=f"at most {MAX_OBJECT_BYTES} bytes"):
         ask(kind, handler, "server_info")
-    with pytest.raises(ServerConnectionError, match="at most 3000000 bytes.*raise max_answer_bytes"):
+    with pytest.raises(ServerConnectionError, match=r"at most 3000000 bytes.*raise max_answer_bytes"):
         ask(kind, handler, "rollout", "a cat", options={"max_answer_bytes": 3_000_000})
     assert pieces == 0 if declared else pieces <= 64 + 3 + 2
 

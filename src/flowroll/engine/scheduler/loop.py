@@ -170,6 +170,9 @@ class Loop:
                 self._take_encoded(message)
             case messages.Decoded():
                 self._take_decoded(message)
+            case messages.StageDied(error):
+                # Whoever drives the loop ends everything with this reason, as after an error of the loop's own.
+                raise error
             case messages.Stop(error):
                 self.fail_all(error)
             case messages.Halt():

@@ -6,6 +6,7 @@ in, so that a full queue refuses a request immediately, however long the loop's 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -62,7 +63,9 @@ class Scheduler:
         self.limits = limits
         self._clock = clock
         self._inbox = Inbox()
-        self._stages = (encoder or ThreadStage("flowroll-encode"), decoder or ThreadStage("flowroll-decode"))
+        # It refers to the inbox alone, so that the threads keep no engine alive.
+        tell = functools.partial(_tell_of_death, self._inbox)
+        self._stages = (encoder or ThreadStage("flowroll-encode", tell), decoder or ThreadStage("flowroll-decode", tell))
         self.loop = Loop(runner, limits, self._inbox, encoder=self._stages[0], decoder=self._stages[1], clock=clock)
         for stage in self._stages:
             weakref.finalize(self.loop, stage.stop)
@@ -339,6 +342,10 @@ class Scheduler:
         retry_s = self._retries.after_s(ahead_s=pace * view.work_ahead, own_s=pace * work, now_s=now_s)
         rule = f"the queue must have a free place to take a request, got {waiting} waiting"
         raise QueueFullError(f"{rule}; try again in {retry_s:.0f} s.", retry_after_s=retry_s)
+
+
+def _tell_of_death(inbox: Inbox, error: BaseException) -> None:
+    inbox.put(messages.StageDied(error))
 
 
 def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Callable[[BaseException], None]]) -> None:
