@@ -1,5 +1,6 @@
-"""Whatever fails, and whenever: every request ends once, counters balance, weights are the old or the new ones, nothing is left.
+"""Whatever fails, and whenever: every request ends once, counters balance, weights are the old or the new ones.
 
+And nothing is left of it.
 The fault and its moment are drawn. Faults of a process are drawn in `test_killed_processes`.
 """
 
