@@ -37,7 +37,7 @@ def test_requests_of_clients_that_are_gone_are_neither_planned_nor_queued(
                 dead.sendall(post(LENGTH, body=GOOD))
         # Those that are planned go as well, before they are queued.
         stack.close()
-        until(lambda: num_connections(client) == 1)
+        until(lambda: num_connections(client) == 0)
         opened.set()
         until(lambda: dropped(client) == 20 + state._NUM_PLANNED)
         assert len(planned) == state._NUM_PLANNED and service.status().counts.accepted == before

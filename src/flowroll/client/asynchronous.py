@@ -156,7 +156,7 @@ class AsyncClient:
                     call.method, call.path, content=call.async_body(), headers=call.headers, timeout=timeout
                 ) as response,
             ):
-                body = AnswerBody(response.headers, max_bytes=most, deadline=deadline)
+                body = AnswerBody(response, max_bytes=most, deadline=deadline)
                 async for piece in response.aiter_bytes():
                     body.add(piece)
         except FAILURES as error:

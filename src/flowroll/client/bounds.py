@@ -11,6 +11,7 @@ import msgspec
 
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
+from flowroll.wire.names import EXTRA
 
 SampleT = TypeVar("SampleT", Rollout, GeneratedImage)
 # Of an answer that is a JSON object: a few lines, or the names of all tensors of a model.
@@ -59,7 +60,7 @@ class AnswerBody:
     """Collects the body of an answer as it comes, and refuses what is too large or takes too long.
 
     Args:
-        headers: Of the answer.
+        response: The answer, of which the headers are here.
         max_bytes: The most bytes of the body.
         deadline: When all of it must be there.
 
@@ -70,16 +71,16 @@ class AnswerBody:
         ServerConnectionError: The answer is compressed, which nobody asked for, or says that it is too large.
     """
 
-    def __init__(self, headers: httpx.Headers, *, max_bytes: int, deadline: Deadline) -> None:
+    def __init__(self, response: httpx.Response, *, max_bytes: int, deadline: Deadline) -> None:
         self.data = bytearray()
         self._max_bytes, self._deadline = max_bytes, deadline
         # A few bytes can unpack to as many gigabytes.
-        if (coding := headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+        if (coding := response.headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
             raise ServerConnectionError(
                 f"the answer must not be compressed, got content-encoding {coding[:_MAX_SHOWN_CHARS]!r}; look at the proxy in "
                 "between."
             )
-        declared = headers.get("content-length", "")
+        declared = response.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_bytes:
             raise self._too_large(declared[:20])
 
@@ -116,7 +117,8 @@ def check_answers(samples: Sequence[SampleT], content: bytes) -> None:
     Raises:
         ServerConnectionError: They are those of another request.
     """
-    asked: Mapping[str, Any] = msgspec.json.decode(content)
+    sent: dict[str, Any] = msgspec.json.decode(content)
+    asked: Mapping[str, Any] = {**sent, **(sent.get(EXTRA) or {})}
     count = asked.get("num_outputs_per_prompt") or 1
     seeds = asked.get("seeds")
     if seeds is None and asked.get("seed") is not None:

@@ -146,7 +146,7 @@ class Client:
             with self._http.stream(
                 call.method, call.path, content=call.body(deadline), headers=call.headers, timeout=timeout
             ) as response:
-                body = AnswerBody(response.headers, max_bytes=most, deadline=deadline)
+                body = AnswerBody(response, max_bytes=most, deadline=deadline)
                 for piece in response.iter_bytes():
                     body.add(piece)
         except FAILURES as error:

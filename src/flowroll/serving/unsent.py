@@ -87,8 +87,8 @@ class SendPatience:
         min_bytes_per_s: Bytes that buy another second.
     """
 
-    def __init__(self, grace_s: float, min_bytes_per_s: float) -> None:
-        self._left_s, self._min_bytes_per_s = grace_s, min_bytes_per_s
+    def __init__(self, grace_s: int | float, min_bytes_per_s: int) -> None:
+        self._left_s, self._min_bytes_per_s = float(grace_s), min_bytes_per_s
 
     @property
     def left_s(self) -> float:
