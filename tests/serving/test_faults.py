@@ -29,6 +29,7 @@ from flowroll.engine.runner import model_runner
 from flowroll.engine.service import EngineService
 from flowroll.engine.weights import staged, versions
 from flowroll.serving.routers import rollout as rollout_router
+from flowroll.types import ALIASES
 from flowroll.wire import body
 from flowroll.wire.codec import MSGPACK, decode_rollouts
 
@@ -39,6 +40,8 @@ FAULTS: dict[str, Callable[[], BaseException]] = {
     "the thread's end": lambda: SystemExit(3),
 }
 SEEDS = (3, 4, 5)
+# The same request, by the names of the wire.
+SENT = {ALIASES.get(name, name): value for name, value in REQUEST.items()}
 
 
 @dataclasses.dataclass
@@ -64,7 +67,7 @@ class Scene:
     def rollout(self, seed: int) -> httpx.Response:
         headers = {"accept": MSGPACK}
         try:
-            return self.http.post("/rollout/generate", json={**REQUEST, "seed": seed}, headers=headers)
+            return self.http.post("/rollout/generate", json={**SENT, "seed": seed}, headers=headers)
         except httpx.TransportError:
             # The answer was broken off: an end, too.
             return httpx.Response(599)
@@ -224,10 +227,10 @@ def test_a_stage_whose_thread_dies_between_two_pieces_of_work_keeps_nobody_waiti
 
         monkeypatch.setattr(inbox, "put", failing)
         with serving(service) as http:
-            requests = [Background(lambda: http.post("/rollout/generate", json=REQUEST)) for _ in range(2)]
+            requests = [Background(lambda: http.post("/rollout/generate", json=SENT)) for _ in range(2)]
             for answer in [request.answer() for request in requests]:
                 assert answer.status_code == 500 and "no memory for a message" in answer.text
-            assert http.post("/rollout/generate", json=REQUEST).status_code == 500
+            assert http.post("/rollout/generate", json=SENT).status_code == 500
             assert http.get("/health").status_code == 503
             counts = service.status().counts
             assert (counts.pending, counts.running) == (0, 0) and counts.accepted == counts.failed

@@ -24,11 +24,14 @@ from tests.weights import REQUEST, with_other
 from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.errors import ServerConnectionError
+from flowroll.types import ALIASES
 from flowroll.wire.codec import MSGPACK, decode_rollouts
 
 SEEDS = (3, 4, 5)
 # 144 image tokens, which ranks can share.
 ASKED = {**REQUEST, "height": 192, "width": 192, "guidance_scale": 4.0}
+# The same request, by the names of the wire.
+SENT = {ALIASES.get(name, name): value for name, value in ASKED.items()}
 DOWN_S = 30.0
 Drawn = tuple[str, str, str, str, int]
 
@@ -69,7 +72,7 @@ def check(drawn: Drawn, folders: list[Path], expected: list[dict[int, Rollout]],
         with server.client() as client:
             processes = _all_below(server.process.pid)
             requests = [
-                Background(lambda seed=seed: _ended(client, "/rollout/generate", {**ASKED, "seed": seed})) for seed in SEEDS
+                Background(lambda seed=seed: _ended(client, "/rollout/generate", {**SENT, "seed": seed})) for seed in SEEDS
             ]
             sent = {"model_path": str(folders[1]), "mode": "abort"}
             update = Background(lambda: _ended(client, "/update_weights_from_disk", sent))
