@@ -112,8 +112,8 @@ def scene(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield Scene(engine, service, http, folders, expected, sums)
 
 
-def check(scene: Scene, drawn: tuple[str, str, int, bool]) -> None:
-    """Three requests and an update, with the fault in the middle of them."""
+def check(scene: Scene, drawn: tuple[str, str, int, bool]) -> bool:
+    """Three requests and an update, with the fault in the middle of them; whether it came to that moment."""
     moment, fault, skipped, is_updated_first = drawn
     if moment in ("answering", "sending") and fault == "the thread's end":
         fault = "no memory"  # of the web framework's threads none is ours to end
@@ -121,7 +121,7 @@ def check(scene: Scene, drawn: tuple[str, str, int, bool]) -> None:
     counts = scene.service.status().counts
     which = scene.sums.index(scene.engine.weights_checksum())
     with pytest.MonkeyPatch.context() as patch:
-        _inject(patch, *moments(scene)[moment], skipped, FAULTS[fault])
+        raised = _inject(patch, *moments(scene)[moment], skipped, FAULTS[fault])
         requests = [] if is_updated_first else _begin(scene)
         updating = Background(lambda: scene.update(1 - which))
         requests += _begin(scene) if is_updated_first else []
@@ -141,22 +141,27 @@ def check(scene: Scene, drawn: tuple[str, str, int, bool]) -> None:
     again = scene.rollout(SEEDS[0])
     assert again.status_code == 200
     _check_bits(scene, again)
+    return bool(raised)
 
 
 def _begin(scene: Scene) -> list[Background]:
     return [Background(lambda seed=seed: scene.rollout(seed)) for seed in SEEDS]
 
 
-def _inject(patch: pytest.MonkeyPatch, owner: Any, name: str, skipped: int, fault: Callable[[], BaseException]) -> None:
-    """Has the call after so many fail, and no other."""
-    original, calls = getattr(owner, name), itertools.count()
+def _inject(
+    patch: pytest.MonkeyPatch, owner: Any, name: str, skipped: int, fault: Callable[[], BaseException]
+) -> list[BaseException]:
+    """Has the call after so many fail, and no other; gives what was raised."""
+    original, calls, raised = getattr(owner, name), itertools.count(), []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         if next(calls) == skipped:
-            raise fault()
+            raised.append(fault())
+            raise raised[-1]
         return original(*arguments, **options)
 
     patch.setattr(owner, name, failing)
+    return raised
 
 
 def _check_ends(scene: Scene, answers: list[httpx.Response], update: httpx.Response, which: int) -> None:
@@ -198,7 +203,7 @@ def _held() -> int:
     ],
 )
 def test_a_fault_at_any_moment_leaves_nothing_but_its_own_error(scene: Scene, drawn: tuple[str, str, int, bool]) -> None:
-    check(scene, drawn)
+    assert check(scene, drawn)
 
 
 @pytest.mark.proof
