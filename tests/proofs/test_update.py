@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES, pairs
+from tests.pairs import pairs
+from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES
 from tests.proofs.doors import assert_same_samples, num_steps, served, together
 from tests.weights import WEIGHTS, with_other
 from torch import nn

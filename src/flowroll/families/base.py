@@ -82,7 +82,7 @@ class Prompt:
 
 
 def reached(guide: Callable[[Tensor], Tensor], target: Tensor, candidates: Iterable[Tensor]) -> float:
-    """The share of these numbers that are the guided velocity of some candidate for the unconditional output."""
+    """Returns the share of these numbers that are the guided velocity of some candidate for the unconditional output."""
     found = torch.zeros_like(target, dtype=torch.bool)
     for candidate in candidates:
         found |= guide(candidate) == target
@@ -90,7 +90,7 @@ def reached(guide: Callable[[Tensor], Tensor], target: Tensor, candidates: Itera
 
 
 def neighbors(solved: Tensor, count: int = 2) -> Iterator[Tensor]:
-    """A tensor, and so many numbers of its dtype on either side of each of its own."""
+    """Returns a tensor with so many numbers of its dtype on either side of each of its own."""
     below = above = solved
     yield solved
     for _ in range(count):
@@ -258,7 +258,7 @@ class Family(ABC):
         return env.with_tensors(lambda tensor: tensor.to(device))
 
     def forward_inputs(self, one: StepInput, dtype: torch.dtype) -> list[ForwardInput]:
-        """The inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
+        """Returns the inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
         latents, is_guided = self.model_latents(one.latents.to(dtype), one.env), one.guidance.is_active
         fixed = one.fixed or self.conditioning.fixed_inputs(one.env, is_guided=is_guided)
         return self.conditioning.forward_inputs(latents, one.timestep, fixed, is_guided=is_guided)

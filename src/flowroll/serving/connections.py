@@ -268,7 +268,7 @@ class BoundedProtocol(H11Protocol):
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
-    """A bound socket, which does not listen yet.
+    """Returns a bound socket, which does not listen yet.
 
     Raises:
         SystemExit: The address is not to be had.

@@ -34,7 +34,7 @@ class BoundedParser(h11.Connection):
         self.events_left = _EVENTS_A_TURN
 
     def next_event(self) -> Any:
-        """The next event of this turn.
+        """Returns the next event of this turn.
 
         Raises:
             RemoteProtocolError: What came is no HTTP, or comes in tiny chunks.

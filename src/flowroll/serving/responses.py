@@ -12,14 +12,14 @@ from flowroll.wire.body import EncodedBody
 
 
 def whole(request: Request, content: bytes, media_type: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer that is sent in one piece."""
+    """Returns an answer that is sent in one piece."""
     if (held := context_of(request).held) is not None:
         held.made(len(content))
     return Response(content, media_type=media_type, headers=headers)
 
 
 def stream(request: Request, body: EncodedBody) -> Response:
-    """An answer whose length is known and whose bytes are made chunk by chunk, each on a thread, as the client reads."""
+    """Returns an answer of known length whose bytes are made chunk by chunk, each on a thread, as the client reads."""
     if (held := context_of(request).held) is not None:
         held.made(body.memory_bytes)
     headers = {"Content-Length": str(body.content_length)}

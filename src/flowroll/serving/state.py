@@ -78,7 +78,7 @@ class AppState:
 
     @classmethod
     def build(cls, engine: EngineClient, config: ServerConfig) -> AppState:
-        """The state of a new app."""
+        """Returns the state of a new app."""
         answers = AnswerMemory(config.max_unsent_bytes)
         metrics = Metrics(engine.facts.pid, answers)
         pushes = WeightPushes(
@@ -147,7 +147,7 @@ class AppState:
     # The engine's state
 
     async def status(self) -> EngineStatus:
-        """The engine at this moment.
+        """Returns the engine at this moment.
 
         Raises:
             EngineError: It does not answer.
@@ -158,7 +158,7 @@ class AppState:
             raise EngineError(f"the engine must answer within {_STATUS_S:g} s, got no answer; restart the server.") from None
 
     async def probe(self) -> Evidence:
-        """What shows that the engine generates; callers at the same time share one look at it.
+        """Returns what shows that the engine generates; callers at the same time share one look at it.
 
         Raises:
             FlowrollError: Why it does not.
