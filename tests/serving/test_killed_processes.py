@@ -136,7 +136,11 @@ def _lives(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     "drawn",
-    [("single", "sending", "engine", "SIGKILL", 1), ("tp2", "committing", "rank", "SIGKILL", 0)],
+    [
+        ("tp2", "committing", "rank", "SIGKILL", 0),
+        pytest.param(("single", "sending", "engine", "SIGKILL", 1), marks=pytest.mark.proof),
+        pytest.param(("cfg2", "stepping", "server", "SIGTERM", 1), marks=pytest.mark.proof),
+    ],
     ids=lambda drawn: "-".join(map(str, drawn)),
 )
 def test_what_is_killed_at_any_moment_ends_every_request_and_leaves_nothing(
