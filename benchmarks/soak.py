@@ -1,8 +1,9 @@
 """Half an hour of mixed traffic, well behaved and not, against real `flowroll serve` processes; every promise must hold.
 
-`python -m benchmarks.soak`: random requests of both families from clients that wait, abort, leave, read slowly, crowd or ask
-for nonsense, with deadlines, pauses and weight updates. All along a random share of the finished samples is compared, every
-tensor bit for bit, with the same request run alone. Exit status 1 when a promise is broken. Linux alone: it reads /proc.
+`python -m benchmarks.soak`: random requests from clients that wait, abort, leave, read slowly, crowd or ask for nonsense, and
+from some that mean harm, with deadlines, pauses and weight updates. All along a random share of the finished samples is
+compared, every tensor bit for bit, with the same request run alone. Exit status 1 when a promise is broken. Linux alone: it
+reads /proc.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import httpx
 from examples.server import Server, exit_on_sigterm, running_server
 
 from benchmarks.measure import hardware
-from benchmarks.soaking.asks import MAX_BODY_BYTES
+from benchmarks.soaking.asks import MAX_BODY_BYTES, MAX_UNSENT_BYTES
 from benchmarks.soaking.books import Books, ServerCounts
 from benchmarks.soaking.truth import Truth
 from benchmarks.soaking.verdict import Soaked, chart, section
@@ -36,7 +37,10 @@ from flowroll.testing import make_checkpoint
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(REGISTERED)
 # Small enough that queue and memory limits are met.
-SERVER_OPTIONS = ("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES))
+SERVER_OPTIONS = (
+    *("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES)),
+    *("--max-unsent-bytes", str(MAX_UNSENT_BYTES), "--send-timeout-s", "3", "--min-send-bytes-per-s", str(2**20)),
+)
 # glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN and torch keep kernels of
 # the last 1,024 shapes: resident memory then tells of them, not of the server. So set, what is freed goes back, and the
 # caches of kernels are full before memory is judged.

@@ -14,6 +14,8 @@ from flowroll.wire.codec import WireFormat
 
 # What the servers are started with, so that a body above it is small.
 MAX_BODY_BYTES = 64 * 2**10
+# What the servers may hold in answers that are not sent: a crowd of large ones is more.
+MAX_UNSENT_BYTES = 48 * 2**20
 _SHAPES = ("circle", "square", "triangle")
 _COLOURS = ("red", "green", "blue", "yellow", "pink", "white")
 _PLACES = ("", " at the top left", " in the center of a very large and otherwise quite empty sheet of grey paper")

@@ -24,6 +24,8 @@ class Books:
         behaviours: Visits, by what the client did.
         samples: That came back.
         checked: Of these, compared with the truth.
+        alive_s: Seconds that /liveness took.
+        held_bytes: The most bytes of answers that the server said it expects or has not sent.
         wrong: What broke a promise, in words.
         updates: Weight updates that succeeded.
         pauses: Pauses.
@@ -36,6 +38,8 @@ class Books:
     behaviours: Counter[str] = field(default_factory=Counter)
     samples: int = 0
     checked: int = 0
+    alive_s: list[float] = field(default_factory=list)
+    held_bytes: int = 0
     wrong: list[str] = field(default_factory=list)
     updates: int = 0
     pauses: int = 0
@@ -50,6 +54,8 @@ class ServerCounts:
         accepted: Requests that entered the queue.
         completed: Of these, ended in a result.
         failed: Of these, ended in an error, by code.
+        dropped: Requests whose client was gone before they entered the queue.
+        held_bytes: Of answers that are expected or not sent.
         unfinished: Requests that wait or run.
         running_samples: In memory.
     """
@@ -58,6 +64,8 @@ class ServerCounts:
     accepted: int
     completed: int
     failed: Mapping[str, int]
+    dropped: int
+    held_bytes: int
     unfinished: int
     running_samples: int
 
@@ -79,6 +87,8 @@ class ServerCounts:
             accepted=total("flowroll_accepted_requests_total"),
             completed=total("flowroll_ended_requests_total", outcome="completed"),
             failed={code: total("flowroll_failed_requests_total", code=code) for code in failures},
+            dropped=total("flowroll_dropped_requests_total"),
+            held_bytes=total("flowroll_expected_answer_bytes") + total("flowroll_unsent_answer_bytes"),
             unfinished=total("flowroll_queue_depth") + total("flowroll_running_requests"),
             running_samples=total("flowroll_running_samples"),
         )
@@ -97,6 +107,7 @@ def imbalances(books: Books, server: ServerCounts) -> list[str]:
     claims = {
         "accepted = completed + failed": (server.accepted, server.completed + failed),
         "nothing is unfinished": (server.unfinished + server.running_samples, 0),
+        "no answer is held": (server.held_bytes, 0),
         "sent = answered + left": (books.sent, sum(books.answers.values()) + books.left_waiting + books.left_sending),
         "answers that nobody saw = clients that left while they waited": (sum(unseen.values()), books.left_waiting),
         "of the codes that those may have": (
@@ -104,8 +115,8 @@ def imbalances(books: Books, server: ServerCounts) -> list[str]:
             sum(max(unseen[c], 0) for c in (200, 409, 429, 499)),
         ),
         "completed = 200s": (server.completed, server.answers.get(200, 0)),
-        "cancelled = 499s of requests that were read": (
-            server.failed.get("cancelled", 0),
+        "cancelled, or dropped before the queue = 499s of requests that were read": (
+            server.failed.get("cancelled", 0) + server.dropped,
             server.answers.get(499, 0) - books.left_sending,
         ),
         "past their deadline = 408s": (server.failed.get("deadline_exceeded", 0), server.answers.get(408, 0)),

@@ -104,10 +104,19 @@ def section(soaked: Soaked, promises: Sequence[Promise]) -> str:
             f"- What clients did: {_listed(books.behaviours)}.",
             f"- The server's count: accepted {soaked.counts.accepted}, completed {soaked.counts.completed}, failed: "
             f"{_listed(soaked.counts.failed) or 'none'}. Weight updates: {books.updates}; pauses: {books.pauses}.",
+            f"- /liveness: {_latency(books.alive_s)}. Answers held at most: {books.held_bytes / 2**20:.1f} MiB.",
             f"- Resident memory under load, from minute {began:.1f} on: median {statistics.median(rss):.1f} MiB, lowest "
             f"{min(rss):.1f}, highest {max(rss):.1f}; at rest: {at_rest}.",
         ]
     )
+
+
+def _latency(seconds: Sequence[float]) -> str:
+    if len(seconds) < 2:
+        return "not measured"
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    median_ms, p99_ms, most_ms = (1000 * each for each in (cuts[49], cuts[98], max(seconds)))
+    return f"{len(seconds)} times, median {median_ms:.1f} ms, p99 {p99_ms:.1f} ms, most {most_ms:.1f} ms"
 
 
 def chart(soaked: Sequence[Soaked], path: Path) -> None:

@@ -1,10 +1,11 @@
-"""How clients behave: well, slowly, impatiently, rudely, wrongly."""
+"""How clients behave: well, slowly, impatiently, wrongly. `hostile` has those that mean harm."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import socket
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -13,8 +14,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.soaking.asks import Ask, draw_ask, draw_bad
-from benchmarks.soaking.books import WORK_ROUTES, Books
+from benchmarks.soaking import hostile
+from benchmarks.soaking.asks import MAX_UNSENT_BYTES, Ask, draw_ask, draw_bad
+from benchmarks.soaking.books import WORK_ROUTES, Books, ServerCounts
 from benchmarks.soaking.truth import Truth
 from flowroll.client.exchange import Call
 
@@ -67,6 +69,7 @@ class Visitor:
             self.ask_wrongly: 12,
             self.crowd: 2,
             self.look: 4,
+            **hostile.ways(self),
         }
         (way,) = self.source.choices(list(ways), weights=list(ways.values()))
         name = way.__name__
@@ -74,7 +77,7 @@ class Visitor:
         try:
             await way()
         except (httpx.HTTPError, OSError) as error:
-            self._wrong(f"{name}: {type(error).__name__} {error}")
+            self.wrong(f"{name}: {type(error).__name__} {error}")
 
     async def ask(self) -> None:
         """A good request, read to its end."""
@@ -94,7 +97,7 @@ class Visitor:
         await asyncio.sleep(self.source.uniform(0, 0.4))
         aborted = await self.http.post("/abort_request", json={"request_id": name})
         if aborted.status_code != 200 or aborted.json()["num_aborted"] not in (0, 1):
-            self._wrong(f"abort: {aborted.status_code} {aborted.text[:200]}")
+            self.wrong(f"abort: {aborted.status_code} {aborted.text[:200]}")
         await answer
 
     async def leave_waiting(self) -> None:
@@ -102,7 +105,7 @@ class Visitor:
         call = draw_ask(self.source, large=True).call()
         assert call.content is not None
         reader, writer = await asyncio.open_connection(self.url.host, self.url.port)
-        writer.write(_head(call, len(call.content)) + call.content)
+        writer.write(request_head(call, len(call.content)) + call.content)
         self.books.sent += 1
         with suppress(TimeoutError):
             # An answer that is faster than the client's patience is a refusal, or a result.
@@ -117,8 +120,8 @@ class Visitor:
         """A good request whose client is gone in the middle of the answer's body."""
         call = draw_ask(self.source, large=True).call()
         self.books.sent += 1
-        async with self._stream(call) as response:
-            self._note(response.status_code, _USUAL)
+        async with self.stream(call) as response:
+            self.note(response.status_code, _USUAL)
             async for _ in response.aiter_raw(self.source.choice((100, 10_000, 1_000_000))):
                 break
 
@@ -127,7 +130,7 @@ class Visitor:
         call = draw_ask(self.source).call()
         assert call.content is not None
         _, writer = await asyncio.open_connection(self.url.host, self.url.port)
-        writer.write(_head(call, len(call.content)) + call.content[: len(call.content) // 2])
+        writer.write(request_head(call, len(call.content)) + call.content[: len(call.content) // 2])
         self.books.sent += 1
         self.books.left_sending += 1
         await asyncio.sleep(self.source.uniform(0.0, 0.3))
@@ -139,8 +142,8 @@ class Visitor:
         call = ask.call()
         self.books.sent += 1
         body = bytearray()
-        async with http_client(str(self.url), is_slow=True) as http, self._stream(call, http=http) as response:
-            self._note(response.status_code, _USUAL)
+        async with http_client(str(self.url), is_slow=True) as http, self.stream(call, http=http) as response:
+            self.note(response.status_code, _USUAL)
             async for piece in response.aiter_raw(_SLOW_BUFFER_BYTES):
                 body += piece
                 await asyncio.sleep(_SLOW_READ_S)
@@ -152,9 +155,9 @@ class Visitor:
         self.books.sent += 1
         headers = {"content-type": "application/json", **bad.headers}
         response = await self.http.post(ROLLOUT_ROUTE, content=bad.body, headers=headers)
-        self._note(response.status_code, bad.statuses)
+        self.note(response.status_code, bad.statuses)
         if response.json().keys() != {"error"} or "Traceback" in response.text:
-            self._wrong(f"an error's body is {response.text[:200]}")
+            self.wrong(f"an error's body is {response.text[:200]}")
 
     async def crowd(self) -> None:
         """More good requests at once than the queue takes."""
@@ -162,10 +165,18 @@ class Visitor:
 
     async def look(self) -> None:
         """What a monitor asks."""
-        for path in ("/health", "/server_info", "/metrics"):
+        for path in ("/liveness", "/health", "/server_info", "/metrics"):
+            began_s = time.perf_counter()
             response = await self.http.get(path)
+            if path == "/liveness":
+                self.books.alive_s.append(time.perf_counter() - began_s)
             if response.status_code != 200:
-                self._wrong(f"{path}: {response.status_code}")
+                self.wrong(f"{path}: {response.status_code}")
+        held_bytes = ServerCounts.read(response.text).held_bytes
+        self.books.held_bytes = max(self.books.held_bytes, held_bytes)
+        # Environments of some prompts are no part of what a server expects of an answer.
+        if held_bytes > 1.25 * MAX_UNSENT_BYTES:
+            self.wrong(f"answers of {held_bytes} bytes are held")
 
     async def _answered(
         self, ask: Ask, expected: frozenset[int], headers: Mapping[str, str] | None = None, **more: Any
@@ -173,23 +184,25 @@ class Visitor:
         call = ask.call(**more)
         self.books.sent += 1
         body = bytearray()
-        async with self._stream(call, {"x-flowroll-dialect": ask.dialect, **(headers or {})}) as response:
-            self._note(response.status_code, expected)
+        async with self.stream(call, {"x-flowroll-dialect": ask.dialect, **(headers or {})}) as response:
+            self.note(response.status_code, expected)
             async for piece in response.aiter_raw():
                 body += piece
         await self._check(ask, call, response, body)
 
-    def _stream(
+    def stream(
         self, call: Call[Any], headers: Mapping[str, str] | None = None, *, http: httpx.AsyncClient | None = None
     ) -> Any:
+        """Sends a request and reads its answer as it comes."""
         return (http or self.http).stream(
             call.method, call.path, content=call.content, headers={**call.headers, **(headers or {})}
         )
 
-    def _note(self, status: int, expected: frozenset[int]) -> None:
+    def note(self, status: int, expected: frozenset[int]) -> None:
+        """Notes the status of an answer."""
         self.books.answers[status] += 1
         if status not in expected:
-            self._wrong(f"an answer must be one of {sorted(expected)}, got {status}")
+            self.wrong(f"an answer must be one of {sorted(expected)}, got {status}")
 
     async def _check(self, ask: Ask, call: Call[list[Any]], response: httpx.Response, body: bytearray) -> None:
         if response.status_code != 200:
@@ -202,13 +215,15 @@ class Visitor:
         differing = await self.truth.differences(ask, sample)
         self.books.checked += 1
         if differing:
-            self._wrong(f"{differing} of seed {sample.seed}, weights {sample.weight_version}, differ for {ask}")
+            self.wrong(f"{differing} of seed {sample.seed}, weights {sample.weight_version}, differ for {ask}")
 
-    def _wrong(self, what: str) -> None:
+    def wrong(self, what: str) -> None:
+        """Notes what broke a promise."""
         self.books.wrong.append(what)
         print("WRONG:", what, flush=True)
 
 
-def _head(call: Call[Any], length: int) -> bytes:
-    lines = [f"POST {call.path} HTTP/1.1", "host: soak", f"content-length: {length}"]
+def request_head(call: Call[Any], length: int) -> bytes:
+    """The headers of a request as bytes."""
+    lines = [f"POST {call.path} HTTP/1.1", "host: localhost", f"content-length: {length}"]
     return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in call.headers.items()), "", ""]).encode()

@@ -1,4 +1,4 @@
-"""What a process holds, sampled while it runs, and whether it grows."""
+"""What a server holds, sampled while it runs, and whether it grows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _T95 = {3: 3.18, 5: 2.57, 8: 2.31, 10: 2.23, 12: 2.18, 15: 2.13, 18: 2.10, 30: 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """What a process holds at a moment.
+    """What a server holds at a moment: its process and that of its engine together.
 
     Attributes:
         minute: Since the watch began.
@@ -48,15 +48,20 @@ class Slope:
 
 
 def holding(pid: int, began_s: float) -> Holding:
-    """Reads /proc; Linux alone."""
-    process = Path(f"/proc/{pid}")
-    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    """Reads /proc; Linux alone. Memory that the processes share counts in each."""
+    processes = _with_children(pid)
     return Holding(
         minute=(time.monotonic() - began_s) / 60,
-        rss_kib=int((process / "statm").read_text().split()[1]) * _PAGE_KIB,
-        fds=len(os.listdir(process / "fd")),
-        threads=int(status["Threads"]),
+        rss_kib=sum(int((process / "statm").read_text().split()[1]) for process in processes) * _PAGE_KIB,
+        fds=sum(len(os.listdir(process / "fd")) for process in processes),
+        threads=sum(len(os.listdir(process / "task")) for process in processes),
     )
+
+
+def _with_children(pid: int) -> list[Path]:
+    process = Path(f"/proc/{pid}")
+    children = [child for task in (process / "task").iterdir() for child in (task / "children").read_text().split()]
+    return [process, *(found for child in children for found in _with_children(int(child)))]
 
 
 def slope(minutes: Sequence[float], values: Sequence[float]) -> Slope:

@@ -43,8 +43,8 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "weights": ({}, ["--rounds", "1", "--layers", "1"]),
     "wire": ({"STEPS": 2, "SIZE": 64, "TEXT_TOKENS": 4}, ["--rounds", "1", "--fresh", "1"]),
 }
-# They start servers, ranks or commands as processes; the soak has a proof of its own in tests/serving.
-TAKE_LONGER = {"beside", "parallel", "soak", "startup"}
+# They start servers, ranks or commands as processes; soak and overload have proofs of their own in tests/serving.
+TAKE_LONGER = {"beside", "overload", "parallel", "soak", "startup"}
 PRINT_ONLY = {"gpu", "lora", "replay"}
 
 

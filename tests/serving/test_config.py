@@ -19,6 +19,8 @@ from flowroll.serving import ServerConfig
         ("max_score_body_bytes", 0),
         ("max_weights_body_bytes", 0),
         ("weights_idle_s", 0),
+        ("min_send_bytes_per_s", 0),
+        ("max_unsent_bytes", 0),
         ("receive_timeout_s", 0),
         ("grace_s", -1.0),
         ("weights_roots", ("/no/such/folder",)),

@@ -1,6 +1,8 @@
 """The process: what it does at the start, under load, and when it is told to stop."""
 
+import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -23,6 +25,7 @@ from tests.serving.servers import LONG, SMALL, WAIT_S, Background, ServerProcess
 
 from flowroll.logs import LineFormatter
 from flowroll.serving import ServerConfig, launch, serve
+from flowroll.serving.connections import quieten_accept_errors
 
 NUM_PROBES = 40
 # Loading takes seconds of CPU; what follows a signal must not.
@@ -211,6 +214,34 @@ def test_connections_may_not_use_up_the_descriptors_that_answers_need(tmp_path: 
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_the_system_allows_few_files_there_are_fewer_connections(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    for hard, connections in ((4096, 1000), (1500, 750), (200, 100)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (100, hard))
+        assert launch._with_descriptors(ServerConfig(model="x")).max_connections == connections
+    assert "200 open files allow 100 connections, not 1000" in caplog.text
+
+
+def test_connections_that_find_no_descriptor_are_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio logged a traceback for each: 137,000 in 45 s."""
+
+    async def fail() -> None:
+        loop = asyncio.get_running_loop()
+        quieten_accept_errors(loop)
+        for _ in range(1000):
+            error = OSError(errno.EMFILE, "Too many open files")
+            loop.call_exception_handler({"message": "socket.accept() out of system resource", "exception": error, "socket": 1})
+        loop.call_exception_handler({"message": "something else", "exception": ValueError("odd")})
+
+    asyncio.run(fail())
+    assert [record.getMessage() for record in caplog.records] == [
+        "connections cannot be accepted: Too many open files (1 attempts); allow more open files",
+        "something else",
+    ]
 
 
 def test_a_port_that_is_taken_exits_with_one_line(qwen_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import time
 from urllib.parse import urlsplit
 
 from tests.serving.servers import SMALL, serving
+from tests.serving.test_hostile import post
 
 # More than the sockets' buffers hold.
 LARGE = {
@@ -25,8 +26,7 @@ def test_a_client_that_never_reads_is_let_go_while_others_are_served(service):
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.connect((url.hostname, url.port))
         body = json.dumps(LARGE).encode()
-        head = f"POST /rollout/generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        silent.sendall(head.encode() + b"\r\n\r\n" + body)
+        silent.sendall(post(b"Content-Length: %d" % len(body), body=body, path=b"/rollout/generate"))
         assert silent.recv(12) == b"HTTP/1.1 200"
         ended_s = time.monotonic() + 3 * TIMEOUT_S
         while time.monotonic() < ended_s:

@@ -18,6 +18,14 @@ def test_a_server_keeps_its_promises_through_twenty_seconds_of_mixed_traffic(tmp
     assert "**no**" not in out.read_text() and out.with_suffix(".png").exists()
 
 
+@pytest.mark.proof
+def test_an_overloaded_server_works_as_much_as_before_and_serves_every_client(tmp_path: Path) -> None:
+    out = tmp_path / "overload.md"
+    flags = ["--minutes", "0.3", "--capacity-s", "8", "--out", str(out)]
+    run = subprocess.run([sys.executable, "-m", "benchmarks.overload", *flags], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 METRICS = """flowroll_requests_total{code="200",route="/generate"} 2.0
 flowroll_requests_total{code="499",route="/rollout/generate"} 3.0
 flowroll_requests_total{code="200",route="/health"} 9.0

@@ -87,25 +87,60 @@ def test_a_body_in_chunks_that_is_honest_is_read(locked: httpx.Client, size: int
     assert status == 200, answer
 
 
-@pytest.mark.parametrize("size", [len(GOOD), 1_000_000])
-def test_a_connection_goes_on_after_a_refusal_that_came_before_its_body(locked: httpx.Client, size: int) -> None:
+AUTHORIZED = b"Authorization: Bearer " + KEY.encode()
+LARGE = b"Content-Length: 100000"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (post(LARGE), 401),
+        (post(LARGE, AUTHORIZED, path=b"/nope"), 404),
+        (post(b"Content-Length: 9999999999", AUTHORIZED), 413),
+        (post(LARGE, AUTHORIZED, b"Content-Encoding: gzip"), 415),
+        (post(CHUNKED), 401),
+        (post(CHUNKED, AUTHORIZED, path=b"/nope"), 404),
+        (post(CHUNKED, b"Expect: 100-continue"), 401),
+    ],
+)
+def test_a_request_that_is_refused_before_its_body_has_come_is_the_last_of_its_connection(
+    locked: httpx.Client, monkeypatch: pytest.MonkeyPatch, head: bytes, status: int
+) -> None:
+    looked_at: list[bytes] = []
+    with connected(locked) as connection:
+        connection.sendall(head)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and b"\r\nconnection: close\r\n" in answer
+        monkeypatch.setattr(h11.Connection, "receive_data", lambda self, data: looked_at.append(data))
+        # It may still come, and nobody looks at it.
+        connection.sendall(TINY)
+        assert _ends(connection)
+    assert not looked_at
+
+
+def test_a_client_may_send_all_of_its_body_before_it_reads_why_it_was_refused(locked: httpx.Client) -> None:
+    answer = locked.post("/nope", content=bytes(20 << 20), headers={"content-type": "application/json"})
+    assert answer.status_code == 401
+
+
+def test_who_goes_on_sending_after_a_refusal_is_cut_off(service: EngineService) -> None:
+    with serving(service, receive_timeout_s=0.3) as client, connected(client) as connection:
+        connection.sendall(post(CHUNKED, path=b"/nope"))
+        assert b" 404 " in connection.recv(1 << 16)
+        with pytest.raises(ConnectionError):
+            while True:
+                connection.send(TINY[:6000])
+                time.sleep(0.01)
+
+
+def test_a_connection_goes_on_after_a_refusal_of_a_request_that_was_whole(locked: httpx.Client) -> None:
     with connected(locked) as connection:
         for _ in range(3):
-            connection.sendall(post(b"Content-Length: %d" % size, path=b"/nope"))
+            connection.sendall(post(b"Content-Length: %d" % len(GOOD), body=GOOD))
             received = b""
             while not received.endswith(b"}}"):
                 received += connection.recv(1 << 16)
-            assert b" 401 " in received
-            connection.sendall(GOOD.ljust(size))
-
-
-def test_tiny_chunks_after_a_refusal_end_the_connection(locked: httpx.Client) -> None:
-    with connected(locked) as connection:
-        connection.sendall(post(CHUNKED, path=b"/nope"))
-        assert b" 401 " in connection.recv(1 << 16)
-        with pytest.raises(ConnectionError):
-            while connection.send(TINY[:6000]):
-                time.sleep(0.01)
+            assert b" 401 " in received and b"connection: close" not in received
 
 
 def test_connections_beyond_the_bound_are_told_so(service: EngineService) -> None:
@@ -124,7 +159,7 @@ def test_connections_beyond_the_bound_are_told_so(service: EngineService) -> Non
 
 
 def _status(connection: socket.socket) -> int:
-    connection.sendall(b"GET /liveness HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.sendall(b"GET /liveness HTTP/1.1\r\nHost: localhost\r\n\r\n")
     return int(connection.recv(1 << 16).split()[1])
 
 
@@ -151,3 +186,9 @@ def test_a_turn_of_the_event_loop_looks_at_a_part_of_what_has_come(
         connection.sendall(post(CHUNKED, CLOSE, key, body=chunked(*[b" "] * 1000, b"")))
         assert read_answer(connection)[0] == 400
     assert sum(looked_at) > 1000 and max(looked_at) <= 32
+
+
+def _ends(connection: socket.socket) -> bool:
+    """Whether the other end has ended its sending, and goes once this one does."""
+    connection.shutdown(socket.SHUT_WR)
+    return connection.recv(1) == b""

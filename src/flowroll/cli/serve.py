@@ -20,6 +20,15 @@ def serve(
     model: Model = Path("shapes-z_image"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 30000,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            metavar="HOST",
+            help="A name, besides localhost, by which requests may call a server on loopback, and from whose pages browsers "
+            "may send them, or *; may be given several times.",
+        ),
+    ] = None,
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -79,6 +88,12 @@ def serve(
             min=0.1, max=10**6, help="Seconds for which a client may take nothing of its answer before it is dropped."
         ),
     ] = 60.0,
+    min_send_bytes_per_s: Annotated[
+        int, typer.Option(min=1, help="Bytes of its answer that a client has to take in a second, in the long run.")
+    ] = 256 * 1024,
+    max_unsent_bytes: Annotated[
+        int, typer.Option(min=1, help="Most bytes of all answers that are expected or not sent to their end.")
+    ] = 16 * 2**30,
     max_weights_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a body with tensors of new weights.")] = 8
     * 2**30,
     weights_idle_s: Annotated[
@@ -143,6 +158,7 @@ def serve(
             rank_timeout_s=rank_timeout_s,
             host=host,
             port=port,
+            allowed_hosts=tuple(allowed_hosts or ()),
             api_key=api_key,
             wire_format=wire_format,
             wire_dialect=wire_dialect,
@@ -155,6 +171,8 @@ def serve(
             max_body_bytes=max_body_bytes,
             max_score_body_bytes=max_score_body_bytes,
             send_timeout_s=send_timeout_s,
+            min_send_bytes_per_s=min_send_bytes_per_s,
+            max_unsent_bytes=max_unsent_bytes,
             max_weights_body_bytes=max_weights_body_bytes,
             weights_idle_s=weights_idle_s,
             allow_pickle_weights=allow_pickle_weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from flowroll.client import calls, exchange, weights
+from flowroll.client.bounds import MAX_ANSWER_BYTES, AnswerBody, Deadline, default_total_s
 from flowroll.client.exchange import Call, Operation
 from flowroll.client.route import FAILURES, check_timeout, check_wire_format, route_to
 from flowroll.types import Number
@@ -54,6 +56,8 @@ class AsyncClient:
         base_url: The server's URL, e.g. "http://127.0.0.1:30000".
         api_key: The server's bearer token, if it demands one.
         timeout_s: The longest silence of the server, in seconds.
+        total_timeout_s: The most seconds that a call may take in all; None: six times `timeout_s`.
+        max_answer_bytes: The most bytes of an answer with tensors.
         wire_format: "msgpack" or "json".
         proxy: The URL of a proxy on the way to the server, or "direct" for none. None: the environment's proxy.
         transport: Another httpx transport, e.g. to an app in this process.
@@ -69,14 +73,19 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
+        total_timeout_s: Number | None = None,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
         wire_format: WireFormat = "msgpack",
         proxy: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._timeout_s = check_timeout(timeout_s)
+        self._total_s = default_total_s(self._timeout_s) if total_timeout_s is None else check_timeout(total_timeout_s)
+        self._max_answer_bytes = max_answer_bytes
         self._wire_format: WireFormat = check_wire_format(wire_format)
         self._route = route_to(base_url, api_key=api_key, proxy=proxy, has_transport=transport is not None)
-        self._http = self._route.open(httpx.AsyncClient, transport)
+        self._transport = transport
+        self._open()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -130,16 +139,29 @@ class AsyncClient:
             # With the error that it may hold, and all that was sent.
             del advance
 
+    def _open(self) -> None:
+        self._http, self._pid = self._route.open(httpx.AsyncClient, self._transport), os.getpid()
+
     async def _send(self, call: Call[T]) -> T:
-        timeout = call.timeout(self._timeout_s)
-        body = bytearray()
+        if self._pid != os.getpid() and not self._http.is_closed:
+            # After a fork the connections are the parent's too: both would read parts of each other's answers.
+            self._open()
+        deadline = Deadline(self._total_s)
+        timeout = call.timeout(self._timeout_s, self._total_s)
+        most = self._max_answer_bytes if call.max_bytes is None else call.max_bytes
         try:
-            async with self._http.stream(
-                call.method, call.path, content=call.async_body(), headers=call.headers, timeout=timeout
-            ) as response:
+            async with (
+                asyncio.timeout(self._total_s) as total,
+                self._http.stream(
+                    call.method, call.path, content=call.async_body(), headers=call.headers, timeout=timeout
+                ) as response,
+            ):
+                body = AnswerBody(response, max_bytes=most, deadline=deadline)
                 async for piece in response.aiter_bytes():
-                    body += piece
+                    body.add(piece)
         except FAILURES as error:
+            if total.expired():
+                raise deadline.passed() from None
             raise self._route.failed(error, is_closed=self._http.is_closed) from error
         # Decoding a rollout takes long enough to hold up the caller's event loop.
-        return await asyncio.to_thread(exchange.conclude, call, response, body, self._route.proxy)
+        return await asyncio.to_thread(exchange.conclude, call, response, body.data, self._route.proxy)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import msgspec
 
+from flowroll.client.bounds import check_answers
 from flowroll.client.exchange import (
     DEFAULT_TIMEOUT_S,
     READY_POLL_S,
@@ -65,7 +66,13 @@ def rollout(
         FlowrollError: The server raised any other error, or the client is closed.
     """
     body = _request_body(RolloutRequest, given_fields(request, values))
-    return Call(method="POST", path=ROLLOUT_ROUTE, read=decode_rollouts, accept=_ACCEPT[_wire_format], content=body)
+
+    def read(answer: bytearray, content_type: str) -> list[Rollout]:
+        rollouts = decode_rollouts(answer, content_type)
+        check_answers(rollouts, body)
+        return rollouts
+
+    return Call(method="POST", path=ROLLOUT_ROUTE, read=read, accept=_ACCEPT[_wire_format], content=body, max_bytes=None)
 
 
 def generate(
@@ -85,7 +92,13 @@ def generate(
         # Plain generation by definition; the route knows no such field.
         given.pop("rollout", None)
     body = _request_body(GenerateRequest, given)
-    return Call(method="POST", path=GENERATE_ROUTE, read=decode_images, accept=_ACCEPT[_wire_format], content=body)
+
+    def read(answer: bytearray, content_type: str) -> list[GeneratedImage]:
+        images = decode_images(answer, content_type)
+        check_answers(images, body)
+        return images
+
+    return Call(method="POST", path=GENERATE_ROUTE, read=read, accept=_ACCEPT[_wire_format], content=body, max_bytes=None)
 
 
 def score(
@@ -125,7 +138,13 @@ def score(
 
     content, content_type = b"".join(body.chunks()), body.content_type
     return Call(
-        method="POST", path=SCORE_ROUTE, read=read, accept=_ACCEPT[_wire_format], content=content, content_type=content_type
+        method="POST",
+        path=SCORE_ROUTE,
+        read=read,
+        accept=_ACCEPT[_wire_format],
+        content=content,
+        content_type=content_type,
+        max_bytes=None,
     )
 
 

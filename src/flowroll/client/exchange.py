@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import httpx
 import msgspec
 
+from flowroll.client.bounds import MAX_OBJECT_BYTES, Deadline
 from flowroll.client.route import Proxy
 from flowroll.errors import InvalidRequestError, QueueFullError, ServerConnectionError, error_from_wire
 from flowroll.types import Number
@@ -27,6 +28,7 @@ DEFAULT_TIMEOUT_S = 600.0
 READY_POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_SHOWN_CHARS = 200
+_MAX_RETRY_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Call(Generic[T]):
         content: The body of the request.
         content_type: The media type of the body.
         timeout_s: The longest silence of the server, in seconds; None: the client's own value.
+        max_bytes: The most bytes of the answer; None: the client's own value.
     """
 
     method: str
@@ -50,28 +53,30 @@ class Call(Generic[T]):
     content: bytes | EncodedBody | None = None
     content_type: str = JSON
     timeout_s: Number | None = None
+    max_bytes: int | None = MAX_OBJECT_BYTES
 
     @property
     def headers(self) -> dict[str, str]:
         """Returns the headers of this call."""
-        headers = {"Accept": self.accept}
+        # Said, because httpx would ask for compressed answers, which can unpack to any size.
+        headers = {"Accept": self.accept, "Accept-Encoding": "identity"}
         if self.content is not None:
             headers["Content-Type"] = self.content_type
         if isinstance(self.content, EncodedBody):
             headers["Content-Length"] = str(self.content.content_length)
         return headers
 
-    def body(self) -> bytes | Iterator[bytes] | None:
-        """Returns the body for a synchronous transport."""
-        return self.content.chunks() if isinstance(self.content, EncodedBody) else self.content
+    def body(self, deadline: Deadline) -> bytes | Iterator[bytes] | None:
+        """Returns the body for a synchronous transport, which is sent until the deadline."""
+        return deadline.bounded(self.content.chunks()) if isinstance(self.content, EncodedBody) else self.content
 
     def async_body(self) -> bytes | AsyncIterator[bytes] | None:
         """Returns the body for an asynchronous transport."""
         return _awaited(self.content) if isinstance(self.content, EncodedBody) else self.content
 
-    def timeout(self, default_s: Number) -> httpx.Timeout:
-        """Returns the timeouts of this call."""
-        seconds = default_s if self.timeout_s is None else self.timeout_s
+    def timeout(self, default_s: Number, total_s: Number = math.inf) -> httpx.Timeout:
+        """Returns the timeouts of this call, which may take `total_s` in all."""
+        seconds = min(default_s if self.timeout_s is None else self.timeout_s, total_s)
         return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_S))
 
 
@@ -166,9 +171,9 @@ def excerpt(body: bytearray) -> str:
 
 
 def retry_after_s(header: str, default_s: float) -> float:
-    """Returns the seconds of the Retry-After header, or the default where it is absent or a date."""
+    """Returns the seconds of the Retry-After header, an hour at most, or the default where it is absent or a date."""
     try:
         seconds = float(header)
     except ValueError:
         return default_s
-    return seconds if math.isfinite(seconds) and seconds >= 0 else default_s
+    return min(seconds, _MAX_RETRY_S) if math.isfinite(seconds) and seconds >= 0 else default_s

@@ -55,6 +55,11 @@ class RequestPlan:
         """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
         return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
 
+    @property
+    def answer_bytes(self) -> int:
+        """The number of bytes of the tensors in the answer, without those of the denoising environment."""
+        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, len(self.seeds))
+
 
 def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
     """Checks a request against the loaded model, and fills in its defaults.
@@ -207,14 +212,18 @@ def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Trans
     return chosen
 
 
-def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:
+def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, num_samples: int) -> int:
     latent_bytes = 4 * math.prod(geometry.latent_shape)
     states = 0
     if params.rollout and params.rollout_debug_mode:
         states += 3 * num_steps
     if params.rollout and params.rollout_return_dit_trajectory:
         states += num_steps + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
-    total = num_samples * (states * latent_bytes + 4 * 3 * geometry.frames * geometry.height * geometry.width)
+    return num_samples * (states * latent_bytes + 4 * 3 * geometry.frames * geometry.height * geometry.width)
+
+
+def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:
+    total = _answer_bytes(params, geometry, num_steps, num_samples)
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
         shown = f"{num_samples} samples with {total / 2**30:.1f} GiB of tensors"

@@ -51,6 +51,11 @@ class ScorePlan:
         """The amount of work, to which the request's time is roughly proportional: pixels x steps, summed over samples."""
         return sum(sample.sampling.height * sample.sampling.width * len(sample.steps) for sample in self.params.samples)
 
+    @property
+    def answer_bytes(self) -> int:
+        """The number of bytes of the tensors in the answer, without its log-probs."""
+        return _answer_bytes(self.params)
+
 
 def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScorePlan:
     """Checks every step whose log-prob is to be recomputed.
@@ -61,8 +66,7 @@ def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScoreP
     count = sum(len(sample.steps) for sample in params.samples)
     if count > limits.max_scores:
         _refuse("samples", f"hold at most {limits.max_scores} steps in all", count, "send several requests")
-    states = 0 if params.log_probs_only else 2
-    total = sum(states * 4 * sample.latents.numel() for sample in params.samples)
+    total = _answer_bytes(params)
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
         _refuse("samples", rule, f"{total / 2**30:.1f} GiB of tensors", "send several requests, or ask for log_probs_only")
@@ -72,6 +76,11 @@ def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScoreP
         except InvalidRequestError as error:
             raise error.within(f"samples[{index}]") from None
     return ScorePlan(params=params, request_id=params.request_id or uuid.uuid4().hex)
+
+
+def _answer_bytes(params: ScoreParams) -> int:
+    states = 0 if params.log_probs_only else 2
+    return sum(states * 4 * sample.latents.numel() for sample in params.samples)
 
 
 def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits, *, log_probs_only: bool = False) -> None:

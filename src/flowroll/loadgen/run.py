@@ -137,14 +137,12 @@ class _Run:
     async def _send_once(self, values: dict[str, Any], outcome: Outcome) -> None:
         """Sends a request and reads its answer to the end; counts of earlier attempts are added to."""
         call = calls.rollout(self._wire_format, **values)
-        # Uncompressed, so that servers that compress and servers that do not are measured on the same bytes.
-        headers = {**call.headers, "accept-encoding": "identity"}
         outcome.status, outcome.code, outcome.samples, outcome.retry_after_s = None, OK, 0, 0.0
         error_body = bytearray()
         timeout = call.timeout(self._timeout_s)
         try:
             async with self._http.stream(
-                "POST", call.path, content=call.async_body(), headers=headers, timeout=timeout
+                "POST", call.path, content=call.async_body(), headers=call.headers, timeout=timeout
             ) as answer:
                 outcome.status = answer.status_code
                 outcome.stages = stages_of(answer.headers.get("x-flowroll-timing", ""))

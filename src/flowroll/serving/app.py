@@ -15,6 +15,7 @@ from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
 from flowroll.serving.openapi import install_openapi
+from flowroll.serving.origins import OriginGuard
 from flowroll.serving.routers import (
     adapters,
     control,
@@ -82,7 +83,13 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         app.include_router(group.build_router(state))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)
-    app.add_middleware(RequestMiddleware, metrics=state.metrics, api_key=config.api_key, tracing=tracing or current_tracing())
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=state.metrics,
+        api_key=config.api_key,
+        origins=OriginGuard(config),
+        tracing=tracing or current_tracing(),
+    )
     # What is answered without the app, by its connection, is counted too.
     app.state.metrics = state.metrics
     return app

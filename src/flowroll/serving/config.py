@@ -37,6 +37,9 @@ class ServerConfig:
         layout: How the engine is spread over ranks.
         rank_timeout_s: How long ranks wait for each other before the server gives up.
         host: Address to listen on.
+        allowed_hosts: Names, besides those of this machine, by which requests may call a server on loopback, and from whose
+            pages a browser may send them; "*": every one. Where the server listens on more than loopback and there are some,
+            requests have to call it by one of them or by its address.
         port: 0 lets the system choose; the address is in the start-up message.
         api_key: Bearer token that every route but /liveness demands; None: open. Never shown.
         wire_format: Answer to `Accept: */*`.
@@ -52,6 +55,10 @@ class ServerConfig:
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024.
         send_timeout_s: Seconds for which a client may take no byte of its answer before its connection is broken off (Linux).
+        min_send_bytes_per_s: Bytes of its answer that a client has to take in a second, in the long run; a slower one loses its
+            connection.
+        max_unsent_bytes: Bytes of all answers together that are expected by accepted requests or not sent to their end; beyond
+            it no request is accepted.
         max_weights_body_bytes: Size of a body with tensors of new weights. What is held is bounded by the module's own size.
         weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped, or, if its buckets are put
             in place one by one, samples start again: its trainer may be dead.
@@ -82,6 +89,7 @@ class ServerConfig:
     rank_timeout_s: int | float = 60.0
     host: str = "127.0.0.1"
     port: int = 30000
+    allowed_hosts: tuple[str, ...] = ()
     api_key: str | None = field(default=None, repr=False)
     wire_format: WireFormat = "json"
     wire_dialect: Dialect = "native"
@@ -94,6 +102,8 @@ class ServerConfig:
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
     send_timeout_s: int | float = 60.0
+    min_send_bytes_per_s: int = 256 * 1024
+    max_unsent_bytes: int = 16 * 2**30
     max_weights_body_bytes: int = 8 * 2**30
     weights_idle_s: int | float = 60.0
     allow_pickle_weights: bool = False
@@ -129,6 +139,9 @@ class ServerConfig:
             self.send_timeout_s,
             "leave it out",
         )
+        rate = self.min_send_bytes_per_s
+        _require(rate > 0, "min_send_bytes_per_s", "be > 0", rate, "use 1 to wait for any client that takes something")
+        _require(self.max_unsent_bytes > 0, "max_unsent_bytes", "be > 0", self.max_unsent_bytes, "leave it out")
         _require(self.receive_timeout_s > 0, "receive_timeout_s", "be > 0", self.receive_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         url = self.otlp_endpoint

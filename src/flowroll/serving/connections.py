@@ -1,18 +1,21 @@
 """TCP connections: HTTP/1.1 as uvicorn speaks it, but no client may take as long, as many or as much as it likes.
 
 uvicorn bounds how long a connection may idle between two requests, and how long headers may be. Bounded here: how many
-connections there are, how long headers may take to come, how small the chunks of a body may be and how many of them are looked
-at in one turn of the event loop, how long the rest of a body that nobody reads is waited for, and how long a client may take
-nothing of its answer. How long a body takes that is read is bounded in `parsing`.
+connections there are, how long headers may take to come, and how slowly an answer may be read. A connection whose request is
+answered before its body has come ends with that answer; the rest is dropped unseen. `reading` bounds what is looked at in one
+turn of the event loop, and `parsing` how long a body takes that is read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
+import random
 import socket
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.flow_control import FlowControl
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from flowroll.errors import FlowrollError, MalformedRequestError, QueueFullError
@@ -28,16 +31,20 @@ from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import SlowRequestError, error_response
 from flowroll.serving.metrics import Metrics
 from flowroll.serving.middleware import REQUEST_ID_HEADER
+from flowroll.serving.reading import MAX_HEADER_BYTES, BoundedParser, HeldFlow
+from flowroll.serving.unsent import SendPatience
 
 _log = logging.getLogger(__name__)
 
-# Request line and headers together; a piece more may pass.
-MAX_HEADER_BYTES = 16 * 1024
 _PIECE_BYTES = 1024
-# A chunk takes some ten microseconds, and may be a byte. Of a body so many may be smaller than that on average.
-_FREE_CHUNKS = 1024
-_CHUNK_BYTES = 256
-_EVENTS_A_TURN = 32
+# As many connections are accepted in one turn of the event loop, each with a descriptor, before the first one is refused.
+_BACKLOG = 256
+# A client that was refused without the app gets so long to read why.
+_REFUSED_S = 1.0
+_RETRY_S = (1.0, 3.0)
+# Records of one kind that an attack can cause at will are so far apart.
+_QUIET_S = 10.0
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # After the grace period every answer is made; a client gets so long to read the rest of a large one.
 _SEND_S = 2
 
@@ -53,6 +60,7 @@ class HttpConfig(uvicorn.Config):
     def __init__(self, app: FastAPI, config: ServerConfig) -> None:
         self.metrics: Metrics = app.state.metrics
         self.receive_timeout_s, self.max_connections = config.receive_timeout_s, config.max_connections
+        self.send_timeout_s, self.min_send_bytes_per_s = config.send_timeout_s, config.min_send_bytes_per_s
         super().__init__(
             app,
             # Said, because uvicorn takes another parser where one is installed.
@@ -63,93 +71,64 @@ class HttpConfig(uvicorn.Config):
             log_config=None,
             access_log=False,
             server_header=False,
+            backlog=_BACKLOG,
             timeout_keep_alive=math.ceil(config.receive_timeout_s),
             timeout_graceful_shutdown=_SEND_S,
         )
 
 
-class _Parser(h11.Connection):
-    """h11's own, which gives out so many events a turn, and refuses bodies in tiny chunks.
+class _LastAnswer:
+    """What a request is given for its connection's transport if its answer is the last one there.
 
-    Attributes:
-        events_left: In this turn.
-        refusal: Why the body was refused; None: it was not.
+    A socket that is closed while bytes are unread resets the connection, and the client may lose the answer. So the end of the
+    answer is the end of sending alone, and what still comes is dropped.
+
+    Args:
+        protocol: Of the connection.
     """
 
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
-        self.events_left = _EVENTS_A_TURN
-        self.refusal: str | None = None
-        self._chunks = self._bytes = 0
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        self._protocol = protocol
 
-    def next_event(self) -> Any:
-        """Returns the next event of this turn.
+    def write(self, data: bytes) -> None:
+        """Sends a part of the answer."""
+        self._protocol.transport.write(data)
 
-        Raises:
-            RemoteProtocolError: What came is no HTTP, or comes in tiny chunks.
-        """
-        if not self.events_left:
-            return h11.NEED_DATA
-        self.events_left -= 1
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._chunks = self._bytes = 0
-        elif isinstance(event, h11.Data):
-            self._chunks += event.chunk_end
-            self._bytes += len(event.data)
-            if self._chunks > _FREE_CHUNKS + self._bytes // _CHUNK_BYTES:
-                self.refusal = (
-                    f"the body must come in chunks of {_CHUNK_BYTES} bytes or more, {_FREE_CHUNKS} smaller ones aside, got "
-                    f"{self._chunks} chunks in {self._bytes} bytes; send it in larger chunks, or with a Content-Length."
-                )
-                raise h11.RemoteProtocolError(self.refusal)
-        return event
+    def is_closing(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._protocol.transport.is_closing()
 
-
-class _Flow(FlowControl):
-    """uvicorn's own; reading also stops while what was read is still to be looked at."""
-
-    _is_wanted, _is_held = True, False
-
-    def pause_reading(self) -> None:
-        """Stops reading until uvicorn wants more."""
-        self._is_wanted = False
-        super().pause_reading()
-
-    def resume_reading(self) -> None:
-        """Reads on, or will."""
-        self._is_wanted = True
-        if not self._is_held:
-            super().resume_reading()
-
-    def hold(self, is_held: bool) -> None:
-        """Stops reading whatever uvicorn wants, or lets it decide again."""
-        self._is_held = is_held
-        if is_held:
-            super().pause_reading()
-        elif self._is_wanted:
-            super().resume_reading()
+    def close(self) -> None:
+        """Ends the answer, and the connection once the client has gone or its time is up."""
+        self._protocol.drop_the_rest()
 
 
 class BoundedProtocol(H11Protocol):
     """See the module. At most one deadline is set at a time: for headers, or for the rest of a body after its answer."""
 
     config: HttpConfig
-    conn: _Parser
-    flow: _Flow
+    conn: BoundedParser
+    flow: HeldFlow
     _deadline: asyncio.TimerHandle | None = None
+    _is_dropping = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for the first request."""
         super().connection_made(transport)
-        self.conn, self.flow = _Parser(), _Flow(transport)
+        self.conn, self.flow = BoundedParser(), HeldFlow(transport)
+        self._app, self.app = self.app, self._answer
         if len(self.connections) > (bound := self.config.max_connections):
-            self._refuse(QueueFullError(f"the server must have at most {bound} connections, got one more; close others first."))
+            message = f"the server must have at most {bound} connections, got one more; close others first."
+            self._refuse(QueueFullError(message, retry_after_s=random.uniform(*_RETRY_S)))
+            # At once: one beyond the bound may not stay to read it.
+            self.transport.close()
             return
-        self._set_deadline(self._end_slow_headers)
+        self._set_deadline(self._end_slow_headers, self.config.receive_timeout_s)
 
     def data_received(self, data: bytes) -> None:
         """Takes bytes from the client."""
+        if self._is_dropping:
+            return
         # The parser's limit is one on headers that are not whole yet. In small pieces they are that for long enough.
         while data and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             super().data_received(data[:_PIECE_BYTES])
@@ -159,9 +138,9 @@ class BoundedProtocol(H11Protocol):
 
     def handle_events(self) -> None:
         """Looks at what has come, a part of it in each turn of the event loop."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_dropping:
             return
-        self.conn.events_left = _EVENTS_A_TURN
+        self.conn.begin_turn()
         super().handle_events()
         if not self.transport.is_closing():
             is_rest = not self.conn.events_left
@@ -180,6 +159,51 @@ class BoundedProtocol(H11Protocol):
         self._clear_deadline()
         super().connection_lost(exc)
 
+    def drop_the_rest(self, seconds: float | None = None) -> None:
+        """Ends the sending, and drops unseen what still comes until the client has gone.
+
+        Args:
+            seconds: How long that may take; None: as long as the headers of a request.
+        """
+        self._is_dropping = True
+        self._clear_deadline()
+        self._set_deadline(self.transport.abort, self.config.receive_timeout_s if seconds is None else seconds)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.hold(False)
+        self.flow.resume_reading()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Has the app answer a request, within bounds on how slowly its client reads."""
+        cycle = self.cycle
+        patience = SendPatience(self.config.send_timeout_s, self.config.min_send_bytes_per_s)
+
+        async def bounded_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.conn.their_state is h11.SEND_BODY:
+                # Whoever is answered before its body has come could go on sending it for ever.
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+                cycle.transport = _LastAnswer(self)  # type: ignore[assignment]
+            if self.flow.write_paused and not cycle.disconnected:
+                await self._wait_for_reader(patience)
+            await send(message)
+            patience.sent(len(message.get("body", b"")))
+            if self.flow.write_paused and not message.get("more_body", False):
+                # It is there for as long as it is not sent.
+                await self._wait_for_reader(patience)
+
+        await self._app(scope, receive, bounded_send)
+
+    async def _wait_for_reader(self, patience: SendPatience) -> None:
+        """Waits until the client has taken what was sent; one that is too slow loses its connection."""
+        began_s = self.loop.time()
+        try:
+            async with asyncio.timeout(max(patience.left_s, 0.0)):
+                await self.flow.drain()
+        except TimeoutError:
+            _log.info("a client reads its answer too slowly and is let go")
+            self.transport.abort()
+        patience.waited(self.loop.time() - began_s)
+
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, with a body like all others."""
         general = (
@@ -195,16 +219,14 @@ class BoundedProtocol(H11Protocol):
         elif theirs is h11.IDLE and ours is h11.IDLE:
             # Headers have begun. Otherwise uvicorn's own bound for idle connections runs.
             if self.conn.trailing_data[0]:
-                self._set_deadline(self._end_slow_headers)
-        elif theirs is h11.SEND_BODY and ours in (h11.DONE, h11.MUST_CLOSE):
-            self._set_deadline(self._end_unread_body)
-        else:
+                self._set_deadline(self._end_slow_headers, self.config.receive_timeout_s)
+        elif not self._is_dropping:
             self._clear_deadline()
 
-    def _set_deadline(self, end: Callable[[], None]) -> None:
+    def _set_deadline(self, end: Callable[[], None], seconds: float) -> None:
         """Sets a deadline, unless one is set: what trickles in must not move it."""
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.config.receive_timeout_s, end)
+            self._deadline = self.loop.call_later(seconds, end)
 
     def _clear_deadline(self) -> None:
         if self._deadline is not None:
@@ -222,9 +244,6 @@ class BoundedProtocol(H11Protocol):
             )
         )
 
-    def _end_unread_body(self) -> None:
-        self.transport.abort()
-
     def _refuse(self, error: FlowrollError) -> None:
         """Answers without the app, and ends the connection."""
         self._clear_deadline()
@@ -234,6 +253,7 @@ class BoundedProtocol(H11Protocol):
             return
         if self.cycle is not None:
             self.cycle.disconnected = True
+            self.cycle.message_event.set()
         response = error_response(error)
         response.headers["connection"] = "close"
         response.headers[REQUEST_ID_HEADER] = request_id = uuid.uuid4().hex
@@ -244,7 +264,7 @@ class BoundedProtocol(H11Protocol):
         )
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self.drop_the_rest(_REFUSED_S)
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
@@ -270,3 +290,21 @@ def open_listener(config: ServerConfig) -> socket.socket:
     except OSError as error:
         raise SystemExit(f"Error: {config.host}:{config.port} must be free to listen on, got {error}.") from None
     return listener
+
+
+def quieten_accept_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Logs one line, now and then, of connections that find no descriptor; asyncio would log a traceback for each attempt."""
+    last_s, num_quiet = -math.inf, 0
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal last_s, num_quiet
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _OUT_OF_DESCRIPTORS and "socket" in context):
+            loop.default_exception_handler(context)
+            return
+        num_quiet += 1
+        if (now_s := time.monotonic()) - last_s >= _QUIET_S:
+            _log.error("connections cannot be accepted: %s (%d attempts); allow more open files", error.strerror, num_quiet)
+            last_s, num_quiet = now_s, 0
+
+    loop.set_exception_handler(handle)

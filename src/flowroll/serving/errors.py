@@ -20,7 +20,10 @@ class SlowRequestError(MalformedRequestError):
 
 
 # What every route can answer; shown in the OpenAPI document.
-COMMON_RESPONSES: dict[int | str, dict[str, object]] = {401: {"model": ErrorBody, "description": "No valid bearer token"}}
+COMMON_RESPONSES: dict[int | str, dict[str, object]] = {
+    401: {"model": ErrorBody, "description": "No valid bearer token"},
+    403: {"model": ErrorBody, "description": "The host is not the server's, or a browser sends it for another site's page"},
+}
 WORK_RESPONSES: dict[int | str, dict[str, object]] = {
     **COMMON_RESPONSES,
     400: {"model": ErrorBody, "description": "The body is not JSON"},
@@ -42,12 +45,12 @@ WEIGHTS_RESPONSES: dict[int | str, dict[str, object]] = {
     422: {"model": ErrorBody, "description": "A value breaks a rule, or the new weights are not the module's; nothing changed"},
 }
 CONTROL_RESPONSES: dict[int | str, dict[str, object]] = {
-    status: response for status, response in WEIGHTS_RESPONSES.items() if status in (400, 401, 408, 413, 415, 503)
+    status: response for status, response in WEIGHTS_RESPONSES.items() if status in (400, 401, 403, 408, 413, 415, 503)
 }
 CONTROL_RESPONSES[422] = WORK_RESPONSES[422]
 DISK_RESPONSES: dict[int | str, dict[str, object]] = {
     **WEIGHTS_RESPONSES,
-    403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root"},
+    403: {"model": ErrorBody, "description": "The path is outside every folder of --weights-root, or as elsewhere"},
 }
 
 
@@ -63,9 +66,6 @@ def error_response(error: FlowrollError, *, status: int | None = None) -> JSONRe
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, SlowRequestError):
-        # The rest of it is not waited for.
-        headers["Connection"] = "close"
     content = {"error": {"code": error.code, "message": error.message, "field": error.field}}
     return JSONResponse(content, status_code=status or error.status, headers=headers)
 

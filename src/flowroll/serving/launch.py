@@ -29,7 +29,7 @@ from flowroll.logs import configure_logging
 from flowroll.parallel.rendezvous import check_world, torchrun_rank
 from flowroll.serving.app import create_app
 from flowroll.serving.config import ServerConfig
-from flowroll.serving.connections import HttpConfig, open_listener
+from flowroll.serving.connections import HttpConfig, open_listener, quieten_accept_errors
 from flowroll.serving.tracing import Tracing, otlp_provider
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def serve(config: ServerConfig) -> None:
             rank was lost, which ends every request. With status 0: a signal came before the server was up.
     """
     configure_logging(config.log_level, config.log_format)
-    _allow_descriptors(config.max_connections + _SPARE_DESCRIPTORS)
+    config = _with_descriptors(config)
     place = torchrun_rank()
     if place is not None and place.rank > 0:
         _follow(config)
@@ -80,12 +80,23 @@ def serve(config: ServerConfig) -> None:
     _log.info("stopped")
 
 
-def _allow_descriptors(count: int) -> None:
-    """Lets this process have so many open files, as far as it may: often the limit is 1024, and a connection is one."""
+def _with_descriptors(config: ServerConfig) -> ServerConfig:
+    """Lets this process have as many open files as its connections need: often the limit is 1024, and a connection is one.
+
+    Returns:
+        The configuration, with fewer connections where the system does not allow that many files.
+    """
+    wanted = config.max_connections + _SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most == wanted:
+        return config
+    # Half of them are left for all else.
+    connections = max(min(config.max_connections, most - _SPARE_DESCRIPTORS), most // 2)
+    _log.warning("%d open files allow %d connections, not %d; raise the hard limit", most, connections, config.max_connections)
+    return dataclasses.replace(config, max_connections=connections)
 
 
 def _engine_options(config: ServerConfig) -> EngineOptions:
@@ -164,6 +175,7 @@ class _DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen, and says so."""
+        quieten_accept_errors(asyncio.get_running_loop())
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -13,6 +14,7 @@ from prometheus_client.registry import Collector
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
 from flowroll.engine.service import EngineStatus, RequestKind
+from flowroll.serving.unsent import AnswerMemory
 from flowroll.types import Number
 
 # From a probe's milliseconds to a group of large images.
@@ -88,12 +90,13 @@ class Metrics:
 
     Args:
         engine_pid: The process of the engine, which may be another one.
+        answers: The memory of answers that are not sent yet.
 
     Attributes:
         registry: Holds all of it.
     """
 
-    def __init__(self, engine_pid: int) -> None:
+    def __init__(self, engine_pid: int, answers: AnswerMemory) -> None:
         self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)
         # e.g. flowroll_engine_process_resident_memory_bytes
@@ -119,6 +122,15 @@ class Metrics:
         self.weight_pushes = counter("weight_pushes", "Pushes of weights bucket by bucket, by how they ended.", "outcome")
         self.weight_pause_seconds = counter("weight_pause_seconds", "Seconds for which no request ran because of an update.")
         self.scored_steps = counter("scored_steps", "Recorded steps that were scored again.")
+        self.dropped_requests = counter(
+            "dropped_requests", "Requests whose client was gone before they entered the queue; none of the accepted ones."
+        )
+        for name, text in (
+            ("expected", "Bytes of the answers to accepted requests that are not made yet, as far as they are foreseen."),
+            ("unsent", "Bytes of answers that were made and are not sent to their end."),
+        ):
+            gauge = Gauge(f"flowroll_{name}_answer_bytes", text, registry=own)
+            gauge.set_function(functools.partial(getattr, answers, f"{name}_bytes"))
 
     def render(self, status: EngineStatus) -> bytes:
         """Returns all metrics as Prometheus reads them, with the engine as it is now."""

@@ -1,4 +1,4 @@
-"""What happens around every HTTP request: id, bearer token, log line, counters, spans, last-resort error.
+"""What happens around every HTTP request: id, who may send it, log line, counters, spans, last-resort error.
 
 This is plain ASGI, so that a streamed answer of hundreds of MiB passes through without a copy.
 """
@@ -20,11 +20,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flowroll.engine.scheduler import StageSpan
-from flowroll.errors import EngineError, UnauthorizedError
+from flowroll.errors import EngineError, FlowrollError, UnauthorizedError
 from flowroll.logs import POLLED, log_request, name_request
 from flowroll.serving.errors import error_response
 from flowroll.serving.metrics import Metrics
+from flowroll.serving.origins import OriginGuard
 from flowroll.serving.tracing import Tracing
+from flowroll.serving.unsent import HeldAnswer
 
 REQUEST_ID_HEADER = "x-request-id"
 # It holds milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
@@ -46,9 +48,11 @@ class RequestContext:
         status: HTTP status of the answer; None until it begins.
         error: Code of the error that the answer is; None: it is no error.
         body_bytes: Bytes of the answer's body so far.
+        request_bytes: Bytes of the request's body that are kept until it is answered.
         started_s: When the request began, by the monotonic clock.
         answered_s: When the answer began.
         spans: The stages of the request's time, as far as they are known.
+        held: The memory of its answer; None: an answer that is not worth counting.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -56,9 +60,11 @@ class RequestContext:
     status: int | None = None
     error: str | None = None
     body_bytes: int = 0
+    request_bytes: int = 0
     started_s: float = field(default_factory=time.monotonic)
     answered_s: float | None = None
     spans: list[StageSpan] = field(default_factory=list)
+    held: HeldAnswer | None = None
 
     @property
     def stages(self) -> dict[str, float]:
@@ -92,12 +98,16 @@ class RequestMiddleware:
         app: The app that answers.
         metrics: Counts every request.
         api_key: The token that every path but the open ones demands; None: no path does.
+        origins: Refuses what a browser must not send.
         tracing: Makes spans of requests; None: there are no spans.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, tracing: Tracing | None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, origins: OriginGuard, tracing: Tracing | None
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._origins = origins
         self._tracing = tracing
         self._token = None if api_key is None else f"Bearer {api_key}".encode()
 
@@ -125,20 +135,21 @@ class RequestMiddleware:
         try:
             await self._answer(context, scope, receive, observed_send)
         finally:
+            if context.held is not None:
+                context.held.release()
             self._observe(context, scope)
 
     async def _answer(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._is_authorized(scope):
-            error = UnauthorizedError(
-                "the request must carry the server's token, got none or another; send Authorization: Bearer."
-            )
+        try:
+            self._check_sender(scope)
+        except FlowrollError as error:
             context.error = error.code
             await error_response(error)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         except ClientDisconnect:
-            _log.info("the client went away before its request was read")
+            _log.info("the client went away before its request was read or its answer sent")
         except Exception:
             if context.status is not None:
                 # The answer has begun: only breaking it off tells the client.
@@ -148,13 +159,23 @@ class RequestMiddleware:
             context.error = EngineError.code
             await error_response(EngineError(message))(scope, receive, send)
 
-    def _is_authorized(self, scope: Scope) -> bool:
+    def _check_sender(self, scope: Scope) -> None:
+        """Refuses whoever may not send this request.
+
+        Raises:
+            ForbiddenError: A browser sends it for a page of another site, or by a name that is not the server's.
+            UnauthorizedError: It carries no valid token.
+        """
+        headers = Headers(scope=scope)
+        self._origins.check(scope["method"], scope["path"], headers)
         if self._token is None or scope["path"] in OPEN_PATHS:
-            return True
-        sent = Headers(scope=scope).get("authorization", "")
-        scheme, _, token = sent.partition(" ")
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
         # HTTP has the scheme's name in any case; the token is compared in constant time.
-        return hmac.compare_digest(f"{scheme.capitalize()} {token.strip()}".encode(), self._token)
+        if not hmac.compare_digest(f"{scheme.capitalize()} {token.strip()}".encode(), self._token):
+            raise UnauthorizedError(
+                "the request must carry the server's token, got none or another; send Authorization: Bearer."
+            )
 
     def _observe(self, context: RequestContext, scope: Scope) -> None:
         """Counts, traces and logs a request that has ended."""

@@ -57,11 +57,14 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
         PayloadTooLargeError: It is longer than the server accepts.
         SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
+        CancelledRequestError: Its client has gone.
         ShuttingDownError: The engine stops.
     """
     body = await read_body(request, state)
-    # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
-    return await run_in_threadpool(_plan, state.engine.facts, model, body, context_of(request))
+    async with state.planning:
+        await state.check_wanted(request)
+        # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
+        return await run_in_threadpool(_plan, state.engine.facts, model, body, context_of(request))
 
 
 async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:
@@ -115,7 +118,10 @@ async def accept_score_request(request: Request, state: AppState) -> ScorePlan:
     """
     media_type = check_media_type(request.headers, (JSON, MSGPACK))
     body = await _receive(request, state.config.max_score_body_bytes, state.config.receive_timeout_s)
-    return await run_in_threadpool(_plan_score, state.engine.facts, body, media_type, context_of(request))
+    context_of(request).request_bytes = len(body)
+    async with state.planning:
+        await state.check_wanted(request)
+        return await run_in_threadpool(_plan_score, state.engine.facts, body, media_type, context_of(request))
 
 
 def _plan_score(facts: EngineFacts, body: bytearray, media_type: str, context: RequestContext) -> ScorePlan:

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from flowroll.engine import RequestPlan
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, factor_names
 from flowroll.engine.scheduler import ExclusiveMode
+from flowroll.engine.scheduler.request import cancelled
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service import (
     CallFuture,
@@ -33,12 +34,16 @@ from flowroll.serving.metrics import Metrics
 from flowroll.serving.middleware import context_of
 from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.pushes import WeightPush, WeightPushes
+from flowroll.serving.unsent import AnswerMemory
 from flowroll.serving.weight_uploads import WeightUpload, WeightUploads
 from flowroll.types import AdapterChange, GeneratedImage, ModuleName, Rollout, ScoreAnswer, WeightUpdate
 from flowroll.wire.weight_updates import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
 
 T = TypeVar("T")
 C = TypeVar("C", WeightUpdate, AdapterChange)
+# Requests that are parsed and planned at the same time, each on a thread. More would not be done sooner, because Python runs
+# one thread at a time, but the event loop would have its turn less often.
+_NUM_PLANNED = 4
 # How long an engine may take to say how it is. It answers between two instructions of Python, also while a step runs.
 _STATUS_S = 10.0
 _RETRY_S = 1.0
@@ -59,6 +64,8 @@ class AppState:
         probing: The one look at whether the engine generates, which all callers share.
         uploads: The update of weights whose tensors arrive over HTTP, if there is one.
         pushes: The pushes of weights of which a bucket is in place and others are missing.
+        answers: The memory of the answers that are not sent to their end.
+        planning: Held by the requests that are parsed and planned.
     """
 
     config: ServerConfig
@@ -71,18 +78,21 @@ class AppState:
     probing: list[CallFuture[Evidence]] = field(default_factory=list)
     uploads: WeightUploads
     pushes: WeightPushes
+    answers: AnswerMemory
+    planning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_PLANNED))
 
     @classmethod
     def build(cls, engine: EngineClient, config: ServerConfig) -> AppState:
         """Returns the state of a new app."""
-        metrics = Metrics(engine.facts.pid)
+        answers = AnswerMemory(config.max_unsent_bytes)
+        metrics = Metrics(engine.facts.pid, answers)
         pushes = WeightPushes(
             lambda is_held: engine.call(EngineService.hold_starts, is_held),
             lambda outcome: metrics.weight_pushes.labels(outcome).inc(),
             idle_s=config.weights_idle_s,
         )
         uploads = WeightUploads(engine, idle_s=config.weights_idle_s)
-        return cls(config=config, engine=engine, metrics=metrics, uploads=uploads, pushes=pushes)
+        return cls(config=config, engine=engine, metrics=metrics, uploads=uploads, pushes=pushes, answers=answers)
 
     # Requests
 
@@ -95,7 +105,10 @@ class AppState:
         return await self._run(request, plan, "generate")
 
     async def _run(self, request: Request, plan: RequestPlan, kind: RequestKind) -> list[Any]:
-        accepted = self.engine.call(EngineService.submit, plan, kind, timeout_s=_timeout_s(request))
+        timeout_s = _timeout_s(request)
+        await self.check_wanted(request)
+        context_of(request).held = self.answers.admit(plan.answer_bytes)
+        accepted = self.engine.call(EngineService.submit, plan, kind, timeout_s=timeout_s)
         try:
             results: list[Any] = await while_connected(request, accepted, self.engine.cancel)
         finally:
@@ -106,11 +119,27 @@ class AppState:
     async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
         """Recomputes log-probs of recorded steps, between the steps of requests, for as long as their client is there."""
         self.pushes.check_whole()
-        scores = self.engine.call(EngineService.submit_scores, plan, timeout_s=_timeout_s(request))
+        timeout_s = _timeout_s(request)
+        await self.check_wanted(request)
+        context = context_of(request)
+        context.held = self.answers.admit(context.request_bytes + plan.answer_bytes)
+        scores = self.engine.call(EngineService.submit_scores, plan, timeout_s=timeout_s)
         with context_of(request).stage("score"):
             answer = await while_connected(request, scores, self.engine.cancel)
         self.metrics.scored_steps.inc(sum(len(sample.steps) for sample in answer.samples))
         return answer
+
+    async def check_wanted(self, request: Request) -> None:
+        """Drops a request whose client has gone while its body was read, or while it waited to be planned.
+
+        Raises:
+            CancelledRequestError: It has.
+        """
+        # It is seen in a turn of the event loop after that which has brought the end of the body.
+        await asyncio.sleep(0)
+        if await request.is_disconnected():
+            self.metrics.dropped_requests.inc()
+            raise cancelled()
 
     async def serialise(self, request: Request, encode: Callable[..., T], /, *values: Any, **options: Any) -> T:
         """Encodes an answer on a thread, and notes how long that took.

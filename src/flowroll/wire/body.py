@@ -60,6 +60,11 @@ class EncodedBody:
         """The exact number of bytes."""
         return sum(segment.length for segment in self.segments)
 
+    @property
+    def memory_bytes(self) -> int:
+        """The number of bytes that the body takes in memory until it is sent; base64 is made only then."""
+        return sum(len(segment.data) for segment in self.segments)
+
     def chunks(self, max_bytes: int = 1 << 20) -> Iterator[bytes]:
         """Yields the body in pieces of at most `max_bytes`, so that no step copies or encodes more at a time."""
         assert max_bytes >= _MIN_CHUNK_BYTES

@@ -76,14 +76,15 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     _check_version(sample.sampling)
     debug, env, trajectory = sample.rollout_debug_tensors, sample.denoising_env, sample.dit_trajectory
     log_probs, num_steps = sample.rollout_log_probs, sample.sampling.num_inference_steps
+    _check_indices(sample.sde_step_indices or (), num_steps, "sde_step_indices")
     return Rollout(
         request_id=sample.request_id,
         prompt=sample.prompt,
         seed=sample.seed,
-        image=_picture(load(sample.generated_output)),
-        log_probs=None if log_probs is None else _of_rank(1, load(log_probs), "rollout_log_probs"),
+        image=_picture(load(sample.generated_output), sample.sampling),
+        log_probs=None if log_probs is None else _of_steps(_of_rank(1, load(log_probs), "rollout_log_probs"), num_steps),
         sde_step_indices=sample.sde_step_indices,
-        debug_tensors=None if debug is None else _debug_from_wire(debug, load),
+        debug_tensors=None if debug is None else _debug_from_wire(debug, load, num_steps),
         denoising_env=None if env is None else env_from_wire(env, load, conditioning_of(sample.sampling)),
         dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
         weight_version=sample.weight_version,
@@ -118,7 +119,7 @@ def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> 
         request_id=sample.request_id,
         prompt=sample.prompt,
         seed=sample.seed,
-        image=_picture(load(sample.generated_output)),
+        image=_picture(load(sample.generated_output), sample.sampling),
         latents=load(sample.latents),
         sampling=sample.sampling,
         weight_version=sample.weight_version,
@@ -135,13 +136,13 @@ def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, Tensor]:
     return {(name if dialect == "native" else sglang): getattr(debug, name) for name, sglang in DEBUG_NAMES.items()}
 
 
-def _debug_from_wire(tensors: Mapping[str, Leaf], load: Callable[[Leaf], Tensor]) -> DebugTensors:
+def _debug_from_wire(tensors: Mapping[str, Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> DebugTensors:
     found = {}
     for name, sglang in DEBUG_NAMES.items():
         leaf = tensors.get(name, tensors.get(sglang))
         if leaf is None:
             raise LayoutError(f"rollout_debug_tensors without {name}")
-        found[name] = load(leaf)
+        found[name] = _of_steps(load(leaf), num_steps)
     return DebugTensors(**found)
 
 
@@ -225,6 +226,7 @@ def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf
         timesteps = timesteps[:-1].clone()
     if (len(timesteps), len(sigmas)) != (num_steps, num_steps + 1) or latents.shape[:1] != (len(indices),):
         raise LayoutError(f"dit_trajectory whose latents, timesteps or sigmas do not fit {num_steps} steps")
+    _check_indices(indices, num_steps + 1, "latent_step_indices")
     return Trajectory(latents=latents, latent_step_indices=indices, timesteps=timesteps, sigmas=sigmas)
 
 
@@ -234,7 +236,19 @@ def _of_rank(rank: int, tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _picture(tensor: Tensor) -> Tensor:
-    if tensor.shape[:1] != (3,):
-        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3, frames, H, W]")
+def _of_steps(tensor: Tensor, num_steps: int) -> Tensor:
+    if tensor.shape[:1] != (num_steps,) or not tensor.is_floating_point():
+        raise LayoutError(f"a tensor of shape {list(tensor.shape)[:8]} and {tensor.dtype}, not floats of {num_steps} steps")
+    return tensor
+
+
+def _check_indices(indices: tuple[int, ...], count: int, name: str) -> None:
+    if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < count):
+        raise LayoutError(f"{name} that do not ascend within 0..{count - 1}")
+
+
+def _picture(tensor: Tensor, record: SamplingRecord) -> Tensor:
+    if tensor.shape[:1] != (3,) or tensor.shape[2:] != (record.height, record.width):
+        size = f"{record.height}, {record.width}"
+        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3, frames, {size}]")
     return _of_rank(4, tensor, "generated_output")

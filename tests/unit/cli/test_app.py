@@ -102,6 +102,7 @@ def test_every_serve_flag_reaches_the_configuration(served, folder):
         *("--max-answer-bytes", 5000, "--max-body-bytes", 1000, "--max-scores", 9, "--max-score-body-bytes", 2000),
         *("--max-adapters", 3, "--max-adapter-bytes", 4000),
         *("--max-weights-body-bytes", 3000, "--weights-idle-s", 2.5, "--allow-pickle-weights", "--lora-merge-mode", "merge"),
+        *("--max-unsent-bytes", 6000, "--min-send-bytes-per-s", 70, "--allowed-host", "a", "--allowed-host", "b"),
         *("--grace-s", 1.5, "--log-level", "warning"),
     )
     result = run_cli("serve", folder, *words)
@@ -128,6 +129,9 @@ def test_every_serve_flag_reaches_the_configuration(served, folder):
             max_score_body_bytes=2000,
             max_weights_body_bytes=3000,
             weights_idle_s=2.5,
+            max_unsent_bytes=6000,
+            min_send_bytes_per_s=70,
+            allowed_hosts=("a", "b"),
             allow_pickle_weights=True,
             lora_merge_mode="merge",
             grace_s=1.5,

@@ -115,7 +115,8 @@ class View:
         num_taken: The number of submitted requests that the loop has taken from its inbox since the start.
         num_waiting: The number of requests that wait in the queue.
         has_room: Whether the next request would be admitted immediately.
-        free_at_s: When a place in the queue is expected to be free, in monotonic seconds; None if there is no estimate.
+        work_ahead: The amount of work of the requests that wait, and half of those that run.
+        seconds_per_work: The seconds that the engine takes for a unit of work; None if no request has completed yet.
         stats: The load at that moment.
         running_since_s: When the oldest running request was admitted, in monotonic seconds; None if none runs.
         running_pixels: The number of pixels of all samples in memory.
@@ -125,7 +126,8 @@ class View:
     num_taken: int = 0
     num_waiting: int = 0
     has_room: bool = True
-    free_at_s: float | None = None
+    work_ahead: float = 0.0
+    seconds_per_work: float | None = None
     stats: LoadStats = field(default_factory=LoadStats)
     running_since_s: float | None = None
     running_pixels: int = 0

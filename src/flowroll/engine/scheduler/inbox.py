@@ -51,6 +51,13 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
+class StageDied:
+    """Go on no more, because the thread of a stage has died of this error."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
 class Hold:
     """Admit no requests while `is_holding` is set. Running requests go on."""
 
@@ -107,7 +114,7 @@ class Halt:
     """End the loop's thread after this turn."""
 
 
-Message: TypeAlias = Submit | Cancel | Abort | Pause | Hold | Do | Encoded | Decoded | Stop | Halt
+Message: TypeAlias = Submit | Cancel | Abort | Pause | StageDied | Hold | Do | Encoded | Decoded | Stop | Halt
 
 
 class Inbox:

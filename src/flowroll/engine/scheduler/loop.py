@@ -23,6 +23,7 @@ from flowroll.engine.scheduler.inbox import Inbox, PauseMode
 from flowroll.engine.scheduler.policy import BatchLimits, Watchdog
 from flowroll.engine.scheduler.queue import RequestQueue
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
+from flowroll.engine.scheduler.retry import Throughput
 from flowroll.engine.scheduler.runner import Runner
 from flowroll.engine.scheduler.samples import RunningSamples
 from flowroll.engine.scheduler.stages import Stage, decoding, encoding
@@ -68,6 +69,7 @@ class Loop:
         self._owes_step = False
         self._exclusive_thread: int | None = None
         self.watchdog = Watchdog()
+        self._throughput = Throughput()
         self.view = View()
         self.stopped: FlowrollError | None = None
         self.is_halted = False
@@ -168,6 +170,9 @@ class Loop:
                 self._take_encoded(message)
             case messages.Decoded():
                 self._take_decoded(message)
+            case messages.StageDied(error):
+                # Whoever drives the loop ends everything with this reason, as after an error of the loop's own.
+                raise error
             case messages.Stop(error):
                 self.fail_all(error)
             case messages.Halt():
@@ -219,8 +224,13 @@ class Loop:
             return
         request.results[sample.index] = message.answer
         if len(request.results) == len(request.plan.seeds):
-            self.watchdog.note_request(request, self._clock())
+            self._note_completion(request)
             self._queue.complete(request)
+
+    def _note_completion(self, request: Request) -> None:
+        oldest = next(iter(self._queue.running))
+        assert oldest.admitted_s is not None
+        self._throughput.note_end(request.work, busy_since_s=oldest.admitted_s, now_s=self._clock())
 
     def _has_room(self) -> bool:
         """Returns whether a request may be admitted. Requests are encoded one at a time, ahead of the samples that run."""
@@ -345,7 +355,8 @@ class Loop:
             num_taken=self._num_taken,
             num_waiting=self._queue.num_waiting,
             has_room=self._has_room(),
-            free_at_s=self.watchdog.free_at_s(self._queue.running),
+            work_ahead=self._queue.work_ahead,
+            seconds_per_work=self._throughput.seconds_per_work,
             stats=stats,
             running_since_s=None if oldest is None else oldest.admitted_s,
             running_pixels=self._samples.pixels_in_memory,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
-from flowroll.engine.scheduler.request import Request
 from flowroll.errors import InvalidRequestError
 
 T = TypeVar("T")
@@ -141,13 +139,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Watchdog:
-    """Learns from recent work how long work takes, to estimate when to retry and to tell whether something is stuck.
+    """Learns from recent work how long work takes, to tell whether something is stuck.
 
     The loop writes it. Any thread may read it, and sees numbers that are at most one turn old.
     """
 
     _RECENT = 32
-    _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 120.0
     # Work is stuck when nothing has ended for this many times the duration of the slowest recent work, and at least the floor.
     _STALL_FACTOR, _STALL_FLOOR_S = 10.0, 60.0
     # The duration of a step grows at most with its pixels to this power, because of attention.
@@ -156,34 +153,13 @@ class Watchdog:
     _STALL_UNKNOWN_S = 1800.0
 
     def __init__(self) -> None:
-        self._request_paces: deque[float] = deque(maxlen=self._RECENT)  # seconds per unit of a request's work
         self._pieces: tuple[tuple[float, int], ...] = ()  # seconds, pixels of all samples that ran
         self._progress_s: float | None = None
-
-    def note_request(self, request: Request, now_s: float) -> None:
-        """Notes that a request ended in a result."""
-        assert request.admitted_s is not None
-        self._request_paces.append((now_s - request.admitted_s) / request.work)
 
     def note_piece(self, started_s: float, now_s: float, *, running_pixels: int = 0) -> None:
         """Notes that a piece of work has ended: a step, with the pixels of all samples in memory, or something else, with 0."""
         self._pieces = (*self._pieces[1 - self._RECENT :], (now_s - started_s, running_pixels))
         self._progress_s = now_s
-
-    def free_at_s(self, running: Iterable[Request]) -> float | None:
-        """Estimates when a place in the queue becomes free, in monotonic seconds: at the earliest end of a running request.
-
-        Returns None if no request has completed yet, or none runs.
-        """
-        if not self._request_paces:
-            return None
-        pace = statistics.median(self._request_paces)
-        return min((one.admitted_s + pace * one.work for one in running if one.admitted_s is not None), default=None)
-
-    @classmethod
-    def retry_after_s(cls, free_at_s: float | None, now_s: float) -> float:
-        """Returns after how many seconds a refused caller should retry, from 1 to 120."""
-        return min(max(0.0 if free_at_s is None else free_at_s - now_s, cls._MIN_RETRY_S), cls._MAX_RETRY_S)
 
     def is_task_stuck(self, since_s: float, now_s: float) -> bool:
         """Returns whether a control task that began at `since_s` has taken longer than any task should."""

@@ -49,6 +49,8 @@ class RequestQueue:
         self._waiting: deque[Request] = deque()
         self._running: dict[Request, None] = {}
         self._ends: list[_End] = []
+        # Kept, not summed up: the loop asks in every turn, and any number may wait.
+        self._waiting_work = self._running_work = 0
 
     @property
     def num_waiting(self) -> int:
@@ -70,6 +72,11 @@ class RequestQueue:
         """When the first waiting request arrived, in monotonic seconds; None if none waits."""
         return self._waiting[0].accepted_s if self._waiting else None
 
+    @property
+    def work_ahead(self) -> float:
+        """The amount of work of the requests that wait, and half of those that run, which are anywhere between their ends."""
+        return self._waiting_work + self._running_work / 2
+
     def __iter__(self) -> Iterator[Request]:
         yield from self._running
         yield from self._waiting
@@ -88,6 +95,7 @@ class RequestQueue:
         """Adds a new request at the end of the queue."""
         self.counters.accepted += 1
         self._waiting.append(request)
+        self._waiting_work += request.work
 
     def admit(self) -> Request | None:
         """Admits the first waiting request, which runs from now on, and returns it; None if none waits."""
@@ -101,6 +109,8 @@ class RequestQueue:
             self._waiting.popleft()
             request.admitted_s = self._clock()
             self._running[request] = None
+            self._waiting_work -= request.work
+            self._running_work += request.work
             return request
         return None
 
@@ -109,6 +119,7 @@ class RequestQueue:
         requests = list(self._running)
         self._running.clear()
         self._waiting.extendleft(reversed(requests))
+        self._waiting_work, self._running_work = self._waiting_work + self._running_work, 0
         for request in requests:
             self._release(request)
             request.restart()
@@ -148,9 +159,11 @@ class RequestQueue:
         request = end.request
         if request in self._running:
             del self._running[request]
+            self._running_work -= request.work
             self._release(request)
         else:
             self._waiting.remove(request)
+            self._waiting_work -= request.work
         request.future.spans = request.spans(self._clock())
         self.counters.note_end(request.future.timing, None if end.error is None else end.error.code)
         # A new attempt, so that results of work that is still under way for the request are dropped.

@@ -6,6 +6,7 @@ in, so that a full queue refuses a request immediately, however long the loop's 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -22,8 +23,9 @@ from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
 from flowroll.engine.scheduler.loop import Loop
-from flowroll.engine.scheduler.policy import BatchLimits, Watchdog
+from flowroll.engine.scheduler.policy import BatchLimits
 from flowroll.engine.scheduler.request import Finish, Request, RequestFuture, end_future, engine_error
+from flowroll.engine.scheduler.retry import RetrySchedule
 from flowroll.engine.scheduler.runner import Runner
 from flowroll.engine.scheduler.stages import Stage, ThreadStage
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
@@ -61,7 +63,9 @@ class Scheduler:
         self.limits = limits
         self._clock = clock
         self._inbox = Inbox()
-        self._stages = (encoder or ThreadStage("flowroll-encode"), decoder or ThreadStage("flowroll-decode"))
+        # It refers to the inbox alone, so that the threads keep no engine alive.
+        tell = functools.partial(_tell_of_death, self._inbox)
+        self._stages = (encoder or ThreadStage("flowroll-encode", tell), decoder or ThreadStage("flowroll-decode", tell))
         self.loop = Loop(runner, limits, self._inbox, encoder=self._stages[0], decoder=self._stages[1], clock=clock)
         for stage in self._stages:
             weakref.finalize(self.loop, stage.stop)
@@ -72,6 +76,7 @@ class Scheduler:
         self._is_holding = False
         self._num_submitted = 0
         self._submitting = threading.Lock()
+        self._retries = RetrySchedule()
         # The futures that have not ended; they are ended from outside if the loop cannot do it.
         self._open: dict[Future[Any], None] = {}
 
@@ -101,7 +106,7 @@ class Scheduler:
             self._check_open()
             if self._pause is not None:
                 raise PausedError("generation must not be paused to take a request, got a pause; continue it first.")
-            self._check_queue(max_waiting, now_s)
+            self._check_queue(plan.work, max_waiting, now_s)
             request = Request(
                 id=self._num_submitted, plan=plan, finish=finish, future=future, accepted_s=now_s, deadline_s=deadline_s
             )
@@ -322,14 +327,25 @@ class Scheduler:
         if self._stopped is not None:
             raise fresh(self._stopped)
 
-    def _check_queue(self, max_waiting: int | None, now_s: float) -> None:
+    def _check_queue(self, work: int, max_waiting: int | None, now_s: float) -> None:
         view = self.loop.view
         # If there is room, one of the waiting requests is about to be admitted and is not counted.
         waiting = view.num_waiting + self._num_submitted - view.num_taken - view.has_room
-        if max_waiting is not None and waiting >= max_waiting:
-            retry_s = Watchdog.retry_after_s(view.free_at_s, now_s)
-            rule = f"the queue must have a free place to take a request, got {waiting} waiting"
-            raise QueueFullError(f"{rule}; try again in {retry_s:.0f} s.", retry_after_s=retry_s)
+        if max_waiting is None or waiting < max_waiting:
+            if max_waiting is None or waiting < max_waiting / 2:
+                self._retries.clear()
+            return
+        since_s, pace = view.stats.oldest_waiting_since_s, view.seconds_per_work
+        if pace is None:
+            # Nothing has ended yet, but it is known for how long something waits.
+            pace = 0.0 if since_s is None else (now_s - since_s) / max(view.work_ahead, 1.0)
+        retry_s = self._retries.after_s(ahead_s=pace * view.work_ahead, own_s=pace * work, now_s=now_s)
+        rule = f"the queue must have a free place to take a request, got {waiting} waiting"
+        raise QueueFullError(f"{rule}; try again in {retry_s:.0f} s.", retry_after_s=retry_s)
+
+
+def _tell_of_death(inbox: Inbox, error: BaseException) -> None:
+    inbox.put(messages.StageDied(error))
 
 
 def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Callable[[BaseException], None]]) -> None:

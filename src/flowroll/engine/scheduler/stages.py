@@ -86,10 +86,11 @@ class ThreadStage:
 
     Args:
         name: The name of the thread.
+        on_death: Called on the thread if an error ends it, since whoever waits for its results would wait forever.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, on_death: Callable[[BaseException], None]) -> None:
+        self._name, self._on_death = name, on_death
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -100,7 +101,7 @@ class ThreadStage:
     def start(self) -> None:
         """Starts the thread, unless it runs already."""
         if self._thread is None:
-            self._thread = threading.Thread(target=_work_off, name=self._name, args=(self._queue,), daemon=True)
+            self._thread = threading.Thread(target=_work_off, name=self._name, args=(self._queue, self._on_death), daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -122,8 +123,11 @@ class ThreadStage:
         return self._thread is not None and self._thread.is_alive()
 
 
-def _work_off(waiting: queue.SimpleQueue[Work | None]) -> None:
-    while (work := waiting.get()) is not None:
-        work()
-        # Deleted, because the work may hold the last reference to an engine.
-        del work
+def _work_off(waiting: queue.SimpleQueue[Work | None], on_death: Callable[[BaseException], None]) -> None:
+    try:
+        while (work := waiting.get()) is not None:
+            work()
+            # Deleted, because the work may hold the last reference to an engine.
+            del work
+    except BaseException as error:
+        on_death(error)

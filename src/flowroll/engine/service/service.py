@@ -26,6 +26,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
 from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
+from flowroll.engine.service.open_scores import OpenScores
 from flowroll.engine.service.probe import GenerationProbe
 from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
 from flowroll.engine.weights.digests import Pieces
@@ -56,6 +57,7 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 # How long a thread may take to return from a collective after a rank was lost, in seconds.
 _LOST_S = 3.0
+# When a refused check of the weights may be tried again, in seconds.
 _RETRY_S = 1.0
 
 
@@ -102,8 +104,7 @@ class EngineService:
         self._probe = GenerationProbe(engine)
         self.max_groups = max_groups
         self._groups = WeightGroups(max_groups)
-        # The requests to recompute log-probs that have not ended.
-        self._scores: set[Future[ScoreAnswer]] = set()
+        self._scores = OpenScores()
         # The checks of the weights that have not ended.
         self._reads: set[Future[Any]] = set()
         self._submitting = threading.Lock()
@@ -201,17 +202,7 @@ class EngineService:
         """
         self._check_accepting()
         self.engine.check_ready_to_score(plan.params)
-        with self._submitting:
-            if len(self._scores) > self._max_queue:
-                raise QueueFullError(
-                    f"requests for scores must be at most {self._max_queue} in waiting, got one more; try again in "
-                    f"{_RETRY_S:.0f} s.",
-                    retry_after_s=_RETRY_S,
-                )
-            scores = self.engine.submit_scores(plan, timeout_s=timeout_s)
-            self._scores.add(scores)
-        scores.add_done_callback(self._scores.discard)
-        return scores
+        return self._scores.add(plan.work, self._max_queue, lambda: self.engine.submit_scores(plan, timeout_s=timeout_s))
 
     def cancel(self, future: Future[Any]) -> None:
         """Cancels a request whose caller has disconnected, whether it waits or runs."""

@@ -9,7 +9,7 @@ from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
 from flowroll.serving.openapi import PNG_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
-from flowroll.serving.responses import stream
+from flowroll.serving.responses import stream, whole
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import encode_images
 from flowroll.wire.messages import WireImage
@@ -46,7 +46,7 @@ def build_router(state: AppState) -> APIRouter:
         images = await state.generate(request, plan)
         if media_type == PNG:
             content = await state.serialise(request, encode_png, images[0].image)
-            return Response(content, media_type=PNG, headers={SEED_HEADER: str(images[0].seed)})
-        return stream(await state.serialise(request, encode_images, images, wire_format=WIRE_FORMATS[media_type]))
+            return whole(request, content, PNG, {SEED_HEADER: str(images[0].seed)})
+        return stream(request, await state.serialise(request, encode_images, images, wire_format=WIRE_FORMATS[media_type]))
 
     return router

@@ -18,6 +18,7 @@ from flowroll.serving.errors import COMMON_RESPONSES, WORK_RESPONSES
 from flowroll.serving.negotiation import choose_media_type
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_request
+from flowroll.serving.responses import whole
 from flowroll.serving.state import AppState
 from flowroll.types import GeneratedImage
 from flowroll.wire.codec import JSON
@@ -105,7 +106,7 @@ def build_router(state: AppState) -> APIRouter:
         if accepted.model not in (None, served.id, info.model):
             raise NotFoundError(f"model must be {served.id}, got {accepted.model[:80]!r}; leave it out.", field="model")
         images = await state.generate(request, plan)
-        return Response(await state.serialise(request, _answer, images), media_type=JSON)
+        return whole(request, await state.serialise(request, _answer, images), JSON)
 
     return router
 

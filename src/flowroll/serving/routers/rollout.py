@@ -37,6 +37,6 @@ def build_router(state: AppState) -> APIRouter:
         _, plan = await accept_request(request, state, RolloutRequest)
         rollouts = await state.rollout(request, plan)
         body = await state.serialise(request, encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect)
-        return stream(body)
+        return stream(request, body)
 
     return router

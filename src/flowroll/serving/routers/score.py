@@ -35,6 +35,6 @@ def build_router(state: AppState) -> APIRouter:
     async def score_steps(request: Request) -> Response:
         wire_format = choose_wire_format(request.headers, state.config)
         answer = await state.score(request, await accept_score_request(request, state))
-        return stream(await state.serialise(request, encode_score_answer, answer, wire_format=wire_format))
+        return stream(request, await state.serialise(request, encode_score_answer, answer, wire_format=wire_format))
 
     return router

@@ -416,16 +416,36 @@ def test_the_stages_of_a_request_follow_each_other_without_a_gap(hand: Hand) -> 
     assert hand.scheduler.load().stage_s == {"queue": 1.0, "encode": 2.5, "denoise": 4.0, "decode": 8.0}
 
 
-def test_retry_after_follows_from_how_long_recent_requests_of_that_size_took(hand: Hand) -> None:
+def test_retry_after_follows_from_the_work_that_is_ahead_and_how_fast_it_is_done(hand: Hand) -> None:
     first = hand.submit()
     hand.clock.now_s += 4.0
     hand.finish(first)
+    # One sample takes 4 s: half of the 40 s of what runs, and all of the 80 s of what waits, are ahead.
     hand.submit(num_outputs_per_prompt=10)
-    hand.clock.now_s += 15.0
+    hand.submit(num_outputs_per_prompt=20)
+
+    def refused_s() -> float:
+        with pytest.raises(QueueFullError) as refused:
+            hand.submit(max_waiting=1)
+        return refused.value.retry_after_s
+
+    # Whoever is refused comes back when half of it is done, a little earlier by chance; the next one after that.
+    assert 0.75 * 50.0 <= refused_s() <= 50.0
+    assert 0.75 * 54.0 <= refused_s() <= 54.0
+    hand.abort(None)
+    hand.submit(num_outputs_per_prompt=2)
+    hand.submit(max_waiting=4)
+    # There was room meanwhile, which ends the appointments: 8 s and 4 s of work are ahead.
+    assert 0.75 * 6.0 <= refused_s() <= 6.0
+
+
+def test_before_anything_has_ended_retry_after_follows_from_how_long_something_waits(hand: Hand) -> None:
+    hand.submit()
+    hand.submit()
+    hand.clock.now_s += 30.0
     with pytest.raises(QueueFullError) as refused:
-        hand.submit(max_waiting=0)
-    # One sample took 4 s, so ten take 40 s, of which 15 have passed.
-    assert refused.value.retry_after_s == 25.0
+        hand.submit(max_waiting=1)
+    assert 0.75 * 15.0 <= refused.value.retry_after_s <= 15.0
 
 
 def test_requests_count_as_stuck_only_far_beyond_what_recent_work_took(hand: Hand) -> None:
