@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.driving import generate_here, rollout_here
+from tests.guiding import guided
 from tests.rollouts import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,7 +97,7 @@ def test_the_environment_reproduces_every_velocity(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, cfg: bool
 ) -> None:
     engine = engine_of(name, dtype)
-    rollout = engine.rollout(**REQUEST, **ALL, guidance_scale=3.0 if cfg else 0.0)[0]
+    rollout = engine.rollout(**guided(name, 3.0 if cfg else 0.0, **REQUEST, **ALL))[0]
     debug, trajectory = parts(rollout, engine.info.device)
     record, family, transformer = rollout.sampling, FAMILIES[name], pipeline_of(name, dtype).transformer
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
@@ -116,8 +117,10 @@ def test_the_environment_reproduces_every_velocity(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str], Engine], name: str) -> None:
     family = FAMILIES[name]
-    env = engine_of(name, "float32").rollout(**REQUEST, **ALL)[0].denoising_env
-    assert env is not None and env.image_kwargs == {} and env.guidance is None
+    (rollout,) = engine_of(name, "float32").rollout(**guided(name, 3.0, **REQUEST, **ALL))
+    env, embedded = rollout.denoising_env, rollout.sampling.embedded_guidance_scale
+    assert env is not None and env.image_kwargs == {}
+    assert (env.guidance, embedded) == ((4.5, 4.5) if family.conditioning.in_place("guidance") else (None, None))
     for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
         assert branch is not None
         fields = family.conditioning.in_place("pos_cond_kwargs")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import guided
 from tests.parity.adapters import add_adapters
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     cfg: bool,
     dynamics: str,
 ) -> None:
-    options = {**REQUEST, **CHOICES[dynamics], "guidance_scale": 3.0 if cfg else 0.0}
+    options = guided(name, 3.0 if cfg else 0.0, **REQUEST, **CHOICES[dynamics])
     group = engine_of(name, dtype).rollout(**options, num_outputs_per_prompt=2)
     transformer = pipeline_of(name, dtype).transformer
     assert next(transformer.parameters()).requires_grad and torch.is_grad_enabled()
@@ -134,9 +135,11 @@ def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
     engine = engine_of(name, dtype)
     rollouts = [
         *engine.rollout(**REQUEST, num_outputs_per_prompt=2),
-        *engine.rollout(**{**REQUEST, "prompt": long_prompt(name), "width": 96}),
+        *engine.rollout(**guided(name, 4.0, **{**REQUEST, "prompt": long_prompt(name), "width": 96})),
         *engine.rollout(**{**REQUEST, "prompt": "", "height": 144}, guidance_scale=0.0, sde_type="cps"),
-        *engine.rollout(**{**REQUEST, "negative_prompt": long_prompt(name)}, noise_level=0.3, sde_step_indices=(0, 2)),
+        *engine.rollout(
+            **guided(name, 4.0, **REQUEST, negative_prompt=long_prompt(name)), noise_level=0.3, sde_step_indices=(0, 2)
+        ),
     ]
     transformer = pipeline_of(name, dtype).transformer
     for micro_batch in (1, 2, 5, 100):

@@ -22,7 +22,7 @@ from flowroll.engine.facts import ModelFacts
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
-from flowroll.families import Family, ModelSpec, Prompt
+from flowroll.families import ModelSpec
 from flowroll.families.alignment import align_weights
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
@@ -79,7 +79,7 @@ def load_model(
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
         pipeline.to(device)
         spec = checkpoint.family.spec(pipeline)
-        _check_text(checkpoint.family, pipeline)
+        _check_text(checkpoint, pipeline)
     except FlowrollError:
         raise
     except Exception as error:
@@ -249,10 +249,11 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _check_text(family: Family, pipeline: Any) -> None:
+def _check_text(checkpoint: Checkpoint, pipeline: Any) -> None:
     """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
+    family = checkpoint.family
     with torch.no_grad():
-        encoded = family.encode(pipeline, Prompt(text=_PROBE))
+        encoded = family.encode(pipeline, family.prompt(_PROBE, checkpoint.variant))
     embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
     if not all(all_finite(value) for value in encoded.values() if isinstance(value, torch.Tensor)):

@@ -89,7 +89,7 @@ class Recipe:
         on_device = sigmas.to(device)
         return cls(
             family=family,
-            guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
+            guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale, embedded=record.embedded_guidance_scale),
             transitions=dynamics.transitions(
                 sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=sde_step_indices
             ),
@@ -103,8 +103,16 @@ class Recipe:
         """Refuses an environment that lacks a field that the forwards need.
 
         Raises:
-            InvalidRequestError: A branch lacks a field, or there is no negative branch although guidance is active.
+            InvalidRequestError: A branch lacks a field, there is no negative branch although guidance is active, or the model's
+                own guidance input is not there although the record has its scale, or the other way round.
         """
+        if (self.guidance.embedded is None) != (env.guidance is None):
+            rule, got = ("hold the tensor guidance", "none") if env.guidance is None else ("hold no guidance", "a tensor")
+            raise InvalidRequestError(
+                f"denoising_env must {rule}, as the record has embedded_guidance_scale = {self.guidance.embedded}, got {got}"
+                f"{where}; use the env of the same response.",
+                field="denoising_env",
+            )
         if self.guidance.is_active and env.neg_cond_kwargs is None:
             raise InvalidRequestError(
                 f"denoising_env must hold neg_cond_kwargs for a guided rollout, got none{where}; "

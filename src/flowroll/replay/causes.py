@@ -97,6 +97,14 @@ class Diagnosis:
         if rule != record.guidance_rule:
             shown = f"a scale of {record.guidance_scale} means {rule}, the record says {record.guidance_rule}"
             yield Cause("guidance", f"another guidance: {shown}")
+        embedded, given = self.source.recipe.guidance.embedded, self.source.env.guidance
+        if (
+            given is not None
+            and embedded is not None
+            and not torch.equal(given.cpu(), torch.tensor(embedded, dtype=given.dtype))
+        ):
+            shown = f"the record says {embedded:g}, the env holds {given.item():g}"
+            yield Cause("guidance", f"another scale for the model's own guidance: {shown}")
 
     def _latents(self) -> Iterator[Cause]:
         source, debug, cpu = self.source, self.source.rollout.debug_tensors, torch.device("cpu")

@@ -62,6 +62,8 @@ def test_z_image_guidance_starts_from_the_conditional_branch() -> None:
         # The pipeline guides above 0, whatever other families do.
         ("z_image", 0.5, True),
         ("z_image", 1, True),
+        ("flux", 1, False),
+        ("flux", 1.01, True),
     ],
 )
 def test_guidance_runs_where_the_pipeline_runs_it(name: str, scale: float, active: bool) -> None:
@@ -73,4 +75,4 @@ def test_guidance_runs_where_the_pipeline_runs_it(name: str, scale: float, activ
 def test_an_unknown_pipeline_lists_the_known_ones() -> None:
     assert family_of_pipeline("ZImagePipeline").name == "z_image"
     with pytest.raises(UnsupportedModelError, match=r"QwenImagePipeline.*ZImagePipeline"):
-        family_of_pipeline("FluxPipeline")
+        family_of_pipeline("WanPipeline")

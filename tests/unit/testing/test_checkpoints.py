@@ -42,11 +42,24 @@ CLASSES = {
         "image_encoder": "NoneType",
         "feature_extractor": "NoneType",
     },
+    "flux": {
+        "_class_name": "FluxPipeline",
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "T5Tokenizer",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "image_encoder": "NoneType",
+        "feature_extractor": "NoneType",
+    },
 }
 GUIDED = {
     "qwen_image": {"true_cfg_scale": 4.0, "negative_prompt": " "},
     "z_image": {"guidance_scale": 4.0},
     "sd3": {"guidance_scale": 4.0},
+    "flux": {"guidance_scale": 3.5, "true_cfg_scale": 4.0, "negative_prompt": "blurry"},
 }
 NON_LATIN = "一只红色的猫 ظل القمر 🌈 лес"
 
