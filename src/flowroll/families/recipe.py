@@ -107,9 +107,10 @@ class Recipe:
                 own guidance input is not there although the record has its scale, or the other way round.
         """
         if (self.guidance.embedded is None) != (env.guidance is None):
-            rule, got = ("hold the tensor guidance", "none") if env.guidance is None else ("hold no guidance", "a tensor")
+            rule = "hold the tensor guidance" if env.guidance is None else "hold no guidance"
+            given = "none" if env.guidance is None else "a tensor"
             raise InvalidRequestError(
-                f"denoising_env must {rule}, as the record has embedded_guidance_scale = {self.guidance.embedded}, got {got}"
+                f"denoising_env must {rule}, as the record has embedded_guidance_scale = {self.guidance.embedded}, got {given}"
                 f"{where}; use the env of the same response.",
                 field="denoising_env",
             )
