@@ -253,6 +253,16 @@ class Conditioning:
                 if field.is_required and (not isinstance(value, Tensor) if field.is_tensor else value is None):
                     yield field.place(branch), field
 
+    def misfits(self, env: DenoisingEnv, *, is_guided: bool) -> Iterator[tuple[str, ConditioningField]]:
+        """Yields the tensors with another number of text tokens than their branch's text embedding, each with its branch."""
+        branches: tuple[Branch, ...] = ("positive", "negative") if is_guided else ("positive",)
+        for branch in branches:
+            embeds = self.embeds.value(env, branch)
+            for field in self.fields:
+                value = field.value(env, branch) if field.shape and field.shape[0] == TOKENS else None
+                if isinstance(value, Tensor) and isinstance(embeds, Tensor) and value.shape[:1] != embeds.shape[:1]:
+                    yield field.place(branch), field
+
     def unequal(self, env: DenoisingEnv) -> ConditioningField | None:
         """The first field of which a pair's branches have different shapes, though they are stacked."""
         for field in self.fields if self.pair else ():

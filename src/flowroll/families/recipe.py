@@ -134,6 +134,12 @@ class Recipe:
                 "use the env of the same response.",
                 field="denoising_env",
             )
+        for place, field in self.family.conditioning.misfits(env, is_guided=self.guidance.is_active):
+            raise InvalidRequestError(
+                f"denoising_env must hold {field.name} for every token of {self.family.embeds_key} in {place}, got another "
+                f"number{where}; use the env of the same response.",
+                field=f"denoising_env.{place}.{field.name}",
+            )
 
     def score(
         self,
