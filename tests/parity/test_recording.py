@@ -23,11 +23,13 @@ ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory"
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
 NAMES = list(FAMILIES)
 # Operations of a whole request beyond the pipeline's: on the sigma grid, views of a constant, and a sum over each of four
-# tensors (both embeddings, the final latents, the picture; for SD3 the pooled ones too), which shows whether they are finite.
+# tensors (both embeddings, the final latents, the picture; for SD3 and FLUX.1 the pooled ones too, for FLUX.1 ids and scale),
+# which shows whether they are finite.
 EXTRA_OPS: dict[str, Counter[str]] = {
     "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, sum=4, _local_scalar_dense=4),
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
+    "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
 }
 
 
