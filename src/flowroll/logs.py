@@ -47,7 +47,7 @@ class LineFormatter(logging.Formatter):
         self._is_json = log_format == "json"
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Returns the record as one line."""
         values = {name: value for name, value in vars(record).items() if name not in _USUAL}
         if (request_id := _current_id.get()) is not None:
             values.setdefault("request_id", request_id())
@@ -86,7 +86,7 @@ def log_request(*, path: str, status: int, values: Mapping[str, object]) -> None
 
 
 def _shown(name: str, value: object) -> str:
-    """A value as text that cannot forge a line or another value; ids look as they do in the answer's header."""
+    """Returns a value as text that cannot forge a line or another value; ids look as they do in the answer's header."""
     if name == "request_ids":
         return ",".join(map(quote, value)) if isinstance(value, list) else str(value)
     text = str(value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.driving import generate_here, rollout_here
 from tests.guiding import guided
+from tests.pairs import DTYPES, dealt, paired
 from tests.rollouts import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,7 @@ from flowroll.sampling.dynamics import DYNAMICS, transitions
 
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
-NAMES = list(FAMILIES)
+NAMES = tuple(FAMILIES)
 # Operations of a whole request beyond the pipeline's: on the sigma grid, views of a constant, and a sum over each of four
 # tensors (both embeddings, the final latents, the picture; for SD3 and FLUX.1 the pooled ones too, for FLUX.1 ids and scale),
 # which shows whether they are finite.
@@ -69,9 +70,7 @@ def ops_per_step(run: Callable[[int], object]) -> Counter[str]:
     return +counts[1]
 
 
-@pytest.mark.parametrize("sde_type", [name for name, found in DYNAMICS.items() if found.is_stochastic])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", NAMES)
+@paired(family=NAMES, dtype=DTYPES, sde_type=tuple(name for name, found in DYNAMICS.items() if found.is_stochastic))
 def test_the_returned_tensors_reproduce_every_step(
     engine_of: Callable[[str, str], Engine], family: str, dtype: str, sde_type: str
 ) -> None:
@@ -92,9 +91,7 @@ def test_the_returned_tensors_reproduce_every_step(
     assert rollout.sde_step_indices == tuple(step for step, this in enumerate(chosen) if this.is_stochastic)
 
 
-@pytest.mark.parametrize("cfg", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES, cfg=(True, False))
 def test_the_environment_reproduces_every_velocity(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, cfg: bool
 ) -> None:
@@ -276,9 +273,9 @@ def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str
     assert sum(count for name, count in counter.counts.items() if "rand" in name or "normal" in name) == 1 + 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+@dealt(
+    name=NAMES,
+    options=(
         {"sde_type": "cps", "noise_level": 1},
         {"sde_type": "cps", "noise_level": math.nextafter(2, 0)},
         *({"sde_type": "dance", "noise_level": level} for level in (1e-4, 2)),
@@ -305,9 +302,8 @@ def test_deterministic_steps_draw_no_random_number(engine_of: Callable[[str, str
             for chosen in ({"sde_type": "cps"}, {"sde_type": "dance"}, {"sde_step_indices": (0, 2, 3)})
         ),
         {"sigmas": (0.999995, 0.3, 0.0), "num_inference_steps": None, "noise_level": 10},
-    ],
+    ),
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_nothing_valid_gives_nan_or_infinity(
     engine_of: Callable[[str, str], Engine], name: str, options: dict[str, Any]
 ) -> None:

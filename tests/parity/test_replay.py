@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import guided
+from tests.pairs import DTYPES, paired
 from tests.parity.adapters import add_adapters
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.wire.codec import decode_rollouts, encode_rollouts
 from flowroll.wire.files import load_rollout, save_rollout
 
-NAMES = list(FAMILIES)
+NAMES = tuple(FAMILIES)
 REQUEST = {
     "prompt": "a red apple on a wooden table",
     "height": 64,
@@ -52,10 +53,7 @@ def long_prompt(name: str) -> str:
     return " ".join(["a photo of two wine glasses"] * (4 if name == "qwen_image" else 9))
 
 
-@pytest.mark.parametrize("dynamics", CHOICES)
-@pytest.mark.parametrize("cfg", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES, cfg=(True, False), dynamics=tuple(CHOICES))
 def test_the_ratio_is_exactly_one_before_the_first_update(
     engine_of: Callable[[str, str], Engine],
     pipeline_of: Callable[[str, str], Any],
@@ -74,9 +72,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     assert torch.equal(replay.ratio(log_probs.cpu(), recorded(group)), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("sde_type", DYNAMICS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES, sde_type=tuple(DYNAMICS))
 def test_scores_are_what_the_engine_recorded(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, sde_type: str
 ) -> None:
@@ -103,9 +99,7 @@ def test_a_record_of_unknown_dynamics_is_refused(
         replay.log_prob(pipeline_of("z_image", "float32").transformer, [replace(group[0], sampling=record)])
 
 
-@pytest.mark.parametrize("carrier", ["json", "msgpack", "json sglang", "msgpack sglang", "file"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES, carrier=("json", "msgpack", "json sglang", "msgpack sglang", "file"))
 def test_the_ratio_is_exactly_one_however_the_rollout_travelled(
     engine_of: Callable[[str, str], Engine],
     pipeline_of: Callable[[str, str], Any],
@@ -127,8 +121,7 @@ def test_the_ratio_is_exactly_one_however_the_rollout_travelled(
     assert torch.equal(log_probs.detach().cpu(), recorded(group))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES)
 def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:
@@ -150,8 +143,7 @@ def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
         assert torch.equal(replay.log_prob(transformer, backwards, steps=[2, 0]).cpu(), recorded(backwards)[:, [2, 0]])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES)
 def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:
@@ -170,8 +162,7 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(
         assert (left is None and right is None) or torch.equal(left, right)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@paired(name=NAMES, dtype=DTYPES)
 def test_adapters_on_frozen_weights_start_at_ratio_one_and_alone_get_gradients(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.pairs import DTYPES, dealt, paired
 from tests.rollouts import assert_same_bits, tensors_of
 
 from flowroll import SamplingParams
@@ -17,9 +18,7 @@ ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory"
 REQUEST = {"prompt": "a pink handbag and black scissors", "height": 64, "width": 80, "num_inference_steps": 4}
 
 
-@pytest.mark.parametrize("sde_type", DYNAMICS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@paired(family=tuple(FAMILIES), dtype=DTYPES, sde_type=tuple(DYNAMICS))
 def test_a_sample_alone_is_the_sample_in_any_group(
     engine_of: Callable[[str, str], Engine], family: str, dtype: str, sde_type: str
 ) -> None:
@@ -44,8 +43,7 @@ def test_what_is_recorded_changes_nothing_else(engine_of: Callable[[str, str], E
     assert torch.equal(log_probs_only.image, everything.image)
 
 
-@pytest.mark.parametrize("generator_device", ["cuda", "cpu"])
-@pytest.mark.parametrize("family", FAMILIES)
+@dealt(family=tuple(FAMILIES), generator_device=("cuda", "cpu"))
 def test_the_noise_of_a_step_depends_on_seed_and_step_alone(
     engine_of: Callable[[str, str], Engine], family: str, generator_device: GeneratorDevice
 ) -> None:

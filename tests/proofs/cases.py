@@ -6,13 +6,12 @@ every product of them: a fault that takes three particular options at once is no
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from tests.guiding import in_words_of
+from tests.pairs import pairs
 
 from flowroll.families import FAMILIES as REGISTERED
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, SdeType
@@ -24,7 +23,6 @@ LAYOUTS = ("sp2", "cfg2", "tp2", "sp3", "sp4", "sp2xcfg2", "sp2xtp2")
 # What runs beside the sample in question; see `company_of`.
 COMPANY = ("alone", "group", "alike", "mixed")
 Request = Mapping[str, Any]
-T = TypeVar("T")
 
 _SHORT = "a cat"
 # Longer than 32 tokens in every family, so that the two captions of a pair are padded to different lengths.
@@ -98,35 +96,6 @@ MIXTURE: tuple[Request, ...] = (
     {"seed": 7, "height": 48, "width": 80, "prompt": _LONG, "negative_prompt": "blurry", "num_outputs_per_prompt": 2},
     {"seed": None, "seeds": (8, 99, 1), "guidance_scale": 2.0, "debug_mode": False, "return_step_indices": (0, 2)},
 )
-
-
-def pairs(**columns: Sequence[T]) -> list[dict[str, T]]:
-    """Few rows in which every value of a column meets every value of every other column; the same rows at every call."""
-    open_pairs = {((a, x), (b, y)): None for a, b in itertools.combinations(columns, 2) for x in columns[a] for y in columns[b]}
-    used: Counter[tuple[str, T]] = Counter()
-    rows = []
-    while open_pairs:
-        row = dict(next(iter(open_pairs)))
-        for name in [name for name in columns if name not in row]:
-            row[name] = _most_new(open_pairs, used, row, name, columns)
-        rows.append({name: row[name] for name in columns})
-        used.update(rows[-1].items())
-        for pair in itertools.combinations(rows[-1].items(), 2):
-            open_pairs.pop(pair, None)
-    return rows
-
-
-def _most_new(
-    open_pairs: Mapping[Any, None], used: Counter[Any], row: Mapping[str, Any], name: str, columns: Mapping[str, Sequence[Any]]
-) -> Any:
-    """The value that meets the most of the row's values for the first time; the least used one where several do."""
-
-    def gain(value: Any) -> tuple[int, int]:
-        full = {**row, name: value}
-        ordered = [(column, full[column]) for column in columns if column in full]
-        return sum(pair in open_pairs for pair in itertools.combinations(ordered, 2)), -used[name, value]
-
-    return max(columns[name], key=gain)
 
 
 def _dtype_on(layout: str, family: str) -> str:

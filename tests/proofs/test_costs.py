@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tests.proofs.cases import DYNAMICS, FAMILIES, evaluation, pairs
+from tests.pairs import pairs
+from tests.proofs.cases import DYNAMICS, FAMILIES, evaluation
 from tests.proofs.conftest import EngineOf
 from torch import Tensor, nn
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import in_words_of
-from tests.proofs.cases import DTYPES, FAMILIES, Request, pairs
+from tests.pairs import pairs
+from tests.proofs.cases import DTYPES, FAMILIES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf
 from torch import Tensor
 

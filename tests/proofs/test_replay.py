@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import in_words_of
-from tests.proofs.cases import DTYPES, DYNAMICS, EVERYTHING, FAMILIES, SHAPES, Request, pairs
+from tests.pairs import pairs
+from tests.proofs.cases import DTYPES, DYNAMICS, EVERYTHING, FAMILIES, SHAPES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf, ServerOf
 from tests.proofs.doors import assert_same_samples
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.guiding import in_words_of
-from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES, pairs
+from tests.pairs import pairs
+from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES
 from tests.proofs.doors import assert_same_samples, num_steps, served, together
 from tests.weights import WEIGHTS, with_other
 from torch import nn

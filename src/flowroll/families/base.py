@@ -258,7 +258,7 @@ class Family(ABC):
         return env.with_tensors(lambda tensor: tensor.to(device))
 
     def forward_inputs(self, one: StepInput, dtype: torch.dtype) -> list[ForwardInput]:
-        """The inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
+        """Returns the inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
         latents, is_guided = self.model_latents(one.latents.to(dtype), one.env), one.guidance.is_active
         fixed = one.fixed or self.conditioning.fixed_inputs(one.env, is_guided=is_guided)
         return self.conditioning.forward_inputs(latents, one.timestep, fixed, is_guided=is_guided)

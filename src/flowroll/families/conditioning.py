@@ -120,7 +120,7 @@ class ConditioningField(Argument):
         return values.get(self.name)
 
     def tensors(self, env: DenoisingEnv) -> list[Tensor]:
-        """Its tensors in the branches of an environment that have one."""
+        """Returns its tensors in the branches of an environment that have one."""
         branches: tuple[Branch, ...] = ("positive", "negative")
         return [value for value in (self.value(env, branch) for branch in branches) if isinstance(value, Tensor)]
 
@@ -164,7 +164,7 @@ class Conditioning:
         return [field for field in self.fields if place in (field.place("positive"), field.place("negative"))]
 
     def fixed_inputs(self, env: DenoisingEnv, *, is_guided: bool) -> list[ForwardInput]:
-        """What the forwards of a step take beside latents and timestep: the same at every step of a sample.
+        """Returns what the forwards of a step take beside latents and timestep: the same at every step of a sample.
 
         Args:
             env: The sample's environment.
@@ -179,7 +179,7 @@ class Conditioning:
     def forward_inputs(
         self, latents: Tensor, timestep: Tensor, fixed: Sequence[ForwardInput], *, is_guided: bool
     ) -> list[ForwardInput]:
-        """The inputs of the forwards of one step of one sample.
+        """Returns the inputs of the forwards of one step of one sample.
 
         Args:
             latents: What the model takes for the sample's latents, in its dtype, without batch dimension.
@@ -204,7 +204,7 @@ class Conditioning:
         return timestep.repeat(rows) if self.latents.batch == "list" else timestep.expand(rows)
 
     def _branches(self, *, is_guided: bool) -> list[tuple[Branch, ...]]:
-        """The branches of each forward."""
+        """Returns the branches of each forward."""
         if not is_guided:
             return [("positive",)]
         return [("positive",), ("negative",)] if self.pair is None else [self.pair]
@@ -264,7 +264,7 @@ class Conditioning:
                     yield field.place(branch), field
 
     def unequal(self, env: DenoisingEnv) -> ConditioningField | None:
-        """The first field of which a pair's branches have different shapes, though they are stacked."""
+        """Returns the first field of which a pair's branches have different shapes, though they are stacked."""
         for field in self.fields if self.pair else ():
             if field.batch == "stack" and len({value.shape for value in field.tensors(env)}) > 1:
                 return field

@@ -40,7 +40,7 @@ def fits_positive(positive: Float[Tensor, " *latent"], velocity: Float[Tensor, "
 
 
 def reached(guided: Callable[[Tensor], Tensor], target: Tensor, candidates: Iterable[Tensor]) -> float:
-    """The share of these numbers that are the guided velocity of some candidate for the unconditional output."""
+    """Returns the share of these numbers that are the guided velocity of some candidate for the unconditional output."""
     found = torch.zeros_like(target, dtype=torch.bool)
     for candidate in candidates:
         found |= guided(candidate) == target
@@ -48,7 +48,7 @@ def reached(guided: Callable[[Tensor], Tensor], target: Tensor, candidates: Iter
 
 
 def neighbors(solved: Tensor, count: int = 2) -> Iterator[Tensor]:
-    """A tensor, and so many numbers of its dtype on either side of each of its own."""
+    """Returns a tensor with so many numbers of its dtype on either side of each of its own."""
     below = above = solved
     yield solved
     for _ in range(count):

@@ -69,7 +69,7 @@ class LoadReport:
 
 
 def summarize(outcomes: Sequence[Outcome], seconds: float) -> LoadReport:
-    """The figures of these requests, which took so many seconds together."""
+    """Returns the figures of these requests, which took so many seconds together."""
     completed = [outcome for outcome in outcomes if outcome.code == OK]
     rejected = sum(outcome.status == REJECTED for outcome in outcomes)
     errors = Counter(f"{outcome.status or 'no answer'} {outcome.code}" for outcome in outcomes if outcome.code != OK)
@@ -98,7 +98,7 @@ def summarize(outcomes: Sequence[Outcome], seconds: float) -> LoadReport:
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Nearest ranks: the smallest measured value that so many percent of all do not exceed."""
+    """Returns percentiles by nearest rank: the smallest measured value that so many percent of all do not exceed."""
     if not values:
         return {}
     ordered = sorted(values)

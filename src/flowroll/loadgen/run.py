@@ -176,7 +176,7 @@ class _Run:
 
 
 def error_code(body: bytes | bytearray) -> str:
-    """The code in an error's body; "unknown" where there is none, as from other servers or a proxy."""
+    """Returns the code in an error's body; "unknown" where there is none, as from other servers or a proxy."""
     try:
         return str(json.loads(body)["error"]["code"])[:80] or "unknown"
     except (ValueError, TypeError, LookupError, RecursionError):

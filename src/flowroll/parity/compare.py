@@ -56,7 +56,7 @@ class TensorParity:
 
 
 def compare_rollouts(mode: str, expected: Sequence[Rollout], actual: Sequence[Rollout]) -> tuple[TensorParity, ...]:
-    """Every tensor that a rollout returns, and its record, over all samples of a request.
+    """Compares every tensor that a rollout returns, and its record, over all samples of a request.
 
     Args:
         mode: The dynamics.
@@ -81,7 +81,7 @@ def compare_rollouts(mode: str, expected: Sequence[Rollout], actual: Sequence[Ro
 
 
 def values_of(rollout: Rollout) -> Iterator[tuple[str, object]]:
-    """Everything that a rollout says about its sample, by dotted name; what is absent is left out."""
+    """Returns everything that a rollout says about its sample, by dotted name; what is absent is left out."""
     for field in fields(rollout):
         if field.name not in _OF_THE_RUN:
             yield from _leaves(field.name, getattr(rollout, field.name))
@@ -102,7 +102,7 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def _step_rows(name: str, value: object, num_steps: int) -> int | None:
-    """How many rows of a value the first step has: 1, or 2 of states; None for a value without steps."""
+    """Returns how many rows of a value the first step has: 1, or 2 of states; None for a value without steps."""
     if not isinstance(value, Tensor) or not name.startswith(("log_probs", "debug_tensors.", "dit_trajectory.")):
         return None
     return len(value) - num_steps + 1
@@ -113,7 +113,7 @@ def _rows(value: object, rows: int) -> object:
 
 
 def measure(expected: Sequence[object], actual: Sequence[object], *, first_rows: int | None = None) -> Measure:
-    """How far the samples' values are from what they should be. Differences are computed in float64.
+    """Returns how far the samples' values are from what they should be. Differences are computed in float64.
 
     Args:
         expected: One value per sample: a tensor [...], with `first_rows` [steps, ...] or [states, ...]; or plain data.
@@ -162,6 +162,6 @@ def _min_cosine(expected: Float[Tensor, "samples ..."], actual: Float[Tensor, "s
 def _first_unequal(
     expected: Shaped[Tensor, "samples rows ..."], actual: Shaped[Tensor, "samples rows ..."], first_rows: int
 ) -> int:
-    """The step that made the first row that differs: state k + 1 is made by step k."""
+    """Returns the step that made the first row that differs: state k + 1 is made by step k."""
     unequal = (row for row in range(expected.shape[1]) if not torch.equal(expected[:, row], actual[:, row]))
     return max(0, next(unequal) - (first_rows - 1))

@@ -23,14 +23,14 @@ _FIGURES = (
 
 
 def to_json(report: ParityReport) -> str:
-    """All figures. One that is not a number, or that there is none of, is null."""
+    """Returns all figures. One that is not a number, or that there is none of, is null."""
     layouts = [{"is_exact": layout.is_exact, **msgspec.to_builtins(layout)} for layout in report.layouts]
     plain = {"is_exact": report.is_exact, **msgspec.to_builtins(report), "layouts": layouts}
     return msgspec.json.format(msgspec.json.encode(plain), indent=1).decode() + "\n"
 
 
 def to_markdown(report: ParityReport) -> str:
-    """The whole report: the verdict first, every figure last."""
+    """Returns the whole report: the verdict first, every figure last."""
     word = "exact" if report.is_exact else "not exact"
     parts = [
         f"# Parity of {report.setting['model']}, {report.setting['dtype']}: {word}",
@@ -48,7 +48,7 @@ def to_markdown(report: ParityReport) -> str:
 
 
 def summary(report: ParityReport) -> str:
-    """What was exact and what was not, in a few sentences and a table of the layouts."""
+    """Returns what was exact and what was not, in a few sentences and a table of the layouts."""
     exact = [layout.layout for layout in report.layouts if layout.is_exact]
     lines = [f"**Exact: {len(exact)} of {len(report.layouts)} layouts**" + (f" ({', '.join(exact)})." if exact else ".")]
     for layout in report.layouts:
@@ -85,7 +85,7 @@ def _layouts_table(report: ParityReport) -> str:
 
 
 def _mode_cell(layout: LayoutParity, mode: str) -> str:
-    """How many tensors of a mode are equal."""
+    """Returns how many tensors of a mode are equal."""
     equal = [tensor.whole.equal for tensor in layout.tensors if tensor.mode == mode]
     if not equal:
         return "failed"
@@ -93,7 +93,7 @@ def _mode_cell(layout: LayoutParity, mode: str) -> str:
 
 
 def _figures(report: ParityReport) -> Iterator[str]:
-    """One table for all layouts that have the same figures."""
+    """Makes one table for all layouts that have the same figures."""
     groups: dict[str, list[str]] = {}
     for layout in report.layouts:
         rows: dict[tuple[str, ...], list[str]] = {}
@@ -117,14 +117,14 @@ def _figures_cells(first: Measure | None, whole: Measure) -> list[str]:
 
 
 def shown_difference(value: Number | None) -> str:
-    """Two digits; 0 only if it is 0."""
+    """Rounds to two digits; 0 only if it is 0."""
     if value is None:
         return "-"
     return f"{value:.1e}" if value else "0"
 
 
 def shown_cosine(value: Number | None) -> str:
-    """Near 1, how much it lacks; 1 only if it is 1."""
+    """Shows how much a cosine lacks of 1 where it is near; 1 only if it is 1."""
     if value is None:
         return "-"
     return "1" if value == 1 else f"1 - {1 - value:.1e}" if 0.999 < value < 1 else f"{value:.4f}"
@@ -138,12 +138,12 @@ def _bytes(count: Number) -> str:
 
 
 def _line(text: str) -> str:
-    """The text on one line, so that it stays in its paragraph."""
+    """Returns the text on one line, so that it stays in its paragraph."""
     return " ".join(text.split())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """A Markdown table, also readable as plain text; the first `left` columns are flushed left."""
+    """Returns a Markdown table, also readable as plain text; the first `left` columns are flushed left."""
     widths = [max(3, *(len(row[column]) for row in (header, *rows))) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

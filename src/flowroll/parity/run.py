@@ -149,7 +149,7 @@ def _run_layout(plan: ParityPlan, layout: Layout, expected: dict[str, list[Rollo
 
 
 def command_line(plan: ParityPlan, **changed: str) -> str:
-    """The command line that repeats a run, with every default filled in, on several lines.
+    """Returns the command line that repeats a run, with every default filled in, on several lines.
 
     Args:
         plan: The run.

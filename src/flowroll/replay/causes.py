@@ -74,7 +74,7 @@ class Diagnosis:
     encode: Encode | None
 
     def causes(self) -> list[Cause]:
-        """The causes of a replay that is not exact; at least one."""
+        """Returns the causes of a replay that is not exact; at least one."""
         certain = [*self._settings(), *grid_causes(self.source), *self._latents()]
         return certain or list(self._env()) or [self._velocity()]
 
@@ -162,7 +162,7 @@ class Diagnosis:
             yield Cause("weights", f"other weights: {shown}")
 
     def _velocity(self) -> Cause:
-        """What explains the step whose velocity differs most."""
+        """Returns what explains the step whose velocity differs most."""
         source, debug, has_digest = self.source, self.source.rollout.debug_tensors, self.source.rollout.sampling.pos_cond_sha256
         if debug is None:
             env = "" if has_digest else ", another env"
@@ -185,7 +185,7 @@ class Diagnosis:
         return Cause("weights", f"other weights (or another prompt's env, which only the text encoder can tell): {shown}")
 
     def _guidance(self, step: int, recorded: Tensor) -> Cause | None:
-        """Whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""
+        """Finds whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""
         source, place, recipe = self.source, self.place, self.source.recipe
         latents, timestep = source.state(step, place.device), recipe.timesteps[step : step + 1]
         one = StepInput(latents=latents, timestep=timestep, env=source.env_on(place), guidance=recipe.guidance)
@@ -206,7 +206,7 @@ class Diagnosis:
 
 
 def grid_causes(source: Source) -> Iterator[Cause]:
-    """Where the grid of sigmas, or what follows from it, contradicts itself."""
+    """Returns where the grid of sigmas, or what follows from it, contradicts itself."""
     record, debug = source.rollout.sampling, source.rollout.debug_tensors
     scales = [t / sigma if sigma else torch.inf for t, sigma in zip(record.timesteps, record.sigmas[:-1], strict=True)]
     if fault := grid_fault(source.rollout):
@@ -237,7 +237,7 @@ def _std_causes(recorded: Sequence[float], replayed: Sequence[float]) -> Iterato
 
 
 def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor, one: StepInput) -> float | None:
-    """The guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
+    """Returns the guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
     guidance, family = source.recipe.guidance, source.family
 
     def error(scale: Number) -> float:
@@ -257,7 +257,7 @@ def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor, on
 
 
 def _same(a: EnvValue | Mapping[str, EnvValue], b: EnvValue | Mapping[str, EnvValue] | None) -> bool:
-    """Whether two branches are of the same text; other kernels may have rounded them differently."""
+    """Returns whether two branches are of the same text; other kernels may have rounded them differently."""
     if isinstance(a, Tensor):
         if not isinstance(b, Tensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -268,6 +268,6 @@ def _same(a: EnvValue | Mapping[str, EnvValue], b: EnvValue | Mapping[str, EnvVa
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, relative to the norm of what is expected."""
+    """Returns the norm of the difference, relative to the norm of what is expected."""
     value, expected = value.float().to(expected.device), expected.float()
     return float((value - expected).norm() / expected.norm())

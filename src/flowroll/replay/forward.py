@@ -23,7 +23,7 @@ def velocities(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Float[Tensor, " *latent"]]:
-    """The guided velocity at each of these latents, under a rollout's environment and at its steps' noise levels.
+    """Returns the guided velocity at each of these latents, under a rollout's environment and at its steps' noise levels.
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).

@@ -26,7 +26,7 @@ def group_advantages(
     eps: float = 1e-4,
     nonfinite: str = "refuse",
 ) -> Float[Tensor, " samples"]:
-    """How much better a sample is than the samples of its own prompt.
+    """Returns how much better a sample is than the samples of its own prompt.
 
         A_i = (r_i - mean of its group) / (std + eps), or 0 where the denominator is 0
 
@@ -74,7 +74,7 @@ def group_advantages(
 
 
 def ratio(log_probs: Float[Tensor, " *pairs"], old_log_probs: Float[Tensor, " *pairs"]) -> Float[Tensor, " *pairs"]:
-    """The importance ratio exp(log p - log p_old); exactly 1 where the two have the same bits.
+    """Returns the importance ratio exp(log p - log p_old); exactly 1 where the two have the same bits.
 
     Raises:
         InvalidRequestError: A log-prob, or a ratio, is not finite; says at which pairs.
@@ -133,7 +133,7 @@ def clipped_loss(
     max_advantage: float = 5.0,
     weights: Float[Tensor, " pairs"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The clipped surrogate of PPO, to be minimised.
+    """Returns the clipped surrogate of PPO, to be minimised.
 
         mean of w max(-A r, -A clip(r, 1 - c, 1 + c)), with A clipped to +-max_advantage
 

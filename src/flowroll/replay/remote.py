@@ -21,7 +21,7 @@ def score_params(
     log_probs_only: bool,
     min_weight_version: str | None = None,
 ) -> ScoreParams:
-    """What to ask a server.
+    """Returns what to ask a server.
 
     Args:
         rollouts: Of one or several requests, with env and trajectory.
@@ -42,7 +42,7 @@ def score_params(
 
 
 def scores_of(answer: ScoreAnswer) -> Scores:
-    """The answer to what `score_params` made, as `score` gives it, on the CPU."""
+    """Returns the answer to what `score_params` made, as `score` gives it, on the CPU."""
     samples = answer.samples
     return Scores(
         steps=samples[0].steps,

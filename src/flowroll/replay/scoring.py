@@ -105,7 +105,7 @@ def log_prob(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, " samples steps"]:
-    """Log-prob of recorded steps under the transformer as it is now: before the first update, the recorded bits.
+    """Recomputes log-probs of recorded steps under the transformer as it is now: before the first update, the recorded bits.
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
@@ -140,7 +140,7 @@ def score(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Scores:
-    """As `log_prob`, with the mean, the std and the velocity of every step, deterministic ones included.
+    """Recomputes log-prob, mean, std and velocity of recorded steps, deterministic ones included; see `log_prob`.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
@@ -211,7 +211,7 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
 
 
 def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:
-    """One step of one sample, latents from its trajectory; `env` is its own env on the device, where that is made already."""
+    """Scores one recorded step of one sample; `env` is the sample's own on the device, where that was made already."""
     env = source.env_on(place) if env is None else env
     latents, next_latents = source.state(step, place.device), source.state(step + 1, place.device)
     return source.recipe.score(transformer, latents, next_latents, step, env)

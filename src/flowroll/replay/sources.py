@@ -61,16 +61,16 @@ class Source:
         return len(self.recipe.transitions)
 
     def has_states(self, step: int) -> bool:
-        """Whether the latents before and after this step were returned."""
+        """Returns whether the latents before and after this step were returned."""
         return {step, step + 1} <= set(self.trajectory.latent_step_indices)
 
     def state(self, state: int, device: torch.device) -> Float[Tensor, " *latent"]:
-        """The latents of one state (0..T) on a device."""
+        """Returns the latents of one state (0..T) on a device."""
         # Copied, because a decoded tensor may lie anywhere in its message, and bits can depend on that.
         return self.trajectory.latents[self.trajectory.latent_step_indices.index(state)].to(device, copy=True)
 
     def env_on(self, place: Place) -> DenoisingEnv:
-        """The environment where the transformer runs; in its dtype where that is not the recorded one."""
+        """Returns the environment where the transformer runs; in its dtype where that is not the recorded one."""
         env = self.env.to(place.device)
         if place.dtype is None or str(place.dtype) == self.rollout.sampling.model_dtype:
             return env
@@ -165,7 +165,7 @@ def check_autocast(place: Place) -> None:
 
 
 def grid_fault(rollout: Rollout) -> str | None:
-    """Where the trajectory's grid is not the record's, in words; None where they agree."""
+    """Says where the trajectory's grid is not the record's; None where they agree."""
     trajectory, record = rollout.dit_trajectory, rollout.sampling
     assert trajectory is not None
     if trajectory.sigmas.tolist() != list(record.sigmas):
@@ -176,7 +176,7 @@ def grid_fault(rollout: Rollout) -> str | None:
 
 
 def steps_of(sources: Sequence[Source], steps: Integers | None) -> tuple[int, ...]:
-    """The steps of a call: the given ones, or all of them.
+    """Returns the steps of a call: the given ones, or all of them.
 
     Raises:
         InvalidRequestError: A step is out of range, or the rollouts differ in length and no steps are given.
@@ -214,7 +214,7 @@ def check_states(source: Source, step: int) -> None:
 
 
 def pairs_of(sources: Sequence[Source], steps: Sequence[int], *, stochastic_only: bool) -> Iterator[tuple[Source, int]]:
-    """The (sample, step) pairs of a call, sample by sample, each checked."""
+    """Returns the (sample, step) pairs of a call, sample by sample, each checked."""
     for source in sources:
         for step in steps:
             if source.recipe.transitions[step].is_stochastic or not stochastic_only:

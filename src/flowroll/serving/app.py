@@ -36,7 +36,7 @@ from flowroll.serving.tracing import Tracing, current_tracing
 
 
 def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
-    """The HTTP interface of an engine.
+    """Returns the HTTP interface of an engine.
 
     Args:
         engine: Runs the requests. Who made it closes it, after the app's last request.

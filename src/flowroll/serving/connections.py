@@ -83,7 +83,7 @@ class _Parser(h11.Connection):
         self._chunks = self._bytes = 0
 
     def next_event(self) -> Any:
-        """The next event of this turn.
+        """Returns the next event of this turn.
 
         Raises:
             RemoteProtocolError: What came is no HTTP, or comes in tiny chunks.
@@ -248,7 +248,7 @@ class BoundedProtocol(H11Protocol):
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
-    """A bound socket, which does not listen yet.
+    """Returns a bound socket, which does not listen yet.
 
     Raises:
         SystemExit: The address is not to be had.

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def while_connected(request: Request, accepted: Future[T], cancel: Callable[[Any], object]) -> T:
-    """The answer of an accepted request, which is cancelled if its client goes away first.
+    """Returns the answer of an accepted request, which is cancelled if its client goes away first.
 
     Args:
         request: Its body has been read.

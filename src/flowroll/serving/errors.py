@@ -52,7 +52,7 @@ DISK_RESPONSES: dict[int | str, dict[str, object]] = {
 
 
 def error_response(error: FlowrollError, *, status: int | None = None) -> JSONResponse:
-    """The answer that tells the client of an error.
+    """Returns the answer that tells the client of an error.
 
     Args:
         error: To be raised by the client again.

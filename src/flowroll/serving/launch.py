@@ -87,7 +87,7 @@ def _engine_options(config: ServerConfig) -> EngineOptions:
 
 
 def _rank_options(config: ServerConfig) -> dict[str, Any]:
-    """What every rank of the engine has to be given alike."""
+    """Returns what every rank of the engine has to be given alike."""
     names = ("variant", "dtype", "device", "layout", "rank_timeout_s")
     return {name: getattr(config, name) for name in names}
 
@@ -143,7 +143,7 @@ class _DrainingServer(uvicorn.Server):
         await asyncio.to_thread(self._engine.close)
 
     async def _has_work(self) -> bool:
-        """Whether a request is still to be run, or its answer to be sent."""
+        """Returns whether a request is still to be run, or its answer to be sent."""
         counts = (await asyncio.wrap_future(self._engine.call(EngineService.status))).counts
         return bool(counts.pending or counts.running or self.server_state.tasks)
 
@@ -170,7 +170,7 @@ def _spans(config: ServerConfig) -> Iterator[Tracing | None]:
 
 @contextlib.contextmanager
 def _signals_end_start() -> Iterator[None]:
-    """Until uvicorn takes the signals over, and after, they end the process in order."""
+    """Ends the process in order at a signal, until uvicorn takes the signals over, and after."""
 
     def stop(sig: int, frame: FrameType | None) -> None:
         raise SystemExit(0)

@@ -33,7 +33,7 @@ class EngineCollector(Collector):
         self.answer_s: dict[str, float] = {"serialise": 0.0, "send": 0.0}
 
     def collect(self) -> Iterator[Metric]:
-        """Queue, running requests and samples, batches, stages, and how every accepted request ended."""
+        """Yields queue, running requests and samples, batches, stages, and how every accepted request ended."""
         if (status := self.status) is None:
             return
         load, scores = status.load, status.load.log_probs
@@ -121,7 +121,7 @@ class Metrics:
         self.scored_steps = counter("scored_steps", "Recorded steps that were scored again.")
 
     def render(self, status: EngineStatus) -> bytes:
-        """All metrics as Prometheus reads them, with the engine as it is now."""
+        """Returns all metrics as Prometheus reads them, with the engine as it is now."""
         self._collector.status = status
         return generate_latest(self.registry)
 

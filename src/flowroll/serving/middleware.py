@@ -79,7 +79,7 @@ class RequestContext:
 
 
 def context_of(request: Request) -> RequestContext:
-    """The context of a route's request."""
+    """Returns the context of a route's request."""
     context = request.state.context
     assert isinstance(context, RequestContext)
     return context

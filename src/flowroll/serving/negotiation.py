@@ -46,7 +46,7 @@ class _Range:
 
 
 def choose_media_type(headers: Headers, offers: Sequence[str]) -> str:
-    """The offered media type that the Accept header likes best.
+    """Returns the offered media type that the Accept header likes best.
 
     By quality; then a type that is named over one that a wildcard covers; then in the order of the offers.
 
@@ -71,7 +71,7 @@ def choose_media_type(headers: Headers, offers: Sequence[str]) -> str:
 
 
 def choose_wire_format(headers: Headers, config: ServerConfig) -> WireFormat:
-    """The format of the rollouts in the answer.
+    """Returns the format of the rollouts in the answer.
 
     Raises:
         NotAcceptableError: The request accepts neither.
@@ -80,12 +80,12 @@ def choose_wire_format(headers: Headers, config: ServerConfig) -> WireFormat:
 
 
 def wire_media_types(config: ServerConfig) -> list[str]:
-    """The media types of the wire formats, the server's default first."""
+    """Returns the media types of the wire formats, the server's default first."""
     return sorted(WIRE_FORMATS, key=lambda media_type: WIRE_FORMATS[media_type] != config.wire_format)
 
 
 def choose_dialect(headers: Headers, config: ServerConfig) -> Dialect:
-    """The names in the answer.
+    """Returns the names in the answer.
 
     Raises:
         InvalidRequestError: The header names no dialect.
@@ -135,7 +135,7 @@ def _parse_range(entry: str) -> _Range:
 
 
 def _parse_quality(text: str) -> float:
-    """A quality in [0, 1]; what is no number counts as a refusal, as nobody can have meant it as a wish."""
+    """Returns a quality in [0, 1]; what is no number counts as a refusal."""
     try:
         quality = float(text)
     except ValueError:
@@ -144,7 +144,7 @@ def _parse_quality(text: str) -> float:
 
 
 def _score(offer: str, ranges: Sequence[_Range]) -> tuple[float, int]:
-    """Quality and specificity of the most specific range that covers the offer."""
+    """Returns quality and specificity of the most specific range that covers the offer."""
     covering = [(entry.specificity, entry.quality) for entry in ranges if entry.matches(offer)]
     if not covering:
         return _NOT_ACCEPTABLE, 0

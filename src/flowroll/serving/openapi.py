@@ -38,7 +38,7 @@ _Tensor = WireTensor[str]
 
 
 def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
-    """What a route that reads tensors, and fields of `query` beside them, adds to its entry in the document."""
+    """Returns what a route that reads tensors, and fields of `query` beside them, adds to its entry in the document."""
     body = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _SAFETENSORS}}}}
     if query is None:
         return body
@@ -51,12 +51,12 @@ def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
 
 
 def request_body(kind: type, **other_content: Any) -> dict[str, Any]:
-    """What a route that reads a message, or other content, adds to its entry in the document."""
+    """Returns what a route that reads a message, or other content, adds to its entry in the document."""
     return {"requestBody": {"required": True, "content": {JSON: {"schema": _ref(kind)}, **other_content}}}
 
 
 def tensor_answer(kind: type, description: str, *, is_list: bool = False, **other_content: Any) -> dict[str, Any]:
-    """What a route that answers a message with tensors, or a list of them, says of it in the document."""
+    """Returns what a route that answers a message with tensors, or a list of them, says of it in the document."""
     schema = {"type": "array", "items": _ref(kind)} if is_list else _ref(kind)
     return {"description": description, "content": {JSON: {"schema": schema}, **MSGPACK_CONTENT, **other_content}}
 
@@ -92,7 +92,7 @@ def _all_below(kind: type[Request]) -> Iterator[type[Request]]:
 
 
 def _answers(app: FastAPI) -> Iterator[Any]:
-    """The dataclasses that the routes answer, of which the web framework knows no words."""
+    """Returns the dataclasses that the routes answer, of which the web framework knows no words."""
     for route in app.routes:
         if isinstance(route, APIRoute):
             for model in (route.response_model, *(response.get("model") for response in route.responses.values())):

@@ -65,7 +65,7 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
 
 
 async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:
-    """The body of a request that has to be JSON.
+    """Reads the body of a request that has to be JSON.
 
     Args:
         request: Its body is read here.
@@ -145,7 +145,7 @@ def _plan(
 
 
 def check_media_type(headers: Headers, known: Sequence[str]) -> str:
-    """The body's media type, one of those known.
+    """Returns the body's media type, one of those known.
 
     Raises:
         UnsupportedMediaTypeError: It is sent as something else, or compressed.
@@ -173,7 +173,7 @@ async def _receive(request: Request, max_bytes: int, timeout_s: float) -> bytear
 
 
 async def bounded_stream(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
-    """The pieces of a body.
+    """Yields the pieces of a body.
 
     Args:
         request: Whose body it is.
@@ -208,7 +208,7 @@ async def bounded_stream(request: Request, max_bytes: int, timeout_s: float) -> 
 
 
 def _declared_bytes(headers: Headers) -> int | None:
-    """The length that the request declares; None: none, or none that a number could be made of."""
+    """Returns the length that the request declares; None where there is none, or it is no number."""
     text = headers.get("content-length", "")
     # Python's int takes digits of every script, and no more than some thousand of them.
     if not (text.isascii() and text.isdigit()):

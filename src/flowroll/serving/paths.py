@@ -13,7 +13,7 @@ _THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 
 
 def allowed_path(text: str, roots: Sequence[str], field: str = "model_path") -> Path:
-    """The path that a client sent, symbolic links resolved.
+    """Returns the path that a client sent, symbolic links resolved.
 
     Nothing is said of what lies outside the roots, not even whether it is there.
 

@@ -46,7 +46,7 @@ class WeightPush:
         return self.arrived >= self.expected
 
     def is_continued_by(self, given_version: str | None, names: Set[str]) -> bool:
-        """Whether a bucket belongs to this push; if not, its sender has begun another."""
+        """Returns whether a bucket belongs to this push; if not, its sender has begun another."""
         return self.given_version == given_version and not self.arrived & names
 
 
@@ -122,7 +122,7 @@ class WeightPushes:
                 )
 
     def replaced(self, subject: str) -> None:
-        """All of it was replaced or removed in another way: nothing is mixed any more, and what was pushed is gone."""
+        """Ends the push, because all of the module was replaced or removed in another way."""
         if subject in self._open:
             self._end(subject, "replaced")
         self._last.pop(subject, None)

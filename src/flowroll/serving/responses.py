@@ -9,6 +9,6 @@ from flowroll.wire.body import EncodedBody
 
 
 def stream(body: EncodedBody) -> Response:
-    """An answer whose length is known and whose bytes are made chunk by chunk, each on a thread, as the client reads."""
+    """Returns an answer of known length whose bytes are made chunk by chunk, each on a thread, as the client reads."""
     headers = {"Content-Length": str(body.content_length)}
     return StreamingResponse(body.chunks(), media_type=body.content_type, headers=headers)

@@ -69,7 +69,7 @@ class AppState:
 
     @classmethod
     def build(cls, engine: EngineClient, config: ServerConfig) -> AppState:
-        """The state of a new app."""
+        """Returns the state of a new app."""
         metrics = Metrics(engine.facts.pid)
         pushes = WeightPushes(
             lambda is_held: engine.call(EngineService.hold_starts, is_held),
@@ -118,7 +118,7 @@ class AppState:
     # The engine's state
 
     async def status(self) -> EngineStatus:
-        """The engine at this moment.
+        """Returns the engine at this moment.
 
         Raises:
             EngineError: It does not answer.
@@ -129,7 +129,7 @@ class AppState:
             raise EngineError(f"the engine must answer within {_STATUS_S:g} s, got no answer; restart the server.") from None
 
     async def probe(self) -> Evidence:
-        """What shows that the engine generates; callers at the same time share one look at it.
+        """Returns what shows that the engine generates; callers at the same time share one look at it.
 
         Raises:
             FlowrollError: Why it does not.

@@ -77,7 +77,7 @@ class Tracing:
 
 
 def current_tracing() -> Tracing | None:
-    """Tracing with the process's provider, as `opentelemetry-instrument` or a host sets it; None: there is none."""
+    """Returns tracing with the process's provider, as `opentelemetry-instrument` or a host sets it; None: there is none."""
     try:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.trace import get_tracer_provider
@@ -88,7 +88,7 @@ def current_tracing() -> Tracing | None:
 
 
 def otlp_provider(endpoint: str) -> TracerProvider:
-    """A provider that sends spans by OTLP over HTTP, in batches, on a thread of its own; `shutdown` sends the rest.
+    """Returns a provider that sends spans by OTLP over HTTP, in batches, on a thread of its own; `shutdown` sends the rest.
 
     The SDK's environment variables decide everything else, e.g. OTEL_SERVICE_NAME and OTEL_TRACES_SAMPLER.
 

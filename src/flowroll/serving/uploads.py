@@ -119,7 +119,7 @@ async def save_body(request: Request, path: Path, *, max_bytes: int, idle_s: flo
 
 
 async def _lots(request: Request, max_bytes: int, idle_s: float) -> AsyncIterator[list[bytes]]:
-    """The pieces of a body in lists, each worth a change of threads.
+    """Yields the pieces of a body in lists, each worth a change of threads.
 
     Raises:
         WeightsRejectedError: A list took longer than `idle_s` to come.

@@ -83,7 +83,7 @@ class WeightUploads:
             )
 
     def get(self, update_id: str) -> WeightUpload:
-        """The update of this id.
+        """Returns the update of this id.
 
         Raises:
             NotFoundError: It has ended, or there never was one.

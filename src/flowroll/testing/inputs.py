@@ -12,7 +12,7 @@ from flowroll.types import EnvValue, Number
 def random_text(
     family: Family, spec: ModelSpec, num_tokens: int, *, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, EnvValue]:
-    """The required conditioning fields of a text, as if it had been encoded.
+    """Returns the required conditioning fields of a text, as if it had been encoded.
 
     Args:
         family: Declares them.

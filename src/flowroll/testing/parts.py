@@ -28,7 +28,7 @@ def fill_vae(vae: AutoencoderKL | AutoencoderKLQwenImage, seed: int) -> None:
 
 
 def decoder_config(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
-    """The dimensions that the decoders among the text encoders share."""
+    """Returns the dimensions that the decoders among the text encoders share."""
     return {
         # Padded, as the real ones are.
         "vocab_size": (len(tokenizer) + 127) // 128 * 128,
@@ -45,7 +45,7 @@ def decoder_config(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
 
 
 def make_image_vae(channels: int, seed: int, **config: Any) -> AutoencoderKL:
-    """A small `AutoencoderKL` of the real ones' eight pixels per latent cell."""
+    """Makes a small `AutoencoderKL` of the real ones' eight pixels per latent cell."""
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,

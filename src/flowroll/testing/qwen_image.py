@@ -31,7 +31,7 @@ _VAES: Mapping[str, dict[str, Any]] = {
 
 
 def make_qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePipeline:
-    """A pipeline of this size; `overrides` are fields of the transformer's configuration."""
+    """Makes a pipeline of this size; `overrides` are fields of the transformer's configuration."""
     tokenizer, channels = make_tokenizer(), LATENT_CHANNELS[size]
     config = {
         "in_channels": 4 * channels,

@@ -24,7 +24,7 @@ _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
 
 
 def make_sd3(size: Size, seed: int, overrides: dict[str, Any]) -> StableDiffusion3Pipeline:
-    """A pipeline of this size; `overrides` are fields of the transformer's configuration."""
+    """Makes a pipeline of this size; `overrides` are fields of the transformer's configuration."""
     channels = LATENT_CHANNELS[size]
     config = {
         "sample_size": 128,

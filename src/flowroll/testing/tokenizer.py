@@ -84,7 +84,7 @@ _CORPUS = (
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """A `Qwen2Tokenizer` that knows the corpus's words whole; the same one every time."""
+    """Makes a `Qwen2Tokenizer` that knows the corpus's words whole; the same one every time."""
     rules = Qwen2Tokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE())
     draft.normalizer, draft.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
@@ -114,7 +114,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_clip_tokenizer(*, pad_token: str = _END_OF_TEXT) -> CLIPTokenizer:
-    """A `CLIPTokenizer` that knows the corpus's words whole and takes 77 tokens; the same one every time.
+    """Makes a `CLIPTokenizer` that knows the corpus's words whole and takes 77 tokens; the same one every time.
 
     Args:
         pad_token: What a text is filled up with; the real tokenizers of SD3 differ in that.
@@ -146,7 +146,7 @@ def make_clip_tokenizer(*, pad_token: str = _END_OF_TEXT) -> CLIPTokenizer:
 
 
 def make_t5_tokenizer() -> T5TokenizerFast:
-    """A `T5TokenizerFast` that knows the corpus's words whole, the likelier the more often they are in it."""
+    """Makes a `T5TokenizerFast` that knows the corpus's words whole, the likelier the more often they are in it."""
     words = Counter(word for text in _CORPUS for word in re.findall(r"\w+", text))
     total = words.total()
     scored = [(f"\u2581{word}", math.log(count / total)) for word, count in sorted(words.items())]

@@ -20,7 +20,7 @@ _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
 
 
 def make_z_image(size: Size, seed: int, overrides: dict[str, Any]) -> ZImagePipeline:
-    """A pipeline of this size; `overrides` are fields of the transformer's configuration."""
+    """Makes a pipeline of this size; `overrides` are fields of the transformer's configuration."""
     tokenizer, channels = make_tokenizer(), LATENT_CHANNELS[size]
     config = {
         "in_channels": channels,

@@ -63,7 +63,7 @@ class SentTensors:
 
 
 def named_tensors(data: bytes, *, module: str, flattened: bool, unread: Sequence[bytes] = ()) -> SentTensors:
-    """The tensors that a stream names. Their data is not read yet; `release` has to be called in the end.
+    """Returns the tensors that a stream names. Their data is not read yet; `release` has to be called in the end.
 
     Whatever a refused stream had named by then is released.
 
@@ -130,7 +130,7 @@ class _Unpickler:
         self._memo: dict[int, Any] = {}
 
     def load(self, data: bytes) -> object:
-        """The value that a stream makes."""
+        """Returns the value that a stream makes."""
         instruction: Any
         argument: Any
         for count, (instruction, argument, place) in enumerate(pickletools.genops(data)):
@@ -212,7 +212,7 @@ class _Unpickler:
             _refuse(f"the instruction {name} on something else than tensors need")
 
     def _find(self, module: str, name: str) -> object:
-        """What stands in the place of a global."""
+        """Returns what stands in the place of a global."""
         if module == "torch" and name in _DTYPES:
             return getattr(torch, name)
         # Its module is the trainer's business: the class is not looked up.
@@ -284,7 +284,7 @@ _FUNCTIONS: Mapping[tuple[str, str], _Function] = {
 
 
 def _payload(value: object, module: str) -> object:
-    """What the stream holds for the one module: all of it, if it is not keyed by module."""
+    """Returns what the stream holds for the one module: all of it, if it is not keyed by module."""
     if type(value) is not dict or not value or value.keys() == _BUCKET_FIELDS:
         return value
     if all(type(payload) is SentTensor for payload in value.values()):

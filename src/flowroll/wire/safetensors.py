@@ -81,7 +81,7 @@ class StoredTensor(TensorHead):
 def safetensors_prefix(
     tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, multiple: int = LENGTH_BYTES
 ) -> bytes:
-    """All that comes before the data of these tensors, which follow in this order without gaps.
+    """Returns all that comes before the data of these tensors, which follow in this order without gaps.
 
     Args:
         tensors: By name.
@@ -102,7 +102,7 @@ def safetensors_prefix(
 
 
 def read_header(raw: bytes | bytearray | memoryview) -> list[StoredTensor]:
-    """The tensors that a header names, in the order of their data, which has no gap. The time is linear in its length.
+    """Returns the tensors that a header names, in the order of their data, which has no gap. The time is linear in its length.
 
     Args:
         raw: The header, without the eight bytes before it that tell its length.
@@ -128,7 +128,7 @@ def read_header(raw: bytes | bytearray | memoryview) -> list[StoredTensor]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of two entries with the same name the JSON parser would drop one in silence."""
+    """Returns an object; of two entries with the same name the JSON parser would drop one in silence."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -149,7 +149,7 @@ def _stored_tensor(name: str, entry: dict[str, Any], begin: int) -> StoredTensor
 
 
 def tensor_from_blob(blob: memoryview | bytearray) -> Tensor:
-    """The tensor "t" of a safetensors blob, which holds no other; writable.
+    """Returns the tensor "t" of a safetensors blob, which holds no other; writable.
 
     The data is not copied if it is writable, aligned, and either its own buffer or large.
 
@@ -175,7 +175,7 @@ def tensor_from_blob(blob: memoryview | bytearray) -> Tensor:
 
 
 def _as_tensor(data: memoryview, is_shared: bool, dtype: torch.dtype) -> Tensor:
-    """The bytes as a flat tensor, in place where that is safe."""
+    """Returns the bytes as a flat tensor, in place where that is safe."""
     if data.readonly or (is_shared and data.nbytes < _MIN_SHARED_BYTES):
         return torch.frombuffer(bytearray(data), dtype=dtype)
     flat = torch.frombuffer(data, dtype=torch.uint8)
@@ -227,7 +227,7 @@ class TensorStream:
         return self._num_tensors
 
     def _in_order(self, begin: Callable[[list[StoredTensor]], Sequence[Tensor]]) -> Iterator[memoryview]:
-        """The memory of everything in the body, to be filled one after the other; none of it is empty."""
+        """Returns the memory of everything in the body, to be filled one after the other; none of it is empty."""
         length = bytearray(LENGTH_BYTES)
         yield memoryview(length)
         try:
@@ -245,6 +245,6 @@ class TensorStream:
 
 
 def broken_header(subject: str, error: BlobError, remedy: str) -> str:
-    """What is said of something whose header cannot be read."""
+    """Returns what is said of something whose header cannot be read."""
     reason = f" ({error})" if str(error) else ""
     return f"{subject} must be a safetensors file, got a broken header{reason}; {remedy}."

@@ -69,7 +69,7 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
     prompt: fields.Prompt
 
     def to_params(self) -> SamplingParams:
-        """The request as `SamplingParams`; what was not sent keeps its default.
+        """Returns the request as `SamplingParams`; what was not sent keeps its default.
 
         Raises:
             InvalidRequestError: Values that do not go together; named as the wire has them.
@@ -80,7 +80,7 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
             raise self.as_wire_error(error) from None
 
     def as_wire_error(self, error: InvalidRequestError) -> InvalidRequestError:
-        """The error about a field of `SamplingParams`, naming what this request calls it."""
+        """Returns the error about a field of `SamplingParams`, naming what this request calls it."""
         return error if error.field is None else error.renamed(self._wire_name(error.field))
 
     def _params(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
             seen.add(field)
 
     def _given_further(self) -> dict[str, Any]:
-        """What `extra_sampling_params` gives, by the names that were sent; null is the same as nothing."""
+        """Returns what `extra_sampling_params` gives, by the names that were sent; null is the same as nothing."""
         further: Request | None = getattr(self, EXTRA)
         given = {} if further is None else structs.asdict(further)
         return {name: value for name, value in given.items() if value is not UNSET and value is not None}
@@ -152,7 +152,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
 
 
 def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:
-    """The object of further parameters of a request: any of its fields may be there, and none has a default of its own."""
+    """Returns the type of a request's further parameters: any of its fields may be there, and none has a default of its own."""
     hints = get_type_hints(owner, include_extras=True)
     kinds = {field: hints[field] for field in owner.__struct_fields__ if field != "prompt"} | {"sigmas": _SIGMAS}
     kinds |= {short: hints[field] for short, field in short_names.items()}
@@ -170,7 +170,7 @@ def _further(name: str, owner: type[Request], summary: str, short_names: Mapping
 
 
 def _optional(kind: Any) -> Any:
-    """The type of a field that may be absent: what is said of it stays outside, its limits inside."""
+    """Returns the type of a field that may be absent: what is said of it stays outside, its limits inside."""
     *limits, said = kind.__metadata__
     inner = kind.__origin__
     for limit in limits:

@@ -43,7 +43,7 @@ _ANSWERS: Mapping[str, Any] = {
 
 
 def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialect: Dialect = "native") -> EncodedBody:
-    """The body of a request; it refers to the tensors of `params`."""
+    """Returns the body of a request; it refers to the tensors of `params`."""
     samples = [
         WireSteps(
             steps=sample.steps,
@@ -66,7 +66,7 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
 
 
 def decode_score_request(body: Body, media_type: str) -> ScoreParams:
-    """What a request asks for. The large tensors of a msgpack body that is a `bytearray` are views into it.
+    """Returns what a request asks for. The large tensors of a msgpack body that is a `bytearray` are views into it.
 
     Args:
         body: All of it.
@@ -100,7 +100,7 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
 
 
 def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> EncodedBody:
-    """The body of an answer; it refers to the tensors of `answer`."""
+    """Returns the body of an answer; it refers to the tensors of `answer`."""
     scores = [
         WireSampleScores(
             steps=sample.steps,
@@ -122,7 +122,7 @@ def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> Enco
 
 
 def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
-    """The scores of an answer; tensors as for `decode_rollouts`.
+    """Returns the scores of an answer; tensors as for `decode_rollouts`.
 
     Raises:
         ServerConnectionError: The body is truncated, or no such answer.

@@ -121,7 +121,7 @@ class SentTensor(NamedTuple):
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def as_dtype(self, dtype: object) -> SentTensor:
-        """The same bytes of a flat tensor as elements of another dtype."""
+        """Returns the same bytes of a flat tensor as elements of another dtype."""
         kind = checked_dtype(dtype)
         self._check_flat()
         return self._replace(shape=(self.shape[0] * self.dtype.itemsize // kind.itemsize,), dtype=kind)
@@ -181,12 +181,12 @@ class SentTensor(NamedTuple):
 
 
 def empty_storage() -> SentTensor:
-    """A storage without data."""
+    """Returns a storage without data."""
     return SentTensor(None, 0, (0,), (1,), torch.uint8)
 
 
 def shared_storage(name: object, size: object, dtype: object = torch.uint8) -> SentTensor:
-    """The storage that a sender has put into a segment of this name; `size` elements."""
+    """Returns the storage that a sender has put into a segment of this name; `size` elements."""
     kind, (count,) = checked_dtype(dtype), checked_numbers((size,))
     return SentTensor(SharedStorage(name, count * kind.itemsize), 0, (count,), (1,), kind)
 
@@ -206,7 +206,7 @@ def cuda_tensor(
     event_handle: object,
     event_sync_required: object,
 ) -> SentTensor:
-    """A tensor in memory that another process has on a GPU; the arguments are those of torch's own function for it."""
+    """Returns a tensor in memory that another process has on a GPU; the arguments are those of torch's own function for it."""
     shape, strides, kind = checked_numbers(size), checked_numbers(stride), checked_dtype(dtype)
     first, nbytes, place, count_place = checked_numbers((offset, storage_bytes, storage_offset, counter_offset))
     found = SentTensor(None, 0, (nbytes // kind.itemsize,), (1,), kind).view(first, shape, strides)
@@ -234,12 +234,12 @@ def cuda_tensor(
 
 
 def gpu_uuid(index: int) -> str:
-    """The UUID of a GPU of this machine, as torch writes it."""
+    """Returns the UUID of a GPU of this machine, as torch writes it."""
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def _cuda_device(device: object) -> int:
-    """The index of a GPU that is given by its index or by its UUID."""
+    """Returns the index of a GPU that is given by its index or by its UUID."""
     for index in range(torch.cuda.device_count()):
         if (type(device) is int and device == index) or (type(device) is str and device == gpu_uuid(index)):
             return index
@@ -247,7 +247,7 @@ def _cuda_device(device: object) -> int:
 
 
 def checked_numbers(values: object) -> tuple[int, ...]:
-    """A short tuple of natural numbers of a size that cannot overflow anything."""
+    """Returns a short tuple of natural numbers of a size that cannot overflow anything."""
     if type(values) is not tuple or len(values) > _MAX_DIMS:
         raise TypeError("a shape must be a short tuple")
     if not all(type(value) is int and 0 <= value <= _MAX_NUMBER for value in values):
@@ -256,7 +256,7 @@ def checked_numbers(values: object) -> tuple[int, ...]:
 
 
 def checked_dtype(dtype: Any) -> torch.dtype:
-    """What has to be a dtype."""
+    """Returns what has to be a dtype."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError("a dtype must be one")
     return dtype

@@ -33,7 +33,7 @@ _NAMES: Mapping[Any, str] = {NoneType: "null", None: "null", str: "a string", in
 
 
 def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object in a request body; NaN, infinities and numbers out of range are no JSON.
+    """Returns the JSON object in a request body; NaN, infinities and numbers out of range are no JSON.
 
     Raises:
         MalformedRequestError: It holds anything else.
@@ -50,7 +50,7 @@ def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def parse(kind: type[RequestT], data: object) -> RequestT:
-    """The request that `data` holds, each value checked against its own rule, and those between fields.
+    """Returns the request that `data` holds, each value checked against its own rule, and those between fields.
 
     Rules of `SamplingParams` are checked by the request's `to_params`.
 
@@ -88,7 +88,7 @@ def _check_names(kind: type[Request], data: dict[Any, Any]) -> None:
 
 
 def _first_wrong(kind: type[Request], data: dict[str, Any], parent: str = "") -> InvalidRequestError:
-    """The error of the first field whose value breaks its rule."""
+    """Returns the error of the first field whose value breaks its rule."""
     for name, field in _fields(kind).items():
         wrong, value = "nothing", data.get(name)
         if name in data:
@@ -108,14 +108,14 @@ def _first_wrong(kind: type[Request], data: dict[str, Any], parent: str = "") ->
 
 
 def _item_at(value: Any, message: str) -> object:
-    """The part of a value that msgspec's message is about; the value of an object that is no string, which it does not name."""
+    """Returns the part of a value that msgspec's message is about, which does not name an object's value that is no string."""
     for index in re.findall(r"\[(\d+|\.\.\.)\]", message.rpartition(" - at `$")[2]):
         value = value[int(index)] if index != "..." else next(one for one in value.values() if not isinstance(one, str))
     return value
 
 
 def shown(value: object) -> str:
-    """The value as an error message shows it: short, whatever it is."""
+    """Returns the value as an error message shows it: short, whatever it is."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = _MAX_NAME_CHARS
     try:
@@ -133,20 +133,20 @@ def _fields(kind: type[Request]) -> Mapping[str, msgspec.structs.FieldInfo]:
 
 @cache
 def nested_request(kind: type[Request], field: str) -> type[Request] | None:
-    """The class of a field that is an object of fields."""
+    """Returns the class of a field that is an object of fields."""
     hint = _fields(kind)[field].type if field in kind.__struct_fields__ else None
     parts = get_args(getattr(hint, "__origin__", hint))
     return next((part for part in parts if inspect.isclass(part) and issubclass(part, Request)), None)
 
 
 def _about(hint: Any) -> tuple[str, str]:
-    """Remedy and rule of a field."""
+    """Returns remedy and rule of a field."""
     said = hint.__metadata__[-1].extra
     return said["remedy"], said["rule"] or f"be {_listed(_words(hint), 'or')}"
 
 
 def _words(hint: Any, limits: Sequence[Meta] = ()) -> list[str]:
-    """What a value may be, as its type and limits say it; alternatives one by one, null first."""
+    """Returns what a value may be, as its type and limits say it; alternatives one by one, null first."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _words(hint.__origin__, hint.__metadata__)

@@ -162,7 +162,7 @@ class UpdateObject(WeightUpdate):
 
     @classmethod
     def of(cls, update: WeightUpdate) -> UpdateObject:
-        """What is said of an update."""
+        """Returns what is said of an update."""
         message = f"{update.module} is of version {update.weight_version}, was of {update.previous_version}"
         return cls(message=message, **dataclasses.asdict(update))
 
@@ -228,6 +228,6 @@ class AdapterChangeObject(AdapterChange):
 
     @classmethod
     def of(cls, change: AdapterChange, done: str) -> AdapterChangeObject:
-        """What is said of a change; `done` is its verb."""
+        """Returns what is said of a change; `done` is its verb."""
         message = f"{change.lora_name} is {done}, in version {change.weight_version}"
         return cls(message=message, **{field.name: getattr(change, field.name) for field in dataclasses.fields(change)})

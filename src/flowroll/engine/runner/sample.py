@@ -27,12 +27,12 @@ class Conditioning:
     """The data that the samples of one request share, on the model's device.
 
     Attributes:
-            plan: The request.
+        plan: The request.
         model: The model that runs it.
         transformer: The denoiser, with the adapter that the request names.
         env: The transformer's fixed arguments.
         fixed: The same, as the forwards of a step take them.
-            timesteps: The timesteps as the model takes them.
+        timesteps: The timesteps as the model takes them.
         dts: The next sigma minus the sigma, of each step.
         record: The record of how the samples are made.
     """

@@ -130,7 +130,7 @@ class Dispatcher:
 
 
 def outcome(ended: Future[Any]) -> tuple[Any, BaseException | None, tuple[StageSpan, ...]]:
-    """The result, the error and the spans of a call that has ended.
+    """Returns the result, the error and the spans of a call that has ended.
 
     The error is one of ours: another process may not know the class of any other, or not be able to make one.
     """

@@ -317,7 +317,7 @@ class EngineService:
         return self._guarded(lambda: self.engine.commit_weights(staged, weight_version=weight_version, mode=mode))
 
     def is_open(self, update_id: str) -> bool:
-        """Whether tensors of the update may still come."""
+        """Returns whether tensors of the update may still come."""
         receiver = self._updates.get(update_id)
         return receiver is not None and receiver.is_open
 

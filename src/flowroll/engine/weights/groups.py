@@ -30,7 +30,7 @@ class WeightGroups:
         self._joining = threading.Lock()
 
     def find(self, name: str, group_id: str | None = None) -> BroadcastGroup:
-        """The group of this name.
+        """Returns the group of this name.
 
         Args:
             name: Of the group.

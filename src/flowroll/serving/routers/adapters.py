@@ -36,7 +36,7 @@ from flowroll.wire.weights import (
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes about adapters."""
+    """Returns the routes about adapters."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -137,7 +137,7 @@ def _without(folder: str) -> Iterator[None]:
 
 
 def _find(accepted: LoadAdapterRequest, config: ServerConfig) -> AdapterFiles:
-    """The files that are to be read; all of them lie where the client may have them read."""
+    """Returns the files that are to be read; all of them lie where the client may have them read."""
     files = find_adapter(allowed_path(accepted.lora_path, config.weights_roots, "lora_path"))
     check_inside([files.config, files.weights], config.weights_roots, "lora_path")
     return files

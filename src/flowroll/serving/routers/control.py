@@ -16,7 +16,7 @@ from flowroll.wire.names import ABORT_ROUTE, CONTINUE_ROUTE, PAUSE_ROUTE
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes that steer generation."""
+    """Returns the routes that steer generation."""
     router = APIRouter(tags=["control"])
     engine = state.engine
 

@@ -21,7 +21,7 @@ SEED_HEADER = "x-flowroll-seed"
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The generation route."""
+    """Returns the generation route."""
     router = APIRouter(tags=["images"])
 
     @router.post(

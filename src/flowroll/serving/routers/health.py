@@ -55,7 +55,7 @@ _FAILED: dict[int | str, dict[str, object]] = {
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The health routes."""
+    """Returns the health routes."""
     router = APIRouter(tags=["health"])
 
     @router.get("/liveness", summary="The process answers", description="Open even where the server demands a token.")

@@ -19,7 +19,7 @@ from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes about memory."""
+    """Returns the routes about memory."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 

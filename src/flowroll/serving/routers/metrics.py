@@ -10,7 +10,7 @@ from flowroll.serving.state import AppState
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The metrics route."""
+    """Returns the metrics route."""
     router = APIRouter(tags=["status"])
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=COMMON_RESPONSES)

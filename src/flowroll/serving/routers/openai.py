@@ -80,7 +80,7 @@ class ImagesObject:
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes that OpenAI has too."""
+    """Returns the routes that OpenAI has too."""
     router = APIRouter(prefix="/v1", tags=["openai"])
     info = state.engine.facts.info
     served = ServedModel(id=Path(info.model).resolve().name, created=int(time.time()))

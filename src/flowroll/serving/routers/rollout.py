@@ -17,7 +17,7 @@ from flowroll.wire.schema import RolloutRequest
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The rollout route."""
+    """Returns the rollout route."""
     router = APIRouter(tags=["rollout"])
 
     @router.post(

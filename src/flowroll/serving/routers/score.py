@@ -16,7 +16,7 @@ from flowroll.wire.scoring import encode_score_answer
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The score route."""
+    """Returns the score route."""
     router = APIRouter(tags=["rollout"])
 
     @router.post(

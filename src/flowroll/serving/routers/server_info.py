@@ -105,7 +105,7 @@ class ServerInfo:
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The info route."""
+    """Returns the info route."""
     router = APIRouter(tags=["status"])
     facts, config = state.engine.facts, state.config
 

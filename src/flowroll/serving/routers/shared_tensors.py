@@ -33,7 +33,7 @@ _MOST_SHOWN = 5
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes for tensors that are not in the body."""
+    """Returns the routes for tensors that are not in the body."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -113,7 +113,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _decode(body: bytearray, gpu_uuid: str | None) -> tuple[UpdateFromTensorRequest, bytes, list[bytes]]:
-    """The request, the entry that is read, and the others."""
+    """Returns the request, the entry that is read, and the others."""
     accepted = parse(UpdateFromTensorRequest, parse_json_body(body))
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")

@@ -34,7 +34,7 @@ _RESPONSES = {
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes that take tensors."""
+    """Returns the routes that take tensors."""
     router = APIRouter(tags=["weights"])
     uploads, config = state.uploads, state.config
 

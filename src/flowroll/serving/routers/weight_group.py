@@ -29,7 +29,7 @@ _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No 
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes about process groups."""
+    """Returns the routes about process groups."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -111,7 +111,7 @@ def build_router(state: AppState) -> APIRouter:
 
 
 def _described(sent: dict[str, Any]) -> tuple[UpdateFromGroupRequest, list[TensorHead]]:
-    """The request and the tensors that it announces."""
+    """Returns the request and the tensors that it announces."""
     accepted = parse(UpdateFromGroupRequest, sent)
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")

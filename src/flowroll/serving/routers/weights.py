@@ -32,7 +32,7 @@ from flowroll.wire.weights import (
 
 
 def build_router(state: AppState) -> APIRouter:
-    """The routes about weights."""
+    """Returns the routes about weights."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -87,7 +87,7 @@ def build_router(state: AppState) -> APIRouter:
 
 
 def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
-    """The files that are to be read; all of them lie where the client may have them read."""
+    """Returns the files that are to be read; all of them lie where the client may have them read."""
     if accepted.weight_version is not None:
         check_version(accepted.weight_version, "weight_version")
     path = allowed_path(accepted.model_path, config.weights_roots)
@@ -97,7 +97,7 @@ def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
 
 
 def _read_expected(body: bytearray) -> tuple[VerifyRequest, list[tuple[str, str]]]:
-    """The request, and what it expects with names that are there twice, of which a parser keeps the last in silence."""
+    """Returns the request, and what it expects with names that are there twice, of which a parser keeps the last in silence."""
     accepted = parse(VerifyRequest, parse_json_body(body))
 
     class Pairs(dict[str, Any]):
