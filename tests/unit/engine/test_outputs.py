@@ -65,7 +65,9 @@ def test_no_number_that_is_none_leaves_the_engine(engine: Engine, value: float) 
     pipeline = engine._pipeline
     modules = {
         # The first encoder of FLUX.1 makes the pooled projection alone.
-        f"pos_cond_kwargs.({engine._model.family.embeds_key}|pooled_projections) of": pipeline.text_encoder.get_input_embeddings(),
+        f"pos_cond_kwargs.({engine._model.family.embeds_key}|pooled_projections) of the prompt": (
+            pipeline.text_encoder.get_input_embeddings()
+        ),
         "latents of the sample with seed 7": pipeline.transformer,
         "image of the sample with seed 7": pipeline.vae.decoder,
     }
