@@ -98,12 +98,8 @@ class Diagnosis:
             shown = f"a scale of {record.guidance_scale} means {rule}, the record says {record.guidance_rule}"
             yield Cause("guidance", f"another guidance: {shown}")
         embedded, given = self.source.recipe.guidance.embedded, self.source.env.guidance
-        if (
-            given is not None
-            and embedded is not None
-            and not torch.equal(given.cpu(), torch.tensor(embedded, dtype=given.dtype))
-        ):
-            shown = f"the record says {embedded:g}, the env holds {given.item():g}"
+        if given is not None and embedded is not None and given.tolist() != torch.tensor(embedded, dtype=given.dtype).item():
+            shown = f"the record says {embedded:g}, the env holds {given.tolist()}"
             yield Cause("guidance", f"another scale for the model's own guidance: {shown}")
 
     def _latents(self) -> Iterator[Cause]:

@@ -27,10 +27,11 @@ def test_z_image_latents_are_the_noise() -> None:
     assert geometry.latent_shape == (16, 8, 12) and geometry.noise_shape == (1, 16, 8, 12) and geometry.num_tokens == 24
 
 
-def test_the_qwen_image_timestep_is_rounded_before_the_division() -> None:
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+def test_the_timestep_is_rounded_before_the_division(name: str) -> None:
     timesteps = torch.linspace(1, 1000, 100)
     expected = (timesteps.to(torch.bfloat16) / 1000).float()
-    assert torch.equal(QwenImage().model_timesteps(timesteps, torch.bfloat16).float(), expected)
+    assert torch.equal(FAMILIES[name].model_timesteps(timesteps, torch.bfloat16).float(), expected)
     assert not torch.equal(expected, (timesteps / 1000).to(torch.bfloat16).float())
 
 
