@@ -42,7 +42,9 @@ def _row(name: str, scale: float, rounds: int) -> str:
         size = {"height": SIZE, "width": SIZE, "num_inference_steps": 2}
         with Engine(checkpoint, dtype="float32", device="cpu") as engine:
             kept = {"return_denoising_env": True, "return_dit_trajectory": True}
-            (rollout,) = engine.rollout(prompt="a photo of two wine glasses", seed=1, guidance_scale=scale, **size, **kept)
+            # A family with one scale takes the second of these, one with two takes both and needs the negative prompt.
+            guidance = {"guidance_scale": scale, "true_cfg_scale": scale, "negative_prompt": "blurry"}
+            (rollout,) = engine.rollout(prompt="a photo of two wine glasses", seed=1, **guidance, **size, **kept)
         transformer = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32).transformer
         replay.align_weights(transformer)
     calls = _calls(rollout)

@@ -55,7 +55,7 @@ def make_rollout(
             for field in made.conditioning.fields
             if field.source == "prompt"
         }
-        return {**values, **made.size_fields(geometry, tokens)}
+        return {**values, **made.size_fields(geometry, tokens, dtype)}
 
     record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
     fields: dict[str, Any] = {
@@ -72,7 +72,9 @@ def make_rollout(
             model_output=normal(steps, *latent),
         ),
         "denoising_env": DenoisingEnv(
-            pos_cond_kwargs=branch(text_tokens), neg_cond_kwargs=branch(text_tokens - 1) if guided else None
+            pos_cond_kwargs=branch(text_tokens),
+            neg_cond_kwargs=branch(text_tokens - 1) if guided else None,
+            guidance=None if record.embedded_guidance_scale is None else torch.tensor(record.embedded_guidance_scale),
         ),
         "dit_trajectory": Trajectory(
             latents=normal(steps + 1, *latent),
@@ -116,6 +118,7 @@ def make_record(
     """A record with sigmas that are no round numbers."""
     grid = torch.linspace(1, 0, steps + 1) ** 1.1
     sigmas = tuple(grid.tolist())
+    conditioning = FAMILIES[family].conditioning
     return SamplingRecord(
         family=family,
         variant="base",
@@ -134,6 +137,8 @@ def make_record(
         model_dtype="torch.bfloat16",
         timestep_dtype="torch.float32",
         device="cpu",
+        embedded_guidance_scale=3.5 if conditioning.in_place("guidance") else None,
+        rope_axes=(4, 6, 6) if conditioning.table else None,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.adapters import policy, saved
+from tests.guiding import guided
 from tests.pairs import deal
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, with_other
@@ -17,12 +18,13 @@ from flowroll.types import Layout
 
 LAYOUTS = {"sp2": Layout(sp=2), "tp2": Layout(tp=2), "cfg2": Layout(cfg_parallel=True)}
 # Enough image tokens for two ranks: rows are shared from 64 a rank on.
-ROLLOUT = {**REQUEST, "height": 192, "width": 192, "guidance_scale": 3.0}
+ROLLOUT = {**REQUEST, "height": 192, "width": 192}
 # With linears that regions hook: rows are narrowed and gathered there.
 TARGETS = {
     "qwen_image": ["to_q", "to_out.0", "net.2", "img_mod.1", "img_in", "proj_out"],
     "z_image": ["to_q", "to_out.0", "w2", "0.adaLN_modulation.0"],
     "sd3": ["to_q", "to_out.0", "net.2", "norm1.linear", "context_embedder", "proj_out"],
+    "flux": ["to_q", "to_out.0", "net.2", "norm1.linear", "proj_mlp", "x_embedder", "proj_out"],
 }
 
 
@@ -55,9 +57,10 @@ def _load(engine: Engine, folder: Path) -> None:
 def _everything(engine: Engine, folder: Path) -> list[Rollout]:
     """Rollouts with and without adapters, also after the weights below were changed."""
     _load(engine, folder)
-    found = [engine.rollout(**ROLLOUT, lora_name=name)[0] for name in (None, "a", "m")]
+    request = guided(engine.info.family, 3.0, **ROLLOUT)
+    found = [engine.rollout(**request, lora_name=name)[0] for name in (None, "a", "m")]
     engine.update_weights_from_disk(folder / "other")
-    return found + [engine.rollout(**ROLLOUT, lora_name=name)[0] for name in ("a", "m")]
+    return found + [engine.rollout(**request, lora_name=name)[0] for name in ("a", "m")]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_several_ranks_have_the_bits_of_one(several: Engine, adapters: Path, exp
     assert (scored.velocity == found[4].debug_tensors.model_output[0]).all()
     several.unload_lora_adapter("a")
     assert [adapter.name for adapter in several.lora_adapters()] == ["m"]
-    assert_same_bits(several.rollout(**ROLLOUT, lora_name="m")[0], expected[4])
+    assert_same_bits(several.rollout(**guided(several.info.family, 3.0, **ROLLOUT), lora_name="m")[0], expected[4])
 
 
 def test_an_adapter_that_another_rank_reads_otherwise_is_loaded_by_none(z_image_checkpoint: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from flowroll.engine import Engine
 GROUP: dict[str, Any] = {**REQUEST, "guidance_scale": 3.0, "num_outputs_per_prompt": 2}
 # An adapter that is trained in float32 over bfloat16 weights is what peft makes by default.
 CASES = [("qwen_image", "float32", "float32"), ("qwen_image", "bfloat16", "bfloat16"), ("z_image", "float32", "float32")]
-CASES += [("z_image", "bfloat16", "bfloat16"), ("qwen_image", "bfloat16", "float32")]
+CASES += [("z_image", "bfloat16", "bfloat16"), ("qwen_image", "bfloat16", "float32"), ("flux", "float32", "float32")]
 
 
 def assert_replayed(trainer: Any, group: list[Rollout]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.driving import generate_here, rollout_here
+from tests.guiding import guided
 from tests.pairs import DTYPES, dealt, paired
 from tests.rollouts import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,11 +24,13 @@ ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory"
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
 NAMES = tuple(FAMILIES)
 # Operations of a whole request beyond the pipeline's: on the sigma grid, views of a constant, and a sum over each of four
-# tensors (both embeddings, the final latents, the picture; for SD3 the pooled ones too), which shows whether they are finite.
+# tensors (both embeddings, the final latents, the picture; for SD3 and FLUX.1 the pooled ones too, for FLUX.1 ids and scale),
+# which shows whether they are finite.
 EXTRA_OPS: dict[str, Counter[str]] = {
     "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, sum=4, _local_scalar_dense=4),
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
+    "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
 }
 
 
@@ -93,7 +96,7 @@ def test_the_environment_reproduces_every_velocity(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, cfg: bool
 ) -> None:
     engine = engine_of(name, dtype)
-    rollout = engine.rollout(**REQUEST, **ALL, guidance_scale=3.0 if cfg else 0.0)[0]
+    rollout = engine.rollout(**guided(name, 3.0 if cfg else 0.0, **REQUEST, **ALL))[0]
     debug, trajectory = parts(rollout, engine.info.device)
     record, family, transformer = rollout.sampling, FAMILIES[name], pipeline_of(name, dtype).transformer
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
@@ -113,8 +116,10 @@ def test_the_environment_reproduces_every_velocity(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str], Engine], name: str) -> None:
     family = FAMILIES[name]
-    env = engine_of(name, "float32").rollout(**REQUEST, **ALL)[0].denoising_env
-    assert env is not None and env.image_kwargs == {} and env.guidance is None
+    (rollout,) = engine_of(name, "float32").rollout(**guided(name, 3.0, **REQUEST, **ALL))
+    env, embedded = rollout.denoising_env, rollout.sampling.embedded_guidance_scale
+    assert env is not None and env.image_kwargs == {}
+    assert (env.guidance, embedded) == ((4.5, 4.5) if family.conditioning.in_place("guidance") else (None, None))
     for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
         assert branch is not None
         fields = family.conditioning.in_place("pos_cond_kwargs")
@@ -240,7 +245,7 @@ def test_plain_generation_allocates_nothing_that_the_pipeline_does_not(
 ) -> None:
     engine, pipeline = engine_of(name, "bfloat16"), pipeline_of(name, "bfloat16")
     size = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 3}
-    negative = FAMILIES[name].variants["base"].negative_prompt
+    negative = next(iter(FAMILIES[name].variants.values())).negative_prompt
     counts = []
     for run in (
         lambda: pipeline(**size, negative_prompt=negative, output_type="pt"),

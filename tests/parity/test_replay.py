@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import guided
 from tests.pairs import DTYPES, paired
 from tests.parity.adapters import add_adapters
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     cfg: bool,
     dynamics: str,
 ) -> None:
-    options = {**REQUEST, **CHOICES[dynamics], "guidance_scale": 3.0 if cfg else 0.0}
+    options = guided(name, 3.0 if cfg else 0.0, **REQUEST, **CHOICES[dynamics])
     group = engine_of(name, dtype).rollout(**options, num_outputs_per_prompt=2)
     transformer = pipeline_of(name, dtype).transformer
     assert next(transformer.parameters()).requires_grad and torch.is_grad_enabled()
@@ -127,9 +128,11 @@ def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
     engine = engine_of(name, dtype)
     rollouts = [
         *engine.rollout(**REQUEST, num_outputs_per_prompt=2),
-        *engine.rollout(**{**REQUEST, "prompt": long_prompt(name), "width": 96}),
+        *engine.rollout(**guided(name, 4.0, **{**REQUEST, "prompt": long_prompt(name), "width": 96})),
         *engine.rollout(**{**REQUEST, "prompt": "", "height": 144}, guidance_scale=0.0, sde_type="cps"),
-        *engine.rollout(**{**REQUEST, "negative_prompt": long_prompt(name)}, noise_level=0.3, sde_step_indices=(0, 2)),
+        *engine.rollout(
+            **guided(name, 4.0, **REQUEST, negative_prompt=long_prompt(name)), noise_level=0.3, sde_step_indices=(0, 2)
+        ),
     ]
     transformer = pipeline_of(name, dtype).transformer
     for micro_batch in (1, 2, 5, 100):
@@ -269,4 +272,6 @@ def test_a_trainer_in_another_dtype_is_refused_unless_it_says_so(
     assert caught.value.field == "dtype"
     log_probs = replay.log_prob(transformer, group, dtype=torch.float32)
     assert not torch.equal(log_probs.detach().cpu(), recorded(group))
-    torch.testing.assert_close(log_probs.detach().cpu(), recorded(group), rtol=0, atol=0.05)
+    # FLUX.1 multiplies the timestep and its scale by 1000 in its own dtype, where bfloat16 is up to 4 off.
+    off = 0.5 if name == "flux" else 0.05
+    torch.testing.assert_close(log_probs.detach().cpu(), recorded(group), rtol=0, atol=off)

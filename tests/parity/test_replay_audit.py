@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import guided
 from tests.pairs import FAMILY_WITH_DTYPE
 from torch import nn
 
-from flowroll import DenoisingEnv, Rollout, replay
+from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES
@@ -30,7 +31,7 @@ REQUEST = {
 @pytest.fixture
 def made(engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str):
     """A guided rollout, and the transformer that a trainer has."""
-    return engine_of(name, dtype).rollout(**REQUEST, guidance_scale=4.0)[0], pipeline_of(name, dtype).transformer
+    return engine_of(name, dtype).rollout(**guided(name, 4.0, **REQUEST))[0], pipeline_of(name, dtype).transformer
 
 
 def changed(rollout: Rollout, **parts: Any) -> Rollout:
@@ -163,7 +164,7 @@ def test_sigmas_shifted_by_one(made: Any, shifted: str) -> None:
 @pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
 def test_the_wrong_negative_prompt(engine_of: Callable[[str, str], Engine], made: Any, name: str, dtype: str) -> None:
     rollout, transformer = made
-    other = engine_of(name, dtype).rollout(**REQUEST, negative_prompt="many ugly bears", guidance_scale=4.0)[0]
+    other = engine_of(name, dtype).rollout(**guided(name, 4.0, **REQUEST, negative_prompt="many ugly bears"))[0]
     wrong = changed(rollout, denoising_env=other.denoising_env)
     only_cause(replay.audit(transformer, [wrong]), "env", "the negative prompt's branch is not the one that the rollout")
     wrong = as_of_old(wrong)
@@ -177,8 +178,9 @@ def test_the_wrong_prompt_needs_the_records_digest_or_the_text_encoder(
     engine_of: Callable[[str, str], Engine], made: Any, name: str, dtype: str
 ) -> None:
     rollout, transformer = made
-    other = engine_of(name, dtype).rollout(**{**REQUEST, "prompt": "two blue cows"}, guidance_scale=4.0)[0].denoising_env
-    env = DenoisingEnv(pos_cond_kwargs=other.pos_cond_kwargs, neg_cond_kwargs=rollout.denoising_env.neg_cond_kwargs)
+    (cows,) = engine_of(name, dtype).rollout(**guided(name, 4.0, **{**REQUEST, "prompt": "two blue cows"}))
+    other = cows.denoising_env
+    env = dataclasses.replace(rollout.denoising_env, pos_cond_kwargs=other.pos_cond_kwargs)
     wrong = changed(rollout, denoising_env=env)
     for debug in (rollout.debug_tensors, None):
         report = replay.audit(transformer, [changed(wrong, debug_tensors=debug)])
@@ -229,8 +231,8 @@ def test_a_tampered_length_of_the_text(made: Any) -> None:
     short = {**env.pos_cond_kwargs, key: env.pos_cond_kwargs[key][:-1]}
     tampered = changed(rollout, denoising_env={"pos_cond_kwargs": short})
     if "txt_seq_lens" not in env.pos_cond_kwargs:
-        # Where texts have one length, the branches of a pair cannot be stacked any more.
-        with pytest.raises(InvalidRequestError, match=f"hold {key} of one shape in both branches"):
+        # Where texts have one length, the branches of a pair cannot be stacked any more, or position ids are left over.
+        with pytest.raises(InvalidRequestError, match=f"hold ({key} of one shape in both branches|txt_ids for every token)"):
             replay.audit(transformer, [tampered])
         return
     only_cause(replay.audit(transformer, [tampered]), "env", "in the prompt's branch txt_seq_lens is")

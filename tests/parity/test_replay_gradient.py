@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import guided
 from torch import nn
 
 from flowroll import DenoisingEnv, Rollout, replay
@@ -31,7 +32,9 @@ def in_float64(env: DenoisingEnv) -> DenoisingEnv:
 
     negative = env.neg_cond_kwargs
     return DenoisingEnv(
-        pos_cond_kwargs=branch(env.pos_cond_kwargs), neg_cond_kwargs=None if negative is None else branch(negative)
+        pos_cond_kwargs=branch(env.pos_cond_kwargs),
+        neg_cond_kwargs=None if negative is None else branch(negative),
+        guidance=env.guidance,
     )
 
 
@@ -59,7 +62,7 @@ def test_gradients_agree_with_finite_differences(
 ) -> None:
     if engine_of(name, "float32").info.device != "cpu":
         pytest.skip("one device is enough")
-    rollout = engine_of(name, "float32").rollout(**REQUEST, sde_type=sde_type, guidance_scale=3.0 if cfg else 0.0)[0]
+    rollout = engine_of(name, "float32").rollout(**guided(name, 3.0 if cfg else 0.0, **REQUEST, sde_type=sde_type))[0]
     transformer = copy.deepcopy(pipeline_of(name, "float32").transformer)
     step = 1
     log_prob = replay.log_prob(transformer, [rollout], steps=[step])[0, 0]

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.guiding import guided
 from torch import Tensor, nn
 
 from flowroll import Rollout, replay
@@ -54,7 +55,7 @@ def test_a_lora_of_pefts_starts_at_ratio_one_is_alone_trained_and_leaves_ratio_o
     dtype: str,
     adapt: Callable[[nn.Module], nn.Module],
 ) -> None:
-    group = engine_of(name, dtype).rollout(**REQUEST, guidance_scale=3.0, num_outputs_per_prompt=2)
+    group = engine_of(name, dtype).rollout(**guided(name, 3.0, **REQUEST, num_outputs_per_prompt=2))
     policy = adapt(copy.deepcopy(pipeline_of(name, dtype).transformer))
     trained = {key: weight for key, weight in policy.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in key for key in trained)

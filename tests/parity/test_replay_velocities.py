@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import in_words_of
 
 from flowroll import replay
 from flowroll.engine import Engine
@@ -28,7 +29,7 @@ REQUEST = {
 def test_at_recorded_latents_they_are_the_recorded_bits_in_any_order(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:
-    rollout = engine_of(name, dtype).rollout(**REQUEST)[0]
+    rollout = engine_of(name, dtype).rollout(**in_words_of(name, REQUEST))[0]
     assert rollout.dit_trajectory is not None and rollout.debug_tensors is not None
     steps = [2, 0, 1, 0]
     transformer = pipeline_of(name, dtype).transformer

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.guiding import in_words_of
 from tests.rollouts import assert_same_bits
 from tests.unit.engine.scheduler.hand import Hand
 
@@ -43,6 +44,11 @@ MIXTURE: list[dict[str, Any]] = [
 ]
 
 
+def request_of(family: str, number: int) -> dict[str, Any]:
+    """A request of the mixture."""
+    return in_words_of(family, {**BASE, **MIXTURE[number]})
+
+
 @pytest.fixture(scope="module")
 def alone_of(engine_of: Callable[[str, str], Engine]) -> Callable[[str, str, int], list[Rollout]]:
     """What a request of the mixture gives alone; each is run once."""
@@ -50,7 +56,7 @@ def alone_of(engine_of: Callable[[str, str], Engine]) -> Callable[[str, str, int
 
     def get(family: str, dtype: str, number: int) -> list[Rollout]:
         if (family, dtype, number) not in known:
-            known[family, dtype, number] = Hand(engine_of(family, dtype)).alone(**{**BASE, **MIXTURE[number]})
+            known[family, dtype, number] = Hand(engine_of(family, dtype)).alone(**request_of(family, number))
         return known[family, dtype, number]
 
     return get
@@ -65,7 +71,7 @@ def test_every_sample_has_the_bits_that_it_has_alone_in_any_order_of_arrivals(
     for order in range(ORDERS):
         source = random.Random(order)
         hand = Hand(engine_of(family, dtype), max_batch_samples=source.choice([2, 3, 16]), max_running_samples=8)
-        accepted = _arrive(hand, source)
+        accepted = _arrive(hand, family, source)
         for number, request in accepted:
             if request.exception(0) is None:
                 for ours, expected in zip(request.result(0), alone_of(family, dtype, number), strict=True):
@@ -77,7 +83,7 @@ def test_every_sample_has_the_bits_that_it_has_alone_in_any_order_of_arrivals(
     assert shared > 5 * ORDERS
 
 
-def _arrive(hand: Hand, source: random.Random) -> list[tuple[int, RequestFuture[Any]]]:
+def _arrive(hand: Hand, family: str, source: random.Random) -> list[tuple[int, RequestFuture[Any]]]:
     """A random order of arrivals, cancellations and work, until nothing is left."""
     arrivals = source.sample(range(len(MIXTURE)), source.randint(4, len(MIXTURE)))
     accepted: list[tuple[int, RequestFuture[Any]]] = []
@@ -85,7 +91,7 @@ def _arrive(hand: Hand, source: random.Random) -> list[tuple[int, RequestFuture[
     while arrivals:
         if source.random() < 0.3:
             number = arrivals.pop()
-            accepted.append((number, hand.submit(**{**BASE, **MIXTURE[number]})))
+            accepted.append((number, hand.submit(**request_of(family, number))))
         elif source.random() < 0.03 and accepted:
             hand.cancel(source.choice(accepted)[1])
         else:
@@ -105,7 +111,7 @@ def test_callers_on_several_threads_share_forwards_and_each_gets_its_bits(
 
     def call(number: int) -> None:
         together.wait()
-        answers[number] = engine.rollout(SamplingParams(**{**BASE, **MIXTURE[number]}))
+        answers[number] = engine.rollout(SamplingParams(**request_of(family, number)))
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(len(MIXTURE))]
     for thread in threads:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from tests.guiding import in_words_of
 from tests.pairs import pairs
 
 from flowroll.families import FAMILIES as REGISTERED
@@ -56,12 +57,12 @@ class Case:
     def request(self) -> Request:
         """The request in question."""
         group = {"num_outputs_per_prompt": 2} if self.company == "group" else {}
-        return {**_BASE, **SHAPES[self.shape], "sde_type": self.dynamics, **group}
+        return in_words_of(self.family, {**_BASE, **SHAPES[self.shape], "sde_type": self.dynamics, **group})
 
     @property
     def requests(self) -> list[Request]:
         """Everything that is in flight at once; the request in question comes first."""
-        return [self.request, *company_of(self.company, self.request)]
+        return [self.request, *(in_words_of(self.family, one) for one in company_of(self.company, self.request))]
 
 
 def company_of(company: str, request: Request) -> list[Request]:

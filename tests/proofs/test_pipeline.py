@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import in_words_of
 from tests.pairs import pairs
 from tests.proofs.cases import DTYPES, FAMILIES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf
@@ -26,17 +27,19 @@ ROWS = pairs(
 
 def pipeline_output(pipeline: Any, output_type: str, request: Request) -> Tensor:
     """What the pipeline makes of a request, with classifier-free guidance of the same scale."""
-    arguments = {name: value for name, value in request.items() if name not in ("seed", "guidance_scale")}
+    arguments = {name: value for name, value in request.items() if name != "seed"}
     has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
-    scale = {"true_cfg_scale" if has_true_cfg else "guidance_scale": request["guidance_scale"]}
+    if has_true_cfg and "true_cfg_scale" not in request:
+        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
     generator = torch.Generator(pipeline.device).manual_seed(request["seed"])
-    return pipeline(**arguments, **scale, generator=generator, output_type=output_type).images[0].cpu()
+    return pipeline(**arguments, generator=generator, output_type=output_type).images[0].cpu()
 
 
 def request_of(row: dict[str, Any]) -> dict[str, Any]:
     height, width = row["size"]
     size = {"height": height, "width": width, "num_inference_steps": row["steps"]}
-    return {"prompt": row["prompt"], "negative_prompt": "blurry", "seed": 11, "guidance_scale": row["scale"], **size}
+    guided = in_words_of(row["family"], {"negative_prompt": "blurry", "guidance_scale": row["scale"]})
+    return {"prompt": row["prompt"], "seed": 11, **guided, **size}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(value)[:20] for value in row.values()))
@@ -62,7 +65,8 @@ def test_pictures_of_default_requests_are_the_pipelines_bits(
     engine = engine_of(family, dtype)
     defaults = engine.info.defaults
     request = {"prompt": PROMPTS[0], "seed": 11, "height": 64, "width": 96}
-    filled = {name: getattr(defaults, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    names = ("num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale")
+    filled = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
     expected = pipeline_output(pipeline_of(family, dtype), "pt", {**request, **filled}).float()
     assert torch.equal(engine.rollout(**request, rollout=False)[0].image[:, 0], expected)
     assert torch.equal(engine.generate(**request)[0].image[:, 0], expected)
@@ -70,7 +74,7 @@ def test_pictures_of_default_requests_are_the_pipelines_bits(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bits_agree_at_another_thread_count(family: str, engine_of: EngineOf, pipeline_of: PipelineOf) -> None:
-    request = request_of({"prompt": PROMPTS[0], "size": (80, 144), "steps": 3, "scale": 4.0})
+    request = request_of({"family": family, "prompt": PROMPTS[0], "size": (80, 144), "steps": 3, "scale": 4.0})
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -41,7 +41,8 @@ def assert_shared_out(case: Case, engine: Engine, before: Mapping[str, int]) -> 
     """
     layout = engine.info.layout
     shares_rows = layout.sp == 2 or (layout.sp > 2 and not case.shape.startswith("small"))
-    shares_branches = layout.cfg_parallel and any(request["guidance_scale"] for request in case.requests)
+    scales = [request.get("true_cfg_scale", request["guidance_scale"]) for request in case.requests]
+    shares_branches = layout.cfg_parallel and any(scales)
     shared = {"sp": shares_rows, "tp": layout.tp > 1, "cfg": shares_branches}
     moved = {axis for axis, count in engine.received_bytes.items() if count > before.get(axis, 0)}
     assert moved >= {axis for axis, is_shared in shared.items() if is_shared}

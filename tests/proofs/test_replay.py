@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import in_words_of
 from tests.pairs import pairs
 from tests.proofs.cases import DTYPES, DYNAMICS, EVERYTHING, FAMILIES, SHAPES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf, ServerOf
@@ -68,7 +69,7 @@ def test_the_ratio_is_exactly_one(
 ) -> None:
     key = (row["family"], row["dtype"])
     options = {"seed": 5, "num_inference_steps": 3, "guidance_scale": 4.0, **SHAPES[row["shape"]], **OPTIONS[row["options"]]}
-    request = {**options, **EVERYTHING, "sde_type": row["dynamics"], "num_outputs_per_prompt": 2}
+    request = {**in_words_of(row["family"], options), **EVERYTHING, "sde_type": row["dynamics"], "num_outputs_per_prompt": 2}
     transformer = pipeline_of(*key).transformer
     group = received = engine_of(*key).rollout(**request)
     if row["carrier"] != "engine":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.guiding import in_words_of
 from tests.pairs import pairs, rest_slow
 from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES
 from tests.proofs.doors import assert_same_samples, num_steps, served, together
@@ -23,9 +24,8 @@ from flowroll.client import Client
 from flowroll.engine import Engine
 from flowroll.types import Layout
 
-BASE = {"prompt": "a cat", "height": 192, "width": 192, "num_inference_steps": 8, **EVERYTHING}
+BASE = {"prompt": "a cat", "height": 192, "width": 192, "num_inference_steps": 8, "guidance_scale": 4.0, **EVERYTHING}
 REQUESTS = [{**BASE, "seed": 1}, {**BASE, "seed": 2, "num_outputs_per_prompt": 2}, {**BASE, "seed": 9, "guidance_scale": 0.0}]
-
 
 ROWS = pairs(
     layout=("single", "sp2", "tp2", "cfg2"), family=FAMILIES, dtype=DTYPES, door=("engine", "server"), way=("disk", "tensors")
@@ -75,20 +75,21 @@ def test_an_updated_engine_has_the_bits_of_one_that_was_started_on_the_weights(
     if device == "cuda" and torch.cuda.device_count() < Layout.parse(row["layout"]).num_ranks:
         pytest.skip("needs more CUDA devices")
     folder = checkpoints[row["family"]]
+    requests = [in_words_of(row["family"], request) for request in REQUESTS]
     other = with_other(folder, tmp_path / "other")
     answers_of = {}
     for version, path in (("0", folder), ("1", other)):
         with Engine(path, dtype=row["dtype"], device=device) as engine:
-            answers_of[version] = of_the_weights([engine.rollout(**request) for request in REQUESTS])
+            answers_of[version] = of_the_weights([engine.rollout(**request) for request in requests])
     with opened(row, device, folder, tmp_path) as (door, steps_taken), ThreadPoolExecutor(1) as pool:
-        before = together(door, REQUESTS)
+        before = together(door, requests)
         taken = steps_taken()
-        pending = pool.submit(together, door, REQUESTS)
+        pending = pool.submit(together, door, requests)
         while steps_taken() == taken and not pending.done():
             time.sleep(0.01)
         update(door, other, row["way"])
         during = pending.result()
-        after = together(door, REQUESTS)
+        after = together(door, requests)
     for answers, versions in ((before, {"0"}), (during, {"0", "1"}), (after, {"1"})):
         # No sample mixes the old weights and the new ones: each is wholly of the version that it says it has.
         for number, (answer, plain) in enumerate(zip(answers, of_the_weights(answers), strict=True)):

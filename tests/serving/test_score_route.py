@@ -15,6 +15,7 @@ import httpx
 import msgspec
 import pytest
 import torch
+from tests.guiding import in_words_of
 from tests.serving.servers import WAIT_S, Background, error_of, serving, until
 
 from flowroll import Rollout, replay
@@ -54,7 +55,8 @@ class Served:
 
     def __init__(self, service: EngineService, http: httpx.Client) -> None:
         self.service, self.engine, self.http = service, service.engine, http
-        self.rollouts = [rollout for kind in KINDS for rollout in self.engine.rollout(**{**REQUEST, **kind})]
+        requests = [in_words_of(self.engine.info.family, {"guidance_scale": 4.0, **REQUEST, **kind}) for kind in KINDS]
+        self.rollouts = [rollout for request in requests for rollout in self.engine.rollout(**request)]
 
     def client(self, wire_format: Any = "msgpack") -> Client:
         return Client(str(self.http.base_url), wire_format=wire_format)

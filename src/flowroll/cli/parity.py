@@ -37,6 +37,12 @@ def parity(
     size: Annotated[str | None, typer.Option(metavar="WxH|N", help="Size in pixels.", show_default=_DEFAULT)] = None,
     steps: Annotated[int | None, typer.Option(help="Number of denoising steps.", show_default=_DEFAULT)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=_DEFAULT)] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance, where there are two.", show_default=_DEFAULT)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Text of the unconditional branch.", show_default=_DEFAULT)
+    ] = None,
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -72,6 +78,8 @@ def parity(
         num_inference_steps=steps,
         num_outputs_per_prompt=num_outputs,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        negative_prompt=negative_prompt,
         **{name: level for name, level in levels.items() if level is not None},
     )
     places = {"variant": variant, "dtype": dtype, "device": device, "threads": threads, "rank_timeout_s": rank_timeout_s}

@@ -67,16 +67,16 @@ def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> Denois
     import torch
 
     from flowroll.engine.plan import plan_geometry
-    from flowroll.families import Prompt
 
     record = rollout.sampling
 
     def branch(prompt: str) -> Mapping[str, EnvValue]:
         with torch.no_grad():
-            return model.family.encode(pipeline, Prompt(text=prompt))
+            return model.family.encode(pipeline, model.family.prompt(prompt, record.variant))
 
     negative = None if record.negative_prompt is None else branch(record.negative_prompt)
-    return model.family.env(branch(rollout.prompt), negative, plan_geometry(model, height=record.height, width=record.width))
+    geometry = plan_geometry(model, height=record.height, width=record.width)
+    return model.family.env(branch(rollout.prompt), negative, geometry, embedded=record.embedded_guidance_scale)
 
 
 def _only(what: str, values: Sequence[str]) -> str:

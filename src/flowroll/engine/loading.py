@@ -23,7 +23,7 @@ from flowroll.engine.templates import check_chat_template
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
-from flowroll.families import Family, ModelSpec, Prompt
+from flowroll.families import ModelSpec
 from flowroll.families.alignment import align_weights
 from flowroll.families.conditioning import TOKENS
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
@@ -81,7 +81,7 @@ def load_model(
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
         pipeline.to(device)
         spec = checkpoint.family.spec(pipeline)
-        _check_text(checkpoint.family, pipeline, spec)
+        _check_text(checkpoint, pipeline, spec)
     except FlowrollError:
         raise
     except Exception as error:
@@ -225,9 +225,7 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
     # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
     pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
     with _with_plain_classes(checkpoint) as folder:
-        pipeline = pipeline_class.from_pretrained(
-            folder, **parts, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
     for module in modules.values():
         module.eval()
@@ -272,12 +270,13 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
         yield folder
 
 
-def _check_text(family: Family, pipeline: Any, spec: ModelSpec) -> None:
+def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
     """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
+    family = checkpoint.family
     for name in family.tokenizers:
         check_chat_template(name, getattr(pipeline, name, None), _PROBE)
     with torch.no_grad():
-        encoded = family.encode(pipeline, Prompt(text=_PROBE))
+        encoded = family.encode(pipeline, family.prompt(_PROBE, checkpoint.variant))
     embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
     names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)

@@ -72,8 +72,8 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     schedule = _plan_schedule(params, model, limits, geometry)
     _check_indices(params, schedule.num_steps)
     seeds = _plan_seeds(params, limits)
-    guidance = _plan_guidance(params, model)
     negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
+    guidance = _plan_guidance(params, model, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
     chosen = _plan_transitions(params, schedule) if params.rollout else None
     _check_answer_size(params, limits, geometry, schedule.num_steps, len(seeds))
@@ -120,6 +120,8 @@ def _record(
         timestep_dtype=str(model.family.timestep_dtype(model.dtype)),
         device=model.device.type,
         steps=params.step_rules,
+        embedded_guidance_scale=guidance.embedded,
+        rope_axes=model.spec.rope_axes,
     )
 
 
@@ -161,13 +163,18 @@ def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) ->
     return geometry
 
 
-def _plan_guidance(params: SamplingParams, model: ModelFacts) -> Guidance:
-    """Chooses the scale of classifier-free guidance, and a second scale if the model takes one as an input."""
+def _plan_guidance(params: SamplingParams, model: ModelFacts, *, has_negative: bool) -> Guidance:
+    """Chooses the scale of classifier-free guidance, and beside it the scale that the model is given as an input.
+
+    A family with two scales runs an unconditional branch only for a request that has a negative prompt, as its pipeline does;
+    without one the scale of that guidance is 1, whatever was asked for. A model that takes no scale is given none.
+    """
     defaults = model.family.variants[model.variant]
-    if not model.spec.embeds_guidance:
+    if defaults.true_cfg_scale is None:
         return model.family.guidance(_first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale))
-    embedded = _first(params.guidance_scale, defaults.guidance_scale)
-    return model.family.guidance(_first(params.true_cfg_scale, defaults.true_cfg_scale, 1.0), embedded)
+    scale = _first(params.true_cfg_scale, defaults.true_cfg_scale) if has_negative else 1.0
+    embedded = _first(params.guidance_scale, defaults.guidance_scale) if model.spec.embeds_guidance else None
+    return model.family.guidance(scale, embedded)
 
 
 def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, geometry: Geometry) -> Schedule:

@@ -18,11 +18,12 @@ from flowroll.engine.facts import ModelFacts
 from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
-from flowroll.families.conditioning import TOKENS, ConditioningField
+from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, ConditioningField
 from flowroll.sampling.base import StepRule
 from flowroll.types import (
     DenoisingEnv,
     EnvValue,
+    Number,
     RecordedSteps,
     SampleScores,
     SamplingParams,
@@ -108,7 +109,7 @@ def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits, *, lo
             rule = f"hold {step - 1} beside {step}, whose mean depends on the step before"
             _refuse("steps", rule, list(sample.steps), "send both steps, or ask for log_probs_only")
     recipe.check_env(sample.denoising_env)
-    _check_env(sample.denoising_env, model, geometry)
+    _check_env(sample.denoising_env, record.embedded_guidance_scale, model, geometry)
 
 
 def recipe_of(sample: RecordedSteps, model: ModelFacts, *, device: torch.device | str) -> Recipe:
@@ -185,6 +186,11 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
         )
     except InvalidRequestError as error:
         raise error.within("sampling") from None
+    if record.rope_axes not in (None, model.spec.rope_axes):
+        _refuse(
+            "sampling.rope_axes", f"be {model.spec.rope_axes}, which this model has", record.rope_axes[:8], "use its record"
+        )
+    _check_embedded(record.embedded_guidance_scale, model)
     if not torch.tensor(record.timesteps, dtype=torch.float32).isfinite().all():
         _refuse("sampling.timesteps", "be finite", "NaN or infinity", "use the record as it was sent")
     if steps > limits.max_steps:
@@ -201,7 +207,15 @@ def _options_of(rule: StepRule) -> StepOptions:
     return StepOptions(dynamics=rule.dynamics, noise_level=rule.noise_level)
 
 
-def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None:
+def _check_embedded(scale: Number | None, model: ModelFacts) -> None:
+    """Checks that a record has a scale for the model's own guidance input, if and only if the model has one."""
+    if (scale is not None) != model.spec.embeds_guidance:
+        rule = "be a number for this model" if model.spec.embeds_guidance else "be null for this model"
+        shown = "null" if scale is None else scale
+        _refuse("sampling.embedded_guidance_scale", rule, shown, "use the record as it was sent")
+
+
+def _check_env(env: DenoisingEnv, embedded: Number | None, model: ModelFacts, geometry: Geometry) -> None:
     """Checks an environment against the conditioning fields that the family declares."""
     family = model.family
     for place, is_given in (("image_kwargs", bool(env.image_kwargs)), ("guidance", env.guidance is not None)):
@@ -210,6 +224,8 @@ def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None
     if env.guidance is not None:
         (field,) = family.conditioning.in_place("guidance")
         _check_tensor(field, env.guidance, "denoising_env.guidance", model, {})
+        if env.guidance.item() != torch.tensor(embedded, dtype=torch.float32).item():
+            _refuse("denoising_env.guidance", f"be the record's {embedded}", f"{env.guidance.item():g}", _REMEDY)
     _check_part(env.image_kwargs, "image_kwargs", model, {})
     for place in ("pos_cond_kwargs", "neg_cond_kwargs"):
         if (branch := getattr(env, place)) is not None:
@@ -220,7 +236,8 @@ def _check_branch(branch: Mapping[str, EnvValue], place: str, model: ModelFacts,
     family = model.family
     embeds = branch.get(family.embeds_key)
     tokens = len(embeds) if isinstance(embeds, Tensor) and embeds.ndim else 0
-    _check_part(branch, place, model, {TOKENS: tokens}, family.size_fields(geometry, tokens))
+    sizes = {TOKENS: tokens, IMAGE_TOKENS: geometry.num_tokens}
+    _check_part(branch, place, model, sizes, family.size_fields(geometry, tokens, model.dtype))
 
 
 def _check_part(
@@ -250,7 +267,7 @@ def _check_part(
             continue
         if field.is_tensor:
             _check_tensor(field, value, name, model, sizes)
-        if field.name in expected and not _same_value(value, expected[field.name], model.dtype):
+        if field.name in expected and not _same_value(value, expected[field.name]):
             shown = expected[field.name] if not field.is_tensor else "what the pipeline makes"
             _refuse(name, f"be {shown} for these latents and tokens", _described(value), _REMEDY)
 
@@ -279,9 +296,9 @@ def _check_tensor(
         _refuse(name, "hold finite numbers", _described(value), _REMEDY)
 
 
-def _same_value(value: EnvValue | None, expected: EnvValue, dtype: torch.dtype) -> bool:
+def _same_value(value: EnvValue | None, expected: EnvValue) -> bool:
     if isinstance(value, Tensor) and isinstance(expected, Tensor):
-        return torch.equal(value.cpu(), expected.to(dtype) if expected.is_floating_point() else expected)
+        return torch.equal(value.cpu(), expected)
     return not isinstance(value, Tensor) and value == expected
 
 

@@ -8,12 +8,13 @@ from flowroll.errors import UnsupportedModelError
 from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transformer, run_in_turn
 from flowroll.families.conditioning import ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
+from flowroll.families.flux import Flux
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.sd3 import StableDiffusion3
 from flowroll.families.z_image import ZImage
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3())}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux())}
 
 
 def family_of_pipeline(pipeline_class: str) -> Family:

@@ -8,7 +8,7 @@ call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -76,27 +76,15 @@ def run_in_turn(transformer: Transformer, forward_inputs: Sequence[ForwardInput]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """The text that the encoders get for one branch."""
+    """The text that the encoders get for one branch.
+
+    Attributes:
+        text: The text.
+        max_tokens: The number of tokens at which it is cut, where the variant has its own; None: the family's.
+    """
 
     text: str
-
-
-def reached(guide: Callable[[Tensor], Tensor], target: Tensor, candidates: Iterable[Tensor]) -> float:
-    """Returns the share of these numbers that are the guided velocity of some candidate for the unconditional output."""
-    found = torch.zeros_like(target, dtype=torch.bool)
-    for candidate in candidates:
-        found |= guide(candidate) == target
-    return found.sum().item() / found.numel()
-
-
-def neighbors(solved: Tensor, count: int = 2) -> Iterator[Tensor]:
-    """Returns a tensor with so many numbers of its dtype on either side of each of its own."""
-    below = above = solved
-    yield solved
-    for _ in range(count):
-        below = torch.nextafter(below, torch.full_like(below, -torch.inf))
-        above = torch.nextafter(above, torch.full_like(above, torch.inf))
-        yield from (below, above)
+    max_tokens: int | None = None
 
 
 class Family(ABC):
@@ -166,7 +154,10 @@ class Family(ABC):
         """Encodes one prompt alone, as the pipeline does, and returns its conditioning fields."""
 
     def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
-        """Returns the conditioning fields that follow from the image's size and the number of text tokens; none by default."""
+        """Returns the conditioning fields that follow from the image's size and the number of text tokens; none by default.
+
+        Tensors of floats may have any dtype: `size_fields` converts them as the family declares.
+        """
         return {}
 
     def model_latents(self, latents: Float[Tensor, " *latent"], env: DenoisingEnv) -> Float[Tensor, " *input"]:
@@ -211,11 +202,20 @@ class Family(ABC):
         """Returns the guidance of this scale, which is active where the family's pipeline runs classifier-free guidance."""
         return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale, embedded=embedded)
 
-    def size_fields(self, geometry: Geometry, num_tokens: int) -> dict[str, EnvValue]:
-        """Returns `size_arguments`, and the number of text tokens if the family declares that field."""
-        declared = {field.name for field in self.conditioning.fields}
+    def prompt(self, text: str, variant: str) -> Prompt:
+        """Returns a text as the encoders get it for this variant; one that is not known cuts it as the family does."""
+        known = self.variants.get(variant)
+        return Prompt(text=text, max_tokens=None if known is None else known.max_text_tokens)
+
+    def size_fields(self, geometry: Geometry, num_tokens: int, dtype: torch.dtype) -> dict[str, EnvValue]:
+        """Returns `size_arguments` for a model of this dtype, and the number of text tokens if the family declares it."""
+        declared = {field.name: field for field in self.conditioning.fields}
         lengths: dict[str, EnvValue] = {LENGTHS: [num_tokens]} if LENGTHS in declared else {}
-        return {**self.size_arguments(geometry, num_tokens), **lengths}
+        made = {
+            name: value.to(dtype) if isinstance(value, Tensor) and declared[name].dtype == "model" else value
+            for name, value in self.size_arguments(geometry, num_tokens).items()
+        }
+        return {**made, **lengths}
 
     def noise_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype in which the pipeline draws initial noise."""
@@ -246,7 +246,7 @@ class Family(ABC):
 
         def branch(text: Mapping[str, EnvValue]) -> dict[str, EnvValue]:
             embeds = cast(Tensor, text[self.embeds_key])
-            return {**text, **self.size_fields(geometry, embeds.shape[0])}
+            return {**text, **self.size_fields(geometry, embeds.shape[0], embeds.dtype)}
 
         device = cast(Tensor, positive[self.embeds_key]).device
         env = DenoisingEnv(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from flowroll.families.rotary import RotaryTable
 from flowroll.types import DenoisingEnv, EnvValue
 from flowroll.types.results import replace_tensors
 from flowroll.types.tensors import plain_tensor, tensor_bytes
@@ -23,8 +24,9 @@ Output: TypeAlias = "Tensor | list[Tensor]"
 Branch: TypeAlias = Literal["positive", "negative"]
 
 POSITIVE, NEGATIVE, IMAGES = "pos_cond_kwargs", "neg_cond_kwargs", "image_kwargs"
-# Stands for the length of a text, which is the only size in a tensor's shape that the checkpoint does not fix.
-TOKENS = "tokens"
+# Stand for the length of a text and for the number of image tokens, which are the only sizes in a tensor's shape that the
+# checkpoint does not fix.
+TOKENS, IMAGE_TOKENS = "tokens", "image_tokens"
 # The field that says how many tokens a branch's text has.
 LENGTHS = "txt_seq_lens"
 
@@ -84,8 +86,8 @@ class ConditioningField(Argument):
             reference
             images ("image") or the guidance scale ("scale"). The first two are in each branch of an environment, the third is
             in its `image_kwargs`, the fourth is its `guidance`.
-        shape: The shape of the tensor without batch dimension: `TOKENS`, names of `ModelSpec.widths`, numbers. None: plain
-            values.
+        shape: The shape of the tensor without batch dimension: `TOKENS`, `IMAGE_TOKENS`, names of `ModelSpec.widths`, numbers.
+            None: plain values.
         dtype: The dtype of the tensor. "model": the transformer's; "float32"; "index": booleans or integers.
         is_passed: Whether a forward takes the value. False: it is metadata.
         is_required: Whether every forward needs the value.
@@ -143,12 +145,14 @@ class Conditioning:
         timestep: The argument that takes the timesteps, one per entry of the batch.
         pair: The order of the branches that go through the model as one batch of two; None: each branch has a forward of its
             own, the conditional one first.
+        table: What SGLang-Diffusion sends in place of position ids; None: it sends every field.
     """
 
     fields: tuple[ConditioningField, ...]
     latents: Argument
     timestep: str = "timestep"
     pair: tuple[Branch, Branch] | None = None
+    table: RotaryTable | None = None
 
     @property
     def embeds(self) -> ConditioningField:
@@ -249,6 +253,16 @@ class Conditioning:
                 if field.is_required and (not isinstance(value, Tensor) if field.is_tensor else value is None):
                     yield field.place(branch), field
 
+    def misfits(self, env: DenoisingEnv, *, is_guided: bool) -> Iterator[tuple[str, ConditioningField]]:
+        """Yields the tensors with another number of text tokens than their branch's text embedding, each with its branch."""
+        branches: tuple[Branch, ...] = ("positive", "negative") if is_guided else ("positive",)
+        for branch in branches:
+            embeds = self.embeds.value(env, branch)
+            for field in self.fields:
+                value = field.value(env, branch) if field.shape and field.shape[0] == TOKENS else None
+                if isinstance(value, Tensor) and isinstance(embeds, Tensor) and value.shape[:1] != embeds.shape[:1]:
+                    yield field.place(branch), field
+
     def unequal(self, env: DenoisingEnv) -> ConditioningField | None:
         """Returns the first field of which a pair's branches have different shapes, though they are stacked."""
         for field in self.fields if self.pair else ():
@@ -282,5 +296,8 @@ def _entry(field: ConditioningField, env: DenoisingEnv, branch: Branch) -> Any:
 def _same_value(value: Any) -> Hashable:
     """Returns a key that only equal values share."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), bytes(tensor_bytes(plain_tensor(value.cpu())))
+        # On another device, reading the numbers would make the host wait. There, only one and the same tensor is known to be
+        # equal, and the samples of a request have one. What is kept under a key depends on shapes alone.
+        same = bytes(tensor_bytes(plain_tensor(value))) if value.device.type == "cpu" else id(value)
+        return tuple(value.shape), same
     return tuple(map(_same_value, value)) if isinstance(value, list | tuple) else cast(Hashable, value)

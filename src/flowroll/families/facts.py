@@ -16,17 +16,19 @@ class Defaults:
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
-        guidance_scale: The scale of classifier-free guidance, or of the embedding where the model takes one.
-        negative_prompt: Text of the unconditional branch.
-        true_cfg_scale: The scale of classifier-free guidance beside the embedded one; None: there is one scale.
+        guidance_scale: The scale of classifier-free guidance; where there are two scales, the one that the model is given.
+        negative_prompt: Text of the unconditional branch; None: there is no such branch unless the request has a text for it.
+        true_cfg_scale: The scale of classifier-free guidance where there are two scales; None: there is one.
+        max_text_tokens: The number of tokens at which a prompt is cut; None: the family's.
     """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: Number
-    negative_prompt: str
+    negative_prompt: str | None
     true_cfg_scale: Number | None = None
+    max_text_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class ModelSpec:
         widths: Sizes of the checkpoint's conditioning tensors, by the names that the family's declaration uses.
         patch_size: Latent cells per token along one side.
         embeds_guidance: Whether the transformer takes the guidance scale as an input.
+        rope_axes: Widths of the axes of the rotary embedding, for a family whose forwards take position ids.
         max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
     """
 
@@ -47,6 +50,7 @@ class ModelSpec:
     widths: Mapping[str, int]
     patch_size: int = 2
     embeds_guidance: bool = False
+    rope_axes: tuple[int, ...] | None = None
     max_tokens_per_side: tuple[int, int] | None = None
 
     @property

@@ -18,6 +18,7 @@ from flowroll.errors import UnsupportedModelError
 from flowroll.families.base import Family, Prompt, StepInput
 from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
+from flowroll.families.packing import pack, unpack
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
 from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
 
@@ -104,9 +105,7 @@ class QwenImage(Family):
 
     @override
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
-        _, _, channels, height, width = noise.shape
-        patches = noise.view(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
-        return patches.reshape(height // 2 * (width // 2), channels * 4)
+        return pack(noise[0, 0])
 
     @override
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
@@ -159,8 +158,7 @@ class QwenImage(Family):
     ) -> Float[Tensor, " 1 3 height width"]:
         vae = pipeline.vae
         channels = latents.shape[-1] // 4
-        grid = latents.view(geometry.rows, geometry.columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
-        cells = grid.reshape(1, channels, 1, 2 * geometry.rows, 2 * geometry.columns).to(vae.dtype)
+        cells = unpack(latents, geometry.rows, geometry.columns)[None, :, None].to(vae.dtype)
 
         def per_channel(values: list[float]) -> Tensor:
             return torch.tensor(values).view(1, channels, 1, 1, 1)

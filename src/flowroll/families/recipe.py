@@ -91,7 +91,7 @@ class Recipe:
         on_device = sigmas.to(device)
         return cls(
             family=family,
-            guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
+            guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale, embedded=record.embedded_guidance_scale),
             transitions=transitions_of_record(record, sde_step_indices),
             sigmas=tuple(sigmas.tolist()),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
@@ -104,8 +104,17 @@ class Recipe:
         """Refuses an environment that lacks a field that the forwards need.
 
         Raises:
-            InvalidRequestError: A branch lacks a field, or there is no negative branch although guidance is active.
+            InvalidRequestError: A branch lacks a field, there is no negative branch although guidance is active, or the model's
+                own guidance input is not there although the record has its scale, or the other way round.
         """
+        if (self.guidance.embedded is None) != (env.guidance is None):
+            rule = "hold the tensor guidance" if env.guidance is None else "hold no guidance"
+            given = "none" if env.guidance is None else "a tensor"
+            raise InvalidRequestError(
+                f"denoising_env must {rule}, as the record has embedded_guidance_scale = {self.guidance.embedded}, got {given}"
+                f"{where}; use the env of the same response.",
+                field="denoising_env",
+            )
         if self.guidance.is_active and env.neg_cond_kwargs is None:
             raise InvalidRequestError(
                 f"denoising_env must hold neg_cond_kwargs for a guided rollout, got none{where}; "
@@ -125,6 +134,12 @@ class Recipe:
                 f"denoising_env must hold {what} in {place} for {self.family.name}, got {got}{where}; "
                 "use the env of the same response.",
                 field="denoising_env",
+            )
+        for place, field in self.family.conditioning.misfits(env, is_guided=self.guidance.is_active):
+            raise InvalidRequestError(
+                f"denoising_env must hold {field.name} for every token of {self.family.embeds_key} in {place}, got another "
+                f"number{where}; use the env of the same response.",
+                field=f"denoising_env.{place}.{field.name}",
             )
 
     def score(

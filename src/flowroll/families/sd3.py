@@ -17,9 +17,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, neighbors, reached
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput
 from flowroll.families.conditioning import Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
+from flowroll.families.guidance import fits_positive, guide
 from flowroll.sampling.schedule import ScheduleConfig, scheduler_grid
 from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
 
@@ -135,34 +136,12 @@ class StableDiffusion3(Family):
     @override
     def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
         (found,) = cast("Sequence[Tensor]", outputs)
-        return self.guide(found[0], found[1], one.guidance.scale) if len(found) == 2 else found[0]
-
-    @staticmethod
-    def guide(
-        negative: Float[Tensor, " *latent"], positive: Float[Tensor, " *latent"], scale: Number
-    ) -> Float[Tensor, " *latent"]:
-        """Computes neg + scale (pos - neg) in the dtype of the model."""
-        return negative + scale * (positive - negative)
+        return guide(found[0], found[1], one.guidance.scale) if len(found) == 2 else found[0]
 
     @override
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        """Solves for the unconditional output, element by element, and asks whether a number beside it gives these bits.
-
-        Each operation rounds by up to half a step of the largest number in it, so numbers that far off are tried too. A scale
-        above 2 leaves gaps between the velocities that can be reached: with the right conditional output 997 of 1,000 were
-        found, with a wrong one 750 to 950 (measured on small models at a scale of 4).
-        """
         (found,) = cast("Sequence[Tensor]", outputs)
-        positive, scale = found[1], one.guidance.scale
-        if scale <= 2:
-            return False
-        target = velocity.to(positive.dtype)
-        solved = (target.double() - scale * positive.double()) / (1 - scale)
-        largest = torch.stack([positive.abs(), target.abs(), solved.abs().to(positive.dtype)]).amax(0)
-        (_, _, above) = neighbors(largest, 1)
-        step = (above - largest).double() / 4
-        candidates = ((solved + offset * step).to(positive.dtype) for offset in range(-3, 4))
-        return reached(lambda negative: self.guide(negative, positive, scale), target, candidates) > 0.98
+        return fits_positive(found[1], velocity, one.guidance.scale)
 
     @override
     def decode(

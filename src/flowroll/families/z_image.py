@@ -16,9 +16,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, neighbors, reached
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput
 from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
+from flowroll.families.guidance import neighbors, reached
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float32
 from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
 

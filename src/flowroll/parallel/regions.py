@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowroll.parallel.attention import attend_own_rows, gather_keys, has_last_queries, widen_mask, with_attention
@@ -74,6 +75,8 @@ class ShardedRegion:
 
     def _narrow(self, split: Split, tensor: Tensor) -> Tensor:
         """Returns this rank's part, from the tensor's own size, since some tensors are narrowed before the region begins."""
+        if split.is_behind_others:
+            return self._narrow_behind(split, tensor)
         if split.rows is not None and (rows := self._row_shard(tensor.shape[split.rows])):
             tensor = tensor.narrow(split.rows, rows.start, rows.size)
         if split.branches is not None and self._mesh.shares_branches:
@@ -83,6 +86,15 @@ class ShardedRegion:
             tensor = tensor.view(-1, degree, *tensor.shape[1:])[:, self._mesh.coordinate("cfg")]
         # Contiguous as the whole tensor was, because products of strided inputs may use other kernels.
         return tensor.contiguous()
+
+    def _narrow_behind(self, split: Split, tensor: Tensor) -> Tensor:
+        """Narrows the last rows of a tensor, and keeps the rows before them."""
+        assert split.rows is not None and split.branches is None
+        if self._rows is None:
+            return tensor
+        others = tensor.shape[split.rows] - self._rows.total
+        own = tensor.narrow(split.rows, others + self._rows.start, self._rows.size)
+        return torch.cat((tensor.narrow(split.rows, 0, others), own), dim=split.rows)
 
     def _leave(self, gather: Gather, output: Tensor) -> Tensor:
         if self._rows is not None:

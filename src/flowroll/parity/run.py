@@ -16,9 +16,10 @@ import torch
 
 from flowroll.engine import Engine
 from flowroll.errors import EngineError, FlowrollError
+from flowroll.families import Guidance
 from flowroll.parity.compare import TensorParity, compare_rollouts
 from flowroll.parity.plan import ParityPlan
-from flowroll.types import Layout, Number, Rollout
+from flowroll.types import Layout, Number, Rollout, SamplingParams
 
 # The folders of an absolute path, which are no reader's business.
 _FOLDERS = re.compile(r"(?<![\w./-])/(?:[^\s/'\"]+/)+")
@@ -161,12 +162,27 @@ def command_line(plan: ParityPlan, **changed: str) -> str:
         ["flowroll", "parity", plan.model.resolve().name, "--layouts", ",".join(layout.name for layout in plan.layouts)],
         ["--modes", ",".join(plan.requests), "--prompt", params.prompt],
         ["--seed", str(params.seed), "--num-outputs", str(len(request.seeds)), "--noise-level", f"{params.noise_level:g}"],
-        ["--steps", str(request.schedule.num_steps), "--guidance-scale", f"{request.guidance.scale:g}"],
+        ["--steps", str(request.schedule.num_steps), *_guidance_flags(request.guidance, params)],
         [word for name, value in place.items() for word in (f"--{name}", value)],
     ]
     if not changed:
         lines[-1] += ["--threads", str(plan.num_threads)]
     return " \\\n    ".join(map(shlex.join, lines))
+
+
+def _guidance_flags(guidance: Guidance, params: SamplingParams) -> list[str]:
+    """The flags of a run's scales, and of its negative prompt if it was given one."""
+    flags = ["--guidance-scale", f"{guidance.scale if guidance.embedded is None else guidance.embedded:g}"]
+    if params.true_cfg_scale is not None:
+        flags += ["--true-cfg-scale", f"{params.true_cfg_scale:g}"]
+    if params.negative_prompt is not None:
+        flags += ["--negative-prompt", params.negative_prompt]
+    return flags
+
+
+def _guidance_words(guidance: Guidance) -> str:
+    words = f"{guidance.rule}, scale {guidance.scale:g}" if guidance.is_active else "none"
+    return words if guidance.embedded is None else f"{words}; the model's own scale {guidance.embedded:g}"
 
 
 def _setting(plan: ParityPlan) -> Mapping[str, str]:
@@ -181,7 +197,7 @@ def _setting(plan: ParityPlan) -> Mapping[str, str]:
         "size": f"{geometry.width} x {geometry.height} pixels, {geometry.num_tokens} image tokens",
         "steps": str(request.schedule.num_steps),
         "noise level": f"{params.noise_level:g}",
-        "guidance": f"{record.guidance_rule}, scale {record.guidance_scale:g}" if request.guidance.is_active else "none",
+        "guidance": _guidance_words(request.guidance),
         "dtype": plan.dtype,
         "device": plan.device if plan.device == "cpu" else _gpus(),
         "CPU threads per rank": str(plan.num_threads),

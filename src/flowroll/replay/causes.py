@@ -97,6 +97,10 @@ class Diagnosis:
         if rule != record.guidance_rule:
             shown = f"a scale of {record.guidance_scale} means {rule}, the record says {record.guidance_rule}"
             yield Cause("guidance", f"another guidance: {shown}")
+        embedded, given = self.source.recipe.guidance.embedded, self.source.env.guidance
+        if given is not None and embedded is not None and given.item() != torch.tensor(embedded, dtype=given.dtype).item():
+            shown = f"the record says {embedded:g}, the env holds {given.tolist()}"
+            yield Cause("guidance", f"another scale for the model's own guidance: {shown}")
 
     def _latents(self) -> Iterator[Cause]:
         source, debug, cpu = self.source, self.source.rollout.debug_tensors, torch.device("cpu")

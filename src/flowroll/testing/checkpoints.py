@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from flowroll.errors import CheckpointError, InvalidRequestError
+from flowroll.testing.flux import make_flux
 from flowroll.testing.parts import Size
 from flowroll.testing.qwen_image import make_qwen_image
 from flowroll.testing.sd3 import make_sd3
@@ -25,6 +26,7 @@ BUILDERS: Mapping[str, Callable[[Size, int, dict[str, Any]], DiffusionPipeline]]
     "qwen_image": make_qwen_image,
     "z_image": make_z_image,
     "sd3": make_sd3,
+    "flux": make_flux,
 }
 
 

@@ -40,6 +40,7 @@ def random_input(
     generator: torch.Generator,
     timestep: float = 0.5,
     scale: Number = 4.0,
+    embedded: Number = 3.5,
 ) -> StepInput:
     """One sample's input of a step.
 
@@ -52,13 +53,15 @@ def random_input(
         dtype: The transformer's.
         generator: Draws the numbers.
         timestep: As the model takes it.
-        scale: The guidance scale.
+        scale: The scale of classifier-free guidance.
+        embedded: The scale that the model is given as an input, where the family declares one.
     """
-    geometry, guidance = family.geometry(spec, height=height, width=width), family.guidance(scale)
+    given = embedded if family.conditioning.in_place("guidance") else None
+    geometry, guidance = family.geometry(spec, height=height, width=width), family.guidance(scale, given)
     positive, negative = (random_text(family, spec, one, dtype=dtype, generator=generator) for one in texts)
     return StepInput(
         latents=torch.randn(geometry.latent_shape, generator=generator),
         timestep=torch.tensor([timestep], dtype=family.timestep_dtype(dtype)),
-        env=family.env(positive, negative if guidance.is_active else None, geometry),
+        env=family.env(positive, negative if guidance.is_active else None, geometry, embedded=given),
         guidance=guidance,
     )

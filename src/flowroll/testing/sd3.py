@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModelWithProjection
 
+from flowroll.testing.encoders import make_clip_encoder, make_t5_encoder
 from flowroll.testing.parts import LATENT_CHANNELS, TEXT_DIM, Size, make_image_vae
 from flowroll.testing.tokenizer import make_clip_tokenizer, make_t5_tokenizer
 from flowroll.testing.weights import fill_random
@@ -52,7 +53,9 @@ def make_sd3(size: Size, seed: int, overrides: dict[str, Any]) -> StableDiffusio
     clips = [make_clip_tokenizer(), make_clip_tokenizer(pad_token="!")]
     # As many people save it; a T5 is also most of what a small checkpoint would weigh, and of the time to train with it.
     t5 = None if size == "shapes" else make_t5_tokenizer()
-    encoders = [_clip_encoder(clip, dim, seed) for clip, dim in zip(clips, _CLIP_DIMS, strict=True)]
+    encoders = [
+        make_clip_encoder(CLIPTextModelWithProjection, clip, dim, seed) for clip, dim in zip(clips, _CLIP_DIMS, strict=True)
+    ]
     vae = make_image_vae(channels, seed, scaling_factor=1.5305, shift_factor=0.0609)
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -62,43 +65,6 @@ def make_sd3(size: Size, seed: int, overrides: dict[str, Any]) -> StableDiffusio
         tokenizer=clips[0],
         text_encoder_2=encoders[1],
         tokenizer_2=clips[1],
-        text_encoder_3=None if t5 is None else _t5_encoder(t5, seed),
+        text_encoder_3=None if t5 is None else make_t5_encoder(t5, seed),
         tokenizer_3=t5,
     )
-
-
-def _clip_encoder(tokenizer: CLIPTokenizer, dim: int, seed: int) -> CLIPTextModelWithProjection:
-    encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=dim,
-            intermediate_size=2 * dim,
-            projection_dim=dim,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    fill_random(encoder, seed)
-    return encoder
-
-
-def _t5_encoder(tokenizer: T5TokenizerFast, seed: int) -> T5EncoderModel:
-    encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_DIM,
-            d_kv=16,
-            d_ff=2 * TEXT_DIM,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    fill_random(encoder, seed)
-    return encoder

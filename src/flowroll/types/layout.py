@@ -83,6 +83,7 @@ class Split:
         item: Index in an output that is a tuple; None: the output is the tensor.
         rows: Dimension of the token rows (sequence parallel); None: not narrowed by rows.
         branches: Dimension of the guidance branches (CFG-parallel); None: not narrowed by branches.
+        is_behind_others: Whether the region's rows are the last ones of the tensor, behind rows that stay whole.
     """
 
     module: str
@@ -90,6 +91,7 @@ class Split:
     item: int | None = None
     rows: int | None = None
     branches: int | None = None
+    is_behind_others: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

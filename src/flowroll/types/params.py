@@ -136,8 +136,9 @@ class SamplingParams:
         num_frames: 1 or None: an image. Taken for clients that always send it.
         fps: Any number; an image has no use for it. Taken for clients that always send it.
         guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None. None: the family's. Guidance runs above
-            the scale that the family says: 1 for Qwen-Image, 0 for Z-Image.
-        true_cfg_scale: Guidance scale, 0 to 1000; wins over `guidance_scale`.
+            the scale that the family says: 1 for Qwen-Image, 0 for Z-Image. FLUX.1 dev is given this scale as an input.
+        true_cfg_scale: Guidance scale, 0 to 1000; wins over `guidance_scale`. FLUX.1 has both scales: this one is that of
+            classifier-free guidance, which runs above 1 if there is a negative prompt. None: 1.
         sigmas: T + 1 noise levels used verbatim: in (0, 1], strictly decreasing by at least 1e-6, then a final 0.
         rollout: False: an evaluation, the image alone; it refuses what only a rollout can return or follow.
         rollout_sde_type: Dynamics of the stochastic steps.

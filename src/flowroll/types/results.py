@@ -48,6 +48,9 @@ class SamplingRecord:
         steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
             only what the request left them at. None: all chosen steps follow `sde_type`.
         lora: The adapter with which the sample was made; None: the model without an adapter.
+        embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
+        rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
+            ids; None for a family whose forwards take no ids.
     """
 
     family: str
@@ -68,11 +71,13 @@ class SamplingRecord:
     timestep_dtype: str
     device: str
     schema_version: int = SCHEMA_VERSION
-    # These fields were added later and do not affect the steps, so records without them have the same schema version.
+    # These fields were added later, and do not affect the steps of a record without them, which has the same schema version.
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
     steps: tuple[StepRule, ...] | None = None
+    embedded_guidance_scale: Number | None = None
+    rope_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.steps is None or len(self.steps) == self.num_inference_steps

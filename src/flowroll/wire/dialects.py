@@ -50,7 +50,7 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
         generated_output=rollout.image,
         rollout_log_probs=rollout.log_probs,
         rollout_debug_tensors=None if debug is None else _debug_to_wire(debug, dialect),
-        denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling)),
+        denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling), rollout.sampling),
         dit_trajectory=None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
         sde_step_indices=rollout.sde_step_indices,
         weight_version=rollout.weight_version,
@@ -85,7 +85,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         log_probs=None if log_probs is None else _of_steps(_of_rank(1, load(log_probs), "rollout_log_probs"), num_steps),
         sde_step_indices=sample.sde_step_indices,
         debug_tensors=None if debug is None else _debug_from_wire(debug, load, num_steps),
-        denoising_env=None if env is None else env_from_wire(env, load, conditioning_of(sample.sampling)),
+        denoising_env=None if env is None else env_from_wire(env, load, conditioning_of(sample.sampling), sample.sampling),
         dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
         weight_version=sample.weight_version,
         sampling=sample.sampling,
@@ -152,11 +152,23 @@ def conditioning_of(record: SamplingRecord) -> Conditioning:
     return _ANY_FAMILY if family is None else family.conditioning
 
 
-def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning) -> SentEnv[Tensor]:
-    """Makes the object of an environment, with tensors unchanged."""
+def env_to_wire(
+    env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning, record: SamplingRecord | None = None
+) -> SentEnv[Tensor]:
+    """Makes the object of an environment, with tensors unchanged.
+
+    Args:
+        env: The environment.
+        dialect: Whose names the object uses.
+        conditioning: What the family declares about its environments.
+        record: The record of the sample; without it, position ids go as they are.
+    """
+    axes = None if record is None else record.rope_axes
 
     def branch(values: Mapping[str, EnvValue]) -> dict[str, Any]:
         renamed: dict[str, Any] = dict(values)
+        if dialect == "sglang" and conditioning.table is not None and axes is not None:
+            renamed = conditioning.table.replace_ids(values, axes)
         for field in conditioning.fields if dialect == "sglang" else ():
             if field.name in renamed:
                 value = renamed.pop(field.name)
@@ -172,11 +184,23 @@ def env_to_wire(env: DenoisingEnv, dialect: Dialect, conditioning: Conditioning)
     )
 
 
-def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioning: Conditioning) -> DenoisingEnv:
+def env_from_wire(
+    env: WireEnv[Leaf],
+    load: Callable[[Leaf], Tensor],
+    conditioning: Conditioning,
+    record: SamplingRecord | None = None,
+) -> DenoisingEnv:
     """Makes the environment from an object of either dialect.
 
+    Args:
+        env: The decoded object.
+        load: Makes the tensor from a leaf.
+        conditioning: What the family declares about its environments.
+        record: The record of the sample, which tells what a table of positions stands for.
+
     Raises:
-        LayoutError: A list holds a tensor and something else, or lists are nested too deeply.
+        LayoutError: A list holds a tensor and something else, lists are nested too deeply, or a table of positions is not
+            that of the record's image.
     """
 
     def loaded(value: object, depth: int = 0) -> EnvValue:
@@ -198,7 +222,7 @@ def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioni
                         raise LayoutError(f"{name} that is a list of anything but one tensor")
             elif name != field.name and not field.is_listed_by_sglang and name in native:
                 native[field.name] = native.pop(name)
-        return native
+        return _with_ids(native, conditioning, record)
 
     return DenoisingEnv(
         image_kwargs={key: loaded(value) for key, value in env.image_kwargs.items()},
@@ -206,6 +230,20 @@ def env_from_wire(env: WireEnv[Leaf], load: Callable[[Leaf], Tensor], conditioni
         neg_cond_kwargs=None if env.neg_cond_kwargs is None else branch(env.neg_cond_kwargs),
         guidance=None if env.guidance is None else load(env.guidance),
     )
+
+
+def _with_ids(branch: dict[str, EnvValue], conditioning: Conditioning, record: SamplingRecord | None) -> dict[str, EnvValue]:
+    """Returns a branch with position ids where it has their table."""
+    table = conditioning.table
+    if table is None or table.name not in branch or record is None:
+        return branch
+    if record.rope_axes is None:
+        raise LayoutError(f"{table.name} beside a record without rope_axes, which it is made with")
+    embeds = branch.get(conditioning.embeds.name)
+    try:
+        return table.restore_ids(branch, embeds, record.rope_axes, height=record.height, width=record.width)
+    except ValueError as error:
+        raise LayoutError(str(error)) from None
 
 
 def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> WireTrajectory[Tensor]:

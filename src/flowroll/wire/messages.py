@@ -54,11 +54,13 @@ class WireEnv(msgspec.Struct, Generic[Leaf], frozen=True):
         image_kwargs: Arguments of image conditioning; empty for text-to-image.
         pos_cond_kwargs: Arguments of the conditional branch: tensors without batch dimension and plain nested lists.
             Qwen-Image: encoder_hidden_states [L, D], encoder_hidden_states_mask [L] where there is one, img_shapes; Z-Image:
-            cap_feats [L, D]; Stable Diffusion 3: encoder_hidden_states [L, D], pooled_projections [P]. txt_seq_lens [L] is
-            metadata, never passed to the transformer. In the sglang dialect the embeds of Qwen-Image and Z-Image are
-            encoder_hidden_states, a list of one tensor.
+            cap_feats [L, D]; Stable Diffusion 3: encoder_hidden_states [L, D], pooled_projections [P]; FLUX.1: these two,
+            txt_ids [L, 3] and img_ids [S, 3]. txt_seq_lens [L] is metadata, never passed to the transformer. In the sglang
+            dialect the embeds of Qwen-Image and Z-Image are encoder_hidden_states, a list of one tensor, and in place of the
+            ids of FLUX.1 there is freqs_cis, a list of cosines and sines [L + S, width / 2].
         neg_cond_kwargs: Arguments of the unconditional branch; null without guidance.
-        guidance: Guidance embedding input; null for models without one.
+        guidance: The guidance scale that the model was given, float32, as diffusers' model takes it; null for models without
+            such an input.
     """
 
     pos_cond_kwargs: dict[str, WireEnvValue[Leaf]]

@@ -49,7 +49,7 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
             steps=sample.steps,
             latents=sample.latents,
             next_latents=sample.next_latents,
-            denoising_env=env_to_wire(sample.denoising_env, dialect, conditioning_of(sample.sampling)),
+            denoising_env=env_to_wire(sample.denoising_env, dialect, conditioning_of(sample.sampling), sample.sampling),
             sampling=msgspec.to_builtins(sample.sampling),
             sde_step_indices=sample.sde_step_indices,
         )
@@ -151,7 +151,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
 def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
     record = _record(sample.sampling)
     try:
-        env = env_from_wire(sample.denoising_env, _load, conditioning_of(record))
+        env = env_from_wire(sample.denoising_env, _load, conditioning_of(record), record)
     except (BlobError, LayoutError) as error:
         _refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
     return RecordedSteps(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests import fake_device
 from tests.fake_device import CUDA, DeviceFaultError
+from tests.guiding import in_words_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -117,7 +118,8 @@ def steps_of(mode: FakeTensorMode, models: dict[str, LoadedModel], monkeypatch: 
         def make(name: str, request: dict[str, Any], strategy: StrategyName = "alone", noise_on: str = "cpu") -> Steps:
             model = models[name]
             model = replace(model, strategy=choose_strategy(model.family, device=CUDA, dtype=DTYPE, name=strategy))
-            plan = plan_request(SamplingParams(**request, generator_device=noise_on), model, Limits())
+            asked = in_words_of(name, {"guidance_scale": 4.0, **request})
+            plan = plan_request(SamplingParams(**asked, generator_device=noise_on), model, Limits())
             for one in (torch.no_grad(), mode, fake_device.Watch()):
                 modes.enter_context(one)
             if strategy == "merged":

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import guided
 from tests.rollouts import tensors_of
 from tests.serving.servers import SMALL, error_of, serving
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
@@ -64,7 +65,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def test_no_number_that_is_none_leaves_the_engine(engine: Engine, value: float) -> None:
     pipeline = engine._pipeline
     modules = {
-        f"pos_cond_kwargs.{engine._model.family.embeds_key} of the prompt": pipeline.text_encoder.get_input_embeddings(),
+        # The first encoder of FLUX.1 makes the pooled projection alone.
+        f"pos_cond_kwargs.({engine._model.family.embeds_key}|pooled_projections) of the prompt": (
+            pipeline.text_encoder.get_input_embeddings()
+        ),
         "latents of the sample with seed 7": pipeline.transformer,
         "image of the sample with seed 7": pipeline.vae.decoder,
     }
@@ -121,7 +125,7 @@ def test_one_broken_sample_ends_its_request_alone(engine: Engine) -> None:
         with pytest.raises(EngineError, match=f"pos_cond_kwargs.{name} of the prompt must be finite"):
             engine.rollout(**{**REQUEST, "prompt": "broken"})
         with pytest.raises(EngineError, match=f"neg_cond_kwargs.{name} of the negative prompt must be finite"):
-            engine.generate(**REQUEST, negative_prompt="broken", guidance_scale=4)
+            engine.generate(**guided(engine.info.family, 4.0, **REQUEST, negative_prompt="broken"))
         (again,) = engine.generate(**REQUEST)
         assert torch.equal(again.image, good.image)
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import guided
 
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError, ShuttingDownError
@@ -23,7 +24,7 @@ def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iter
 
 def recorded(engine: Engine, **options: Any) -> Any:
     options = {"return_denoising_env": True, "return_dit_trajectory": True, **options}
-    return engine.rollout(**REQUEST, **options)[0]
+    return engine.rollout(**guided(engine.info.family, options.pop("guidance_scale", 4.0), **REQUEST, **options))[0]
 
 
 def arguments(rollout: Any, step: int) -> dict[str, Any]:

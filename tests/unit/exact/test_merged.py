@@ -56,8 +56,8 @@ def make_input(
     scale: float = 4.0,
 ) -> StepInput:
     height, width = (SPEC.pixel_unit * count for count in grid)
-    size = {"height": height, "width": width, "texts": texts}
-    return random_input(family, SPEC, **size, dtype=dtype, generator=generator, timestep=sigma, scale=scale)
+    options = {"height": height, "width": width, "texts": texts, "scale": scale, "embedded": 1.5 + scale}
+    return random_input(family, SPEC, **options, dtype=dtype, generator=generator, timestep=sigma)
 
 
 def random_mixture(family: Family, dtype: torch.dtype, source: random.Random) -> list[StepInput]:

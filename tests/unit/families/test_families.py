@@ -27,10 +27,11 @@ def test_z_image_latents_are_the_noise() -> None:
     assert geometry.latent_shape == (16, 8, 12) and geometry.noise_shape == (1, 16, 8, 12) and geometry.num_tokens == 24
 
 
-def test_the_qwen_image_timestep_is_rounded_before_the_division() -> None:
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+def test_the_timestep_is_rounded_before_the_division(name: str) -> None:
     timesteps = torch.linspace(1, 1000, 100)
     expected = (timesteps.to(torch.bfloat16) / 1000).float()
-    assert torch.equal(QwenImage().model_timesteps(timesteps, torch.bfloat16).float(), expected)
+    assert torch.equal(FAMILIES[name].model_timesteps(timesteps, torch.bfloat16).float(), expected)
     assert not torch.equal(expected, (timesteps / 1000).to(torch.bfloat16).float())
 
 
@@ -62,6 +63,8 @@ def test_z_image_guidance_starts_from_the_conditional_branch() -> None:
         # The pipeline guides above 0, whatever other families do.
         ("z_image", 0.5, True),
         ("z_image", 1, True),
+        ("flux", 1, False),
+        ("flux", 1.01, True),
     ],
 )
 def test_guidance_runs_where_the_pipeline_runs_it(name: str, scale: float, active: bool) -> None:
@@ -73,4 +76,4 @@ def test_guidance_runs_where_the_pipeline_runs_it(name: str, scale: float, activ
 def test_an_unknown_pipeline_lists_the_known_ones() -> None:
     assert family_of_pipeline("ZImagePipeline").name == "z_image"
     with pytest.raises(UnsupportedModelError, match=r"QwenImagePipeline.*ZImagePipeline"):
-        family_of_pipeline("FluxPipeline")
+        family_of_pipeline("WanPipeline")

@@ -103,6 +103,15 @@ def test_the_report_repeats_the_run_and_names_no_folder(finished, qwen_checkpoin
     assert report.setting["guidance"] == "cfg_norm_rescale, scale 4"
 
 
+def test_a_run_with_two_scales_is_repeated_with_both(checkpoints):
+    params = SamplingParams(prompt="a", seed=1, guidance_scale=2.5, true_cfg_scale=4, negative_prompt="blurry or dark")
+    plan = plan_parity(checkpoints["flux"], params, layouts="cfg2", modes="ode", device="cpu", dtype="float32")
+    words = shlex.split(run.command_line(plan).replace("\\\n", ""))
+    for flag, value in (("guidance-scale", "2.5"), ("true-cfg-scale", "4"), ("negative-prompt", "blurry or dark")):
+        assert words[words.index(f"--{flag}") + 1] == value
+    assert run._setting(plan)["guidance"] == "true_cfg, scale 4; the model's own scale 2.5"
+
+
 def test_the_command_for_gpus_is_there_too(finished):
     [command] = [text for what, text in finished[0].commands.items() if "GPUs" in what]
     assert "--size 1024 --variant base --dtype bfloat16 --device cuda" in command and "--threads" not in command

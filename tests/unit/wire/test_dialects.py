@@ -52,10 +52,13 @@ def test_a_response_has_the_documented_fields(dialect: Any, family: str) -> None
     assert set(sample) == RESPONSE_FIELDS
     assert set(sample["denoising_env"]) == {"image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs", "guidance"}
     assert set(sample["dit_trajectory"]) == {"latents", "timesteps", "sigmas", "latent_step_indices"}
-    assert sample["denoising_env"]["image_kwargs"] == {} and sample["denoising_env"]["guidance"] is None
+    conditioning = FAMILIES[family].conditioning
+    assert sample["denoising_env"]["image_kwargs"] == {}
+    assert (sample["denoising_env"]["guidance"] is None) == (not conditioning.in_place("guidance"))
     for branch, tokens in (("pos_cond_kwargs", 7), ("neg_cond_kwargs", 6)):
         assert sample["denoising_env"][branch].get("txt_seq_lens", [tokens]) == [tokens]
-        assert "freqs_cis" not in sample["denoising_env"][branch]
+        has_table = dialect == "sglang" and conditioning.table is not None
+        assert ("freqs_cis" in sample["denoising_env"][branch]) == has_table
 
 
 def test_the_native_dialect_uses_the_families_own_names() -> None:
@@ -83,6 +86,9 @@ def test_the_sglang_dialect_uses_its_names(family: str) -> None:
         embeds = FAMILIES[family].conditioning.embeds
         value = expected.pop(embeds.name)
         held = [value] if embeds.is_listed_by_sglang else value
+        if table := FAMILIES[family].conditioning.table:
+            assert expected.pop(table.text) and expected.pop(table.image)
+            expected[table.name] = sample["denoising_env"][branch][table.name]
         assert sample["denoising_env"][branch] == expected | {"encoder_hidden_states": held}
     timesteps, own = (value_of(answer["dit_trajectory"]["timesteps"]) for answer in (sample, native))
     assert torch.equal(timesteps, torch.cat([own, torch.zeros(1)]))

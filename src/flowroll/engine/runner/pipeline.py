@@ -18,7 +18,7 @@ from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError
-from flowroll.families import Geometry, Prompt
+from flowroll.families import Geometry
 from flowroll.types import EnvValue, all_finite
 
 
@@ -56,7 +56,7 @@ class PipelineRunner:
         encoded: dict[str, Mapping[str, EnvValue]] = {}
         for prompt in (plan.params.prompt, plan.negative_prompt):
             if prompt is not None and prompt not in encoded:
-                encoded[prompt] = model.family.encode(pipeline, Prompt(text=prompt))
+                encoded[prompt] = model.family.encode(pipeline, model.family.prompt(prompt, model.variant))
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env = model.family.env(encoded[plan.params.prompt], negative, plan.geometry, embedded=plan.guidance.embedded)
         check_encoded(env)
