@@ -285,8 +285,10 @@ def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
     if embeds.shape[0] < len(_PROBE.split()):
         raise CheckpointError(f"tokenizer must give a token per word, got {embeds.shape[0]} for {_PROBE!r}; copy it again.")
     for field in family.conditioning.fields:
-        value, sizes = encoded.get(field.name), field.sizes({**spec.widths, TOKENS: embeds.shape[0]})
-        if field.is_tensor and isinstance(value, torch.Tensor) and list(value.shape) != sizes:
+        value = encoded.get(field.name)
+        if not field.is_tensor or not isinstance(value, torch.Tensor):
+            continue
+        if list(value.shape) != (sizes := field.sizes({**spec.widths, TOKENS: embeds.shape[0]})):
             raise CheckpointError(
                 f"{names} must give {field.name} of shape {sizes}, which the transformer takes, got {list(value.shape)}; save "
                 "the transformer with the text encoders that it was trained with."
