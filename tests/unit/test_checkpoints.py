@@ -20,5 +20,5 @@ def test_a_folder_of_the_users_own_goes_first(tmp_path, monkeypatch):
 
 
 def test_no_other_family_is_shipped():
-    with pytest.raises(CheckpointError, match="qwen_image, z_image, got flux"):
+    with pytest.raises(CheckpointError, match="qwen_image, sd3, z_image, got flux"):
         shapes_checkpoint("flux")
