@@ -2,7 +2,8 @@
 
 `python -m benchmarks.overload --minutes 10`: first the capacity, with as many callers as the server takes at once; then an open
 loop of that many times it, whose refused clients come back after Retry-After; then no new ones, until every client was served;
-then the capacity again, because a shared machine is not the same all along. Goodput must stay near capacity, and whoever was accepted must not wait longer than the queue takes.
+then the capacity again, because a shared machine is not the same all along. Goodput must stay near capacity, and whoever was
+accepted must not wait longer than the queue takes.
 """
 
 from __future__ import annotations
