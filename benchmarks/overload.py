@@ -1,8 +1,9 @@
 """Three times as many requests as the server can do, from clients that come when it suits them and return when they are told.
 
 `python -m benchmarks.overload --minutes 10`: first the capacity, with as many callers as the server takes at once; then an open
-loop of that many times it, whose refused clients come back after Retry-After; then no new ones, until every client was served.
-Goodput must stay near capacity, and whoever was accepted must not wait longer than the queue takes.
+loop of that many times it, whose refused clients come back after Retry-After; then no new ones, until every client was served;
+then the capacity again, because a shared machine is not the same all along. Goodput must stay near capacity, and whoever was
+accepted must not wait longer than the queue takes.
 """
 
 from __future__ import annotations
@@ -67,18 +68,23 @@ class Overloaded:
     """What was measured.
 
     Attributes:
-        capacity: Requests a second with as many callers as the server takes at once.
+        capacities: Requests a second with as many callers as the server takes at once, before the overload and after it.
         goodput: Requests a second that were completed while new clients came.
         waits_s: Seconds from acceptance to the answer, of all that were completed under overload.
         report: Of all clients of the open loop.
         rest_s: Seconds from the last new client to the last answer.
     """
 
-    capacity: float
+    capacities: tuple[float, float]
     goodput: float
     waits_s: Sequence[float]
     report: LoadReport
     rest_s: float
+
+    @property
+    def capacity(self) -> float:
+        """The mean of both."""
+        return sum(self.capacities) / 2
 
     @property
     def bound_s(self) -> float:
@@ -129,11 +135,12 @@ async def overload(options: argparse.Namespace) -> Overloaded:
             opened = Load(rate=options.factor * capacity, duration_s=seconds, retries=_RETRIES, max_in_flight=_MOST_IN_FLIGHT)
             report = await run_load(server.url, MIX, opened, on_outcome=watched.note)
             ended_s = time.monotonic()
+            capacity_after = (await run_load(server.url, MIX, closed)).per_second["requests"]
     # The first requests find an empty queue, which is no overload yet.
     settled_s = min(QUEUE / capacity, seconds / 4)
     under_load = watched.completed(began_s + settled_s, began_s + seconds)
     return Overloaded(
-        capacity=capacity,
+        capacities=(capacity, capacity_after),
         goodput=len(under_load) / (seconds - settled_s),
         waits_s=[sum(outcome.stages.values()) for outcome in under_load],
         report=report,
@@ -162,7 +169,8 @@ def page(measured: Overloaded, options: argparse.Namespace, day: str) -> str:
             "|---|---|---|",
             *(f"| {name} | {'yes' if is_kept else '**no**'} | {shown} |" for name, (is_kept, shown) in rows),
             "",
-            f"- Capacity {measured.capacity:.2f} requests/s, {options.factor:g} times as many for {options.minutes:g} min: "
+            f"- Capacity {measured.capacities[0]:.2f} requests/s before and {measured.capacities[1]:.2f} after; "
+            f"{options.factor:g} times the first for {options.minutes:g} min: "
             f"{report.sent} clients, goodput {measured.goodput:.2f} requests/s.",
             f"- From acceptance to the answer: median {percentile(measured.waits_s, 50):.1f} s, p99 "
             f"{percentile(measured.waits_s, 99):.1f} s; the queue and what runs take {measured.bound_s:.1f} s at capacity.",

@@ -102,6 +102,7 @@ LARGE = b"Content-Length: 100000"
         (post(CHUNKED, AUTHORIZED, path=b"/nope"), 404),
         (post(CHUNKED, b"Expect: 100-continue"), 401),
     ],
+    ids=["no key", "no route", "too large", "compressed", "chunks, no key", "chunks, no route", "chunks, expecting"],
 )
 def test_a_request_that_is_refused_before_its_body_has_come_is_the_last_of_its_connection(
     locked: httpx.Client, monkeypatch: pytest.MonkeyPatch, head: bytes, status: int

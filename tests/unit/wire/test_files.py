@@ -33,7 +33,7 @@ def test_a_rollout_comes_back_equal_in_every_field(rollout: Rollout, tmp_path: P
 
 def test_views_that_share_storage_can_be_saved(tmp_path: Path) -> None:
     states = torch.arange(10.0)
-    rollout = make_evaluation(log_probs=states[::2], image=torch.rand(16, 16, 1, 3).permute(3, 2, 0, 1))
+    rollout = make_evaluation(log_probs=states[:8:2], image=torch.rand(32, 48, 1, 3).permute(3, 2, 0, 1))
     save_rollout(tmp_path / "a", rollout)
     assert_same_answer(rollout, load_rollout(tmp_path / "a"))
 
