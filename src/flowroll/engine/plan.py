@@ -13,7 +13,7 @@ from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
-from flowroll.sampling.dynamics import amplification, transitions
+from flowroll.sampling.dynamics import amplification, transitions, transitions_of
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
@@ -116,6 +116,7 @@ def _record(
         device=model.device.type,
         embedded_guidance_scale=guidance.embedded,
         rope_axes=model.spec.rope_axes,
+        steps=params.step_rules,
     )
 
 
@@ -186,12 +187,19 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
 
 
 def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
-    chosen = transitions(
-        schedule.sigmas,
-        sde_type=params.rollout_sde_type,
-        noise_level=params.rollout_noise_level,
-        sde_step_indices=params.rollout_sde_step_indices,
-    )
+    rules = params.step_rules
+    if rules is not None:
+        field = "rollout_steps" if params.rollout_steps is not None else "rollout_noise_levels"
+        if len(rules) != schedule.num_steps:
+            _refuse(field, f"hold one entry for each of the {schedule.num_steps} steps", len(rules), "send one entry a step")
+        chosen = transitions_of(schedule.sigmas, rules)
+    else:
+        chosen = transitions(
+            schedule.sigmas,
+            sde_type=params.rollout_sde_type,
+            noise_level=params.rollout_noise_level,
+            sde_step_indices=params.rollout_sde_step_indices,
+        )
     growth = amplification(chosen)
     if growth > _MAX_AMPLIFICATION:
         shown = (
