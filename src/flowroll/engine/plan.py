@@ -119,9 +119,9 @@ def _record(
         model_dtype=str(model.dtype),
         timestep_dtype=str(model.family.timestep_dtype(model.dtype)),
         device=model.device.type,
-        steps=params.step_rules,
         embedded_guidance_scale=guidance.embedded,
         rope_axes=model.spec.rope_axes,
+        steps=params.step_rules,
     )
 
 

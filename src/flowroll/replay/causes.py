@@ -98,8 +98,9 @@ class Diagnosis:
             shown = f"a scale of {record.guidance_scale} means {rule}, the record says {record.guidance_rule}"
             yield Cause("guidance", f"another guidance: {shown}")
         embedded, given = self.source.recipe.guidance.embedded, self.source.env.guidance
-        if given is not None and embedded is not None and given.item() != torch.tensor(embedded, dtype=given.dtype).item():
-            shown = f"the record says {embedded:g}, the env holds {given.tolist()}"
+        held = [] if given is None else given.flatten().tolist()
+        if embedded is not None and held != torch.tensor([embedded], dtype=torch.float32).tolist():
+            shown = f"the record says {embedded:g}, the env holds {', '.join(f'{scale:g}' for scale in held)}"
             yield Cause("guidance", f"another scale for the model's own guidance: {shown}")
 
     def _latents(self) -> Iterator[Cause]:

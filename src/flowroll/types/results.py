@@ -75,9 +75,9 @@ class SamplingRecord:
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
-    steps: tuple[StepRule, ...] | None = None
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
+    steps: tuple[StepRule, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.steps is None or len(self.steps) == self.num_inference_steps
