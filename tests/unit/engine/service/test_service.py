@@ -273,7 +273,7 @@ def test_what_is_to_be_done_between_requests_goes_before_those_that_wait_and_cou
 def test_what_fails_in_a_call_ends_that_call_and_the_engine_goes_on(
     engine: HookedEngine, plan: RequestPlan, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(module: str) -> None:
+    def fail(modules: list[str]) -> None:
         raise RuntimeError("no such tensor")
 
     with EngineService(engine, max_queue=1) as service:
@@ -281,7 +281,7 @@ def test_what_fails_in_a_call_ends_that_call_and_the_engine_goes_on(
         with pytest.raises(InvalidRequestError, match="module must be one of"):
             client.call(EngineService.checksums, ["unet"]).result(WAIT_S)
         with monkeypatch.context() as patch, pytest.raises(EngineError, match="RuntimeError: no such tensor"):
-            patch.setattr(engine._weights, "checksum", fail)
+            patch.setattr(engine._weights, "checksums", fail)
             client.call(EngineService.checksums, ["vae"]).result(WAIT_S)
         assert len(service.submit(plan, "rollout").result(WAIT_S)) == 1
         assert service.status().counts.failed == 0
@@ -293,12 +293,12 @@ def test_close_ends_calls_that_wait_or_hang(engine: HookedEngine, monkeypatch: p
     service = EngineService(engine, max_queue=1)
     client = InProcessEngine(service)
 
-    def hang(module: str) -> str:
+    def hang(modules: list[str]) -> dict[str, str]:
         entered.set()
         assert opened.wait(WAIT_S)
-        return ""
+        return {}
 
-    monkeypatch.setattr(engine._weights, "checksum", hang)
+    monkeypatch.setattr(engine._weights, "checksums", hang)
     hanging = client.call(EngineService.checksums, ["vae"])
     assert entered.wait(WAIT_S)
     assert service.status().counts.running == 0 and engine.scheduler.is_progressing()
