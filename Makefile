@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo   roll out two small trained checkpoints through the real server; results in demo-out/"
 	@echo "make test   the whole test suite"
-	@echo "make proofs the tests that take minutes each: that training learns, and what it cannot learn from"
+	@echo "make proofs the long tests: every row of every table, soak, that training learns and what it cannot learn from"
 	@echo "make check  format, lint, types, layers"
 	@echo "make bench  speed, side by side with diffusers; results in benchmarks/results/"
 
@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 proofs: setup
-	$(BIN)/python -m pytest --proofs -m proof
+	$(BIN)/python -m pytest --proofs -m "proof or slow" --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

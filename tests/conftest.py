@@ -42,16 +42,17 @@ def _make(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The proofs take minutes each, too long for every run."""
-    parser.addoption("--proofs", action="store_true", help="run the tests marked `proof` too")
+    """The long tests are too long for every run."""
+    parser.addoption("--proofs", action="store_true", help="run the tests marked `slow` or `proof` too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` or `multigpu` where there is no such hardware, and proofs that were not asked for."""
+    """Skips tests marked `gpu` or `multigpu` where there is no such hardware, and long tests that were not asked for."""
     needed = {"gpu": 1, "multigpu": 2}
     for item in items:
-        if item.get_closest_marker("proof") and not config.getoption("--proofs"):
-            item.add_marker(pytest.mark.skip(reason="a proof of minutes; make proofs runs it"))
+        long = item.get_closest_marker("proof") or item.get_closest_marker("slow")
+        if long and not config.getoption("--proofs"):
+            item.add_marker(pytest.mark.skip(reason=f"{long.name}; make proofs runs it"))
         for mark, count in needed.items():
             if item.get_closest_marker(mark) and torch.cuda.device_count() < count:
                 item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA device(s)"))

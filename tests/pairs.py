@@ -20,10 +20,25 @@ FAMILY_WITH_DTYPE = tuple((family, DTYPES[number % 2]) for number, family in enu
 
 
 def dealt(**columns: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test with rows in which every value comes at least once: the columns go round, each at its own length."""
-    longest = max(map(len, columns.values()))
-    rows = [tuple(values[number % len(values)] for values in columns.values()) for number in range(longest)]
-    return pytest.mark.parametrize(tuple(columns), rows)
+    """Parametrizes a test with the rows of `deal`."""
+    return pytest.mark.parametrize(tuple(columns), deal(*columns.values()))
+
+
+def deal(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows in which every value comes at least once: the columns go round, each at its own length."""
+    longest = max(map(len, columns))
+    return [tuple(values[number % len(values)] for values in columns) for number in range(longest)]
+
+
+def rest_slow(rows: Sequence[Mapping[str, str]]) -> list[Any]:
+    """The rows as parameters; those of which every value has come in an earlier row are marked `slow`."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for row in rows:
+        is_new = not set(row.items()) <= seen
+        found.append(pytest.param(row, id="-".join(row.values()), marks=[] if is_new else [pytest.mark.slow]))
+        seen.update(row.items())
+    return found
 
 
 def paired(**columns: Sequence[Any]) -> pytest.MarkDecorator:

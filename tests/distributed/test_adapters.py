@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.adapters import policy, saved
+from tests.pairs import deal
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, with_other
 
@@ -25,9 +26,15 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=deal(tuple(FAMILIES), tuple(LAYOUTS)), ids="-".join)
+def row(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A family and a layout."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def family(row: tuple[str, str]) -> str:
+    return row[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +66,10 @@ def expected(family: str, checkpoints: dict[str, Path], adapters: Path) -> list[
         return _everything(engine, adapters)
 
 
-@pytest.fixture(params=LAYOUTS)
-def several(request: pytest.FixtureRequest, family: str, checkpoints: dict[str, Path]) -> Iterator[Engine]:
-    layout = LAYOUTS[request.param]
-    with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=30.0) as engine:
+@pytest.fixture
+def several(row: tuple[str, str], checkpoints: dict[str, Path]) -> Iterator[Engine]:
+    family, layout = row
+    with Engine(checkpoints[family], device="cpu", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine:
         yield engine
 
 

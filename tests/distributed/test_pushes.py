@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from tests.adapters import policy, saved
 from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
-from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
+from tests.distributed.test_weight_updates import EVERY_LAYOUT, LAYOUTS, REQUEST
 from tests.pickling import pushed, trainer
 from tests.rollouts import assert_same_bits, tensors_of
 from tests.serving.servers import Background, error_of, serving, until
@@ -48,7 +48,7 @@ def truth(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return [*found, adapted]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=EVERY_LAYOUT)
 def server(request: pytest.FixtureRequest, z_image_checkpoint: Path) -> Iterator[httpx.Client]:
     with (
         Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[request.param], rank_timeout_s=30.0) as engine,

@@ -146,7 +146,7 @@ def test_no_rank_outlives_a_killed_rank_0_or_server(z_image_checkpoint: Path, tm
     assert which == "the server" or "Error: the engine's process must live to answer, got its end by SIGKILL" in server.log
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_all_ranks_in_order(z_image_checkpoint: Path, tmp_path: Path, sig: signal.Signals) -> None:
     with (
         ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="cfg2", grace_s=0.5) as server,
@@ -166,6 +166,7 @@ def test_a_signal_ends_all_ranks_in_order(z_image_checkpoint: Path, tmp_path: Pa
     assert server.log.rstrip().endswith("stopped") and "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_alive_in_a_product_of_axes_is_noticed_in_time(
     z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from tests.pairs import dealt
 from tests.rollouts import assert_same_bits
 
 from flowroll.engine import Engine
@@ -16,8 +16,7 @@ from flowroll.types import Layout
 REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width": 192, "num_inference_steps": 2}
 
 
-@pytest.mark.parametrize("layout", [Layout(sp=2), Layout(tp=2), Layout(cfg_parallel=True)], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("family", FAMILIES)
+@dealt(family=tuple(FAMILIES), layout=(Layout(sp=2), Layout(tp=2), Layout(cfg_parallel=True)))
 def test_recorded_steps_are_scored_on_every_layout_with_the_bits_that_were_recorded(
     checkpoints: dict[str, Path], family: str, layout: Layout
 ) -> None:

@@ -29,7 +29,7 @@ FAULT = (
 )
 
 
-@pytest.mark.parametrize("layout", [Layout(sp=2), Layout(tp=2)], ids=["sp2", "tp2"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), pytest.param(Layout(sp=2), marks=pytest.mark.slow)], ids=["tp2", "sp2"])
 def test_every_rank_sleeps_and_wakes_or_none_does(
     layout: Layout, z_image_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

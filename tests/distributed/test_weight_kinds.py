@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tests.adapters import policy
 from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
-from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
+from tests.distributed.test_weight_updates import EVERY_LAYOUT, LAYOUTS, REQUEST
 from tests.rollouts import assert_same_bits, tensors_of
 from tests.serving.servers import serving
 from tests.weights import WEIGHTS, with_other
@@ -30,7 +30,7 @@ def one_rank(folder: Path, adapter: tuple[Any, Any] | None = None) -> Rollout:
         return engine.rollout(**REQUEST, **LORA)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_several_ranks_take_every_kind_of_change_over_http(qwen_checkpoint: Path, tmp_path: Path, layout: str) -> None:
     other = with_other(qwen_checkpoint, tmp_path / "other")
     with Engine(qwen_checkpoint, device="cpu", dtype="bfloat16") as engine:

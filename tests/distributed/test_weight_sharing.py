@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
-from tests.distributed.test_weight_updates import LAYOUTS, REQUEST
+from tests.distributed.test_weight_updates import EVERY_LAYOUT, LAYOUTS, REQUEST
 from tests.rollouts import assert_same_bits
 from tests.weights import WEIGHTS, with_other
 from torch import Tensor
@@ -78,7 +78,7 @@ def test_a_rank_that_dies_while_it_receives_takes_the_engine_down(
             engine.rollout(**REQUEST)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=EVERY_LAYOUT)
 def several(request: pytest.FixtureRequest, z_image_checkpoint: Path) -> Iterator[Engine]:
     with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[request.param], rank_timeout_s=30.0) as engine:
         yield engine

@@ -24,6 +24,8 @@ from flowroll.types import Layout
 # 144 image tokens: two ranks share them.
 REQUEST: dict[str, Any] = {**SMALL, "height": 192, "width": 192}
 LAYOUTS = {"sp2": Layout(sp=2), "tp2": Layout(tp=2)}
+# With tensor parallelism each rank has a part of the weights of its own.
+EVERY_LAYOUT = ["tp2", pytest.param("sp2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ FAILING = (
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
     layout: str, z_image_checkpoint: Path, other: Path, expected: list[tuple[Rollout, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +92,7 @@ def test_a_rank_that_dies_while_it_reads_takes_the_engine_down(
             engine.rollout(**REQUEST)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=EVERY_LAYOUT)
 def several(request: pytest.FixtureRequest, z_image_checkpoint: Path) -> Iterator[Engine]:
     with Engine(z_image_checkpoint, device="cpu", layout=LAYOUTS[request.param], rank_timeout_s=30.0) as engine:
         yield engine

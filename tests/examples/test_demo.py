@@ -41,7 +41,6 @@ def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path):
         raise AssertionError("the block must not run")
 
 
-@pytest.mark.slow
 def test_the_demo_writes_everything_that_it_promises(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -94,7 +94,7 @@ def test_a_record_of_unknown_dynamics_is_refused(
     record = replace(group[0].sampling)
     # Not by `replace`: the suite's type checks would refuse the name first.
     object.__setattr__(record, "sde_type", "flow-sde")
-    with pytest.raises(InvalidRequestError, match="sde_type must be one of sde, cps, dance, ode, got 'flow-sde'"):
+    with pytest.raises(InvalidRequestError, match=f"sde_type must be one of {', '.join(DYNAMICS)}, got 'flow-sde'"):
         replay.log_prob(pipeline_of("z_image", "float32").transformer, [replace(group[0], sampling=record)])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.pairs import dealt
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -38,16 +39,15 @@ def one_rank():
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize(("dtype", "mixed"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-@pytest.mark.parametrize("name", FAMILIES)
+@dealt(name=tuple(FAMILIES), precision=("mixed", "bfloat16", "float32"))
 def test_the_ratio_is_exactly_one_through_fsdp(
     engine_of: Callable[[str, str], Engine],
     pipeline_of: Callable[[str, str], Any],
     one_rank: None,
     name: str,
-    dtype: str,
-    mixed: bool,
+    precision: str,
 ) -> None:
+    dtype, mixed = ("bfloat16", True) if precision == "mixed" else (precision, False)
     if engine_of(name, dtype).info.device != "cpu":
         pytest.skip("one device is enough")
     group = engine_of(name, dtype).rollout(**REQUEST, **KEPT, num_outputs_per_prompt=2)
@@ -81,8 +81,9 @@ def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, file: Path
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(FAMILIES)]
+)
 def test_two_ranks_recompute_the_log_probs_of_one(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     with Engine(checkpoints[name], dtype="float32", device="cpu") as engine:
         rollout = engine.rollout(**REQUEST, **KEPT)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.pairs import pairs
+from tests.pairs import pairs, rest_slow
 from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES
 from tests.proofs.doors import assert_same_samples, num_steps, served, together
 from tests.weights import WEIGHTS, with_other
@@ -68,7 +68,7 @@ def of_the_weights(answers: list[list[Rollout]]) -> list[list[Rollout]]:
     return [[dataclasses.replace(rollout, weight_version="") for rollout in answer] for answer in answers]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
+@pytest.mark.parametrize("row", rest_slow(ROWS))
 def test_an_updated_engine_has_the_bits_of_one_that_was_started_on_the_weights(
     row: dict[str, str], device: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from tests.serving.servers import SMALL, Background, Gate, HookedEngine, error_o
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.service import EngineService
 from flowroll.errors import error_from_wire
+from flowroll.sampling.dynamics import DYNAMICS
 
 ROUTES = ("/rollout/generate", "/generate", "/v1/images/generations")
 KEY = "s3cret"
@@ -36,7 +37,7 @@ KEY = "s3cret"
         ({"guidance_scale": -1}, "guidance_scale", "use 0"),
         ({"rollout_noise_level": 11}, "rollout_noise_level", "10"),
         ({"rollout_noise_level": 2, "rollout_sde_type": "cps"}, "rollout_noise_level", "below 2 for cps"),
-        ({"rollout_sde_type": "flow-sde"}, "rollout_sde_type", "sde, cps, dance, ode"),
+        ({"rollout_sde_type": "flow-sde"}, "rollout_sde_type", ", ".join(DYNAMICS)),
         ({"rollout": False, "rollout_return_denoising_env": True}, "rollout_return_denoising_env", "evaluation"),
         ({"rollout_sde_step_indices": [2]}, "rollout_sde_step_indices", "0..1"),
         ({"rollout_sde_step_indices": [0, 0]}, "rollout_sde_step_indices", "once"),

@@ -31,7 +31,7 @@ from flowroll.errors import (
     ShuttingDownError,
     UnauthorizedError,
 )
-from flowroll.types import ALIASES, ROLLOUT_FIELDS, WeightUpdate
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions, WeightUpdate
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
 
@@ -209,17 +209,24 @@ FULL_ROLLOUT = {
     "debug_mode": False,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
-    "sde_step_indices": (0,),
     "return_step_indices": (2,),
+}
+# One of these at a time.
+STEPS = {
+    "sde_step_indices": (0,),
+    "rollout_steps": (StepOptions(noise_level=0.1), StepOptions(dynamics="ode")),
+    "noise_levels": (0.5, 0),
 }
 
 
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("positional", [True, False])
-def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool) -> None:
-    assert {ALIASES.get(name, name) for name in FULL_ROLLOUT} == ROLLOUT_FIELDS
+def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
+    assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS
     assert {*FULL, *ROLLOUT_FIELDS, "seed"} == set(SamplingParams.__dataclass_fields__)
-    params = SamplingParams(**FULL, **FULL_ROLLOUT)
-    request = sent_by("sync", "rollout", params) if positional else sent_by("sync", "rollout", **FULL, **FULL_ROLLOUT)
+    fields = {**FULL, **FULL_ROLLOUT, steps: STEPS[steps]}
+    params = SamplingParams(**fields)
+    request = sent_by("sync", "rollout", params) if positional else sent_by("sync", "rollout", **fields)
     assert parse(RolloutRequest, parse_json_body(request.content)).to_params() == params
     plain = SamplingParams(**FULL, rollout=False)
     request = sent_by("sync", "generate", plain) if positional else sent_by("sync", "generate", **FULL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Collection
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
-from flowroll.types import ALIASES, Number, SamplingParams
+from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
 
 _GIVEN = "given"
 
@@ -78,12 +79,26 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
             return float, {}
         assert len(members) == 1, f"no flag for {hint}"
         return _flag_type(members[0])
+    if get_origin(hint) is tuple and get_args(hint)[0] is StepOptions:
+        return str, {"parser": _json_list, "metavar": "JSON"}
     if get_origin(hint) is tuple:
         item, _ = _flag_type(get_args(hint)[0])
         # typer would take several words for a tuple type; the parser makes one of a single word.
         return str, {"parser": _comma_list(item), "metavar": "N,N,..."}
     assert hint in (bool, int, str) or get_origin(hint) is Literal, f"no flag for {hint}"
     return hint, {}
+
+
+def _json_list(text: str) -> tuple[Any, ...]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise typer.BadParameter(
+            f'must be a JSON list, got {text!r}; write \'[{{"noise_level": 0.8}}, {{"dynamics": "ode"}}]\'.'
+        )
+    return tuple(found)
 
 
 def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
-from flowroll.sampling.dynamics import amplification, transitions
+from flowroll.sampling.dynamics import amplification, transitions, transitions_of
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
@@ -119,6 +119,7 @@ def _record(
         model_dtype=str(model.dtype),
         timestep_dtype=str(model.family.timestep_dtype(model.dtype)),
         device=model.device.type,
+        steps=params.step_rules,
     )
 
 
@@ -184,12 +185,19 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
 
 
 def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
-    chosen = transitions(
-        schedule.sigmas,
-        sde_type=params.rollout_sde_type,
-        noise_level=params.rollout_noise_level,
-        sde_step_indices=params.rollout_sde_step_indices,
-    )
+    rules = params.step_rules
+    if rules is not None:
+        field = "rollout_steps" if params.rollout_steps is not None else "rollout_noise_levels"
+        if len(rules) != schedule.num_steps:
+            _refuse(field, f"hold one entry for each of the {schedule.num_steps} steps", len(rules), "send one entry a step")
+        chosen = transitions_of(schedule.sigmas, rules)
+    else:
+        chosen = transitions(
+            schedule.sigmas,
+            sde_type=params.rollout_sde_type,
+            noise_level=params.rollout_noise_level,
+            sde_step_indices=params.rollout_sde_step_indices,
+        )
     growth = amplification(chosen)
     if growth > _MAX_AMPLIFICATION:
         shown = (

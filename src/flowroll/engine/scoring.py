@@ -19,7 +19,17 @@ from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
 from flowroll.families.conditioning import TOKENS, ConditioningField
-from flowroll.types import DenoisingEnv, EnvValue, RecordedSteps, SampleScores, SamplingParams, ScoreParams, all_finite
+from flowroll.sampling.base import StepRule
+from flowroll.types import (
+    DenoisingEnv,
+    EnvValue,
+    RecordedSteps,
+    SampleScores,
+    SamplingParams,
+    ScoreParams,
+    StepOptions,
+    all_finite,
+)
 
 _REMEDY = "use the env of the rollout"
 
@@ -62,7 +72,7 @@ def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScoreP
         _refuse("samples", rule, f"{total / 2**30:.1f} GiB of tensors", "send several requests, or ask for log_probs_only")
     for index, sample in enumerate(params.samples):
         try:
-            check_sample(sample, model, limits)
+            check_sample(sample, model, limits, log_probs_only=params.log_probs_only)
         except InvalidRequestError as error:
             raise error.within(f"samples[{index}]") from None
     return ScorePlan(params=params, request_id=params.request_id or uuid.uuid4().hex)
@@ -73,7 +83,7 @@ def _answer_bytes(params: ScoreParams) -> int:
     return sum(states * 4 * sample.latents.numel() for sample in params.samples)
 
 
-def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> None:
+def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits, *, log_probs_only: bool = False) -> None:
     """Checks the steps of one sample against the model.
 
     Raises:
@@ -93,6 +103,10 @@ def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> No
             _refuse(field, rule, list(tensor.shape[1:])[:8], "send one state per step")
         if not tensor.isfinite().all():
             _refuse(field, "be finite", "NaN or infinity", "send the states as they were recorded")
+    for step in () if log_probs_only else sample.steps:
+        if recipe.transitions[step].needs_previous and step - 1 not in sample.steps:
+            rule = f"hold {step - 1} beside {step}, whose mean depends on the step before"
+            _refuse("steps", rule, list(sample.steps), "send both steps, or ask for log_probs_only")
     recipe.check_env(sample.denoising_env)
     _check_env(sample.denoising_env, model, geometry)
 
@@ -125,7 +139,11 @@ def sample_scores(
     scores: dict[int, StepScore] = {}
     for row, velocity in velocities.items():
         latents, following = (states[row].to(velocity.device) for states in (sample.latents, sample.next_latents))
-        scores[row] = recipe.evaluate(velocity, latents, following, sample.steps[row])
+        previous: Tensor | None = None
+        if recipe.transitions[step := sample.steps[row]].needs_previous:
+            before = sample.steps.index(step - 1)
+            previous = recipe.clean_prediction(velocities[before], sample.latents[before].to(velocity.device), step - 1)
+        scores[row] = recipe.evaluate(velocity, latents, following, step, previous)
         finite = (all_finite(velocity), all_finite(scores[row].mean), all_finite(scores[row].log_prob))
         if not all(finite):
             shown = f"NaN or infinity at step {sample.steps[row]}"
@@ -159,7 +177,10 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
         chosen = sample.sde_step_indices
         SamplingParams(
             prompt="",
-            rollout_sde_step_indices=None if chosen is None else tuple({step for step in chosen if 0 <= step < steps}),
+            rollout_sde_step_indices=None
+            if chosen is None or record.steps is not None
+            else tuple({step for step in chosen if 0 <= step < steps}),
+            rollout_steps=None if record.steps is None else tuple(map(_options_of, record.steps)),
             **{name: getattr(record, name) for name in names},
         )
     except InvalidRequestError as error:
@@ -174,6 +195,10 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
     for field, indices in (("steps", sample.steps), ("sde_step_indices", sample.sde_step_indices or ())):
         if outside := [index for index in indices if not 0 <= index < steps]:
             _refuse(field, f"lie in 0..{steps - 1}", outside[0], "count steps from 0")
+
+
+def _options_of(rule: StepRule) -> StepOptions:
+    return StepOptions(dynamics=rule.dynamics, noise_level=rule.noise_level)
 
 
 def _check_env(env: DenoisingEnv, model: ModelFacts, geometry: Geometry) -> None:

@@ -45,6 +45,7 @@ class Recipe:
         family: The model family, which knows how its transformer is called.
         guidance: How the branches are combined.
         transitions: The transitions, one per step.
+        sigmas: The T + 1 noise levels, float32 values.
         timesteps: The timesteps as the model takes them, on the model's device.
         dts: Next sigma minus sigma of each step, on the model's device.
         dtype: The dtype of the transformer's inputs.
@@ -54,6 +55,7 @@ class Recipe:
     family: Family
     guidance: Guidance
     transitions: tuple[Transition, ...]
+    sigmas: tuple[float, ...]
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
     dtype: torch.dtype
@@ -90,9 +92,8 @@ class Recipe:
         return cls(
             family=family,
             guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale),
-            transitions=dynamics.transitions(
-                sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=sde_step_indices
-            ),
+            transitions=transitions_of_record(record, sde_step_indices),
+            sigmas=tuple(sigmas.tolist()),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],
             dtype=dtype or dtype_named(record.model_dtype),
@@ -133,8 +134,12 @@ class Recipe:
         next_latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
+        *,
+        before: Float[Tensor, " *latent"] | None = None,
     ) -> StepScore:
         """Runs one step again and computes the log-prob of the recorded next latents, differentiable in the weights.
+
+        A step that needs the clean prediction of the step before takes a forward of that step too.
 
         Args:
             transformer: The model, or a wrapper with its call signature.
@@ -142,8 +147,13 @@ class Recipe:
             next_latents: The recorded latents after the step.
             step: The step, counted from 0.
             env: The sample's environment, on the transformer's device.
+            before: The recorded latents before the step before; needed exactly if the transition needs that step.
         """
-        return self.evaluate(self.velocity(transformer, latents, step, env), latents, next_latents, step)
+        previous: Tensor | None = None
+        if self.transitions[step].needs_previous:
+            assert before is not None
+            previous = self.clean_prediction(self.velocity(transformer, before, step - 1, env), before, step - 1)
+        return self.evaluate(self.velocity(transformer, latents, step, env), latents, next_latents, step, previous)
 
     def evaluate(
         self,
@@ -151,12 +161,27 @@ class Recipe:
         latents: Float[Tensor, " *latent"],
         next_latents: Float[Tensor, " *latent"],
         step: int,
+        previous: Float[Tensor, " *latent"] | None = None,
     ) -> StepScore:
-        """Computes the log-prob of the recorded next latents for a velocity; the other arguments are those of `score`."""
+        """Computes the log-prob of the recorded next latents for a velocity.
+
+        Args:
+            velocity: The guided velocity of the step.
+            latents: The recorded latents before the step.
+            next_latents: The recorded latents after the step.
+            step: The step, counted from 0.
+            previous: The clean prediction of the step before; needed exactly if the transition needs it.
+        """
         this = self.transitions[step]
-        mean = dynamics.step_mean(this, latents, velocity, self.dts[step])
+        mean = dynamics.step_mean(this, latents, velocity, self.dts[step], previous)
         log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
         return StepScore(velocity=velocity, mean=mean, std=this.std, log_prob=log_prob)
+
+    def clean_prediction(
+        self, velocity: Float[Tensor, " *latent"], latents: Float[Tensor, " *latent"], step: int
+    ) -> Float[Tensor, " *latent"]:
+        """Computes the clean latents that the velocity of a step predicts, in float32."""
+        return transition.clean_prediction(latents, velocity, self.sigmas[step])
 
     def velocity(
         self,
@@ -171,6 +196,16 @@ class Recipe:
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
         """Returns the inputs of one step's velocity; the arguments are those of `score`."""
         return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
+
+
+def transitions_of_record(record: SamplingRecord, sde_step_indices: Collection[int] | None) -> tuple[Transition, ...]:
+    """Computes the transitions by which a record's steps are taken; see `Recipe.of`."""
+    sigmas = torch.tensor(record.sigmas, dtype=torch.float32)
+    if record.steps is not None:
+        return dynamics.transitions_of(sigmas, record.steps)
+    return dynamics.transitions(
+        sigmas, sde_type=record.sde_type, noise_level=record.noise_level, sde_step_indices=sde_step_indices
+    )
 
 
 def dtype_named(name: str) -> torch.dtype:

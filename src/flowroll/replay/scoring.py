@@ -214,7 +214,8 @@ def run_pair(transformer: Transformer, source: Source, step: int, place: Place, 
     """Scores one recorded step of one sample; `env` is the sample's own on the device, where that was made already."""
     env = source.env_on(place) if env is None else env
     latents, next_latents = source.state(step, place.device), source.state(step + 1, place.device)
-    return source.recipe.score(transformer, latents, next_latents, step, env)
+    before = source.state(step - 1, place.device) if source.recipe.transitions[step].needs_previous else None
+    return source.recipe.score(transformer, latents, next_latents, step, env, before=before)
 
 
 def _check_micro_batch(micro_batch: int) -> None:

@@ -60,9 +60,13 @@ class Source:
         """The number of transitions T."""
         return len(self.recipe.transitions)
 
+    def states_of(self, step: int) -> list[int]:
+        """Returns the states from which a step is replayed: before and after it, and before the step that it may need."""
+        return [step - 1, step, step + 1] if self.recipe.transitions[step].needs_previous else [step, step + 1]
+
     def has_states(self, step: int) -> bool:
-        """Returns whether the latents before and after this step were returned."""
-        return {step, step + 1} <= set(self.trajectory.latent_step_indices)
+        """Returns whether the latents were returned from which this step is replayed."""
+        return set(self.states_of(step)) <= set(self.trajectory.latent_step_indices)
 
     def state(self, state: int, device: torch.device) -> Float[Tensor, " *latent"]:
         """Returns the latents of one state (0..T) on a device."""
@@ -202,14 +206,15 @@ def check_states(source: Source, step: int) -> None:
     """Refuses a step whose latents were not returned.
 
     Raises:
-        InvalidRequestError: The trajectory lacks the state before or after it.
+        InvalidRequestError: The trajectory lacks the state before or after it, or one that the step before needs.
     """
     if not source.has_states(step):
+        states = " and ".join(map(str, source.states_of(step)))
         _refuse(
             "dit_trajectory",
-            f"hold the states {step} and {step + 1} to replay step {step}",
+            f"hold the states {states} to replay step {step}",
             f"the states {list(source.trajectory.latent_step_indices)} in rollout {source.index}",
-            f"roll out with {step} and {step + 1} in return_step_indices, or leave that out",
+            f"roll out with {states} in return_step_indices, or leave that out",
         )
 
 

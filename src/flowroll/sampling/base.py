@@ -27,6 +27,19 @@ NOISE_LEVEL_MAX = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepRule:
+    """How one step is taken.
+
+    Attributes:
+        dynamics: The name of the dynamics.
+        noise_level: The noise level n.
+    """
+
+    dynamics: str
+    noise_level: int | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dynamics:
     """One sampler: next ~ N(on_latents x + on_velocity v + on_previous x0_prev, std^2).
 

@@ -8,14 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.sampling import cps, dance, flow_sde, ode, transition
-from flowroll.sampling.base import Dynamics
+from flowroll.sampling import cps, dance, ddim_flow, dpmpp2m, flow_sde, ode, transition
+from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.transition import ODE, Transition
 
-DYNAMICS: Mapping[str, Dynamics] = {module.DYNAMICS.name: module.DYNAMICS for module in (flow_sde, cps, dance, ode)}
+DYNAMICS: Mapping[str, Dynamics] = {
+    module.DYNAMICS.name: module.DYNAMICS for module in (flow_sde, cps, dance, ddim_flow, ode, dpmpp2m)
+}
 # Every name that a request may use, and the dynamics that it means.
 _BY_ANY_NAME: Mapping[str, Dynamics] = {name: found for found in DYNAMICS.values() for name in (found.name, *found.aliases)}
 NAMES = tuple(_BY_ANY_NAME)
+_PLAIN = StepRule(dynamics=ODE, noise_level=0)
 
 
 def dynamics_named(name: str, *, field: str = "sde_type") -> Dynamics:
@@ -50,7 +53,7 @@ def transitions(
     noise_level: int | float,
     sde_step_indices: Collection[int] | None = None,
 ) -> tuple[Transition, ...]:
-    """Computes the T transitions of a grid.
+    """Computes the T transitions of a grid whose chosen steps follow one dynamics.
 
     Args:
         sigmas: T + 1 noise levels, float32.
@@ -66,56 +69,74 @@ def transitions(
     Raises:
         InvalidRequestError: There is no such dynamics, or it cannot take one of its steps.
     """
-    chosen = dynamics_named(sde_type)
-    steps = check_sigmas(sigmas, chosen, noise_level=noise_level, sde_step_indices=sde_step_indices)
-    plain = tuple(ode.DYNAMICS.coefficients(sigmas, step, noise_level) for step in range(sigmas.shape[0] - 1))
-    if _takes_ode_steps(chosen, noise_level):
-        return plain
-    own = tuple(chosen.coefficients(sigmas, step, noise_level) for step in range(sigmas.shape[0] - 1))
+    every = range(sigmas.shape[0] - 1)
+    chosen = StepRule(dynamics=dynamics_named(sde_type).name, noise_level=noise_level)
+    steps = every if sde_step_indices is None else set(sde_step_indices) & set(every)
+    check_sigmas(sigmas, {step: chosen for step in steps})
+    own = tuple(_coefficients(sigmas, step, chosen) for step in every)
     dense = {step for step in steps if own[step].is_stochastic}
     if not any(this.is_stochastic for step, this in enumerate(own) if step not in dense):
         return own
-    return tuple(own[step] if step in dense else plain[step] for step in range(sigmas.shape[0] - 1))
+    return tuple(own[step] if step in dense else _coefficients(sigmas, step, _PLAIN) for step in every)
 
 
-def _takes_ode_steps(chosen: Dynamics, noise_level: int | float) -> bool:
-    return chosen.name == ODE or (chosen.is_stochastic and noise_level == 0)
+def transitions_of(sigmas: Float[Tensor, " states"], rules: Sequence[StepRule]) -> tuple[Transition, ...]:
+    """Computes the T transitions of a grid whose steps each have a rule of their own.
+
+    Args:
+        sigmas: T + 1 noise levels, float32.
+        rules: One rule a step. A step of a stochastic dynamics with a noise level of 0 is an ODE step.
+
+    Raises:
+        InvalidRequestError: There is no dynamics of a name, or it cannot take its step.
+    """
+    assert len(rules) == sigmas.shape[0] - 1
+    check_sigmas(sigmas, dict(enumerate(rules)))
+    return tuple(_coefficients(sigmas, step, rule) for step, rule in enumerate(rules))
 
 
-def check_sigmas(
-    sigmas: Float[Tensor, " states"],
-    chosen: Dynamics,
-    *,
-    noise_level: int | float,
-    sde_step_indices: Collection[int] | None = None,
-) -> Collection[int]:
-    """Refuses a grid on which the dynamics cannot take one of its steps; the other arguments are those of `transitions`.
+def check_sigmas(sigmas: Float[Tensor, " states"], rules: Mapping[int, StepRule]) -> None:
+    """Refuses a grid on which a step cannot be taken by its rule.
 
-    Returns:
-        The steps that follow the dynamics.
+    Args:
+        sigmas: T + 1 noise levels, float32.
+        rules: The rules by step; steps that are not in it are ODE steps, which can be taken on every grid.
 
     Raises:
         InvalidRequestError: A step cannot be taken; the message names the sigma and its step.
     """
-    if _takes_ode_steps(chosen, noise_level):
-        return ()
-    every = range(sigmas.shape[0] - 1)
-    steps = every if sde_step_indices is None else set(sde_step_indices) & set(every)
     values = sigmas.tolist()
-    for step in sorted(steps):
+    for step, rule in sorted(rules.items()):
+        chosen = dynamics_named(rule.dynamics)
+        if _is_plain(chosen, rule.noise_level):
+            continue
         problem: tuple[str, str] | None = None
         if not 0 <= values[step + 1] < values[step] <= 1:
             problem = "decrease at every step, from at most 1 to 0", "correct that value"
         elif chosen.sigma_problem is not None:
             problem = chosen.sigma_problem(values, step)
         if problem is not None:
-            rule, remedy = problem
-            raise InvalidRequestError(f"sigmas must {rule}, got {values[step]:.9g} at step {step}; {remedy}.", field="sigmas")
-    return steps
+            text, remedy = problem
+            raise InvalidRequestError(f"sigmas must {text}, got {values[step]:.9g} at step {step}; {remedy}.", field="sigmas")
+
+
+def _is_plain(chosen: Dynamics, noise_level: int | float) -> bool:
+    """Returns whether steps of these dynamics at this noise level are ODE steps."""
+    return chosen.name == ODE or (chosen.is_stochastic and noise_level == 0)
+
+
+def _coefficients(sigmas: Float[Tensor, " states"], step: int, rule: StepRule) -> Transition:
+    chosen = dynamics_named(rule.dynamics)
+    takes = ode.DYNAMICS if _is_plain(chosen, rule.noise_level) else chosen
+    return takes.coefficients(sigmas, step, rule.noise_level)
 
 
 def step_mean(
-    this: Transition, latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], dt: Float[Tensor, ""]
+    this: Transition,
+    latents: Float[Tensor, " *latent"],
+    velocity: Float[Tensor, " *latent"],
+    dt: Float[Tensor, ""],
+    previous: Float[Tensor, " *latent"] | None = None,
 ) -> Float[Tensor, " *latent"]:
     """Computes the mean of the next latents by the step's own rule.
 
@@ -124,11 +145,14 @@ def step_mean(
         latents: x at sigma, any float dtype.
         velocity: v, any float dtype.
         dt: Next sigma minus sigma, float32, on the latents' device; used by ODE steps alone.
+        previous: x0_prev, the `clean_prediction` of the step before; needed exactly if the transition has a factor for it.
 
     Returns:
         The mean, float32; at an ODE step the next latents, in the velocity's dtype.
     """
-    return ode.step(latents, velocity, dt) if this.dynamics == ODE else transition.mean(this, latents, velocity)
+    if this.dynamics == ODE:
+        return ode.step(latents, velocity, dt)
+    return transition.mean(this, latents, velocity, previous)
 
 
 def amplification(chosen: Sequence[Transition]) -> float:
@@ -138,6 +162,6 @@ def amplification(chosen: Sequence[Transition]) -> float:
     """
     largest = product = 1.0
     for this in chosen:
-        product = max(product * abs(this.on_latents), 1.0)
+        product = max(product * (abs(this.on_latents) + abs(this.on_previous)), 1.0)
         largest = max(largest, product)
     return largest

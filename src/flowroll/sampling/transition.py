@@ -45,6 +45,11 @@ class Transition:
         return cls(dynamics=dynamics, **dict(zip(values, exact.to(torch.float32).tolist(), strict=True)))
 
     @property
+    def needs_previous(self) -> bool:
+        """Whether the mean depends on the clean prediction of the step before."""
+        return self.on_previous != 0
+
+    @property
     def is_stochastic(self) -> bool:
         """Whether the step draws noise and has a density."""
         return self.std > 0
@@ -68,10 +73,17 @@ def mean(
         on_latents * x + on_velocity * v + on_previous * x0_prev, float32.
     """
     found = latents.to(torch.float32) * transition.on_latents + velocity.to(torch.float32) * transition.on_velocity
-    if transition.on_previous == 0:
+    if not transition.needs_previous:
         return found
     assert previous is not None
     return found + previous * transition.on_previous
+
+
+def clean_prediction(
+    latents: Float[Tensor, " *latent"], velocity: Float[Tensor, " *latent"], sigma: float
+) -> Float[Tensor, " *latent"]:
+    """Computes x - s v, the clean latents that a velocity predicts, in float32; `sigma` is a float32 value."""
+    return latents.to(torch.float32) - velocity.to(torch.float32) * sigma
 
 
 def sample(

@@ -29,6 +29,7 @@ from flowroll.types.params import (
     Number,
     SamplingParams,
     SdeType,
+    StepOptions,
     by_field_name,
 )
 from flowroll.types.results import (
@@ -81,6 +82,7 @@ __all__ = [
     "ScoreParams",
     "SdeType",
     "Split",
+    "StepOptions",
     "Trajectory",
     "WeightUpdate",
     "adapter_config_text",

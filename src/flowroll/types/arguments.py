@@ -7,12 +7,12 @@ them for keyword arguments; a test compares them with it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType
+from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType, StepOptions
 from flowroll.types.plain import plain
 
 # Numbers of numpy and tensors of one element are accepted too; for several values, also 1-D arrays and tensors.
@@ -58,6 +58,8 @@ class RolloutFields(ImageFields, total=False):
     rollout_return_denoising_env: bool
     rollout_return_dit_trajectory: bool
     rollout_sde_step_indices: Integers | None
+    rollout_steps: Sequence[StepOptions | Mapping[str, Any]] | None
+    rollout_noise_levels: Reals | None
     rollout_return_step_indices: Integers | None
     # The short names of the fields above.
     sde_type: SdeType
@@ -67,6 +69,7 @@ class RolloutFields(ImageFields, total=False):
     return_denoising_env: bool
     return_dit_trajectory: bool
     sde_step_indices: Integers | None
+    noise_levels: Reals | None
     return_step_indices: Integers | None
 
 

@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
 
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
 from flowroll.types.adapters import check_lora_name
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
@@ -25,12 +26,34 @@ else:
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """What a request says about one step.
+
+    Attributes:
+        dynamics: The dynamics of the step. None: that of the request.
+        noise_level: The noise level of the step. None: that of the request.
+    """
+
+    dynamics: SdeType | None = None
+    noise_level: Number | None = None
+
+
 MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 MAX_REQUEST_ID_CHARS = 256
 MIN_SIGMA_GAP = 1e-6
 # Far above any use; without a limit the guided velocity would overflow float32.
 MAX_GUIDANCE_SCALE = 1000.0
+_SEQUENCES = (
+    "seeds",
+    "sigmas",
+    "rollout_sde_step_indices",
+    "rollout_return_step_indices",
+    "rollout_steps",
+    "rollout_noise_levels",
+)
 _FLAGS = (
     "rollout",
     "rollout_log_prob_no_const",
@@ -66,6 +89,30 @@ def _is_finite(value: object) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _dynamics(field_name: str, name: object, where: str = "") -> Dynamics:
+    rule = f"be one of {', '.join(DYNAMICS)}{where}"
+    _require(isinstance(name, str) and name in NAMES, field_name, rule, name, "choose one of these")
+    assert isinstance(name, str)
+    return dynamics_named(name)
+
+
+def _check_noise_level(field_name: str, chosen: Dynamics, level: object, where: str = "") -> None:
+    ok = _is_finite(level) and chosen.admits(cast(Number, level))
+    rule = f"be 0 or from {chosen.noise_level_range} for {chosen.name}{where}"
+    _require(ok, field_name, rule, level, "use 0 for a deterministic rollout")
+
+
+def _step_options(given: object) -> object:
+    """Returns the options of a step from a mapping of their names."""
+    if isinstance(given, Mapping):
+        known = [field.name for field in fields(StepOptions)]
+        for name in given:
+            _require(name in known, "rollout_steps", f"hold objects with {' and '.join(known)} alone", name, "remove that name")
+        return StepOptions(**{name: plain(value) for name, value in given.items()})
+    _require(isinstance(given, StepOptions), "rollout_steps", "hold objects with dynamics and noise_level", given, "use {}")
+    return given
+
+
 @accept_aliases
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -73,7 +120,8 @@ class SamplingParams:
 
     Rules that need no model are checked here; the rest (pixel grid, server limits) when the engine plans the request. Numbers
     of numpy and torch are taken as Python's; a list, or a 1-D array or tensor, becomes a tuple. Every `rollout_...` field also
-    has a short name without that prefix; both at once are refused.
+    has a short name without that prefix; both at once are refused. `rollout_steps` has none, since `steps` would be taken for
+    their number.
 
     Attributes:
         prompt: The text; may be empty.
@@ -99,6 +147,10 @@ class SamplingParams:
         rollout_return_denoising_env: Return every transformer argument.
         rollout_return_dit_trajectory: Return latents, timesteps and sigmas.
         rollout_sde_step_indices: Steps that follow `rollout_sde_type`, the others are ODE steps. None: all.
+        rollout_steps: One entry a step: a `StepOptions`, or a mapping of its fields. Excludes `rollout_sde_step_indices` and
+            `rollout_noise_levels`. None: the same for all steps.
+        rollout_noise_levels: One noise level a step; short for `rollout_steps` with noise levels alone. None: the same for all
+            steps.
         rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
@@ -132,6 +184,8 @@ class SamplingParams:
     rollout_return_denoising_env: bool = False
     rollout_return_dit_trajectory: bool = False
     rollout_sde_step_indices: tuple[int, ...] | None = None
+    rollout_steps: tuple[StepOptions, ...] | None = None
+    rollout_noise_levels: tuple[Number, ...] | None = None
     rollout_return_step_indices: tuple[int, ...] | None = None
     suppress_logs: bool = False
     request_id: str | None = None
@@ -145,6 +199,7 @@ class SamplingParams:
     return_denoising_env = Alias[bool]("rollout_return_denoising_env")
     return_dit_trajectory = Alias[bool]("rollout_return_dit_trajectory")
     sde_step_indices = Alias["tuple[int, ...] | None"]("rollout_sde_step_indices")
+    noise_levels = Alias["tuple[Number, ...] | None"]("rollout_noise_levels")
     return_step_indices = Alias["tuple[int, ...] | None"]("rollout_return_step_indices")
 
     def __post_init__(self) -> None:
@@ -158,6 +213,21 @@ class SamplingParams:
         self._check_rollout()
         self._check_dynamics()
         self._check_evaluation()
+
+    @property
+    def step_rules(self) -> tuple[StepRule, ...] | None:
+        """The rule of each step where the steps differ, with the request's defaults filled in; None where they do not."""
+        if self.rollout_noise_levels is not None:
+            return tuple(StepRule(dynamics=self.rollout_sde_type, noise_level=level) for level in self.rollout_noise_levels)
+        if self.rollout_steps is None:
+            return None
+        return tuple(
+            StepRule(
+                dynamics=dynamics_named(step.dynamics or self.rollout_sde_type).name,
+                noise_level=self.rollout_noise_level if step.noise_level is None else step.noise_level,
+            )
+            for step in self.rollout_steps
+        )
 
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
@@ -185,9 +255,11 @@ class SamplingParams:
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)
+        if isinstance(self.rollout_steps, tuple):
+            object.__setattr__(self, "rollout_steps", tuple(map(_step_options, self.rollout_steps)))
 
     def _check_sequences(self) -> None:
-        for name in ("seeds", "sigmas", "rollout_sde_step_indices", "rollout_return_step_indices"):
+        for name in _SEQUENCES:
             value = getattr(self, name)
             _require(value is None or isinstance(value, tuple), name, "be a tuple", value, "put the values in a tuple")
 
@@ -251,16 +323,43 @@ class SamplingParams:
 
     def _check_dynamics(self) -> None:
         name, level = self.rollout_sde_type, self.rollout_noise_level
-        rule = f"be one of {', '.join(DYNAMICS)}"
-        _require(isinstance(name, str) and name in NAMES, "rollout_sde_type", rule, name, "choose one of these")
-        chosen = dynamics_named(name)
+        chosen = _dynamics("rollout_sde_type", name)
         object.__setattr__(self, "rollout_sde_type", chosen.name)
-        rule = f"be 0 or from {chosen.noise_level_range} for {chosen.name}"
-        ok = _is_finite(level) and chosen.admits(level)
-        _require(ok, "rollout_noise_level", rule, level, "use 0 for a deterministic rollout")
+        _check_noise_level("rollout_noise_level", chosen, level)
+        if chosen.needs_history:
+            rule = f"be left out for {chosen.name}, which has no stochastic steps"
+            indices = self.rollout_sde_step_indices
+            _require(not indices, "rollout_sde_step_indices", rule, indices, "use rollout_steps to mix dynamics")
+        self._check_steps(chosen)
         if self.rollout and self.sigmas is not None:
             grid = torch.tensor(self.sigmas, dtype=torch.float32)
-            check_sigmas(grid, chosen, noise_level=level, sde_step_indices=self.rollout_sde_step_indices)
+            every = range(len(self.sigmas) - 1)
+            wanted = every if self.rollout_sde_step_indices is None else set(self.rollout_sde_step_indices) & set(every)
+            alike = StepRule(dynamics=chosen.name, noise_level=level)
+            rules = self.step_rules
+            check_sigmas(grid, dict.fromkeys(wanted, alike) if rules is None else dict(enumerate(rules)))
+
+    def _check_steps(self, chosen: Dynamics) -> None:
+        """Checks the options of single steps."""
+        given = [name for name in ("rollout_steps", "rollout_noise_levels", "rollout_sde_step_indices") if self._has(name)]
+        remedy = "send one of the two"
+        _require(len(given) < 2, given[0] if given else "", f"be given without {given[-1]}" if given else "", "both", remedy)
+        for name, rows in (("rollout_steps", self.rollout_steps), ("rollout_noise_levels", self.rollout_noise_levels)):
+            count = len(self.sigmas) - 1 if self.sigmas is not None else self.num_inference_steps
+            if rows is None:
+                continue
+            _require(len(rows) > 0, name, "hold one entry a step", rows, "leave it out where the steps are alike")
+            agrees = count is None or len(rows) == count
+            _require(agrees, name, f"hold one entry for each of the {count} steps", len(rows), "send one entry a step")
+        for index, step in enumerate(self.rollout_steps or ()):
+            own = chosen if step.dynamics is None else _dynamics("rollout_steps", step.dynamics, f" at step {index}")
+            level = self.rollout_noise_level if step.noise_level is None else step.noise_level
+            _check_noise_level("rollout_steps", own, level, f" at step {index}")
+        for index, level in enumerate(self.rollout_noise_levels or ()):
+            _check_noise_level("rollout_noise_levels", chosen, level, f" at step {index}")
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None
 
     def _check_evaluation(self) -> None:
         """Refuses values that have no effect without a rollout."""
@@ -275,7 +374,7 @@ class SamplingParams:
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", *ALIASES.values()})
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.sampling.base import StepRule
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import Number, SdeType
 
@@ -44,6 +45,8 @@ class SamplingRecord:
         schema_version: Version of this record.
         pos_cond_sha256: `branch_digest` of the environment's conditional branch; None where no environment was returned.
         neg_cond_sha256: `branch_digest` of the unconditional branch; None without one.
+        steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
+            only what the request left them at. None: all chosen steps follow `sde_type`.
         lora: The adapter with which the sample was made; None: the model without an adapter.
     """
 
@@ -69,8 +72,10 @@ class SamplingRecord:
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
+    steps: tuple[StepRule, ...] | None = None
 
     def __post_init__(self) -> None:
+        assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
 

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
-from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType
+from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType, StepOptions
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 from flowroll.wire.names import EXTRA
@@ -131,12 +131,27 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
 
     def _params(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in self.__struct_fields__ if name in _PARAMS}
-        return given | {ALIASES.get(name, name): value for name, value in self._given_further().items()}
+        given |= {ALIASES.get(name, name): value for name, value in self._given_further().items()}
+        if steps := given.get("rollout_steps"):
+            given["rollout_steps"] = tuple(StepOptions(**structs.asdict(step)) for step in steps)
+        return given
 
     def _wire_name(self, param: str) -> str:
         field = ALIASES.get(param, param)
         nested = next((name for name in self._given_further() if ALIASES.get(name, name) == field), None)
         return field if nested is None else f"{EXTRA}.{nested}"
+
+
+class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How one step is taken.
+
+    Attributes:
+        dynamics: Dynamics of the step. null: the request's.
+        noise_level: Noise level of the step. null: the request's.
+    """
+
+    dynamics: SdeType | None = None
+    noise_level: Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)] | None = None
 
 
 class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
@@ -148,6 +163,18 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout_return_denoising_env: fields.Flag = False
     rollout_return_dit_trajectory: fields.Flag = False
     rollout_sde_step_indices: Annotated[_Indices | None, about([0, 1], "count steps from 0")] = None
+    rollout_steps: Annotated[
+        Annotated[tuple[Step, ...], Meta(min_length=1)] | None,
+        about(
+            [{"noise_level": 0.8}, {"dynamics": "ode"}],
+            "send one object a step, {} where it follows the request",
+            "be null or a list of objects with dynamics and noise_level",
+        ),
+    ] = None
+    rollout_noise_levels: Annotated[
+        Annotated[tuple[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], ...], Meta(min_length=1)] | None,
+        about([0.8, 0.8, 0.4, 0.0], "send one noise level a step"),
+    ] = None
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
 
 

@@ -5,6 +5,7 @@ from tests.unit.cli.invoking import assert_one_line_error, run_cli
 from tests.unit.parity.reports import EQUAL, OFF, make_layout, make_mode, make_report
 
 from flowroll.parity import run
+from flowroll.sampling.dynamics import DYNAMICS
 
 SMALL = ("--size", 64, "--steps", 2)
 
@@ -28,7 +29,7 @@ def no_process(monkeypatch):
         (("--layouts", "sp2xtp2,tp2xsp2"), "layouts must name each one once, got sp2xtp2 twice; remove one."),
         (("--layouts", "tp7"), "tp must"),
         (("--layouts", "sp4096"), "sp must leave 64 of the largest image"),
-        (("--modes", "sde,ddim"), "modes must be one of sde, cps, dance, ode, got 'ddim'; choose one of these."),
+        (("--modes", "sde,ddim"), f"modes must be one of {', '.join(DYNAMICS)}, got 'ddim'; choose one of these."),
         (("--modes", "dance,dance_sde"), "modes must name each one once, got dance twice; remove one."),
         (("--modes", "ode,ode"), "modes must name each one once, got ode twice; remove one."),
         (("--size", "64x"), "size must be WIDTHxHEIGHT or one number of pixels, got '64x'; write e.g. 1024x768 or 1024."),

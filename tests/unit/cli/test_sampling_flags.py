@@ -35,6 +35,8 @@ ALL_FLAGS = {
     "rollout_return_denoising_env": (["--rollout-return-denoising-env"], True),
     "rollout_return_dit_trajectory": (["--rollout-return-dit-trajectory"], True),
     "rollout_sde_step_indices": (["--rollout-sde-step-indices", "0,2"], (0, 2)),
+    "rollout_steps": (["--rollout-steps", '[{"dynamics": "ode"}, {}]'], ({"dynamics": "ode"}, {})),
+    "rollout_noise_levels": (["--rollout-noise-levels", "0.5,0"], (0.5, 0.0)),
     "rollout_return_step_indices": (["--rollout-return-step-indices", "3"], (3,)),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),

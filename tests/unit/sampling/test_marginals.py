@@ -38,8 +38,10 @@ def final_error(sde_type: str, steps: int, noise_level: float, *, start: float =
     return max(abs(mean - exact_mean), abs(var - exact_var))
 
 
-@pytest.mark.parametrize("sde_type", ["sde", "dance"])
-@pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.5])
+@pytest.mark.parametrize(
+    ("sde_type", "noise_level"),
+    [("sde", 0.3), ("sde", 0.7), ("sde", 1.5), ("dance", 0.3), ("dance", 1.5), ("ddim_flow", 0.3), ("ddim_flow", 1.0)],
+)
 def test_an_sde_converges_to_the_marginals_at_first_order(sde_type: str, noise_level: float) -> None:
     coarse, fine = final_error(sde_type, 400, noise_level), final_error(sde_type, 800, noise_level)
     assert fine < 0.02
@@ -66,7 +68,7 @@ def test_cps_converges_to_the_marginals_at_first_order_in_its_noise_per_step() -
     assert 1.8 < coarse / fine < 2.2
 
 
-@pytest.mark.parametrize(("sde_type", "noise_level"), [("sde", 0.7), ("cps", 0.1), ("dance", 0.7)])
+@pytest.mark.parametrize(("sde_type", "noise_level"), [("sde", 0.7), ("cps", 0.1), ("dance", 0.7), ("ddim_flow", 1.0)])
 def test_samples_themselves_have_the_marginals(sde_type: str, noise_level: float) -> None:
     sigmas = torch.linspace(0.9, 0.1, 101)
     generator = torch.Generator().manual_seed(1)
@@ -91,6 +93,11 @@ def test_ode_samples_themselves_have_the_marginals() -> None:
     mean, var = marginal(0.1)
     assert abs(latents.mean().item() - mean) < 0.02
     assert abs(latents.var().item() / var - 1) < 0.06
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_ddim_keeps_the_marginals_of_a_single_image_exactly(steps: int) -> None:
+    assert final_error("ddim_flow", steps, 1.0, c=1e-6) < 1e-5
 
 
 def test_flow_sde_from_pure_noise_ends_at_the_target() -> None:

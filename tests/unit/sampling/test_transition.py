@@ -109,9 +109,10 @@ def test_nothing_valid_gives_nan_or_infinity(sde_type: str, noise: float, gaps: 
     assume(sde_type != "sde" or not torch.isclose(sigmas[1:], torch.ones(1)).any())
     generator = torch.Generator().manual_seed(0)
     for this in transitions(sigmas, sde_type=sde_type, noise_level=noise):
-        assert all(math.isfinite(value) for value in (this.on_latents, this.on_velocity, this.std)) and this.std >= 0
-        latents, velocity, drawn = torch.randn(3, 1, 8, generator=generator).unbind(0)
-        mean = transition.mean(this, latents, velocity)
+        factors = (this.on_latents, this.on_velocity, this.on_previous, this.std)
+        assert all(math.isfinite(value) for value in factors) and this.std >= 0
+        latents, velocity, drawn, previous = torch.randn(4, 1, 8, generator=generator).unbind(0)
+        mean = transition.mean(this, latents, velocity, previous)
         next_latents = transition.sample(this, mean, drawn if this.is_stochastic else None)
         for no_const in (False, True):
             assert transition.log_prob(this, next_latents[None], mean[None], no_const=no_const).isfinite().all()
@@ -126,7 +127,7 @@ def test_a_grid_that_starts_just_below_one_stays_tame() -> None:
 @pytest.mark.parametrize("options", [{}, {"noise_level": 0}, {"sde_step_indices": ()}])
 def test_unknown_dynamics_are_refused_whatever_else_is_asked(options: dict) -> None:
     # They silently became ODE steps.
-    with pytest.raises(InvalidRequestError, match="sde_type must be one of sde, cps, dance, ode, got 'flow-sde'"):
+    with pytest.raises(InvalidRequestError, match=f"sde_type must be one of {', '.join(DYNAMICS)}, got 'flow-sde'"):
         transitions(SIGMAS, **{"sde_type": "flow-sde", "noise_level": 0.7, **options})
     with pytest.raises(InvalidRequestError, match="sde_type must be one of"):
         transitions(SIGMAS, sde_type="flow-sde", noise_level=0.7, sde_step_indices=(0,))
@@ -170,7 +171,8 @@ def test_a_noise_level_just_below_two_has_a_density_only_where_float32_holds_it(
 
 def test_history_is_declared_where_it_is_used() -> None:
     for name, found in DYNAMICS.items():
-        used = any(this.on_previous != 0 for this in transitions(SIGMAS, sde_type=name, noise_level=0.7))
+        grid = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0])
+        used = any(this.needs_previous for this in transitions(grid, sde_type=name, noise_level=0.7))
         assert used == found.needs_history
     this = transition.Transition(dynamics="two steps", on_latents=0.5, on_velocity=0.25, std=0.0, on_previous=2.0)
     assert transition.mean(this, torch.ones(2), torch.ones(2), torch.ones(2)).tolist() == [2.75, 2.75]

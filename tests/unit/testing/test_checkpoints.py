@@ -207,6 +207,7 @@ def test_overrides_reach_the_transformer(tmp_path):
     assert len(qwen.transformer.transformer_blocks) == len(z_image.transformer.layers) == 1
 
 
+@pytest.mark.slow
 def test_a_mid_checkpoint_has_about_100_million_parameters(family, tmp_path):
     transformer = load(make_checkpoint(family, tmp_path, size="mid"), torch.bfloat16).transformer
     assert 0.9e8 < sum(parameter.numel() for parameter in transformer.parameters()) < 1.1e8

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -18,11 +19,17 @@ from flowroll import SamplingParams
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
-from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields, StepOptions
 from flowroll.types.arguments import Integer, Integers, Real, Reals
 
 KINDS = ("sync", "async")
-WIDER = {int: Integer, int | float: Real, tuple[int, ...]: Integers, tuple[int | float, ...]: Reals}
+WIDER = {
+    int: Integer,
+    int | float: Real,
+    tuple[int, ...]: Integers,
+    tuple[int | float, ...]: Reals,
+    tuple[StepOptions, ...]: Sequence[StepOptions | Mapping[str, Any]],
+}
 ARRAYS = [lambda values: np.array(values), lambda values: torch.tensor(values), lambda values: list(np.array(values))]
 
 

@@ -10,7 +10,7 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
-from flowroll.types import ALIASES, ROLLOUT_FIELDS
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions
 
 # Values other than the defaults, by field.
 CHOSEN = {
@@ -21,6 +21,8 @@ CHOSEN = {
     "rollout_return_denoising_env": True,
     "rollout_return_dit_trajectory": True,
     "rollout_sde_step_indices": (0, 1),
+    "rollout_steps": (StepOptions(noise_level=0.4), StepOptions(dynamics="dance")),
+    "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
 }
 
@@ -76,6 +78,20 @@ CHOSEN = {
         ("sde_step_indices", {"sde_step_indices": (0, 0)}),
         ("sde_step_indices", {"sde_step_indices": (-1,)}),
         ("return_step_indices", {"return_step_indices": (1, 1)}),
+        ("rollout_steps", {"rollout_steps": ()}),
+        ("rollout_steps", {"rollout_steps": ({"noise_level": 0.4}, {}), "num_inference_steps": 3}),
+        ("rollout_steps", {"rollout_steps": ({}, {}), "sigmas": (1.0, 0.0)}),
+        ("rollout_steps", {"rollout_steps": ({"noise_level": 2}, {"noise_level": 2, "dynamics": "cps"})}),
+        ("rollout_steps", {"rollout_steps": ({"dynamics": "cps"},), "noise_level": 2}),
+        ("rollout_steps", {"rollout_steps": ({"level": 0.4},)}),
+        ("rollout_steps", {"rollout_steps": (0.4,)}),
+        ("rollout_steps", {"rollout_steps": ({},), "noise_levels": (0.4,)}),
+        ("rollout_steps", {"rollout_steps": ({},), "sde_step_indices": (0,)}),
+        ("noise_levels", {"noise_levels": (0.4,), "sde_step_indices": (0,)}),
+        ("noise_levels", {"noise_levels": (0.4, 10.1)}),
+        ("noise_levels", {"noise_levels": (0.4, True)}),
+        ("sde_step_indices", {"sde_type": "dpmpp2m", "sde_step_indices": (0,)}),
+        ("sigmas", {"rollout_steps": ({}, {"noise_level": 0.3}), "sigmas": (1.0, 0.999995, 0.0)}),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, values: dict) -> None:
@@ -186,9 +202,10 @@ def test_fields_without_a_prompt_are_refused_by_the_engine(z_image_checkpoint: P
             assert caught.value.field == "prompt"
 
 
-def test_every_rollout_field_but_the_switch_has_a_short_name() -> None:
+def test_every_rollout_field_but_the_switch_and_the_steps_has_a_short_name() -> None:
     assert {*CHOSEN, "rollout"} == ROLLOUT_FIELDS
-    assert {field: short for short, field in ALIASES.items()} == {name: name.removeprefix("rollout_") for name in CHOSEN}
+    named = set(CHOSEN) - {"rollout_steps"}
+    assert {field: short for short, field in ALIASES.items()} == {name: name.removeprefix("rollout_") for name in named}
 
 
 @pytest.mark.parametrize(("short", "field"), ALIASES.items())
@@ -214,7 +231,7 @@ def test_an_alias_of_a_dynamics_becomes_its_name() -> None:
 @pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode"}))
 def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
     # The server answered null where an environment was asked for.
-    for name in (field, field.removeprefix("rollout_")):
+    for name in {field, next((short for short, full in ALIASES.items() if full == field), field)}:
         with pytest.raises(InvalidRequestError, match=rf"{name} must be left out of an evaluation \(rollout=False\)") as caught:
             SamplingParams(prompt="a cat", rollout=False, **{name: CHOSEN[field]})
         assert caught.value.field == name

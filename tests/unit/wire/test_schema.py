@@ -10,7 +10,7 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
-from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED
+from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
 from flowroll.wire.schema import (
@@ -73,6 +73,12 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "rollout_return_denoising_env": ("return_denoising_env", [True, False], [None, 0, 1, "no"]),
     "rollout_return_dit_trajectory": ("return_dit_trajectory", [True, False], [None, 0, 1, "no"]),
     "rollout_sde_step_indices": ("sde_step_indices", [None, [], [0, 3]], [0, [-1], [0, 0], ["0"], [True], [0.0], [[0]]]),
+    "rollout_steps": (
+        "rollout_steps",
+        [None, [{}], [{"dynamics": "ode"}, {"noise_level": 0.4}, {"dynamics": "dance_sde", "noise_level": 0}]],
+        [[], 4, ["sde"], [None], [{"dynamics": "x"}], [{"noise_level": -1}], [{"noise_level": 1e-9}], [{"n": 0.7}], {}],
+    ),
+    "rollout_noise_levels": ("noise_levels", [None, [0.7], [0, 1e-4, 10]], [[], 0.7, [-0.1], [9e-5], [10.1], ["0.7"], [None]]),
     "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
@@ -93,7 +99,9 @@ def cases(rows: dict[str, tuple[str, list[Any], list[Any]]], accepted: bool) -> 
 
 
 def stored(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(StepOptions(**item) if isinstance(item, dict) else item for item in value)
+    return value
 
 
 @pytest.mark.parametrize(("name", "param", "value"), cases(ROWS | ROLLOUT_ROWS, accepted=True))
@@ -117,7 +125,7 @@ def test_a_generate_request_refuses(name: str, param: str, value: Any) -> None:
 
 
 FURTHER = {name: row for name, row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).items() if name != "prompt"}
-SHORT = {row[0]: row for row in ROLLOUT_ROWS.values()}
+SHORT = {row[0]: row for name, row in ROLLOUT_ROWS.items() if row[0] != name}
 
 
 @pytest.mark.parametrize(("name", "param", "value"), cases(FURTHER | SHORT, accepted=True))
@@ -153,7 +161,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 16
+    assert len(nullable) == 18
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 

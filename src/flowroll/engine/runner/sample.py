@@ -77,6 +77,7 @@ class Sample:
         seed: The seed of this sample.
         latents: The latents before `step`, neither scaled nor cast for the model.
         step: The index of the next step.
+        previous: The clean prediction of the step before; None where the next step has no use for it.
         recorder: Records what the rollout asked for; None if the sample takes plain ODE steps.
     """
 
@@ -84,6 +85,7 @@ class Sample:
     seed: int
     latents: Float[Tensor, " *latent"]
     step: int = 0
+    previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
 
     @classmethod
@@ -154,13 +156,18 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     plan = sample.conditioning.plan
     assert plan.transitions is not None and sample.recorder is not None
     this = plan.transitions[sample.step]
-    mean = dynamics.step_mean(this, sample.latents, velocity, sample.conditioning.dts[sample.step])
+    mean = dynamics.step_mean(this, sample.latents, velocity, sample.conditioning.dts[sample.step], sample.previous)
     drawn: Tensor | None = None
     if this.is_stochastic:
         drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
     next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=plan.params.log_prob_no_const)[0]
     sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
+    following = plan.transitions[sample.step + 1 : sample.step + 2]
+    sample.previous = None
+    if following and following[0].needs_previous:
+        sigma = plan.record.sigmas[sample.step]
+        sample.previous = transition.clean_prediction(sample.latents, velocity, sigma)
     sample.latents = next_latents
     sample.step += 1
     sample.recorder.keep_latents(sample.step, next_latents)
