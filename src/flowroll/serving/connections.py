@@ -140,7 +140,7 @@ class BoundedProtocol(H11Protocol):
         """Looks at what has come, a part of it in each turn of the event loop."""
         if self.transport.is_closing() or self._is_dropping:
             return
-        self.conn.begin_turn()
+        self.conn.begin_turn(len(self.connections))
         super().handle_events()
         if not self.transport.is_closing():
             is_rest = not self.conn.events_left

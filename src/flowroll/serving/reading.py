@@ -13,6 +13,8 @@ MAX_HEADER_BYTES = 16 * 1024
 _FREE_CHUNKS = 1024
 _CHUNK_BYTES = 256
 _EVENTS_A_TURN = 32
+# Of all connections together, as far as each gets two.
+_EVENTS_TOGETHER = 256
 
 
 class BoundedParser(h11.Connection):
@@ -29,9 +31,9 @@ class BoundedParser(h11.Connection):
         self.refusal: str | None = None
         self._chunks = self._bytes = 0
 
-    def begin_turn(self) -> None:
-        """Begins another turn of the event loop."""
-        self.events_left = _EVENTS_A_TURN
+    def begin_turn(self, num_connections: int) -> None:
+        """Begins another turn of the event loop, in which so many connections may have something to look at."""
+        self.events_left = max(min(_EVENTS_A_TURN, _EVENTS_TOGETHER // max(num_connections, 1)), 2)
 
     def next_event(self) -> Any:
         """Returns the next event of this turn.
