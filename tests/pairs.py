@@ -4,6 +4,7 @@ A fault that needs three particular options at once is not looked for by a table
 and `proof` look further.
 """
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,14 +31,15 @@ def deal(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [tuple(values[number % len(values)] for values in columns) for number in range(longest)]
 
 
-def rest_slow(rows: Sequence[Mapping[str, str]]) -> list[Any]:
-    """The rows as parameters; those of which every value has come in an earlier row are marked `slow`."""
+def rest_slow(rows: Sequence[Any]) -> list[Any]:
+    """The rows, mappings or dataclasses, as parameters; those of which every value has come earlier are marked `slow`."""
     seen: set[tuple[str, str]] = set()
     found = []
     for row in rows:
-        is_new = not set(row.items()) <= seen
-        found.append(pytest.param(row, id="-".join(row.values()), marks=[] if is_new else [pytest.mark.slow]))
-        seen.update(row.items())
+        values = row if isinstance(row, Mapping) else dataclasses.asdict(row)
+        is_new = not set(values.items()) <= seen
+        found.append(pytest.param(row, id="-".join(values.values()), marks=[] if is_new else [pytest.mark.slow]))
+        seen.update(values.items())
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import guided
-from tests.pairs import DTYPES, paired
+from tests.pairs import DTYPES, FAMILY_WITH_DTYPE, dealt
 from tests.parity.adapters import add_adapters
 from torch import Tensor, nn
 
@@ -31,12 +31,10 @@ REQUEST = {
     "return_denoising_env": True,
     "return_dit_trajectory": True,
 }
+# The dynamics themselves, windows and scales are in tests/proofs/test_replay.py.
 CHOICES: dict[str, dict[str, Any]] = {
-    **{name: {"sde_type": name} for name, found in DYNAMICS.items() if found.is_stochastic},
-    "window": {"sde_type": "sde", "sde_step_indices": (1,)},
     "cps above one": {"sde_type": "cps", "noise_level": 1.3},
     "cps window": {"sde_type": "cps", "sde_step_indices": (0, 1)},
-    "last step alone": {"sde_type": "sde", "sde_step_indices": (2,), "log_prob_no_const": True},
 }
 
 
@@ -53,7 +51,7 @@ def long_prompt(name: str) -> str:
     return " ".join(["a photo of two wine glasses"] * (4 if name == "qwen_image" else 9))
 
 
-@paired(name=NAMES, dtype=DTYPES, cfg=(True, False), dynamics=tuple(CHOICES))
+@dealt(name=NAMES, dtype=DTYPES, cfg=(True, False, False), dynamics=tuple(CHOICES))
 def test_the_ratio_is_exactly_one_before_the_first_update(
     engine_of: Callable[[str, str], Engine],
     pipeline_of: Callable[[str, str], Any],
@@ -72,21 +70,6 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     assert torch.equal(replay.ratio(log_probs.cpu(), recorded(group)), torch.ones(2, 3))
 
 
-@paired(name=NAMES, dtype=DTYPES, sde_type=tuple(DYNAMICS))
-def test_scores_are_what_the_engine_recorded(
-    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str, sde_type: str
-) -> None:
-    group = engine_of(name, dtype).rollout(**REQUEST, sde_type=sde_type, num_outputs_per_prompt=2)
-    scores = replay.score(pipeline_of(name, dtype).transformer, group)
-    assert torch.equal(scores.log_probs.detach().cpu(), recorded(group))
-    for sample, rollout in enumerate(group):
-        debug = rollout.debug_tensors
-        assert debug is not None
-        assert torch.equal(scores.stds[sample].cpu(), debug.noise_std_dev[:, 0])
-        assert torch.equal(scores.means[sample].detach().cpu(), debug.prev_sample_mean)
-        assert torch.equal(scores.velocities[sample].detach().cpu(), debug.model_output)
-
-
 def test_a_record_of_unknown_dynamics_is_refused(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any]
 ) -> None:
@@ -99,7 +82,7 @@ def test_a_record_of_unknown_dynamics_is_refused(
         replay.log_prob(pipeline_of("z_image", "float32").transformer, [replace(group[0], sampling=record)])
 
 
-@paired(name=NAMES, dtype=DTYPES, carrier=("json", "msgpack", "json sglang", "msgpack sglang", "file"))
+@dealt(name=NAMES, dtype=DTYPES, carrier=("json", "msgpack", "json sglang", "msgpack sglang", "file"))
 def test_the_ratio_is_exactly_one_however_the_rollout_travelled(
     engine_of: Callable[[str, str], Engine],
     pipeline_of: Callable[[str, str], Any],
@@ -121,7 +104,7 @@ def test_the_ratio_is_exactly_one_however_the_rollout_travelled(
     assert torch.equal(log_probs.detach().cpu(), recorded(group))
 
 
-@paired(name=NAMES, dtype=DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
 def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:
@@ -143,7 +126,7 @@ def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
         assert torch.equal(replay.log_prob(transformer, backwards, steps=[2, 0]).cpu(), recorded(backwards)[:, [2, 0]])
 
 
-@paired(name=NAMES, dtype=DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
 def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:
@@ -162,7 +145,7 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(
         assert (left is None and right is None) or torch.equal(left, right)
 
 
-@paired(name=NAMES, dtype=DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
 def test_adapters_on_frozen_weights_start_at_ratio_one_and_alone_get_gradients(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str, dtype: str
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.guiding import in_words_of
+from tests.pairs import FAMILY_WITH_DTYPE
 from tests.rollouts import assert_same_bits
 from tests.unit.engine.scheduler.hand import Hand
 
@@ -62,8 +63,7 @@ def alone_of(engine_of: Callable[[str, str], Engine]) -> Callable[[str, str, int
     return get
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize(("family", "dtype"), FAMILY_WITH_DTYPE)
 def test_every_sample_has_the_bits_that_it_has_alone_in_any_order_of_arrivals(
     engine_of: Callable[[str, str], Engine], alone_of: Callable[[str, str, int], list[Rollout]], family: str, dtype: str
 ) -> None:

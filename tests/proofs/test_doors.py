@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.pairs import rest_slow
 from tests.proofs.cases import FAMILIES, Case, cases
 from tests.proofs.conftest import AloneOf, ServerOf
 from tests.proofs.doors import assert_same_samples, num_shared_steps, served, together
@@ -19,7 +20,7 @@ from flowroll.wire.files import load_rollout
 ON_RANKS = next(case for case in cases(layout="single", family="z_image", dtype="float32", company="alike"))
 
 
-@pytest.mark.parametrize("case", cases(layout="single", company="!alone"), ids=str)
+@pytest.mark.parametrize("case", rest_slow(cases(layout="single", company="!alone")))
 def test_a_server_gives_every_sample_the_bits_that_it_has_alone(case: Case, server_of: ServerOf, alone_of: AloneOf) -> None:
     address = server_of(case.family, case.dtype)
     before = num_shared_steps(address)

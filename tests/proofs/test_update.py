@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.guiding import in_words_of
-from tests.pairs import pairs, rest_slow
+from tests.pairs import deal, pairs, rest_slow
 from tests.proofs.cases import DTYPES, EVERYTHING, FAMILIES
 from tests.proofs.doors import assert_same_samples, num_steps, served, together
 from tests.weights import WEIGHTS, with_other
@@ -27,9 +27,15 @@ from flowroll.types import Layout
 BASE = {"prompt": "a cat", "height": 192, "width": 192, "num_inference_steps": 8, "guidance_scale": 4.0, **EVERYTHING}
 REQUESTS = [{**BASE, "seed": 1}, {**BASE, "seed": 2, "num_outputs_per_prompt": 2}, {**BASE, "seed": 9, "guidance_scale": 0.0}]
 
-ROWS = pairs(
-    layout=("single", "sp2", "tp2", "cfg2"), family=FAMILIES, dtype=DTYPES, door=("engine", "server"), way=("disk", "tensors")
-)
+COLUMNS = {
+    "layout": ("single", "sp2", "tp2", "cfg2"),
+    "family": FAMILIES,
+    "dtype": DTYPES,
+    "door": ("server", "engine", "engine"),
+    "way": ("tensors", "disk"),
+}
+# Every value comes in one of the first rows; all pairs come in the others.
+ROWS = [dict(zip(COLUMNS, row, strict=True)) for row in deal(*COLUMNS.values())] + pairs(**COLUMNS)
 
 
 @contextmanager

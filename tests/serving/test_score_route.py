@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import torch
 from tests.guiding import in_words_of
+from tests.pairs import DTYPES, paired
 from tests.serving.servers import WAIT_S, Background, error_of, serving, until
 
 from flowroll import Rollout, replay
@@ -101,9 +102,7 @@ def assert_equal_scores(ours: replay.Scores, theirs: replay.Scores) -> None:
             assert left.dtype == torch.float32 and torch.equal(left, right.detach())
 
 
-@pytest.mark.parametrize("wire_format", ["json", "msgpack"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@paired(family=tuple(FAMILIES), dtype=DTYPES, wire_format=("json", "msgpack"))
 def test_scores_over_http_are_the_recorded_ones_those_of_replay_and_those_of_the_engine(
     served_of: Callable[[str, str], Served], family: str, dtype: str, wire_format: str
 ) -> None:

@@ -47,7 +47,7 @@ def adapter(z_image: Engine, tmp_path: Path) -> Path:
     return saved(policy(z_image._model.transformer), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_of_several_adapters_and_none_have_the_bits_that_they_have_alone(engine: Engine, threads: int) -> None:
     hand = Hand(engine, max_batch_samples=8)
     names = [None, "a", "b", "m", "a", None, "m", "b"]

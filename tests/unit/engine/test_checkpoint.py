@@ -58,7 +58,11 @@ def hide_in_a_stray_file(folder: Path) -> None:
         (lambda d: drop(d / "tokenizer" / "chat_template.jinja"), CheckpointError, "must load"),
         (hide_in_a_stray_file, CheckpointError, "transformer must hold every weight"),
         (lambda d: edit_json(d / "transformer" / "config.json", n_heads=3), CheckpointError, "must load"),
-        (lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"), UnsupportedModelError, "QwenImagePipeline"),
+        (
+            lambda d: edit_json(d / "model_index.json", _class_name="SanaPipeline"),
+            UnsupportedModelError,
+            "QwenImagePipeline",
+        ),
         (
             lambda d: edit_json(d / "scheduler" / "scheduler_config.json", use_karras_sigmas=True),
             UnsupportedModelError,
@@ -94,7 +98,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_an_unsupported_pipeline_lists_what_is_supported(z_image_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(z_image_checkpoint, folder)
-    edit_json(folder / "model_index.json", _class_name="FluxPipeline")
+    edit_json(folder / "model_index.json", _class_name="SanaPipeline")
     with pytest.raises(UnsupportedModelError) as caught:
         Engine(folder)
     for name in ("QwenImagePipeline", "ZImagePipeline", "FluxPipeline"):

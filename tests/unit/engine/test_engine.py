@@ -137,7 +137,7 @@ def test_an_evaluation_refuses_what_it_would_not_return(engine: Engine, field: s
 
 @pytest.mark.parametrize(("short", "field"), ALIASES.items())
 def test_every_rollout_parameter_has_the_wires_name_and_a_short_one(engine: Engine, short: str, field: str) -> None:
-    value = {"rollout_sde_type": "dance_sde", "rollout_noise_level": 0.3}.get(field, True)
+    value = {"rollout_sde_type": "dance_sde", "rollout_noise_level": 0.3, "rollout_noise_levels": (0.3, 0)}.get(field, True)
     value = (0,) if field.endswith("indices") else value
     options = {"return_dit_trajectory": True} if "trajectory" not in field else {}
     one, other = (engine.rollout(**SMALL, **options, seed=1, **{name: value})[0] for name in (short, field))

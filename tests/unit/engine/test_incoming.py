@@ -205,6 +205,8 @@ def test_a_stream_that_is_cut_or_too_long_leaves_nothing(
 def test_an_update_that_is_dropped_takes_nothing_more(engine: Engine, tensors: dict[str, Tensor]) -> None:
     incoming = engine.receive_weights()
     bucket = incoming.open([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+    for target in bucket.targets:
+        target.zero_()
     incoming.drop()
     with pytest.raises(WeightsRejectedError, match="begin another"):
         bucket.keep()

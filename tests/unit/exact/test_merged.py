@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.pairs import FAMILY_WITH_DTYPE
 from tests.parity.adapters import add_adapters
 from torch import Tensor
 
@@ -110,8 +111,7 @@ def assert_exact(name: str, transformer: Any, dtype: str, seed: int, mixtures: i
     assert not [function for notes in notes_of(strategy) for function in notes.without_rule]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
 @torch.no_grad()
 def test_a_sample_in_any_batch_is_the_sample_alone(load: Load, name: str, dtype: str, threads: int) -> None:
     assert_exact(name, load(name, dtype), dtype, seed=threads, mixtures=6)
