@@ -309,7 +309,7 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
     "an unknown argument": (f"{POS}.colour", 1, f"{POS}.colour", "be one of cap_feats, txt_seq_lens"),
     "nothing deep in a list": (f"{POS}.txt_seq_lens", [[None]], "denoising_env", "NoneType where a tensor should be"),
     "image conditioning": ("denoising_env.image_kwargs", {"a": 1}, "denoising_env.image_kwargs", "be empty for z_image"),
-    "guidance embeds": ("denoising_env.guidance", tensor(1), "denoising_env.guidance", "be empty for z_image"),
+    "guidance embeds": ("denoising_env.guidance", tensor(1), "denoising_env", "hold no guidance, as the record has"),
     "another family": ("sampling.family", "qwen_image", "sampling.family", "be z_image, which this engine has"),
     "another dtype": ("sampling.model_dtype", "torch.float32", "sampling.model_dtype", "start an engine in that dtype"),
     "another timestep": ("sampling.timestep_dtype", "x", "sampling.timestep_dtype", "be torch.float32"),
