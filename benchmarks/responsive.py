@@ -92,7 +92,7 @@ def _row(values: Sequence[float]) -> str:
 async def _serve(service: EngineService, rounds: int) -> tuple[dict[str, Any], list[float]]:
     """Runs the server until the clients are done; returns what they measured, and how late each heartbeat was."""
     app = create_app(InProcessEngine(service), ServerConfig(model="tiny"))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
