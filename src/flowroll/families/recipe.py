@@ -92,7 +92,7 @@ class Recipe:
         return cls(
             family=family,
             guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale, embedded=record.embedded_guidance_scale),
-            transitions=transitions_of_record(record, sde_step_indices),
+            transitions=_transitions(record, sigmas, sde_step_indices),
             sigmas=tuple(sigmas.tolist()),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],
@@ -213,9 +213,10 @@ class Recipe:
         return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
 
 
-def transitions_of_record(record: SamplingRecord, sde_step_indices: Collection[int] | None) -> tuple[Transition, ...]:
-    """Computes the transitions by which a record's steps are taken; see `Recipe.of`."""
-    sigmas = torch.tensor(record.sigmas, dtype=torch.float32)
+def _transitions(
+    record: SamplingRecord, sigmas: Float[Tensor, " states"], sde_step_indices: Collection[int] | None
+) -> tuple[Transition, ...]:
+    """Computes the transitions by which a record's steps are taken on its own sigmas; see `Recipe.of`."""
     if record.steps is not None:
         return dynamics.transitions_of(sigmas, record.steps)
     return dynamics.transitions(

@@ -43,12 +43,7 @@ def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int |
     if std * std < _SMALLEST_NORMAL:
         # Just below n = 2: float32 cannot hold the variance that the density is divided by.
         std = 0.0
-    return Transition.rounded(
-        dynamics=DYNAMICS.name,
-        on_latents=(1 - t) + on_x1,
-        on_velocity=on_x1 * (1 - s) - (1 - t) * s,
-        std=std,
-    )
+    return Transition.toward_noise(dynamics=DYNAMICS.name, sigma=s, sigma_next=t, on_x1=on_x1, std=std)
 
 
 DYNAMICS = Dynamics(

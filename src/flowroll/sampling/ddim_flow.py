@@ -38,12 +38,7 @@ def coefficients(sigmas: Float[Tensor, " states"], step: int, noise_level: int |
     kept = t * (1 - s) / (s * (1 - t))
     std = noise_level * t * math.sqrt((1 - kept) * (1 + kept))
     on_x1 = math.sqrt(max(t * t - std * std, 0.0))
-    return Transition.rounded(
-        dynamics=DYNAMICS.name,
-        on_latents=(1 - t) + on_x1,
-        on_velocity=on_x1 * (1 - s) - (1 - t) * s,
-        std=std,
-    )
+    return Transition.toward_noise(dynamics=DYNAMICS.name, sigma=s, sigma_next=t, on_x1=on_x1, std=std)
 
 
 DYNAMICS = Dynamics(

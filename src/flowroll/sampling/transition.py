@@ -44,6 +44,22 @@ class Transition:
         exact = torch.tensor(list(values.values()), dtype=torch.float64)
         return cls(dynamics=dynamics, **dict(zip(values, exact.to(torch.float32).tolist(), strict=True)))
 
+    @classmethod
+    def toward_noise(cls, *, dynamics: str, sigma: float, sigma_next: float, on_x1: float, std: float) -> Transition:
+        """Makes the transition with the mean (1 - t) x0 + on_x1 x1, for x0 = x - s v and x1 = x + (1 - s) v.
+
+        Args:
+            dynamics: The name of the dynamics.
+            sigma: s.
+            sigma_next: t.
+            on_x1: Factor of the predicted noise x1.
+            std: Total std.
+        """
+        on_x0 = 1 - sigma_next
+        return cls.rounded(
+            dynamics=dynamics, on_latents=on_x0 + on_x1, on_velocity=on_x1 * (1 - sigma) - on_x0 * sigma, std=std
+        )
+
     @property
     def needs_previous(self) -> bool:
         """Whether the mean depends on the clean prediction of the step before."""

@@ -90,7 +90,7 @@ def _is_of_other_site(headers: Headers) -> bool:
 
 
 def _authority(origin: str) -> str:
-    """Host and port of an origin; empty for "null" and for what is none."""
+    """Returns host and port of an origin; empty for "null" and for what is none."""
     try:
         return urlsplit(origin.strip()).netloc.lower()
     except ValueError:
@@ -98,7 +98,7 @@ def _authority(origin: str) -> str:
 
 
 def _name(authority: str) -> str:
-    """The host without its port, and without the brackets of an address."""
+    """Returns the host without its port, and without the brackets of an address."""
     text = authority.strip().lower()
     if text.startswith("["):
         return text[1:].partition("]")[0]

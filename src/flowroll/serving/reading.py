@@ -21,8 +21,8 @@ class BoundedParser(h11.Connection):
     """h11's own, which gives out so many events a turn, and refuses bodies in tiny chunks.
 
     Attributes:
-        events_left: In this turn.
-        refusal: Why the body was refused; None: it was not.
+        events_left: How many events may still be taken in this turn.
+        refusal: The reason why the body was refused; None if it was not.
     """
 
     def __init__(self) -> None:

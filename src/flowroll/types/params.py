@@ -343,8 +343,8 @@ class SamplingParams:
     def _check_steps(self, chosen: Dynamics) -> None:
         """Checks the options of single steps."""
         given = [name for name in ("rollout_steps", "rollout_noise_levels", "rollout_sde_step_indices") if self._has(name)]
-        remedy = "send one of the two"
-        _require(len(given) < 2, given[0] if given else "", f"be given without {given[-1]}" if given else "", "both", remedy)
+        if len(given) > 1:
+            _require(False, given[0], f"be given without {given[-1]}", "both", "send one of the two")
         for name, rows in (("rollout_steps", self.rollout_steps), ("rollout_noise_levels", self.rollout_noise_levels)):
             count = len(self.sigmas) - 1 if self.sigmas is not None else self.num_inference_steps
             if rows is None:
