@@ -51,7 +51,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("killed", ["engine", "server"])
+@pytest.mark.parametrize("killed", ["engine", pytest.param("server", marks=pytest.mark.slow)])
 def test_orphans_die_while_they_load(killed: str, z_image_checkpoint: Path, tmp_path: Path) -> None:
     """They are in the middle of imports of seconds, or of reading weights."""
     with ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server:
@@ -120,6 +120,7 @@ def test_a_killed_rank_ends_the_running_and_the_waiting_request_with_its_reason_
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_nothing_runs_takes_the_server_down_too(z_image_checkpoint: Path, tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server, server.client():
         os.kill(rank_process(server), signal.SIGTERM)
@@ -145,7 +146,7 @@ def test_a_rank_that_stalls_ends_the_request_after_the_timeout_and_nothing_is_le
         assert is_gone(pid)
 
 
-@pytest.mark.parametrize("which", ["the server", "its engine"])
+@pytest.mark.parametrize("which", ["the server", pytest.param("its engine", marks=pytest.mark.slow)])
 def test_no_rank_outlives_a_killed_rank_0_or_server(z_image_checkpoint: Path, tmp_path: Path, which: str) -> None:
     with (
         ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server,
