@@ -138,7 +138,7 @@ def make_record(
         timestep_dtype="torch.float32",
         device="cpu",
         embedded_guidance_scale=3.5 if conditioning.in_place("guidance") else None,
-        rope_axes=(4, 6, 6) if conditioning.table else None,
+        rope_axes=(4,) * conditioning.table.ids(0, 0, 0)[0].shape[1] if conditioning.table else None,
     )
 
 

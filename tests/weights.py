@@ -25,8 +25,13 @@ REQUEST: dict[str, Any] = {
 def with_other(checkpoint: Path, target: Path, module: str = "transformer", factor: float = 1.01) -> Path:
     """A copy of a checkpoint with other weights in one module; the values are no round numbers in any dtype."""
     shutil.copytree(checkpoint, target)
-    change(target / module, lambda tensors: {name: tensor * factor for name, tensor in tensors.items()})
+    change(target / module, lambda tensors: {name: _scaled(tensor, factor) for name, tensor in tensors.items()})
     return target
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Counters stay as they are."""
+    return tensor * factor if tensor.is_floating_point() else tensor
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

@@ -25,6 +25,7 @@ TARGETS = {
     "z_image": ["to_q", "to_out.0", "w2", "0.adaLN_modulation.0"],
     "sd3": ["to_q", "to_out.0", "net.2", "norm1.linear", "context_embedder", "proj_out"],
     "flux": ["to_q", "to_out.0", "net.2", "norm1.linear", "proj_mlp", "x_embedder", "proj_out"],
+    "flux2": ["to_q", "to_out.0", "to_qkv_mlp_proj", "linear_out", "modulation_img.linear", "x_embedder", "proj_out"],
 }
 
 

@@ -53,8 +53,8 @@ def test_the_ratio_is_exactly_one_through_fsdp(
     group = engine_of(name, dtype).rollout(**REQUEST, **KEPT, num_outputs_per_prompt=2)
     # Mixed precision: float32 weights of the same values, cast to bfloat16 for the forward.
     weights = copy.deepcopy(pipeline_of(name, dtype).transformer)
-    # What replay passes has the right dtypes; a timestep in float32 is to stay so, and the table between FLUX.1's blocks.
-    cast = FAMILIES[name].timesteps_in == "model" and name != "flux"
+    # What replay passes has the right dtypes; a timestep in float32 is to stay so, and the table between FLUX's blocks.
+    cast = FAMILIES[name].timesteps_in == "model" and FAMILIES[name].conditioning.table is None
     if mixed:
         transformer = sharded(
             weights.float(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)

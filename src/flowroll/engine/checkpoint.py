@@ -162,7 +162,7 @@ class Checkpoint:
         Raises:
             CheckpointError: A weight is not finite; the error names some.
         """
-        if odd := [name for name, weight in module.named_parameters() if not all_finite(weight.detach())]:
+        if odd := [name for name, weight in module.state_dict().items() if not all_finite(weight)]:
             raise self._unfit(component, "hold finite weights", f"NaN or infinity in {some_of(odd)}", "copy it again")
 
     def _unfit(self, component: str, rule: str, got: str, remedy: str) -> CheckpointError:

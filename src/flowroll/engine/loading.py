@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,7 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
     parts = {**modules, **_tokenizers(checkpoint), **dict.fromkeys(checkpoint.absent)}
     # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
     pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
-    with _with_plain_classes(checkpoint) as folder:
+    with _with_plain_classes(checkpoint, parts) as folder:
         pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
     for module in modules.values():
@@ -233,15 +233,32 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Loads the tokenizers. diffusers would leave it to transformers' default whether code in their folders may run."""
+    """Loads the tokenizers. diffusers would leave it to transformers' default whether code in their folders may run.
+
+    Where a processor of text and images was saved, its tokenizer alone is loaded, which makes the same tokens of a text. The
+    processor's class needs libraries that text does not.
+    """
     import transformers
 
     found = {}
     for name in checkpoint.tokenizers:
-        tokenizer_class = getattr(transformers, checkpoint.class_of(name))
+        tokenizer_class = transformers.AutoTokenizer if _is_processor(checkpoint, name) else _class_of(checkpoint, name)
         folder = checkpoint.folder / name
         found[name] = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return found
+
+
+def _class_of(checkpoint: Checkpoint, tokenizer: str) -> Any:
+    import transformers
+
+    return getattr(transformers, checkpoint.class_of(tokenizer))
+
+
+def _is_processor(checkpoint: Checkpoint, tokenizer: str) -> bool:
+    """Tells whether the class of this tokenizer is something else, which has a tokenizer in its folder."""
+    import transformers
+
+    return not issubclass(_class_of(checkpoint, tokenizer), transformers.PreTrainedTokenizerBase)
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -250,15 +267,18 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
+def _with_plain_classes(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> Iterator[Path]:
     """Yields a folder whose index names the libraries' own classes, because diffusers imports the class of every component.
 
-    It is the checkpoint's folder, unless that names the classes of a trainer's wrapper.
+    It is the checkpoint's folder, unless that names the classes of a trainer's wrapper, or a processor in whose place `parts`
+    has a tokenizer.
     """
     plain = {
         name: ["transformers" if name.startswith("text_encoder") else "diffusers", checkpoint.class_of(name)]
         for name in checkpoint.modules
     }
+    processors = (name for name in checkpoint.tokenizers if _is_processor(checkpoint, name))
+    plain |= {name: ["transformers", type(parts[name]).__name__] for name in processors}
     if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
         yield checkpoint.folder
         return

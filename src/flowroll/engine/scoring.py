@@ -298,7 +298,8 @@ def _check_tensor(
 
 def _same_value(value: EnvValue | None, expected: EnvValue) -> bool:
     if isinstance(value, Tensor) and isinstance(expected, Tensor):
-        return torch.equal(value.cpu(), expected)
+        # Integers may be of any width.
+        return torch.equal(value.cpu().to(expected.dtype), expected)
     return not isinstance(value, Tensor) and value == expected
 
 

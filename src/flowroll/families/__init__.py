@@ -9,12 +9,15 @@ from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transfor
 from flowroll.families.conditioning import ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.flux import Flux
+from flowroll.families.flux2 import Flux2
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.sd3 import StableDiffusion3
 from flowroll.families.z_image import ZImage
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux())}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux(), Flux2())
+}
 
 
 def family_of_pipeline(pipeline_class: str) -> Family:

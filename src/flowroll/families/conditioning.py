@@ -41,11 +41,13 @@ class Argument:
             are the items of a list;
             "shared": all entries have the same value, which has no batch dimension.
         padded_to: The model pads the first dimension of an entry to a multiple of this many rows.
+        is_transposed: Whether entries of two dimensions, which are stacked, lie column by column in memory.
     """
 
     name: str
     batch: Literal["stack", "list", "shared"] = "stack"
     padded_to: int = 1
+    is_transposed: bool = False
 
     def joined(self, entries: Sequence[Any]) -> Any:
         """Makes the argument of a forward from the entries of its batch; None if the entries have no value."""
@@ -53,6 +55,8 @@ class Argument:
             return entries[0]
         if self.batch == "list":
             return list(entries)
+        if self.is_transposed:
+            return torch.stack([entry.T for entry in entries]).mT
         return torch.cat([entry[None] for entry in entries]) if len(entries) > 1 else entries[0][None]
 
     def collated(self, values: Sequence[Any]) -> Any:
@@ -61,7 +65,7 @@ class Argument:
             return values[0]
         if self.batch == "list":
             return [entry for value in values for entry in value]
-        return torch.cat(list(values))
+        return torch.cat([value.mT for value in values]).mT if self.is_transposed else torch.cat(list(values))
 
     def key(self, value: Any) -> Hashable:
         """Returns a key. Values with equal keys can be collated: all tensors inside the model then have the same shapes."""

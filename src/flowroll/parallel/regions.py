@@ -7,6 +7,7 @@ module computes fewer rows without any change; only attention is changed, since 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -42,12 +43,13 @@ class ShardedRegion:
         self._mesh = mesh
         self._rows: Shard | None = None
         self._has_branches = False
+        self._calls: Counter[Split] = Counter()
 
     def install(self, transformer: nn.Module) -> None:
         """Adds the hooks, and wraps the attention of the region."""
         self._hook_split(transformer, self._region.enter, self._enter)
         for split in self._region.follow:
-            self._hook_split(transformer, split, self._narrow)
+            self._hook_split(transformer, split, self._follow)
         for _, module in find_modules(transformer, self._region.leave.module):
             module.register_forward_hook(lambda _, __, output: self._leave(self._region.leave, output))
         for path in self._region.sliced:
@@ -71,7 +73,12 @@ class ShardedRegion:
     def _enter(self, split: Split, hidden: Tensor) -> Tensor:
         self._rows = None if split.rows is None else self._row_shard(hidden.shape[split.rows])
         self._has_branches = split.branches is not None and self._mesh.shares_branches
+        self._calls.clear()
         return self._narrow(split, hidden)
+
+    def _follow(self, split: Split, tensor: Tensor) -> Tensor:
+        number, self._calls[split] = self._calls[split], self._calls[split] + 1
+        return self._narrow(split, tensor) if split.call in (None, number) else tensor
 
     def _narrow(self, split: Split, tensor: Tensor) -> Tensor:
         """Returns this rank's part, from the tensor's own size, since some tensors are narrowed before the region begins."""

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from flowroll.errors import CheckpointError, InvalidRequestError
 from flowroll.testing.flux import make_flux
+from flowroll.testing.flux2 import make_flux2
 from flowroll.testing.parts import Size
 from flowroll.testing.qwen_image import make_qwen_image
 from flowroll.testing.sd3 import make_sd3
@@ -27,6 +28,7 @@ BUILDERS: Mapping[str, Callable[[Size, int, dict[str, Any]], DiffusionPipeline]]
     "z_image": make_z_image,
     "sd3": make_sd3,
     "flux": make_flux,
+    "flux2": make_flux2,
 }
 
 
@@ -39,7 +41,7 @@ def make_checkpoint(family: str, directory: str | Path, *, seed: int = 0, size: 
         seed: Same seed, same bytes.
         size: "tiny"; "mid": about 100 million parameters in the transformer; or "shapes": about one million, the architecture
             that `examples.shapes.train` trains.
-        **overrides: Fields of the transformer's configuration, e.g. `num_layers`.
+        **overrides: Fields of the transformer's configuration, e.g. `num_layers`; of flux2 also `is_distilled`.
 
     Returns:
         The folder.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage
-from transformers import Qwen2Tokenizer
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from flowroll.testing.weights import fill_random
 
@@ -18,7 +18,7 @@ TEXT_DIM = 64
 LATENT_CHANNELS: Mapping[str, int] = {"tiny": 16, "mid": 16, "shapes": 4}
 
 
-def fill_vae(vae: AutoencoderKL | AutoencoderKLQwenImage, seed: int) -> None:
+def fill_vae(vae: AutoencoderKL | AutoencoderKLFlux2 | AutoencoderKLQwenImage, seed: int) -> None:
     """Draws a VAE's weights so that its pictures are gray clouds."""
     fill_random(vae, seed, {"decoder.conv_out.weight": 1.5})
     with torch.no_grad():
@@ -27,7 +27,7 @@ def fill_vae(vae: AutoencoderKL | AutoencoderKLQwenImage, seed: int) -> None:
         weight -= weight.mean(dim=1, keepdim=True)
 
 
-def decoder_config(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+def decoder_config(tokenizer: Qwen2Tokenizer | PreTrainedTokenizerFast) -> dict[str, Any]:
     """Returns the dimensions that the decoders among the text encoders share."""
     return {
         # Padded, as the real ones are.

@@ -12,9 +12,10 @@ import math
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5TokenizerFast
 
 # The sentence before every Qwen-Image prompt. Its pipeline drops the tokens of this prefix by their number, so each word of
 # it has to be one token, as it is for the real tokenizer.
@@ -55,6 +56,21 @@ _CHAT_TEMPLATE = (
     "{%- endif -%}"
 )
 
+_MISTRAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
+_MISTRAL_PROMPT_TOKENS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+
+# A message's content is a text, or a list of parts of which some are texts.
+_MISTRAL_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages -%}"
+    "{%- set tokens = ['[SYSTEM_PROMPT]', '[/SYSTEM_PROMPT]'] if message.role == 'system' else ['[INST]', '[/INST]'] -%}"
+    "{{ tokens[0] }}"
+    "{%- if message.content is string -%}{{ message.content }}"
+    "{%- else -%}{%- for part in message.content -%}{{ part.text }}{%- endfor -%}{%- endif -%}"
+    "{{ tokens[1] }}"
+    "{%- endfor -%}"
+)
+
 _CORPUS = (
     "system",
     "user",
@@ -85,18 +101,7 @@ _CORPUS = (
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """Makes a `Qwen2Tokenizer` that knows the corpus's words whole; the same one every time."""
-    rules = Qwen2Tokenizer().backend_tokenizer
-    draft = Tokenizer(models.BPE())
-    draft.normalizer, draft.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        # More than the corpus can fill: every word is merged to the end.
-        vocab_size=8192,
-        min_frequency=1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    draft.train_from_iterator(_CORPUS, trainer)
-    model = json.loads(draft.to_str())["model"]
+    model = json.loads(_trained_on_bytes(()).to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=[tuple(pair) for pair in model["merges"]],
@@ -111,6 +116,39 @@ def make_tokenizer() -> Qwen2Tokenizer:
     prefix = tokenizer(QWEN_IMAGE_PREFIX).input_ids
     assert len(prefix) == QWEN_IMAGE_PREFIX_TOKENS, f"the prompt prefix is {len(prefix)} tokens long"
     return tokenizer
+
+
+def make_mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Makes a tokenizer as Mistral's, with its special tokens, that knows the corpus's words whole; the same one every time."""
+    backend = _trained_on_bytes((*_MISTRAL_TOKENS, *_MISTRAL_PROMPT_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=131_072,
+        clean_up_tokenization_spaces=False,
+        chat_template=_MISTRAL_TEMPLATE,
+    )
+
+
+def _trained_on_bytes(special_tokens: Sequence[str]) -> Tokenizer:
+    """Trains pairs of bytes on the corpus by the splitting rules of Qwen's tokenizer; special tokens come first."""
+    rules = Qwen2Tokenizer().backend_tokenizer
+    draft = Tokenizer(models.BPE())
+    draft.normalizer, draft.pre_tokenizer, draft.decoder = rules.normalizer, rules.pre_tokenizer, rules.decoder
+    trainer = trainers.BpeTrainer(
+        # More than the corpus can fill: every word is merged to the end.
+        vocab_size=8192,
+        min_frequency=1,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    draft.train_from_iterator(_CORPUS, trainer)
+    return draft
 
 
 def make_clip_tokenizer(*, pad_token: str = _END_OF_TEXT) -> CLIPTokenizer:

@@ -84,6 +84,7 @@ class Split:
         rows: Dimension of the token rows (sequence parallel); None: not narrowed by rows.
         branches: Dimension of the guidance branches (CFG-parallel); None: not narrowed by branches.
         is_behind_others: Whether the region's rows are the last ones of the tensor, behind rows that stay whole.
+        call: Which call of the module is meant, counted from the beginning of the region; None: every one.
     """
 
     module: str
@@ -92,6 +93,7 @@ class Split:
     rows: int | None = None
     branches: int | None = None
     is_behind_others: bool = False
+    call: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

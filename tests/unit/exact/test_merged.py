@@ -21,6 +21,7 @@ from flowroll.testing import random_input
 NAMES = list(FAMILIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 64, "pooled": 48, "text_tokens": 40})
+OTHERS = {"flux2": ModelSpec(latent_channels=32, vae_scale_factor=8, widths={"text": 192})}
 
 Load = Callable[[str, str], Any]
 
@@ -58,7 +59,8 @@ def make_input(
 ) -> StepInput:
     height, width = (SPEC.pixel_unit * count for count in grid)
     options = {"height": height, "width": width, "texts": texts, "scale": scale, "embedded": 1.5 + scale}
-    return random_input(family, SPEC, **options, dtype=dtype, generator=generator, timestep=sigma)
+    spec = OTHERS.get(family.name, SPEC)
+    return random_input(family, spec, **options, dtype=dtype, generator=generator, timestep=sigma)
 
 
 def random_mixture(family: Family, dtype: torch.dtype, source: random.Random) -> list[StepInput]:

@@ -27,7 +27,7 @@ def test_z_image_latents_are_the_noise() -> None:
     assert geometry.latent_shape == (16, 8, 12) and geometry.noise_shape == (1, 16, 8, 12) and geometry.num_tokens == 24
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "flux2"])
 def test_the_timestep_is_rounded_before_the_division(name: str) -> None:
     timesteps = torch.linspace(1, 1000, 100)
     expected = (timesteps.to(torch.bfloat16) / 1000).float()
@@ -65,6 +65,8 @@ def test_z_image_guidance_starts_from_the_conditional_branch() -> None:
         ("z_image", 1, True),
         ("flux", 1, False),
         ("flux", 1.01, True),
+        ("flux2", 1, False),
+        ("flux2", 1.01, True),
     ],
 )
 def test_guidance_runs_where_the_pipeline_runs_it(name: str, scale: float, active: bool) -> None:

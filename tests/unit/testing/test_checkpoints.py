@@ -54,12 +54,21 @@ CLASSES = {
         "image_encoder": "NoneType",
         "feature_extractor": "NoneType",
     },
+    "flux2": {
+        "_class_name": "Flux2KleinPipeline",
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+        "text_encoder": "Qwen3ForCausalLM",
+        "tokenizer": "Qwen2Tokenizer",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    },
 }
 GUIDED = {
     "qwen_image": {"true_cfg_scale": 4.0, "negative_prompt": " "},
     "z_image": {"guidance_scale": 4.0},
     "sd3": {"guidance_scale": 4.0},
     "flux": {"guidance_scale": 3.5, "true_cfg_scale": 4.0, "negative_prompt": "blurry"},
+    "flux2": {"guidance_scale": 4.0},
 }
 NON_LATIN = "一只红色的猫 ظل القمر 🌈 лес"
 
@@ -112,7 +121,7 @@ def test_the_pipeline_runs_on_it(family, checkpoint, dtype):
     pipeline = load(checkpoint, dtype)
     generator = torch.Generator().manual_seed(0)
     image = pipeline(
-        "a red cube",
+        prompt="a red cube",
         height=64,
         width=64,
         num_inference_steps=2,
@@ -144,7 +153,7 @@ def test_velocities_are_of_order_one(family, checkpoint):
     pipeline.scheduler.step = spy
     # The branches of FLUX.1 differ so much that guidance at 4 makes velocities of up to four; the model's own are looked at.
     guidance = {"guidance_scale": 1.0} if family == "flux" else GUIDED[family]
-    pipeline("a red cube", height=128, width=128, num_inference_steps=4, output_type="latent", **guidance)
+    pipeline(prompt="a red cube", height=128, width=128, num_inference_steps=4, output_type="latent", **guidance)
     assert len(seen) == 4
     assert all(0.5 < value < 2.0 for value in seen), seen
 
@@ -154,7 +163,9 @@ def test_the_prompt_changes_the_picture_even_among_hundreds_of_image_tokens(fami
 
     def latents(prompt):
         generator = torch.Generator().manual_seed(0)
-        output = pipeline(prompt, height=256, width=256, num_inference_steps=2, generator=generator, output_type="latent")
+        output = pipeline(
+            prompt=prompt, height=256, width=256, num_inference_steps=2, generator=generator, output_type="latent"
+        )
         return output.images
 
     red, blue = latents("a red cube"), latents("a blue cube")

@@ -41,14 +41,14 @@ from flowroll.engine.weights.groups import (
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
-from flowroll.engine.weights.staged import FLOATS, WeightFiles
+from flowroll.engine.weights.staged import WeightFiles
 from flowroll.engine.weights.store import WeightStore
 from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
-from flowroll.wire.safetensors import StoredTensor, TensorHead
+from flowroll.wire.safetensors import DTYPES, StoredTensor, TensorHead
 
 __all__ = ["EngineService", "RequestKind", "blocking"]
 
@@ -75,11 +75,11 @@ def bucket_bytes(heads: Sequence[TensorHead]) -> int:
 def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
     """Returns the tensors of a bucket as views of memory that holds them one after the other."""
     starts, _ = placed([_num_bytes(head) for head in heads])
-    return [tensor_at(memory, start, head.shape, FLOATS[head.dtype]) for start, head in zip(starts, heads, strict=True)]
+    return [tensor_at(memory, start, head.shape, DTYPES[head.dtype]) for start, head in zip(starts, heads, strict=True)]
 
 
 def _num_bytes(head: TensorHead) -> int:
-    return math.prod(head.shape) * FLOATS[head.dtype].itemsize
+    return math.prod(head.shape) * DTYPES[head.dtype].itemsize
 
 
 class EngineService:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.weights.staged import (
-    FLOATS,
     Slot,
     StagedWeights,
     check_finite,
@@ -28,7 +27,7 @@ from flowroll.engine.weights.staged import (
 )
 from flowroll.errors import CheckpointError, WeightsRejectedError
 from flowroll.types import ModuleName
-from flowroll.wire.safetensors import TensorHead
+from flowroll.wire.safetensors import DTYPES, TensorHead
 
 _CPU = torch.device("cpu")
 _SUBJECT = "the new weights"
@@ -188,7 +187,7 @@ class WeightReceiver:
 
     def _room(self, heads: Sequence[TensorHead], device: torch.device) -> Bucket:
         try:
-            targets = [torch.empty(head.shape, dtype=FLOATS[head.dtype], device=device) for head in heads]
+            targets = [torch.empty(head.shape, dtype=DTYPES[head.dtype], device=device) for head in heads]
         except BaseException as error:
             self.unclaim(heads)
             if isinstance(error, MemoryError | RuntimeError):  # torch's lack of memory is a RuntimeError

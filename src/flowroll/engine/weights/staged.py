@@ -21,11 +21,12 @@ from flowroll.engine.weights.tensorfile import FileStamp, TensorFile
 from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName, all_finite
-from flowroll.wire.safetensors import StoredTensor, TensorHead
+from flowroll.wire.safetensors import DTYPES, StoredTensor, TensorHead
 
 # The text encoder cannot be updated: transformers translates the names in its files while it loads them.
 UPDATABLE: tuple[ModuleName, ...] = ("transformer", "vae")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_SHOWN, _MOST_CHARS = 20, 200
 
 
@@ -265,8 +266,7 @@ def listed(names: Collection[str]) -> str:
 
 def tensor_head(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorHead:
     """Describes a tensor without its data; the dtype may also be one that no weight has."""
-    names = {known: name for name, known in FLOATS.items()}
-    return TensorHead(name=name, dtype=names.get(dtype, str(dtype)), shape=tuple(shape))
+    return TensorHead(name=name, dtype=_NAMES.get(dtype, str(dtype)), shape=tuple(shape))
 
 
 def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
@@ -278,14 +278,15 @@ def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
         subject: The subject of the error message.
 
     Raises:
-        CheckpointError: The shape differs, or the dtype is no float.
+        CheckpointError: The shape differs, or the dtype is no float; a counter must have the dtype of the slot.
     """
     if tensor.shape != slot.shape:
         shapes = f"{list(slot.shape)}, got {list(tensor.shape)}"
         raise CheckpointError(f"{subject} must hold {tensor.name} as {shapes}; save the module that is served.")
-    if tensor.dtype not in FLOATS or not slot.live.is_floating_point():
+    allowed = _FLOATS if slot.live.is_floating_point() else (_NAMES[slot.live.dtype],)
+    if tensor.dtype not in allowed:
         raise CheckpointError(
-            f"{subject} must hold {tensor.name} in one of {', '.join(FLOATS)}, got {tensor.dtype}; save it in one of these."
+            f"{subject} must hold {tensor.name} in one of {', '.join(allowed)}, got {tensor.dtype}; save it in one of these."
         )
 
 
@@ -304,7 +305,7 @@ def check_finite(name: str, tensor: Tensor, subject: str) -> None:
 
 def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile) -> Tensor:
     """Reads the new data of a slot into its own memory, cast and placed as loading a checkpoint does it."""
-    stored = torch.empty(slot.live.shape, dtype=FLOATS[tensor.dtype])
+    stored = torch.empty(slot.live.shape, dtype=DTYPES[tensor.dtype])
     row_bytes = (tensor.stop - tensor.start) // slot.shape[0] if slot.first_row else 0
     file.read_into(stored, tensor.start + slot.first_row * row_bytes)
     placed = stored.to(device=slot.live.device, dtype=slot.live.dtype)
