@@ -1,7 +1,10 @@
 """Requests with classifier-free guidance, as each family wants to be asked for it."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from flowroll.families import FAMILIES
 
@@ -21,3 +24,12 @@ def in_words_of(family: str, request: Mapping[str, Any]) -> dict[str, Any]:
 def guided(family: str, scale: float, **request: Any) -> dict[str, Any]:
     """The request with classifier-free guidance of this scale."""
     return in_words_of(family, {**request, "guidance_scale": scale})
+
+
+def in_words_of_pipeline(pipeline: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request, with its negative prompt as the pipeline takes it: some take an embedding, and "" where there is none."""
+    given = dict(request)
+    if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters and (text := given.pop("negative_prompt", "")):
+        with torch.no_grad():
+            given["negative_prompt_embeds"] = pipeline.encode_prompt(text)[0]
+    return given

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.driving import generate_here, rollout_here
-from tests.guiding import guided
+from tests.guiding import guided, in_words_of_pipeline
 from tests.pairs import DTYPES, dealt, paired
 from tests.rollouts import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,8 @@ from flowroll.sampling.dynamics import DYNAMICS, transitions
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
 REQUEST = {"prompt": "a yellow dining table", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 21}
 NAMES = tuple(FAMILIES)
+# Both branches of FLUX.2 have as many tokens, and share a forward here that the pipeline runs twice. One branch is compared.
+ALIKE: dict[str, dict[str, Any]] = {"flux2": {"guidance_scale": 1.0}}
 # Operations of a whole request beyond the pipeline's: on the sigma grid, views of a constant, and a sum over each of four
 # tensors (both embeddings, the final latents, the picture; for SD3 and FLUX.1 the pooled ones too, for FLUX.1 ids and scale),
 # which shows whether they are finite.
@@ -30,6 +32,7 @@ EXTRA_OPS: dict[str, Counter[str]] = {
     "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, sum=4, _local_scalar_dense=4),
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
+    "flux2": Counter(),
     "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
 }
 
@@ -119,7 +122,7 @@ def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str],
     (rollout,) = engine_of(name, "float32").rollout(**guided(name, 3.0, **REQUEST, **ALL))
     env, embedded = rollout.denoising_env, rollout.sampling.embedded_guidance_scale
     assert env is not None and env.image_kwargs == {}
-    assert (env.guidance, embedded) == ((4.5, 4.5) if family.conditioning.in_place("guidance") else (None, None))
+    assert (env.guidance, embedded) == ((4.5, 4.5) if name == "flux" else (None, None))
     for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
         assert branch is not None
         fields = family.conditioning.in_place("pos_cond_kwargs")
@@ -231,8 +234,9 @@ def test_plain_generation_runs_no_operation_that_the_pipeline_does_not(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
 ) -> None:
     engine, pipeline = engine_of(name, "bfloat16"), pipeline_of(name, "bfloat16")
-    size = {"prompt": "a bowl", "height": 64, "width": 64}
-    theirs = ops_per_step(lambda steps: pipeline(**size, negative_prompt=" ", num_inference_steps=steps, output_type="latent"))
+    size = {"prompt": "a bowl", "height": 64, "width": 64, **ALIKE.get(name, {})}
+    asked = in_words_of_pipeline(pipeline, {**size, "negative_prompt": " "})
+    theirs = ops_per_step(lambda steps: pipeline(**asked, num_inference_steps=steps, output_type="latent"))
     ours = ops_per_step(lambda steps: generate_here(engine, **size, num_inference_steps=steps))
     recorded = ops_per_step(lambda steps: rollout_here(engine, **size, num_inference_steps=steps, debug_mode=False))
     assert ours and ours - theirs == Counter()
@@ -244,11 +248,12 @@ def test_plain_generation_allocates_nothing_that_the_pipeline_does_not(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], name: str
 ) -> None:
     engine, pipeline = engine_of(name, "bfloat16"), pipeline_of(name, "bfloat16")
-    size = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 3}
+    size = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps": 3, **ALIKE.get(name, {})}
     negative = next(iter(FAMILIES[name].variants.values())).negative_prompt
+    asked = in_words_of_pipeline(pipeline, {**size, "negative_prompt": negative})
     counts = []
     for run in (
-        lambda: pipeline(**size, negative_prompt=negative, output_type="pt"),
+        lambda: pipeline(**asked, output_type="pt"),
         lambda: generate_here(engine, **size),
         lambda: rollout_here(engine, **size, rollout=False),
     ):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.guiding import in_words_of
+from tests.guiding import in_words_of, in_words_of_pipeline
 from tests.pairs import pairs
 from tests.proofs.cases import DTYPES, FAMILIES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf
@@ -26,13 +26,19 @@ ROWS = pairs(
 
 
 def pipeline_output(pipeline: Any, output_type: str, request: Request) -> Tensor:
-    """What the pipeline makes of a request, with classifier-free guidance of the same scale."""
+    """What the pipeline makes of a request, with classifier-free guidance of the same scale; latents are its last step's."""
     arguments = {name: value for name, value in request.items() if name != "seed"}
     has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
     if has_true_cfg and "true_cfg_scale" not in request:
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
-    generator = torch.Generator(pipeline.device).manual_seed(request["seed"])
-    return pipeline(**arguments, generator=generator, output_type=output_type).images[0].cpu()
+    generator, last = torch.Generator(pipeline.device).manual_seed(request["seed"]), {}
+    found = pipeline(
+        **in_words_of_pipeline(pipeline, arguments),
+        generator=generator,
+        output_type=output_type,
+        callback_on_step_end=lambda _, __, ___, tensors: last.update(tensors) or {},
+    ).images[0]
+    return (last["latents"][0] if output_type == "latent" else found).cpu()
 
 
 def request_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class Argument:
         if self.batch == "list":
             return list(entries)
         if self.is_transposed:
-            return torch.stack([entry.T for entry in entries]).mT
+            columns = [entry.T.contiguous()[None] for entry in entries]
+            return (torch.cat(columns) if len(columns) > 1 else columns[0]).mT
         return torch.cat([entry[None] for entry in entries]) if len(entries) > 1 else entries[0][None]
 
     def collated(self, values: Sequence[Any]) -> Any:

@@ -182,7 +182,8 @@ class Flux2(Family):
 
     @override
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
-        return noise[0].flatten(1).T.contiguous()
+        # Not copied: the latents lie as those of the pipeline, step by step.
+        return noise[0].flatten(1).T
 
     @override
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
