@@ -189,7 +189,8 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
     if params.sigmas is not None:
         return explicit_schedule(model.schedule_config, params.sigmas)
     base = model.family.base_grid(model.spec, model.schedule_config, num_steps)
-    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens)
+    mu = model.family.shift_exponent(model.schedule_config, geometry, num_steps)
+    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens, mu=mu)
 
 
 def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
