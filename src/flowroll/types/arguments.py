@@ -27,8 +27,10 @@ _FIELDS = {field.name: field for field in fields(SamplingParams)}
 class ImageFields(TypedDict, total=False):
     """The fields of `SamplingParams` that plain generation has."""
 
-    prompt: str
+    prompt: str | None
     negative_prompt: str | None
+    prompt_token_ids: Sequence[Integers] | None
+    negative_prompt_token_ids: Sequence[Integers] | None
     seed: Integer | None
     seeds: Integers | None
     generator_device: GeneratorDevice
@@ -88,7 +90,7 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
         if values:
             raise InvalidRequestError("params must be given alone, got further fields; set them in SamplingParams.")
         held = {name: getattr(request, name) for name in _FIELDS}
-        return {name: value for name, value in held.items() if name == "prompt" or value != _FIELDS[name].default}
+        return {name: value for name, value in held.items() if value != _FIELDS[name].default}
     if isinstance(request, str):
         if "prompt" in values:
             raise InvalidRequestError("prompt must be given once, got it twice; leave one of them out.", field="prompt")
@@ -99,8 +101,6 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
             field="prompt",
         )
     refuse_unknown(values)
-    if "prompt" not in values:
-        raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
     given = {name: plain(value) for name, value in values.items()}
     SamplingParams(**given)
     return {ALIASES.get(name, name): value for name, value in given.items()}

@@ -32,7 +32,7 @@ class SamplingRecord:
         log_prob_no_const: Which of the two log-prob conventions was used.
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
-        negative_prompt: Text of the unconditional branch; None without guidance.
+        negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
@@ -51,6 +51,8 @@ class SamplingRecord:
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
+        prompt_token_ids: The token ids of the conditional branch, where the request gave these.
+        negative_prompt_token_ids: Those of the unconditional branch, where they were used.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
@@ -80,6 +82,8 @@ class SamplingRecord:
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
     image_format: ImageFormat = "tensor"
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.steps is None or len(self.steps) == self.num_inference_steps
@@ -183,7 +187,7 @@ class Rollout:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
         image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
             bytes of a PNG file, or None.
@@ -200,7 +204,7 @@ class Rollout:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     image: Float[Tensor, " 3 frames height width"] | UInt8[Tensor, " 3 frames height width"] | bytes | None
     latents: Float[Tensor, " *latent"] | None = None
@@ -221,7 +225,7 @@ class GeneratedImage:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
         latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.
@@ -231,7 +235,7 @@ class GeneratedImage:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     image: Float[Tensor, " 3 frames height width"]
     latents: Float[Tensor, " *latent"]

@@ -32,6 +32,12 @@ __all__ = [
 ]
 
 _Indices: TypeAlias = tuple[Annotated[int, Meta(ge=0)], ...]
+_TokenIds: TypeAlias = Annotated[
+    tuple[Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)], ...], Meta(min_length=1)
+]
+_TOKEN_IDS = about(
+    [[49406, 736, 3240, 49407]], "send one list of ids for each of the model's tokenizers", "be null or a list of lists of ids"
+)
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
 _LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 _SIGMAS = Annotated[
@@ -66,8 +72,6 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
     # What every request of the route has.
     _FIXED: ClassVar[Mapping[str, Any]] = {}
 
-    prompt: fields.Prompt
-
     def to_params(self) -> SamplingParams:
         """Returns the request as `SamplingParams`; what was not sent keeps its default.
 
@@ -92,7 +96,10 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
 
 class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     # Of a request with `extra_sampling_params`, which the requests themselves declare: its fields are made from these.
+    prompt: fields.PromptOrNull = None
     negative_prompt: fields.NegativePrompt = None
+    prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
+    negative_prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
@@ -284,6 +291,7 @@ class ImagesRequest(_SamplingRequest, kw_only=True, frozen=True):
     _FIXED: ClassVar[Mapping[str, Any]] = {"rollout": False}
     _NAMES: ClassVar[Mapping[str, str]] = {"num_outputs_per_prompt": "n", "width": "size", "height": "size"}
 
+    prompt: fields.Prompt
     model: Annotated[str | None, about("Qwen-Image", "leave it out for the served model")] = None
     n: Annotated[fields.Count | None, about(2, "leave it out for one image")] = None
     size: Annotated[

@@ -15,6 +15,8 @@ FIELDS = [field.name for field in fields(SamplingParams)]
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),
     "negative_prompt": (["--negative-prompt", "blur"], "blur"),
+    "prompt_token_ids": (["--prompt-token-ids", "[[5, 6], [7]]"], ([5, 6], [7])),
+    "negative_prompt_token_ids": (["--negative-prompt-token-ids", "[[8]]"], ([8],)),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
