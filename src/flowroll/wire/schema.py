@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
-from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType, StepOptions
+from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 from flowroll.wire.names import EXTRA
@@ -176,6 +176,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
         about([0.8, 0.8, 0.4, 0.0], "send one noise level a step"),
     ] = None
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
+    image_format: Annotated[ImageFormat, about("uint8", "choose one of these")] = "tensor"
 
 
 def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:

@@ -75,6 +75,7 @@ def test_a_jsonl_line_may_give_every_field(write):
         "return_dit_trajectory": True,
         "rollout_steps": [{"dynamics": "ode"}, {"noise_level": 0.4}, {}],
         "return_step_indices": [0, 3],
+        "image_format": "png",
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",

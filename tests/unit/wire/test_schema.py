@@ -80,6 +80,7 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "rollout_noise_levels": ("noise_levels", [None, [0.7], [0, 1e-4, 10]], [[], 0.7, [-0.1], [9e-5], [10.1], ["0.7"], [None]]),
     "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
+    "image_format": ("image_format", ["tensor", "uint8", "png", "none"], [None, "jpeg", 8, ["png"]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
     "sigmas": (
