@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.types import AdapterRecord, PolicyRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
@@ -31,6 +31,7 @@ from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
+_POLICY_FIELDS = tuple(field.name for field in fields(PolicyRecord))
 _REMEDY = "see /openapi.json"
 _REQUESTS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
@@ -165,10 +166,11 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora = sent.get("lora")
+    lora, policy = sent.get("lora"), sent.get("policy")
     for where, given, known in (
         ("sampling", sent, _RECORD_FIELDS),
         ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
+        ("sampling.policy", policy if isinstance(policy, dict) else {}, _POLICY_FIELDS),
     ):
         for name in given:
             if name not in known:
