@@ -172,7 +172,7 @@ def command_line(plan: ParityPlan, **changed: str) -> str:
 
 
 def _guidance_flags(guidance: Guidance, params: SamplingParams) -> list[str]:
-    """The flags of a run's scales, and of its negative prompt if it was given one."""
+    """Returns the flags of a run's scales, and of its negative prompt if it was given one."""
     flags = ["--guidance-scale", f"{guidance.scale if guidance.embedded is None else guidance.embedded:g}"]
     if params.true_cfg_scale is not None:
         flags += ["--true-cfg-scale", f"{params.true_cfg_scale:g}"]

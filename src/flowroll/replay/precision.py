@@ -68,7 +68,7 @@ def warn_of_autocast(
 
 
 def _policy_of(module: nn.Module) -> Any:
-    """The mixed precision of FSDP, which has no public reader in FSDP2; None if the module has none."""
+    """Returns the mixed precision of FSDP, which has no public reader in FSDP2; None if the module has none."""
     if (first := getattr(module, "mixed_precision", None)) is not None and hasattr(first, "param_dtype"):
         return first
     state = getattr(module, "_get_fsdp_state", None)
