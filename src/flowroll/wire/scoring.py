@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import AdapterRecord, PolicyRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
@@ -30,6 +31,7 @@ from flowroll.wire.messages import (
 from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
+_FORM_FIELDS = tuple(field.name for field in fields(LogProbForm))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _POLICY_FIELDS = tuple(field.name for field in fields(PolicyRecord))
 _REMEDY = "see /openapi.json"
@@ -166,12 +168,9 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora, policy = sent.get("lora"), sent.get("policy")
-    for where, given, known in (
-        ("sampling", sent, _RECORD_FIELDS),
-        ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
-        ("sampling.policy", policy if isinstance(policy, dict) else {}, _POLICY_FIELDS),
-    ):
+    parts = {"lora": _ADAPTER_FIELDS, "policy": _POLICY_FIELDS, "log_prob": _FORM_FIELDS}
+    objects = [(f"sampling.{name}", sent[name], known) for name, known in parts.items() if isinstance(sent.get(name), dict)]
+    for where, given, known in (("sampling", sent, _RECORD_FIELDS), *objects):
         for name in given:
             if name not in known:
                 field = f"{where}.{str(name)[:80]}"

@@ -103,11 +103,22 @@ def test_requests_of_several_policies_have_their_own_bits_in_any_order(z_image: 
     known = z_image.weights_checksum()
     order = ["old", "default", "default", "old", "default", "old"]
     futures = [z_image.submit(z_image.plan(SamplingParams(**REQUEST, policy=name)), "rollout") for name in order]
-    scores = z_image.submit_read(lambda weights: weights.checksums(["transformer"]))
+    sums = z_image.submit_read(lambda weights: weights.checksums(["transformer"]))
     for name, future in zip(order, futures, strict=True):
         assert_same(future.result(60), alone[name])
     # Whatever is about the weights is about those that the engine was last given, though others are in place.
-    assert scores.result(60)["transformer"] == known == z_image.weights_checksum()
+    assert sums.result(60)["transformer"] == known
+    (recorded,) = alone["default"]
+    trajectory = recorded.dit_trajectory
+    score = z_image.score(
+        latents=trajectory.latents[0],
+        next_latents=trajectory.latents[1],
+        step=0,
+        env=recorded.denoising_env,
+        record=recorded.sampling,
+    )
+    assert torch.equal(score.log_prob, recorded.log_probs[0])
+    assert torch.equal(score.velocity, recorded.debug_tensors.model_output[0])
     counts = z_image.scheduler.load().requests
     assert counts.completed == counts.accepted and counts.running == counts.pending == 0
 
