@@ -186,6 +186,7 @@ FULL = {
     "prompt": "猫",
     "negative_prompt": "dog",
     "seeds": (1, 2),
+    "init_seed": 7,
     "generator_device": "cpu",
     "width": 64,
     "height": 32,
@@ -203,6 +204,7 @@ FULL = {
 }
 FULL_ROLLOUT = {
     "rollout": True,
+    "sde_seed": (8, 9),
     "sde_type": "cps",
     "noise_level": 0.25,
     "log_prob_no_const": True,

@@ -77,6 +77,8 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
         members = tuple(member for member in get_args(hint) if member is not type(None))
         if members == get_args(Number):
             return float, {}
+        if members == (int, tuple[int, ...]):
+            return str, {"parser": _one_or_several, "metavar": "N or N,N,..."}
         assert len(members) == 1, f"no flag for {hint}"
         return _flag_type(members[0])
     if get_origin(hint) is tuple and get_args(hint)[0] is StepOptions:
@@ -110,6 +112,11 @@ def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...
             raise typer.BadParameter(f"must be {kind} separated by commas, got {text!r}; write 0,1,2.") from error
 
     return parse
+
+
+def _one_or_several(text: str) -> int | tuple[int, ...]:
+    numbers: tuple[int, ...] = _comma_list(int)(text)
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import msgspec
 
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
+from flowroll.types.starts import count_samples
 from flowroll.wire.names import EXTRA
 
 SampleT = TypeVar("SampleT", Rollout, GeneratedImage)
@@ -119,7 +120,7 @@ def check_answers(samples: Sequence[SampleT], content: bytes) -> None:
     """
     sent: dict[str, Any] = msgspec.json.decode(content)
     asked: Mapping[str, Any] = {**sent, **(sent.get(EXTRA) or {})}
-    count = asked.get("num_outputs_per_prompt") or 1
+    count = count_samples(asked)
     seeds = asked.get("seeds")
     if seeds is None and asked.get("seed") is not None:
         seeds = list(range(asked["seed"], asked["seed"] + count))
@@ -127,7 +128,7 @@ def check_answers(samples: Sequence[SampleT], content: bytes) -> None:
         "request_id": None if asked.get("request_id") is None else {asked["request_id"]},
         "prompt": {asked.get("prompt")},
     }
-    _require("number of samples", len(samples), count if seeds is None else len(seeds))
+    _require("number of samples", len(samples), count)
     if seeds is not None:
         _require("seeds", [sample.seed for sample in samples], seeds)
     for name, wanted in expected.items():

@@ -96,7 +96,7 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
         seed=finished.sample.seed,
         image=finished.image,
         latents=finished.sample.latents.cpu(),
-        sampling=finished.sample.conditioning.record,
+        sampling=finished.sample.record,
         weight_version=weight_version,
         inference_time_s=finished.seconds,
     )
@@ -123,7 +123,7 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         denoising_env=conditioning.env.to("cpu") if _returns_env(plan) else None,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
         weight_version=weight_version,
-        sampling=conditioning.record,
+        sampling=finished.sample.record,
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
     )

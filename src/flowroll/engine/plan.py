@@ -17,9 +17,27 @@ from flowroll.sampling.dynamics import amplification, transitions, transitions_o
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
+from flowroll.types.starts import PER_SAMPLE
 
 # Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
 _MAX_AMPLIFICATION = 1e18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSample:
+    """One sample of a request: what it is drawn from.
+
+    Attributes:
+        index: The place of the sample among the answers.
+        seed: The seed of the sample, which names it.
+        init_seed: The seed of its initial noise.
+        sde_seed: The seed of the noise of its stochastic steps.
+    """
+
+    index: int
+    seed: int
+    init_seed: int
+    sde_seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +47,7 @@ class RequestPlan:
     Attributes:
         params: The parameters of the request, as they were given.
         request_id: The id of the request: the given one, or a new one.
-        seeds: The seeds, one per sample.
+        samples: The samples.
         negative_prompt: The negative prompt; None if no unconditional branch runs.
         geometry: The shapes of a sample.
         schedule: The sigma grid.
@@ -41,7 +59,7 @@ class RequestPlan:
 
     params: SamplingParams
     request_id: str
-    seeds: tuple[int, ...]
+    samples: tuple[PlannedSample, ...]
     negative_prompt: str | None
     geometry: Geometry
     schedule: Schedule
@@ -51,14 +69,19 @@ class RequestPlan:
     record: SamplingRecord
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the samples."""
+        return tuple(sample.seed for sample in self.samples)
+
+    @property
     def work(self) -> int:
         """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
-        return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
+        return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.samples)
 
     @property
     def answer_bytes(self) -> int:
         """The number of bytes of the tensors in the answer, without those of the denoising environment."""
-        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, len(self.seeds))
+        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, len(self.samples))
 
 
 def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
@@ -71,17 +94,17 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
     _check_indices(params, schedule.num_steps)
-    seeds = _plan_seeds(params, limits)
+    samples = _plan_samples(params, limits)
     negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
     guidance = _plan_guidance(params, model, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
     chosen = _plan_transitions(params, schedule) if params.rollout else None
-    _check_answer_size(params, limits, geometry, schedule.num_steps, len(seeds))
+    _check_answer_size(params, limits, geometry, schedule.num_steps, len(samples))
     generator_device = torch.device("cpu") if params.generator_device == "cpu" else model.device
     return RequestPlan(
         params=params,
         request_id=params.request_id or uuid.uuid4().hex,
-        seeds=seeds,
+        samples=samples,
         negative_prompt=negative_prompt,
         geometry=geometry,
         schedule=schedule,
@@ -237,15 +260,27 @@ def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometr
         _refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
 
 
-def _plan_seeds(params: SamplingParams, limits: Limits) -> tuple[int, ...]:
-    count = len(params.seeds) if params.seeds is not None else params.num_outputs_per_prompt or 1
+def _plan_samples(params: SamplingParams, limits: Limits) -> tuple[PlannedSample, ...]:
+    count = params.num_samples
     if count > limits.max_outputs:
-        field = "seeds" if params.seeds is not None else "num_outputs_per_prompt"
+        lists = (name for name in PER_SAMPLE if isinstance(getattr(params, name), tuple))
+        field = next(lists, "num_outputs_per_prompt")
         _refuse(field, f"ask for at most {limits.max_outputs} samples", count, "send several requests")
-    if params.seeds is not None:
-        return params.seeds
-    first = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED + 2 - count)
-    return tuple(range(first, first + count))
+    init, sde = (
+        value if value is None or isinstance(value, tuple) else (value,) * count
+        for value in (params.init_seed, params.sde_seed)
+    )
+    seeds = params.seeds
+    if seeds is None and params.seed is None and init is not None and sde is not None:
+        # Nothing is left to be drawn.
+        seeds = sde
+    if seeds is None:
+        first = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED + 2 - count)
+        seeds = tuple(range(first, first + count))
+    return tuple(
+        PlannedSample(index=index, seed=seed, init_seed=init_seed, sde_seed=sde_seed)
+        for index, (seed, init_seed, sde_seed) in enumerate(zip(seeds, init or seeds, sde or seeds, strict=True))
+    )
 
 
 def _check_indices(params: SamplingParams, num_steps: int) -> None:

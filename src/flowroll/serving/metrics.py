@@ -158,7 +158,7 @@ class Metrics:
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""
-        samples = len(plan.seeds)
+        samples = len(plan.samples)
         self.samples.labels(kind).inc(samples)
         self.denoising_steps.labels(kind).inc(samples * plan.schedule.num_steps)
         stochastic = sum(transition.is_stochastic for transition in plan.transitions or ())

@@ -22,7 +22,6 @@ from flowroll.types.params import (
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
-    MAX_SEED,
     MIN_SIGMA_GAP,
     ROLLOUT_FIELDS,
     GeneratorDevice,
@@ -43,6 +42,7 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
+from flowroll.types.starts import MAX_SEED
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [

@@ -31,6 +31,7 @@ class ImageFields(TypedDict, total=False):
     negative_prompt: str | None
     seed: Integer | None
     seeds: Integers | None
+    init_seed: Integer | Integers | None
     generator_device: GeneratorDevice
     width: Integer | None
     height: Integer | None
@@ -51,6 +52,7 @@ class RolloutFields(ImageFields, total=False):
     """All fields of `SamplingParams`, and their short names."""
 
     rollout: bool
+    sde_seed: Integer | Integers | None
     rollout_sde_type: SdeType
     rollout_noise_level: Real
     rollout_log_prob_no_const: bool

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
 
-from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
 from flowroll.types.adapters import check_lora_name
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
+from flowroll.types.rules import is_finite as _is_finite
+from flowroll.types.rules import is_int as _is_int
+from flowroll.types.rules import require as _require
+from flowroll.types.starts import check_seeds, count_samples
 from flowroll.types.weights import check_version
 
 # The names of the dynamics, aliases included. A type checker cannot read them from the registry; everything else can.
@@ -40,7 +42,6 @@ class StepOptions:
     noise_level: Number | None = None
 
 
-MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 MAX_REQUEST_ID_CHARS = 256
 MIN_SIGMA_GAP = 1e-6
@@ -64,29 +65,6 @@ _FLAGS = (
 )
 # The values that an evaluation may give besides the defaults, because they request nothing.
 _NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0, "rollout_debug_mode": False}
-
-
-def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise InvalidRequestError(f"{field_name} must {rule}, got {_shown(value)}; {remedy}.", field=field_name)
-
-
-def _shown(value: object) -> str:
-    """Returns a short text of a value."""
-    try:
-        shown = repr(value)
-    except ValueError:  # Python refuses to print integers of several thousand digits, also inside a tuple.
-        return "a huge integer"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    # math.isfinite would overflow for a huge integer.
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _dynamics(field_name: str, name: object, where: str = "") -> Dynamics:
@@ -128,11 +106,15 @@ class SamplingParams:
         negative_prompt: Text of the unconditional branch; used only when guidance runs. None: the family's own.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
+        init_seed: Seed of the initial noise: one for all samples, which then start from the same latents, or one per sample.
+            None: the sample's own seed.
+        sde_seed: Seed of the noise of the stochastic steps: one for all samples, or one per sample. None: the sample's own
+            seed.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
         width: Pixels; a multiple of the family's pixel unit. None: the family's.
         height: Pixels; a multiple of the family's pixel unit. None: the family's.
         num_inference_steps: Number of transitions T. None: the family's.
-        num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
+        num_outputs_per_prompt: Number of samples K. None: 1, or the length of a list of seeds.
         num_frames: 1 or None: an image. Taken for clients that always send it.
         fps: Any number; an image has no use for it. Taken for clients that always send it.
         guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None. None: the family's. Guidance runs above
@@ -167,6 +149,8 @@ class SamplingParams:
     negative_prompt: str | None = None
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
+    init_seed: int | tuple[int, ...] | None = None
+    sde_seed: int | tuple[int, ...] | None = None
     generator_device: GeneratorDevice = "cuda"
     width: int | None = None
     height: int | None = None
@@ -209,11 +193,16 @@ class SamplingParams:
         self._check_flags()
         self._check_sequences()
         self._check_numbers()
-        self._check_seeds()
+        check_seeds(self)
         self._check_sigmas()
         self._check_rollout()
         self._check_dynamics()
         self._check_evaluation()
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples that are started."""
+        return count_samples({name: getattr(self, name) for name in self.__slots__})
 
     @property
     def step_rules(self) -> tuple[StepRule, ...] | None:
@@ -263,22 +252,6 @@ class SamplingParams:
         for name in _SEQUENCES:
             value = getattr(self, name)
             _require(value is None or isinstance(value, tuple), name, "be a tuple", value, "put the values in a tuple")
-
-    def _check_seeds(self) -> None:
-        remedy = f"use an integer from 0 to {MAX_SEED}"
-        if self.seed is not None:
-            last = self.seed + (self.num_outputs_per_prompt or 1) - 1 if _is_int(self.seed) else self.seed
-            _require(_is_int(self.seed) and self.seed >= 0, "seed", "be >= 0", self.seed, remedy)
-            _require(last <= MAX_SEED, "seed", "leave every seed + i below 2^32", self.seed, "use a smaller seed")
-        if self.seeds is None:
-            return
-        _require(self.seed is None, "seeds", "not be given together with seed", self.seeds, "send one of the two")
-        _require(len(self.seeds) > 0, "seeds", "hold at least one seed", self.seeds, "send one seed per output")
-        for value in self.seeds:
-            _require(_is_int(value) and 0 <= value <= MAX_SEED, "seeds", "hold integers in [0, 2^32)", value, remedy)
-        count = self.num_outputs_per_prompt
-        agrees = count is None or count == len(self.seeds)
-        _require(agrees, "seeds", f"hold num_outputs_per_prompt = {count} values", len(self.seeds), "send one seed per output")
 
     def _check_numbers(self) -> None:
         for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
@@ -375,7 +348,7 @@ class SamplingParams:
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "sde_seed", *ALIASES.values()})
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

@@ -51,6 +51,9 @@ class SamplingRecord:
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
+        init_seed: The seed of the initial noise; None in records from before this field.
+        sde_seed: The seed of the noise of the stochastic steps; None for plain generation, and in records from before this
+            field.
     """
 
     family: str
@@ -78,6 +81,8 @@ class SamplingRecord:
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
+    init_seed: int | None = None
+    sde_seed: int | None = None
 
     def __post_init__(self) -> None:
         assert self.steps is None or len(self.steps) == self.num_inference_steps

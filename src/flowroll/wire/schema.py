@@ -33,6 +33,8 @@ __all__ = [
 
 _Indices: TypeAlias = tuple[Annotated[int, Meta(ge=0)], ...]
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
+_SeedOrSeeds: TypeAlias = fields.SeedNumber | _Seeds
+_SEED_RULE = "be null, an integer from 0 to 4294967295, or a list of these"
 _LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 _SIGMAS = Annotated[
     Annotated[tuple[Annotated[float, Meta(ge=0, le=1)], ...], Meta(min_length=2)] | None,
@@ -95,6 +97,7 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     negative_prompt: fields.NegativePrompt = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
+    init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
     width: Annotated[fields.Count | None, about(1024, "leave it out for the family's width")] = None
     height: Annotated[fields.Count | None, about(1024, "leave it out for the family's height")] = None
@@ -156,6 +159,7 @@ class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
 
 class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout: Annotated[bool, about(True, "leave it out for true")] = True
+    sde_seed: Annotated[_SeedOrSeeds | None, about([7, 11, 13], "send one seed, or one per output", _SEED_RULE)] = None
     rollout_sde_type: Annotated[SdeType, _SDE_TYPE] = "sde"
     rollout_noise_level: Annotated[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], _NOISE_LEVEL] = 0.7
     rollout_log_prob_no_const: fields.Flag = False

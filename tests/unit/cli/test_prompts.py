@@ -56,6 +56,8 @@ def test_a_jsonl_line_may_give_every_field(write):
         "prompt": "a cat\nin two lines",
         "negative_prompt": "blur",
         "seeds": [7, 9],
+        "init_seed": 3,
+        "sde_seed": [1, 2],
         "generator_device": "cpu",
         "width": 64,
         "height": 80,

@@ -17,6 +17,8 @@ ALL_FLAGS = {
     "negative_prompt": (["--negative-prompt", "blur"], "blur"),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
+    "init_seed": (["--init-seed", "7"], 7),
+    "sde_seed": (["--sde-seed", "7,9"], (7, 9)),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
     "width": (["--width", "64"], 64),
     "height": (["--height", "80"], 80),

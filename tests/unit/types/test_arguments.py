@@ -27,6 +27,7 @@ WIDER = {
     int: Integer,
     int | float: Real,
     tuple[int, ...]: Integers,
+    int | tuple[int, ...]: Integer | Integers,
     tuple[int | float, ...]: Reals,
     tuple[StepOptions, ...]: Sequence[StepOptions | Mapping[str, Any]],
 }

@@ -24,6 +24,7 @@ CHOSEN = {
     "rollout_steps": (StepOptions(noise_level=0.4), StepOptions(dynamics="dance")),
     "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
+    "sde_seed": 3,
 }
 
 
@@ -40,6 +41,15 @@ CHOSEN = {
         ("seeds", {"seeds": ()}),
         ("seeds", {"seeds": (1, -2)}),
         ("seeds", {"seeds": (1, 2), "num_outputs_per_prompt": 3}),
+        ("init_seed", {"init_seed": -1}),
+        ("init_seed", {"init_seed": True}),
+        ("init_seed", {"init_seed": ()}),
+        ("init_seed", {"init_seed": (1, 2**32)}),
+        ("init_seed", {"init_seed": (1, 2), "num_outputs_per_prompt": 3}),
+        ("init_seed", {"init_seed": (1, 2), "seeds": (1, 2, 3)}),
+        ("sde_seed", {"sde_seed": 2**32}),
+        ("sde_seed", {"sde_seed": (1, 2, 3), "init_seed": (1, 2)}),
+        ("seed", {"seed": 2**32 - 1, "sde_seed": (1, 2)}),
         ("width", {"width": 0}),
         ("num_inference_steps", {"num_inference_steps": 0}),
         ("num_outputs_per_prompt", {"num_outputs_per_prompt": 0}),
@@ -202,9 +212,9 @@ def test_fields_without_a_prompt_are_refused_by_the_engine(z_image_checkpoint: P
             assert caught.value.field == "prompt"
 
 
-def test_every_rollout_field_but_the_switch_and_the_steps_has_a_short_name() -> None:
+def test_every_field_with_the_prefix_but_the_steps_has_a_short_name() -> None:
     assert {*CHOSEN, "rollout"} == ROLLOUT_FIELDS
-    named = set(CHOSEN) - {"rollout_steps"}
+    named = {name for name in CHOSEN if name.startswith("rollout_")} - {"rollout_steps"}
     assert {field: short for short, field in ALIASES.items()} == {name: name.removeprefix("rollout_") for name in named}
 
 

@@ -50,6 +50,7 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "negative_prompt": ("negative_prompt", [None, "", "blurry"], [3, False, "x" * (MAX_PROMPT_CHARS + 1)]),
     "seed": ("seed", [None, 0, MAX_SEED], [-1, MAX_SEED + 1, "4", True, 4.0, 4.5, TOO_LARGE, [1]]),
     "seeds": ("seeds", [None, [7], [7, 7, MAX_SEED]], [[], 7, [-1], [MAX_SEED + 1], ["4"], [True], [4.0], [None], [[1]]]),
+    "init_seed": ("init_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
     "generator_device": ("generator_device", ["cuda", "cpu"], [None, "mps", "cuda:0", 0, ["cpu"]]),
     "width": ("width", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
     "height": ("height", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
@@ -66,6 +67,7 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
 }
 ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "rollout": ("rollout", [True, False], [None, 0, 1, "true"]),
+    "sde_seed": ("sde_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
     "rollout_sde_type": ("sde_type", [*DYNAMICS], [None, "SDE", "ddim", 1, ["sde"]]),
     "rollout_noise_level": ("noise_level", [0, 1e-4, 0.7, 1, 10], [None, -0.1, 9e-5, 10.1, "0.7", True, TOO_LARGE]),
     "rollout_log_prob_no_const": ("log_prob_no_const", [True, False], [None, 0, 1, "no"]),
@@ -161,7 +163,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 18
+    assert len(nullable) == 20
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 

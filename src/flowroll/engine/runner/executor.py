@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowroll.engine.adapters.files import AdapterFiles
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.plan import RequestPlan
+from flowroll.engine.plan import PlannedSample, RequestPlan
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import EnvShape, TensorShape
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
@@ -74,11 +74,11 @@ class Executor:
             self._peers.send(message, [tensor for _, tensor in env.tensors()])
         self._runner.add_request(request_id, conditioning)
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
-        self._peers.send(messages.StartSample(id=sample_id, request=request_id, seed=seed))
+        self._peers.send(messages.StartSample(id=sample_id, request=request_id, planned=planned))
         # All samples of a forward run with the same number of CPU threads, so that number is part of the key.
-        return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, seed)
+        return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, planned)
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys, in one forward, on every rank.

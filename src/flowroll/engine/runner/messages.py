@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.plan import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec
@@ -87,7 +88,7 @@ class StartSample(msgspec.Struct, frozen=True, tag=True):
 
     id: int
     request: int
-    seed: int
+    planned: PlannedSample
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

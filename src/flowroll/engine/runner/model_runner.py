@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
+from flowroll.engine.plan import PlannedSample
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
 from flowroll.families import Recipe
 from flowroll.types import DenoisingEnv
@@ -72,9 +73,9 @@ class ModelRunner:
         """Stores the conditioning that the samples of a request share."""
         self._conditionings[request_id], self._sample_ids[request_id] = conditioning, []
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise, and returns its batch key: samples with equal keys can share a forward."""
-        sample = Sample.start(self._conditionings[request_id], seed)
+        sample = Sample.start(self._conditionings[request_id], planned)
         self._samples[sample_id] = sample
         self._sample_ids[request_id].append(sample_id)
         return sample.batch_key

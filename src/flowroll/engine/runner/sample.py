@@ -8,14 +8,14 @@ are given the velocity, so they do not depend on whether its forward was shared 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.plan import RequestPlan
+from flowroll.engine.plan import PlannedSample, RequestPlan
 from flowroll.engine.runner.recorder import Recorder
 from flowroll.families import ForwardInput, StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
@@ -74,7 +74,7 @@ class Sample:
 
     Attributes:
         conditioning: The data that it shares with the other samples of its request.
-        seed: The seed of this sample.
+        planned: What the sample is drawn from.
         latents: The latents before `step`, neither scaled nor cast for the model.
         step: The index of the next step.
         previous: The clean prediction of the step before; None where the next step has no use for it.
@@ -82,25 +82,39 @@ class Sample:
     """
 
     conditioning: Conditioning
-    seed: int
+    planned: PlannedSample
     latents: Float[Tensor, " *latent"]
     step: int = 0
     previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
 
     @classmethod
-    def start(cls, conditioning: Conditioning, seed: int) -> Sample:
+    def start(cls, conditioning: Conditioning, planned: PlannedSample) -> Sample:
         """Creates a sample with its initial noise, drawn as the pipeline draws it."""
         plan, model = conditioning.plan, conditioning.model
         drawn = noise.initial_noise(
-            seed, plan.geometry.noise_shape, dtype=model.family.noise_dtype(model.dtype), device=plan.generator_device
+            planned.init_seed,
+            plan.geometry.noise_shape,
+            dtype=model.family.noise_dtype(model.dtype),
+            device=plan.generator_device,
         )
         latents = model.family.initial_latents(drawn.to(model.device))
         recorder = None
         if plan.transitions is not None:
             recorder = Recorder(plan=plan)
             recorder.keep_latents(0, latents)
-        return cls(conditioning=conditioning, seed=seed, latents=latents, recorder=recorder)
+        return cls(conditioning=conditioning, planned=planned, latents=latents, recorder=recorder)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the sample."""
+        return self.planned.seed
+
+    @property
+    def record(self) -> SamplingRecord:
+        """The record of how this sample is made."""
+        planned, is_rollout = self.planned, self.recorder is not None
+        return replace(self.conditioning.record, init_seed=planned.init_seed, sde_seed=planned.sde_seed if is_rollout else None)
 
     @property
     def num_steps_left(self) -> int:
@@ -159,7 +173,7 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     mean = dynamics.step_mean(this, sample.latents, velocity, sample.conditioning.dts[sample.step], sample.previous)
     drawn: Tensor | None = None
     if this.is_stochastic:
-        drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
+        drawn = noise.step_noise(sample.planned.sde_seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
     next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=plan.params.log_prob_no_const)[0]
     sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)

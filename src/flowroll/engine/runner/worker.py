@@ -165,8 +165,8 @@ class Worker:
                 self._receive([tensor for _, tensor in env.tensors()])
                 plan = plan_request(params, model, self._limits)
                 runner.add_request(number, Conditioning.build(plan, model, env, plan.record))
-            case messages.StartSample(id=number, request=request, seed=seed):
-                runner.start_sample(number, request, seed)
+            case messages.StartSample(id=number, request=request, planned=planned):
+                runner.start_sample(number, request, planned)
             case messages.Step(samples=samples, num_threads=num_threads):
                 runner.use_threads(num_threads)
                 for error in runner.step(samples).failures.values():

@@ -223,7 +223,7 @@ class Loop:
             self._queue.fail(request, message.error)
             return
         request.results[sample.index] = message.answer
-        if len(request.results) == len(request.plan.seeds):
+        if len(request.results) == len(request.plan.samples):
             self._note_completion(request)
             self._queue.complete(request)
 
@@ -296,7 +296,7 @@ class Loop:
         request, started_s = sample.request, self._clock()
         self._runner.use_threads(request.num_threads)
         try:
-            key = self._runner.start_sample(sample.id, request.id, sample.seed)
+            key = self._runner.start_sample(sample.id, request.id, sample.planned)
         except BaseException as error:
             self._queue.fail(request, error)
             return

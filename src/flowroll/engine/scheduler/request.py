@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from flowroll.engine.outputs import Finished
-from flowroll.engine.plan import RequestPlan
+from flowroll.engine.plan import PlannedSample, RequestPlan
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.scheduler.counters import StageName, StageSpan, Timing
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, EngineError
@@ -61,7 +61,7 @@ class Request:
             dropped.
         has_begun: Whether the future's own `cancel` no longer works.
         conditioning: The data that its samples share; None until the prompts are encoded.
-        results: The answers so far, by the index of their seed.
+        results: The answers so far, by the place of their sample.
         admitted_s: When the request was admitted.
         encoded_s: When its conditioning was complete.
         started_s: When its first sample started.
@@ -99,7 +99,7 @@ class Request:
     def note_denoised(self, now_s: float) -> None:
         """Notes that one more sample took its last step."""
         self.num_denoised += 1
-        if self.num_denoised == len(self.plan.seeds):
+        if self.num_denoised == len(self.plan.samples):
             self.denoised_s = now_s
 
     def restart(self) -> None:
@@ -128,13 +128,13 @@ class RequestSample:
         id: Identifies the sample on every rank.
         request: The request that it belongs to.
         attempt: The attempt of the request for which the sample was made.
-        index: The index of its seed among the request's seeds.
+        planned: What the sample is drawn from.
     """
 
     id: int
     request: Request
     attempt: int
-    index: int
+    planned: PlannedSample
 
     @property
     def is_wanted(self) -> bool:
@@ -142,9 +142,9 @@ class RequestSample:
         return self.attempt == self.request.attempt
 
     @property
-    def seed(self) -> int:
-        """The seed of the sample."""
-        return self.request.plan.seeds[self.index]
+    def index(self) -> int:
+        """The place of its answer among the request's answers."""
+        return self.planned.index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from flowroll.engine.plan import RequestPlan
+from flowroll.engine.plan import PlannedSample, RequestPlan
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
 
 
@@ -24,7 +24,7 @@ class Runner(Protocol):
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
         """Prepares every rank for the samples of a request."""
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:

@@ -41,9 +41,9 @@ class RunningSamples:
 
     def add_ready(self, request: Request) -> None:
         """Adds the samples of a request to those that wait to start; they start in the order in which they were added."""
-        for index in range(len(request.plan.seeds)):
+        for planned in request.plan.samples:
             self._num_made += 1
-            sample = RequestSample(id=self._num_made, request=request, attempt=request.attempt, index=index)
+            sample = RequestSample(id=self._num_made, request=request, attempt=request.attempt, planned=planned)
             self._ready.append(sample)
 
     def next_start(self) -> RequestSample | None:
