@@ -21,6 +21,8 @@ from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
 
 _GIVEN = "given"
+# A tensor, and what has no meaning without it, do not fit on a command line.
+_NO_FLAG = frozenset({"latents", "start_step"})
 
 
 def with_sampling_flags(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
@@ -36,7 +38,7 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
         for name, parameter in inspect.signature(command).parameters.items()
         if name != _GIVEN
     ]
-    wanted = {field.name: field for field in fields(SamplingParams) if field.name not in without}
+    wanted = {field.name: field for field in fields(SamplingParams) if field.name not in {*without, *_NO_FLAG}}
     flags = [_flag(name, field) for name, field in wanted.items()]
     flags += [_flag(alias, wanted[name]) for alias, name in ALIASES.items() if name in wanted]
 

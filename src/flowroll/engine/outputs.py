@@ -111,7 +111,7 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
     recorder, conditioning = finished.sample.recorder, finished.sample.conditioning
     steps = None
     if plan.transitions is not None:
-        steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
+        steps = tuple(step for step in plan.steps if plan.transitions[step].is_stochastic)
     rollout = Rollout(
         request_id=plan.request_id,
         prompt=plan.params.prompt,

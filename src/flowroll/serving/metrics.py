@@ -160,6 +160,7 @@ class Metrics:
         """Counts the samples of a request that ended in a result."""
         samples = len(plan.samples)
         self.samples.labels(kind).inc(samples)
-        self.denoising_steps.labels(kind).inc(samples * plan.schedule.num_steps)
-        stochastic = sum(transition.is_stochastic for transition in plan.transitions or ())
+        self.denoising_steps.labels(kind).inc(samples * len(plan.steps))
+        chosen = plan.transitions or ()
+        stochastic = sum(chosen[step].is_stochastic for step in plan.steps) if chosen else 0
         self.sde_steps.inc(samples * stochastic)

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
+from torch import Tensor
+
 from flowroll.errors import InvalidRequestError
 from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType, StepOptions
 from flowroll.types.plain import plain
@@ -32,6 +34,8 @@ class ImageFields(TypedDict, total=False):
     seed: Integer | None
     seeds: Integers | None
     init_seed: Integer | Integers | None
+    latents: Tensor | None
+    start_step: Integer | None
     generator_device: GeneratorDevice
     width: Integer | None
     height: Integer | None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
+from torch import Tensor
 
 from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
@@ -17,7 +18,7 @@ from flowroll.types.plain import plain
 from flowroll.types.rules import is_finite as _is_finite
 from flowroll.types.rules import is_int as _is_int
 from flowroll.types.rules import require as _require
-from flowroll.types.starts import check_seeds, count_samples
+from flowroll.types.starts import check_seeds, check_start, count_samples
 from flowroll.types.weights import check_version
 
 # The names of the dynamics, aliases included. A type checker cannot read them from the registry; everything else can.
@@ -110,6 +111,10 @@ class SamplingParams:
             None: the sample's own seed.
         sde_seed: Seed of the noise of the stochastic steps: one for all samples, or one per sample. None: the sample's own
             seed.
+        latents: The state that the samples start from, in the place of initial noise: one for all samples, or with a first
+            dimension one per sample, in the shape of a trajectory's states; float32 or the model's dtype. It is not changed
+            while the request is open.
+        start_step: The step before which `latents` is the state; the steps before it are not run. None: 0, initial noise.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
         width: Pixels; a multiple of the family's pixel unit. None: the family's.
         height: Pixels; a multiple of the family's pixel unit. None: the family's.
@@ -151,6 +156,8 @@ class SamplingParams:
     seeds: tuple[int, ...] | None = None
     init_seed: int | tuple[int, ...] | None = None
     sde_seed: int | tuple[int, ...] | None = None
+    latents: Tensor | None = field(default=None, hash=False)
+    start_step: int | None = None
     generator_device: GeneratorDevice = "cuda"
     width: int | None = None
     height: int | None = None
@@ -187,6 +194,11 @@ class SamplingParams:
     noise_levels = Alias["tuple[Number, ...] | None"]("rollout_noise_levels")
     return_step_indices = Alias["tuple[int, ...] | None"]("rollout_return_step_indices")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SamplingParams):
+            return NotImplemented
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in self.__slots__)
+
     def __post_init__(self) -> None:
         self._take_plain()
         self._check_text()
@@ -194,6 +206,7 @@ class SamplingParams:
         self._check_sequences()
         self._check_numbers()
         check_seeds(self)
+        check_start(self)
         self._check_sigmas()
         self._check_rollout()
         self._check_dynamics()
@@ -343,6 +356,12 @@ class SamplingParams:
             value = getattr(self, name)
             asks = value != DEFAULTS[name] and (name not in _NOTHING_ASKED or value != _NOTHING_ASKED[name])
             _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
 
 
 # The field for which each short name stands.

@@ -51,9 +51,12 @@ class SamplingRecord:
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
-        init_seed: The seed of the initial noise; None in records from before this field.
+        init_seed: The seed of the initial noise; None where none was drawn, and in records from before this field.
         sde_seed: The seed of the noise of the stochastic steps; None for plain generation, and in records from before this
             field.
+        start_step: The first step that was run. Per-step values of a rollout have a row for each of the T steps all the same.
+        latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
+            None: initial noise was drawn.
     """
 
     family: str
@@ -83,11 +86,19 @@ class SamplingRecord:
     steps: tuple[StepRule, ...] | None = None
     init_seed: int | None = None
     sde_seed: int | None = None
+    start_step: int = 0
+    latents_sha256: str | None = None
 
     def __post_init__(self) -> None:
+        assert 0 <= self.start_step < self.num_inference_steps
         assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
+
+    @property
+    def steps_run(self) -> range:
+        """The steps that were run, counted from the beginning of the grid."""
+        return range(self.start_step, self.num_inference_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

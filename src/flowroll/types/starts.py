@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from flowroll.types.rules import is_int, require
 
 if TYPE_CHECKING:
@@ -63,3 +65,20 @@ def _check_count(params: SamplingParams, name: str, length: int) -> None:
         value = getattr(params, other)
         if isinstance(value, tuple):
             require(len(value) == length, name, f"hold as many values as {other}, {len(value)}", length, "send one per output")
+
+
+def check_start(params: SamplingParams) -> None:
+    """Checks where a request starts; the shape and dtype of `latents` are those of a model, and checked where it is known.
+
+    Raises:
+        InvalidRequestError: `latents` is no tensor of floats, or two fields contradict each other.
+    """
+    latents, step = params.latents, params.start_step
+    require(step is None or (is_int(step) and step >= 0), "start_step", "be an integer >= 0", step, "count steps from 0")
+    if latents is None:
+        require(not step, "start_step", "be given with latents", step, "send the latents before that step")
+        return
+    is_tensor = isinstance(latents, Tensor) and latents.is_floating_point()
+    require(is_tensor, "latents", "be a tensor of floats", type(latents).__name__, "send a state of a trajectory")
+    given = params.init_seed
+    require(given is None, "init_seed", "be left out beside latents", given, "no initial noise is drawn; remove one of the two")

@@ -18,7 +18,10 @@ from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType, StepOptions
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
+from flowroll.wire.messages import TENSOR_EXAMPLE, WireTensor
 from flowroll.wire.names import EXTRA
+from flowroll.wire.received import HOW_TO_SEND, received_tensor
+from flowroll.wire.safetensors import BlobError
 from flowroll.wire.validation import parse, parse_json_body, shown
 
 __all__ = [
@@ -35,6 +38,8 @@ _Indices: TypeAlias = tuple[Annotated[int, Meta(ge=0)], ...]
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
 _SeedOrSeeds: TypeAlias = fields.SeedNumber | _Seeds
 _SEED_RULE = "be null, an integer from 0 to 4294967295, or a list of these"
+_SentTensor: TypeAlias = WireTensor[memoryview]
+_Step: TypeAlias = Annotated[int, Meta(ge=0)]
 _LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 _SIGMAS = Annotated[
     Annotated[tuple[Annotated[float, Meta(ge=0, le=1)], ...], Meta(min_length=2)] | None,
@@ -98,6 +103,8 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
+    latents: Annotated[_SentTensor | None, about(TENSOR_EXAMPLE, HOW_TO_SEND, "be null or a tensor")] = None
+    start_step: Annotated[_Step | None, about(2, "count steps from 0")] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
     width: Annotated[fields.Count | None, about(1024, "leave it out for the family's width")] = None
     height: Annotated[fields.Count | None, about(1024, "leave it out for the family's height")] = None
@@ -137,6 +144,12 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
         given |= {ALIASES.get(name, name): value for name, value in self._given_further().items()}
         if steps := given.get("rollout_steps"):
             given["rollout_steps"] = tuple(StepOptions(**structs.asdict(step)) for step in steps)
+        for name, value in given.items():
+            if isinstance(value, WireTensor):
+                try:
+                    given[name] = received_tensor(value)
+                except BlobError as error:
+                    raise InvalidRequestError(f"{name} must be a tensor, got {error}; {HOW_TO_SEND}.", field=name) from None
         return given
 
     def _wire_name(self, param: str) -> str:

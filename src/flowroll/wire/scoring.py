@@ -27,7 +27,8 @@ from flowroll.wire.messages import (
     WireSteps,
     WireTensor,
 )
-from flowroll.wire.safetensors import BlobError, tensor_from_blob
+from flowroll.wire.received import HOW_TO_SEND, received_tensor
+from flowroll.wire.safetensors import BlobError
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
@@ -179,7 +180,7 @@ def _record(sent: dict[str, Any]) -> SamplingRecord:
     except msgspec.ValidationError as error:
         _raise_invalid("sampling", error)
     except AssertionError:
-        rule = "hold num_inference_steps timesteps and one sigma more"
+        rule = "hold num_inference_steps timesteps and one sigma more, and run some of these steps"
         _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
 
 
@@ -187,17 +188,13 @@ def _states(sent: WireTensor[Any], field: str) -> Tensor:
     try:
         return _load(sent)
     except (BlobError, LayoutError) as error:
-        _refuse(field, "be a tensor", error, 'send base64 (JSON) or bytes (msgpack) of a safetensors blob with the key "t"')
+        _refuse(field, "be a tensor", error, HOW_TO_SEND)
 
 
 def _load(sent: object) -> Tensor:
     if not isinstance(sent, WireTensor):
         raise LayoutError(f"{type(sent).__name__} where a tensor should be")
-    tensor = tensor_from_blob(sent.data)
-    if tuple(tensor.shape) != sent.shape or str(tensor.dtype) != sent.dtype:
-        said = f"{list(sent.shape)[:8]} of {sent.dtype[:80]}"
-        raise LayoutError(f"{list(tensor.shape)[:8]} of {tensor.dtype} in the blob of a tensor that says {said}")
-    return tensor
+    return received_tensor(sent)
 
 
 def _raise_invalid(parent: str, error: msgspec.ValidationError) -> NoReturn:

@@ -10,7 +10,7 @@ from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
 
-FIELDS = [field.name for field in fields(SamplingParams)]
+FIELDS = [field.name for field in fields(SamplingParams) if field.name not in ("latents", "start_step")]
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),

@@ -51,6 +51,7 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "seed": ("seed", [None, 0, MAX_SEED], [-1, MAX_SEED + 1, "4", True, 4.0, 4.5, TOO_LARGE, [1]]),
     "seeds": ("seeds", [None, [7], [7, 7, MAX_SEED]], [[], 7, [-1], [MAX_SEED + 1], ["4"], [True], [4.0], [None], [[1]]]),
     "init_seed": ("init_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
+    "start_step": ("start_step", [None, 0], [-1, "4", True, 4.5, [1]]),
     "generator_device": ("generator_device", ["cuda", "cpu"], [None, "mps", "cuda:0", 0, ["cpu"]]),
     "width": ("width", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
     "height": ("height", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
@@ -163,7 +164,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 20
+    assert len(nullable) == 21
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 

@@ -68,10 +68,19 @@ class Executor:
             rollout_return_denoising_env=False,
             rollout_return_dit_trajectory=False,
             rollout_return_step_indices=None,
+            latents=None,
+            start_step=None,
         )
         with self._peers.together():
-            message = messages.AddRequest(id=request_id, params=params, env=EnvShape.of(env))
-            self._peers.send(message, [tensor for _, tensor in env.tensors()])
+            latents = None if plan.params.latents is None else plan.params.latents.to(self._device)
+            message = messages.AddRequest(
+                id=request_id,
+                params=params,
+                env=EnvShape.of(env),
+                latents=None if latents is None else TensorShape.of(latents),
+                start_step=plan.steps.start,
+            )
+            self._peers.send(message, [*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
         self._runner.add_request(request_id, conditioning)
 
     def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:

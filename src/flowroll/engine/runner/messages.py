@@ -76,11 +76,13 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
-    """Prepare for the samples of a request. The tensors of its environment follow."""
+    """Prepare for the samples of a request. The tensors of its environment follow, then the latents that they start from."""
 
     id: int
     params: SamplingParams
     env: EnvShape
+    latents: TensorShape | None
+    start_step: int
 
 
 class StartSample(msgspec.Struct, frozen=True, tag=True):

@@ -84,26 +84,35 @@ class Sample:
     conditioning: Conditioning
     planned: PlannedSample
     latents: Float[Tensor, " *latent"]
-    step: int = 0
+    step: int
     previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
 
     @classmethod
     def start(cls, conditioning: Conditioning, planned: PlannedSample) -> Sample:
-        """Creates a sample with its initial noise, drawn as the pipeline draws it."""
+        """Creates a sample with the latents that the request gives, or with initial noise, drawn as the pipeline draws it."""
         plan, model = conditioning.plan, conditioning.model
+        if planned.init_seed is None:
+            given = plan.start_latents(planned)
+            assert given is not None
+            # Copied, because a row of a stack has an arbitrary address, and bits can depend on the address.
+            return cls._at(conditioning, planned, given.to(model.device, copy=True))
         drawn = noise.initial_noise(
             planned.init_seed,
             plan.geometry.noise_shape,
             dtype=model.family.noise_dtype(model.dtype),
             device=plan.generator_device,
         )
-        latents = model.family.initial_latents(drawn.to(model.device))
-        recorder = None
-        if plan.transitions is not None:
-            recorder = Recorder(plan=plan)
-            recorder.keep_latents(0, latents)
-        return cls(conditioning=conditioning, planned=planned, latents=latents, recorder=recorder)
+        return cls._at(conditioning, planned, model.family.initial_latents(drawn.to(model.device)))
+
+    @classmethod
+    def _at(cls, conditioning: Conditioning, planned: PlannedSample, latents: Float[Tensor, " *latent"]) -> Sample:
+        """Creates a sample before the first step of its request, and records its latents."""
+        plan = conditioning.plan
+        recorder = None if plan.transitions is None else Recorder(plan=plan)
+        if recorder is not None:
+            recorder.keep_latents(plan.steps.start, latents)
+        return cls(conditioning=conditioning, planned=planned, latents=latents, step=plan.steps.start, recorder=recorder)
 
     @property
     def seed(self) -> int:
@@ -114,12 +123,17 @@ class Sample:
     def record(self) -> SamplingRecord:
         """The record of how this sample is made."""
         planned, is_rollout = self.planned, self.recorder is not None
-        return replace(self.conditioning.record, init_seed=planned.init_seed, sde_seed=planned.sde_seed if is_rollout else None)
+        return replace(
+            self.conditioning.record,
+            init_seed=planned.init_seed,
+            sde_seed=planned.sde_seed if is_rollout else None,
+            latents_sha256=planned.latents_sha256,
+        )
 
     @property
     def num_steps_left(self) -> int:
         """The number of steps that are still to be taken."""
-        return self.conditioning.plan.schedule.num_steps - self.step
+        return self.conditioning.plan.steps.stop - self.step
 
     @property
     def batch_key(self) -> Hashable:
