@@ -122,7 +122,11 @@ def test_what_is_sent_may_change_afterwards(engine_of: EngineOf) -> None:
 @pytest.mark.parametrize(
     ("field", "fields", "message"),
     [
-        ("latents", {"latents": torch.zeros(3, 3)}, r"have the shape \[16, 8, 8\] at 64 x 64, or \[1, 16, 8, 8\] for 1 samples"),
+        (
+            "latents",
+            {"latents": torch.zeros(3, 3)},
+            r"have the shape \[16, 8, 8\] at 64 x 64, or \[1, 16, 8, 8\] for 1 samples",
+        ),
         ("latents", {"latents": torch.zeros(2, 16, 8, 8)}, "have the shape"),
         ("latents", {"latents": torch.zeros(16, 8, 8, dtype=torch.float16)}, "be torch.float32.*they are not cast"),
         ("latents", {"latents": torch.full((16, 8, 8), float("nan"))}, "be finite"),

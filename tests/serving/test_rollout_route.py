@@ -70,6 +70,19 @@ def test_rollouts_over_http_have_the_bits_of_the_engine(
         assert (theirs.seed, theirs.prompt) == (ours.seed, ours.prompt)
 
 
+@pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])
+@pytest.mark.parametrize("image_format", ["uint8", "png", "none"])
+def test_every_form_of_the_picture_travels(z_service: EngineService, media_type: str, image_format: Any) -> None:
+    with serving(z_service) as client:
+        response = post(client, {**SMALL, "image_format": image_format}, accept=media_type)
+        (named,) = Client(str(client.base_url)).rollout(**SMALL, image_format=image_format)
+        refused = client.post("/generate", json={**SMALL, "image_format": image_format})
+    (ours,) = z_service.engine.rollout(SamplingParams(**SMALL, image_format=image_format))
+    assert_same_bits(ours, decoded(response)[0])
+    assert_same_bits(ours, named)
+    assert refused.status_code == 422 and "use POST /rollout/generate" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dynamics_travels_and_is_replayed_and_scored_exactly(z_service: EngineService, name: str) -> None:
     body = {**SMALL, "num_inference_steps": 3, "rollout_return_denoising_env": True, "rollout_return_dit_trajectory": True}

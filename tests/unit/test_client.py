@@ -34,6 +34,7 @@ from flowroll.errors import (
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions, WeightUpdate
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
+from flowroll.wire.validation import parse_msgpack_body
 
 URL = "http://server.test:30000"
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -205,6 +206,7 @@ FULL = {
 FULL_ROLLOUT = {
     "rollout": True,
     "sde_seed": (8, 9),
+    "image_format": "uint8",
     "sde_type": "cps",
     "noise_level": 0.25,
     "log_prob_no_const": True,
@@ -225,7 +227,8 @@ STEPS = {
 @pytest.mark.parametrize("positional", [True, False])
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
     assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS
-    assert {*FULL, *ROLLOUT_FIELDS, "seed"} == set(SamplingParams.__dataclass_fields__)
+    others = {"seed", "latents", "start_step"}
+    assert {*FULL, *ROLLOUT_FIELDS, *others} == set(SamplingParams.__dataclass_fields__)
     fields = {**FULL, **FULL_ROLLOUT, steps: STEPS[steps]}
     params = SamplingParams(**fields)
     request = sent_by("sync", "rollout", params) if positional else sent_by("sync", "rollout", **fields)
@@ -233,6 +236,18 @@ def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(posit
     plain = SamplingParams(**FULL, rollout=False)
     request = sent_by("sync", "generate", plain) if positional else sent_by("sync", "generate", **FULL)
     assert parse(GenerateRequest, parse_json_body(request.content)).to_params() == plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wire_format", ["json", "msgpack"])
+def test_latents_are_sent_in_the_clients_format(kind: str, wire_format: Any) -> None:
+    params = SamplingParams(prompt="a cat", latents=torch.randn(4, 8).to(torch.bfloat16), start_step=2, sigmas=(1.0, 0.5, 0.0))
+    request = sent_by(kind, "rollout", params, options={"wire_format": wire_format})
+    assert request.headers["content-type"] == f"application/{wire_format}"
+    sent = (
+        parse_json_body(request.content) if wire_format == "json" else parse_msgpack_body(request.content, max_plain_bytes=4096)
+    )
+    assert parse(RolloutRequest, sent).to_params() == params
 
 
 def test_generate_leaves_a_rollout_field_for_the_server_to_refuse() -> None:

@@ -223,7 +223,7 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
     }
     parts = {**modules, **_tokenizers(checkpoint), **dict.fromkeys(checkpoint.absent)}
     # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
-    pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
+    pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     with _with_plain_classes(checkpoint) as folder:
         pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -298,5 +298,5 @@ def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
 def _unloadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     """Makes the error for an exception of the libraries, which is about content that the earlier checks could not reach."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    wanted = checkpoint.family.pipeline_class
+    wanted = checkpoint.pipeline_class
     return CheckpointError(f"{checkpoint.folder} must load as {wanted}, got {reason}; save the checkpoint again.")

@@ -172,6 +172,7 @@ def _record(
         rope_axes=model.spec.rope_axes,
         steps=rules,
         start_step=steps.start,
+        image_format=params.image_format,
     )
 
 
@@ -238,7 +239,8 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
     if params.sigmas is not None:
         return explicit_schedule(model.schedule_config, params.sigmas)
     base = model.family.base_grid(model.spec, model.schedule_config, num_steps)
-    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens)
+    mu = model.family.shift_exponent(model.schedule_config, geometry, num_steps)
+    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens, mu=mu)
 
 
 def _plan_steps(params: SamplingParams, num_steps: int) -> range:
@@ -326,7 +328,10 @@ def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, st
         states += 3 * num_steps
     if params.rollout and params.rollout_return_dit_trajectory:
         states += len(steps) + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
-    return num_samples * (states * latent_bytes + 4 * 3 * geometry.frames * geometry.height * geometry.width)
+    pixel_bytes = 3 * geometry.frames * geometry.height * geometry.width
+    # A PNG of noise is no larger than its pixels, but for some headers.
+    picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[params.image_format]
+    return num_samples * (states * latent_bytes + picture)
 
 
 def _check_answer_size(

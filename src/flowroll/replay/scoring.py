@@ -31,6 +31,8 @@ class MicroBatch:
         log_probs: By the transformer as it is now; differentiable, float32.
         old_log_probs: As recorded in the rollouts, float32.
         scores: Velocity, mean, std and log-prob of each pair.
+        weight: The micro-batch's share of all pairs. A loss that is a mean over its pairs, multiplied by this, adds up to the
+            gradient of the mean over all, whatever `micro_batch` is.
     """
 
     samples: tuple[int, ...]
@@ -38,6 +40,7 @@ class MicroBatch:
     log_probs: Float[Tensor, " pairs"]
     old_log_probs: Float[Tensor, " pairs"]
     scores: tuple[StepScore, ...]
+    weight: float
 
     @property
     def stds(self) -> Float[Tensor, " pairs"]:
@@ -77,6 +80,8 @@ def micro_batches(
     dtype: torch.dtype | None = None,
 ) -> Iterator[MicroBatch]:
     """Scores the stochastic steps of rollouts a few at a time: call `backward` on each and its graph is freed.
+
+    Multiply a mean over the pairs of a micro-batch by its `weight`, or the gradient depends on how the pairs were divided.
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
@@ -207,6 +212,7 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
             log_probs=torch.stack([one.log_prob for one in scores]),
             old_log_probs=torch.stack(old).to(place.device),
             scores=tuple(scores),
+            weight=len(chunk) / len(work.pairs),
         )
 
 

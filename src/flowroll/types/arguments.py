@@ -14,7 +14,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType, StepOptions
+from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.types.plain import plain
 
 # Numbers of numpy and tensors of one element are accepted too; for several values, also 1-D arrays and tensors.
@@ -67,6 +67,7 @@ class RolloutFields(ImageFields, total=False):
     rollout_steps: Sequence[StepOptions | Mapping[str, Any]] | None
     rollout_noise_levels: Reals | None
     rollout_return_step_indices: Integers | None
+    image_format: ImageFormat
     # The short names of the fields above.
     sde_type: SdeType
     noise_level: Real

@@ -28,6 +28,8 @@ else:
     SdeType = Literal[NAMES]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
+# What an answer holds for the picture: float32, eight bits, the bytes of a PNG file, or nothing.
+ImageFormat: TypeAlias = Literal["tensor", "uint8", "png", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +142,8 @@ class SamplingParams:
         rollout_noise_levels: One noise level a step; short for `rollout_steps` with noise levels alone. None: the same for all
             steps.
         rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
+        image_format: What a rollout holds as its picture: "tensor" (float32 in [0, 1]), "uint8" (the eight bits that a PNG of
+            it would hold), "png" (the bytes of that file), or "none": nothing is decoded, and the final latents are returned.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
@@ -179,6 +183,7 @@ class SamplingParams:
     rollout_steps: tuple[StepOptions, ...] | None = None
     rollout_noise_levels: tuple[Number, ...] | None = None
     rollout_return_step_indices: tuple[int, ...] | None = None
+    image_format: ImageFormat = "tensor"
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
@@ -297,9 +302,9 @@ class SamplingParams:
         )
 
     def _check_rollout(self) -> None:
-        devices = get_args(GeneratorDevice)
-        ok = self.generator_device in devices
-        _require(ok, "generator_device", f"be one of {', '.join(devices)}", self.generator_device, "choose one of these")
+        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", get_args(ImageFormat))):
+            value = getattr(self, name)
+            _require(value in known, name, f"be one of {', '.join(known)}", value, "choose one of these")
         for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
             indices = getattr(self, name)
             if indices is None:
@@ -352,7 +357,7 @@ class SamplingParams:
         """Refuses values that have no effect without a rollout."""
         if self.rollout:
             return
-        for name in ROLLOUT_FIELDS - {"rollout"}:
+        for name in ROLLOUT_FIELDS - {"rollout", "image_format"}:
             value = getattr(self, name)
             asks = value != DEFAULTS[name] and (name not in _NOTHING_ASKED or value != _NOTHING_ASKED[name])
             _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
@@ -367,7 +372,7 @@ def _is_same(one: object, other: object) -> bool:
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "sde_seed", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "sde_seed", "image_format", *ALIASES.values()})
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

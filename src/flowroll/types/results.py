@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowroll.sampling.base import StepRule
 from flowroll.types.adapters import AdapterRecord
-from flowroll.types.params import Number, SdeType
+from flowroll.types.params import ImageFormat, Number, SdeType
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
@@ -57,6 +57,7 @@ class SamplingRecord:
         start_step: The first step that was run. Per-step values of a rollout have a row for each of the T steps all the same.
         latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
             None: initial noise was drawn.
+        image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
     family: str
@@ -88,6 +89,7 @@ class SamplingRecord:
     sde_seed: int | None = None
     start_step: int = 0
     latents_sha256: str | None = None
+    image_format: ImageFormat = "tensor"
 
     def __post_init__(self) -> None:
         assert 0 <= self.start_step < self.num_inference_steps
@@ -199,7 +201,9 @@ class Rollout:
         request_id: Id of the request to which the sample belongs.
         prompt: The prompt's text.
         seed: This sample's own seed.
-        image: Decoded picture in [0, 1], float32.
+        image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
+            bytes of a PNG file, or None.
+        latents: Final latents in the loop's dtype, where nothing was decoded; None otherwise.
         log_probs: The log-prob of each step, float32; 0.0 at deterministic steps. None for an evaluation.
         sde_step_indices: The steps that have a density, ascending. None for an evaluation.
         debug_tensors: What every transition saw and made; None unless requested.
@@ -214,7 +218,8 @@ class Rollout:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, " 3 frames height width"]
+    image: Float[Tensor, " 3 frames height width"] | UInt8[Tensor, " 3 frames height width"] | bytes | None
+    latents: Float[Tensor, " *latent"] | None = None
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
     debug_tensors: DebugTensors | None = None

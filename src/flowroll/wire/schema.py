@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
-from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType, StepOptions
+from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 from flowroll.wire.messages import TENSOR_EXAMPLE, WireTensor
@@ -104,7 +104,7 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
     latents: Annotated[_SentTensor | None, about(TENSOR_EXAMPLE, HOW_TO_SEND, "be null or a tensor")] = None
-    start_step: Annotated[_Step | None, about(2, "count steps from 0")] = None
+    start_step: Annotated[_Step | None, about(0, "count steps from 0")] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
     width: Annotated[fields.Count | None, about(1024, "leave it out for the family's width")] = None
     height: Annotated[fields.Count | None, about(1024, "leave it out for the family's height")] = None
@@ -193,6 +193,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
         about([0.8, 0.8, 0.4, 0.0], "send one noise level a step"),
     ] = None
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
+    image_format: Annotated[ImageFormat, about("uint8", "choose one of these")] = "tensor"
 
 
 def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:

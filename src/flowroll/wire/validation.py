@@ -68,7 +68,7 @@ def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict
 
     def value(raw: msgspec.Raw, depth: int) -> Any:
         nonlocal left
-        if len(raw) > _MAX_PLAIN_VALUE and raw[0] in _BIN_TYPES:
+        if len(raw) > _MAX_PLAIN_VALUE and memoryview(raw)[0] in _BIN_TYPES:
             return msgspec.msgpack.decode(raw, type=memoryview)
         if len(raw) > _MAX_PLAIN_VALUE and depth < _MAX_TENSOR_DEPTH:
             return {name: value(item, depth + 1) for name, item in msgspec.msgpack.decode(raw, type=_RAW_OBJECT).items()}

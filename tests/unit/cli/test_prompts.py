@@ -77,13 +77,14 @@ def test_a_jsonl_line_may_give_every_field(write):
         "return_dit_trajectory": True,
         "rollout_steps": [{"dynamics": "ode"}, {"noise_level": 0.4}, {}],
         "return_step_indices": [0, 3],
+        "image_format": "png",
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",
         "lora_name": "old",
     }
-    # The first is `seeds` in another form, the others are `rollout_steps` in other forms.
-    others = {"seed", "rollout_sde_step_indices", "rollout_noise_levels"}
+    # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.
+    others = {"seed", "rollout_sde_step_indices", "rollout_noise_levels", "latents", "start_step"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]

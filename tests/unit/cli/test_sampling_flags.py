@@ -40,6 +40,7 @@ ALL_FLAGS = {
     "rollout_steps": (["--rollout-steps", '[{"dynamics": "ode"}, {}]'], ({"dynamics": "ode"}, {})),
     "rollout_noise_levels": (["--rollout-noise-levels", "0.5,0"], (0.5, 0.0)),
     "rollout_return_step_indices": (["--rollout-return-step-indices", "3"], (3,)),
+    "image_format": (["--image-format", "uint8"], "uint8"),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),

@@ -25,6 +25,7 @@ CHOSEN = {
     "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
     "sde_seed": 3,
+    "image_format": "uint8",
 }
 
 
@@ -238,7 +239,7 @@ def test_an_alias_of_a_dynamics_becomes_its_name() -> None:
     assert params.rollout_sde_type == "dance" and params == SamplingParams(prompt="a cat", rollout_sde_type="dance")
 
 
-@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode"}))
+@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode", "image_format"}))
 def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
     # The server answered null where an environment was asked for.
     for name in {field, next((short for short, full in ALIASES.items() if full == field), field)}:
@@ -251,6 +252,7 @@ def test_an_evaluation_may_say_that_it_wants_nothing() -> None:
     nothing = {"return_denoising_env": False, "return_step_indices": None, "debug_mode": False}
     SamplingParams(prompt="a cat", rollout=False, **nothing, sde_type="ode", noise_level=0)
     SamplingParams(prompt="a cat", rollout=False, debug_mode=True, sde_type="sde", noise_level=0.7)
+    SamplingParams(prompt="a cat", rollout=False, image_format="uint8")
 
 
 def test_a_sigma_near_one_is_refused_with_its_step_and_what_to_do() -> None:

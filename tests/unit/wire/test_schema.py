@@ -1,18 +1,23 @@
 """Every line of the request tables: what is accepted, what is refused, and what is said then."""
 
+import base64
 import dataclasses
 import json
 import re
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 
 from flowroll import SamplingParams
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
 from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
+from flowroll.types.tensors import tensor_bytes
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
+from flowroll.wire.safetensors import safetensors_prefix
 from flowroll.wire.schema import (
     ExtraGenerateParams,
     ExtraSamplingParams,
@@ -22,6 +27,7 @@ from flowroll.wire.schema import (
     parse,
     parse_json_body,
 )
+from flowroll.wire.validation import parse_msgpack_body
 
 PROMPT = {"prompt": "a red fox"}
 TOO_LARGE = 10**30
@@ -83,6 +89,7 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "rollout_noise_levels": ("noise_levels", [None, [0.7], [0, 1e-4, 10]], [[], 0.7, [-0.1], [9e-5], [10.1], ["0.7"], [None]]),
     "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
+    "image_format": ("image_format", ["tensor", "uint8", "png", "none"], [None, "jpeg", 8, ["png"]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
     "sigmas": (
@@ -144,7 +151,73 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 def test_every_parameter_can_be_sent() -> None:
     reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
-    assert reachable == {field.name for field in dataclasses.fields(SamplingParams)}
+    # A tensor is sent by the tests below.
+    assert reachable | {"latents"} == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+
+
+def sent_tensor(tensor: torch.Tensor = TENSOR, **changes: Any) -> dict[str, Any]:
+    """A tensor as JSON carries it."""
+    blob = base64.b64encode(bytes(safetensors_prefix({"t": tensor})) + bytes(tensor_bytes(tensor))).decode()
+    return {"__tensor__": True, "data": blob, "shape": list(tensor.shape), "dtype": str(tensor.dtype), **changes}
+
+
+@pytest.mark.parametrize("model", [RolloutRequest, GenerateRequest])
+@pytest.mark.parametrize("nested", [False, True])
+def test_latents_are_sent_as_a_tensor(model: Any, nested: bool) -> None:
+    fields = {"latents": sent_tensor(), "start_step": 3}
+    found = params(model, PROMPT | ({"extra_sampling_params": fields} if nested else fields))
+    assert found.latents is not None and torch.equal(found.latents, TENSOR) and found.start_step == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0, 2.0],
+        "AAAA",
+        {},
+        sent_tensor(data="AAAA"),
+        sent_tensor(data="no base64"),
+        sent_tensor(shape=[3, 2]),
+        sent_tensor(dtype="torch.float16"),
+        sent_tensor(extra=1),
+        sent_tensor(torch.arange(3)),
+    ],
+)
+def test_latents_that_are_no_tensor_of_floats_are_refused(value: Any) -> None:
+    for body in ({"latents": value}, {"extra_sampling_params": {"latents": value}}):
+        assert refusal(RolloutRequest, PROMPT | body).field.endswith("latents")
+
+
+def test_a_msgpack_body_says_the_same_and_keeps_its_tensors_bytes_where_they_are() -> None:
+    large = torch.randn(200, 100)
+    blob = bytes(safetensors_prefix({"t": large})) + bytes(tensor_bytes(large))
+    tensor = {"__tensor__": True, "data": blob, "shape": [200, 100], "dtype": "torch.float32"}
+    for fields in ({"latents": tensor, "seed": 3}, {"extra_sampling_params": {"latents": tensor, "seed": 3}}):
+        body = msgspec.msgpack.encode(PROMPT | fields)
+        found = parse(RolloutRequest, parse_msgpack_body(body, max_plain_bytes=4096)).to_params()
+        assert found.latents is not None and torch.equal(found.latents, large) and found.seed == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode([1]),
+        msgspec.msgpack.encode({1: 2}),
+        msgspec.msgpack.encode({"seeds": [1] * 5000}),
+        msgspec.msgpack.encode({"seeds": [1] * 100_000}),
+        msgspec.msgpack.encode({"latents": {"a": {"a": {"a": {"a": [1] * 100_000}}}}}),
+        msgspec.msgpack.encode({f"name {number}": "x" * 100 for number in range(100)}),
+        b"\x81\xa7latents" + b"\x91" * 200_000,
+    ],
+)
+def test_a_msgpack_body_that_is_large_in_anything_but_tensors_is_refused(body: bytes) -> None:
+    with pytest.raises(MalformedRequestError, match="body must"):
+        parse_msgpack_body(body, max_plain_bytes=4096)
 
 
 @pytest.mark.parametrize("model", MODELS)

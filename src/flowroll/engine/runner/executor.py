@@ -50,8 +50,8 @@ class Executor:
         """Encodes the prompts of a request."""
         return self._pipeline.encode(plan)
 
-    def decode(self, sample: Sample) -> Tensor:
-        """Decodes a finished sample into its picture, on the CPU."""
+    def decode(self, sample: Sample) -> Tensor | None:
+        """Decodes a finished sample into its picture, on the CPU; None where the request asks for no picture."""
         return self._pipeline.decode(sample)
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:

@@ -63,8 +63,8 @@ class PipelineRunner:
         record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
         return Conditioning.build(plan, model, env, record)
 
-    def decode(self, sample: Sample) -> Tensor:
-        """Decodes a finished sample into its picture, on the CPU.
+    def decode(self, sample: Sample) -> Tensor | None:
+        """Checks a finished sample, and decodes it into its picture, on the CPU; None where the request asks for no picture.
 
         Raises:
             EngineError: The trajectory left the range of float32, or the VAE returned NaN or infinity.
@@ -73,6 +73,8 @@ class PipelineRunner:
             sample.recorder.wait()
         plan = sample.conditioning.plan
         check_denoised(plan, sample)
+        if plan.params.image_format == "none":
+            return None
         return self.picture(sample.latents, plan.geometry, what=f"image of the sample with seed {sample.seed}")
 
     def picture(
