@@ -12,7 +12,7 @@ def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a rollout returns, by name."""
     for name in ("image", "latents", "log_probs"):
         if isinstance(value := getattr(rollout, name), Tensor):
-            yield name, value
+            yield "final_latents" if name == "latents" else name, value
     for part in (rollout.debug_tensors, rollout.dit_trajectory):
         if part is not None:
             for name in part.__dataclass_fields__:

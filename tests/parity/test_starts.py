@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.guiding import in_words_of
 from tests.pairs import FAMILY_WITH_DTYPE
+from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import Engine
@@ -165,6 +166,60 @@ def test_steps_that_were_not_run_cannot_be_replayed(engine_of: EngineOf, pipelin
     with pytest.raises(InvalidRequestError, match="steps 0 to 3 and steps 2 to 3"):
         replay.log_prob(transformer, [whole, part])
     assert replay.audit(transformer, [part]).is_exact
+
+
+@pytest.mark.parametrize(("family", "dtype"), FAMILY_WITH_DTYPE)
+@pytest.mark.parametrize("options", WINDOWS[:3], ids=["sde", "cps", "cps window"])
+def test_a_run_that_stops_early_is_the_beginning_of_the_run(
+    engine_of: EngineOf, pipeline_of: PipelineOf, family: str, dtype: str, options: dict[str, Any]
+) -> None:
+    engine = engine_of(family, dtype)
+    request = {**REQUEST, **ALL, **options, "seed": 5}
+    (whole,) = engine.rollout(**request)
+    before = engine.scheduler.load().steps
+    (part,) = engine.rollout(**request, stop_step=3)
+    assert engine.scheduler.load().steps - before == 3
+    assert part.image is None and part.latents is not None and part.log_probs is not None
+    assert (part.sampling.start_step, part.sampling.stop_step, part.sampling.image_format) == (0, 3, "none")
+    assert part.dit_trajectory is not None and part.dit_trajectory.latent_step_indices == (0, 1, 2, 3)
+    assert torch.equal(states(part).to(states(whole).dtype), states(whole)[:4])
+    assert torch.equal(part.latents, states(part)[-1].to(part.latents.dtype))
+    assert whole.log_probs is not None and torch.equal(part.log_probs[:3], whole.log_probs[:3]) and part.log_probs[3] == 0
+    assert part.sde_step_indices == tuple(step for step in whole.sde_step_indices or () if step < 3)
+    scores = replay.score(pipeline_of(family, dtype).transformer, [part])
+    assert scores.steps == (0, 1, 2) and torch.equal(scores.log_probs[0].detach().cpu(), part.log_probs[:3])
+    (rest,) = engine.rollout(**request, latents=states(part)[-1], start_step=3)
+    assert_is_the_rest(rest, whole, 3)
+
+
+def test_a_state_before_the_end_is_decoded_where_a_picture_is_asked_for(
+    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of("z_image", "float32")
+    (shown,) = engine.rollout(**REQUEST, **ALL, seed=5, stop_step=2, image_format="tensor")
+    picture = engine.decode(states(shown)[-1], height=64, width=64)
+    assert isinstance(shown.image, torch.Tensor) and torch.equal(shown.image, picture) and shown.latents is None
+
+    def decode(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nobody asked for a picture")
+
+    monkeypatch.setattr(engine._pipeline.vae, "decode", decode)
+    assert engine.rollout(**REQUEST, seed=5, stop_step=2)[0].image is None
+    (inner,) = engine.rollout(**REQUEST, **ALL, seed=5, latents=states(shown)[1], start_step=1, stop_step=2)
+    assert torch.equal(states(inner), states(shown)[1:3]) and inner.sampling.steps_run == range(1, 2)
+
+
+def test_a_run_to_its_end_may_say_so(engine_of: EngineOf) -> None:
+    engine = engine_of("z_image", "float32")
+    whole, said = (engine.rollout(**REQUEST, **ALL, seed=5, **stop)[0] for stop in ({}, {"stop_step": 4}))
+    assert_same_bits(whole, said)
+    for fields, message in (
+        ({"stop_step": 5}, r"be at most 4 for 4 steps, got 5"),
+        ({"stop_step": 2, "latents": states(whole)[2], "start_step": 2}, r"be above start_step = 2, got 2"),
+        ({"stop_step": 2, "rollout": False}, "be left out of an evaluation"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.plan(SamplingParams(**REQUEST, **fields))
 
 
 def test_equal_requests_have_equal_latents() -> None:

@@ -206,6 +206,8 @@ FULL = {
 FULL_ROLLOUT = {
     "rollout": True,
     "sde_seed": (8, 9),
+    "stop_step": 1,
+    "fork": {0: 2},
     "image_format": "uint8",
     "sde_type": "cps",
     "noise_level": 0.25,

@@ -29,6 +29,8 @@ def generate(
 
     Writes one PNG per sample, and with --rollout one safetensors file per sample beside it; with --image-format none no PNG.
     """
+    if not given.keys() & {"prompt", "prompt_token_ids"}:
+        raise typer.BadParameter("--prompt must be given, got nothing; give one prompt, or --prompt-token-ids.")
     is_rollout = given.get("rollout", False)
     misplaced = sorted(name for name in set(given) - {"rollout"} if ALIASES.get(name, name) in ROLLOUT_FIELDS)
     if not is_rollout and misplaced:

@@ -10,6 +10,7 @@ import httpx
 
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
+from flowroll.types.forks import count_leaves
 from flowroll.types.starts import count_samples
 
 SampleT = TypeVar("SampleT", Rollout, GeneratedImage)
@@ -116,6 +117,7 @@ def check_answers(samples: Sequence[SampleT], asked: Mapping[str, Any]) -> None:
     Raises:
         ServerConnectionError: They are those of another request.
     """
+    leaves = count_leaves(tuple(dict(asked.get("fork") or {}).items()))
     count = count_samples(asked)
     seeds = asked.get("seeds")
     if seeds is None and asked.get("seed") is not None:
@@ -124,9 +126,9 @@ def check_answers(samples: Sequence[SampleT], asked: Mapping[str, Any]) -> None:
         "request_id": None if asked.get("request_id") is None else {asked["request_id"]},
         "prompt": {asked.get("prompt")},
     }
-    _require("number of samples", len(samples), count)
+    _require("number of samples", len(samples), count * leaves)
     if seeds is not None:
-        _require("seeds", [sample.seed for sample in samples], list(seeds))
+        _require("seeds", [sample.seed for sample in samples], [seed for seed in seeds for _ in range(leaves)])
     for name, wanted in expected.items():
         found = {getattr(sample, name) for sample in samples}
         _require(name, found, wanted if wanted is not None else set(list(found)[:1]))

@@ -214,6 +214,8 @@ def _request_body(kind: type[Request], given: Mapping[str, Any], wire_format: Wi
     nested = nested_request(kind, EXTRA)
     assert nested is not None
     inside = set(nested.__struct_fields__) - set(kind.__struct_fields__)
+    if fork := given.get("fork"):
+        given = {**given, "fork": {str(step): children for step, children in dict(fork).items()}}
     sent: dict[str, Any] = {name: value for name, value in given.items() if name not in inside}
     if further := {name: value for name, value in given.items() if name in inside}:
         sent[EXTRA] = further

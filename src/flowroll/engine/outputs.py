@@ -118,7 +118,7 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
-        image=None if finished.image is None else in_format(finished.image, plan.params.image_format),
+        image=None if finished.image is None else in_format(finished.image, plan.record.image_format),
         latents=finished.sample.latents.cpu() if finished.image is None else None,
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import secrets
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.base import StepRule
 from flowroll.sampling.dynamics import amplification, rules_of, transitions, transitions_of
+from flowroll.sampling.noise import child_seed
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
-from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord, all_finite, branch_digest
+from flowroll.types import MAX_SEED, ImageFormat, Number, SamplingParams, SamplingRecord, all_finite, branch_digest
+from flowroll.types.forks import Branch, Fork, count_leaves
 from flowroll.types.starts import PER_SAMPLE
 from flowroll.types.tensors import plain_tensor
 
@@ -31,18 +35,45 @@ class PlannedSample:
     """One sample of a request: what it is drawn from.
 
     Attributes:
-        index: The place of the sample among the answers.
+        root: The place of the sample that was started among those of the request.
+        index: The place of its answer, or of the first one of its leaves, among the answers.
         seed: The seed of the sample, which names it.
         init_seed: The seed of its initial noise; None if it starts from latents of the request.
-        sde_seed: The seed of the noise of its stochastic steps.
+        sde_seed: The seed of the noise of its stochastic steps, up to its first fork.
         latents_sha256: The digest of the latents that it starts from; None if it starts from initial noise.
+        branches: The nodes at each fork that came before.
     """
 
+    root: int
     index: int
     seed: int
     init_seed: int | None
     sde_seed: int
     latents_sha256: str | None = None
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def noise_seed(self) -> int:
+        """The seed of the noise of the steps that come next."""
+        return self.branches[-1].sde_seed if self.branches else self.sde_seed
+
+    @property
+    def node(self) -> str:
+        """The id of the node, as in `Branch`."""
+        return self.branches[-1].id if self.branches else str(self.root)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchText:
+    """The text of one branch, in one of the forms in which a request may give it.
+
+    Attributes:
+        text: The prompt.
+        token_ids: Its token ids, one list for each of the pipeline's tokenizers; they go before the text.
+    """
+
+    text: str | None
+    token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +83,10 @@ class RequestPlan:
     Attributes:
         params: The parameters of the request; its latents are a copy on the CPU.
         request_id: The id of the request: the given one, or a new one.
-        samples: The samples.
+        samples: The samples that are started; with a fork, each of them becomes several.
         steps: The steps that are run.
-        negative_prompt: The negative prompt; None if no unconditional branch runs.
+        prompt: The text of the conditional branch.
+        negative_prompt: The text of the unconditional branch; None if no such branch runs.
         geometry: The shapes of a sample.
         schedule: The sigma grid.
         transitions: The transitions, one per step; None for plain generation, which takes plain ODE steps.
@@ -67,7 +99,8 @@ class RequestPlan:
     request_id: str
     samples: tuple[PlannedSample, ...]
     steps: range
-    negative_prompt: str | None
+    prompt: BranchText
+    negative_prompt: BranchText | None
     geometry: Geometry
     schedule: Schedule
     transitions: tuple[Transition, ...] | None
@@ -81,19 +114,60 @@ class RequestPlan:
         return tuple(sample.seed for sample in self.samples)
 
     @property
+    def num_answers(self) -> int:
+        """The number of entries of the answer: the leaves of all samples."""
+        return len(self.samples) * count_leaves(self.forks)
+
+    @property
+    def forks(self) -> Fork:
+        """The steps at which samples fork, with their numbers of children."""
+        return cast(Fork, self.params.fork or ())
+
+    @property
+    def num_steps_taken(self) -> int:
+        """The number of steps that all samples take together; a step that children share counts once."""
+        return sum(map(self.num_nodes, self.steps))
+
+    def num_nodes(self, step: int) -> int:
+        """Returns the number of samples that take a step before which all samples were started: those of the tree's level."""
+        return len(self.samples) * count_leaves(tuple(fork for fork in self.forks if fork[0] < step))
+
+    @property
     def work(self) -> int:
-        """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
-        return self.geometry.height * self.geometry.width * len(self.steps) * len(self.samples)
+        """The amount of work, to which the request's time is roughly proportional: pixels x steps of all samples."""
+        return self.geometry.height * self.geometry.width * self.num_steps_taken
 
     @property
     def answer_bytes(self) -> int:
         """The number of bytes of the tensors in the answer, without those of the denoising environment."""
-        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, self.steps, len(self.samples))
+        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, self.steps, self.num_answers)
 
     def start_latents(self, planned: PlannedSample) -> Tensor | None:
         """Returns the latents of the request that a sample starts from; None if it starts from initial noise."""
         latents = self.params.latents
-        return latents if latents is None or latents.ndim == len(self.geometry.latent_shape) else latents[planned.index]
+        return latents if latents is None or latents.ndim == len(self.geometry.latent_shape) else latents[planned.root]
+
+    def children(self, planned: PlannedSample) -> tuple[PlannedSample, ...]:
+        """Returns what a sample becomes at its next fork."""
+        level = len(planned.branches)
+        step, count = self.forks[level]
+        num_leaves = count_leaves(self.forks[level + 1 :])
+        return tuple(
+            replace(
+                planned,
+                index=planned.index + child * num_leaves,
+                branches=(
+                    *planned.branches,
+                    Branch(
+                        step=step,
+                        parent=planned.node,
+                        id=f"{planned.node}/{child}",
+                        sde_seed=child_seed(planned.noise_seed, step, child),
+                    ),
+                ),
+            )
+            for child in range(count)
+        )
 
 
 def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
@@ -109,7 +183,8 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     _check_indices(params, schedule.num_steps, steps)
     params = _with_checked_latents(params, model, geometry)
     samples = _plan_samples(params, limits, geometry)
-    negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
+    _check_token_ids(params, model)
+    negative = _negative_text(params, defaults.negative_prompt)
     guidance = _plan_guidance(params, model, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
     rules = _rules(params, schedule, steps) if params.rollout else None
@@ -122,13 +197,17 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
             f"{steps.start}, a {chosen[steps.start].dynamics} step",
             "start earlier, or with sigmas that begin there",
         )
-    _check_answer_size(params, limits, geometry, schedule.num_steps, steps, len(samples))
+    if chosen is not None:
+        _check_forks(params, chosen, steps)
+    num_answers = len(samples) * count_leaves(cast(Fork | None, params.fork))
+    _check_answer_size(params, limits, geometry, schedule.num_steps, steps, num_answers)
     generator_device = torch.device("cpu") if params.generator_device == "cpu" else model.device
     return RequestPlan(
         params=params,
         request_id=params.request_id or uuid.uuid4().hex,
         samples=samples,
         steps=steps,
+        prompt=BranchText(text=params.prompt, token_ids=params.prompt_token_ids),
         negative_prompt=negative_prompt,
         geometry=geometry,
         schedule=schedule,
@@ -145,7 +224,7 @@ def _record(
     geometry: Geometry,
     schedule: Schedule,
     guidance: Guidance,
-    negative_prompt: str | None,
+    negative: BranchText | None,
     generator_device: torch.device,
     steps: range,
     rules: tuple[StepRule, ...] | None,
@@ -158,7 +237,7 @@ def _record(
         log_prob_no_const=params.rollout_log_prob_no_const,
         guidance_rule=guidance.rule,
         guidance_scale=guidance.scale,
-        negative_prompt=negative_prompt,
+        negative_prompt=None if negative is None else negative.text,
         height=geometry.height,
         width=geometry.width,
         num_inference_steps=schedule.num_steps,
@@ -172,8 +251,44 @@ def _record(
         rope_axes=model.spec.rope_axes,
         steps=rules,
         start_step=steps.start,
-        image_format=params.image_format,
+        stop_step=steps.stop if steps.stop < schedule.num_steps else None,
+        image_format=_image_format(params, steps, schedule.num_steps),
+        prompt_token_ids=params.prompt_token_ids,
+        negative_prompt_token_ids=None if negative is None else negative.token_ids,
     )
+
+
+def _negative_text(params: SamplingParams, default: str | None) -> BranchText | None:
+    """Returns the text of an unconditional branch, if one runs; None: there is none to run."""
+    if params.negative_prompt_token_ids is not None:
+        return BranchText(text=None, token_ids=params.negative_prompt_token_ids)
+    text = default if params.negative_prompt is None else params.negative_prompt
+    return None if text is None else BranchText(text=text)
+
+
+def _check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
+    known = model.tokenizers
+    for field in ("prompt_token_ids", "negative_prompt_token_ids"):
+        lists = getattr(params, field)
+        if lists is None:
+            continue
+        if not known:
+            _refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
+        if len(lists) != len(known):
+            names = ", ".join(one.name for one in known)
+            _refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
+        for one, ids in zip(known, lists, strict=True):
+            least, start = len(one.template) + 1, ids[: len(one.template)]
+            if start != one.template:
+                rule = f"begin with the {len(one.template)} ids of the pipeline's template for {one.name}"
+                _refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
+            if not least <= len(ids) <= one.max_tokens:
+                rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
+                remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
+                _refuse(field, rule, len(ids), remedy)
+            if max(ids) >= one.num_ids:
+                rule = f"hold ids below {one.num_ids} for {one.name}"
+                _refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
 
 
 def _first(*values: Number | None) -> Number:
@@ -243,11 +358,18 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
     return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens, mu=mu)
 
 
+def _image_format(params: SamplingParams, steps: range, num_steps: int) -> ImageFormat:
+    """Returns the form of the picture; of a state before the end there is none, unless the request asks for one."""
+    return params.image_format or ("tensor" if steps.stop == num_steps else "none")
+
+
 def _plan_steps(params: SamplingParams, num_steps: int) -> range:
-    start = params.start_step or 0
+    start, stop = params.start_step or 0, num_steps if params.stop_step is None else params.stop_step
     if start >= num_steps:
         _refuse("start_step", f"lie in 0..{num_steps - 1} for {num_steps} steps", start, "start earlier")
-    return range(start, num_steps)
+    if stop > num_steps:
+        _refuse("stop_step", f"be at most {num_steps} for {num_steps} steps", stop, "leave it out to run to the end")
+    return range(start, stop)
 
 
 def _with_checked_latents(params: SamplingParams, model: ModelFacts, geometry: Geometry) -> SamplingParams:
@@ -330,7 +452,9 @@ def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, st
         states += len(steps) + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
     pixel_bytes = 3 * geometry.frames * geometry.height * geometry.width
     # A PNG of noise is no larger than its pixels, but for some headers.
-    picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[params.image_format]
+    picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[
+        _image_format(params, steps, num_steps)
+    ]
     return num_samples * (states * latent_bytes + picture)
 
 
@@ -344,12 +468,22 @@ def _check_answer_size(
         _refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
 
 
+def _check_forks(params: SamplingParams, chosen: Sequence[Transition], steps: range) -> None:
+    for step, _ in cast(Fork, params.fork or ()):
+        stochastic = [other for other in steps if chosen[other].is_stochastic]
+        if step not in stochastic:
+            later = next((other for other in stochastic if other > step), None)
+            remedy = f"fork at step {later}" if later is not None else "leave it out"
+            _refuse("fork", "be at steps that are run and draw noise, without which children would be equal", step, remedy)
+
+
 def _plan_samples(params: SamplingParams, limits: Limits, geometry: Geometry) -> tuple[PlannedSample, ...]:
-    count = params.num_samples
-    if count > limits.max_outputs:
+    count, leaves = params.num_samples, count_leaves(cast(Fork | None, params.fork))
+    if count * leaves > limits.max_outputs:
         lists = (name for name in PER_SAMPLE if isinstance(getattr(params, name), tuple))
-        field = next(lists, "num_outputs_per_prompt")
-        _refuse(field, f"ask for at most {limits.max_outputs} samples", count, "send several requests")
+        field = "fork" if count <= limits.max_outputs else next(lists, "num_outputs_per_prompt")
+        shown = count if leaves == 1 else f"{count} with {leaves} leaves each"
+        _refuse(field, f"ask for at most {limits.max_outputs} samples", shown, "send several requests")
     init, sde = (
         value if value is None or isinstance(value, tuple) else (value,) * count
         for value in (params.init_seed, params.sde_seed)
@@ -364,7 +498,12 @@ def _plan_samples(params: SamplingParams, limits: Limits, geometry: Geometry) ->
     digests = _digests(params.latents, count, geometry)
     return tuple(
         PlannedSample(
-            index=index, seed=seed, init_seed=init_seed if digest is None else None, sde_seed=sde_seed, latents_sha256=digest
+            root=index,
+            index=index * leaves,
+            seed=seed,
+            init_seed=init_seed if digest is None else None,
+            sde_seed=sde_seed,
+            latents_sha256=digest,
         )
         for index, (seed, init_seed, sde_seed, digest) in enumerate(
             zip(seeds, init or seeds, sde or seeds, digests, strict=True)

@@ -158,9 +158,8 @@ class Metrics:
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""
-        samples = len(plan.samples)
-        self.samples.labels(kind).inc(samples)
-        self.denoising_steps.labels(kind).inc(samples * len(plan.steps))
+        self.samples.labels(kind).inc(plan.num_answers)
+        self.denoising_steps.labels(kind).inc(plan.num_steps_taken)
         chosen = plan.transitions or ()
-        stochastic = sum(chosen[step].is_stochastic for step in plan.steps) if chosen else 0
-        self.sde_steps.inc(samples * stochastic)
+        # At a fork each child draws its own noise.
+        self.sde_steps.inc(sum(plan.num_nodes(step + 1) for step in plan.steps if chosen and chosen[step].is_stochastic))

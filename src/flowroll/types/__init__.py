@@ -16,6 +16,7 @@ from flowroll.types.adapters import (
 from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
+from flowroll.types.forks import Branch
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     ALIASES,
@@ -59,6 +60,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdapterChange",
     "AdapterRecord",
+    "Branch",
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",

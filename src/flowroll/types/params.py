@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
+from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
 from flowroll.types.adapters import check_lora_name
+from flowroll.types.forks import Fork, check_fork, plain_fork
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
+from flowroll.types.prompts import check_token_ids
 from flowroll.types.rules import is_finite as _is_finite
 from flowroll.types.rules import is_int as _is_int
 from flowroll.types.rules import require as _require
@@ -105,8 +108,11 @@ class SamplingParams:
     their number.
 
     Attributes:
-        prompt: The text; may be empty.
+        prompt: The text; may be empty. It may be left out beside `prompt_token_ids`; given, it is then only repeated.
         negative_prompt: Text of the unconditional branch; used only when guidance runs. None: the family's own.
+        prompt_token_ids: The prompt as token ids, one list for each of the model's tokenizers, with the special tokens and the
+            template that the pipeline adds to a text, without padding. The bits are those of the text. None: `prompt` is it.
+        negative_prompt_token_ids: The same for the unconditional branch; excludes `negative_prompt`.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
         init_seed: Seed of the initial noise: one for all samples, which then start from the same latents, or one per sample.
@@ -117,6 +123,10 @@ class SamplingParams:
             dimension one per sample, in the shape of a trajectory's states; float32 or the model's dtype. It is not changed
             while the request is open.
         start_step: The step before which `latents` is the state; the steps before it are not run. None: 0, initial noise.
+        stop_step: The step before which the run ends; the state before it is the last one, and no picture is made of it unless
+            `image_format` asks for one. None: the run goes to its end.
+        fork: Steps at which samples fork, each with its number of children, e.g. {2: 4, 5: 2}. The children share all that came
+            before, and go on with noise of their own from that step. The answer has one entry per leaf. None: no forks.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
         width: Pixels; a multiple of the family's pixel unit. None: the family's.
         height: Pixels; a multiple of the family's pixel unit. None: the family's.
@@ -144,6 +154,7 @@ class SamplingParams:
         rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
         image_format: What a rollout holds as its picture: "tensor" (float32 in [0, 1]), "uint8" (the eight bits that a PNG of
             it would hold), "png" (the bytes of that file), or "none": nothing is decoded, and the final latents are returned.
+            None: "tensor", and "none" for a run that stops early.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
@@ -154,14 +165,18 @@ class SamplingParams:
         InvalidRequestError: A value breaks its rule.
     """
 
-    prompt: str
+    prompt: str | None = None
     negative_prompt: str | None = None
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
     init_seed: int | tuple[int, ...] | None = None
     sde_seed: int | tuple[int, ...] | None = None
     latents: Tensor | None = field(default=None, hash=False)
     start_step: int | None = None
+    stop_step: int | None = None
+    fork: Fork | Mapping[int, int] | None = None
     generator_device: GeneratorDevice = "cuda"
     width: int | None = None
     height: int | None = None
@@ -183,7 +198,7 @@ class SamplingParams:
     rollout_steps: tuple[StepOptions, ...] | None = None
     rollout_noise_levels: tuple[Number, ...] | None = None
     rollout_return_step_indices: tuple[int, ...] | None = None
-    image_format: ImageFormat = "tensor"
+    image_format: ImageFormat | None = None
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
@@ -212,6 +227,7 @@ class SamplingParams:
         self._check_numbers()
         check_seeds(self)
         check_start(self)
+        check_fork(self.fork)
         self._check_sigmas()
         self._check_rollout()
         self._check_dynamics()
@@ -240,13 +256,20 @@ class SamplingParams:
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
             text = getattr(self, name)
-            if text is None and name != "prompt":
+            if text is None and (name != "prompt" or self._has("prompt_token_ids")):
                 continue
+            if text is None:
+                message = "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."
+                raise InvalidRequestError(message, field="prompt")
             _require(isinstance(text, str), name, "be text", text, "send a string")
             most = MAX_REQUEST_ID_CHARS if name == "request_id" else MAX_PROMPT_CHARS
             _require(len(text) <= most, name, f"have at most {most} characters", len(text), "shorten it")
             valid = text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
             _require(valid, name, "be valid Unicode", text, "remove the unpaired surrogates")
+        check_token_ids("prompt_token_ids", self.prompt_token_ids)
+        check_token_ids("negative_prompt_token_ids", self.negative_prompt_token_ids)
+        both = self._has("negative_prompt") and self._has("negative_prompt_token_ids")
+        _require(not both, "negative_prompt_token_ids", "be given without negative_prompt", "both", "send one of the two")
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
         if self.lora_name is not None:
@@ -263,6 +286,10 @@ class SamplingParams:
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)
+        for name in ("prompt_token_ids", "negative_prompt_token_ids"):
+            if isinstance(lists := getattr(self, name), tuple):
+                object.__setattr__(self, name, tuple(map(plain, lists)))
+        object.__setattr__(self, "fork", plain_fork(self.fork))
         if isinstance(self.rollout_steps, tuple):
             object.__setattr__(self, "rollout_steps", tuple(map(_step_options, self.rollout_steps)))
 
@@ -302,9 +329,9 @@ class SamplingParams:
         )
 
     def _check_rollout(self) -> None:
-        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", get_args(ImageFormat))):
+        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", (None, *get_args(ImageFormat)))):
             value = getattr(self, name)
-            _require(value in known, name, f"be one of {', '.join(known)}", value, "choose one of these")
+            _require(value in known, name, f"be one of {', '.join(filter(None, known))}", value, "choose one of these")
         for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
             indices = getattr(self, name)
             if indices is None:
@@ -372,7 +399,7 @@ def _is_same(one: object, other: object) -> bool:
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "sde_seed", "image_format", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "sde_seed", "stop_step", "fork", "image_format", *ALIASES.values()})
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowroll.sampling.base import StepRule
 from flowroll.types.adapters import AdapterRecord
+from flowroll.types.forks import Branch
 from flowroll.types.params import ImageFormat, Number, SdeType
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
@@ -32,7 +33,7 @@ class SamplingRecord:
         log_prob_no_const: Which of the two log-prob conventions was used.
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
-        negative_prompt: Text of the unconditional branch; None without guidance.
+        negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
@@ -55,8 +56,13 @@ class SamplingRecord:
         sde_seed: The seed of the noise of the stochastic steps; None for plain generation, and in records from before this
             field.
         start_step: The first step that was run. Per-step values of a rollout have a row for each of the T steps all the same.
+        stop_step: The step before which the run ended; None: T.
+        branches: Of a leaf of a tree, its node at each level, from the first fork to the last one; before the first fork the
+            noise is of `sde_seed`, then of the seeds of these. None: the request had no fork.
         latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
             None: initial noise was drawn.
+        prompt_token_ids: The token ids of the conditional branch, where the request gave these.
+        negative_prompt_token_ids: Those of the unconditional branch, where they were used.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
@@ -88,11 +94,15 @@ class SamplingRecord:
     init_seed: int | None = None
     sde_seed: int | None = None
     start_step: int = 0
+    stop_step: int | None = None
+    branches: tuple[Branch, ...] | None = None
     latents_sha256: str | None = None
     image_format: ImageFormat = "tensor"
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        assert 0 <= self.start_step < self.num_inference_steps
+        assert 0 <= self.start_step < self.steps_run.stop <= self.num_inference_steps
         assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
@@ -100,7 +110,7 @@ class SamplingRecord:
     @property
     def steps_run(self) -> range:
         """The steps that were run, counted from the beginning of the grid."""
-        return range(self.start_step, self.num_inference_steps)
+        return range(self.start_step, self.num_inference_steps if self.stop_step is None else self.stop_step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +209,7 @@ class Rollout:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
         image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
             bytes of a PNG file, or None.
@@ -216,7 +226,7 @@ class Rollout:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     image: Float[Tensor, " 3 frames height width"] | UInt8[Tensor, " 3 frames height width"] | bytes | None
     latents: Float[Tensor, " *latent"] | None = None
@@ -237,7 +247,7 @@ class GeneratedImage:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
         latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.
@@ -247,7 +257,7 @@ class GeneratedImage:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     image: Float[Tensor, " 3 frames height width"]
     latents: Float[Tensor, " *latent"]

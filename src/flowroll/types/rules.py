@@ -1,4 +1,4 @@
-"""What the checks of a request share: how a refusal is worded, and what counts as a number."""
+"""How a rule about one value of a request is checked and worded; the modules beside this one have the rules themselves."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import math
 from flowroll.errors import InvalidRequestError
 
 
-def require(ok: bool, field: str, rule: str, value: object, remedy: str) -> None:
-    """Refuses a value that breaks its rule.
+def require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
+    """Refuses a value unless it is right.
+
+    Args:
+        ok: Whether it is.
+        field_name: The field.
+        rule: The rule in words, with its verb.
+        value: The value, or what of it breaks the rule.
+        remedy: What to do.
 
     Raises:
-        InvalidRequestError: `ok` is false: `<field> must <rule>, got <value>; <remedy>.`
+        InvalidRequestError: It is not.
     """
     if not ok:
-        raise InvalidRequestError(f"{field} must {rule}, got {shown(value)}; {remedy}.", field=field)
+        raise InvalidRequestError(f"{field_name} must {rule}, got {shown(value)}; {remedy}.", field=field_name)
 
 
 def shown(value: object) -> str:
@@ -27,11 +34,11 @@ def shown(value: object) -> str:
 
 
 def is_int(value: object) -> bool:
-    """Returns whether a value is an integer; True and False are none."""
+    """Tells whether a value is an integer, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite(value: object) -> bool:
-    """Returns whether a value is a finite number."""
+    """Tells whether a value is a finite number."""
     # math.isfinite would overflow for a huge integer.
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))

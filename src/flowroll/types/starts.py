@@ -68,13 +68,18 @@ def _check_count(params: SamplingParams, name: str, length: int) -> None:
 
 
 def check_start(params: SamplingParams) -> None:
-    """Checks where a request starts; the shape and dtype of `latents` are those of a model, and checked where it is known.
+    """Checks where a request starts and stops. The shape and dtype of `latents` are checked where the model is known.
 
     Raises:
         InvalidRequestError: `latents` is no tensor of floats, or two fields contradict each other.
     """
     latents, step = params.latents, params.start_step
     require(step is None or (is_int(step) and step >= 0), "start_step", "be an integer >= 0", step, "count steps from 0")
+    stop = params.stop_step
+    remedy = "leave it out to run to the end"
+    require(stop is None or (is_int(stop) and stop >= 1), "stop_step", "be an integer >= 1", stop, remedy)
+    if stop is not None and step is not None:
+        require(stop > step, "stop_step", f"be above start_step = {step}", stop, "run at least one step")
     if latents is None:
         require(not step, "start_step", "be given with latents", step, "send the latents before that step")
         return

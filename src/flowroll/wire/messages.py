@@ -94,7 +94,7 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
 
     Attributes:
         request_id: Id of the request.
-        prompt: The prompt's text.
+        prompt: The prompt's text; null where the request gave none, but its token ids.
         seed: This sample's own seed.
         generated_output: The image as image_format asks for it: [3, 1, H, W] float32 in [0, 1]; the same shape in uint8; the
             bytes of a PNG file (in JSON as base64); or null.
@@ -114,7 +114,7 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     generated_output: Leaf | bytes | None
     weight_version: str
@@ -134,7 +134,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
 
     Attributes:
         request_id: Id of the request.
-        prompt: The prompt's text.
+        prompt: The prompt's text; null where the request gave none, but its token ids.
         seed: This image's own seed.
         generated_output: [3, 1, H, W] float32, the image in [0, 1].
         latents: The final latents, in the loop's dtype.
@@ -144,7 +144,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     generated_output: Leaf
     latents: Leaf

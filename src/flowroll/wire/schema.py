@@ -16,6 +16,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
+from flowroll.types.forks import MAX_CHILDREN
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 from flowroll.wire.messages import TENSOR_EXAMPLE, WireTensor
@@ -35,11 +36,21 @@ __all__ = [
 ]
 
 _Indices: TypeAlias = tuple[Annotated[int, Meta(ge=0)], ...]
+_TokenIds: TypeAlias = Annotated[
+    tuple[Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)], ...], Meta(min_length=1)
+]
+_TOKEN_IDS = about(
+    [[49406, 736, 3240, 49407]], "send one list of ids for each of the model's tokenizers", "be null or a list of lists of ids"
+)
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
 _SeedOrSeeds: TypeAlias = fields.SeedNumber | _Seeds
 _SEED_RULE = "be null, an integer from 0 to 4294967295, or a list of these"
 _SentTensor: TypeAlias = WireTensor[memoryview]
 _Step: TypeAlias = Annotated[int, Meta(ge=0)]
+# The keys of a JSON object are text.
+_Fork: TypeAlias = Annotated[
+    dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[int, Meta(ge=2, le=MAX_CHILDREN)]], Meta(min_length=1)
+]
 _LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 _SIGMAS = Annotated[
     Annotated[tuple[Annotated[float, Meta(ge=0, le=1)], ...], Meta(min_length=2)] | None,
@@ -73,8 +84,6 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
     # What every request of the route has.
     _FIXED: ClassVar[Mapping[str, Any]] = {}
 
-    prompt: fields.Prompt
-
     def to_params(self) -> SamplingParams:
         """Returns the request as `SamplingParams`; what was not sent keeps its default.
 
@@ -99,7 +108,10 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
 
 class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     # Of a request with `extra_sampling_params`, which the requests themselves declare: its fields are made from these.
+    prompt: fields.PromptOrNull = None
     negative_prompt: fields.NegativePrompt = None
+    prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
+    negative_prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
@@ -173,6 +185,11 @@ class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
 class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout: Annotated[bool, about(True, "leave it out for true")] = True
     sde_seed: Annotated[_SeedOrSeeds | None, about([7, 11, 13], "send one seed, or one per output", _SEED_RULE)] = None
+    stop_step: Annotated[fields.Count | None, about(2, "leave it out to run to the end")] = None
+    fork: Annotated[
+        _Fork | None,
+        about({"2": 4}, "send steps with their numbers of children", "be null or an object of steps and numbers of children"),
+    ] = None
     rollout_sde_type: Annotated[SdeType, _SDE_TYPE] = "sde"
     rollout_noise_level: Annotated[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], _NOISE_LEVEL] = 0.7
     rollout_log_prob_no_const: fields.Flag = False
@@ -193,7 +210,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
         about([0.8, 0.8, 0.4, 0.0], "send one noise level a step"),
     ] = None
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
-    image_format: Annotated[ImageFormat, about("uint8", "choose one of these")] = "tensor"
+    image_format: Annotated[ImageFormat | None, about("uint8", "choose one of these")] = None
 
 
 def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:
@@ -301,6 +318,7 @@ class ImagesRequest(_SamplingRequest, kw_only=True, frozen=True):
     _FIXED: ClassVar[Mapping[str, Any]] = {"rollout": False}
     _NAMES: ClassVar[Mapping[str, str]] = {"num_outputs_per_prompt": "n", "width": "size", "height": "size"}
 
+    prompt: fields.Prompt
     model: Annotated[str | None, about("Qwen-Image", "leave it out for the served model")] = None
     n: Annotated[fields.Count | None, about(2, "leave it out for one image")] = None
     size: Annotated[

@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
-from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.types import AdapterRecord, Branch, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
@@ -32,6 +32,7 @@ from flowroll.wire.safetensors import BlobError
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
+_BRANCH_FIELDS = tuple(field.name for field in fields(Branch))
 _REMEDY = "see /openapi.json"
 _REQUESTS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
@@ -166,10 +167,12 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora = sent.get("lora")
+    lora, branches = sent.get("lora"), sent.get("branches")
+    branches = branches if isinstance(branches, list) else []
     for where, given, known in (
         ("sampling", sent, _RECORD_FIELDS),
         ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
+        *(("sampling.branches", one, _BRANCH_FIELDS) for one in branches if isinstance(one, dict)),
     ):
         for name in given:
             if name not in known:

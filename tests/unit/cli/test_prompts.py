@@ -58,6 +58,8 @@ def test_a_jsonl_line_may_give_every_field(write):
         "seeds": [7, 9],
         "init_seed": 3,
         "sde_seed": [1, 2],
+        "stop_step": 2,
+        "fork": {"1": 2},
         "generator_device": "cpu",
         "width": 64,
         "height": 80,
@@ -76,6 +78,7 @@ def test_a_jsonl_line_may_give_every_field(write):
         "return_denoising_env": True,
         "return_dit_trajectory": True,
         "rollout_steps": [{"dynamics": "ode"}, {"noise_level": 0.4}, {}],
+        "prompt_token_ids": [[5, 6], [7]],
         "return_step_indices": [0, 3],
         "image_format": "png",
         "suppress_logs": True,
@@ -84,7 +87,7 @@ def test_a_jsonl_line_may_give_every_field(write):
         "lora_name": "old",
     }
     # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.
-    others = {"seed", "rollout_sde_step_indices", "rollout_noise_levels", "latents", "start_step"}
+    others = {"seed", "negative_prompt_token_ids", "rollout_sde_step_indices", "rollout_noise_levels", "latents", "start_step"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]

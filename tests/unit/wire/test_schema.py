@@ -54,6 +54,16 @@ def refusal(model: Any, body: dict[str, Any]) -> InvalidRequestError:
 ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "prompt": ("prompt", ["", "x" * MAX_PROMPT_CHARS, "猫が好き 🦊"], [None, 3, ["a"], "x" * (MAX_PROMPT_CHARS + 1)]),
     "negative_prompt": ("negative_prompt", [None, "", "blurry"], [3, False, "x" * (MAX_PROMPT_CHARS + 1)]),
+    "prompt_token_ids": (
+        "prompt_token_ids",
+        [None, [[0]], [[5, 6], [7]]],
+        [[], [[]], [5], 5, [[-1]], [["5"]], [[True]], [[0.5]]],
+    ),
+    "negative_prompt_token_ids": (
+        "negative_prompt_token_ids",
+        [None, [[0]], [[5, 6], [7]]],
+        [[], [[]], [5], 5, [[-1]], [None]],
+    ),
     "seed": ("seed", [None, 0, MAX_SEED], [-1, MAX_SEED + 1, "4", True, 4.0, 4.5, TOO_LARGE, [1]]),
     "seeds": ("seeds", [None, [7], [7, 7, MAX_SEED]], [[], 7, [-1], [MAX_SEED + 1], ["4"], [True], [4.0], [None], [[1]]]),
     "init_seed": ("init_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
@@ -75,6 +85,12 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
 ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "rollout": ("rollout", [True, False], [None, 0, 1, "true"]),
     "sde_seed": ("sde_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
+    "stop_step": ("stop_step", [None, 1, 7], [0, -1, "4", True, 4.5, [1]]),
+    "fork": (
+        "fork",
+        [None, {"2": 4}, {"5": 2, "2": 4}],
+        [{}, 3, [2], {"2": 1}, {"2": "4"}, {"-1": 2}, {"x": 2}, {"1": 2, "01": 2}],
+    ),
     "rollout_sde_type": ("sde_type", [*DYNAMICS], [None, "SDE", "ddim", 1, ["sde"]]),
     "rollout_noise_level": ("noise_level", [0, 1e-4, 0.7, 1, 10], [None, -0.1, 9e-5, 10.1, "0.7", True, TOO_LARGE]),
     "rollout_log_prob_no_const": ("log_prob_no_const", [True, False], [None, 0, 1, "no"]),
@@ -89,7 +105,7 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "rollout_noise_levels": ("noise_levels", [None, [0.7], [0, 1e-4, 10]], [[], 0.7, [-0.1], [9e-5], [10.1], ["0.7"], [None]]),
     "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
-    "image_format": ("image_format", ["tensor", "uint8", "png", "none"], [None, "jpeg", 8, ["png"]]),
+    "image_format": ("image_format", [None, "tensor", "uint8", "png", "none"], ["jpeg", 8, ["png"]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
     "sigmas": (
@@ -109,8 +125,10 @@ def cases(rows: dict[str, tuple[str, list[Any], list[Any]]], accepted: bool) -> 
 
 
 def stored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted((int(step), children) for step, children in value.items()))
     if isinstance(value, list):
-        return tuple(StepOptions(**item) if isinstance(item, dict) else item for item in value)
+        return tuple(StepOptions(**item) if isinstance(item, dict) else stored(item) for item in value)
     return value
 
 
@@ -237,7 +255,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 21
+    assert len(nullable) == 26
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 
@@ -539,7 +557,7 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
             {"seeds": [1, "4"]},
             "seeds must be null or a list of integers from 0 to 4294967295, got '4'; send one seed per output.",
         ),
-        ({"prompt": None}, "prompt must be a string of at most 100000 characters, got None; send one prompt as text."),
+        ({"prompt": None}, "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."),
         (
             {"generator_device": "mps"},
             'generator_device must be "cuda" or "cpu", got \'mps\'; leave it out for the engine\'s device.',

@@ -60,6 +60,11 @@ class Executor:
         # The values that the other ranks need to take the same steps, without the tensors that only a result holds.
         params = replace(
             plan.params,
+            # The environment is all that is left of the texts, but for whether there is an unconditional one.
+            prompt="",
+            prompt_token_ids=None,
+            negative_prompt=None if plan.negative_prompt is None else "",
+            negative_prompt_token_ids=None,
             seed=None,
             seeds=plan.seeds,
             num_outputs_per_prompt=None,
@@ -89,6 +94,15 @@ class Executor:
         # All samples of a forward run with the same number of CPU threads, so that number is part of the key.
         return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, planned)
 
+    def start_child(
+        self, sample_id: int, request_id: int, planned: PlannedSample, parent_id: int
+    ) -> tuple[Hashable, StepOutcome]:
+        """Starts a child of a sample at a fork on every rank; returns its batch key, and the outcome of the fork's step."""
+        with self._peers.together():
+            self._peers.send(messages.StartChild(id=sample_id, request=request_id, planned=planned, parent=parent_id))
+            key, outcome = self._runner.start_child(sample_id, request_id, planned, parent_id)
+        return (torch.get_num_threads(), key), _agreed(outcome)
+
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys, in one forward, on every rank.
 
@@ -99,10 +113,7 @@ class Executor:
         with self._peers.together():
             self._peers.send(messages.Step(samples=tuple(sample_ids), num_threads=torch.get_num_threads()))
             outcome = self._runner.step(sample_ids)
-        for sample_id, odd in outcome.odd_ranks.items():
-            if odd and outcome.finished.pop(sample_id, None) is not None:
-                outcome.failures[sample_id] = _disagreement(odd)
-        return outcome
+        return _agreed(outcome)
 
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples on every rank."""
@@ -211,6 +222,14 @@ class Executor:
         with self._peers.together():
             self._peers.send(messages.GatherWeights(names=names))
             yield
+
+
+def _agreed(outcome: StepOutcome) -> StepOutcome:
+    """Returns the outcome with a failure in the place of each finished sample on whose latents the ranks do not agree."""
+    for sample_id, odd in outcome.odd_ranks.items():
+        if odd and outcome.finished.pop(sample_id, None) is not None:
+            outcome.failures[sample_id] = _disagreement(odd)
+    return outcome
 
 
 def _disagreement(odd: Sequence[int]) -> EngineError:

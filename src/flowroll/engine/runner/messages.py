@@ -93,6 +93,15 @@ class StartSample(msgspec.Struct, frozen=True, tag=True):
     planned: PlannedSample
 
 
+class StartChild(msgspec.Struct, frozen=True, tag=True):
+    """Start a child of a sample at a fork, with the step of the fork."""
+
+    id: int
+    request: int
+    planned: PlannedSample
+    parent: int
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
     """Take a step of these samples, in one forward, with this number of CPU threads."""
 
@@ -198,6 +207,7 @@ Message: TypeAlias = (
     Serve
     | AddRequest
     | StartSample
+    | StartChild
     | Step
     | DropRequest
     | BeginRecomputation

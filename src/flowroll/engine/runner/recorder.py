@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,20 @@ class Recorder:
     velocities: list[Tensor] = field(default_factory=list)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
-    _copied: torch.cuda.Event | None = None
+    _copied: torch.cuda.Event | None = field(default=None, init=False)
+
+    def branch(self) -> Recorder:
+        """Returns a recorder that goes on from what was recorded so far, for a child; both refer to the same tensors."""
+        # The child's own copies are noted at its first step, on the same stream after those of its parent.
+        return replace(
+            self,
+            log_probs=[*self.log_probs],
+            noises=[*self.noises],
+            means=[*self.means],
+            velocities=[*self.velocities],
+            latents={**self.latents},
+            dtypes={*self.dtypes},
+        )
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
         """Records the latents of a state (0..T) if the request asked for them, and their dtype in any case."""

@@ -79,6 +79,7 @@ class Sample:
         step: The index of the next step.
         previous: The clean prediction of the step before; None where the next step has no use for it.
         recorder: Records what the rollout asked for; None if the sample takes plain ODE steps.
+        velocity: The velocity of the step at which the sample forks, for its children; None before that.
     """
 
     conditioning: Conditioning
@@ -87,6 +88,7 @@ class Sample:
     step: int
     previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
+    velocity: Float[Tensor, " *latent"] | None = None
 
     @classmethod
     def start(cls, conditioning: Conditioning, planned: PlannedSample) -> Sample:
@@ -128,6 +130,7 @@ class Sample:
             init_seed=planned.init_seed,
             sde_seed=planned.sde_seed if is_rollout else None,
             latents_sha256=planned.latents_sha256,
+            branches=planned.branches or None,
         )
 
     @property
@@ -152,6 +155,23 @@ class Sample:
             fixed=conditioning.fixed,
         )
 
+    @property
+    def is_at_fork(self) -> bool:
+        """Whether the next step is not the sample's own, but that of its children."""
+        plan, level = self.conditioning.plan, len(self.planned.branches)
+        return level < len(plan.forks) and plan.forks[level][0] == self.step
+
+    def branch(self, planned: PlannedSample) -> Sample:
+        """Returns a child, which has taken the step at which this sample forks, with noise of its own.
+
+        Args:
+            planned: One of the plan's children of this sample.
+        """
+        assert self.velocity is not None and self.recorder is not None
+        child = replace(self, planned=planned, recorder=self.recorder.branch(), velocity=None)
+        child.take_step(self.velocity)
+        return child
+
     def take_step(self, velocity: Float[Tensor, " *latent"]) -> None:
         """Advances the sample by one step with this velocity."""
         step: StepFunction = plain_step if self.recorder is None else recorded_step
@@ -164,11 +184,13 @@ class StepOutcome:
 
     Attributes:
         finished: The samples that took their last step.
+        forked: The samples that have come to a fork, and wait for their children to start.
         failures: The errors that were raised in the steps of single samples.
         odd_ranks: For each sample that took its last step, the ranks whose latents differ from rank 0's.
     """
 
     finished: dict[int, Sample] = field(default_factory=dict)
+    forked: dict[int, Sample] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
     odd_ranks: dict[int, list[int]] = field(default_factory=dict)
 
@@ -187,7 +209,8 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     mean = dynamics.step_mean(this, sample.latents, velocity, sample.conditioning.dts[sample.step], sample.previous)
     drawn: Tensor | None = None
     if this.is_stochastic:
-        drawn = noise.step_noise(sample.planned.sde_seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
+        seed = sample.planned.noise_seed
+        drawn = noise.step_noise(seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
     next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=plan.params.log_prob_no_const)[0]
     sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)

@@ -171,6 +171,8 @@ class Worker:
                 runner.add_request(number, Conditioning.build(plan, model, env, plan.record))
             case messages.StartSample(id=number, request=request, planned=planned):
                 runner.start_sample(number, request, planned)
+            case messages.StartChild(id=number, request=request, planned=planned, parent=parent):
+                runner.start_child(number, request, planned, parent)
             case messages.Step(samples=samples, num_threads=num_threads):
                 runner.use_threads(num_threads)
                 for error in runner.step(samples).failures.values():

@@ -99,7 +99,7 @@ class Request:
     def note_denoised(self, now_s: float) -> None:
         """Notes that one more sample took its last step."""
         self.num_denoised += 1
-        if self.num_denoised == len(self.plan.samples):
+        if self.num_denoised == self.plan.num_answers:
             self.denoised_s = now_s
 
     def restart(self) -> None:
@@ -129,12 +129,14 @@ class RequestSample:
         request: The request that it belongs to.
         attempt: The attempt of the request for which the sample was made.
         planned: What the sample is drawn from.
+        parent: The sample whose child it is; None if it starts by itself.
     """
 
     id: int
     request: Request
     attempt: int
     planned: PlannedSample
+    parent: RunningSample | None = None
 
     @property
     def is_wanted(self) -> bool:
@@ -154,7 +156,7 @@ class RunningSample:
     Attributes:
         of: The sample of the request.
         key: The batch key: samples with equal keys may share a forward.
-        started_s: When the sample started, in monotonic seconds.
+        started_s: When the sample, or the one that it descends from, started, in monotonic seconds.
     """
 
     of: RequestSample

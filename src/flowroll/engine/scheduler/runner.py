@@ -27,6 +27,11 @@ class Runner(Protocol):
     def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
 
+    def start_child(
+        self, sample_id: int, request_id: int, planned: PlannedSample, parent_id: int
+    ) -> tuple[Hashable, StepOutcome]:
+        """Starts a child of a sample at a fork on every rank; returns its batch key, and the outcome of the fork's step."""
+
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys on every rank. After an error, no sample has advanced."""
 
