@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowroll.sampling.base import StepRule
+from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.forks import Branch
 from flowroll.types.params import ImageFormat, Number, SdeType
@@ -30,7 +31,7 @@ class SamplingRecord:
         variant: Variant of the family, e.g. "base", "turbo".
         sde_type: Dynamics of the stochastic steps.
         noise_level: The user's knob n.
-        log_prob_no_const: Which of the two log-prob conventions was used.
+        log_prob_no_const: Which of the two log-prob conventions was used, unless `log_prob` says another form.
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
         negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
@@ -61,6 +62,7 @@ class SamplingRecord:
             noise is of `sde_seed`, then of the seeds of these. None: the request had no fork.
         latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
             None: initial noise was drawn.
+        log_prob: The form of the log-probs, where the request gave one; None: as `log_prob_no_const` says.
         prompt_token_ids: The token ids of the conditional branch, where the request gave these.
         negative_prompt_token_ids: Those of the unconditional branch, where they were used.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
@@ -97,6 +99,7 @@ class SamplingRecord:
     stop_step: int | None = None
     branches: tuple[Branch, ...] | None = None
     latents_sha256: str | None = None
+    log_prob: LogProbForm | None = None
     image_format: ImageFormat = "tensor"
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
@@ -111,6 +114,11 @@ class SamplingRecord:
     def steps_run(self) -> range:
         """The steps that were run, counted from the beginning of the grid."""
         return range(self.start_step, self.num_inference_steps if self.stop_step is None else self.stop_step)
+
+    @property
+    def log_prob_form(self) -> LogProbForm:
+        """What counted as the log-prob of a step."""
+        return self.log_prob or (NO_CONST if self.log_prob_no_const else GAUSSIAN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

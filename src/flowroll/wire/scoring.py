@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import AdapterRecord, Branch, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
@@ -31,6 +32,7 @@ from flowroll.wire.received import HOW_TO_SEND, received_tensor
 from flowroll.wire.safetensors import BlobError
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
+_FORM_FIELDS = tuple(field.name for field in fields(LogProbForm))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _BRANCH_FIELDS = tuple(field.name for field in fields(Branch))
 _REMEDY = "see /openapi.json"
@@ -167,11 +169,12 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora, branches = sent.get("lora"), sent.get("branches")
+    lora, form, branches = sent.get("lora"), sent.get("log_prob"), sent.get("branches")
     branches = branches if isinstance(branches, list) else []
     for where, given, known in (
         ("sampling", sent, _RECORD_FIELDS),
         ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
+        ("sampling.log_prob", form if isinstance(form, dict) else {}, _FORM_FIELDS),
         *(("sampling.branches", one, _BRANCH_FIELDS) for one in branches if isinstance(one, dict)),
     ):
         for name in given:
