@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import secrets
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,53 +12,17 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
-from flowroll.errors import InvalidRequestError
+from flowroll.engine.starts import PlannedSample, check_forks, plan_samples, plan_steps, refuse, with_checked_latents
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.base import StepRule
 from flowroll.sampling.dynamics import amplification, rules_of, transitions, transitions_of
-from flowroll.sampling.noise import child_seed
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
-from flowroll.types import MAX_SEED, ImageFormat, Number, SamplingParams, SamplingRecord, all_finite, branch_digest
-from flowroll.types.forks import Branch, Fork, count_leaves
-from flowroll.types.starts import PER_SAMPLE
-from flowroll.types.tensors import plain_tensor
+from flowroll.types import ImageFormat, Number, SamplingParams, SamplingRecord
+from flowroll.types.forks import Fork, count_leaves
 
 # Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
 _MAX_AMPLIFICATION = 1e18
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedSample:
-    """One sample of a request: what it is drawn from.
-
-    Attributes:
-        root: The place of the sample that was started among those of the request.
-        index: The place of its answer, or of the first one of its leaves, among the answers.
-        seed: The seed of the sample, which names it.
-        init_seed: The seed of its initial noise; None if it starts from latents of the request.
-        sde_seed: The seed of the noise of its stochastic steps, up to its first fork.
-        latents_sha256: The digest of the latents that it starts from; None if it starts from initial noise.
-        branches: The nodes at each fork that came before.
-    """
-
-    root: int
-    index: int
-    seed: int
-    init_seed: int | None
-    sde_seed: int
-    latents_sha256: str | None = None
-    branches: tuple[Branch, ...] = ()
-
-    @property
-    def noise_seed(self) -> int:
-        """The seed of the noise of the steps that come next."""
-        return self.branches[-1].sde_seed if self.branches else self.sde_seed
-
-    @property
-    def node(self) -> str:
-        """The id of the node, as in `Branch`."""
-        return self.branches[-1].id if self.branches else str(self.root)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +91,7 @@ class RequestPlan:
         return sum(map(self.num_nodes, self.steps))
 
     def num_nodes(self, step: int) -> int:
-        """Returns the number of samples that take a step before which all samples were started: those of the tree's level."""
+        """Returns how many samples take this step: those of its level of the trees."""
         return len(self.samples) * count_leaves(tuple(fork for fork in self.forks if fork[0] < step))
 
     @property
@@ -147,28 +109,6 @@ class RequestPlan:
         latents = self.params.latents
         return latents if latents is None or latents.ndim == len(self.geometry.latent_shape) else latents[planned.root]
 
-    def children(self, planned: PlannedSample) -> tuple[PlannedSample, ...]:
-        """Returns what a sample becomes at its next fork."""
-        level = len(planned.branches)
-        step, count = self.forks[level]
-        num_leaves = count_leaves(self.forks[level + 1 :])
-        return tuple(
-            replace(
-                planned,
-                index=planned.index + child * num_leaves,
-                branches=(
-                    *planned.branches,
-                    Branch(
-                        step=step,
-                        parent=planned.node,
-                        id=f"{planned.node}/{child}",
-                        sde_seed=child_seed(planned.noise_seed, step, child),
-                    ),
-                ),
-            )
-            for child in range(count)
-        )
-
 
 def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
     """Checks a request against the loaded model, and fills in its defaults.
@@ -179,10 +119,10 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     defaults = model.family.variants[model.variant]
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
-    steps = _plan_steps(params, schedule.num_steps)
+    steps = plan_steps(params, schedule.num_steps)
     _check_indices(params, schedule.num_steps, steps)
-    params = _with_checked_latents(params, model, geometry)
-    samples = _plan_samples(params, limits, geometry)
+    params = with_checked_latents(params, model, geometry)
+    samples = plan_samples(params, limits, geometry)
     _check_token_ids(params, model)
     negative = _negative_text(params, defaults.negative_prompt)
     guidance = _plan_guidance(params, model, has_negative=negative is not None)
@@ -191,14 +131,14 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     chosen = _plan_transitions(params, schedule, steps, rules) if params.rollout else None
     if chosen is not None and chosen[steps.start].needs_previous and steps.start > 0:
         rule = "be a step that needs no prediction of the step before"
-        _refuse(
+        refuse(
             "start_step",
             rule,
             f"{steps.start}, a {chosen[steps.start].dynamics} step",
             "start earlier, or with sigmas that begin there",
         )
     if chosen is not None:
-        _check_forks(params, chosen, steps)
+        check_forks(params, chosen, steps)
     num_answers = len(samples) * count_leaves(cast(Fork | None, params.fork))
     _check_answer_size(params, limits, geometry, schedule.num_steps, steps, num_answers)
     generator_device = torch.device("cpu") if params.generator_device == "cpu" else model.device
@@ -274,30 +214,26 @@ def _check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
         if lists is None:
             continue
         if not known:
-            _refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
+            refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
         if len(lists) != len(known):
             names = ", ".join(one.name for one in known)
-            _refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
+            refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
         for one, ids in zip(known, lists, strict=True):
             least, start = len(one.template) + 1, ids[: len(one.template)]
             if start != one.template:
                 rule = f"begin with the {len(one.template)} ids of the pipeline's template for {one.name}"
-                _refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
+                refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
             if not least <= len(ids) <= one.max_tokens:
                 rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
                 remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
-                _refuse(field, rule, len(ids), remedy)
+                refuse(field, rule, len(ids), remedy)
             if max(ids) >= one.num_ids:
                 rule = f"hold ids below {one.num_ids} for {one.name}"
-                _refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
+                refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
 
 
 def _first(*values: Number | None) -> Number:
     return next(value for value in values if value is not None)
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
 
 
 def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
@@ -312,11 +248,11 @@ def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
         if value % unit:
             below, above = value // unit * unit, (value // unit + 1) * unit
             remedy = f"use {below} or {above}" if below else f"use {above}"
-            _refuse(field, f"be a multiple of {unit} for {model.family.name}", value, remedy)
+            refuse(field, f"be a multiple of {unit} for {model.family.name}", value, remedy)
     if model.spec.max_tokens_per_side is not None:
         for (field, value), most in zip(sides.items(), model.spec.max_tokens_per_side, strict=True):
             if value // unit > most:
-                _refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
+                refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
     return model.family.geometry(model.spec, height=height, width=width)
 
 
@@ -326,7 +262,7 @@ def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) ->
     if geometry.height * geometry.width > limits.max_pixels:
         field = "height" if params.height else "width"
         shown = f"{geometry.width} x {geometry.height}"
-        _refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
+        refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
     return geometry
 
 
@@ -351,7 +287,7 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
         defaults = model.family.variants[model.variant]
         num_steps, field = params.num_inference_steps or defaults.num_inference_steps, "num_inference_steps"
     if num_steps > limits.max_steps:
-        _refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
+        refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
     if params.sigmas is not None:
         return explicit_schedule(model.schedule_config, params.sigmas)
     base = model.family.base_grid(model.spec, model.schedule_config, num_steps)
@@ -364,49 +300,12 @@ def _image_format(params: SamplingParams, steps: range, num_steps: int) -> Image
     return params.image_format or ("tensor" if steps.stop == num_steps else "none")
 
 
-def _plan_steps(params: SamplingParams, num_steps: int) -> range:
-    start, stop = params.start_step or 0, num_steps if params.stop_step is None else params.stop_step
-    if start >= num_steps:
-        _refuse("start_step", f"lie in 0..{num_steps - 1} for {num_steps} steps", start, "start earlier")
-    if stop > num_steps:
-        _refuse("stop_step", f"be at most {num_steps} for {num_steps} steps", stop, "leave it out to run to the end")
-    return range(start, stop)
-
-
-def _with_checked_latents(params: SamplingParams, model: ModelFacts, geometry: Geometry) -> SamplingParams:
-    """Returns the request with a copy of its latents on the CPU, which nobody else can change.
-
-    The latents that a pipeline is given are cast to the dtype of its noise. Here they are, if they are initial noise and lose
-    nothing by it; any other cast would be a start from another state than the request says, and is refused.
-    """
-    latents = params.latents
-    if latents is None:
-        return params
-    shape, count, given = geometry.latent_shape, params.num_samples, tuple(latents.shape)
-    if given not in (shape, (count, *shape)):
-        rule = f"have the shape {list(shape)} at {geometry.width} x {geometry.height}, or {[count, *shape]} for {count} samples"
-        _refuse("latents", rule, list(given)[:8], "send states as a trajectory holds them")
-    if latents.dtype not in (torch.float32, model.dtype):
-        known = " or ".join(dict.fromkeys(map(str, (torch.float32, model.dtype))))
-        _refuse("latents", f"be {known}", latents.dtype, "send them as a trajectory holds them; they are not cast")
-    copied = plain_tensor(latents, "latents").clone()
-    if not all_finite(copied):
-        _refuse("latents", "be finite", "NaN or infinity", "look at the steps that made them")
-    if not params.start_step:
-        noise = copied.to(model.family.noise_dtype(model.dtype))
-        if not torch.equal(noise.to(torch.float32), copied.to(torch.float32)):
-            rule = f"be values of {noise.dtype} at step 0, in which the pipeline draws its noise"
-            _refuse("latents", rule, "others", f"round them to {noise.dtype} first")
-        copied = noise
-    return replace(params, latents=copied)
-
-
 def _rules(params: SamplingParams, schedule: Schedule, steps: range) -> tuple[StepRule, ...] | None:
     """Returns the rule of each step where the record needs it; None where it follows from the dynamics and the chosen steps."""
     rules = params.step_rules
     if rules is not None and len(rules) != schedule.num_steps:
         field = "rollout_steps" if params.rollout_steps is not None else "rollout_noise_levels"
-        _refuse(field, f"hold one entry for each of the {schedule.num_steps} steps", len(rules), "send one entry a step")
+        refuse(field, f"hold one entry for each of the {schedule.num_steps} steps", len(rules), "send one entry a step")
     if rules is None and len(steps) < schedule.num_steps:
         # From the steps that have a density and were run alone, the rules of the others do not follow.
         return rules_of(
@@ -435,7 +334,7 @@ def _plan_transitions(
         shown = (
             f"{params.rollout_noise_level}, which grows the latents {growth:.0e} times over these {schedule.num_steps} steps"
         )
-        _refuse(
+        refuse(
             "rollout_noise_level",
             "keep the trajectory within float32",
             shown,
@@ -466,58 +365,7 @@ def _check_answer_size(
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
         shown = f"{num_samples} samples with {total / 2**30:.1f} GiB of tensors"
-        _refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
-
-
-def _check_forks(params: SamplingParams, chosen: Sequence[Transition], steps: range) -> None:
-    for step, _ in cast(Fork, params.fork or ()):
-        stochastic = [other for other in steps if chosen[other].is_stochastic]
-        if step not in stochastic:
-            later = next((other for other in stochastic if other > step), None)
-            remedy = f"fork at step {later}" if later is not None else "leave it out"
-            _refuse("fork", "be at steps that are run and draw noise, without which children would be equal", step, remedy)
-
-
-def _plan_samples(params: SamplingParams, limits: Limits, geometry: Geometry) -> tuple[PlannedSample, ...]:
-    count, leaves = params.num_samples, count_leaves(cast(Fork | None, params.fork))
-    if count * leaves > limits.max_outputs:
-        lists = (name for name in PER_SAMPLE if isinstance(getattr(params, name), tuple))
-        field = "fork" if count <= limits.max_outputs else next(lists, "num_outputs_per_prompt")
-        shown = count if leaves == 1 else f"{count} with {leaves} leaves each"
-        _refuse(field, f"ask for at most {limits.max_outputs} samples", shown, "send several requests")
-    init, sde = (
-        value if value is None or isinstance(value, tuple) else (value,) * count
-        for value in (params.init_seed, params.sde_seed)
-    )
-    seeds = params.seeds
-    if seeds is None and params.seed is None and (init is not None or params.latents is not None) and sde is not None:
-        # Nothing is left to be drawn.
-        seeds = sde
-    if seeds is None:
-        first = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED + 2 - count)
-        seeds = tuple(range(first, first + count))
-    digests = _digests(params.latents, count, geometry)
-    return tuple(
-        PlannedSample(
-            root=index,
-            index=index * leaves,
-            seed=seed,
-            init_seed=init_seed if digest is None else None,
-            sde_seed=sde_seed,
-            latents_sha256=digest,
-        )
-        for index, (seed, init_seed, sde_seed, digest) in enumerate(
-            zip(seeds, init or seeds, sde or seeds, digests, strict=True)
-        )
-    )
-
-
-def _digests(latents: Tensor | None, count: int, geometry: Geometry) -> list[str | None]:
-    if latents is None:
-        return [None] * count
-    states = [latents] if latents.ndim == len(geometry.latent_shape) else list(latents)
-    digests: list[str | None] = [branch_digest({"latents": state}) for state in states]
-    return digests * (count // len(digests))
+        refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
 
 
 def _check_indices(params: SamplingParams, num_steps: int, steps: range) -> None:
@@ -527,4 +375,4 @@ def _check_indices(params: SamplingParams, num_steps: int, steps: range) -> None
     ):
         for outside in (index for index in indices or () if not first <= index <= last):
             run = f"{num_steps} steps" if len(steps) == num_steps else f"a run of the steps {steps.start} to {last - 1}"
-            _refuse(field, f"lie in {first}..{last} for {run}", outside, "remove it")
+            refuse(field, f"lie in {first}..{last} for {run}", outside, "remove it")

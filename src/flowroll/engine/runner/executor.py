@@ -11,13 +11,14 @@ from torch import Tensor
 
 from flowroll.engine.adapters.files import AdapterFiles
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.plan import PlannedSample, RequestPlan
+from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import EnvShape, TensorShape
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
 from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
-from flowroll.engine.plan import PlannedSample
+from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec

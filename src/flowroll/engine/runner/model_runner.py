@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.plan import PlannedSample
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 from flowroll.families import Recipe
 from flowroll.types import DenoisingEnv
 

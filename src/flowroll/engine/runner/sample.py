@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.plan import PlannedSample, RequestPlan
+from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.recorder import Recorder
+from flowroll.engine.starts import PlannedSample
 from flowroll.families import ForwardInput, StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
 from flowroll.types import DenoisingEnv, SamplingRecord
@@ -165,7 +166,7 @@ class Sample:
         """Returns a child, which has taken the step at which this sample forks, with noise of its own.
 
         Args:
-            planned: One of the plan's children of this sample.
+            planned: One of the children that the plan has for this sample.
         """
         assert self.velocity is not None and self.recorder is not None
         child = replace(self, planned=planned, recorder=self.recorder.branch(), velocity=None)

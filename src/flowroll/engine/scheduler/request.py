@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from flowroll.engine.outputs import Finished
-from flowroll.engine.plan import PlannedSample, RequestPlan
+from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.scheduler.counters import StageName, StageSpan, Timing
+from flowroll.engine.starts import PlannedSample
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, EngineError
 
 T = TypeVar("T")

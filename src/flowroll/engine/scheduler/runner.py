@@ -7,8 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from flowroll.engine.plan import PlannedSample, RequestPlan
+from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 
 
 @runtime_checkable

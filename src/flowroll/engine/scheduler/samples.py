@@ -57,7 +57,7 @@ class RunningSamples:
         self._lanes.remove(parent.key, parent)
         self._leave_memory(request)
         place = next((at for at, waiting in enumerate(self._ready) if waiting.request.id >= request.id), len(self._ready))
-        for number, planned in enumerate(request.plan.children(parent.of.planned)):
+        for number, planned in enumerate(parent.of.planned.children(request.plan.forks)):
             self._num_made += 1
             child = RequestSample(id=self._num_made, request=request, attempt=request.attempt, planned=planned, parent=parent)
             self._ready.insert(place + number, child)
