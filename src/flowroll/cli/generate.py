@@ -16,7 +16,7 @@ from flowroll.types import ALIASES, ROLLOUT_FIELDS, GeneratedImage, Rollout, Sam
 
 
 # The weights of this command are those that it loads.
-@partial(with_sampling_flags, without={"min_weight_version", "lora_name"})
+@partial(with_sampling_flags, without={"min_weight_version", "lora_name", "policy"})
 def generate(
     model: Model,
     given: dict[str, Any],
@@ -27,8 +27,10 @@ def generate(
 ) -> None:
     """Make pictures, or with --rollout whole rollouts, of one prompt.
 
-    Writes one PNG per sample, and with --rollout one safetensors file per sample beside it.
+    Writes one PNG per sample, and with --rollout one safetensors file per sample beside it; with --image-format none no PNG.
     """
+    if not given.keys() & {"prompt", "prompt_token_ids"}:
+        raise typer.BadParameter("--prompt must be given, got nothing; give one prompt, or --prompt-token-ids.")
     is_rollout = given.get("rollout", False)
     misplaced = sorted(name for name in set(given) - {"rollout"} if ALIASES.get(name, name) in ROLLOUT_FIELDS)
     if not is_rollout and misplaced:
@@ -53,7 +55,8 @@ def _write(samples: Sequence[Rollout | GeneratedImage], out: Path) -> list[Path]
     files = []
     for index, sample in enumerate(samples):
         file = out / f"sample-{index:03d}-seed-{sample.seed}.png"
-        save_png(sample.image, file)
+        if sample.image is not None:
+            save_png(sample.image, file)
         if isinstance(sample, Rollout):
             file = file.with_suffix(".safetensors")
             save_rollout(file, sample)

@@ -17,9 +17,10 @@ from torch import nn
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
-from flowroll.engine.facts import ModelFacts
+from flowroll.engine.facts import ModelFacts, TokenizerFacts
 from flowroll.engine.scratch import scratch_folder
 from flowroll.engine.templates import check_chat_template
+from flowroll.engine.tokens import listen
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
@@ -81,16 +82,24 @@ def load_model(
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
         pipeline.to(device)
         spec = checkpoint.family.spec(pipeline)
-        _check_text(checkpoint, pipeline, spec)
+        tokenizers = _check_text(checkpoint, pipeline, spec)
     except FlowrollError:
         raise
     except Exception as error:
         raise _unloadable(checkpoint, error) from error
-    return build_model(checkpoint, pipeline.transformer, spec, device=device, dtype=dtype, mesh=mesh), pipeline
+    model = build_model(checkpoint, pipeline.transformer, spec, device=device, dtype=dtype, mesh=mesh, tokenizers=tokenizers)
+    return model, pipeline
 
 
 def build_model(
-    checkpoint: Checkpoint, transformer: Any, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
+    checkpoint: Checkpoint,
+    transformer: Any,
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None,
+    tokenizers: tuple[TokenizerFacts, ...] = (),
 ) -> LoadedModel:
     """Makes the model of a loaded transformer, with its adapters and its strategy."""
     over_ranks: dict[str, Any] = {}
@@ -106,6 +115,7 @@ def build_model(
         schedule_config=checkpoint.schedule_config,
         device=device,
         dtype=dtype,
+        tokenizers=tokenizers,
     )
 
 
@@ -290,13 +300,17 @@ def _with_plain_classes(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> Ite
         yield folder
 
 
-def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
-    """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
+def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> tuple[TokenizerFacts, ...]:
+    """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request.
+
+    Returns:
+        The facts about the tokenizers that this shows.
+    """
     family = checkpoint.family
     for name in family.tokenizers:
         check_chat_template(name, getattr(pipeline, name, None), _PROBE)
     with torch.no_grad():
-        encoded = family.encode(pipeline, family.prompt(_PROBE, checkpoint.variant))
+        encoded, tokenizers = listen(family, pipeline, checkpoint.variant, _PROBE)
     embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
     names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)
@@ -313,6 +327,7 @@ def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
                 f"{names} must give {field.name} of shape {sizes}, which the transformer takes, got {list(value.shape)}; save "
                 "the transformer with the text encoders that it was trained with."
             )
+    return tokenizers
 
 
 def _unloadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:

@@ -22,6 +22,7 @@ from flowroll.types import (
     all_finite,
     env_digests,
 )
+from flowroll.wire.png import in_format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +31,12 @@ class Finished:
 
     Attributes:
         sample: The sample after its last step.
-        image: The picture of the sample, on the CPU.
+        image: The picture of the sample, on the CPU; None where the request asks for no picture.
         seconds: The wall time from the sample's start to the end of its decoding, in seconds.
     """
 
     sample: Sample
-    image: Tensor
+    image: Tensor | None
     seconds: float
 
 
@@ -90,13 +91,14 @@ def _check_recorded(seed: int, rollout: Rollout) -> None:
 
 def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> GeneratedImage:
     """Makes the answer of plain generation, on the CPU."""
+    assert finished.image is not None
     return GeneratedImage(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
         image=finished.image,
         latents=finished.sample.latents.cpu(),
-        sampling=finished.sample.conditioning.record,
+        sampling=finished.sample.record,
         weight_version=weight_version,
         inference_time_s=finished.seconds,
     )
@@ -111,19 +113,20 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
     recorder, conditioning = finished.sample.recorder, finished.sample.conditioning
     steps = None
     if plan.transitions is not None:
-        steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
+        steps = tuple(step for step in plan.steps if plan.transitions[step].is_stochastic)
     rollout = Rollout(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
-        image=finished.image,
+        image=None if finished.image is None else in_format(finished.image, plan.record.image_format),
+        latents=finished.sample.latents.cpu() if finished.image is None else None,
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,
         debug_tensors=None if recorder is None else recorder.debug_tensors(),
         denoising_env=conditioning.env.to("cpu") if _returns_env(plan) else None,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
         weight_version=weight_version,
-        sampling=conditioning.record,
+        sampling=finished.sample.record,
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
     )

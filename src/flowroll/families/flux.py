@@ -33,7 +33,7 @@ _BLOCK = f"*{_DOUBLE}"
 
 
 def _position_ids(num_text: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Text tokens stand at 0, image tokens at (0, row, column)."""
+    """Returns the positions: text tokens stand at 0, image tokens at (0, row, column)."""
     return torch.zeros(num_text, 3), image_ids(rows, columns).float()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowroll.errors import InvalidRequestError
 from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput, Transformer
 from flowroll.sampling import dynamics, transition
-from flowroll.sampling.transition import Transition
+from flowroll.sampling.transition import LogProbForm, Transition
 from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
 
 
@@ -49,7 +49,7 @@ class Recipe:
         timesteps: The timesteps as the model takes them, on the model's device.
         dts: Next sigma minus sigma of each step, on the model's device.
         dtype: The dtype of the transformer's inputs.
-        no_const: Which of the two log-prob conventions is used.
+        form: What counts as the log-prob of a step.
     """
 
     family: Family
@@ -59,7 +59,7 @@ class Recipe:
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
     dtype: torch.dtype
-    no_const: bool
+    form: LogProbForm
 
     @classmethod
     def of(
@@ -97,7 +97,7 @@ class Recipe:
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],
             dtype=dtype or dtype_named(record.model_dtype),
-            no_const=record.log_prob_no_const,
+            form=record.log_prob_form,
         )
 
     def check_env(self, env: DenoisingEnv, where: str = "") -> None:
@@ -142,33 +142,34 @@ class Recipe:
                 field=f"denoising_env.{place}.{field.name}",
             )
 
-    def score(
+    def run(
         self,
         transformer: Transformer,
         latents: Float[Tensor, " *latent"],
-        next_latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
         *,
         before: Float[Tensor, " *latent"] | None = None,
-    ) -> StepScore:
-        """Runs one step again and computes the log-prob of the recorded next latents, differentiable in the weights.
+    ) -> tuple[Float[Tensor, " *latent"], Float[Tensor, " *latent"] | None]:
+        """Runs one step again, differentiable in the weights; its results are what `evaluate` takes.
 
         A step that needs the clean prediction of the step before takes a forward of that step too.
 
         Args:
             transformer: The model, or a wrapper with its call signature.
             latents: The recorded latents before the step, on the transformer's device.
-            next_latents: The recorded latents after the step.
             step: The step, counted from 0.
             env: The sample's environment, on the transformer's device.
             before: The recorded latents before the step before; needed exactly if the transition needs that step.
+
+        Returns:
+            The guided velocity, and the clean prediction of the step before if the transition needs it.
         """
         previous: Tensor | None = None
         if self.transitions[step].needs_previous:
             assert before is not None
             previous = self.clean_prediction(self.velocity(transformer, before, step - 1, env), before, step - 1)
-        return self.evaluate(self.velocity(transformer, latents, step, env), latents, next_latents, step, previous)
+        return self.velocity(transformer, latents, step, env), previous
 
     def evaluate(
         self,
@@ -189,7 +190,7 @@ class Recipe:
         """
         this = self.transitions[step]
         mean = dynamics.step_mean(this, latents, velocity, self.dts[step], previous)
-        log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
+        log_prob = transition.log_prob(this, next_latents[None], mean[None], form=self.form)[0]
         return StepScore(velocity=velocity, mean=mean, std=this.std, log_prob=log_prob)
 
     def clean_prediction(
@@ -205,11 +206,11 @@ class Recipe:
         step: int,
         env: DenoisingEnv,
     ) -> Float[Tensor, " *latent"]:
-        """Computes the guided velocity of one step; the arguments are those of `score`."""
+        """Computes the guided velocity of one step; the arguments are those of `run`."""
         return self.family.velocity(transformer, self.step_input(latents, step, env), self.dtype)
 
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
-        """Returns the inputs of one step's velocity; the arguments are those of `score`."""
+        """Returns the inputs of one step's velocity; the arguments are those of `run`."""
         return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
 
 
@@ -241,6 +242,11 @@ def _check_record(record: SamplingRecord, family: Family) -> None:
         raise InvalidRequestError(
             f"schema_version must be {SCHEMA_VERSION}, got {record.schema_version}; use the flowroll that made the rollout.",
             field="schema_version",
+        )
+    if record.log_prob is not None and record.log_prob_no_const:
+        raise InvalidRequestError(
+            "log_prob must be null beside log_prob_no_const = true, got a form; use the record as it was sent.",
+            field="log_prob",
         )
     if record.guidance_rule not in (NO_GUIDANCE, family.guidance_rule):
         raise InvalidRequestError(

@@ -17,6 +17,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
+from flowroll.replay.precision import check_autocast_option, forward_dtypes
 from flowroll.types import DenoisingEnv, Rollout, Trajectory
 from flowroll.types.arguments import Integers
 from flowroll.types.plain import plain
@@ -29,10 +30,17 @@ class Place:
     Attributes:
         device: Its device.
         dtype: Of its inputs; None: as each rollout records.
+        autocast: What becomes of a call under `torch.autocast`.
     """
 
     device: torch.device
     dtype: torch.dtype | None
+    autocast: str = "refuse"
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast is on for the transformer's device."""
+        return torch.is_autocast_enabled(self.device.type)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +68,11 @@ class Source:
         """The number of transitions T."""
         return len(self.recipe.transitions)
 
+    @property
+    def steps_run(self) -> range:
+        """The steps that were run, counted from the beginning of the grid."""
+        return self.rollout.sampling.steps_run
+
     def states_of(self, step: int) -> list[int]:
         """Returns the states from which a step is replayed: before and after it, and before the step that it may need."""
         return [step - 1, step, step + 1] if self.recipe.transitions[step].needs_previous else [step, step + 1]
@@ -82,17 +95,25 @@ class Source:
 
 
 def place_of(
-    transformer: Transformer, rollouts: Sequence[Rollout], device: torch.device | str | None, dtype: torch.dtype | None
+    transformer: Transformer,
+    rollouts: Sequence[Rollout],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    autocast: str = "refuse",
 ) -> Place:
     """Resolves device and dtype once.
 
     Raises:
-        InvalidRequestError: No dtype is given, and the module's weights have another one than the rollouts record.
+        InvalidRequestError: No dtype is given, and the module's forward has another one than the rollouts record.
     """
-    weights = list(transformer.parameters()) if isinstance(transformer, nn.Module) else []
+    check_autocast_option(autocast)
+    module = transformer if isinstance(transformer, nn.Module) else None
     if device is None:
-        device = weights[0].device if weights else "cpu"
-    dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
+        device = next((weight.device for weight in module.parameters()), "cpu") if module else "cpu"
+    place = Place(device=torch.device(device), dtype=dtype, autocast=autocast)
+    dtypes = forward_dtypes(module) if module else set()
+    if autocast == "measure" and place.is_autocast:
+        dtypes.add(torch.get_autocast_dtype(place.device.type))
     recorded = {dtype_named(rollout.sampling.model_dtype) for rollout in rollouts}
     if dtype is None and dtypes and not recorded <= dtypes:
         shown = ", ".join(sorted(map(str, dtypes)))
@@ -101,9 +122,9 @@ def place_of(
             "dtype",
             f"be that of the rollouts, {wanted}",
             f"a transformer in {shown}",
-            "convert the transformer, or pass dtype= where its inputs are cast (FSDP mixed precision) or may differ",
+            "convert the transformer, let FSDP's mixed precision cast its weights, or pass dtype= and accept other bits",
         )
-    return Place(device=torch.device(device), dtype=dtype)
+    return place
 
 
 def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
@@ -152,19 +173,36 @@ def check_weights(transformer: Transformer) -> None:
 
 
 def check_autocast(place: Place) -> None:
-    """Refuses kernels of other dtypes than the engine's, unless the caller chose a dtype and thereby other bits.
+    """Refuses kernels of other dtypes than the engine's, unless the caller asked for them.
 
     It is not turned off here instead: a trainer that relies on it for speed or memory would not notice that it lost both.
 
     Raises:
         InvalidRequestError: Autocast is on for the transformer's device.
     """
-    if place.dtype is None and torch.is_autocast_enabled(place.device.type):
+    if place.autocast == "refuse" and place.is_autocast:
+        kind = place.device.type
         _refuse(
             "autocast",
             "be off, since the engine rolls out without it",
-            f"torch.autocast to {torch.get_autocast_dtype(place.device.type)} on {place.device.type}",
-            f'put replay in torch.autocast("{place.device.type}", enabled=False), or pass dtype= and accept other bits',
+            f"torch.autocast to {torch.get_autocast_dtype(kind)} on {kind}",
+            f'put replay in torch.autocast("{kind}", enabled=False), or pass autocast="measure" and accept other bits',
+        )
+
+
+def check_noticed_autocast(place: Place, dtypes: set[torch.dtype]) -> None:
+    """Refuses autocast that the transformer's own forward has turned on, as accelerate's `prepare` makes it do.
+
+    Raises:
+        InvalidRequestError: There was some, and the caller did not ask for it.
+    """
+    if place.autocast == "refuse" and dtypes:
+        _refuse(
+            "autocast",
+            "be off, since the engine rolls out without it",
+            f"a transformer whose forward turns on torch.autocast to {', '.join(sorted(map(str, dtypes)))}",
+            "pass the model without that wrapper (accelerate: unwrap_model(model, keep_fp32_wrapper=False)), or "
+            'autocast="measure" and accept other bits',
         )
 
 
@@ -180,23 +218,32 @@ def grid_fault(rollout: Rollout) -> str | None:
 
 
 def steps_of(sources: Sequence[Source], steps: Integers | None) -> tuple[int, ...]:
-    """Returns the steps of a call: the given ones, or all of them.
+    """Returns the steps of a call: the given ones, or all that were run.
 
     Raises:
-        InvalidRequestError: A step is out of range, or the rollouts differ in length and no steps are given.
+        InvalidRequestError: A step is out of range or was not run, or the rollouts differ in their steps and none are given.
     """
     lengths = sorted({source.num_steps for source in sources})
     if steps is None:
         if len(lengths) > 1:
             shown = f"rollouts of {' and '.join(map(str, lengths))} steps"
             _refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
-        return tuple(range(lengths[0]))
+        runs = sorted({(source.steps_run.start, source.steps_run.stop) for source in sources})
+        if len(runs) > 1:
+            shown = " and ".join(f"steps {start} to {stop - 1}" for start, stop in runs)
+            _refuse("steps", "be given for rollouts of different runs", shown, "name the steps, or call once per run")
+        return tuple(range(*runs[0]))
     chosen = tuple(plain(steps))
     if not chosen:
         _refuse("steps", "hold at least one step", "none", "leave it out for all steps")
     for step in chosen:
         if not isinstance(step, int) or not 0 <= step < lengths[0]:
             _refuse("steps", f"lie in 0..{lengths[0] - 1}", step, "count steps from 0")
+        for source in sources:
+            if step not in source.steps_run:
+                run = source.steps_run
+                shown = f"{step}, where rollout {source.index} ran {run.start} to {run.stop - 1}"
+                _refuse("steps", "be among the steps that were run", shown, "leave that step out")
     if len(set(chosen)) != len(chosen):
         _refuse("steps", "hold each step once", list(chosen), "remove the duplicates")
     return chosen

@@ -16,22 +16,24 @@ from flowroll.types.adapters import (
 from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
+from flowroll.types.forks import Branch
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     ALIASES,
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
-    MAX_SEED,
     MIN_SIGMA_GAP,
     ROLLOUT_FIELDS,
     GeneratorDevice,
+    ImageFormat,
     Number,
     SamplingParams,
     SdeType,
     StepOptions,
     by_field_name,
 )
+from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord, check_policy_name
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -43,10 +45,12 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
+from flowroll.types.starts import MAX_SEED
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
     "ALIASES",
+    "DEFAULT_POLICY",
     "MAX_GUIDANCE_SCALE",
     "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
@@ -58,6 +62,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdapterChange",
     "AdapterRecord",
+    "Branch",
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",
@@ -65,12 +70,17 @@ __all__ = [
     "GeneratedImage",
     "GeneratorDevice",
     "ImageFields",
+    "ImageFormat",
     "Layout",
     "LoraAdapter",
     "MemoryChange",
     "ModuleName",
     "Number",
     "ParallelPlan",
+    "Policy",
+    "PolicyChange",
+    "PolicyKind",
+    "PolicyRecord",
     "RecordedSteps",
     "Region",
     "Rollout",
@@ -90,6 +100,7 @@ __all__ = [
     "branch_digest",
     "by_field_name",
     "check_lora_name",
+    "check_policy_name",
     "check_version",
     "env_digests",
     "params_of",

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
+from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
+from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import check_lora_name
+from flowroll.types.forks import Fork, check_fork, plain_fork
+from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
+from flowroll.types.policies import DEFAULT_POLICY, check_policy_name
+from flowroll.types.prompts import check_token_ids
+from flowroll.types.rules import is_finite as _is_finite
+from flowroll.types.rules import is_int as _is_int
+from flowroll.types.rules import require as _require
+from flowroll.types.starts import check_seeds, check_start, count_samples
 from flowroll.types.weights import check_version
 
 # The names of the dynamics, aliases included. A type checker cannot read them from the registry; everything else can.
@@ -25,6 +34,8 @@ else:
     SdeType = Literal[NAMES]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
+# What an answer holds for the picture: float32, eight bits, the bytes of a PNG file, or nothing.
+ImageFormat: TypeAlias = Literal["tensor", "uint8", "png", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +51,6 @@ class StepOptions:
     noise_level: Number | None = None
 
 
-MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 MAX_REQUEST_ID_CHARS = 256
 MIN_SIGMA_GAP = 1e-6
@@ -64,29 +74,6 @@ _FLAGS = (
 )
 # The values that an evaluation may give besides the defaults, because they request nothing.
 _NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0, "rollout_debug_mode": False}
-
-
-def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise InvalidRequestError(f"{field_name} must {rule}, got {_shown(value)}; {remedy}.", field=field_name)
-
-
-def _shown(value: object) -> str:
-    """Returns a short text of a value."""
-    try:
-        shown = repr(value)
-    except ValueError:  # Python refuses to print integers of several thousand digits, also inside a tuple.
-        return "a huge integer"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    # math.isfinite would overflow for a huge integer.
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _dynamics(field_name: str, name: object, where: str = "") -> Dynamics:
@@ -124,15 +111,30 @@ class SamplingParams:
     their number.
 
     Attributes:
-        prompt: The text; may be empty.
+        prompt: The text; may be empty. It may be left out beside `prompt_token_ids`; given, it is then only repeated.
         negative_prompt: Text of the unconditional branch; used only when guidance runs. None: the family's own.
+        prompt_token_ids: The prompt as token ids, one list for each of the model's tokenizers, with the special tokens and the
+            template that the pipeline adds to a text, without padding. The bits are those of the text. None: `prompt` is it.
+        negative_prompt_token_ids: The same for the unconditional branch; excludes `negative_prompt`.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
+        init_seed: Seed of the initial noise: one for all samples, which then start from the same latents, or one per sample.
+            None: the sample's own seed.
+        sde_seed: Seed of the noise of the stochastic steps: one for all samples, or one per sample. None: the sample's own
+            seed.
+        latents: The state that the samples start from, in the place of initial noise: one for all samples, or with a first
+            dimension one per sample, in the shape of a trajectory's states; float32 or the model's dtype. It is not changed
+            while the request is open.
+        start_step: The step before which `latents` is the state; the steps before it are not run. None: 0, initial noise.
+        stop_step: The step before which the run ends; the state before it is the last one, and no picture is made of it unless
+            `image_format` asks for one. None: the run goes to its end.
+        fork: Steps at which samples fork, each with its number of children, e.g. {2: 4, 5: 2}. The children share all that came
+            before, and go on with noise of their own from that step. The answer has one entry per leaf. None: no forks.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
         width: Pixels; a multiple of the family's pixel unit. None: the family's.
         height: Pixels; a multiple of the family's pixel unit. None: the family's.
         num_inference_steps: Number of transitions T. None: the family's.
-        num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
+        num_outputs_per_prompt: Number of samples K. None: 1, or the length of a list of seeds.
         num_frames: 1 or None: an image. Taken for clients that always send it.
         fps: Any number; an image has no use for it. Taken for clients that always send it.
         guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None. None: the family's. Guidance runs above
@@ -144,6 +146,9 @@ class SamplingParams:
         rollout_sde_type: Dynamics of the stochastic steps.
         rollout_noise_level: 0 (every step is an ODE step), or a number within the limits of the dynamics.
         rollout_log_prob_no_const: Log-probs are minus the mean of (next - mean)^2, without scale and constants.
+        log_prob: The form of the log-probs: a `LogProbForm`, or a mapping of its fields: the "mean" or the "sum" over elements
+            (`reduce`), with or without `constants`, with or without the division by 2 std^2 (`inverse_variance`). Excludes
+            `rollout_log_prob_no_const`, which is the mean without either. None: the mean with both.
         rollout_debug_mode: Return the per-step debug tensors.
         rollout_return_denoising_env: Return every transformer argument.
         rollout_return_dit_trajectory: Return latents, timesteps and sigmas.
@@ -153,9 +158,14 @@ class SamplingParams:
         rollout_noise_levels: One noise level a step; short for `rollout_steps` with noise levels alone. None: the same for all
             steps.
         rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
+        image_format: What a rollout holds as its picture: "tensor" (float32 in [0, 1]), "uint8" (the eight bits that a PNG of
+            it would hold), "png" (the bytes of that file), or "none": nothing is decoded, and the final latents are returned.
+            None: "tensor", and "none" for a run that stops early.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
+        policy: The policy to run with, beside which no adapter is named; also the name of an adapter. None or "default": the
+            weights that the engine was last given.
         lora_name: The loaded adapter to run with. None: the one that a trainer has pushed in SGLang's
             mode "lora_merge", or the model as it is.
 
@@ -163,10 +173,18 @@ class SamplingParams:
         InvalidRequestError: A value breaks its rule.
     """
 
-    prompt: str
+    prompt: str | None = None
     negative_prompt: str | None = None
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
+    init_seed: int | tuple[int, ...] | None = None
+    sde_seed: int | tuple[int, ...] | None = None
+    latents: Tensor | None = field(default=None, hash=False)
+    start_step: int | None = None
+    stop_step: int | None = None
+    fork: Fork | Mapping[int, int] | None = None
     generator_device: GeneratorDevice = "cuda"
     width: int | None = None
     height: int | None = None
@@ -181,6 +199,7 @@ class SamplingParams:
     rollout_sde_type: SdeType = "sde"
     rollout_noise_level: Number = 0.7
     rollout_log_prob_no_const: bool = False
+    log_prob: LogProbForm | None = None
     rollout_debug_mode: bool = True
     rollout_return_denoising_env: bool = False
     rollout_return_dit_trajectory: bool = False
@@ -188,9 +207,11 @@ class SamplingParams:
     rollout_steps: tuple[StepOptions, ...] | None = None
     rollout_noise_levels: tuple[Number, ...] | None = None
     rollout_return_step_indices: tuple[int, ...] | None = None
+    image_format: ImageFormat | None = None
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
+    policy: str | None = None
     lora_name: str | None = None
 
     sde_type = Alias[SdeType]("rollout_sde_type")
@@ -203,17 +224,30 @@ class SamplingParams:
     noise_levels = Alias["tuple[Number, ...] | None"]("rollout_noise_levels")
     return_step_indices = Alias["tuple[int, ...] | None"]("rollout_return_step_indices")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SamplingParams):
+            return NotImplemented
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in self.__slots__)
+
     def __post_init__(self) -> None:
         self._take_plain()
         self._check_text()
         self._check_flags()
         self._check_sequences()
         self._check_numbers()
-        self._check_seeds()
+        check_seeds(self)
+        check_start(self)
+        check_fork(self.fork)
         self._check_sigmas()
+        self._check_log_prob()
         self._check_rollout()
         self._check_dynamics()
         self._check_evaluation()
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples that are started."""
+        return count_samples({name: getattr(self, name) for name in self.__slots__})
 
     @property
     def step_rules(self) -> tuple[StepRule, ...] | None:
@@ -230,20 +264,44 @@ class SamplingParams:
             for step in self.rollout_steps
         )
 
+    @property
+    def log_prob_form(self) -> LogProbForm:
+        """What counts as the log-prob of a step."""
+        return self.log_prob or (NO_CONST if self.rollout_log_prob_no_const else GAUSSIAN)
+
+    def _check_log_prob(self) -> None:
+        if self.log_prob is None:
+            return
+        given = as_log_prob_form(self.log_prob)
+        object.__setattr__(self, "log_prob", given)
+        alone = not self.rollout_log_prob_no_const
+        _require(alone, "log_prob", "be given without rollout_log_prob_no_const", "both", "send one of the two")
+
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
             text = getattr(self, name)
-            if text is None and name != "prompt":
+            if text is None and (name != "prompt" or self._has("prompt_token_ids")):
                 continue
+            if text is None:
+                message = "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."
+                raise InvalidRequestError(message, field="prompt")
             _require(isinstance(text, str), name, "be text", text, "send a string")
             most = MAX_REQUEST_ID_CHARS if name == "request_id" else MAX_PROMPT_CHARS
             _require(len(text) <= most, name, f"have at most {most} characters", len(text), "shorten it")
             valid = text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
             _require(valid, name, "be valid Unicode", text, "remove the unpaired surrogates")
+        check_token_ids("prompt_token_ids", self.prompt_token_ids)
+        check_token_ids("negative_prompt_token_ids", self.negative_prompt_token_ids)
+        both = self._has("negative_prompt") and self._has("negative_prompt_token_ids")
+        _require(not both, "negative_prompt_token_ids", "be given without negative_prompt", "both", "send one of the two")
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
+        if self.policy is not None:
+            check_policy_name(self.policy)
         if self.lora_name is not None:
             check_lora_name(self.lora_name)
+            alone = self.policy in (None, DEFAULT_POLICY)
+            _require(alone, "policy", "be given without lora_name", self.policy, "send one of the two")
         _require(self.request_id != "", "request_id", "not be empty", self.request_id, "leave it out for a generated one")
 
     def _check_flags(self) -> None:
@@ -256,6 +314,10 @@ class SamplingParams:
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)
+        for name in ("prompt_token_ids", "negative_prompt_token_ids"):
+            if isinstance(lists := getattr(self, name), tuple):
+                object.__setattr__(self, name, tuple(map(plain, lists)))
+        object.__setattr__(self, "fork", plain_fork(self.fork))
         if isinstance(self.rollout_steps, tuple):
             object.__setattr__(self, "rollout_steps", tuple(map(_step_options, self.rollout_steps)))
 
@@ -263,22 +325,6 @@ class SamplingParams:
         for name in _SEQUENCES:
             value = getattr(self, name)
             _require(value is None or isinstance(value, tuple), name, "be a tuple", value, "put the values in a tuple")
-
-    def _check_seeds(self) -> None:
-        remedy = f"use an integer from 0 to {MAX_SEED}"
-        if self.seed is not None:
-            last = self.seed + (self.num_outputs_per_prompt or 1) - 1 if _is_int(self.seed) else self.seed
-            _require(_is_int(self.seed) and self.seed >= 0, "seed", "be >= 0", self.seed, remedy)
-            _require(last <= MAX_SEED, "seed", "leave every seed + i below 2^32", self.seed, "use a smaller seed")
-        if self.seeds is None:
-            return
-        _require(self.seed is None, "seeds", "not be given together with seed", self.seeds, "send one of the two")
-        _require(len(self.seeds) > 0, "seeds", "hold at least one seed", self.seeds, "send one seed per output")
-        for value in self.seeds:
-            _require(_is_int(value) and 0 <= value <= MAX_SEED, "seeds", "hold integers in [0, 2^32)", value, remedy)
-        count = self.num_outputs_per_prompt
-        agrees = count is None or count == len(self.seeds)
-        _require(agrees, "seeds", f"hold num_outputs_per_prompt = {count} values", len(self.seeds), "send one seed per output")
 
     def _check_numbers(self) -> None:
         for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
@@ -311,9 +357,9 @@ class SamplingParams:
         )
 
     def _check_rollout(self) -> None:
-        devices = get_args(GeneratorDevice)
-        ok = self.generator_device in devices
-        _require(ok, "generator_device", f"be one of {', '.join(devices)}", self.generator_device, "choose one of these")
+        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", (None, *get_args(ImageFormat)))):
+            value = getattr(self, name)
+            _require(value in known, name, f"be one of {', '.join(filter(None, known))}", value, "choose one of these")
         for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
             indices = getattr(self, name)
             if indices is None:
@@ -366,16 +412,24 @@ class SamplingParams:
         """Refuses values that have no effect without a rollout."""
         if self.rollout:
             return
-        for name in ROLLOUT_FIELDS - {"rollout"}:
+        for name in ROLLOUT_FIELDS - {"rollout", "image_format"}:
             value = getattr(self, name)
             asks = value != DEFAULTS[name] and (name not in _NOTHING_ASKED or value != _NOTHING_ASKED[name])
             _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
 
 
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
+
+
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset(
+    {"rollout", "rollout_steps", "sde_seed", "stop_step", "fork", "log_prob", "image_format", *ALIASES.values()}
+)
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowroll.sampling.base import StepRule
+from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
-from flowroll.types.params import Number, SdeType
+from flowroll.types.forks import Branch
+from flowroll.types.params import ImageFormat, Number, SdeType
+from flowroll.types.policies import PolicyRecord
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
@@ -29,10 +32,10 @@ class SamplingRecord:
         variant: Variant of the family, e.g. "base", "turbo".
         sde_type: Dynamics of the stochastic steps.
         noise_level: The user's knob n.
-        log_prob_no_const: Which of the two log-prob conventions was used.
+        log_prob_no_const: Which of the two log-prob conventions was used, unless `log_prob` says another form.
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
-        negative_prompt: Text of the unconditional branch; None without guidance.
+        negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
@@ -48,9 +51,23 @@ class SamplingRecord:
         steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
             only what the request left them at. None: all chosen steps follow `sde_type`.
         lora: The adapter with which the sample was made; None: the model without an adapter.
+        policy: The policy with which the sample was made; None: the default.
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
+        init_seed: The seed of the initial noise; None where none was drawn, and in records from before this field.
+        sde_seed: The seed of the noise of the stochastic steps; None for plain generation, and in records from before this
+            field.
+        start_step: The first step that was run. Per-step values of a rollout have a row for each of the T steps all the same.
+        stop_step: The step before which the run ended; None: T.
+        branches: Of a leaf of a tree, its node at each level, from the first fork to the last one; before the first fork the
+            noise is of `sde_seed`, then of the seeds of these. None: the request had no fork.
+        latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
+            None: initial noise was drawn.
+        log_prob: The form of the log-probs, where the request gave one; None: as `log_prob_no_const` says.
+        prompt_token_ids: The token ids of the conditional branch, where the request gave these.
+        negative_prompt_token_ids: Those of the unconditional branch, where they were used.
+        image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
     family: str
@@ -75,14 +92,36 @@ class SamplingRecord:
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
+    policy: PolicyRecord | None = None
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
+    init_seed: int | None = None
+    sde_seed: int | None = None
+    start_step: int = 0
+    stop_step: int | None = None
+    branches: tuple[Branch, ...] | None = None
+    latents_sha256: str | None = None
+    log_prob: LogProbForm | None = None
+    image_format: ImageFormat = "tensor"
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        assert 0 <= self.start_step < self.steps_run.stop <= self.num_inference_steps
         assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
+
+    @property
+    def steps_run(self) -> range:
+        """The steps that were run, counted from the beginning of the grid."""
+        return range(self.start_step, self.num_inference_steps if self.stop_step is None else self.stop_step)
+
+    @property
+    def log_prob_form(self) -> LogProbForm:
+        """What counted as the log-prob of a step."""
+        return self.log_prob or (NO_CONST if self.log_prob_no_const else GAUSSIAN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,9 +220,11 @@ class Rollout:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
-        image: Decoded picture in [0, 1], float32.
+        image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
+            bytes of a PNG file, or None.
+        latents: Final latents in the loop's dtype, where nothing was decoded; None otherwise.
         log_probs: The log-prob of each step, float32; 0.0 at deterministic steps. None for an evaluation.
         sde_step_indices: The steps that have a density, ascending. None for an evaluation.
         debug_tensors: What every transition saw and made; None unless requested.
@@ -196,9 +237,10 @@ class Rollout:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
-    image: Float[Tensor, " 3 frames height width"]
+    image: Float[Tensor, " 3 frames height width"] | UInt8[Tensor, " 3 frames height width"] | bytes | None
+    latents: Float[Tensor, " *latent"] | None = None
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
     debug_tensors: DebugTensors | None = None
@@ -216,7 +258,7 @@ class GeneratedImage:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
         latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.
@@ -226,7 +268,7 @@ class GeneratedImage:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     image: Float[Tensor, " 3 frames height width"]
     latents: Float[Tensor, " *latent"]

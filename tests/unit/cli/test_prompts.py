@@ -56,6 +56,10 @@ def test_a_jsonl_line_may_give_every_field(write):
         "prompt": "a cat\nin two lines",
         "negative_prompt": "blur",
         "seeds": [7, 9],
+        "init_seed": 3,
+        "sde_seed": [1, 2],
+        "stop_step": 2,
+        "fork": {"1": 2},
         "generator_device": "cpu",
         "width": 64,
         "height": 80,
@@ -74,14 +78,18 @@ def test_a_jsonl_line_may_give_every_field(write):
         "return_denoising_env": True,
         "return_dit_trajectory": True,
         "rollout_steps": [{"dynamics": "ode"}, {"noise_level": 0.4}, {}],
+        "prompt_token_ids": [[5, 6], [7]],
         "return_step_indices": [0, 3],
+        "image_format": "png",
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",
+        "policy": "default",
         "lora_name": "old",
     }
-    # The first is `seeds` in another form, the others are `rollout_steps` in other forms.
-    others = {"seed", "rollout_sde_step_indices", "rollout_noise_levels"}
+    # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.
+    others = {"seed", "log_prob", "negative_prompt_token_ids", "rollout_sde_step_indices", "rollout_noise_levels"}
+    others |= {"latents", "start_step"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]

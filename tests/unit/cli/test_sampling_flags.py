@@ -10,13 +10,19 @@ from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
 
-FIELDS = [field.name for field in fields(SamplingParams)]
+FIELDS = [field.name for field in fields(SamplingParams) if field.name not in ("latents", "start_step")]
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),
     "negative_prompt": (["--negative-prompt", "blur"], "blur"),
+    "prompt_token_ids": (["--prompt-token-ids", "[[5, 6], [7]]"], ([5, 6], [7])),
+    "negative_prompt_token_ids": (["--negative-prompt-token-ids", "[[8]]"], ([8],)),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
+    "init_seed": (["--init-seed", "7"], 7),
+    "sde_seed": (["--sde-seed", "7,9"], (7, 9)),
+    "stop_step": (["--stop-step", "2"], 2),
+    "fork": (["--fork", '{"0": 2}'], {"0": 2}),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
     "width": (["--width", "64"], 64),
     "height": (["--height", "80"], 80),
@@ -31,6 +37,7 @@ ALL_FLAGS = {
     "rollout_sde_type": (["--rollout-sde-type", "cps"], "cps"),
     "rollout_noise_level": (["--rollout-noise-level", "0.3"], 0.3),
     "rollout_log_prob_no_const": (["--rollout-log-prob-no-const"], True),
+    "log_prob": (["--log-prob", '{"reduce": "sum"}'], {"reduce": "sum"}),
     "rollout_debug_mode": (["--no-rollout-debug-mode"], False),
     "rollout_return_denoising_env": (["--rollout-return-denoising-env"], True),
     "rollout_return_dit_trajectory": (["--rollout-return-dit-trajectory"], True),
@@ -38,9 +45,11 @@ ALL_FLAGS = {
     "rollout_steps": (["--rollout-steps", '[{"dynamics": "ode"}, {}]'], ({"dynamics": "ode"}, {})),
     "rollout_noise_levels": (["--rollout-noise-levels", "0.5,0"], (0.5, 0.0)),
     "rollout_return_step_indices": (["--rollout-return-step-indices", "3"], (3,)),
+    "image_format": (["--image-format", "uint8"], "uint8"),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),
+    "policy": (["--policy", "old"], "old"),
     "lora_name": (["--lora-name", "old"], "old"),
 }
 
@@ -121,7 +130,7 @@ def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     result = run_cli(command, "--help")
     text = " ".join(result.stdout.split())
     own = {"min_weight_version", "lora_name"}
-    without = {"generate": own, "rollout": {*own, "prompt", "request_id"}}[command]
+    without = {"generate": {*own, "policy"}, "rollout": {*own, "prompt", "request_id"}}[command]
     names = [name for name in FIELDS if name not in without]
     for name in names:
         assert "--" + name.replace("_", "-") in text

@@ -61,7 +61,7 @@ class Steps:
         self.conditioning = make_conditioning(model, plan)
         self.runner.use_threads(torch.get_num_threads())
         self.runner.add_request(0, self.conditioning)
-        keys = [self.runner.start_sample(sample_id, 0, seed) for sample_id, seed in enumerate(plan.seeds)]
+        keys = [self.runner.start_sample(planned.index, 0, planned) for planned in plan.samples]
         assert len(set(keys)) == 1
         self.samples = dict(self.runner._samples)
         assert list(self.samples) == [0, 1]
@@ -197,7 +197,7 @@ def leave_latents_on_the_cpu(steps: Steps, _: pytest.MonkeyPatch) -> None:
 
 
 def look_at_the_mean(_: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    def log_prob(this: Any, next_latents: Tensor, mean: Tensor, *, no_const: bool = False) -> Tensor:
+    def log_prob(this: Any, next_latents: Tensor, mean: Tensor, *, form: Any = None) -> Tensor:
         assert bool(mean.isfinite().all())
         return mean.new_zeros(len(mean))
 

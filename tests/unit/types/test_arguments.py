@@ -19,15 +19,21 @@ from flowroll import SamplingParams
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields, StepOptions
 from flowroll.types.arguments import Integer, Integers, Real, Reals
+from flowroll.types.forks import Fork
 
 KINDS = ("sync", "async")
 WIDER = {
+    LogProbForm: LogProbForm | Mapping[str, Any],
     int: Integer,
     int | float: Real,
     tuple[int, ...]: Integers,
+    int | tuple[int, ...]: Integer | Integers,
+    Fork | Mapping[int, int]: Mapping[int, int] | Sequence[tuple[int, int]],
     tuple[int | float, ...]: Reals,
+    tuple[tuple[int, ...], ...]: Sequence[Integers],
     tuple[StepOptions, ...]: Sequence[StepOptions | Mapping[str, Any]],
 }
 ARRAYS = [lambda values: np.array(values), lambda values: torch.tensor(values), lambda values: list(np.array(values))]

@@ -10,6 +10,7 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions
 
 # Values other than the defaults, by field.
@@ -17,6 +18,7 @@ CHOSEN = {
     "rollout_sde_type": "cps",
     "rollout_noise_level": 0.5,
     "rollout_log_prob_no_const": True,
+    "log_prob": LogProbForm(reduce="sum"),
     "rollout_debug_mode": False,
     "rollout_return_denoising_env": True,
     "rollout_return_dit_trajectory": True,
@@ -24,6 +26,10 @@ CHOSEN = {
     "rollout_steps": (StepOptions(noise_level=0.4), StepOptions(dynamics="dance")),
     "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
+    "sde_seed": 3,
+    "stop_step": 2,
+    "fork": {1: 2},
+    "image_format": "uint8",
 }
 
 
@@ -40,6 +46,27 @@ CHOSEN = {
         ("seeds", {"seeds": ()}),
         ("seeds", {"seeds": (1, -2)}),
         ("seeds", {"seeds": (1, 2), "num_outputs_per_prompt": 3}),
+        ("init_seed", {"init_seed": -1}),
+        ("init_seed", {"init_seed": True}),
+        ("init_seed", {"init_seed": ()}),
+        ("init_seed", {"init_seed": (1, 2**32)}),
+        ("init_seed", {"init_seed": (1, 2), "num_outputs_per_prompt": 3}),
+        ("init_seed", {"init_seed": (1, 2), "seeds": (1, 2, 3)}),
+        ("sde_seed", {"sde_seed": 2**32}),
+        ("stop_step", {"stop_step": 0}),
+        ("fork", {"fork": {}}),
+        ("fork", {"fork": {-1: 2}}),
+        ("fork", {"fork": {1: 1}}),
+        ("fork", {"fork": {1: 1025}}),
+        ("fork", {"fork": {1: True}}),
+        ("fork", {"fork": {"one": 2}}),
+        ("fork", {"fork": ((1, 2), (1, 3))}),
+        ("fork", {"fork": ((2, 2), (1, 3))}),
+        ("stop_step", {"stop_step": True}),
+        ("start_step", {"start_step": 1}),
+        ("start_step", {"start_step": -1}),
+        ("sde_seed", {"sde_seed": (1, 2, 3), "init_seed": (1, 2)}),
+        ("seed", {"seed": 2**32 - 1, "sde_seed": (1, 2)}),
         ("width", {"width": 0}),
         ("num_inference_steps", {"num_inference_steps": 0}),
         ("num_outputs_per_prompt", {"num_outputs_per_prompt": 0}),
@@ -202,9 +229,9 @@ def test_fields_without_a_prompt_are_refused_by_the_engine(z_image_checkpoint: P
             assert caught.value.field == "prompt"
 
 
-def test_every_rollout_field_but_the_switch_and_the_steps_has_a_short_name() -> None:
+def test_every_field_with_the_prefix_but_the_steps_has_a_short_name() -> None:
     assert {*CHOSEN, "rollout"} == ROLLOUT_FIELDS
-    named = set(CHOSEN) - {"rollout_steps"}
+    named = {name for name in CHOSEN if name.startswith("rollout_")} - {"rollout_steps"}
     assert {field: short for short, field in ALIASES.items()} == {name: name.removeprefix("rollout_") for name in named}
 
 
@@ -228,7 +255,7 @@ def test_an_alias_of_a_dynamics_becomes_its_name() -> None:
     assert params.rollout_sde_type == "dance" and params == SamplingParams(prompt="a cat", rollout_sde_type="dance")
 
 
-@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode"}))
+@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode", "image_format"}))
 def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
     # The server answered null where an environment was asked for.
     for name in {field, next((short for short, full in ALIASES.items() if full == field), field)}:
@@ -241,6 +268,7 @@ def test_an_evaluation_may_say_that_it_wants_nothing() -> None:
     nothing = {"return_denoising_env": False, "return_step_indices": None, "debug_mode": False}
     SamplingParams(prompt="a cat", rollout=False, **nothing, sde_type="ode", noise_level=0)
     SamplingParams(prompt="a cat", rollout=False, debug_mode=True, sde_type="sde", noise_level=0.7)
+    SamplingParams(prompt="a cat", rollout=False, image_format="uint8")
 
 
 def test_a_sigma_near_one_is_refused_with_its_step_and_what_to_do() -> None:

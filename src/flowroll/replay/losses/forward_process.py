@@ -67,7 +67,7 @@ def nft_loss(
 
 
 def _distance(errors: Tensor, sigmas: Tensor, scale: str) -> Tensor:
-    """The mean square of a pair's errors, as `nft_loss` says."""
+    """Returns the mean square of a pair's errors, as `nft_loss` says."""
     rows = errors.to(torch.float32).flatten(1)
     if scale == "velocity":
         return rows.square().mean(dim=1)

@@ -63,7 +63,7 @@ def normalised_ratio(
     old_means: Float[Tensor, " pairs *latent"],
     stds: Float[Tensor, " pairs"],
 ) -> Float[Tensor, " pairs"]:
-    """GRPO-Guard's ratio: the bias of log p - log p_old is added back, and its spread made the same at every step.
+    """Returns GRPO-Guard's ratio: the bias of log p - log p_old is added back, and its spread made the same at every step.
 
         exp(std (log p - log p_old + mean (m - m_old)^2 / (2 std^2)))
 
