@@ -32,7 +32,7 @@ EXTRA_OPS: dict[str, Counter[str]] = {
     "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, sum=4, _local_scalar_dense=4),
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
-    "flux2": Counter(),
+    "flux2": Counter(mul=1, add=1, copy_=2, reciprocal=1, zeros_like=1, constant_pad_nd=1, sum=3, _local_scalar_dense=3),
     "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
 }
 
