@@ -108,7 +108,7 @@ def test_the_environment_reproduces_every_velocity(
     with torch.no_grad():
         for step in range(4):
             timestep = timesteps[step : step + 1]
-            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance)
+            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance, is_first=step == 0)
             velocity = family.velocity(transformer, one, model_dtype)
             assert torch.equal(velocity.float(), debug.model_output[step])
 

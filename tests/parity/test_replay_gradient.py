@@ -48,7 +48,7 @@ def log_prob_in_float64(transformer: nn.Module, rollout: Rollout, step: int) -> 
     x, following = trajectory.latents[step].double(), trajectory.latents[step + 1].double()
     guidance = family.guidance(record.guidance_scale)
     with torch.no_grad():
-        one = StepInput(latents=x, timestep=timestep, env=in_float64(env), guidance=guidance)
+        one = StepInput(latents=x, timestep=timestep, env=in_float64(env), guidance=guidance, is_first=step == 0)
         v = family.velocity(transformer, one, torch.float64).double()
     density = torch.distributions.Normal(this.on_latents * x + this.on_velocity * v, this.std)
     return float(density.log_prob(following).mean())

@@ -10,7 +10,6 @@ from tests.proofs.doors import assert_same_samples, together
 
 from flowroll.engine import Engine
 
-
 TWO_RANKS = ("sp2", "cfg2", "tp2")
 
 

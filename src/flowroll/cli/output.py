@@ -22,7 +22,7 @@ from flowroll.types import GeneratedImage, Rollout
 _ANY_WIDTH = 10_000
 
 
-def save_png(image: Float[Tensor, " 3 1 height width"], path: Path) -> None:
+def save_png(image: Float[Tensor, " colors 1 height width"], path: Path) -> None:
     """Writes a picture in [0, 1] as an 8-bit PNG."""
     from flowroll.wire.png import encode_png
 

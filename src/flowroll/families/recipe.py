@@ -210,7 +210,8 @@ class Recipe:
 
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
         """Returns the inputs of one step's velocity; the arguments are those of `score`."""
-        return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
+        timestep = self.timesteps[step : step + 1]
+        return StepInput(latents=latents, timestep=timestep, env=env, guidance=self.guidance, is_first=step == 0)
 
 
 def _transitions(

@@ -198,7 +198,7 @@ class Rollout:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, " 3 frames height width"]
+    image: Float[Tensor, " colors frames height width"]
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
     debug_tensors: DebugTensors | None = None
@@ -228,7 +228,7 @@ class GeneratedImage:
     request_id: str
     prompt: str
     seed: int
-    image: Float[Tensor, " 3 frames height width"]
+    image: Float[Tensor, " colors frames height width"]
     latents: Float[Tensor, " *latent"]
     sampling: SamplingRecord
     weight_version: str

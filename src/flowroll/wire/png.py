@@ -13,7 +13,7 @@ with extra_for("A PNG file", "engine"):
     from PIL import Image
 
 
-def encode_png(image: Float[Tensor, " 3 1 height width"]) -> bytes:
+def encode_png(image: Float[Tensor, " colors 1 height width"]) -> bytes:
     """Encodes an image as 8-bit PNG, with the rounding of diffusers' own image processor.
 
     Args:

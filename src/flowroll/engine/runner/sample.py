@@ -61,7 +61,7 @@ class Conditioning:
             model=model,
             transformer=model.adapters.transformer(plan.params.lora_name),
             env=env,
-            fixed=model.family.conditioning.fixed_inputs(env, is_guided=plan.guidance.is_active),
+            fixed=model.family.fixed_inputs(env, is_guided=plan.guidance.is_active),
             timesteps=timesteps,
             dts=sigmas[1:] - sigmas[:-1],
             record=record,
@@ -121,6 +121,7 @@ class Sample:
             timestep=conditioning.timesteps[self.step : self.step + 1],
             env=conditioning.env,
             guidance=conditioning.plan.guidance,
+            is_first=self.step == 0,
             fixed=conditioning.fixed,
         )
 
