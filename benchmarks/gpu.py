@@ -47,7 +47,7 @@ SEED = 0
 
 def transformer_class(family: str) -> type[nn.Module]:
     """The class of the family's transformers, as its pipeline declares it."""
-    pipeline = getattr(diffusers, FAMILIES[family].pipeline_class)
+    pipeline = getattr(diffusers, FAMILIES[family].pipeline_classes[0])
     found: type[nn.Module] = typing.get_type_hints(pipeline.__init__)["transformer"]
     return found
 

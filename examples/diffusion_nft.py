@@ -73,10 +73,16 @@ class Learner:
         with torch.no_grad():
             before = torch.stack(replay.velocities(old, rollout, mixed, steps=steps))
         now = torch.stack(replay.velocities(policy, rollout, mixed, steps=steps))
-        target, b = torch.stack(noises) - clean, self._strength
-        good = ((1 - b) * before + b * now - target).square().mean()
-        bad = ((1 + b) * before - b * now - target).square().mean()
-        return optimality * good + (1 - optimality) * bad
+        count = len(steps)
+        return replay.nft_loss(
+            now,
+            before,
+            torch.stack(noises) - clean,
+            sigmas[steps],
+            optimality.expand(count),
+            beta=self._strength,
+            scale="velocity",
+        )
 
 
 def optimality_of(advantages: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:

@@ -74,12 +74,11 @@ class Learner:
     def _gradient(self, policy: nn.Module, batch: Batch, chosen: Sequence[int]) -> float:
         """Adds up the gradient over these samples; returns the largest |ratio - 1|."""
         rollouts, advantages = [batch.rollouts[index] for index in chosen], batch.advantages[chosen]
-        total = sum(len(rollout.sde_step_indices or ()) for rollout in rollouts)
         largest = 0.0
         for part in replay.micro_batches(policy, rollouts, micro_batch=_MICRO_BATCH):
             ratios = replay.ratio(part.log_probs, part.old_log_probs)
             loss = replay.clipped_loss(ratios, advantages[list(part.samples)], clip_range=_CLIP_RANGE)
-            (loss * len(part.samples) / total).backward()
+            (loss * part.weight).backward()
             largest = max(largest, float((ratios.detach() - 1).abs().max()))
         return largest
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, SamplingRecord, Trajectory
 from flowroll.families import FAMILIES, ModelSpec
 from flowroll.families.conditioning import TOKENS
+from flowroll.types import ImageFormat
+from flowroll.wire.png import in_format
 
 
 def make_rollout(
@@ -21,6 +23,7 @@ def make_rollout(
     dtype: torch.dtype = torch.bfloat16,
     guided: bool = True,
     seed: int = 0,
+    image_format: ImageFormat = "tensor",
     **overrides: Any,
 ) -> Rollout:
     """A rollout with random content that depends on the arguments alone.
@@ -34,6 +37,7 @@ def make_rollout(
         dtype: Of the embeddings.
         guided: Whether there is an unconditional branch.
         seed: Of the sample, and of its content.
+        image_format: Of the picture.
         **overrides: Fields of `Rollout`, e.g. `debug_tensors=None`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -58,11 +62,13 @@ def make_rollout(
         return {**values, **made.size_fields(geometry, tokens, dtype)}
 
     record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
+    record = dataclasses.replace(record, image_format=image_format)
     fields: dict[str, Any] = {
         "request_id": "request-0",
         "prompt": 'a cat that says "π ≈ 3", 猫',
         "seed": seed,
-        "image": torch.rand((3, 1, height, width), generator=generator),
+        "image": in_format(torch.rand((3, 1, height, width), generator=generator), image_format),
+        "latents": normal(*latent) if image_format == "none" else None,
         "log_probs": normal(steps),
         "sde_step_indices": tuple(range(steps)),
         "debug_tensors": DebugTensors(

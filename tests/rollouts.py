@@ -10,9 +10,9 @@ from flowroll import Rollout
 
 def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a rollout returns, by name."""
-    yield "image", rollout.image
-    if rollout.log_probs is not None:
-        yield "log_probs", rollout.log_probs
+    for name in ("image", "latents", "log_probs"):
+        if isinstance(value := getattr(rollout, name), Tensor):
+            yield "final_latents" if name == "latents" else name, value
     for part in (rollout.debug_tensors, rollout.dit_trajectory):
         if part is not None:
             for name in part.__dataclass_fields__:
@@ -33,5 +33,6 @@ def assert_same_bits(a: Rollout, b: Rollout) -> None:
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name
         assert torch.equal(tensor, right[name]), name
+    assert isinstance(a.image, Tensor) or a.image == b.image
     assert a.sampling == b.sampling
     assert a.sde_step_indices == b.sde_step_indices

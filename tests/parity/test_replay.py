@@ -231,13 +231,14 @@ def test_micro_batches_give_the_gradient_of_the_whole(
     group = engine_of(name, "float32").rollout(**REQUEST, num_outputs_per_prompt=2)
     advantages = torch.tensor([1.0, -1.0])
     whole, parts = (trainer_of(pipeline_of(name, "float32")) for _ in range(2))
-    (replay.log_prob(whole, group).cpu() * advantages[:, None]).sum().backward()
+    (replay.log_prob(whole, group).cpu() * advantages[:, None]).mean().backward()
     seen = []
     for batch in replay.micro_batches(parts, group, micro_batch=4):
         assert torch.equal(batch.log_probs.detach(), batch.old_log_probs)
         assert len(batch.scores) == len(batch.stds) <= 4
         seen += list(zip(batch.samples, batch.steps, strict=True))
-        (batch.log_probs.cpu() * advantages[list(batch.samples)]).sum().backward()
+        loss = (batch.log_probs.cpu() * advantages[list(batch.samples)]).mean()
+        (loss * batch.weight).backward()
     assert seen == [(sample, step) for sample in (0, 1) for step in (0, 1, 2)]
     for left, right in zip(whole.parameters(), parts.parameters(), strict=True):
         if left.grad is not None:

@@ -59,14 +59,14 @@ def test_the_ratio_is_exactly_one_through_fsdp(
         transformer = sharded(
             weights.float(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
         )
-        log_probs = replay.log_prob(transformer, group, dtype=torch.bfloat16)
     else:
         transformer = sharded(weights)
-        log_probs = replay.log_prob(transformer, group)
+    log_probs = replay.log_prob(transformer, group)
     recorded = torch.stack([rollout.log_probs for rollout in group])
     assert torch.equal(log_probs.detach(), recorded)
     log_probs.sum().backward()
     assert any(weight.grad is not None and weight.grad.to_local().any() for weight in transformer.parameters())
+    assert replay.audit(transformer, group).is_exact
 
 
 def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, file: Path, out: Path) -> None:

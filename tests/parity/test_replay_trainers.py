@@ -1,6 +1,7 @@
 """What trainers do to a transformer: peft's own LoRA on it, autocast around it."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,48 @@ def test_autocast_is_refused_where_it_would_run_other_kernels(
             next(waiting)
         with torch.autocast(device, enabled=False):
             assert torch.equal(replay.log_prob(transformer, group).detach().cpu(), recorded(group))
-        on_purpose = replay.log_prob(transformer, group, dtype=torch.float32)
+        with pytest.raises(InvalidRequestError, match="autocast must be refuse or measure, got 'on'"):
+            replay.log_prob(transformer, group, autocast="on")
+        with pytest.warns(UserWarning, match=r"torch\.autocast to torch\.bfloat16 is on .* up to .* off") as warned:
+            on_purpose = replay.log_prob(transformer, group, autocast="measure")
         (cause,) = replay.audit(transformer, group).causes
     assert not torch.equal(on_purpose.detach().cpu(), recorded(group))
-    assert cause.kind == "dtype" and "torch.autocast is on" in cause.message
+    assert cause.kind == "dtype" and "torch.autocast to torch.bfloat16 is on" in cause.message
+    measured = re.search(r"up to (\S+) off", " ".join(str(warning.message) for warning in warned))
+    first = on_purpose[0, 0].detach().cpu() - recorded(group)[0, 0]
+    assert measured is not None and float(measured[1]) == pytest.approx(abs(first.exp().item() - 1), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_that_a_wrapper_turns_on_is_noticed(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], device: str, name: str
+) -> None:
+    """As accelerate's `prepare` wraps a model: from outside autocast is off."""
+    group = engine_of(name, "float32").rollout(**REQUEST)
+    transformer = copy.deepcopy(pipeline_of(name, "float32").transformer)
+    transformer.forward = torch.autocast(device, dtype=torch.bfloat16)(transformer.forward)
+    assert group[0].dit_trajectory is not None
+    latents = [group[0].dit_trajectory.latents[0]]
+    words = r"whose forward turns on torch\.autocast to torch\.bfloat16; .*unwrap"
+    with pytest.raises(InvalidRequestError, match=words):
+        replay.log_prob(transformer, group)
+    with pytest.raises(InvalidRequestError, match=words):
+        replay.velocities(transformer, group[0], latents, steps=[0])
+    with pytest.warns(UserWarning, match="up to .* off"):
+        replay.log_prob(transformer, group, autocast="measure")
+    replay.velocities(transformer, group[0], latents, steps=[0], autocast="measure")
+    (cause,) = replay.audit(transformer, group).causes
+    assert cause.kind == "dtype" and "torch.autocast to torch.bfloat16 is on" in cause.message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_weights_run_a_rollout_of_bfloat16_under_autocast_if_asked_to(
+    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], device: str, name: str
+) -> None:
+    group = engine_of(name, "bfloat16").rollout(**REQUEST)
+    transformer = pipeline_of(name, "bfloat16").transformer
+    masters = copy.deepcopy(transformer).float()
+    with torch.autocast(device, dtype=torch.bfloat16), pytest.warns(UserWarning, match="up to .* off"):
+        log_probs = replay.log_prob(masters, group, autocast="measure").detach().cpu()
+    # Near, since the linears are the same; in FLUX.1, whose norms have no weights, even equal.
+    torch.testing.assert_close(log_probs, recorded(group), rtol=0, atol=0.5 if name == "flux" else 0.05)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -68,6 +69,36 @@ def test_rollouts_over_http_have_the_bits_of_the_engine(
     for ours, theirs in zip(expected, received, strict=True):
         assert_same_bits(ours, theirs)
         assert (theirs.seed, theirs.prompt) == (ours.seed, ours.prompt)
+
+
+def test_token_ids_travel_and_have_the_bits_of_their_text(z_service: EngineService) -> None:
+    tokenizer = z_service.engine._pipeline.tokenizer
+    messages = [{"role": "user", "content": SMALL["prompt"]}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    ids = [tokenizer(text).input_ids]
+    body = {name: value for name, value in SMALL.items() if name != "prompt"}
+    with serving(z_service) as client:
+        (by_text,) = decoded(post(client, {**SMALL, "rollout_return_denoising_env": True}))
+        (by_ids,) = Client(str(client.base_url)).rollout(**body, prompt_token_ids=ids, return_denoising_env=True)
+        nothing = post(client, body)
+        (image,) = Client(str(client.base_url)).generate(**body, prompt_token_ids=ids)
+    assert (by_ids.prompt, by_ids.sampling.prompt_token_ids) == (None, (tuple(ids[0]),))
+    assert_same_bits(by_text, replace(by_ids, sampling=by_text.sampling))
+    assert image.prompt is None
+    assert nothing.status_code == 422 and nothing.json()["error"]["field"] == "prompt"
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])
+@pytest.mark.parametrize("image_format", ["uint8", "png", "none"])
+def test_every_form_of_the_picture_travels(z_service: EngineService, media_type: str, image_format: Any) -> None:
+    with serving(z_service) as client:
+        response = post(client, {**SMALL, "image_format": image_format}, accept=media_type)
+        (named,) = Client(str(client.base_url)).rollout(**SMALL, image_format=image_format)
+        refused = client.post("/generate", json={**SMALL, "image_format": image_format})
+    (ours,) = z_service.engine.rollout(SamplingParams(**SMALL, image_format=image_format))
+    assert_same_bits(ours, decoded(response)[0])
+    assert_same_bits(ours, named)
+    assert refused.status_code == 422 and "use POST /rollout/generate" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,8 +27,10 @@ def generate(
 ) -> None:
     """Make pictures, or with --rollout whole rollouts, of one prompt.
 
-    Writes one PNG per sample, and with --rollout one safetensors file per sample beside it.
+    Writes one PNG per sample, and with --rollout one safetensors file per sample beside it; with --image-format none no PNG.
     """
+    if not given.keys() & {"prompt", "prompt_token_ids"}:
+        raise typer.BadParameter("--prompt must be given, got nothing; give one prompt, or --prompt-token-ids.")
     is_rollout = given.get("rollout", False)
     misplaced = sorted(name for name in set(given) - {"rollout"} if ALIASES.get(name, name) in ROLLOUT_FIELDS)
     if not is_rollout and misplaced:
@@ -53,7 +55,8 @@ def _write(samples: Sequence[Rollout | GeneratedImage], out: Path) -> list[Path]
     files = []
     for index, sample in enumerate(samples):
         file = out / f"sample-{index:03d}-seed-{sample.seed}.png"
-        save_png(sample.image, file)
+        if sample.image is not None:
+            save_png(sample.image, file)
         if isinstance(sample, Rollout):
             file = file.with_suffix(".safetensors")
             save_rollout(file, sample)

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
-from jaxtyping import Float
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,11 +21,11 @@ from flowroll.types import GeneratedImage, Rollout
 _ANY_WIDTH = 10_000
 
 
-def save_png(image: Float[Tensor, " colors 1 height width"], path: Path) -> None:
-    """Writes a picture in [0, 1] as an 8-bit PNG."""
+def save_png(image: Tensor | bytes, path: Path) -> None:
+    """Writes a picture as an 8-bit PNG, whichever form it has in a rollout."""
     from flowroll.wire.png import encode_png
 
-    path.write_bytes(encode_png(image))
+    path.write_bytes(image if isinstance(image, bytes) else encode_png(image))
 
 
 def tensors_of(rollout: Rollout) -> list[tuple[str, Tensor]]:

@@ -79,7 +79,7 @@ def _fields(where: str, line: str) -> dict[str, Any]:
         value = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{where} must be JSON, got {error}; write one object a line.", field="prompts") from error
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+    if not isinstance(value, dict) or not (isinstance(value.get("prompt"), str) or "prompt_token_ids" in value):
         shown = line if len(line) <= 80 else line[:77] + "..."
         raise InvalidRequestError(f'{where} must hold a text under "prompt", got {shown}; add one.', field="prompts")
     return value

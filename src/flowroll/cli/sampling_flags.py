@@ -79,7 +79,7 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
             return float, {}
         assert len(members) == 1, f"no flag for {hint}"
         return _flag_type(members[0])
-    if get_origin(hint) is tuple and get_args(hint)[0] is StepOptions:
+    if get_origin(hint) is tuple and (get_args(hint)[0] is StepOptions or get_origin(get_args(hint)[0]) is tuple):
         return str, {"parser": _json_list, "metavar": "JSON"}
     if get_origin(hint) is tuple:
         item, _ = _flag_type(get_args(hint)[0])
@@ -96,7 +96,7 @@ def _json_list(text: str) -> tuple[Any, ...]:
         found = None
     if not isinstance(found, list):
         raise typer.BadParameter(
-            f'must be a JSON list, got {text!r}; write \'[{{"noise_level": 0.8}}, {{"dynamics": "ode"}}]\'.'
+            f'must be a JSON list, got {text!r}; write for example \'[{{"noise_level": 0.8}}, {{"dynamics": "ode"}}]\'.'
         )
     return tuple(found)
 

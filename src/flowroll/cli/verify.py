@@ -66,17 +66,20 @@ def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> Denois
     """Encodes a rollout's prompts with this model, and returns the resulting env."""
     import torch
 
-    from flowroll.engine.plan import plan_geometry
+    from flowroll.engine.plan import BranchText, plan_geometry
+    from flowroll.engine.runner.pipeline import encode_branch
 
     record = rollout.sampling
 
-    def branch(prompt: str) -> Mapping[str, EnvValue]:
+    def branch(text: str | None, ids: tuple[tuple[int, ...], ...] | None) -> Mapping[str, EnvValue]:
         with torch.no_grad():
-            return model.family.encode(pipeline, model.family.prompt(prompt, record.variant))
+            return encode_branch(model, pipeline, record.variant, BranchText(text=text, token_ids=ids))
 
-    negative = None if record.negative_prompt is None else branch(record.negative_prompt)
+    is_guided = record.negative_prompt is not None or record.negative_prompt_token_ids is not None
+    negative = branch(record.negative_prompt, record.negative_prompt_token_ids) if is_guided else None
     geometry = plan_geometry(model, height=record.height, width=record.width)
-    return model.family.env(branch(rollout.prompt), negative, geometry, embedded=record.embedded_guidance_scale)
+    positive = branch(rollout.prompt, record.prompt_token_ids)
+    return model.family.env(positive, negative, geometry, embedded=record.embedded_guidance_scale)
 
 
 def _only(what: str, values: Sequence[str]) -> str:

@@ -69,6 +69,11 @@ class Checkpoint:
     stored: Mapping[str, Mapping[str, str]]
 
     @property
+    def pipeline_class(self) -> str:
+        """The name of the pipeline's class."""
+        return str(self.index["_class_name"])
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The components that have weights: the transformer, the VAE, and the text encoders that were saved."""
         return tuple(self.stored)
@@ -200,7 +205,7 @@ def examine_checkpoint(folder: Path, *, variant: str | None) -> Checkpoint:
     """
     index = read_json(folder / _INDEX, f"{folder} must be a diffusers checkpoint folder")
     family = family_of_pipeline(str(index.get("_class_name")))
-    variant = _resolve_variant(family, variant or _noted_variant(folder))
+    variant = _resolve_variant(family, index, variant or _noted_variant(folder))
     encoders, tokenizers = (_saved(index, family, names) for names in (family.text_encoders, family.tokenizers))
     stored = {name: _check_module(_component(folder, name), name) for name in (_TRANSFORMER, _VAE, *encoders)}
     for encoder, name in zip(family.text_encoders, family.tokenizers, strict=False):
@@ -246,8 +251,8 @@ def _noted_variant(folder: Path) -> str | None:
     return variant
 
 
-def _resolve_variant(family: Family, variant: str | None) -> str:
-    known = list(family.variants)
+def _resolve_variant(family: Family, index: Mapping[str, Any], variant: str | None) -> str:
+    known = family.variants_of(index)
     if variant is None:
         return known[0]
     if variant not in known:

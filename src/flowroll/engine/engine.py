@@ -20,7 +20,7 @@ from flowroll.engine.adapters.files import AdapterFiles, adapter_of, find_adapte
 from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
 from flowroll.engine.arguments import image_request, rollout_request
-from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
 from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.facts import ModelFacts
@@ -138,7 +138,7 @@ class Engine:
         self._log_probs = LogProbs(self._model, self._executor, self._offload, versions)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
-        self.info = _describe(self._model, str(checkpoint.folder), layout, limits, adapter_limits)
+        self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits)
 
     def __enter__(self) -> Engine:
         return self
@@ -782,12 +782,14 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _describe(model: LoadedModel, folder: str, layout: Layout, limits: Limits, adapter_limits: AdapterLimits) -> EngineInfo:
+def _describe(
+    model: LoadedModel, checkpoint: Checkpoint, layout: Layout, limits: Limits, adapter_limits: AdapterLimits
+) -> EngineInfo:
     return EngineInfo(
-        model=folder,
+        model=str(checkpoint.folder),
         family=model.family.name,
         variant=model.variant,
-        pipeline=model.family.pipeline_class,
+        pipeline=checkpoint.pipeline_class,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         parameters=count_parameters(model.transformer),

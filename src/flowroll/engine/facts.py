@@ -11,6 +11,23 @@ from flowroll.sampling.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFacts:
+    """What a pipeline demands of the token ids that stand for those of one of its tokenizers.
+
+    Attributes:
+        name: The pipeline's component, e.g. "tokenizer_2".
+        max_tokens: The number of tokens at which the pipeline has a text cut.
+        num_ids: The number of ids that the text encoder knows, from 0 up.
+        template: The ids in front of every prompt, whose embeddings the pipeline leaves out.
+    """
+
+    name: str
+    max_tokens: int
+    num_ids: int
+    template: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """A loaded model without its weights.
 
@@ -21,6 +38,7 @@ class ModelFacts:
         schedule_config: The configuration of its sigma grid.
         device: The device of its modules.
         dtype: The dtype of its weights.
+        tokenizers: The tokenizers that make ids of a prompt; empty where a prompt cannot be given as token ids.
     """
 
     family: Family
@@ -29,6 +47,7 @@ class ModelFacts:
     schedule_config: ScheduleConfig
     device: torch.device
     dtype: torch.dtype
+    tokenizers: tuple[TokenizerFacts, ...] = ()
 
     @property
     def defaults(self) -> Defaults:

@@ -17,9 +17,10 @@ from torch import nn
 
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
-from flowroll.engine.facts import ModelFacts
+from flowroll.engine.facts import ModelFacts, TokenizerFacts
 from flowroll.engine.scratch import scratch_folder
 from flowroll.engine.templates import check_chat_template
+from flowroll.engine.tokens import listen
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
@@ -82,16 +83,24 @@ def load_model(
         pipeline = _load_pipeline(checkpoint, dtype, mesh)
         pipeline.to(device)
         spec = checkpoint.family.spec(pipeline)
-        _check_text(checkpoint, pipeline, spec)
+        tokenizers = _check_text(checkpoint, pipeline, spec)
     except FlowrollError:
         raise
     except Exception as error:
         raise _unloadable(checkpoint, error) from error
-    return build_model(checkpoint, pipeline.transformer, spec, device=device, dtype=dtype, mesh=mesh), pipeline
+    model = build_model(checkpoint, pipeline.transformer, spec, device=device, dtype=dtype, mesh=mesh, tokenizers=tokenizers)
+    return model, pipeline
 
 
 def build_model(
-    checkpoint: Checkpoint, transformer: Any, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
+    checkpoint: Checkpoint,
+    transformer: Any,
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None,
+    tokenizers: tuple[TokenizerFacts, ...] = (),
 ) -> LoadedModel:
     """Makes the model of a loaded transformer, with its adapters and its strategy."""
     over_ranks: dict[str, Any] = {}
@@ -107,6 +116,7 @@ def build_model(
         schedule_config=checkpoint.schedule_config,
         device=device,
         dtype=dtype,
+        tokenizers=tokenizers,
     )
 
 
@@ -224,7 +234,7 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
     }
     parts = {**modules, **_tokenizers(checkpoint), **dict.fromkeys(checkpoint.absent)}
     # The class itself: `DiffusionPipeline` would load the components that it does not know to be optional.
-    pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
+    pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
     with _with_plain_classes(checkpoint) as folder:
         pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -286,13 +296,17 @@ def _with_plain_classes(checkpoint: Checkpoint) -> Iterator[Path]:
         yield folder
 
 
-def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
-    """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request."""
+def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> tuple[TokenizerFacts, ...]:
+    """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request.
+
+    Returns:
+        The facts about the tokenizers that this shows.
+    """
     family = checkpoint.family
     for name in family.tokenizers:
         check_chat_template(name, getattr(pipeline, name, None), _PROBE)
     with torch.no_grad():
-        encoded = family.encode(pipeline, family.prompt(_PROBE, checkpoint.variant))
+        encoded, tokenizers = listen(family, pipeline, checkpoint.variant, _PROBE)
     embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
     names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)
@@ -309,10 +323,11 @@ def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> None:
                 f"{names} must give {field.name} of shape {sizes}, which the transformer takes, got {list(value.shape)}; save "
                 "the transformer with the text encoders that it was trained with."
             )
+    return tokenizers
 
 
 def _unloadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     """Makes the error for an exception of the libraries, which is about content that the earlier checks could not reach."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    wanted = checkpoint.family.pipeline_class
+    wanted = checkpoint.pipeline_class
     return CheckpointError(f"{checkpoint.folder} must load as {wanted}, got {reason}; save the checkpoint again.")

@@ -32,7 +32,7 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
     try:
         modules = {name: empty_module(checkpoint, name) for name in ("transformer", "vae")}
         # Requests are also checked against values that the pipeline itself computes from the configurations.
-        pipeline_class = getattr(diffusers, checkpoint.family.pipeline_class)
+        pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
         others = (*checkpoint.family.text_encoders, *checkpoint.family.tokenizers, "scheduler")
         taken = inspect.signature(pipeline_class.__init__).parameters
         options = {name: value for name, value in checkpoint.options.items() if name in taken}
@@ -41,7 +41,7 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
     except FlowrollError:
         raise
     except Exception as error:
-        wanted = checkpoint.family.pipeline_class
+        wanted = checkpoint.pipeline_class
         raise CheckpointError(
             f"{checkpoint.folder} must describe a {wanted}, got {error}; save the checkpoint again."
         ) from error

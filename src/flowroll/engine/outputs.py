@@ -22,6 +22,7 @@ from flowroll.types import (
     all_finite,
     env_digests,
 )
+from flowroll.wire.png import in_format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +31,12 @@ class Finished:
 
     Attributes:
         sample: The sample after its last step.
-        image: The picture of the sample, on the CPU.
+        image: The picture of the sample, on the CPU; None where the request asks for no picture.
         seconds: The wall time from the sample's start to the end of its decoding, in seconds.
     """
 
     sample: Sample
-    image: Tensor
+    image: Tensor | None
     seconds: float
 
 
@@ -90,6 +91,7 @@ def _check_recorded(seed: int, rollout: Rollout) -> None:
 
 def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> GeneratedImage:
     """Makes the answer of plain generation, on the CPU."""
+    assert finished.image is not None
     return GeneratedImage(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
@@ -116,7 +118,8 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
-        image=finished.image,
+        image=None if finished.image is None else in_format(finished.image, plan.params.image_format),
+        latents=finished.sample.latents.cpu() if finished.image is None else None,
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,
         debug_tensors=None if recorder is None else recorder.debug_tensors(),

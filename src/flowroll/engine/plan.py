@@ -23,6 +23,19 @@ _MAX_AMPLIFICATION = 1e18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BranchText:
+    """The text of one branch, in one of the forms in which a request may give it.
+
+    Attributes:
+        text: The prompt.
+        token_ids: Its token ids, one list for each of the pipeline's tokenizers; they go before the text.
+    """
+
+    text: str | None
+    token_ids: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestPlan:
     """A checked request with every default filled in, which its samples share.
 
@@ -30,7 +43,8 @@ class RequestPlan:
         params: The parameters of the request, as they were given.
         request_id: The id of the request: the given one, or a new one.
         seeds: The seeds, one per sample.
-        negative_prompt: The negative prompt; None if no unconditional branch runs.
+        prompt: The text of the conditional branch.
+        negative_prompt: The text of the unconditional branch; None if no such branch runs.
         geometry: The shapes of a sample.
         schedule: The sigma grid.
         transitions: The transitions, one per step; None for plain generation, which takes plain ODE steps.
@@ -42,7 +56,8 @@ class RequestPlan:
     params: SamplingParams
     request_id: str
     seeds: tuple[int, ...]
-    negative_prompt: str | None
+    prompt: BranchText
+    negative_prompt: BranchText | None
     geometry: Geometry
     schedule: Schedule
     transitions: tuple[Transition, ...] | None
@@ -72,7 +87,8 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     schedule = _plan_schedule(params, model, limits, geometry)
     _check_indices(params, schedule.num_steps)
     seeds = _plan_seeds(params, limits)
-    negative = defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt
+    _check_token_ids(params, model)
+    negative = _negative_text(params, defaults.negative_prompt)
     guidance = _plan_guidance(params, model, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
     chosen = _plan_transitions(params, schedule) if params.rollout else None
@@ -82,6 +98,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
         params=params,
         request_id=params.request_id or uuid.uuid4().hex,
         seeds=seeds,
+        prompt=BranchText(text=params.prompt, token_ids=params.prompt_token_ids),
         negative_prompt=negative_prompt,
         geometry=geometry,
         schedule=schedule,
@@ -98,7 +115,7 @@ def _record(
     geometry: Geometry,
     schedule: Schedule,
     guidance: Guidance,
-    negative_prompt: str | None,
+    negative: BranchText | None,
     generator_device: torch.device,
 ) -> SamplingRecord:
     return SamplingRecord(
@@ -109,7 +126,7 @@ def _record(
         log_prob_no_const=params.rollout_log_prob_no_const,
         guidance_rule=guidance.rule,
         guidance_scale=guidance.scale,
-        negative_prompt=negative_prompt,
+        negative_prompt=None if negative is None else negative.text,
         height=geometry.height,
         width=geometry.width,
         num_inference_steps=schedule.num_steps,
@@ -122,7 +139,43 @@ def _record(
         embedded_guidance_scale=guidance.embedded,
         rope_axes=model.spec.rope_axes,
         steps=params.step_rules,
+        image_format=params.image_format,
+        prompt_token_ids=params.prompt_token_ids,
+        negative_prompt_token_ids=None if negative is None else negative.token_ids,
     )
+
+
+def _negative_text(params: SamplingParams, default: str | None) -> BranchText | None:
+    """Returns the text of an unconditional branch, if one runs; None: there is none to run."""
+    if params.negative_prompt_token_ids is not None:
+        return BranchText(text=None, token_ids=params.negative_prompt_token_ids)
+    text = default if params.negative_prompt is None else params.negative_prompt
+    return None if text is None else BranchText(text=text)
+
+
+def _check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
+    known = model.tokenizers
+    for field in ("prompt_token_ids", "negative_prompt_token_ids"):
+        lists = getattr(params, field)
+        if lists is None:
+            continue
+        if not known:
+            _refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
+        if len(lists) != len(known):
+            names = ", ".join(one.name for one in known)
+            _refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
+        for one, ids in zip(known, lists, strict=True):
+            least, start = len(one.template) + 1, ids[: len(one.template)]
+            if start != one.template:
+                rule = f"begin with the {len(one.template)} ids of the pipeline's template for {one.name}"
+                _refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
+            if not least <= len(ids) <= one.max_tokens:
+                rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
+                remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
+                _refuse(field, rule, len(ids), remedy)
+            if max(ids) >= one.num_ids:
+                rule = f"hold ids below {one.num_ids} for {one.name}"
+                _refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
 
 
 def _first(*values: Number | None) -> Number:
@@ -192,7 +245,8 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
     if params.sigmas is not None:
         return explicit_schedule(model.schedule_config, params.sigmas)
     base = model.family.base_grid(model.spec, model.schedule_config, num_steps)
-    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens)
+    mu = model.family.shift_exponent(model.schedule_config, geometry, num_steps)
+    return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens, mu=mu)
 
 
 def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
@@ -230,7 +284,10 @@ def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, nu
         states += 3 * num_steps
     if params.rollout and params.rollout_return_dit_trajectory:
         states += num_steps + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
-    return num_samples * (states * latent_bytes + 4 * geometry.colors * geometry.frames * geometry.height * geometry.width)
+    pixel_bytes = geometry.colors * geometry.frames * geometry.height * geometry.width
+    # A PNG of noise is no larger than its pixels, but for some headers.
+    picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[params.image_format]
+    return num_samples * (states * latent_bytes + picture)
 
 
 def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:

@@ -27,9 +27,9 @@ def family_of_pipeline(pipeline_class: str) -> Family:
         UnsupportedModelError: No family covers the checkpoint; the message lists what is supported.
     """
     for family in FAMILIES.values():
-        if family.pipeline_class == pipeline_class:
+        if pipeline_class in family.pipeline_classes:
             return family
-    supported = ", ".join(f"{family.pipeline_class} ({family.name})" for family in FAMILIES.values())
+    supported = ", ".join(f"{' or '.join(family.pipeline_classes)} ({family.name})" for family in FAMILIES.values())
     raise UnsupportedModelError(f"pipeline must be one of {supported}, got {pipeline_class}; use a checkpoint of one of these.")
 
 

@@ -89,11 +89,11 @@ class Family(ABC):
 
     Attributes:
         name: The name of the family, as in `SamplingRecord.family`.
-        pipeline_class: The `_class_name` in model_index.json.
+        pipeline_classes: Each `_class_name` in model_index.json that it covers.
         text_encoders: The pipeline's components that encode text; the first one is always present.
         tokenizers: The pipeline's components that make tokens.
         optional_components: The text encoders and tokenizers that a checkpoint may lack.
-        variants: The defaults of each variant; a checkpoint is taken for the first variant unless another is chosen.
+        variants: The defaults of each variant; `variants_of` says which of them a checkpoint may be used as.
         guidance_rule: The name of the rule that `velocity` applies when guidance is active.
         guided_above: The guidance scale above which the pipeline runs the unconditional branch.
         noise_in: The dtype in which the pipeline draws initial noise: the model's, or float32.
@@ -105,7 +105,7 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
-    pipeline_class: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     optional_components: ClassVar[tuple[str, ...]] = ()
@@ -118,6 +118,13 @@ class Family(ABC):
     shares_forwards: ClassVar[bool] = True
     conditioning: ClassVar[Conditioning]
     parallel_plan: ClassVar[ParallelPlan]
+
+    def variants_of(self, index: Mapping[str, object]) -> Sequence[str]:
+        """Returns the variants that a checkpoint may be used as, by its model_index.json; by default all of them.
+
+        A checkpoint is taken for the first one unless another is chosen.
+        """
+        return list(self.variants)
 
     @abstractmethod
     def spec(self, pipeline: Any) -> ModelSpec:
@@ -134,6 +141,10 @@ class Family(ABC):
     @abstractmethod
     def base_grid(self, spec: ModelSpec, config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
         """Returns the grid before the shift, as the family's pipeline makes it."""
+
+    def shift_exponent(self, config: ScheduleConfig, geometry: Geometry, num_steps: int) -> float:
+        """Returns the exponent mu of a dynamic shift; by default it is linear in the number of image tokens."""
+        return config.mu(geometry.num_tokens)
 
     @abstractmethod
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
@@ -153,11 +164,13 @@ class Family(ABC):
         """Encodes one prompt alone, as the pipeline does, and returns its conditioning fields."""
 
     def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
-        """Returns the conditioning fields that follow from the image's size and the number of text tokens; none by default.
+        """Returns the conditioning fields that follow from the image's size and the number of text tokens.
 
-        Tensors of floats may have any dtype: `size_fields` converts them as the family declares.
+        By default these are the position ids of a family that declares a `RotaryTable`. Tensors of floats may have any dtype:
+        `size_fields` converts them as the family declares.
         """
-        return {}
+        table = self.conditioning.table
+        return {} if table is None else table.position_ids(num_tokens, geometry.rows, geometry.columns)
 
     def model_latents(self, latents: Float[Tensor, " *latent"], env: DenoisingEnv) -> Float[Tensor, " *input"]:
         """Returns the transformer's input for one sample's latents, without batch dimension; by default the latents."""

@@ -32,11 +32,16 @@ _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 _BLOCK = f"*{_DOUBLE}"
 
 
+def _position_ids(num_text: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Returns the positions: text tokens stand at 0, image tokens at (0, row, column)."""
+    return torch.zeros(num_text, 3), image_ids(rows, columns).float()
+
+
 class Flux(Family):
     """The family of FLUX.1-dev and, as the variant "schnell", of FLUX.1-schnell, which was distilled to four steps."""
 
     name: ClassVar[str] = "flux"
-    pipeline_class: ClassVar[str] = "FluxPipeline"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     variants: ClassVar[Mapping[str, Defaults]] = {
@@ -62,7 +67,7 @@ class Flux(Family):
     guided_above: ClassVar[Number] = 1
     conditioning: ClassVar[Conditioning] = Conditioning(
         latents=Argument(name="hidden_states"),
-        table=RotaryTable(name="freqs_cis", text="txt_ids", image="img_ids"),
+        table=RotaryTable(name="freqs_cis", text="txt_ids", image="img_ids", theta=10_000, ids=_position_ids),
         fields=(
             ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text")),
             ConditioningField(name="pooled_projections", shape=("pooled",)),
@@ -147,10 +152,6 @@ class Flux(Family):
         most = prompt.max_tokens or self.max_text_tokens
         embeds, pooled, _ = pipeline.encode_prompt(prompt.text, max_sequence_length=most)
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
-
-    @override
-    def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
-        return {"txt_ids": torch.zeros(num_tokens, 3), "img_ids": image_ids(geometry.rows, geometry.columns)}
 
     @override
     def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:

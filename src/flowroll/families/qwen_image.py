@@ -27,7 +27,7 @@ class QwenImage(Family):
     """The family of Qwen/Qwen-Image and of other checkpoints with its pipeline class."""
 
     name: ClassVar[str] = "qwen_image"
-    pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, negative_prompt=" "),
         "shapes": Defaults(height=64, width=64, num_inference_steps=8, guidance_scale=4.0, negative_prompt=" "),

@@ -73,11 +73,30 @@ class PrefixCache:
         return self.layers.setdefault(index, _LayerCache())
 
 
+class _Beside(torch.autograd.Function):
+    """Returns a forward's output, and has the forward that filled its cache take part in the gradient with zeros.
+
+    FSDP makes a module's weights whole for a backward when a gradient reaches the module's output. Through the cache alone, it
+    reaches them inside of the module.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, whole: Tensor) -> Tensor:
+        """Returns the output."""
+        ctx.shape = whole.shape
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Returns the gradients of both."""
+        return gradient, gradient.new_zeros(ctx.shape)
+
+
 class QwenImage21(Family):
     """The family of Qwen/Qwen-Image-2.1, for text to image."""
 
     name: ClassVar[str] = "qwen_image_21"
-    pipeline_class: ClassVar[str] = "QwenImage21Pipeline"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
     tokenizers: ClassVar[tuple[str, ...]] = ("processor",)
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=40, guidance_scale=1.0, negative_prompt=None),
@@ -212,13 +231,14 @@ class QwenImage21(Family):
         """Runs a forward of the whole sequence at the first step or if the cache is empty, and one with the cache later on."""
         given, cache = dict(forward_input), cast(PrefixCache, forward_input[_CACHE])
         is_first = given.pop(_IS_FIRST)
-        output: Tensor | None = None
+        whole: Tensor | None = None
         if is_first or not cache.is_filled:
-            output = transformer(**given, kv_cache_mode="extract", return_dict=False)[0]
+            whole = transformer(**given, kv_cache_mode="extract", return_dict=False)[0]
             cache.is_filled = True
-        if output is None or not is_first:
-            output = transformer(**given, kv_cache_mode="cached", return_dict=False)[0]
-        return output[:, -given["hidden_states"].shape[1] :]
+            if is_first:
+                return whole[:, -given["hidden_states"].shape[1] :]
+        output: Tensor = transformer(**given, kv_cache_mode="cached", return_dict=False)[0]
+        return output if whole is None or not whole.requires_grad else _Beside.apply(output, whole)
 
     @override
     def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:

@@ -33,7 +33,7 @@ class StableDiffusion3(Family):
     """The family of Stable Diffusion 3 and 3.5 large, and of 3.5 medium, which has other defaults and dual attention."""
 
     name: ClassVar[str] = "sd3"
-    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
     optional_components: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")

@@ -46,7 +46,7 @@ class ZImage(Family):
     """The family of Tongyi-MAI/Z-Image and, as the variant "turbo", of Z-Image-Turbo."""
 
     name: ClassVar[str] = "z_image"
-    pipeline_class: ClassVar[str] = "ZImagePipeline"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=50, guidance_scale=5.0, negative_prompt=""),
         "turbo": Defaults(height=1024, width=1024, num_inference_steps=9, guidance_scale=0.0, negative_prompt=""),

@@ -156,6 +156,7 @@ def command_line(plan: ParityPlan, **changed: str) -> str:
         **changed: Flags with another value than there.
     """
     params, request = next(iter(plan.requests.values())), plan.request
+    assert params.prompt is not None
     size = f"{request.geometry.width}x{request.geometry.height}"
     place = {"size": size, "variant": plan.variant, "dtype": plan.dtype, "device": plan.device, **changed}
     lines: list[list[str]] = [
@@ -171,7 +172,7 @@ def command_line(plan: ParityPlan, **changed: str) -> str:
 
 
 def _guidance_flags(guidance: Guidance, params: SamplingParams) -> list[str]:
-    """The flags of a run's scales, and of its negative prompt if it was given one."""
+    """Returns the flags of a run's scales, and of its negative prompt if it was given one."""
     flags = ["--guidance-scale", f"{guidance.scale if guidance.embedded is None else guidance.embedded:g}"]
     if params.true_cfg_scale is not None:
         flags += ["--true-cfg-scale", f"{params.true_cfg_scale:g}"]
@@ -188,6 +189,7 @@ def _guidance_words(guidance: Guidance) -> str:
 def _setting(plan: ParityPlan) -> Mapping[str, str]:
     request, geometry, record = plan.request, plan.request.geometry, plan.request.record
     params = next(iter(plan.requests.values()))
+    assert params.prompt is not None
     cpu = f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()} kernels"
     versions = [f"{name} {version(name)}" for name in ("flowroll", "torch", "diffusers", "transformers")]
     return {

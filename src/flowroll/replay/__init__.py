@@ -10,7 +10,17 @@ from flowroll.families.checksums import adapter_checksum, tensor_checksums, weig
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
 from flowroll.replay.causes import Cause
 from flowroll.replay.forward import velocities
-from flowroll.replay.losses import clipped_loss, group_advantages, normalised_ratio, ratio
+from flowroll.replay.losses import (
+    clipped_loss,
+    divergences,
+    group_advantages,
+    importance_weights,
+    masked_loss,
+    nft_loss,
+    normalised_ratio,
+    optimality,
+    ratio,
+)
 from flowroll.replay.scoring import MicroBatch, Scores, log_prob, micro_batches, score
 
 __all__ = [
@@ -24,10 +34,15 @@ __all__ = [
     "align_weights",
     "audit",
     "clipped_loss",
+    "divergences",
     "group_advantages",
+    "importance_weights",
     "log_prob",
+    "masked_loss",
     "micro_batches",
+    "nft_loss",
     "normalised_ratio",
+    "optimality",
     "ratio",
     "score",
     "tensor_checksums",

@@ -14,6 +14,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
 from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
+from flowroll.replay.precision import forward_dtypes, noticed_autocast
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Source, check_any, place_of, source_of
 from flowroll.types import Rollout
@@ -123,13 +124,15 @@ def audit(
         source = source_of(index, rollout, place)
         with torch.no_grad():
             env = source.env_on(place)
-            scores = {step: run_pair(transformer, source, step, place, env) for step in _steps_of(source)}
+            with noticed_autocast(transformer, place.device) as autocast:
+                scores = {step: run_pair(transformer, source, step, place, env) for step in _steps_of(source)}
             steps = [_compare(rollout, step, score) for step, score in scores.items()]
             diagnosis = Diagnosis(
                 source=source,
                 scores=scores,
                 transformer=transformer,
                 place=place,
+                autocast=frozenset(autocast),
                 weight_version=weight_version,
                 encode=encode,
             )
@@ -142,10 +145,9 @@ def audit(
 
 
 def _dtype_of(transformer: Transformer, rollout: Rollout) -> torch.dtype:
-    """Returns the recorded dtype where the transformer has weights in it, else the transformer's."""
+    """Returns the recorded dtype where the transformer's forward has weights in it, else the transformer's."""
     recorded = dtype_named(rollout.sampling.model_dtype)
-    weights = transformer.parameters() if isinstance(transformer, nn.Module) else iter(())
-    dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
+    dtypes = forward_dtypes(transformer) if isinstance(transformer, nn.Module) else set()
     return recorded if not dtypes or recorded in dtypes else next(iter(dtypes))
 
 

@@ -61,6 +61,7 @@ class Diagnosis:
         scores: Its replayed steps.
         transformer: The transformer that replayed them.
         place: Where it did.
+        autocast: The dtypes to which autocast was on in its forwards.
         weight_version: Version of the transformer's weights; None: unknown.
         encode: Encodes the rollout's prompts again; None: that cannot be done.
     """
@@ -69,6 +70,7 @@ class Diagnosis:
     scores: Mapping[int, StepScore]
     transformer: Transformer
     place: Place
+    autocast: frozenset[torch.dtype]
     weight_version: str | None
     encode: Encode | None
 
@@ -84,8 +86,9 @@ class Diagnosis:
             yield Cause("weight_version", f"other weights: {shown}")
         if place.dtype is not None and str(place.dtype) != record.model_dtype:
             yield Cause("dtype", f"another dtype: {record.model_dtype} made the rollout, {place.dtype} replayed it")
-        if torch.is_autocast_enabled(place.device.type):
-            shown = f"torch.autocast is on for {place.device.type}, and the engine rolls out without it"
+        if self.autocast:
+            dtypes = ", ".join(sorted(map(str, self.autocast)))
+            shown = f"torch.autocast to {dtypes} is on in the forward, and the engine rolls out without it"
             yield Cause("dtype", f"other dtypes in the forward: {shown}")
         if place.device.type != record.device:
             yield Cause("device", f"another device: {record.device} made the rollout, {place.device.type} replayed it")

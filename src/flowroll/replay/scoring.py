@@ -16,7 +16,18 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
-from flowroll.replay.sources import Place, Source, check_autocast, check_weights, pairs_of, place_of, sources_of, steps_of
+from flowroll.replay.precision import noticed_autocast, warn_of_autocast
+from flowroll.replay.sources import (
+    Place,
+    Source,
+    check_autocast,
+    check_noticed_autocast,
+    check_weights,
+    pairs_of,
+    place_of,
+    sources_of,
+    steps_of,
+)
 from flowroll.types import DenoisingEnv, Rollout
 from flowroll.types.arguments import Integers
 
@@ -31,6 +42,8 @@ class MicroBatch:
         log_probs: By the transformer as it is now; differentiable, float32.
         old_log_probs: As recorded in the rollouts, float32.
         scores: Velocity, mean, std and log-prob of each pair.
+        weight: The micro-batch's share of all pairs. A loss that is a mean over its pairs, multiplied by this, adds up to the
+            gradient of the mean over all, whatever `micro_batch` is.
     """
 
     samples: tuple[int, ...]
@@ -38,6 +51,7 @@ class MicroBatch:
     log_probs: Float[Tensor, " pairs"]
     old_log_probs: Float[Tensor, " pairs"]
     scores: tuple[StepScore, ...]
+    weight: float
 
     @property
     def stds(self) -> Float[Tensor, " pairs"]:
@@ -75,8 +89,11 @@ def micro_batches(
     micro_batch: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    autocast: str = "refuse",
 ) -> Iterator[MicroBatch]:
     """Scores the stochastic steps of rollouts a few at a time: call `backward` on each and its graph is freed.
+
+    Multiply a mean over the pairs of a micro-batch by its `weight`, or the gradient depends on how the pairs were divided.
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
@@ -84,7 +101,10 @@ def micro_batches(
         steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
         micro_batch: Pairs per micro-batch, at least 1.
         device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as each rollout records. Given, it also lets autocast run other kernels.
+        dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
+            forward: their own, or that of FSDP's mixed precision.
+        autocast: "refuse": a call under `torch.autocast` is an error, since it runs other kernels than the engine. "measure":
+            it runs, and a warning says how far from 1 the first ratios are.
 
     Returns:
         Micro-batches, sample by sample and step by step. All rollouts are checked before the first forward.
@@ -92,7 +112,7 @@ def micro_batches(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, stochastic_only=True)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=True)
     return _run(transformer, work)
 
 
@@ -104,6 +124,7 @@ def log_prob(
     micro_batch: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    autocast: str = "refuse",
 ) -> Float[Tensor, " samples steps"]:
     """Recomputes log-probs of recorded steps under the transformer as it is now: before the first update, the recorded bits.
 
@@ -114,7 +135,10 @@ def log_prob(
         micro_batch: Pairs whose inputs are on the device together, at least 1; it changes no bit. In gradient mode the graphs
             of all pairs are kept: `micro_batches` bounds those.
         device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as each rollout records. Given, it also lets autocast run other kernels.
+        dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
+            forward: their own, or that of FSDP's mixed precision.
+        autocast: "refuse": a call under `torch.autocast` is an error, since it runs other kernels than the engine. "measure":
+            it runs, and a warning says how far from 1 the first ratios are.
 
     Returns:
         float32 on the device, differentiable in the transformer's weights. Exactly 0 at deterministic steps, for which no
@@ -123,7 +147,7 @@ def log_prob(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, stochastic_only=True)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=True)
     found: dict[tuple[int, int], Tensor] = {}
     for batch in _run(transformer, work):
         found.update(zip(zip(batch.samples, batch.steps, strict=True), batch.log_probs.unbind(), strict=True))
@@ -139,13 +163,14 @@ def score(
     micro_batch: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    autocast: str = "refuse",
 ) -> Scores:
     """Recomputes log-prob, mean, std and velocity of recorded steps, deterministic ones included; see `log_prob`.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, stochastic_only=False)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=False)
     rows: list[list[StepScore]] = [[] for _ in work.sources]
     for batch in _run(transformer, work):
         for sample, step_score in zip(batch.samples, batch.scores, strict=True):
@@ -177,12 +202,13 @@ def _plan(
     micro_batch: int,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    autocast: str,
     *,
     stochastic_only: bool,
 ) -> _Work:
     _check_micro_batch(micro_batch)
     check_weights(transformer)
-    place = place_of(transformer, rollouts, device, dtype)
+    place = place_of(transformer, rollouts, device, dtype, autocast)
     sources = sources_of(rollouts, place)
     chosen = steps_of(sources, steps)
     pairs = tuple(pairs_of(sources, chosen, stochastic_only=stochastic_only))
@@ -190,24 +216,40 @@ def _plan(
 
 
 def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
-    place, waiting = work.place, iter(work.pairs)
+    waiting = iter(work.pairs)
+    first = True
     while chunk := list(islice(waiting, work.micro_batch)):
         # Here, because a caller may turn it on between two micro-batches.
-        check_autocast(place)
-        envs: dict[int, DenoisingEnv] = {}
-        scores = []
-        for source, step in chunk:
-            if source.index not in envs:
-                envs[source.index] = source.env_on(place)
-            scores.append(run_pair(transformer, source, step, place, envs[source.index]))
-        old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
-        yield MicroBatch(
-            samples=tuple(source.index for source, _ in chunk),
-            steps=tuple(step for _, step in chunk),
-            log_probs=torch.stack([one.log_prob for one in scores]),
-            old_log_probs=torch.stack(old).to(place.device),
-            scores=tuple(scores),
-        )
+        check_autocast(work.place)
+        if not first:
+            yield _micro_batch(transformer, work, chunk)
+            continue
+        first = False
+        with noticed_autocast(transformer, work.place.device) as dtypes:
+            batch = _micro_batch(transformer, work, chunk)
+        check_noticed_autocast(work.place, dtypes)
+        if dtypes:
+            warn_of_autocast(dtypes, batch.log_probs, batch.old_log_probs)
+        yield batch
+
+
+def _micro_batch(transformer: Transformer, work: _Work, chunk: Sequence[tuple[Source, int]]) -> MicroBatch:
+    place = work.place
+    envs: dict[int, DenoisingEnv] = {}
+    scores = []
+    for source, step in chunk:
+        if source.index not in envs:
+            envs[source.index] = source.env_on(place)
+        scores.append(run_pair(transformer, source, step, place, envs[source.index]))
+    old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
+    return MicroBatch(
+        samples=tuple(source.index for source, _ in chunk),
+        steps=tuple(step for _, step in chunk),
+        log_probs=torch.stack([one.log_prob for one in scores]),
+        old_log_probs=torch.stack(old).to(place.device),
+        scores=tuple(scores),
+        weight=len(chunk) / len(work.pairs),
+    )
 
 
 def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:

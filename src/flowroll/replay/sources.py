@@ -17,6 +17,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
+from flowroll.replay.precision import check_autocast_option, forward_dtypes
 from flowroll.types import DenoisingEnv, Rollout, Trajectory
 from flowroll.types.arguments import Integers
 from flowroll.types.plain import plain
@@ -29,10 +30,17 @@ class Place:
     Attributes:
         device: Its device.
         dtype: Of its inputs; None: as each rollout records.
+        autocast: What becomes of a call under `torch.autocast`.
     """
 
     device: torch.device
     dtype: torch.dtype | None
+    autocast: str = "refuse"
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast is on for the transformer's device."""
+        return torch.is_autocast_enabled(self.device.type)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,17 +90,25 @@ class Source:
 
 
 def place_of(
-    transformer: Transformer, rollouts: Sequence[Rollout], device: torch.device | str | None, dtype: torch.dtype | None
+    transformer: Transformer,
+    rollouts: Sequence[Rollout],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    autocast: str = "refuse",
 ) -> Place:
     """Resolves device and dtype once.
 
     Raises:
-        InvalidRequestError: No dtype is given, and the module's weights have another one than the rollouts record.
+        InvalidRequestError: No dtype is given, and the module's forward has another one than the rollouts record.
     """
-    weights = list(transformer.parameters()) if isinstance(transformer, nn.Module) else []
+    check_autocast_option(autocast)
+    module = transformer if isinstance(transformer, nn.Module) else None
     if device is None:
-        device = weights[0].device if weights else "cpu"
-    dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
+        device = next((weight.device for weight in module.parameters()), "cpu") if module else "cpu"
+    place = Place(device=torch.device(device), dtype=dtype, autocast=autocast)
+    dtypes = forward_dtypes(module) if module else set()
+    if autocast == "measure" and place.is_autocast:
+        dtypes.add(torch.get_autocast_dtype(place.device.type))
     recorded = {dtype_named(rollout.sampling.model_dtype) for rollout in rollouts}
     if dtype is None and dtypes and not recorded <= dtypes:
         shown = ", ".join(sorted(map(str, dtypes)))
@@ -101,9 +117,9 @@ def place_of(
             "dtype",
             f"be that of the rollouts, {wanted}",
             f"a transformer in {shown}",
-            "convert the transformer, or pass dtype= where its inputs are cast (FSDP mixed precision) or may differ",
+            "convert the transformer, let FSDP's mixed precision cast its weights, or pass dtype= and accept other bits",
         )
-    return Place(device=torch.device(device), dtype=dtype)
+    return place
 
 
 def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
@@ -152,19 +168,36 @@ def check_weights(transformer: Transformer) -> None:
 
 
 def check_autocast(place: Place) -> None:
-    """Refuses kernels of other dtypes than the engine's, unless the caller chose a dtype and thereby other bits.
+    """Refuses kernels of other dtypes than the engine's, unless the caller asked for them.
 
     It is not turned off here instead: a trainer that relies on it for speed or memory would not notice that it lost both.
 
     Raises:
         InvalidRequestError: Autocast is on for the transformer's device.
     """
-    if place.dtype is None and torch.is_autocast_enabled(place.device.type):
+    if place.autocast == "refuse" and place.is_autocast:
+        kind = place.device.type
         _refuse(
             "autocast",
             "be off, since the engine rolls out without it",
-            f"torch.autocast to {torch.get_autocast_dtype(place.device.type)} on {place.device.type}",
-            f'put replay in torch.autocast("{place.device.type}", enabled=False), or pass dtype= and accept other bits',
+            f"torch.autocast to {torch.get_autocast_dtype(kind)} on {kind}",
+            f'put replay in torch.autocast("{kind}", enabled=False), or pass autocast="measure" and accept other bits',
+        )
+
+
+def check_noticed_autocast(place: Place, dtypes: set[torch.dtype]) -> None:
+    """Refuses autocast that the transformer's own forward has turned on, as accelerate's `prepare` makes it do.
+
+    Raises:
+        InvalidRequestError: There was some, and the caller did not ask for it.
+    """
+    if place.autocast == "refuse" and dtypes:
+        _refuse(
+            "autocast",
+            "be off, since the engine rolls out without it",
+            f"a transformer whose forward turns on torch.autocast to {', '.join(sorted(map(str, dtypes)))}",
+            "pass the model without that wrapper (accelerate: unwrap_model(model, keep_fp32_wrapper=False)), or "
+            'autocast="measure" and accept other bits',
         )
 
 

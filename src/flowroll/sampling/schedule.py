@@ -162,18 +162,20 @@ def scheduler_grid(config: ScheduleConfig, num_steps: int) -> Float[Tensor, " st
     return torch.div(grid, steps)
 
 
-def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, num_tokens: int) -> Schedule:
+def shifted_schedule(
+    config: ScheduleConfig, base: Float[Tensor, " steps"], *, num_tokens: int, mu: float | None = None
+) -> Schedule:
     """Computes the checkpoint's own grid.
 
-    Dynamic shift: sigma = e^mu / (e^mu + 1/u - 1) with mu linear in the number of tokens (or the linear form, mu in place
-    of e^mu). Static shift: sigma = shift u / (1 + (shift - 1) u). Then, if configured, 1 - sigma is stretched so that the
-    last step starts at `shift_terminal`; a grid of one step has nothing to stretch and stays at its base value (diffusers
-    divides 0 by 0 there).
+    Dynamic shift: sigma = e^mu / (e^mu + 1/u - 1) (or the linear form, mu in place of e^mu). Static shift: sigma =
+    shift u / (1 + (shift - 1) u). Then, if configured, 1 - sigma is stretched so that the last step starts at
+    `shift_terminal`; a grid of one step has nothing to stretch and stays at its base value (diffusers divides 0 by 0 there).
 
     Args:
         config: The checkpoint's scheduler configuration.
         base: The family's base grid u, from 1 down, in the dtype that the pipeline computes in.
         num_tokens: Image tokens of one sample.
+        mu: The exponent of a dynamic shift; None: linear in the number of tokens, as the configuration says.
 
     Returns:
         T sigmas followed by 0, and the timesteps.
@@ -182,7 +184,7 @@ def shifted_schedule(config: ScheduleConfig, base: Float[Tensor, " steps"], *, n
         InvalidRequestError: The shift is calibrated for other sizes; at this one the grid does not descend from at most 1 to 0.
     """
     if config.use_dynamic_shifting:
-        mu = config.mu(num_tokens)
+        mu = config.mu(num_tokens) if mu is None else mu
         if config.time_shift_type == "exponential":
             # Beyond float32's range the grid is refused below.
             mu = math.exp(min(mu, _MAX_EXPONENT))

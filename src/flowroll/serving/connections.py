@@ -95,7 +95,7 @@ class _LastAnswer:
         self._protocol.transport.write(data)
 
     def is_closing(self) -> bool:
-        """Whether nothing more can be sent."""
+        """Returns whether nothing more can be sent."""
         return self._protocol.transport.is_closing()
 
     def close(self) -> None:

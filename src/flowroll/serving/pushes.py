@@ -73,7 +73,7 @@ class WeightPushes:
     def bucket(
         self, subject: str, given_version: str | None, names: Set[str], expected: Set[str] | None = None
     ) -> Iterator[WeightPush]:
-        """The block puts a bucket in place. If it raises, the bucket has not come; no sample starts meanwhile.
+        """Lets a block put a bucket in place. If it raises, the bucket has not come; no sample starts meanwhile.
 
         A bucket continues the push of its subject. If it has another version, or a name that came already, its sender has begun
         again: then everything has to come once more.

@@ -21,7 +21,7 @@ Clip = TypeVar("Clip", CLIPTextModel, CLIPTextModelWithProjection)
 
 
 def make_clip_encoder(kind: type[Clip], tokenizer: CLIPTokenizer, dim: int, seed: int) -> Clip:
-    """A CLIP text encoder of this class and width."""
+    """Makes a CLIP text encoder of this class and width."""
     encoder = kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -41,7 +41,7 @@ def make_clip_encoder(kind: type[Clip], tokenizer: CLIPTokenizer, dim: int, seed
 
 
 def make_t5_encoder(tokenizer: T5TokenizerFast, seed: int) -> T5EncoderModel:
-    """A T5 encoder of the width that the other text encoders have."""
+    """Makes a T5 encoder of the width that the other text encoders have."""
     encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),

@@ -22,7 +22,7 @@ _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
 
 
 def make_flux(size: Size, seed: int, overrides: dict[str, Any]) -> FluxPipeline:
-    """A pipeline of this size; `overrides` are fields of the transformer's configuration.
+    """Makes a pipeline of this size; `overrides` are fields of the transformer's configuration.
 
     With `guidance_embeds=False` it is one of schnell: no guidance input, and a schedule that no image size shifts.
     """

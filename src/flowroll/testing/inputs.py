@@ -42,7 +42,7 @@ def random_input(
     scale: Number = 4.0,
     embedded: Number = 3.5,
 ) -> StepInput:
-    """One sample's input of a step.
+    """Draws one sample's input of a step.
 
     Args:
         family: The model family.

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types.params import ALIASES, GeneratorDevice, SamplingParams, SdeType, StepOptions
+from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.types.plain import plain
 
 # Numbers of numpy and tensors of one element are accepted too; for several values, also 1-D arrays and tensors.
@@ -27,8 +27,10 @@ _FIELDS = {field.name: field for field in fields(SamplingParams)}
 class ImageFields(TypedDict, total=False):
     """The fields of `SamplingParams` that plain generation has."""
 
-    prompt: str
+    prompt: str | None
     negative_prompt: str | None
+    prompt_token_ids: Sequence[Integers] | None
+    negative_prompt_token_ids: Sequence[Integers] | None
     seed: Integer | None
     seeds: Integers | None
     generator_device: GeneratorDevice
@@ -61,6 +63,7 @@ class RolloutFields(ImageFields, total=False):
     rollout_steps: Sequence[StepOptions | Mapping[str, Any]] | None
     rollout_noise_levels: Reals | None
     rollout_return_step_indices: Integers | None
+    image_format: ImageFormat
     # The short names of the fields above.
     sde_type: SdeType
     noise_level: Real
@@ -87,7 +90,7 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
         if values:
             raise InvalidRequestError("params must be given alone, got further fields; set them in SamplingParams.")
         held = {name: getattr(request, name) for name in _FIELDS}
-        return {name: value for name, value in held.items() if name == "prompt" or value != _FIELDS[name].default}
+        return {name: value for name, value in held.items() if value != _FIELDS[name].default}
     if isinstance(request, str):
         if "prompt" in values:
             raise InvalidRequestError("prompt must be given once, got it twice; leave one of them out.", field="prompt")
@@ -98,8 +101,6 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
             field="prompt",
         )
     refuse_unknown(values)
-    if "prompt" not in values:
-        raise InvalidRequestError("prompt must be given, got nothing; send one prompt as text.", field="prompt")
     given = {name: plain(value) for name, value in values.items()}
     SamplingParams(**given)
     return {ALIASES.get(name, name): value for name, value in given.items()}

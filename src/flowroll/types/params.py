@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
@@ -16,6 +15,10 @@ from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_n
 from flowroll.types.adapters import check_lora_name
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
+from flowroll.types.prompts import check_token_ids
+from flowroll.types.rules import is_finite as _is_finite
+from flowroll.types.rules import is_int as _is_int
+from flowroll.types.rules import require as _require
 from flowroll.types.weights import check_version
 
 # The names of the dynamics, aliases included. A type checker cannot read them from the registry; everything else can.
@@ -25,6 +28,8 @@ else:
     SdeType = Literal[NAMES]
 GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
+# What an answer holds for the picture: float32, eight bits, the bytes of a PNG file, or nothing.
+ImageFormat: TypeAlias = Literal["tensor", "uint8", "png", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,29 +71,6 @@ _FLAGS = (
 _NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0, "rollout_debug_mode": False}
 
 
-def _require(ok: bool, field_name: str, rule: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise InvalidRequestError(f"{field_name} must {rule}, got {_shown(value)}; {remedy}.", field=field_name)
-
-
-def _shown(value: object) -> str:
-    """Returns a short text of a value."""
-    try:
-        shown = repr(value)
-    except ValueError:  # Python refuses to print integers of several thousand digits, also inside a tuple.
-        return "a huge integer"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    # math.isfinite would overflow for a huge integer.
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
 def _dynamics(field_name: str, name: object, where: str = "") -> Dynamics:
     rule = f"be one of {', '.join(DYNAMICS)}{where}"
     _require(isinstance(name, str) and name in NAMES, field_name, rule, name, "choose one of these")
@@ -124,8 +106,11 @@ class SamplingParams:
     their number.
 
     Attributes:
-        prompt: The text; may be empty.
+        prompt: The text; may be empty. It may be left out beside `prompt_token_ids`; given, it is then only repeated.
         negative_prompt: Text of the unconditional branch; used only when guidance runs. None: the family's own.
+        prompt_token_ids: The prompt as token ids, one list for each of the model's tokenizers, with the special tokens and the
+            template that the pipeline adds to a text, without padding. The bits are those of the text. None: `prompt` is it.
+        negative_prompt_token_ids: The same for the unconditional branch; excludes `negative_prompt`.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
@@ -153,6 +138,8 @@ class SamplingParams:
         rollout_noise_levels: One noise level a step; short for `rollout_steps` with noise levels alone. None: the same for all
             steps.
         rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
+        image_format: What a rollout holds as its picture: "tensor" (float32 in [0, 1]), "uint8" (the eight bits that a PNG of
+            it would hold), "png" (the bytes of that file), or "none": nothing is decoded, and the final latents are returned.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
@@ -163,8 +150,10 @@ class SamplingParams:
         InvalidRequestError: A value breaks its rule.
     """
 
-    prompt: str
+    prompt: str | None = None
     negative_prompt: str | None = None
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
     generator_device: GeneratorDevice = "cuda"
@@ -188,6 +177,7 @@ class SamplingParams:
     rollout_steps: tuple[StepOptions, ...] | None = None
     rollout_noise_levels: tuple[Number, ...] | None = None
     rollout_return_step_indices: tuple[int, ...] | None = None
+    image_format: ImageFormat = "tensor"
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
@@ -233,13 +223,20 @@ class SamplingParams:
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
             text = getattr(self, name)
-            if text is None and name != "prompt":
+            if text is None and (name != "prompt" or self._has("prompt_token_ids")):
                 continue
+            if text is None:
+                message = "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."
+                raise InvalidRequestError(message, field="prompt")
             _require(isinstance(text, str), name, "be text", text, "send a string")
             most = MAX_REQUEST_ID_CHARS if name == "request_id" else MAX_PROMPT_CHARS
             _require(len(text) <= most, name, f"have at most {most} characters", len(text), "shorten it")
             valid = text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
             _require(valid, name, "be valid Unicode", text, "remove the unpaired surrogates")
+        check_token_ids("prompt_token_ids", self.prompt_token_ids)
+        check_token_ids("negative_prompt_token_ids", self.negative_prompt_token_ids)
+        both = self._has("negative_prompt") and self._has("negative_prompt_token_ids")
+        _require(not both, "negative_prompt_token_ids", "be given without negative_prompt", "both", "send one of the two")
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
         if self.lora_name is not None:
@@ -256,6 +253,9 @@ class SamplingParams:
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)
+        for name in ("prompt_token_ids", "negative_prompt_token_ids"):
+            if isinstance(lists := getattr(self, name), tuple):
+                object.__setattr__(self, name, tuple(map(plain, lists)))
         if isinstance(self.rollout_steps, tuple):
             object.__setattr__(self, "rollout_steps", tuple(map(_step_options, self.rollout_steps)))
 
@@ -311,9 +311,9 @@ class SamplingParams:
         )
 
     def _check_rollout(self) -> None:
-        devices = get_args(GeneratorDevice)
-        ok = self.generator_device in devices
-        _require(ok, "generator_device", f"be one of {', '.join(devices)}", self.generator_device, "choose one of these")
+        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", get_args(ImageFormat))):
+            value = getattr(self, name)
+            _require(value in known, name, f"be one of {', '.join(known)}", value, "choose one of these")
         for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
             indices = getattr(self, name)
             if indices is None:
@@ -366,7 +366,7 @@ class SamplingParams:
         """Refuses values that have no effect without a rollout."""
         if self.rollout:
             return
-        for name in ROLLOUT_FIELDS - {"rollout"}:
+        for name in ROLLOUT_FIELDS - {"rollout", "image_format"}:
             value = getattr(self, name)
             asks = value != DEFAULTS[name] and (name not in _NOTHING_ASKED or value != _NOTHING_ASKED[name])
             _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
@@ -375,7 +375,7 @@ class SamplingParams:
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "image_format", *ALIASES.values()})
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowroll.sampling.base import StepRule
 from flowroll.types.adapters import AdapterRecord
-from flowroll.types.params import Number, SdeType
+from flowroll.types.params import ImageFormat, Number, SdeType
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
@@ -32,7 +32,7 @@ class SamplingRecord:
         log_prob_no_const: Which of the two log-prob conventions was used.
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
-        negative_prompt: Text of the unconditional branch; None without guidance.
+        negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
@@ -51,6 +51,9 @@ class SamplingRecord:
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
+        prompt_token_ids: The token ids of the conditional branch, where the request gave these.
+        negative_prompt_token_ids: Those of the unconditional branch, where they were used.
+        image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
     family: str
@@ -78,6 +81,9 @@ class SamplingRecord:
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
+    image_format: ImageFormat = "tensor"
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.steps is None or len(self.steps) == self.num_inference_steps
@@ -181,9 +187,11 @@ class Rollout:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
-        image: Decoded picture in [0, 1], float32.
+        image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
+            bytes of a PNG file, or None.
+        latents: Final latents in the loop's dtype, where nothing was decoded; None otherwise.
         log_probs: The log-prob of each step, float32; 0.0 at deterministic steps. None for an evaluation.
         sde_step_indices: The steps that have a density, ascending. None for an evaluation.
         debug_tensors: What every transition saw and made; None unless requested.
@@ -196,9 +204,10 @@ class Rollout:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
-    image: Float[Tensor, " colors frames height width"]
+    image: Float[Tensor, " colors frames height width"] | UInt8[Tensor, " colors frames height width"] | bytes | None
+    latents: Float[Tensor, " *latent"] | None = None
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
     debug_tensors: DebugTensors | None = None
@@ -216,7 +225,7 @@ class GeneratedImage:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text.
+        prompt: The prompt's text; None where the request gave none, but its token ids.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
         latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.
@@ -226,7 +235,7 @@ class GeneratedImage:
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     image: Float[Tensor, " colors frames height width"]
     latents: Float[Tensor, " *latent"]

@@ -48,6 +48,7 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
         prompt=rollout.prompt,
         seed=rollout.seed,
         generated_output=rollout.image,
+        latents=rollout.latents,
         rollout_log_probs=rollout.log_probs,
         rollout_debug_tensors=None if debug is None else _debug_to_wire(debug, dialect),
         denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling), rollout.sampling),
@@ -81,7 +82,8 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         request_id=sample.request_id,
         prompt=sample.prompt,
         seed=sample.seed,
-        image=_picture(load(sample.generated_output), sample.sampling),
+        image=_image(sample.generated_output, load, sample.sampling),
+        latents=_final(sample.latents, load, sample.sampling),
         log_probs=None if log_probs is None else _of_steps(_of_rank(1, load(log_probs), "rollout_log_probs"), num_steps),
         sde_step_indices=sample.sde_step_indices,
         debug_tensors=None if debug is None else _debug_from_wire(debug, load, num_steps),
@@ -285,8 +287,24 @@ def _check_indices(indices: tuple[int, ...], count: int, name: str) -> None:
         raise LayoutError(f"{name} that do not ascend within 0..{count - 1}")
 
 
+def _image(sent: Leaf | bytes | None, load: Callable[[Leaf], Tensor], record: SamplingRecord) -> Tensor | bytes | None:
+    wanted = record.image_format
+    fits = {"none": sent is None, "png": isinstance(sent, bytes)}.get(wanted, sent is not None and not isinstance(sent, bytes))
+    if not fits:
+        raise LayoutError(f"generated_output that is not of the image_format {wanted}")
+    return sent if sent is None or isinstance(sent, bytes) else _picture(load(sent), record)
+
+
+def _final(sent: Leaf | None, load: Callable[[Leaf], Tensor], record: SamplingRecord) -> Tensor | None:
+    if (sent is None) != (record.image_format != "none"):
+        raise LayoutError(f"latents beside the image_format {record.image_format}" if sent is not None else "no latents")
+    return None if sent is None else load(sent)
+
+
 def _picture(tensor: Tensor, record: SamplingRecord) -> Tensor:
     if tensor.shape[:1] not in ((3,), (4,)) or tensor.shape[2:] != (record.height, record.width):
         size = f"{record.height}, {record.width}"
         raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3 or 4, frames, {size}]")
+    if record.image_format == "uint8" and tensor.dtype == torch.uint8 and tensor.ndim == 4:
+        return tensor
     return _of_rank(4, tensor, "generated_output")

@@ -55,6 +55,7 @@ VersionText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_VERSIO
 PathText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 Prompt: TypeAlias = Annotated[Text, about("a red fox in snow", "send one prompt as text")]
+PromptOrNull: TypeAlias = Annotated[Text | None, about("a red fox in snow", "send one prompt as text")]
 NegativePrompt: TypeAlias = Annotated[Text | None, about("blurry, low quality", "leave it out for the family's own")]
 Seed: TypeAlias = Annotated[SeedNumber | None, about(42, "leave it out for a drawn seed")]
 Steps: TypeAlias = Annotated[Count | None, about(20, "leave it out for the family's number")]

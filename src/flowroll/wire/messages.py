@@ -94,13 +94,15 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
 
     Attributes:
         request_id: Id of the request.
-        prompt: The prompt's text.
+        prompt: The prompt's text; null where the request gave none, but its token ids.
         seed: This sample's own seed.
-        generated_output: [3, 1, H, W] float32, the image in [0, 1]; 4 channels where the model draws an alpha channel.
+        generated_output: The image as image_format asks for it: [3, 1, H, W] float32 in [0, 1], 4 channels where the model
+            draws an alpha channel; the same shape in uint8; the bytes of a PNG file (in JSON as base64); or null.
         weight_version: Version of the weights that made the sample.
         sampling: The record of how the sample was made.
         inference_time_s: Wall time of the sample's denoising and decode, seconds.
         peak_memory_mb: Peak memory in MiB.
+        latents: The final latents in the loop's dtype, if image_format is "none".
         rollout_log_probs: [T] float32, the log-prob of each step; 0.0 at deterministic steps.
         rollout_debug_tensors: What every transition saw and made, if rollout_debug_mode is true; float32. variance_noise
             [T, latent]: standard normal noise; prev_sample_mean [T, latent]: mean of the next latents; noise_std_dev [T, 1]:
@@ -112,13 +114,14 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
-    generated_output: Leaf
+    generated_output: Leaf | bytes | None
     weight_version: str
     sampling: SamplingRecord
     inference_time_s: Number
     peak_memory_mb: Number
+    latents: Leaf | None = None
     rollout_log_probs: Leaf | None = None
     rollout_debug_tensors: Annotated[dict[str, Leaf] | None, _DEBUG_SCHEMA] = None
     denoising_env: WireEnv[Leaf] | None = None
@@ -131,7 +134,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
 
     Attributes:
         request_id: Id of the request.
-        prompt: The prompt's text.
+        prompt: The prompt's text; null where the request gave none, but its token ids.
         seed: This image's own seed.
         generated_output: [3, 1, H, W] float32, the image in [0, 1]; 4 channels where the model draws an alpha channel.
         latents: The final latents, in the loop's dtype.
@@ -141,7 +144,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
     """
 
     request_id: str
-    prompt: str
+    prompt: str | None
     seed: int
     generated_output: Leaf
     latents: Leaf

@@ -128,7 +128,7 @@ def read_header(raw: bytes | bytearray | memoryview) -> list[StoredTensor]:
 
 
 def header_metadata(raw: bytes | bytearray | memoryview) -> dict[str, str]:
-    """The free text in a header that `read_header` has accepted.
+    """Returns the free text in a header that `read_header` has accepted.
 
     Raises:
         BlobError: It is not text by name.

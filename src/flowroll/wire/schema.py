@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
-from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, SamplingParams, SdeType, StepOptions
+from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 from flowroll.wire.names import EXTRA
@@ -32,6 +32,12 @@ __all__ = [
 ]
 
 _Indices: TypeAlias = tuple[Annotated[int, Meta(ge=0)], ...]
+_TokenIds: TypeAlias = Annotated[
+    tuple[Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)], ...], Meta(min_length=1)
+]
+_TOKEN_IDS = about(
+    [[49406, 736, 3240, 49407]], "send one list of ids for each of the model's tokenizers", "be null or a list of lists of ids"
+)
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
 _LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 _SIGMAS = Annotated[
@@ -66,8 +72,6 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
     # What every request of the route has.
     _FIXED: ClassVar[Mapping[str, Any]] = {}
 
-    prompt: fields.Prompt
-
     def to_params(self) -> SamplingParams:
         """Returns the request as `SamplingParams`; what was not sent keeps its default.
 
@@ -92,7 +96,10 @@ class _SamplingRequest(_Described, kw_only=True, frozen=True):
 
 class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     # Of a request with `extra_sampling_params`, which the requests themselves declare: its fields are made from these.
+    prompt: fields.PromptOrNull = None
     negative_prompt: fields.NegativePrompt = None
+    prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
+    negative_prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
@@ -176,6 +183,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
         about([0.8, 0.8, 0.4, 0.0], "send one noise level a step"),
     ] = None
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
+    image_format: Annotated[ImageFormat, about("uint8", "choose one of these")] = "tensor"
 
 
 def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:
@@ -283,6 +291,7 @@ class ImagesRequest(_SamplingRequest, kw_only=True, frozen=True):
     _FIXED: ClassVar[Mapping[str, Any]] = {"rollout": False}
     _NAMES: ClassVar[Mapping[str, str]] = {"num_outputs_per_prompt": "n", "width": "size", "height": "size"}
 
+    prompt: fields.Prompt
     model: Annotated[str | None, about("Qwen-Image", "leave it out for the served model")] = None
     n: Annotated[fields.Count | None, about(2, "leave it out for one image")] = None
     size: Annotated[

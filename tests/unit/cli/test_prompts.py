@@ -74,14 +74,16 @@ def test_a_jsonl_line_may_give_every_field(write):
         "return_denoising_env": True,
         "return_dit_trajectory": True,
         "rollout_steps": [{"dynamics": "ode"}, {"noise_level": 0.4}, {}],
+        "prompt_token_ids": [[5, 6], [7]],
         "return_step_indices": [0, 3],
+        "image_format": "png",
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",
         "lora_name": "old",
     }
     # The first is `seeds` in another form, the others are `rollout_steps` in other forms.
-    others = {"seed", "rollout_sde_step_indices", "rollout_noise_levels"}
+    others = {"seed", "negative_prompt_token_ids", "rollout_sde_step_indices", "rollout_noise_levels"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]

@@ -15,6 +15,8 @@ FIELDS = [field.name for field in fields(SamplingParams)]
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),
     "negative_prompt": (["--negative-prompt", "blur"], "blur"),
+    "prompt_token_ids": (["--prompt-token-ids", "[[5, 6], [7]]"], ([5, 6], [7])),
+    "negative_prompt_token_ids": (["--negative-prompt-token-ids", "[[8]]"], ([8],)),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
@@ -38,6 +40,7 @@ ALL_FLAGS = {
     "rollout_steps": (["--rollout-steps", '[{"dynamics": "ode"}, {}]'], ({"dynamics": "ode"}, {})),
     "rollout_noise_levels": (["--rollout-noise-levels", "0.5,0"], (0.5, 0.0)),
     "rollout_return_step_indices": (["--rollout-return-step-indices", "3"], (3,)),
+    "image_format": (["--image-format", "uint8"], "uint8"),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),

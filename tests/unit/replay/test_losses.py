@@ -1,13 +1,30 @@
 """The losses, against numbers worked out by hand."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from flowroll.errors import InvalidRequestError
-from flowroll.replay import clipped_loss, group_advantages, normalised_ratio, ratio
+from flowroll.replay import (
+    clipped_loss,
+    divergences,
+    group_advantages,
+    importance_weights,
+    masked_loss,
+    nft_loss,
+    normalised_ratio,
+    optimality,
+    ratio,
+)
+
+# What verl-omni's losses make of drawn numbers; see tests/data/README.md.
+PEER: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data/losses.json").read_text())
+INPUTS = {name: torch.tensor(value) for name, value in PEER["inputs"].items()}
+STDS = torch.full((6,), INPUTS["std_dev_t"] * INPUTS["sqrt_dt"])
 
 
 def test_an_advantage_is_the_distance_to_the_groups_mean_in_the_groups_std() -> None:
@@ -32,7 +49,7 @@ def test_a_group_of_equal_rewards_has_no_advantage() -> None:
 
 
 def test_an_unknown_std_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="std must be group or global, got 'batch'"):
+    with pytest.raises(InvalidRequestError, match="std must be group, global or none, got 'batch'"):
         group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long), std="batch")  # type: ignore[arg-type]
 
 
@@ -215,3 +232,141 @@ def test_bounds_of_the_loss_are_above_zero(options: dict[str, float]) -> None:
 def test_a_loss_of_no_pairs_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="ratios must be of at least one pair, got none; skip this batch"):
         clipped_loss(torch.ones(0), torch.ones(0))
+
+
+def test_the_losses_are_those_of_verl_omni() -> None:
+    means = INPUTS["means"], INPUTS["old_means"]
+    log_probs = INPUTS["log_probs"], INPUTS["old_log_probs"]
+    advantages, weights, dt = INPUTS["advantages"], INPUTS["weights"], INPUTS["sqrt_dt"] ** 2
+    flow_grpo, guard, dppo = PEER["flow_grpo"], PEER["grpo_guard"], PEER["flow_dppo"]
+    bounds = {name: flow_grpo[name] for name in ("clip_range", "max_advantage")}
+    drifts = divergences(*means, STDS)
+    found = {
+        "flow_grpo": clipped_loss(ratio(*log_probs), advantages, weights=weights, **bounds),
+        "grpo_guard": clipped_loss(
+            normalised_ratio(*log_probs, *means, STDS), advantages, weights=torch.full((6,), 1 / dt), **bounds
+        ),
+        "flow_dppo": masked_loss(ratio(*log_probs), advantages, drifts, max_divergence=dppo["max_divergence"], weights=weights),
+        # Its std is without sqrt(dt).
+        "kl": drifts.mean() * dt,
+    }
+    assert (guard["clip_range"], guard["max_advantage"]) == tuple(bounds.values())
+    for name, loss in found.items():
+        assert loss.item() == pytest.approx(PEER[name]["loss"], rel=1e-5), name
+    # The bounds are met on both sides, or nothing was compared.
+    assert 0 < (drifts >= dppo["max_divergence"]).sum() < 6
+    assert ((ratio(*log_probs) - 1).abs() > flow_grpo["clip_range"]).any()
+
+
+def test_the_loss_of_diffusion_nft_is_that_of_verl_omni() -> None:
+    nft = PEER["nft"]
+    names = ("velocities", "old_velocities", "targets", "sigmas", "optimalities")
+    loss = nft_loss(*(torch.tensor(nft[name]) for name in names), beta=nft["beta"])
+    # It multiplies by its bound on the advantages.
+    assert loss.item() * nft["max_advantage"] == pytest.approx(nft["loss"], rel=1e-5)
+    found = optimality(INPUTS["advantages"], max_advantage=nft["max_advantage"])
+    torch.testing.assert_close(found, torch.tensor(nft["optimalities"]))
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+def test_the_advantages_are_those_of_verl_omni(std: str) -> None:
+    peer = PEER["advantages"]
+    rewards, groups = torch.tensor(peer["rewards"]), torch.tensor(peer["groups"])
+    found = group_advantages(rewards, groups, std=std, correction=1, eps=peer["eps"])
+    torch.testing.assert_close(found, torch.tensor(peer[std]))
+
+
+def test_a_divergence_by_hand() -> None:
+    # Means 0.1 and 0.3 off: (0.01 + 0.09) / 2 over 2 * 0.25.
+    means, old_means = torch.tensor([[0.1, -0.3]]), torch.zeros(1, 2)
+    assert divergences(means, old_means, torch.tensor([0.5])).item() == pytest.approx(0.1)
+    assert divergences(means, means.clone(), torch.tensor([0.5])).item() == 0
+
+
+def test_pairs_that_are_far_and_go_on_are_masked() -> None:
+    # Of both signs: far and going on (masked), far and coming back, near and going on.
+    ratios = torch.tensor([1.5, 0.5, 1.5, 0.5, 0.5, 1.5], requires_grad=True)
+    advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
+    drifts = torch.tensor([0.3, 0.3, 0.1, 0.3, 0.1, 0.3])
+    loss = masked_loss(ratios, advantages, drifts, max_divergence=0.3)
+    # -A r: 0, -1, -3, 0, 1, 3.
+    assert loss.item() == pytest.approx(0.0)
+    loss.backward()
+    assert ratios.grad is not None
+    assert [round(value * 6, 6) for value in ratios.grad.tolist()] == [0.0, -2.0, -2.0, 0.0, 2.0, 2.0]
+
+
+def test_importance_weights_are_bounded_above_and_have_no_gradient() -> None:
+    log_probs = torch.tensor([0.0, math.log(1.5), math.log(9.0), 1000.0], requires_grad=True)
+    weights = importance_weights(log_probs, torch.zeros(4), max_weight=3.0)
+    assert weights.tolist() == pytest.approx([1.0, 1.5, 3.0, 3.0])
+    assert not weights.requires_grad
+
+
+def test_the_loss_of_diffusion_nft_by_hand() -> None:
+    # u = 0, v_old = 1, v = 2, b = 0.5: policies at 1.5 and 0.5. r = 0.75.
+    latents = torch.ones(1, 2, 2)
+    values = (2 * latents, latents, 0 * latents, torch.tensor([0.4]), torch.tensor([0.75]))
+    plain = nft_loss(*values, beta=0.5, scale="velocity")
+    assert plain.item() == pytest.approx((0.75 * 2.25 + 0.25 * 0.25) / 0.5)
+    # (s w)^2 / (s w) = s w.
+    assert nft_loss(*values, beta=0.5).item() == pytest.approx(0.4 * (0.75 * 1.5 + 0.25 * 0.5) / 0.5)
+
+
+def test_a_good_sample_pulls_and_a_bad_one_pushes() -> None:
+    target, old = torch.ones(1, 3), torch.zeros(1, 3)
+    for scale in ("adaptive", "velocity"):
+        for optimal, sign in ((1.0, -1), (0.0, 1), (0.5, 0)):
+            velocity = torch.zeros(1, 3, requires_grad=True)
+            nft_loss(velocity, old, target, torch.tensor([0.5]), torch.tensor([optimal]), scale=scale).backward()
+            assert velocity.grad is not None and velocity.grad.sign().tolist() == [[sign] * 3]
+
+
+def test_the_std_of_the_adaptive_loss_has_no_gradient() -> None:
+    # (s w)^2 / (s |w|) with the divisor held: 2 s |w| and not s.
+    velocity = torch.tensor([[3.0]], requires_grad=True)
+    nft_loss(velocity, velocity.detach(), torch.zeros(1, 1), torch.tensor([0.5]), torch.tensor([1.0])).backward()
+    assert velocity.grad is not None and velocity.grad.item() == pytest.approx(2 * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"beta": 0.0}, r"beta must be above 0, got 0\.0"),
+        ({"scale": "clean"}, "scale must be adaptive or velocity, got 'clean'"),
+        ({"sigmas": torch.tensor([0.5, 0.0])}, r"sigmas must lie in \(0, 1\], got 0\.0 at pair 1"),
+        ({"optimalities": torch.tensor([1.5, 0.0])}, r"optimalities must lie in \[0, 1\], got 1\.5 at pair 0"),
+        ({"optimalities": torch.tensor([0.5, NAN])}, r"optimalities must lie in \[0, 1\], got nan at pair 1"),
+        ({"velocities": torch.tensor([[[0.0]], [[NAN]]])}, "velocities must be finite, got nan at pair 1"),
+        ({"old_velocities": torch.tensor([[[INF]], [[0.0]]])}, "old_velocities must be finite, got inf at pair 0"),
+        ({"targets": torch.tensor([[[INF]], [[0.0]]])}, "targets must be finite, got inf at pair 0"),
+    ],
+)
+def test_the_loss_of_diffusion_nft_refuses_what_would_spoil_it(values: dict[str, Any], words: str) -> None:
+    zeros = {name: torch.zeros(2, 1, 1) for name in ("velocities", "old_velocities", "targets")}
+    with pytest.raises(InvalidRequestError, match=words):
+        nft_loss(**{**zeros, "sigmas": torch.full((2,), 0.5), "optimalities": torch.full((2,), 0.5), **values})
+
+
+def test_the_loss_of_diffusion_nft_of_no_pairs_is_refused() -> None:
+    none = torch.zeros(0, 3)
+    with pytest.raises(InvalidRequestError, match="velocities must be of at least one pair"):
+        nft_loss(none, none, none, torch.zeros(0), torch.zeros(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: optimality(torch.tensor([NAN])), "advantages must be finite, got nan at sample 0"),
+        (lambda: optimality(torch.ones(1), max_advantage=0.0), "max_advantage must be above 0"),
+        (lambda: importance_weights(torch.zeros(1), torch.zeros(1), max_weight=NAN), "max_weight must be above 0, got nan"),
+        (lambda: importance_weights(torch.zeros(1), torch.tensor([INF])), "old_log_probs must be finite, got inf at pair 0"),
+        (lambda: masked_loss(torch.ones(1), torch.ones(1), torch.tensor([NAN])), "divergences must be finite, got nan"),
+        (lambda: masked_loss(torch.ones(1), torch.ones(1), torch.ones(1), max_divergence=-1.0), "max_divergence must be above"),
+        (lambda: masked_loss(torch.ones(0), torch.ones(0), torch.ones(0)), "ratios must be of at least one pair"),
+        (lambda: group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long), correction=2), "correction must be 0 or 1"),
+    ],
+)
+def test_bad_values_of_the_other_losses_are_refused(call: Any, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        call()

@@ -28,6 +28,7 @@ WIDER = {
     int | float: Real,
     tuple[int, ...]: Integers,
     tuple[int | float, ...]: Reals,
+    tuple[tuple[int, ...], ...]: Sequence[Integers],
     tuple[StepOptions, ...]: Sequence[StepOptions | Mapping[str, Any]],
 }
 ARRAYS = [lambda values: np.array(values), lambda values: torch.tensor(values), lambda values: list(np.array(values))]

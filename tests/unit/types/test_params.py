@@ -24,6 +24,7 @@ CHOSEN = {
     "rollout_steps": (StepOptions(noise_level=0.4), StepOptions(dynamics="dance")),
     "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
+    "image_format": "uint8",
 }
 
 
@@ -202,9 +203,9 @@ def test_fields_without_a_prompt_are_refused_by_the_engine(z_image_checkpoint: P
             assert caught.value.field == "prompt"
 
 
-def test_every_rollout_field_but_the_switch_and_the_steps_has_a_short_name() -> None:
+def test_every_field_with_the_prefix_but_the_steps_has_a_short_name() -> None:
     assert {*CHOSEN, "rollout"} == ROLLOUT_FIELDS
-    named = set(CHOSEN) - {"rollout_steps"}
+    named = {name for name in CHOSEN if name.startswith("rollout_")} - {"rollout_steps"}
     assert {field: short for short, field in ALIASES.items()} == {name: name.removeprefix("rollout_") for name in named}
 
 
@@ -228,7 +229,7 @@ def test_an_alias_of_a_dynamics_becomes_its_name() -> None:
     assert params.rollout_sde_type == "dance" and params == SamplingParams(prompt="a cat", rollout_sde_type="dance")
 
 
-@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode"}))
+@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode", "image_format"}))
 def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
     # The server answered null where an environment was asked for.
     for name in {field, next((short for short, full in ALIASES.items() if full == field), field)}:
@@ -241,6 +242,7 @@ def test_an_evaluation_may_say_that_it_wants_nothing() -> None:
     nothing = {"return_denoising_env": False, "return_step_indices": None, "debug_mode": False}
     SamplingParams(prompt="a cat", rollout=False, **nothing, sde_type="ode", noise_level=0)
     SamplingParams(prompt="a cat", rollout=False, debug_mode=True, sde_type="sde", noise_level=0.7)
+    SamplingParams(prompt="a cat", rollout=False, image_format="uint8")
 
 
 def test_a_sigma_near_one_is_refused_with_its_step_and_what_to_do() -> None:

@@ -85,6 +85,7 @@ def test_an_evaluation_has_null_rollout_fields_and_comes_back_equal(wire_format:
     (sample,) = parsed(body)
     nulls = {name for name, value in sample.items() if value is None}
     assert nulls == {
+        "latents",
         "rollout_log_probs",
         "rollout_debug_tensors",
         "denoising_env",

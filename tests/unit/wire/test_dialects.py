@@ -17,6 +17,7 @@ RESPONSE_FIELDS = {
     "prompt",
     "seed",
     "generated_output",
+    "latents",
     "rollout_log_probs",
     "rollout_debug_tensors",
     "denoising_env",

@@ -22,8 +22,9 @@ from flowroll.wire.files import load_rollout, save_rollout
         make_rollout(family="z_image", dtype=torch.float16),
         make_rollout(guided=False, dtype=torch.float32, text_tokens=3),
         make_evaluation(),
+        *(make_evaluation(image_format=image_format) for image_format in ("uint8", "png", "none")),
     ],
-    ids=["qwen_image", "z_image", "unguided", "evaluation"],
+    ids=["qwen_image", "z_image", "unguided", "evaluation", "uint8", "png", "none"],
 )
 def test_a_rollout_comes_back_equal_in_every_field(rollout: Rollout, tmp_path: Path) -> None:
     save_rollout(tmp_path / "a.safetensors", rollout)

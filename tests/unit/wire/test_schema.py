@@ -48,6 +48,16 @@ def refusal(model: Any, body: dict[str, Any]) -> InvalidRequestError:
 ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "prompt": ("prompt", ["", "x" * MAX_PROMPT_CHARS, "猫が好き 🦊"], [None, 3, ["a"], "x" * (MAX_PROMPT_CHARS + 1)]),
     "negative_prompt": ("negative_prompt", [None, "", "blurry"], [3, False, "x" * (MAX_PROMPT_CHARS + 1)]),
+    "prompt_token_ids": (
+        "prompt_token_ids",
+        [None, [[0]], [[5, 6], [7]]],
+        [[], [[]], [5], 5, [[-1]], [["5"]], [[True]], [[0.5]]],
+    ),
+    "negative_prompt_token_ids": (
+        "negative_prompt_token_ids",
+        [None, [[0]], [[5, 6], [7]]],
+        [[], [[]], [5], 5, [[-1]], [None]],
+    ),
     "seed": ("seed", [None, 0, MAX_SEED], [-1, MAX_SEED + 1, "4", True, 4.0, 4.5, TOO_LARGE, [1]]),
     "seeds": ("seeds", [None, [7], [7, 7, MAX_SEED]], [[], 7, [-1], [MAX_SEED + 1], ["4"], [True], [4.0], [None], [[1]]]),
     "generator_device": ("generator_device", ["cuda", "cpu"], [None, "mps", "cuda:0", 0, ["cpu"]]),
@@ -80,6 +90,7 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "rollout_noise_levels": ("noise_levels", [None, [0.7], [0, 1e-4, 10]], [[], 0.7, [-0.1], [9e-5], [10.1], ["0.7"], [None]]),
     "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
+    "image_format": ("image_format", ["tensor", "uint8", "png", "none"], [None, "jpeg", 8, ["png"]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
     "sigmas": (
@@ -100,7 +111,7 @@ def cases(rows: dict[str, tuple[str, list[Any], list[Any]]], accepted: bool) -> 
 
 def stored(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(StepOptions(**item) if isinstance(item, dict) else item for item in value)
+        return tuple(StepOptions(**item) if isinstance(item, dict) else stored(item) for item in value)
     return value
 
 
@@ -161,7 +172,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 18
+    assert len(nullable) == 20
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 
@@ -463,7 +474,7 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
             {"seeds": [1, "4"]},
             "seeds must be null or a list of integers from 0 to 4294967295, got '4'; send one seed per output.",
         ),
-        ({"prompt": None}, "prompt must be a string of at most 100000 characters, got None; send one prompt as text."),
+        ({"prompt": None}, "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."),
         (
             {"generator_device": "mps"},
             'generator_device must be "cuda" or "cpu", got \'mps\'; leave it out for the engine\'s device.',

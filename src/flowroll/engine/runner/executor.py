@@ -50,8 +50,8 @@ class Executor:
         """Encodes the prompts of a request."""
         return self._pipeline.encode(plan)
 
-    def decode(self, sample: Sample) -> Tensor:
-        """Decodes a finished sample into its picture, on the CPU."""
+    def decode(self, sample: Sample) -> Tensor | None:
+        """Decodes a finished sample into its picture, on the CPU; None where the request asks for no picture."""
         return self._pipeline.decode(sample)
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
@@ -60,6 +60,11 @@ class Executor:
         # The values that the other ranks need to take the same steps, without the tensors that only a result holds.
         params = replace(
             plan.params,
+            # The environment is all that is left of the texts, but for whether there is an unconditional one.
+            prompt="",
+            prompt_token_ids=None,
+            negative_prompt=None if plan.negative_prompt is None else "",
+            negative_prompt_token_ids=None,
             seed=None,
             seeds=plan.seeds,
             num_outputs_per_prompt=None,

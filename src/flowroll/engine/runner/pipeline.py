@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
-from flowroll.engine.plan import RequestPlan
+from flowroll.engine.plan import BranchText, RequestPlan
 from flowroll.engine.runner.sample import Conditioning, Sample
+from flowroll.engine.tokens import encode_ids
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError
@@ -53,18 +54,18 @@ class PipelineRunner:
         model, pipeline = self._get()
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
-        encoded: dict[str, Mapping[str, EnvValue]] = {}
-        for prompt in (plan.params.prompt, plan.negative_prompt):
-            if prompt is not None and prompt not in encoded:
-                encoded[prompt] = model.family.encode(pipeline, model.family.prompt(prompt, model.variant))
+        encoded: dict[BranchText, Mapping[str, EnvValue]] = {}
+        for one in (plan.prompt, plan.negative_prompt):
+            if one is not None and one not in encoded:
+                encoded[one] = encode_branch(model, pipeline, model.variant, one)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
-        env = model.family.env(encoded[plan.params.prompt], negative, plan.geometry, embedded=plan.guidance.embedded)
+        env = model.family.env(encoded[plan.prompt], negative, plan.geometry, embedded=plan.guidance.embedded)
         check_encoded(env)
         record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
         return Conditioning.build(plan, model, env, record)
 
-    def decode(self, sample: Sample) -> Tensor:
-        """Decodes a finished sample into its picture, on the CPU.
+    def decode(self, sample: Sample) -> Tensor | None:
+        """Checks a finished sample, and decodes it into its picture, on the CPU; None where the request asks for no picture.
 
         Raises:
             EngineError: The trajectory left the range of float32, or the VAE returned NaN or infinity.
@@ -73,6 +74,8 @@ class PipelineRunner:
             sample.recorder.wait()
         plan = sample.conditioning.plan
         check_denoised(plan, sample)
+        if plan.params.image_format == "none":
+            return None
         return self.picture(sample.latents, plan.geometry, what=f"image of the sample with seed {sample.seed}")
 
     def picture(
@@ -105,3 +108,11 @@ class PipelineRunner:
     def _get(self) -> tuple[LoadedModel, Any]:
         assert self._loaded is not None
         return self._loaded
+
+
+def encode_branch(model: LoadedModel, pipeline: Any, variant: str, one: BranchText) -> Mapping[str, EnvValue]:
+    """Encodes the text of one branch alone, whichever form it has, and returns its conditioning fields."""
+    if one.token_ids is not None:
+        return encode_ids(model.family, pipeline, variant, model.tokenizers, one.token_ids)
+    assert one.text is not None
+    return model.family.encode(pipeline, model.family.prompt(one.text, variant))

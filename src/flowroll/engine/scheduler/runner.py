@@ -36,5 +36,5 @@ class Runner(Protocol):
     def free_memory(self) -> None:
         """Returns memory that torch has cached to the device, after a forward that failed."""
 
-    def decode(self, sample: Sample) -> Tensor:
-        """Decodes a finished sample into its picture. The decode stage calls it."""
+    def decode(self, sample: Sample) -> Tensor | None:
+        """Decodes a finished sample into its picture, or None where none is asked for. The decode stage calls it."""

@@ -107,7 +107,7 @@ class NcclMembership:
         return self._failure is not None or (self.is_joined and self._group.has_failed)
 
     def has_lost_rank_0(self) -> bool:
-        """Whether the store of rank 0 does not answer."""
+        """Returns whether the store of rank 0 does not answer."""
         return self.is_joined and self._group.has_lost_rank_0()
 
     def turn(self) -> AbstractContextManager[None]:

@@ -126,7 +126,7 @@ def _decode(body: bytearray, gpu_uuid: str | None) -> tuple[UpdateFromTensorRequ
 
 
 def _own_entry(uuids: list[str] | None, gpu_uuid: str | None) -> int:
-    """Which entry to read: all hold the whole bucket, but one on this GPU needs no other to be in reach."""
+    """Chooses the entry to read: all hold the whole bucket, but one on this GPU needs no other to be in reach."""
     if uuids is None or gpu_uuid is None:
         return 0
     own = _plain_uuid(gpu_uuid)
