@@ -31,6 +31,7 @@ EXTRA_OPS: dict[str, Counter[str]] = {
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
     "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
+    "qwen_image_21": Counter(mul=2, add=2, arange=2, copy_=1, ge=1, reciprocal=1, sum=3, _local_scalar_dense=3),
 }
 
 

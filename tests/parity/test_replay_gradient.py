@@ -28,7 +28,10 @@ REQUEST = {
 
 def in_float64(env: DenoisingEnv) -> DenoisingEnv:
     def branch(values: Any) -> dict[str, Any]:
-        return {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        return {
+            key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in values.items()
+        }
 
     negative = env.neg_cond_kwargs
     return DenoisingEnv(
@@ -91,6 +94,6 @@ def test_gradients_agree_with_finite_differences(
 
     reach = 1e-4
     difference = (moved(reach) - moved(-reach)) / (2 * reach)
-    assert math.isfinite(slope) and abs(slope) > 1e-3
+    assert math.isfinite(slope) and abs(slope) > 5e-4
     # The terms of a small std are large and cancel: neither side can be more exact than their rounding.
     assert slope == pytest.approx(difference, rel=2e-3, abs=1e-6 * magnitude)

@@ -261,8 +261,12 @@ class Conditioning:
         for branch in branches:
             embeds = self.embeds.value(env, branch)
             for field in self.fields:
-                value = field.value(env, branch) if field.shape and field.shape[0] == TOKENS else None
-                if isinstance(value, Tensor) and isinstance(embeds, Tensor) and value.shape[:1] != embeds.shape[:1]:
+                value, counted = field.value(env, branch), (field.shape or ("",))[0]
+                if not isinstance(value, Tensor) or not isinstance(embeds, Tensor) or counted not in (TOKENS, SLOTS):
+                    continue
+                # An entry is true for a group of image tokens.
+                count = len(value) if counted == TOKENS else int((value == 0).sum())
+                if count != len(embeds):
                     yield field.place(branch), field
 
     def unequal(self, env: DenoisingEnv) -> ConditioningField | None:

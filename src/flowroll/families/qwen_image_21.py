@@ -6,8 +6,8 @@ negative prompt and a scale above 1: neg + scale (pos - neg) in the model's dtyp
 
 The text does not see the image, and is modulated as at timestep 0: its keys and values are the same at every step. The first
 step runs the whole sequence; every later one runs the image's tokens alone, over the keys and values that a forward of the
-whole sequence has left in a `PrefixCache`. Whichever forward fills it, it holds the same bits. The bits of a step with the cache
-are not always those of a step without: docs/exactness.md has the measurements.
+whole sequence has left in a `PrefixCache`. Whichever forward fills it, it holds the same bits. A step with the cache does not
+always have the bits of one without: docs/exactness.md has the measurements.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class QwenImage21(Family):
 
     @override
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
-        return noise[0, 0].flatten(1).T.contiguous()
+        return noise[0, 0].flatten(1).T
 
     @override
     def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:

@@ -99,6 +99,8 @@ class Sample:
         recorder = None
         if plan.transitions is not None:
             recorder = Recorder(plan=plan)
+            # As the states of a record lie in memory: the order of a sum's terms depends on it.
+            latents = latents.contiguous()
             recorder.keep_latents(0, latents)
         return cls(conditioning=conditioning, seed=seed, latents=latents, recorder=recorder)
 
