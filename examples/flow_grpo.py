@@ -24,6 +24,7 @@ from examples.rl.loop import Batch, Options, add_arguments, options_of, train
 from examples.server import exit_on_sigterm
 from flowroll import replay
 from flowroll.sampling.dynamics import DYNAMICS
+from flowroll.sampling.transition import NO_CONST
 
 _STOCHASTIC = tuple(name for name, found in DYNAMICS.items() if found.is_stochastic)
 _CLIP_RANGE = 1e-3
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learner = Learner(options, updates=parsed.updates)
     request: dict[str, Any] = {"sde_type": parsed.dynamics, "noise_level": parsed.noise_level}
     # CPS's std falls to 0 along the steps: with the constants the last of them would outweigh all others.
-    request["log_prob_no_const"] = DYNAMICS[parsed.dynamics].log_prob_form == "no_const"
+    request["log_prob_no_const"] = DYNAMICS[parsed.dynamics].log_prob_form == NO_CONST
     kind = parsed.dynamics if parsed.window is None else f"{parsed.dynamics}, {parsed.window} steps"
     if parsed.window is not None:
         # The early steps, where it is decided what is drawn.

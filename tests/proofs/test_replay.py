@@ -32,7 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
             {"dynamics": "ode"},
         ),
     },
-    "own sigmas": {"num_inference_steps": None, "sigmas": (1.0, 0.8, 0.3, 0.0)},
+    "own sigmas, summed": {
+        "num_inference_steps": None,
+        "sigmas": (1.0, 0.8, 0.3, 0.0),
+        "log_prob": {"reduce": "sum", "constants": False},
+    },
 }
 CARRIERS = ("engine", "file", "json", "msgpack")
 ROWS = [

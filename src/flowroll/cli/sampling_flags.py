@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
 
 _GIVEN = "given"
@@ -81,6 +82,8 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
         return _flag_type(members[0])
     if get_origin(hint) is tuple and (get_args(hint)[0] is StepOptions or get_origin(get_args(hint)[0]) is tuple):
         return str, {"parser": _json_list, "metavar": "JSON"}
+    if hint is LogProbForm:
+        return str, {"parser": _json_object, "metavar": "JSON"}
     if get_origin(hint) is tuple:
         item, _ = _flag_type(get_args(hint)[0])
         # typer would take several words for a tuple type; the parser makes one of a single word.
@@ -99,6 +102,16 @@ def _json_list(text: str) -> tuple[Any, ...]:
             f'must be a JSON list, got {text!r}; write for example \'[{{"noise_level": 0.8}}, {{"dynamics": "ode"}}]\'.'
         )
     return tuple(found)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'must be a JSON object, got {text!r}; write for example \'{{"reduce": "sum"}}\'.')
+    return found
 
 
 def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...]]:

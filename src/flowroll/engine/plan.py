@@ -124,6 +124,7 @@ def _record(
         sde_type=params.rollout_sde_type if params.rollout else ODE,
         noise_level=params.rollout_noise_level,
         log_prob_no_const=params.rollout_log_prob_no_const,
+        log_prob=params.log_prob,
         guidance_rule=guidance.rule,
         guidance_scale=guidance.scale,
         negative_prompt=None if negative is None else negative.text,

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowroll.errors import InvalidRequestError
 from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput, Transformer
 from flowroll.sampling import dynamics, transition
-from flowroll.sampling.transition import Transition
+from flowroll.sampling.transition import LogProbForm, Transition
 from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
 
 
@@ -49,7 +49,7 @@ class Recipe:
         timesteps: The timesteps as the model takes them, on the model's device.
         dts: Next sigma minus sigma of each step, on the model's device.
         dtype: The dtype of the transformer's inputs.
-        no_const: Which of the two log-prob conventions is used.
+        form: What counts as the log-prob of a step.
     """
 
     family: Family
@@ -59,7 +59,7 @@ class Recipe:
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
     dtype: torch.dtype
-    no_const: bool
+    form: LogProbForm
 
     @classmethod
     def of(
@@ -97,7 +97,7 @@ class Recipe:
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
             dts=on_device[1:] - on_device[:-1],
             dtype=dtype or dtype_named(record.model_dtype),
-            no_const=record.log_prob_no_const,
+            form=record.log_prob_form,
         )
 
     def check_env(self, env: DenoisingEnv, where: str = "") -> None:
@@ -189,7 +189,7 @@ class Recipe:
         """
         this = self.transitions[step]
         mean = dynamics.step_mean(this, latents, velocity, self.dts[step], previous)
-        log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=self.no_const)[0]
+        log_prob = transition.log_prob(this, next_latents[None], mean[None], form=self.form)[0]
         return StepScore(velocity=velocity, mean=mean, std=this.std, log_prob=log_prob)
 
     def clean_prediction(
@@ -242,6 +242,11 @@ def _check_record(record: SamplingRecord, family: Family) -> None:
         raise InvalidRequestError(
             f"schema_version must be {SCHEMA_VERSION}, got {record.schema_version}; use the flowroll that made the rollout.",
             field="schema_version",
+        )
+    if record.log_prob is not None and record.log_prob_no_const:
+        raise InvalidRequestError(
+            "log_prob must be null beside log_prob_no_const = true, got a form; use the record as it was sent.",
+            field="log_prob",
         )
     if record.guidance_rule not in (NO_GUIDANCE, family.guidance_rule):
         raise InvalidRequestError(

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.sampling.transition import Transition
+from flowroll.sampling.transition import GAUSSIAN, LogProbForm, Transition
 
 # (sigmas, step, noise level) -> the transition of that step. The grid is float32, on the CPU.
 CoefficientsFunction: TypeAlias = Callable[[Float[Tensor, " states"], int, int | float], Transition]
 # (sigmas, step) -> the rule that the sigma of that step breaks and the remedy, or None.
 SigmaProblemFunction: TypeAlias = Callable[[Sequence[float], int], tuple[str, str] | None]
-LogProbForm: TypeAlias = Literal["gaussian", "no_const"]
 
 # Below it float32 no longer tells the noise from the rounding of the latents.
 NOISE_LEVEL_MIN = 1e-4
@@ -52,8 +51,8 @@ class Dynamics:
         noise_level_max_is_open: Whether the noise level must stay below `noise_level_max`.
         is_stochastic: Whether its steps draw noise; at a noise level of 0 all steps of such a dynamics are ODE steps.
         needs_history: Whether its steps use x0_prev, the clean prediction of the step before.
-        log_prob_form: The form of the log-prob in the method's own publication: the Gaussian density, or minus the squared
-            error. A request chooses the form by `rollout_log_prob_no_const`, whatever the dynamics.
+        log_prob_form: The form of the log-prob in the method's own publication. A request chooses the form, whatever the
+            dynamics.
         sigma_problem: Finds a step of a valid grid that the dynamics cannot take; None if it can take every step.
     """
 
@@ -65,7 +64,7 @@ class Dynamics:
     noise_level_max_is_open: bool = False
     is_stochastic: bool = True
     needs_history: bool = False
-    log_prob_form: LogProbForm = "gaussian"
+    log_prob_form: LogProbForm = GAUSSIAN
     sigma_problem: SigmaProblemFunction | None = None
 
     def admits(self, noise_level: int | float) -> bool:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.sampling.base import Dynamics
-from flowroll.sampling.transition import Transition
+from flowroll.sampling.transition import NO_CONST, Transition
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -52,5 +52,5 @@ DYNAMICS = Dynamics(
     coefficients=coefficients,
     noise_level_max=2.0,
     noise_level_max_is_open=True,
-    log_prob_form="no_const",
+    log_prob_form=NO_CONST,
 )

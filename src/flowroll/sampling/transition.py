@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,26 @@ from torch import Tensor
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # The dynamics whose steps are taken by `ode.step`, in the plain pipeline's dtypes. Steps that are not chosen follow it too.
 ODE = "ode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogProbForm:
+    """What is counted as the log-prob of a step; each form differs from the others by known numbers.
+
+    Attributes:
+        reduce: "mean" or "sum" over the elements of a sample's latents.
+        constants: Whether -log std - log sqrt(2 pi) of each element counts.
+        inverse_variance: Whether the squared error is divided by 2 std^2.
+    """
+
+    reduce: Literal["mean", "sum"] = "mean"
+    constants: bool = True
+    inverse_variance: bool = True
+
+
+# The log-density per element, and minus the mean squared error.
+GAUSSIAN = LogProbForm()
+NO_CONST = LogProbForm(constants=False, inverse_variance=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +145,16 @@ def log_prob(
     next_latents: Float[Tensor, " batch *latent"],
     mean: Float[Tensor, " batch *latent"],
     *,
-    no_const: bool = False,
+    form: LogProbForm = GAUSSIAN,
 ) -> Float[Tensor, " batch"]:
-    """Computes the log-density of the next latents, averaged over the elements of a sample.
+    """Computes the log-density of the next latents in one of its forms, by default averaged over the elements of a sample.
 
-    With D elements and q = (1/D) sum (next - mean)^2:
+    With D elements, q = (1/D) sum (next - mean)^2 and c = log std + log sqrt(2 pi):
 
-        log_prob = -q / (2 std^2) - log std - log sqrt(2 pi),   or -q for `no_const`
+        log_prob = -q / (2 std^2) - c
+
+    Without `inverse_variance` the first term is -q, without `constants` there is no c, and for the sum q and c are D times as
+    large.
 
     Each row is reduced on its own, as a full reduction of one sample: a reduction over a batch may sum in another order.
 
@@ -138,19 +162,24 @@ def log_prob(
         transition: The step that `mean` belongs to.
         next_latents: The latents that were stored, any float dtype.
         mean: The result of `mean`, float32.
-        no_const: Whether to use the wire convention without scale and constants.
+        form: What counts.
 
     Returns:
         The log-prob, float32; exactly 0 if the step is deterministic and has no density.
 
     Reference:
-        Flow-GRPO (arXiv:2505.05470) takes the mean, not the sum, over a sample's elements. `no_const` is FlowCPS's form
+        Flow-GRPO (arXiv:2505.05470) takes the mean, not the sum, over a sample's elements. `NO_CONST` is FlowCPS's form
         (arXiv:2509.05952), which SGLang applies to Flow-SDE as well.
     """
     if not transition.is_stochastic:
         return mean.new_zeros(mean.shape[0], dtype=torch.float32)
     difference = next_latents.to(torch.float32) - mean
-    squared = torch.stack([row.square().mean() for row in difference.unbind(0)])
-    if no_const:
-        return -squared
-    return -squared / (2 * transition.std**2) - (math.log(transition.std) + _HALF_LOG_2PI)
+    squares = [row.square() for row in difference.unbind(0)]
+    is_sum = form.reduce == "sum"
+    log_probs = -torch.stack([row.sum() if is_sum else row.mean() for row in squares])
+    if form.inverse_variance:
+        log_probs = log_probs / (2 * transition.std**2)
+    if form.constants:
+        count = squares[0].numel() if is_sum else 1
+        log_probs = log_probs - count * (math.log(transition.std) + _HALF_LOG_2PI)
+    return log_probs

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.types.plain import plain
 
@@ -56,6 +57,7 @@ class RolloutFields(ImageFields, total=False):
     rollout_sde_type: SdeType
     rollout_noise_level: Real
     rollout_log_prob_no_const: bool
+    log_prob: LogProbForm | Mapping[str, Any] | None
     rollout_debug_mode: bool
     rollout_return_denoising_env: bool
     rollout_return_dit_trajectory: bool

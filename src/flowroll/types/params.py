@@ -12,7 +12,9 @@ import torch
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
+from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import check_lora_name
+from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
 from flowroll.types.prompts import check_token_ids
@@ -129,6 +131,9 @@ class SamplingParams:
         rollout_sde_type: Dynamics of the stochastic steps.
         rollout_noise_level: 0 (every step is an ODE step), or a number within the limits of the dynamics.
         rollout_log_prob_no_const: Log-probs are minus the mean of (next - mean)^2, without scale and constants.
+        log_prob: The form of the log-probs: a `LogProbForm`, or a mapping of its fields: the "mean" or the "sum" over elements
+            (`reduce`), with or without `constants`, with or without the division by 2 std^2 (`inverse_variance`). Excludes
+            `rollout_log_prob_no_const`, which is the mean without either. None: the mean with both.
         rollout_debug_mode: Return the per-step debug tensors.
         rollout_return_denoising_env: Return every transformer argument.
         rollout_return_dit_trajectory: Return latents, timesteps and sigmas.
@@ -170,6 +175,7 @@ class SamplingParams:
     rollout_sde_type: SdeType = "sde"
     rollout_noise_level: Number = 0.7
     rollout_log_prob_no_const: bool = False
+    log_prob: LogProbForm | None = None
     rollout_debug_mode: bool = True
     rollout_return_denoising_env: bool = False
     rollout_return_dit_trajectory: bool = False
@@ -201,6 +207,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_seeds()
         self._check_sigmas()
+        self._check_log_prob()
         self._check_rollout()
         self._check_dynamics()
         self._check_evaluation()
@@ -219,6 +226,19 @@ class SamplingParams:
             )
             for step in self.rollout_steps
         )
+
+    @property
+    def log_prob_form(self) -> LogProbForm:
+        """What counts as the log-prob of a step."""
+        return self.log_prob or (NO_CONST if self.rollout_log_prob_no_const else GAUSSIAN)
+
+    def _check_log_prob(self) -> None:
+        if self.log_prob is None:
+            return
+        given = as_log_prob_form(self.log_prob)
+        object.__setattr__(self, "log_prob", given)
+        alone = not self.rollout_log_prob_no_const
+        _require(alone, "log_prob", "be given without rollout_log_prob_no_const", "both", "send one of the two")
 
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
@@ -375,7 +395,7 @@ class SamplingParams:
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
-ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "image_format", *ALIASES.values()})
+ROLLOUT_FIELDS = frozenset({"rollout", "rollout_steps", "log_prob", "image_format", *ALIASES.values()})
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 
 

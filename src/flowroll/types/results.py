@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowroll.sampling.base import StepRule
+from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import ImageFormat, Number, SdeType
 
@@ -29,7 +30,7 @@ class SamplingRecord:
         variant: Variant of the family, e.g. "base", "turbo".
         sde_type: Dynamics of the stochastic steps.
         noise_level: The user's knob n.
-        log_prob_no_const: Which of the two log-prob conventions was used.
+        log_prob_no_const: Which of the two log-prob conventions was used, unless `log_prob` says another form.
         guidance_rule: How the branches were combined: "none", or the family's rule.
         guidance_scale: The effective scale; meaningless for rule "none".
         negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
@@ -51,6 +52,7 @@ class SamplingRecord:
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
+        log_prob: The form of the log-probs, where the request gave one; None: as `log_prob_no_const` says.
         prompt_token_ids: The token ids of the conditional branch, where the request gave these.
         negative_prompt_token_ids: Those of the unconditional branch, where they were used.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
@@ -81,6 +83,7 @@ class SamplingRecord:
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
+    log_prob: LogProbForm | None = None
     image_format: ImageFormat = "tensor"
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
@@ -89,6 +92,11 @@ class SamplingRecord:
         assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
+
+    @property
+    def log_prob_form(self) -> LogProbForm:
+        """What counted as the log-prob of a step."""
+        return self.log_prob or (NO_CONST if self.log_prob_no_const else GAUSSIAN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

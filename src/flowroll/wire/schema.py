@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, structs
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
@@ -141,6 +142,8 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
         given |= {ALIASES.get(name, name): value for name, value in self._given_further().items()}
         if steps := given.get("rollout_steps"):
             given["rollout_steps"] = tuple(StepOptions(**structs.asdict(step)) for step in steps)
+        if form := given.get("log_prob"):
+            given["log_prob"] = LogProbForm(**structs.asdict(form))
         return given
 
     def _wire_name(self, param: str) -> str:
@@ -161,11 +164,33 @@ class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     noise_level: Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)] | None = None
 
 
+class LogProb(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is counted as the log-prob of a step.
+
+    Attributes:
+        reduce: "mean" or "sum" over the elements of a sample's latents.
+        constants: Whether -log std - log sqrt(2 pi) of each element counts.
+        inverse_variance: Whether the squared error is divided by 2 std^2.
+    """
+
+    reduce: Literal["mean", "sum"] = "mean"
+    constants: bool = True
+    inverse_variance: bool = True
+
+
 class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout: Annotated[bool, about(True, "leave it out for true")] = True
     rollout_sde_type: Annotated[SdeType, _SDE_TYPE] = "sde"
     rollout_noise_level: Annotated[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], _NOISE_LEVEL] = 0.7
     rollout_log_prob_no_const: fields.Flag = False
+    log_prob: Annotated[
+        LogProb | None,
+        about(
+            {"reduce": "mean", "constants": False},
+            "send {} for the usual form",
+            "be null or an object with reduce, constants and inverse_variance",
+        ),
+    ] = None
     rollout_debug_mode: Annotated[bool, about(False, "leave it out for true")] = True
     rollout_return_denoising_env: fields.Flag = False
     rollout_return_dit_trajectory: fields.Flag = False

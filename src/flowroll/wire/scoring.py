@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
@@ -30,6 +31,7 @@ from flowroll.wire.messages import (
 from flowroll.wire.safetensors import BlobError, tensor_from_blob
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
+_FORM_FIELDS = tuple(field.name for field in fields(LogProbForm))
 _ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
 _REMEDY = "see /openapi.json"
 _REQUESTS: Mapping[str, Any] = {
@@ -165,10 +167,11 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora = sent.get("lora")
+    lora, form = sent.get("lora"), sent.get("log_prob")
     for where, given, known in (
         ("sampling", sent, _RECORD_FIELDS),
         ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
+        ("sampling.log_prob", form if isinstance(form, dict) else {}, _FORM_FIELDS),
     ):
         for name in given:
             if name not in known:

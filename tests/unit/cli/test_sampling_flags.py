@@ -33,6 +33,7 @@ ALL_FLAGS = {
     "rollout_sde_type": (["--rollout-sde-type", "cps"], "cps"),
     "rollout_noise_level": (["--rollout-noise-level", "0.3"], 0.3),
     "rollout_log_prob_no_const": (["--rollout-log-prob-no-const"], True),
+    "log_prob": (["--log-prob", '{"reduce": "sum"}'], {"reduce": "sum"}),
     "rollout_debug_mode": (["--no-rollout-debug-mode"], False),
     "rollout_return_denoising_env": (["--rollout-return-denoising-env"], True),
     "rollout_return_dit_trajectory": (["--rollout-return-dit-trajectory"], True),

@@ -6,6 +6,7 @@ from tests.unit.sampling.golden import VECTOR_FILES, Golden
 
 from flowroll.sampling import ode, transition
 from flowroll.sampling.dynamics import DYNAMICS, transitions
+from flowroll.sampling.transition import NO_CONST, LogProbForm
 
 STOCHASTIC = [
     ("flow_sde_eta0.7", "sde", "flow_grpo"),
@@ -19,8 +20,8 @@ TOLERANCE = 1e-6
 ABOVE_ONE = ["qwen-image_T4_seed3.safetensors", "z-image_T9_seed1.safetensors"]
 
 
-def no_const(sde_type: str) -> bool:
-    return DYNAMICS[sde_type].log_prob_form == "no_const"
+def form_of(sde_type: str) -> LogProbForm:
+    return DYNAMICS[sde_type].log_prob_form
 
 
 def test_every_stochastic_dynamics_has_golden_vectors() -> None:
@@ -49,7 +50,7 @@ def check_every_step(golden: Golden, prefix: str, sde_type: str, reference: str)
         mean = transition.mean(this, golden["latents"][step], golden["velocity"][step])
         noise = golden["noise"][step] if this.is_stochastic else None
         next_latents = transition.sample(this, mean, noise)
-        log_prob = transition.log_prob(this, next_latents, mean, no_const=no_const(sde_type))
+        log_prob = transition.log_prob(this, next_latents, mean, form=form_of(sde_type))
         recorded = golden[f"{prefix}/log_prob_mean.{reference}"][step]
         reference_std = golden[f"{prefix}/std.{reference}"][step].item()
         assert worst(mean, golden[f"{prefix}/mean.{reference}"][step]) < TOLERANCE
@@ -68,7 +69,7 @@ def test_a_stored_next_state_is_scored_as_by_the_reference(name: str, prefix: st
     for step, this in enumerate(chosen):
         mean = transition.mean(this, golden["latents"][step], golden["velocity"][step])
         stored = golden[f"{prefix}/next_latents.{reference}"][step]
-        log_prob = transition.log_prob(this, stored, mean, no_const=no_const(sde_type))
+        log_prob = transition.log_prob(this, stored, mean, form=form_of(sde_type))
         assert worst(log_prob, golden[f"{prefix}/log_prob_score.{reference}"][step]) < 2e-6
 
 
@@ -79,7 +80,7 @@ def test_the_form_without_constants_is_the_wire_convention(name: str, prefix: st
     for step, this in enumerate(transitions(golden["sigmas"], sde_type="sde", noise_level=golden.noise_levels[prefix])):
         mean = transition.mean(this, golden["latents"][step], golden["velocity"][step])
         next_latents = transition.sample(this, mean, golden["noise"][step])
-        log_prob = transition.log_prob(this, next_latents, mean, no_const=True)
+        log_prob = transition.log_prob(this, next_latents, mean, form=NO_CONST)
         assert worst(log_prob, golden[f"{prefix}/log_prob_unscaled.sglang"][step]) < 2e-6
 
 
@@ -92,7 +93,7 @@ def test_the_whole_chain_ends_where_the_reference_ends(name: str, prefix: str, s
     for step, this in enumerate(transitions(golden["sigmas"], sde_type=sde_type, noise_level=golden.noise_levels[prefix])):
         mean = transition.mean(this, latents, golden["velocity"][step])
         latents = transition.sample(this, mean, golden["noise"][step] if this.is_stochastic else None)
-        log_probs.append(transition.log_prob(this, latents, mean, no_const=no_const(sde_type)))
+        log_probs.append(transition.log_prob(this, latents, mean, form=form_of(sde_type)))
     assert worst(latents, golden[f"{prefix}/chain_final.{reference}"]) < 5e-6
     recorded = golden[f"{prefix}/chain_log_prob_mean.{reference}"]
     assert worst(torch.stack(log_probs), torch.where(recorded.isnan(), 0, recorded)) < 2e-6

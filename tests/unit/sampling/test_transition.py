@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling import ode, transition
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, dynamics_named, transitions
+from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.4, 0.0])
 
 
 STOCHASTIC = [name for name, found in DYNAMICS.items() if found.is_stochastic]
+FORMS = [
+    LogProbForm(reduce=reduce, constants=constants, inverse_variance=scaled)
+    for reduce in ("mean", "sum")
+    for constants in (True, False)
+    for scaled in (True, False)
+]
 NOT_ONE = [1.0, 0.999995, 0.5, 0.0]
 
 
@@ -43,8 +50,8 @@ def test_steps_without_density_score_exactly_zero(sde_type: str) -> None:
         if this.is_stochastic:
             continue
         mean = torch.randn(2, 6, 4)
-        for no_const in (False, True):
-            assert transition.log_prob(this, mean, mean, no_const=no_const).tolist() == [0.0, 0.0]
+        for form in FORMS:
+            assert transition.log_prob(this, mean, mean, form=form).tolist() == [0.0, 0.0]
 
 
 def test_only_the_last_cps_step_is_deterministic() -> None:
@@ -114,8 +121,8 @@ def test_nothing_valid_gives_nan_or_infinity(sde_type: str, noise: float, gaps: 
         latents, velocity, drawn, previous = torch.randn(4, 1, 8, generator=generator).unbind(0)
         mean = transition.mean(this, latents, velocity, previous)
         next_latents = transition.sample(this, mean, drawn if this.is_stochastic else None)
-        for no_const in (False, True):
-            assert transition.log_prob(this, next_latents[None], mean[None], no_const=no_const).isfinite().all()
+        for form in FORMS:
+            assert transition.log_prob(this, next_latents[None], mean[None], form=form).isfinite().all()
 
 
 def test_a_grid_that_starts_just_below_one_stays_tame() -> None:
@@ -185,3 +192,22 @@ def test_a_rollouts_stochastic_steps_give_its_transitions_back(sde_type: str) ->
         listed = tuple(step for step, this in enumerate(made) if this.is_stochastic)
         found = transitions(SIGMAS, sde_type=sde_type, noise_level=0.7, sde_step_indices=listed)
         assert found == made
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_the_log_density_of_torch_without_what_it_leaves_out(form: LogProbForm) -> None:
+    generator = torch.Generator().manual_seed(3)
+    this = transitions(SIGMAS, sde_type="dance", noise_level=0.6)[1]
+    latents, velocity, noise = (torch.randn(3, 5, 4, generator=generator) for _ in range(3))
+    mean = transition.mean(this, latents, velocity)
+    following = transition.sample(this, mean, noise)
+    density = torch.distributions.Normal(mean.double(), this.std).log_prob(following.double())
+    errors = -((following.double() - mean.double()) ** 2) / (2 * this.std**2)
+    constants = density - errors
+    expected = errors * (1 if form.inverse_variance else 2 * this.std**2) + (constants if form.constants else 0)
+    expected = expected.flatten(1).sum(1) if form.reduce == "sum" else expected.flatten(1).mean(1)
+    torch.testing.assert_close(transition.log_prob(this, following, mean, form=form).double(), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_the_usual_forms_are_two_of_them() -> None:
+    assert LogProbForm() == GAUSSIAN == FORMS[0] and FORMS[3] == NO_CONST

@@ -19,11 +19,13 @@ from flowroll import SamplingParams
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields, StepOptions
 from flowroll.types.arguments import Integer, Integers, Real, Reals
 
 KINDS = ("sync", "async")
 WIDER = {
+    LogProbForm: LogProbForm | Mapping[str, Any],
     int: Integer,
     int | float: Real,
     tuple[int, ...]: Integers,

@@ -10,6 +10,7 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions
 
 # Values other than the defaults, by field.
@@ -17,6 +18,7 @@ CHOSEN = {
     "rollout_sde_type": "cps",
     "rollout_noise_level": 0.5,
     "rollout_log_prob_no_const": True,
+    "log_prob": LogProbForm(reduce="sum"),
     "rollout_debug_mode": False,
     "rollout_return_denoising_env": True,
     "rollout_return_dit_trajectory": True,

@@ -10,6 +10,7 @@ import pytest
 from flowroll import SamplingParams
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
+from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
@@ -79,6 +80,11 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "rollout_sde_type": ("sde_type", [*DYNAMICS], [None, "SDE", "ddim", 1, ["sde"]]),
     "rollout_noise_level": ("noise_level", [0, 1e-4, 0.7, 1, 10], [None, -0.1, 9e-5, 10.1, "0.7", True, TOO_LARGE]),
     "rollout_log_prob_no_const": ("log_prob_no_const", [True, False], [None, 0, 1, "no"]),
+    "log_prob": (
+        "log_prob",
+        [None, {}, {"reduce": "sum"}, {"constants": False, "inverse_variance": False}],
+        [True, "sum", [], {"reduce": "max"}, {"constants": 1}, {"scale": True}],
+    ),
     "rollout_debug_mode": ("debug_mode", [True, False], [None, 0, 1, "no"]),
     "rollout_return_denoising_env": ("return_denoising_env", [True, False], [None, 0, 1, "no"]),
     "rollout_return_dit_trajectory": ("return_dit_trajectory", [True, False], [None, 0, 1, "no"]),
@@ -110,6 +116,8 @@ def cases(rows: dict[str, tuple[str, list[Any], list[Any]]], accepted: bool) -> 
 
 
 def stored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return LogProbForm(**value)
     if isinstance(value, list):
         return tuple(StepOptions(**item) if isinstance(item, dict) else stored(item) for item in value)
     return value
@@ -172,7 +180,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 20
+    assert len(nullable) == 21
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 

@@ -164,7 +164,7 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     if this.is_stochastic:
         drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
     next_latents = transition.sample(this, mean, drawn)
-    log_prob = transition.log_prob(this, next_latents[None], mean[None], no_const=plan.params.log_prob_no_const)[0]
+    log_prob = transition.log_prob(this, next_latents[None], mean[None], form=plan.params.log_prob_form)[0]
     sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
     following = plan.transitions[sample.step + 1 : sample.step + 2]
     sample.previous = None
