@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
@@ -49,7 +50,11 @@ def make_qwen_image_21(size: Size, seed: int, overrides: dict[str, Any]) -> Qwen
     sample_sigmas = others.pop("sample_sigmas", None)
     config = {"in_channels": channels, "out_channels": channels, "context_in_dim": TEXT_DIM, **_TRANSFORMERS[size], **others}
     transformer = QwenImage21Transformer2DModel(**config)
-    fill_random(transformer, seed)
+    # Without it, a short prompt among hundreds of image tokens would hardly matter.
+    fill_random(transformer, seed, {"attn.to_v.weight": 8.0})
+    with torch.no_grad():
+        # A scale that is stored without the 1 that is added to it.
+        transformer.txt_in.text_norm.weight.copy_(torch.linspace(-0.25, 0.25, TEXT_DIM))
     text_encoder = Qwen3VLForConditionalGeneration(_qwen_vl_config(tokenizer))
     fill_random(text_encoder, seed)
     vae = AutoencoderKLQwenImage21(

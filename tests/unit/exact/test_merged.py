@@ -111,7 +111,7 @@ def assert_exact(name: str, transformer: Any, dtype: str, seed: int, mixtures: i
     assert not [function for notes in notes_of(strategy) for function in notes.without_rule]
 
 
-@pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
+@pytest.mark.parametrize(("name", "dtype"), [row for row in FAMILY_WITH_DTYPE if row[0] in NAMES])
 @torch.no_grad()
 def test_a_sample_in_any_batch_is_the_sample_alone(load: Load, name: str, dtype: str, threads: int) -> None:
     assert_exact(name, load(name, dtype), dtype, seed=threads, mixtures=6)
