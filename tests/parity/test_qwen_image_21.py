@@ -85,6 +85,9 @@ def test_a_step_with_the_cache_has_the_gradient_of_the_text(engine_of: EngineOf,
     transformer = pipeline_of(FAMILY.name, "float32").transformer
     weight = transformer.txt_in.out_layer.weight
     (gradient,) = torch.autograd.grad(replay.log_prob(transformer, [rollout], steps=[1]).sum(), weight)
+    (whole,) = torch.autograd.grad(replay.log_prob(transformer, [rollout], micro_batch=3).sum(), weight)
+    steps = [torch.autograd.grad(replay.log_prob(transformer, [rollout], steps=[step]).sum(), weight)[0] for step in range(3)]
+    assert torch.allclose(whole, sum(steps), rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     # Moved along its gradient, the log-prob changes as the gradient says.
     step, own, found = 1e-2 / gradient.norm(), weight.detach().clone(), []
     with torch.no_grad():
@@ -109,6 +112,10 @@ def test_the_engine_runs_one_forward_a_step_and_a_replayed_step_two(engine_of: E
         calls.clear()
         replay.log_prob(trainers, [rollout])
         assert calls == ["extract", "extract", "cached", "extract", "cached"]
+        calls.clear()
+        # The steps of a sample share the cache within a micro-batch.
+        assert torch.equal(replay.log_prob(trainers, [rollout], micro_batch=3).detach()[0], rollout.log_probs)
+        assert calls == ["extract", "cached", "cached"]
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families import StepScore, Transformer
+from flowroll.families import ForwardInput, StepScore, Transformer
 from flowroll.replay.precision import noticed_autocast, warn_of_autocast
 from flowroll.replay.sources import (
     Place,
@@ -185,6 +185,19 @@ def score(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What the steps of a sample share while the weights stay as they are.
+
+    Attributes:
+        env: Its environment on the device.
+        fixed: What the forwards of all its steps take, and what the first ones leave for later ones.
+    """
+
+    env: DenoisingEnv
+    fixed: Sequence[ForwardInput]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """What a call is about, checked: no forward has been run yet."""
 
@@ -235,12 +248,12 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
 
 def _micro_batch(transformer: Transformer, work: _Work, chunk: Sequence[tuple[Source, int]]) -> MicroBatch:
     place = work.place
-    envs: dict[int, DenoisingEnv] = {}
+    known: dict[int, Prepared] = {}
     scores = []
     for source, step in chunk:
-        if source.index not in envs:
-            envs[source.index] = source.env_on(place)
-        scores.append(run_pair(transformer, source, step, place, envs[source.index]))
+        if source.index not in known:
+            known[source.index] = prepare(source, place)
+        scores.append(run_pair(transformer, source, step, place, known[source.index]))
     old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
     return MicroBatch(
         samples=tuple(source.index for source, _ in chunk),
@@ -252,12 +265,18 @@ def _micro_batch(transformer: Transformer, work: _Work, chunk: Sequence[tuple[So
     )
 
 
-def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:
-    """Scores one recorded step of one sample; `env` is the sample's own on the device, where that was made already."""
-    env = source.env_on(place) if env is None else env
+def prepare(source: Source, place: Place) -> Prepared:
+    """Returns what the steps of a sample share while the weights stay as they are."""
+    env = source.env_on(place)
+    return Prepared(env=env, fixed=source.recipe.fixed_inputs(env))
+
+
+def run_pair(transformer: Transformer, source: Source, step: int, place: Place, shared: Prepared | None = None) -> StepScore:
+    """Scores one recorded step of one sample; `shared` is what `prepare` returned for it, for the same weights."""
+    shared = shared or prepare(source, place)
     latents, next_latents = source.state(step, place.device), source.state(step + 1, place.device)
     before = source.state(step - 1, place.device) if source.recipe.transitions[step].needs_previous else None
-    return source.recipe.score(transformer, latents, next_latents, step, env, before=before)
+    return source.recipe.score(transformer, latents, next_latents, step, shared.env, before=before, fixed=shared.fixed)
 
 
 def _check_micro_batch(micro_batch: int) -> None:
