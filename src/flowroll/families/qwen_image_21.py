@@ -87,7 +87,7 @@ class _Beside(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of both."""
         return gradient, gradient.new_zeros(ctx.shape)
 
@@ -238,7 +238,10 @@ class QwenImage21(Family):
             if is_first:
                 return whole[:, -given["hidden_states"].shape[1] :]
         output: Tensor = transformer(**given, kv_cache_mode="cached", return_dict=False)[0]
-        return output if whole is None or not whole.requires_grad else _Beside.apply(output, whole)
+        if whole is None or not whole.requires_grad:
+            return output
+        beside: Tensor = _Beside.apply(output, whole)  # type: ignore[no-untyped-call]
+        return beside
 
     @override
     def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
