@@ -105,7 +105,14 @@ def test_the_engine_runs_one_forward_a_step_and_a_replayed_step_two(engine_of: E
     def note(_: Any, __: Any, given: dict[str, Any]) -> None:
         calls.append(given["kv_cache_mode"])
 
-    handles = [one.register_forward_pre_hook(note, with_kwargs=True) for one in (engine._model.transformer, trainers)]
+    strides = set()
+
+    def note_strides(_: Any, __: Any, given: dict[str, Any]) -> None:
+        strides.add(given["hidden_states"].stride())
+
+    pipeline = pipeline_of(FAMILY.name, "float32")
+    handles = [one.register_forward_pre_hook(note_strides, with_kwargs=True) for one in (engine._model.transformer, trainers)]
+    handles += [one.register_forward_pre_hook(note, with_kwargs=True) for one in (engine._model.transformer, trainers)]
     try:
         (rollout,) = engine.rollout(**REQUEST, **EVERYTHING, seed=7)
         assert calls == ["extract", "cached", "cached"]
@@ -116,6 +123,9 @@ def test_the_engine_runs_one_forward_a_step_and_a_replayed_step_two(engine_of: E
         # The steps of a sample share the cache within a micro-batch.
         assert torch.equal(replay.log_prob(trainers, [rollout], micro_batch=3).detach()[0], rollout.log_probs)
         assert calls == ["extract", "cached", "cached"]
+        latents_of(pipeline, **REQUEST)
+        # What the model is given lies in memory as the pipeline has it, channel by channel.
+        assert strides == {(24 * 16, 1, 24)}
     finally:
         for handle in handles:
             handle.remove()

@@ -81,7 +81,13 @@ def serve(
     ] = 64,
     max_groups: Annotated[int, typer.Option(min=1, help="Most process groups of trainers at once.")] = 16,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request body.")] = 4 * 2**20,
-    max_score_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a body of /rollout/score.")] = 2**30,
+    max_score_body_bytes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Most bytes of a body with tensors: of /rollout/score, and of /rollout/generate and /generate in msgpack.",
+        ),
+    ] = 2**30,
     send_timeout_s: Annotated[
         float,
         typer.Option(

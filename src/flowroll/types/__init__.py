@@ -16,13 +16,13 @@ from flowroll.types.adapters import (
 from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
+from flowroll.types.forks import Branch
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     ALIASES,
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
-    MAX_SEED,
     MIN_SIGMA_GAP,
     ROLLOUT_FIELDS,
     GeneratorDevice,
@@ -44,6 +44,7 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
+from flowroll.types.starts import MAX_SEED
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdapterChange",
     "AdapterRecord",
+    "Branch",
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",

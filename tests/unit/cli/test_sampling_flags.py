@@ -10,7 +10,7 @@ from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
 
-FIELDS = [field.name for field in fields(SamplingParams)]
+FIELDS = [field.name for field in fields(SamplingParams) if field.name not in ("latents", "start_step")]
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),
@@ -19,6 +19,10 @@ ALL_FLAGS = {
     "negative_prompt_token_ids": (["--negative-prompt-token-ids", "[[8]]"], ([8],)),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
+    "init_seed": (["--init-seed", "7"], 7),
+    "sde_seed": (["--sde-seed", "7,9"], (7, 9)),
+    "stop_step": (["--stop-step", "2"], 2),
+    "fork": (["--fork", '{"0": 2}'], {"0": 2}),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
     "width": (["--width", "64"], 64),
     "height": (["--height", "80"], 80),

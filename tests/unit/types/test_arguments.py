@@ -22,6 +22,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields, StepOptions
 from flowroll.types.arguments import Integer, Integers, Real, Reals
+from flowroll.types.forks import Fork
 
 KINDS = ("sync", "async")
 WIDER = {
@@ -29,6 +30,8 @@ WIDER = {
     int: Integer,
     int | float: Real,
     tuple[int, ...]: Integers,
+    int | tuple[int, ...]: Integer | Integers,
+    Fork | Mapping[int, int]: Mapping[int, int] | Sequence[tuple[int, int]],
     tuple[int | float, ...]: Reals,
     tuple[tuple[int, ...], ...]: Sequence[Integers],
     tuple[StepOptions, ...]: Sequence[StepOptions | Mapping[str, Any]],

@@ -18,6 +18,7 @@ from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
 from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles
@@ -73,17 +74,35 @@ class Executor:
             rollout_return_denoising_env=False,
             rollout_return_dit_trajectory=False,
             rollout_return_step_indices=None,
+            latents=None,
+            start_step=None,
         )
         with self._peers.together():
-            message = messages.AddRequest(id=request_id, params=params, env=EnvShape.of(env))
-            self._peers.send(message, [tensor for _, tensor in env.tensors()])
+            latents = None if plan.params.latents is None else plan.params.latents.to(self._device)
+            message = messages.AddRequest(
+                id=request_id,
+                params=params,
+                env=EnvShape.of(env),
+                latents=None if latents is None else TensorShape.of(latents),
+                start_step=plan.steps.start,
+            )
+            self._peers.send(message, [*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
         self._runner.add_request(request_id, conditioning)
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
-        self._peers.send(messages.StartSample(id=sample_id, request=request_id, seed=seed))
+        self._peers.send(messages.StartSample(id=sample_id, request=request_id, planned=planned))
         # All samples of a forward run with the same number of CPU threads, so that number is part of the key.
-        return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, seed)
+        return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, planned)
+
+    def start_child(
+        self, sample_id: int, request_id: int, planned: PlannedSample, parent_id: int
+    ) -> tuple[Hashable, StepOutcome]:
+        """Starts a child of a sample at a fork on every rank; returns its batch key, and the outcome of the fork's step."""
+        with self._peers.together():
+            self._peers.send(messages.StartChild(id=sample_id, request=request_id, planned=planned, parent=parent_id))
+            key, outcome = self._runner.start_child(sample_id, request_id, planned, parent_id)
+        return (torch.get_num_threads(), key), _agreed(outcome)
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys, in one forward, on every rank.
@@ -95,10 +114,7 @@ class Executor:
         with self._peers.together():
             self._peers.send(messages.Step(samples=tuple(sample_ids), num_threads=torch.get_num_threads()))
             outcome = self._runner.step(sample_ids)
-        for sample_id, odd in outcome.odd_ranks.items():
-            if odd and outcome.finished.pop(sample_id, None) is not None:
-                outcome.failures[sample_id] = _disagreement(odd)
-        return outcome
+        return _agreed(outcome)
 
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples on every rank."""
@@ -207,6 +223,14 @@ class Executor:
         with self._peers.together():
             self._peers.send(messages.GatherWeights(names=names))
             yield
+
+
+def _agreed(outcome: StepOutcome) -> StepOutcome:
+    """Returns the outcome with a failure in the place of each finished sample on whose latents the ranks do not agree."""
+    for sample_id, odd in outcome.odd_ranks.items():
+        if odd and outcome.finished.pop(sample_id, None) is not None:
+            outcome.failures[sample_id] = _disagreement(odd)
+    return outcome
 
 
 def _disagreement(odd: Sequence[int]) -> EngineError:

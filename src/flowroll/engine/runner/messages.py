@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec
@@ -75,11 +76,13 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
-    """Prepare for the samples of a request. The tensors of its environment follow."""
+    """Prepare for the samples of a request. The tensors of its environment follow, then the latents that they start from."""
 
     id: int
     params: SamplingParams
     env: EnvShape
+    latents: TensorShape | None
+    start_step: int
 
 
 class StartSample(msgspec.Struct, frozen=True, tag=True):
@@ -87,7 +90,16 @@ class StartSample(msgspec.Struct, frozen=True, tag=True):
 
     id: int
     request: int
-    seed: int
+    planned: PlannedSample
+
+
+class StartChild(msgspec.Struct, frozen=True, tag=True):
+    """Start a child of a sample at a fork, with the step of the fork."""
+
+    id: int
+    request: int
+    planned: PlannedSample
+    parent: int
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -195,6 +207,7 @@ Message: TypeAlias = (
     Serve
     | AddRequest
     | StartSample
+    | StartChild
     | Step
     | DropRequest
     | BeginRecomputation

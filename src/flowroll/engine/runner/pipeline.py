@@ -74,7 +74,7 @@ class PipelineRunner:
             sample.recorder.wait()
         plan = sample.conditioning.plan
         check_denoised(plan, sample)
-        if plan.params.image_format == "none":
+        if plan.record.image_format == "none":
             return None
         return self.picture(sample.latents, plan.geometry, what=f"image of the sample with seed {sample.seed}")
 

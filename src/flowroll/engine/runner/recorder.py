@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,20 @@ class Recorder:
     velocities: list[Tensor] = field(default_factory=list)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
-    _copied: torch.cuda.Event | None = None
+    _copied: torch.cuda.Event | None = field(default=None, init=False)
+
+    def branch(self) -> Recorder:
+        """Returns a recorder that goes on from what was recorded so far, for a child; both refer to the same tensors."""
+        # The child's own copies are noted at its first step, on the same stream after those of its parent.
+        return replace(
+            self,
+            log_probs=[*self.log_probs],
+            noises=[*self.noises],
+            means=[*self.means],
+            velocities=[*self.velocities],
+            latents={**self.latents},
+            dtypes={*self.dtypes},
+        )
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
         """Records the latents of a state (0..T) if the request asked for them, and their dtype in any case."""
@@ -61,20 +75,20 @@ class Recorder:
             self._copied.synchronize()
 
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
-        """Returns the log-probs of all steps, on the CPU."""
-        return torch.stack(self.log_probs)
+        """Returns the log-probs of all steps, on the CPU; 0 for a step that was not run."""
+        return self._by_step(self.log_probs)
 
     def debug_tensors(self) -> DebugTensors | None:
         """Returns the debug tensors on the CPU, or None if the request did not ask for them."""
         if not self.plan.params.debug_mode:
             return None
         assert self.plan.transitions is not None
-        stds = torch.tensor([[transition.std] for transition in self.plan.transitions], dtype=torch.float32)
+        stds = [torch.tensor([self.plan.transitions[step].std], dtype=torch.float32) for step in self.plan.steps]
         return DebugTensors(
-            variance_noise=torch.stack(self.noises),
-            prev_sample_mean=torch.stack(self.means),
-            noise_std_dev=stds,
-            model_output=torch.stack(self.velocities),
+            variance_noise=self._by_step(self.noises),
+            prev_sample_mean=self._by_step(self.means),
+            noise_std_dev=self._by_step(stds),
+            model_output=self._by_step(self.velocities),
         )
 
     def trajectory(self) -> Trajectory | None:
@@ -93,6 +107,15 @@ class Recorder:
             timesteps=schedule.timesteps.clone(),
             sigmas=schedule.sigmas.clone(),
         )
+
+    def _by_step(self, rows: Sequence[Tensor]) -> Tensor:
+        """Stacks one tensor for each step that was run, with zeros in the rows of the other steps."""
+        num_steps, steps = self.plan.schedule.num_steps, self.plan.steps
+        if len(steps) == num_steps:
+            return torch.stack(list(rows))
+        stacked = torch.zeros((num_steps, *rows[0].shape), dtype=rows[0].dtype)
+        torch.stack(list(rows), out=stacked[steps.start : steps.stop])
+        return stacked
 
     def _note_copies(self, kept: Tensor) -> None:
         if kept.device.type == "cuda":

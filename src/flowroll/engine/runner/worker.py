@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -162,11 +163,16 @@ class Worker:
         match message:
             case messages.AddRequest(id=number, params=params, env=shape):
                 env = shape.empty(model.device)
-                self._receive([tensor for _, tensor in env.tensors()])
+                latents = None if message.latents is None else message.latents.empty(model.device)
+                self._receive([*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
+                if latents is not None:
+                    params = replace(params, latents=latents, start_step=message.start_step)
                 plan = plan_request(params, model, self._limits)
                 runner.add_request(number, Conditioning.build(plan, model, env, plan.record))
-            case messages.StartSample(id=number, request=request, seed=seed):
-                runner.start_sample(number, request, seed)
+            case messages.StartSample(id=number, request=request, planned=planned):
+                runner.start_sample(number, request, planned)
+            case messages.StartChild(id=number, request=request, planned=planned, parent=parent):
+                runner.start_child(number, request, planned, parent)
             case messages.Step(samples=samples, num_threads=num_threads):
                 runner.use_threads(num_threads)
                 for error in runner.step(samples).failures.values():

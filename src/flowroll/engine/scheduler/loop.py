@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from flowroll.engine.runner.sample import Sample
+from flowroll.engine.runner.sample import Sample, StepOutcome
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats, View
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
@@ -223,7 +223,7 @@ class Loop:
             self._queue.fail(request, message.error)
             return
         request.results[sample.index] = message.answer
-        if len(request.results) == len(request.plan.seeds):
+        if len(request.results) == request.plan.num_answers:
             self._note_completion(request)
             self._queue.complete(request)
 
@@ -295,14 +295,20 @@ class Loop:
     def _start(self, sample: RequestSample) -> None:
         request, started_s = sample.request, self._clock()
         self._runner.use_threads(request.num_threads)
+        parent, outcome = sample.parent, StepOutcome()
         try:
-            key = self._runner.start_sample(sample.id, request.id, sample.seed)
+            if parent is None:
+                key = self._runner.start_sample(sample.id, request.id, sample.planned)
+            else:
+                key, outcome = self._runner.start_child(sample.id, request.id, sample.planned, parent.of.id)
         except BaseException as error:
             self._queue.fail(request, error)
             return
         request.started_s = started_s if request.started_s is None else request.started_s
-        self._samples.run(RunningSample(of=sample, key=key, started_s=started_s))
+        running = RunningSample(of=sample, key=key, started_s=started_s if parent is None else parent.started_s)
+        self._samples.run(running)
         self._note_piece(started_s)
+        self._take_outcomes([running], {**outcome.finished, **outcome.failures})
 
     def _step(self) -> bool:
         """Takes one shared step of the samples whose turn it is; returns whether there were any."""
@@ -316,6 +322,10 @@ class Loop:
         outcomes = self._samples.step(self._runner, key, batch)
         self._note_piece(started_s, running_pixels=self._samples.pixels_in_memory)
         self._queue.counters.batches[len(batch)] += 1
+        self._take_outcomes(batch, outcomes)
+        return True
+
+    def _take_outcomes(self, batch: Sequence[RunningSample], outcomes: Mapping[int, Sample | BaseException]) -> None:
         for running in batch:
             outcome = outcomes.get(running.of.id)
             # Checked for each sample, because the failure of one sample drops the others of its request.
@@ -323,9 +333,10 @@ class Loop:
                 continue
             if isinstance(outcome, BaseException):
                 self._queue.fail(running.of.request, outcome)
+            elif outcome.is_at_fork:
+                self._samples.fork(running)
             else:
                 self._decode(running, outcome)
-        return True
 
     def _decode(self, running: RunningSample, sample: Sample) -> None:
         request = running.of.request

@@ -126,7 +126,7 @@ class RequestQueue:
 
     def complete(self, request: Request) -> None:
         """Ends a request with its results."""
-        self._end(_End(request=request, results=[request.results[index] for index in range(len(request.plan.seeds))]))
+        self._end(_End(request=request, results=[request.results[index] for index in range(request.plan.num_answers)]))
 
     def fail(self, request: Request, error: BaseException) -> None:
         """Ends a request in an error. Unless it is a `FlowrollError`, the caller gets one line of it, and the log all of it."""
