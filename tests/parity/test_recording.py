@@ -34,6 +34,7 @@ EXTRA_OPS: dict[str, Counter[str]] = {
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
     "flux2": Counter(mul=1, add=1, copy_=2, reciprocal=1, zeros_like=1, constant_pad_nd=1, sum=3, _local_scalar_dense=3),
     "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
+    "qwen_image_21": Counter(mul=2, add=2, arange=2, copy_=1, ge=1, reciprocal=1, sum=3, _local_scalar_dense=3),
 }
 
 
@@ -111,7 +112,7 @@ def test_the_environment_reproduces_every_velocity(
     with torch.no_grad():
         for step in range(4):
             timestep = timesteps[step : step + 1]
-            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance)
+            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance, is_first=step == 0)
             velocity = family.velocity(transformer, one, model_dtype)
             assert torch.equal(velocity.float(), debug.model_output[step])
 

@@ -30,6 +30,7 @@ from flowroll.families.conditioning import TOKENS
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
+from flowroll.processors import without_videos
 from flowroll.types import all_finite
 
 _PROBE = "a red circle"
@@ -245,30 +246,42 @@ def _load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh | None
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Any]:
     """Loads the tokenizers. diffusers would leave it to transformers' default whether code in their folders may run.
 
-    Where a processor of text and images was saved, its tokenizer alone is loaded, which makes the same tokens of a text. The
-    processor's class needs libraries that text does not.
+    Where a processor was saved whose class needs a library that is not installed, the tokenizer of its folder is loaded, which
+    makes the same tokens of a text.
     """
+    import transformers
+
+    found = load_processors(checkpoint)
+    for name in checkpoint.tokenizers:
+        if name not in found:
+            is_unloadable = _is_unloadable(checkpoint, name)
+            kind = transformers.AutoTokenizer if is_unloadable else getattr(transformers, checkpoint.class_of(name))
+            found[name] = _load_plainly(kind, checkpoint.folder / name)
+    return found
+
+
+def load_processors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Loads the components that make tokens of texts and images. A pipeline may need them when it is built."""
     import transformers
 
     found = {}
     for name in checkpoint.tokenizers:
-        tokenizer_class = transformers.AutoTokenizer if _is_processor(checkpoint, name) else _class_of(checkpoint, name)
-        folder = checkpoint.folder / name
-        found[name] = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = getattr(transformers, checkpoint.class_of(name))
+        if issubclass(kind, transformers.ProcessorMixin):
+            found[name] = _load_plainly(without_videos(kind), checkpoint.folder / name)
     return found
 
 
-def _class_of(checkpoint: Checkpoint, tokenizer: str) -> Any:
+def _load_plainly(kind: Any, folder: Path) -> Any:
+    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _is_unloadable(checkpoint: Checkpoint, tokenizer: str) -> bool:
+    """Tells whether the class of this component is neither a tokenizer's nor a processor's, as one that lacks a library is."""
     import transformers
 
-    return getattr(transformers, checkpoint.class_of(tokenizer))
-
-
-def _is_processor(checkpoint: Checkpoint, tokenizer: str) -> bool:
-    """Tells whether the class of this tokenizer is something else, which has a tokenizer in its folder."""
-    import transformers
-
-    return not issubclass(_class_of(checkpoint, tokenizer), transformers.PreTrainedTokenizerBase)
+    kinds = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+    return not issubclass(getattr(transformers, checkpoint.class_of(tokenizer)), kinds)
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -287,7 +300,7 @@ def _with_plain_classes(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> Ite
         name: ["transformers" if name.startswith("text_encoder") else "diffusers", checkpoint.class_of(name)]
         for name in checkpoint.modules
     }
-    processors = (name for name in checkpoint.tokenizers if _is_processor(checkpoint, name))
+    processors = (name for name in checkpoint.tokenizers if _is_unloadable(checkpoint, name))
     plain |= {name: ["transformers", type(parts[name]).__name__] for name in processors}
     if all(checkpoint.index[name][1] == entry[1] for name, entry in plain.items()):
         yield checkpoint.folder

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transformer, run_in_turn
+from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transformer
 from flowroll.families.conditioning import ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.flux import Flux
 from flowroll.families.flux2 import Flux2
 from flowroll.families.qwen_image import QwenImage
+from flowroll.families.qwen_image_21 import QwenImage21
 from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.sd3 import StableDiffusion3
 from flowroll.families.z_image import ZImage
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux(), Flux2())
+    family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux(), QwenImage21(), Flux2())
 }
 
 
@@ -48,5 +49,4 @@ __all__ = [
     "StepScore",
     "Transformer",
     "family_of_pipeline",
-    "run_in_turn",
 ]
