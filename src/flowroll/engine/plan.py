@@ -71,6 +71,19 @@ class RequestPlan:
         return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
 
     @property
+    def field_steps(self) -> tuple[int, ...]:
+        """The steps of which `return_fields` are returned."""
+        chosen = self.params.return_step_indices
+        return tuple(step for step in range(self.schedule.num_steps) if chosen is None or step in chosen)
+
+    def keeps(self, name: str, step: int) -> bool:
+        """Tells whether a field of a step is recorded: for its answer, for the debug tensors, or to be decoded."""
+        params = self.params
+        if name in (params.return_fields or ()) and (params.return_step_indices is None or step in params.return_step_indices):
+            return True
+        return step in (params.decode_step_indices or ()) if name == "x0" else params.debug_mode
+
+    @property
     def answer_bytes(self) -> int:
         """The number of bytes of the tensors in the answer, without those of the denoising environment."""
         return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, len(self.seeds))
@@ -282,9 +295,13 @@ def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, nu
     if params.rollout and params.rollout_return_dit_trajectory:
         states += num_steps + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
     pixel_bytes = 3 * geometry.frames * geometry.height * geometry.width
+    if params.return_fields is not None:
+        chosen = params.rollout_return_step_indices
+        rows = num_steps if chosen is None else sum(step < num_steps for step in chosen)
+        states += rows * sum(name != "std" for name in params.return_fields)
     # A PNG of noise is no larger than its pixels, but for some headers.
     picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[params.image_format]
-    return num_samples * (states * latent_bytes + picture)
+    return num_samples * (states * latent_bytes + picture * (1 + len(params.decode_step_indices or ())))
 
 
 def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:
@@ -310,6 +327,7 @@ def _check_indices(params: SamplingParams, num_steps: int) -> None:
     for field, indices, last in (
         ("rollout_sde_step_indices", params.rollout_sde_step_indices, num_steps - 1),
         ("rollout_return_step_indices", params.rollout_return_step_indices, num_steps),
+        ("decode_step_indices", params.decode_step_indices, num_steps - 1),
     ):
         if indices and max(indices) > last:
             _refuse(field, f"lie in 0..{last} for {num_steps} steps", max(indices), "remove it")

@@ -30,6 +30,7 @@ from flowroll.types.params import (
     Number,
     SamplingParams,
     SdeType,
+    StepField,
     StepOptions,
     by_field_name,
 )
@@ -41,6 +42,8 @@ from flowroll.types.results import (
     GeneratedImage,
     Rollout,
     SamplingRecord,
+    StepImages,
+    StepTensors,
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
@@ -84,7 +87,10 @@ __all__ = [
     "ScoreParams",
     "SdeType",
     "Split",
+    "StepField",
+    "StepImages",
     "StepOptions",
+    "StepTensors",
     "Trajectory",
     "WeightUpdate",
     "adapter_config_text",

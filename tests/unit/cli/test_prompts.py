@@ -76,6 +76,8 @@ def test_a_jsonl_line_may_give_every_field(write):
         "rollout_steps": [{"dynamics": "ode"}, {"noise_level": 0.4}, {}],
         "prompt_token_ids": [[5, 6], [7]],
         "return_step_indices": [0, 3],
+        "return_fields": ["x0", "std"],
+        "decode_step_indices": [1],
         "image_format": "png",
         "suppress_logs": True,
         "request_id": "mine",

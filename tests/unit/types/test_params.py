@@ -26,6 +26,8 @@ CHOSEN = {
     "rollout_steps": (StepOptions(noise_level=0.4), StepOptions(dynamics="dance")),
     "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
+    "return_fields": ("x0", "std"),
+    "decode_step_indices": (1,),
     "image_format": "uint8",
 }
 

@@ -96,6 +96,12 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "rollout_noise_levels": ("noise_levels", [None, [0.7], [0, 1e-4, 10]], [[], 0.7, [-0.1], [9e-5], [10.1], ["0.7"], [None]]),
     "rollout_return_step_indices": ("return_step_indices", [None, [], [0, 4]], [0, [-1], [4, 4], ["0"], [True], [0.0]]),
+    "return_fields": (
+        "return_fields",
+        [None, ["x0"], ["velocity", "mean", "std", "noise"]],
+        [[], "x0", ["x1"], [0], ["x0", "x0"]],
+    ),
+    "decode_step_indices": ("decode_step_indices", [None, [], [0, 3]], [0, [-1], [1, 1], ["0"], [True], [0.0]]),
     "image_format": ("image_format", ["tensor", "uint8", "png", "none"], [None, "jpeg", 8, ["png"]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
@@ -180,7 +186,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 21
+    assert len(nullable) == 23
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 

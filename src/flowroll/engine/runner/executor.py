@@ -73,6 +73,8 @@ class Executor:
             rollout_return_denoising_env=False,
             rollout_return_dit_trajectory=False,
             rollout_return_step_indices=None,
+            return_fields=None,
+            decode_step_indices=None,
         )
         with self._peers.together():
             message = messages.AddRequest(id=request_id, params=params, env=EnvShape.of(env))

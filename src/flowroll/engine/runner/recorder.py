@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
-from flowroll.types import DebugTensors, Trajectory
+from flowroll.sampling import transition
+from flowroll.types import DebugTensors, StepTensors, Trajectory
 
 
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """Records the tensors of one sample; the sample owns it.
+    """Records the tensors of one sample, and the pictures that are made of them; the sample owns it.
 
     The loop never changes a tensor in place, so on the CPU the recorder keeps references. On a GPU, each step starts copies of
     its tensors to pinned memory, and the loop does not wait for them: whoever reads the record calls `wait` first. The tensors
@@ -23,9 +25,9 @@ class Recorder:
 
     plan: RequestPlan
     log_probs: list[Float[Tensor, ""]] = field(default_factory=list)
-    noises: list[Tensor] = field(default_factory=list)
-    means: list[Tensor] = field(default_factory=list)
-    velocities: list[Tensor] = field(default_factory=list)
+    # By the name of a field of `STEP_FIELDS`, then by step.
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
     _copied: torch.cuda.Event | None = None
@@ -41,18 +43,26 @@ class Recorder:
 
     def keep_step(
         self,
+        step: int,
         *,
+        latents: Float[Tensor, " *latent"],
         velocity: Float[Tensor, " *latent"],
         noise: Float[Tensor, " *latent"] | None,
         mean: Float[Tensor, " *latent"],
         log_prob: Float[Tensor, ""],
     ) -> None:
-        """Records one transition; `noise` is None for a deterministic step."""
+        """Records what the request asks for of one transition from these latents; `noise` is None for a deterministic step."""
         self.log_probs.append(_to_host(log_prob))
-        if self.plan.params.debug_mode:
-            self.velocities.append(_to_host(velocity.to(torch.float32)))
-            self.means.append(_to_host(mean.to(torch.float32)))
-            self.noises.append(torch.zeros(mean.shape) if noise is None else _to_host(noise))
+        sigma = self.plan.record.sigmas[step]
+        makers: Mapping[str, Callable[[], Tensor]] = {
+            "velocity": lambda: _to_host(velocity.to(torch.float32)),
+            "mean": lambda: _to_host(mean.to(torch.float32)),
+            "noise": lambda: torch.zeros(mean.shape) if noise is None else _to_host(noise),
+            "x0": lambda: _to_host(transition.clean_prediction(latents, velocity, sigma)),
+        }
+        for name, make in makers.items():
+            if self.plan.keeps(name, step):
+                self.kept.setdefault(name, {})[step] = make()
         self._note_copies(mean)
 
     def wait(self) -> None:
@@ -68,14 +78,28 @@ class Recorder:
         """Returns the debug tensors on the CPU, or None if the request did not ask for them."""
         if not self.plan.params.debug_mode:
             return None
-        assert self.plan.transitions is not None
-        stds = torch.tensor([[transition.std] for transition in self.plan.transitions], dtype=torch.float32)
+        steps = tuple(range(self.plan.schedule.num_steps))
         return DebugTensors(
-            variance_noise=torch.stack(self.noises),
-            prev_sample_mean=torch.stack(self.means),
-            noise_std_dev=stds,
-            model_output=torch.stack(self.velocities),
+            variance_noise=self._stacked("noise", steps),
+            prev_sample_mean=self._stacked("mean", steps),
+            noise_std_dev=self._stacked("std", steps),
+            model_output=self._stacked("velocity", steps),
         )
+
+    def step_tensors(self) -> StepTensors | None:
+        """Returns the fields of the steps that the request chose, on the CPU; None if it chose none."""
+        names, steps = self.plan.params.return_fields, self.plan.field_steps
+        if names is None:
+            return None
+        return StepTensors(step_indices=steps, tensors={name: self._stacked(name, steps) for name in names})
+
+    def _stacked(self, name: str, steps: Sequence[int]) -> Float[Tensor, " steps *shape"]:
+        """Returns one row a step of one field, which was kept at these steps."""
+        if name == "std":
+            assert self.plan.transitions is not None
+            return torch.tensor([[self.plan.transitions[step].std] for step in steps], dtype=torch.float32).view(-1, 1)
+        kept = [self.kept[name][step] for step in steps]
+        return torch.stack(kept) if kept else torch.empty((0, *self.plan.geometry.latent_shape))
 
     def trajectory(self) -> Trajectory | None:
         """Returns the trajectory on the CPU, float32 if the dtypes of its states differ; None if it was not asked for."""
