@@ -219,7 +219,7 @@ def _run_static(engine: Engine, plans: Sequence[RequestPlan], size: int) -> None
 @torch.no_grad()
 def _run_plainly(engine: Engine, plan: RequestPlan) -> None:
     """Does what the scheduler does for a request, without it."""
-    sample = Sample.start(engine._executor.encode(plan), plan.seeds[0])
+    sample = Sample.start(engine._executor.encode(plan), plan.samples[0])
     while sample.num_steps_left:
         sample.take_step(forward([sample])[0])
     image = engine._executor.decode(sample)

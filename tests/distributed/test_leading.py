@@ -91,3 +91,21 @@ def test_a_sample_that_leaves_early_leaves_on_every_rank_and_the_next_one_is_ans
         with pytest.raises(CancelledRequestError):
             sp2.rollout(**REQUEST, request_id="leaves")
     assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
+
+
+def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_checkpoint: Path) -> None:
+    options = {**REQUEST, "num_inference_steps": 3, "return_dit_trajectory": True}
+    with Engine(z_image_checkpoint, device="cpu") as engine:
+        group = engine.rollout(**options, init_seed=8, num_outputs_per_prompt=2)
+        states = torch.stack([one.dit_trajectory.latents[1] for one in group if one.dit_trajectory is not None])
+        requests: list[dict[str, Any]] = [
+            {**options, "init_seed": 8, "sde_seed": (1, 2)},
+            {**options, "latents": states, "start_step": 1, "num_outputs_per_prompt": 2},
+            {**options, "latents": states[0], "start_step": 1, "stop_step": 2},
+            {**options, "fork": {0: 2, 2: 2}},
+            {**options, "latents": states[1], "start_step": 1, "fork": {1: 2}},
+        ]
+        answers = [engine.rollout(**request) for request in requests]
+    for request, answer in zip(requests, answers, strict=True):
+        for ours, theirs in zip(sp2.rollout(**request), answer, strict=True):
+            assert_same_bits(ours, theirs)

@@ -93,6 +93,7 @@ MIXTURE: tuple[Request, ...] = (
     {"seed": 4, "num_inference_steps": 3, "num_outputs_per_prompt": 3, "sde_step_indices": (1,)},
     {"seed": 5, "num_inference_steps": None, "sigmas": (1.0, 0.8, 0.3, 0.0), "log_prob_no_const": True},
     {"seed": 6, "guidance_scale": 0.0, "prompt": "a photo of two wine glasses"},
+    {"seed": 10, "init_seed": 3, "num_outputs_per_prompt": 2},
     {"seed": 7, "height": 48, "width": 80, "prompt": _LONG, "negative_prompt": "blurry", "num_outputs_per_prompt": 2},
     {"seed": 9, "num_inference_steps": 3, "rollout_steps": ({"dynamics": "ode"}, {"noise_level": 0.3}, {})},
     {"seed": None, "seeds": (8, 99, 1), "guidance_scale": 2.0, "debug_mode": False, "return_step_indices": (0, 2)},

@@ -34,6 +34,7 @@ from flowroll.errors import (
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions, WeightUpdate
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
+from flowroll.wire.validation import parse_msgpack_body
 
 URL = "http://server.test:30000"
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -186,6 +187,7 @@ FULL = {
     "prompt": "猫",
     "negative_prompt": "dog",
     "seeds": (1, 2),
+    "init_seed": 7,
     "generator_device": "cpu",
     "width": 64,
     "height": 32,
@@ -203,6 +205,10 @@ FULL = {
 }
 FULL_ROLLOUT = {
     "rollout": True,
+    "sde_seed": (8, 9),
+    "stop_step": 1,
+    "fork": {0: 2},
+    "image_format": "uint8",
     "sde_type": "cps",
     "noise_level": 0.25,
     "log_prob_no_const": True,
@@ -222,8 +228,10 @@ STEPS = {
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("positional", [True, False])
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
-    assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS
-    assert {*FULL, *ROLLOUT_FIELDS, "seed"} == set(SamplingParams.__dataclass_fields__)
+    # Other forms of what is sent here, and what goes with a tensor.
+    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", "latents", "start_step"}
+    assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS - others
+    assert {*FULL, *ROLLOUT_FIELDS, *others} == set(SamplingParams.__dataclass_fields__)
     fields = {**FULL, **FULL_ROLLOUT, steps: STEPS[steps]}
     params = SamplingParams(**fields)
     request = sent_by("sync", "rollout", params) if positional else sent_by("sync", "rollout", **fields)
@@ -231,6 +239,18 @@ def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(posit
     plain = SamplingParams(**FULL, rollout=False)
     request = sent_by("sync", "generate", plain) if positional else sent_by("sync", "generate", **FULL)
     assert parse(GenerateRequest, parse_json_body(request.content)).to_params() == plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wire_format", ["json", "msgpack"])
+def test_latents_are_sent_in_the_clients_format(kind: str, wire_format: Any) -> None:
+    params = SamplingParams(prompt="a cat", latents=torch.randn(4, 8).to(torch.bfloat16), start_step=2, sigmas=(1.0, 0.5, 0.0))
+    request = sent_by(kind, "rollout", params, options={"wire_format": wire_format})
+    assert request.headers["content-type"] == f"application/{wire_format}"
+    sent = (
+        parse_json_body(request.content) if wire_format == "json" else parse_msgpack_body(request.content, max_plain_bytes=4096)
+    )
+    assert parse(RolloutRequest, sent).to_params() == params
 
 
 def test_generate_leaves_a_rollout_field_for_the_server_to_refuse() -> None:

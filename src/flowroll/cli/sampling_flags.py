@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -20,8 +20,11 @@ import typer
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
+from flowroll.types.forks import Fork
 
 _GIVEN = "given"
+# A tensor, and what has no meaning without it, do not fit on a command line.
+_NO_FLAG = frozenset({"latents", "start_step"})
 
 
 def with_sampling_flags(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
@@ -37,7 +40,7 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
         for name, parameter in inspect.signature(command).parameters.items()
         if name != _GIVEN
     ]
-    wanted = {field.name: field for field in fields(SamplingParams) if field.name not in without}
+    wanted = {field.name: field for field in fields(SamplingParams) if field.name not in {*without, *_NO_FLAG}}
     flags = [_flag(name, field) for name, field in wanted.items()]
     flags += [_flag(alias, wanted[name]) for alias, name in ALIASES.items() if name in wanted]
 
@@ -78,6 +81,10 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
         members = tuple(member for member in get_args(hint) if member is not type(None))
         if members == get_args(Number):
             return float, {}
+        if members == get_args(Fork | Mapping[int, int]):
+            return str, {"parser": _json_object, "metavar": "JSON"}
+        if members == (int, tuple[int, ...]):
+            return str, {"parser": _one_or_several, "metavar": "N or N,N,..."}
         assert len(members) == 1, f"no flag for {hint}"
         return _flag_type(members[0])
     if get_origin(hint) is tuple and (get_args(hint)[0] is StepOptions or get_origin(get_args(hint)[0]) is tuple):
@@ -112,7 +119,9 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise typer.BadParameter(f'must be a JSON object, got {text!r}; write for example \'{{"reduce": "sum"}}\'.')
+        raise typer.BadParameter(
+            f'must be a JSON object, got {text!r}; write for example \'{{"reduce": "sum"}}\', or \'{{"2": 4}}\' for a fork.'
+        )
     return found
 
 
@@ -125,6 +134,11 @@ def _comma_list(item: type[int] | type[float] | type[str]) -> Callable[[str], tu
             raise typer.BadParameter(f"must be {kind} separated by commas, got {text!r}; write 0,1,2.") from error
 
     return parse
+
+
+def _one_or_several(text: str) -> int | tuple[int, ...]:
+    numbers: tuple[int, ...] = _comma_list(int)(text)
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 @functools.cache

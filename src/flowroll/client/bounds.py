@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx
-import msgspec
 
 from flowroll.errors import ServerConnectionError
 from flowroll.types import GeneratedImage, Rollout
-from flowroll.wire.names import EXTRA
+from flowroll.types.forks import count_leaves
+from flowroll.types.starts import count_samples
 
 SampleT = TypeVar("SampleT", Rollout, GeneratedImage)
 # Of an answer that is a JSON object: a few lines, or the names of all tensors of a model.
@@ -107,29 +107,28 @@ def default_total_s(timeout_s: float) -> float:
     return _SECONDS_PER_TIMEOUT * timeout_s
 
 
-def check_answers(samples: Sequence[SampleT], content: bytes) -> None:
+def check_answers(samples: Sequence[SampleT], asked: Mapping[str, Any]) -> None:
     """Compares the samples of an answer with the request that they should answer.
 
     Args:
         samples: The answer.
-        content: The request as it was sent, a JSON object.
+        asked: The fields of the request that were sent.
 
     Raises:
         ServerConnectionError: They are those of another request.
     """
-    sent: dict[str, Any] = msgspec.json.decode(content)
-    asked: Mapping[str, Any] = {**sent, **(sent.get(EXTRA) or {})}
-    count = asked.get("num_outputs_per_prompt") or 1
+    leaves = count_leaves(tuple(dict(asked.get("fork") or {}).items()))
+    count = count_samples(asked)
     seeds = asked.get("seeds")
     if seeds is None and asked.get("seed") is not None:
-        seeds = list(range(asked["seed"], asked["seed"] + count))
+        seeds = range(asked["seed"], asked["seed"] + count)
     expected = {
         "request_id": None if asked.get("request_id") is None else {asked["request_id"]},
         "prompt": {asked.get("prompt")},
     }
-    _require("number of samples", len(samples), count if seeds is None else len(seeds))
+    _require("number of samples", len(samples), count * leaves)
     if seeds is not None:
-        _require("seeds", [sample.seed for sample in samples], seeds)
+        _require("seeds", [sample.seed for sample in samples], [seed for seed in seeds for _ in range(leaves)])
     for name, wanted in expected.items():
         found = {getattr(sample, name) for sample in samples}
         _require(name, found, wanted if wanted is not None else set(list(found)[:1]))

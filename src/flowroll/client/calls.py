@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, Unpack
 
 import msgspec
+from torch import Tensor
 
 from flowroll.client.bounds import check_answers
 from flowroll.client.exchange import (
@@ -36,7 +37,7 @@ from flowroll.types import (
     WeightUpdate,
 )
 from flowroll.types.arguments import Integers, given_fields
-from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts
+from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts, encode
 from flowroll.wire.fields import Request
 from flowroll.wire.names import EXTRA, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
 from flowroll.wire.schema import GenerateRequest, RolloutRequest
@@ -65,14 +66,23 @@ def rollout(
         ServerConnectionError: The server cannot be reached, or broke off its answer.
         FlowrollError: The server raised any other error, or the client is closed.
     """
-    body = _request_body(RolloutRequest, given_fields(request, values))
+    given = given_fields(request, values)
+    content, content_type = _request_body(RolloutRequest, given, _wire_format)
 
-    def read(answer: bytearray, content_type: str) -> list[Rollout]:
-        rollouts = decode_rollouts(answer, content_type)
-        check_answers(rollouts, body)
+    def read(answer: bytearray, answer_type: str) -> list[Rollout]:
+        rollouts = decode_rollouts(answer, answer_type)
+        check_answers(rollouts, given)
         return rollouts
 
-    return Call(method="POST", path=ROLLOUT_ROUTE, read=read, accept=_ACCEPT[_wire_format], content=body, max_bytes=None)
+    return Call(
+        method="POST",
+        path=ROLLOUT_ROUTE,
+        read=read,
+        accept=_ACCEPT[_wire_format],
+        content=content,
+        content_type=content_type,
+        max_bytes=None,
+    )
 
 
 def generate(
@@ -91,14 +101,22 @@ def generate(
     if isinstance(request, SamplingParams):
         # Plain generation by definition; the route knows no such field.
         given.pop("rollout", None)
-    body = _request_body(GenerateRequest, given)
+    content, content_type = _request_body(GenerateRequest, given, _wire_format)
 
-    def read(answer: bytearray, content_type: str) -> list[GeneratedImage]:
-        images = decode_images(answer, content_type)
-        check_answers(images, body)
+    def read(answer: bytearray, answer_type: str) -> list[GeneratedImage]:
+        images = decode_images(answer, answer_type)
+        check_answers(images, given)
         return images
 
-    return Call(method="POST", path=GENERATE_ROUTE, read=read, accept=_ACCEPT[_wire_format], content=body, max_bytes=None)
+    return Call(
+        method="POST",
+        path=GENERATE_ROUTE,
+        read=read,
+        accept=_ACCEPT[_wire_format],
+        content=content,
+        content_type=content_type,
+        max_bytes=None,
+    )
 
 
 def score(
@@ -187,15 +205,24 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
         yield READY_POLL_S
 
 
-def _request_body(kind: type[Request], given: Mapping[str, Any]) -> bytes:
-    """Returns only the fields that were given, so that the server's defaults apply to all others."""
+def _request_body(kind: type[Request], given: Mapping[str, Any], wire_format: WireFormat) -> tuple[bytes, str]:
+    """Returns the body of a request and its media type.
+
+    It has only the fields that were given, so that the server's defaults apply to all others. Without tensors it is JSON, which
+    is easy to look at.
+    """
     nested = nested_request(kind, EXTRA)
     assert nested is not None
     inside = set(nested.__struct_fields__) - set(kind.__struct_fields__)
+    if fork := given.get("fork"):
+        given = {**given, "fork": {str(step): children for step, children in dict(fork).items()}}
     sent: dict[str, Any] = {name: value for name, value in given.items() if name not in inside}
     if further := {name: value for name, value in given.items() if name in inside}:
         sent[EXTRA] = further
-    return encoded(sent)
+    if not any(isinstance(value, Tensor) for value in given.values()):
+        return encoded(sent), JSON
+    body = encode(sent, wire_format)
+    return b"".join(body.chunks()), body.content_type
 
 
 def _read_models(body: bytearray, content_type: str) -> list[dict[str, Any]]:

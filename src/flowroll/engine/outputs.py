@@ -101,7 +101,7 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
         seed=finished.sample.seed,
         image=finished.image,
         latents=finished.sample.latents.cpu(),
-        sampling=finished.sample.conditioning.record,
+        sampling=finished.sample.record,
         weight_version=weight_version,
         inference_time_s=finished.seconds,
     )
@@ -116,12 +116,12 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
     recorder, conditioning = finished.sample.recorder, finished.sample.conditioning
     steps = None
     if plan.transitions is not None:
-        steps = tuple(step for step, transition in enumerate(plan.transitions) if transition.is_stochastic)
+        steps = tuple(step for step in plan.steps if plan.transitions[step].is_stochastic)
     rollout = Rollout(
         request_id=plan.request_id,
         prompt=plan.params.prompt,
         seed=finished.sample.seed,
-        image=None if finished.image is None else in_format(finished.image, plan.params.image_format),
+        image=None if finished.image is None else in_format(finished.image, plan.record.image_format),
         latents=finished.sample.latents.cpu() if finished.image is None else None,
         log_probs=None if recorder is None else recorder.stacked_log_probs(),
         sde_step_indices=steps,
@@ -131,7 +131,7 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         step_tensors=None if recorder is None else recorder.step_tensors(),
         step_images=_step_images(plan, finished),
         weight_version=weight_version,
-        sampling=conditioning.record,
+        sampling=finished.sample.record,
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
     )
@@ -144,7 +144,7 @@ def _step_images(plan: RequestPlan, finished: Finished) -> StepImages | None:
     if recorder is None or steps is None:
         return None
     ordered = tuple(sorted(steps))
-    images = tuple(in_format(recorder.pictures[step], plan.params.image_format) for step in ordered)
+    images = tuple(in_format(recorder.pictures[step], plan.record.image_format) for step in ordered)
     return StepImages(step_indices=ordered, images=images)
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-import secrets
 import uuid
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
-from flowroll.errors import InvalidRequestError
+from flowroll.engine.starts import PlannedSample, check_forks, plan_samples, plan_steps, refuse, with_checked_latents
 from flowroll.families import Geometry, Guidance
-from flowroll.sampling.dynamics import amplification, transitions, transitions_of
+from flowroll.sampling.base import StepRule
+from flowroll.sampling.dynamics import amplification, rules_of, transitions, transitions_of
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
-from flowroll.types import MAX_SEED, Number, SamplingParams, SamplingRecord
+from flowroll.types import ImageFormat, Number, SamplingParams, SamplingRecord
+from flowroll.types.forks import Fork, count_leaves
 
 # Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
 _MAX_AMPLIFICATION = 1e18
@@ -40,9 +43,10 @@ class RequestPlan:
     """A checked request with every default filled in, which its samples share.
 
     Attributes:
-        params: The parameters of the request, as they were given.
+        params: The parameters of the request; its latents are a copy on the CPU.
         request_id: The id of the request: the given one, or a new one.
-        seeds: The seeds, one per sample.
+        samples: The samples that are started; with a fork, each of them becomes several.
+        steps: The steps that are run.
         prompt: The text of the conditional branch.
         negative_prompt: The text of the unconditional branch; None if no such branch runs.
         geometry: The shapes of a sample.
@@ -51,11 +55,14 @@ class RequestPlan:
         guidance: How the conditional and the unconditional branch are combined.
         generator_device: The device on which noise is drawn.
         record: The record of these choices, for the answer.
+        held_policy: The policy whose weights must be in place while its samples run; None: those that the engine was last
+            given. The engine sets it when it accepts the plan.
     """
 
     params: SamplingParams
     request_id: str
-    seeds: tuple[int, ...]
+    samples: tuple[PlannedSample, ...]
+    steps: range
     prompt: BranchText
     negative_prompt: BranchText | None
     geometry: Geometry
@@ -64,17 +71,42 @@ class RequestPlan:
     guidance: Guidance
     generator_device: torch.device
     record: SamplingRecord
+    held_policy: str | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the samples."""
+        return tuple(sample.seed for sample in self.samples)
+
+    @property
+    def num_answers(self) -> int:
+        """The number of entries of the answer: the leaves of all samples."""
+        return len(self.samples) * count_leaves(self.forks)
+
+    @property
+    def forks(self) -> Fork:
+        """The steps at which samples fork, with their numbers of children."""
+        return cast(Fork, self.params.fork or ())
+
+    @property
+    def num_steps_taken(self) -> int:
+        """The number of steps that all samples take together; a step that children share counts once."""
+        return sum(map(self.num_nodes, self.steps))
+
+    def num_nodes(self, step: int) -> int:
+        """Returns how many samples take this step: those of its level of the trees."""
+        return len(self.samples) * count_leaves(tuple(fork for fork in self.forks if fork[0] < step))
 
     @property
     def work(self) -> int:
-        """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
-        return self.geometry.height * self.geometry.width * self.schedule.num_steps * len(self.seeds)
+        """The amount of work, to which the request's time is roughly proportional: pixels x steps of all samples."""
+        return self.geometry.height * self.geometry.width * self.num_steps_taken
 
     @property
     def field_steps(self) -> tuple[int, ...]:
         """The steps of which `return_fields` are returned."""
         chosen = self.params.return_step_indices
-        return tuple(step for step in range(self.schedule.num_steps) if chosen is None or step in chosen)
+        return tuple(step for step in self.steps if chosen is None or step in chosen)
 
     def keeps(self, name: str, step: int) -> bool:
         """Tells whether a field of a step is recorded: for its answer, for the debug tensors, or to be decoded."""
@@ -86,7 +118,12 @@ class RequestPlan:
     @property
     def answer_bytes(self) -> int:
         """The number of bytes of the tensors in the answer, without those of the denoising environment."""
-        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, len(self.seeds))
+        return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, self.steps, self.num_answers)
+
+    def start_latents(self, planned: PlannedSample) -> Tensor | None:
+        """Returns the latents of the request that a sample starts from; None if it starts from initial noise."""
+        latents = self.params.latents
+        return latents if latents is None or latents.ndim == len(self.geometry.latent_shape) else latents[planned.root]
 
 
 def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
@@ -98,19 +135,37 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     defaults = model.family.variants[model.variant]
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
-    _check_indices(params, schedule.num_steps)
-    seeds = _plan_seeds(params, limits)
+    steps = plan_steps(params, schedule.num_steps)
+    _check_indices(params, schedule.num_steps, steps)
+    if params.decode_step_indices and _image_format(params, steps, schedule.num_steps) == "none":
+        rule = "be left out where nothing is decoded"
+        refuse("decode_step_indices", rule, list(params.decode_step_indices)[:8], 'give an image_format other than "none"')
+    params = with_checked_latents(params, model, geometry)
+    samples = plan_samples(params, limits, geometry)
     _check_token_ids(params, model)
     negative = _negative_text(params, defaults.negative_prompt)
     guidance = _plan_guidance(params, model, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
-    chosen = _plan_transitions(params, schedule) if params.rollout else None
-    _check_answer_size(params, limits, geometry, schedule.num_steps, len(seeds))
+    rules = _rules(params, schedule, steps) if params.rollout else None
+    chosen = _plan_transitions(params, schedule, steps, rules) if params.rollout else None
+    if chosen is not None and chosen[steps.start].needs_previous and steps.start > 0:
+        rule = "be a step that needs no prediction of the step before"
+        refuse(
+            "start_step",
+            rule,
+            f"{steps.start}, a {chosen[steps.start].dynamics} step",
+            "start earlier, or with sigmas that begin there",
+        )
+    if chosen is not None:
+        check_forks(params, chosen, steps)
+    num_answers = len(samples) * count_leaves(cast(Fork | None, params.fork))
+    _check_answer_size(params, limits, geometry, schedule.num_steps, steps, num_answers)
     generator_device = torch.device("cpu") if params.generator_device == "cpu" else model.device
     return RequestPlan(
         params=params,
         request_id=params.request_id or uuid.uuid4().hex,
-        seeds=seeds,
+        samples=samples,
+        steps=steps,
         prompt=BranchText(text=params.prompt, token_ids=params.prompt_token_ids),
         negative_prompt=negative_prompt,
         geometry=geometry,
@@ -118,7 +173,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
         transitions=chosen,
         guidance=guidance,
         generator_device=generator_device,
-        record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device),
+        record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device, steps, rules),
     )
 
 
@@ -130,6 +185,8 @@ def _record(
     guidance: Guidance,
     negative: BranchText | None,
     generator_device: torch.device,
+    steps: range,
+    rules: tuple[StepRule, ...] | None,
 ) -> SamplingRecord:
     return SamplingRecord(
         family=model.family.name,
@@ -152,8 +209,10 @@ def _record(
         device=model.device.type,
         embedded_guidance_scale=guidance.embedded,
         rope_axes=model.spec.rope_axes,
-        steps=params.step_rules,
-        image_format=params.image_format,
+        steps=rules,
+        start_step=steps.start,
+        stop_step=steps.stop if steps.stop < schedule.num_steps else None,
+        image_format=_image_format(params, steps, schedule.num_steps),
         prompt_token_ids=params.prompt_token_ids,
         negative_prompt_token_ids=None if negative is None else negative.token_ids,
     )
@@ -174,30 +233,26 @@ def _check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
         if lists is None:
             continue
         if not known:
-            _refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
+            refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
         if len(lists) != len(known):
             names = ", ".join(one.name for one in known)
-            _refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
+            refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
         for one, ids in zip(known, lists, strict=True):
             least, start = len(one.template) + 1, ids[: len(one.template)]
             if start != one.template:
                 rule = f"begin with the {len(one.template)} ids of the pipeline's template for {one.name}"
-                _refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
+                refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
             if not least <= len(ids) <= one.max_tokens:
                 rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
                 remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
-                _refuse(field, rule, len(ids), remedy)
+                refuse(field, rule, len(ids), remedy)
             if max(ids) >= one.num_ids:
                 rule = f"hold ids below {one.num_ids} for {one.name}"
-                _refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
+                refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
 
 
 def _first(*values: Number | None) -> Number:
     return next(value for value in values if value is not None)
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
 
 
 def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
@@ -212,11 +267,11 @@ def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
         if value % unit:
             below, above = value // unit * unit, (value // unit + 1) * unit
             remedy = f"use {below} or {above}" if below else f"use {above}"
-            _refuse(field, f"be a multiple of {unit} for {model.family.name}", value, remedy)
+            refuse(field, f"be a multiple of {unit} for {model.family.name}", value, remedy)
     if model.spec.max_tokens_per_side is not None:
         for (field, value), most in zip(sides.items(), model.spec.max_tokens_per_side, strict=True):
             if value // unit > most:
-                _refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
+                refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
     return model.family.geometry(model.spec, height=height, width=width)
 
 
@@ -226,7 +281,7 @@ def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) ->
     if geometry.height * geometry.width > limits.max_pixels:
         field = "height" if params.height else "width"
         shown = f"{geometry.width} x {geometry.height}"
-        _refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
+        refuse(field, f"keep width x height within {limits.max_pixels} pixels", shown, "ask for a smaller image")
     return geometry
 
 
@@ -251,7 +306,7 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
         defaults = model.family.variants[model.variant]
         num_steps, field = params.num_inference_steps or defaults.num_inference_steps, "num_inference_steps"
     if num_steps > limits.max_steps:
-        _refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
+        refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
     if params.sigmas is not None:
         return explicit_schedule(model.schedule_config, params.sigmas)
     base = model.family.base_grid(model.spec, model.schedule_config, num_steps)
@@ -259,12 +314,32 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
     return shifted_schedule(model.schedule_config, base, num_tokens=geometry.num_tokens, mu=mu)
 
 
-def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Transition, ...]:
+def _image_format(params: SamplingParams, steps: range, num_steps: int) -> ImageFormat:
+    """Returns the form of the picture; of a state before the end there is none, unless the request asks for one."""
+    return params.image_format or ("tensor" if steps.stop == num_steps else "none")
+
+
+def _rules(params: SamplingParams, schedule: Schedule, steps: range) -> tuple[StepRule, ...] | None:
+    """Returns the rule of each step where the record needs it; None where it follows from the dynamics and the chosen steps."""
     rules = params.step_rules
-    if rules is not None:
+    if rules is not None and len(rules) != schedule.num_steps:
         field = "rollout_steps" if params.rollout_steps is not None else "rollout_noise_levels"
-        if len(rules) != schedule.num_steps:
-            _refuse(field, f"hold one entry for each of the {schedule.num_steps} steps", len(rules), "send one entry a step")
+        refuse(field, f"hold one entry for each of the {schedule.num_steps} steps", len(rules), "send one entry a step")
+    if rules is None and len(steps) < schedule.num_steps:
+        # From the steps that have a density and were run alone, the rules of the others do not follow.
+        return rules_of(
+            schedule.sigmas,
+            sde_type=params.rollout_sde_type,
+            noise_level=params.rollout_noise_level,
+            sde_step_indices=params.rollout_sde_step_indices,
+        )
+    return rules
+
+
+def _plan_transitions(
+    params: SamplingParams, schedule: Schedule, steps: range, rules: tuple[StepRule, ...] | None
+) -> tuple[Transition, ...]:
+    if rules is not None:
         chosen = transitions_of(schedule.sigmas, rules)
     else:
         chosen = transitions(
@@ -273,12 +348,12 @@ def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Trans
             noise_level=params.rollout_noise_level,
             sde_step_indices=params.rollout_sde_step_indices,
         )
-    growth = amplification(chosen)
+    growth = amplification(chosen[steps.start : steps.stop])
     if growth > _MAX_AMPLIFICATION:
         shown = (
             f"{params.rollout_noise_level}, which grows the latents {growth:.0e} times over these {schedule.num_steps} steps"
         )
-        _refuse(
+        refuse(
             "rollout_noise_level",
             "keep the trajectory within float32",
             shown,
@@ -287,47 +362,41 @@ def _plan_transitions(params: SamplingParams, schedule: Schedule) -> tuple[Trans
     return chosen
 
 
-def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, num_samples: int) -> int:
+def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, steps: range, num_samples: int) -> int:
     latent_bytes = 4 * math.prod(geometry.latent_shape)
     states = 0
     if params.rollout and params.rollout_debug_mode:
         states += 3 * num_steps
     if params.rollout and params.rollout_return_dit_trajectory:
-        states += num_steps + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
+        states += len(steps) + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
     pixel_bytes = 3 * geometry.frames * geometry.height * geometry.width
     if params.return_fields is not None:
         chosen = params.rollout_return_step_indices
-        rows = num_steps if chosen is None else sum(step < num_steps for step in chosen)
+        rows = len(steps) if chosen is None else sum(step in steps for step in chosen)
         states += rows * sum(name != "std" for name in params.return_fields)
     # A PNG of noise is no larger than its pixels, but for some headers.
-    picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[params.image_format]
+    picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[
+        _image_format(params, steps, num_steps)
+    ]
     return num_samples * (states * latent_bytes + picture * (1 + len(params.decode_step_indices or ())))
 
 
-def _check_answer_size(params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, num_samples: int) -> None:
-    total = _answer_bytes(params, geometry, num_steps, num_samples)
+def _check_answer_size(
+    params: SamplingParams, limits: Limits, geometry: Geometry, num_steps: int, steps: range, num_samples: int
+) -> None:
+    total = _answer_bytes(params, geometry, num_steps, steps, num_samples)
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
         shown = f"{num_samples} samples with {total / 2**30:.1f} GiB of tensors"
-        _refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
+        refuse("num_outputs_per_prompt", rule, shown, "ask for fewer samples, steps, pixels or recorded tensors")
 
 
-def _plan_seeds(params: SamplingParams, limits: Limits) -> tuple[int, ...]:
-    count = len(params.seeds) if params.seeds is not None else params.num_outputs_per_prompt or 1
-    if count > limits.max_outputs:
-        field = "seeds" if params.seeds is not None else "num_outputs_per_prompt"
-        _refuse(field, f"ask for at most {limits.max_outputs} samples", count, "send several requests")
-    if params.seeds is not None:
-        return params.seeds
-    first = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED + 2 - count)
-    return tuple(range(first, first + count))
-
-
-def _check_indices(params: SamplingParams, num_steps: int) -> None:
-    for field, indices, last in (
-        ("rollout_sde_step_indices", params.rollout_sde_step_indices, num_steps - 1),
-        ("rollout_return_step_indices", params.rollout_return_step_indices, num_steps),
-        ("decode_step_indices", params.decode_step_indices, num_steps - 1),
+def _check_indices(params: SamplingParams, num_steps: int, steps: range) -> None:
+    for field, indices, first, last in (
+        ("rollout_sde_step_indices", params.rollout_sde_step_indices, 0, num_steps - 1),
+        ("rollout_return_step_indices", params.rollout_return_step_indices, steps.start, steps.stop),
+        ("decode_step_indices", params.decode_step_indices, steps.start, steps.stop - 1),
     ):
-        if indices and max(indices) > last:
-            _refuse(field, f"lie in 0..{last} for {num_steps} steps", max(indices), "remove it")
+        for outside in (index for index in indices or () if not first <= index <= last):
+            run = f"{num_steps} steps" if len(steps) == num_steps else f"a run of the steps {steps.start} to {steps.stop - 1}"
+            refuse(field, f"lie in {first}..{last} for {run}", outside, "remove it")

@@ -142,33 +142,34 @@ class Recipe:
                 field=f"denoising_env.{place}.{field.name}",
             )
 
-    def score(
+    def run(
         self,
         transformer: Transformer,
         latents: Float[Tensor, " *latent"],
-        next_latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
         *,
         before: Float[Tensor, " *latent"] | None = None,
-    ) -> StepScore:
-        """Runs one step again and computes the log-prob of the recorded next latents, differentiable in the weights.
+    ) -> tuple[Float[Tensor, " *latent"], Float[Tensor, " *latent"] | None]:
+        """Runs one step again, differentiable in the weights; its results are what `evaluate` takes.
 
         A step that needs the clean prediction of the step before takes a forward of that step too.
 
         Args:
             transformer: The model, or a wrapper with its call signature.
             latents: The recorded latents before the step, on the transformer's device.
-            next_latents: The recorded latents after the step.
             step: The step, counted from 0.
             env: The sample's environment, on the transformer's device.
             before: The recorded latents before the step before; needed exactly if the transition needs that step.
+
+        Returns:
+            The guided velocity, and the clean prediction of the step before if the transition needs it.
         """
         previous: Tensor | None = None
         if self.transitions[step].needs_previous:
             assert before is not None
             previous = self.clean_prediction(self.velocity(transformer, before, step - 1, env), before, step - 1)
-        return self.evaluate(self.velocity(transformer, latents, step, env), latents, next_latents, step, previous)
+        return self.velocity(transformer, latents, step, env), previous
 
     def evaluate(
         self,
@@ -205,11 +206,11 @@ class Recipe:
         step: int,
         env: DenoisingEnv,
     ) -> Float[Tensor, " *latent"]:
-        """Computes the guided velocity of one step; the arguments are those of `score`."""
+        """Computes the guided velocity of one step; the arguments are those of `run`."""
         return self.family.velocity(transformer, self.step_input(latents, step, env), self.dtype)
 
     def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
-        """Returns the inputs of one step's velocity; the arguments are those of `score`."""
+        """Returns the inputs of one step's velocity; the arguments are those of `run`."""
         return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
 
 

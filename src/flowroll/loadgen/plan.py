@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import SamplingParams
-from flowroll.types.params import MAX_SEED
+from flowroll.types import MAX_SEED, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -216,7 +216,10 @@ def grid_causes(source: Source) -> Iterator[Cause]:
     elif max(scales) - min(scales) > 1e-3 * max(scales):
         yield Cause("sigmas", "another grid: the record's timesteps are not its sigmas on the scale of the model")
     elif debug is not None:
-        stds = torch.tensor([this.std for this in source.recipe.transitions], dtype=torch.float32)
+        run = source.steps_run
+        stds = torch.tensor(
+            [this.std if step in run else 0.0 for step, this in enumerate(source.recipe.transitions)], dtype=torch.float32
+        )
         yield from _std_causes(debug.noise_std_dev.flatten().tolist(), stds.tolist())
 
 

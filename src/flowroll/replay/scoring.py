@@ -28,6 +28,7 @@ from flowroll.replay.sources import (
     sources_of,
     steps_of,
 )
+from flowroll.replay.trees import shared_forwards
 from flowroll.types import DenoisingEnv, Rollout
 from flowroll.types.arguments import Integers
 
@@ -99,7 +100,8 @@ def micro_batches(
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
         rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
-        micro_batch: Pairs per micro-batch, at least 1.
+        micro_batch: Forwards per micro-batch, at least 1. A forward is of one pair; of several, where these are leaves of one
+            tree and the step is before or at their fork.
         device: Of the transformer; None: that of its first weight.
         dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
@@ -107,7 +109,8 @@ def micro_batches(
             it runs, and a warning says how far from 1 the first ratios are.
 
     Returns:
-        Micro-batches, sample by sample and step by step. All rollouts are checked before the first forward.
+        Micro-batches, sample by sample and step by step; a pair that shares a forward comes with the first one that does. All
+        rollouts are checked before the first forward.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
@@ -171,10 +174,10 @@ def score(
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
     work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=False)
-    rows: list[list[StepScore]] = [[] for _ in work.sources]
+    found: dict[tuple[int, int], StepScore] = {}
     for batch in _run(transformer, work):
-        for sample, step_score in zip(batch.samples, batch.scores, strict=True):
-            rows[sample].append(step_score)
+        found.update(zip(zip(batch.samples, batch.steps, strict=True), batch.scores, strict=True))
+    rows = [[found[source.index, step] for step in work.steps] for source in work.sources]
     return Scores(
         steps=work.steps,
         log_probs=torch.stack([torch.stack([one.log_prob for one in row]) for row in rows]),
@@ -191,7 +194,7 @@ class _Work:
     place: Place
     sources: tuple[Source, ...]
     steps: tuple[int, ...]
-    pairs: tuple[tuple[Source, int], ...]
+    forwards: tuple[tuple[tuple[Source, int], ...], ...]
     micro_batch: int
 
 
@@ -211,12 +214,13 @@ def _plan(
     place = place_of(transformer, rollouts, device, dtype, autocast)
     sources = sources_of(rollouts, place)
     chosen = steps_of(sources, steps)
-    pairs = tuple(pairs_of(sources, chosen, stochastic_only=stochastic_only))
-    return _Work(place=place, sources=tuple(sources), steps=chosen, pairs=pairs, micro_batch=micro_batch)
+    pairs = list(pairs_of(sources, chosen, stochastic_only=stochastic_only))
+    forwards = tuple(map(tuple, shared_forwards(pairs)))
+    return _Work(place=place, sources=tuple(sources), steps=chosen, forwards=forwards, micro_batch=micro_batch)
 
 
 def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
-    waiting = iter(work.pairs)
+    waiting = iter(work.forwards)
     first = True
     while chunk := list(islice(waiting, work.micro_batch)):
         # Here, because a caller may turn it on between two micro-batches.
@@ -233,14 +237,16 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
         yield batch
 
 
-def _micro_batch(transformer: Transformer, work: _Work, chunk: Sequence[tuple[Source, int]]) -> MicroBatch:
+def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Sequence[tuple[Source, int]]]) -> MicroBatch:
     place = work.place
     envs: dict[int, DenoisingEnv] = {}
-    scores = []
-    for source, step in chunk:
+    scores: list[StepScore] = []
+    for pairs in forwards:
+        source, _ = pairs[0]
         if source.index not in envs:
             envs[source.index] = source.env_on(place)
-        scores.append(run_pair(transformer, source, step, place, envs[source.index]))
+        scores += _run_pairs(transformer, pairs, place, envs[source.index])
+    chunk = [pair for pairs in forwards for pair in pairs]
     old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
     return MicroBatch(
         samples=tuple(source.index for source, _ in chunk),
@@ -248,16 +254,25 @@ def _micro_batch(transformer: Transformer, work: _Work, chunk: Sequence[tuple[So
         log_probs=torch.stack([one.log_prob for one in scores]),
         old_log_probs=torch.stack(old).to(place.device),
         scores=tuple(scores),
-        weight=len(chunk) / len(work.pairs),
+        weight=len(chunk) / sum(map(len, work.forwards)),
     )
 
 
 def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:
     """Scores one recorded step of one sample; `env` is the sample's own on the device, where that was made already."""
-    env = source.env_on(place) if env is None else env
-    latents, next_latents = source.state(step, place.device), source.state(step + 1, place.device)
+    (found,) = _run_pairs(transformer, [(source, step)], place, source.env_on(place) if env is None else env)
+    return found
+
+
+def _run_pairs(
+    transformer: Transformer, pairs: Sequence[tuple[Source, int]], place: Place, env: DenoisingEnv
+) -> list[StepScore]:
+    """Scores a recorded step of several samples that came out of one forward, which is run once."""
+    source, step = pairs[0]
+    latents = source.state(step, place.device)
     before = source.state(step - 1, place.device) if source.recipe.transitions[step].needs_previous else None
-    return source.recipe.score(transformer, latents, next_latents, step, env, before=before)
+    velocity, previous = source.recipe.run(transformer, latents, step, env, before=before)
+    return [one.recipe.evaluate(velocity, latents, one.state(step + 1, place.device), step, previous) for one, _ in pairs]
 
 
 def _check_micro_batch(micro_batch: int) -> None:

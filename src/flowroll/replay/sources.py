@@ -68,6 +68,11 @@ class Source:
         """The number of transitions T."""
         return len(self.recipe.transitions)
 
+    @property
+    def steps_run(self) -> range:
+        """The steps that were run, counted from the beginning of the grid."""
+        return self.rollout.sampling.steps_run
+
     def states_of(self, step: int) -> list[int]:
         """Returns the states from which a step is replayed: before and after it, and before the step that it may need."""
         return [step - 1, step, step + 1] if self.recipe.transitions[step].needs_previous else [step, step + 1]
@@ -213,23 +218,32 @@ def grid_fault(rollout: Rollout) -> str | None:
 
 
 def steps_of(sources: Sequence[Source], steps: Integers | None) -> tuple[int, ...]:
-    """Returns the steps of a call: the given ones, or all of them.
+    """Returns the steps of a call: the given ones, or all that were run.
 
     Raises:
-        InvalidRequestError: A step is out of range, or the rollouts differ in length and no steps are given.
+        InvalidRequestError: A step is out of range or was not run, or the rollouts differ in their steps and none are given.
     """
     lengths = sorted({source.num_steps for source in sources})
     if steps is None:
         if len(lengths) > 1:
             shown = f"rollouts of {' and '.join(map(str, lengths))} steps"
             _refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
-        return tuple(range(lengths[0]))
+        runs = sorted({(source.steps_run.start, source.steps_run.stop) for source in sources})
+        if len(runs) > 1:
+            shown = " and ".join(f"steps {start} to {stop - 1}" for start, stop in runs)
+            _refuse("steps", "be given for rollouts of different runs", shown, "name the steps, or call once per run")
+        return tuple(range(*runs[0]))
     chosen = tuple(plain(steps))
     if not chosen:
         _refuse("steps", "hold at least one step", "none", "leave it out for all steps")
     for step in chosen:
         if not isinstance(step, int) or not 0 <= step < lengths[0]:
             _refuse("steps", f"lie in 0..{lengths[0] - 1}", step, "count steps from 0")
+        for source in sources:
+            if step not in source.steps_run:
+                run = source.steps_run
+                shown = f"{step}, where rollout {source.index} ran {run.start} to {run.stop - 1}"
+                _refuse("steps", "be among the steps that were run", shown, "leave that step out")
     if len(set(chosen)) != len(chosen):
         _refuse("steps", "hold each step once", list(chosen), "remove the duplicates")
     return chosen

@@ -69,15 +69,26 @@ def transitions(
     Raises:
         InvalidRequestError: There is no such dynamics, or it cannot take one of its steps.
     """
+    rules = rules_of(sigmas, sde_type=sde_type, noise_level=noise_level, sde_step_indices=sde_step_indices)
+    return tuple(_coefficients(sigmas, step, rule) for step, rule in enumerate(rules))
+
+
+def rules_of(
+    sigmas: Float[Tensor, " states"],
+    *,
+    sde_type: str,
+    noise_level: int | float,
+    sde_step_indices: Collection[int] | None = None,
+) -> tuple[StepRule, ...]:
+    """Returns the rules of the T steps that `transitions` takes; arguments and errors are its own."""
     every = range(sigmas.shape[0] - 1)
     chosen = StepRule(dynamics=dynamics_named(sde_type).name, noise_level=noise_level)
     steps = every if sde_step_indices is None else set(sde_step_indices) & set(every)
     check_sigmas(sigmas, {step: chosen for step in steps})
-    own = tuple(_coefficients(sigmas, step, chosen) for step in every)
-    dense = {step for step in steps if own[step].is_stochastic}
-    if not any(this.is_stochastic for step, this in enumerate(own) if step not in dense):
-        return own
-    return tuple(own[step] if step in dense else _coefficients(sigmas, step, _PLAIN) for step in every)
+    stochastic = {step for step in every if _coefficients(sigmas, step, chosen).is_stochastic}
+    if stochastic <= set(steps):
+        return (chosen,) * len(every)
+    return tuple(chosen if step in stochastic & set(steps) else _PLAIN for step in every)
 
 
 def transitions_of(sigmas: Float[Tensor, " states"], rules: Sequence[StepRule]) -> tuple[Transition, ...]:

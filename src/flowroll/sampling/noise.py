@@ -42,6 +42,22 @@ def step_seed(seed: int, step: int) -> int:
     return z ^ (z >> 32)
 
 
+def child_seed(seed: int, step: int, child: int) -> int:
+    """Returns the seed of a child that forks off at a step: that of the step's noise, and one more for each child.
+
+        (step_seed(seed, step) + 1 + child) mod 2^32
+
+    So the children of one fork have seeds of their own; two children of different parents share one with the chance of a
+    collision of 32 bits.
+
+    Args:
+        seed: The parent's seed, in [0, 2^32).
+        step: The step at which it forks.
+        child: The place of the child among its siblings, counted from 0.
+    """
+    return (step_seed(seed, step) + 1 + child) % 2**32
+
+
 def step_noise(seed: int, step: int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Float[Tensor, " ..."]:
     """Draws the standard normal float32 noise of one step of the sample with this seed.
 

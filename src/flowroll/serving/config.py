@@ -53,7 +53,7 @@ class ServerConfig:
         max_groups: Process groups of trainers that the server may be in, with those that it is joining.
         max_body_bytes: Size of a request body.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
-            samples of 10 steps of Qwen-Image at 1024 x 1024.
+            samples of 10 steps of Qwen-Image at 1024 x 1024; and of a body of POST /rollout/generate and /generate in msgpack.
         send_timeout_s: Seconds for which a client may take no byte of its answer before its connection is broken off (Linux).
         min_send_bytes_per_s: Bytes of its answer that a client has to take in a second, in the long run; a slower one loses its
             connection.

@@ -158,8 +158,8 @@ class Metrics:
 
     def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
         """Counts the samples of a request that ended in a result."""
-        samples = len(plan.seeds)
-        self.samples.labels(kind).inc(samples)
-        self.denoising_steps.labels(kind).inc(samples * plan.schedule.num_steps)
-        stochastic = sum(transition.is_stochastic for transition in plan.transitions or ())
-        self.sde_steps.inc(samples * stochastic)
+        self.samples.labels(kind).inc(plan.num_answers)
+        self.denoising_steps.labels(kind).inc(plan.num_steps_taken)
+        chosen = plan.transitions or ()
+        # At a fork each child draws its own noise.
+        self.sde_steps.inc(sum(plan.num_nodes(step + 1) for step in plan.steps if chosen and chosen[step].is_stochastic))

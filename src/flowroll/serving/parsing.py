@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.fields import Request as Message
 from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.scoring import decode_score_request
+from flowroll.wire.validation import parse_msgpack_body
 
 SamplingT = TypeVar("SamplingT", RolloutRequest, GenerateRequest, ImagesRequest)
 RequestT = TypeVar("RequestT", bound=Message)
@@ -53,18 +54,27 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
         The request as it was sent, and the plan to submit.
 
     Raises:
-        MalformedRequestError: The body is not JSON.
+        MalformedRequestError: The body is neither JSON nor, for a request that may have tensors, msgpack.
         PayloadTooLargeError: It is longer than the server accepts.
         SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
         CancelledRequestError: Its client has gone.
         ShuttingDownError: The engine stops.
     """
-    body = await read_body(request, state)
+    config = state.config
+    media_type = check_media_type(request.headers, (JSON,) if model is ImagesRequest else (JSON, MSGPACK))
+    most = config.max_body_bytes if media_type == JSON else config.max_score_body_bytes
+    body = await _receive(request, most, config.receive_timeout_s)
+
+    def sent() -> dict[str, Any]:
+        if media_type == JSON:
+            return parse_json_body(body)
+        return parse_msgpack_body(body, max_plain_bytes=config.max_body_bytes)
+
     async with state.planning:
         await state.check_wanted(request)
         # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
-        return await run_in_threadpool(_plan, state.engine.facts, model, body, context_of(request))
+        return await run_in_threadpool(_plan, state.engine.facts, model, sent, context_of(request))
 
 
 async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:
@@ -135,9 +145,9 @@ def _plan_score(facts: EngineFacts, body: bytearray, media_type: str, context: R
 
 
 def _plan(
-    facts: EngineFacts, model: type[SamplingT], body: bytearray, context: RequestContext
+    facts: EngineFacts, model: type[SamplingT], sent: Callable[[], dict[str, Any]], context: RequestContext
 ) -> tuple[SamplingT, RequestPlan]:
-    accepted = parse(model, parse_json_body(body))
+    accepted = parse(model, sent())
     params = accepted.to_params()
     context.suppress_logs = params.suppress_logs
     if params.request_id is None:

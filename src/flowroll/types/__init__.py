@@ -16,13 +16,13 @@ from flowroll.types.adapters import (
 from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
+from flowroll.types.forks import Branch
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     ALIASES,
     MAX_GUIDANCE_SCALE,
     MAX_PROMPT_CHARS,
     MAX_REQUEST_ID_CHARS,
-    MAX_SEED,
     MIN_SIGMA_GAP,
     ROLLOUT_FIELDS,
     GeneratorDevice,
@@ -34,6 +34,7 @@ from flowroll.types.params import (
     StepOptions,
     by_field_name,
 )
+from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord, check_policy_name
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -47,10 +48,12 @@ from flowroll.types.results import (
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
+from flowroll.types.starts import MAX_SEED
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [
     "ALIASES",
+    "DEFAULT_POLICY",
     "MAX_GUIDANCE_SCALE",
     "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
@@ -62,6 +65,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdapterChange",
     "AdapterRecord",
+    "Branch",
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",
@@ -76,6 +80,10 @@ __all__ = [
     "ModuleName",
     "Number",
     "ParallelPlan",
+    "Policy",
+    "PolicyChange",
+    "PolicyKind",
+    "PolicyRecord",
     "RecordedSteps",
     "Region",
     "Rollout",
@@ -98,6 +106,7 @@ __all__ = [
     "branch_digest",
     "by_field_name",
     "check_lora_name",
+    "check_policy_name",
     "check_version",
     "env_digests",
     "params_of",

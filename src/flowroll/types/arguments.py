@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
+from torch import Tensor
+
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepField, StepOptions
@@ -34,6 +36,9 @@ class ImageFields(TypedDict, total=False):
     negative_prompt_token_ids: Sequence[Integers] | None
     seed: Integer | None
     seeds: Integers | None
+    init_seed: Integer | Integers | None
+    latents: Tensor | None
+    start_step: Integer | None
     generator_device: GeneratorDevice
     width: Integer | None
     height: Integer | None
@@ -47,6 +52,7 @@ class ImageFields(TypedDict, total=False):
     suppress_logs: bool
     request_id: str | None
     min_weight_version: str | None
+    policy: str | None
     lora_name: str | None
 
 
@@ -54,6 +60,9 @@ class RolloutFields(ImageFields, total=False):
     """All fields of `SamplingParams`, and their short names."""
 
     rollout: bool
+    sde_seed: Integer | Integers | None
+    stop_step: Integer | None
+    fork: Mapping[int, int] | Sequence[tuple[int, int]] | None
     rollout_sde_type: SdeType
     rollout_noise_level: Real
     rollout_log_prob_no_const: bool
@@ -67,7 +76,7 @@ class RolloutFields(ImageFields, total=False):
     rollout_return_step_indices: Integers | None
     return_fields: Sequence[StepField] | None
     decode_step_indices: Integers | None
-    image_format: ImageFormat
+    image_format: ImageFormat | None
     # The short names of the fields above.
     sde_type: SdeType
     noise_level: Real

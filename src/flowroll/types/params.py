@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
+from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import Dynamics, StepRule
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_named
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import check_lora_name
+from flowroll.types.forks import Fork, check_fork, plain_fork
 from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
+from flowroll.types.policies import DEFAULT_POLICY, check_policy_name
 from flowroll.types.prompts import check_token_ids
 from flowroll.types.rules import is_finite as _is_finite
 from flowroll.types.rules import is_int as _is_int
 from flowroll.types.rules import require as _require
+from flowroll.types.starts import check_seeds, check_start, count_samples
 from flowroll.types.weights import check_version
 
 # The names of the dynamics, aliases included. A type checker cannot read them from the registry; everything else can.
@@ -49,7 +53,6 @@ class StepOptions:
     noise_level: Number | None = None
 
 
-MAX_SEED = 2**32 - 1
 MAX_PROMPT_CHARS = 100_000
 MAX_REQUEST_ID_CHARS = 256
 MIN_SIGMA_GAP = 1e-6
@@ -119,11 +122,23 @@ class SamplingParams:
         negative_prompt_token_ids: The same for the unconditional branch; excludes `negative_prompt`.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
+        init_seed: Seed of the initial noise: one for all samples, which then start from the same latents, or one per sample.
+            None: the sample's own seed.
+        sde_seed: Seed of the noise of the stochastic steps: one for all samples, or one per sample. None: the sample's own
+            seed.
+        latents: The state that the samples start from, in the place of initial noise: one for all samples, or with a first
+            dimension one per sample, in the shape of a trajectory's states; float32 or the model's dtype. It is not changed
+            while the request is open.
+        start_step: The step before which `latents` is the state; the steps before it are not run. None: 0, initial noise.
+        stop_step: The step before which the run ends; the state before it is the last one, and no picture is made of it unless
+            `image_format` asks for one. None: the run goes to its end.
+        fork: Steps at which samples fork, each with its number of children, e.g. {2: 4, 5: 2}. The children share all that came
+            before, and go on with noise of their own from that step. The answer has one entry per leaf. None: no forks.
         generator_device: Where noise is drawn; "cuda" means the engine's own device.
         width: Pixels; a multiple of the family's pixel unit. None: the family's.
         height: Pixels; a multiple of the family's pixel unit. None: the family's.
         num_inference_steps: Number of transitions T. None: the family's.
-        num_outputs_per_prompt: Number of samples K. None: 1, or the number of `seeds`.
+        num_outputs_per_prompt: Number of samples K. None: 1, or the length of a list of seeds.
         num_frames: 1 or None: an image. Taken for clients that always send it.
         fps: Any number; an image has no use for it. Taken for clients that always send it.
         guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None. None: the family's. Guidance runs above
@@ -153,9 +168,12 @@ class SamplingParams:
         decode_step_indices: The steps whose clean prediction is decoded to a picture, in `image_format`. None: none.
         image_format: What a rollout holds as its picture: "tensor" (float32 in [0, 1]), "uint8" (the eight bits that a PNG of
             it would hold), "png" (the bytes of that file), or "none": nothing is decoded, and the final latents are returned.
+            None: "tensor", and "none" for a run that stops early.
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
+        policy: The policy to run with, beside which no adapter is named; also the name of an adapter. None or "default": the
+            weights that the engine was last given.
         lora_name: The loaded adapter to run with. None: the one that a trainer has pushed in SGLang's
             mode "lora_merge", or the model as it is.
 
@@ -169,6 +187,12 @@ class SamplingParams:
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
+    init_seed: int | tuple[int, ...] | None = None
+    sde_seed: int | tuple[int, ...] | None = None
+    latents: Tensor | None = field(default=None, hash=False)
+    start_step: int | None = None
+    stop_step: int | None = None
+    fork: Fork | Mapping[int, int] | None = None
     generator_device: GeneratorDevice = "cuda"
     width: int | None = None
     height: int | None = None
@@ -193,10 +217,11 @@ class SamplingParams:
     rollout_return_step_indices: tuple[int, ...] | None = None
     return_fields: tuple[StepField, ...] | None = None
     decode_step_indices: tuple[int, ...] | None = None
-    image_format: ImageFormat = "tensor"
+    image_format: ImageFormat | None = None
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
+    policy: str | None = None
     lora_name: str | None = None
 
     sde_type = Alias[SdeType]("rollout_sde_type")
@@ -209,18 +234,30 @@ class SamplingParams:
     noise_levels = Alias["tuple[Number, ...] | None"]("rollout_noise_levels")
     return_step_indices = Alias["tuple[int, ...] | None"]("rollout_return_step_indices")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SamplingParams):
+            return NotImplemented
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in self.__slots__)
+
     def __post_init__(self) -> None:
         self._take_plain()
         self._check_text()
         self._check_flags()
         self._check_sequences()
         self._check_numbers()
-        self._check_seeds()
+        check_seeds(self)
+        check_start(self)
+        check_fork(self.fork)
         self._check_sigmas()
         self._check_log_prob()
         self._check_rollout()
         self._check_dynamics()
         self._check_evaluation()
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples that are started."""
+        return count_samples({name: getattr(self, name) for name in self.__slots__})
 
     @property
     def step_rules(self) -> tuple[StepRule, ...] | None:
@@ -269,8 +306,12 @@ class SamplingParams:
         _require(not both, "negative_prompt_token_ids", "be given without negative_prompt", "both", "send one of the two")
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
+        if self.policy is not None:
+            check_policy_name(self.policy)
         if self.lora_name is not None:
             check_lora_name(self.lora_name)
+            alone = self.policy in (None, DEFAULT_POLICY)
+            _require(alone, "policy", "be given without lora_name", self.policy, "send one of the two")
         _require(self.request_id != "", "request_id", "not be empty", self.request_id, "leave it out for a generated one")
 
     def _check_flags(self) -> None:
@@ -286,6 +327,7 @@ class SamplingParams:
         for name in ("prompt_token_ids", "negative_prompt_token_ids"):
             if isinstance(lists := getattr(self, name), tuple):
                 object.__setattr__(self, name, tuple(map(plain, lists)))
+        object.__setattr__(self, "fork", plain_fork(self.fork))
         if isinstance(self.rollout_steps, tuple):
             object.__setattr__(self, "rollout_steps", tuple(map(_step_options, self.rollout_steps)))
 
@@ -293,22 +335,6 @@ class SamplingParams:
         for name in _SEQUENCES:
             value = getattr(self, name)
             _require(value is None or isinstance(value, tuple), name, "be a tuple", value, "put the values in a tuple")
-
-    def _check_seeds(self) -> None:
-        remedy = f"use an integer from 0 to {MAX_SEED}"
-        if self.seed is not None:
-            last = self.seed + (self.num_outputs_per_prompt or 1) - 1 if _is_int(self.seed) else self.seed
-            _require(_is_int(self.seed) and self.seed >= 0, "seed", "be >= 0", self.seed, remedy)
-            _require(last <= MAX_SEED, "seed", "leave every seed + i below 2^32", self.seed, "use a smaller seed")
-        if self.seeds is None:
-            return
-        _require(self.seed is None, "seeds", "not be given together with seed", self.seeds, "send one of the two")
-        _require(len(self.seeds) > 0, "seeds", "hold at least one seed", self.seeds, "send one seed per output")
-        for value in self.seeds:
-            _require(_is_int(value) and 0 <= value <= MAX_SEED, "seeds", "hold integers in [0, 2^32)", value, remedy)
-        count = self.num_outputs_per_prompt
-        agrees = count is None or count == len(self.seeds)
-        _require(agrees, "seeds", f"hold num_outputs_per_prompt = {count} values", len(self.seeds), "send one seed per output")
 
     def _check_numbers(self) -> None:
         for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
@@ -341,18 +367,15 @@ class SamplingParams:
         )
 
     def _check_rollout(self) -> None:
-        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", get_args(ImageFormat))):
+        for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", (None, *get_args(ImageFormat)))):
             value = getattr(self, name)
-            _require(value in known, name, f"be one of {', '.join(known)}", value, "choose one of these")
+            _require(value in known, name, f"be one of {', '.join(filter(None, known))}", value, "choose one of these")
         known = get_args(StepField)
         for one in self.return_fields or ():
             _require(one in known, "return_fields", f"hold some of {', '.join(known)}", one, "choose of these")
         names = self.return_fields or ()
         _require(self.return_fields != (), "return_fields", "name a field", names, "leave it out for none")
         _require(len(set(names)) == len(names), "return_fields", "name each field once", names, "remove the duplicates")
-        rule = 'be left out beside image_format "none"'
-        decoded = self.decode_step_indices if self.image_format == "none" else None
-        _require(not decoded, "decode_step_indices", rule, decoded, "choose another image_format")
         for name in ("rollout_sde_step_indices", "rollout_return_step_indices", "decode_step_indices"):
             indices = getattr(self, name)
             if indices is None:
@@ -411,11 +434,28 @@ class SamplingParams:
             _require(not asks, name, "be left out of an evaluation (rollout=False)", value, "remove it, or set rollout=True")
 
 
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
+
+
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
 ROLLOUT_FIELDS = frozenset(
-    {"rollout", "rollout_steps", "log_prob", "return_fields", "decode_step_indices", "image_format", *ALIASES.values()}
+    {
+        "rollout",
+        "rollout_steps",
+        "sde_seed",
+        "stop_step",
+        "fork",
+        "log_prob",
+        "return_fields",
+        "decode_step_indices",
+        "image_format",
+        *ALIASES.values(),
+    }
 )
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 

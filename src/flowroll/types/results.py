@@ -13,7 +13,9 @@ from torch import Tensor
 from flowroll.sampling.base import StepRule
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
+from flowroll.types.forks import Branch
 from flowroll.types.params import ImageFormat, Number, SdeType
+from flowroll.types.policies import PolicyRecord
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
@@ -49,9 +51,19 @@ class SamplingRecord:
         steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
             only what the request left them at. None: all chosen steps follow `sde_type`.
         lora: The adapter with which the sample was made; None: the model without an adapter.
+        policy: The policy with which the sample was made; None: the default.
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
+        init_seed: The seed of the initial noise; None where none was drawn, and in records from before this field.
+        sde_seed: The seed of the noise of the stochastic steps; None for plain generation, and in records from before this
+            field.
+        start_step: The first step that was run. Per-step values of a rollout have a row for each of the T steps all the same.
+        stop_step: The step before which the run ended; None: T.
+        branches: Of a leaf of a tree, its node at each level, from the first fork to the last one; before the first fork the
+            noise is of `sde_seed`, then of the seeds of these. None: the request had no fork.
+        latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
+            None: initial noise was drawn.
         log_prob: The form of the log-probs, where the request gave one; None: as `log_prob_no_const` says.
         prompt_token_ids: The token ids of the conditional branch, where the request gave these.
         negative_prompt_token_ids: Those of the unconditional branch, where they were used.
@@ -80,18 +92,31 @@ class SamplingRecord:
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
+    policy: PolicyRecord | None = None
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
+    init_seed: int | None = None
+    sde_seed: int | None = None
+    start_step: int = 0
+    stop_step: int | None = None
+    branches: tuple[Branch, ...] | None = None
+    latents_sha256: str | None = None
     log_prob: LogProbForm | None = None
     image_format: ImageFormat = "tensor"
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        assert 0 <= self.start_step < self.steps_run.stop <= self.num_inference_steps
         assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
+
+    @property
+    def steps_run(self) -> range:
+        """The steps that were run, counted from the beginning of the grid."""
+        return range(self.start_step, self.num_inference_steps if self.stop_step is None else self.stop_step)
 
     @property
     def log_prob_form(self) -> LogProbForm:

@@ -237,16 +237,16 @@ _RECORD_EXAMPLE: dict[str, Any] = {
 }
 # A safetensors blob of a [1, 2] tensor, in base64.
 _BLOB = "QAAAAAAAAAB7InQiOnsiZHR5cGUiOiJGMzIiLCJzaGFwZSI6WzEsMl0sImRhdGFfb2Zmc2V0cyI6WzAsOF19fSAgICAgICAgAAAAPwAAgL8="
-_TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
+TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
 _SCORE_EXAMPLE: dict[str, Any] = {
     "samples": [
         {
             "steps": [0],
-            "latents": _TENSOR_EXAMPLE,
-            "next_latents": _TENSOR_EXAMPLE,
+            "latents": TENSOR_EXAMPLE,
+            "next_latents": TENSOR_EXAMPLE,
             "denoising_env": {
                 "image_kwargs": {},
-                "pos_cond_kwargs": {"cap_feats": _TENSOR_EXAMPLE},
+                "pos_cond_kwargs": {"cap_feats": TENSOR_EXAMPLE},
                 "neg_cond_kwargs": None,
                 "guidance": None,
             },

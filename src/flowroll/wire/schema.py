@@ -26,9 +26,13 @@ from flowroll.types import (
     StepField,
     StepOptions,
 )
+from flowroll.types.forks import MAX_CHILDREN
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
+from flowroll.wire.messages import TENSOR_EXAMPLE, WireTensor
 from flowroll.wire.names import EXTRA
+from flowroll.wire.received import HOW_TO_SEND, received_tensor
+from flowroll.wire.safetensors import BlobError
 from flowroll.wire.validation import parse, parse_json_body, shown
 
 __all__ = [
@@ -49,6 +53,14 @@ _TOKEN_IDS = about(
     [[49406, 736, 3240, 49407]], "send one list of ids for each of the model's tokenizers", "be null or a list of lists of ids"
 )
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
+_SeedOrSeeds: TypeAlias = fields.SeedNumber | _Seeds
+_SEED_RULE = "be null, an integer from 0 to 4294967295, or a list of these"
+_SentTensor: TypeAlias = WireTensor[memoryview]
+_Step: TypeAlias = Annotated[int, Meta(ge=0)]
+# The keys of a JSON object are text.
+_Fork: TypeAlias = Annotated[
+    dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[int, Meta(ge=2, le=MAX_CHILDREN)]], Meta(min_length=1)
+]
 _LoraName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LORA_NAME_CHARS)]
 _SIGMAS = Annotated[
     Annotated[tuple[Annotated[float, Meta(ge=0, le=1)], ...], Meta(min_length=2)] | None,
@@ -112,6 +124,9 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     negative_prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
+    init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
+    latents: Annotated[_SentTensor | None, about(TENSOR_EXAMPLE, HOW_TO_SEND, "be null or a tensor")] = None
+    start_step: Annotated[_Step | None, about(0, "count steps from 0")] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
     width: Annotated[fields.Count | None, about(1024, "leave it out for the family's width")] = None
     height: Annotated[fields.Count | None, about(1024, "leave it out for the family's height")] = None
@@ -126,6 +141,7 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     suppress_logs: fields.Flag = False
     request_id: fields.RequestId = None
     min_weight_version: Annotated[fields.VersionText | None, about("120", "leave it out for any version")] = None
+    policy: Annotated[_LoraName | None, about("old", "leave it out for the weights as they are")] = None
     lora_name: Annotated[_LoraName | None, about("step-120", "leave it out for the model as it is")] = None
 
     def check(self, sent: Mapping[str, Any]) -> None:
@@ -151,6 +167,12 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
         given |= {ALIASES.get(name, name): value for name, value in self._given_further().items()}
         if steps := given.get("rollout_steps"):
             given["rollout_steps"] = tuple(StepOptions(**structs.asdict(step)) for step in steps)
+        for name, value in given.items():
+            if isinstance(value, WireTensor):
+                try:
+                    given[name] = received_tensor(value)
+                except BlobError as error:
+                    raise InvalidRequestError(f"{name} must be a tensor, got {error}; {HOW_TO_SEND}.", field=name) from None
         if form := given.get("log_prob"):
             given["log_prob"] = LogProbForm(**structs.asdict(form))
         return given
@@ -189,6 +211,12 @@ class LogProb(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
 
 class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
     rollout: Annotated[bool, about(True, "leave it out for true")] = True
+    sde_seed: Annotated[_SeedOrSeeds | None, about([7, 11, 13], "send one seed, or one per output", _SEED_RULE)] = None
+    stop_step: Annotated[fields.Count | None, about(2, "leave it out to run to the end")] = None
+    fork: Annotated[
+        _Fork | None,
+        about({"2": 4}, "send steps with their numbers of children", "be null or an object of steps and numbers of children"),
+    ] = None
     rollout_sde_type: Annotated[SdeType, _SDE_TYPE] = "sde"
     rollout_noise_level: Annotated[Annotated[float, Meta(ge=0, le=NOISE_LEVEL_MAX)], _NOISE_LEVEL] = 0.7
     rollout_log_prob_no_const: fields.Flag = False
@@ -221,7 +249,7 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
         Annotated[tuple[StepField, ...], Meta(min_length=1)] | None, about(["x0", "mean", "std"], "choose of these")
     ] = None
     decode_step_indices: Annotated[_Indices | None, about([0, 3], "count steps from 0")] = None
-    image_format: Annotated[ImageFormat, about("uint8", "choose one of these")] = "tensor"
+    image_format: Annotated[ImageFormat | None, about("uint8", "choose one of these")] = None
 
 
 def _further(name: str, owner: type[Request], summary: str, short_names: Mapping[str, str]) -> type[Struct]:

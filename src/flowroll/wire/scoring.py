@@ -16,7 +16,16 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.transition import LogProbForm
-from flowroll.types import AdapterRecord, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.types import (
+    AdapterRecord,
+    Branch,
+    PolicyRecord,
+    RecordedSteps,
+    SampleScores,
+    SamplingRecord,
+    ScoreAnswer,
+    ScoreParams,
+)
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
@@ -28,11 +37,15 @@ from flowroll.wire.messages import (
     WireSteps,
     WireTensor,
 )
-from flowroll.wire.safetensors import BlobError, tensor_from_blob
+from flowroll.wire.received import HOW_TO_SEND, received_tensor
+from flowroll.wire.safetensors import BlobError
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
-_FORM_FIELDS = tuple(field.name for field in fields(LogProbForm))
-_ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
+# The fields of a record that are objects, or lists of objects, and the names that these may have.
+_RECORD_PARTS = {
+    name: tuple(field.name for field in fields(kind))
+    for name, kind in {"lora": AdapterRecord, "policy": PolicyRecord, "log_prob": LogProbForm, "branches": Branch}.items()
+}
 _REMEDY = "see /openapi.json"
 _REQUESTS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
@@ -167,12 +180,13 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora, form = sent.get("lora"), sent.get("log_prob")
-    for where, given, known in (
-        ("sampling", sent, _RECORD_FIELDS),
-        ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
-        ("sampling.log_prob", form if isinstance(form, dict) else {}, _FORM_FIELDS),
-    ):
+    parts = [
+        (f"sampling.{name}", one, known)
+        for name, known in _RECORD_PARTS.items()
+        for one in (sent[name] if isinstance(sent.get(name), list) else [sent.get(name)])
+        if isinstance(one, dict)
+    ]
+    for where, given, known in (("sampling", sent, _RECORD_FIELDS), *parts):
         for name in given:
             if name not in known:
                 field = f"{where}.{str(name)[:80]}"
@@ -182,7 +196,7 @@ def _record(sent: dict[str, Any]) -> SamplingRecord:
     except msgspec.ValidationError as error:
         _raise_invalid("sampling", error)
     except AssertionError:
-        rule = "hold num_inference_steps timesteps and one sigma more"
+        rule = "hold num_inference_steps timesteps and one sigma more, and run some of these steps"
         _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
 
 
@@ -190,17 +204,13 @@ def _states(sent: WireTensor[Any], field: str) -> Tensor:
     try:
         return _load(sent)
     except (BlobError, LayoutError) as error:
-        _refuse(field, "be a tensor", error, 'send base64 (JSON) or bytes (msgpack) of a safetensors blob with the key "t"')
+        _refuse(field, "be a tensor", error, HOW_TO_SEND)
 
 
 def _load(sent: object) -> Tensor:
     if not isinstance(sent, WireTensor):
         raise LayoutError(f"{type(sent).__name__} where a tensor should be")
-    tensor = tensor_from_blob(sent.data)
-    if tuple(tensor.shape) != sent.shape or str(tensor.dtype) != sent.dtype:
-        said = f"{list(sent.shape)[:8]} of {sent.dtype[:80]}"
-        raise LayoutError(f"{list(tensor.shape)[:8]} of {tensor.dtype} in the blob of a tensor that says {said}")
-    return tensor
+    return received_tensor(sent)
 
 
 def _raise_invalid(parent: str, error: msgspec.ValidationError) -> NoReturn:

@@ -28,6 +28,11 @@ RequestT = TypeVar("RequestT", bound=Request)
 # msgspec prints an integer that is none of a literal's, and Python does not print several thousand digits.
 _REFUSED = (msgspec.ValidationError, ValueError)
 _MAX_NAME_CHARS = 80
+# From this size on a value of a msgpack body is bytes, or an object that holds them: a tensor, alone or among others.
+_MAX_PLAIN_VALUE = 64 * 1024
+_MAX_TENSOR_DEPTH = 3
+_BIN_TYPES = (0xC4, 0xC5, 0xC6)
+_RAW_OBJECT = dict[str, msgspec.Raw]
 _ROLLOUT_NAMES = ROLLOUT_FIELDS | set(ALIASES)
 _NAMES: Mapping[Any, str] = {NoneType: "null", None: "null", str: "a string", int: "an integer", float: "a number"}
 
@@ -47,6 +52,41 @@ def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise MalformedRequestError(f"body must be a JSON object, got {shown(parsed)}; send the request's fields by name.")
     return parsed
+
+
+def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict[str, Any]:
+    """Returns the object in a request body in msgpack, in which nothing but the bytes of tensors may be large.
+
+    Args:
+        body: All of it; what is large in the result refers to it.
+        max_plain_bytes: The most bytes of everything but those of tensors, since other values take far more memory than bytes.
+
+    Raises:
+        MalformedRequestError: It holds anything else.
+    """
+    left = max_plain_bytes
+
+    def value(raw: msgspec.Raw, depth: int) -> Any:
+        nonlocal left
+        if len(raw) > _MAX_PLAIN_VALUE and memoryview(raw)[0] in _BIN_TYPES:
+            return msgspec.msgpack.decode(raw, type=memoryview)
+        if len(raw) > _MAX_PLAIN_VALUE and depth < _MAX_TENSOR_DEPTH:
+            return {name: value(item, depth + 1) for name, item in msgspec.msgpack.decode(raw, type=_RAW_OBJECT).items()}
+        left -= len(raw)
+        if left < 0:
+            raise MalformedRequestError(
+                f"body must hold at most {max_plain_bytes} bytes beside those of tensors, got more; send a smaller request."
+            )
+        return msgspec.msgpack.decode(raw)
+
+    try:
+        return {name: value(item, 0) for name, item in msgspec.msgpack.decode(body, type=_RAW_OBJECT).items()}
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedRequestError(
+            f"body must be msgpack, got {error}; send one object with tensors as its values."
+        ) from error
+    except RecursionError as error:
+        raise MalformedRequestError("body must be msgpack, got too many nested levels; send one flat object.") from error
 
 
 def parse(kind: type[RequestT], data: object) -> RequestT:
@@ -110,7 +150,9 @@ def _first_wrong(kind: type[Request], data: dict[str, Any], parent: str = "") ->
 def _item_at(value: Any, message: str) -> object:
     """Returns the part of a value that msgspec's message is about, which does not name an object's value that is no string."""
     for index in re.findall(r"\[(\d+|\.\.\.)\]", message.rpartition(" - at `$")[2]):
-        value = value[int(index)] if index != "..." else next(one for one in value.values() if not isinstance(one, str))
+        value = (
+            value[int(index)] if index != "..." else next((one for one in value.values() if not isinstance(one, str)), value)
+        )
     return value
 
 

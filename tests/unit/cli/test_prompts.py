@@ -56,6 +56,10 @@ def test_a_jsonl_line_may_give_every_field(write):
         "prompt": "a cat\nin two lines",
         "negative_prompt": "blur",
         "seeds": [7, 9],
+        "init_seed": 3,
+        "sde_seed": [1, 2],
+        "stop_step": 2,
+        "fork": {"1": 2},
         "generator_device": "cpu",
         "width": 64,
         "height": 80,
@@ -82,10 +86,12 @@ def test_a_jsonl_line_may_give_every_field(write):
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",
+        "policy": "default",
         "lora_name": "old",
     }
-    # The first is `seeds` in another form, the others are `rollout_steps` in other forms.
+    # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.
     others = {"seed", "log_prob", "negative_prompt_token_ids", "rollout_sde_step_indices", "rollout_noise_levels"}
+    others |= {"latents", "start_step"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]
@@ -118,7 +124,7 @@ def test_a_bad_line_of_a_jsonl_file_is_named(write, line, message):
     path = write('{"prompt": "fine"}\n\n' + line, "prompts.jsonl")
     with pytest.raises(InvalidRequestError, match="line 3, ") as caught:
         read_requests(path, {"num_inference_steps": 3})
-    assert message in caught.value.message and len(caught.value.message) < 800
+    assert message in caught.value.message and len(caught.value.message) < 1000
 
 
 def test_a_flags_own_mistake_is_no_lines(write):

@@ -10,7 +10,7 @@ from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
 
-FIELDS = [field.name for field in fields(SamplingParams)]
+FIELDS = [field.name for field in fields(SamplingParams) if field.name not in ("latents", "start_step")]
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),
@@ -19,6 +19,10 @@ ALL_FLAGS = {
     "negative_prompt_token_ids": (["--negative-prompt-token-ids", "[[8]]"], ([8],)),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
+    "init_seed": (["--init-seed", "7"], 7),
+    "sde_seed": (["--sde-seed", "7,9"], (7, 9)),
+    "stop_step": (["--stop-step", "2"], 2),
+    "fork": (["--fork", '{"0": 2}'], {"0": 2}),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
     "width": (["--width", "64"], 64),
     "height": (["--height", "80"], 80),
@@ -47,6 +51,7 @@ ALL_FLAGS = {
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),
+    "policy": (["--policy", "old"], "old"),
     "lora_name": (["--lora-name", "old"], "old"),
 }
 
@@ -127,7 +132,7 @@ def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     result = run_cli(command, "--help")
     text = " ".join(result.stdout.split())
     own = {"min_weight_version", "lora_name"}
-    without = {"generate": own, "rollout": {*own, "prompt", "request_id"}}[command]
+    without = {"generate": {*own, "policy"}, "rollout": {*own, "prompt", "request_id"}}[command]
     names = [name for name in FIELDS if name not in without]
     for name in names:
         assert "--" + name.replace("_", "-") in text

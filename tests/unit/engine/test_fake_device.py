@@ -61,7 +61,7 @@ class Steps:
         self.conditioning = make_conditioning(model, plan)
         self.runner.use_threads(torch.get_num_threads())
         self.runner.add_request(0, self.conditioning)
-        keys = [self.runner.start_sample(sample_id, 0, seed) for sample_id, seed in enumerate(plan.seeds)]
+        keys = [self.runner.start_sample(planned.index, 0, planned) for planned in plan.samples]
         assert len(set(keys)) == 1
         self.samples = dict(self.runner._samples)
         assert list(self.samples) == [0, 1]

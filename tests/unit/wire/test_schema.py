@@ -1,19 +1,24 @@
 """Every line of the request tables: what is accepted, what is refused, and what is said then."""
 
+import base64
 import dataclasses
 import json
 import re
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 
 from flowroll import SamplingParams
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
+from flowroll.types.tensors import tensor_bytes
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
+from flowroll.wire.safetensors import safetensors_prefix
 from flowroll.wire.schema import (
     ExtraGenerateParams,
     ExtraSamplingParams,
@@ -23,6 +28,7 @@ from flowroll.wire.schema import (
     parse,
     parse_json_body,
 )
+from flowroll.wire.validation import parse_msgpack_body
 
 PROMPT = {"prompt": "a red fox"}
 TOO_LARGE = 10**30
@@ -41,7 +47,7 @@ def refusal(model: Any, body: dict[str, Any]) -> InvalidRequestError:
     error = caught.value
     assert error.field is not None
     assert re.fullmatch(rf"{re.escape(error.field)} must .+, got .+; .+\.", error.message, re.DOTALL), error.message
-    assert len(error.message) < 800
+    assert len(error.message) < 1000
     return error
 
 
@@ -61,6 +67,8 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "seed": ("seed", [None, 0, MAX_SEED], [-1, MAX_SEED + 1, "4", True, 4.0, 4.5, TOO_LARGE, [1]]),
     "seeds": ("seeds", [None, [7], [7, 7, MAX_SEED]], [[], 7, [-1], [MAX_SEED + 1], ["4"], [True], [4.0], [None], [[1]]]),
+    "init_seed": ("init_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
+    "start_step": ("start_step", [None, 0], [-1, "4", True, 4.5, [1]]),
     "generator_device": ("generator_device", ["cuda", "cpu"], [None, "mps", "cuda:0", 0, ["cpu"]]),
     "width": ("width", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
     "height": ("height", [None, 1, 1024], [0, -16, "512", 512.0, True, [512]]),
@@ -73,10 +81,18 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "suppress_logs": ("suppress_logs", [True, False], [None, 0, 1, "true"]),
     "request_id": ("request_id", [None, "a", "x" * 256], ["", "x" * 257, 7, True]),
     "min_weight_version": ("min_weight_version", [None, "0", "step-120"], ["", "x" * 129, "a\nb", 7, True]),
+    "policy": ("policy", [None, "default", "old", "x" * 128], ["", "x" * 129, "a\nb", 7, True]),
     "lora_name": ("lora_name", [None, "old", "x" * 128], ["", "x" * 129, "a\nb", 7, True]),
 }
 ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "rollout": ("rollout", [True, False], [None, 0, 1, "true"]),
+    "sde_seed": ("sde_seed", [None, 0, MAX_SEED, [7], [7, MAX_SEED]], [[], -1, [-1], MAX_SEED + 1, "4", True, 4.5, [None]]),
+    "stop_step": ("stop_step", [None, 1, 7], [0, -1, "4", True, 4.5, [1]]),
+    "fork": (
+        "fork",
+        [None, {"2": 4}, {"5": 2, "2": 4}],
+        [{}, 3, [2], {"2": 1}, {"2": "4"}, {"-1": 2}, {"x": 2}, {"1": 2, "01": 2}],
+    ),
     "rollout_sde_type": ("sde_type", [*DYNAMICS], [None, "SDE", "ddim", 1, ["sde"]]),
     "rollout_noise_level": ("noise_level", [0, 1e-4, 0.7, 1, 10], [None, -0.1, 9e-5, 10.1, "0.7", True, TOO_LARGE]),
     "rollout_log_prob_no_const": ("log_prob_no_const", [True, False], [None, 0, 1, "no"]),
@@ -99,10 +115,10 @@ ROLLOUT_ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "return_fields": (
         "return_fields",
         [None, ["x0"], ["velocity", "mean", "std", "noise"]],
-        [[], "x0", ["x1"], [0], ["x0", "x0"]],
+        [[], "x0", ["x1"], ["x0", "x0"]],
     ),
     "decode_step_indices": ("decode_step_indices", [None, [], [0, 3]], [0, [-1], [1, 1], ["0"], [True], [0.0]]),
-    "image_format": ("image_format", ["tensor", "uint8", "png", "none"], [None, "jpeg", 8, ["png"]]),
+    "image_format": ("image_format", [None, "tensor", "uint8", "png", "none"], ["jpeg", 8, ["png"]]),
 }
 SIGMA_ROW: dict[str, tuple[str, list[Any], list[Any]]] = {
     "sigmas": (
@@ -123,7 +139,8 @@ def cases(rows: dict[str, tuple[str, list[Any], list[Any]]], accepted: bool) -> 
 
 def stored(value: Any) -> Any:
     if isinstance(value, dict):
-        return LogProbForm(**value)
+        is_fork = bool(value) and all(name.isdecimal() for name in value)
+        return tuple(sorted((int(step), n) for step, n in value.items())) if is_fork else LogProbForm(**value)
     if isinstance(value, list):
         return tuple(StepOptions(**item) if isinstance(item, dict) else stored(item) for item in value)
     return value
@@ -166,7 +183,73 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 def test_every_parameter_can_be_sent() -> None:
     reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
-    assert reachable == {field.name for field in dataclasses.fields(SamplingParams)}
+    # A tensor is sent by the tests below.
+    assert reachable | {"latents"} == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+
+
+def sent_tensor(tensor: torch.Tensor = TENSOR, **changes: Any) -> dict[str, Any]:
+    """A tensor as JSON carries it."""
+    blob = base64.b64encode(bytes(safetensors_prefix({"t": tensor})) + bytes(tensor_bytes(tensor))).decode()
+    return {"__tensor__": True, "data": blob, "shape": list(tensor.shape), "dtype": str(tensor.dtype), **changes}
+
+
+@pytest.mark.parametrize("model", [RolloutRequest, GenerateRequest])
+@pytest.mark.parametrize("nested", [False, True])
+def test_latents_are_sent_as_a_tensor(model: Any, nested: bool) -> None:
+    fields = {"latents": sent_tensor(), "start_step": 3}
+    found = params(model, PROMPT | ({"extra_sampling_params": fields} if nested else fields))
+    assert found.latents is not None and torch.equal(found.latents, TENSOR) and found.start_step == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0, 2.0],
+        "AAAA",
+        {},
+        sent_tensor(data="AAAA"),
+        sent_tensor(data="no base64"),
+        sent_tensor(shape=[3, 2]),
+        sent_tensor(dtype="torch.float16"),
+        sent_tensor(extra=1),
+        sent_tensor(torch.arange(3)),
+    ],
+)
+def test_latents_that_are_no_tensor_of_floats_are_refused(value: Any) -> None:
+    for body in ({"latents": value}, {"extra_sampling_params": {"latents": value}}):
+        assert refusal(RolloutRequest, PROMPT | body).field.endswith("latents")
+
+
+def test_a_msgpack_body_says_the_same_and_keeps_its_tensors_bytes_where_they_are() -> None:
+    large = torch.randn(200, 100)
+    blob = bytes(safetensors_prefix({"t": large})) + bytes(tensor_bytes(large))
+    tensor = {"__tensor__": True, "data": blob, "shape": [200, 100], "dtype": "torch.float32"}
+    for fields in ({"latents": tensor, "seed": 3}, {"extra_sampling_params": {"latents": tensor, "seed": 3}}):
+        body = msgspec.msgpack.encode(PROMPT | fields)
+        found = parse(RolloutRequest, parse_msgpack_body(body, max_plain_bytes=4096)).to_params()
+        assert found.latents is not None and torch.equal(found.latents, large) and found.seed == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode([1]),
+        msgspec.msgpack.encode({1: 2}),
+        msgspec.msgpack.encode({"seeds": [1] * 5000}),
+        msgspec.msgpack.encode({"seeds": [1] * 100_000}),
+        msgspec.msgpack.encode({"latents": {"a": {"a": {"a": {"a": [1] * 100_000}}}}}),
+        msgspec.msgpack.encode({f"name {number}": "x" * 100 for number in range(100)}),
+        b"\x81\xa7latents" + b"\x91" * 200_000,
+    ],
+)
+def test_a_msgpack_body_that_is_large_in_anything_but_tensors_is_refused(body: bytes) -> None:
+    with pytest.raises(MalformedRequestError, match="body must"):
+        parse_msgpack_body(body, max_plain_bytes=4096)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -186,7 +269,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 23
+    assert len(nullable) == 30
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
 
 
@@ -464,7 +547,7 @@ def test_a_body_that_is_no_json_object_is_malformed(body: bytes) -> None:
 def test_hostile_values_end_in_one_short_error(body: bytes) -> None:
     with pytest.raises((InvalidRequestError, MalformedRequestError)) as caught:
         parse(RolloutRequest, parse_json_body(body)).to_params()
-    assert len(caught.value.message) < 800
+    assert len(caught.value.message) < 1000
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 3, {1: 2}, {"prompt": 10**5000}, {"prompt": "x", "seed": 10**5000}])

@@ -12,17 +12,19 @@ from torch import Tensor
 from flowroll.engine.adapters.files import AdapterFiles
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import EnvShape, TensorShape
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
 from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles
 from flowroll.errors import EngineError
-from flowroll.types import LoraAdapter, SamplingRecord
+from flowroll.types import LoraAdapter, Number, SamplingRecord
 
 
 class Executor:
@@ -39,6 +41,7 @@ class Executor:
     def __init__(self, model: LoadedModel, pipeline: PipelineRunner, peers: Peers) -> None:
         self._runner = ModelRunner(model, peers.compare)
         self._pipeline, self._peers = pipeline, peers
+        self._held = HeldWeights(model.transformer)
         self._device = model.device
         self._num_recomputations = 0
 
@@ -75,17 +78,35 @@ class Executor:
             rollout_return_step_indices=None,
             return_fields=None,
             decode_step_indices=None,
+            latents=None,
+            start_step=None,
         )
         with self._peers.together():
-            message = messages.AddRequest(id=request_id, params=params, env=EnvShape.of(env))
-            self._peers.send(message, [tensor for _, tensor in env.tensors()])
+            latents = None if plan.params.latents is None else plan.params.latents.to(self._device)
+            message = messages.AddRequest(
+                id=request_id,
+                params=params,
+                env=EnvShape.of(env),
+                latents=None if latents is None else TensorShape.of(latents),
+                start_step=plan.steps.start,
+            )
+            self._peers.send(message, [*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
         self._runner.add_request(request_id, conditioning)
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
-        self._peers.send(messages.StartSample(id=sample_id, request=request_id, seed=seed))
+        self._peers.send(messages.StartSample(id=sample_id, request=request_id, planned=planned))
         # All samples of a forward run with the same number of CPU threads, so that number is part of the key.
-        return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, seed)
+        return torch.get_num_threads(), self._runner.start_sample(sample_id, request_id, planned)
+
+    def start_child(
+        self, sample_id: int, request_id: int, planned: PlannedSample, parent_id: int
+    ) -> tuple[Hashable, StepOutcome]:
+        """Starts a child of a sample at a fork on every rank; returns its batch key, and the outcome of the fork's step."""
+        with self._peers.together():
+            self._peers.send(messages.StartChild(id=sample_id, request=request_id, planned=planned, parent=parent_id))
+            key, outcome = self._runner.start_child(sample_id, request_id, planned, parent_id)
+        return (torch.get_num_threads(), key), _agreed(outcome)
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys, in one forward, on every rank.
@@ -97,10 +118,7 @@ class Executor:
         with self._peers.together():
             self._peers.send(messages.Step(samples=tuple(sample_ids), num_threads=torch.get_num_threads()))
             outcome = self._runner.step(sample_ids)
-        for sample_id, odd in outcome.odd_ranks.items():
-            if odd and outcome.finished.pop(sample_id, None) is not None:
-                outcome.failures[sample_id] = _disagreement(odd)
-        return outcome
+        return _agreed(outcome)
 
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples on every rank."""
@@ -203,12 +221,59 @@ class Executor:
         """Removes an adapter from every other rank."""
         self._peers.send(messages.UnloadAdapter(name=name))
 
+    def put_in_place(self, policy: str | None) -> None:
+        """Puts the held weights of a policy in place on every rank, or, for None, those that the engine was last given.
+
+        No request may run meanwhile.
+
+        Raises:
+            InvalidRequestError: There is no such policy any more.
+            EngineError: A rank has no room for the weights in place. No rank has exchanged them.
+        """
+        if policy == self._held.active:
+            return
+        exchange = self._held.prepare_exchange(policy)
+        self._peers.stage(messages.StageExchange(name=policy), error=EngineError)
+        self.commit()
+        exchange()
+
+    def update_policy(self, name: str, source: str | None, decay: Number | None) -> int:
+        """Copies or averages held weights on every rank, and returns their bytes on this one; see `HeldWeights`.
+
+        Raises:
+            EngineError: A rank has no room for them. Nothing has changed.
+        """
+        held = self._held
+        keep = held.prepare_copy(name, source) if decay is None else held.prepare_average(name, source, decay)
+        self._peers.stage(messages.StagePolicy(name=name, source=source, decay=decay), error=EngineError)
+        self.commit()
+        keep()
+        return held.num_bytes(name)
+
+    def stage_policy_adapter(self, name: str, source: str, decay: Number | None, version: str) -> None:
+        """Makes every other rank copy or average an adapter; see `AdapterSet.averaged`."""
+        message = messages.StagePolicyAdapter(name=name, source=source, decay=decay, version=version)
+        self._peers.stage(message, error=EngineError)
+
+    def drop_policy(self, name: str) -> None:
+        """Forgets held weights on every rank."""
+        self._held.drop(name)
+        self._peers.send(messages.DropPolicy(name=name))
+
     @contextlib.contextmanager
     def gathering(self, names: tuple[str, ...]) -> Iterator[None]:
         """Makes every other rank iterate over these `whole_tensors` of its transformer, as the caller must within the block."""
         with self._peers.together():
             self._peers.send(messages.GatherWeights(names=names))
             yield
+
+
+def _agreed(outcome: StepOutcome) -> StepOutcome:
+    """Returns the outcome with a failure in the place of each finished sample on whose latents the ranks do not agree."""
+    for sample_id, odd in outcome.odd_ranks.items():
+        if odd and outcome.finished.pop(sample_id, None) is not None:
+            outcome.failures[sample_id] = _disagreement(odd)
+    return outcome
 
 
 def _disagreement(odd: Sequence[int]) -> EngineError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec
@@ -75,11 +76,13 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
-    """Prepare for the samples of a request. The tensors of its environment follow."""
+    """Prepare for the samples of a request. The tensors of its environment follow, then the latents that they start from."""
 
     id: int
     params: SamplingParams
     env: EnvShape
+    latents: TensorShape | None
+    start_step: int
 
 
 class StartSample(msgspec.Struct, frozen=True, tag=True):
@@ -87,7 +90,16 @@ class StartSample(msgspec.Struct, frozen=True, tag=True):
 
     id: int
     request: int
-    seed: int
+    planned: PlannedSample
+
+
+class StartChild(msgspec.Struct, frozen=True, tag=True):
+    """Start a child of a sample at a fork, with the step of the fork."""
+
+    id: int
+    request: int
+    planned: PlannedSample
+    parent: int
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -181,6 +193,38 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class StagePolicy(msgspec.Struct, frozen=True, tag=True):
+    """Copy or average held weights, and report whether that succeeded.
+
+    `source` is the other set; null: the weights in place. `decay` is the policy's own share; null: it becomes a copy.
+    """
+
+    name: str
+    source: str | None
+    decay: float | None
+
+
+class StagePolicyAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Copy or average an adapter, and report whether that succeeded."""
+
+    name: str
+    source: str
+    decay: float | None
+    version: str
+
+
+class StageExchange(msgspec.Struct, frozen=True, tag=True):
+    """Make ready to put held weights in place, or, for null, those that the engine was last given; report if that succeeded."""
+
+    name: str | None
+
+
+class DropPolicy(msgspec.Struct, frozen=True, tag=True):
+    """Forget held weights."""
+
+    name: str
+
+
 class GatherWeights(msgspec.Struct, frozen=True, tag=True):
     """Gather these weights, as far as they are sharded, one after the other, in the order of their names."""
 
@@ -195,6 +239,7 @@ Message: TypeAlias = (
     Serve
     | AddRequest
     | StartSample
+    | StartChild
     | Step
     | DropRequest
     | BeginRecomputation
@@ -209,6 +254,10 @@ Message: TypeAlias = (
     | Commit
     | DropStaged
     | UnloadAdapter
+    | StagePolicy
+    | StagePolicyAdapter
+    | StageExchange
+    | DropPolicy
     | GatherWeights
     | Stop
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 from flowroll.families import Recipe
 from flowroll.types import DenoisingEnv
 
@@ -55,6 +56,8 @@ class ModelRunner:
         self._conditionings: dict[int, Conditioning] = {}
         self._samples: dict[int, Sample] = {}
         self._sample_ids: dict[int, list[int]] = {}
+        # How many children of a sample at a fork have not started.
+        self._num_unborn: dict[int, int] = {}
         self._recomputations: dict[int, Recomputation] = {}
 
     def use_threads(self, num_threads: int) -> None:
@@ -72,12 +75,35 @@ class ModelRunner:
         """Stores the conditioning that the samples of a request share."""
         self._conditionings[request_id], self._sample_ids[request_id] = conditioning, []
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise, and returns its batch key: samples with equal keys can share a forward."""
-        sample = Sample.start(self._conditionings[request_id], seed)
+        sample = Sample.start(self._conditionings[request_id], planned)
         self._samples[sample_id] = sample
         self._sample_ids[request_id].append(sample_id)
         return sample.batch_key
+
+    def start_child(
+        self, sample_id: int, request_id: int, planned: PlannedSample, parent_id: int
+    ) -> tuple[Hashable, StepOutcome]:
+        """Starts a child of a sample at a fork, which takes the step of the fork, without a forward of its own.
+
+        The parent is removed with its last child.
+
+        Returns:
+            The child's batch key, and the outcome of its step.
+        """
+        parent = self._samples[parent_id]
+        child, outcome = parent.branch(planned), StepOutcome()
+        self._num_unborn[parent_id] -= 1
+        if not self._num_unborn[parent_id]:
+            del self._samples[parent_id], self._num_unborn[parent_id]
+        if not child.num_steps_left:
+            outcome.odd_ranks[sample_id] = self._compare(child.latents)
+            outcome.finished[sample_id] = child
+            return None, outcome
+        self._samples[sample_id] = child
+        self._sample_ids[request_id].append(sample_id)
+        return child.batch_key, outcome
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys, and removes the samples that took their last step.
@@ -87,9 +113,14 @@ class ModelRunner:
                 in the outcome, under that sample's id.
         """
         samples = {sample_id: self._samples[sample_id] for sample_id in sample_ids}
-        ending = [sample_id for sample_id, sample in samples.items() if sample.num_steps_left == 1]
+        forking = [sample_id for sample_id, sample in samples.items() if sample.is_at_fork]
+        ending = [sample_id for sample_id, sample in samples.items() if sample.num_steps_left == 1 and sample_id not in forking]
         outcome = StepOutcome()
         for (sample_id, sample), velocity in zip(samples.items(), forward(list(samples.values())), strict=True):
+            if sample_id in forking:
+                self._fork(sample_id, sample, velocity)
+                outcome.forked[sample_id] = sample
+                continue
             try:
                 sample.take_step(velocity)
             except BaseException as error:
@@ -101,11 +132,17 @@ class ModelRunner:
             del self._samples[sample_id]
         return outcome
 
+    def _fork(self, sample_id: int, sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
+        sample.velocity = velocity
+        plan = sample.conditioning.plan
+        self._num_unborn[sample_id] = plan.forks[len(sample.planned.branches)][1]
+
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples."""
         del self._conditionings[request_id]
         for sample_id in self._sample_ids.pop(request_id):
             self._samples.pop(sample_id, None)
+            self._num_unborn.pop(sample_id, None)
 
     def begin_recomputation(self, recomputation_id: int, recomputation: Recomputation) -> None:
         """Stores recorded steps that are to be run again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -25,12 +25,24 @@ class Recorder:
 
     plan: RequestPlan
     log_probs: list[Float[Tensor, ""]] = field(default_factory=list)
-    # By the name of a field of `STEP_FIELDS`, then by step.
+    # By the name of a `StepField`, then by step.
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     pictures: dict[int, Tensor] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
-    _copied: torch.cuda.Event | None = None
+    _copied: torch.cuda.Event | None = field(default=None, init=False)
+
+    def branch(self) -> Recorder:
+        """Returns a recorder that goes on from what was recorded so far, for a child; both refer to the same tensors."""
+        # The child's own copies are noted at its first step, on the same stream after those of its parent.
+        return replace(
+            self,
+            log_probs=[*self.log_probs],
+            kept={name: {**rows} for name, rows in self.kept.items()},
+            pictures={**self.pictures},
+            latents={**self.latents},
+            dtypes={*self.dtypes},
+        )
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
         """Records the latents of a state (0..T) if the request asked for them, and their dtype in any case."""
@@ -71,19 +83,18 @@ class Recorder:
             self._copied.synchronize()
 
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
-        """Returns the log-probs of all steps, on the CPU."""
-        return torch.stack(self.log_probs)
+        """Returns the log-probs of all steps, on the CPU; 0 for a step that was not run."""
+        return self._by_step(self.log_probs)
 
     def debug_tensors(self) -> DebugTensors | None:
         """Returns the debug tensors on the CPU, or None if the request did not ask for them."""
         if not self.plan.params.debug_mode:
             return None
-        steps = tuple(range(self.plan.schedule.num_steps))
         return DebugTensors(
-            variance_noise=self._stacked("noise", steps),
-            prev_sample_mean=self._stacked("mean", steps),
-            noise_std_dev=self._stacked("std", steps),
-            model_output=self._stacked("velocity", steps),
+            variance_noise=self._of_all("noise"),
+            prev_sample_mean=self._of_all("mean"),
+            noise_std_dev=self._of_all("std"),
+            model_output=self._of_all("velocity"),
         )
 
     def step_tensors(self) -> StepTensors | None:
@@ -91,15 +102,22 @@ class Recorder:
         names, steps = self.plan.params.return_fields, self.plan.field_steps
         if names is None:
             return None
-        return StepTensors(step_indices=steps, tensors={name: self._stacked(name, steps) for name in names})
+        shape = self.plan.geometry.latent_shape
+        rows = {name: [self._row(name, step) for step in steps] for name in names}
+        none = {name: torch.empty((0, 1) if name == "std" else (0, *shape)) for name in names}
+        return StepTensors(
+            step_indices=steps, tensors={name: torch.stack(rows[name]) if steps else none[name] for name in names}
+        )
 
-    def _stacked(self, name: str, steps: Sequence[int]) -> Float[Tensor, " steps *shape"]:
-        """Returns one row a step of one field, which was kept at these steps."""
-        if name == "std":
-            assert self.plan.transitions is not None
-            return torch.tensor([[self.plan.transitions[step].std] for step in steps], dtype=torch.float32).view(-1, 1)
-        kept = [self.kept[name][step] for step in steps]
-        return torch.stack(kept) if kept else torch.empty((0, *self.plan.geometry.latent_shape))
+    def _row(self, name: str, step: int) -> Tensor:
+        """Returns one field of a step that was run."""
+        if name != "std":
+            return self.kept[name][step]
+        assert self.plan.transitions is not None
+        return torch.tensor([self.plan.transitions[step].std], dtype=torch.float32)
+
+    def _of_all(self, name: str) -> Tensor:
+        return self._by_step([self._row(name, step) for step in self.plan.steps])
 
     def trajectory(self) -> Trajectory | None:
         """Returns the trajectory on the CPU, float32 if the dtypes of its states differ; None if it was not asked for."""
@@ -117,6 +135,15 @@ class Recorder:
             timesteps=schedule.timesteps.clone(),
             sigmas=schedule.sigmas.clone(),
         )
+
+    def _by_step(self, rows: Sequence[Tensor]) -> Tensor:
+        """Stacks one tensor for each step that was run, with zeros in the rows of the other steps."""
+        num_steps, steps = self.plan.schedule.num_steps, self.plan.steps
+        if len(steps) == num_steps:
+            return torch.stack(list(rows))
+        stacked = torch.zeros((num_steps, *rows[0].shape), dtype=rows[0].dtype)
+        torch.stack(list(rows), out=stacked[steps.start : steps.stop])
+        return stacked
 
     def _note_copies(self, kept: Tensor) -> None:
         if kept.device.type == "cuda":

@@ -8,7 +8,7 @@ are given the velocity, so they do not depend on whether its forward was shared 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.recorder import Recorder
+from flowroll.engine.starts import PlannedSample
 from flowroll.families import ForwardInput, StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
 from flowroll.types import DenoisingEnv, SamplingRecord
@@ -59,7 +60,7 @@ class Conditioning:
         return cls(
             plan=plan,
             model=model,
-            transformer=model.adapters.transformer(plan.params.lora_name),
+            transformer=model.adapters.transformer_for(plan.params),
             env=env,
             fixed=model.family.conditioning.fixed_inputs(env, is_guided=plan.guidance.is_active),
             timesteps=timesteps,
@@ -74,38 +75,69 @@ class Sample:
 
     Attributes:
         conditioning: The data that it shares with the other samples of its request.
-        seed: The seed of this sample.
+        planned: What the sample is drawn from.
         latents: The latents before `step`, neither scaled nor cast for the model.
         step: The index of the next step.
         previous: The clean prediction of the step before; None where the next step has no use for it.
         recorder: Records what the rollout asked for; None if the sample takes plain ODE steps.
+        velocity: The velocity of the step at which the sample forks, for its children; None before that.
     """
 
     conditioning: Conditioning
-    seed: int
+    planned: PlannedSample
     latents: Float[Tensor, " *latent"]
-    step: int = 0
+    step: int
     previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
+    velocity: Float[Tensor, " *latent"] | None = None
 
     @classmethod
-    def start(cls, conditioning: Conditioning, seed: int) -> Sample:
-        """Creates a sample with its initial noise, drawn as the pipeline draws it."""
+    def start(cls, conditioning: Conditioning, planned: PlannedSample) -> Sample:
+        """Creates a sample with the latents that the request gives, or with initial noise, drawn as the pipeline draws it."""
         plan, model = conditioning.plan, conditioning.model
+        if planned.init_seed is None:
+            given = plan.start_latents(planned)
+            assert given is not None
+            # Copied, because a row of a stack has an arbitrary address, and bits can depend on the address.
+            return cls._at(conditioning, planned, given.to(model.device, copy=True))
         drawn = noise.initial_noise(
-            seed, plan.geometry.noise_shape, dtype=model.family.noise_dtype(model.dtype), device=plan.generator_device
+            planned.init_seed,
+            plan.geometry.noise_shape,
+            dtype=model.family.noise_dtype(model.dtype),
+            device=plan.generator_device,
         )
-        latents = model.family.initial_latents(drawn.to(model.device))
-        recorder = None
-        if plan.transitions is not None:
-            recorder = Recorder(plan=plan)
-            recorder.keep_latents(0, latents)
-        return cls(conditioning=conditioning, seed=seed, latents=latents, recorder=recorder)
+        return cls._at(conditioning, planned, model.family.initial_latents(drawn.to(model.device)))
+
+    @classmethod
+    def _at(cls, conditioning: Conditioning, planned: PlannedSample, latents: Float[Tensor, " *latent"]) -> Sample:
+        """Creates a sample before the first step of its request, and records its latents."""
+        plan = conditioning.plan
+        recorder = None if plan.transitions is None else Recorder(plan=plan)
+        if recorder is not None:
+            recorder.keep_latents(plan.steps.start, latents)
+        return cls(conditioning=conditioning, planned=planned, latents=latents, step=plan.steps.start, recorder=recorder)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the sample."""
+        return self.planned.seed
+
+    @property
+    def record(self) -> SamplingRecord:
+        """The record of how this sample is made."""
+        planned, is_rollout = self.planned, self.recorder is not None
+        return replace(
+            self.conditioning.record,
+            init_seed=planned.init_seed,
+            sde_seed=planned.sde_seed if is_rollout else None,
+            latents_sha256=planned.latents_sha256,
+            branches=planned.branches or None,
+        )
 
     @property
     def num_steps_left(self) -> int:
         """The number of steps that are still to be taken."""
-        return self.conditioning.plan.schedule.num_steps - self.step
+        return self.conditioning.plan.steps.stop - self.step
 
     @property
     def batch_key(self) -> Hashable:
@@ -124,6 +156,23 @@ class Sample:
             fixed=conditioning.fixed,
         )
 
+    @property
+    def is_at_fork(self) -> bool:
+        """Whether the next step is not the sample's own, but that of its children."""
+        plan, level = self.conditioning.plan, len(self.planned.branches)
+        return level < len(plan.forks) and plan.forks[level][0] == self.step
+
+    def branch(self, planned: PlannedSample) -> Sample:
+        """Returns a child, which has taken the step at which this sample forks, with noise of its own.
+
+        Args:
+            planned: One of the children that the plan has for this sample.
+        """
+        assert self.velocity is not None and self.recorder is not None
+        child = replace(self, planned=planned, recorder=self.recorder.branch(), velocity=None)
+        child.take_step(self.velocity)
+        return child
+
     def take_step(self, velocity: Float[Tensor, " *latent"]) -> None:
         """Advances the sample by one step with this velocity."""
         step: StepFunction = plain_step if self.recorder is None else recorded_step
@@ -136,11 +185,13 @@ class StepOutcome:
 
     Attributes:
         finished: The samples that took their last step.
+        forked: The samples that have come to a fork, and wait for their children to start.
         failures: The errors that were raised in the steps of single samples.
         odd_ranks: For each sample that took its last step, the ranks whose latents differ from rank 0's.
     """
 
     finished: dict[int, Sample] = field(default_factory=dict)
+    forked: dict[int, Sample] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
     odd_ranks: dict[int, list[int]] = field(default_factory=dict)
 
@@ -159,7 +210,8 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     mean = dynamics.step_mean(this, sample.latents, velocity, sample.conditioning.dts[sample.step], sample.previous)
     drawn: Tensor | None = None
     if this.is_stochastic:
-        drawn = noise.step_noise(sample.seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
+        seed = sample.planned.noise_seed
+        drawn = noise.step_noise(seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
     next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], form=plan.params.log_prob_form)[0]
     sample.recorder.keep_step(sample.step, latents=sample.latents, velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)

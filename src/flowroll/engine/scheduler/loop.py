@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from flowroll.engine.runner.sample import Sample
+from flowroll.engine.runner.sample import Sample, StepOutcome
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats, View
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
@@ -60,6 +60,8 @@ class Loop:
         self._tasks = TaskQueue()
         self._samples = RunningSamples(limits)
         self._is_encoding = False
+        # The policy whose weights are in place; None: those that the engine was last given, which all tasks are about.
+        self._policy: str | None = None
         self._num_taken = 0
         self._pause: PauseMode | None = None
         self._is_holding = False
@@ -89,7 +91,7 @@ class Loop:
         owed, self._owes_step = self._owes_step, False
         has_worked = self._take_messages() or owed
         task = None
-        if not owed:
+        if not owed and (self._policy is None or self._put_default_back()):
             task = self._tasks.next(self._clock(), is_idle=self._is_idle(), is_holding=self._is_holding)
         if task is None:
             has_worked |= self._start_samples()
@@ -223,7 +225,7 @@ class Loop:
             self._queue.fail(request, message.error)
             return
         request.results[sample.index] = message.answer
-        if len(request.results) == len(request.plan.seeds):
+        if len(request.results) == request.plan.num_answers:
             self._note_completion(request)
             self._queue.complete(request)
 
@@ -241,12 +243,41 @@ class Loop:
             and not self._tasks.needs_idle
             and not self._is_encoding
             and self._samples.num_ready < self._limits.max_batch_samples
+            # Requests of another policy wait until nothing runs, and so does whatever is behind them.
+            and (self._queue.next_policy == self._policy or self._may_exchange())
+            and not (self._policy is not None and self._tasks.has_any)
         )
 
+    def _may_exchange(self) -> bool:
+        """Returns whether no work is under way that depends on the weights in place."""
+        return self._is_idle() and self._tasks.current is None
+
     def _admit(self) -> None:
-        while self._queue.num_waiting and self._has_room() and (request := self._queue.admit()) is not None:
+        while self._queue.num_waiting and self._has_room():
+            request = self._queue.admit(self._policy, may_exchange=self._may_exchange())
+            if request is None:
+                return
+            try:
+                self._put_in_place(request.plan.held_policy)
+            except Exception as error:
+                self._queue.fail(request, error)
+                continue
             self._is_encoding = True
             self._encoder.submit(encoding(self._runner, self._inbox, request, self._clock))
+
+    def _put_in_place(self, policy: str | None) -> None:
+        if policy != self._policy:
+            started_s = self._clock()
+            self._runner.put_in_place(policy)
+            self._policy = policy
+            self._note_piece(started_s)
+
+    def _put_default_back(self) -> bool:
+        """Puts the weights back that the engine was last given, if a task waits for them; returns whether it may begin."""
+        if not (self._tasks.has_any and self._is_idle()):
+            return False
+        self._put_in_place(None)
+        return True
 
     def _is_idle(self) -> bool:
         """Returns whether no work is under way for any request, not even for one that has ended."""
@@ -295,14 +326,20 @@ class Loop:
     def _start(self, sample: RequestSample) -> None:
         request, started_s = sample.request, self._clock()
         self._runner.use_threads(request.num_threads)
+        parent, outcome = sample.parent, StepOutcome()
         try:
-            key = self._runner.start_sample(sample.id, request.id, sample.seed)
+            if parent is None:
+                key = self._runner.start_sample(sample.id, request.id, sample.planned)
+            else:
+                key, outcome = self._runner.start_child(sample.id, request.id, sample.planned, parent.of.id)
         except BaseException as error:
             self._queue.fail(request, error)
             return
         request.started_s = started_s if request.started_s is None else request.started_s
-        self._samples.run(RunningSample(of=sample, key=key, started_s=started_s))
+        running = RunningSample(of=sample, key=key, started_s=started_s if parent is None else parent.started_s)
+        self._samples.run(running)
         self._note_piece(started_s)
+        self._take_outcomes([running], {**outcome.finished, **outcome.failures})
 
     def _step(self) -> bool:
         """Takes one shared step of the samples whose turn it is; returns whether there were any."""
@@ -316,6 +353,10 @@ class Loop:
         outcomes = self._samples.step(self._runner, key, batch)
         self._note_piece(started_s, running_pixels=self._samples.pixels_in_memory)
         self._queue.counters.batches[len(batch)] += 1
+        self._take_outcomes(batch, outcomes)
+        return True
+
+    def _take_outcomes(self, batch: Sequence[RunningSample], outcomes: Mapping[int, Sample | BaseException]) -> None:
         for running in batch:
             outcome = outcomes.get(running.of.id)
             # Checked for each sample, because the failure of one sample drops the others of its request.
@@ -323,9 +364,10 @@ class Loop:
                 continue
             if isinstance(outcome, BaseException):
                 self._queue.fail(running.of.request, outcome)
+            elif outcome.is_at_fork:
+                self._samples.fork(running)
             else:
                 self._decode(running, outcome)
-        return True
 
     def _decode(self, running: RunningSample, sample: Sample) -> None:
         request = running.of.request

@@ -14,6 +14,7 @@ from flowroll.engine.outputs import Finished
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.scheduler.counters import StageName, StageSpan, Timing
+from flowroll.engine.starts import PlannedSample
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, EngineError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class Request:
             dropped.
         has_begun: Whether the future's own `cancel` no longer works.
         conditioning: The data that its samples share; None until the prompts are encoded.
-        results: The answers so far, by the index of their seed.
+        results: The answers so far, by the place of their sample.
         admitted_s: When the request was admitted.
         encoded_s: When its conditioning was complete.
         started_s: When its first sample started.
@@ -99,7 +100,7 @@ class Request:
     def note_denoised(self, now_s: float) -> None:
         """Notes that one more sample took its last step."""
         self.num_denoised += 1
-        if self.num_denoised == len(self.plan.seeds):
+        if self.num_denoised == self.plan.num_answers:
             self.denoised_s = now_s
 
     def restart(self) -> None:
@@ -128,13 +129,15 @@ class RequestSample:
         id: Identifies the sample on every rank.
         request: The request that it belongs to.
         attempt: The attempt of the request for which the sample was made.
-        index: The index of its seed among the request's seeds.
+        planned: What the sample is drawn from.
+        parent: The sample whose child it is; None if it starts by itself.
     """
 
     id: int
     request: Request
     attempt: int
-    index: int
+    planned: PlannedSample
+    parent: RunningSample | None = None
 
     @property
     def is_wanted(self) -> bool:
@@ -142,9 +145,9 @@ class RequestSample:
         return self.attempt == self.request.attempt
 
     @property
-    def seed(self) -> int:
-        """The seed of the sample."""
-        return self.request.plan.seeds[self.index]
+    def index(self) -> int:
+        """The place of its answer among the request's answers."""
+        return self.planned.index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -154,7 +157,7 @@ class RunningSample:
     Attributes:
         of: The sample of the request.
         key: The batch key: samples with equal keys may share a forward.
-        started_s: When the sample started, in monotonic seconds.
+        started_s: When the sample, or the one that it descends from, started, in monotonic seconds.
     """
 
     of: RequestSample

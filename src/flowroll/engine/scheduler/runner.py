@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.starts import PlannedSample
 
 
 @runtime_checkable
@@ -24,14 +25,22 @@ class Runner(Protocol):
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
         """Prepares every rank for the samples of a request."""
 
-    def start_sample(self, sample_id: int, request_id: int, seed: int) -> Hashable:
+    def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""
+
+    def start_child(
+        self, sample_id: int, request_id: int, planned: PlannedSample, parent_id: int
+    ) -> tuple[Hashable, StepOutcome]:
+        """Starts a child of a sample at a fork on every rank; returns its batch key, and the outcome of the fork's step."""
 
     def step(self, sample_ids: Sequence[int]) -> StepOutcome:
         """Takes one step of samples with equal batch keys on every rank. After an error, no sample has advanced."""
 
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples on every rank."""
+
+    def put_in_place(self, policy: str | None) -> None:
+        """Puts the weights of a policy in place on every rank; None: those that the engine was last given. Nothing runs."""
 
     def free_memory(self) -> None:
         """Returns memory that torch has cached to the device, after a forward that failed."""

@@ -41,10 +41,26 @@ class RunningSamples:
 
     def add_ready(self, request: Request) -> None:
         """Adds the samples of a request to those that wait to start; they start in the order in which they were added."""
-        for index in range(len(request.plan.seeds)):
+        for planned in request.plan.samples:
             self._num_made += 1
-            sample = RequestSample(id=self._num_made, request=request, attempt=request.attempt, index=index)
+            sample = RequestSample(id=self._num_made, request=request, attempt=request.attempt, planned=planned)
             self._ready.append(sample)
+
+    def fork(self, parent: RunningSample) -> None:
+        """Replaces a sample at a fork by its children, which wait to start.
+
+        They stand before the samples that start later than their parent: those of their own request, and of later ones. So the
+        states that wait for children do not pile up. Such a state is not among the samples in memory, but a part of each child
+        that starts.
+        """
+        request = parent.of.request
+        self._lanes.remove(parent.key, parent)
+        self._leave_memory(request)
+        place = next((at for at, waiting in enumerate(self._ready) if waiting.request.id >= request.id), len(self._ready))
+        for number, planned in enumerate(parent.of.planned.children(request.plan.forks)):
+            self._num_made += 1
+            child = RequestSample(id=self._num_made, request=request, attempt=request.attempt, planned=planned, parent=parent)
+            self._ready.insert(place + number, child)
 
     def next_start(self) -> RequestSample | None:
         """Removes and returns the first waiting sample; None if there is none, or the limits do not admit it now.
@@ -69,14 +85,14 @@ class RunningSamples:
         return self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
 
     def step(self, runner: Runner, key: Hashable, batch: Sequence[RunningSample]) -> dict[int, Sample | BaseException]:
-        """Takes one step of a batch; returns, by id, the finished samples and the errors of the failed ones.
+        """Takes one step of a batch; returns, by id, the finished and the forked samples and the errors of the failed ones.
 
         A forward that fails with several samples is repeated in halves, so that only samples that fail by themselves are lost.
         """
         try:
             outcome = runner.step([running.of.id for running in batch])
             self._backoff.went_well(key, len(batch))
-            return {**outcome.finished, **outcome.failures}
+            return {**outcome.finished, **outcome.forked, **outcome.failures}
         except BaseException as error:
             if len(batch) == 1:
                 return {batch[0].of.id: error}

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from flowroll.errors import InvalidRequestError
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import PNG, WIRE_FORMATS, choose_media_type, wire_media_types
-from flowroll.serving.openapi import PNG_CONTENT, request_body, tensor_answer
+from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
 from flowroll.serving.responses import stream, whole
 from flowroll.serving.state import AppState
@@ -33,7 +33,7 @@ def build_router(state: AppState) -> APIRouter:
             **WORK_RESPONSES,
             200: tensor_answer(WireImage, "One object per image, or the one image", is_list=True, **PNG_CONTENT),
         },
-        openapi_extra=request_body(GenerateRequest),
+        openapi_extra=request_body(GenerateRequest, **MSGPACK_CONTENT),
     )
     async def generate(request: Request) -> Response:
         media_type = choose_media_type(request.headers, [*wire_media_types(state.config), PNG])

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from flowroll.serving.errors import WORK_RESPONSES
 from flowroll.serving.negotiation import choose_dialect, choose_wire_format
-from flowroll.serving.openapi import request_body, tensor_answer
+from flowroll.serving.openapi import MSGPACK_CONTENT, request_body, tensor_answer
 from flowroll.serving.parsing import accept_request
 from flowroll.serving.responses import stream
 from flowroll.serving.state import AppState
@@ -29,7 +29,7 @@ def build_router(state: AppState) -> APIRouter:
             **WORK_RESPONSES,
             200: tensor_answer(WireSample, "One object per sample", is_list=True),
         },
-        openapi_extra=request_body(RolloutRequest),
+        openapi_extra=request_body(RolloutRequest, **MSGPACK_CONTENT),
     )
     async def generate_rollouts(request: Request) -> Response:
         wire_format = choose_wire_format(request.headers, state.config)

@@ -49,10 +49,10 @@ def fail_in_decode(hand: Hand, _: pytest.MonkeyPatch) -> None:
 def fail_in_start(hand: Hand, patch: pytest.MonkeyPatch) -> None:
     start = samples.Sample.start
 
-    def failing(conditioning: Any, seed: int) -> Any:
-        if seed == BAD_SEED:
+    def failing(conditioning: Any, planned: Any) -> Any:
+        if planned.seed == BAD_SEED:
             raise torch.OutOfMemoryError("no memory for the noise")
-        return start(conditioning, seed)
+        return start(conditioning, planned)
 
     patch.setattr(samples.Sample, "start", failing)
 
