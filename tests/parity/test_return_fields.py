@@ -16,7 +16,7 @@ EngineOf = Callable[[str, str], Engine]
 REQUEST: dict[str, Any] = {
     "prompt": "a red apple",
     "height": 64,
-    "width": 80,
+    "width": 96,
     "num_inference_steps": 3,
     "seed": 3,
     "noise_level": 0.6,
@@ -53,7 +53,7 @@ def test_a_decoded_prediction_is_the_picture_of_x0(engine_of: EngineOf, name: st
     assert first.step_tensors is not None and first.step_images is not None
     assert first.step_images.step_indices == (0, 2)
     for row, step in enumerate((0, 2)):
-        expected = engine.decode(first.step_tensors.tensors["x0"][step], height=64, width=80)
+        expected = engine.decode(first.step_tensors.tensors["x0"][step], height=64, width=96)
         found = [rollout.step_images.images[row] for rollout in kinds.values() if rollout.step_images is not None]
         assert isinstance(found[0], Tensor) and isinstance(found[1], Tensor)
         assert torch.equal(found[0], expected)
