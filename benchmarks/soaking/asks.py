@@ -129,12 +129,13 @@ def _group(source: random.Random, samples: int) -> dict[str, Any]:
 
 
 def _dynamics(source: random.Random, steps: int) -> dict[str, Any]:
+    chosen = source.choice(tuple(DYNAMICS.values()))
     values: dict[str, Any] = {
-        "sde_type": source.choice(tuple(DYNAMICS)),
-        "noise_level": source.choice((0, 0.3, 0.7, 1.0)),
+        "sde_type": chosen.name,
+        "noise_level": source.choice([level for level in (0, 0.3, 0.7, 1.0) if chosen.admits(level)]),
         "log_prob_no_const": source.random() < 0.3,
     }
-    if source.random() < 0.5:
+    if not chosen.needs_history and source.random() < 0.5:
         first = source.randrange(steps)
         values["sde_step_indices"] = list(range(first, min(first + source.randint(1, 3), steps)))
     return values

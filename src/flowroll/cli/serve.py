@@ -74,6 +74,7 @@ def serve(
     max_running_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of the samples in memory together.")] = 32 * 2**20,
     max_adapters: Annotated[int, typer.Option(min=0, help="Most LoRA adapters in memory at once.")] = 16,
     max_adapter_bytes: Annotated[int, typer.Option(min=0, help="Most bytes of all adapters together.")] = 8 * 2**30,
+    max_policies: Annotated[int, typer.Option(min=0, help="Most policies in the host's memory beside the default.")] = 4,
     max_connections: Annotated[int, typer.Option(min=1, help="Most TCP connections at once.")] = 1000,
     max_queue: Annotated[int, typer.Option(min=0, help="Most requests that may wait behind those that run.")] = 64,
     max_control_queue: Annotated[
@@ -159,7 +160,9 @@ def serve(
                 max_running_samples=max_running_samples,
                 max_running_pixels=max_running_pixels,
             ),
-            adapter_limits=AdapterLimits(max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes),
+            adapter_limits=AdapterLimits(
+                max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes, max_policies=max_policies
+            ),
             layout=Layout(sp=sp, cfg_parallel=cfg_parallel, tp=tp),
             rank_timeout_s=rank_timeout_s,
             host=host,

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
-from flowroll.client import calls, exchange, weights
+from flowroll.client import calls, exchange, policy, weights
 from flowroll.client.bounds import MAX_ANSWER_BYTES, AnswerBody, Deadline, default_total_s
 from flowroll.client.exchange import Call, Operation
 from flowroll.client.route import FAILURES, check_timeout, check_wire_format, route_to
@@ -103,6 +103,10 @@ class Client:
     load_lora_adapter_from_tensors = _method(weights.load_lora_adapter_from_tensors)
     unload_lora_adapter = _method(weights.unload_lora_adapter)
     lora_adapters = _method(weights.lora_adapters)
+    policies = _method(policy.policies)
+    copy_policy = _method(policy.copy_policy)
+    average_policy = _method(policy.average_policy)
+    drop_policy = _method(policy.drop_policy)
     release_memory = _method(weights.release_memory)
     resume_memory = _method(weights.resume_memory)
 

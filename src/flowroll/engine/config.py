@@ -35,11 +35,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
-    """The limits of the LoRA adapters that an engine holds.
+    """The limits of the LoRA adapters and policies that an engine holds.
 
     Attributes:
         max_adapters: The largest number of adapters at the same time.
         max_adapter_bytes: The most bytes of all adapters on rank 0, including the weights of merged ones.
+        max_policies: The largest number of policies at the same time, beside the default. One of whole weights takes up to
+            four bytes a parameter of the host's memory.
 
     Raises:
         InvalidRequestError: A limit is negative.
@@ -47,11 +49,12 @@ class AdapterLimits:
 
     max_adapters: int = 16
     max_adapter_bytes: int = 8 * 2**30
+    max_policies: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_adapter_bytes"):
+        for name in ("max_adapters", "max_adapter_bytes", "max_policies"):
             if getattr(self, name) < 0:
-                raise InvalidRequestError(f"{name} must be >= 0, got {getattr(self, name)}; use 0 for no adapters.", field=name)
+                raise InvalidRequestError(f"{name} must be >= 0, got {getattr(self, name)}; use 0 for none.", field=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

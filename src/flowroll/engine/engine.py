@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ from flowroll.engine.facts import ModelFacts
 from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.outputs import Finished, as_image, as_rollout
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
+from flowroll.engine.policies.store import PolicyStore
+from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.recompute import LogProbs
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.peers import FailureListener
@@ -51,6 +54,9 @@ from flowroll.types import (
     Layout,
     LoraAdapter,
     MemoryChange,
+    Number,
+    Policy,
+    PolicyChange,
     RecordedSteps,
     Rollout,
     RolloutFields,
@@ -131,10 +137,14 @@ class Engine:
             raise
         self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
         versions = WeightVersions()
-        self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload)
+        self._policies = PolicyTable(self._model.adapters)
+        self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
         self._executor = Executor(self._model, self._work, self._peers)
         self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
         self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
+        self._policy_store = PolicyStore(
+            self._policies, self._model.adapters, self._executor, self._offload, versions, adapter_limits.max_policies
+        )
         self._log_probs = LogProbs(self._model, self._executor, self._offload, versions)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
@@ -160,8 +170,9 @@ class Engine:
         return plan_request(params, self._open_model(), self.info.limits)
 
     def check_ready(self, params: SamplingParams) -> None:
-        """Checks what can change after planning: adapters, memory and version. The errors are those of `plan`."""
+        """Checks what can change after planning: adapters, policies, memory and version. The errors are those of `plan`."""
         self._check_weights(params.min_weight_version)
+        self._policies.record(params.policy)
         self._open_model().adapters.record(params.lora_name)
 
     def rollout(
@@ -218,10 +229,13 @@ class Engine:
             max_waiting: The request is refused if this number of requests waits; None: no limit.
 
         Raises:
+            InvalidRequestError: The policy was dropped since the request was planned.
             PausedError: The scheduler is paused.
             QueueFullError: Too many requests wait.
         """
         self.scheduler.start()
+        # Here, because a plan may be made where the policies are not known.
+        plan = replace(plan, held_policy=self._policies.weights_of(plan.params.policy))
         finish: Callable[[RequestPlan, Finished], Any] = self._as_rollout if kind == "rollout" else self._as_image
         return self.scheduler.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
 
@@ -602,6 +616,60 @@ class Engine:
         """
         return self.exclusive(lambda: self._adapters.unload(name, weight_version), mode)
 
+    # Policies
+
+    def policies(self) -> tuple[Policy, ...]:
+        """Returns the policies that requests can choose beside the default, in the order in which they were made."""
+        self._check_open()
+        return tuple(self._policies.held.values())
+
+    def copy_policy(self, name: str, *, source: str | None = None, mode: ExclusiveMode = "drain") -> PolicyChange:
+        """Makes a policy that requests can choose by its name, or replaces it, as a copy of another one.
+
+        It stays what it is when the engine gets other weights. The weights of a policy are kept in the host's memory; when the
+        turn of its requests comes, and nothing else runs, they are exchanged with those in place. A policy that is made from an
+        adapter is an adapter, and shares forwards' weights with all others.
+
+        Args:
+            name: The name, a printable text of 1 to 128 characters.
+            source: The policy or adapter that is copied; None: the default, which is the weights in place, or the adapter that
+                a trainer has pushed in SGLang's mode "lora_merge".
+            mode: What happens to running requests; see `update_weights_from_disk`.
+
+        Raises:
+            InvalidRequestError: The name cannot be that of a policy, there is no such source, or no more policies may be held.
+            EngineError: There is no room for it on some rank. Nothing has changed.
+        """
+        return self.exclusive(lambda: self._policy_store.copy(name, source), mode)
+
+    def average_policy(
+        self, name: str, *, decay: Number, source: str | None = None, mode: ExclusiveMode = "drain"
+    ) -> PolicyChange:
+        """Moves a policy towards another one, by an exponential moving average.
+
+        Its weights become decay x their own + (1 - decay) x those of the source, computed and kept in float32; for a
+        rollout they are rounded to the engine's dtype. A policy that there is not yet begins as a copy.
+
+        Args:
+            name: The name of the policy.
+            decay: Its own share, from 0 to 1.
+            source: The policy or adapter that it moves towards; None: the default.
+            mode: What happens to running requests; see `update_weights_from_disk`.
+
+        Raises:
+            InvalidRequestError: The decay is not from 0 to 1, or the source is of another kind; or as for `copy_policy`.
+            EngineError: There is no room on some rank. Nothing has changed.
+        """
+        return self.exclusive(lambda: self._policy_store.average(name, source, decay), mode)
+
+    def drop_policy(self, name: str, *, mode: ExclusiveMode = "drain") -> PolicyChange:
+        """Forgets a policy. Waiting requests that name it end in an error.
+
+        Raises:
+            InvalidRequestError: There is no such policy.
+        """
+        return self.exclusive(lambda: self._policy_store.drop(name), mode)
+
     # Memory
 
     @property
@@ -699,7 +767,7 @@ class Engine:
             self._work.release()
             self._weights.release()
             self._offload.forget()
-            del self._model, self._pipeline, self._adapters, self._log_probs
+            del self._model, self._pipeline, self._adapters, self._policy_store, self._log_probs
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
@@ -770,11 +838,15 @@ class Engine:
             raise
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
-        return as_image(plan, finished, weight_version=self.weight_version)
+        return as_image(plan, finished, weight_version=self._version_of(finished))
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
         peak_memory_mb = self._peak_memory_mb()
-        return as_rollout(plan, finished, weight_version=self.weight_version, peak_memory_mb=peak_memory_mb)
+        return as_rollout(plan, finished, weight_version=self._version_of(finished), peak_memory_mb=peak_memory_mb)
+
+    def _version_of(self, finished: Finished) -> str:
+        policy = finished.sample.conditioning.record.policy
+        return self.weight_version if policy is None else policy.weight_version
 
     def _peak_memory_mb(self) -> float:
         if self._model.device.type == "cuda":

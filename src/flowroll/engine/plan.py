@@ -55,6 +55,8 @@ class RequestPlan:
         guidance: How the conditional and the unconditional branch are combined.
         generator_device: The device on which noise is drawn.
         record: The record of these choices, for the answer.
+        held_policy: The policy whose weights must be in place while its samples run; None: those that the engine was last
+            given. The engine sets it when it accepts the plan.
     """
 
     params: SamplingParams
@@ -69,6 +71,7 @@ class RequestPlan:
     guidance: Guidance
     generator_device: torch.device
     record: SamplingRecord
+    held_policy: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ class Mesh:
 
     @contextlib.contextmanager
     def sharing_branches(self) -> Iterator[None]:
-        """Divides the branches: while the block runs, regions of the transformer give each group of the cfg axis its own branch of every sample."""
+        """Gives each group of the cfg axis its own branch of every sample, in the transformer's regions, within the block."""
         self.shares_branches = self.degree("cfg") > 1
         try:
             yield

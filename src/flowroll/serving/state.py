@@ -36,11 +36,11 @@ from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.pushes import WeightPush, WeightPushes
 from flowroll.serving.unsent import AnswerMemory
 from flowroll.serving.weight_uploads import WeightUpload, WeightUploads
-from flowroll.types import AdapterChange, GeneratedImage, ModuleName, Rollout, ScoreAnswer, WeightUpdate
+from flowroll.types import AdapterChange, GeneratedImage, ModuleName, PolicyChange, Rollout, ScoreAnswer, WeightUpdate
 from flowroll.wire.weight_updates import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
 
 T = TypeVar("T")
-C = TypeVar("C", WeightUpdate, AdapterChange)
+C = TypeVar("C", WeightUpdate, AdapterChange, PolicyChange)
 # Requests that are parsed and planned at the same time, each on a thread. More would not be done sooner, because Python runs
 # one thread at a time, but the event loop would have its turn less often.
 _NUM_PLANNED = 4

@@ -33,6 +33,7 @@ from flowroll.types.params import (
     StepOptions,
     by_field_name,
 )
+from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord, check_policy_name
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -49,6 +50,7 @@ from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, 
 
 __all__ = [
     "ALIASES",
+    "DEFAULT_POLICY",
     "MAX_GUIDANCE_SCALE",
     "MAX_LORA_NAME_CHARS",
     "MAX_PROMPT_CHARS",
@@ -75,6 +77,10 @@ __all__ = [
     "ModuleName",
     "Number",
     "ParallelPlan",
+    "Policy",
+    "PolicyChange",
+    "PolicyKind",
+    "PolicyRecord",
     "RecordedSteps",
     "Region",
     "Rollout",
@@ -94,6 +100,7 @@ __all__ = [
     "branch_digest",
     "by_field_name",
     "check_lora_name",
+    "check_policy_name",
     "check_version",
     "env_digests",
     "params_of",

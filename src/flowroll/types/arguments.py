@@ -52,6 +52,7 @@ class ImageFields(TypedDict, total=False):
     suppress_logs: bool
     request_id: str | None
     min_weight_version: str | None
+    policy: str | None
     lora_name: str | None
 
 

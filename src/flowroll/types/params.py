@@ -19,6 +19,7 @@ from flowroll.types.forks import Fork, check_fork, plain_fork
 from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
+from flowroll.types.policies import DEFAULT_POLICY, check_policy_name
 from flowroll.types.prompts import check_token_ids
 from flowroll.types.rules import is_finite as _is_finite
 from flowroll.types.rules import is_int as _is_int
@@ -163,6 +164,8 @@ class SamplingParams:
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
+        policy: The policy to run with, beside which no adapter is named; also the name of an adapter. None or "default": the
+            weights that the engine was last given.
         lora_name: The loaded adapter to run with. None: the one that a trainer has pushed in SGLang's
             mode "lora_merge", or the model as it is.
 
@@ -208,6 +211,7 @@ class SamplingParams:
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
+    policy: str | None = None
     lora_name: str | None = None
 
     sde_type = Alias[SdeType]("rollout_sde_type")
@@ -292,8 +296,12 @@ class SamplingParams:
         _require(not both, "negative_prompt_token_ids", "be given without negative_prompt", "both", "send one of the two")
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
+        if self.policy is not None:
+            check_policy_name(self.policy)
         if self.lora_name is not None:
             check_lora_name(self.lora_name)
+            alone = self.policy in (None, DEFAULT_POLICY)
+            _require(alone, "policy", "be given without lora_name", self.policy, "send one of the two")
         _require(self.request_id != "", "request_id", "not be empty", self.request_id, "leave it out for a generated one")
 
     def _check_flags(self) -> None:

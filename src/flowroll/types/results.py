@@ -15,6 +15,7 @@ from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.forks import Branch
 from flowroll.types.params import ImageFormat, Number, SdeType
+from flowroll.types.policies import PolicyRecord
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
@@ -50,6 +51,7 @@ class SamplingRecord:
         steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
             only what the request left them at. None: all chosen steps follow `sde_type`.
         lora: The adapter with which the sample was made; None: the model without an adapter.
+        policy: The policy with which the sample was made; None: the default.
         embedded_guidance_scale: The guidance scale that the model was given, beside `guidance_scale`; None: it takes none.
         rope_axes: Widths of the axes of the model's rotary embedding, with which the sglang dialect makes a table of position
             ids; None for a family whose forwards take no ids.
@@ -90,6 +92,7 @@ class SamplingRecord:
     pos_cond_sha256: str | None = None
     neg_cond_sha256: str | None = None
     lora: AdapterRecord | None = None
+    policy: PolicyRecord | None = None
     embedded_guidance_scale: Number | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None

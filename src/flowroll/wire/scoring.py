@@ -16,7 +16,16 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
 from flowroll.sampling.transition import LogProbForm
-from flowroll.types import AdapterRecord, Branch, RecordedSteps, SampleScores, SamplingRecord, ScoreAnswer, ScoreParams
+from flowroll.types import (
+    AdapterRecord,
+    Branch,
+    PolicyRecord,
+    RecordedSteps,
+    SampleScores,
+    SamplingRecord,
+    ScoreAnswer,
+    ScoreParams,
+)
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
@@ -32,9 +41,11 @@ from flowroll.wire.received import HOW_TO_SEND, received_tensor
 from flowroll.wire.safetensors import BlobError
 
 _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
-_FORM_FIELDS = tuple(field.name for field in fields(LogProbForm))
-_ADAPTER_FIELDS = tuple(field.name for field in fields(AdapterRecord))
-_BRANCH_FIELDS = tuple(field.name for field in fields(Branch))
+# The fields of a record that are objects, or lists of objects, and the names that these may have.
+_RECORD_PARTS = {
+    name: tuple(field.name for field in fields(kind))
+    for name, kind in {"lora": AdapterRecord, "policy": PolicyRecord, "log_prob": LogProbForm, "branches": Branch}.items()
+}
 _REMEDY = "see /openapi.json"
 _REQUESTS: Mapping[str, Any] = {
     JSON: msgspec.json.Decoder(WireScoreRequest[WireTensor[bytearray]]),
@@ -169,14 +180,13 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
 
 
 def _record(sent: dict[str, Any]) -> SamplingRecord:
-    lora, form, branches = sent.get("lora"), sent.get("log_prob"), sent.get("branches")
-    branches = branches if isinstance(branches, list) else []
-    for where, given, known in (
-        ("sampling", sent, _RECORD_FIELDS),
-        ("sampling.lora", lora if isinstance(lora, dict) else {}, _ADAPTER_FIELDS),
-        ("sampling.log_prob", form if isinstance(form, dict) else {}, _FORM_FIELDS),
-        *(("sampling.branches", one, _BRANCH_FIELDS) for one in branches if isinstance(one, dict)),
-    ):
+    parts = [
+        (f"sampling.{name}", one, known)
+        for name, known in _RECORD_PARTS.items()
+        for one in (sent[name] if isinstance(sent.get(name), list) else [sent.get(name)])
+        if isinstance(one, dict)
+    ]
+    for where, given, known in (("sampling", sent, _RECORD_FIELDS), *parts):
         for name in given:
             if name not in known:
                 field = f"{where}.{str(name)[:80]}"

@@ -84,6 +84,7 @@ def test_a_jsonl_line_may_give_every_field(write):
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",
+        "policy": "default",
         "lora_name": "old",
     }
     # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.

@@ -29,7 +29,7 @@ from flowroll.engine.weights.staged import listed
 from flowroll.errors import InvalidRequestError
 from flowroll.families.checksums import layers_checksum
 from flowroll.parallel.linears import ColumnParallelLinear
-from flowroll.types import AdapterRecord, LoraAdapter, all_finite
+from flowroll.types import DEFAULT_POLICY, AdapterRecord, LoraAdapter, Number, SamplingParams, all_finite
 
 # The name that peft gives the adapter; each tree has one adapter.
 _OWN = "default"
@@ -90,6 +90,60 @@ class AdapterSet:
         for adapter in self._loaded.values():
             for module in (adapter.transformer, *adapter.layers.values()):
                 yield from module.parameters()
+
+    def chosen(self, params: SamplingParams) -> Adapter | None:
+        """Returns the adapter that a request's samples run with, by its policy or the name of an adapter; None: the base.
+
+        Raises:
+            InvalidRequestError: The adapter is not loaded.
+        """
+        if params.policy in (None, DEFAULT_POLICY):
+            return self._find(params.lora_name)
+        # A policy that is no adapter consists of weights, and of nothing beside them.
+        return self._loaded.get(params.policy)
+
+    def transformer_for(self, params: SamplingParams) -> Any:
+        """Returns the transformer that a request's samples run with; see `chosen`."""
+        adapter = self.chosen(params)
+        return self._base if adapter is None else adapter.transformer
+
+    def record_for(self, params: SamplingParams) -> AdapterRecord | None:
+        """Returns what a sample's record says about the adapter of its request; see `chosen`."""
+        adapter = self.chosen(params)
+        return None if adapter is None else adapter.about.record
+
+    def averaged(self, name: str, source: str, decay: Number | None) -> Adapter:
+        """Makes decay x one adapter + (1 - decay) x another one, factor by factor, in float32; for None, a copy of the other.
+
+        Args:
+            name: The adapter that is averaged, and whose name the result has.
+            source: The other adapter.
+            decay: The share of the first one.
+
+        Raises:
+            InvalidRequestError: The two have other layers or ranks.
+        """
+        other = self._get(source)
+        layers = {path: _empty_copy(layer) for path, layer in other.layers.items()}
+        own = None if decay is None else self._get(name).layers
+        if own is not None and _shapes(own) != _shapes(layers):
+            raise InvalidRequestError(
+                f"source must have the layers and ranks of the policy {name}, got others in {source}; drop the policy first.",
+                field="source",
+            )
+        for path, layer in layers.items():
+            for kind in ("lora_A", "lora_B"):
+                factor = getattr(other.layers[path], kind)[_OWN].weight.detach()
+                if own is None or decay is None:
+                    mixed = factor.clone()
+                else:
+                    kept = getattr(own[path], kind)[_OWN].weight.detach().to(torch.float32)
+                    mixed = (kept * decay).add_(factor.to(torch.float32), alpha=1 - decay)
+                getattr(layer, kind)[_OWN].weight = nn.Parameter(mixed)
+        num_bytes = sum(factor.nbytes for layer in layers.values() for factor in _factors(layer).values())
+        sha256 = layers_checksum(layers.items(), _OWN)
+        with torch.no_grad():
+            return self._build(replace(other.about, name=name, sha256=sha256, num_bytes=num_bytes), layers)
 
     def transformer(self, name: str | None) -> Any:
         """Returns the transformer with this adapter; for None, with the pushed adapter if there is one, otherwise the base.
@@ -261,6 +315,12 @@ def _empty_copy(layer: Any) -> Any:
         own._modules[_OWN] = _with_own_parameters(getattr(layer, factor)[_OWN])
         copied._modules[factor] = own
     return copied
+
+
+def _shapes(layers: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        path: (layer.scaling[_OWN], *(factor.shape for factor in _factors(layer).values())) for path, layer in layers.items()
+    }
 
 
 def _factors(layer: Any) -> dict[str, Tensor]:

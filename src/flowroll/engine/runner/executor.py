@@ -12,6 +12,7 @@ from torch import Tensor
 from flowroll.engine.adapters.files import AdapterFiles
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import EnvShape, TensorShape
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
@@ -23,7 +24,7 @@ from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles
 from flowroll.errors import EngineError
-from flowroll.types import LoraAdapter, SamplingRecord
+from flowroll.types import LoraAdapter, Number, SamplingRecord
 
 
 class Executor:
@@ -40,6 +41,7 @@ class Executor:
     def __init__(self, model: LoadedModel, pipeline: PipelineRunner, peers: Peers) -> None:
         self._runner = ModelRunner(model, peers.compare)
         self._pipeline, self._peers = pipeline, peers
+        self._held = HeldWeights(model.transformer)
         self._device = model.device
         self._num_recomputations = 0
 
@@ -216,6 +218,45 @@ class Executor:
     def unload_adapter(self, name: str) -> None:
         """Removes an adapter from every other rank."""
         self._peers.send(messages.UnloadAdapter(name=name))
+
+    def put_in_place(self, policy: str | None) -> None:
+        """Puts the held weights of a policy in place on every rank, or, for None, those that the engine was last given.
+
+        No request may run meanwhile.
+
+        Raises:
+            InvalidRequestError: There is no such policy any more.
+            EngineError: A rank has no room for the weights in place. No rank has exchanged them.
+        """
+        if policy == self._held.active:
+            return
+        exchange = self._held.prepare_exchange(policy)
+        self._peers.stage(messages.StageExchange(name=policy), error=EngineError)
+        self.commit()
+        exchange()
+
+    def update_policy(self, name: str, source: str | None, decay: Number | None) -> int:
+        """Copies or averages held weights on every rank, and returns their bytes on this one; see `HeldWeights`.
+
+        Raises:
+            EngineError: A rank has no room for them. Nothing has changed.
+        """
+        held = self._held
+        keep = held.prepare_copy(name, source) if decay is None else held.prepare_average(name, source, decay)
+        self._peers.stage(messages.StagePolicy(name=name, source=source, decay=decay), error=EngineError)
+        self.commit()
+        keep()
+        return held.num_bytes(name)
+
+    def stage_policy_adapter(self, name: str, source: str, decay: Number | None, version: str) -> None:
+        """Makes every other rank copy or average an adapter; see `AdapterSet.averaged`."""
+        message = messages.StagePolicyAdapter(name=name, source=source, decay=decay, version=version)
+        self._peers.stage(message, error=EngineError)
+
+    def drop_policy(self, name: str) -> None:
+        """Forgets held weights on every rank."""
+        self._held.drop(name)
+        self._peers.send(messages.DropPolicy(name=name))
 
     @contextlib.contextmanager
     def gathering(self, names: tuple[str, ...]) -> Iterator[None]:

@@ -193,6 +193,38 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class StagePolicy(msgspec.Struct, frozen=True, tag=True):
+    """Copy or average held weights, and report whether that succeeded.
+
+    `source` is the other set; null: the weights in place. `decay` is the policy's own share; null: it becomes a copy.
+    """
+
+    name: str
+    source: str | None
+    decay: float | None
+
+
+class StagePolicyAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Copy or average an adapter, and report whether that succeeded."""
+
+    name: str
+    source: str
+    decay: float | None
+    version: str
+
+
+class StageExchange(msgspec.Struct, frozen=True, tag=True):
+    """Make ready to put held weights in place, or, for null, those that the engine was last given; report if that succeeded."""
+
+    name: str | None
+
+
+class DropPolicy(msgspec.Struct, frozen=True, tag=True):
+    """Forget held weights."""
+
+    name: str
+
+
 class GatherWeights(msgspec.Struct, frozen=True, tag=True):
     """Gather these weights, as far as they are sharded, one after the other, in the order of their names."""
 
@@ -222,6 +254,10 @@ Message: TypeAlias = (
     | Commit
     | DropStaged
     | UnloadAdapter
+    | StagePolicy
+    | StagePolicyAdapter
+    | StageExchange
+    | DropPolicy
     | GatherWeights
     | Stop
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
 from flowroll.engine.plan import BranchText, RequestPlan
+from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.tokens import encode_ids
 from flowroll.engine.weights.offload import WeightOffload
@@ -31,11 +32,19 @@ class PipelineRunner:
         pipeline: The diffusers pipeline that holds its modules.
         versions: The versions of the weights.
         offload: Tells whether the weights are in memory.
+        policies: The policies of the engine.
     """
 
-    def __init__(self, model: LoadedModel, pipeline: Any, versions: WeightVersions, offload: WeightOffload) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        pipeline: Any,
+        versions: WeightVersions,
+        offload: WeightOffload,
+        policies: PolicyTable,
+    ) -> None:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
-        self._versions, self._offload = versions, offload
+        self._versions, self._offload, self._policies = versions, offload, policies
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it decodes.
         self._decoder = threading.Lock()
@@ -46,7 +55,7 @@ class PipelineRunner:
         Raises:
             AsleepError: The memory of the weights was released while the request waited.
             OutdatedWeightsError: While the request waited, the weights were replaced by older ones than it demands.
-            InvalidRequestError: The request's adapter was unloaded while the request waited.
+            InvalidRequestError: The request's adapter or policy was dropped while the request waited.
             EngineError: The text encoder returned NaN or infinity.
         """
         self._offload.check_awake()
@@ -61,7 +70,11 @@ class PipelineRunner:
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env = model.family.env(encoded[plan.prompt], negative, plan.geometry, embedded=plan.guidance.embedded)
         check_encoded(env)
-        record = replace(record_of(plan, env), lora=model.adapters.record(plan.params.lora_name))
+        record = replace(
+            record_of(plan, env),
+            lora=model.adapters.record_for(plan.params),
+            policy=self._policies.record(plan.params.policy),
+        )
         return Conditioning.build(plan, model, env, record)
 
     def decode(self, sample: Sample) -> Tensor | None:

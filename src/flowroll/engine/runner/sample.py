@@ -60,7 +60,7 @@ class Conditioning:
         return cls(
             plan=plan,
             model=model,
-            transformer=model.adapters.transformer(plan.params.lora_name),
+            transformer=model.adapters.transformer_for(plan.params),
             env=env,
             fixed=model.family.conditioning.fixed_inputs(env, is_guided=plan.guidance.is_active),
             timesteps=timesteps,

@@ -22,6 +22,7 @@ from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
 from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
+from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message
 from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
@@ -152,6 +153,7 @@ class Worker:
     def __init__(self, model: LoadedModel, limits: Limits, channel: Channel, mesh: Mesh) -> None:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
+        self._held = HeldWeights(model.transformer)
         self._offload = WeightOffload(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
         # Puts the staged change into effect.
         self._commit: Callable[[], object] | None = None
@@ -213,6 +215,16 @@ class Worker:
                 self._commit = self._shares = None
             case messages.UnloadAdapter(name=name):
                 model.adapters.drop(name)
+            case messages.StagePolicy(name=name, source=source, decay=None):
+                self._stage(functools.partial(self._held.prepare_copy, name, source))
+            case messages.StagePolicy(name=name, source=source, decay=float() as decay):
+                self._stage(functools.partial(self._held.prepare_average, name, source, decay))
+            case messages.StagePolicyAdapter():
+                self._stage(functools.partial(_average_adapter, model, message))
+            case messages.StageExchange(name=place):
+                self._stage(functools.partial(self._held.prepare_exchange, place))
+            case messages.DropPolicy(name=name):
+                self._held.drop(name)
             case messages.GatherWeights(names=names):
                 for _ in whole_tensors(model.transformer, frozenset(names)):
                     pass
@@ -260,6 +272,11 @@ def _read_weights(model: LoadedModel, message: messages.StageWeights) -> Callabl
 
 def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
     return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
+
+
+def _average_adapter(model: LoadedModel, message: messages.StagePolicyAdapter) -> Callable[[], None]:
+    adapter = model.adapters.averaged(message.name, message.source, message.decay)
+    return lambda: model.adapters.put(replace(adapter, about=replace(adapter.about, version=message.version)))
 
 
 def _read_adapter(model: LoadedModel, message: messages.StageAdapter) -> Callable[[], None]:

@@ -60,6 +60,8 @@ class Loop:
         self._tasks = TaskQueue()
         self._samples = RunningSamples(limits)
         self._is_encoding = False
+        # The policy whose weights are in place; None: those that the engine was last given, which all tasks are about.
+        self._policy: str | None = None
         self._num_taken = 0
         self._pause: PauseMode | None = None
         self._is_holding = False
@@ -89,7 +91,7 @@ class Loop:
         owed, self._owes_step = self._owes_step, False
         has_worked = self._take_messages() or owed
         task = None
-        if not owed:
+        if not owed and (self._policy is None or self._put_default_back()):
             task = self._tasks.next(self._clock(), is_idle=self._is_idle(), is_holding=self._is_holding)
         if task is None:
             has_worked |= self._start_samples()
@@ -241,12 +243,41 @@ class Loop:
             and not self._tasks.needs_idle
             and not self._is_encoding
             and self._samples.num_ready < self._limits.max_batch_samples
+            # Requests of another policy wait until nothing runs, and so does whatever is behind them.
+            and (self._queue.next_policy == self._policy or self._may_exchange())
+            and not (self._policy is not None and self._tasks.has_any)
         )
 
+    def _may_exchange(self) -> bool:
+        """Returns whether no work is under way that depends on the weights in place."""
+        return self._is_idle() and self._tasks.current is None
+
     def _admit(self) -> None:
-        while self._queue.num_waiting and self._has_room() and (request := self._queue.admit()) is not None:
+        while self._queue.num_waiting and self._has_room():
+            request = self._queue.admit(self._policy, may_exchange=self._may_exchange())
+            if request is None:
+                return
+            try:
+                self._put_in_place(request.plan.held_policy)
+            except Exception as error:
+                self._queue.fail(request, error)
+                continue
             self._is_encoding = True
             self._encoder.submit(encoding(self._runner, self._inbox, request, self._clock))
+
+    def _put_in_place(self, policy: str | None) -> None:
+        if policy != self._policy:
+            started_s = self._clock()
+            self._runner.put_in_place(policy)
+            self._policy = policy
+            self._note_piece(started_s)
+
+    def _put_default_back(self) -> bool:
+        """Puts the weights back that the engine was last given, if a task waits for them; returns whether it may begin."""
+        if not (self._tasks.has_any and self._is_idle()):
+            return False
+        self._put_in_place(None)
+        return True
 
     def _is_idle(self) -> bool:
         """Returns whether no work is under way for any request, not even for one that has ended."""

@@ -63,6 +63,11 @@ class RequestQueue:
         return len(self._running)
 
     @property
+    def next_policy(self) -> str | None:
+        """The policy whose weights the first waiting request needs in place; None: those that the engine was last given."""
+        return self._waiting[0].plan.held_policy if self._waiting else None
+
+    @property
     def running(self) -> Iterable[Request]:
         """The running requests, in the order in which they were admitted."""
         return self._running.keys()
@@ -97,10 +102,17 @@ class RequestQueue:
         self._waiting.append(request)
         self._waiting_work += request.work
 
-    def admit(self) -> Request | None:
-        """Admits the first waiting request, which runs from now on, and returns it; None if none waits."""
+    def admit(self, policy: str | None, *, may_exchange: bool) -> Request | None:
+        """Admits the first waiting request, which runs from now on, and returns it; None if none may run.
+
+        Args:
+            policy: The policy whose weights are in place.
+            may_exchange: Whether a request of another policy may be admitted.
+        """
         while self._waiting:
             request = self._waiting[0]
+            if request.plan.held_policy != policy and not may_exchange:
+                return None
             is_wanted = request.has_begun or request.future.set_running_or_notify_cancel()
             request.has_begun = True
             if not is_wanted:

@@ -39,6 +39,9 @@ class Runner(Protocol):
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples on every rank."""
 
+    def put_in_place(self, policy: str | None) -> None:
+        """Puts the weights of a policy in place on every rank; None: those that the engine was last given. Nothing runs."""
+
     def free_memory(self) -> None:
         """Returns memory that torch has cached to the device, after a forward that failed."""
 

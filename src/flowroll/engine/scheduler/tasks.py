@@ -80,6 +80,11 @@ class TaskQueue:
         yield from self._between
         yield from self._exclusive
 
+    @property
+    def has_any(self) -> bool:
+        """Whether a task waits or is current."""
+        return self.current is not None or bool(self._between or self._exclusive)
+
     def counts(self) -> RequestCounts:
         """Counts the requests to recompute log-probs. The current one is counted as pending."""
         pending = self._accepted - self._completed - self._failed

@@ -46,7 +46,7 @@ from flowroll.engine.weights.store import WeightStore
 from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
-from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ScoreAnswer, WeightUpdate
+from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, Policy, PolicyChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
 from flowroll.wire.safetensors import StoredTensor, TensorHead
 
@@ -466,6 +466,27 @@ class EngineService:
     def unload_adapter(self, name: str, *, weight_version: str | None, mode: ExclusiveMode) -> AdapterChange:
         """Unloads an adapter. Waiting requests that name it end in an error."""
         return self._guarded(lambda: self.engine.unload_lora_adapter(name, weight_version=weight_version, mode=mode))
+
+    # Policies
+
+    def policies(self) -> tuple[Policy, ...]:
+        """Returns the policies beside the default."""
+        return self.engine.policies()
+
+    @blocking
+    def copy_policy(self, name: str, *, source: str | None, mode: ExclusiveMode) -> PolicyChange:
+        """Makes a policy as a copy of another one; see `Engine.copy_policy`."""
+        return self._guarded(lambda: self.engine.copy_policy(name, source=source, mode=mode))
+
+    @blocking
+    def average_policy(self, name: str, *, decay: float, source: str | None, mode: ExclusiveMode) -> PolicyChange:
+        """Moves a policy towards another one; see `Engine.average_policy`."""
+        return self._guarded(lambda: self.engine.average_policy(name, decay=decay, source=source, mode=mode))
+
+    @blocking
+    def drop_policy(self, name: str, *, mode: ExclusiveMode) -> PolicyChange:
+        """Forgets a policy; see `Engine.drop_policy`."""
+        return self._guarded(lambda: self.engine.drop_policy(name, mode=mode))
 
     # Memory and life
 

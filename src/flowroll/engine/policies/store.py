@@ -1,0 +1,152 @@
+"""Copies, averages and drops the policies of one engine, on all of its ranks.
+
+It does not schedule anything: whoever calls it ensures that no request runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from flowroll.engine.adapters.adapter_set import AdapterSet
+from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
+from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.runner.executor import Executor
+from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.staged import listed
+from flowroll.engine.weights.versions import WeightVersions
+from flowroll.errors import InvalidRequestError
+from flowroll.types import DEFAULT_POLICY, Number, Policy, PolicyChange, PolicyKind, check_policy_name
+
+
+class PolicyStore:
+    """Changes the policies of an engine.
+
+    A policy that is made from the weights is a set of weights; one that is made from an adapter, or from the default while a
+    pushed adapter is part of that, is an adapter. A policy stays what it is when the engine gets other weights.
+
+    Args:
+        table: The policies.
+        adapters: The adapters of this rank.
+        executor: Reaches all ranks.
+        offload: Tells whether the weights are in memory.
+        versions: The versions of the weights.
+        max_policies: The largest number of policies beside the default.
+    """
+
+    def __init__(
+        self,
+        table: PolicyTable,
+        adapters: AdapterSet,
+        executor: Executor,
+        offload: WeightOffload,
+        versions: WeightVersions,
+        max_policies: int,
+    ) -> None:
+        self._table, self._adapters, self._executor = table, adapters, executor
+        self._offload, self._versions, self._max_policies = offload, versions, max_policies
+
+    def copy(self, name: str, source: str | None) -> PolicyChange:
+        """Makes a policy, or replaces it, as a copy of another one; None: of the default.
+
+        Raises:
+            InvalidRequestError: The name cannot be that of a policy, there is no such source, or no more policies may be held.
+            EngineError: There is no room for it on some rank. Nothing has changed.
+        """
+        return self._update(name, source, None)
+
+    def average(self, name: str, source: str | None, decay: Number) -> PolicyChange:
+        """Moves a policy towards another one: decay x its weights + (1 - decay) x those of the source, in float32.
+
+        A policy that there is not yet begins as a copy. The errors are those of `copy`.
+
+        Raises:
+            InvalidRequestError: The decay is not a number from 0 to 1, or one of the two is an adapter and the other is not.
+        """
+        if not (math.isfinite(decay) and 0 <= decay <= 1):
+            raise InvalidRequestError(f"decay must be a number from 0 to 1, got {decay}; use 0.9, say.", field="decay")
+        return self._update(name, source, decay)
+
+    def drop(self, name: str) -> PolicyChange:
+        """Forgets a policy. Waiting requests that name it end in an error.
+
+        Raises:
+            InvalidRequestError: There is no such policy.
+        """
+        started_s = time.perf_counter()
+        policy = self._table.held.get(name)
+        if policy is None:
+            raise self._table.unknown("policy", name)
+        if policy.kind == "weights":
+            self._executor.drop_policy(name)
+        else:
+            self._adapters.drop(name)
+            self._executor.unload_adapter(name)
+        self._table.remove(name)
+        return PolicyChange(name=name, policy=None, paused_s=time.perf_counter() - started_s)
+
+    def _update(self, name: str, source: str | None, decay: Number | None) -> PolicyChange:
+        self._offload.check_awake()
+        started_s = time.perf_counter()
+        check_policy_name(name)
+        held = self._table.held
+        own, (given, kind) = held.get(name), self._resolved(source)
+        self._check_name(name)
+        if own is None:
+            # There is nothing to average with.
+            decay = None
+        elif own.kind != kind:
+            raise InvalidRequestError(
+                f"source must be of the kind of the policy {name}, {own.kind}, got one of {kind}; drop the policy, or name "
+                "another source.",
+                field="source",
+            )
+        if kind == "weights":
+            num_bytes = self._executor.update_policy(name, given, decay)
+        else:
+            assert given is not None
+            num_bytes = self._update_adapter(name, given, decay)
+        followed = held.get(given or "")
+        policy = Policy(
+            name=name,
+            kind=kind,
+            weight_version=self._versions.current if followed is None else followed.weight_version,
+            decay=decay,
+            num_updates=1 if own is None else own.num_updates + 1,
+            num_bytes=num_bytes,
+        )
+        self._table.put(policy)
+        return PolicyChange(name=name, policy=policy, paused_s=time.perf_counter() - started_s)
+
+    def _update_adapter(self, name: str, source: str, decay: Number | None) -> int:
+        version = self._versions.current
+        adapter = self._adapters.averaged(name, source, decay)
+        self._executor.stage_policy_adapter(name, source, decay, version)
+        self._executor.commit()
+        self._adapters.put(replace(adapter, about=replace(adapter.about, version=version)))
+        return adapter.about.num_bytes
+
+    def _resolved(self, source: str | None) -> tuple[str | None, PolicyKind]:
+        """Returns the source's own name and its kind; the default is the pushed adapter where there is one."""
+        adapters = self._table.adapter_names
+        if source is None or source == DEFAULT_POLICY:
+            return (PUSHED_ADAPTER, "adapter") if PUSHED_ADAPTER in adapters else (None, "weights")
+        if source in adapters:
+            return source, "adapter"
+        if source not in self._table.held:
+            raise self._table.unknown("source", source)
+        return source, "weights"
+
+    def _check_name(self, name: str) -> None:
+        held = self._table.held
+        if name in (DEFAULT_POLICY, PUSHED_ADAPTER) or (name in self._table.adapter_names and name not in held):
+            raise InvalidRequestError(
+                f"policy must have a name that nothing else has, got {name}; use another one.", field="policy"
+            )
+        if name not in held and len(held) >= self._max_policies:
+            raise InvalidRequestError(
+                f"policy must be one of at most {self._max_policies} ({listed(held)}), got another one, {name}; drop one, or "
+                "start the engine with a higher limit.",
+                field="policy",
+            )
