@@ -111,7 +111,7 @@ def time_steps(model: nn.Module, name: str, size: int, steps: int, device: torch
     for step, this in enumerate(transitions(schedule.sigmas, sde_type="sde", noise_level=0.7)):
         synchronize(device)
         started = time.perf_counter()
-        one = StepInput(latents=latents, timestep=timesteps[step : step + 1], env=env, guidance=guidance)
+        one = StepInput(latents=latents, timestep=timesteps[step : step + 1], env=env, guidance=guidance, is_first=step == 0)
         velocity = family.velocity(model, one, torch.bfloat16)
         mean = transition.mean(this, latents, velocity)
         latents = transition.sample(this, mean, noise.step_noise(SEED, step, mean.shape, device=device))

@@ -125,7 +125,7 @@ def build_arms(checkpoint: Checkpoint, mesh: Mesh, rank: int) -> Mapping[str, Ca
     guidance = Guidance(rule=family.guidance_rule, scale=4.0)
 
     def step(transformer: Any, run: Any = run_here) -> Tensor:
-        one = StepInput(latents=latents, timestep=timestep, env=env, guidance=guidance)
+        one = StepInput(latents=latents, timestep=timestep, env=env, guidance=guidance, is_first=True)
         (velocity,) = Alone(family, DTYPE, run).velocities(transformer, [one])
         return velocity
 

@@ -82,7 +82,9 @@ def _calls(rollout: Rollout) -> list:
     assert trajectory is not None and env is not None
     timesteps = family.model_timesteps(trajectory.timesteps, torch.float32)
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
-    one = StepInput(latents=trajectory.latents[STEP], timestep=timesteps[STEP : STEP + 1], env=env, guidance=guidance)
+    one = StepInput(
+        latents=trajectory.latents[STEP], timestep=timesteps[STEP : STEP + 1], env=env, guidance=guidance, is_first=STEP == 0
+    )
     return family.forward_inputs(one, torch.float32)
 
 

@@ -36,7 +36,11 @@ def checkpoints(qwen_checkpoint: Path, z_image_checkpoint: Path, tmp_path_factor
 
 
 def _make(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.processors import load_without_torchvision
+
     from flowroll.testing import make_checkpoint
+
+    load_without_torchvision()
 
     return make_checkpoint(family, tmp_path_factory.mktemp("checkpoints") / family)
 

@@ -77,6 +77,7 @@ def test_what_is_trained_are_the_velocities_of_the_family(name, tmp_path):
                 timestep=family.model_timesteps(1000 * sigmas[index : index + 1], torch.float32),
                 env=env,
                 guidance=family.guidance(0.0),
+                is_first=True,
             )
             expected = family.velocity(transformer, one, torch.float32)
             assert torch.allclose(family.initial_latents(found[index].reshape(shape)), expected, atol=1e-4), (found, expected)

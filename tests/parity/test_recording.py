@@ -31,6 +31,7 @@ EXTRA_OPS: dict[str, Counter[str]] = {
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
     "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
+    "qwen_image_21": Counter(mul=2, add=2, arange=2, copy_=1, ge=1, reciprocal=1, sum=3, _local_scalar_dense=3),
 }
 
 
@@ -108,7 +109,7 @@ def test_the_environment_reproduces_every_velocity(
     with torch.no_grad():
         for step in range(4):
             timestep = timesteps[step : step + 1]
-            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance)
+            one = StepInput(latents=trajectory.latents[step], timestep=timestep, env=env, guidance=guidance, is_first=step == 0)
             velocity = family.velocity(transformer, one, model_dtype)
             assert torch.equal(velocity.float(), debug.model_output[step])
 

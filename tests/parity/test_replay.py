@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.guiding import guided
+from tests.guiding import guided, in_words_of
 from tests.pairs import DTYPES, FAMILY_WITH_DTYPE, dealt
 from tests.parity.adapters import add_adapters
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def test_prompts_sizes_and_settings_may_be_mixed_in_any_micro_batch(
     rollouts = [
         *engine.rollout(**REQUEST, num_outputs_per_prompt=2),
         *engine.rollout(**guided(name, 4.0, **{**REQUEST, "prompt": long_prompt(name), "width": 96})),
-        *engine.rollout(**{**REQUEST, "prompt": "", "height": 144}, guidance_scale=0.0, sde_type="cps"),
+        *engine.rollout(**guided(name, 0.0, **{**REQUEST, "prompt": "", "height": 144}), sde_type="cps"),
         *engine.rollout(
             **guided(name, 4.0, **REQUEST, negative_prompt=long_prompt(name)), noise_level=0.3, sde_step_indices=(0, 2)
         ),
@@ -171,7 +171,7 @@ def test_the_ratio_is_exactly_one_at_another_thread_count(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        group = engine_of(name, "float32").rollout(**{**REQUEST, "height": 80, "num_inference_steps": 2})
+        group = engine_of(name, "float32").rollout(**in_words_of(name, {**REQUEST, "height": 80, "num_inference_steps": 2}))
         log_probs = replay.log_prob(pipeline_of(name, "float32").transformer, group, micro_batch=2)
         assert torch.equal(log_probs.detach().cpu(), recorded(group))
     finally:
@@ -195,7 +195,7 @@ def test_where_a_message_put_the_tensors_changes_nothing(
         return torch.empty(tensor.numel() + 2, dtype=tensor.dtype)[2:].view(tensor.shape).copy_(tensor)
 
     # Two tokens: products of so few rows depend on the address of their input.
-    rollout = engine_of(name, "float32").rollout(**{**REQUEST, "height": 16, "width": 32}, guidance_scale=0.0)[0]
+    rollout = engine_of(name, "float32").rollout(**guided(name, 0.0, **{**REQUEST, "height": 16, "width": 32}))[0]
     trajectory, env = rollout.dit_trajectory, rollout.denoising_env
     assert trajectory is not None and env is not None
     branch = {key: odd(value) if isinstance(value, Tensor) else value for key, value in env.pos_cond_kwargs.items()}
@@ -218,7 +218,8 @@ def test_no_forward_is_run_for_a_step_without_density(
     handle = transformer.register_forward_hook(lambda *_: calls.append(1))
     try:
         assert torch.equal(replay.log_prob(transformer, group).detach().cpu(), recorded(group))
-        assert len(calls) == 2
+        # A step of Qwen-Image-2.1 after the first takes a forward that fills its cache.
+        assert len(calls) == (4 if name == "qwen_image_21" else 2)
         assert len(list(replay.micro_batches(transformer, group))) == 2
     finally:
         handle.remove()

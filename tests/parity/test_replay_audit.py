@@ -232,7 +232,9 @@ def test_a_tampered_length_of_the_text(made: Any) -> None:
     tampered = changed(rollout, denoising_env={"pos_cond_kwargs": short})
     if "txt_seq_lens" not in env.pos_cond_kwargs:
         # Where texts have one length, the branches of a pair cannot be stacked any more, or position ids are left over.
-        with pytest.raises(InvalidRequestError, match=f"hold ({key} of one shape in both branches|txt_ids for every token)"):
+        with pytest.raises(
+            InvalidRequestError, match=f"hold ({key} of one shape in both branches|(txt_ids|img_mask) for every token)"
+        ):
             replay.audit(transformer, [tampered])
         return
     only_cause(replay.audit(transformer, [tampered]), "env", "in the prompt's branch txt_seq_lens is")

@@ -15,7 +15,7 @@ from flowroll.sampling.noise import step_noise
 from flowroll.types import GeneratorDevice
 
 ALL = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
-REQUEST = {"prompt": "a pink handbag and black scissors", "height": 64, "width": 80, "num_inference_steps": 4}
+REQUEST = {"prompt": "a pink handbag and black scissors", "height": 64, "width": 96, "num_inference_steps": 4}
 
 
 @paired(family=tuple(FAMILIES), dtype=DTYPES, sde_type=tuple(DYNAMICS))

@@ -29,8 +29,10 @@ def ids_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], IdsOf]:
 
     def spy(tokenizer: Any, *args: Any, **options: Any) -> Any:
         made = call(tokenizer, *args, **options)
-        if "max_length" in options:
-            heard.setdefault(id(tokenizer), tuple(made.input_ids[0][made.attention_mask[0].bool()].tolist()))
+        # Not where a template alone is tokenized, without padding.
+        if "max_length" in options or "padding_side" in options:
+            ids, mask = torch.as_tensor(made.input_ids[0]), torch.as_tensor(made.attention_mask[0])
+            heard.setdefault(id(tokenizer), tuple(ids[mask.bool()].tolist()))
         return made
 
     def of(pipeline: Any, family: str) -> IdsOf:
@@ -84,9 +86,9 @@ def test_ids_that_no_text_of_this_pipeline_has_are_refused(
     facts = engine._model.tokenizers[0]
     too_long = facts.template + (first[-1],) * (facts.max_tokens + 1)
     for lists, message in (
-        (((*first[:-1], facts.num_ids), *rest), f"hold ids below {facts.num_ids} for tokenizer"),
-        ((too_long, *rest), f"to {facts.max_tokens} ids for tokenizer, got {len(too_long)}; tokenize with truncation=True"),
-        ((first, *rest, first), "hold one list for each of tokenizer"),
+        (((*first[:-1], facts.num_ids), *rest), f"hold ids below {facts.num_ids} for {facts.name}"),
+        ((too_long, *rest), f"to {facts.max_tokens} ids for {facts.name}, got {len(too_long)}; tokenize with truncation=True"),
+        ((first, *rest, first), f"hold one list for each of {facts.name}"),
     ):
         for field in ("prompt_token_ids", "negative_prompt_token_ids"):
             with pytest.raises(InvalidRequestError, match=message) as caught:

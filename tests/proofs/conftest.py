@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tests.processors import load_without_torchvision
 from tests.proofs.cases import DTYPES, FAMILIES, Request
 from tests.proofs.doors import one_by_one, served
 
@@ -34,6 +35,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny checkpoint of every registered family; read only."""
+    load_without_torchvision()
     folder = tmp_path_factory.mktemp("checkpoints")
     return {family: make_checkpoint(family, folder / family) for family in FAMILIES}
 

@@ -95,7 +95,8 @@ def test_the_ratio_is_exactly_one(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_policy_has_another_ratio(family: str, engine_of: EngineOf, pipeline_of: PipelineOf) -> None:
     """The proof above can fail: a trainer whose weights are off by a thousandth does not get a ratio of one."""
-    group = engine_of(family, "float32").rollout(seed=5, num_inference_steps=2, **SHAPES["small"], **EVERYTHING)
+    request = in_words_of(family, {"seed": 5, "num_inference_steps": 2, **SHAPES["small"], **EVERYTHING})
+    group = engine_of(family, "float32").rollout(**request)
     transformer = pipeline_of(family, "float32").transformer
     weight = next(parameter for parameter in transformer.parameters() if parameter.ndim == 2)
     with torch.no_grad():

@@ -41,7 +41,7 @@ class ContactRow:
     """
 
     label: str
-    images: Sequence[Float[Tensor, " 3 1 height width"]]
+    images: Sequence[Float[Tensor, " colors 1 height width"]]
 
 
 def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: str = "Log-probability per step") -> None:

@@ -101,6 +101,15 @@ class Checkpoint:
         optional = (name for name in self.family.optional_components if name not in self.index)
         return (*unused, *optional)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The pipeline's own options in the index, beside its components."""
+        return {
+            name: value
+            for name, value in self.index.items()
+            if not name.startswith("_") and not _is_component(value) and value is not None
+        }
+
     def class_of(self, component: str) -> str:
         """Returns the name of the class that the component was saved as."""
         return plain_class(str(self.index[component][1]))
@@ -227,7 +236,7 @@ def _check_scheduler_class(index: Mapping[str, Any]) -> None:
 
 def _is_component(entry: object) -> TypeGuard[list[Any]]:
     """Tells whether an entry of the index is that of a component: a library and a class."""
-    return isinstance(entry, list) and len(entry) == 2
+    return isinstance(entry, list) and len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
 
 
 def _noted_variant(folder: Path) -> str | None:

@@ -239,7 +239,7 @@ class Engine:
         finish: Callable[[RequestPlan, Finished], Any] = self._as_rollout if kind == "rollout" else self._as_image
         return self.scheduler.submit(plan, finish, timeout_s=timeout_s, max_waiting=max_waiting)
 
-    def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " 3 1 height width"]:
+    def decode(self, latents: Float[Tensor, " *latent"], *, height: int, width: int) -> Float[Tensor, " colors 1 height width"]:
         """Decodes the latents of one sample into a picture, e.g. those of a predicted clean image.
 
         Args:
@@ -869,7 +869,7 @@ def _describe(
         transformer_bytes=sum(parameter.nbytes for parameter in model.transformer.parameters()),
         limits=limits,
         adapter_limits=adapter_limits,
-        defaults=model.family.variants[model.variant],
+        defaults=model.defaults,
         pixel_unit=model.spec.pixel_unit,
         versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
     )

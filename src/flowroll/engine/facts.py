@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from flowroll.families import Family, ModelSpec
+from flowroll.families import Defaults, Family, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig
 
 
@@ -48,6 +48,12 @@ class ModelFacts:
     device: torch.device
     dtype: torch.dtype
     tokenizers: tuple[TokenizerFacts, ...] = ()
+
+    @property
+    def defaults(self) -> Defaults:
+        """The values of what a request leaves open: the variant's, with the number of steps of the checkpoint's own grid."""
+        known, own = self.family.variants[self.variant], self.spec.sample_sigmas
+        return known if own is None else replace(known, num_inference_steps=len(own))
 
     @property
     def facts(self) -> ModelFacts:

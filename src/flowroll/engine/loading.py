@@ -30,6 +30,7 @@ from flowroll.families.conditioning import TOKENS
 from flowroll.parallel.linears import ColumnParallelLinear, shard_columns_of
 from flowroll.parallel.mesh import Mesh
 from flowroll.parallel.regions import shard_rows_of
+from flowroll.processors import without_videos
 from flowroll.types import all_finite
 
 _PROBE = "a red circle"
@@ -246,12 +247,27 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, Any]:
     """Loads the tokenizers. diffusers would leave it to transformers' default whether code in their folders may run."""
     import transformers
 
+    found = load_processors(checkpoint)
+    for name in checkpoint.tokenizers:
+        if name not in found:
+            found[name] = _load_plainly(getattr(transformers, checkpoint.class_of(name)), checkpoint.folder / name)
+    return found
+
+
+def load_processors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Loads the components that make tokens of texts and images. A pipeline may need them when it is built."""
+    import transformers
+
     found = {}
     for name in checkpoint.tokenizers:
-        tokenizer_class = getattr(transformers, checkpoint.class_of(name))
-        folder = checkpoint.folder / name
-        found[name] = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = getattr(transformers, checkpoint.class_of(name))
+        if issubclass(kind, transformers.ProcessorMixin):
+            found[name] = _load_plainly(without_videos(kind), checkpoint.folder / name)
     return found
+
+
+def _load_plainly(kind: Any, folder: Path) -> Any:
+    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.config import Limits
-from flowroll.engine.loading import LoadedModel, build_model, empty_module
+from flowroll.engine.loading import LoadedModel, build_model, empty_module, load_processors
 from flowroll.errors import CheckpointError, FlowrollError
 from flowroll.parallel.linears import check_columns
 from flowroll.parallel.shards import check_rows
@@ -32,7 +34,9 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
         # Requests are also checked against values that the pipeline itself computes from the configurations.
         pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
         others = (*checkpoint.family.text_encoders, *checkpoint.family.tokenizers, "scheduler")
-        pipeline = pipeline_class(**modules, **dict.fromkeys(others))
+        taken = inspect.signature(pipeline_class.__init__).parameters
+        options = {name: value for name, value in checkpoint.options.items() if name in taken}
+        pipeline = pipeline_class(**{**options, **dict.fromkeys(others), **load_processors(checkpoint), **modules})
         spec = checkpoint.family.spec(pipeline)
     except FlowrollError:
         raise

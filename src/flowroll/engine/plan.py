@@ -119,7 +119,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     Raises:
         InvalidRequestError: A value is off the model's grid or above a limit.
     """
-    defaults = model.family.variants[model.variant]
+    defaults = model.defaults
     geometry = _plan_geometry(params, model, limits)
     schedule = _plan_schedule(params, model, limits, geometry)
     steps = plan_steps(params, schedule.num_steps)
@@ -260,7 +260,7 @@ def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
 
 
 def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) -> Geometry:
-    defaults = model.family.variants[model.variant]
+    defaults = model.defaults
     geometry = plan_geometry(model, height=params.height or defaults.height, width=params.width or defaults.width)
     if geometry.height * geometry.width > limits.max_pixels:
         field = "height" if params.height else "width"
@@ -272,12 +272,13 @@ def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) ->
 def _plan_guidance(params: SamplingParams, model: ModelFacts, *, has_negative: bool) -> Guidance:
     """Chooses the scale of classifier-free guidance, and beside it the scale that the model is given as an input.
 
-    A family with two scales runs an unconditional branch only for a request that has a negative prompt, as its pipeline does;
-    without one the scale of that guidance is 1, whatever was asked for. A model that takes no scale is given none.
+    There is an unconditional branch only for a request that has a negative prompt, its own or the family's, as in the
+    pipelines; without one that guidance is off, whatever was asked for. A model that takes no scale is given none.
     """
-    defaults = model.family.variants[model.variant]
+    defaults = model.defaults
     if defaults.true_cfg_scale is None:
-        return model.family.guidance(_first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale))
+        asked = _first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale)
+        return model.family.guidance(asked if has_negative else model.family.guided_above)
     scale = _first(params.true_cfg_scale, defaults.true_cfg_scale) if has_negative else 1.0
     embedded = _first(params.guidance_scale, defaults.guidance_scale) if model.spec.embeds_guidance else None
     return model.family.guidance(scale, embedded)
@@ -287,8 +288,11 @@ def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, ge
     if params.sigmas is not None:
         num_steps, field = len(params.sigmas) - 1, "sigmas"
     else:
-        defaults = model.family.variants[model.variant]
+        defaults = model.defaults
         num_steps, field = params.num_inference_steps or defaults.num_inference_steps, "num_inference_steps"
+        if model.spec.sample_sigmas is not None and num_steps != defaults.num_inference_steps:
+            rule = f"be {defaults.num_inference_steps}, the number of the checkpoint's sample_sigmas"
+            refuse(field, rule, num_steps, "leave it out, or send the noise levels of every step as sigmas")
     if num_steps > limits.max_steps:
         refuse(field, f"ask for at most {limits.max_steps} steps", num_steps, "use fewer steps")
     if params.sigmas is not None:
@@ -353,7 +357,7 @@ def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, st
         states += 3 * num_steps
     if params.rollout and params.rollout_return_dit_trajectory:
         states += len(steps) + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
-    pixel_bytes = 3 * geometry.frames * geometry.height * geometry.width
+    pixel_bytes = geometry.colors * geometry.frames * geometry.height * geometry.width
     # A PNG of noise is no larger than its pixels, but for some headers.
     picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[
         _image_format(params, steps, num_steps)

@@ -18,7 +18,7 @@ from flowroll.engine.facts import ModelFacts
 from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
-from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, ConditioningField
+from flowroll.families.conditioning import IMAGE_TOKENS, SLOTS, TOKENS, ConditioningField
 from flowroll.sampling.base import StepRule
 from flowroll.types import (
     DenoisingEnv,
@@ -236,7 +236,7 @@ def _check_branch(branch: Mapping[str, EnvValue], place: str, model: ModelFacts,
     family = model.family
     embeds = branch.get(family.embeds_key)
     tokens = len(embeds) if isinstance(embeds, Tensor) and embeds.ndim else 0
-    sizes = {TOKENS: tokens, IMAGE_TOKENS: geometry.num_tokens}
+    sizes = {TOKENS: tokens, IMAGE_TOKENS: geometry.num_tokens, SLOTS: tokens + geometry.num_tokens // 4}
     _check_part(branch, place, model, sizes, family.size_fields(geometry, tokens, model.dtype))
 
 

@@ -102,8 +102,6 @@ def encode_ids(
 def listen(family: Family, pipeline: Any, variant: str, text: str) -> tuple[Mapping[str, EnvValue], tuple[TokenizerFacts, ...]]:
     """Encodes a text, and returns its conditioning fields and what the pipeline demands of token ids.
 
-    The facts are empty if the pipeline does not cut what its tokenizers return, so that a length could not be checked.
-
     Args:
         family: The family of the pipeline.
         pipeline: The loaded diffusers pipeline.
@@ -117,13 +115,13 @@ def listen(family: Family, pipeline: Any, variant: str, text: str) -> tuple[Mapp
     for encoder, name in zip(family.text_encoders, family.tokenizers, strict=False):
         if name not in heard or (ids := heard[name].ids) is None:
             continue
-        if (most := heard[name].max_length) is None:
-            return encoded, ()
         embeds = encoded[family.embeds_key]
         assert isinstance(embeds, Tensor)
         # A pipeline that returns fewer rows than there are tokens has left out those of its template in front.
         template = ids[: max(len(ids) - len(embeds), 0)]
         num_ids = getattr(pipeline, encoder).get_input_embeddings().weight.shape[0]
+        # A pipeline that cuts nothing takes what the family's position table has room for.
+        most = heard[name].max_length or len(template) + family.max_text_tokens
         found.append(TokenizerFacts(name=name, max_tokens=most, num_ids=num_ids, template=tuple(template)))
     return encoded, tuple(found)
 

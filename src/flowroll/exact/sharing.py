@@ -20,7 +20,7 @@ from torch import Tensor
 from flowroll.exact.layout import CannotMergeError, same_bits
 from flowroll.exact.mode import Analysis, DivergedError, Notes, Repetition
 from flowroll.exact.ways import Samples
-from flowroll.families import ForwardInput, Output, Transformer, run_in_turn
+from flowroll.families import ForwardInput, Output, Transformer
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,9 @@ class Collation(Protocol):
     def collate_key(self, forward_input: ForwardInput) -> Hashable:
         """Returns a key; inputs with equal keys can be collated."""
 
+    def run_in_turn(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
+        """Runs several forwards one after the other, and returns their outputs."""
+
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         """Joins several forward inputs into one."""
 
@@ -90,14 +93,14 @@ class SharedForwards:
         """Returns one output per forward input; the inputs must have equal keys."""
         count = len(forward_inputs)
         if count == 1 or torch.is_autocast_enabled("cpu") or torch.is_inference_mode_enabled():
-            return run_in_turn(transformer, forward_inputs)
+            return self._family.run_in_turn(transformer, forward_inputs)
         known = self._known.setdefault(transformer, _Known())
         form = _form(forward_inputs[0])
         key = self._family.collate_key(forward_inputs[0])
         kind = (form, key, count, torch.get_num_threads(), torch.is_grad_enabled())
         analyses = known.of(kind)
         if analyses is None:
-            return run_in_turn(transformer, forward_inputs)
+            return self._family.run_in_turn(transformer, forward_inputs)
         random_state = torch.get_rng_state()
         output, notes, reason = self._repeat(transformer, analyses, forward_inputs), None, None
         if output is None:
@@ -110,7 +113,7 @@ class SharedForwards:
         if reason is not None or notes is not None:
             if not (self._agree or bool)(reason is None):
                 known.give_up(kind, reason or "another rank cannot share it")
-                return run_in_turn(transformer, forward_inputs)
+                return self._family.run_in_turn(transformer, forward_inputs)
             known.forms.add(form)
             assert notes is not None
             analyses[:] = [notes, *analyses][:_ANALYSES]
@@ -139,7 +142,7 @@ class SharedForwards:
         count = len(forward_inputs)
         looked_at = range(count) if is_new else [count - 1]
         # These run before the analysis, so that tables which the model makes at its first forward exist.
-        alone = [run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
+        alone = [self._family.run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
         batched = self._family.collate(forward_inputs)
         analysis = Analysis(_samples(batched, count), goes_on=self._agree is not None)
         try:

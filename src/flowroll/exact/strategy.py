@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.exact.sharing import SharedForwards
-from flowroll.families import Family, ForwardInput, Output, StepInput, Transformer, run_in_turn
+from flowroll.families import Family, ForwardInput, Output, StepInput, Transformer
 
 # Computes the outputs of forward inputs that share a forward.
 Compute: TypeAlias = Callable[[Sequence[ForwardInput]], list[Output]]
@@ -119,7 +119,7 @@ class Alone(Strategy):
     @override
     def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
-            return run_in_turn(transformer, some)
+            return self.family.run_in_turn(transformer, some)
 
         return [([index], compute) for index in range(len(inputs))]
 
@@ -156,6 +156,8 @@ def choose_strategy(
 ) -> Strategy:
     """Makes the strategy for a device: merged on a CPU, alone on other devices, whose kernels have not been measured.
 
+    A family whose samples share no forward always runs alone.
+
     Args:
         family: The model family.
         device: The device of the transformer.
@@ -164,6 +166,6 @@ def choose_strategy(
         agree: Tells whether all ranks that share a forward vote yes; None if there is one rank.
         name: The name of a strategy; None: the strategy of the device.
     """
-    if (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
+    if not family.shares_forwards or (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
         return Alone(family, dtype, run)
     return Merged(family, dtype, run, agree)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transformer, run_in_turn
+from flowroll.families.base import Family, Guidance, Prompt, StepInput, Transformer
 from flowroll.families.conditioning import ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.flux import Flux
 from flowroll.families.qwen_image import QwenImage
+from flowroll.families.qwen_image_21 import QwenImage21
 from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.sd3 import StableDiffusion3
 from flowroll.families.z_image import ZImage
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux())}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux(), QwenImage21())
+}
 
 
 def family_of_pipeline(pipeline_class: str) -> Family:
@@ -45,5 +48,4 @@ __all__ = [
     "StepScore",
     "Transformer",
     "family_of_pipeline",
-    "run_in_turn",
 ]

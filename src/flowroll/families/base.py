@@ -59,19 +59,16 @@ class StepInput:
         timestep: The entry of `model_timesteps` for this step.
         env: The sample's environment, on the transformer's device.
         guidance: How the branches are combined.
-        fixed: `Conditioning.fixed_inputs` of the environment, where they were made already.
+        is_first: Whether this is the first step of its sample.
+        fixed: `Family.fixed_inputs` of the environment, where they were made already.
     """
 
     latents: Float[Tensor, " *latent"]
     timestep: Float[Tensor, " 1"]
     env: DenoisingEnv
     guidance: Guidance
+    is_first: bool
     fixed: Sequence[ForwardInput] | None = None
-
-
-def run_in_turn(transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
-    """Runs several forwards one after the other, and returns their outputs."""
-    return [transformer(**one, return_dict=False)[0] for one in forward_inputs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +99,7 @@ class Family(ABC):
         noise_in: The dtype in which the pipeline draws initial noise: the model's, or float32.
         timesteps_in: The dtype in which the pipeline computes the timestep given to the model.
         max_text_tokens: The largest number of tokens in a text embedding.
+        shares_forwards: Whether several samples can go through the model in one forward.
         conditioning: The declaration of a forward's arguments.
         parallel_plan: The parts of the transformer that can be sharded.
     """
@@ -117,6 +115,7 @@ class Family(ABC):
     noise_in: ClassVar[DtypeRule] = "model"
     timesteps_in: ClassVar[DtypeRule] = "model"
     max_text_tokens: ClassVar[int] = MAX_TEXT_TOKENS
+    shares_forwards: ClassVar[bool] = True
     conditioning: ClassVar[Conditioning]
     parallel_plan: ClassVar[ParallelPlan]
 
@@ -184,7 +183,7 @@ class Family(ABC):
     @abstractmethod
     def decode(
         self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 3 height width"]:
+    ) -> Float[Tensor, " 1 colors height width"]:
         """Decodes one sample's latents alone with the VAE; `picture` makes an image of the result."""
 
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
@@ -270,10 +269,21 @@ class Family(ABC):
         )
         return env.with_tensors(lambda tensor: tensor.to(device))
 
+    def fixed_inputs(self, env: DenoisingEnv, *, is_guided: bool) -> list[ForwardInput]:
+        """Returns what the forwards of a step take beside latents and timestep, the same at every step of a request's samples.
+
+        What a family keeps from one step to the next is in there too, so they belong to one set of weights.
+
+        Args:
+            env: The environment of the request.
+            is_guided: Whether there is an unconditional branch.
+        """
+        return self.conditioning.fixed_inputs(env, is_guided=is_guided)
+
     def forward_inputs(self, one: StepInput, dtype: torch.dtype) -> list[ForwardInput]:
         """Returns the inputs of the transformer's forwards in one step of one sample; `dtype` is the transformer's."""
         latents, is_guided = self.model_latents(one.latents.to(dtype), one.env), one.guidance.is_active
-        fixed = one.fixed or self.conditioning.fixed_inputs(one.env, is_guided=is_guided)
+        fixed = one.fixed or self.fixed_inputs(one.env, is_guided=is_guided)
         return self.conditioning.forward_inputs(latents, one.timestep, fixed, is_guided=is_guided)
 
     def velocity(self, transformer: Transformer, one: StepInput, dtype: torch.dtype) -> Float[Tensor, " *latent"]:
@@ -287,7 +297,16 @@ class Family(ABC):
         Returns:
             The velocity, in the dtype that the pipeline gives to its scheduler.
         """
-        return self.apply_guidance(run_in_turn(transformer, self.forward_inputs(one, dtype)), one)
+        return self.apply_guidance(self.run_in_turn(transformer, self.forward_inputs(one, dtype)), one)
+
+    def run(self, transformer: Transformer, forward_input: ForwardInput) -> Output:
+        """Runs one forward and returns its output."""
+        output: Output = transformer(**forward_input, return_dict=False)[0]
+        return output
+
+    def run_in_turn(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
+        """Runs several forwards one after the other, and returns their outputs."""
+        return [self.run(transformer, one) for one in forward_inputs]
 
     def collate_key(self, forward_input: ForwardInput) -> Hashable:
         """Returns a key. Forward inputs with equal keys can be collated: all tensors inside the model have the same shapes."""
@@ -306,7 +325,7 @@ class Family(ABC):
         return self.conditioning.rows(forward_input)
 
     @staticmethod
-    def picture(pipeline: Any, decoded: Float[Tensor, " 1 3 height width"]) -> Float[Tensor, " 3 1 height width"]:
+    def picture(pipeline: Any, decoded: Float[Tensor, " 1 colors height width"]) -> Float[Tensor, " colors 1 height width"]:
         """Converts a decoded batch of one as the pipeline's image processor does, to the layout of a `Rollout`."""
         pixels = cast(Tensor, pipeline.image_processor.postprocess(decoded, output_type="pt"))
         return pixels[0].unsqueeze(1).to(torch.float32)

@@ -27,6 +27,8 @@ POSITIVE, NEGATIVE, IMAGES = "pos_cond_kwargs", "neg_cond_kwargs", "image_kwargs
 # Stand for the length of a text and for the number of image tokens, which are the only sizes in a tensor's shape that the
 # checkpoint does not fix.
 TOKENS, IMAGE_TOKENS = "tokens", "image_tokens"
+# Stands for one entry for each text token and each group of 2 x 2 image tokens.
+SLOTS = "slots"
 # The field that says how many tokens a branch's text has.
 LENGTHS = "txt_seq_lens"
 
@@ -86,8 +88,8 @@ class ConditioningField(Argument):
             reference
             images ("image") or the guidance scale ("scale"). The first two are in each branch of an environment, the third is
             in its `image_kwargs`, the fourth is its `guidance`.
-        shape: The shape of the tensor without batch dimension: `TOKENS`, `IMAGE_TOKENS`, names of `ModelSpec.widths`, numbers.
-            None: plain values.
+        shape: The shape of the tensor without batch dimension: `TOKENS`, `IMAGE_TOKENS`, `SLOTS`, names of `ModelSpec.widths`,
+            numbers. None: plain values.
         dtype: The dtype of the tensor. "model": the transformer's; "float32"; "index": booleans or integers.
         is_passed: Whether a forward takes the value. False: it is metadata.
         is_required: Whether every forward needs the value.
@@ -259,8 +261,12 @@ class Conditioning:
         for branch in branches:
             embeds = self.embeds.value(env, branch)
             for field in self.fields:
-                value = field.value(env, branch) if field.shape and field.shape[0] == TOKENS else None
-                if isinstance(value, Tensor) and isinstance(embeds, Tensor) and value.shape[:1] != embeds.shape[:1]:
+                value, counted = field.value(env, branch), (field.shape or ("",))[0]
+                if not isinstance(value, Tensor) or not isinstance(embeds, Tensor) or counted not in (TOKENS, SLOTS):
+                    continue
+                # An entry is true for a group of image tokens.
+                count = len(value) if counted == TOKENS else int((value == 0).sum())
+                if count != len(embeds):
                     yield field.place(branch), field
 
     def unequal(self, env: DenoisingEnv) -> ConditioningField | None:

@@ -42,6 +42,8 @@ class ModelSpec:
         patch_size: Latent cells per token along one side.
         embeds_guidance: Whether the transformer takes the guidance scale as an input.
         rope_axes: Widths of the axes of the rotary embedding, for a family whose forwards take position ids.
+        colors: Channels of a picture: 3, or 4 with an alpha channel.
+        sample_sigmas: The grid before the shift that the checkpoint is sampled with, where it has one of its own.
         max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
     """
 
@@ -52,6 +54,8 @@ class ModelSpec:
     embeds_guidance: bool = False
     rope_axes: tuple[int, ...] | None = None
     max_tokens_per_side: tuple[int, int] | None = None
+    colors: int = 3
+    sample_sigmas: tuple[float, ...] | None = None
 
     @property
     def pixel_unit(self) -> int:
@@ -70,6 +74,7 @@ class Geometry:
         columns: Number of columns of patches.
         noise_shape: The shape of the noise that the pipeline draws at batch 1.
         latent_shape: The shape of one sample's latents in the denoising loop, without batch dimension.
+        colors: Channels of the decoded sample: 3, or 4 with an alpha channel.
         frames: Number of frames of the decoded sample.
         latent_frames: Number of latent frames in time, each with its rows and columns of patches.
     """
@@ -80,6 +85,7 @@ class Geometry:
     columns: int
     noise_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
+    colors: int = 3
     frames: int = 1
     latent_frames: int = 1
 

@@ -6,7 +6,7 @@ transitions of `sampling/dynamics` and the one log-prob, as the engine's loop do
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput, Transformer
+from flowroll.families.conditioning import ForwardInput
 from flowroll.sampling import dynamics, transition
 from flowroll.sampling.transition import LogProbForm, Transition
 from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
@@ -150,6 +151,7 @@ class Recipe:
         env: DenoisingEnv,
         *,
         before: Float[Tensor, " *latent"] | None = None,
+        fixed: Sequence[ForwardInput] | None = None,
     ) -> tuple[Float[Tensor, " *latent"], Float[Tensor, " *latent"] | None]:
         """Runs one step again, differentiable in the weights; its results are what `evaluate` takes.
 
@@ -161,6 +163,7 @@ class Recipe:
             step: The step, counted from 0.
             env: The sample's environment, on the transformer's device.
             before: The recorded latents before the step before; needed exactly if the transition needs that step.
+            fixed: `fixed_inputs` of the environment, where they were made already: for other steps of the same weights.
 
         Returns:
             The guided velocity, and the clean prediction of the step before if the transition needs it.
@@ -168,8 +171,8 @@ class Recipe:
         previous: Tensor | None = None
         if self.transitions[step].needs_previous:
             assert before is not None
-            previous = self.clean_prediction(self.velocity(transformer, before, step - 1, env), before, step - 1)
-        return self.velocity(transformer, latents, step, env), previous
+            previous = self.clean_prediction(self.velocity(transformer, before, step - 1, env, fixed), before, step - 1)
+        return self.velocity(transformer, latents, step, env, fixed), previous
 
     def evaluate(
         self,
@@ -205,13 +208,21 @@ class Recipe:
         latents: Float[Tensor, " *latent"],
         step: int,
         env: DenoisingEnv,
+        fixed: Sequence[ForwardInput] | None = None,
     ) -> Float[Tensor, " *latent"]:
         """Computes the guided velocity of one step; the arguments are those of `run`."""
-        return self.family.velocity(transformer, self.step_input(latents, step, env), self.dtype)
+        return self.family.velocity(transformer, self.step_input(latents, step, env, fixed), self.dtype)
 
-    def step_input(self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv) -> StepInput:
+    def fixed_inputs(self, env: DenoisingEnv) -> Sequence[ForwardInput]:
+        """Returns what all steps of a sample give to the model, and what its first forwards leave for later ones."""
+        return self.family.fixed_inputs(env, is_guided=self.guidance.is_active)
+
+    def step_input(
+        self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv, fixed: Sequence[ForwardInput] | None = None
+    ) -> StepInput:
         """Returns the inputs of one step's velocity; the arguments are those of `run`."""
-        return StepInput(latents=latents, timestep=self.timesteps[step : step + 1], env=env, guidance=self.guidance)
+        timestep = self.timesteps[step : step + 1]
+        return StepInput(latents=latents, timestep=timestep, env=env, guidance=self.guidance, is_first=step == 0, fixed=fixed)
 
 
 def _transitions(

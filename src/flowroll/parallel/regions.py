@@ -42,9 +42,13 @@ class ShardedRegion:
         self._mesh = mesh
         self._rows: Shard | None = None
         self._has_branches = False
+        self._is_whole = False
 
     def install(self, transformer: nn.Module) -> None:
         """Adds the hooks, and wraps the attention of the region."""
+        if self._region.unless is not None:
+            for _, module in find_modules(transformer, self._region.enter.module):
+                module.register_forward_pre_hook(self._note_exception, with_kwargs=True)
         self._hook_split(transformer, self._region.enter, self._enter)
         for split in self._region.follow:
             self._hook_split(transformer, split, self._narrow)
@@ -68,7 +72,12 @@ class ShardedRegion:
                 place = parameters.index(split.argument)
                 module.register_forward_pre_hook(_argument_hook(split, place, narrow), with_kwargs=True)
 
+    def _note_exception(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._is_whole = kwargs.get(str(self._region.unless)) is not None
+
     def _enter(self, split: Split, hidden: Tensor) -> Tensor:
+        if self._is_whole:
+            return hidden
         self._rows = None if split.rows is None else self._row_shard(hidden.shape[split.rows])
         self._has_branches = split.branches is not None and self._mesh.shares_branches
         return self._narrow(split, hidden)

@@ -15,7 +15,7 @@ from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
 from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
 from flowroll.replay.precision import forward_dtypes, noticed_autocast
-from flowroll.replay.scoring import run_pair
+from flowroll.replay.scoring import prepare, run_pair
 from flowroll.replay.sources import Source, check_any, place_of, source_of
 from flowroll.types import Rollout
 
@@ -123,9 +123,9 @@ def audit(
         place = place_of(transformer, [rollout], device, _dtype_of(transformer, rollout))
         source = source_of(index, rollout, place)
         with torch.no_grad():
-            env = source.env_on(place)
+            shared = prepare(source, place)
             with noticed_autocast(transformer, place.device) as autocast:
-                scores = {step: run_pair(transformer, source, step, place, env) for step in _steps_of(source)}
+                scores = {step: run_pair(transformer, source, step, place, shared) for step in _steps_of(source)}
             steps = [_compare(rollout, step, score) for step, score in scores.items()]
             diagnosis = Diagnosis(
                 source=source,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from flowroll.families import Output, StepInput, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
-from flowroll.families.base import run_in_turn
 from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, grid_fault
 from flowroll.sampling import transition
@@ -187,9 +186,8 @@ class Diagnosis:
     def _guidance(self, step: int, recorded: Tensor) -> Cause | None:
         """Finds whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""
         source, place, recipe = self.source, self.place, self.source.recipe
-        latents, timestep = source.state(step, place.device), recipe.timesteps[step : step + 1]
-        one = StepInput(latents=latents, timestep=timestep, env=source.env_on(place), guidance=recipe.guidance)
-        outputs = run_in_turn(self.transformer, source.family.forward_inputs(one, recipe.dtype))
+        one = recipe.step_input(source.state(step, place.device), step, source.env_on(place))
+        outputs = source.family.run_in_turn(self.transformer, source.family.forward_inputs(one, recipe.dtype))
         recorded = recorded.to(place.device)
         if (scale := fitted_scale(source, outputs, recorded, one)) is not None:
             fit = f"the record says {recipe.guidance.scale:g}, the recorded velocities fit {scale:g}"

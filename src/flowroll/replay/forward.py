@@ -54,10 +54,11 @@ def velocities(
         )
     check_autocast(place)
     recipe, env = source.recipe, source.env_on(place)
+    fixed = recipe.fixed_inputs(env)
     with noticed_autocast(transformer, place.device) as dtypes:
         # Copied, because what the caller cut out of a decoded message may lie anywhere, and bits can depend on that.
         found = [
-            recipe.velocity(transformer, one.to(place.device, copy=True), step, env).to(torch.float32)
+            recipe.velocity(transformer, one.to(place.device, copy=True), step, env, fixed).to(torch.float32)
             for one, step in zip(latents, steps, strict=True)
         ]
     check_noticed_autocast(place, dtypes)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families import StepScore, Transformer
+from flowroll.families import ForwardInput, StepScore, Transformer
 from flowroll.replay.precision import noticed_autocast, warn_of_autocast
 from flowroll.replay.sources import (
     Place,
@@ -188,6 +188,19 @@ def score(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What the steps of a sample share while the weights stay as they are.
+
+    Attributes:
+        env: Its environment on the device.
+        fixed: What the forwards of all its steps take, and what the first ones leave for later ones.
+    """
+
+    env: DenoisingEnv
+    fixed: Sequence[ForwardInput]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """What a call is about, checked: no forward has been run yet."""
 
@@ -239,13 +252,13 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
 
 def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Sequence[tuple[Source, int]]]) -> MicroBatch:
     place = work.place
-    envs: dict[int, DenoisingEnv] = {}
+    known: dict[int, Prepared] = {}
     scores: list[StepScore] = []
     for pairs in forwards:
         source, _ = pairs[0]
-        if source.index not in envs:
-            envs[source.index] = source.env_on(place)
-        scores += _run_pairs(transformer, pairs, place, envs[source.index])
+        if source.index not in known:
+            known[source.index] = prepare(source, place)
+        scores += _run_pairs(transformer, pairs, place, known[source.index])
     chunk = [pair for pairs in forwards for pair in pairs]
     old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
     return MicroBatch(
@@ -258,20 +271,26 @@ def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Seque
     )
 
 
-def run_pair(transformer: Transformer, source: Source, step: int, place: Place, env: DenoisingEnv | None = None) -> StepScore:
-    """Scores one recorded step of one sample; `env` is the sample's own on the device, where that was made already."""
-    (found,) = _run_pairs(transformer, [(source, step)], place, source.env_on(place) if env is None else env)
+def prepare(source: Source, place: Place) -> Prepared:
+    """Returns what the steps of a sample share while the weights stay as they are."""
+    env = source.env_on(place)
+    return Prepared(env=env, fixed=source.recipe.fixed_inputs(env))
+
+
+def run_pair(transformer: Transformer, source: Source, step: int, place: Place, shared: Prepared | None = None) -> StepScore:
+    """Scores one recorded step of one sample; `shared` is what `prepare` returned for it, for the same weights."""
+    (found,) = _run_pairs(transformer, [(source, step)], place, shared or prepare(source, place))
     return found
 
 
 def _run_pairs(
-    transformer: Transformer, pairs: Sequence[tuple[Source, int]], place: Place, env: DenoisingEnv
+    transformer: Transformer, pairs: Sequence[tuple[Source, int]], place: Place, shared: Prepared
 ) -> list[StepScore]:
     """Scores a recorded step of several samples that came out of one forward, which is run once."""
     source, step = pairs[0]
     latents = source.state(step, place.device)
     before = source.state(step - 1, place.device) if source.recipe.transitions[step].needs_previous else None
-    velocity, previous = source.recipe.run(transformer, latents, step, env, before=before)
+    velocity, previous = source.recipe.run(transformer, latents, step, shared.env, before=before, fixed=shared.fixed)
     return [one.recipe.evaluate(velocity, latents, one.state(step + 1, place.device), step, previous) for one, _ in pairs]
 
 

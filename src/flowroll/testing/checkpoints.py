@@ -17,6 +17,7 @@ from flowroll.errors import CheckpointError, InvalidRequestError
 from flowroll.testing.flux import make_flux
 from flowroll.testing.parts import Size
 from flowroll.testing.qwen_image import make_qwen_image
+from flowroll.testing.qwen_image_21 import make_qwen_image_21
 from flowroll.testing.sd3 import make_sd3
 from flowroll.testing.weights import align_file
 from flowroll.testing.z_image import make_z_image
@@ -27,6 +28,7 @@ BUILDERS: Mapping[str, Callable[[Size, int, dict[str, Any]], DiffusionPipeline]]
     "z_image": make_z_image,
     "sd3": make_sd3,
     "flux": make_flux,
+    "qwen_image_21": make_qwen_image_21,
 }
 
 

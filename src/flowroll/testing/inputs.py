@@ -64,4 +64,5 @@ def random_input(
         timestep=torch.tensor([timestep], dtype=family.timestep_dtype(dtype)),
         env=family.env(positive, negative if guidance.is_active else None, geometry, embedded=given),
         guidance=guidance,
+        is_first=True,
     )

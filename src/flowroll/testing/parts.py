@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 from transformers import Qwen2Tokenizer
 
 from flowroll.testing.weights import fill_random
@@ -18,7 +18,7 @@ TEXT_DIM = 64
 LATENT_CHANNELS: Mapping[str, int] = {"tiny": 16, "mid": 16, "shapes": 4}
 
 
-def fill_vae(vae: AutoencoderKL | AutoencoderKLQwenImage, seed: int) -> None:
+def fill_vae(vae: AutoencoderKL | AutoencoderKLQwenImage | AutoencoderKLQwenImage21, seed: int) -> None:
     """Draws a VAE's weights so that its pictures are gray clouds."""
     fill_random(vae, seed, {"decoder.conv_out.weight": 1.5})
     with torch.no_grad():

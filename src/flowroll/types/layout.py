@@ -123,6 +123,7 @@ class Region:
         sliced: Paths of linears whose input is a part of a longer sequence. For a pair of branches such a part is not
             contiguous, and torch's linear adds the bias to the rounded product; for one branch it is, and the sum is rounded
             once (measured with torch 2.13 on CPU, bfloat16). Those listed here compute one branch as they compute a pair.
+        unless: An argument of the entered module; a forward that gives it is not sharded.
         is_in_front: Whether attention has the sharded keys before those that are not sharded; otherwise they come after them.
     """
 
@@ -132,6 +133,7 @@ class Region:
     attention: str
     sliced: tuple[str, ...] = ()
     is_in_front: bool = False
+    unless: str | None = None
 
     def following(self, *more: Split) -> Region:
         """Returns this region with more tensors to narrow."""

@@ -239,7 +239,7 @@ class Rollout:
     request_id: str
     prompt: str | None
     seed: int
-    image: Float[Tensor, " 3 frames height width"] | UInt8[Tensor, " 3 frames height width"] | bytes | None
+    image: Float[Tensor, " colors frames height width"] | UInt8[Tensor, " colors frames height width"] | bytes | None
     latents: Float[Tensor, " *latent"] | None = None
     log_probs: Float[Tensor, " steps"] | None = None
     sde_step_indices: tuple[int, ...] | None = None
@@ -270,7 +270,7 @@ class GeneratedImage:
     request_id: str
     prompt: str | None
     seed: int
-    image: Float[Tensor, " 3 frames height width"]
+    image: Float[Tensor, " colors frames height width"]
     latents: Float[Tensor, " *latent"]
     sampling: SamplingRecord
     weight_version: str

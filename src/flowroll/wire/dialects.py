@@ -302,9 +302,9 @@ def _final(sent: Leaf | None, load: Callable[[Leaf], Tensor], record: SamplingRe
 
 
 def _picture(tensor: Tensor, record: SamplingRecord) -> Tensor:
-    if tensor.shape[:1] != (3,) or tensor.shape[2:] != (record.height, record.width):
+    if tensor.shape[:1] not in ((3,), (4,)) or tensor.shape[2:] != (record.height, record.width):
         size = f"{record.height}, {record.width}"
-        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3, frames, {size}]")
+        raise LayoutError(f"generated_output of shape {list(tensor.shape)[:8]}, not [3 or 4, frames, {size}]")
     if record.image_format == "uint8" and tensor.dtype == torch.uint8 and tensor.ndim == 4:
         return tensor
     return _of_rank(4, tensor, "generated_output")

@@ -96,8 +96,8 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
         request_id: Id of the request.
         prompt: The prompt's text; null where the request gave none, but its token ids.
         seed: This sample's own seed; that of the sample that it descends from, for a leaf of a tree.
-        generated_output: The image as image_format asks for it: [3, 1, H, W] float32 in [0, 1]; the same shape in uint8; the
-            bytes of a PNG file (in JSON as base64); or null.
+        generated_output: The image as image_format asks for it: [3, 1, H, W] float32 in [0, 1], 4 channels where the model
+            draws an alpha channel; the same shape in uint8; the bytes of a PNG file (in JSON as base64); or null.
         weight_version: Version of the weights that made the sample.
         sampling: The record of how the sample was made.
         inference_time_s: Wall time of the sample's denoising and decode, seconds.
@@ -137,7 +137,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
         request_id: Id of the request.
         prompt: The prompt's text; null where the request gave none, but its token ids.
         seed: This image's own seed.
-        generated_output: [3, 1, H, W] float32, the image in [0, 1].
+        generated_output: [3, 1, H, W] float32, the image in [0, 1]; 4 channels where the model draws an alpha channel.
         latents: The final latents, in the loop's dtype.
         weight_version: Version of the weights that made the image.
         sampling: The record of how the image was made.

@@ -15,12 +15,12 @@ with extra_for("A PNG file", "engine"):
     from PIL import Image
 
 
-def to_uint8(image: Float[Tensor, " 3 1 height width"]) -> UInt8[Tensor, " 3 1 height width"]:
+def to_uint8(image: Float[Tensor, " colors 1 height width"]) -> UInt8[Tensor, " colors 1 height width"]:
     """Rounds an image in [0, 1] to eight bits, as diffusers' own image processor does."""
     return image.mul(255).round().clamp(0, 255).byte()
 
 
-def encode_png(image: Float[Tensor, " 3 1 height width"] | UInt8[Tensor, " 3 1 height width"]) -> bytes:
+def encode_png(image: Float[Tensor, " colors 1 height width"] | UInt8[Tensor, " colors 1 height width"]) -> bytes:
     """Encodes an image as 8-bit PNG.
 
     Args:
@@ -32,7 +32,7 @@ def encode_png(image: Float[Tensor, " 3 1 height width"] | UInt8[Tensor, " 3 1 h
     return buffer.getvalue()
 
 
-def in_format(image: Float[Tensor, " 3 1 height width"], image_format: ImageFormat) -> Tensor | bytes | None:
+def in_format(image: Float[Tensor, " colors 1 height width"], image_format: ImageFormat) -> Tensor | bytes | None:
     """Returns an image in [0, 1] in the form that a request asks for."""
     if image_format == "tensor":
         return image

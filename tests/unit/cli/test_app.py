@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 from diffusers import DiffusionPipeline
+from tests.processors import load_without_torchvision
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 import flowroll.serving
@@ -38,6 +39,7 @@ def test_a_users_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_pat
 
 @pytest.mark.parametrize(("family", "pipeline"), [(name, family.pipeline_classes[0]) for name, family in FAMILIES.items()])
 def test_make_checkpoint_makes_a_checkpoint_of_the_family(family, pipeline, tmp_path):
+    load_without_torchvision()
     result = run_cli("make-checkpoint", family, tmp_path / "made")
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "made") in result.stdout

@@ -17,6 +17,9 @@ class Stacking:
     def collate_key(self, forward_input: dict[str, Tensor]) -> Any:
         return tuple(tensor.shape for tensor in forward_input.values())
 
+    def run_in_turn(self, transformer: Any, forward_inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        return [transformer(**one, return_dict=False)[0] for one in forward_inputs]
+
     def collate(self, forward_inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([one[name] for one in forward_inputs]) for name in forward_inputs[0]}
 

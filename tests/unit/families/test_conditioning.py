@@ -104,6 +104,10 @@ class Model(nn.Module):
 
 def test_samples_with_a_shared_argument_share_a_forward_with_the_bits_of_each() -> None:
     class Family:
+        @staticmethod
+        def run_in_turn(transformer: Any, inputs: Any) -> list[Any]:
+            return [transformer(**one, return_dict=False)[0] for one in inputs]
+
         collate_key, collate, uncollate = staticmethod(DECLARED.key), staticmethod(DECLARED.collate), staticmethod(uncollate)
 
     inputs = []
@@ -122,7 +126,7 @@ def test_samples_with_a_shared_argument_share_a_forward_with_the_bits_of_each() 
 
 def test_a_message_carries_every_part_of_an_environment() -> None:
     env = make_env()
-    message = AddRequest(id=1, params=SamplingParams(prompt=""), env=EnvShape.of(env))
+    message = AddRequest(id=1, params=SamplingParams(prompt=""), env=EnvShape.of(env), latents=None, start_step=0)
     received = decode_message(encode_message(message).encode())
     assert isinstance(received, AddRequest)
     empty = received.env.empty(torch.device("cpu"))

@@ -164,7 +164,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(field: str, source: str, message: 
 def test_a_picture_in_another_layout_is_refused() -> None:
     sample = sample_of("native", family="z_image")
     sample["generated_output"] = sample["dit_trajectory"]["latents"]
-    with pytest.raises(ServerConnectionError, match=r"not \[3, frames, 32, 48\]"):
+    with pytest.raises(ServerConnectionError, match=r"not \[3 or 4, frames, 32, 48\]"):
         decoded(sample)
 
 

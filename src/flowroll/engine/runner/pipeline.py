@@ -93,7 +93,7 @@ class PipelineRunner:
 
     def picture(
         self, latents: Float[Tensor, " *latent"], geometry: Geometry, *, what: str = "image"
-    ) -> Float[Tensor, " 3 1 height width"]:
+    ) -> Float[Tensor, " colors 1 height width"]:
         """Decodes the latents of one sample into its picture, on the CPU.
 
         Args:

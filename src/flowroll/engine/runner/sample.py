@@ -62,7 +62,7 @@ class Conditioning:
             model=model,
             transformer=model.adapters.transformer_for(plan.params),
             env=env,
-            fixed=model.family.conditioning.fixed_inputs(env, is_guided=plan.guidance.is_active),
+            fixed=model.family.fixed_inputs(env, is_guided=plan.guidance.is_active),
             timesteps=timesteps,
             dts=sigmas[1:] - sigmas[:-1],
             record=record,
@@ -114,6 +114,8 @@ class Sample:
         plan = conditioning.plan
         recorder = None if plan.transitions is None else Recorder(plan=plan)
         if recorder is not None:
+            # As the states of a record lie in memory: the order of a sum's terms depends on it.
+            latents = latents.contiguous()
             recorder.keep_latents(plan.steps.start, latents)
         return cls(conditioning=conditioning, planned=planned, latents=latents, step=plan.steps.start, recorder=recorder)
 
@@ -153,6 +155,7 @@ class Sample:
             timestep=conditioning.timesteps[self.step : self.step + 1],
             env=conditioning.env,
             guidance=conditioning.plan.guidance,
+            is_first=self.step == 0,
             fixed=conditioning.fixed,
         )
 
