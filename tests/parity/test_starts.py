@@ -98,8 +98,10 @@ def test_one_state_may_be_everybodys_start(engine_of: EngineOf) -> None:
 
 def latents_of(pipeline: Any, state: torch.Tensor, noise: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """What the pipeline makes of given latents: some take them as their loop has them, others as they draw noise."""
-    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
+    known = inspect.signature(pipeline.__call__).parameters
+    if "true_cfg_scale" in known:
         arguments["true_cfg_scale"] = 1.0
+    arguments = {name: value for name, value in arguments.items() if name in known}
     with torch.no_grad():
         try:
             images = pipeline(**arguments, latents=state[None], output_type="latent").images
