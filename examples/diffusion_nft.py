@@ -1,10 +1,12 @@
 """DiffusionNFT against a running server: learning from clean latents and rewards alone, no log-prob, no trajectory.
 
     python -m examples.diffusion_nft --out runs/nft
+    python -m examples.diffusion_nft --out runs/nft-ema --decay 0.5     # the old policy follows slowly
 
-The server samples with its deterministic sampler and returns the final latents and the environment; the trainer noises the
-latents itself. With b the strength, v_old the velocity of the policy that sampled and v that of the one that learns, a sample
-of optimality r in [0, 1] gives
+The server samples from the old policy with its deterministic sampler, and returns the final latents and the environment; the
+trainer noises the latents itself. The old policy is a moving average, which the server computes from the weights that it is
+sent for the new one. With b the strength, v_old the velocity of the policy that sampled and v that of the one that learns, a
+sample of optimality r in [0, 1] gives
 
     r |(1 - b) v_old + b v - u|^2 + (1 - r) |(1 + b) v_old - b v - u|^2,    u = eps - x0:
 
@@ -16,16 +18,17 @@ Reference: Zheng et al., "DiffusionNFT: Online Diffusion Reinforcement with Forw
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from examples.rl.learner import Descent
-from examples.rl.loop import Batch, Options, add_arguments, options_of, train
+from examples.rl.learner import Batch, Descent
+from examples.rl.loop import train
+from examples.rl.options import Options, add_arguments, options_of
+from examples.rl.publishing import OldPolicy
 from examples.server import exit_on_sigterm
 from flowroll import Rollout, replay
 
@@ -37,29 +40,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="b: how far the implicit policies lie from the old one")
     parser.add_argument("--noise-levels", type=int, default=3, help="per sample and update")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps of a round")
+    parser.add_argument("--decay", type=float, default=0.0, help="the old policy's own share after a round; 0: a copy")
     parsed = parser.parse_args(arguments)
     options = options_of(parsed)
-    learner = Learner(options, strength=parsed.strength, noise_levels=parsed.noise_levels, updates=parsed.updates)
-    # Of all latents the last alone.
-    request: dict[str, Any] = {"sde_type": "ode", "return_step_indices": (options.num_steps,)}
-    train(options, request, learner.update, title=f"DiffusionNFT, {options.family}")
+    learner = DiffusionNft(
+        options, strength=parsed.strength, noise_levels=parsed.noise_levels, updates=parsed.updates, decay=parsed.decay
+    )
+    train(options, learner, title=f"DiffusionNFT, {options.family}")
 
 
-class Learner:
-    """The loss."""
+class DiffusionNft:
+    """The loss.
 
-    def __init__(self, options: Options, *, strength: float, noise_levels: int, updates: int) -> None:
+    Args:
+        options: The run.
+        strength: b, how far the implicit policies lie from the old one.
+        noise_levels: Of a sample and update.
+        updates: Optimizer steps of a round.
+        decay: The old policy's own share after a round.
+    """
+
+    def __init__(self, options: Options, *, strength: float, noise_levels: int, updates: int, decay: float = 0.0) -> None:
         self._strength, self._noise_levels = strength, noise_levels
         self._descent = Descent(learning_rate=options.learning_rate, updates=updates)
+        # Of all latents the last alone.
+        self._request = {"sde_type": "ode", "return_step_indices": (options.num_steps,)}
+        self.old = OldPolicy(decay)
+
+    def request(self, number: int) -> Mapping[str, Any]:
+        """See `Learner`."""
+        return self._request
+
+    def state(self) -> dict[str, Any]:
+        """See `Learner`."""
+        old = {} if self.old.module is None else self.old.module.state_dict()
+        return {"optimizer": self._descent.state(), "old": old}
+
+    def restore(self, state: Mapping[str, Any], policy: nn.Module) -> None:
+        """See `Learner`."""
+        self._descent.restore(state["optimizer"], policy)
+        if state["old"]:
+            self.old.of(policy).load_state_dict(state["old"])
 
     def update(self, policy: nn.Module, batch: Batch) -> None:
         """Some optimizer steps on a round's clean latents; there is no ratio."""
-        old = copy.deepcopy(policy).requires_grad_(False)
+        old = self.old.of(policy)
         optimality = optimality_of(batch.advantages)
         for chosen in self._descent.steps(policy, batch):
             for index in chosen:
                 loss = self._loss(policy, old, batch.rollouts[index], optimality[index], batch.generator)
                 (loss / len(chosen)).backward()
+        self.old.move(policy)
 
     def _loss(
         self, policy: nn.Module, old: nn.Module, rollout: Rollout, optimality: Float[Tensor, ""], generator: torch.Generator
@@ -78,7 +109,7 @@ class Learner:
             now,
             before,
             torch.stack(noises) - clean,
-            sigmas[steps],
+            torch.tensor([sigmas[step] for step in steps]),
             optimality.expand(count),
             beta=self._strength,
             scale="velocity",

@@ -19,6 +19,12 @@ def tensors_of(rollout: Rollout) -> Iterator[tuple[str, Tensor]]:
                 value = getattr(part, name)
                 if isinstance(value, Tensor):
                     yield name, value
+    if rollout.step_tensors is not None:
+        yield from ((f"step_tensors.{name}", tensor) for name, tensor in rollout.step_tensors.tensors.items())
+    if rollout.step_images is not None:
+        steps = rollout.step_images.step_indices
+        pairs = zip(steps, rollout.step_images.images, strict=True)
+        yield from ((f"step_images.{step}", image) for step, image in pairs if isinstance(image, Tensor))
     if rollout.denoising_env is not None:
         for branch in ("pos_cond_kwargs", "neg_cond_kwargs"):
             for name, value in (getattr(rollout.denoising_env, branch) or {}).items():

@@ -50,7 +50,23 @@ EXAMPLES = (
         command=("examples.flow_grpo", "--window", "2", "--learning-rate", "5e-4"),
     ),
     Example(name="cps", title="Flow-GRPO with CPS", command=("examples.flow_grpo", "--dynamics", "cps")),
+    Example(
+        name="mix",
+        title="MixGRPO, a window of two steps that moves",
+        command=("examples.flow_grpo", "--window", "2", "--move-every", "4", "--learning-rate", "5e-4"),
+    ),
+    Example(
+        name="dance",
+        title="Flow-GRPO with Dance-SDE",
+        command=("examples.flow_grpo", "--dynamics", "dance", "--noise-level", "0.3"),
+    ),
+    Example(name="branch", title="BranchGRPO, eight leaves", command=("examples.branch_grpo",)),
     Example(name="nft", title="DiffusionNFT", command=("examples.diffusion_nft",), mistakes=_EVERY_SEED),
+    Example(
+        name="nft-ema",
+        title="DiffusionNFT, the old policy a moving average on the server",
+        command=("examples.diffusion_nft", "--decay", "0.5"),
+    ),
 )
 
 

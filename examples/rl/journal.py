@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from flowroll.cli.plots import color_of, line_chart, save_chart
 
@@ -30,23 +31,86 @@ class Row:
 
 
 class Journal:
-    """Appends rows to a CSV file; a run that is cut off leaves the rounds that it made."""
+    """Appends rows to a CSV file; a run that is cut off leaves the rounds that it made.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        track: Where the rows go too: "tensorboard" (beside the file), "wandb".
+        name: Of the run, there.
+    """
+
+    def __init__(self, path: Path, *, track: Sequence[str] = (), name: str = "") -> None:
         self.path = path
         self.rows: list[Row] = []
+        self._trackers = [_TRACKERS[kind](path.parent, name) for kind in track]
         path.write_text(",".join(field.name for field in fields(Row)) + "\n")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def restore(self, rows: Sequence[Row]) -> None:
+        """Writes the rows of an earlier part of the run."""
+        for row in rows:
+            self.add(row)
 
     def add(self, row: Row) -> None:
         """Writes the row."""
         self.rows.append(row)
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(["" if value is None else value for value in asdict(row).values()])
+        values = {name: value for name, value in asdict(row).items() if name != "round" and value is not None}
+        for tracker in self._trackers:
+            tracker.add(row.round, values)
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
         """Round and evaluation, where one was taken."""
         return [(row.round, row.evaluation) for row in self.rows if row.evaluation is not None]
+
+
+class _TensorBoard:
+    """Writes event files beside the CSV file."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SystemExit("--track tensorboard must find tensorboard; pip install tensorboard.") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def add(self, number: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, number)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """Sends the rows to W&B, or keeps them in the folder, as its own environment variables say."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise SystemExit("--track wandb must find wandb; pip install wandb.") from error
+        self._run: Any = wandb.init(project="flowroll", name=name, dir=str(folder))
+
+    def add(self, number: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=number)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: Mapping[str, Callable[[Path, str], _TensorBoard | _WeightsAndBiases]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+}
 
 
 def read_rows(path: Path) -> list[Row]:

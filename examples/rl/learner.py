@@ -1,15 +1,60 @@
-"""What the examples' learners share: an optimizer, and a round's samples dealt out to its steps."""
+"""What the examples' learners share: the interface to the loop, an optimizer, and a round's samples dealt out to its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from examples.rl.loop import Batch
+from examples.rl.publishing import OldPolicy
+from flowroll import Rollout
 
 _MAX_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The rollouts of one round.
+
+    Attributes:
+        rollouts: Groups side by side.
+        rewards: Of each.
+        groups: The number of each one's group.
+        advantages: Of each, within its group.
+        generator: For what the update draws.
+    """
+
+    rollouts: Sequence[Rollout]
+    rewards: Float[Tensor, " samples"]
+    groups: Int[Tensor, " samples"]
+    advantages: Float[Tensor, " samples"]
+    generator: torch.Generator
+
+
+class Learner(Protocol):
+    """An algorithm.
+
+    Attributes:
+        old: The policy that rolls out, where that is not the one that was published last.
+    """
+
+    old: OldPolicy | None
+
+    def request(self, number: int) -> Mapping[str, Any]:
+        """Fields of the rollout requests of a round beyond prompts, seeds and steps."""
+
+    def update(self, policy: nn.Module, batch: Batch) -> float | None:
+        """Changes the policy; returns the largest |ratio - 1| before the first change, None where there is no ratio."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved beside the policy, in plain values and tensors."""
+
+    def restore(self, state: Mapping[str, Any], policy: nn.Module) -> None:
+        """Goes on from what was saved."""
 
 
 class Descent:
@@ -26,12 +71,25 @@ class Descent:
 
     def steps(self, policy: nn.Module, batch: Batch) -> Iterator[Sequence[int]]:
         """Gives the samples of each step, in random order; takes the step with the gradient that the loop's body leaves."""
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._learning_rate, weight_decay=0.0)
+        optimizer = self._optimizer_of(policy)
         order = torch.randperm(len(batch.rollouts), generator=batch.generator).tolist()
         size = len(order) // self._updates
         for number in range(self._updates):
             yield order[number * size : (number + 1) * size]
             torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state."""
+        return {} if self._optimizer is None else self._optimizer.state_dict()
+
+    def restore(self, state: Mapping[str, Any], policy: nn.Module) -> None:
+        """Goes on with a saved state."""
+        if state:
+            self._optimizer_of(policy).load_state_dict(dict(state))
+
+    def _optimizer_of(self, policy: nn.Module) -> torch.optim.Optimizer:
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(policy.parameters(), lr=self._learning_rate, weight_decay=0.0)
+        return self._optimizer

@@ -1,140 +1,72 @@
 """The loop of online reinforcement learning, over HTTP: roll out, reward, update, push the weights, again.
 
-Owns the server process, the policy, the prompts and the rewards. What an update does is the caller's: `train` hands it the
-policy and a batch of rollouts with their advantages.
+Owns the server process, the policy, the prompts and the rewards. What is asked for and what an update does is the learner's:
+`train` hands it the policy and a batch of rollouts with their advantages.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from examples.rl.journal import Journal, Row, plot
-from examples.rl.publishing import Adapter, Publisher, Weights, with_adapter
-from examples.rl.spoiling import MISTAKES, SPOIL_REWARDS, SPOIL_ROLLOUTS
+from examples.rl.learner import Batch, Learner
+from examples.rl.options import Options, Reward, reward_named
+from examples.rl.publishing import publisher_of, with_adapter
+from examples.rl.saving import load, save
+from examples.rl.spoiling import SPOIL_REWARDS, SPOIL_ROLLOUTS
 from examples.server import running_server
-from examples.shapes.reward import reward
 from examples.shapes.world import SCENES
 from flowroll import Rollout, replay
-from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
+from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.plots import ContactRow, contact_sheet
 from flowroll.client import Client
 
-_FAMILIES = SHAPES_FAMILIES
 _SHOWN_PROMPTS = 8
 # One forward per step, as Flow-GRPO trains: at this scale no family runs guidance.
 _UNGUIDED = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """One training run.
-
-    Attributes:
-        out: Folder for everything that the run writes.
-        family: Whose shapes checkpoint is trained.
-        seed: Of prompts, noise and updates.
-        rounds: Rollouts, update, push.
-        prompts: Per round.
-        group_size: Samples of one prompt.
-        num_steps: Denoising steps.
-        learning_rate: Of AdamW.
-        lora_rank: Of the adapter that is trained; None: all weights are.
-        evaluate_every: Rounds between evaluations.
-        mistake: One of `MISTAKES`, to see that nothing is learned; None: none.
-    """
-
-    out: Path
-    family: str = "qwen_image"
-    seed: int = 0
-    rounds: int = 20
-    prompts: int = 8
-    group_size: int = 8
-    num_steps: int = 6
-    learning_rate: float = 1e-3
-    lora_rank: int | None = None
-    evaluate_every: int = 5
-    mistake: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The rollouts of one round.
-
-    Attributes:
-        rollouts: Groups side by side.
-        advantages: Of each, within its group.
-        generator: For what the update draws.
-    """
-
-    rollouts: Sequence[Rollout]
-    advantages: Float[Tensor, " samples"]
-    generator: torch.Generator
-
-
-# Changes the policy; returns the largest |ratio - 1| before the first change, None where there is no ratio.
-Update = Callable[[nn.Module, Batch], float | None]
-
-
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The flags of `Options`; `defaults` replace its own."""
-    of = {**{name: field.default for name, field in Options.__dataclass_fields__.items()}, **defaults}
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything that the run writes")
-    parser.add_argument("--family", choices=_FAMILIES, default=of["family"])
-    for name in ("seed", "rounds", "prompts", "group_size", "num_steps", "evaluate_every"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=of[name])
-    parser.add_argument("--learning-rate", type=float, default=of["learning_rate"])
-    parser.add_argument("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank; default: all weights")
-    parser.add_argument("--mistake", choices=MISTAKES, default=None, help="spoil the run on purpose: it must not learn")
-
-
-def options_of(arguments: argparse.Namespace) -> Options:
-    """The options that the flags of `add_arguments` say."""
-    return Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
-
-
-def train(options: Options, request: Mapping[str, Any], update: Update, *, title: str) -> Journal:
-    """Trains the shapes policy; CSV, curve and pictures go to `options.out`.
+def train(options: Options, learner: Learner, *, title: str) -> Journal:
+    """Trains the shapes policy; CSV, curve and pictures go to `options.out`, what was learned to `options.save`.
 
     Args:
         options: The run.
-        request: Fields of the rollout requests beyond prompts, seeds and steps: the dynamics and what is returned.
-        update: What a round does to the policy.
+        learner: What is asked of the server, and what a round does to the policy.
         title: Above the curve.
     """
     quiet_model_libraries()
     # As many as the server has: on the CPU, bits depend on it.
     torch.set_num_threads(1)
+    reward = reward_named(options.reward)
     options.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(options.out / "rewards.csv")
     checkpoint = shapes_checkpoint(options.family)
     policy = load_policy(checkpoint)
-    publisher: Publisher = Weights()
     if options.lora_rank is not None:
-        policy, publisher = with_adapter(policy, options.lora_rank), Adapter()
+        torch.manual_seed(options.seed)
+        policy = with_adapter(policy, options.lora_rank)
     with (
+        Journal(options.out / "rewards.csv", track=options.track, name=title) as journal,
         running_server(checkpoint, options.out / "server.log") as server,
         Client(server.url) as client,
         _progress() as progress,
     ):
-        run = _Run(options, {**request, **publisher.request}, client, policy, journal, publisher)
+        run = _Run(options, learner, reward, client, policy, journal)
         task = progress.add_task("", total=options.rounds)
-        if options.lora_rank is not None:
-            publisher.publish(client, policy)
-        for number in range(options.rounds):
-            run.round(number, update)
+        for number in range(run.begin(), options.rounds):
+            run.round(number)
+            if options.save is not None:
+                save(options.save, checkpoint, policy, run.saved_state(number + 1), options)
             progress.update(task, completed=number + 1, description=run.state)
         run.finish(title)
     start, end = journal.evaluations[0][1], journal.evaluations[-1][1]
@@ -156,30 +88,56 @@ class _Run:
     """The state of a run."""
 
     def __init__(
-        self,
-        options: Options,
-        request: Mapping[str, Any],
-        client: Client,
-        policy: nn.Module,
-        journal: Journal,
-        publisher: Publisher,
+        self, options: Options, learner: Learner, reward: Reward, client: Client, policy: nn.Module, journal: Journal
     ) -> None:
-        self._options, self._request, self._client = options, request, client
-        self._policy, self._journal, self._publisher = policy, journal, publisher
+        self._options, self._learner, self._reward, self._client = options, learner, reward, client
+        self._policy, self._journal = policy, journal
+        self._publisher = publisher_of(options.lora_rank)
         self._generator = torch.Generator().manual_seed(options.seed)
         self._started_s = time.perf_counter()
         self._before: Sequence[Tensor] = ()
         self.state = ""
 
-    def round(self, number: int, update: Update) -> None:
+    def begin(self) -> int:
+        """Gives the server what the run starts from; returns the number of the first round."""
+        options, learner, publisher, number = self._options, self._learner, self._publisher, 0
+        source = publisher.request.get("lora_name")
+        if options.resume is not None:
+            state = load(options.resume, self._policy, options)
+            number = state["rounds"]
+            self._generator.set_state(state["generator"])
+            self._journal.restore([Row(**row) for row in state["rows"]])
+            learner.restore(state["learner"], self._policy)
+        if learner.old is not None and learner.old.module is not None:
+            # Sent as the policy, and kept beside it once the policy itself is sent.
+            publisher.publish(self._client, learner.old.module, number)
+            learner.old.begin(self._client, source)
+        if number or options.lora_rank is not None:
+            publisher.publish(self._client, self._policy, number)
+        if learner.old is not None and learner.old.module is None:
+            learner.old.begin(self._client, source)
+        return number
+
+    def saved_state(self, rounds: int) -> dict[str, Any]:
+        """What a later run needs to go on after so many rounds, beside the policy."""
+        return {
+            "rounds": rounds,
+            "generator": self._generator.get_state(),
+            "rows": [asdict(row) for row in self._journal.rows],
+            "learner": self._learner.state(),
+        }
+
+    def round(self, number: int) -> None:
         """One round: rollouts from the server, an update of the policy, its weights to the server."""
         evaluation = None
-        if number % self._options.evaluate_every == 0:
+        if number % self._options.evaluate_every == 0 or not self._before:
             evaluation, pictures = self._evaluate()
             self._before = self._before or pictures
-        batch, mean = self._collect()
-        ratio_error = update(self._policy, batch)
-        self._publisher.publish(self._client, self._policy)
+        batch, mean = self._collect(number)
+        ratio_error = self._learner.update(self._policy, batch)
+        self._publisher.publish(self._client, self._policy, number + 1)
+        if self._learner.old is not None:
+            self._learner.old.follow(self._client, self._publisher.request.get("lora_name"))
         seconds = time.perf_counter() - self._started_s
         self._journal.add(
             Row(round=number, reward=mean, evaluation=evaluation, ratio_error=ratio_error, seconds=round(seconds, 1))
@@ -203,32 +161,35 @@ class _Run:
             title=title,
         )
 
-    def _collect(self) -> tuple[Batch, float]:
+    def _collect(self, number: int) -> tuple[Batch, float]:
         """The rollouts of a round, and their mean reward."""
-        options, generator = self._options, self._generator
+        options, generator, old = self._options, self._generator, self._learner.old
         chosen = torch.randperm(len(SCENES), generator=generator)[: options.prompts].tolist()
+        policy = self._publisher.request if old is None else {"policy": old.name}
+        # A learner that makes trees says itself how many samples there are.
+        fields = {"num_outputs_per_prompt": options.group_size, **policy, **self._learner.request(number)}
         rollouts: list[Rollout] = []
         for index in chosen:
             rollouts += self._client.rollout(
                 prompt=SCENES[index].prompt,
                 seed=int(torch.randint(2**31, (), generator=generator)),
-                num_outputs_per_prompt=options.group_size,
                 num_inference_steps=options.num_steps,
                 guidance_scale=_UNGUIDED,
                 debug_mode=False,
                 return_denoising_env=True,
                 return_dit_trajectory=True,
-                **self._request,
+                **fields,
             )
-        rewards = [reward(rollout.image, rollout.prompt) for rollout in rollouts]
+        rewards = [self._reward(picture_of(rollout), rollout.prompt or "") for rollout in rollouts]
         mean = sum(rewards) / len(rewards)
         if options.mistake in SPOIL_REWARDS:
             rewards = SPOIL_REWARDS[options.mistake](rewards, generator)
         if options.mistake in SPOIL_ROLLOUTS:
             rollouts = SPOIL_ROLLOUTS[options.mistake](rollouts)
-        groups = torch.arange(len(chosen)).repeat_interleave(options.group_size)
-        advantages = replay.group_advantages(torch.tensor(rewards), groups, std="global")
-        return Batch(rollouts=rollouts, advantages=advantages, generator=generator), mean
+        groups = torch.arange(len(chosen)).repeat_interleave(len(rollouts) // len(chosen))
+        found = torch.tensor(rewards)
+        advantages = replay.group_advantages(found, groups, std="global")
+        return Batch(rollouts=rollouts, rewards=found, groups=groups, advantages=advantages, generator=generator), mean
 
     def _evaluate(self) -> tuple[float, list[Tensor]]:
         """Mean reward of one deterministic sample of every prompt, always from the same noise, and the samples."""
@@ -242,7 +203,14 @@ class _Run:
             )[0].image
             for index, scene in enumerate(SCENES)
         ]
-        return sum(reward(image, scene.prompt) for image, scene in zip(images, SCENES, strict=True)) / len(SCENES), images
+        rewards = [self._reward(image, scene.prompt) for image, scene in zip(images, SCENES, strict=True)]
+        return sum(rewards) / len(rewards), images
+
+
+def picture_of(rollout: Rollout) -> Tensor:
+    """A rollout's picture, float32 in [0, 1]."""
+    assert isinstance(rollout.image, Tensor)
+    return rollout.image
 
 
 def _progress() -> Progress:

@@ -1,16 +1,21 @@
 """The training examples: what they write, how they can be spoiled, and that they learn, or do not."""
 
 import copy
+import sys
+import types
 from pathlib import Path
 from typing import ClassVar
 
+import examples.branch_grpo as branch_grpo
 import examples.diffusion_nft as diffusion_nft
 import examples.flow_grpo as flow_grpo
 import pytest
 import torch
 from examples.rl import loop
 from examples.rl.journal import Journal, Row, plot, read_rows
-from examples.rl.loop import Batch, Options, load_policy
+from examples.rl.learner import Batch
+from examples.rl.loop import load_policy
+from examples.rl.options import Options, reward_named
 from examples.rl.spoiling import SPOIL_ROLLOUTS, permuted_latents, shuffled, wrong_env, wrong_sigmas
 from examples.shapes.world import SCENES
 from PIL import Image
@@ -45,12 +50,21 @@ def test_a_journal_reads_back_what_it_wrote_also_of_a_run_that_was_cut_off(tmp_p
     assert min(Image.open(tmp_path / "rewards.png").size) > 300
 
 
+class Idle:
+    """Learns nothing."""
+
+    old = None
+
+    def update(self, policy, batch):
+        return 0.0
+
+
 class Nowhere:
     """Publishes nothing."""
 
     request: ClassVar[dict[str, str]] = {}
 
-    def publish(self, client, policy):
+    def publish(self, client, policy, version):
         pass
 
 
@@ -59,16 +73,55 @@ def test_the_pictures_of_before_are_those_of_the_first_evaluation(tmp_path, monk
     evaluations = iter((float(number), [picture] * len(SCENES)) for number, picture in enumerate(taken))
     shown: list[ContactRow] = []
     monkeypatch.setattr(loop._Run, "_evaluate", lambda self: next(evaluations))
-    monkeypatch.setattr(loop._Run, "_collect", lambda self: (None, 0.5))
+    monkeypatch.setattr(loop._Run, "_collect", lambda self, number: (None, 0.5))
     monkeypatch.setattr(loop, "contact_sheet", lambda rows, captions, path, title: shown.extend(rows))
-    run = loop._Run(
-        Options(out=tmp_path, rounds=3, evaluate_every=1), {}, None, None, Journal(tmp_path / "rewards.csv"), Nowhere()
-    )
-    for number in range(3):
-        run.round(number, lambda policy, batch: 0.0)
+    monkeypatch.setattr(loop, "publisher_of", lambda rank: Nowhere())
+    options = Options(out=tmp_path, rounds=3, evaluate_every=1)
+    run = loop._Run(options, Idle(), None, None, None, Journal(tmp_path / "rewards.csv"))
+    for number in range(run.begin(), 3):
+        run.round(number)
     run.finish("a run")
     assert [row.label for row in shown] == ["before", "after"]
     assert torch.equal(shown[0].images[0], taken[0]) and torch.equal(shown[1].images[0], taken[3])
+
+
+def test_a_reward_is_named_by_its_module_and_function():
+    assert reward_named("math:sqrt")(4.0) == 2.0
+    for path, words in (
+        ("math", "must be module:function, got math"),
+        ("no.such:thing", "must be module:function, got no.such:thing"),
+        ("math:pi", "must name a function, got math:pi, a float"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            reward_named(path)
+
+
+def test_rows_go_to_tensorboard_where_that_is_installed_and_the_remedy_is_named_where_not(tmp_path, monkeypatch):
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name, value, number):
+            written.append((name, value, number))
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    with Journal(tmp_path / "rewards.csv", track=["tensorboard"]) as journal:
+        journal.add(Row(round=3, reward=0.5, seconds=2.0))
+    assert written == [("reward", 0.5, 3), ("seconds", 2.0, 3)] and closed == [True]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        Journal(tmp_path / "rewards.csv", track=["wandb"])
+
+
+def test_a_window_moves_along_and_begins_again():
+    learner = flow_grpo.FlowGrpo(Options(out=Path(), num_steps=4), updates=1, window=2, move_every=3)
+    windows = [learner.request(number)["sde_step_indices"] for number in range(12)]
+    assert windows == [(0, 1)] * 3 + [(1, 2)] * 3 + [(2, 3)] * 3 + [(0, 1)] * 3
 
 
 def groups() -> list[Rollout]:
@@ -119,13 +172,16 @@ def policy(z_image_checkpoint):
 
 
 def batch_of(rollouts: list[Rollout], advantages: list[float]) -> Batch:
-    return Batch(rollouts=rollouts, advantages=torch.tensor(advantages), generator=torch.Generator().manual_seed(0))
+    found = torch.tensor(advantages)
+    groups = torch.zeros(len(rollouts), dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    return Batch(rollouts=rollouts, rewards=found, groups=groups, advantages=found, generator=generator)
 
 
 @pytest.mark.parametrize("window", [None, (0, 1)])
 def test_a_policy_gradient_step_starts_at_one_and_favours_the_better_samples(engine, policy, window):
     rollouts = engine.rollout(**REQUEST, sde_step_indices=window)
-    learner = flow_grpo.Learner(Options(out=Path(), learning_rate=1e-3), updates=1)
+    learner = flow_grpo.FlowGrpo(Options(out=Path(), num_steps=3, learning_rate=1e-3), updates=1)
     assert learner.update(policy, batch_of(rollouts, [1.0, -1.0, 1.0, -1.0])) == 0
     moved = (replay.log_prob(policy, rollouts) - torch.stack([one.log_probs for one in rollouts])).sum(dim=1)
     assert moved[0] > moved[1] and moved[2] > moved[3] and moved.abs().min() > 0
@@ -137,14 +193,14 @@ def test_a_ratio_that_is_not_one_stops_the_run_unless_it_was_asked_for(engine, p
     batch = batch_of(SPOIL_ROLLOUTS[mistake](rollouts), [1.0, -1.0] * 4)
     before = copy.deepcopy(policy.state_dict())
     with pytest.raises(RuntimeError, match="exactly 1 before the first update"):
-        flow_grpo.Learner(Options(out=Path()), updates=1).update(policy, batch)
+        flow_grpo.FlowGrpo(Options(out=Path(), num_steps=3), updates=1).update(policy, batch)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
-    assert flow_grpo.Learner(Options(out=Path(), mistake=mistake), updates=1).update(policy, batch) > 0
+    assert flow_grpo.FlowGrpo(Options(out=Path(), num_steps=3, mistake=mistake), updates=1).update(policy, batch) > 0
 
 
 def test_nft_pulls_towards_good_samples_and_away_from_bad_ones(engine, policy):
     rollouts = engine.rollout(**REQUEST, sde_type="ode", return_step_indices=(3,))
-    learner = diffusion_nft.Learner(Options(out=Path(), learning_rate=1e-3), strength=1.0, noise_levels=3, updates=1)
+    learner = diffusion_nft.DiffusionNft(Options(out=Path(), learning_rate=1e-3), strength=1.0, noise_levels=3, updates=1)
 
     def losses() -> torch.Tensor:
         """How far the policy's velocities are from each sample, over fixed noise."""
@@ -173,9 +229,32 @@ def test_the_optimality_is_a_probability_with_a_mean_of_one_half():
 
 def test_nft_needs_no_more_than_the_last_state_and_the_env(engine, policy):
     rollouts = engine.rollout(**REQUEST, sde_type="ode", return_step_indices=(3,), debug_mode=False)
-    learner = diffusion_nft.Learner(Options(out=Path()), strength=1.0, noise_levels=1, updates=2)
+    learner = diffusion_nft.DiffusionNft(Options(out=Path()), strength=1.0, noise_levels=1, updates=2)
     before = copy.deepcopy(policy.state_dict())
     learner.update(policy, batch_of(rollouts, [1.0, -1.0, 0.0, 0.0]))
     assert any(not torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     with pytest.raises(InvalidRequestError):
         replay.score(policy, rollouts)
+
+
+def test_what_a_node_drew_is_rewarded_by_what_came_of_it(engine):
+    """A tree of two branches from the first step, each of two from the third."""
+    leaves = engine.rollout(**{**REQUEST, "num_outputs_per_prompt": 1, "fork": {0: 2, 2: 2}})
+    found = branch_grpo.node_advantages(leaves, torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    # Before the second fork two nodes, with mean rewards 2 and 6; then four leaves of std sqrt(5).
+    root = 5**0.5
+    expected = torch.tensor([[-1.0, -1.0, -3 / root], [-1.0, -1.0, -1 / root], [1.0, 1.0, 1 / root], [1.0, 1.0, 3 / root]])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def test_the_gradient_of_a_tree_goes_by_its_branches(engine, policy):
+    leaves = engine.rollout(**{**REQUEST, "num_outputs_per_prompt": 1, "fork": {0: 2, 2: 2}})
+    options = Options(out=Path(), num_steps=3, learning_rate=1e-3)
+    learner = branch_grpo.BranchGrpo(options, updates=1, noise_level=0.7, fork={0: 2, 2: 2})
+    assert learner.request(0)["fork"] == {0: 2, 2: 2} and learner.request(0)["num_outputs_per_prompt"] == 1
+    # The leaves of a branch differ, and their means do not: only the last step has an advantage.
+    batch = batch_of(leaves, [1.0, -1.0, 1.0, -1.0])
+    assert learner.update(policy, batch) == 0
+    moved = replay.log_prob(policy, leaves) - torch.stack([one.log_probs for one in leaves])
+    assert moved[0, 2] > moved[1, 2] and moved[2, 2] > moved[3, 2]
+    assert not learner.advantages(batch)[:, :2].any()

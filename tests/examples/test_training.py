@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import examples.branch_grpo as branch_grpo
 import examples.diffusion_nft as diffusion_nft
 import examples.flow_grpo as flow_grpo
 import pytest
+import torch
 from examples.rl.journal import Row, read_rows
 from examples.rl.spoiling import MISTAKES, SPOIL_ROLLOUTS
 from PIL import Image
+
+from flowroll.engine import Engine
 
 
 def run(main, out: Path, *flags: str) -> list[Row]:
@@ -37,6 +41,39 @@ def test_every_round_starts_at_a_ratio_of_one_with_the_weights_of_the_round_befo
         assert min(Image.open(tmp_path / picture).size) > 200
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (flow_grpo.main, ("--window", "2", "--move-every", "1")),
+        (flow_grpo.main, ("--window", "2", "--lora-rank", "4")),
+        (diffusion_nft.main, ("--decay", "0.5", "--noise-levels", "1")),
+        (branch_grpo.main, ("--fork", "0:2", "3:2")),
+    ],
+    ids=["mix", "adapter", "nft", "branch"],
+)
+def test_a_run_that_goes_on_has_the_bits_of_one_that_was_never_cut_off(tmp_path, main, flags):
+    """Weights, optimizer, random numbers, versions, and the old policy on the server."""
+    common = ("--prompts", "2", "--group-size", "3", *flags)
+    whole = run(main, tmp_path / "whole", *common, "--rounds", "3", "--save", str(tmp_path / "whole-saved"))
+    run(main, tmp_path / "first", *common, "--rounds", "1", "--save", str(tmp_path / "saved"))
+    again = ("--rounds", "3", "--resume", str(tmp_path / "saved"), "--save", str(tmp_path / "saved-again"))
+    rest = run(main, tmp_path / "rest", *common, *again)
+    states = [torch.load(tmp_path / name / "training_state.pt", weights_only=True) for name in ("whole-saved", "saved-again")]
+    assert states[0]["rounds"] == states[1]["rounds"] == 3
+    for name, tensor in states[0]["policy"].items():
+        assert torch.equal(tensor, states[1]["policy"][name])
+    assert [(row.round, row.reward, row.ratio_error) for row in rest] == [
+        (row.round, row.reward, row.ratio_error) for row in whole
+    ]
+    assert rest[-1].evaluation == whole[-1].evaluation
+    # What was saved can be served.
+    with Engine(tmp_path / "saved-again", device="cpu") as engine:
+        assert engine.rollout("a red circle", num_inference_steps=2, seed=1)
+    with pytest.raises(SystemExit, match="--seed must be 0 to go on"):
+        main(["--out", str(tmp_path / "other"), "--resume", str(tmp_path / "saved"), "--seed", "1", *common])
+
+
 ROUNDS = ("--window", "2", "--rounds", "8")
 
 
@@ -44,6 +81,22 @@ ROUNDS = ("--window", "2", "--rounds", "8")
 def test_rewards_teach(tmp_path):
     rows = run(flow_grpo.main, tmp_path, *ROUNDS)
     assert rows[-1].evaluation > rows[0].evaluation + 0.08
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (flow_grpo.main, ("--window", "2", "--move-every", "2", "--rounds", "10")),
+        (flow_grpo.main, ("--dynamics", "dance", "--noise-level", "0.3", "--rounds", "10")),
+        (branch_grpo.main, ("--rounds", "8")),
+        (diffusion_nft.main, ("--decay", "0.3", "--rounds", "15")),
+    ],
+    ids=["mix", "dance", "branch", "nft with an average"],
+)
+def test_every_algorithm_learns(tmp_path, main, flags):
+    rows = run(main, tmp_path, *flags)
+    assert rows[-1].evaluation > rows[0].evaluation + 0.05
 
 
 @pytest.mark.proof

@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from tests.factories import assert_same_answer
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import SMALL, serving
 
@@ -19,6 +21,7 @@ from flowroll.sampling.dynamics import NAMES, dynamics_named
 from flowroll.serving.routers import rollout as rollout_route
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import decode_rollouts
+from flowroll.wire.files import load_rollout, save_rollout
 
 EVERYTHING = {
     **SMALL,
@@ -69,6 +72,18 @@ def test_rollouts_over_http_have_the_bits_of_the_engine(
     for ours, theirs in zip(expected, received, strict=True):
         assert_same_bits(ours, theirs)
         assert (theirs.seed, theirs.prompt) == (ours.seed, ours.prompt)
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])
+def test_chosen_fields_and_pictures_of_steps_travel(z_service: EngineService, media_type: str, tmp_path: Path) -> None:
+    asked: Any = {"return_fields": ["x0", "std"], "decode_step_indices": [1], "image_format": "png"}
+    with serving(z_service) as client:
+        (received,) = decoded(post(client, {**SMALL, **asked}, accept=media_type))
+    (ours,) = z_service.engine.rollout(SamplingParams(**SMALL, **asked))
+    assert_same_answer(ours.step_tensors, received.step_tensors)
+    assert_same_answer(ours.step_images, received.step_images)
+    save_rollout(tmp_path / "one", received)
+    assert_same_answer(received, load_rollout(tmp_path / "one"))
 
 
 def test_token_ids_travel_and_have_the_bits_of_their_text(z_service: EngineService) -> None:

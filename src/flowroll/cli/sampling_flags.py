@@ -93,6 +93,8 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
         return str, {"parser": _json_object, "metavar": "JSON"}
     if get_origin(hint) is tuple:
         item, _ = _flag_type(get_args(hint)[0])
+        if get_origin(item) is Literal:
+            return str, {"parser": _comma_list(str), "metavar": "NAME,NAME,..."}
         # typer would take several words for a tuple type; the parser makes one of a single word.
         return str, {"parser": _comma_list(item), "metavar": "N,N,..."}
     assert hint in (bool, int, str) or get_origin(hint) is Literal, f"no flag for {hint}"
@@ -123,7 +125,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return found
 
 
-def _comma_list(item: type[int] | type[float]) -> Callable[[str], tuple[Any, ...]]:
+def _comma_list(item: type[int] | type[float] | type[str]) -> Callable[[str], tuple[Any, ...]]:
     def parse(text: str) -> tuple[Any, ...]:
         try:
             return tuple(item(part) for part in text.split(",")) if text.strip() else ()

@@ -19,6 +19,7 @@ from flowroll.types import (
     Number,
     Rollout,
     SamplingRecord,
+    StepImages,
     all_finite,
     env_digests,
 )
@@ -77,6 +78,8 @@ def _check_recorded(seed: int, rollout: Rollout) -> None:
     """Refuses recorded tensors with NaN or infinity, which may not show in the final latents."""
 
     def recorded() -> Iterator[tuple[str, Tensor]]:
+        if rollout.step_tensors is not None:
+            yield from ((f"step_tensors.{name}", tensor) for name, tensor in rollout.step_tensors.tensors.items())
         for part in ("debug_tensors", "dit_trajectory"):
             record = getattr(rollout, part)
             for field in () if record is None else fields(record):
@@ -125,6 +128,8 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         debug_tensors=None if recorder is None else recorder.debug_tensors(),
         denoising_env=conditioning.env.to("cpu") if _returns_env(plan) else None,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
+        step_tensors=None if recorder is None else recorder.step_tensors(),
+        step_images=_step_images(plan, finished),
         weight_version=weight_version,
         sampling=finished.sample.record,
         inference_time_s=finished.seconds,
@@ -132,6 +137,15 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
     )
     _check_recorded(finished.sample.seed, rollout)
     return rollout
+
+
+def _step_images(plan: RequestPlan, finished: Finished) -> StepImages | None:
+    recorder, steps = finished.sample.recorder, plan.params.decode_step_indices
+    if recorder is None or steps is None:
+        return None
+    ordered = tuple(sorted(steps))
+    images = tuple(in_format(recorder.pictures[step], plan.record.image_format) for step in ordered)
+    return StepImages(step_indices=ordered, images=images)
 
 
 def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:

@@ -103,6 +103,19 @@ class RequestPlan:
         return self.geometry.height * self.geometry.width * self.num_steps_taken
 
     @property
+    def field_steps(self) -> tuple[int, ...]:
+        """The steps of which `return_fields` are returned."""
+        chosen = self.params.return_step_indices
+        return tuple(step for step in self.steps if chosen is None or step in chosen)
+
+    def keeps(self, name: str, step: int) -> bool:
+        """Tells whether a field of a step is recorded: for its answer, for the debug tensors, or to be decoded."""
+        params = self.params
+        if name in (params.return_fields or ()) and (params.return_step_indices is None or step in params.return_step_indices):
+            return True
+        return step in (params.decode_step_indices or ()) if name == "x0" else params.debug_mode
+
+    @property
     def answer_bytes(self) -> int:
         """The number of bytes of the tensors in the answer, without those of the denoising environment."""
         return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, self.steps, self.num_answers)
@@ -124,6 +137,9 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     schedule = _plan_schedule(params, model, limits, geometry)
     steps = plan_steps(params, schedule.num_steps)
     _check_indices(params, schedule.num_steps, steps)
+    if params.decode_step_indices and _image_format(params, steps, schedule.num_steps) == "none":
+        rule = "be left out where nothing is decoded"
+        refuse("decode_step_indices", rule, list(params.decode_step_indices)[:8], 'give an image_format other than "none"')
     params = with_checked_latents(params, model, geometry)
     samples = plan_samples(params, limits, geometry)
     _check_token_ids(params, model)
@@ -358,11 +374,15 @@ def _answer_bytes(params: SamplingParams, geometry: Geometry, num_steps: int, st
     if params.rollout and params.rollout_return_dit_trajectory:
         states += len(steps) + 1 if params.rollout_return_step_indices is None else len(params.rollout_return_step_indices)
     pixel_bytes = geometry.colors * geometry.frames * geometry.height * geometry.width
+    if params.return_fields is not None:
+        chosen = params.rollout_return_step_indices
+        rows = len(steps) if chosen is None else sum(step in steps for step in chosen)
+        states += rows * sum(name != "std" for name in params.return_fields)
     # A PNG of noise is no larger than its pixels, but for some headers.
     picture = {"tensor": 4 * pixel_bytes, "uint8": pixel_bytes, "png": pixel_bytes, "none": latent_bytes}[
         _image_format(params, steps, num_steps)
     ]
-    return num_samples * (states * latent_bytes + picture)
+    return num_samples * (states * latent_bytes + picture * (1 + len(params.decode_step_indices or ())))
 
 
 def _check_answer_size(
@@ -379,7 +399,8 @@ def _check_indices(params: SamplingParams, num_steps: int, steps: range) -> None
     for field, indices, first, last in (
         ("rollout_sde_step_indices", params.rollout_sde_step_indices, 0, num_steps - 1),
         ("rollout_return_step_indices", params.rollout_return_step_indices, steps.start, steps.stop),
+        ("decode_step_indices", params.decode_step_indices, steps.start, steps.stop - 1),
     ):
         for outside in (index for index in indices or () if not first <= index <= last):
-            run = f"{num_steps} steps" if len(steps) == num_steps else f"a run of the steps {steps.start} to {last - 1}"
+            run = f"{num_steps} steps" if len(steps) == num_steps else f"a run of the steps {steps.start} to {steps.stop - 1}"
             refuse(field, f"lie in {first}..{last} for {run}", outside, "remove it")

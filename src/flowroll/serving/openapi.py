@@ -22,7 +22,9 @@ from flowroll.wire.messages import (
     WireSampleScores,
     WireScoreAnswer,
     WireScoreRequest,
+    WireStepImages,
     WireSteps,
+    WireStepTensors,
     WireTensor,
     WireTrajectory,
 )
@@ -71,7 +73,8 @@ def install_openapi(app: FastAPI, *, needs_token: bool) -> None:
     requests = [kind for kind in _all_below(Request) if kind.EXAMPLES]
     described |= components([*requests, ExtraSamplingParams, ExtraGenerateParams, *dict.fromkeys(_answers(app))])
     described |= components(kind[_Tensor] for kind in (WireScoreRequest, WireSteps, SentEnv))
-    tensors = (WireSample, WireEnv, WireTrajectory, WireImage, WireScoreAnswer, WireSampleScores)
+    of_steps = (WireTrajectory, WireStepTensors, WireStepImages)
+    tensors = (WireSample, WireEnv, *of_steps, WireImage, WireScoreAnswer, WireSampleScores)
     described |= components((kind[_Tensor] for kind in tensors), is_answer=True)
     if needs_token:
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}

@@ -30,6 +30,7 @@ from flowroll.types.params import (
     Number,
     SamplingParams,
     SdeType,
+    StepField,
     StepOptions,
     by_field_name,
 )
@@ -42,6 +43,8 @@ from flowroll.types.results import (
     GeneratedImage,
     Rollout,
     SamplingRecord,
+    StepImages,
+    StepTensors,
     Trajectory,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
@@ -92,7 +95,10 @@ __all__ = [
     "ScoreParams",
     "SdeType",
     "Split",
+    "StepField",
+    "StepImages",
     "StepOptions",
+    "StepTensors",
     "Trajectory",
     "WeightUpdate",
     "adapter_config_text",

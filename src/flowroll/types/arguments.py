@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.transition import LogProbForm
-from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
+from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepField, StepOptions
 from flowroll.types.plain import plain
 
 # Numbers of numpy and tensors of one element are accepted too; for several values, also 1-D arrays and tensors.
@@ -74,6 +74,8 @@ class RolloutFields(ImageFields, total=False):
     rollout_steps: Sequence[StepOptions | Mapping[str, Any]] | None
     rollout_noise_levels: Reals | None
     rollout_return_step_indices: Integers | None
+    return_fields: Sequence[StepField] | None
+    decode_step_indices: Integers | None
     image_format: ImageFormat | None
     # The short names of the fields above.
     sde_type: SdeType

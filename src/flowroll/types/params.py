@@ -36,6 +36,8 @@ GeneratorDevice: TypeAlias = Literal["cuda", "cpu"]
 Number: TypeAlias = int | float
 # What an answer holds for the picture: float32, eight bits, the bytes of a PNG file, or nothing.
 ImageFormat: TypeAlias = Literal["tensor", "uint8", "png", "none"]
+# What is known of a step: the clean prediction, the guided velocity, the mean and the std of the transition, and its noise.
+StepField: TypeAlias = Literal["x0", "velocity", "mean", "std", "noise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ _SEQUENCES = (
     "sigmas",
     "rollout_sde_step_indices",
     "rollout_return_step_indices",
+    "return_fields",
+    "decode_step_indices",
     "rollout_steps",
     "rollout_noise_levels",
 )
@@ -157,7 +161,11 @@ class SamplingParams:
             `rollout_noise_levels`. None: the same for all steps.
         rollout_noise_levels: One noise level a step; short for `rollout_steps` with noise levels alone. None: the same for all
             steps.
-        rollout_return_step_indices: Which of the T + 1 latents the trajectory holds. None: all.
+        rollout_return_step_indices: Which of the T + 1 latents the trajectory holds, and of which steps `return_fields` are.
+            None: all.
+        return_fields: What to return of each step that `rollout_return_step_indices` names, all by default: "x0" (the clean
+            prediction x - s v), "velocity", "mean", "std" and "noise". None: nothing beside what `rollout_debug_mode` returns.
+        decode_step_indices: The steps whose clean prediction is decoded to a picture, in `image_format`. None: none.
         image_format: What a rollout holds as its picture: "tensor" (float32 in [0, 1]), "uint8" (the eight bits that a PNG of
             it would hold), "png" (the bytes of that file), or "none": nothing is decoded, and the final latents are returned.
             None: "tensor", and "none" for a run that stops early.
@@ -207,6 +215,8 @@ class SamplingParams:
     rollout_steps: tuple[StepOptions, ...] | None = None
     rollout_noise_levels: tuple[Number, ...] | None = None
     rollout_return_step_indices: tuple[int, ...] | None = None
+    return_fields: tuple[StepField, ...] | None = None
+    decode_step_indices: tuple[int, ...] | None = None
     image_format: ImageFormat | None = None
     suppress_logs: bool = False
     request_id: str | None = None
@@ -360,7 +370,13 @@ class SamplingParams:
         for name, known in (("generator_device", get_args(GeneratorDevice)), ("image_format", (None, *get_args(ImageFormat)))):
             value = getattr(self, name)
             _require(value in known, name, f"be one of {', '.join(filter(None, known))}", value, "choose one of these")
-        for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
+        known = get_args(StepField)
+        for one in self.return_fields or ():
+            _require(one in known, "return_fields", f"hold some of {', '.join(known)}", one, "choose of these")
+        names = self.return_fields or ()
+        _require(self.return_fields != (), "return_fields", "name a field", names, "leave it out for none")
+        _require(len(set(names)) == len(names), "return_fields", "name each field once", names, "remove the duplicates")
+        for name in ("rollout_sde_step_indices", "rollout_return_step_indices", "decode_step_indices"):
             indices = getattr(self, name)
             if indices is None:
                 continue
@@ -428,7 +444,18 @@ def _is_same(one: object, other: object) -> bool:
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
 # The fields that plain generation does not have.
 ROLLOUT_FIELDS = frozenset(
-    {"rollout", "rollout_steps", "sde_seed", "stop_step", "fork", "log_prob", "image_format", *ALIASES.values()}
+    {
+        "rollout",
+        "rollout_steps",
+        "sde_seed",
+        "stop_step",
+        "fork",
+        "log_prob",
+        "return_fields",
+        "decode_step_indices",
+        "image_format",
+        *ALIASES.values(),
+    }
 )
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
 

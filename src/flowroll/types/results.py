@@ -162,6 +162,33 @@ class DebugTensors:
     model_output: Float[Tensor, " steps *latent"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTensors:
+    """The fields of single steps that a request chose.
+
+    Attributes:
+        step_indices: The step of each row, ascending.
+        tensors: By field, in float32: "x0", the clean prediction x - s v; "velocity", guided, v = eps - x0; "mean", of the next
+            latents; "noise", standard normal, zeros at a deterministic step; [rows, latent] each; and "std", [rows, 1].
+    """
+
+    step_indices: tuple[int, ...]
+    tensors: Mapping[str, Float[Tensor, " rows *_"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepImages:
+    """The clean predictions of single steps as pictures.
+
+    Attributes:
+        step_indices: The step of each picture, ascending.
+        images: The pictures, in the form of the sample's own.
+    """
+
+    step_indices: tuple[int, ...]
+    images: tuple[Tensor | bytes, ...]
+
+
 def replace_tensors(value: Any, change: Callable[[Tensor], object]) -> Any:
     """Returns the same nested mappings and lists with every tensor replaced."""
     if isinstance(value, Tensor):
@@ -230,6 +257,8 @@ class Rollout:
         debug_tensors: What every transition saw and made; None unless requested.
         denoising_env: The environment of the sample; None unless requested.
         dit_trajectory: The latents of the steps; None unless requested.
+        step_tensors: The chosen fields of the chosen steps; None unless requested.
+        step_images: The pictures of chosen steps' clean predictions; None unless requested.
         weight_version: Version of the weights that made the sample.
         sampling: The record of how the sample was made.
         inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
@@ -246,6 +275,8 @@ class Rollout:
     debug_tensors: DebugTensors | None = None
     denoising_env: DenoisingEnv | None = None
     dit_trajectory: Trajectory | None = None
+    step_tensors: StepTensors | None = None
+    step_images: StepImages | None = None
     weight_version: str
     sampling: SamplingRecord
     inference_time_s: Number

@@ -22,9 +22,22 @@ from flowroll.types import (
     GeneratedImage,
     Rollout,
     SamplingRecord,
+    StepImages,
+    StepTensors,
     Trajectory,
 )
-from flowroll.wire.messages import DEBUG_NAMES, Dialect, Leaf, SentEnv, WireEnv, WireImage, WireSample, WireTrajectory
+from flowroll.wire.messages import (
+    DEBUG_NAMES,
+    Dialect,
+    Leaf,
+    SentEnv,
+    WireEnv,
+    WireImage,
+    WireSample,
+    WireStepImages,
+    WireStepTensors,
+    WireTrajectory,
+)
 
 # For a family that this version of flowroll does not have, only the text embedding is known.
 _ANY_FAMILY = Conditioning(
@@ -43,6 +56,7 @@ class LayoutError(ValueError):
 def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
     """Makes the response object of a rollout, with tensors unchanged."""
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
+    fields, images = rollout.step_tensors, rollout.step_images
     return WireSample(
         request_id=rollout.request_id,
         prompt=rollout.prompt,
@@ -54,6 +68,8 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
         denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling), rollout.sampling),
         dit_trajectory=None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
         sde_step_indices=rollout.sde_step_indices,
+        step_tensors=None if fields is None else WireStepTensors(step_indices=fields.step_indices, tensors={**fields.tensors}),
+        step_images=None if images is None else WireStepImages(step_indices=images.step_indices, images=[*images.images]),
         weight_version=rollout.weight_version,
         sampling=rollout.sampling,
         inference_time_s=rollout.inference_time_s,
@@ -89,6 +105,8 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         debug_tensors=None if debug is None else _debug_from_wire(debug, load, num_steps),
         denoising_env=None if env is None else env_from_wire(env, load, conditioning_of(sample.sampling), sample.sampling),
         dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
+        step_tensors=None if sample.step_tensors is None else _fields_from_wire(sample.step_tensors, load, num_steps),
+        step_images=None if sample.step_images is None else _images_from_wire(sample.step_images, load, sample.sampling),
         weight_version=sample.weight_version,
         sampling=sample.sampling,
         inference_time_s=sample.inference_time_s,
@@ -268,6 +286,20 @@ def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf
         raise LayoutError(f"dit_trajectory whose latents, timesteps or sigmas do not fit {num_steps} steps")
     _check_indices(indices, num_steps + 1, "latent_step_indices")
     return Trajectory(latents=latents, latent_step_indices=indices, timesteps=timesteps, sigmas=sigmas)
+
+
+def _fields_from_wire(sent: WireStepTensors[Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> StepTensors:
+    _check_indices(sent.step_indices, num_steps, "step_indices of step_tensors")
+    tensors = {name: _of_steps(load(leaf), len(sent.step_indices)) for name, leaf in sent.tensors.items()}
+    return StepTensors(step_indices=sent.step_indices, tensors=tensors)
+
+
+def _images_from_wire(sent: WireStepImages[Leaf], load: Callable[[Leaf], Tensor], record: SamplingRecord) -> StepImages:
+    _check_indices(sent.step_indices, record.num_inference_steps, "step_indices of step_images")
+    images = [image for image in (_image(one, load, record) for one in sent.images) if image is not None]
+    if len(images) != len(sent.step_indices):
+        raise LayoutError(f"{len(images)} step_images for {len(sent.step_indices)} steps")
+    return StepImages(step_indices=sent.step_indices, images=tuple(images))
 
 
 def _of_rank(rank: int, tensor: Tensor, name: str) -> Tensor:

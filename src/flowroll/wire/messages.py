@@ -7,12 +7,20 @@ its leaves, the form in which a wire format writes a tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
 
-from flowroll.types import MAX_REQUEST_ID_CHARS, MAX_VERSION_CHARS, SCHEMA_VERSION, AdapterRecord, Number, SamplingRecord
+from flowroll.types import (
+    MAX_REQUEST_ID_CHARS,
+    MAX_VERSION_CHARS,
+    SCHEMA_VERSION,
+    AdapterRecord,
+    Number,
+    SamplingRecord,
+    StepField,
+)
 from flowroll.wire.describe import REF
 
 Dialect: TypeAlias = Literal["native", "sglang"]
@@ -86,6 +94,31 @@ class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
     latent_step_indices: tuple[int, ...]
 
 
+class WireStepTensors(msgspec.Struct, Generic[Leaf], frozen=True):
+    """The fields of single steps that a request chose; n is the number of steps.
+
+    Attributes:
+        step_indices: The step of each row.
+        tensors: float32, by field. x0 [n, latent]: the clean prediction; velocity [n, latent]: guided, v = eps - x0; mean
+            [n, latent]: of the next latents; noise [n, latent]: zeros at a deterministic step; std [n, 1].
+    """
+
+    step_indices: tuple[int, ...]
+    tensors: Annotated[dict[str, Leaf], Meta(extra_json_schema={"propertyNames": {"enum": [*get_args(StepField)]}})]
+
+
+class WireStepImages(msgspec.Struct, Generic[Leaf], frozen=True):
+    """The clean predictions of single steps as pictures.
+
+    Attributes:
+        step_indices: The step of each picture.
+        images: The pictures, each as generated_output.
+    """
+
+    step_indices: tuple[int, ...]
+    images: list[Leaf | bytes]
+
+
 class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     """One sample of POST /rollout/generate, whose answer is a list of these. Evaluations have null rollout fields.
 
@@ -112,6 +145,8 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
         denoising_env: The arguments of the transformer, present if rollout_return_denoising_env is true.
         dit_trajectory: The latents along the steps, present if rollout_return_dit_trajectory is true.
         sde_step_indices: The steps that have a density.
+        step_tensors: The fields of steps that return_fields asks for.
+        step_images: The pictures that decode_step_indices asks for.
     """
 
     request_id: str
@@ -128,6 +163,8 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     denoising_env: WireEnv[Leaf] | None = None
     dit_trajectory: WireTrajectory[Leaf] | None = None
     sde_step_indices: tuple[int, ...] | None = None
+    step_tensors: WireStepTensors[Leaf] | None = None
+    step_images: WireStepImages[Leaf] | None = None
 
 
 class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):

@@ -32,10 +32,9 @@ def encode_png(image: Float[Tensor, " colors 1 height width"] | UInt8[Tensor, " 
     return buffer.getvalue()
 
 
-def in_format(image: Float[Tensor, " colors 1 height width"], image_format: ImageFormat) -> Tensor | bytes | None:
-    """Returns an image in [0, 1] in the form that a request asks for."""
+def in_format(image: Float[Tensor, " colors 1 height width"], image_format: ImageFormat) -> Tensor | bytes:
+    """Returns an image in [0, 1] in the form that a request asks for, which is not "none"."""
+    assert image_format != "none"
     if image_format == "tensor":
         return image
-    if image_format == "none":
-        return None
     return to_uint8(image) if image_format == "uint8" else encode_png(image)

@@ -16,7 +16,16 @@ from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import NOISE_LEVEL_MAX, NOISE_LEVEL_MIN
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.sampling.transition import LogProbForm
-from flowroll.types import ALIASES, MAX_LORA_NAME_CHARS, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepOptions
+from flowroll.types import (
+    ALIASES,
+    MAX_LORA_NAME_CHARS,
+    GeneratorDevice,
+    ImageFormat,
+    SamplingParams,
+    SdeType,
+    StepField,
+    StepOptions,
+)
 from flowroll.types.forks import MAX_CHILDREN
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
@@ -236,6 +245,10 @@ class _RolloutFields(_GenerateFields, kw_only=True, frozen=True):
         about([0.8, 0.8, 0.4, 0.0], "send one noise level a step"),
     ] = None
     rollout_return_step_indices: Annotated[_Indices | None, about([0, 4], "count latents from 0")] = None
+    return_fields: Annotated[
+        Annotated[tuple[StepField, ...], Meta(min_length=1)] | None, about(["x0", "mean", "std"], "choose of these")
+    ] = None
+    decode_step_indices: Annotated[_Indices | None, about([0, 3], "count steps from 0")] = None
     image_format: Annotated[ImageFormat | None, about("uint8", "choose one of these")] = None
 
 

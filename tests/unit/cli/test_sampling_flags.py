@@ -45,6 +45,8 @@ ALL_FLAGS = {
     "rollout_steps": (["--rollout-steps", '[{"dynamics": "ode"}, {}]'], ({"dynamics": "ode"}, {})),
     "rollout_noise_levels": (["--rollout-noise-levels", "0.5,0"], (0.5, 0.0)),
     "rollout_return_step_indices": (["--rollout-return-step-indices", "3"], (3,)),
+    "return_fields": (["--return-fields", "x0,mean"], ("x0", "mean")),
+    "decode_step_indices": (["--decode-step-indices", "0,2"], (0, 2)),
     "image_format": (["--image-format", "uint8"], "uint8"),
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),

@@ -20,12 +20,13 @@ from flowroll.client import AsyncClient, Client
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.transition import LogProbForm
-from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields, StepOptions
+from flowroll.types import ALIASES, ROLLOUT_FIELDS, ImageFields, RolloutFields, StepField, StepOptions
 from flowroll.types.arguments import Integer, Integers, Real, Reals
 from flowroll.types.forks import Fork
 
 KINDS = ("sync", "async")
 WIDER = {
+    tuple[StepField, ...]: Sequence[StepField],
     LogProbForm: LogProbForm | Mapping[str, Any],
     int: Integer,
     int | float: Real,

@@ -26,6 +26,8 @@ CHOSEN = {
     "rollout_steps": (StepOptions(noise_level=0.4), StepOptions(dynamics="dance")),
     "rollout_noise_levels": (0.4, 0),
     "rollout_return_step_indices": (2,),
+    "return_fields": ("x0", "std"),
+    "decode_step_indices": (1,),
     "sde_seed": 3,
     "stop_step": 2,
     "fork": {1: 2},

@@ -91,6 +91,8 @@ def test_an_evaluation_has_null_rollout_fields_and_comes_back_equal(wire_format:
         "denoising_env",
         "dit_trajectory",
         "sde_step_indices",
+        "step_tensors",
+        "step_images",
     }
     assert_same_answer([make_evaluation()], decode_rollouts(joined(body), body.content_type))
 

@@ -23,6 +23,8 @@ RESPONSE_FIELDS = {
     "denoising_env",
     "dit_trajectory",
     "sde_step_indices",
+    "step_tensors",
+    "step_images",
     "weight_version",
     "sampling",
     "inference_time_s",

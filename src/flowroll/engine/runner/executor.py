@@ -76,6 +76,8 @@ class Executor:
             rollout_return_denoising_env=False,
             rollout_return_dit_trajectory=False,
             rollout_return_step_indices=None,
+            return_fields=None,
+            decode_step_indices=None,
             latents=None,
             start_step=None,
         )

@@ -87,6 +87,11 @@ class PipelineRunner:
             sample.recorder.wait()
         plan = sample.conditioning.plan
         check_denoised(plan, sample)
+        if sample.recorder is not None:
+            for step in plan.params.decode_step_indices or ():
+                predicted = sample.recorder.kept["x0"][step].to(self.device)
+                what = f"prediction at step {step} of the sample with seed {sample.seed}"
+                sample.recorder.pictures[step] = self.picture(predicted, plan.geometry, what=what)
         if plan.record.image_format == "none":
             return None
         return self.picture(sample.latents, plan.geometry, what=f"image of the sample with seed {sample.seed}")

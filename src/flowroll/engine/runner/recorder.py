@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
-from flowroll.types import DebugTensors, Trajectory
+from flowroll.sampling import transition
+from flowroll.types import DebugTensors, StepTensors, Trajectory
 
 
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """Records the tensors of one sample; the sample owns it.
+    """Records the tensors of one sample, and the pictures that are made of them; the sample owns it.
 
     The loop never changes a tensor in place, so on the CPU the recorder keeps references. On a GPU, each step starts copies of
     its tensors to pinned memory, and the loop does not wait for them: whoever reads the record calls `wait` first. The tensors
@@ -24,9 +25,9 @@ class Recorder:
 
     plan: RequestPlan
     log_probs: list[Float[Tensor, ""]] = field(default_factory=list)
-    noises: list[Tensor] = field(default_factory=list)
-    means: list[Tensor] = field(default_factory=list)
-    velocities: list[Tensor] = field(default_factory=list)
+    # By the name of a `StepField`, then by step.
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
     _copied: torch.cuda.Event | None = field(default=None, init=False)
@@ -37,9 +38,8 @@ class Recorder:
         return replace(
             self,
             log_probs=[*self.log_probs],
-            noises=[*self.noises],
-            means=[*self.means],
-            velocities=[*self.velocities],
+            kept={name: {**rows} for name, rows in self.kept.items()},
+            pictures={**self.pictures},
             latents={**self.latents},
             dtypes={*self.dtypes},
         )
@@ -55,18 +55,26 @@ class Recorder:
 
     def keep_step(
         self,
+        step: int,
         *,
+        latents: Float[Tensor, " *latent"],
         velocity: Float[Tensor, " *latent"],
         noise: Float[Tensor, " *latent"] | None,
         mean: Float[Tensor, " *latent"],
         log_prob: Float[Tensor, ""],
     ) -> None:
-        """Records one transition; `noise` is None for a deterministic step."""
+        """Records what the request asks for of one transition from these latents; `noise` is None for a deterministic step."""
         self.log_probs.append(_to_host(log_prob))
-        if self.plan.params.debug_mode:
-            self.velocities.append(_to_host(velocity.to(torch.float32)))
-            self.means.append(_to_host(mean.to(torch.float32)))
-            self.noises.append(torch.zeros(mean.shape) if noise is None else _to_host(noise))
+        sigma = self.plan.record.sigmas[step]
+        makers: Mapping[str, Callable[[], Tensor]] = {
+            "velocity": lambda: _to_host(velocity.to(torch.float32)),
+            "mean": lambda: _to_host(mean.to(torch.float32)),
+            "noise": lambda: torch.zeros(mean.shape) if noise is None else _to_host(noise),
+            "x0": lambda: _to_host(transition.clean_prediction(latents, velocity, sigma)),
+        }
+        for name, make in makers.items():
+            if self.plan.keeps(name, step):
+                self.kept.setdefault(name, {})[step] = make()
         self._note_copies(mean)
 
     def wait(self) -> None:
@@ -82,14 +90,34 @@ class Recorder:
         """Returns the debug tensors on the CPU, or None if the request did not ask for them."""
         if not self.plan.params.debug_mode:
             return None
-        assert self.plan.transitions is not None
-        stds = [torch.tensor([self.plan.transitions[step].std], dtype=torch.float32) for step in self.plan.steps]
         return DebugTensors(
-            variance_noise=self._by_step(self.noises),
-            prev_sample_mean=self._by_step(self.means),
-            noise_std_dev=self._by_step(stds),
-            model_output=self._by_step(self.velocities),
+            variance_noise=self._of_all("noise"),
+            prev_sample_mean=self._of_all("mean"),
+            noise_std_dev=self._of_all("std"),
+            model_output=self._of_all("velocity"),
         )
+
+    def step_tensors(self) -> StepTensors | None:
+        """Returns the fields of the steps that the request chose, on the CPU; None if it chose none."""
+        names, steps = self.plan.params.return_fields, self.plan.field_steps
+        if names is None:
+            return None
+        shape = self.plan.geometry.latent_shape
+        rows = {name: [self._row(name, step) for step in steps] for name in names}
+        none = {name: torch.empty((0, 1) if name == "std" else (0, *shape)) for name in names}
+        return StepTensors(
+            step_indices=steps, tensors={name: torch.stack(rows[name]) if steps else none[name] for name in names}
+        )
+
+    def _row(self, name: str, step: int) -> Tensor:
+        """Returns one field of a step that was run."""
+        if name != "std":
+            return self.kept[name][step]
+        assert self.plan.transitions is not None
+        return torch.tensor([self.plan.transitions[step].std], dtype=torch.float32)
+
+    def _of_all(self, name: str) -> Tensor:
+        return self._by_step([self._row(name, step) for step in self.plan.steps])
 
     def trajectory(self) -> Trajectory | None:
         """Returns the trajectory on the CPU, float32 if the dtypes of its states differ; None if it was not asked for."""

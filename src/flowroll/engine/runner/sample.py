@@ -217,7 +217,7 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
         drawn = noise.step_noise(seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
     next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], form=plan.params.log_prob_form)[0]
-    sample.recorder.keep_step(velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
+    sample.recorder.keep_step(sample.step, latents=sample.latents, velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)
     following = plan.transitions[sample.step + 1 : sample.step + 2]
     sample.previous = None
     if following and following[0].needs_previous:
