@@ -117,6 +117,13 @@ def test_two_trees_of_one_name_share_nothing(engine_of: EngineOf, pipeline_of: P
     log_probs = replay.log_prob(counting, mixed, device="cpu", dtype=torch.float32)
     assert counting.count == 2 * 4
     assert torch.equal(log_probs.detach(), torch.stack([one.log_probs for one in mixed if one.log_probs is not None]))
+    # Of the same record, as other weights would have made it.
+    trajectory = mixed[0].dit_trajectory
+    assert trajectory is not None
+    moved = replace(mixed[0], dit_trajectory=replace(trajectory, latents=trajectory.latents + 0.1))
+    counting.count = 0
+    replay.log_prob(counting, [mixed[0], moved], device="cpu", dtype=torch.float32)
+    assert counting.count == 2 * 4
 
 
 def test_what_is_recorded_and_how_much_room_there_is_change_no_leaf(engine_of: EngineOf, checkpoints: Any) -> None:

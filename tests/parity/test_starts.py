@@ -1,5 +1,6 @@
 """Runs that start from given latents: the rest of a recorded run, bit for bit, and the pipeline's own start."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from tests.rollouts import assert_same_bits
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.sampling.noise import initial_noise
 from flowroll.types import branch_digest
 
 REQUEST: dict[str, Any] = {"prompt": "a green bottle", "height": 64, "width": 64, "num_inference_steps": 4}
@@ -94,21 +96,32 @@ def test_one_state_may_be_everybodys_start(engine_of: EngineOf) -> None:
     assert torch.equal(states(group[1])[0], states(whole)[1]) and not torch.equal(states(group[1])[1], states(whole)[2])
 
 
+def latents_of(pipeline: Any, state: torch.Tensor, noise: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """What the pipeline makes of given latents: some take them as their loop has them, others as they draw noise."""
+    known = inspect.signature(pipeline.__call__).parameters
+    if "true_cfg_scale" in known:
+        arguments["true_cfg_scale"] = 1.0
+    arguments = {name: value for name, value in arguments.items() if name in known}
+    with torch.no_grad():
+        try:
+            images = pipeline(**arguments, latents=state[None], output_type="latent").images
+        except ValueError:
+            images = pipeline(**arguments, latents=noise, output_type="latent").images
+    return images[0].cpu()
+
+
 @pytest.mark.parametrize(("family", "dtype"), FAMILY_WITH_DTYPE)
 def test_a_picture_from_latents_is_the_pipelines(engine_of: EngineOf, pipeline_of: PipelineOf, family: str, dtype: str) -> None:
     engine, pipeline = engine_of(family, dtype), pipeline_of(family, dtype)
     (drawn,) = engine.rollout(**REQUEST, **ALL, seed=9)
-    start = states(drawn)[0]
-    noise = start.to(torch.bfloat16 if dtype == "bfloat16" and engine._model.family.noise_in == "model" else torch.float32)
-    options = {"num_inference_steps": 4, "height": 64, "width": 64, "guidance_scale": 0.0, "output_type": "latent"}
-    if family.startswith("qwen_image"):
-        options = {**options, "true_cfg_scale": 1.0}
-        options.pop("guidance_scale")
-    with torch.no_grad():
-        theirs = pipeline("a green bottle", latents=noise[None].to(engine.info.device), **options).images[0].cpu()
-    scale = {} if family == "flux" else {"guidance_scale": 0.0}
-    (ours,) = engine.generate(**REQUEST, **({"guidance_scale": 0.0} if family == "flux" else scale), latents=start)
+    start, model = states(drawn)[0], engine._model
+    kept = model.family.noise_dtype(model.dtype)
+    shape = engine.plan(SamplingParams(**REQUEST)).geometry.noise_shape
+    noise = initial_noise(9, shape, dtype=kept, device=engine.info.device)
+    theirs = latents_of(pipeline, start.to(engine.info.device, kept), noise, **REQUEST, guidance_scale=0.0)
+    (ours,) = engine.generate(**REQUEST, guidance_scale=0.0, latents=start)
     assert torch.equal(ours.latents, theirs)
+    assert not torch.equal(ours.latents, engine.generate(**REQUEST, guidance_scale=0.0, seed=10)[0].latents)
 
 
 def test_what_is_sent_may_change_afterwards(engine_of: EngineOf) -> None:

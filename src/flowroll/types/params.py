@@ -127,8 +127,8 @@ class SamplingParams:
         sde_seed: Seed of the noise of the stochastic steps: one for all samples, or one per sample. None: the sample's own
             seed.
         latents: The state that the samples start from, in the place of initial noise: one for all samples, or with a first
-            dimension one per sample, in the shape of a trajectory's states; float32 or the model's dtype. It is not changed
-            while the request is open.
+            dimension one per sample, in the shape of a trajectory's states; float32 or the model's dtype. It is copied when the
+            request is planned.
         start_step: The step before which `latents` is the state; the steps before it are not run. None: 0, initial noise.
         stop_step: The step before which the run ends; the state before it is the last one, and no picture is made of it unless
             `image_format` asks for one. None: the run goes to its end.

@@ -248,7 +248,7 @@ class Rollout:
     Attributes:
         request_id: Id of the request to which the sample belongs.
         prompt: The prompt's text; None where the request gave none, but its token ids.
-        seed: This sample's own seed.
+        seed: This sample's own seed; that of the sample that it descends from, for a leaf of a tree.
         image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
             bytes of a PNG file, or None.
         latents: Final latents in the loop's dtype, where nothing was decoded; None otherwise.

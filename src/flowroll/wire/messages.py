@@ -128,7 +128,7 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     Attributes:
         request_id: Id of the request.
         prompt: The prompt's text; null where the request gave none, but its token ids.
-        seed: This sample's own seed.
+        seed: This sample's own seed; that of the sample that it descends from, for a leaf of a tree.
         generated_output: The image as image_format asks for it: [3, 1, H, W] float32 in [0, 1], 4 channels where the model
             draws an alpha channel; the same shape in uint8; the bytes of a PNG file (in JSON as base64); or null.
         weight_version: Version of the weights that made the sample.
@@ -136,11 +136,12 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
         inference_time_s: Wall time of the sample's denoising and decode, seconds.
         peak_memory_mb: Peak memory in MiB.
         latents: The final latents in the loop's dtype, if image_format is "none".
-        rollout_log_probs: [T] float32, the log-prob of each step; 0.0 at deterministic steps.
+        rollout_log_probs: [T] float32, the log-prob of each step; 0.0 at deterministic steps, and at steps that were not run.
         rollout_debug_tensors: What every transition saw and made, if rollout_debug_mode is true; float32. variance_noise
             [T, latent]: standard normal noise; prev_sample_mean [T, latent]: mean of the next latents; noise_std_dev [T, 1]:
             total std of the transition; model_output [T, latent]: the guided velocity, v = eps - x0. At a deterministic step
-            noise and std are zeros. In the sglang dialect the plural names stand for the same tensors in the same order.
+            noise and std are zeros, at one that was not run all are. In the sglang dialect the plural names stand for the
+            same tensors in the same order.
         denoising_env: The arguments of the transformer, present if rollout_return_denoising_env is true.
         dit_trajectory: The latents along the steps, present if rollout_return_dit_trajectory is true.
         sde_step_indices: The steps that have a density.

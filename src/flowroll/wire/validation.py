@@ -243,4 +243,6 @@ def _remedy(kind: type[Request], owner: type[Request], name: str) -> str:
     if name in elsewhere:
         return "send it at the top level" if owner is not kind else f"send it inside {EXTRA}"
     guess = closest(name, known)
-    return f"use {guess} if that is meant" if guess else f"use one of {', '.join(known)}"
+    # Every field once, though some have a short name too.
+    fields = [field for field in known if field not in ALIASES]
+    return f"use {guess} if that is meant" if guess else f"use one of {', '.join(fields)}"

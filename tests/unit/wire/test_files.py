@@ -1,18 +1,42 @@
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tests.factories import assert_same_answer, make_evaluation, make_rollout
+from tests.factories import assert_same_answer, make_evaluation, make_record, make_rollout
 
-from flowroll import Rollout
+from flowroll import Rollout, SamplingRecord
 from flowroll.errors import RolloutFileError
+from flowroll.types import Branch
 from flowroll.wire import files
 from flowroll.wire.files import load_rollout, save_rollout
+
+# Of a leaf of a tree that a run from given latents to a step before the end grew.
+PART: dict[str, Any] = {
+    "init_seed": None,
+    "sde_seed": 7,
+    "start_step": 1,
+    "stop_step": 3,
+    "latents_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "branches": (
+        Branch(step=1, parent="0", id="0/3", sde_seed=2**32 - 1),
+        Branch(step=2, parent="0/3", id="0/3/0", sde_seed=5),
+    ),
+}
+
+
+def test_a_record_from_before_these_fields_is_that_of_a_whole_run() -> None:
+    sent = msgspec.to_builtins(make_record())
+    for name in PART:
+        del sent[name]
+    assert msgspec.convert(sent, SamplingRecord) == make_record()
+    assert make_record().steps_run == range(4) and replace(make_record(), **PART).steps_run == range(1, 3)
 
 
 @pytest.mark.parametrize(
@@ -21,10 +45,11 @@ from flowroll.wire.files import load_rollout, save_rollout
         make_rollout(),
         make_rollout(family="z_image", dtype=torch.float16),
         make_rollout(guided=False, dtype=torch.float32, text_tokens=3),
+        make_rollout(sampling=replace(make_record(), **PART)),
         make_evaluation(),
         *(make_evaluation(image_format=image_format) for image_format in ("uint8", "png", "none")),
     ],
-    ids=["qwen_image", "z_image", "unguided", "evaluation", "uint8", "png", "none"],
+    ids=["qwen_image", "z_image", "unguided", "part", "evaluation", "uint8", "png", "none"],
 )
 def test_a_rollout_comes_back_equal_in_every_field(rollout: Rollout, tmp_path: Path) -> None:
     save_rollout(tmp_path / "a.safetensors", rollout)

@@ -52,6 +52,14 @@ def test_no_more_samples_are_in_memory_than_the_limit(engine: Engine) -> None:
     assert_nothing_is_left(hand)
 
 
+def test_a_tree_is_walked_in_depth_before_later_samples_start(engine: Engine) -> None:
+    """States that wait for their children would pile up otherwise."""
+    hand, order = Hand(engine, max_running_samples=1), []
+    hand.work.before_decode = lambda sample: order.append((sample.seed, sample.planned.index))
+    hand.finish(hand.submit(**TREE), hand.submit(seed=9))
+    assert order == [*((1 + index // 4, index) for index in range(8)), (9, 0)]
+
+
 def test_a_frozen_tree_stands_still_and_goes_on(hand: Hand) -> None:
     expected = hand.alone(**TREE)
     (future,) = hand.begin(TREE)
