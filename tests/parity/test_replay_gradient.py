@@ -95,6 +95,6 @@ def test_gradients_agree_with_finite_differences(
     reach = 1e-4
     difference = (moved(reach) - moved(-reach)) / (2 * reach)
     assert math.isfinite(slope) and abs(slope) > 5e-4
-    # The terms of a small std are large and cancel: neither side can be more exact than their rounding, which was up to 1.3e-6 of
-    # their magnitudes on CPUs with and without AVX-512.
+    # The terms of a small std are large and cancel: neither side can be more exact than their rounding, up to 1.3e-6 of their
+    # magnitudes on CPUs with and without AVX-512.
     assert slope == pytest.approx(difference, rel=2e-3, abs=2e-6 * magnitude)
