@@ -52,7 +52,8 @@ class RequestPlan:
         geometry: The shapes of a sample.
         schedule: The sigma grid.
         transitions: The transitions, one per step; None for plain generation, which takes plain ODE steps.
-        guidance: How the conditional and the unconditional branch are combined.
+        guidance: How the conditional and the unconditional branch are combined in the step that needs the most.
+        guidances: How they are combined in each step.
         generator_device: The device on which noise is drawn.
         record: The record of these choices, for the answer.
         held_policy: The policy whose weights must be in place while its samples run; None: those that the engine was last
@@ -69,6 +70,7 @@ class RequestPlan:
     schedule: Schedule
     transitions: tuple[Transition, ...] | None
     guidance: Guidance
+    guidances: tuple[Guidance, ...]
     generator_device: torch.device
     record: SamplingRecord
     held_policy: str | None = None
@@ -144,7 +146,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
     samples = plan_samples(params, limits, geometry)
     _check_token_ids(params, model)
     negative = _negative_text(params, defaults.negative_prompt)
-    guidance = _plan_guidance(params, model, has_negative=negative is not None)
+    guidance, guidances = _plan_guidance(params, model, schedule.num_steps, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
     rules = _rules(params, schedule, steps) if params.rollout else None
     chosen = _plan_transitions(params, schedule, steps, rules) if params.rollout else None
@@ -172,6 +174,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
         schedule=schedule,
         transitions=chosen,
         guidance=guidance,
+        guidances=guidances,
         generator_device=generator_device,
         record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device, steps, rules),
     )
@@ -208,6 +211,7 @@ def _record(
         timestep_dtype=str(model.family.timestep_dtype(model.dtype)),
         device=model.device.type,
         embedded_guidance_scale=guidance.embedded,
+        guidance_scales=params.guidance_scales,
         rope_axes=model.spec.rope_axes,
         steps=rules,
         start_step=steps.start,
@@ -285,19 +289,39 @@ def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) ->
     return geometry
 
 
-def _plan_guidance(params: SamplingParams, model: ModelFacts, *, has_negative: bool) -> Guidance:
+def _plan_guidance(
+    params: SamplingParams, model: ModelFacts, num_steps: int, *, has_negative: bool
+) -> tuple[Guidance, tuple[Guidance, ...]]:
     """Chooses the scale of classifier-free guidance, and beside it the scale that the model is given as an input.
+
+    Returns the guidance of the step that needs the most, and that of each step.
 
     There is an unconditional branch only for a request that has a negative prompt, its own or the family's, as in the
     pipelines; without one that guidance is off, whatever was asked for. A model that takes no scale is given none.
     """
-    defaults = model.defaults
+    defaults, family, scales = model.defaults, model.family, params.guidance_scales
+    if scales is not None:
+        _check_scales(params, model, num_steps)
     if defaults.true_cfg_scale is None:
-        asked = _first(params.true_cfg_scale, params.guidance_scale, defaults.guidance_scale)
-        return model.family.guidance(asked if has_negative else model.family.guided_above)
-    scale = _first(params.true_cfg_scale, defaults.true_cfg_scale) if has_negative else 1.0
-    embedded = _first(params.guidance_scale, defaults.guidance_scale) if model.spec.embeds_guidance else None
-    return model.family.guidance(scale, embedded)
+        largest = None if scales is None else max(scales)
+        asked = _first(params.true_cfg_scale, largest, params.guidance_scale, defaults.guidance_scale)
+        guidance = family.guidance(asked if has_negative else family.guided_above)
+    else:
+        scale = _first(params.true_cfg_scale, defaults.true_cfg_scale) if has_negative else 1.0
+        first = None if scales is None else scales[0]
+        embedded = _first(first, params.guidance_scale, defaults.guidance_scale) if model.spec.embeds_guidance else None
+        guidance = family.guidance(scale, embedded)
+    return guidance, family.guidances(guidance, scales, num_steps, has_negative=guidance.is_active)
+
+
+def _check_scales(params: SamplingParams, model: ModelFacts, num_steps: int) -> None:
+    field, scales, name = "guidance_scales", params.guidance_scales or (), model.family.name
+    if len(scales) != num_steps:
+        refuse(field, f"hold one scale for each of the {num_steps} steps", len(scales), "send one scale a step")
+    if model.defaults.true_cfg_scale is None and params.true_cfg_scale is not None:
+        refuse(field, f"be given without true_cfg_scale for {name}", "both", "send one of the two")
+    if model.defaults.true_cfg_scale is not None and not model.spec.embeds_guidance:
+        refuse(field, "be left out for a model that takes no guidance scale", f"{len(scales)} scales", "use true_cfg_scale")
 
 
 def _plan_schedule(params: SamplingParams, model: ModelFacts, limits: Limits, geometry: Geometry) -> Schedule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
@@ -48,6 +48,12 @@ class Guidance:
     def is_active(self) -> bool:
         """Whether there is an unconditional branch."""
         return self.rule != NO_GUIDANCE
+
+    def given_in(self, env: DenoisingEnv) -> DenoisingEnv:
+        """Returns the environment with this scale, where the model gets one."""
+        if self.embedded is None or env.guidance is None:
+            return env
+        return replace(env, guidance=torch.full_like(env.guidance, self.embedded))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +219,25 @@ class Family(ABC):
     def guidance(self, scale: Number, embedded: Number | None = None) -> Guidance:
         """Returns the guidance of this scale, which is active where the family's pipeline runs classifier-free guidance."""
         return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale, embedded=embedded)
+
+    def guidances(
+        self, guidance: Guidance, scales: Sequence[Number] | None, num_steps: int, *, has_negative: bool
+    ) -> tuple[Guidance, ...]:
+        """Returns the guidance of each step: the given one, or with a scale of its own.
+
+        Args:
+            guidance: The guidance of the request.
+            scales: The scales, one per step: those that the model is given if it takes one, otherwise those of classifier-free
+                guidance. None: all steps are alike.
+            num_steps: The number of steps.
+            has_negative: Whether there is an unconditional branch.
+        """
+        if scales is None:
+            return (guidance,) * num_steps
+        if guidance.embedded is not None:
+            return tuple(replace(guidance, embedded=scale) for scale in scales)
+        alone = Guidance(rule=NO_GUIDANCE, scale=guidance.scale)
+        return tuple(self.guidance(scale) if has_negative else alone for scale in scales)
 
     def prompt(self, text: str, variant: str) -> Prompt:
         """Returns a text as the encoders get it for this variant; one that is not known cuts it as the family does."""

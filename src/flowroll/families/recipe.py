@@ -44,7 +44,8 @@ class Recipe:
 
     Attributes:
         family: The model family, which knows how its transformer is called.
-        guidance: How the branches are combined.
+        guidance: How the branches are combined in the step that needs the most.
+        guidances: How they are combined in each step.
         transitions: The transitions, one per step.
         sigmas: The T + 1 noise levels, float32 values.
         timesteps: The timesteps as the model takes them, on the model's device.
@@ -55,6 +56,7 @@ class Recipe:
 
     family: Family
     guidance: Guidance
+    guidances: tuple[Guidance, ...]
     transitions: tuple[Transition, ...]
     sigmas: tuple[float, ...]
     timesteps: Float[Tensor, " steps"]
@@ -90,9 +92,13 @@ class Recipe:
         sigmas = torch.tensor(record.sigmas, dtype=torch.float32)
         timesteps = torch.tensor(record.timesteps, dtype=torch.float32).to(device)
         on_device = sigmas.to(device)
+        guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale, embedded=record.embedded_guidance_scale)
         return cls(
             family=family,
-            guidance=Guidance(rule=record.guidance_rule, scale=record.guidance_scale, embedded=record.embedded_guidance_scale),
+            guidance=guidance,
+            guidances=family.guidances(
+                guidance, record.guidance_scales, record.num_inference_steps, has_negative=guidance.is_active
+            ),
             transitions=_transitions(record, sigmas, sde_step_indices),
             sigmas=tuple(sigmas.tolist()),
             timesteps=family.model_timesteps(timesteps, dtype_named(record.timestep_dtype)),
@@ -221,8 +227,17 @@ class Recipe:
         self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv, fixed: Sequence[ForwardInput] | None = None
     ) -> StepInput:
         """Returns the inputs of one step's velocity; the arguments are those of `run`."""
-        timestep = self.timesteps[step : step + 1]
-        return StepInput(latents=latents, timestep=timestep, env=env, guidance=self.guidance, is_first=step == 0, fixed=fixed)
+        guidance = self.guidances[step]
+        # What was made for the whole sample does not fit a step with another number of branches, or another scale.
+        fits = (guidance.is_active, guidance.embedded) == (self.guidance.is_active, self.guidance.embedded)
+        return StepInput(
+            latents=latents,
+            timestep=self.timesteps[step : step + 1],
+            env=guidance.given_in(env),
+            guidance=guidance,
+            is_first=step == 0,
+            fixed=fixed if fits else None,
+        )
 
 
 def _transitions(

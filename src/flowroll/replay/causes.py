@@ -174,7 +174,7 @@ class Diagnosis:
         if errors[step] < self._rounding:
             words = "other kernels (thread count, library versions), or weights that have hardly moved"
             return Cause("kernels", f"{words}: {shown}")
-        if source.recipe.guidance.is_active and (cause := self._guidance(step, debug.model_output[step])):
+        if source.recipe.guidances[step].is_active and (cause := self._guidance(step, debug.model_output[step])):
             return cause
         if self.encode is not None:
             return Cause("weights", f"other weights: {shown}, and the env is what this model makes of the prompts")
@@ -190,7 +190,7 @@ class Diagnosis:
         outputs = source.family.run_in_turn(self.transformer, source.family.forward_inputs(one, recipe.dtype))
         recorded = recorded.to(place.device)
         if (scale := fitted_scale(source, outputs, recorded, one)) is not None:
-            fit = f"the record says {recipe.guidance.scale:g}, the recorded velocities fit {scale:g}"
+            fit = f"the record says {one.guidance.scale:g}, the recorded velocities fit {scale:g}"
             return Cause("guidance", f"another guidance scale: {fit}")
         if source.family.fits_conditional(outputs, recorded, one):
             return Cause("env", "another env: the prompt's branch fits the recorded velocities, the negative prompt's does not")
@@ -239,7 +239,7 @@ def _std_causes(recorded: Sequence[float], replayed: Sequence[float]) -> Iterato
 
 def fitted_scale(source: Source, outputs: Sequence[Output], velocity: Tensor, one: StepInput) -> float | None:
     """Returns the guidance scale, other than the recorded one, with which these outputs give a velocity; None if none does."""
-    guidance, family = source.recipe.guidance, source.family
+    guidance, family = one.guidance, source.family
 
     def error(scale: Number) -> float:
         return _relative(family.apply_guidance(list(outputs), replace(one, guidance=replace(guidance, scale=scale))), velocity)

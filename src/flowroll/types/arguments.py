@@ -47,6 +47,7 @@ class ImageFields(TypedDict, total=False):
     num_frames: Integer | None
     fps: Real | None
     guidance_scale: Real | None
+    guidance_scales: Reals | None
     true_cfg_scale: Real | None
     sigmas: Reals | None
     suppress_logs: bool

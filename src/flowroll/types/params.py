@@ -59,6 +59,7 @@ MIN_SIGMA_GAP = 1e-6
 # Far above any use; without a limit the guided velocity would overflow float32.
 MAX_GUIDANCE_SCALE = 1000.0
 _SEQUENCES = (
+    "guidance_scales",
     "seeds",
     "sigmas",
     "rollout_sde_step_indices",
@@ -143,6 +144,8 @@ class SamplingParams:
         fps: Any number; an image has no use for it. Taken for clients that always send it.
         guidance_scale: Guidance scale, 0 to 1000, used if `true_cfg_scale` is None. None: the family's. Guidance runs above
             the scale that the family says: 1 for Qwen-Image, 0 for Z-Image. FLUX.1 dev is given this scale as an input.
+        guidance_scales: One guidance scale a step, 0 to 1000, in place of `guidance_scale`; a step at whose scale no guidance
+            runs takes one forward. None: the same for all steps. A model that takes the scale as an input is given these.
         true_cfg_scale: Guidance scale, 0 to 1000; wins over `guidance_scale`. FLUX.1 has both scales: this one is that of
             classifier-free guidance, which runs above 1 if there is a negative prompt. None: 1.
         sigmas: T + 1 noise levels used verbatim: in (0, 1], strictly decreasing by at least 1e-6, then a final 0.
@@ -201,6 +204,7 @@ class SamplingParams:
     num_frames: int | None = None
     fps: Number | None = None
     guidance_scale: Number | None = None
+    guidance_scales: tuple[Number, ...] | None = None
     true_cfg_scale: Number | None = None
     sigmas: tuple[Number, ...] | None = None
     rollout: bool = True
@@ -340,6 +344,7 @@ class SamplingParams:
         for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
             value = getattr(self, name)
             _require(value is None or (_is_int(value) and value >= 1), name, "be an integer >= 1", value, "use 1 or more")
+        self._check_guidance_scales()
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)
             ok = value is None or (_is_finite(value) and 0 <= value <= MAX_GUIDANCE_SCALE)
@@ -348,6 +353,18 @@ class SamplingParams:
         one = frames is None or (_is_int(frames) and frames == 1)
         _require(one, "num_frames", "be None or 1", frames, "leave it out, flowroll makes images")
         _require(fps is None or _is_finite(fps), "fps", "be None or a number", fps, "leave it out, an image has no use for it")
+
+    def _check_guidance_scales(self) -> None:
+        name, scales = "guidance_scales", self.guidance_scales
+        if scales is None:
+            return
+        _require(self.guidance_scale is None, name, "be given without guidance_scale", "both", "send one of the two")
+        _require(len(scales) > 0, name, "hold one scale a step", scales, "leave it out for one scale of all steps")
+        ok = all(_is_finite(scale) and 0 <= scale <= MAX_GUIDANCE_SCALE for scale in scales)
+        _require(ok, name, f"hold numbers from 0 to {MAX_GUIDANCE_SCALE:g}", scales, "use 0 for no guidance")
+        count = len(self.sigmas) - 1 if isinstance(self.sigmas, tuple) else self.num_inference_steps
+        agrees = count is None or len(scales) == count
+        _require(agrees, name, f"hold one scale for each of the {count} steps", len(scales), "send one scale a step")
 
     def _check_sigmas(self) -> None:
         if self.sigmas is None:

@@ -34,7 +34,9 @@ class SamplingRecord:
         noise_level: The user's knob n.
         log_prob_no_const: Which of the two log-prob conventions was used, unless `log_prob` says another form.
         guidance_rule: How the branches were combined: "none", or the family's rule.
-        guidance_scale: The effective scale; meaningless for rule "none".
+        guidance_scale: The effective scale; meaningless for rule "none". The largest one where each step has its own.
+        guidance_scales: The scale of each step, where the request gave one for each; of a model that takes the scale as an
+            input, these are what it was given, and `embedded_guidance_scale` is the first.
         negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
@@ -94,6 +96,7 @@ class SamplingRecord:
     lora: AdapterRecord | None = None
     policy: PolicyRecord | None = None
     embedded_guidance_scale: Number | None = None
+    guidance_scales: tuple[Number, ...] | None = None
     rope_axes: tuple[int, ...] | None = None
     steps: tuple[StepRule, ...] | None = None
     init_seed: int | None = None
@@ -112,6 +115,7 @@ class SamplingRecord:
         assert self.steps is None or len(self.steps) == self.num_inference_steps
         assert len(self.sigmas) == self.num_inference_steps + 1
         assert len(self.timesteps) == self.num_inference_steps
+        assert self.guidance_scales is None or len(self.guidance_scales) == self.num_inference_steps
 
     @property
     def steps_run(self) -> range:

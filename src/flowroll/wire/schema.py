@@ -137,6 +137,10 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     ] = None
     fps: Annotated[float | None, about(24, "leave it out, an image has no use for it")] = None
     guidance_scale: fields.GuidanceScale = None
+    guidance_scales: Annotated[
+        Annotated[tuple[fields.Scale, ...], Meta(min_length=1)] | None,
+        about([4.0, 4.0, 1.0], "send one scale a step"),
+    ] = None
     true_cfg_scale: fields.GuidanceScale = None
     suppress_logs: fields.Flag = False
     request_id: fields.RequestId = None

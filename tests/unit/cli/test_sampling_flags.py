@@ -30,6 +30,7 @@ ALL_FLAGS = {
     "num_outputs_per_prompt": (["--num-outputs-per-prompt", "2"], 2),
     "num_frames": (["--num-frames", "1"], 1),
     "fps": (["--fps", "24"], 24.0),
+    "guidance_scales": (["--guidance-scales", "4,1.5,0"], (4.0, 1.5, 0.0)),
     "guidance_scale": (["--guidance-scale", "2.5"], 2.5),
     "true_cfg_scale": (["--true-cfg-scale", "3"], 3.0),
     "sigmas": (["--sigmas", "1,0.5,0"], (1.0, 0.5, 0.0)),

@@ -76,6 +76,11 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "num_outputs_per_prompt": ("num_outputs_per_prompt", [None, 1, 16], [0, -1, "4", True, 4.0]),
     "num_frames": ("num_frames", [None, 1], [0, 2, -1, "1", True, [1]]),
     "fps": ("fps", [None, 0, 24, 29.97, -1], ["24", True, [24]]),
+    "guidance_scales": (
+        "guidance_scales",
+        [None, [4], [0, 3.5, 1000]],
+        [[], [-0.1], [1000.1], ["4"], [True], [None], 4, TOO_LARGE**12, [[4]]],
+    ),
     "guidance_scale": ("guidance_scale", [None, 0, 4, 3.5, 1000], [-0.1, 1000.1, "4", True, TOO_LARGE**12, [4]]),
     "true_cfg_scale": ("true_cfg_scale", [None, 0, 4, 3.5, 1000], [-0.1, 1000.1, "4", True, TOO_LARGE**12, [4]]),
     "suppress_logs": ("suppress_logs", [True, False], [None, 0, 1, "true"]),

@@ -7,7 +7,7 @@ are given the velocity, so they do not depend on whether its forward was shared 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -18,9 +18,9 @@ from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.recorder import Recorder
 from flowroll.engine.starts import PlannedSample
-from flowroll.families import ForwardInput, StepInput
+from flowroll.families import ForwardInput, Guidance, StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
-from flowroll.types import DenoisingEnv, SamplingRecord
+from flowroll.types import DenoisingEnv, Number, SamplingRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Conditioning:
         model: The model that runs it.
         transformer: The denoiser, with the adapter that the request names.
         env: The transformer's fixed arguments.
-        fixed: The same, as the forwards of a step take them.
+        fixed: The same with the guidance of each kind of step, and as the forwards of such a step take them.
         timesteps: The timesteps as the model takes them.
         dts: The next sigma minus the sigma, of each step.
         record: The record of how the samples are made.
@@ -42,7 +42,7 @@ class Conditioning:
     model: LoadedModel
     transformer: Any
     env: DenoisingEnv
-    fixed: Sequence[ForwardInput]
+    fixed: Mapping[Guidance, tuple[DenoisingEnv, Sequence[ForwardInput]]]
     timesteps: Float[Tensor, " steps"]
     dts: Float[Tensor, " steps"]
     record: SamplingRecord
@@ -62,11 +62,24 @@ class Conditioning:
             model=model,
             transformer=model.adapters.transformer_for(plan.params),
             env=env,
-            fixed=model.family.fixed_inputs(env, is_guided=plan.guidance.is_active),
+            fixed=_fixed_inputs(plan, model, env),
             timesteps=timesteps,
             dts=sigmas[1:] - sigmas[:-1],
             record=record,
         )
+
+
+def _fixed_inputs(
+    plan: RequestPlan, model: LoadedModel, env: DenoisingEnv
+) -> dict[Guidance, tuple[DenoisingEnv, Sequence[ForwardInput]]]:
+    """Makes what the steps of each guidance take; those that differ in the scale of the branches alone share it."""
+    made: dict[tuple[bool, Number | None], tuple[DenoisingEnv, Sequence[ForwardInput]]] = {}
+    for guidance in dict.fromkeys(plan.guidances):
+        key = guidance.is_active, guidance.embedded
+        if key not in made:
+            given = guidance.given_in(env)
+            made[key] = given, model.family.fixed_inputs(given, is_guided=guidance.is_active)
+    return {guidance: made[guidance.is_active, guidance.embedded] for guidance in plan.guidances}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,13 +163,15 @@ class Sample:
     def next_input(self) -> StepInput:
         """Returns the input of the next step's forward."""
         conditioning = self.conditioning
+        guidance = conditioning.plan.guidances[self.step]
+        env, fixed = conditioning.fixed[guidance]
         return StepInput(
             latents=self.latents,
             timestep=conditioning.timesteps[self.step : self.step + 1],
-            env=conditioning.env,
-            guidance=conditioning.plan.guidance,
+            env=env,
+            guidance=guidance,
             is_first=self.step == 0,
-            fixed=conditioning.fixed,
+            fixed=fixed,
         )
 
     @property
