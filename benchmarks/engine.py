@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from benchmarks.measure import paired_times, ratio
 from flowroll.engine import Engine
+from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.loading import load_model
 from flowroll.families import FAMILIES
 from flowroll.testing import make_checkpoint
 
+CPU = torch.device("cpu")
 SIZE, STEPS = 256, 3
 PROMPT = "a photo of two wine glasses"
 
@@ -39,7 +41,10 @@ def run(rounds: int, families: Sequence[str] = tuple(FAMILIES)) -> str:
 def _row(family: str, rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_checkpoint(family, Path(folder) / family, size="mid")
-        pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+        # As flowroll loads it, which needs no torchvision.
+        _, pipeline = load_model(
+            examine_checkpoint(checkpoint, variant=None), device=torch.device("cpu"), dtype=torch.float32, mesh=None
+        )
         pipeline.set_progress_bar_config(disable=True)
         engine = Engine(checkpoint, dtype="float32", device="cpu")
     has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
@@ -49,7 +54,9 @@ def _row(family: str, rounds: int) -> str:
     everything = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
     times = paired_times(
         {
-            "pipeline": lambda: pipeline(PROMPT, generator=torch.Generator().manual_seed(1), output_type="pt", **scale, **size),
+            "pipeline": lambda: pipeline(
+                prompt=PROMPT, generator=torch.Generator().manual_seed(1), output_type="pt", **scale, **size
+            ),
             "plain": lambda: engine.generate(**request),
             "log_probs": lambda: engine.rollout(**request, debug_mode=False),
             "everything": lambda: engine.rollout(**request, **everything),

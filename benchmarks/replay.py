@@ -8,14 +8,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from benchmarks.measure import hardware, paired_times, ratio
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
+from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.loading import load_model
 from flowroll.families import FAMILIES, Guidance, StepInput
 from flowroll.testing import make_checkpoint
 
+CPU = torch.device("cpu")
 SIZE = 256
 STEP = 1
 
@@ -45,12 +47,13 @@ def _row(name: str, scale: float, rounds: int) -> str:
             # A family with one scale takes the second of these, one with two takes both and needs the negative prompt.
             guidance = {"guidance_scale": scale, "true_cfg_scale": scale, "negative_prompt": "blurry"}
             (rollout,) = engine.rollout(prompt="a photo of two wine glasses", seed=1, **guidance, **size, **kept)
-        transformer = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32).transformer
-        replay.align_weights(transformer)
-    calls = _calls(rollout)
+        model, _ = load_model(
+            examine_checkpoint(checkpoint, variant=None), device=torch.device("cpu"), dtype=torch.float32, mesh=None
+        )
+    transformer, family, one = model.transformer, model.family, _step_input(rollout)
 
     def bare() -> torch.Tensor:
-        outputs = [transformer(**call, return_dict=False)[0] for call in calls]
+        outputs = family.run_in_turn(transformer, family.forward_inputs(one, torch.float32))
         return torch.stack([part.sum() for output in outputs for part in output]).sum()
 
     def ours() -> torch.Tensor:
@@ -75,17 +78,16 @@ def _row(name: str, scale: float, rounds: int) -> str:
     return f"| {name} | {'on' if scale else 'off'} | {forward} | {backward} |"
 
 
-def _calls(rollout: Rollout) -> list:
-    """The arguments of the step's forwards."""
+def _step_input(rollout: Rollout) -> StepInput:
+    """The input of the step's forwards."""
     record, trajectory, env = rollout.sampling, rollout.dit_trajectory, rollout.denoising_env
     family = FAMILIES[record.family]
     assert trajectory is not None and env is not None
     timesteps = family.model_timesteps(trajectory.timesteps, torch.float32)
     guidance = Guidance(rule=record.guidance_rule, scale=record.guidance_scale)
-    one = StepInput(
+    return StepInput(
         latents=trajectory.latents[STEP], timestep=timesteps[STEP : STEP + 1], env=env, guidance=guidance, is_first=STEP == 0
     )
-    return family.forward_inputs(one, torch.float32)
 
 
 def main() -> None:

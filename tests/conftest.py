@@ -1,4 +1,5 @@
 import os
+import zlib
 
 # Before the first import of a Hugging Face library: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -50,10 +51,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", action="store_true", help="run the tests marked `slow` or `proof` too")
 
 
+# Of a test that runs for every family, so many are in `make test`; which ones differs from test to test. All of them are in
+# `make proofs`.
+_FAMILIES_OF_A_TEST = 3
+
+
+def is_dealt_elsewhere(item: pytest.Item) -> bool:
+    """Whether a test's family is left to `make proofs`.
+
+    Not of a family's own tests, and not of the proofs, which choose their rows themselves.
+    """
+    from flowroll.families import FAMILIES
+
+    names, file = list(FAMILIES), item.path
+    params = getattr(item, "callspec", None)
+    if params is None or "proofs" in file.parts:
+        return False
+    found = {value for value in params.params.values() if isinstance(value, str) and value in names}
+    if len(found) != 1 or any(file.stem == f"test_{name}" for name in names):
+        return False
+    start = zlib.crc32(item.nodeid.partition("[")[0].encode())
+    return found.pop() not in {names[(start + place) % len(names)] for place in range(_FAMILIES_OF_A_TEST)}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips tests marked `gpu` or `multigpu` where there is no such hardware, and long tests that were not asked for."""
     needed = {"gpu": 1, "multigpu": 2}
     for item in items:
+        if is_dealt_elsewhere(item):
+            item.add_marker(pytest.mark.slow)
         long = item.get_closest_marker("proof") or item.get_closest_marker("slow")
         if long and not config.getoption("--proofs"):
             item.add_marker(pytest.mark.skip(reason=f"{long.name}; make proofs runs it"))

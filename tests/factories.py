@@ -63,11 +63,12 @@ def make_rollout(
 
     record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
     record = dataclasses.replace(record, image_format=image_format)
+    pixels = torch.rand((3, 1, height, width), generator=generator)
     fields: dict[str, Any] = {
         "request_id": "request-0",
         "prompt": 'a cat that says "π ≈ 3", 猫',
         "seed": seed,
-        "image": in_format(torch.rand((3, 1, height, width), generator=generator), image_format),
+        "image": None if image_format == "none" else in_format(pixels, image_format),
         "latents": normal(*latent) if image_format == "none" else None,
         "log_probs": normal(steps),
         "sde_step_indices": tuple(range(steps)),

@@ -31,13 +31,16 @@ def deal(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [tuple(values[number % len(values)] for values in columns) for number in range(longest)]
 
 
-def rest_slow(rows: Sequence[Any]) -> list[Any]:
-    """The rows, mappings or dataclasses, as parameters; those of which every value has come earlier are marked `slow`."""
+def rest_slow(rows: Sequence[Any], *, later: int | None = None) -> list[Any]:
+    """The rows, mappings or dataclasses, as parameters; those of which every value has come earlier are marked `slow`.
+
+    So are, if that is given, all rows from this one on.
+    """
     seen: set[tuple[str, str]] = set()
     found = []
-    for row in rows:
+    for number, row in enumerate(rows):
         values = row if isinstance(row, Mapping) else dataclasses.asdict(row)
-        is_new = not set(values.items()) <= seen
+        is_new = not set(values.items()) <= seen and (later is None or number < later)
         found.append(pytest.param(row, id="-".join(values.values()), marks=[] if is_new else [pytest.mark.slow]))
         seen.update(values.items())
     return found

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tests.pairs import rest_slow
 from tests.proofs.cases import Case, cases
 from tests.proofs.conftest import AloneOf, EngineOf
 from tests.proofs.doors import assert_same_samples, together
 
 
-@pytest.mark.parametrize("case", cases(layout="single"), ids=str)
+@pytest.mark.parametrize("case", rest_slow(cases(layout="single")))
 def test_every_sample_has_the_bits_that_it_has_alone(case: Case, engine_of: EngineOf, alone_of: AloneOf) -> None:
     answers = together(engine_of(case.family, case.dtype), case.requests)
     for request, answer in zip(case.requests, answers, strict=True):

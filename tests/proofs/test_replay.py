@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import in_words_of
-from tests.pairs import pairs
+from tests.pairs import pairs, rest_slow
 from tests.proofs.cases import DTYPES, DYNAMICS, EVERYTHING, FAMILIES, SHAPES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf, ServerOf
 from tests.proofs.doors import assert_same_samples
@@ -67,7 +67,7 @@ def recorded(rollouts: list[Rollout]) -> torch.Tensor:
     return torch.stack([rollout.log_probs for rollout in rollouts if rollout.log_probs is not None])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
+@pytest.mark.parametrize("row", rest_slow(ROWS))
 def test_the_ratio_is_exactly_one(
     row: dict[str, str], engine_of: EngineOf, server_of: ServerOf, pipeline_of: PipelineOf, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ KEY = "s3cret"
 @pytest.mark.parametrize(
     ("change", "field", "words"),
     [
-        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": None}, "prompt", "given"),
         ({"colour": "red"}, "colour", "unknown"),
         ({"rolout": True}, "rolout", "rollout"),
         ({"height": 100}, "height", "use 96 or 112"),

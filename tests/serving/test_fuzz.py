@@ -269,6 +269,9 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         "/destroy_weights_update_group": {"group_name": "g"},
         "/load_lora_adapter": {"lora_name": "a", "lora_path": "/x", "merged": False, "weight_version": "7", "mode": "drain"},
         "/unload_lora_adapter": {"lora_name": "a", "weight_version": "7", "mode": "drain"},
+        "/policies/{name}/copy": {"source": "default", "mode": "drain"},
+        "/policies/{name}/ema": {"decay": 0.5, "source": "default", "mode": "drain"},
+        "/policies/{name}/drop": {"mode": "drain"},
         "/release_memory_occupation": {"mode": "disk", "tags": ["weights"]},
         "/resume_memory_occupation": {"tags": ["weights"]},
     }

@@ -201,6 +201,7 @@ FULL = {
     "suppress_logs": True,
     "request_id": "r",
     "min_weight_version": "7",
+    "policy": "default",
     "lora_name": "old",
 }
 FULL_ROLLOUT = {
@@ -216,6 +217,8 @@ FULL_ROLLOUT = {
     "return_denoising_env": True,
     "return_dit_trajectory": True,
     "return_step_indices": (2,),
+    "return_fields": ("x0",),
+    "decode_step_indices": (1,),
 }
 # One of these at a time.
 STEPS = {
@@ -229,7 +232,7 @@ STEPS = {
 @pytest.mark.parametrize("positional", [True, False])
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
     # Other forms of what is sent here, and what goes with a tensor.
-    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", "latents", "start_step"}
+    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", "latents", "start_step", "guidance_scales"}
     assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS - others
     assert {*FULL, *ROLLOUT_FIELDS, *others} == set(SamplingParams.__dataclass_fields__)
     fields = {**FULL, **FULL_ROLLOUT, steps: STEPS[steps]}

@@ -92,7 +92,7 @@ def test_no_number_that_is_none_leaves_the_engine(engine: Engine, value: float) 
     assert all(all_finite(tensor) for _, tensor in tensors_of(rollout))
 
 
-@pytest.mark.parametrize("part", ["means", "noises", "velocities", "latents"])
+@pytest.mark.parametrize("part", ["mean", "noise", "velocity", "latents"])
 def test_what_is_recorded_alone_is_looked_at_too(engine: Engine, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from flowroll.engine.runner.recorder import Recorder
 
@@ -100,7 +100,7 @@ def test_what_is_recorded_alone_is_looked_at_too(engine: Engine, part: str, monk
 
     def spoil(self: Recorder) -> None:
         wait(self)
-        kept = getattr(self, part)
+        kept = self.latents if part == "latents" else self.kept[part]
         kept[0] = kept[0] * torch.nan
 
     monkeypatch.setattr(Recorder, "wait", spoil)
