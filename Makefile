@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo   roll out the small trained checkpoints through the real server; results in demo-out/"
-	@echo "make test   the whole test suite"
+	@echo "make test   the test suite"
 	@echo "make proofs the long tests: every row of every table, soak, that training learns and what it cannot learn from"
 	@echo "make check  format, lint, types, layers"
 	@echo "make bench  speed, side by side with diffusers; results in benchmarks/results/"
