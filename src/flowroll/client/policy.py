@@ -8,7 +8,7 @@ import msgspec
 
 from flowroll.client.calls import UpdateMode
 from flowroll.client.exchange import Call, post, read_by
-from flowroll.types import Number, Policy, PolicyChange, check_policy_name
+from flowroll.types import Number, Policy, PolicyChange, check_lora_name
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.names import COPY_POLICY_ROUTE, DROP_POLICY_ROUTE, EMA_POLICY_ROUTE, POLICIES_ROUTE
 from flowroll.wire.policies import AveragePolicyRequest, CopyPolicyRequest, DropPolicyRequest, PoliciesObject
@@ -67,5 +67,5 @@ def drop_policy(_: WireFormat, /, name: str, *, mode: UpdateMode = "drain") -> C
 
 
 def _path(route: str, name: str) -> str:
-    check_policy_name(name, "name")
+    check_lora_name(name, "name")
     return route.format(name=quote(name, safe=""))

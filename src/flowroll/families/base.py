@@ -8,7 +8,7 @@ call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.errors import UnsupportedModelError
 from flowroll.families.conditioning import LENGTHS, Conditioning, ForwardInput, Output, uncollate
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig
@@ -49,10 +50,11 @@ class Guidance:
         """Whether there is an unconditional branch."""
         return self.rule != NO_GUIDANCE
 
-    def given_in(self, env: DenoisingEnv) -> DenoisingEnv:
-        """Returns the environment with this scale, where the model gets one."""
-        if self.embedded is None or env.guidance is None:
+    def given_in(self, env: DenoisingEnv, made_for: Guidance) -> DenoisingEnv:
+        """Returns an environment that was made for another guidance, with this scale where the model gets one."""
+        if self.embedded == made_for.embedded or env.guidance is None:
             return env
+        assert self.embedded is not None
         return replace(env, guidance=torch.full_like(env.guidance, self.embedded))
 
 
@@ -219,6 +221,22 @@ class Family(ABC):
     def guidance(self, scale: Number, embedded: Number | None = None) -> Guidance:
         """Returns the guidance of this scale, which is active where the family's pipeline runs classifier-free guidance."""
         return Guidance(rule=self.guidance_rule if self.uses_cfg(scale) else NO_GUIDANCE, scale=scale, embedded=embedded)
+
+    def check_options(self, wanted: Iterable[tuple[str, object, object]], remedy: str) -> None:
+        """Refuses a transformer whose configuration has other values than the family's forwards are written for.
+
+        Args:
+            wanted: The name of each option, its value, and the value that it must have.
+            remedy: What to do.
+
+        Raises:
+            UnsupportedModelError: An option has another value.
+        """
+        for option, value, needed in wanted:
+            if value != needed:
+                raise UnsupportedModelError(
+                    f"transformer option {option} must be {needed} for {self.name}, got {value}; {remedy}."
+                )
 
     def guidances(
         self, guidance: Guidance, scales: Sequence[Number] | None, num_steps: int, *, has_negative: bool

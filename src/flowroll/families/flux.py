@@ -9,23 +9,22 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Family, Prompt, StepInput
-from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, Argument, Conditioning, ConditioningField, Output
+from flowroll.families.base import Prompt
+from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, Argument, Conditioning, ConditioningField
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
-from flowroll.families.guidance import fits_positive, guide
 from flowroll.families.packing import pack, unpack
 from flowroll.families.rotary import RotaryTable, image_ids
+from flowroll.families.true_cfg import TrueCfgFamily
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
-from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
+from flowroll.types import EnvValue, Gather, ParallelPlan, Region, Split
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 # Of both kinds of blocks.
@@ -37,7 +36,7 @@ def _position_ids(num_text: int, rows: int, columns: int) -> tuple[Tensor, Tenso
     return torch.zeros(num_text, 3), image_ids(rows, columns).float()
 
 
-class Flux(Family):
+class Flux(TrueCfgFamily):
     """The family of FLUX.1-dev and, as the variant "schnell", of FLUX.1-schnell, which was distilled to four steps."""
 
     name: ClassVar[str] = "flux"
@@ -63,8 +62,6 @@ class Flux(Family):
             max_text_tokens=256,
         ),
     }
-    guidance_rule: ClassVar[str] = "true_cfg"
-    guided_above: ClassVar[Number] = 1
     conditioning: ClassVar[Conditioning] = Conditioning(
         latents=Argument(name="hidden_states"),
         table=RotaryTable(name="freqs_cis", text="txt_ids", image="img_ids", theta=10_000, ids=_position_ids),
@@ -109,12 +106,8 @@ class Flux(Family):
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config
         channels = config.out_channels or config.in_channels
-        for option, value, needed in (("patch_size", config.patch_size, 1), ("out_channels", channels, config.in_channels)):
-            if value != needed:
-                raise UnsupportedModelError(
-                    f"transformer option {option} must be {needed} for {self.name}, got {value}; "
-                    "use a text-to-image checkpoint."
-                )
+        wanted = (("patch_size", config.patch_size, 1), ("out_channels", channels, config.in_channels))
+        self.check_options(wanted, "use a text-to-image checkpoint")
         return ModelSpec(
             latent_channels=config.in_channels // 4,
             vae_scale_factor=pipeline.vae_scale_factor,
@@ -144,23 +137,10 @@ class Flux(Family):
         return pack(noise[0])
 
     @override
-    def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
-        return timesteps.to(dtype) / 1000
-
-    @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         most = prompt.max_tokens or self.max_text_tokens
         embeds, pooled, _ = pipeline.encode_prompt(prompt.text, max_sequence_length=most)
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
-
-    @override
-    def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
-        positive, *rest = cast("Sequence[Tensor]", outputs)
-        return guide(rest[0][0], positive[0], one.guidance.scale) if rest else positive[0]
-
-    @override
-    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        return fits_positive(cast(Tensor, outputs[0])[0], velocity, one.guidance.scale)
 
     @override
     def decode(

@@ -12,7 +12,7 @@ was distilled to one forward. dev is given its scale as an input, in one forward
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,14 +20,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Family, Prompt, StepInput
-from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, Argument, Conditioning, ConditioningField, Output
+from flowroll.families.base import Prompt
+from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, Argument, Conditioning, ConditioningField
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
-from flowroll.families.guidance import fits_positive, guide
 from flowroll.families.packing import unpack
 from flowroll.families.rotary import RotaryTable, image_ids
+from flowroll.families.true_cfg import TrueCfgFamily
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
-from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
+from flowroll.types import EnvValue, Gather, ParallelPlan, Region, Split
 
 _KLEIN, _DEV = "Flux2KleinPipeline", "Flux2Pipeline"
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
@@ -37,7 +37,7 @@ _THETA = 2000
 
 
 def _position_ids(num_text: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Text tokens stand at (0, 0, 0, their number), image tokens at (0, row, column, 0)."""
+    """Returns the positions: text tokens stand at (0, 0, 0, their number), image tokens at (0, row, column, 0)."""
     text = torch.zeros(num_text, 4, dtype=torch.int64)
     text[:, 3] = torch.arange(num_text)
     return text, torch.nn.functional.pad(image_ids(rows, columns), (0, 1))
@@ -53,7 +53,7 @@ def _check_layers(text_encoder: Any, last: int) -> None:
         )
 
 
-class Flux2(Family):
+class Flux2(TrueCfgFamily):
     """The family of FLUX.2-klein-base, of the distilled FLUX.2-klein, and of FLUX.2-dev."""
 
     name: ClassVar[str] = "flux2"
@@ -77,8 +77,6 @@ class Flux2(Family):
             true_cfg_scale=1.0,
         ),
     }
-    guidance_rule: ClassVar[str] = "true_cfg"
-    guided_above: ClassVar[Number] = 1
     conditioning: ClassVar[Conditioning] = Conditioning(
         # As the pipeline's latents lie. The first product has other bits where 2 to 7 tokens lie one after the other (measured
         # with torch 2.13 on CPU in float32).
@@ -127,17 +125,13 @@ class Flux2(Family):
     @override
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config
-        for option, value, needed in (
+        wanted = (
             ("patch_size", config.patch_size, 1),
             ("out_channels", config.out_channels or config.in_channels, config.in_channels),
             ("in_channels", config.in_channels, pipeline.vae.bn.num_features),
             ("rope_theta", config.rope_theta, _THETA),
-        ):
-            if value != needed:
-                raise UnsupportedModelError(
-                    f"transformer option {option} must be {needed} for {self.name}, got {value}; "
-                    "use a text-to-image checkpoint."
-                )
+        )
+        self.check_options(wanted, "use a text-to-image checkpoint")
         # The pipeline of klein, which alone has this option, gives its model no scale.
         is_klein = "is_distilled" in pipeline.config
         _check_layers(pipeline.text_encoder, 27 if is_klein else 30)
@@ -186,22 +180,9 @@ class Flux2(Family):
         return noise[0].flatten(1).T
 
     @override
-    def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
-        return timesteps.to(dtype) / 1000
-
-    @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         embeds, _ = pipeline.encode_prompt(prompt.text, max_sequence_length=self.max_text_tokens)
         return {"encoder_hidden_states": embeds[0]}
-
-    @override
-    def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
-        positive, *rest = cast("Sequence[Tensor]", outputs)
-        return guide(rest[0][0], positive[0], one.guidance.scale) if rest else positive[0]
-
-    @override
-    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        return fits_positive(cast(Tensor, outputs[0])[0], velocity, one.guidance.scale)
 
     @override
     def decode(

@@ -12,7 +12,7 @@ always have the bits of one without: docs/exactness.md has the measurements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -22,12 +22,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import InvalidRequestError, UnsupportedModelError
-from flowroll.families.base import Family, Prompt, StepInput, Transformer
+from flowroll.families.base import Prompt, StepInput, Transformer
 from flowroll.families.conditioning import SLOTS, TOKENS, Argument, Conditioning, ConditioningField, ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
-from flowroll.families.guidance import fits_positive, guide
+from flowroll.families.true_cfg import TrueCfgFamily
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
-from flowroll.types import DenoisingEnv, EnvValue, Gather, Number, ParallelPlan, Region, Split
+from flowroll.types import DenoisingEnv, EnvValue, Gather, ParallelPlan, Region, Split
 
 # The ends of the position table: those of the text's tokens, and of an image's rows and columns, half of them below zero.
 _MOST_TOKENS, _MOST_PER_SIDE = 8191, 2048
@@ -92,7 +92,7 @@ class _Beside(torch.autograd.Function):
         return gradient, gradient.new_zeros(ctx.shape)
 
 
-class QwenImage21(Family):
+class QwenImage21(TrueCfgFamily):
     """The family of Qwen/Qwen-Image-2.1, for text to image."""
 
     name: ClassVar[str] = "qwen_image_21"
@@ -101,8 +101,6 @@ class QwenImage21(Family):
     variants: ClassVar[Mapping[str, Defaults]] = {
         "base": Defaults(height=1024, width=1024, num_inference_steps=40, guidance_scale=1.0, negative_prompt=None),
     }
-    guidance_rule: ClassVar[str] = "true_cfg"
-    guided_above: ClassVar[Number] = 1
     max_text_tokens: ClassVar[int] = _MOST_TOKENS
     # Each forward reads or fills the cache of its request.
     shares_forwards: ClassVar[bool] = False
@@ -147,13 +145,12 @@ class QwenImage21(Family):
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config
         channels = config.out_channels or config.in_channels
-        wanted = (("causal_condition", config.causal_condition, True), ("patch_size", config.patch_size, 1))
-        for option, value, needed in (*wanted, ("out_channels", channels, config.in_channels)):
-            if value != needed:
-                raise UnsupportedModelError(
-                    f"transformer option {option} must be {needed} for {self.name}, got {value}; use a checkpoint of "
-                    "Qwen-Image-2.1."
-                )
+        wanted = (
+            ("causal_condition", config.causal_condition, True),
+            ("patch_size", config.patch_size, 1),
+            ("out_channels", channels, config.in_channels),
+        )
+        self.check_options(wanted, "use a checkpoint of Qwen-Image-2.1")
         sigmas = pipeline.config.sample_sigmas
         if sigmas is not None and not (sigmas and all(a > b for a, b in zip([1 + 1e-9, *sigmas], [*sigmas, 0.0], strict=True))):
             raise UnsupportedModelError(
@@ -192,10 +189,6 @@ class QwenImage21(Family):
     @override
     def initial_latents(self, noise: Float[Tensor, " 1 *noise"]) -> Float[Tensor, " *latent"]:
         return noise[0, 0].flatten(1).T
-
-    @override
-    def model_timesteps(self, timesteps: Float[Tensor, " steps"], dtype: torch.dtype) -> Float[Tensor, " steps"]:
-        return timesteps.to(dtype) / 1000
 
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
@@ -242,15 +235,6 @@ class QwenImage21(Family):
             return output
         beside: Tensor = _Beside.apply(output, whole)  # type: ignore[no-untyped-call]
         return beside
-
-    @override
-    def apply_guidance(self, outputs: Sequence[Output], one: StepInput) -> Float[Tensor, " *latent"]:
-        positive, *rest = cast("Sequence[Tensor]", outputs)
-        return guide(rest[0][0], positive[0], one.guidance.scale) if rest else positive[0]
-
-    @override
-    def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
-        return fits_positive(cast(Tensor, outputs[0])[0], velocity, one.guidance.scale)
 
     @override
     def decode(

@@ -233,7 +233,7 @@ class Recipe:
         return StepInput(
             latents=latents,
             timestep=self.timesteps[step : step + 1],
-            env=env if guidance.embedded == self.guidance.embedded else guidance.given_in(env),
+            env=guidance.given_in(env, self.guidance),
             guidance=guidance,
             is_first=step == 0,
             fixed=fixed if fits else None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -208,6 +207,7 @@ class _Work:
     sources: tuple[Source, ...]
     steps: tuple[int, ...]
     forwards: tuple[tuple[tuple[Source, int], ...], ...]
+    num_pairs: int
     micro_batch: int
 
 
@@ -229,22 +229,20 @@ def _plan(
     chosen = steps_of(sources, steps)
     pairs = list(pairs_of(sources, chosen, stochastic_only=stochastic_only))
     forwards = tuple(map(tuple, shared_forwards(pairs)))
-    return _Work(place=place, sources=tuple(sources), steps=chosen, forwards=forwards, micro_batch=micro_batch)
+    return _Work(
+        place=place, sources=tuple(sources), steps=chosen, forwards=forwards, num_pairs=len(pairs), micro_batch=micro_batch
+    )
 
 
 def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
-    waiting = iter(work.forwards)
-    first = True
-    while chunk := list(islice(waiting, work.micro_batch)):
+    size, place = work.micro_batch, work.place
+    for start in range(0, len(work.forwards), size):
         # Here, because a caller may turn it on between two micro-batches.
-        check_autocast(work.place)
-        if not first:
-            yield _micro_batch(transformer, work, chunk)
-            continue
-        first = False
-        with noticed_autocast(transformer, work.place.device) as dtypes:
-            batch = _micro_batch(transformer, work, chunk)
-        check_noticed_autocast(work.place, dtypes)
+        check_autocast(place)
+        # A wrapper that turns it on does so at every forward: the first ones are looked into.
+        with noticed_autocast(None if start else transformer, place.device) as dtypes:
+            batch = _micro_batch(transformer, work, work.forwards[start : start + size])
+        check_noticed_autocast(place, dtypes)
         if dtypes:
             warn_of_autocast(dtypes, batch.log_probs, batch.old_log_probs)
         yield batch
@@ -267,7 +265,7 @@ def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Seque
         log_probs=torch.stack([one.log_prob for one in scores]),
         old_log_probs=torch.stack(old).to(place.device),
         scores=tuple(scores),
-        weight=len(chunk) / sum(map(len, work.forwards)),
+        weight=len(chunk) / work.num_pairs,
     )
 
 

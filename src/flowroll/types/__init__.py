@@ -34,7 +34,7 @@ from flowroll.types.params import (
     StepOptions,
     by_field_name,
 )
-from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord, check_policy_name
+from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -106,7 +106,6 @@ __all__ = [
     "branch_digest",
     "by_field_name",
     "check_lora_name",
-    "check_policy_name",
     "check_version",
     "env_digests",
     "params_of",

@@ -95,8 +95,8 @@ def adapter_config_text(config: Mapping[str, Any]) -> str:
         ) from error
 
 
-def check_lora_name(name: object) -> None:
-    """Refuses a value that cannot be the name of an adapter.
+def check_lora_name(name: object, field: str = "lora_name") -> None:
+    """Refuses a value that cannot be the name of an adapter or of a policy.
 
     Raises:
         InvalidRequestError: The name is not a text, is empty, too long, or not printable.
@@ -104,6 +104,6 @@ def check_lora_name(name: object) -> None:
     if not (isinstance(name, str) and 0 < len(name) <= MAX_LORA_NAME_CHARS and name.isprintable()):
         shown = f"{len(name)} characters" if isinstance(name, str) else type(name).__name__
         raise InvalidRequestError(
-            f"lora_name must be printable text of 1 to {MAX_LORA_NAME_CHARS} characters, got {shown}; use a short name.",
-            field="lora_name",
+            f"{field} must be printable text of 1 to {MAX_LORA_NAME_CHARS} characters, got {shown}; use a short name.",
+            field=field,
         )

@@ -19,7 +19,7 @@ from flowroll.types.forks import Fork, check_fork, plain_fork
 from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
-from flowroll.types.policies import DEFAULT_POLICY, check_policy_name
+from flowroll.types.policies import DEFAULT_POLICY
 from flowroll.types.prompts import check_token_ids
 from flowroll.types.rules import is_finite as _is_finite
 from flowroll.types.rules import is_int as _is_int
@@ -311,7 +311,7 @@ class SamplingParams:
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
         if self.policy is not None:
-            check_policy_name(self.policy)
+            check_lora_name(self.policy, "policy")
         if self.lora_name is not None:
             check_lora_name(self.lora_name)
             alone = self.policy in (None, DEFAULT_POLICY)
@@ -354,6 +354,11 @@ class SamplingParams:
         _require(one, "num_frames", "be None or 1", frames, "leave it out, flowroll makes images")
         _require(fps is None or _is_finite(fps), "fps", "be None or a number", fps, "leave it out, an image has no use for it")
 
+    @property
+    def _num_steps(self) -> int | None:
+        """The number of steps that the request says; None: the family's."""
+        return len(self.sigmas) - 1 if self.sigmas is not None else self.num_inference_steps
+
     def _check_guidance_scales(self) -> None:
         name, scales = "guidance_scales", self.guidance_scales
         if scales is None:
@@ -362,7 +367,7 @@ class SamplingParams:
         _require(len(scales) > 0, name, "hold one scale a step", scales, "leave it out for one scale of all steps")
         ok = all(_is_finite(scale) and 0 <= scale <= MAX_GUIDANCE_SCALE for scale in scales)
         _require(ok, name, f"hold numbers from 0 to {MAX_GUIDANCE_SCALE:g}", scales, "use 0 for no guidance")
-        count = len(self.sigmas) - 1 if isinstance(self.sigmas, tuple) else self.num_inference_steps
+        count = self._num_steps
         agrees = count is None or len(scales) == count
         _require(agrees, name, f"hold one scale for each of the {count} steps", len(scales), "send one scale a step")
 
@@ -425,7 +430,7 @@ class SamplingParams:
         if len(given) > 1:
             _require(False, given[0], f"be given without {given[-1]}", "both", "send one of the two")
         for name, rows in (("rollout_steps", self.rollout_steps), ("rollout_noise_levels", self.rollout_noise_levels)):
-            count = len(self.sigmas) - 1 if self.sigmas is not None else self.num_inference_steps
+            count = self._num_steps
             if rows is None:
                 continue
             _require(len(rows) > 0, name, "hold one entry a step", rows, "leave it out where the steps are alike")

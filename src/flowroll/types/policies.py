@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from flowroll.errors import InvalidRequestError
-from flowroll.types.adapters import MAX_LORA_NAME_CHARS
-
 # The weights that the engine was last given; it always exists.
 DEFAULT_POLICY = "default"
 PolicyKind: TypeAlias = Literal["weights", "adapter"]
@@ -71,17 +68,3 @@ class PolicyChange:
     name: str
     policy: Policy | None
     paused_s: float
-
-
-def check_policy_name(name: object, field: str = "policy") -> None:
-    """Refuses a value that cannot be the name of a policy.
-
-    Raises:
-        InvalidRequestError: The name is not a text, is empty, too long, or not printable.
-    """
-    if not (isinstance(name, str) and 0 < len(name) <= MAX_LORA_NAME_CHARS and name.isprintable()):
-        shown = f"{len(name)} characters" if isinstance(name, str) else type(name).__name__
-        raise InvalidRequestError(
-            f"{field} must be printable text of 1 to {MAX_LORA_NAME_CHARS} characters, got {shown}; use a short name.",
-            field=field,
-        )

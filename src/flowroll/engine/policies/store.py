@@ -17,7 +17,7 @@ from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.staged import listed
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import InvalidRequestError
-from flowroll.types import DEFAULT_POLICY, Number, Policy, PolicyChange, PolicyKind, check_policy_name
+from flowroll.types import DEFAULT_POLICY, Number, Policy, PolicyChange, PolicyKind, check_lora_name
 
 
 class PolicyStore:
@@ -89,7 +89,7 @@ class PolicyStore:
     def _update(self, name: str, source: str | None, decay: Number | None) -> PolicyChange:
         self._offload.check_awake()
         started_s = time.perf_counter()
-        check_policy_name(name)
+        check_lora_name(name, "policy")
         held = self._table.held
         own, (given, kind) = held.get(name), self._resolved(source)
         self._check_name(name)

@@ -77,8 +77,7 @@ def _fixed_inputs(
     for guidance in dict.fromkeys(plan.guidances):
         key = guidance.is_active, guidance.embedded
         if key not in made:
-            # The environment has the request's own scale already.
-            given = env if guidance.embedded == plan.guidance.embedded else guidance.given_in(env)
+            given = guidance.given_in(env, plan.guidance)
             made[key] = given, model.family.fixed_inputs(given, is_guided=guidance.is_active)
     return {guidance: made[guidance.is_active, guidance.embedded] for guidance in plan.guidances}
 

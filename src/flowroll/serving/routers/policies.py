@@ -11,7 +11,7 @@ from flowroll.serving.errors import COMMON_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.state import AppState
-from flowroll.types import check_policy_name
+from flowroll.types import check_lora_name
 from flowroll.wire.names import COPY_POLICY_ROUTE, DROP_POLICY_ROUTE, EMA_POLICY_ROUTE, POLICIES_ROUTE
 from flowroll.wire.policies import (
     AveragePolicyRequest,
@@ -37,7 +37,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def copy_policy(name: str, request: Request) -> PolicyChangeObject:
         accepted = await accept_control(request, state, CopyPolicyRequest, is_optional=True)
-        check_policy_name(name, "name")
+        check_lora_name(name, "name")
         source, mode = accepted.source, accepted.mode
         change = await state.change_policy(
             lambda: asyncio.wrap_future(engine.call(EngineService.copy_policy, name, source=source, mode=mode))
@@ -53,7 +53,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def average_policy(name: str, request: Request) -> PolicyChangeObject:
         accepted = await accept_control(request, state, AveragePolicyRequest)
-        check_policy_name(name, "name")
+        check_lora_name(name, "name")
         source, mode, decay = accepted.source, accepted.mode, accepted.decay
         change = await state.change_policy(
             lambda: asyncio.wrap_future(engine.call(EngineService.average_policy, name, decay=decay, source=source, mode=mode))
@@ -69,7 +69,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def drop_policy(name: str, request: Request) -> PolicyChangeObject:
         accepted = await accept_control(request, state, DropPolicyRequest, is_optional=True)
-        check_policy_name(name, "name")
+        check_lora_name(name, "name")
         mode = accepted.mode
         change = await state.change_policy(lambda: asyncio.wrap_future(engine.call(EngineService.drop_policy, name, mode=mode)))
         return PolicyChangeObject.of(change)
