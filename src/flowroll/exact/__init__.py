@@ -7,12 +7,13 @@ asks the kernels. Families declare how their forward inputs are collated and kno
 from __future__ import annotations
 
 from flowroll.exact.ranks import all_ranks_agree, run_on_groups
-from flowroll.exact.strategy import Alone, Forward, Merged, RunForwards, Strategy, choose_strategy, run_here
+from flowroll.exact.strategy import Alone, Forward, Merged, PlainBatch, RunForwards, Strategy, choose_strategy, run_here
 
 __all__ = [
     "Alone",
     "Forward",
     "Merged",
+    "PlainBatch",
     "RunForwards",
     "Strategy",
     "all_ranks_agree",

@@ -11,12 +11,15 @@ after every function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flowroll.exact.checkpointing import remembered_blocks, saved_hooks
 from flowroll.exact.functions import WRITES, named
 from flowroll.exact.layout import CannotMergeError, same_bits, same_layout
 from flowroll.exact.rules import decide
@@ -69,6 +72,8 @@ class Analysis(TorchFunctionMode):
         self.without_rule: set[str] = set()
         # Marks the places of this analysis. Tensors may outlive the forward, and must not keep the analysis alive.
         self.token = object()
+        # What may decide which tensors are kept for a backward: what does at the beginning, and checkpointing that we know.
+        self._hooks: set[object] = set()
 
     def forward(
         self, transformer: Callable[..., Any], batched: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]
@@ -85,7 +90,8 @@ class Analysis(TorchFunctionMode):
                 waits for this forward to end.
         """
         self._try(lambda: self._place_inputs(batched, alone))
-        with self:
+        self._hooks = {saved_hooks()}
+        with self, remembered_blocks(transformer, self._begin_block):
             output = transformer(**batched, return_dict=False)[0]
         self._try(lambda: self._check_output(output))
         return output, Notes(tuple(self.steps), frozenset(self.without_rule))
@@ -99,6 +105,10 @@ class Analysis(TorchFunctionMode):
         found: list[Any] = []
         self._try(lambda: found.append(self._decided(func, args, kwargs)))
         return found[0] if found else func(*args, **kwargs)
+
+    def _begin_block(self) -> Callable[[], AbstractContextManager[None]]:
+        self._hooks.add(saved_hooks())
+        return nullcontext
 
     def _try(self, check: Callable[[], object]) -> None:
         """Runs a check; if it fails, notes that the forward cannot be shared, or raises where the forward may stop."""
@@ -132,6 +142,8 @@ class Analysis(TorchFunctionMode):
     def _decided(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if type(func) is _Getter:
             return self._get(func, args[0])
+        if saved_hooks() not in self._hooks:
+            raise CannotMergeError("what the backward needs is computed again, or kept elsewhere, in a way that is not known")
         found = [tensor for _, tensor in tensors_in(args, kwargs)]
         versions = [tensor._version for tensor in found]
         try:
@@ -237,12 +249,12 @@ class Repetition(TorchFunctionMode):
     Args:
         notes: The notes of the analysis.
         samples: The samples that share the forward.
+        start: The number of the first function: that of a block which the backward computes again.
     """
 
-    def __init__(self, notes: Notes, samples: Samples) -> None:
+    def __init__(self, notes: Notes, samples: Samples, start: int = 0) -> None:
         super().__init__()
-        self._steps = iter(notes.steps)
-        self._samples = samples
+        self._notes, self._samples, self._at = notes, samples, start
 
     def forward(self, transformer: Callable[..., Any], batched: Mapping[str, Any]) -> Any:
         """Runs the shared forward and returns its output.
@@ -250,19 +262,22 @@ class Repetition(TorchFunctionMode):
         Raises:
             DivergedError: The model calls other functions than in the analysis.
         """
-        with self:
+        with self, remembered_blocks(transformer, self._begin_block):
             output = transformer(**batched, return_dict=False)[0]
-        if next(self._steps, None) is not None:
+        if self._at != len(self._notes.steps):
             raise DivergedError
         return output
+
+    def _begin_block(self) -> Callable[[], AbstractContextManager[Repetition]]:
+        return partial(Repetition, self._notes, self._samples, self._at)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if type(func) is _Getter:
             return func(*args)
-        try:
-            expected, way = next(self._steps)
-        except StopIteration:
-            raise DivergedError from None
+        if self._at == len(self._notes.steps):
+            raise DivergedError
+        expected, way = self._notes.steps[self._at]
+        self._at += 1
         if expected is not func and expected != func:
             raise DivergedError
         if way is None:

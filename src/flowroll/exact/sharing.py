@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flowroll.exact.checkpointing import keeping_nothing
 from flowroll.exact.layout import CannotMergeError, same_bits
 from flowroll.exact.mode import Analysis, DivergedError, Notes, Repetition
 from flowroll.exact.ways import Samples
@@ -105,6 +106,10 @@ class SharedForwards:
         output, notes, reason = self._repeat(transformer, analyses, forward_inputs), None, None
         if output is None:
             output, notes, reason = self._analyse(transformer, forward_inputs, is_new=form not in known.forms)
+            if reason is None and torch.is_grad_enabled():
+                # Nothing was kept for a backward through the analysis.
+                output = self._repeat(transformer, [notes], forward_inputs)
+                reason = None if output is not None else "the model calls other functions at each forward"
         if not torch.equal(torch.get_rng_state(), random_state):
             torch.set_rng_state(random_state)
             reason = reason or "the model draws random numbers"
@@ -142,11 +147,13 @@ class SharedForwards:
         count = len(forward_inputs)
         looked_at = range(count) if is_new else [count - 1]
         # These run before the analysis, so that tables which the model makes at its first forward exist.
-        alone = [self._family.run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
+        with keeping_nothing():
+            alone = [self._family.run_in_turn(transformer, [forward_inputs[index]])[0] for index in looked_at]
         batched = self._family.collate(forward_inputs)
         analysis = Analysis(_samples(batched, count), goes_on=self._agree is not None)
         try:
-            output, notes = analysis.forward(transformer, batched, forward_inputs)
+            with keeping_nothing():
+                output, notes = analysis.forward(transformer, batched, forward_inputs)
         except CannotMergeError as error:
             return [], Notes(()), str(error)
         reason = None if analysis.failure is None else str(analysis.failure)

@@ -1,7 +1,8 @@
-"""The two strategies for the velocities of several samples; both give each sample the bits that it has alone.
+"""The strategies for the velocities of several samples; the engine's two give each sample the bits that it has alone.
 
 `Merged` runs several samples in one forward under the function mode of `mode`; `Alone` runs one forward per sample and branch.
 The runner chooses one per device with `choose_strategy`, and knows neither how samples are grouped nor what a key is made of.
+`PlainBatch` is not exact: a trainer may ask for it by name.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def run_here(forwards: Sequence[Forward]) -> list[list[Output]]:
 
 
 class Strategy(ABC):
-    """Computes the velocities of several samples; each one equals that of its sample alone, bit for bit.
+    """Computes the velocities of several samples.
 
     Args:
         family: The model family.
@@ -124,14 +125,8 @@ class Alone(Strategy):
         return [([index], compute) for index in range(len(inputs))]
 
 
-class Merged(Strategy):
+class Grouped(Strategy):
     """Runs one forward for all forward inputs of the same key, whichever samples and branches they belong to."""
-
-    def __init__(
-        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
-    ) -> None:
-        super().__init__(family, dtype, run)
-        self._shared = SharedForwards(family, agree)
 
     @override
     def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
@@ -140,9 +135,37 @@ class Merged(Strategy):
             groups.setdefault(self.family.collate_key(one), []).append(index)
 
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
-            return self._shared.outputs(transformer, some)
+            return self._together(transformer, some)
 
         return [(members, compute) for members in groups.values()]
+
+    @abstractmethod
+    def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
+        """Computes the outputs of inputs of one key."""
+
+
+class Merged(Grouped):
+    """Computes in a shared forward what every sample has alone, bit for bit."""
+
+    def __init__(
+        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
+    ) -> None:
+        super().__init__(family, dtype, run)
+        self._shared = SharedForwards(family, agree)
+
+    @override
+    def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
+        return self._shared.outputs(transformer, inputs)
+
+
+class PlainBatch(Grouped):
+    """Computes an ordinary batch, in which a sample may have other last bits than alone."""
+
+    @override
+    def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
+        if len(inputs) == 1:
+            return self.family.run_in_turn(transformer, inputs)
+        return self.family.uncollate(self.family.run(transformer, self.family.collate(inputs)), len(inputs))
 
 
 def choose_strategy(

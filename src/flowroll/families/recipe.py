@@ -149,37 +149,6 @@ class Recipe:
                 field=f"denoising_env.{place}.{field.name}",
             )
 
-    def run(
-        self,
-        transformer: Transformer,
-        latents: Float[Tensor, " *latent"],
-        step: int,
-        env: DenoisingEnv,
-        *,
-        before: Float[Tensor, " *latent"] | None = None,
-        fixed: Sequence[ForwardInput] | None = None,
-    ) -> tuple[Float[Tensor, " *latent"], Float[Tensor, " *latent"] | None]:
-        """Runs one step again, differentiable in the weights; its results are what `evaluate` takes.
-
-        A step that needs the clean prediction of the step before takes a forward of that step too.
-
-        Args:
-            transformer: The model, or a wrapper with its call signature.
-            latents: The recorded latents before the step, on the transformer's device.
-            step: The step, counted from 0.
-            env: The sample's environment, on the transformer's device.
-            before: The recorded latents before the step before; needed exactly if the transition needs that step.
-            fixed: `fixed_inputs` of the environment, where they were made already: for other steps of the same weights.
-
-        Returns:
-            The guided velocity, and the clean prediction of the step before if the transition needs it.
-        """
-        previous: Tensor | None = None
-        if self.transitions[step].needs_previous:
-            assert before is not None
-            previous = self.clean_prediction(self.velocity(transformer, before, step - 1, env, fixed), before, step - 1)
-        return self.velocity(transformer, latents, step, env, fixed), previous
-
     def evaluate(
         self,
         velocity: Float[Tensor, " *latent"],
@@ -216,7 +185,10 @@ class Recipe:
         env: DenoisingEnv,
         fixed: Sequence[ForwardInput] | None = None,
     ) -> Float[Tensor, " *latent"]:
-        """Computes the guided velocity of one step; the arguments are those of `run`."""
+        """Computes the guided velocity of one step, differentiable in the weights of the transformer.
+
+        The arguments besides the transformer are those of `step_input`.
+        """
         return self.family.velocity(transformer, self.step_input(latents, step, env, fixed), self.dtype)
 
     def fixed_inputs(self, env: DenoisingEnv) -> Sequence[ForwardInput]:
@@ -226,7 +198,14 @@ class Recipe:
     def step_input(
         self, latents: Float[Tensor, " *latent"], step: int, env: DenoisingEnv, fixed: Sequence[ForwardInput] | None = None
     ) -> StepInput:
-        """Returns the inputs of one step's velocity; the arguments are those of `run`."""
+        """Returns the inputs of one step's velocity.
+
+        Args:
+            latents: The recorded latents before the step, on the transformer's device.
+            step: The step, counted from 0.
+            env: The sample's environment, on the transformer's device.
+            fixed: `fixed_inputs` of the environment, where they were made already: for other steps of the same weights.
+        """
         guidance = self.guidances[step]
         # What was made for the whole sample does not fit a step with another number of branches, or another scale.
         fits = (guidance.is_active, guidance.embedded) == (self.guidance.is_active, self.guidance.embedded)

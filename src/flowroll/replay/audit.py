@@ -15,8 +15,8 @@ from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
 from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
 from flowroll.replay.precision import forward_dtypes, noticed_autocast
-from flowroll.replay.scoring import prepare, run_pair
 from flowroll.replay.sources import Source, check_any, place_of, source_of
+from flowroll.replay.steps import prepare, run_pair
 from flowroll.types import Rollout
 
 

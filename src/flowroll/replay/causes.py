@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from flowroll.families import Output, StepInput, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
-from flowroll.replay.scoring import run_pair
 from flowroll.replay.sources import Place, Source, grid_fault
+from flowroll.replay.steps import run_pair
 from flowroll.sampling import transition
 from flowroll.types import DenoisingEnv, EnvValue, Number, Rollout, env_digests
 

@@ -1,4 +1,4 @@
-"""In which dtype a trainer's forward runs, where that is not the one that its weights are kept in."""
+"""How a trainer holds and runs a model: sharded weights, and dtypes of a forward that its weights are not kept in."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from flowroll.errors import InvalidRequestError
 
@@ -24,6 +23,12 @@ def forward_dtypes(transformer: nn.Module) -> set[torch.dtype]:
     if not policies:
         return kept
     return {dtype for policy in policies for dtype in ([policy.param_dtype] if policy.param_dtype else kept)}
+
+
+def is_sharded(transformer: nn.Module) -> bool:
+    """Tells whether ranks hold a part of the weights each: of FSDP's two kinds, or as distributed tensors."""
+    is_wrapped = any(hasattr(module, "_fsdp_wrapped_module") for module in transformer.modules())
+    return is_wrapped or any(hasattr(weight, "device_mesh") for weight in transformer.parameters())
 
 
 def check_autocast_option(autocast: object) -> None:
@@ -54,15 +59,12 @@ def noticed_autocast(transformer: object, device: torch.device) -> Iterator[set[
         yield seen
 
 
-def warn_of_autocast(
-    dtypes: set[torch.dtype], log_probs: Float[Tensor, " pairs"], old_log_probs: Float[Tensor, " pairs"]
-) -> None:
+def warn_of_autocast(dtypes: set[torch.dtype], ratio_error: float) -> None:
     """Says how far autocast takes the ratio from 1, and why."""
-    error = (torch.exp(log_probs.detach() - old_log_probs) - 1).abs().max().item()
     warnings.warn(
         f"torch.autocast to {', '.join(sorted(map(str, dtypes)))} is on in the forward: linears run in that dtype, and norms, "
         "sums and softmax in float32. These are not the kernels of the engine's rollout, so that the ratio need not be 1 "
-        f"before any update. In this call's first micro-batch it is up to {error:.3g} off.",
+        f"before any update. In this call's first micro-batch it is up to {ratio_error:.3g} off.",
         stacklevel=4,
     )
 

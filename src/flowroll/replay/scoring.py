@@ -1,7 +1,8 @@
 """Re-runs recorded steps and scores them, with gradients.
 
-Every (sample, step) pair is run in forwards of its own, shaped as the engine's, because a forward's bits depend on what else is
-in its batch: docs/architecture.md has the measurements. A micro-batch therefore bounds memory, and changes no bit.
+A forward's bits depend on what else is in its batch: docs/exactness.md has the measurements. By default every (sample, step)
+pair is run in forwards of its own, and a micro-batch bounds memory alone. `merge` says whether the pairs of a micro-batch share
+forwards.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families import ForwardInput, StepScore, Transformer
+from flowroll.families import StepScore, Transformer
 from flowroll.replay.precision import noticed_autocast, warn_of_autocast
 from flowroll.replay.sources import (
     Place,
@@ -27,8 +28,9 @@ from flowroll.replay.sources import (
     sources_of,
     steps_of,
 )
+from flowroll.replay.steps import Pair, Prepared, check_merge, prepare, run_pairs, warn_of_batches
 from flowroll.replay.trees import shared_forwards
-from flowroll.types import DenoisingEnv, Rollout
+from flowroll.types import Rollout
 from flowroll.types.arguments import Integers
 
 
@@ -57,6 +59,11 @@ class MicroBatch:
     def stds(self) -> Float[Tensor, " pairs"]:
         """Total std of each transition, float32."""
         return torch.tensor([score.std for score in self.scores], dtype=torch.float32, device=self.log_probs.device)
+
+    @property
+    def ratio_error(self) -> float:
+        """Largest |ratio - 1|: 0 where every log-prob has the recorded bits."""
+        return (torch.exp(self.log_probs.detach() - self.old_log_probs) - 1).abs().max().item()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +97,7 @@ def micro_batches(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     autocast: str = "refuse",
+    merge: str = "alone",
 ) -> Iterator[MicroBatch]:
     """Scores the stochastic steps of rollouts a few at a time: call `backward` on each and its graph is freed.
 
@@ -99,13 +107,17 @@ def micro_batches(
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
         rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
-        micro_batch: Forwards per micro-batch, at least 1. A forward is of one pair; of several, where these are leaves of one
-            tree and the step is before or at their fork.
+        micro_batch: Pairs per micro-batch, at least 1. Leaves of one tree count once at the steps before and at their fork,
+            which are run once.
         device: Of the transformer; None: that of its first weight.
         dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
         autocast: "refuse": a call under `torch.autocast` is an error, since it runs other kernels than the engine. "measure":
             it runs, and a warning says how far from 1 the first ratios are.
+        merge: "alone": every pair has forwards of its own. "exact": the pairs of a micro-batch share forwards in the way in
+            which the engine's samples do, where their shapes agree; the log-probs are those of "alone" bit for bit, gradients
+            differ in their last bits. Where the engine runs samples alone (on GPUs), and where weights are sharded, this does
+            too. "fast": they share ordinary batches, and a warning says how far from 1 the first ratios are.
 
     Returns:
         Micro-batches, sample by sample and step by step; a pair that shares a forward comes with the first one that does. All
@@ -114,7 +126,7 @@ def micro_batches(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=True)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, merge, stochastic_only=True)
     return _run(transformer, work)
 
 
@@ -127,6 +139,7 @@ def log_prob(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     autocast: str = "refuse",
+    merge: str = "alone",
 ) -> Float[Tensor, " samples steps"]:
     """Recomputes log-probs of recorded steps under the transformer as it is now: before the first update, the recorded bits.
 
@@ -134,13 +147,14 @@ def log_prob(
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
         rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all, for rollouts of one length.
-        micro_batch: Pairs whose inputs are on the device together, at least 1; it changes no bit. In gradient mode the graphs
-            of all pairs are kept: `micro_batches` bounds those.
+        micro_batch: Pairs that are run together, at least 1. In gradient mode the graphs of all pairs are kept:
+            `micro_batches` bounds those.
         device: Of the transformer; None: that of its first weight.
         dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
         autocast: "refuse": a call under `torch.autocast` is an error, since it runs other kernels than the engine. "measure":
             it runs, and a warning says how far from 1 the first ratios are.
+        merge: How the pairs of a micro-batch share forwards; see `micro_batches`.
 
     Returns:
         float32 on the device, differentiable in the transformer's weights. Exactly 0 at deterministic steps, for which no
@@ -149,7 +163,7 @@ def log_prob(
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=True)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, merge, stochastic_only=True)
     found: dict[tuple[int, int], Tensor] = {}
     for batch in _run(transformer, work):
         found.update(zip(zip(batch.samples, batch.steps, strict=True), batch.log_probs.unbind(), strict=True))
@@ -166,13 +180,14 @@ def score(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     autocast: str = "refuse",
+    merge: str = "alone",
 ) -> Scores:
     """Recomputes log-prob, mean, std and velocity of recorded steps, deterministic ones included; see `log_prob`.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
     """
-    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, stochastic_only=False)
+    work = _plan(transformer, rollouts, steps, micro_batch, device, dtype, autocast, merge, stochastic_only=False)
     found: dict[tuple[int, int], StepScore] = {}
     for batch in _run(transformer, work):
         found.update(zip(zip(batch.samples, batch.steps, strict=True), batch.scores, strict=True))
@@ -187,28 +202,16 @@ def score(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What the steps of a sample share while the weights stay as they are.
-
-    Attributes:
-        env: Its environment on the device.
-        fixed: What the forwards of all its steps take, and what the first ones leave for later ones.
-    """
-
-    env: DenoisingEnv
-    fixed: Sequence[ForwardInput]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """What a call is about, checked: no forward has been run yet."""
 
     place: Place
     sources: tuple[Source, ...]
     steps: tuple[int, ...]
-    forwards: tuple[tuple[tuple[Source, int], ...], ...]
+    forwards: tuple[tuple[Pair, ...], ...]
     num_pairs: int
     micro_batch: int
+    merge: str
 
 
 def _plan(
@@ -219,10 +222,12 @@ def _plan(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     autocast: str,
+    merge: str,
     *,
     stochastic_only: bool,
 ) -> _Work:
     _check_micro_batch(micro_batch)
+    check_merge(merge)
     check_weights(transformer)
     place = place_of(transformer, rollouts, device, dtype, autocast)
     sources = sources_of(rollouts, place)
@@ -230,7 +235,13 @@ def _plan(
     pairs = list(pairs_of(sources, chosen, stochastic_only=stochastic_only))
     forwards = tuple(map(tuple, shared_forwards(pairs)))
     return _Work(
-        place=place, sources=tuple(sources), steps=chosen, forwards=forwards, num_pairs=len(pairs), micro_batch=micro_batch
+        place=place,
+        sources=tuple(sources),
+        steps=chosen,
+        forwards=forwards,
+        num_pairs=len(pairs),
+        micro_batch=micro_batch,
+        merge=merge,
     )
 
 
@@ -244,19 +255,19 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
             batch = _micro_batch(transformer, work, work.forwards[start : start + size])
         check_noticed_autocast(place, dtypes)
         if dtypes:
-            warn_of_autocast(dtypes, batch.log_probs, batch.old_log_probs)
+            warn_of_autocast(dtypes, batch.ratio_error)
+        if work.merge == "fast" and work.sources[0].family.shares_forwards and not start:
+            warn_of_batches(batch.ratio_error)
         yield batch
 
 
-def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Sequence[tuple[Source, int]]]) -> MicroBatch:
+def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Sequence[Pair]]) -> MicroBatch:
     place = work.place
     known: dict[int, Prepared] = {}
-    scores: list[StepScore] = []
-    for pairs in forwards:
-        source, _ = pairs[0]
+    for (source, _), *_ in forwards:
         if source.index not in known:
             known[source.index] = prepare(source, place)
-        scores += _run_pairs(transformer, pairs, place, known[source.index])
+    scores = run_pairs(transformer, forwards, place, known, work.merge)
     chunk = [pair for pairs in forwards for pair in pairs]
     old = [source.rollout.log_probs[step] for source, step in chunk if source.rollout.log_probs is not None]
     return MicroBatch(
@@ -267,29 +278,6 @@ def _micro_batch(transformer: Transformer, work: _Work, forwards: Sequence[Seque
         scores=tuple(scores),
         weight=len(chunk) / work.num_pairs,
     )
-
-
-def prepare(source: Source, place: Place) -> Prepared:
-    """Returns what the steps of a sample share while the weights stay as they are."""
-    env = source.env_on(place)
-    return Prepared(env=env, fixed=source.recipe.fixed_inputs(env))
-
-
-def run_pair(transformer: Transformer, source: Source, step: int, place: Place, shared: Prepared | None = None) -> StepScore:
-    """Scores one recorded step of one sample; `shared` is what `prepare` returned for it, for the same weights."""
-    (found,) = _run_pairs(transformer, [(source, step)], place, shared or prepare(source, place))
-    return found
-
-
-def _run_pairs(
-    transformer: Transformer, pairs: Sequence[tuple[Source, int]], place: Place, shared: Prepared
-) -> list[StepScore]:
-    """Scores a recorded step of several samples that came out of one forward, which is run once."""
-    source, step = pairs[0]
-    latents = source.state(step, place.device)
-    before = source.state(step - 1, place.device) if source.recipe.transitions[step].needs_previous else None
-    velocity, previous = source.recipe.run(transformer, latents, step, shared.env, before=before, fixed=shared.fixed)
-    return [one.recipe.evaluate(velocity, latents, one.state(step + 1, place.device), step, previous) for one, _ in pairs]
 
 
 def _check_micro_batch(micro_batch: int) -> None:
