@@ -126,7 +126,7 @@ class FlowGrpo:
         """Adds up the gradient over these samples; returns the largest |ratio - 1|."""
         rollouts, advantages = [batch.rollouts[index] for index in chosen], self.advantages(batch)[chosen]
         largest = 0.0
-        for part in replay.micro_batches(policy, rollouts, micro_batch=_MICRO_BATCH):
+        for part in replay.micro_batches(policy, rollouts, micro_batch=_MICRO_BATCH, merge="exact"):
             ratios = replay.ratio(part.log_probs, part.old_log_probs)
             loss = replay.clipped_loss(ratios, advantages[part.samples, part.steps], clip_range=_CLIP_RANGE)
             (loss * part.weight).backward()

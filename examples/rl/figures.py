@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each is a server and a trainer, which take turns")
-    parser.add_argument("--only", choices=[example.name for example in EXAMPLES], default=None)
+    parser.add_argument("--only", nargs="+", choices=[example.name for example in EXAMPLES], default=None)
     options = parser.parse_args(arguments)
-    chosen = [example for example in EXAMPLES if options.only in (None, example.name)]
+    chosen = [example for example in EXAMPLES if options.only is None or example.name in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [pool.submit(_run, example, label, options.runs) for example in chosen for label in _labels(example)]
         for job in jobs:

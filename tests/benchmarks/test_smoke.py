@@ -37,7 +37,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--rounds", "1", "--dtype", "float32", "--layout"],
     ),
     "lora": ({"_REQUEST": {"prompt": "a cat", "height": 64, "width": 64, "num_inference_steps": 1}}, ["--repeats", "1"]),
-    "replay": ({"SIZE": 64}, ["--rounds", "1"]),
+    "replay": ({"SIZE": 64, "SIDES": (64,), "PAIRS": 2}, ["--rounds", "1"]),
     "responsive": ({"CLIENTS": ("application/json",)}, ["--rounds", "1"]),
     "run": ({}, ["--rounds", "1"]),
     "weights": ({}, ["--rounds", "1", "--layers", "1"]),

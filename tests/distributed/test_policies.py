@@ -1,9 +1,11 @@
 """Policies on several ranks: each keeps its own part of them, and all exchange them or none does."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tests.adapters import policy, saved
 from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.distributed.test_weight_updates import FAILING
@@ -14,6 +16,7 @@ from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.errors import EngineError
 from flowroll.parallel import processes
+from flowroll.replay.remote import score_params
 from flowroll.types import Layout
 
 FAULT = (
@@ -28,6 +31,20 @@ FAULT = (
 )
 
 
+def assert_scored(engine: Engine, rollouts: list[Rollout], policy: str) -> None:
+    """The log-probs of the policy that made them, whatever is in place."""
+    before = engine.weights_checksum()
+    answer = engine.run_scores(score_params(rollouts, None, log_probs_only=False, policy=policy))
+    assert answer.policy == rollouts[0].sampling.policy
+    for one, rollout in zip(answer.samples, rollouts, strict=True):
+        assert torch.equal(one.log_probs, rollout.log_probs)
+        assert torch.equal(one.velocities, rollout.debug_tensors.model_output)
+    unadapted = [replace(one, sampling=replace(one.sampling, lora=None)) for one in rollouts]
+    default = engine.run_scores(score_params(unadapted, None, log_probs_only=True))
+    assert all(not torch.equal(one.log_probs, two.log_probs) for one, two in zip(default.samples, rollouts, strict=True))
+    assert engine.weights_checksum() == before
+
+
 def rolled_out(engine: Engine, other: Path, adapter: Path) -> list[Rollout]:
     """A copy of the weights, an average of it with an update, and the same of an adapter."""
     engine.load_lora_adapter(adapter, name="a")
@@ -35,9 +52,12 @@ def rolled_out(engine: Engine, other: Path, adapter: Path) -> list[Rollout]:
     engine.copy_policy("adapter", source="a")
     engine.update_weights_from_disk(other)
     found = engine.rollout(**REQUEST, policy="old")
+    assert_scored(engine, found, "old")
     engine.average_policy("old", decay=0.75)
     engine.average_policy("adapter", decay=0.5, source="a")
     found += [rollout for name in ("old", None, "adapter") for rollout in engine.rollout(**REQUEST, policy=name)]
+    assert_scored(engine, found[1:2], "old")
+    assert_scored(engine, found[3:], "adapter")
     engine.drop_policy("old")
     engine.drop_policy("adapter")
     return [*found, *engine.rollout(**REQUEST)]

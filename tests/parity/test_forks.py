@@ -91,6 +91,9 @@ def test_every_leaf_replays_and_shared_forwards_are_run_once(engine_of: EngineOf
     for sample, leaf in enumerate(leaves):
         assert leaf.debug_tensors is not None
         assert torch.equal(scores.means[sample].detach(), leaf.debug_tensors.prev_sample_mean[list(scores.steps)])
+    counting.count = 0
+    merged = replay.log_prob(counting, leaves, micro_batch=4, device="cpu", dtype=torch.bfloat16, merge="exact")
+    assert torch.equal(merged.detach(), recorded[:, list(scores.steps)])
     ratio = replay.ratio(replay.log_prob(transformer, leaves), recorded[:, list(scores.steps)])
     assert torch.equal(ratio.detach(), torch.ones_like(ratio))
     assert replay.audit(transformer, leaves).is_exact

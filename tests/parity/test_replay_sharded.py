@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from flowroll import replay
+from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.families import FAMILIES
 from flowroll.wire.files import load_rollout, save_rollout
@@ -64,21 +64,36 @@ def test_the_ratio_is_exactly_one_through_fsdp(
     log_probs = replay.log_prob(transformer, group)
     recorded = torch.stack([rollout.log_probs for rollout in group])
     assert torch.equal(log_probs.detach(), recorded)
+    assert torch.equal(replay.log_prob(transformer, group, micro_batch=4, merge="exact").detach(), recorded)
     log_probs.sum().backward()
     assert any(weight.grad is not None and weight.grad.to_local().any() for weight in transformer.parameters())
     assert replay.audit(transformer, group).is_exact
 
 
-def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, file: Path, out: Path) -> None:
+def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, files: list[list[Path]], out: Path, merge: str) -> None:
     import diffusers
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     transformer = getattr(diffusers, cls).from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
-    log_probs = replay.log_prob(sharded(transformer), [load_rollout(file)])
+    log_probs = replay.log_prob(sharded(transformer), [load_rollout(file) for file in files[rank]], micro_batch=4, merge=merge)
     log_probs.sum().backward()
     torch.save(log_probs.detach(), out / str(rank))
     dist.destroy_process_group()
+
+
+def replayed_on_two_ranks(checkpoint: Path, rollouts: list[list[Rollout]], folder: Path, merge: str) -> list[torch.Tensor]:
+    """The log-probs that each rank recomputes of its own rollouts."""
+    files = [[folder / f"{rank}-{number}" for number in range(len(own))] for rank, own in enumerate(rollouts)]
+    for own, paths in zip(rollouts, files, strict=True):
+        for rollout, path in zip(own, paths, strict=True):
+            save_rollout(path, rollout)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cls = json.loads((checkpoint / "model_index.json").read_text())["transformer"][1]
+    torch.multiprocessing.spawn(_replay_on_rank, (port, checkpoint, cls, files, folder, merge), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -87,12 +102,16 @@ def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, file: Path
 def test_two_ranks_recompute_the_log_probs_of_one(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     with Engine(checkpoints[name], dtype="float32", device="cpu") as engine:
         rollout = engine.rollout(**REQUEST, **KEPT)[0]
-    save_rollout(tmp_path / "rollout", rollout)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    cls = json.loads((checkpoints[name] / "model_index.json").read_text())["transformer"][1]
-    arguments = (port, checkpoints[name], cls, tmp_path / "rollout", tmp_path)
-    torch.multiprocessing.spawn(_replay_on_rank, arguments, nprocs=2)
-    for rank in ("0", "1"):
-        assert torch.equal(torch.load(tmp_path / rank)[0], rollout.log_probs)
+    for found in replayed_on_two_ranks(checkpoints[name], [[rollout]] * 2, tmp_path, "alone"):
+        assert torch.equal(found[0], rollout.log_probs)
+
+
+@pytest.mark.slow
+def test_ranks_with_samples_of_other_shapes_run_as_many_forwards(z_image_checkpoint: Path, tmp_path: Path) -> None:
+    """Every forward gathers weights from all ranks: if one rank ran fewer, the other would wait for it forever."""
+    with Engine(z_image_checkpoint, dtype="float32", device="cpu") as engine:
+        alike = engine.rollout(**REQUEST, **KEPT, num_outputs_per_prompt=2)
+        mixed = [engine.rollout(**{**REQUEST, "height": height}, **KEPT)[0] for height in (80, 96)]
+    found = replayed_on_two_ranks(z_image_checkpoint, [alike, mixed], tmp_path, "exact")
+    for log_probs, rollouts in zip(found, (alike, mixed), strict=True):
+        assert torch.equal(log_probs, torch.stack([rollout.log_probs for rollout in rollouts]))

@@ -47,6 +47,10 @@ def test_an_old_policy_is_rolled_out_after_its_weights_were_replaced(
     (old,) = client.rollout(**REQUEST, policy="old behavior")
     assert torch.equal(old.image, before.image) and not torch.equal(now.image, before.image)
     assert old.sampling.policy == made.record and old.weight_version == before.weight_version != version
+    scores = client.score([old, now], policy="old behavior")
+    assert torch.equal(scores.log_probs[0], old.log_probs) and not torch.equal(scores.log_probs[1], now.log_probs)
+    assert (scores.policy, scores.weight_version) == (made.record, before.weight_version)
+    assert torch.equal(client.score([now], policy="default").log_probs[0], now.log_probs)
     # Plain generation of a moving average, too.
     averaged = client.average_policy("old behavior", decay=0).policy
     assert (averaged.decay, averaged.weight_version, averaged.num_updates) == (0, version, 2)

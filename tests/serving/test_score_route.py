@@ -356,6 +356,7 @@ def test_the_second_sample_is_named_by_its_index(served: Served) -> None:
         ({}, "samples", "be given"),
         ({"samples": []}, "samples", "hold at least one sample"),
         ({"samples": 3}, "samples", "of the type array, got int"),
+        ({"samples": [], "policy": 3}, "policy", "of the type str"),
         ({"samples": [], "log_prob_only": True}, "log_prob_only", "be a known field"),
         ([], "body", "of the type object, got array"),
     ],

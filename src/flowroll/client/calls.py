@@ -126,6 +126,7 @@ def score(
     steps: Integers | None = None,
     log_probs_only: bool = False,
     min_weight_version: str | None = None,
+    policy: str | None = None,
 ) -> Call[Scores]:
     """Has the server recompute the log-probs of rollouts under its present weights: `replay.score` without a transformer.
 
@@ -137,6 +138,8 @@ def score(
         steps: The steps to recompute, counted from 0. None: all steps; the rollouts must then have the same length.
         log_probs_only: Whether to leave out means and velocities, which are most of the answer's bytes.
         min_weight_version: The request is refused if the server's weights are older than this version.
+        policy: The policy, or the adapter, to compute with, whatever made the rollouts. None or "default": the server's present
+            weights, with each rollout's own adapter.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed, or not by this server's model; the message names the remedy.
@@ -144,7 +147,9 @@ def score(
         PayloadTooLargeError: The request is too large; send fewer rollouts at a time.
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
-    params = score_params(rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version)
+    params = score_params(
+        rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version, policy=policy
+    )
     body = encode_score_request(params, wire_format=_wire_format)
     asked = [sample.steps for sample in params.samples]
 

@@ -145,7 +145,7 @@ class Engine:
         self._policy_store = PolicyStore(
             self._policies, self._model.adapters, self._executor, self._offload, versions, adapter_limits.max_policies
         )
-        self._log_probs = LogProbs(self._model, self._executor, self._offload, versions)
+        self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
         self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits)
@@ -280,6 +280,7 @@ class Engine:
         env: DenoisingEnv,
         record: SamplingRecord,
         sde_step_indices: Collection[int] | None = None,
+        policy: str | None = None,
     ) -> StepScore:
         """Recomputes log-prob, mean and velocity of one recorded step with the current weights, by the code that replay uses.
 
@@ -290,6 +291,7 @@ class Engine:
             env: The denoising environment of the rollout.
             record: The `sampling` record of the rollout.
             sde_step_indices: The indices of the rollout's stochastic steps; None: every step is stochastic.
+            policy: The policy to compute with, in place of the weights and the rollout's adapter; None or "default": these.
 
         Returns:
             The log-prob, mean and velocity as float32 on the CPU, and the std.
@@ -305,9 +307,15 @@ class Engine:
             sampling=record,
             sde_step_indices=None if sde_step_indices is None else tuple(sorted(sde_step_indices)),
         )
-        self._check_adapter(sample)
+        self._check_adapter(sample, policy)
         check_sample(sample, self._open_model(), self.info.limits)
-        scores = self._between_steps(lambda: self._log_probs.sample(sample, log_probs_only=False))
+        held = self._policies.weights_of(policy)
+        scores = self._score(
+            lambda: self._log_probs.with_weights_of(
+                held, self._log_probs.sample(sample, policy=policy, log_probs_only=False)
+            ),
+            held,
+        ).result()
         assert scores.velocities is not None and scores.means is not None
         return StepScore(
             velocity=scores.velocities[0], mean=scores.means[0], std=scores.stds[0].item(), log_prob=scores.log_probs[0]
@@ -324,11 +332,12 @@ class Engine:
         return plan_score(params, self._open_model(), self.info.limits)
 
     def check_ready_to_score(self, params: ScoreParams) -> None:
-        """Checks what can change after planning: adapters, memory and version. The errors are those of `plan_score`."""
+        """Checks what can change after planning: adapters, policies, memory and version. The errors are those of `plan_score`."""
         self._check_weights(params.min_weight_version)
+        self._policies.record(params.policy)
         for index, sample in enumerate(params.samples):
             try:
-                self._check_adapter(sample)
+                self._check_adapter(sample, params.policy)
             except InvalidRequestError as error:
                 raise error.within(f"samples[{index}]") from None
 
@@ -345,15 +354,26 @@ class Engine:
     def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None) -> Future[ScoreAnswer]:
         """Accepts a request to recompute log-probs, which runs between steps, and returns a future of its answer.
 
+        Under a policy of whole weights it runs while no request does, and then puts the weights back.
+
         Args:
             plan: The planned request, from `plan_score`.
             timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
+
+        Raises:
+            InvalidRequestError: The policy was dropped since the request was planned.
         """
         self._check_open()
-        self.scheduler.start()
-        scores: Future[ScoreAnswer] = self.scheduler.between_steps(
-            lambda: self._log_probs.answer(plan), request_id=plan.request_id, timeout_s=timeout_s
+        # Here, because a plan may be made where the policies are not known.
+        plan = replace(plan, held_policy=self._policies.weights_of(plan.params.policy))
+        return self._score(
+            lambda: self._log_probs.answer(plan), plan.held_policy, request_id=plan.request_id, timeout_s=timeout_s
         )
+
+    def _score(self, action: Callable[[], Any], held: str | None, **options: Any) -> Future[Any]:
+        self.scheduler.start()
+        submit = self.scheduler.between_steps if held is None else self.scheduler.exclusive
+        scores: Future[Any] = submit(action, **options)
         return scores
 
     # Weights
@@ -789,10 +809,10 @@ class Engine:
         self._offload.check_awake()
         self._weights.versions.demand(min_weight_version)
 
-    def _check_adapter(self, sample: RecordedSteps) -> None:
+    def _check_adapter(self, sample: RecordedSteps, policy: str | None) -> None:
         lora = sample.sampling.lora
         try:
-            self._open_model().adapters.record(None if lora is None else lora.name)
+            self._open_model().adapters.record(None if lora is None else lora.name, policy)
         except InvalidRequestError as error:
             raise error.within("sampling") from None
 

@@ -42,10 +42,12 @@ class ScorePlan:
     Attributes:
         params: The request, checked against the model.
         request_id: The id of the request: the given one, or a new one.
+        held_policy: The policy whose weights must be in place meanwhile; None: those that the engine was last given.
     """
 
     params: ScoreParams
     request_id: str
+    held_policy: str | None = None
 
     @property
     def work(self) -> int:

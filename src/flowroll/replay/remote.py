@@ -20,6 +20,7 @@ def score_params(
     *,
     log_probs_only: bool,
     min_weight_version: str | None = None,
+    policy: str | None = None,
 ) -> ScoreParams:
     """Returns what to ask a server.
 
@@ -28,6 +29,7 @@ def score_params(
         steps: Which steps, 0-based; None: all, for rollouts of one length.
         log_probs_only: Leave means and velocities out.
         min_weight_version: Refuse weights that are older than this version.
+        policy: The policy to compute with; None: the default.
 
     Raises:
         InvalidRequestError: A rollout cannot be replayed; the message names the remedy.
@@ -38,6 +40,7 @@ def score_params(
         samples=tuple(_recorded(source, chosen) for source in sources),
         log_probs_only=log_probs_only,
         min_weight_version=min_weight_version,
+        policy=policy,
     )
 
 
@@ -51,6 +54,7 @@ def scores_of(answer: ScoreAnswer) -> Scores:
         means=tuple(sample.means for sample in samples if sample.means is not None),
         velocities=tuple(sample.velocities for sample in samples if sample.velocities is not None),
         weight_version=answer.weight_version,
+        policy=answer.policy,
     )
 
 

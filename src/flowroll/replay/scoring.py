@@ -30,7 +30,7 @@ from flowroll.replay.sources import (
 )
 from flowroll.replay.steps import Pair, Prepared, check_merge, prepare, run_pairs, warn_of_batches
 from flowroll.replay.trees import shared_forwards
-from flowroll.types import Rollout
+from flowroll.types import PolicyRecord, Rollout
 from flowroll.types.arguments import Integers
 
 
@@ -77,6 +77,7 @@ class Scores:
         means: Per sample, mean of the next latents, float32; none if a server was asked for log-probs only.
         velocities: Per sample, the guided velocity given to the transition, float32; as the means.
         weight_version: Of the server's weights that scored all of it; None where it was the caller's transformer.
+        policy: The server's policy that did; None: its default, or the caller's transformer.
     """
 
     steps: tuple[int, ...]
@@ -86,6 +87,7 @@ class Scores:
     means: tuple[Float[Tensor, " steps *_"], ...]
     velocities: tuple[Float[Tensor, " steps *_"], ...]
     weight_version: str | None = None
+    policy: PolicyRecord | None = None
 
 
 def micro_batches(

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowroll.errors import InvalidRequestError
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import Number, SamplingParams
+from flowroll.types.policies import PolicyRecord
 from flowroll.types.results import DenoisingEnv, SamplingRecord
 
 
@@ -62,9 +63,11 @@ class ScoreParams:
         suppress_logs: Whether this request is left out of the log.
         request_id: The request's id, 1 to 256 characters, which the answer repeats; None: the engine makes one.
         min_weight_version: The request is refused if the weights are older than this version; see `SamplingParams`.
+        policy: The policy, or the adapter, under which all steps are computed, whatever made them. None or "default": the
+            weights as they are, with each sample's own adapter.
 
     Raises:
-        InvalidRequestError: There is no sample, or the id or the version breaks its rule.
+        InvalidRequestError: There is no sample, or the id, the version or the policy breaks its rule.
     """
 
     samples: tuple[RecordedSteps, ...]
@@ -72,12 +75,15 @@ class ScoreParams:
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         if not self.samples:
             _refuse("samples", "hold at least one sample", "none", "send the samples to score")
         # Every request has the same rules for these.
-        SamplingParams(prompt="", request_id=self.request_id, min_weight_version=self.min_weight_version)
+        SamplingParams(
+            prompt="", request_id=self.request_id, min_weight_version=self.min_weight_version, policy=self.policy
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,8 @@ class SampleScores:
         stds: Total std of the transitions; 0 at deterministic steps.
         means: Means of the next latents; None if only log-probs were requested.
         velocities: The guided velocities given to the transitions; None if only log-probs were requested.
-        lora: The adapter that was used, which is the one that now has the name in the sample's record; None: no adapter.
+        lora: The adapter that was used: the one that now has the name in the sample's record, or that of the policy. None: no
+            adapter.
     """
 
     steps: tuple[int, ...]
@@ -110,12 +117,14 @@ class ScoreAnswer:
         weight_version: Version of the weights with which all steps were computed.
         samples: The results of each sample, in the order of the request.
         inference_time_s: Wall time in seconds.
+        policy: The policy under which they were computed; None: the default, or an adapter that is no policy.
     """
 
     request_id: str
     weight_version: str
     samples: tuple[SampleScores, ...]
     inference_time_s: Number
+    policy: PolicyRecord | None = None
 
 
 def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:

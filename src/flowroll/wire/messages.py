@@ -13,11 +13,13 @@ import msgspec
 from msgspec import Meta
 
 from flowroll.types import (
+    MAX_LORA_NAME_CHARS,
     MAX_REQUEST_ID_CHARS,
     MAX_VERSION_CHARS,
     SCHEMA_VERSION,
     AdapterRecord,
     Number,
+    PolicyRecord,
     SamplingRecord,
     StepField,
 )
@@ -270,6 +272,8 @@ class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknow
         request_id: Id of the request, which the answer repeats. null: the server makes one.
         min_weight_version: The answer is 409 if the weights are older than this version. Numbers compare as numbers, names by
             arrival.
+        policy: The policy, or the adapter, under which all steps are computed, whatever made them. null or "default": the
+            weights as they are, with each sample's own adapter.
     """
 
     EXAMPLES: ClassVar[tuple[Mapping[str, Any], ...]] = (_SCORE_EXAMPLE,)
@@ -282,6 +286,9 @@ class WireScoreRequest(msgspec.Struct, Generic[Leaf], frozen=True, forbid_unknow
     min_weight_version: Annotated[
         str | None, Meta(examples=["120"], extra_json_schema={"minLength": 1, "maxLength": MAX_VERSION_CHARS})
     ] = None
+    policy: Annotated[
+        str | None, Meta(examples=["old"], extra_json_schema={"minLength": 1, "maxLength": MAX_LORA_NAME_CHARS})
+    ] = None
 
 
 class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
@@ -293,7 +300,7 @@ class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
         stds: [n]: total std of the transitions; 0.0 at deterministic steps.
         means: [n, latent]: mean of the next latents; null with log_probs_only.
         velocities: [n, latent]: the guided velocities; null with log_probs_only.
-        lora: The adapter that was used, which is the one that now has the name in sampling.lora; null: no adapter.
+        lora: The adapter that was used: the one that now has the name in sampling.lora, or that of the policy. null: no adapter.
     """
 
     steps: tuple[int, ...]
@@ -312,9 +319,11 @@ class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
         weight_version: Version of the weights with which all steps were computed.
         samples: The results of each sample, in the order of the request.
         inference_time_s: Wall time in seconds.
+        policy: The policy under which they were computed; null: the default, or an adapter that is no policy.
     """
 
     request_id: str
     weight_version: str
     samples: list[WireSampleScores[Leaf]]
     inference_time_s: Number
+    policy: PolicyRecord | None = None

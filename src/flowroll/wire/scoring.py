@@ -76,6 +76,7 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
         suppress_logs=params.suppress_logs,
         request_id=params.request_id,
         min_weight_version=params.min_weight_version,
+        policy=params.policy,
     )
     return encode(request, wire_format)
 
@@ -111,6 +112,7 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
         suppress_logs=sent.suppress_logs,
         request_id=sent.request_id,
         min_weight_version=sent.min_weight_version,
+        policy=sent.policy,
     )
 
 
@@ -132,6 +134,7 @@ def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> Enco
         weight_version=answer.weight_version,
         samples=scores,
         inference_time_s=answer.inference_time_s,
+        policy=answer.policy,
     )
     return encode(made, wire_format)
 
@@ -160,6 +163,7 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
         weight_version=answer.weight_version,
         samples=samples,
         inference_time_s=answer.inference_time_s,
+        policy=answer.policy,
     )
 
 

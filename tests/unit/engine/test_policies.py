@@ -1,7 +1,9 @@
 """Policies: copies and moving averages of weights and adapters that requests choose by name."""
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import AdapterLimits, Engine
-from flowroll.errors import InvalidRequestError
-from flowroll.types import Policy
+from flowroll.errors import CancelledRequestError, InvalidRequestError
+from flowroll.replay.remote import score_params
+from flowroll.types import Policy, ScoreAnswer
 
 DECAY = 0.75
 
@@ -143,6 +146,83 @@ def test_a_policy_of_an_adapter_is_that_of_a_trainer_that_averages(z_image: Engi
     assert rollouts[0].sampling.policy == averaged.record
     # An adapter that is no policy is chosen by the same field.
     assert_same(z_image.rollout(**REQUEST, policy="new"), z_image.rollout(**REQUEST, lora_name="new"))
+
+
+def scored(engine: Engine, rollouts: list[Rollout], policy: str | None, **options: Any) -> ScoreAnswer:
+    return engine.run_scores(score_params(rollouts, None, log_probs_only=False, policy=policy, **options))
+
+
+def test_scores_are_those_of_the_policy_that_a_request_names(z_image: Engine, tmp_path: Path) -> None:
+    other = with_other(Path(z_image.info.model), tmp_path / "other")
+    (old,) = z_image.rollout(**REQUEST)
+    policy = z_image.copy_policy("old").policy
+    z_image.update_weights_from_disk(other)
+    (now,) = z_image.rollout(**REQUEST)
+    checksum = z_image.weights_checksum()
+    # While requests of several policies run.
+    names = ("default", "old", None)
+    futures = [z_image.submit(z_image.plan(SamplingParams(**REQUEST, policy=name)), "rollout") for name in names]
+    under_old, under_new = scored(z_image, [old, now], "old"), scored(z_image, [old, now], "default")
+    for answer, of_this, of_that in ((under_old, 0, 1), (under_new, 1, 0)):
+        rollouts = (old, now)
+        assert torch.equal(answer.samples[of_this].log_probs, rollouts[of_this].log_probs)
+        assert torch.equal(answer.samples[of_this].velocities, rollouts[of_this].debug_tensors.model_output)
+        assert not torch.equal(answer.samples[of_that].log_probs, rollouts[of_that].log_probs)
+    assert (under_old.policy, under_old.weight_version) == (policy.record, "0")
+    assert (under_new.policy, under_new.weight_version) == (None, "1")
+    for future, expected in zip(futures, (now, old, now), strict=True):
+        assert_same(future.result(60), [expected])
+    trajectory = old.dit_trajectory
+    step = {"latents": trajectory.latents[0], "next_latents": trajectory.latents[1], "step": 0}
+    one = z_image.score(**step, env=old.denoising_env, record=old.sampling, policy="old")
+    assert torch.equal(one.log_prob, old.log_probs[0])
+    assert z_image.weights_checksum() == checksum
+    with pytest.raises(InvalidRequestError, match="policy must be one of default, old, got older; make it first") as caught:
+        scored(z_image, [old], "older")
+    assert caught.value.field == "policy"
+
+
+def test_scores_under_an_adapter_need_no_other_adapter(z_image: Engine, tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        z_image.load_lora_adapter(saved(policy(z_image._model.transformer, seed), tmp_path / name), name=name)
+    kept = z_image.copy_policy("kept", source="a").policy
+    (rollout,), (plain,) = z_image.rollout(**REQUEST, lora_name="a"), z_image.rollout(**REQUEST)
+    z_image.unload_lora_adapter("a")
+    answer = scored(z_image, [rollout, plain], "kept")
+    assert torch.equal(answer.samples[0].log_probs, rollout.log_probs)
+    assert not torch.equal(answer.samples[1].log_probs, plain.log_probs)
+    assert answer.policy == kept.record and [one.lora.name for one in answer.samples] == ["kept", "kept"]
+    assert scored(z_image, [rollout], "b").policy is None
+    with pytest.raises(InvalidRequestError, match="lora_name must be one of b, kept, got a"):
+        scored(z_image, [rollout], None)
+    # A policy of whole weights is these weights alone, whatever adapter a record names.
+    z_image.copy_policy("whole")
+    under = scored(z_image, [rollout, plain], "whole")
+    assert torch.equal(under.samples[1].log_probs, plain.log_probs) and under.samples[0].lora is None
+
+
+def test_scores_that_end_early_or_whose_policy_was_dropped_leave_the_weights_in_place(z_image: Engine, tmp_path: Path) -> None:
+    (rollout,) = z_image.rollout(**{**REQUEST, "num_inference_steps": 30})
+    z_image.copy_policy("old")
+    z_image.update_weights_from_disk(with_other(Path(z_image.info.model), tmp_path / "other"))
+    checksum, expected = z_image.weights_checksum(), z_image.rollout(**REQUEST)
+    params = score_params([rollout], None, log_probs_only=True, policy="old")
+    begun = z_image.submit_scores(z_image.plan_score(replace(params, request_id="mine")))
+    while z_image._executor._held.active != "old" and not begun.done():
+        time.sleep(0.001)
+    assert z_image.scheduler.abort("mine").result(60) == 1
+    with pytest.raises(CancelledRequestError):
+        begun.result(60)
+    assert z_image.weights_checksum() == checksum
+    running = z_image.submit(z_image.plan(SamplingParams(**{**REQUEST, "num_inference_steps": 30})), "rollout")
+    dropped: list[Any] = []
+    z_image.scheduler.exclusive(lambda: dropped.append(z_image.drop_policy("old")))
+    waiting = z_image.submit_scores(z_image.plan_score(params))
+    assert running.result(60) and dropped
+    with pytest.raises(InvalidRequestError, match="policy must .* got old"):
+        waiting.result(60)
+    assert z_image.weights_checksum() == checksum
+    assert_same(z_image.rollout(**REQUEST), expected)
 
 
 def test_a_policy_survives_sleep(z_image: Engine, tmp_path: Path) -> None:

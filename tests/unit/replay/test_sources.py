@@ -91,6 +91,7 @@ def test_it_is_refused_before_model_work(call: Any, field: str, rollouts: list[R
         ("steps", {"steps": [1, 1]}, "hold each step once"),
         ("micro_batch", {"micro_batch": 0}, "be an integer >= 1, got 0"),
         ("micro_batch", {"micro_batch": True}, "be an integer >= 1, got True"),
+        ("merge", {"merge": "slow"}, "be one of alone, exact, fast, got 'slow'; choose one"),
     ],
 )
 def test_a_wrong_option_is_refused(field: str, options: dict[str, Any], words: str) -> None:

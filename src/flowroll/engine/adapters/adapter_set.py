@@ -97,10 +97,7 @@ class AdapterSet:
         Raises:
             InvalidRequestError: The adapter is not loaded.
         """
-        if params.policy in (None, DEFAULT_POLICY):
-            return self._find(params.lora_name)
-        # A policy that is no adapter consists of weights, and of nothing beside them.
-        return self._loaded.get(params.policy)
+        return self._find(params.lora_name, params.policy)
 
     def transformer_for(self, params: SamplingParams) -> Any:
         """Returns the transformer that a request's samples run with; see `chosen`."""
@@ -145,22 +142,24 @@ class AdapterSet:
         with torch.no_grad():
             return self._build(replace(other.about, name=name, sha256=sha256, num_bytes=num_bytes), layers)
 
-    def transformer(self, name: str | None) -> Any:
+    def transformer(self, name: str | None, policy: str | None = None) -> Any:
         """Returns the transformer with this adapter; for None, with the pushed adapter if there is one, otherwise the base.
 
+        A policy beside the default decides instead of the name: it is an adapter, or the base.
+
         Raises:
             InvalidRequestError: The adapter is not loaded.
         """
-        adapter = self._find(name)
+        adapter = self._find(name, policy)
         return self._base if adapter is None else adapter.transformer
 
-    def record(self, name: str | None) -> AdapterRecord | None:
-        """Returns what a sample's record says about this adapter; for None, about the pushed one; None if there is none.
+    def record(self, name: str | None, policy: str | None = None) -> AdapterRecord | None:
+        """Returns what a sample's record says about the adapter that `transformer` has; None if there is none.
 
         Raises:
             InvalidRequestError: The adapter is not loaded.
         """
-        adapter = self._find(name)
+        adapter = self._find(name, policy)
         return None if adapter is None else adapter.about.record
 
     def factors(self, name: str) -> dict[str, LoraFactors]:
@@ -237,7 +236,10 @@ class AdapterSet:
         self._loaded = adapters
         self._base_changes += 1
 
-    def _find(self, name: str | None) -> Adapter | None:
+    def _find(self, name: str | None, policy: str | None) -> Adapter | None:
+        if policy not in (None, DEFAULT_POLICY):
+            # A policy that is no adapter consists of weights, and of nothing beside them.
+            return self._loaded.get(policy)
         return self._loaded.get(PUSHED_ADAPTER) if name is None else self._get(name)
 
     def _get(self, name: str) -> Adapter:

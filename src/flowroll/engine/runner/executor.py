@@ -131,7 +131,12 @@ class Executor:
             torch.cuda.empty_cache()
 
     def recompute(
-        self, record: SamplingRecord, sde_step_indices: tuple[int, ...] | None, recomputation: Recomputation
+        self,
+        record: SamplingRecord,
+        sde_step_indices: tuple[int, ...] | None,
+        recomputation: Recomputation,
+        *,
+        policy: str | None,
     ) -> Generator[None, None, list[Tensor]]:
         """Runs recorded steps of one sample again on every rank. Yields after each step, and returns the velocities.
 
@@ -139,6 +144,7 @@ class Executor:
             record: The record of how the rollout was sampled.
             sde_step_indices: The indices of the rollout's stochastic steps; None: every step is stochastic.
             recomputation: The steps to run again.
+            policy: The policy that they run with, whose weights are in place; None: the default.
 
         Raises:
             EngineError: A rank computed another velocity than rank 0.
@@ -147,6 +153,7 @@ class Executor:
         number, one = self._num_recomputations, recomputation
         begin = messages.BeginRecomputation(
             id=number,
+            policy=policy,
             record=record,
             sde_step_indices=sde_step_indices,
             steps=one.steps,

@@ -116,9 +116,13 @@ class DropRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class BeginRecomputation(msgspec.Struct, frozen=True, tag=True):
-    """Prepare to run recorded steps again. The tensors of the environment and the latents before the steps follow."""
+    """Prepare to run recorded steps again, under a policy; null: the default, with the record's adapter.
+
+    The tensors of the environment and the latents before the steps follow.
+    """
 
     id: int
+    policy: str | None
     record: SamplingRecord
     sde_step_indices: tuple[int, ...] | None
     steps: tuple[int, ...]

@@ -237,7 +237,7 @@ class Worker:
         self._receive([*(tensor for _, tensor in env.tensors()), latents])
         record = message.record
         recipe = Recipe.of(record, model.family, sde_step_indices=message.sde_step_indices, device=model.device)
-        transformer = model.adapters.transformer(None if record.lora is None else record.lora.name)
+        transformer = model.adapters.transformer(None if record.lora is None else record.lora.name, message.policy)
         return Recomputation(recipe=recipe, transformer=transformer, steps=message.steps, latents=latents, env=env)
 
     def _stage(self, prepare: Callable[[], Callable[[], object] | None]) -> None:

@@ -158,15 +158,25 @@ class Scheduler:
         self._is_holding = is_holding
         self._inbox.put(messages.Hold(is_holding))
 
-    def exclusive(self, action: Callable[[], T], *, mode: ExclusiveMode = "drain") -> Future[T]:
+    def exclusive(
+        self,
+        action: Callable[[], Any],
+        *,
+        mode: ExclusiveMode = "drain",
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
         """Runs an action on the model while no request runs. May be called from any thread.
 
         Waiting requests go on waiting meanwhile, and no trajectory is computed partly before and partly after the action.
 
         Args:
-            action: The action, which is called on the loop's thread.
+            action: The action, which is called on the loop's thread. If it returns a generator, that is advanced in pieces, and
+                what it returns is the result; no request runs between the pieces either.
             mode: "drain": running requests finish first. "abort": running requests are requeued with the same seeds and start
                 again from their beginning afterwards.
+            request_id: See `between_steps`.
+            timeout_s: See `between_steps`.
 
         Returns:
             A future that ends in what the action returns or raises, or in a `PausedError` if running requests are frozen,
@@ -175,7 +185,7 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
-        return self._do(ControlTask(action=action, needs_idle=True), mode)
+        return self._do(self._task(action, True, request_id, timeout_s), mode)
 
     def between_steps(self, action: Callable[[], Any], *, request_id: str | None = None, timeout_s: float | None = None) -> Any:
         """Runs an action on the model between two steps.
@@ -193,10 +203,19 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
+        return self._do(self._task(action, False, request_id, timeout_s), "drain")
+
+    def _task(
+        self, action: Callable[[], Any], needs_idle: bool, request_id: str | None, timeout_s: float | None
+    ) -> ControlTask:
         now_s = self._clock()
-        deadline_s = None if timeout_s is None else now_s + timeout_s
-        task = ControlTask(action=action, needs_idle=False, request_id=request_id, accepted_s=now_s, deadline_s=deadline_s)
-        return self._do(task, "drain")
+        return ControlTask(
+            action=action,
+            needs_idle=needs_idle,
+            request_id=request_id,
+            accepted_s=now_s,
+            deadline_s=None if timeout_s is None else now_s + timeout_s,
+        )
 
     def load(self) -> LoadStats:
         """Returns the load that the loop published last, all numbers from one moment; only `is_holding` is from now."""
