@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import in_words_of
 from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout
@@ -93,9 +94,10 @@ def test_a_sample_that_leaves_early_leaves_on_every_rank_and_the_next_one_is_ans
     assert_same_bits(sp2.rollout(**REQUEST)[0], expected)
 
 
-def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_checkpoint: Path) -> None:
-    options = {**REQUEST, "num_inference_steps": 3, "return_dit_trajectory": True}
-    with Engine(z_image_checkpoint, device="cpu") as engine:
+def answers_of_one_rank(checkpoint: Path, **guidance: Any) -> list[tuple[dict[str, Any], list[Rollout]]]:
+    """Requests that begin, end or fork elsewhere than at the first and last step, and their answers."""
+    options = {**REQUEST, **guidance, "num_inference_steps": 3, "return_dit_trajectory": True}
+    with Engine(checkpoint, device="cpu") as engine:
         group = engine.rollout(**options, init_seed=8, num_outputs_per_prompt=2)
         states = torch.stack([one.dit_trajectory.latents[1] for one in group if one.dit_trajectory is not None])
         requests: list[dict[str, Any]] = [
@@ -105,7 +107,26 @@ def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_c
             {**options, "fork": {0: 2, 2: 2}},
             {**options, "latents": states[1], "start_step": 1, "fork": {1: 2}},
         ]
-        answers = [engine.rollout(**request) for request in requests]
-    for request, answer in zip(requests, answers, strict=True):
-        for ours, theirs in zip(sp2.rollout(**request), answer, strict=True):
+        return [(request, engine.rollout(**request)) for request in requests]
+
+
+def assert_answers(engine: Engine, expected: list[tuple[dict[str, Any], list[Rollout]]]) -> None:
+    for request, answer in expected:
+        for ours, theirs in zip(engine.rollout(**request), answer, strict=True):
             assert_same_bits(ours, theirs)
+
+
+def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_checkpoint: Path) -> None:
+    assert_answers(sp2, answers_of_one_rank(z_image_checkpoint))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(cfg_parallel=True), Layout(tp=2), Layout(sp=2)], ids=["cfg2", "tp2", "sp2"])
+@pytest.mark.parametrize("family", ["qwen_image", "sd3"])
+def test_so_they_have_in_other_families_and_layouts(checkpoints: dict[str, Path], family: str, layout: Layout) -> None:
+    expected = answers_of_one_rank(checkpoints[family], **in_words_of(family, {"guidance_scale": 3.0}))
+    with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
+        before = dict(engine.received_bytes)
+        assert_answers(engine, expected)
+        axis = "cfg" if layout.cfg_parallel else "tp" if layout.tp > 1 else "sp"
+        assert engine.received_bytes[axis] > before.get(axis, 0)
