@@ -102,8 +102,8 @@ class DiffusionNft:
         noises = [torch.randn(clean.shape, generator=generator) for _ in steps]
         mixed = [torch.lerp(clean, noise, sigmas[step]) for noise, step in zip(noises, steps, strict=True)]
         with torch.no_grad():
-            before = torch.stack(replay.velocities(old, rollout, mixed, steps=steps))
-        now = torch.stack(replay.velocities(policy, rollout, mixed, steps=steps))
+            before = torch.stack(replay.velocities(old, rollout, mixed, steps=steps, merge="exact"))
+        now = torch.stack(replay.velocities(policy, rollout, mixed, steps=steps, merge="exact"))
         count = len(steps)
         return replay.nft_loss(
             now,

@@ -33,8 +33,10 @@ def test_at_recorded_latents_they_are_the_recorded_bits_in_any_order(
     assert rollout.dit_trajectory is not None and rollout.debug_tensors is not None
     steps = [2, 0, 1, 0]
     transformer = pipeline_of(name, dtype).transformer
-    found = replay.velocities(transformer, rollout, [rollout.dit_trajectory.latents[step] for step in steps], steps=steps)
-    for velocity, step in zip(found, steps, strict=True):
+    latents = [rollout.dit_trajectory.latents[step] for step in steps]
+    found = replay.velocities(transformer, rollout, latents, steps=steps)
+    found += replay.velocities(transformer, rollout, latents, steps=steps, merge="exact")
+    for velocity, step in zip(found, steps * 2, strict=True):
         assert velocity.dtype == torch.float32
         assert torch.equal(velocity, rollout.debug_tensors.model_output[step])
     assert all(velocity.requires_grad for velocity in found)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput, Transformer
+from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput
 from flowroll.families.conditioning import ForwardInput
 from flowroll.sampling import dynamics, transition
 from flowroll.sampling.transition import LogProbForm, Transition
@@ -176,20 +176,6 @@ class Recipe:
     ) -> Float[Tensor, " *latent"]:
         """Computes the clean latents that the velocity of a step predicts, in float32."""
         return transition.clean_prediction(latents, velocity, self.sigmas[step])
-
-    def velocity(
-        self,
-        transformer: Transformer,
-        latents: Float[Tensor, " *latent"],
-        step: int,
-        env: DenoisingEnv,
-        fixed: Sequence[ForwardInput] | None = None,
-    ) -> Float[Tensor, " *latent"]:
-        """Computes the guided velocity of one step, differentiable in the weights of the transformer.
-
-        The arguments besides the transformer are those of `step_input`.
-        """
-        return self.family.velocity(transformer, self.step_input(latents, step, env, fixed), self.dtype)
 
     def fixed_inputs(self, env: DenoisingEnv) -> Sequence[ForwardInput]:
         """Returns what all steps of a sample give to the model, and what its first forwards leave for later ones."""

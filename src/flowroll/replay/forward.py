@@ -12,6 +12,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.families import Transformer
 from flowroll.replay.precision import noticed_autocast
 from flowroll.replay.sources import check_autocast, check_noticed_autocast, check_weights, place_of, source_of
+from flowroll.replay.steps import check_merge, strategy_for
 from flowroll.types import Rollout
 
 
@@ -24,6 +25,7 @@ def velocities(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     autocast: str = "refuse",
+    merge: str = "alone",
 ) -> list[Float[Tensor, " *latent"]]:
     """Returns the guided velocity at each of these latents, under a rollout's environment and at its steps' noise levels.
 
@@ -36,6 +38,7 @@ def velocities(
         dtype: Of the transformer's inputs; None: as the rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
         autocast: "refuse": a call under `torch.autocast` is an error. "measure": it runs; there is no ratio to measure here.
+        merge: How they share forwards; see `micro_batches`. There is no ratio to measure for "fast".
 
     Returns:
         v = eps - x0, float32, differentiable in the transformer's weights.
@@ -43,6 +46,7 @@ def velocities(
     Raises:
         InvalidRequestError: The rollout has no env, or latents and steps do not fit it.
     """
+    check_merge(merge)
     check_weights(transformer)
     place = place_of(transformer, [rollout], device, dtype, autocast)
     source = source_of(0, rollout, place)
@@ -57,9 +61,10 @@ def velocities(
     fixed = recipe.fixed_inputs(env)
     with noticed_autocast(transformer, place.device) as dtypes:
         # Copied, because what the caller cut out of a decoded message may lie anywhere, and bits can depend on that.
-        found = [
-            recipe.velocity(transformer, one.to(place.device, copy=True), step, env, fixed).to(torch.float32)
+        inputs = [
+            recipe.step_input(one.to(place.device, copy=True), step, env, fixed)
             for one, step in zip(latents, steps, strict=True)
         ]
+        found = strategy_for(merge, transformer, source.family, place.device, recipe.dtype).velocities(transformer, inputs)
     check_noticed_autocast(place, dtypes)
-    return found
+    return [velocity.to(torch.float32) for velocity in found]
