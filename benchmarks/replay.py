@@ -1,7 +1,7 @@
 """What replay costs, on random models.
 
-Replay of one step against the bare transformer forward (and backward) that it contains; and the three ways in which the pairs of
-a micro-batch share forwards, side by side.
+Replay of one step against the bare transformer forward (and backward) that it contains; and the three ways in which the pairs
+of a micro-batch share forwards, side by side.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def run_merged(rounds: int) -> str:
     lines = [
         "## Pairs that share forwards",
         "",
-        f"{PAIRS} pairs in one micro-batch (two steps of {PAIRS // 2} samples, guided), forward and backward, mid-size models, 1",
-        f'thread, {rounds} rounds. `merge="exact"` shares forwards as the engine does and has the recorded log-probs bit for bit;',
-        '`merge="fast"` is an ordinary batch. Median CPU time of "alone", and paired ratios to it with their 95 % interval (below 1:',
-        "faster). Gradient: norm of the difference from that of alone over its norm. Ratio: largest |ratio - 1| of the log-probs.",
+        f"{PAIRS} pairs in one micro-batch (two steps of {PAIRS // 2} samples, guided), forward and backward, mid-size models,",
+        f'1 thread, {rounds} rounds. `merge="exact"` shares forwards as the engine does, with the recorded log-probs bit for',
+        'bit; `merge="fast"` is an ordinary batch. Median CPU time of "alone", and paired ratios to it with their 95 %',
+        "interval (below 1: faster). Gradient: norm of the difference from that of alone over its norm. Ratio: largest",
+        "|ratio - 1| of the log-probs before any update.",
         "",
         "| family | dtype | side | alone, ms | exact / alone | fast / alone | gradient, exact | gradient, fast | ratio, fast |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -116,7 +117,12 @@ def _merged_row(name: str, dtype: str, side: int, rounds: int) -> str:
     alone = gradients["alone"]
     off = {merge: float((gradients[merge] - alone).norm() / alone.norm()) for merge in ("exact", "fast")}
     ratios = [ratio(times[merge], times["alone"]) for merge in ("exact", "fast")]
-    figures = [f"{1000 * statistics.median(times['alone']):.0f}", *map(str, ratios), f"{off['exact']:.1e}", f"{off['fast']:.1e}"]
+    figures = [
+        f"{1000 * statistics.median(times['alone']):.0f}",
+        *map(str, ratios),
+        f"{off['exact']:.1e}",
+        f"{off['fast']:.1e}",
+    ]
     return f"| {name} | {dtype} | {side} | {' | '.join(figures)} | {errors['fast']:.1e} |"
 
 

@@ -147,9 +147,7 @@ def score(
         PayloadTooLargeError: The request is too large; send fewer rollouts at a time.
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
-    params = score_params(
-        rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version, policy=policy
-    )
+    params = score_params(rollouts, steps, log_probs_only=log_probs_only, min_weight_version=min_weight_version, policy=policy)
     body = encode_score_request(params, wire_format=_wire_format)
     asked = [sample.steps for sample in params.samples]
 

@@ -311,9 +311,7 @@ class Engine:
         check_sample(sample, self._open_model(), self.info.limits)
         held = self._policies.weights_of(policy)
         scores = self._score(
-            lambda: self._log_probs.with_weights_of(
-                held, self._log_probs.sample(sample, policy=policy, log_probs_only=False)
-            ),
+            lambda: self._log_probs.with_weights_of(held, self._log_probs.sample(sample, policy=policy, log_probs_only=False)),
             held,
         ).result()
         assert scores.velocities is not None and scores.means is not None
@@ -332,7 +330,7 @@ class Engine:
         return plan_score(params, self._open_model(), self.info.limits)
 
     def check_ready_to_score(self, params: ScoreParams) -> None:
-        """Checks what can change after planning: adapters, policies, memory and version. The errors are those of `plan_score`."""
+        """Checks what can change after planning: adapters, policies, memory, version. The errors are those of `plan_score`."""
         self._check_weights(params.min_weight_version)
         self._policies.record(params.policy)
         for index, sample in enumerate(params.samples):
@@ -770,7 +768,8 @@ class Engine:
         if self.scheduler.is_in_exclusive_task:
             return action()
         self.scheduler.start()
-        return self.scheduler.exclusive(action, mode=mode).result()
+        result: T = self.scheduler.exclusive(action, mode=mode).result()
+        return result
 
     def interrupt(self) -> None:
         """Ends every request and every later call in a `ShuttingDownError`. May be called from any thread."""

@@ -97,9 +97,7 @@ class LogProbs:
             except FlowrollError:  # a rank is lost, and the engine ends anyway
                 _log.debug("the weights could not be put back on every rank", exc_info=True)
 
-    def sample(
-        self, sample: RecordedSteps, *, policy: str | None, log_probs_only: bool
-    ) -> Generator[None, None, SampleScores]:
+    def sample(self, sample: RecordedSteps, *, policy: str | None, log_probs_only: bool) -> Generator[None, None, SampleScores]:
         """Recomputes the steps of one checked sample. Yields after each forward, and returns the log-probs.
 
         Args:

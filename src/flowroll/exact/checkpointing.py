@@ -39,7 +39,7 @@ def remembered_blocks(transformer: object, begin: Begin) -> Iterator[None]:
 
 def keeping_nothing() -> saved_tensors_hooks:
     """Returns a context in which a forward keeps no tensors for a backward, which must not be run."""
-    return saved_tensors_hooks(_nothing, _nothing)
+    return saved_tensors_hooks(_nothing, _nothing)  # type: ignore[arg-type]  # a hook may return anything
 
 
 def saved_hooks() -> object:
@@ -62,9 +62,7 @@ class _Block:
             return self._block(*args, **kwargs)
 
 
-def _checkpointed(
-    checkpoint: Callable[..., Any], begin: Begin, block: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
+def _checkpointed(checkpoint: Callable[..., Any], begin: Begin, block: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(_Block(block, begin), *args, **kwargs)
 
 

@@ -122,6 +122,7 @@ class SharedForwards:
             known.forms.add(form)
             assert notes is not None
             analyses[:] = [notes, *analyses][:_ANALYSES]
+        assert output is not None
         return self._family.uncollate(output, count)
 
     def _repeat(

@@ -85,9 +85,7 @@ def run_pairs(
     return scores
 
 
-def strategy_for(
-    merge: str, transformer: Transformer, family: Family, device: torch.device, dtype: torch.dtype
-) -> Strategy:
+def strategy_for(merge: str, transformer: Transformer, family: Family, device: torch.device, dtype: torch.dtype) -> Strategy:
     """Returns what runs the forwards of several pairs."""
     if merge == "fast" and family.shares_forwards:
         return PlainBatch(family, dtype)

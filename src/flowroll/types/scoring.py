@@ -81,9 +81,7 @@ class ScoreParams:
         if not self.samples:
             _refuse("samples", "hold at least one sample", "none", "send the samples to score")
         # Every request has the same rules for these.
-        SamplingParams(
-            prompt="", request_id=self.request_id, min_weight_version=self.min_weight_version, policy=self.policy
-        )
+        SamplingParams(prompt="", request_id=self.request_id, min_weight_version=self.min_weight_version, policy=self.policy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -300,7 +300,7 @@ class WireSampleScores(msgspec.Struct, Generic[Leaf], frozen=True):
         stds: [n]: total std of the transitions; 0.0 at deterministic steps.
         means: [n, latent]: mean of the next latents; null with log_probs_only.
         velocities: [n, latent]: the guided velocities; null with log_probs_only.
-        lora: The adapter that was used: the one that now has the name in sampling.lora, or that of the policy. null: no adapter.
+        lora: The adapter that was used: the one that now has the name in sampling.lora, or the policy's. null: no adapter.
     """
 
     steps: tuple[int, ...]

@@ -219,7 +219,7 @@ def test_scores_that_end_early_or_whose_policy_was_dropped_leave_the_weights_in_
     z_image.scheduler.exclusive(lambda: dropped.append(z_image.drop_policy("old")))
     waiting = z_image.submit_scores(z_image.plan_score(params))
     assert running.result(60) and dropped
-    with pytest.raises(InvalidRequestError, match="policy must .* got old"):
+    with pytest.raises(InvalidRequestError, match=r"policy must .* got old"):
         waiting.result(60)
     assert z_image.weights_checksum() == checksum
     assert_same(z_image.rollout(**REQUEST), expected)
