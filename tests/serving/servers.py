@@ -1,9 +1,11 @@
 """Servers for the tests: in a thread of this process, or as the process that users start."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +36,8 @@ __all__ = [
     "until",
 ]
 
+# A server and its ranks import for seconds, and for much longer where other work has the cores.
+START_S = 240.0
 # A small and quick request of either family.
 SMALL: dict[str, Any] = {"prompt": "a red fox in snow", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 2}
 # Minutes of work on any machine, in steps of a millisecond.
@@ -100,7 +104,7 @@ class ServerProcess:
             found[:] = re.findall(r"listening on (http://[^\s\"]+)", self.log)
             return bool(found)
 
-        until(listens)
+        until(listens, START_S)
         return httpx.Client(base_url=found[0], timeout=WAIT_S)
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
@@ -134,8 +138,21 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return body["error"]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def read_answer(connection: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the one answer, after which the server ends the connection; a hang is a timeout."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 16):
+            received += piece
+    while received.startswith(b"HTTP/1.1 100"):
+        received = received.partition(b"\r\n\r\n")[2]
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    return int(head.split()[1]), body[: int(length[1]) if length else None]
+
+
+def until(condition: Callable[[], bool], limit_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
