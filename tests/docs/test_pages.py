@@ -82,9 +82,10 @@ def unknown_flags(line: str) -> set[str]:
     except ValueError:
         # One line of a text over several.
         words = line.split()
-    if "flowroll" not in words:
+    places = [place for place, word in enumerate(words) if word == "flowroll" and (place == 0 or words[place - 1] == "-m")]
+    if not places:
         return set()
-    words = words[words.index("flowroll") + 1 :]
+    words = words[places[0] + 1 :]
     if not words or words[0].startswith("-"):
         return set()
     if words[0] not in COMMANDS:
