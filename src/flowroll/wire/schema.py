@@ -53,9 +53,10 @@ _TokenIds: TypeAlias = Annotated[
 _TOKEN_IDS = about(
     [[49406, 736, 3240, 49407]], "send one list of ids for each of the model's tokenizers", "be null or a list of lists of ids"
 )
-# Bytes in msgpack, base64 in JSON; `SamplingParams` reads them, and says which one it cannot read.
+# Bytes in msgpack and in forms, base64 in JSON; `SamplingParams` reads them, and says which one it cannot read.
 _Images: TypeAlias = Annotated[
-    tuple[Any, ...], Meta(extra_json_schema={"items": {"type": "string", "contentEncoding": "base64"}, "minItems": 1})
+    tuple[Any, ...],
+    Meta(min_length=1, extra_json_schema={"items": {"contentEncoding": "base64", "contentMediaType": "image/*"}}),
 ]
 _IMAGES = about([IMAGE_EXAMPLE], "send base64 (JSON) or bytes (msgpack) of each file", "be null or a list of image files")
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
@@ -419,10 +420,7 @@ class ImageEditsRequest(ImagesRequest, kw_only=True, frozen=True):
     EXAMPLES = ({"image": [IMAGE_EXAMPLE], "prompt": "make it a red fox in snow", "n": 1},)
     _NAMES: ClassVar[Mapping[str, str]] = {**ImagesRequest._NAMES, "images": "image"}
 
-    image: Annotated[
-        Annotated[tuple[bytes, ...], Meta(min_length=1)],
-        about([IMAGE_EXAMPLE], "send each as a part of its own", "be one or more image files"),
-    ]
+    image: Annotated[_Images, about([IMAGE_EXAMPLE], "send each as a part of its own", "be one or more image files")]
     mask: Annotated[None, about(None, "leave it out, the whole picture is edited")] = None
     input_fidelity: Annotated[Literal["low"] | None, about("low", _UNUSED)] = None
     safety_identifier: Annotated[str | None, about("trainer-3", _UNUSED)] = None
