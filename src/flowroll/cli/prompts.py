@@ -15,9 +15,9 @@ from flowroll.types.arguments import refuse_unknown
 def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
     """Reads the requests of a file; blank lines are skipped.
 
-    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`, in which `images` are paths from the folder of
-    this file on. The text is UTF-8, with or without a byte order mark. A line ends at a line feed, alone or after a carriage
-    return; whatever else separates lines is part of a prompt.
+    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`, in which `images` are paths from the
+    folder of this file on. The text is UTF-8, with or without a byte order mark. A line ends at a line feed, alone or after a
+    carriage return; whatever else separates lines is part of a prompt.
 
     Args:
         path: The file.
