@@ -26,9 +26,7 @@ def run(path: Path, folder: Path) -> nbformat.NotebookNode:
         CellExecutionError: A cell raised an error; the message has its traceback.
     """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
+    client = NotebookClient(notebook, timeout=_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # Times of the day.

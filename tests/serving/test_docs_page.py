@@ -80,7 +80,7 @@ def test_the_document_shows_every_header_of_ours_that_a_request_may_have(server:
         components: dict[str, Any] = document["components"]["parameters"]
         return {components[reference.rpartition("/")[2]]["name"] for reference in references}
 
-    work = {"/rollout/score", "/generate", "/v1/images/generations"}
+    work = {"/rollout/score", "/generate", "/v1/images/generations", "/v1/images/edits"}
     assert taken("/rollout/generate") == {"x-flowroll-dialect", "x-flowroll-deadline-s", "traceparent"}
     assert all(taken(path) == {"x-flowroll-deadline-s", "traceparent"} for path in work)
     assert all(

@@ -30,7 +30,7 @@ from flowroll.wire.messages import (
     WireTensor,
     WireTrajectory,
 )
-from flowroll.wire.names import GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
+from flowroll.wire.names import ROLLOUT_ROUTE
 from flowroll.wire.schema import ExtraGenerateParams, ExtraSamplingParams
 
 # The contents that are no JSON.
@@ -61,7 +61,8 @@ TAGS: list[dict[str, str]] = [
     },
     {"name": "status", "description": "What is served, and Prometheus metrics."},
 ]
-_WORK_PATHS = frozenset({ROLLOUT_ROUTE, SCORE_ROUTE, GENERATE_ROUTE, "/v1/images/generations"})
+# An answer that only the routes have whose requests the engine works on.
+_CANCELLED = "499"
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "Dialect": {
         "name": DIALECT_HEADER,
@@ -116,9 +117,9 @@ def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
     }
 
 
-def request_body(kind: type, **other_content: Any) -> dict[str, Any]:
+def request_body(kind: type, media_type: str = JSON, /, **other_content: Any) -> dict[str, Any]:
     """Returns what a route that reads a message, or other content, adds to its entry in the document."""
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": _ref(kind)}, **other_content}}}
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": _ref(kind)}, **other_content}}}
 
 
 def tensor_answer(kind: type, description: str, *, is_list: bool = False, **other_content: Any) -> dict[str, Any]:
@@ -154,12 +155,14 @@ def _describe_headers(document: dict[str, Any]) -> None:
     """Adds the headers that requests may carry, and those that each answer has."""
     document["components"] |= {"parameters": _PARAMETERS, "headers": _HEADERS}
     for path, operations in document["paths"].items():
-        taken = [name for name, is_taken in _takes(path).items() if is_taken]
         for operation in operations.values():
+            is_work = _CANCELLED in operation["responses"]
+            found = {"Dialect": path == ROLLOUT_ROUTE, "Deadline": is_work, "Trace": path not in POLLED}
+            taken = [name for name, is_taken in found.items() if is_taken]
             operation.setdefault("parameters", []).extend({"$ref": f"#/components/parameters/{name}"} for name in taken)
             for status, response in operation["responses"].items():
                 names = {REQUEST_ID_HEADER: "RequestId"}
-                if status == "200" and path in _WORK_PATHS:
+                if status == "200" and is_work:
                     names[TIMING_HEADER] = "Timing"
                 if status == "429":
                     names["Retry-After"] = "RetryAfter"
@@ -167,11 +170,6 @@ def _describe_headers(document: dict[str, Any]) -> None:
                     names["WWW-Authenticate"] = "Challenge"
                 shown = {header: {"$ref": f"#/components/headers/{name}"} for header, name in names.items()}
                 response["headers"] = response.get("headers", {}) | shown
-
-
-def _takes(path: str) -> dict[str, bool]:
-    """Returns which of the headers in `_PARAMETERS` a route looks at."""
-    return {"Dialect": path == ROLLOUT_ROUTE, "Deadline": path in _WORK_PATHS, "Trace": path not in POLLED}
 
 
 def _ref(kind: type) -> dict[str, str]:
