@@ -20,6 +20,7 @@ from benchmarks.measure import hardware, paired_times, ratio
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.images import blank_image
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.families import FAMILIES, Guidance, StepInput
 from flowroll.testing import make_checkpoint
@@ -79,8 +80,9 @@ def _rolled_out(
         kept = {"return_denoising_env": True, "return_dit_trajectory": True}
         # A family with one scale takes the second of these, one with two takes both and needs the negative prompt.
         guidance = {"guidance_scale": scale, "true_cfg_scale": scale, "negative_prompt": "blurry"}
-        options = {**guidance, **sizes, **kept, "num_outputs_per_prompt": count}
-        rollouts = engine.rollout(prompt="a photo of two wine glasses", seed=1, **options)
+        images = (blank_image(),) if engine.info.max_images else None
+        request = {"prompt": "a photo of two wine glasses", "seed": 1, "images": images, **guidance, **sizes, **kept}
+        rollouts = engine.rollout(**request, num_outputs_per_prompt=count)
     found = examine_checkpoint(checkpoint, variant=None)
     model, _ = load_model(found, device=torch.device("cpu"), dtype=getattr(torch, dtype), mesh=None)
     return rollouts, model

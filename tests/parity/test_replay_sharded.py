@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.guiding import PicturedEngine
 from tests.pairs import dealt
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,7 +101,7 @@ def replayed_on_two_ranks(checkpoint: Path, rollouts: list[list[Rollout]], folde
     "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(FAMILIES)]
 )
 def test_two_ranks_recompute_the_log_probs_of_one(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
-    with Engine(checkpoints[name], dtype="float32", device="cpu") as engine:
+    with PicturedEngine(checkpoints[name], dtype="float32", device="cpu") as engine:
         rollout = engine.rollout(**REQUEST, **KEPT)[0]
     for found in replayed_on_two_ranks(checkpoints[name], [[rollout]] * 2, tmp_path, "alone"):
         assert torch.equal(found[0], rollout.log_probs)
