@@ -128,7 +128,8 @@ def test_a_body_above_the_limit_is_a_413_whether_or_not_its_length_is_declared(s
 def test_a_declared_length_above_the_limit_is_refused_before_the_body_comes(server: httpx.Client) -> None:
     with socket.create_connection((server.base_url.host, server.base_url.port or 80), timeout=5) as connection:
         connection.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 9999999999\r\n\r\n"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 

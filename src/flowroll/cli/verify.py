@@ -66,7 +66,8 @@ def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> Denois
     """Encodes a rollout's prompts with this model, and returns the resulting env."""
     import torch
 
-    from flowroll.engine.plan import BranchText, plan_geometry
+    from flowroll.engine.plan import plan_geometry
+    from flowroll.engine.prompts import BranchText
     from flowroll.engine.runner.pipeline import encode_branch
 
     record = rollout.sampling

@@ -63,12 +63,13 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
     """
     config = state.config
     media_type = check_media_type(request.headers, (JSON,) if model is ImagesRequest else (JSON, MSGPACK))
-    most = config.max_body_bytes if media_type == JSON else config.max_score_body_bytes
+    # Of a request that may have tensors, what is beside them is bounded once it is here.
+    most = config.max_body_bytes if model is ImagesRequest else max(config.max_body_bytes, config.max_score_body_bytes)
     body = await _receive(request, most, config.receive_timeout_s)
 
     def sent() -> dict[str, Any]:
         if media_type == JSON:
-            return parse_json_body(body)
+            return parse_json_body(body, max_plain_bytes=config.max_body_bytes)
         return parse_msgpack_body(body, max_plain_bytes=config.max_body_bytes)
 
     async with state.planning:

@@ -239,6 +239,9 @@ _RECORD_EXAMPLE: dict[str, Any] = {
 # A safetensors blob of a [1, 2] tensor, in base64.
 _BLOB = "QAAAAAAAAAB7InQiOnsiZHR5cGUiOiJGMzIiLCJzaGFwZSI6WzEsMl0sImRhdGFfb2Zmc2V0cyI6WzAsOF19fSAgICAgICAgAAAAPwAAgL8="
 TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
+# The same of two booleans.
+_MASK_BLOB = "OAAAAAAAAAB7InQiOnsiZHR5cGUiOiJCT09MIiwic2hhcGUiOlsyXSwiZGF0YV9vZmZzZXRzIjpbMCwyXX19IAEA"
+MASK_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [2], "dtype": "torch.bool", "data": _MASK_BLOB}
 _SCORE_EXAMPLE: dict[str, Any] = {
     "samples": [
         {

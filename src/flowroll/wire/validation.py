@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta, UnsetType, convert
 
-from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.types import ALIASES, ROLLOUT_FIELDS
 from flowroll.types.arguments import closest
 from flowroll.wire.fields import Request
@@ -31,18 +31,33 @@ _MAX_NAME_CHARS = 80
 # From this size on a value of a msgpack body is bytes, or an object that holds them: a tensor, alone or among others.
 _MAX_PLAIN_VALUE = 64 * 1024
 _MAX_TENSOR_DEPTH = 3
+# In a JSON body, from this size on base64 is taken for the bytes of a tensor. It is looked for in pieces of a megabyte, between
+# which other threads have their turn.
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+_BLOB = re.compile(rb"[A-Za-z0-9+/=]{%d,}+" % _MAX_PLAIN_VALUE)
+_PIECE = 1 << 20
 _BIN_TYPES = (0xC4, 0xC5, 0xC6)
 _RAW_OBJECT = dict[str, msgspec.Raw]
 _ROLLOUT_NAMES = ROLLOUT_FIELDS | set(ALIASES)
 _NAMES: Mapping[Any, str] = {NoneType: "null", None: "null", str: "a string", int: "an integer", float: "a number"}
 
 
-def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
+def parse_json_body(body: bytes | bytearray, *, max_plain_bytes: int | None = None) -> dict[str, Any]:
     """Returns the JSON object in a request body; NaN, infinities and numbers out of range are no JSON.
+
+    Args:
+        body: All of it.
+        max_plain_bytes: The most bytes of everything but the base64 of tensors, since other values take far more memory than
+            bytes. None: the body may have no tensors, and its size was checked when it came.
 
     Raises:
         MalformedRequestError: It holds anything else.
+        PayloadTooLargeError: It is larger.
     """
+    if max_plain_bytes is not None and len(body) > max_plain_bytes and (plain := _plain_bytes(body)) > max_plain_bytes:
+        raise PayloadTooLargeError(
+            f"the body must have at most {max_plain_bytes} bytes beside those of tensors, got {plain}; send a smaller request."
+        )
     try:
         parsed = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -52,6 +67,22 @@ def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise MalformedRequestError(f"body must be a JSON object, got {shown(parsed)}; send the request's fields by name.")
     return parsed
+
+
+def _plain_bytes(body: bytes | bytearray) -> int:
+    """Returns the number of bytes of a JSON body without the base64 of large tensors, in linear time."""
+    plain = run = 0
+    for start in range(0, len(body), _PIECE):
+        piece = body[start : start + _PIECE]
+        head = len(piece) - len(piece.lstrip(_BASE64))
+        run += head
+        if head == len(piece):
+            continue
+        tail = len(piece) - len(piece.rstrip(_BASE64))
+        inside = piece[head : len(piece) - tail]
+        plain += (run if run < _MAX_PLAIN_VALUE else 0) + len(_BLOB.sub(b"", inside))
+        run = tail
+    return plain + (run if run < _MAX_PLAIN_VALUE else 0)
 
 
 def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict[str, Any]:

@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from flowroll import SamplingParams
-from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
+from flowroll.types.params import TENSORS
+from flowroll.types.prompts import ALL_PROMPT_TENSORS
 from flowroll.types.tensors import tensor_bytes
+from flowroll.wire import validation
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
+from flowroll.wire.messages import TENSOR_EXAMPLE
 from flowroll.wire.safetensors import safetensors_prefix
 from flowroll.wire.schema import (
     ExtraGenerateParams,
@@ -188,8 +192,8 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 def test_every_parameter_can_be_sent() -> None:
     reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
-    # A tensor is sent by the tests below.
-    assert reachable | {"latents"} == {field.name for field in dataclasses.fields(SamplingParams)}
+    # Tensors are sent by the tests below.
+    assert reachable | set(TENSORS) == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -207,6 +211,40 @@ def test_latents_are_sent_as_a_tensor(model: Any, nested: bool) -> None:
     fields = {"latents": sent_tensor(), "start_step": 3}
     found = params(model, PROMPT | ({"extra_sampling_params": fields} if nested else fields))
     assert found.latents is not None and torch.equal(found.latents, TENSOR) and found.start_step == 3
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_prompt_may_be_sent_as_tensors(nested: bool) -> None:
+    mask = torch.tensor([True, False])
+    fields = {name: sent_tensor(mask if name.endswith("mask") else TENSOR) for name in ALL_PROMPT_TENSORS}
+    for model in (RolloutRequest, GenerateRequest):
+        found = params(model, {"extra_sampling_params": fields} if nested else fields)
+        assert found.prompt is None
+        for name in ALL_PROMPT_TENSORS:
+            assert torch.equal(getattr(found, name), mask if name.endswith("mask") else TENSOR)
+        for name in ("prompt", "negative_prompt"):
+            error = refusal(model, {name: "a cup"} | ({"extra_sampling_params": fields} if nested else fields))
+            assert error.field == f"{'extra_sampling_params.' if nested else ''}{name}_embeds"
+
+
+def test_a_json_body_may_be_large_in_its_tensors_alone() -> None:
+    blob = "A" * 100_000
+    body = json.dumps({"prompt_embeds": {"data": blob}, "latents": {"data": blob}, "x": [7] * 100}).encode()
+    rest = len(body) - 2 * len(blob)
+    for limit, is_allowed in ((rest, True), (rest - 1, False)):
+        for piece in (1 << 20, 70_001, 1000, 7):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(validation, "_PIECE", piece)
+                if is_allowed:
+                    assert parse_json_body(body, max_plain_bytes=limit)["latents"]["data"] == blob
+                else:
+                    with pytest.raises(
+                        PayloadTooLargeError, match=f"at most {limit} bytes beside those of tensors, got {rest};"
+                    ):
+                        parse_json_body(body, max_plain_bytes=limit)
+    for text in (json.dumps([7] * 50_000), json.dumps(["A" * 60_000] * 3), " " * 150_000, "A" * 65_535 + "." + "A" * 65_535):
+        with pytest.raises(PayloadTooLargeError):
+            parse_json_body(f'{{"seeds": {text}}}'.encode(), max_plain_bytes=100_000)
 
 
 @pytest.mark.parametrize(
@@ -486,9 +524,13 @@ def test_every_request_field_is_described_with_valid_examples(model: type[Reques
         nested = part is not schema
         for name, field in part["properties"].items():
             assert field["description"] and field["examples"], name
+            # A prompt as tensors stands in the place of a text, and the others go with its embedding.
+            prefix = name.partition("p")[0]
+            beside = {f"{prefix}prompt_embeds": TENSOR_EXAMPLE} if name in ALL_PROMPT_TENSORS else {}
+            others = {} if "prompt_embeds" in beside else PROMPT
             for example in field["examples"]:
-                body = {"extra_sampling_params": {name: example}} if nested else {name: example}
-                params(model, PROMPT | body)
+                given = beside | {name: example}
+                params(model, others | ({"extra_sampling_params": given} if nested else given))
 
 
 def test_the_limits_are_in_the_openapi_document() -> None:
@@ -576,7 +618,10 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
             {"seeds": [1, "4"]},
             "seeds must be null or a list of integers from 0 to 4294967295, got '4'; send one seed per output.",
         ),
-        ({"prompt": None}, "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."),
+        (
+            {"prompt": None},
+            "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids or prompt_embeds.",
+        ),
         (
             {"generator_device": "mps"},
             'generator_device must be "cuda" or "cpu", got \'mps\'; leave it out for the engine\'s device.',

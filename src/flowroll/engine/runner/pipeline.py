@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
-from flowroll.engine.plan import BranchText, RequestPlan
+from flowroll.engine.plan import RequestPlan
 from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.prompts import BranchText
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.tokens import encode_ids
 from flowroll.engine.weights.offload import WeightOffload
@@ -51,6 +52,8 @@ class PipelineRunner:
 
     def encode(self, plan: RequestPlan) -> Conditioning:
         """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
+
+        A prompt that is given as embeddings is not encoded at all.
 
         Raises:
             AsleepError: The memory of the weights was released while the request waited.
@@ -130,6 +133,9 @@ class PipelineRunner:
 
 def encode_branch(model: LoadedModel, pipeline: Any, variant: str, one: BranchText) -> Mapping[str, EnvValue]:
     """Encodes the text of one branch alone, whichever form it has, and returns its conditioning fields."""
+    if one.embeds is not None:
+        # Copied, because a tensor that was received lies at an arbitrary address, and bits can depend on the address.
+        return {name: tensor.to(model.device, copy=True) for name, tensor in one.embeds.items()}
     if one.token_ids is not None:
         return encode_ids(model.family, pipeline, variant, model.tokenizers, one.token_ids)
     assert one.text is not None
