@@ -115,11 +115,16 @@ def test_a_body_above_the_limit_is_a_413_whether_or_not_its_length_is_declared(s
         for _ in range(100):
             yield b" " * 100
 
+    large = json.dumps({**SMALL, "prompt": "a fox " * 200}).encode()
     with serving(service, max_body_bytes=1000) as client:
         headers = {"content-type": "application/json"}
         assert client.post("/rollout/generate", json=SMALL).status_code == 200
-        for content in (b" " * 1001, undeclared()):
-            response = client.post("/rollout/generate", content=content, headers=headers)
+        for path, content in (
+            ("/rollout/generate", large),
+            ("/v1/images/generations", b" " * 1001),
+            ("/abort_request", undeclared()),
+        ):
+            response = client.post(path, content=content, headers=headers)
             assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")
         exactly = json.dumps(SMALL).encode().ljust(1000)
         assert client.post("/rollout/generate", content=exactly, headers=headers).status_code == 200

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.guiding import in_words_of
+from tests.guiding import in_words_of, pictured
 from tests.pickling import pushed, trainer
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import serving
@@ -20,7 +20,7 @@ from flowroll.families import FAMILIES
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_come_by_every_way_and_stay_over_a_sleep(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    request = in_words_of(family, {**REQUEST, "guidance_scale": 4.0})
+    request = pictured(family, in_words_of(family, {**REQUEST, "guidance_scale": 4.0}))
     folders = {"0": checkpoints[family], "1": with_other(checkpoints[family], tmp_path / "other")}
     tensors = {version: load_file(folder / "transformer" / WEIGHTS) for version, folder in folders.items()}
     with Engine(folders["1"], device="cpu") as engine:

@@ -5,6 +5,7 @@ A prompt is a text, the token ids of one, or the embeddings that the text encode
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from flowroll.engine.facts import ModelFacts
 from flowroll.engine.starts import refuse
 from flowroll.families.conditioning import TOKENS, ConditioningField
-from flowroll.types import SamplingParams, all_finite, branch_digest
+from flowroll.types import ReferenceImage, SamplingParams, all_finite, branch_digest
 from flowroll.types.prompts import EMBEDS, MASK, NEGATIVE, PROMPT_TENSORS
 from flowroll.types.tensors import plain_tensor
 
@@ -71,8 +72,8 @@ def negative_text(params: SamplingParams, model: ModelFacts) -> BranchText | Non
     return BranchText(text=default)
 
 
-def check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
-    """Checks prompts that are given as token ids.
+def check_token_ids(params: SamplingParams, model: ModelFacts, images: tuple[ReferenceImage, ...]) -> None:
+    """Checks prompts that are given as token ids, beside the request's images.
 
     Raises:
         InvalidRequestError: The pipeline's tokenizers make no such ids.
@@ -96,9 +97,21 @@ def check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
                 rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
                 remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
                 refuse(name, rule, len(ids), remedy)
+            if images:
+                _check_image_tokens(name, ids, model, images)
             if max(ids) >= one.num_ids:
                 rule = f"hold ids below {one.num_ids} for {one.name}"
                 refuse(name, rule, max(ids), "use the tokenizer of this checkpoint")
+
+
+def _check_image_tokens(field: str, ids: tuple[int, ...], model: ModelFacts, images: tuple[ReferenceImage, ...]) -> None:
+    assert model.spec.vision is not None
+    token_id, counts = model.spec.vision.token_id, model.family.image_tokens(model.spec, images)
+    runs = tuple(len(list(run)) for is_image, run in itertools.groupby(ids, lambda one: one == token_id) if is_image)
+    if runs != counts:
+        rule = f"hold the id {token_id} {' and '.join(map(str, counts))} times in a row, for the request's images"
+        remedy = "send what the pipeline's processor makes of the text and the images as the pipeline resizes them"
+        refuse(field, rule, f"it {list(runs)[:8]} times", remedy)
 
 
 def with_checked_embeds(params: SamplingParams, model: ModelFacts) -> SamplingParams:

@@ -17,6 +17,7 @@ from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
 from flowroll.types.forks import Branch
+from flowroll.types.images import ReferenceImage
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     ALIASES,
@@ -85,6 +86,7 @@ __all__ = [
     "PolicyKind",
     "PolicyRecord",
     "RecordedSteps",
+    "ReferenceImage",
     "Region",
     "Rollout",
     "RolloutFields",

@@ -49,6 +49,7 @@ class ImageFields(TypedDict, total=False):
     negative_prompt_embeds: Tensor | None
     negative_pooled_prompt_embeds: Tensor | None
     negative_prompt_embeds_mask: Tensor | None
+    images: Sequence[bytes | str] | None
     seed: Integer | None
     seeds: Integers | None
     init_seed: Integer | Integers | None

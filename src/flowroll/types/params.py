@@ -16,6 +16,7 @@ from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_n
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import check_lora_name
 from flowroll.types.forks import Fork, check_fork, plain_fork
+from flowroll.types.images import checked_images
 from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
@@ -132,6 +133,8 @@ class SamplingParams:
         negative_prompt_embeds: `prompt_embeds` of the unconditional branch; excludes `negative_prompt` and its token ids.
         negative_pooled_prompt_embeds: `pooled_prompt_embeds` of the unconditional branch.
         negative_prompt_embeds_mask: `prompt_embeds_mask` of the unconditional branch.
+        images: Reference images, for a model that edits them: PNG, JPEG or WebP files as bytes, or as base64, which becomes
+            bytes. None: there are none.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
         init_seed: Seed of the initial noise: one for all samples, which then start from the same latents, or one per sample.
@@ -205,6 +208,7 @@ class SamplingParams:
     negative_prompt_embeds: Tensor | None = field(default=None, hash=False)
     negative_pooled_prompt_embeds: Tensor | None = field(default=None, hash=False)
     negative_prompt_embeds_mask: Tensor | None = field(default=None, hash=False)
+    images: tuple[bytes, ...] | None = field(default=None, repr=False)
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
     init_seed: int | tuple[int, ...] | None = None
@@ -345,6 +349,7 @@ class SamplingParams:
 
     def _take_plain(self) -> None:
         """Converts lists and arrays to tuples, so that a checked request cannot change, and other numbers to Python's."""
+        object.__setattr__(self, "images", checked_images(self.images))
         for name in (name for name in self.__slots__ if name not in TENSORS):
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)

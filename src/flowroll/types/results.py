@@ -14,6 +14,7 @@ from flowroll.sampling.base import StepRule
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.forks import Branch
+from flowroll.types.images import ReferenceImage
 from flowroll.types.params import ImageFormat, Number, SdeType
 from flowroll.types.policies import PolicyRecord
 
@@ -72,6 +73,7 @@ class SamplingRecord:
         prompt_embeds_sha256: `branch_digest` of the conditional branch's fields that are made of a prompt, where the request
             gave these as `prompt_embeds`.
         negative_prompt_embeds_sha256: That of the unconditional branch, where `negative_prompt_embeds` were used.
+        images: The reference images of the request, which both branches have; None where there were none.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
@@ -114,6 +116,7 @@ class SamplingRecord:
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     prompt_embeds_sha256: str | None = None
     negative_prompt_embeds_sha256: str | None = None
+    images: tuple[ReferenceImage, ...] | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.start_step < self.steps_run.stop <= self.num_inference_steps
@@ -215,7 +218,7 @@ class DenoisingEnv:
     A family declares which arguments there are (`Family.conditioning`). Tensors have no batch dimension.
 
     Attributes:
-        image_kwargs: Arguments that come from reference images; empty for text-to-image.
+        image_kwargs: What comes from reference images, for both branches; empty for text-to-image.
         pos_cond_kwargs: Arguments of the conditional branch.
         neg_cond_kwargs: Arguments of the unconditional branch; None without guidance.
         guidance: Guidance embedding input; None for models without one.

@@ -18,7 +18,6 @@ from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
 from flowroll.types.params import TENSORS
 from flowroll.types.prompts import ALL_PROMPT_TENSORS
 from flowroll.types.tensors import tensor_bytes
-from flowroll.wire import validation
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
 from flowroll.wire.messages import TENSOR_EXAMPLE
@@ -192,8 +191,8 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 def test_every_parameter_can_be_sent() -> None:
     reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
-    # Tensors are sent by the tests below.
-    assert reachable | set(TENSORS) == {field.name for field in dataclasses.fields(SamplingParams)}
+    # Tensors and images are sent by the tests below.
+    assert reachable | {*TENSORS, "images"} == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -228,23 +227,12 @@ def test_a_prompt_may_be_sent_as_tensors(nested: bool) -> None:
 
 
 def test_a_json_body_may_be_large_in_its_tensors_alone() -> None:
-    blob = "A" * 100_000
-    body = json.dumps({"prompt_embeds": {"data": blob}, "latents": {"data": blob}, "x": [7] * 100}).encode()
-    rest = len(body) - 2 * len(blob)
-    for limit, is_allowed in ((rest, True), (rest - 1, False)):
-        for piece in (1 << 20, 70_001, 1000, 7):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(validation, "_PIECE", piece)
-                if is_allowed:
-                    assert parse_json_body(body, max_plain_bytes=limit)["latents"]["data"] == blob
-                else:
-                    with pytest.raises(
-                        PayloadTooLargeError, match=f"at most {limit} bytes beside those of tensors, got {rest};"
-                    ):
-                        parse_json_body(body, max_plain_bytes=limit)
-    for text in (json.dumps([7] * 50_000), json.dumps(["A" * 60_000] * 3), " " * 150_000, "A" * 65_535 + "." + "A" * 65_535):
-        with pytest.raises(PayloadTooLargeError):
-            parse_json_body(f'{{"seeds": {text}}}'.encode(), max_plain_bytes=100_000)
+    fields = {"prompt_embeds": sent_tensor(torch.randn(200, 100)), "seed": 3}
+    for body in (fields, {"extra_sampling_params": fields}):
+        found = parse(RolloutRequest, parse_json_body(json.dumps(body).encode(), max_plain_bytes=4096)).to_params()
+        assert found.prompt_embeds is not None and found.prompt_embeds.shape == (200, 100)
+        with pytest.raises(PayloadTooLargeError, match="at most 4096 bytes beside those of tensors and images"):
+            parse_json_body(json.dumps({**body, "prompt": "a cat " * 1000}).encode(), max_plain_bytes=4096)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +283,46 @@ def test_a_msgpack_body_that_is_large_in_anything_but_tensors_is_refused(body: b
         parse_msgpack_body(body, max_plain_bytes=4096)
 
 
+FILES = (b"\x89PNG" + bytes(70_000), b"\xff\xd8", b"RIFF")
+
+
+def test_images_come_as_base64_or_as_bytes() -> None:
+    in_json = [base64.b64encode(file).decode() for file in FILES]
+    for fields in ({"images": in_json}, {"extra_sampling_params": {"images": in_json}}):
+        for model in (RolloutRequest, GenerateRequest):
+            assert params(model, PROMPT | fields).images == FILES
+        body = json.dumps(PROMPT | fields).encode()
+        assert parse(RolloutRequest, parse_json_body(body, max_plain_bytes=4096)).to_params().images == FILES
+    for fields in ({"images": FILES}, {"extra_sampling_params": {"images": FILES}}):
+        body = msgspec.msgpack.encode(PROMPT | fields)
+        assert parse(RolloutRequest, parse_msgpack_body(body, max_plain_bytes=4096)).to_params().images == FILES
+    assert params(RolloutRequest, PROMPT | {"images": None}).images is None
+
+
+@pytest.mark.parametrize("value", ["QUJD", {"a": 1}, [], 3, True, [None], ["no base64"], ["QUJ"], [3], [["QUJD"]], [{}]])
+def test_images_that_are_none_are_refused(value: Any) -> None:
+    for body in ({"images": value}, {"extra_sampling_params": {"images": value}}):
+        assert refusal(RolloutRequest, PROMPT | body).field.partition("[")[0].endswith("images")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 5000,
+        b'{"images": [' + b"1," * 5000 + b"1]}",
+        b'{"images": "' + b"a" * 70_000 + b'", "seeds": [' + b"1," * 2500 + b"1]}",
+        b'{"latents": {"a": {"a": {"a": {"a": "' + b"a" * 70_000 + b'"}}}}}',
+        b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b"{" + b",".join(b'"%d": "%s"' % (at, b"x" * 1000) for at in range(20)) + b"}",
+        b'{"images": ["' + b"a" * 70_000,
+        b'"' + b"a" * 70_000 + b'"',
+    ],
+)
+def test_a_json_body_that_is_large_in_anything_but_data_is_refused(body: bytes) -> None:
+    with pytest.raises((MalformedRequestError, PayloadTooLargeError), match="body must"):
+        parse_json_body(body, max_plain_bytes=4096)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_minimal_request_is_the_defaults(model: Any) -> None:
     plain = SamplingParams(prompt="a red fox", rollout=model is RolloutRequest)
@@ -319,7 +347,7 @@ def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
 @pytest.mark.parametrize("value", [0, 1, "", "cat.png", False, []])
 def test_an_image_input_must_be_null(value: Any) -> None:
     error = refusal(RolloutRequest, PROMPT | {"image_path": value})
-    assert error.field == "image_path" and "images from text alone" in error.message
+    assert error.field == "image_path" and "send the files themselves as images" in error.message
 
 
 def test_an_alias_of_a_dynamics_is_accepted_and_shown() -> None:

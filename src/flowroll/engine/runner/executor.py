@@ -74,6 +74,7 @@ class Executor:
             negative_prompt_embeds=None,
             negative_pooled_prompt_embeds=None,
             negative_prompt_embeds_mask=None,
+            images=None,
             seed=None,
             seeds=plan.seeds,
             num_outputs_per_prompt=None,
@@ -95,6 +96,7 @@ class Executor:
                 env=EnvShape.of(env),
                 latents=None if latents is None else TensorShape.of(latents),
                 start_step=plan.steps.start,
+                images=plan.record.images or (),
             )
             self._peers.send(message, [*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
         self._runner.add_request(request_id, conditioning)
