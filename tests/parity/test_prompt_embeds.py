@@ -56,7 +56,7 @@ def encoded(pipeline: Any, text: str, prefix: str = "") -> dict[str, Any]:
 
 def picture_of(pipeline: Any, request: Mapping[str, Any], tensors: Mapping[str, Any]) -> Tensor:
     """The picture that a pipeline makes of embeddings, with classifier-free guidance of the request's scale."""
-    given = {name: value for name, value in request.items() if name != "seed"}
+    given = {name: value for name, value in request.items() if name not in ("seed", "images")}
     if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters and "true_cfg_scale" not in given:
         given["true_cfg_scale"] = given.pop("guidance_scale")
     generator = torch.Generator(pipeline.device).manual_seed(request["seed"])
