@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flowroll.cli.output import format_bytes
+from flowroll.types.shown import format_bytes
 from flowroll.types import Number
 
 STAGES = {"queue": "yellow", "encode": "blue", "denoise": "cyan", "decode": "magenta", "serialise": "green", "send": "white"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from flowroll.errors import RolloutFileError
@@ -50,6 +50,15 @@ def load_rollouts(path: str | Path) -> Sequence[Rollout]:
     if is_store(source):
         return RolloutStore(source, read_only=True).select()
     return [load_rollout(file) for file in rollout_files(source)]
+
+
+def named_rollouts(source: Path) -> Iterator[tuple[str, Rollout]]:
+    """Yields what `load_rollouts` reads, each with the path of its file, or the store's path and its id."""
+    if is_store(source):
+        chosen = RolloutStore(source, read_only=True).select()
+        yield from ((f"{source}:{name}", rollout) for name, rollout in zip(chosen.ids, chosen, strict=True))
+    else:
+        yield from ((str(file), load_rollout(file)) for file in rollout_files(source))
 
 
 def rollout_files(source: Path) -> Iterable[Path]:

@@ -113,7 +113,7 @@ def rollout_png(rollout: Rollout) -> bytes | None:
         return None
 
 
-def size_text(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Writes a number of bytes as people do, e.g. `12.3 MiB`."""
     if count < 2**10:
         return f"{count} B"
@@ -139,7 +139,7 @@ def _rows(rollout: Rollout) -> Iterator[tuple[str, str]]:
     size = f"{record.width} x {record.height}"
     yield "sampling", f"{model}, {record.num_inference_steps} steps, {dynamics}, {guidance}, {size} pixels"
     if rollout.image is not None:
-        yield "image", f"PNG, {size_text(len(rollout.image))}" if isinstance(rollout.image, bytes) else brief(rollout.image)
+        yield "image", f"PNG, {format_bytes(len(rollout.image))}" if isinstance(rollout.image, bytes) else brief(rollout.image)
     if rollout.latents is not None:
         yield "latents", brief(rollout.latents)
     if rollout.log_probs is not None:
@@ -149,12 +149,12 @@ def _rows(rollout: Rollout) -> Iterator[tuple[str, str]]:
     if (env := rollout.denoising_env) is not None:
         yield "denoising_env", ", ".join(f"{name} {brief(tensor)}" for name, tensor in env.tensors())
     if (debug := rollout.debug_tensors) is not None:
-        yield "debug_tensors", f"{brief(debug.model_output)} each of three, {size_text(sum(t.nbytes for t in tensors_of(debug)))}"
+        yield "debug_tensors", f"{brief(debug.model_output)} each of three, {format_bytes(sum(t.nbytes for t in tensors_of(debug)))}"
     if (chosen := rollout.step_tensors) is not None:
         yield "step_tensors", f"{', '.join(chosen.tensors)} of steps {_indices(chosen.step_indices)}"
     if (images := rollout.step_images) is not None:
         yield "step_images", f"of steps {_indices(images.step_indices)}"
-    yield "in all", f"{size_text(sum(tensor.nbytes for tensor in tensors_of(rollout)))}, {rollout.inference_time_s:.2f} s"
+    yield "in all", f"{format_bytes(sum(tensor.nbytes for tensor in tensors_of(rollout)))}, {rollout.inference_time_s:.2f} s"
 
 
 def _numbers(log_probs: Tensor, stochastic: Sequence[int]) -> str:
