@@ -183,8 +183,9 @@ class Ranges:
             # One is missing; whoever opens the store for writing makes it again.
             return
         self._write(first, last, pa.concat_tables([self._table(path, self._schema.names) for _, _, path in parts]))
-        for _, _, path in parts:
-            path.unlink(missing_ok=True)
+        for start, stop, path in list(self._files()):
+            if first <= start and stop <= last and (start, stop) != (first, last):
+                path.unlink(missing_ok=True)
 
     def _write(self, first: int, last: int, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
