@@ -101,8 +101,7 @@ class Selection(Sequence[Rollout]):
         return self._load(self._rows.column("key")[range(len(self))[index]].as_py())
 
     def __iter__(self) -> Iterator[Rollout]:
-        for key in self._keys():
-            yield self._load(key)
+        yield from map(self._load, self._keys())
 
     def __repr__(self) -> str:
         return f"Selection({len(self)} samples)"
@@ -114,8 +113,7 @@ class Selection(Sequence[Rollout]):
 
     def samples(self) -> Iterator[StoredSample]:
         """Yields what the index says of each sample, without reading a rollout."""
-        keys = set(self._keys())
-        rewards, notes = _by_key(self._later, keys)
+        rewards, notes = _by_key(self._later.filter(pc.is_in(self._later.column("key"), value_set=self._key_array())))
         own = {field.name for field in fields(StoredSample)}
         for batch in self._rows.to_batches(max_chunksize=MAX_ROWS):
             for row in batch.to_pylist():
@@ -148,6 +146,9 @@ class Selection(Sequence[Rollout]):
 
     def _keys(self) -> list[int]:
         return self._rows.column("key").to_pylist()  # type: ignore[no-any-return]
+
+    def _key_array(self) -> pa.Array:
+        return self._rows.column("key").combine_chunks()
 
 
 def select(rows: pa.Table, later: pa.Table, load: Callable[[int], Rollout], wanted: Mapping[str, Any]) -> Selection:
@@ -217,13 +218,11 @@ def _is_one_of(rows: pa.Table, name: str, wanted: object) -> Any:
     return pc.is_in(column.cast(kind), value_set=value_set)
 
 
-def _by_key(later: pa.Table, keys: Collection[int]) -> tuple[dict[int, dict[str, float]], dict[int, list[str]]]:
-    """Returns the later rewards and notes of these samples by key."""
+def _by_key(later: pa.Table) -> tuple[dict[int, dict[str, float]], dict[int, list[str]]]:
+    """Returns rewards and notes by key, the oldest first."""
     rewards: dict[int, dict[str, float]] = {}
     notes: dict[int, list[str]] = {}
     for row in later.to_pylist():
-        if row["key"] not in keys:
-            continue
         if row["value"] is not None:
             rewards.setdefault(row["key"], {})[row["name"]] = row["value"]
         if row["text"] is not None:
