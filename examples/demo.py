@@ -29,6 +29,7 @@ from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.cli.prompts import read_prompts
 from flowroll.client import Client
 from flowroll.engine import Engine
+from flowroll.types.shown import format_bytes
 from flowroll.wire.files import save_rollout
 
 _FAMILIES = SHAPES_FAMILIES

@@ -44,7 +44,10 @@ print(len(rollouts), "exact")
 
 
 def test_a_finished_run_replays_without_any_engine(
-    engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any], checkpoints: dict[str, Path], tmp_path: Path
+    engine_of: Callable[[str, str], Engine],
+    pipeline_of: Callable[[str, str], Any],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     save_rollouts(tmp_path / "store", engine_of("z_image", "float32").rollout(**REQUEST))
     program = REPLAY.format(kind=type(pipeline_of("z_image", "float32").transformer).__name__)

@@ -26,9 +26,7 @@ def make_checkpoint(
 
     # Found before the model libraries are loaded.
     if family not in FAMILIES:
-        raise InvalidRequestError(
-            f"family must be one of {', '.join(FAMILIES)}, got {family}; choose one.", field="family"
-        )
+        raise InvalidRequestError(f"family must be one of {', '.join(FAMILIES)}, got {family}; choose one.", field="family")
     quiet_model_libraries()
     from flowroll.testing import make_checkpoint as make
 

@@ -34,7 +34,9 @@ def reward_named(path: str) -> Reward:
             f"reward must be module:function, got {path} ({error}); name a function that can be imported.", field="reward"
         ) from error
     if not callable(found):
-        raise InvalidRequestError(f"reward must name a function, got {path}, a {type(found).__name__}; name another.", field="reward")
+        raise InvalidRequestError(
+            f"reward must name a function, got {path}, a {type(found).__name__}; name another.", field="reward"
+        )
     reward: Reward = found
     return reward
 

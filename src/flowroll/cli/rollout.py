@@ -34,9 +34,7 @@ def rollout(
     url: Url = DEFAULT_URL,
     concurrency: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Requests in flight.", show_default="as many as fill the server's batch, and one that waits"
-        ),
+        typer.Option(min=1, help="Requests in flight.", show_default="as many as fill the server's batch, and one that waits"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into the same folder ended; make nothing twice.")
@@ -54,10 +52,10 @@ def rollout(
 ) -> None:
     """Roll out every prompt of a file on a server.
 
-    Writes the rollouts to a store, which `flowroll verify` and `flowroll.load_rollouts` read, pictures, and manifest.json, which
-    says what became of each prompt. A prompt that fails is reported at the end and the others go on, unless the server cannot be
-    reached, refuses the key, or a file cannot be written: then no other prompt is tried. Ctrl-C ends the run with a summary;
-    what was made stays, and --resume goes on from there.
+    Writes the rollouts to a store, which `flowroll verify` and `flowroll.load_rollouts` read, pictures, and manifest.json,
+    which says what became of each prompt. A prompt that fails is reported at the end and the others go on, unless the server
+    cannot be reached, refuses the key, or a file cannot be written: then no other prompt is tried. Ctrl-C ends the run with a
+    summary; what was made stays, and --resume goes on from there.
     """
     # Every request is checked before anything is imported that takes long, and before the first one is sent.
     requests = read_requests(prompts, given)

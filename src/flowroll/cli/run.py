@@ -84,7 +84,9 @@ def identified(requests: Sequence[SamplingParams]) -> list[SamplingParams]:
 
 
 def _digest(request: SamplingParams) -> str:
-    values = {one.name: getattr(request, one.name) for one in fields(request) if one.name not in ("request_id", "suppress_logs")}
+    values = {
+        one.name: getattr(request, one.name) for one in fields(request) if one.name not in ("request_id", "suppress_logs")
+    }
     given = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
     return hashlib.sha256(msgspec.json.encode(given, order="sorted")).hexdigest()[:_ID_CHARS]
 
@@ -127,7 +129,7 @@ class Run:
         there = self._store.select()
         if len(there) and not is_resumed:
             raise RolloutFileError(
-                f"out must be a new folder, got {out} with {len(there)} rollouts; add --resume to go on there, or choose another."
+                f"out must be a new folder, got {out} with {len(there)} rollouts; add --resume to go on, or choose another."
             )
         ids: dict[str, list[str]] = {}
         for sample in there.samples():

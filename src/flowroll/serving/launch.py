@@ -249,7 +249,7 @@ def _announce(config: ServerConfig, facts: EngineFacts, listener: socket.socket)
         "api_key": "set" if config.api_key else "none",
     }
     if config.log_format == "json":
-        values = {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in resolved.items()}
+        values = {name: _plain(value) for name, value in resolved.items()}
         _log.info("configuration", extra={"configuration": values})
     else:
         width = max(map(len, resolved))
@@ -272,3 +272,8 @@ def _cell(value: object) -> str:
     text = ", ".join(map(_cell, value)) if isinstance(value, tuple) else str(value)
     # A path may hold a line feed, with which it would forge a line.
     return text if text.isprintable() and text else repr(text)
+
+
+def _plain(value: object) -> object:
+    """Returns a dataclass as a dictionary, for JSON; every other value as it is."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flowroll.errors import RolloutFileError
 from flowroll.store.rollout_store import RolloutStore, is_store
-from flowroll.types import Rollout
+from flowroll.types import Number, Rollout
 from flowroll.wire.files import load_rollout
 
 _SUFFIX = ".safetensors"
@@ -15,7 +15,7 @@ _SUFFIX = ".safetensors"
 _AT_ONCE = 256
 
 
-def save_rollouts(path: str | Path, rollouts: Sequence[Rollout], *, rewards: Sequence[float | None] | None = None) -> list[str]:
+def save_rollouts(path: str | Path, rollouts: Sequence[Rollout], *, rewards: Sequence[Number | None] | None = None) -> list[str]:
     """Appends rollouts to the store in a folder, which is made if it is not there; 256 at a time, all of them or none.
 
     Args:

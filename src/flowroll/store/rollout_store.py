@@ -19,7 +19,7 @@ from flowroll.errors import InvalidRequestError, RolloutFileError
 from flowroll.store.index import MAX_ROWS, NOTES, SAMPLES, Ranges, row_of, rows_of_shard
 from flowroll.store.selection import NOTE, REWARD, Selection, id_of, key_of, select
 from flowroll.store.shards import SampleHead, Shard, write_shard
-from flowroll.types import Rollout
+from flowroll.types import Number, Rollout
 from flowroll.types.shown import tensors_of
 from flowroll.wire.files import PART, write_whole
 
@@ -28,7 +28,7 @@ STORE_VERSION = 1
 _SHARD = re.compile(r"(\d{8})\.safetensors")
 # Shards that are kept open; each costs the memory of its header.
 _MAX_OPEN = 4
-Rewards: TypeAlias = Sequence[float | None] | Mapping[str, Sequence[float | None]]
+Rewards: TypeAlias = Sequence[Number | None] | Mapping[str, Sequence[Number | None]]
 # One value, or several of which any will do.
 Texts: TypeAlias = str | Collection[str]
 
@@ -113,7 +113,7 @@ class RolloutStore:
                 self._index.add(number, rows)
         return [id_of(first + row) for row in range(len(rollouts))]
 
-    def add_rewards(self, rewards: Mapping[str, float], *, name: str = REWARD) -> None:
+    def add_rewards(self, rewards: Mapping[str, Number], *, name: str = REWARD) -> None:
         """Adds rewards to samples that are there; the latest reward of a name counts. No shard is written again.
 
         Args:
@@ -153,8 +153,8 @@ class RolloutStore:
         prompt: Texts | None = None,
         prompt_contains: str | None = None,
         weight_version: Texts | None = None,
-        min_reward: float | None = None,
-        max_reward: float | None = None,
+        min_reward: Number | None = None,
+        max_reward: Number | None = None,
         reward: str = REWARD,
         request_id: Texts | None = None,
         seed: int | Collection[int] | None = None,
@@ -216,7 +216,9 @@ class RolloutStore:
         key = key_of(sample)
         number, row = divmod(key, MAX_ROWS)
         if not self._shard_path(number).is_file() or row >= len(self._shard(number)):
-            raise InvalidRequestError(f"id must be that of a sample in the store, got {sample!r}; take it from append.", field="id")
+            raise InvalidRequestError(
+                f"id must be that of a sample in the store, got {sample!r}; take it from append.", field="id"
+            )
         return key
 
     # Writing

@@ -137,7 +137,7 @@ class Selection(Sequence[Rollout]):
         return reward_column(self._rows, self._later, name).to_pylist()  # type: ignore[no-any-return]
 
     def to_arrow(self) -> pa.Table:
-        """Returns the index's rows as an Arrow table, e.g. for pandas, with the columns `id` and `reward`, which are complete."""
+        """Returns the index's rows as an Arrow table, e.g. for pandas, with each sample's `id` and its latest `reward`."""
         table = self._rows.append_column("id", pa.array(self.ids, pa.string()))
         return table.append_column(REWARD, reward_column(self._rows, self._later, REWARD))
 
@@ -183,7 +183,8 @@ def reward_column(rows: pa.Table, later: pa.Table, name: str) -> pa.ChunkedArray
     # The latest comes first, which is the one that is found.
     latest = named.take(pa.array(range(len(named) - 1, -1, -1), pa.int64()))
     places = pc.index_in(rows.column("key"), value_set=latest.column("key").combine_chunks())
-    return pc.coalesce(latest.column("value").combine_chunks().take(places.combine_chunks()), first.combine_chunks())
+    found = latest.column("value").combine_chunks().take(places.combine_chunks())
+    return pa.chunked_array([pc.coalesce(found, first.combine_chunks())])
 
 
 def id_of(key: int) -> str:
@@ -214,7 +215,9 @@ def _is_one_of(rows: pa.Table, name: str, wanted: object) -> Any:
     try:
         value_set = pa.array(values, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        raise InvalidRequestError(f"{name} must be {kind} or several, got {wanted!r}; compare with those.", field=name) from error
+        raise InvalidRequestError(
+            f"{name} must be {kind} or several, got {wanted!r}; compare with those.", field=name
+        ) from error
     return pc.is_in(column.cast(kind), value_set=value_set)
 
 

@@ -71,7 +71,7 @@ class Shard:
         self._path = path
         try:
             self._file = safe_open(path, framework="pt")
-            self._metadata: Mapping[str, str] = self._file.metadata() or {}
+            self._metadata: Mapping[str, str] = self._file.metadata() or {}  # type: ignore[no-untyped-call]
             check_version(path, self._metadata.get(VERSION_KEY))
             self._num_rows = int(self._metadata[_ROWS_KEY])
         except OSError as error:

@@ -116,9 +116,7 @@ def at_steps(rollout: Rollout, wanted: Steps) -> Rollout:
         changes["dit_trajectory"] = replace(trajectory, latents=trajectory.latents[rows], latent_step_indices=kept)
     tables = list(_step_tables(rollout))
     if common := [step for step in steps if tables and all(step in held for held, _ in tables)]:
-        fields = {
-            name: tensor[[held.index(step) for step in common]] for held, part in tables for name, tensor in part.items()
-        }
+        fields = {name: tensor[[held.index(step) for step in common]] for held, part in tables for name, tensor in part.items()}
         changes["step_tensors"] = StepTensors(step_indices=tuple(common), tensors=fields)
     if (images := rollout.step_images) is not None and (shown := [step for step in images.step_indices if step in steps]):
         pictures = tuple(images.images[images.step_indices.index(step)] for step in shown)

@@ -147,9 +147,13 @@ def _rows(rollout: Rollout) -> Iterator[tuple[str, str]]:
     if (trajectory := rollout.dit_trajectory) is not None:
         yield "dit_trajectory", f"{brief(trajectory.latents)}, states {_indices(trajectory.latent_step_indices)}"
     if (env := rollout.denoising_env) is not None:
-        yield "denoising_env", ", ".join(f"{name} {brief(tensor)}" for name, tensor in env.tensors())
+        named = ", ".join(f"{name} {brief(value)}" for name, value in env.pos_cond_kwargs.items() if isinstance(value, Tensor))
+        yield "denoising_env", named + ("" if env.neg_cond_kwargs is None else "; and without the prompt")
     if (debug := rollout.debug_tensors) is not None:
-        yield "debug_tensors", f"{brief(debug.model_output)} each of three, {format_bytes(sum(t.nbytes for t in tensors_of(debug)))}"
+        yield (
+            "debug_tensors",
+            f"{brief(debug.model_output)} each of three, {format_bytes(sum(t.nbytes for t in tensors_of(debug)))}",
+        )
     if (chosen := rollout.step_tensors) is not None:
         yield "step_tensors", f"{', '.join(chosen.tensors)} of steps {_indices(chosen.step_indices)}"
     if (images := rollout.step_images) is not None:

@@ -195,9 +195,7 @@ def _without_tensors(value: object, name: str, found: dict[str, Tensor], bytes_a
     if isinstance(value, msgspec.Struct):
         value = msgspec.structs.asdict(value)
     if isinstance(value, Mapping):
-        return {
-            key: _without_tensors(item, f"{name}.{key}".lstrip("."), found, bytes_apart) for key, item in value.items()
-        }
+        return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), found, bytes_apart) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_tensors(item, f"{name}.{index}", found, bytes_apart) for index, item in enumerate(value)]
     return value

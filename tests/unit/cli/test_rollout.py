@@ -187,7 +187,9 @@ def test_a_failed_prompt_is_reported_at_the_end_and_the_others_are_saved(url, pr
     before = load_rollouts(out).ids
     assert_one_line_error(rollout(*words), "out must be a new folder, got ")
     result = rollout(*words, "--resume")
-    assert result.exit_code == 0 and "1 rollouts of 1 prompts" in result.stdout and "2 prompts were there already" in result.stdout
+    assert (
+        result.exit_code == 0 and "1 rollouts of 1 prompts" in result.stdout and "2 prompts were there already" in result.stdout
+    )
     found = load_rollouts(out)
     assert found.ids[:2] == before and len(found) == 3 and found[2].prompt == PROMPTS[1]
     assert [len(entry["samples"]) for entry in manifest_of(out)["prompts"]] == [1, 1, 1]

@@ -48,7 +48,9 @@ def test_usage_needs_no_torch(words):
 NO_CHECKPOINT = "must be a diffusers checkpoint folder, got no "
 
 
-@pytest.mark.parametrize(("folder", "fault"), [("nowhere", "such folder; check the path, or use"), (".", "model_index.json; give")])
+@pytest.mark.parametrize(
+    ("folder", "fault"), [("nowhere", "such folder; check the path, or use"), (".", "model_index.json; give")]
+)
 def test_serve_refuses_a_path_that_is_no_checkpoint_before_it_imports_torch(folder, fault, tmp_path):
     assert_one_line(cli_without(HEAVY, "serve", tmp_path / folder), NO_CHECKPOINT + fault)
 
@@ -220,5 +222,7 @@ assert Client is flowroll.client.Client and load_rollouts is flowroll.store.load
     done = run_without(set(), "from flowroll import Engine\nimport flowroll.engine\nassert Engine is flowroll.engine.Engine")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     # A trainer with torch alone.
-    done = run_without({"httpx", "pyarrow", "PIL", "diffusers"}, "from flowroll import *; from flowroll import replay; print(Rollout)")
+    done = run_without(
+        {"httpx", "pyarrow", "PIL", "diffusers"}, "from flowroll import *; from flowroll import replay; print(Rollout)"
+    )
     assert done.returncode == 0, done.stderr

@@ -21,17 +21,17 @@ from flowroll.wire.files import load_rollout
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout_prints_in_a_few_lines(family: str) -> None:
     lines = repr(make_rollout(family=family, steps=50)).splitlines()
-    assert len(lines) <= 9 and max(map(len, lines)) <= 320
+    assert len(lines) <= 9 and max(map(len, lines)) <= 200
     assert lines[0] == "Rollout of 'a cat that says \"π ≈ 3\", 猫', seed 0, weights 7"
     text = "\n".join(lines)
     assert f"{family}, 50 steps, sde, noise level 0.7, guidance 4, 48 x 32 pixels" in text
-    assert "float32[3, 1, 32, 48]" in text and "states 0 to 50" in text and "MiB" in text and "tensor(" not in text
+    assert "float32[3, 1, 32, 48]" in text and "states 0 to 50" in text and "iB, 1.25 s" in text and "tensor(" not in text
 
 
 def test_what_is_absent_is_not_printed_and_its_parts_print_short() -> None:
     rollout = make_evaluation(prompt=None, image_format="none")
     assert "token ids" in repr(rollout)
-    assert not any(name in repr(rollout) for name in ("log_probs", "dit_trajectory", "debug_tensors", "image", "None"))
+    assert not any(name in repr(rollout) for name in ("log_probs", "dit_trajectory", "debug_tensors", "  image", "None"))
     whole = make_rollout()
     for part in (whole.dit_trajectory, whole.debug_tensors, whole.denoising_env, make_image()):
         assert len(repr(part)) < 2000 and "tensor(" not in repr(part) and type(part).__name__ in repr(part)
@@ -75,7 +75,9 @@ def test_what_has_no_picture_says_so(tmp_path: Path) -> None:
     rollout = make_evaluation(image_format="none")
     assert rollout._repr_png_() is None
     for show in (rollout.pil, lambda: rollout.save(tmp_path / "a.png")):
-        with pytest.raises(InvalidRequestError, match="must have a picture, got latents alone; roll out with another image_format"):
+        with pytest.raises(
+            InvalidRequestError, match="must have a picture, got latents alone; roll out with another image_format"
+        ):
             show()
     with pytest.raises(RolloutFileError, match="path must be writable"):
         make_rollout().save(tmp_path / "missing" / "a.png")
@@ -88,7 +90,9 @@ def test_a_rollout_saves_itself(tmp_path: Path) -> None:
 
 def test_every_tensor_goes_to_the_device_and_what_is_there_stays() -> None:
     images = StepImages(step_indices=(0,), images=(torch.rand(3, 1, 32, 48),))
-    rollout = make_rollout(step_tensors=StepTensors(step_indices=(1,), tensors={"x0": torch.rand(1, 6, 64)}), step_images=images)
+    rollout = make_rollout(
+        step_tensors=StepTensors(step_indices=(1,), tensors={"x0": torch.rand(1, 6, 64)}), step_images=images
+    )
     assert len(list(tensors_of(rollout))) > 10
     assert {tensor.device.type for tensor in tensors_of(rollout.to("meta"))} == {"meta"}
     assert_same_answer(rollout.to("cpu"), rollout)
@@ -138,7 +142,7 @@ def test_a_slice_keeps_chosen_fields_and_the_state_before_where_the_solver_needs
 
 @pytest.mark.parametrize("wanted", [4, -5, [], slice(2, 2), [0, 9]])
 def test_steps_that_are_not_there_are_refused_and_a_rollout_is_no_sequence(wanted: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="steps must (lie in 0..3|hold at least one of the 4 steps), got "):
+    with pytest.raises(InvalidRequestError, match=r"steps must (lie in 0..3|hold at least one of the 4 steps), got "):
         make_rollout()[wanted]
     with pytest.raises(TypeError):
         iter(make_rollout())  # type: ignore[call-overload]
