@@ -126,10 +126,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(is_asked: bool) -> None:
+def _show_version(is_asked: bool) -> bool:
     if is_asked:
         typer.echo(f"flowroll {__version__}")
         raise typer.Exit
+    return is_asked
 
 
 @app.callback()
