@@ -80,9 +80,9 @@ def test_help_shows_defaults_and_one_url_for_all():
         text = " ".join(run_cli(*words, "--help").stdout.split())
         assert "[default: http://127.0.0.1:30000]" in text
     text = " ".join(run_cli("generate", "--help").stdout.split())
-    for default in ("no-rollout", "sde", "0.7", "no-rollout-debug-mode", "cuda", "flowroll-out"):
+    for default in ("(no-rollout)", "(sde)", "(0.7)", "(no-rollout-debug-mode)", "(cuda)", "flowroll-out"):
         assert f"[default: {default}]" in text
-    assert "[default: rollout]" in " ".join(run_cli("rollout", "--help").stdout.split())
+    assert "[default: (rollout)]" in " ".join(run_cli("rollout", "--help").stdout.split())
 
 
 @pytest.fixture

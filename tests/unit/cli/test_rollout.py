@@ -261,7 +261,7 @@ def test_a_full_disk_ends_the_command_and_what_was_saved_stays(url, prompts, tmp
 def test_the_api_key_is_sent(service, prompts, tmp_path):
     with serving(service, api_key="sesame") as client:
         words = ("--url", str(client.base_url), "--prompts", prompts, "--out", tmp_path / "out", *SMALL)
-        assert_one_line_error(rollout(*words), "api_key")
+        assert_one_line_error(rollout(*words), "must carry the server's token")
         assert rollout(*words, "--api-key", "sesame").exit_code == 0
 
 

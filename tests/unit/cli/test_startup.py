@@ -111,7 +111,7 @@ def test_the_other_ranks_of_torchrun_do_not_ask_for_the_port_that_rank_0_has(mon
         (("make-checkpoint", "z_image", "out"), "diffusers", "engine"),
         (("verify", "--model", shapes_checkpoint("z_image"), "FILE"), "diffusers", "engine"),
         (("rollout", "--url", "http://127.0.0.1:9", "--prompts", __file__, "--out", "out"), "httpx", "client"),
-        (("rollout", "--prompts", __file__, "--out", "out"), "pyarrow", "client"),
+        (("rollout", "--prompts", __file__, "--out", "out"), "pyarrow", "store"),
         (("top",), "httpx", "client"),
         (("bench", "serve", "--url", "http://127.0.0.1:9", "--prompts", __file__, "--rate", "1"), "httpx", "client"),
         (("inspect", "FILE", "--plot", "plot.png"), "matplotlib", "plot"),
