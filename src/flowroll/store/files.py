@@ -15,7 +15,9 @@ _SUFFIX = ".safetensors"
 _AT_ONCE = 256
 
 
-def save_rollouts(path: str | Path, rollouts: Sequence[Rollout], *, rewards: Sequence[Number | None] | None = None) -> list[str]:
+def save_rollouts(
+    path: str | Path, rollouts: Sequence[Rollout], *, rewards: Sequence[Number | None] | None = None
+) -> list[str]:
     """Appends rollouts to the store in a folder, which is made if it is not there; 256 at a time, all of them or none.
 
     Args:
