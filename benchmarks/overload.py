@@ -71,7 +71,7 @@ class Overloaded:
         capacities: Requests a second with as many callers as the server takes at once, before the overload and after it.
         goodput: Requests a second that were completed while new clients came.
         waits_s: Seconds from acceptance to the answer, of all that were completed under overload.
-        report: Of all clients of the open loop.
+        report: The report of all clients of the open loop.
         rest_s: Seconds from the last new client to the last answer.
     """
 

@@ -25,7 +25,7 @@ import httpx
 from examples.server import Server, exit_on_sigterm, running_server
 
 from benchmarks.measure import hardware
-from benchmarks.soaking.asks import MAX_BODY_BYTES, MAX_UNSENT_BYTES
+from benchmarks.soaking.asks import MAX_BODY_BYTES, MAX_RUNNING_SAMPLES, MAX_UNSENT_BYTES
 from benchmarks.soaking.books import Books, ServerCounts
 from benchmarks.soaking.truth import Truth
 from benchmarks.soaking.verdict import Soaked, chart, section
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(REGISTERED)
 # Small enough that queue and memory limits are met.
 SERVER_OPTIONS = (
-    *("--max-queue", "8", "--max-running-samples", "12", "--max-body-bytes", str(MAX_BODY_BYTES)),
+    *("--max-queue", "8", "--max-running-samples", str(MAX_RUNNING_SAMPLES), "--max-body-bytes", str(MAX_BODY_BYTES)),
     *("--max-unsent-bytes", str(MAX_UNSENT_BYTES), "--send-timeout-s", "3", "--min-send-bytes-per-s", str(2**20)),
 )
 # glibc keeps much of what is freed, in heaps that splinter under tensors of many sizes, and oneDNN and torch keep kernels of
@@ -67,7 +67,7 @@ class Subject:
         log: Its log.
         truth: What its answers must be.
         folders: Weights it may be given, by the letter of their version.
-        books: Of its clients.
+        books: The books of its clients.
         watched: What it held.
     """
 
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--check-share", type=float, default=0.15, help="share of the answers that are compared")
     parser.add_argument("--no-updates", action="store_true", help="leave the weights as they are")
     parser.add_argument("--most-kib-per-minute", type=float, default=100.0, help="upper bound of a flat slope of memory")
+    parser.add_argument("--no-fill", action="store_true", help="let what a server remembers of forwards come as it comes")
     parser.add_argument(
         "--keep-allocator", action="store_true", help="leave the servers' allocator and cache of kernels as they are"
     )
@@ -110,7 +111,8 @@ def main() -> None:
         f"Command: `python -m benchmarks.soak {' '.join(sys.argv[1:])}`. {hardware()}; {os.cpu_count()} cores, shared. Tiny "
         f"checkpoints, `flowroll serve {' '.join(SERVER_OPTIONS)}` with one thread each, {options.clients} clients a server; "
         f"allocator of the servers: {allocator}.",
-        "What a server holds is judged at rest, with nothing to do, after the warm-up and then every 100 s: under load it "
+        "What a server holds is judged at rest, with nothing to do, after the warm-up and then every 100 s: "
+        f"{'' if options.no_fill else 'what it remembers of shared forwards is at its bound before, and '}under load it "
         "tells of the load, which other work moves. Slopes are per minute, by least squares, with their 95 % "
         "intervals; what is flat does not rise beyond chance, or for memory by less than the bound. Not claimed: throughput, "
         "anything about a GPU or about real sizes.",
@@ -149,7 +151,7 @@ def checkpoints(family: str, folder: Path) -> dict[str, Path]:
 
 
 async def soak_one(subject: Subject, options: argparse.Namespace) -> Soaked:
-    """Traffic to warm up, a rest; then stretches of traffic, a rest after each, at which it is seen what the server holds."""
+    """Fills caches; traffic to warm up; then stretches of traffic, a rest after each, which shows what the server holds."""
     began_s, pid = time.monotonic(), subject.server.pid
     warm_up = options.minutes / 6 if options.warm_up is None else options.warm_up
 
@@ -159,6 +161,9 @@ async def soak_one(subject: Subject, options: argparse.Namespace) -> Soaked:
             await asyncio.sleep(_WATCH_S)
 
     watching = asyncio.create_task(watch())
+    if not options.no_fill:
+        async with http_client(subject.server.url) as http:
+            await visitor_of(subject, options, http, random.Random(f"{options.seed} fill")).fill_caches()
     await traffic(subject, options, 60 * warm_up, f"{options.seed} warm-up")
     await rest(subject)
     rests = [holding(pid, began_s)]
@@ -185,20 +190,25 @@ async def traffic(subject: Subject, options: argparse.Namespace, seconds: float,
 
         async def client(number: int) -> None:
             source = random.Random(f"{seed} {subject.family} {number}")
-            visitor = Visitor(
-                http=http,
-                url=httpx.URL(subject.server.url),
-                source=source,
-                books=subject.books,
-                truth=subject.truth,
-                check_share=options.check_share,
-            )
+            visitor = visitor_of(subject, options, http, source)
             while time.monotonic() < end_s:
                 await visitor.visit()
                 await asyncio.sleep(source.uniform(0.0, 0.2))
 
         operator = operate(subject, http, random.Random(f"{seed} {subject.family}"), end_s, not options.no_updates)
         await asyncio.gather(operator, *(client(number) for number in range(options.clients)))
+
+
+def visitor_of(subject: Subject, options: argparse.Namespace, http: httpx.AsyncClient, source: random.Random) -> Visitor:
+    """A client of the server, with these connections and chances."""
+    return Visitor(
+        http=http,
+        url=httpx.URL(subject.server.url),
+        source=source,
+        books=subject.books,
+        truth=subject.truth,
+        check_share=options.check_share,
+    )
 
 
 async def operate(subject: Subject, http: httpx.AsyncClient, source: random.Random, end_s: float, updates: bool) -> None:

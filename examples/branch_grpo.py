@@ -48,7 +48,7 @@ class BranchGrpo(FlowGrpo):
     Args:
         options: The run; its group size is that of the tree.
         updates: Optimizer steps of a round.
-        noise_level: Of Flow-SDE.
+        noise_level: The noise level of Flow-SDE.
         fork: Into how many children each sample forks, by the step.
     """
 

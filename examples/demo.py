@@ -47,8 +47,8 @@ class Sample:
     """One rollout of the demo.
 
     Attributes:
-        name: Of its files, e.g. "2-sde-seed-43".
-        dynamics: As the table and the plots name it.
+        name: The name of its files, e.g. "2-sde-seed-43".
+        dynamics: The name in the table and the plots.
         rollout: What the server sent.
     """
 
@@ -178,7 +178,7 @@ def predicted_clean_latents(rollout: Rollout) -> Float[Tensor, " steps *latent"]
     """The clean latents that the model sees at every step: x0_k = x_k - sigma_k v_k, float32.
 
     Args:
-        rollout: With debug tensors and the whole trajectory.
+        rollout: A rollout with debug tensors and the whole trajectory.
     """
     assert rollout.debug_tensors is not None and rollout.dit_trajectory is not None
     velocity, trajectory = rollout.debug_tensors.model_output, rollout.dit_trajectory

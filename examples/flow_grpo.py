@@ -63,7 +63,7 @@ class FlowGrpo:
     Args:
         options: The run.
         updates: Optimizer steps of a round.
-        dynamics: Of the stochastic steps.
+        dynamics: The dynamics of the stochastic steps.
         noise_level: Their noise level.
         window: How many steps are stochastic; None: all.
         move_every: Rounds after which the window moves on by a step, and from the end back to the beginning; None: it stays

@@ -67,7 +67,8 @@ def is_dealt_elsewhere(item: pytest.Item) -> bool:
     params = getattr(item, "callspec", None)
     if params is None or "proofs" in file.parts:
         return False
-    found = {value for value in params.params.values() if isinstance(value, str) and value in names}
+    values = [one for value in params.params.values() for one in (value if isinstance(value, tuple) else (value,))]
+    found = {value for value in values if isinstance(value, str) and value in names}
     if len(found) != 1 or any(file.stem == f"test_{name}" for name in names):
         return False
     start = zlib.crc32(item.nodeid.partition("[")[0].encode())

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,11 @@ def trainer(module: str = "sglang.srt.weight_sync.tensor_bucket", strategy: str 
             del sys.modules[name]
             if known is not None:
                 sys.modules[name] = known
+
+
+def own_segments() -> set[str]:
+    """The segments of shared memory that this process made; other test workers have theirs."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}
 
 
 def pickled(value: object) -> bytes:

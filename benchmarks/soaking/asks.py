@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from flowroll.wire.codec import WireFormat
 
 # What the servers are started with, so that a body above it is small.
 MAX_BODY_BYTES = 64 * 2**10
+MAX_RUNNING_SAMPLES = 12
 # What the servers may hold in answers that are not sent: a crowd of large ones is more.
 MAX_UNSENT_BYTES = 48 * 2**20
 _SHAPES = ("circle", "square", "triangle")
@@ -29,8 +31,8 @@ class Ask:
     Attributes:
         kind: The route.
         values: Fields of `SamplingParams`.
-        wire_format: Of the answer.
-        dialect: Of the answer.
+        wire_format: The format of the answer.
+        dialect: The dialect of the answer.
     """
 
     kind: Literal["rollout", "generate"]
@@ -54,9 +56,9 @@ class Bad:
     """One request that must be refused.
 
     Attributes:
-        body: As sent.
+        body: The body as it is sent.
         statuses: What may be answered.
-        headers: Beside those of JSON.
+        headers: The headers beside those of JSON.
     """
 
     body: bytes
@@ -87,6 +89,22 @@ def draw_ask(source: random.Random, *, large: bool = False) -> Ask:
     values |= _dynamics(source, steps) | _returns(source, steps, large)
     dialect: Literal["native", "sglang"] = "sglang" if chance() < 0.1 else "native"
     return Ask(kind="rollout", values=values, wire_format=_wire_format(source), dialect=dialect)
+
+
+def asks_of_every_kind() -> Iterator[Ask]:
+    """Short requests that together share forwards in more ways than a server remembers."""
+    for place, guidance_scale, width, height in itertools.product(_PLACES[::2], (0.0, 4.0), _SIZES, _SIZES):
+        for samples in range(2, MAX_RUNNING_SAMPLES + 1):
+            values = {
+                "prompt": f"a red circle{place}",
+                "width": width,
+                "height": height,
+                "num_outputs_per_prompt": samples,
+                "num_inference_steps": 1,
+                "guidance_scale": guidance_scale,
+                "debug_mode": False,
+            }
+            yield Ask(kind="rollout", values=values, wire_format="msgpack", dialect="native")
 
 
 def draw_bad(source: random.Random) -> Bad:

@@ -18,12 +18,12 @@ class Books:
 
     Attributes:
         sent: Requests to the work routes.
-        answers: Of these, answered, by status; an answer that was not read to its end counts.
-        left_waiting: Of these, left by their client before an answer.
-        left_sending: Of these, left by their client in the middle of the request's body.
+        answers: The number that was answered, by status; an answer that was not read to its end counts.
+        left_waiting: The number that was left by its client before an answer.
+        left_sending: The number that was left by its client in the middle of the request's body.
         behaviours: Visits, by what the client did.
         samples: That came back.
-        checked: Of these, compared with the truth.
+        checked: The number that was compared with the truth.
         alive_s: Seconds that /liveness took.
         held_bytes: The most bytes of answers that the server said it expects or has not sent.
         wrong: What broke a promise, in words.
@@ -52,12 +52,12 @@ class ServerCounts:
     Attributes:
         answers: HTTP requests to the work routes, by status.
         accepted: Requests that entered the queue.
-        completed: Of these, ended in a result.
-        failed: Of these, ended in an error, by code.
+        completed: The number that ended in a result.
+        failed: The number that ended in an error, by code.
         dropped: Requests whose client was gone before they entered the queue.
-        held_bytes: Of answers that are expected or not sent.
+        held_bytes: The bytes of answers that are expected or not sent.
         unfinished: Requests that wait or run.
-        running_samples: In memory.
+        running_samples: The number of samples in memory.
     """
 
     answers: Mapping[int, int]

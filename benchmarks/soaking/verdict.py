@@ -37,7 +37,7 @@ class Soaked:
 
     Attributes:
         family: What it served.
-        books: Of its clients.
+        books: The books of its clients.
         counts: Its own, at the end.
         watched: While it ran.
         rests: What it held at rest, after the warm-up and then all along.

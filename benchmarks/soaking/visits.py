@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from benchmarks.soaking import hostile
-from benchmarks.soaking.asks import MAX_UNSENT_BYTES, Ask, draw_ask, draw_bad
+from benchmarks.soaking.asks import MAX_UNSENT_BYTES, Ask, asks_of_every_kind, draw_ask, draw_bad
 from benchmarks.soaking.books import WORK_ROUTES, Books, ServerCounts
 from benchmarks.soaking.truth import Truth
 from flowroll.client.exchange import Call
@@ -42,8 +42,8 @@ class Visitor:
 
     Attributes:
         http: Its connections.
-        url: Of the server.
-        source: Of its chances.
+        url: The address of the server.
+        source: The source of its chances.
         books: Where it notes what happened.
         truth: What answers must be.
         check_share: Share of the answers that are checked.
@@ -82,6 +82,11 @@ class Visitor:
     async def ask(self) -> None:
         """A good request, read to its end."""
         await self._answered(draw_ask(self.source), _USUAL)
+
+    async def fill_caches(self) -> None:
+        """Good requests that share forwards in every way, so that what a server remembers of forwards is at its bound."""
+        for ask in asks_of_every_kind():
+            await self._answered(ask, _USUAL)
 
     async def ask_with_deadline(self) -> None:
         """A good request that may be given up."""

@@ -41,7 +41,7 @@ def train(
         vae: An `AutoencoderKL` or an `AutoencoderKLQwenImage`.
         steps: Optimizer steps.
         batch: Pictures per step.
-        generator: Of scenes and noise.
+        generator: The source of scenes and noise.
         report: Called with the step and the loss.
     """
 

@@ -39,11 +39,11 @@ def train(
     """Trains `pipeline.transformer` in place by flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0.
 
     Args:
-        pipeline: With a trained VAE; its text encoders stay as they are.
+        pipeline: A pipeline with a trained VAE; its text encoders stay as they are.
         family: The pipeline's.
         steps: Optimizer steps.
         batch: Pictures per step.
-        generator: Of pictures, captions, noise levels and noise.
+        generator: The source of pictures, captions, noise levels and noise.
         report: Called with the step and the loss.
     """
     transformer = pipeline.transformer

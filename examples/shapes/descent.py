@@ -22,9 +22,9 @@ def minimise(
 
     Args:
         module: Its parameters are changed.
-        loss: Of a batch that it draws itself.
+        loss: The loss of a batch that it draws itself.
         steps: Optimizer steps.
-        weight_decay: Of AdamW.
+        weight_decay: The weight decay of AdamW.
         report: Called with the step and the loss.
     """
     module.train()

@@ -65,8 +65,8 @@ def train(pipeline: Any, seed: int, bar: Callable[[str, int], Callable[[int, flo
     """Trains the autoencoder and the transformer of a pipeline in place.
 
     Args:
-        pipeline: With any weights; its text encoders stay as they are.
-        seed: Of everything that is drawn.
+        pipeline: A pipeline with any weights; its text encoders stay as they are.
+        seed: The seed of everything that is drawn.
         bar: Makes the report of a stage from its name and number of steps.
     """
     family = family_of_pipeline(type(pipeline).__name__)

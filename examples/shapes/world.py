@@ -70,7 +70,7 @@ def coverage(scene: Scene, *, radius: float = RADIUS, shift: tuple[float, float]
 
     Args:
         scene: Whose shape and place.
-        radius: Of the circle, pixels; the other shapes have about its area.
+        radius: The radius of the circle, pixels; the other shapes have about its area.
         shift: Columns and rows by which the shape is off its place.
     """
     column, row = PLACES[scene.place]

@@ -146,7 +146,8 @@ def test_a_rank_that_stalls_ends_the_request_after_the_timeout_and_nothing_is_le
         assert is_gone(pid)
 
 
-@pytest.mark.parametrize("which", ["the server", pytest.param("its engine", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["the server", "its engine"])
 def test_no_rank_outlives_a_killed_rank_0_or_server(z_image_checkpoint: Path, tmp_path: Path, which: str) -> None:
     with (
         ServerProcess(tmp_path / "log", model=str(z_image_checkpoint), layout="sp2") as server,

@@ -1,9 +1,11 @@
 """Servers for the tests: in a thread of this process, or as the process that users start."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -132,6 +134,19 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert body["error"].keys() == {"code", "message", "field"}, body
     assert "Traceback" not in response.text
     return body["error"]
+
+
+def read_answer(connection: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the one answer, after which the server ends the connection; a hang is a timeout."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 16):
+            received += piece
+    while received.startswith(b"HTTP/1.1 100"):
+        received = received.partition(b"\r\n\r\n")[2]
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    return int(head.split()[1]), body[: int(length[1]) if length else None]
 
 
 def until(condition: Callable[[], bool]) -> None:

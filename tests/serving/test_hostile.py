@@ -18,7 +18,7 @@ import httpx
 import msgspec
 import pytest
 import torch
-from tests.serving.servers import SMALL, WAIT_S, error_of, serving
+from tests.serving.servers import SMALL, WAIT_S, error_of, read_answer, serving
 
 from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app
@@ -359,19 +359,6 @@ def test_a_client_that_leaves_at_any_byte_leaves_no_trace(
 def connected(client: httpx.Client) -> Iterator[socket.socket]:
     with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=WAIT_S) as connection:
         yield connection
-
-
-def read_answer(connection: socket.socket) -> tuple[int, bytes]:
-    """Status and body of the one answer, after which the server ends the connection; a hang is a timeout."""
-    received = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := connection.recv(1 << 16):
-            received += piece
-    while received.startswith(b"HTTP/1.1 100"):
-        received = received.partition(b"\r\n\r\n")[2]
-    head, _, body = received.partition(b"\r\n\r\n")
-    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-    return int(head.split()[1]), body[: int(length[1]) if length else None]
 
 
 def dribble(waiting: dict[socket.socket, tuple[str, bytes, bytearray]], answers: dict[str, bytes]) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.pickling import flattened, pushed, text, trainer
+from tests.pickling import flattened, own_segments, pushed, text, trainer
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import Background, Gate, HookedEngine, error_of, serving, until
 from tests.serving.test_tensor_routes import halves
@@ -101,7 +101,7 @@ def test_a_push_of_a_trainer_gives_the_rollouts_of_an_engine_started_on_the_weig
     fresh = with_other(z_image_checkpoint, tmp_path / "fresh", factor=0.9 + KINDS.index(dtype) / 50)
     kinds = itertools.cycle(DTYPES if dtype == "mixed" else [dtype])
     change(fresh / "transformer", lambda tensors: {name: tensor.to(next(kinds)) for name, tensor in tensors.items()})
-    tensors, segments, before = load_file(fresh / "transformer" / WEIGHTS), set(os.listdir("/dev/shm")), outcomes(server)
+    tensors, before, segments = load_file(fresh / "transformer" / WEIGHTS), outcomes(server), own_segments()
     size = sum(tensor.nbytes for tensor in tensors.values()) // 3
     count = 0
     for body, kept in pushed(tensors, version=f"{dtype}", bucket_bytes=size, num_ranks=2):
@@ -118,7 +118,7 @@ def test_a_push_of_a_trainer_gives_the_rollouts_of_an_engine_started_on_the_weig
     assert ended(server, before) == {"completed": 1}
     # The memory of both ranks' buckets is free once the trainer lets go, although the first rank's was read alone.
     del kept
-    assert set(os.listdir("/dev/shm")) <= segments
+    until(lambda: own_segments() <= segments)
     with Engine(fresh, device="cpu") as engine, Client(str(server.base_url)) as client:
         (got,), (expected,) = client.rollout(**REQUEST), engine.rollout(**REQUEST)
         assert_same_bits(got, expected)
@@ -355,12 +355,13 @@ def test_buckets_of_an_update_that_was_begun_change_nothing_before_its_commit(
     assert not is_holding(server) and engine.weights_checksum() == truth[0][2]
     assert_same_bits(engine.rollout(**REQUEST)[0], old)
     # Two at once would be two sets of weights; a bucket without the id is none of this update.
-    segments = set(os.listdir("/dev/shm"))
+    segments = own_segments()
     own = tensors["x_pad_token"].clone()
     answer = send(server, [("x_pad_token", own)])
     assert (answer.status_code, error_of(answer)["code"]) == (409, "weights_busy")
     del own
-    assert set(os.listdir("/dev/shm")) <= segments
+    # The server lets go of what it refused at about the time of its answer.
+    until(lambda: own_segments() <= segments)
     assert error_of(send(server, list(first.items()), update_id=update_id))["code"] == "weights_rejected"
     assert send(server, list(second.items()), update_id=update_id).json()["num_arrived"] == 73
     for wrong, status, field in (

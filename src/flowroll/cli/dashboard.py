@@ -90,7 +90,7 @@ def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, sil
         info: The answer of GET /server_info.
         scrapes: Answers of GET /metrics, oldest first; rates need two.
         width: The number of the terminal's columns.
-        silent_s: For how many seconds the server has not answered; None if it answers.
+        silent_s: The seconds for which the server has not answered; None if it answers.
     """
     recent = Change(before=scrapes[-min(len(scrapes), _RECENT)], after=scrapes[-1])
     is_wide = width >= _WIDE

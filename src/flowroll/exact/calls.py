@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from flowroll.exact.functions import COPIES, ELEMENTWISE, INDEXING, POINTWISE, VIEWS, named
-from flowroll.exact.layout import CannotMergeError, address, is_outermost, outline
+from flowroll.exact.layout import CannotMergeError, address, is_outermost, layout_of
 from flowroll.exact.tracking import Batched, Constant, tensors_in
 from flowroll.exact.ways import Each, Path, Way, put_at
 
@@ -38,7 +38,7 @@ def each(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     alone = func(*alone_args, **alone_kwargs)
     if not has_tensor(alone):
         raise CannotMergeError(f"{named(func)} reads the samples' data")
-    way = Each(splits, outline(alone))
+    way = Each(splits, layout_of(alone))
     result = way(trace.samples, func, args, kwargs)
     trace.put_batched(result, alone, is_conditioning(trace, args, kwargs))
     return result, way

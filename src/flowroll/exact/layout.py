@@ -8,6 +8,7 @@ must have the strides and the address that the sample's own tensor has alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,16 +54,41 @@ def _moved(part: Tensor, at: int) -> Tensor:
     return buffer.as_strided(part.shape, part.stride(), start).copy_(part)
 
 
-def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Joins the samples' own results into one batched tensor, in which each part has the strides of `like`.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape and strides of a tensor that itself is gone.
+
+    Attributes:
+        shape: The size of each dimension.
+        strides: The stride of each dimension, in elements.
+        is_contiguous: Whether torch calls such a tensor contiguous.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_contiguous: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """Returns the layout of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous())
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Tells whether a tensor has this shape, and these strides in each dimension with more than one element."""
+        strides = tensor.stride()
+        return tensor.shape == self.shape and (strides == self.strides or _same_strides(self.shape, strides, self.strides))
+
+
+def joined(parts: Sequence[Tensor], like: Layout) -> Tensor:
+    """Joins the samples' own results into one batched tensor, in which each part has the layout `like`.
 
     Raises:
-        CannotMergeError: The results differ in shape, or these strides leave no room for other samples.
+        CannotMergeError: The results differ in layout, or these strides leave no room for other samples.
     """
-    shape, strides = like.shape, like.stride()
-    if not shape or any(part.shape != shape or (part.stride() != strides and not same_strides(part, like)) for part in parts):
+    shape, strides = like.shape, like.strides
+    if not shape or not all(map(like.is_of, parts)):
         raise CannotMergeError("results of samples have no common shape with a first dimension")
-    if like.is_contiguous():
+    if like.is_contiguous:
         return torch.cat(list(parts))
     outer = [stride for size, stride in zip(shape[1:], strides[1:], strict=True) if size > 1]
     if shape[0] > 1 and any(stride >= strides[0] for stride in outer):
@@ -70,14 +96,14 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     dense = _dense_strides(shape, strides)
     if dense is None:
         raise CannotMergeError("a result has gaps in memory")
-    options = {"dtype": like.dtype, "device": parts[0].device}
-    batched = torch.empty_strided((len(parts) * shape[0], *shape[1:]), dense, **options)  # type: ignore[arg-type]
+    first = parts[0]
+    batched = torch.empty_strided((len(parts) * shape[0], *shape[1:]), dense, dtype=first.dtype, device=first.device)
     for index, part in enumerate(parts):
         batched.narrow(0, index * shape[0], shape[0]).copy_(part)
     return batched
 
 
-def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...] | None:
+def _dense_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
     """Returns the strides of a longer tensor, the first dimension outermost; None if a part's own have gaps or overlap."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
@@ -95,13 +121,12 @@ def same_layout(batched: Tensor, alone: Tensor, num_samples: int) -> bool:
     rows, *sizes = alone.shape
     if batched.shape[0] != num_samples * rows or list(batched.shape[1:]) != sizes:
         return False
-    return same_strides(batched, alone)
+    return _same_strides(alone.shape, batched.stride(), alone.stride())
 
 
-def same_strides(one: Tensor, alone: Tensor) -> bool:
-    """Tells whether the strides are those of `alone` in each dimension with more than one element."""
-    both = zip(alone.shape, one.stride(), alone.stride(), strict=True)
-    return all(size <= 1 or stride == other for size, stride, other in both)
+def _same_strides(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
+    """Tells whether strides are the same in each dimension with more than one element."""
+    return all(size <= 1 or first == second for size, first, second in zip(shape, one, other, strict=True))
 
 
 def is_outermost(tensor: Tensor) -> bool:
@@ -110,13 +135,32 @@ def is_outermost(tensor: Tensor) -> bool:
     return tensor.stride(0) == 0 or all(size * stride <= tensor.stride(0) for size, stride in others)
 
 
-def outline(tree: Any) -> Any:
-    """Returns a tensor, or tensors in tuples and lists, with the same shapes and strides on the meta device."""
-    if isinstance(tree, Tensor):
-        return torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype, device="meta")
-    if isinstance(tree, (tuple, list)):
-        return type(tree)([outline(one) for one in tree])
-    return tree
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """The layouts of the tensors in a tuple or list, which may hold others and None.
+
+    Attributes:
+        kind: The type of the tuple or list.
+        entries: The layouts, one per entry.
+    """
+
+    kind: type
+    entries: tuple[Layout | Layouts | None, ...]
+
+
+def layout_of(result: Any) -> Layout | Layouts | None:
+    """Returns the layout of a tensor, or of the tensors in a tuple or list.
+
+    Raises:
+        CannotMergeError: There is something else in it.
+    """
+    if isinstance(result, Tensor):
+        return Layout.of(result)
+    if isinstance(result, (tuple, list)):
+        return Layouts(type(result), tuple(map(layout_of, result)))
+    if result is not None:
+        raise CannotMergeError("a function of the samples' data returns no tensor")
+    return None
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

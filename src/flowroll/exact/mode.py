@@ -66,6 +66,8 @@ class Analysis(TorchFunctionMode):
         self.samples, self._goes_on = samples, goes_on
         self.failure: CannotMergeError | None = None
         self.steps: list[Note] = []
+        # Blocks of a model are alike, and so are their notes: each is kept once.
+        self._kept: dict[Note, Note] = {}
         self.without_rule: set[str] = set()
         # Marks the places of this analysis. Tensors may outlive the forward, and must not keep the analysis alive.
         self.token = object()
@@ -114,7 +116,7 @@ class Analysis(TorchFunctionMode):
     def _gather_parts(self, args: Sequence[Any]) -> Tensor:
         """Gathers the ranks' parts once; the first sample's own tensor is its part of the result, as numbers are only moved."""
         result: Tensor = gather_parts(*args)
-        self.steps.append((gather_parts, None))
+        self._note(gather_parts, None)
         _, part, _, dim, _ = args
         place = self.place(part)
         if not isinstance(place, Batched):
@@ -144,8 +146,12 @@ class Analysis(TorchFunctionMode):
             raise CannotMergeError(f"{named(func)} fails: {str(error).splitlines()[0]}") from error
         if func not in WRITES and versions != [tensor._version for tensor in found]:
             raise CannotMergeError(f"{named(func)} writes into its arguments")
-        self.steps.append((func, way))
+        self._note(func, way)
         return result
+
+    def _note(self, func: Callable[..., Any], way: Way | None) -> None:
+        note = (func, way)
+        self.steps.append(self._kept.setdefault(note, note))
 
     def place(self, tensor: Tensor) -> Place | None:
         """Returns the place of a tensor; None for what existed before the forward, such as weights and tables."""

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flowroll.exact.layout import CannotMergeError, joined, parts_of
+from flowroll.exact.layout import Layout, Layouts, joined, parts_of
 from flowroll.exact.probe import product
 
 
@@ -53,11 +53,11 @@ class Each:
 
     Attributes:
         splits: The places of the batched arguments, and the address that a sample's part has alone.
-        alone: The result of the first sample, which gives shapes and strides.
+        alone: The layout of the first sample's result.
     """
 
     splits: tuple[Split, ...]
-    alone: Any
+    alone: Layout | Layouts | None
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Computes the joined results."""
@@ -65,7 +65,7 @@ class Each:
             # Most functions have their batched arguments first.
             own = [parts_of(value, samples.count, at) for value, (_, at) in zip(args, self.splits, strict=False)]
             rest = args[len(own) :]
-            return join_tree([func(*parts, *rest, **kwargs) for parts in zip(*own, strict=True)], self.alone)
+            return _joined([func(*parts, *rest, **kwargs) for parts in zip(*own, strict=True)], self.alone)
         columns = [(path, parts_of(_at(args, kwargs, path), samples.count, at)) for path, at in self.splits]
         results = []
         for index in range(samples.count):
@@ -73,19 +73,14 @@ class Each:
             for path, parts in columns:
                 put_at(own_args, own_kwargs, path, parts[index])
             results.append(func(*own_args, **own_kwargs))
-        return join_tree(results, self.alone)
+        return _joined(results, self.alone)
 
 
-def join_tree(results: Sequence[Any], alone: Any) -> Any:
+def _joined(results: Sequence[Any], like: Layout | Layouts | None) -> Any:
     """Joins the samples' results: tensors, or tuples and lists of tensors."""
-    if isinstance(alone, Tensor):
-        return joined(results, alone)
-    if isinstance(alone, (tuple, list)):
-        columns = [join_tree(column, one) for column, one in zip(zip(*results, strict=True), alone, strict=True)]
-        return type(alone)(columns)
-    if alone is None:
-        return None
-    raise CannotMergeError("a function of the samples' data returns no tensor")
+    if isinstance(like, Layouts):
+        return like.kind([_joined(column, one) for column, one in zip(zip(*results, strict=True), like.entries, strict=True)])
+    return None if like is None else joined(results, like)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +108,8 @@ class Product:
         return torch.cat([own[first] for first in samples.same_conditioning])
 
 
-@dataclass(frozen=True, slots=True)
+# Equal to itself alone: an index may hold what has no hash.
+@dataclass(frozen=True, slots=True, eq=False)
 class Sections:
     """Cuts pieces along the first dimension, each within one sample, from the sample's own part.
 

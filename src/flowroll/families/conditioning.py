@@ -191,7 +191,7 @@ class Conditioning:
         Args:
             latents: What the model takes for the sample's latents, in its dtype, without batch dimension.
             timestep: One entry.
-            fixed: From `fixed_inputs`.
+            fixed: The inputs that `fixed_inputs` made.
             is_guided: Whether there is an unconditional branch.
         """
         found: list[ForwardInput] = []

@@ -23,6 +23,7 @@ from flowroll.wire.codec import JSON, MSGPACK, WireFormat
 
 _DEFAULT_RETRY_S = 1.0
 _MAX_ERROR_BYTES = 64 * 1024
+_KEPT_CONNECTIONS = 64
 # The key of a sample's image. In a JSON text the second quote of a prompt would be escaped.
 _SAMPLE_KEYS = {JSON: b'"generated_output":', MSGPACK: b"\xb0generated_output"}
 
@@ -52,8 +53,9 @@ async def run_load(
         ServerConnectionError: A request of the warm-up failed, other than by 429.
         InvalidRequestError: The URL or the key cannot be used in HTTP.
     """
-    # Any number may be in flight: waiting for a connection of our own would be no latency of the server.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # Any number may be in flight: waiting for a connection of our own would be no latency of the server. Few are kept for
+    # later: the pool of httpcore looks at all pairs of those whenever a request begins or ends.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS)
     way = route_to(url, api_key=api_key, has_transport=True)
     async with way.open(httpx.AsyncClient, httpx.AsyncHTTPTransport(limits=limits)) as http:
         run = _Run(http, load, check_wire_format(wire_format), check_timeout(timeout_s), on_outcome)

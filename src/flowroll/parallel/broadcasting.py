@@ -46,7 +46,7 @@ class BroadcastGroup:
 
     Attributes:
         id: No other group has it, also none of the same name.
-        device: Of the tensors.
+        device: The device of the tensors.
 
     Raises:
         InvalidRequestError: The other processes did not come, or this machine cannot take part.

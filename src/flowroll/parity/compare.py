@@ -45,8 +45,8 @@ class TensorParity:
     Attributes:
         mode: The dynamics.
         name: E.g. "dit_trajectory.latents"; "sampling" is the record of how the sample was made.
-        first: Of the first step; None for a value that has no steps.
-        whole: Of all steps.
+        first: The difference at the first step; None for a value that has no steps.
+        whole: The difference over all steps.
     """
 
     mode: str

@@ -72,7 +72,7 @@ class ParityReport:
         modes: The dynamics.
         commands: The command lines that repeat it, by what they are for.
         one_rank: One rank, which the layouts are compared with; nothing was compared here.
-        layouts: In the order asked for.
+        layouts: The layouts, in the order asked for.
     """
 
     setting: Mapping[str, str]
@@ -91,7 +91,7 @@ def run_parity(plan: ParityPlan, *, on_layout: Callable[[LayoutParity], None]) -
     """Runs one rank and every layout, and compares.
 
     Args:
-        plan: From `plan_parity`.
+        plan: The plan that `plan_parity` made.
         on_layout: Called with the result of each layout.
 
     Raises:

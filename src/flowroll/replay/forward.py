@@ -29,11 +29,11 @@ def velocities(
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
-        rollout: With env; of its trajectory nothing but the noise levels is used.
+        rollout: A rollout with env; of its trajectory nothing but the noise levels is used.
         latents: x at the sigma of the step beside it, e.g. (1 - sigma) x0 + sigma eps of clean latents x0.
         steps: The step whose sigma, and timestep, each of the latents is at.
-        device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as the rollout records, which must be the dtype that the weights have in the
+        device: The device of the transformer; None: that of its first weight.
+        dtype: The dtype of its inputs; None: as the rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
         autocast: "refuse": a call under `torch.autocast` is an error. "measure": it runs; there is no ratio to measure here.
 

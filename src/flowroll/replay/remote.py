@@ -24,7 +24,7 @@ def score_params(
     """Returns what to ask a server.
 
     Args:
-        rollouts: Of one or several requests, with env and trajectory.
+        rollouts: The rollouts of one or several requests, with env and trajectory.
         steps: Which steps, 0-based; None: all, for rollouts of one length.
         log_probs_only: Leave means and velocities out.
         min_weight_version: Refuse weights that are older than this version.

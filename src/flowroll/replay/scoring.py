@@ -39,8 +39,8 @@ class MicroBatch:
     Attributes:
         samples: Index of each pair's rollout.
         steps: Step of each pair.
-        log_probs: By the transformer as it is now; differentiable, float32.
-        old_log_probs: As recorded in the rollouts, float32.
+        log_probs: The log-probs by the transformer as it is now; differentiable, float32.
+        old_log_probs: The log-probs that the rollouts record, float32.
         scores: Velocity, mean, std and log-prob of each pair.
         weight: The micro-batch's share of all pairs. A loss that is a mean over its pairs, multiplied by this, adds up to the
             gradient of the mean over all, whatever `micro_batch` is.
@@ -69,7 +69,7 @@ class Scores:
         stds: Total std of the transitions, float32; 0 at deterministic steps.
         means: Per sample, mean of the next latents, float32; none if a server was asked for log-probs only.
         velocities: Per sample, the guided velocity given to the transition, float32; as the means.
-        weight_version: Of the server's weights that scored all of it; None where it was the caller's transformer.
+        weight_version: The version of the server's weights that scored all of it; None where it was the caller's transformer.
     """
 
     steps: tuple[int, ...]
@@ -97,12 +97,12 @@ def micro_batches(
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
-        rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
+        rollouts: The rollouts of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all. Deterministic ones have no density and are left out.
         micro_batch: Forwards per micro-batch, at least 1. A forward is of one pair; of several, where these are leaves of one
             tree and the step is before or at their fork.
-        device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
+        device: The device of the transformer; None: that of its first weight.
+        dtype: The dtype of its inputs; None: as each rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
         autocast: "refuse": a call under `torch.autocast` is an error, since it runs other kernels than the engine. "measure":
             it runs, and a warning says how far from 1 the first ratios are.
@@ -132,12 +132,12 @@ def log_prob(
 
     Args:
         transformer: The policy: any callable with the diffusers class's signature (plain, FSDP-wrapped, with LoRA).
-        rollouts: Of one or several requests, with env and trajectory; sizes and prompts may be mixed.
+        rollouts: The rollouts of one or several requests, with env and trajectory; sizes and prompts may be mixed.
         steps: Which steps, 0-based; None: all, for rollouts of one length.
         micro_batch: Pairs whose inputs are on the device together, at least 1; it changes no bit. In gradient mode the graphs
             of all pairs are kept: `micro_batches` bounds those.
-        device: Of the transformer; None: that of its first weight.
-        dtype: Of the transformer's inputs; None: as each rollout records, which must be the dtype that the weights have in the
+        device: The device of the transformer; None: that of its first weight.
+        dtype: The dtype of its inputs; None: as each rollout records, which must be the dtype that the weights have in the
             forward: their own, or that of FSDP's mixed precision.
         autocast: "refuse": a call under `torch.autocast` is an error, since it runs other kernels than the engine. "measure":
             it runs, and a warning says how far from 1 the first ratios are.

@@ -29,7 +29,7 @@ class Place:
 
     Attributes:
         device: Its device.
-        dtype: Of its inputs; None: as each rollout records.
+        dtype: The dtype of its inputs; None: as each rollout records.
         autocast: What becomes of a call under `torch.autocast`.
     """
 

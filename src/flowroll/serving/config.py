@@ -69,7 +69,7 @@ class ServerConfig:
         receive_timeout_s: Seconds that a request's headers may take to come, and its body, which gets another second for every
             64 KiB of it; what is slower is answered with 408. A connection may idle as long between two requests.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
-        log_level: Of the server's log, on standard error.
+        log_level: The level of the server's log, on standard error.
         log_format: Lines to read, or one JSON object a line.
         otlp_endpoint: Where spans of requests are sent, by OTLP over HTTP, e.g. "http://127.0.0.1:4318/v1/traces"; None: spans
             are made only where the process has a tracer provider of the OpenTelemetry SDK already.

@@ -84,7 +84,7 @@ class _LastAnswer:
     answer is the end of sending alone, and what still comes is dropped.
 
     Args:
-        protocol: Of the connection.
+        protocol: The protocol of the connection.
     """
 
     def __init__(self, protocol: BoundedProtocol) -> None:

@@ -58,7 +58,7 @@ def error_response(error: FlowrollError, *, status: int | None = None) -> JSONRe
     """Returns the answer that tells the client of an error.
 
     Args:
-        error: To be raised by the client again.
+        error: The error, which the client raises again.
         status: HTTP status, if not the one of the error's class.
     """
     headers = {}

@@ -51,7 +51,7 @@ def choose_media_type(headers: Headers, offers: Sequence[str]) -> str:
     By quality; then a type that is named over one that a wildcard covers; then in the order of the offers.
 
     Args:
-        headers: Of the request; no Accept header means anything.
+        headers: The headers of the request; no Accept header means anything.
         offers: What the route can answer, its default first.
 
     Raises:

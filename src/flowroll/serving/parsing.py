@@ -47,7 +47,7 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
 
     Args:
         request: Its body is read here.
-        state: Of the app.
+        state: The state of the app.
         model: What the body must be.
 
     Returns:
@@ -82,7 +82,7 @@ async def read_body(request: Request, state: AppState, max_bytes: int | None = N
 
     Args:
         request: Its body is read here.
-        state: Of the app.
+        state: The state of the app.
         max_bytes: Its size, if not `max_body_bytes`.
 
     Raises:
@@ -99,7 +99,7 @@ async def accept_control(request: Request, state: AppState, model: type[RequestT
 
     Args:
         request: Its body is read here.
-        state: Of the app.
+        state: The state of the app.
         model: What the body must be.
         is_optional: Whether no body is the same as an empty object.
 
@@ -193,8 +193,8 @@ async def bounded_stream(request: Request, max_bytes: int, timeout_s: float) -> 
 
     Args:
         request: Whose body it is.
-        max_bytes: At most as many.
-        timeout_s: For the whole of it, and another second for every 64 KiB that came.
+        max_bytes: The largest number of bytes.
+        timeout_s: The seconds for the whole of it; every 64 KiB that came are another second.
 
     Raises:
         PayloadTooLargeError: It is longer.

@@ -18,7 +18,7 @@ def allowed_path(text: str, roots: Sequence[str], field: str = "model_path") -> 
     Nothing is said of what lies outside the roots, not even whether it is there.
 
     Args:
-        text: As sent.
+        text: The path as it was sent.
         roots: Resolved folders; none: no path is allowed.
         field: What the request calls it.
 
@@ -60,7 +60,7 @@ def check_host(host: str, allowed: Sequence[str], field: str) -> None:
     """Refuses a host that this server is not to connect to; otherwise whoever reaches it could have it knock anywhere.
 
     Args:
-        host: As sent.
+        host: The host as it was sent.
         allowed: Hosts, to the letter, besides this machine; "*": every one.
         field: What the request calls it.
 

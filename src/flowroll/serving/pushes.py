@@ -24,9 +24,9 @@ class WeightPush:
 
     Attributes:
         given_version: What its buckets say of their version.
-        version: Of the weights since its first bucket; None: none is in place yet.
+        version: The version of the weights since its first bucket; None: none is in place yet.
         expected: Names of all that belongs to it.
-        arrived: Of these, what has come since it began.
+        arrived: The names of those that have come since it began.
         is_mixed: Whether a bucket is in place, of this push or of one before it that was not completed.
         outcome: How it ended; None: it has not.
         last_s: When a bucket came last, by the loop's clock.

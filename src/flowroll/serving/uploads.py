@@ -103,7 +103,7 @@ class AdapterStream(TensorStream):
 
     Args:
         engine: Looks at the header and the configuration in it as soon as they are here, before any data is.
-        name: Of the adapter.
+        name: The name of the adapter.
         merged: Whether it will be added to a copy of the weights.
 
     Attributes:

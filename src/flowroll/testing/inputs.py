@@ -52,7 +52,7 @@ def random_input(
         texts: Tokens of the prompt and of the negative prompt.
         dtype: The transformer's.
         generator: Draws the numbers.
-        timestep: As the model takes it.
+        timestep: The timestep as the model takes it.
         scale: The scale of classifier-free guidance.
         embedded: The scale that the model is given as an input, where the family declares one.
     """

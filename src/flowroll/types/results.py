@@ -75,7 +75,7 @@ class SamplingRecord:
             field.
         start_step: The first step that was run. Per-step values of a rollout have a row for each of the T steps all the same.
         stop_step: The step before which the run ended; None: T.
-        branches: Of a leaf of a tree, its node at each level, from the first fork to the last one; before the first fork the
+        branches: The node of a leaf of a tree at each level, from the first fork to the last one; before the first fork the
             noise is of `sde_seed`, then of the seeds of these. None: the request had no fork.
         latents_sha256: `branch_digest` of {"latents": the state that the sample was started from}, where the request gave it;
             None: initial noise was drawn.
@@ -185,8 +185,9 @@ class StepTensors(Shown):
 
     Attributes:
         step_indices: The step of each row, ascending.
-        tensors: By field, in float32: "x0", the clean prediction x - s v; "velocity", guided, v = eps - x0; "mean", of the next
-            latents; "noise", standard normal, zeros at a deterministic step; [rows, latent] each; and "std", [rows, 1].
+        tensors: The tensors by field, in float32: "x0", the clean prediction x - s v; "velocity", guided, v = eps - x0; "mean",
+            of the next latents; "noise", standard normal, zeros at a deterministic step; [rows, latent] each; and "std",
+            [rows, 1].
     """
 
     step_indices: tuple[int, ...]

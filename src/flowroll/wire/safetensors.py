@@ -56,7 +56,7 @@ class TensorHead:
 
     Attributes:
         name: Its key.
-        dtype: As safetensors names it, e.g. "BF16".
+        dtype: The dtype as safetensors names it, e.g. "BF16".
         shape: Its shape.
     """
 
@@ -84,7 +84,7 @@ def safetensors_prefix(
     """Returns all that comes before the data of these tensors, which follow in this order without gaps.
 
     Args:
-        tensors: By name.
+        tensors: The tensors by name.
         metadata: Free text for the header.
         multiple: The prefix is padded to a multiple of so many bytes, itself a multiple of 8.
 

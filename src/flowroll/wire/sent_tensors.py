@@ -37,8 +37,8 @@ class SharedStorage:
     It is open while it is checked and while it is read, not between: a bucket may have more of them than a process may open.
 
     Args:
-        name: Of the segment, e.g. b"/torch_29626_1983863381_3".
-        nbytes: Of its data.
+        name: The name of the segment, e.g. b"/torch_29626_1983863381_3".
+        nbytes: The bytes of its data.
 
     Raises:
         TypeError: The name is not bytes.
@@ -103,9 +103,9 @@ class SentTensor(NamedTuple):
     Attributes:
         source: A segment, from which it is read; a tensor of bytes on a GPU, whose memory is another process's; or None if it
             has no data.
-        start: In bytes from the beginning of the source.
+        start: The start in bytes from the beginning of the source.
         shape: Its shape.
-        stride: In elements.
+        stride: The strides in elements.
         dtype: Its dtype.
     """
 

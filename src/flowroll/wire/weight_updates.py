@@ -60,8 +60,8 @@ class Bucketed(Targeted, kw_only=True, frozen=True):
     """What the requests have in common that bring one bucket of new weights.
 
     Attributes:
-        update_id: Of an update from POST /weights/begin, which the bucket is added to; nothing changes before its commit.
-            null: the bucket is put in place at once.
+        update_id: The id of an update from POST /weights/begin, which the bucket is added to; nothing changes before its
+            commit. null: the bucket is put in place at once.
     """
 
     update_id: Annotated[
@@ -234,7 +234,7 @@ class BegunObject:
         update_id: Names it in the other calls.
         module: What is to change.
         num_tensors: Tensors of the module.
-        num_bytes: Of these tensors, in the dtype of the engine.
+        num_bytes: The bytes of these tensors, in the dtype of the engine.
         max_body_bytes: Size of a bucket.
         idle_s: Seconds of silence after which the update is dropped.
     """
@@ -252,7 +252,7 @@ class ArrivedObject:
     """What has arrived of an update. The weights are as they were.
 
     Attributes:
-        update_id: Of the update.
+        update_id: The id of the update.
         module: What is to change.
         num_arrived: Tensors that have arrived so far.
         num_tensors: Tensors of the module.
@@ -269,7 +269,7 @@ class AbandonedObject:
     """The update was dropped. The weights are as they were.
 
     Attributes:
-        update_id: Of the update.
+        update_id: The id of the update.
     """
 
     update_id: str

@@ -111,7 +111,7 @@ class _AdapterRequest(Changing, kw_only=True, frozen=True):
     """What the requests about one adapter have in common.
 
     Attributes:
-        lora_name: By which requests choose it.
+        lora_name: The name by which requests choose it.
     """
 
     lora_name: _LoraName
@@ -142,7 +142,7 @@ class AdapterFromTensorsRequest(_AdapterRequest, kw_only=True, frozen=True):
     """Query of POST /load_lora_adapter_from_tensors.
 
     Attributes:
-        merged: As for /load_lora_adapter.
+        merged: The same as for /load_lora_adapter.
     """
 
     merged: Annotated[Literal["true", "false"], about("false", _BESIDE, "be true or false")] = "false"
@@ -172,9 +172,9 @@ class ChecksumsObject:
     """sha256 over the names and tensors of each module that was asked for.
 
     Attributes:
-        transformer: Of the transformer.
-        text_encoder: Of the text encoder.
-        vae: Of the VAE.
+        transformer: The checksum of the transformer.
+        text_encoder: The checksum of the text encoder.
+        vae: The checksum of the VAE.
     """
 
     transformer: str | None = None
@@ -192,7 +192,7 @@ class VerifiedObject:
         success: Always.
         message: What this answer says, in words.
         module: Part of the checkpoint.
-        weight_version: Of the weights that were compared.
+        weight_version: The version of the weights that were compared.
         num_tensors: Tensors that were compared.
     """
 

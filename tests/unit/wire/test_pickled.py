@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pickling import FlattenedTensorMetadata, flattened, pickled, trainer
+from tests.pickling import FlattenedTensorMetadata, flattened, own_segments, pickled, trainer
 from torch import Tensor, nn
 
 from flowroll.errors import ForbiddenError, InvalidRequestError, MalformedRequestError
@@ -83,24 +83,20 @@ def test_views_are_read_as_views() -> None:
     assert_same(received(pickled(list(views.items()))), views)
 
 
-def _segments() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}
-
-
 def test_a_sender_gets_its_memory_back() -> None:
-    before = _segments()
+    before = own_segments()
     tensor = torch.arange(100.0)
     data = pickled([("a", tensor), ("b", tensor[5:])])
-    assert len(_segments() - before) == 1
+    assert len(own_segments() - before) == 1
     received(data)
-    assert len(_segments() - before) == 1  # it is the sender's still
+    assert len(own_segments() - before) == 1  # it is the sender's still
     del tensor
-    assert _segments() <= before
+    assert own_segments() <= before
 
 
 @pytest.mark.parametrize("kind", ["a call", "an item", "no tensor", "a bucket", "nobody wants it"])
 def test_a_sender_gets_its_memory_back_from_a_stream_that_is_refused(kind: str) -> None:
-    before = _segments()
+    before = own_segments()
     tensor = torch.arange(100.0)
     others: dict[str, object] = {"a call": ("b", _Reduced(os.getpid)), "an item": 3, "no tensor": ("b", 3)}
     data = pickled([("a", tensor), others.get(kind, ("b", tensor[5:]))])
@@ -109,9 +105,9 @@ def test_a_sender_gets_its_memory_back_from_a_stream_that_is_refused(kind: str) 
     else:
         with pytest.raises((ForbiddenError, MalformedRequestError)):
             named_tensors(data, module="transformer", flattened=kind == "a bucket")
-    assert len(_segments() - before) == 1
+    assert len(own_segments() - before) == 1
     del tensor
-    assert _segments() <= before
+    assert own_segments() <= before
 
 
 class _Reduced:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pickling import flattened, pickled, trainer
+from tests.pickling import flattened, own_segments, pickled, trainer
 from torch import Tensor
 
 from flowroll.errors import InvalidRequestError, MalformedRequestError
@@ -114,7 +113,7 @@ def test_a_payload_may_be_keyed_by_its_module_or_bare(form: str, key: str | None
 
 
 def test_a_payload_for_another_module_or_for_several_is_refused_and_released() -> None:
-    segments = set(os.listdir("/dev/shm"))
+    segments = own_segments()
     with trainer():
         bucket = flattened(FLOATS)
         for value in ({"vae": bucket}, {"transformer": bucket, "vae": bucket}, {"vae": bucket, "transformer": bucket}):
@@ -126,7 +125,7 @@ def test_a_payload_for_another_module_or_for_several_is_refused_and_released() -
             with pytest.raises(MalformedRequestError):
                 named_tensors(pickled(value), module="transformer", flattened=True)
         del bucket, value
-    assert set(os.listdir("/dev/shm")) <= segments
+    assert own_segments() <= segments
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "float32"])

@@ -158,7 +158,7 @@ class WeightGroups:
         """Returns the membership in the group of this name.
 
         Args:
-            name: Of the group.
+            name: The name of the group.
             group_id: Its id, where one that was made later is not meant; None: whichever it is.
 
         Raises:

@@ -67,7 +67,8 @@ def masked_loss(
     Args:
         ratios: r, from `ratio`.
         advantages: A of each pair's sample, as it is.
-        divergences: Of the current policy from the one that rolled out, from `losses.divergences`. It has no gradient here.
+        divergences: The divergences of the current policy from the one that rolled out, from `losses.divergences`.
+            They have no gradient here.
         max_divergence: The divergence from which on no pair takes the policy further.
         weights: w per pair; None: 1.
 

@@ -71,8 +71,8 @@ def normalised_ratio(
     the factor std in front takes the step out of its spread. Where nothing has changed the ratio is exactly 1.
 
     Args:
-        log_probs: Of the current policy, with constants (not the `no_const` convention).
-        old_log_probs: Of the policy that rolled out.
+        log_probs: The log-probs of the current policy, with constants (not the `no_const` convention).
+        old_log_probs: The log-probs of the policy that rolled out.
         means: Mean of the next latents under the current policy.
         old_means: The same under the old one (`debug_tensors.prev_sample_mean`).
         stds: Total std of the transitions (the paper's sigma_t sqrt(dt)), above 0.
@@ -99,8 +99,8 @@ def importance_weights(
     not the engine's. Log-probs summed over the steps of a sample give the weight of the whole trajectory.
 
     Args:
-        log_probs: Of the policy that is improved, before its update.
-        behavior_log_probs: Of the policy that rolled out.
+        log_probs: The log-probs of the policy that is improved, before its update.
+        behavior_log_probs: The log-probs of the policy that rolled out.
         max_weight: The bound above, 1 or more in every use.
 
     Raises:

@@ -50,15 +50,15 @@ class ServerInfo:
         pipeline: The diffusers pipeline class.
         dtype: Dtype of the transformer.
         device: Where it runs.
-        parameters: Of the transformer.
+        parameters: The number of the transformer's parameters.
         layout: How the transformer is spread over ranks.
-        transformer_bytes: Of its weights, on each rank.
-        weight_version: Of the weights in memory.
+        transformer_bytes: The bytes of its weights, on each rank.
+        weight_version: The version of the weights in memory.
         limits: What one request may ask for.
         adapter_limits: How many LoRA adapters there may be.
         defaults: What a request leaves open.
         pixel_unit: Height and width must be multiples of this.
-        versions: Of the libraries whose code shapes the bits.
+        versions: The versions of the libraries whose code shapes the bits.
         wire_format: Answer to Accept: */*.
         wire_dialect: Names in the answer where the request does not choose.
         batching: How much runs at once.
