@@ -13,6 +13,7 @@ from tests.rollouts import assert_same_bits
 
 from flowroll import load_rollouts, replay, save_rollouts
 from flowroll.engine import Engine
+from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES
 
 REQUEST: dict[str, Any] = {
@@ -71,8 +72,8 @@ def test_a_slice_of_a_rollout_replays_as_its_steps_do_in_the_whole(
     assert all(map(torch.equal, whole.velocities, part.velocities))
     recorded = torch.stack([rollout.log_probs[1:3] for rollout in parts if rollout.log_probs is not None])
     assert torch.equal(part.log_probs.cpu(), recorded)
-    with pytest.raises(Exception, match="dit_trajectory must hold the states 0 and 1 to replay step 0"):
-        replay.log_prob(transformer, parts, steps=[0])
+    with pytest.raises(InvalidRequestError, match=r"dit_trajectory must hold the states .*3 and 4 to replay step 3"):
+        replay.score(transformer, parts, steps=[3])
 
 
 def test_a_rollout_that_was_moved_there_and_back_is_the_same(engine_of: Callable[[str, str], Engine], device: str) -> None:
