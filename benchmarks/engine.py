@@ -6,12 +6,14 @@ import inspect
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.measure import paired_times, ratio
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.images import blank_image, open_images
 from flowroll.engine.loading import load_model
 from flowroll.families import FAMILIES
 from flowroll.testing import make_checkpoint
@@ -48,9 +50,11 @@ def _row(family: str, rounds: int) -> str:
         pipeline.set_progress_bar_config(disable=True)
         engine = Engine(checkpoint, dtype="float32", device="cpu")
     has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
-    scale = {"true_cfg_scale": 1.0} if has_true_cfg else {"guidance_scale": 0.0}
+    scale: dict[str, Any] = {"true_cfg_scale": 1.0} if has_true_cfg else {"guidance_scale": 0.0}
     size = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS}
     request = {"prompt": PROMPT, "seed": 1, "guidance_scale": 0.0, **size}
+    if engine.info.max_images:
+        request["images"], scale["image"] = (blank_image(),), open_images([blank_image()])[0]
     everything = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
     times = paired_times(
         {

@@ -24,7 +24,8 @@ from flowroll.families import FAMILIES, StepInput
 from flowroll.sampling import noise, transition
 from flowroll.sampling.dynamics import transitions
 from flowroll.sampling.schedule import ScheduleConfig, explicit_schedule
-from flowroll.testing import random_text
+from flowroll.testing import random_images, random_text
+from flowroll.types import ReferenceImage
 
 # The options of the full-size architectures, where they are not the defaults of the class.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -94,15 +95,21 @@ def main() -> None:
 def time_steps(model: nn.Module, name: str, size: int, steps: int, device: torch.device) -> list[float]:
     """Seconds of each guided step, after two steps of warm-up."""
     family = FAMILIES[name]
-    # What a specification is made of, without text encoders and VAE: CLIP's 77 tokens, 8 pixels per latent cell.
-    spec = family.spec(SimpleNamespace(transformer=model, vae_scale_factor=8, tokenizer_max_length=77))
+    # What a specification is made of, without text encoders and VAE: CLIP's 77 tokens, 8 pixels per latent cell of 16 channels.
+    vision = SimpleNamespace(patch_size=14, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 2**24})
+    processor = SimpleNamespace(image_processor=vision, image_token_id=0, image_token="", video_token="")
+    parts = {"vae_scale_factor": 8, "tokenizer_max_length": 77, "latent_channels": 16, "processor": processor}
+    spec = family.spec(SimpleNamespace(transformer=model, **parts))
     geometry = family.geometry(spec, height=size, width=size)
+    if spec.max_images:
+        geometry = family.beside(geometry, spec, [ReferenceImage(sha256="", height=1024, width=1024)])
     guidance = family.guidance(4.0)
 
     generator = torch.Generator().manual_seed(SEED)
     texts = (TEXT_TOKENS, TEXT_TOKENS // 4)
     positive, negative = (random_text(family, spec, one, dtype=torch.bfloat16, generator=generator) for one in texts)
-    env = family.env(positive, negative, geometry).to(device)
+    images = random_images(family, spec, geometry, dtype=torch.bfloat16, generator=generator)
+    env = family.env(positive, negative, geometry, images=images).to(device)
     total = steps + 2
     schedule = explicit_schedule(ScheduleConfig(), [1 - step / total for step in range(total)] + [0.0])
     timesteps = family.model_timesteps(schedule.timesteps.to(device), family.timestep_dtype(torch.bfloat16))

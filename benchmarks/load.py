@@ -38,7 +38,8 @@ from flowroll.testing import make_checkpoint
 from flowroll.types import Layout, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
-FAMILIES = tuple(REGISTERED)
+# Those that draw from text alone.
+FAMILIES = tuple(name for name, family in REGISTERED.items() if not family.conditioning.in_place("image_kwargs"))
 # As many steps as the families take by default.
 SIZE, STEPS, TOKENS = 128, 50, 64
 NUM_REQUESTS = 16

@@ -13,6 +13,7 @@ from benchmarks.measure import hardware, paired_times, ratio
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.images import blank_image
 from flowroll.engine.loading import load_model
 from flowroll.families import FAMILIES, Guidance, StepInput
 from flowroll.testing import make_checkpoint
@@ -46,7 +47,9 @@ def _row(name: str, scale: float, rounds: int) -> str:
             kept = {"return_denoising_env": True, "return_dit_trajectory": True}
             # A family with one scale takes the second of these, one with two takes both and needs the negative prompt.
             guidance = {"guidance_scale": scale, "true_cfg_scale": scale, "negative_prompt": "blurry"}
-            (rollout,) = engine.rollout(prompt="a photo of two wine glasses", seed=1, **guidance, **size, **kept)
+            images = (blank_image(),) if engine.info.max_images else None
+            request = {"prompt": "a photo of two wine glasses", "seed": 1, "images": images, **guidance, **size, **kept}
+            (rollout,) = engine.rollout(**request)
         model, _ = load_model(
             examine_checkpoint(checkpoint, variant=None), device=torch.device("cpu"), dtype=torch.float32, mesh=None
         )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, SamplingRecord, Trajectory
 from flowroll.families import FAMILIES, ModelSpec
-from flowroll.families.conditioning import TOKENS
-from flowroll.types import ImageFormat
+from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS
+from flowroll.types import ImageFormat, ReferenceImage
 from flowroll.wire.png import in_format
 
 
@@ -48,7 +48,8 @@ def make_rollout(
     made = FAMILIES[family]
     names = {size for field in made.conditioning.fields for size in field.shape or () if isinstance(size, str)}
     spec = ModelSpec(latent_channels=16, vae_scale_factor=8, widths=dict.fromkeys(names, 32))
-    geometry = made.geometry(spec, height=height, width=width)
+    record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
+    geometry = made.beside(made.geometry(spec, height=height, width=width), spec, record.images or ())
     latent = geometry.latent_shape
 
     def branch(tokens: int) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def make_rollout(
         }
         return {**values, **made.size_fields(geometry, tokens, dtype)}
 
-    record = make_record(family=family, steps=steps, height=height, width=width, guided=guided)
+    sizes = {**spec.widths, REFERENCE_TOKENS: geometry.num_reference_tokens}
     record = dataclasses.replace(record, image_format=image_format)
     pixels = torch.rand((3, 1, height, width), generator=generator)
     fields: dict[str, Any] = {
@@ -79,6 +80,7 @@ def make_rollout(
             model_output=normal(steps, *latent),
         ),
         "denoising_env": DenoisingEnv(
+            image_kwargs={one.name: normal(*one.sizes(sizes)).to(dtype) for one in made.conditioning.in_place("image_kwargs")},
             pos_cond_kwargs=branch(text_tokens),
             neg_cond_kwargs=branch(text_tokens - 1) if guided else None,
             guidance=None if record.embedded_guidance_scale is None else torch.tensor(record.embedded_guidance_scale),
@@ -126,6 +128,7 @@ def make_record(
     grid = torch.linspace(1, 0, steps + 1) ** 1.1
     sigmas = tuple(grid.tolist())
     conditioning = FAMILIES[family].conditioning
+    image = ReferenceImage(sha256="0" * 64, height=48, width=64)
     return SamplingRecord(
         family=family,
         variant="base",
@@ -144,6 +147,7 @@ def make_record(
         model_dtype="torch.bfloat16",
         timestep_dtype="torch.float32",
         device="cpu",
+        images=(image,) if conditioning.in_place("image_kwargs") else None,
         embedded_guidance_scale=3.5 if conditioning.in_place("guidance") else None,
         rope_axes=(4,) * conditioning.table.ids(0, 0, 0)[0].shape[1] if conditioning.table else None,
     )

@@ -10,13 +10,18 @@ def load_without_torchvision() -> None:
     """Makes transformers load these processors without their part for videos; flowroll does so by itself."""
     if importlib.util.find_spec("torchvision") is not None:
         return
-    from transformers import Qwen3VLProcessor
+    from transformers import Qwen2VLProcessor, Qwen3VLProcessor
 
+    for kind in (Qwen2VLProcessor, Qwen3VLProcessor):
+        _load_slim(kind)
+
+
+def _load_slim(kind: Any) -> None:
     from flowroll.processors import without_videos
 
-    slim, original = without_videos(Qwen3VLProcessor), Qwen3VLProcessor.from_pretrained.__func__
+    slim, original = without_videos(kind), kind.from_pretrained.__func__
 
     def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
-        return original(slim if cls is Qwen3VLProcessor else cls, *args, **options)
+        return original(slim if cls is kind else cls, *args, **options)
 
-    Qwen3VLProcessor.from_pretrained = classmethod(from_pretrained)
+    kind.from_pretrained = classmethod(from_pretrained)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.adapters import policy, saved
-from tests.guiding import guided
+from tests.guiding import PicturedEngine, guided
 from tests.pairs import deal
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, with_other
@@ -44,7 +44,7 @@ def family(row: tuple[str, str]) -> str:
 @pytest.fixture(scope="module")
 def adapters(family: str, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
-    with Engine(checkpoints[family], device="cpu") as engine:
+    with PicturedEngine(checkpoints[family], device="cpu") as engine:
         for seed, name in enumerate(("a", "b")):
             saved(policy(engine._model.transformer, seed, targets=TARGETS[family]), folder / name)
     with_other(checkpoints[family], folder / "other")
@@ -67,14 +67,14 @@ def _everything(engine: Engine, folder: Path) -> list[Rollout]:
 
 @pytest.fixture(scope="module")
 def expected(family: str, checkpoints: dict[str, Path], adapters: Path) -> list[Rollout]:
-    with Engine(checkpoints[family], device="cpu") as engine:
+    with PicturedEngine(checkpoints[family], device="cpu") as engine:
         return _everything(engine, adapters)
 
 
 @pytest.fixture
 def several(row: tuple[str, str], checkpoints: dict[str, Path]) -> Iterator[Engine]:
     family, layout = row
-    with Engine(checkpoints[family], device="cpu", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine:
+    with PicturedEngine(checkpoints[family], device="cpu", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine:
         yield engine
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.guiding import guided
+from tests.guiding import PicturedEngine, guided
 from tests.pairs import dealt
 from tests.rollouts import assert_same_bits
 
-from flowroll.engine import Engine
 from flowroll.families import FAMILIES
 from flowroll.replay.remote import score_params
 from flowroll.types import Layout
@@ -22,7 +21,7 @@ def test_recorded_steps_are_scored_on_every_layout_with_the_bits_that_were_recor
     checkpoints: dict[str, Path], family: str, layout: Layout
 ) -> None:
     request = guided(family, 3.0, **REQUEST, return_denoising_env=True, return_dit_trajectory=True, debug_mode=True)
-    with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
+    with PicturedEngine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
         rollouts = engine.rollout(**request, sde_step_indices=(1,), num_outputs_per_prompt=2)
         keys = engine._peers._store.num_keys()
         answer = engine.run_scores(score_params(rollouts, None, log_probs_only=False))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tests.guiding import PicturedEngine, pictured_pipeline
 
 from flowroll.engine import Engine
 from flowroll.families.alignment import align_weights
@@ -24,7 +25,7 @@ def engine_of(checkpoints: dict[str, Path], device: str) -> Iterator[Callable[[s
 
     def get(family: str, dtype: str) -> Engine:
         if (family, dtype) not in engines:
-            engines[family, dtype] = Engine(checkpoints[family], dtype=dtype, device=device)
+            engines[family, dtype] = PicturedEngine(checkpoints[family], dtype=dtype, device=device)
         return engines[family, dtype]
 
     yield get
@@ -40,7 +41,7 @@ def pipeline_of(checkpoints: dict[str, Path], device: str) -> Callable[[str, str
         if (family, dtype) not in pipelines:
             pipeline = DiffusionPipeline.from_pretrained(checkpoints[family], dtype=getattr(torch, dtype))
             pipeline.set_progress_bar_config(disable=True)
-            pipelines[family, dtype] = pipeline.to(device)
+            pipelines[family, dtype] = pictured_pipeline(family, pipeline.to(device))
             # The bits of the pipeline itself depend on where a file's header puts its weights; see families/alignment.py.
             align_weights(pipeline.transformer)
         return pipelines[family, dtype]

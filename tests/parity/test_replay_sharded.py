@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.guiding import PicturedEngine
 from tests.pairs import dealt
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -85,7 +86,7 @@ def _replay_on_rank(rank: int, port: int, checkpoint: Path, cls: str, file: Path
     "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(FAMILIES)]
 )
 def test_two_ranks_recompute_the_log_probs_of_one(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
-    with Engine(checkpoints[name], dtype="float32", device="cpu") as engine:
+    with PicturedEngine(checkpoints[name], dtype="float32", device="cpu") as engine:
         rollout = engine.rollout(**REQUEST, **KEPT)[0]
     save_rollout(tmp_path / "rollout", rollout)
     with socket.socket() as probe:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.guiding import in_words_of
+from tests.guiding import PICTURE, in_words_of, opened, takes_images
 from tests.pairs import FAMILY_WITH_DTYPE
 from tests.rollouts import tensors_of
 from transformers import PreTrainedTokenizerBase
@@ -41,8 +41,9 @@ def ids_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], IdsOf]:
             made, kinds = FAMILIES[family], FAMILIES[family].variants
             with monkeypatch.context() as patched, torch.no_grad():
                 patched.setattr(PreTrainedTokenizerBase, "__call__", spy)
-                made.encode(pipeline, made.prompt(text, next(iter(kinds))))
-            own = [getattr(pipeline, name, None) for name in made.tokenizers]
+                images = (opened(PICTURE),) if takes_images(family) else ()
+                made.encode(pipeline, made.prompt(text, next(iter(kinds)), images))
+            own = [getattr(pipeline, name, None) for name in made.tokenizers[: len(made.text_encoders)]]
             return tuple(heard[id(getattr(one, "tokenizer", one))] for one in own if one is not None)
 
         return ids

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.guiding import PicturedEngine
 from tests.serving.servers import HookedEngine, serving
 
 from flowroll.engine import Engine, Limits
@@ -35,7 +36,7 @@ def service_of(
 
         def get(family: str) -> EngineService:
             if family not in known:
-                engine = stack.enter_context(Engine(checkpoints[family], device="cpu"))
+                engine = stack.enter_context(PicturedEngine(checkpoints[family], device="cpu"))
                 known[family] = stack.enter_context(EngineService(engine, max_queue=4))
             return known[family]
 

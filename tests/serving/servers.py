@@ -36,6 +36,8 @@ __all__ = [
     "until",
 ]
 
+# A server and its ranks import for seconds, and for much longer where other work has the cores.
+START_S = 240.0
 # A small and quick request of either family.
 SMALL: dict[str, Any] = {"prompt": "a red fox in snow", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 2}
 # Minutes of work on any machine, in steps of a millisecond.
@@ -102,7 +104,7 @@ class ServerProcess:
             found[:] = re.findall(r"listening on (http://[^\s\"]+)", self.log)
             return bool(found)
 
-        until(listens)
+        until(listens, START_S)
         return httpx.Client(base_url=found[0], timeout=WAIT_S)
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
@@ -149,8 +151,8 @@ def read_answer(connection: socket.socket) -> tuple[int, bytes]:
     return int(head.split()[1]), body[: int(length[1]) if length else None]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def until(condition: Callable[[], bool], limit_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

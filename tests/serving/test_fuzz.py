@@ -281,6 +281,7 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         "/continue_generation",
         "/update_weights_from_safetensors",
         "/load_lora_adapter_from_tensors",
+        "/v1/images/edits",
     }
     forbidden = ("/update_weights_from_disk", "/init_weights_update_group", "/load_lora_adapter")
     refused = {

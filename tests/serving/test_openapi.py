@@ -11,7 +11,7 @@ from tests.serving.servers import serving
 from flowroll.engine.service import EngineService
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.messages import WireImage, WireSample, WireSampleScores, WireScoreAnswer, WireScoreRequest, WireSteps
-from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImagesRequest, RolloutRequest
+from flowroll.wire.schema import ExtraSamplingParams, GenerateRequest, ImageEditsRequest, ImagesRequest, RolloutRequest
 from flowroll.wire.scoring import decode_score_request
 from flowroll.wire.weight_updates import BeginUpdateRequest, CheckUpdateRequest, CommitUpdateRequest, UpdateFromTensorRequest
 from flowroll.wire.weights import ChecksumRequest, UpdateFromDiskRequest, VerifyRequest
@@ -21,6 +21,7 @@ ROUTES = {
     "/rollout/score": {"post"},
     "/generate": {"post"},
     "/v1/images/generations": {"post"},
+    "/v1/images/edits": {"post"},
     "/update_weights_from_disk": {"post"},
     "/update_weights_from_safetensors": {"post"},
     "/update_weights_from_tensor": {"post"},
@@ -73,6 +74,7 @@ def test_document_lists_every_route(document: dict[str, Any]) -> None:
         ("/rollout/score", WireScoreRequest),
         ("/generate", GenerateRequest),
         ("/v1/images/generations", ImagesRequest),
+        ("/v1/images/edits", ImageEditsRequest),
         ("/update_weights_from_disk", UpdateFromDiskRequest),
         ("/get_weights_checksum", ChecksumRequest),
         ("/verify_weights", VerifyRequest),
@@ -90,7 +92,8 @@ def test_request_bodies_show_every_field_with_its_description(
 ) -> None:
     body = document["paths"][path]["post"]["requestBody"]
     assert body["required"]
-    shown = _resolve(document, body["content"]["application/json"]["schema"])
+    media_type = "multipart/form-data" if model is ImageEditsRequest else "application/json"
+    shown = _resolve(document, body["content"][media_type]["schema"])
     assert set(shown["properties"]) == set(model.__struct_fields__)
     assert all("description" in field for field in shown["properties"].values())
     assert shown["additionalProperties"] is False
@@ -139,7 +142,7 @@ def test_openai_answer_is_shown(document: dict[str, Any]) -> None:
 
 
 def test_work_routes_show_every_error_status(document: dict[str, Any]) -> None:
-    for path in ("/rollout/generate", "/rollout/score", "/generate", "/v1/images/generations"):
+    for path in ("/rollout/generate", "/rollout/score", "/generate", "/v1/images/generations", "/v1/images/edits"):
         responses = document["paths"][path]["post"]["responses"]
         assert {"200", "400", "401", "406", "413", "415", "422", "429", "500", "503"} <= set(responses)
         error = _resolve(document, responses["422"]["content"]["application/json"]["schema"])

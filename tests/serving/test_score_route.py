@@ -15,13 +15,13 @@ import httpx
 import msgspec
 import pytest
 import torch
-from tests.guiding import in_words_of
+from tests.guiding import PicturedEngine, in_words_of
 from tests.pairs import DTYPES, paired
 from tests.serving.servers import WAIT_S, Background, error_of, serving, until
 
 from flowroll import Rollout, replay
 from flowroll.client import AsyncClient, Client
-from flowroll.engine import Engine, Limits
+from flowroll.engine import Limits
 from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, PayloadTooLargeError
 from flowroll.families import FAMILIES
@@ -80,7 +80,7 @@ def served_of(checkpoints: dict[str, Path]) -> Iterator[Callable[[str, str], Ser
         def get(family: str, dtype: str) -> Served:
             if (family, dtype) not in found:
                 limits = Limits(max_pixels=512 * 512, max_scores=30)
-                engine = stack.enter_context(Engine(checkpoints[family], dtype=dtype, device="cpu", limits=limits))
+                engine = stack.enter_context(PicturedEngine(checkpoints[family], dtype=dtype, device="cpu", limits=limits))
                 service = stack.enter_context(EngineService(engine, max_queue=4))
                 found[family, dtype] = Served(service, stack.enter_context(serving(service)))
             return found[family, dtype]

@@ -240,6 +240,7 @@ STEPS = {
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
     # Other forms of what is sent here, and what goes with a tensor.
     others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", "latents", "start_step", "guidance_scales"}
+    others |= {"images"}
     assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS - others
     assert {*FULL, *ROLLOUT_FIELDS, *others} == set(SamplingParams.__dataclass_fields__)
     fields = {**FULL, **FULL_ROLLOUT, steps: STEPS[steps]}
@@ -261,6 +262,17 @@ def test_latents_are_sent_in_the_clients_format(kind: str, wire_format: Any) -> 
         parse_json_body(request.content) if wire_format == "json" else parse_msgpack_body(request.content, max_plain_bytes=4096)
     )
     assert parse(RolloutRequest, sent).to_params() == params
+
+
+@pytest.mark.parametrize("method", ["rollout", "generate"])
+@pytest.mark.parametrize("wire_format", ["json", "msgpack"])
+def test_images_are_sent_in_the_clients_format(method: str, wire_format: Any) -> None:
+    params = SamplingParams(prompt="a cat", images=[b"one", bytes(70_000)], rollout=method == "rollout")
+    request = sent_by("sync", method, params, options={"wire_format": wire_format})
+    assert request.headers["content-type"] == f"application/{wire_format}"
+    read = parse_json_body if wire_format == "json" else parse_msgpack_body
+    kind = RolloutRequest if method == "rollout" else GenerateRequest
+    assert parse(kind, read(request.content, max_plain_bytes=4096)).to_params() == params
 
 
 def test_generate_leaves_a_rollout_field_for_the_server_to_refuse() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
+from flowroll.cli.sampling_flags import read_file
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.dynamics import DYNAMICS
 
@@ -43,6 +44,10 @@ def parity(
     negative_prompt: Annotated[
         str | None, typer.Option(help="Text of the unconditional branch.", show_default=_DEFAULT)
     ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(parser=read_file, metavar="FILE", help="A reference image; may be given several times."),
+    ] = None,
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -76,6 +81,7 @@ def parity(
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         negative_prompt=negative_prompt,
+        images=tuple(images) if images else None,  # type: ignore[arg-type]
         **{name: level for name, level in levels.items() if level is not None},
     )
     # What can be refused is refused before the model libraries are loaded.

@@ -15,8 +15,9 @@ from flowroll.types.arguments import refuse_unknown
 def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
     """Reads the requests of a file; blank lines are skipped.
 
-    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`. The text is UTF-8, with or without a byte
-    order mark. A line ends at a line feed, alone or after a carriage return; whatever else separates lines is part of a prompt.
+    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`, in which `images` are paths from the
+    folder of this file on. The text is UTF-8, with or without a byte order mark. A line ends at a line feed, alone or after a
+    carriage return; whatever else separates lines is part of a prompt.
 
     Args:
         path: The file.
@@ -30,7 +31,8 @@ def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
     found = []
     for where, fields in _lines(path):
         try:
-            found.append(params_of(None, {**_flags_beside(flags, fields), **fields}))
+            own = _with_files(fields, path.parent)
+            found.append(params_of(None, {**_flags_beside(flags, own), **own}))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{where} is refused: {error.message}", field="prompts") from error
     return found
@@ -41,6 +43,22 @@ def _flags_beside(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
     refuse_unknown(fields)
     given = by_field_name(fields)
     return {name: value for name, value in flags.items() if ALIASES.get(name, name) not in given}
+
+
+def _with_files(fields: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Returns the fields of a line with the bytes of its images in place of their paths."""
+    paths = fields.get("images")
+    if not isinstance(paths, list):
+        return fields
+    files = []
+    for index, name in enumerate(paths):
+        try:
+            files.append((folder / name).read_bytes())
+        except (OSError, TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"images[{index}] must be the path of a file, got {str(name)[:80]!r} ({error}); correct it.", field="images"
+            ) from error
+    return {**fields, "images": files}
 
 
 def read_prompts(path: Path) -> list[str]:

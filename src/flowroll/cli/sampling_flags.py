@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -51,7 +52,7 @@ def with_sampling_flags(
     @functools.wraps(command)
     def run(**values: Any) -> None:
         given = {flag.name: values.pop(flag.name) for flag in flags}
-        command(**values, given={name: value for name, value in given.items() if value is not None})
+        command(**values, given={name: value for name, value in given.items() if value not in (None, [])})
 
     parameters = [*own, *flags]
     # typer reads both.
@@ -104,6 +105,8 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
             return str, {"parser": _one_or_several, "metavar": "N or N,N,..."}
         assert len(members) == 1, f"no flag for {hint}"
         return _flag_type(members[0])
+    if hint == tuple[bytes, ...]:
+        return list[str], {"parser": read_file, "metavar": "FILE"}
     if get_origin(hint) is tuple and (get_args(hint)[0] is StepOptions or get_origin(get_args(hint)[0]) is tuple):
         return str, {"parser": _json_list, "metavar": "JSON"}
     if hint is LogProbForm:
@@ -116,6 +119,14 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
         return str, {"parser": _comma_list(item), "metavar": "N,N,..."}
     assert hint in (bool, int, str) or get_origin(hint) is Literal, f"no flag for {hint}"
     return hint, {}
+
+
+def read_file(path: str) -> bytes:
+    """Returns the bytes of a file that a flag names."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"must name a file, got {path!r}: {error.strerror}; correct the path.") from error
 
 
 def _json_list(text: str) -> tuple[Any, ...]:
@@ -164,6 +175,7 @@ def _field_help() -> dict[str, str]:
     section = (inspect.getdoc(SamplingParams) or "").partition("Attributes:\n")[2].split("\n\n")[0]
     found = {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M)}
     shorts = {field: "--" + alias.replace("_", "-") for alias, field in ALIASES.items()}
+    found["images"] += " The flag names a file, and may be given several times."
     dynamics = {
         "rollout_sde_type": "; ".join(f"{name}: {entry.summary}" for name, entry in DYNAMICS.items()) + ".",
         "rollout_noise_level": f"The limits are {noise_level_help()}.",

@@ -49,6 +49,12 @@ def serve(
     max_steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of one request.")] = 1000,
     max_outputs: Annotated[int, typer.Option(min=1, help="Most samples of one request.")] = 64,
     max_answer_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of the tensors in one answer.")] = 16 * 2**30,
+    max_images: Annotated[int, typer.Option(min=1, help="Most reference images of one request.")] = 16,
+    max_image_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of one reference image, width times height.")] = 4096
+    * 4096,
+    max_image_bytes: Annotated[
+        int, typer.Option(min=1, help="Most bytes of the files of a request's reference images together.")
+    ] = 64 * 2**20,
     weights_roots: Annotated[
         list[Path] | None,
         typer.Option(
@@ -154,6 +160,9 @@ def serve(
                 max_outputs=max_outputs,
                 max_answer_bytes=max_answer_bytes,
                 max_scores=max_scores,
+                max_images=max_images,
+                max_image_pixels=max_image_pixels,
+                max_image_bytes=max_image_bytes,
             ),
             batching=BatchLimits(
                 max_batch_samples=max_batch_samples,

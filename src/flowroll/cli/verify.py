@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from flowroll.checkpoints import SHAPES, find_checkpoint
 from flowroll.cli.options import Device, Variant, quiet_model_libraries
 from flowroll.cli.output import plain_table
+from flowroll.cli.sampling_flags import read_file
 from flowroll.errors import InvalidRequestError
 from flowroll.types import DenoisingEnv, EnvValue, Rollout
 
@@ -33,6 +35,14 @@ def verify(
             callback=find_checkpoint,
         ),
     ],
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=read_file,
+            metavar="FILE",
+            help="A reference image of the rollouts, with which their prompts are encoded again; may be given several times.",
+        ),
+    ] = None,
     variant: Variant = None,
     device: Device = "auto",
 ) -> None:
@@ -60,7 +70,8 @@ def verify(
             f"model must be of the rollouts' family {family}, got {checkpoint.family.name}; give its folder."
         )
     loaded, pipeline = load_model(checkpoint, device=place, dtype=resolve_dtype(dtype.removeprefix("torch."), place))
-    report = audit(loaded.transformer, rollouts, encode=lambda rollout: encoded_again(loaded, pipeline, rollout))
+    files_of = {sha256(file).hexdigest(): file for file in cast("list[bytes]", images or [])}
+    report = audit(loaded.transformer, rollouts, encode=lambda rollout: encoded_again(loaded, pipeline, rollout, files_of))
     Console().print(_steps_table(report))
     for index, (name, _) in enumerate(named):
         typer.echo(f"rollout {index}: {name}")
@@ -69,24 +80,38 @@ def verify(
         raise typer.Exit(1)
 
 
-def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout) -> DenoisingEnv:
-    """Encodes a rollout's prompts with this model, and returns the resulting env."""
+def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout, files_of: Mapping[str, bytes]) -> DenoisingEnv | None:
+    """Encodes a rollout's prompts with this model, and returns the resulting env; None if its images are not at hand.
+
+    Args:
+        model: The model in memory.
+        pipeline: The diffusers pipeline that holds its modules.
+        rollout: The rollout.
+        files_of: The files of reference images by their SHA-256.
+    """
     import torch
 
+    from flowroll.engine.images import open_images
     from flowroll.engine.plan import BranchText, plan_geometry
     from flowroll.engine.runner.pipeline import encode_branch
 
     record = rollout.sampling
+    images = record.images or ()
+    if any(image.sha256 not in files_of for image in images):
+        return None
+    pictures = open_images([files_of[image.sha256] for image in images])
 
     def branch(text: str | None, ids: tuple[tuple[int, ...], ...] | None) -> Mapping[str, EnvValue]:
         with torch.no_grad():
-            return encode_branch(model, pipeline, record.variant, BranchText(text=text, token_ids=ids))
+            return encode_branch(model, pipeline, record.variant, BranchText(text=text, token_ids=ids), pictures)
 
     is_guided = record.negative_prompt is not None or record.negative_prompt_token_ids is not None
     negative = branch(record.negative_prompt, record.negative_prompt_token_ids) if is_guided else None
-    geometry = plan_geometry(model, height=record.height, width=record.width)
+    geometry = plan_geometry(model, height=record.height, width=record.width, images=images)
     positive = branch(rollout.prompt, record.prompt_token_ids)
-    return model.family.env(positive, negative, geometry, embedded=record.embedded_guidance_scale)
+    with torch.no_grad():
+        latents = model.family.encode_images(pipeline, pictures) if pictures else None
+    return model.family.env(positive, negative, geometry, images=latents, embedded=record.embedded_guidance_scale)
 
 
 def _only(what: str, values: Sequence[str]) -> str:

@@ -37,6 +37,7 @@ from flowroll.types import (
     WeightUpdate,
 )
 from flowroll.types.arguments import Integers, given_fields
+from flowroll.types.images import checked_images
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts, encode
 from flowroll.wire.fields import Request
 from flowroll.wire.names import EXTRA, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
@@ -209,18 +210,20 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
 def _request_body(kind: type[Request], given: Mapping[str, Any], wire_format: WireFormat) -> tuple[bytes, str]:
     """Returns the body of a request and its media type.
 
-    It has only the fields that were given, so that the server's defaults apply to all others. Without tensors it is JSON, which
-    is easy to look at.
+    It has only the fields that were given, so that the server's defaults apply to all others. Without tensors and images it is
+    JSON, which is easy to look at.
     """
     nested = nested_request(kind, EXTRA)
     assert nested is not None
     inside = set(nested.__struct_fields__) - set(kind.__struct_fields__)
+    if (images := checked_images(given.get("images"))) is not None:
+        given = {**given, "images": images}
     if fork := given.get("fork"):
         given = {**given, "fork": {str(step): children for step, children in dict(fork).items()}}
     sent: dict[str, Any] = {name: value for name, value in given.items() if name not in inside}
     if further := {name: value for name, value in given.items() if name in inside}:
         sent[EXTRA] = further
-    if not any(isinstance(value, Tensor) for value in given.values()):
+    if images is None and not any(isinstance(value, Tensor) for value in given.values()):
         return encoded(sent), JSON
     body = encode(sent, wire_format)
     return b"".join(body.chunks()), body.content_type

@@ -24,6 +24,9 @@ class Limits:
         max_outputs: The largest number of samples.
         max_answer_bytes: The most bytes of image, debug and trajectory tensors, which are held until the answer is sent.
         max_scores: The largest number of recorded steps whose log-probs one request may have recomputed.
+        max_images: The largest number of reference images.
+        max_image_pixels: The largest height times width of a reference image, in pixels.
+        max_image_bytes: The most bytes of the files of all reference images together.
     """
 
     max_pixels: int = 2048 * 2048
@@ -31,6 +34,9 @@ class Limits:
     max_outputs: int = 64
     max_answer_bytes: int = 16 * 2**30
     max_scores: int = 4096
+    max_images: int = 16
+    max_image_pixels: int = 4096 * 4096
+    max_image_bytes: int = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,7 @@ class EngineInfo:
         adapter_limits: The limits of the LoRA adapters.
         defaults: The default values of a request.
         pixel_unit: The number of pixels that height and width must be multiples of.
+        max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code the bits depend on, by name.
     """
 
@@ -91,6 +98,7 @@ class EngineInfo:
     adapter_limits: AdapterLimits
     defaults: Defaults
     pixel_unit: int
+    max_images: int
     versions: Mapping[str, str]
 
 

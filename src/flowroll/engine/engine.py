@@ -872,6 +872,7 @@ def _describe(
         adapter_limits=adapter_limits,
         defaults=model.defaults,
         pixel_unit=model.spec.pixel_unit,
+        max_images=min(model.spec.max_images, limits.max_images),
         versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
     )
 

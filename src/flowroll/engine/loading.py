@@ -18,6 +18,7 @@ from torch import nn
 from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
 from flowroll.engine.facts import ModelFacts, TokenizerFacts
+from flowroll.engine.images import blank_image, open_images
 from flowroll.engine.scratch import scratch_folder
 from flowroll.engine.templates import check_chat_template
 from flowroll.engine.tokens import listen
@@ -316,14 +317,20 @@ def _with_plain_classes(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> Ite
 def _check_text(checkpoint: Checkpoint, pipeline: Any, spec: ModelSpec) -> tuple[TokenizerFacts, ...]:
     """Encodes a test prompt, so that a broken tokenizer, template or text encoder shows here and not in the first request.
 
+    For a family that edits images there is one beside it, which the VAE encodes.
+
     Returns:
         The facts about the tokenizers that this shows.
     """
     family = checkpoint.family
     for name in family.tokenizers:
         check_chat_template(name, getattr(pipeline, name, None), _PROBE)
+    images = open_images([blank_image()] if spec.max_images else [])
     with torch.no_grad():
-        encoded, tokenizers = listen(family, pipeline, checkpoint.variant, _PROBE)
+        encoded, tokenizers = listen(family, pipeline, checkpoint.variant, _PROBE, images)
+        latents = family.encode_images(pipeline, images) if images else {}
+    if not all(all_finite(value) for value in latents.values() if isinstance(value, torch.Tensor)):
+        raise CheckpointError("vae must encode images as finite latents, got NaN or infinity; copy the weights again.")
     embeds = encoded[family.embeds_key]
     assert isinstance(embeds, torch.Tensor)
     names = " and ".join(name for name in family.text_encoders if getattr(pipeline, name) is not None)

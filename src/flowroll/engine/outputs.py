@@ -42,18 +42,23 @@ class Finished:
 
 
 def check_encoded(env: DenoisingEnv) -> None:
-    """Refuses an environment in which the text encoder left NaN or infinity, before any step is taken with it.
+    """Refuses an environment in which an encoder left NaN or infinity, before any step is taken with it.
 
     Raises:
         EngineError: A tensor is not finite; the error names it.
     """
     for name, tensor in env.tensors():
-        if not all_finite(tensor):
-            prompt = "negative prompt" if name.startswith("neg_cond_kwargs") else "prompt"
+        if all_finite(tensor):
+            continue
+        if name.startswith("image_kwargs"):
             raise EngineError(
-                f"{name} of the {prompt} must be finite, got NaN or infinity from the text encoder; check its "
-                "weights, or send another text."
+                f"{name} of the images must be finite, got NaN or infinity from the VAE; check its weights and its dtype."
             )
+        prompt = "negative prompt" if name.startswith("neg_cond_kwargs") else "prompt"
+        raise EngineError(
+            f"{name} of the {prompt} must be finite, got NaN or infinity from the text encoder; check its "
+            "weights, or send another text."
+        )
 
 
 def check_denoised(plan: RequestPlan, sample: Sample) -> None:

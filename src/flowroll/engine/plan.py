@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,13 +14,14 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
+from flowroll.engine.images import check_images
 from flowroll.engine.starts import PlannedSample, check_forks, plan_samples, plan_steps, refuse, with_checked_latents
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.base import StepRule
 from flowroll.sampling.dynamics import amplification, rules_of, transitions, transitions_of
 from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_schedule
 from flowroll.sampling.transition import ODE, Transition
-from flowroll.types import ImageFormat, Number, SamplingParams, SamplingRecord
+from flowroll.types import ImageFormat, Number, ReferenceImage, SamplingParams, SamplingRecord
 from flowroll.types.forks import Fork, count_leaves
 
 # Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
@@ -101,8 +104,13 @@ class RequestPlan:
 
     @property
     def work(self) -> int:
-        """The amount of work, to which the request's time is roughly proportional: pixels x steps of all samples."""
-        return self.geometry.height * self.geometry.width * self.num_steps_taken
+        """The amount of work, to which the request's time is roughly proportional: pixels x steps of all samples.
+
+        Reference images count as pixels of each sample.
+        """
+        shapes = self.geometry
+        pixels_per_token = shapes.height * shapes.width // shapes.num_tokens
+        return (shapes.height * shapes.width + shapes.num_reference_tokens * pixels_per_token) * self.num_steps_taken
 
     @property
     def field_steps(self) -> tuple[int, ...]:
@@ -128,14 +136,24 @@ class RequestPlan:
         return latents if latents is None or latents.ndim == len(self.geometry.latent_shape) else latents[planned.root]
 
 
-def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> RequestPlan:
+def plan_request(
+    params: SamplingParams, model: ModelFacts, limits: Limits, *, images: Sequence[ReferenceImage] | None = None
+) -> RequestPlan:
     """Checks a request against the loaded model, and fills in its defaults.
 
+    Args:
+        params: The request.
+        model: The facts about the model.
+        limits: The limits of a request.
+        images: The facts of its reference images, where it was planned elsewhere and has come without them; None: its images
+            are decoded.
+
     Raises:
-        InvalidRequestError: A value is off the model's grid or above a limit.
+        InvalidRequestError: A value is off the model's grid or above a limit, or an image cannot be decoded.
     """
     defaults = model.defaults
-    geometry = _plan_geometry(params, model, limits)
+    images = _plan_images(params, model, limits) if images is None else tuple(images)
+    geometry = _plan_geometry(params, model, limits, images)
     schedule = _plan_schedule(params, model, limits, geometry)
     steps = plan_steps(params, schedule.num_steps)
     _check_indices(params, schedule.num_steps, steps)
@@ -144,7 +162,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
         refuse("decode_step_indices", rule, list(params.decode_step_indices)[:8], 'give an image_format other than "none"')
     params = with_checked_latents(params, model, geometry)
     samples = plan_samples(params, limits, geometry)
-    _check_token_ids(params, model)
+    _check_token_ids(params, model, images)
     negative = _negative_text(params, defaults.negative_prompt)
     guidance, guidances = _plan_guidance(params, model, schedule.num_steps, has_negative=negative is not None)
     negative_prompt = negative if guidance.is_active else None
@@ -176,7 +194,7 @@ def plan_request(params: SamplingParams, model: ModelFacts, limits: Limits) -> R
         guidance=guidance,
         guidances=guidances,
         generator_device=generator_device,
-        record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device, steps, rules),
+        record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device, steps, rules, images),
     )
 
 
@@ -190,6 +208,7 @@ def _record(
     generator_device: torch.device,
     steps: range,
     rules: tuple[StepRule, ...] | None,
+    images: tuple[ReferenceImage, ...],
 ) -> SamplingRecord:
     return SamplingRecord(
         family=model.family.name,
@@ -219,7 +238,25 @@ def _record(
         image_format=_image_format(params, steps, schedule.num_steps),
         prompt_token_ids=params.prompt_token_ids,
         negative_prompt_token_ids=None if negative is None else negative.token_ids,
+        images=images or None,
     )
+
+
+def _plan_images(params: SamplingParams, model: ModelFacts, limits: Limits) -> tuple[ReferenceImage, ...]:
+    """Returns the facts of the request's reference images, of which there are as many as the model takes."""
+    most, files, name = model.spec.max_images, params.images or (), model.family.name
+    if files and not most:
+        refuse("images", f"be left out for {name}, which makes pictures from text alone", len(files), "remove them")
+    if most and not files:
+        refuse("images", f"be given for {name}", "none", "send the files of the pictures to edit")
+    if len(files) > most:
+        refuse("images", f"hold at most {most} for this checkpoint of {name}", len(files), "send fewer")
+    for field in ("prompt", "negative_prompt"):
+        for placeholder in () if model.spec.vision is None else model.spec.vision.placeholders:
+            if placeholder in (getattr(params, field) or ""):
+                rule = f"be without {placeholder}, which stands for a picture"
+                refuse(field, rule, "a text with it", "send pictures as images")
+    return check_images(files, limits)
 
 
 def _negative_text(params: SamplingParams, default: str | None) -> BranchText | None:
@@ -230,7 +267,7 @@ def _negative_text(params: SamplingParams, default: str | None) -> BranchText | 
     return None if text is None else BranchText(text=text)
 
 
-def _check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
+def _check_token_ids(params: SamplingParams, model: ModelFacts, images: tuple[ReferenceImage, ...]) -> None:
     known = model.tokenizers
     for field in ("prompt_token_ids", "negative_prompt_token_ids"):
         lists = getattr(params, field)
@@ -250,20 +287,32 @@ def _check_token_ids(params: SamplingParams, model: ModelFacts) -> None:
                 rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
                 remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
                 refuse(field, rule, len(ids), remedy)
+            if images:
+                _check_image_tokens(field, ids, model, images)
             if max(ids) >= one.num_ids:
                 rule = f"hold ids below {one.num_ids} for {one.name}"
                 refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
+
+
+def _check_image_tokens(field: str, ids: tuple[int, ...], model: ModelFacts, images: tuple[ReferenceImage, ...]) -> None:
+    assert model.spec.vision is not None
+    token_id, counts = model.spec.vision.token_id, model.family.image_tokens(model.spec, images)
+    runs = tuple(len(list(run)) for is_image, run in itertools.groupby(ids, lambda one: one == token_id) if is_image)
+    if runs != counts:
+        rule = f"hold the id {token_id} {' and '.join(map(str, counts))} times in a row, for the request's images"
+        remedy = "send what the pipeline's processor makes of the text and the images as the pipeline resizes them"
+        refuse(field, rule, f"it {list(runs)[:8]} times", remedy)
 
 
 def _first(*values: Number | None) -> Number:
     return next(value for value in values if value is not None)
 
 
-def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
-    """Returns the shapes of a sample of this size, in pixels.
+def plan_geometry(model: ModelFacts, *, height: int, width: int, images: Sequence[ReferenceImage] = ()) -> Geometry:
+    """Returns the shapes of a sample of this size, in pixels, beside reference images.
 
     Raises:
-        InvalidRequestError: The size is off the model's grid.
+        InvalidRequestError: The size is off the model's grid, or an image has sides that the model does not take.
     """
     unit = model.spec.pixel_unit
     sides = {"height": height, "width": width}
@@ -276,12 +325,13 @@ def plan_geometry(model: ModelFacts, *, height: int, width: int) -> Geometry:
         for (field, value), most in zip(sides.items(), model.spec.max_tokens_per_side, strict=True):
             if value // unit > most:
                 refuse(field, f"be at most {most * unit}, where the position table ends", value, "ask for a smaller image")
-    return model.family.geometry(model.spec, height=height, width=width)
+    return model.family.beside(model.family.geometry(model.spec, height=height, width=width), model.spec, images)
 
 
-def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits) -> Geometry:
-    defaults = model.defaults
-    geometry = plan_geometry(model, height=params.height or defaults.height, width=params.width or defaults.width)
+def _plan_geometry(params: SamplingParams, model: ModelFacts, limits: Limits, images: tuple[ReferenceImage, ...]) -> Geometry:
+    size = model.family.size_beside(model.spec, images) if images else None
+    height, width = size or (model.defaults.height, model.defaults.width)
+    geometry = plan_geometry(model, height=params.height or height, width=params.width or width, images=images)
     if geometry.height * geometry.width > limits.max_pixels:
         field = "height" if params.height else "width"
         shown = f"{geometry.width} x {geometry.height}"

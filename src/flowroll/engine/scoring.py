@@ -18,13 +18,14 @@ from flowroll.engine.facts import ModelFacts
 from flowroll.engine.plan import plan_geometry
 from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry, Recipe, StepScore
-from flowroll.families.conditioning import IMAGE_TOKENS, SLOTS, TOKENS, ConditioningField
+from flowroll.families.conditioning import IMAGE_TOKENS, REFERENCE_TOKENS, SLOTS, TOKENS, ConditioningField
 from flowroll.sampling.base import StepRule
 from flowroll.types import (
     DenoisingEnv,
     EnvValue,
     Number,
     RecordedSteps,
+    ReferenceImage,
     SampleScores,
     SamplingParams,
     ScoreParams,
@@ -94,7 +95,7 @@ def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits, *, lo
     _check_record(sample, model, limits)
     try:
         recipe = recipe_of(sample, model, device="cpu")
-        geometry = plan_geometry(model, height=record.height, width=record.width)
+        geometry = plan_geometry(model, height=record.height, width=record.width, images=record.images or ())
     except InvalidRequestError as error:
         raise error.within("sampling") from None
     for field, tensor in (("latents", sample.latents), ("next_latents", sample.next_latents)):
@@ -190,6 +191,7 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
         _refuse(
             "sampling.rope_axes", f"be {model.spec.rope_axes}, which this model has", record.rope_axes[:8], "use its record"
         )
+    _check_images(record.images or (), model)
     _check_embedded(record.embedded_guidance_scale, model)
     if not torch.tensor(record.timesteps, dtype=torch.float32).isfinite().all():
         _refuse("sampling.timesteps", "be finite", "NaN or infinity", "use the record as it was sent")
@@ -205,6 +207,18 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
 
 def _options_of(rule: StepRule) -> StepOptions:
     return StepOptions(dynamics=rule.dynamics, noise_level=rule.noise_level)
+
+
+def _check_images(images: Sequence[ReferenceImage], model: ModelFacts) -> None:
+    """Checks that a record has as many reference images as the model takes, of sizes that pictures have."""
+    most = model.spec.max_images
+    if not min(most, 1) <= len(images) <= most:
+        rule = f"hold 1 to {most} for this model" if most else "be null for this model"
+        _refuse("sampling.images", rule, len(images), "use the record as it was sent")
+    for index, image in enumerate(images):
+        if min(image.height, image.width) < 1:
+            shown = f"{image.width} x {image.height}"
+            _refuse(f"sampling.images[{index}]", "have a size", shown, "use the record as it was sent")
 
 
 def _check_embedded(scale: Number | None, model: ModelFacts) -> None:
@@ -226,7 +240,7 @@ def _check_env(env: DenoisingEnv, embedded: Number | None, model: ModelFacts, ge
         _check_tensor(field, env.guidance, "denoising_env.guidance", model, {})
         if env.guidance.item() != torch.tensor(embedded, dtype=torch.float32).item():
             _refuse("denoising_env.guidance", f"be the record's {embedded}", f"{env.guidance.item():g}", _REMEDY)
-    _check_part(env.image_kwargs, "image_kwargs", model, {})
+    _check_part(env.image_kwargs, "image_kwargs", model, {REFERENCE_TOKENS: geometry.num_reference_tokens})
     for place in ("pos_cond_kwargs", "neg_cond_kwargs"):
         if (branch := getattr(env, place)) is not None:
             _check_branch(branch, place, model, geometry)

@@ -49,11 +49,15 @@ class _Given(_StandIn):
         super().__init__(tokenizer)
         self._ids = list(ids)
 
-    def __call__(self, *args: Any, padding: Any = False, **options: Any) -> Any:
+    def __call__(self, *args: Any, padding: Any = False, images: Any = None, **options: Any) -> Any:
         owner = self._tokenizer if hasattr(self._tokenizer, "pad") else self._tokenizer.tokenizer
         wanted = (*_OF_PADDING, "max_length") if padding == "max_length" else _OF_PADDING
         chosen = {name: options[name] for name in wanted if name in options}
-        return owner.pad({"input_ids": [self._ids]}, padding=padding, **chosen)
+        made = owner.pad({"input_ids": [self._ids]}, padding=padding, **chosen)
+        if images is not None:
+            # A processor's part for images does with them what it does beside a text.
+            made.update(self._tokenizer.image_processor(images=images, return_tensors=options.get("return_tensors")))
+        return made
 
     def apply_chat_template(self, *args: Any, tokenize: bool = True, **options: Any) -> Any:
         return self(**options) if tokenize else ""
@@ -84,7 +88,12 @@ class _Heard(_StandIn):
 
 
 def encode_ids(
-    family: Family, pipeline: Any, variant: str, tokenizers: Sequence[TokenizerFacts], ids: Sequence[Sequence[int]]
+    family: Family,
+    pipeline: Any,
+    variant: str,
+    tokenizers: Sequence[TokenizerFacts],
+    ids: Sequence[Sequence[int]],
+    images: Sequence[Any] = (),
 ) -> Mapping[str, EnvValue]:
     """Encodes a prompt that is given as token ids, and returns its conditioning fields.
 
@@ -94,12 +103,15 @@ def encode_ids(
         variant: The variant that it is taken for.
         tokenizers: The tokenizers that the pipeline uses.
         ids: One list of ids for each of them, within its limits.
+        images: The reference images beside the prompt, as RGB images of Pillow.
     """
     given = {one.name: _Given(getattr(pipeline, one.name), own) for one, own in zip(tokenizers, ids, strict=True)}
-    return family.encode(_with_parts(pipeline, given), family.prompt("", variant))
+    return family.encode(_with_parts(pipeline, given), family.prompt("", variant, images))
 
 
-def listen(family: Family, pipeline: Any, variant: str, text: str) -> tuple[Mapping[str, EnvValue], tuple[TokenizerFacts, ...]]:
+def listen(
+    family: Family, pipeline: Any, variant: str, text: str, images: Sequence[Any] = ()
+) -> tuple[Mapping[str, EnvValue], tuple[TokenizerFacts, ...]]:
     """Encodes a text, and returns its conditioning fields and what the pipeline demands of token ids.
 
     Args:
@@ -107,10 +119,11 @@ def listen(family: Family, pipeline: Any, variant: str, text: str) -> tuple[Mapp
         pipeline: The loaded diffusers pipeline.
         variant: The variant that it is taken for.
         text: Any text of a few words.
+        images: The reference images beside it, for a family that demands some.
     """
     parts = {name: tokenizer for name in family.tokenizers if (tokenizer := getattr(pipeline, name, None)) is not None}
     heard = {name: _Heard(tokenizer) for name, tokenizer in parts.items()}
-    encoded = family.encode(_with_parts(pipeline, heard), family.prompt(text, variant))
+    encoded = family.encode(_with_parts(pipeline, heard), family.prompt(text, variant, images))
     found = []
     for encoder, name in zip(family.text_encoders, family.tokenizers, strict=False):
         if name not in heard or (ids := heard[name].ids) is None:

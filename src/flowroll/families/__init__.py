@@ -12,12 +12,14 @@ from flowroll.families.flux import Flux
 from flowroll.families.flux2 import Flux2
 from flowroll.families.qwen_image import QwenImage
 from flowroll.families.qwen_image_21 import QwenImage21
+from flowroll.families.qwen_image_edit import QwenImageEdit
 from flowroll.families.recipe import Recipe, StepScore
 from flowroll.families.sd3 import StableDiffusion3
 from flowroll.families.z_image import ZImage
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux(), QwenImage21(), Flux2())
+    family.name: family
+    for family in (QwenImage(), ZImage(), StableDiffusion3(), Flux(), QwenImage21(), Flux2(), QwenImageEdit())
 }
 
 

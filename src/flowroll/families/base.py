@@ -20,7 +20,7 @@ from flowroll.errors import UnsupportedModelError
 from flowroll.families.conditioning import LENGTHS, Conditioning, ForwardInput, Output, uncollate
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.sampling.schedule import ScheduleConfig
-from flowroll.types import DenoisingEnv, EnvValue, Number, ParallelPlan
+from flowroll.types import DenoisingEnv, EnvValue, Number, ParallelPlan, ReferenceImage
 
 # Any callable with the diffusers class's call signature: the plain module, FSDP-wrapped, with LoRA.
 Transformer: TypeAlias = Callable[..., Any]
@@ -81,15 +81,17 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """The text that the encoders get for one branch.
+    """What the encoders get for one branch.
 
     Attributes:
         text: The text.
         max_tokens: The number of tokens at which it is cut, where the variant has its own; None: the family's.
+        images: The reference images beside it, as RGB images of Pillow.
     """
 
     text: str
     max_tokens: int | None = None
+    images: tuple[Any, ...] = ()
 
 
 class Family(ABC):
@@ -146,6 +148,23 @@ class Family(ABC):
     def geometry(self, spec: ModelSpec, *, height: int, width: int) -> Geometry:
         """Returns the shapes of one sample; height and width are multiples of `spec.pixel_unit`."""
 
+    def beside(self, geometry: Geometry, spec: ModelSpec, images: Sequence[ReferenceImage]) -> Geometry:
+        """Returns the shapes of a sample beside these reference images; a family that takes images overrides it.
+
+        Raises:
+            InvalidRequestError: An image is too long for its width, or too wide for its height.
+        """
+        assert not images
+        return geometry
+
+    def image_tokens(self, spec: ModelSpec, images: Sequence[ReferenceImage]) -> tuple[int, ...]:
+        """Returns how many tokens of a prompt stand for each of these reference images."""
+        return ()
+
+    def size_beside(self, spec: ModelSpec, images: Sequence[ReferenceImage]) -> tuple[int, int] | None:
+        """Returns the height and width of a sample where a request with these images leaves them open; None: the defaults."""
+        return None
+
     @abstractmethod
     def base_grid(self, spec: ModelSpec, config: ScheduleConfig, num_steps: int) -> Float[Tensor, " steps"]:
         """Returns the grid before the shift, as the family's pipeline makes it."""
@@ -171,8 +190,17 @@ class Family(ABC):
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         """Encodes one prompt alone, as the pipeline does, and returns its conditioning fields."""
 
+    def encode_images(self, pipeline: Any, images: Sequence[Any]) -> Mapping[str, EnvValue]:
+        """Encodes reference images as the pipeline does, and returns the fields of `image_kwargs`.
+
+        Args:
+            pipeline: The loaded diffusers pipeline.
+            images: RGB images of Pillow.
+        """
+        return {}
+
     def size_arguments(self, geometry: Geometry, num_tokens: int) -> Mapping[str, EnvValue]:
-        """Returns the conditioning fields that follow from the image's size and the number of text tokens.
+        """Returns the conditioning fields that follow from the images' sizes and the number of text tokens.
 
         By default these are the position ids of a family that declares a `RotaryTable`. Tensors of floats may have any dtype:
         `size_fields` converts them as the family declares.
@@ -257,10 +285,16 @@ class Family(ABC):
         alone = Guidance(rule=NO_GUIDANCE, scale=guidance.scale)
         return tuple(self.guidance(scale) if has_negative else alone for scale in scales)
 
-    def prompt(self, text: str, variant: str) -> Prompt:
-        """Returns a text as the encoders get it for this variant; one that is not known cuts it as the family does."""
+    def prompt(self, text: str, variant: str, images: Sequence[Any] = ()) -> Prompt:
+        """Returns a text as the encoders get it for this variant; one that is not known cuts it as the family does.
+
+        Args:
+            text: The text.
+            variant: The variant.
+            images: The reference images beside it, as RGB images of Pillow.
+        """
         known = self.variants.get(variant)
-        return Prompt(text=text, max_tokens=None if known is None else known.max_text_tokens)
+        return Prompt(text=text, max_tokens=None if known is None else known.max_text_tokens, images=tuple(images))
 
     def size_fields(self, geometry: Geometry, num_tokens: int, dtype: torch.dtype) -> dict[str, EnvValue]:
         """Returns `size_arguments` for a model of this dtype, and the number of text tokens if the family declares it."""

@@ -27,6 +27,8 @@ POSITIVE, NEGATIVE, IMAGES = "pos_cond_kwargs", "neg_cond_kwargs", "image_kwargs
 # Stand for the length of a text and for the number of image tokens, which are the only sizes in a tensor's shape that the
 # checkpoint does not fix.
 TOKENS, IMAGE_TOKENS = "tokens", "image_tokens"
+# Stands for the number of tokens of all reference images.
+REFERENCE_TOKENS = "reference_tokens"
 # Stands for one entry for each text token and each group of 2 x 2 image tokens.
 SLOTS = "slots"
 # The field that says how many tokens a branch's text has.
@@ -89,12 +91,11 @@ class ConditioningField(Argument):
     """One conditioning argument of a family.
 
     Attributes:
-        source: What the value depends on: the text ("prompt"), the size of the image and the number of tokens ("size"),
-            reference
-            images ("image") or the guidance scale ("scale"). The first two are in each branch of an environment, the third is
-            in its `image_kwargs`, the fourth is its `guidance`.
-        shape: The shape of the tensor without batch dimension: `TOKENS`, `IMAGE_TOKENS`, `SLOTS`, names of `ModelSpec.widths`,
-            numbers. None: plain values.
+        source: What the value depends on: the text ("prompt"), the sizes of the images and the number of tokens ("size"),
+            reference images ("image") or the guidance scale ("scale"). The first two are in each branch of an environment, the
+            third is in its `image_kwargs`, the fourth is its `guidance`.
+        shape: The shape of the tensor without batch dimension: `TOKENS`, `IMAGE_TOKENS`, `REFERENCE_TOKENS`, `SLOTS`, names of
+            `ModelSpec.widths`, numbers. None: plain values.
         dtype: The dtype of the tensor. "model": the transformer's; "float32"; "index": booleans or integers.
         is_passed: Whether a forward takes the value. False: it is metadata.
         is_required: Whether every forward needs the value.

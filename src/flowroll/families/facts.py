@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,42 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VisionFacts:
+    """How many tokens of a prompt stand for an image, for a text encoder that sees images.
+
+    Attributes:
+        token_id: The id that stands for a part of an image.
+        placeholders: The texts that stand for an image or a video, which the processor would look for.
+        side: The side of that part, in pixels of the resized image.
+        min_pixels: The least pixels to which an image is resized.
+        max_pixels: The most pixels to which an image is resized.
+    """
+
+    token_id: int
+    placeholders: tuple[str, ...]
+    side: int
+    min_pixels: int
+    max_pixels: int
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Returns the number of tokens of an image that the processor is given.
+
+        Sides are rounded to multiples of `side`, and scaled until the pixels are within the limits.
+
+        Reference: `smart_resize` of transformers' Qwen2-VL.
+        """
+        rows, columns = round(height / self.side), round(width / self.side)
+        pixels = rows * columns * self.side**2
+        if pixels > self.max_pixels:
+            scale = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(value / scale / self.side)) for value in (height, width))
+        elif pixels < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(value * scale / self.side) for value in (height, width))
+        return rows * columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The facts of a loaded checkpoint that shape its latents.
 
@@ -45,6 +82,8 @@ class ModelSpec:
         colors: Channels of a picture: 3, or 4 with an alpha channel.
         sample_sigmas: The grid before the shift that the checkpoint is sampled with, where it has one of its own.
         max_tokens_per_side: Rows and columns of patches that the position table covers; None: no limit in practice.
+        max_images: The most reference images of a request, which then has at least one; 0: it has none.
+        vision: How the text encoder sees them; None: it does not.
     """
 
     latent_channels: int
@@ -56,6 +95,8 @@ class ModelSpec:
     max_tokens_per_side: tuple[int, int] | None = None
     colors: int = 3
     sample_sigmas: tuple[float, ...] | None = None
+    max_images: int = 0
+    vision: VisionFacts | None = None
 
     @property
     def pixel_unit(self) -> int:
@@ -77,6 +118,7 @@ class Geometry:
         colors: Channels of the decoded sample: 3, or 4 with an alpha channel.
         frames: Number of frames of the decoded sample.
         latent_frames: Number of latent frames in time, each with its rows and columns of patches.
+        references: The rows and columns of patches of each reference image.
     """
 
     height: int
@@ -88,8 +130,14 @@ class Geometry:
     colors: int = 3
     frames: int = 1
     latent_frames: int = 1
+    references: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """The number of image tokens, before any padding inside the model."""
+        """The number of image tokens of the sample itself, before any padding inside the model."""
         return self.latent_frames * self.rows * self.columns
+
+    @property
+    def num_reference_tokens(self) -> int:
+        """The number of tokens of all reference images together."""
+        return sum(rows * columns for rows, columns in self.references)

@@ -23,7 +23,7 @@ from flowroll.wire.codec import JSON, MSGPACK, WireFormat
 
 _DEFAULT_RETRY_S = 1.0
 _MAX_ERROR_BYTES = 64 * 1024
-_KEPT_CONNECTIONS = 64
+_KEPT_CONNECTIONS = 16
 # The key of a sample's image. In a JSON text the second quote of a prompt would be escaped.
 _SAMPLE_KEYS = {JSON: b'"generated_output":', MSGPACK: b"\xb0generated_output"}
 

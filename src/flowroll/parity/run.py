@@ -16,7 +16,7 @@ import torch
 
 from flowroll.engine import Engine
 from flowroll.errors import EngineError, FlowrollError
-from flowroll.families import Guidance
+from flowroll.families import Geometry, Guidance
 from flowroll.parity.compare import TensorParity, compare_rollouts
 from flowroll.parity.plan import ParityPlan
 from flowroll.types import Layout, Number, Rollout, SamplingParams
@@ -172,13 +172,18 @@ def command_line(plan: ParityPlan, **changed: str) -> str:
 
 
 def _guidance_flags(guidance: Guidance, params: SamplingParams) -> list[str]:
-    """Returns the flags of a run's scales, and of its negative prompt if it was given one."""
+    """Returns the flags of a run's scales, of its negative prompt if it was given one, and of its reference images."""
     flags = ["--guidance-scale", f"{guidance.scale if guidance.embedded is None else guidance.embedded:g}"]
     if params.true_cfg_scale is not None:
         flags += ["--true-cfg-scale", f"{params.true_cfg_scale:g}"]
     if params.negative_prompt is not None:
         flags += ["--negative-prompt", params.negative_prompt]
-    return flags
+    return flags + [word for number in range(len(params.images or ())) for word in ("--images", f"image-{number}.png")]
+
+
+def _references(geometry: Geometry) -> str:
+    count = len(geometry.references)
+    return f", and {geometry.num_reference_tokens} of {count} reference images" if count else ""
 
 
 def _guidance_words(guidance: Guidance) -> str:
@@ -196,7 +201,7 @@ def _setting(plan: ParityPlan) -> Mapping[str, str]:
         "model": f"{plan.model.resolve().name} ({record.family}, variant {plan.variant})",
         "prompt": params.prompt,
         "seeds": ", ".join(map(str, request.seeds)),
-        "size": f"{geometry.width} x {geometry.height} pixels, {geometry.num_tokens} image tokens",
+        "size": f"{geometry.width} x {geometry.height} pixels, {geometry.num_tokens} image tokens{_references(geometry)}",
         "steps": str(request.schedule.num_steps),
         "noise level": f"{params.noise_level:g}",
         "guidance": _guidance_words(request.guidance),

@@ -36,7 +36,7 @@ Kind: TypeAlias = Literal[
     "weights",
     "log_probs",
 ]
-Encode: TypeAlias = Callable[[Rollout], DenoisingEnv]
+Encode: TypeAlias = Callable[[Rollout], DenoisingEnv | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Diagnosis:
         place: Where it did.
         autocast: The dtypes to which autocast was on in its forwards.
         weight_version: Version of the transformer's weights; None: unknown.
-        encode: Encodes the rollout's prompts again; None: that cannot be done.
+        encode: Encodes the rollout's prompts again, and returns None where it cannot; None: that cannot be done for any.
     """
 
     source: Source
@@ -176,7 +176,7 @@ class Diagnosis:
             return Cause("kernels", f"{words}: {shown}")
         if source.recipe.guidances[step].is_active and (cause := self._guidance(step, debug.model_output[step])):
             return cause
-        if self.encode is not None:
+        if self.encode is not None and self.encode(source.rollout) is not None:
             return Cause("weights", f"other weights: {shown}, and the env is what this model makes of the prompts")
         if has_digest:
             # An altered env would have been found before.

@@ -52,9 +52,9 @@ def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
     }
 
 
-def request_body(kind: type, **other_content: Any) -> dict[str, Any]:
+def request_body(kind: type, media_type: str = JSON, /, **other_content: Any) -> dict[str, Any]:
     """Returns what a route that reads a message, or other content, adds to its entry in the document."""
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": _ref(kind)}, **other_content}}}
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": _ref(kind)}, **other_content}}}
 
 
 def tensor_answer(kind: type, description: str, *, is_list: bool = False, **other_content: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,20 +16,23 @@ from flowroll.engine.scoring import ScorePlan, plan_score
 from flowroll.engine.service import EngineFacts
 from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.serving.errors import SlowRequestError
+from flowroll.serving.forms import FORM, parse_form_body
 from flowroll.serving.middleware import RequestContext, context_of
 from flowroll.serving.state import AppState
 from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.fields import Request as Message
-from flowroll.wire.schema import GenerateRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
+from flowroll.wire.schema import GenerateRequest, ImageEditsRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.scoring import decode_score_request
 from flowroll.wire.validation import parse_msgpack_body
 
-SamplingT = TypeVar("SamplingT", RolloutRequest, GenerateRequest, ImagesRequest)
+SamplingT = TypeVar("SamplingT", RolloutRequest, GenerateRequest, ImagesRequest, ImageEditsRequest)
 RequestT = TypeVar("RequestT", bound=Message)
 
 # Of a request that steers the server: a path and some names. It is parsed on the event loop, in well under a millisecond.
 MAX_CONTROL_BYTES = 64 * 1024
 
+# What a route reads, where it is not both JSON and msgpack.
+_MEDIA_TYPES: Mapping[type, Sequence[str]] = {ImagesRequest: (JSON,), ImageEditsRequest: (FORM,)}
 # A body that comes more slowly than this in the long run is not waited for.
 _MIN_BODY_BYTES_PER_S = 64 * 1024
 # A number of so many digits is above every limit, whatever follows.
@@ -54,7 +57,7 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
         The request as it was sent, and the plan to submit.
 
     Raises:
-        MalformedRequestError: The body is neither JSON nor, for a request that may have tensors, msgpack.
+        MalformedRequestError: The body is neither JSON nor, for a request that may have tensors, msgpack; or no form.
         PayloadTooLargeError: It is longer than the server accepts.
         SlowRequestError: It does not come to an end in time.
         InvalidRequestError: A value breaks a rule; named as the wire has it.
@@ -62,19 +65,28 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
         ShuttingDownError: The engine stops.
     """
     config = state.config
-    media_type = check_media_type(request.headers, (JSON,) if model is ImagesRequest else (JSON, MSGPACK))
-    most = config.max_body_bytes if media_type == JSON else config.max_score_body_bytes
-    body = await _receive(request, most, config.receive_timeout_s)
+    media_type = check_media_type(request.headers, _MEDIA_TYPES.get(model, (JSON, MSGPACK)))
+    body = await _receive(request, _most_bytes(state, media_type), config.receive_timeout_s)
 
     def sent() -> dict[str, Any]:
-        if media_type == JSON:
-            return parse_json_body(body)
-        return parse_msgpack_body(body, max_plain_bytes=config.max_body_bytes)
+        if media_type == FORM:
+            return parse_form_body(body, request.headers["content-type"], model, "image")
+        parse_body = parse_json_body if media_type == JSON else parse_msgpack_body
+        return parse_body(body, max_plain_bytes=config.max_body_bytes)
 
     async with state.planning:
         await state.check_wanted(request)
         # On a thread: a long prompt or a thousand sigmas take milliseconds, which the event loop owes to others.
         return await run_in_threadpool(_plan, state.engine.facts, model, sent, context_of(request))
+
+
+def _most_bytes(state: AppState, media_type: str) -> int:
+    """Returns the size of a request's body. It has room for the files of images, in JSON in base64; in msgpack for tensors."""
+    config, info = state.config, state.engine.facts.info
+    if media_type == MSGPACK:
+        return config.max_score_body_bytes
+    files = info.limits.max_image_bytes if info.max_images else 0
+    return config.max_body_bytes + (-(-files // 3) * 4 if media_type == JSON else files)
 
 
 async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:

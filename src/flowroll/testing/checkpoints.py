@@ -1,7 +1,7 @@
 """Checkpoint folders of the real diffusers classes with random weights, built offline.
 
 What flowroll promises about real checkpoints (schedules, latent channels, the 8x VAE, the text template) is as in them; widths
-and depths are not.
+and depths are not, nor the VAE of qwen_image_edit, which is 16x.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flowroll.testing.flux2 import make_flux2
 from flowroll.testing.parts import Size
 from flowroll.testing.qwen_image import make_qwen_image
 from flowroll.testing.qwen_image_21 import make_qwen_image_21
+from flowroll.testing.qwen_image_edit import make_qwen_image_edit
 from flowroll.testing.sd3 import make_sd3
 from flowroll.testing.weights import align_file
 from flowroll.testing.z_image import make_z_image
@@ -31,6 +32,7 @@ BUILDERS: Mapping[str, Callable[[Size, int, dict[str, Any]], DiffusionPipeline]]
     "flux": make_flux,
     "qwen_image_21": make_qwen_image_21,
     "flux2": make_flux2,
+    "qwen_image_edit": make_qwen_image_edit,
 }
 
 
@@ -43,7 +45,8 @@ def make_checkpoint(family: str, directory: str | Path, *, seed: int = 0, size: 
         seed: Same seed, same bytes.
         size: "tiny"; "mid": about 100 million parameters in the transformer; or "shapes": about one million, the architecture
             that `examples.shapes.train` trains.
-        **overrides: Fields of the transformer's configuration, e.g. `num_layers`; of flux2 also `is_distilled`.
+        **overrides: Fields of the transformer's configuration, e.g. `num_layers`; of flux2 also `is_distilled`, of
+            qwen_image_edit `takes_several`.
 
     Returns:
         The folder.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from flowroll.families import Family, ModelSpec, StepInput
-from flowroll.families.conditioning import TOKENS
+from flowroll.families import Family, Geometry, ModelSpec, StepInput
+from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS
 from flowroll.types import EnvValue, Number
 
 
@@ -29,6 +31,26 @@ def random_text(
     }
 
 
+def random_images(
+    family: Family, spec: ModelSpec, geometry: Geometry, *, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, EnvValue]:
+    """Returns the required fields of reference images, as if these had been encoded.
+
+    Args:
+        family: Declares them.
+        spec: The sizes of the checkpoint.
+        geometry: The shapes of a sample beside the images.
+        dtype: The transformer's.
+        generator: Draws the numbers.
+    """
+    sizes = {**spec.widths, REFERENCE_TOKENS: geometry.num_reference_tokens}
+    return {
+        field.name: torch.randn(field.sizes(sizes), generator=generator).to(dtype)
+        for field in family.conditioning.in_place("image_kwargs")
+        if field.is_required
+    }
+
+
 def random_input(
     family: Family,
     spec: ModelSpec,
@@ -42,7 +64,7 @@ def random_input(
     scale: Number = 4.0,
     embedded: Number = 3.5,
 ) -> StepInput:
-    """Draws one sample's input of a step.
+    """Draws one sample's input of a step; beside a small reference image, for a family that demands some.
 
     Args:
         family: The model family.
@@ -58,11 +80,14 @@ def random_input(
     """
     given = embedded if family.conditioning.in_place("guidance") else None
     geometry, guidance = family.geometry(spec, height=height, width=width), family.guidance(scale, given)
+    if family.conditioning.in_place("image_kwargs"):
+        geometry = replace(geometry, references=((3, 2),))
+    images = random_images(family, spec, geometry, dtype=dtype, generator=generator)
     positive, negative = (random_text(family, spec, one, dtype=dtype, generator=generator) for one in texts)
     return StepInput(
         latents=torch.randn(geometry.latent_shape, generator=generator),
         timestep=torch.tensor([timestep], dtype=family.timestep_dtype(dtype)),
-        env=family.env(positive, negative if guidance.is_active else None, geometry, embedded=given),
+        env=family.env(positive, negative if guidance.is_active else None, geometry, images=images, embedded=given),
         guidance=guidance,
         is_first=True,
     )

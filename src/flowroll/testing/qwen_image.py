@@ -33,6 +33,20 @@ _VAES: Mapping[str, dict[str, Any]] = {
 def make_qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImagePipeline:
     """Makes a pipeline of this size; `overrides` are fields of the transformer's configuration."""
     tokenizer, channels = make_tokenizer(), LATENT_CHANNELS[size]
+    vae = AutoencoderKLQwenImage(z_dim=channels, **_VAES[size])
+    fill_vae(vae, seed)
+    return QwenImagePipeline(
+        scheduler=make_scheduler(),
+        vae=vae,
+        text_encoder=make_text_encoder(tokenizer, seed),
+        tokenizer=tokenizer,
+        transformer=make_transformer(size, seed, overrides),
+    )
+
+
+def make_transformer(size: Size, seed: int, overrides: dict[str, Any]) -> QwenImageTransformer2DModel:
+    """Makes a transformer of this size; `overrides` are fields of its configuration."""
+    channels = LATENT_CHANNELS[size]
     config = {
         "in_channels": 4 * channels,
         "out_channels": channels,
@@ -43,11 +57,12 @@ def make_qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenIma
     transformer = QwenImageTransformer2DModel(**config)
     # Without it, a short prompt among hundreds of image tokens would hardly matter.
     fill_random(transformer, seed, {"attn.add_v_proj.weight": 16.0})
-    text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen_vl_config(tokenizer))
-    fill_random(text_encoder, seed)
-    vae = AutoencoderKLQwenImage(z_dim=channels, **_VAES[size])
-    fill_vae(vae, seed)
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    return transformer
+
+
+def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Makes the scheduler of the real checkpoints."""
+    return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=0.5,
         max_shift=0.9,
@@ -57,12 +72,16 @@ def make_qwen_image(size: Size, seed: int, overrides: dict[str, Any]) -> QwenIma
         shift_terminal=0.02,
         time_shift_type="exponential",
     )
-    return QwenImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
-    )
 
 
-def _qwen_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+def make_text_encoder(tokenizer: Qwen2Tokenizer, seed: int, **vision: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """Makes a text encoder for the tokenizer; `vision` are fields of the configuration of its vision encoder."""
+    text_encoder = Qwen2_5_VLForConditionalGeneration(_qwen_vl_config(tokenizer, vision))
+    fill_random(text_encoder, seed)
+    return text_encoder
+
+
+def _qwen_vl_config(tokenizer: Qwen2Tokenizer, vision: Mapping[str, Any]) -> Qwen2_5_VLConfig:
     def token(text: str) -> int:
         index = tokenizer.convert_tokens_to_ids(text)
         assert isinstance(index, int)
@@ -81,6 +100,7 @@ def _qwen_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "num_heads": 2,
             "out_hidden_size": TEXT_DIM,
             "fullatt_block_indexes": [0],
+            **vision,
         },
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),

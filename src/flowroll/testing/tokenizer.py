@@ -99,9 +99,13 @@ _CORPUS = (
 )
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """Makes a `Qwen2Tokenizer` that knows the corpus's words whole; the same one every time."""
-    model = json.loads(_trained_on_bytes(()).to_str())["model"]
+def make_tokenizer(*sentences: str) -> Qwen2Tokenizer:
+    """Makes a `Qwen2Tokenizer` that knows the corpus's words whole; the same one every time.
+
+    Args:
+        sentences: Further texts whose words it knows.
+    """
+    model = json.loads(_trained_on_bytes((), sentences).to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=[tuple(pair) for pair in model["merges"]],
@@ -134,7 +138,7 @@ def make_mistral_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _trained_on_bytes(special_tokens: Sequence[str]) -> Tokenizer:
+def _trained_on_bytes(special_tokens: Sequence[str], sentences: Sequence[str] = ()) -> Tokenizer:
     """Trains pairs of bytes on the corpus by the splitting rules of Qwen's tokenizer; special tokens come first."""
     rules = Qwen2Tokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE())
@@ -147,7 +151,7 @@ def _trained_on_bytes(special_tokens: Sequence[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    draft.train_from_iterator(_CORPUS, trainer)
+    draft.train_from_iterator([*_CORPUS, *sentences], trainer)
     return draft
 
 

@@ -18,6 +18,7 @@ from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
 from flowroll.types.forks import Branch
 from flowroll.types.groups import RolloutStack
+from flowroll.types.images import ReferenceImage
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
     ALIASES,
@@ -87,6 +88,7 @@ __all__ = [
     "PolicyKind",
     "PolicyRecord",
     "RecordedSteps",
+    "ReferenceImage",
     "Region",
     "Rollout",
     "RolloutFields",

@@ -34,6 +34,7 @@ class ImageFields(TypedDict, total=False):
     negative_prompt: str | None
     prompt_token_ids: Sequence[Integers] | None
     negative_prompt_token_ids: Sequence[Integers] | None
+    images: Sequence[bytes | str] | None
     seed: Integer | None
     seeds: Integers | None
     init_seed: Integer | Integers | None

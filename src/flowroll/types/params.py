@@ -16,6 +16,7 @@ from flowroll.sampling.dynamics import DYNAMICS, NAMES, check_sigmas, dynamics_n
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import check_lora_name
 from flowroll.types.forks import Fork, check_fork, plain_fork
+from flowroll.types.images import checked_images
 from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
@@ -121,6 +122,8 @@ class SamplingParams:
         prompt_token_ids: The prompt as token ids, one list for each of the model's tokenizers, with the special tokens and the
             template that the pipeline adds to a text, without padding. The bits are those of the text. None: `prompt` is it.
         negative_prompt_token_ids: The same for the unconditional branch; excludes `negative_prompt`.
+        images: Reference images, for a model that edits them: PNG, JPEG or WebP files as bytes, or as base64, which becomes
+            bytes. None: there are none.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
         seeds: One seed per sample; excludes `seed` and sets the number of samples.
         init_seed: Seed of the initial noise: one for all samples, which then start from the same latents, or one per sample.
@@ -189,6 +192,7 @@ class SamplingParams:
     negative_prompt: str | None = None
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    images: tuple[bytes, ...] | None = field(default=None, repr=False)
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
     init_seed: int | tuple[int, ...] | None = None
@@ -326,6 +330,7 @@ class SamplingParams:
 
     def _take_plain(self) -> None:
         """Converts lists and arrays to tuples, so that a checked request cannot change, and other numbers to Python's."""
+        object.__setattr__(self, "images", checked_images(self.images))
         for name in self.__slots__:
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)

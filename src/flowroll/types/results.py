@@ -17,6 +17,7 @@ from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.forks import Branch
 from flowroll.types.groups import RolloutStack, Steps, at_steps, stack
+from flowroll.types.images import ReferenceImage
 from flowroll.types.params import ImageFormat, Number, SdeType
 from flowroll.types.pictures import encode_png, pil_image
 from flowroll.types.policies import PolicyRecord
@@ -82,6 +83,7 @@ class SamplingRecord:
         log_prob: The form of the log-probs, where the request gave one; None: as `log_prob_no_const` says.
         prompt_token_ids: The token ids of the conditional branch, where the request gave these.
         negative_prompt_token_ids: Those of the unconditional branch, where they were used.
+        images: The reference images of the request, which both branches have; None where there were none.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
 
@@ -122,6 +124,7 @@ class SamplingRecord:
     image_format: ImageFormat = "tensor"
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    images: tuple[ReferenceImage, ...] | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.start_step < self.steps_run.stop <= self.num_inference_steps
@@ -223,7 +226,7 @@ class DenoisingEnv(Shown):
     A family declares which arguments there are (`Family.conditioning`). Tensors have no batch dimension.
 
     Attributes:
-        image_kwargs: Arguments that come from reference images; empty for text-to-image.
+        image_kwargs: What comes from reference images, for both branches; empty for text-to-image.
         pos_cond_kwargs: Arguments of the conditional branch.
         neg_cond_kwargs: Arguments of the unconditional branch; None without guidance.
         guidance: Guidance embedding input; None for models without one.

@@ -147,7 +147,8 @@ def _rows(rollout: Rollout) -> Iterator[tuple[str, str]]:
     if (trajectory := rollout.dit_trajectory) is not None:
         yield "dit_trajectory", f"{brief(trajectory.latents)}, states {_indices(trajectory.latent_step_indices)}"
     if (env := rollout.denoising_env) is not None:
-        named = ", ".join(f"{name} {brief(value)}" for name, value in env.pos_cond_kwargs.items() if isinstance(value, Tensor))
+        shown = {**env.image_kwargs, **env.pos_cond_kwargs}
+        named = ", ".join(f"{name} {brief(value)}" for name, value in shown.items() if isinstance(value, Tensor))
         yield "denoising_env", named + ("" if env.neg_cond_kwargs is None else "; and without the prompt")
     if (debug := rollout.debug_tensors) is not None:
         yield (

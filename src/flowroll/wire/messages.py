@@ -59,7 +59,8 @@ class WireEnv(msgspec.Struct, Generic[Leaf], frozen=True):
     """Every argument of the transformer that does not change along the trajectory.
 
     Attributes:
-        image_kwargs: Arguments of image conditioning; empty for text-to-image.
+        image_kwargs: Arguments of reference images; empty for text-to-image. Qwen-Image-Edit: image_latents [R, 64], which
+            stand behind the latents in the model's input.
         pos_cond_kwargs: Arguments of the conditional branch: tensors without batch dimension and plain nested lists.
             Qwen-Image: encoder_hidden_states [L, D], encoder_hidden_states_mask [L] where there is one, img_shapes; Z-Image:
             cap_feats [L, D]; Stable Diffusion 3: encoder_hidden_states [L, D], pooled_projections [P]; FLUX.1: these two,
@@ -238,6 +239,8 @@ _RECORD_EXAMPLE: dict[str, Any] = {
 }
 # A safetensors blob of a [1, 2] tensor, in base64.
 _BLOB = "QAAAAAAAAAB7InQiOnsiZHR5cGUiOiJGMzIiLCJzaGFwZSI6WzEsMl0sImRhdGFfb2Zmc2V0cyI6WzAsOF19fSAgICAgICAgAAAAPwAAgL8="
+# A PNG file of one gray pixel, in base64.
+IMAGE_EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNoaGgAAAMEAYFL09IQAAAAAElFTkSuQmCC"
 TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
 _SCORE_EXAMPLE: dict[str, Any] = {
     "samples": [

@@ -1,4 +1,4 @@
-"""The requests of POST /rollout/generate, /generate and /v1/images/generations, which become `SamplingParams`.
+"""The requests of POST /rollout/generate, /generate, /v1/images/generations and /edits, which become `SamplingParams`.
 
 Types are strict and unknown fields are refused. The fields are described where `SamplingParams` describes them; its short
 names are for `extra_sampling_params` alone.
@@ -29,7 +29,7 @@ from flowroll.types import (
 from flowroll.types.forks import MAX_CHILDREN
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
-from flowroll.wire.messages import TENSOR_EXAMPLE, WireTensor
+from flowroll.wire.messages import IMAGE_EXAMPLE, TENSOR_EXAMPLE, WireTensor
 from flowroll.wire.names import EXTRA
 from flowroll.wire.received import HOW_TO_SEND, received_tensor
 from flowroll.wire.safetensors import BlobError
@@ -39,6 +39,7 @@ __all__ = [
     "ExtraGenerateParams",
     "ExtraSamplingParams",
     "GenerateRequest",
+    "ImageEditsRequest",
     "ImagesRequest",
     "RolloutRequest",
     "parse",
@@ -52,6 +53,12 @@ _TokenIds: TypeAlias = Annotated[
 _TOKEN_IDS = about(
     [[49406, 736, 3240, 49407]], "send one list of ids for each of the model's tokenizers", "be null or a list of lists of ids"
 )
+# Bytes in msgpack and in forms, base64 in JSON; `SamplingParams` reads them, and says which one it cannot read.
+_Images: TypeAlias = Annotated[
+    tuple[Any, ...],
+    Meta(min_length=1, extra_json_schema={"items": {"contentEncoding": "base64", "contentMediaType": "image/*"}}),
+]
+_IMAGES = about([IMAGE_EXAMPLE], "send base64 (JSON) or bytes (msgpack) of each file", "be null or a list of image files")
 _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
 _SeedOrSeeds: TypeAlias = fields.SeedNumber | _Seeds
 _SEED_RULE = "be null, an integer from 0 to 4294967295, or a list of these"
@@ -122,6 +129,7 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     negative_prompt: fields.NegativePrompt = None
     prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
     negative_prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
+    images: Annotated[_Images | None, _IMAGES] = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
@@ -185,9 +193,11 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
         return given
 
     def _wire_name(self, param: str) -> str:
-        field = ALIASES.get(param, param)
+        # One of several values has its place behind the name.
+        name, bracket, place = param.partition("[")
+        field = ALIASES.get(name, name)
         nested = next((name for name in self._given_further() if ALIASES.get(name, name) == field), None)
-        return field if nested is None else f"{EXTRA}.{nested}"
+        return (field if nested is None else f"{EXTRA}.{nested}") + bracket + place
 
 
 class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -320,7 +330,7 @@ class RolloutRequest(_RolloutFields, kw_only=True, frozen=True):
     )
 
     extra_sampling_params: Annotated[ExtraSamplingParams | None, _FURTHER] = None
-    image_path: Annotated[None, about(None, "leave it out, flowroll makes images from text alone")] = None
+    image_path: Annotated[None, about(None, "leave it out, and send the files themselves as images")] = None
 
 
 class GenerateRequest(_GenerateFields, kw_only=True, frozen=True):
@@ -398,3 +408,29 @@ class ImagesRequest(_SamplingRequest, kw_only=True, frozen=True):
 
     def _wire_name(self, param: str) -> str:
         return self._NAMES.get(param, param)
+
+
+class ImageEditsRequest(ImagesRequest, kw_only=True, frozen=True):
+    """Body of POST /v1/images/edits, a form (multipart/form-data) as OpenAI's clients send it.
+
+    Attributes:
+        image: The pictures to edit: PNG, JPEG or WebP files, each a part named image or image[].
+        mask: Accepted for compatibility; must be left out: the whole picture is edited.
+        input_fidelity: Accepted where it changes nothing.
+        safety_identifier: Accepted for compatibility; has no effect.
+    """
+
+    EXAMPLES = ({"image": [IMAGE_EXAMPLE], "prompt": "make it a red fox in snow", "n": 1},)
+    _NAMES: ClassVar[Mapping[str, str]] = {**ImagesRequest._NAMES, "images": "image"}
+
+    image: Annotated[_Images, about([IMAGE_EXAMPLE], "send each as a part of its own", "be one or more image files")]
+    mask: Annotated[None, about(None, "leave it out, the whole picture is edited")] = None
+    input_fidelity: Annotated[Literal["low"] | None, about("low", _UNUSED)] = None
+    safety_identifier: Annotated[str | None, about("trainer-3", _UNUSED)] = None
+
+    def _params(self) -> dict[str, Any]:
+        return {**super()._params(), "images": self.image}
+
+    def _wire_name(self, param: str) -> str:
+        name, bracket, place = param.partition("[")
+        return super()._wire_name(name) + bracket + place

@@ -21,6 +21,7 @@ from flowroll.types import (
     Branch,
     PolicyRecord,
     RecordedSteps,
+    ReferenceImage,
     SampleScores,
     SamplingRecord,
     ScoreAnswer,
@@ -44,7 +45,13 @@ _RECORD_FIELDS = tuple(field.name for field in fields(SamplingRecord))
 # The fields of a record that are objects, or lists of objects, and the names that these may have.
 _RECORD_PARTS = {
     name: tuple(field.name for field in fields(kind))
-    for name, kind in {"lora": AdapterRecord, "policy": PolicyRecord, "log_prob": LogProbForm, "branches": Branch}.items()
+    for name, kind in {
+        "lora": AdapterRecord,
+        "policy": PolicyRecord,
+        "log_prob": LogProbForm,
+        "branches": Branch,
+        "images": ReferenceImage,
+    }.items()
 }
 _REMEDY = "see /openapi.json"
 _REQUESTS: Mapping[str, Any] = {

@@ -28,23 +28,32 @@ RequestT = TypeVar("RequestT", bound=Request)
 # msgspec prints an integer that is none of a literal's, and Python does not print several thousand digits.
 _REFUSED = (msgspec.ValidationError, ValueError)
 _MAX_NAME_CHARS = 80
-# From this size on a value of a msgpack body is bytes, or an object that holds them: a tensor, alone or among others.
+# From this size on a value of a body is data, bytes in msgpack and base64 in JSON, or holds some: a tensor or an image, alone
+# or among others.
 _MAX_PLAIN_VALUE = 64 * 1024
 _MAX_TENSOR_DEPTH = 3
-_BIN_TYPES = (0xC4, 0xC5, 0xC6)
-_RAW_OBJECT = dict[str, msgspec.Raw]
+_BIN_TYPES, _LONG_TEXT = (0xC4, 0xC5, 0xC6), 0xDB
+_RAW_OBJECT, _RAW_LIST = dict[str, msgspec.Raw], list[msgspec.Raw]
+# A list or an object that holds data has few parts.
+_MAX_PARTS = 64
 _ROLLOUT_NAMES = ROLLOUT_FIELDS | set(ALIASES)
 _NAMES: Mapping[Any, str] = {NoneType: "null", None: "null", str: "a string", int: "an integer", float: "a number"}
 
 
-def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
+def parse_json_body(body: bytes | bytearray, *, max_plain_bytes: int | None = None) -> dict[str, Any]:
     """Returns the JSON object in a request body; NaN, infinities and numbers out of range are no JSON.
+
+    Args:
+        body: All of it.
+        max_plain_bytes: The most bytes of everything but data in base64, since other values take far more memory than bytes;
+            None: the body itself is no longer than that.
 
     Raises:
         MalformedRequestError: It holds anything else.
     """
     try:
-        parsed = msgspec.json.decode(body)
+        is_small = max_plain_bytes is None or len(body) <= max_plain_bytes
+        parsed = msgspec.json.decode(body) if is_small else _json_with_data(body, max_plain_bytes or 0)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedRequestError(f"body must be JSON in UTF-8, got {error}; send one JSON object.") from error
     except RecursionError as error:
@@ -54,12 +63,46 @@ def parse_json_body(body: bytes | bytearray) -> dict[str, Any]:
     return parsed
 
 
+def _json_with_data(body: bytes | bytearray, max_plain_bytes: int) -> Any:
+    left = max_plain_bytes
+
+    def too_large() -> MalformedRequestError:
+        return MalformedRequestError(
+            f"body must hold at most {max_plain_bytes} bytes beside those of tensors and images, got more; send a smaller "
+            "request."
+        )
+
+    def value(raw: msgspec.Raw, depth: int) -> Any:
+        nonlocal left
+        start = bytes(memoryview(raw)[:1])
+        if len(raw) > _MAX_PLAIN_VALUE and start == b'"':
+            return msgspec.json.decode(raw, type=str)
+        # There is no comma in base64.
+        if len(raw) > _MAX_PLAIN_VALUE and depth < _MAX_TENSOR_DEPTH and bytes(raw).count(b",") < _MAX_PARTS:
+            if start == b"{":
+                return {name: value(item, depth + 1) for name, item in msgspec.json.decode(raw, type=_RAW_OBJECT).items()}
+            if start == b"[":
+                return [value(item, depth + 1) for item in msgspec.json.decode(raw, type=_RAW_LIST)]
+        left -= len(raw)
+        if left < 0:
+            raise too_large()
+        return msgspec.json.decode(raw)
+
+    # Each part of the object takes far more memory than a comma.
+    if body.count(b",") > max_plain_bytes // 8:
+        raise too_large()
+    if body.lstrip()[:1] != b"{":
+        return None
+    return {name: value(item, 0) for name, item in msgspec.json.decode(body, type=_RAW_OBJECT).items()}
+
+
 def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict[str, Any]:
-    """Returns the object in a request body in msgpack, in which nothing but the bytes of tensors may be large.
+    """Returns the object in a request body in msgpack, in which nothing but the bytes of tensors and images may be large.
 
     Args:
         body: All of it; what is large in the result refers to it.
-        max_plain_bytes: The most bytes of everything but those of tensors, since other values take far more memory than bytes.
+        max_plain_bytes: The most bytes of everything but those of tensors and images, since other values take far more memory
+            than bytes.
 
     Raises:
         MalformedRequestError: It holds anything else.
@@ -70,12 +113,18 @@ def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict
         nonlocal left
         if len(raw) > _MAX_PLAIN_VALUE and memoryview(raw)[0] in _BIN_TYPES:
             return msgspec.msgpack.decode(raw, type=memoryview)
+        if len(raw) > _MAX_PLAIN_VALUE and memoryview(raw)[0] == _LONG_TEXT:
+            return msgspec.msgpack.decode(raw, type=str)
         if len(raw) > _MAX_PLAIN_VALUE and depth < _MAX_TENSOR_DEPTH:
-            return {name: value(item, depth + 1) for name, item in msgspec.msgpack.decode(raw, type=_RAW_OBJECT).items()}
+            if (parts := _length_of_list(raw)) is None:
+                return {name: value(item, depth + 1) for name, item in msgspec.msgpack.decode(raw, type=_RAW_OBJECT).items()}
+            if parts < _MAX_PARTS:
+                return [value(item, depth + 1) for item in msgspec.msgpack.decode(raw, type=_RAW_LIST)]
         left -= len(raw)
         if left < 0:
             raise MalformedRequestError(
-                f"body must hold at most {max_plain_bytes} bytes beside those of tensors, got more; send a smaller request."
+                f"body must hold at most {max_plain_bytes} bytes beside those of tensors and images, got more; send a smaller "
+                "request."
             )
         return msgspec.msgpack.decode(raw)
 
@@ -87,6 +136,15 @@ def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict
         ) from error
     except RecursionError as error:
         raise MalformedRequestError("body must be msgpack, got too many nested levels; send one flat object.") from error
+
+
+def _length_of_list(raw: msgspec.Raw) -> int | None:
+    """Returns how many items a list in msgpack says that it has; None for any other value."""
+    head = bytes(memoryview(raw)[:5])
+    if head[0] & 0xF0 == 0x90:
+        return head[0] & 0x0F
+    size = {0xDC: 2, 0xDD: 4}.get(head[0])
+    return None if size is None else int.from_bytes(head[1 : 1 + size], "big")
 
 
 def parse(kind: type[RequestT], data: object) -> RequestT:

@@ -91,10 +91,19 @@ def test_a_jsonl_line_may_give_every_field(write):
     }
     # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.
     others = {"seed", "log_prob", "negative_prompt_token_ids", "rollout_sde_step_indices", "rollout_noise_levels"}
-    others |= {"latents", "start_step", "guidance_scales"}
+    others |= {"latents", "start_step", "guidance_scales", "images"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]
+
+
+def test_images_are_files_beside_the_file_of_prompts(write, tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"a cat")
+    path = write(f'{{"prompt": "a", "images": ["cat.png", "{tmp_path}/cat.png"]}}\n{{"prompt": "b"}}\n', "prompts.jsonl")
+    assert [params.images for params in read_requests(path, {"images": [b"a dog"]})] == [(b"a cat",) * 2, (b"a dog",)]
+    path = write('{"prompt": "a", "images": ["cat.png", "dog.png"]}', "prompts.jsonl")
+    with pytest.raises(InvalidRequestError, match=r"line 1, is refused: images\[1\] must be the path of a file, got 'dog.png'"):
+        read_requests(path, {})
 
 
 @pytest.mark.parametrize("line", ["noise_level", "rollout_noise_level"])

@@ -1,4 +1,5 @@
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import typer
@@ -11,12 +12,14 @@ from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
 
 FIELDS = [field.name for field in fields(SamplingParams) if field.name not in ("latents", "start_step")]
+FILE = Path(__file__)
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {
     "prompt": (["--prompt", "a red fox"], "a red fox"),
     "negative_prompt": (["--negative-prompt", "blur"], "blur"),
     "prompt_token_ids": (["--prompt-token-ids", "[[5, 6], [7]]"], ([5, 6], [7])),
     "negative_prompt_token_ids": (["--negative-prompt-token-ids", "[[8]]"], ([8],)),
+    "images": (["--images", f"{FILE}", "--images", f"{FILE}"], [FILE.read_bytes()] * 2),
     "seed": (["--seed", "7"], 7),
     "seeds": (["--seeds", "7,9"], (7, 9)),
     "init_seed": (["--init-seed", "7"], 7),
@@ -99,6 +102,11 @@ def test_a_value_given_by_both_flags_is_refused_with_both_names(short, name, tmp
     result = run_cli("rollout", "--url", "http://127.0.0.1:9", "--prompts", prompts, "--out", tmp_path / "out", *both)
     assert result.exit_code != 0
     assert f"{name} must be given once, got {short} beside it" in " ".join(result.stderr.split())
+
+
+def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path):
+    result = run_cli("generate", tmp_path, "--prompt", "p", "--images", tmp_path / "cat.png")
+    assert result.exit_code != 0 and "cat.png" in result.stderr and "No such file" in result.stderr
 
 
 def test_unset_flags_are_not_given():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.adapters import policy, saved
+from tests.guiding import PicturedEngine
 from tests.rollouts import assert_same_bits
 from tests.unit.engine.scheduler.hand import ALL, Hand
 from tests.weights import REQUEST, with_other
@@ -28,7 +29,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: Any) -> Iterator[Engine]:
     """With the adapters "a", "b" and, merged, "m"."""
     folder = tmp_path_factory.mktemp("adapters")
-    with Engine(checkpoints[request.param], device="cpu") as engine:
+    with PicturedEngine(checkpoints[request.param], device="cpu") as engine:
         for seed, name in enumerate("abm"):
             saved(policy(engine._model.transformer, seed), folder / name)
             engine.load_lora_adapter(folder / name, name=name, merged=name == "m")
@@ -70,7 +71,7 @@ def test_new_weights_below_reach_every_adapter(how: str, checkpoints: dict[str, 
     family = engine.info.family
     other = with_other(checkpoints[family], tmp_path / "other")
     adapter = saved(policy(engine._model.transformer, 3), tmp_path / "adapter")
-    with Engine(other, device="cpu") as fresh, Engine(checkpoints[family], device="cpu") as updated:
+    with PicturedEngine(other, device="cpu") as fresh, PicturedEngine(checkpoints[family], device="cpu") as updated:
         for one, names in ((fresh, ["beside", "merged"]), (updated, ["beside", "merged"])):
             for name in names:
                 one.load_lora_adapter(adapter, name=name, merged=name == "merged")

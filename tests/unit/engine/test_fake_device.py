@@ -32,7 +32,7 @@ from flowroll.exact import choose_strategy
 from flowroll.exact.strategy import StrategyName
 from flowroll.families import FAMILIES
 from flowroll.sampling import transition
-from flowroll.testing import random_text
+from flowroll.testing import random_images, random_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor is deprecated")
 
@@ -84,7 +84,9 @@ def make_conditioning(model: LoadedModel, plan: RequestPlan) -> Conditioning:
     texts = [random_text(model.family, model.spec, length, dtype=DTYPE, generator=generator) for length in (9, 5)]
     positive, negative = ({name: value.to(CUDA) for name, value in text.items()} for text in texts)
     assert plan.guidance.is_active
-    env = model.family.env(positive, negative, plan.geometry, embedded=plan.guidance.embedded)
+    drawn = random_images(model.family, model.spec, plan.geometry, dtype=DTYPE, generator=generator)
+    images = {name: value.to(CUDA) for name, value in drawn.items()}
+    env = model.family.env(positive, negative, plan.geometry, images=images, embedded=plan.guidance.embedded)
     return Conditioning.build(plan, model, env, plan.record)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from tests.guiding import PicturedEngine
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, WEIGHTS, with_other
 from torch import Tensor
@@ -61,7 +62,7 @@ def test_tensors_of_this_process_give_the_rollouts_of_an_engine_started_on_them(
     sent = load_file(new / "transformer" / WEIGHTS)
     with Engine(new, device="cpu", dtype=dtype) as fresh:
         (expected,), checksum = fresh.rollout(**REQUEST), fresh.weights_checksum()
-    with Engine(checkpoints[family], device="cpu", dtype=dtype) as engine:
+    with PicturedEngine(checkpoints[family], device="cpu", dtype=dtype) as engine:
         (old,) = engine.rollout(**REQUEST)
         update = engine.update_weights_from_tensors(sent, weight_version="7")
         assert (update.weight_version, update.num_tensors) == ("7", len(sent))

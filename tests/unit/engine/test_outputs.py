@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.guiding import guided
+from tests.guiding import PicturedEngine, guided
 from tests.rollouts import tensors_of
 from tests.serving.servers import SMALL, error_of, serving
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
@@ -27,7 +27,7 @@ EVERYTHING = {"debug_mode": True, "return_denoising_env": True, "return_dit_traj
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iterator[Engine]:
-    with Engine(checkpoints[request.param], device="cpu") as engine:
+    with PicturedEngine(checkpoints[request.param], device="cpu") as engine:
         yield engine
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.adapters import policy, saved
+from tests.guiding import PicturedEngine
 from tests.pairs import FAMILY_WITH_DTYPE
 from tests.weights import REQUEST, WEIGHTS, change, with_other
 from torch import Tensor
@@ -37,7 +38,7 @@ def assert_same(left: list[Rollout], right: list[Rollout]) -> None:
 
 
 def started_on(checkpoint: Path, dtype: str, **request: Any) -> list[Rollout]:
-    with Engine(checkpoint, dtype=dtype, device="cpu") as engine:
+    with PicturedEngine(checkpoint, dtype=dtype, device="cpu") as engine:
         return engine.rollout(**{**REQUEST, **request})
 
 
@@ -56,7 +57,7 @@ def test_a_policy_has_the_bits_of_an_engine_that_was_started_on_its_weights(
         average / "transformer",
         lambda tensors: {name: held[name] * DECAY + given[name] * (1 - DECAY) for name in tensors},
     )
-    with Engine(first, dtype=dtype, device="cpu") as engine:
+    with PicturedEngine(first, dtype=dtype, device="cpu") as engine:
         old = engine.copy_policy("old").policy
         assert old == Policy(name="old", kind="weights", weight_version="0", decay=None, num_updates=1, num_bytes=old.num_bytes)
         assert old.num_bytes == sum(tensor.nbytes for tensor in engine._model.transformer.state_dict().values())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
+from tests.guiding import PicturedEngine
 from tests.hub import as_hub_cache
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, WEIGHTS, edit_config, in_shards, with_other
@@ -61,7 +62,7 @@ def expected(checkpoints: dict[str, Path]) -> dict[str, tuple[Rollout, dict[str,
 
 
 def answers_of(folder: Path) -> tuple[Rollout, dict[str, str]]:
-    with Engine(folder, device="cpu", dtype="float32") as engine:
+    with PicturedEngine(folder, device="cpu", dtype="float32") as engine:
         return engine.rollout(**REQUEST)[0], {name: engine.weights_checksum(name) for name in COMPONENTS}
 
 

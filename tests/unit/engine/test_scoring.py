@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.guiding import guided
+from tests.guiding import PicturedEngine, guided
 
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError, ShuttingDownError
@@ -18,7 +18,7 @@ REQUEST = {"prompt": "a bowl", "height": 64, "width": 64, "num_inference_steps":
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iterator[Engine]:
-    with Engine(checkpoints[request.param], dtype="bfloat16") as engine:
+    with PicturedEngine(checkpoints[request.param], dtype="bfloat16") as engine:
         yield engine
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.guiding import PicturedEngine
 from tests.rollouts import assert_same_bits
 from tests.weights import REQUEST, WEIGHTS, change, edit_config, edit_header, in_shards, with_other
 
@@ -61,10 +62,10 @@ def test_after_an_update_every_tensor_is_that_of_an_engine_started_on_the_new_we
     family: str, dtype: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     other = with_other(with_other(checkpoints[family], tmp_path / "first"), tmp_path / "both", module="vae")
-    with Engine(other, device="cpu", dtype=dtype) as fresh:
+    with PicturedEngine(other, device="cpu", dtype=dtype) as fresh:
         (expected,) = fresh.rollout(**REQUEST)
         sums = [fresh.weights_checksum(module) for module in ("transformer", "text_encoder", "vae")]
-    with Engine(checkpoints[family], device="cpu", dtype=dtype) as engine:
+    with PicturedEngine(checkpoints[family], device="cpu", dtype=dtype) as engine:
         (old,) = engine.rollout(**REQUEST)
         update = engine.update_weights_from_disk(other)
         assert (update.module, update.previous_version, update.weight_version) == ("transformer", "0", "1")

@@ -21,7 +21,10 @@ from flowroll.testing import random_input
 NAMES = [name for name, family in FAMILIES.items() if family.shares_forwards]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPEC = ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 64, "pooled": 48, "text_tokens": 40})
-OTHERS = {"flux2": ModelSpec(latent_channels=32, vae_scale_factor=8, widths={"text": 192})}
+OTHERS = {
+    "flux2": ModelSpec(latent_channels=32, vae_scale_factor=8, widths={"text": 192}),
+    "qwen_image_edit": ModelSpec(latent_channels=16, vae_scale_factor=8, widths={"text": 64, "packed": 64}),
+}
 
 Load = Callable[[str, str], Any]
 

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tests.guiding import PICTURE, opened, pictured_pipeline, takes_images
 
 from flowroll.engine.loading import modules_of
 from flowroll.errors import CheckpointError, InvalidRequestError
@@ -70,6 +71,15 @@ CLASSES = {
         "processor": "Qwen3VLProcessor",
         "scheduler": "FlowMatchEulerDiscreteScheduler",
     },
+    "qwen_image_edit": {
+        "_class_name": "QwenImageEditPlusPipeline",
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        "tokenizer": "Qwen2Tokenizer",
+        "processor": "Qwen2VLProcessor",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    },
 }
 GUIDED = {
     "qwen_image": {"true_cfg_scale": 4.0, "negative_prompt": " "},
@@ -78,6 +88,7 @@ GUIDED = {
     "flux": {"guidance_scale": 3.5, "true_cfg_scale": 4.0, "negative_prompt": "blurry"},
     "flux2": {"guidance_scale": 4.0},
     "qwen_image_21": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
+    "qwen_image_edit": {"true_cfg_scale": 4.0, "negative_prompt": "blurry"},
 }
 NON_LATIN = "一只红色的猫 ظل القمر 🌈 лес"
 
@@ -95,7 +106,7 @@ def checkpoint(family, checkpoints):
 def load(folder, dtype=torch.float32):
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pictured_pipeline(family_of_pipeline(type(pipeline).__name__).name, pipeline)
 
 
 def bytes_of(folder):
@@ -104,7 +115,8 @@ def bytes_of(folder):
 
 def embed(pipeline, prompt):
     family = family_of_pipeline(type(pipeline).__name__)
-    return family.encode(pipeline, Prompt(text=prompt))[family.embeds_key]
+    images = (opened(PICTURE),) if takes_images(family.name) else ()
+    return family.encode(pipeline, Prompt(text=prompt, images=images))[family.embeds_key]
 
 
 def test_a_saved_checkpoint_loads_as_the_real_classes(family, checkpoint):

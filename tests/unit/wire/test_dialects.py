@@ -56,7 +56,8 @@ def test_a_response_has_the_documented_fields(dialect: Any, family: str) -> None
     assert set(sample["denoising_env"]) == {"image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs", "guidance"}
     assert set(sample["dit_trajectory"]) == {"latents", "timesteps", "sigmas", "latent_step_indices"}
     conditioning = FAMILIES[family].conditioning
-    assert sample["denoising_env"]["image_kwargs"] == {}
+    images = {field.name for field in conditioning.in_place("image_kwargs")}
+    assert set(sample["denoising_env"]["image_kwargs"]) == images
     assert (sample["denoising_env"]["guidance"] is None) == (not conditioning.in_place("guidance"))
     for branch, tokens in (("pos_cond_kwargs", 7), ("neg_cond_kwargs", 6)):
         assert sample["denoising_env"][branch].get("txt_seq_lens", [tokens]) == [tokens]

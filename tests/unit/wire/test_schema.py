@@ -188,8 +188,8 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 def test_every_parameter_can_be_sent() -> None:
     reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
-    # A tensor is sent by the tests below.
-    assert reachable | {"latents"} == {field.name for field in dataclasses.fields(SamplingParams)}
+    # A tensor and images are sent by the tests below.
+    assert reachable | {"latents", "images"} == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -257,6 +257,46 @@ def test_a_msgpack_body_that_is_large_in_anything_but_tensors_is_refused(body: b
         parse_msgpack_body(body, max_plain_bytes=4096)
 
 
+FILES = (b"\x89PNG" + bytes(70_000), b"\xff\xd8", b"RIFF")
+
+
+def test_images_come_as_base64_or_as_bytes() -> None:
+    in_json = [base64.b64encode(file).decode() for file in FILES]
+    for fields in ({"images": in_json}, {"extra_sampling_params": {"images": in_json}}):
+        for model in (RolloutRequest, GenerateRequest):
+            assert params(model, PROMPT | fields).images == FILES
+        body = json.dumps(PROMPT | fields).encode()
+        assert parse(RolloutRequest, parse_json_body(body, max_plain_bytes=4096)).to_params().images == FILES
+    for fields in ({"images": FILES}, {"extra_sampling_params": {"images": FILES}}):
+        body = msgspec.msgpack.encode(PROMPT | fields)
+        assert parse(RolloutRequest, parse_msgpack_body(body, max_plain_bytes=4096)).to_params().images == FILES
+    assert params(RolloutRequest, PROMPT | {"images": None}).images is None
+
+
+@pytest.mark.parametrize("value", ["QUJD", {"a": 1}, [], 3, True, [None], ["no base64"], ["QUJ"], [3], [["QUJD"]], [{}]])
+def test_images_that_are_none_are_refused(value: Any) -> None:
+    for body in ({"images": value}, {"extra_sampling_params": {"images": value}}):
+        assert refusal(RolloutRequest, PROMPT | body).field.partition("[")[0].endswith("images")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 5000,
+        b'{"images": [' + b"1," * 5000 + b"1]}",
+        b'{"images": "' + b"a" * 70_000 + b'", "seeds": [' + b"1," * 2500 + b"1]}",
+        b'{"latents": {"a": {"a": {"a": {"a": "' + b"a" * 70_000 + b'"}}}}}',
+        b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b"{" + b",".join(b'"%d": "%s"' % (at, b"x" * 1000) for at in range(20)) + b"}",
+        b'{"images": ["' + b"a" * 70_000,
+        b'"' + b"a" * 70_000 + b'"',
+    ],
+)
+def test_a_json_body_that_is_large_in_anything_but_data_is_refused(body: bytes) -> None:
+    with pytest.raises(MalformedRequestError, match="body must"):
+        parse_json_body(body, max_plain_bytes=4096)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_minimal_request_is_the_defaults(model: Any) -> None:
     is_rollout = model is RolloutRequest
@@ -289,7 +329,7 @@ def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
 @pytest.mark.parametrize("value", [0, 1, "", "cat.png", False, []])
 def test_an_image_input_must_be_null(value: Any) -> None:
     error = refusal(RolloutRequest, PROMPT | {"image_path": value})
-    assert error.field == "image_path" and "images from text alone" in error.message
+    assert error.field == "image_path" and "send the files themselves as images" in error.message
 
 
 def test_an_alias_of_a_dynamics_is_accepted_and_shown() -> None:

@@ -68,6 +68,7 @@ class Executor:
             prompt_token_ids=None,
             negative_prompt=None if plan.negative_prompt is None else "",
             negative_prompt_token_ids=None,
+            images=None,
             seed=None,
             seeds=plan.seeds,
             num_outputs_per_prompt=None,
@@ -89,6 +90,7 @@ class Executor:
                 env=EnvShape.of(env),
                 latents=None if latents is None else TensorShape.of(latents),
                 start_step=plan.steps.start,
+                images=plan.record.images or (),
             )
             self._peers.send(message, [*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
         self._runner.add_request(request_id, conditioning)

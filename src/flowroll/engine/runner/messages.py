@@ -13,7 +13,7 @@ from flowroll.engine.starts import PlannedSample
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.tensorfile import FileStamp
 from flowroll.families import ModelSpec
-from flowroll.types import DenoisingEnv, LoraAdapter, SamplingParams, SamplingRecord
+from flowroll.types import DenoisingEnv, LoraAdapter, ReferenceImage, SamplingParams, SamplingRecord
 from flowroll.types.results import replace_tensors
 
 
@@ -83,6 +83,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     env: EnvShape
     latents: TensorShape | None
     start_step: int
+    images: tuple[ReferenceImage, ...]
 
 
 class StartSample(msgspec.Struct, frozen=True, tag=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.engine.images import open_images
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
 from flowroll.engine.plan import BranchText, RequestPlan
@@ -46,29 +47,33 @@ class PipelineRunner:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
         self._versions, self._offload, self._policies = versions, offload, policies
         self.device = model.device
-        # The VAE of Qwen-Image keeps state while it decodes.
-        self._decoder = threading.Lock()
+        # The VAE of Qwen-Image keeps state while it encodes or decodes.
+        self._vae = threading.Lock()
 
     def encode(self, plan: RequestPlan) -> Conditioning:
         """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
+
+        Its reference images are part of both branches' prompts, and are encoded by the VAE too.
 
         Raises:
             AsleepError: The memory of the weights was released while the request waited.
             OutdatedWeightsError: While the request waited, the weights were replaced by older ones than it demands.
             InvalidRequestError: The request's adapter or policy was dropped while the request waited.
-            EngineError: The text encoder returned NaN or infinity.
+            EngineError: The text encoder or the VAE returned NaN or infinity.
         """
         self._offload.check_awake()
         self._versions.demand(plan.params.min_weight_version)
         model, pipeline = self._get()
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
+        pictures = open_images(plan.params.images or ())
+        images = self._encode_images(model, pipeline, pictures) if pictures else None
         encoded: dict[BranchText, Mapping[str, EnvValue]] = {}
         for one in (plan.prompt, plan.negative_prompt):
             if one is not None and one not in encoded:
-                encoded[one] = encode_branch(model, pipeline, model.variant, one)
+                encoded[one] = encode_branch(model, pipeline, model.variant, one, pictures)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
-        env = model.family.env(encoded[plan.prompt], negative, plan.geometry, embedded=plan.guidance.embedded)
+        env = model.family.env(encoded[plan.prompt], negative, plan.geometry, images=images, embedded=plan.guidance.embedded)
         check_encoded(env)
         record = replace(
             record_of(plan, env),
@@ -112,12 +117,16 @@ class PipelineRunner:
         """
         self._offload.check_awake()
         model, pipeline = self._get()
-        with self._decoder:
+        with self._vae:
             decoded = model.family.decode(pipeline, latents, geometry)
         if not all_finite(decoded):
             raise EngineError(f"{what} must be finite, got NaN or infinity from the VAE; check its weights and its dtype.")
         # The pipeline's image processor clamps values to black and white: unchecked, an infinity would become a color.
         return model.family.picture(pipeline, decoded).cpu()
+
+    def _encode_images(self, model: LoadedModel, pipeline: Any, pictures: Sequence[Any]) -> Mapping[str, EnvValue]:
+        with self._vae:
+            return model.family.encode_images(pipeline, pictures)
 
     def release(self) -> None:
         """Drops the references to the model and the pipeline; no other method may be called after that."""
@@ -128,9 +137,19 @@ class PipelineRunner:
         return self._loaded
 
 
-def encode_branch(model: LoadedModel, pipeline: Any, variant: str, one: BranchText) -> Mapping[str, EnvValue]:
-    """Encodes the text of one branch alone, whichever form it has, and returns its conditioning fields."""
+def encode_branch(
+    model: LoadedModel, pipeline: Any, variant: str, one: BranchText, images: Sequence[Any] = ()
+) -> Mapping[str, EnvValue]:
+    """Encodes the text of one branch alone, whichever form it has, and returns its conditioning fields.
+
+    Args:
+        model: The model in memory.
+        pipeline: The diffusers pipeline that holds its modules.
+        variant: The variant that it is taken for.
+        one: The text of the branch.
+        images: The reference images beside it, as RGB images of Pillow.
+    """
     if one.token_ids is not None:
-        return encode_ids(model.family, pipeline, variant, model.tokenizers, one.token_ids)
+        return encode_ids(model.family, pipeline, variant, model.tokenizers, one.token_ids, images)
     assert one.text is not None
-    return model.family.encode(pipeline, model.family.prompt(one.text, variant))
+    return model.family.encode(pipeline, model.family.prompt(one.text, variant, images))

@@ -170,7 +170,7 @@ class Worker:
                 self._receive([*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
                 if latents is not None:
                     params = replace(params, latents=latents, start_step=message.start_step)
-                plan = plan_request(params, model, self._limits)
+                plan = plan_request(params, model, self._limits, images=message.images)
                 runner.add_request(number, Conditioning.build(plan, model, env, plan.record))
             case messages.StartSample(id=number, request=request, planned=planned):
                 runner.start_sample(number, request, planned)

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from flowroll.engine.engine import Engine
+from flowroll.engine.images import blank_image
 from flowroll.engine.service.status import Evidence
 from flowroll.errors import EngineError
 from flowroll.types import GeneratedImage, SamplingParams
@@ -88,6 +89,7 @@ class GenerationProbe:
         side = self._engine.info.pixel_unit
         return SamplingParams(
             prompt="",
+            images=(blank_image(),) if self._engine.info.max_images else None,
             seed=0,
             height=side,
             width=side,

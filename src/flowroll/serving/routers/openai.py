@@ -1,4 +1,4 @@
-"""POST /v1/images/generations and GET /v1/models, as OpenAI's clients call them."""
+"""POST /v1/images/generations, POST /v1/images/edits and GET /v1/models, as OpenAI's clients call them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from flowroll.errors import NotFoundError
 from flowroll.serving.errors import COMMON_RESPONSES, WORK_RESPONSES
+from flowroll.serving.forms import FORM
 from flowroll.serving.negotiation import choose_media_type
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_request
@@ -23,7 +24,7 @@ from flowroll.serving.state import AppState
 from flowroll.types import GeneratedImage
 from flowroll.wire.codec import JSON
 from flowroll.wire.png import encode_png
-from flowroll.wire.schema import ImagesRequest
+from flowroll.wire.schema import ImageEditsRequest, ImagesRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ class Base64Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagesObject:
-    """Answer of POST /v1/images/generations.
+    """Answer of POST /v1/images/generations and /v1/images/edits.
 
     Attributes:
         created: Unix time, seconds.
@@ -101,8 +102,24 @@ def build_router(state: AppState) -> APIRouter:
         openapi_extra=request_body(ImagesRequest),
     )
     async def generate_images(request: Request) -> Response:
+        return await answer(request, ImagesRequest)
+
+    @router.post(
+        "/images/edits",
+        summary="Edit images, OpenAI style",
+        response_class=Response,
+        responses={
+            **WORK_RESPONSES,
+            200: {"model": ImagesObject, "description": "The images as base64 PNG"},
+        },
+        openapi_extra=request_body(ImageEditsRequest, FORM),
+    )
+    async def edit_images(request: Request) -> Response:
+        return await answer(request, ImageEditsRequest)
+
+    async def answer(request: Request, kind: type[ImagesRequest] | type[ImageEditsRequest]) -> Response:
         choose_media_type(request.headers, [JSON])
-        accepted, plan = await accept_request(request, state, ImagesRequest)
+        accepted, plan = await accept_request(request, state, kind)
         if accepted.model not in (None, served.id, info.model):
             raise NotFoundError(f"model must be {served.id}, got {accepted.model[:80]!r}; leave it out.", field="model")
         images = await state.generate(request, plan)

@@ -58,6 +58,7 @@ class ServerInfo:
         adapter_limits: How many LoRA adapters there may be.
         defaults: What a request leaves open.
         pixel_unit: Height and width must be multiples of this.
+        max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code shapes the bits.
         wire_format: Answer to Accept: */*.
         wire_dialect: Names in the answer where the request does not choose.
@@ -88,6 +89,7 @@ class ServerInfo:
     adapter_limits: AdapterLimits
     defaults: Defaults
     pixel_unit: int
+    max_images: int
     versions: Mapping[str, str]
     wire_format: WireFormat
     wire_dialect: Dialect
