@@ -24,6 +24,7 @@ SOURCES = ("*.md", "docs/**/*.md", "benchmarks/results/*.md", "examples/*.md")
 # What is written into a page in place of this comment.
 _GENERATED: Mapping[str, Callable[[], str]] = {"http": http_reference}
 _MARK = "<!-- generated: {name} -->"
+_STYLE = ROOT / "docs" / "site.css"
 _FENCE = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)")
@@ -43,6 +44,7 @@ def main() -> None:
 def collect(folder: Path) -> None:
     """Copies every page, and every file that one links to, to the folder; the folder's old content is removed."""
     shutil.rmtree(folder, ignore_errors=True)
+    _copy(_STYLE, folder)
     for source in sources():
         text = source.read_text(encoding="utf-8")
         for target, _ in links(text):
