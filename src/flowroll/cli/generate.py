@@ -17,7 +17,7 @@ from flowroll.types.prompts import ALL_PROMPT_TENSORS, EMBEDS
 
 
 # The weights of this command are those that it loads.
-@partial(with_sampling_flags, without={"min_weight_version", "lora_name", "policy"})
+@partial(with_sampling_flags, without={"min_weight_version", "lora_name", "policy"}, defaults={"rollout": False})
 def generate(
     model: Model,
     given: dict[str, Any],
