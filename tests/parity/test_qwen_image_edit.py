@@ -17,12 +17,14 @@ from tests.processors import load_without_torchvision
 from torch import Tensor
 
 from flowroll import replay
+from flowroll.cli.verify import encoded_again
 from flowroll.engine import Engine
 from flowroll.errors import EngineError, InvalidRequestError, UnsupportedModelError
 from flowroll.families import FAMILIES
 from flowroll.families.alignment import align_weights
 from flowroll.testing import make_checkpoint
 from flowroll.testing.parts import fill_vae
+from flowroll.types import env_digests
 from flowroll.wire.dialects import env_from_wire, env_to_wire
 
 FAMILY = FAMILIES["qwen_image_edit"]
@@ -207,6 +209,17 @@ def test_the_environment_and_the_record_have_the_images(engine: EngineOf, pipeli
     # Another image, another environment.
     (other,) = engine("plus", "float32").rollout(**REQUEST, **EVERYTHING, images=THREE[::-1], seed=7)
     assert other.sampling.pos_cond_sha256 != record.pos_cond_sha256
+
+
+def test_prompts_are_encoded_again_where_the_files_are_at_hand(engine: EngineOf) -> None:
+    one = engine("plus", "float32")
+    (rollout,) = one.rollout(**REQUEST, **GUIDED, **EVERYTHING, images=THREE[:2], seed=7)
+    files = {hashlib.sha256(file).hexdigest(): file for file in THREE}
+    again = encoded_again(one._model, one._pipeline, rollout, files)
+    assert again is not None and rollout.denoising_env is not None
+    assert env_digests(again) == env_digests(rollout.denoising_env)
+    del files[hashlib.sha256(THREE[1]).hexdigest()]
+    assert encoded_again(one._model, one._pipeline, rollout, files) is None
 
 
 def test_sglangs_names(engine: EngineOf) -> None:
