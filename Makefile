@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test proofs check bench clean
+.PHONY: setup demo test proofs check bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make proofs the long tests: every row of every table, soak, that training learns and what it cannot learn from"
 	@echo "make check  format, lint, types, layers"
+	@echo "make docs   the documentation site, with strict links, in build/site"
 	@echo "make bench  speed, side by side with diffusers; results in benchmarks/results/"
 
 setup: $(VENV)/.installed
@@ -40,5 +41,8 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.run
 
+docs: setup
+	$(BIN)/python -m tools.docs
+
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-out .pytest_cache .mypy_cache .ruff_cache

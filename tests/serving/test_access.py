@@ -13,6 +13,8 @@ from tests.serving.test_openapi import ROUTES
 
 from flowroll.engine.service import EngineService, InProcessEngine
 from flowroll.serving import ServerConfig, create_app
+from flowroll.serving.middleware import OPEN_PATHS
+from flowroll.serving.routers.docs import ASSETS
 
 KEY = "s3cret"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "FROB")
@@ -24,15 +26,27 @@ def guarded(service: EngineService) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_every_route_of_the_app_but_liveness_is_closed_whatever_the_method(
+def test_every_route_of_the_app_but_liveness_and_the_empty_page_is_closed_whatever_the_method(
     service: EngineService, guarded: httpx.Client
 ) -> None:
     """The app itself is walked, so that a route that the document leaves out is found too."""
     app = create_app(InProcessEngine(service), ServerConfig(model="x", api_key=KEY))
     paths = {path for path, _ in routes(app.routes)}
-    assert {*ROUTES, "/openapi.json"} == paths
+    assert {*ROUTES, "/openapi.json", *OPEN_PATHS} == paths
     before = service.status().counts.accepted
-    for path in (*sorted(paths - {"/liveness"}), "/nope", "/liveness/", "/liveness/../health", "//liveness", "/LIVENESS", "/"):
+    assert OPEN_PATHS - {"/liveness"} == {"/docs", *(f"/docs/{name}" for name in ASSETS)}
+    for path in (
+        *sorted(paths - OPEN_PATHS),
+        "/nope",
+        "/docs/",
+        "/docs/nope",
+        "/DOCS",
+        "/liveness/",
+        "/liveness/../health",
+        "//liveness",
+        "/LIVENESS",
+        "/",
+    ):
         for method in METHODS:
             answer = guarded.request(method, path, json=SMALL if method == "POST" else None)
             assert answer.status_code == 401, (method, path)

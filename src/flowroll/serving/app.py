@@ -14,11 +14,12 @@ from flowroll.errors import FlowrollError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
-from flowroll.serving.openapi import install_openapi
+from flowroll.serving.openapi import DESCRIPTION, TAGS, install_openapi
 from flowroll.serving.origins import OriginGuard
 from flowroll.serving.routers import (
     adapters,
     control,
+    docs,
     generate,
     health,
     memory,
@@ -57,8 +58,9 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         lifespan=lifespan,
         title="flowroll",
         version=__version__,
-        description="Rollouts of flow-matching text-to-image models for RL post-training.",
-        # Their pages load scripts from elsewhere; the document is at /openapi.json.
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        # Their pages load scripts from elsewhere; `routers/docs.py` has ours.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -81,6 +83,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         health,
         server_info,
         metrics,
+        docs,
     ):
         app.include_router(group.build_router(state))
     install_error_handlers(app)

@@ -31,7 +31,8 @@ from flowroll.serving.unsent import HeldAnswer
 REQUEST_ID_HEADER = "x-request-id"
 # It holds milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
 TIMING_HEADER = "x-flowroll-timing"
-OPEN_PATHS = frozenset({"/liveness"})
+# The page at /docs and its scripts are the same for every server; the document that they show is guarded.
+OPEN_PATHS = frozenset({"/liveness", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"})
 
 _log = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499

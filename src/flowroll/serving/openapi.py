@@ -9,12 +9,14 @@ from typing import Any, get_args
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from flowroll.serving.middleware import OPEN_PATHS
-from flowroll.serving.negotiation import PNG
+from flowroll.logs import POLLED
+from flowroll.serving.middleware import OPEN_PATHS, REQUEST_ID_HEADER, TIMING_HEADER
+from flowroll.serving.negotiation import DEADLINE_HEADER, DIALECT_HEADER, PNG
 from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.describe import REF, components
 from flowroll.wire.fields import Request
 from flowroll.wire.messages import (
+    Dialect,
     SentEnv,
     WireEnv,
     WireImage,
@@ -28,6 +30,7 @@ from flowroll.wire.messages import (
     WireTensor,
     WireTrajectory,
 )
+from flowroll.wire.names import ROLLOUT_ROUTE
 from flowroll.wire.schema import ExtraGenerateParams, ExtraSamplingParams
 
 # The contents that are no JSON.
@@ -37,6 +40,68 @@ MSGPACK_CONTENT: dict[str, Any] = {
 PNG_CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
 _SAFETENSORS = {"type": "string", "format": "binary", "description": "A safetensors file: tensors by their names."}
 _Tensor = WireTensor[str]
+
+DESCRIPTION = """Rollouts of flow-matching text-to-image models for RL post-training.
+
+**Tensors** in an answer are objects: `shape`, `dtype`, and in `data` a safetensors file with the one key `t`. It is base64 text
+in `application/json` and raw bytes in `application/msgpack`, which `Accept: application/msgpack` chooses.
+
+**Errors** have a status and the body `{"error": {"code", "message", "field"}}`. The message names the field, the rule, the
+value and what to do. A request is checked in full before any model work.
+"""
+TAGS: list[dict[str, str]] = [
+    {"name": "rollout", "description": "Rollouts, and the log-probs of recorded steps under the present weights."},
+    {"name": "images", "description": "Plain text-to-image, with the bits of the diffusers pipeline."},
+    {"name": "openai", "description": "The routes that clients of OpenAI's image API call."},
+    {"name": "weights", "description": "New weights, adapters, policies, checksums, and the memory of the weights."},
+    {"name": "control", "description": "Aborting, pausing and continuing requests."},
+    {
+        "name": "health",
+        "description": "Whether the process lives, takes requests and generates. All answer during a generation.",
+    },
+    {"name": "status", "description": "What is served, and Prometheus metrics."},
+]
+# An answer that only the routes have whose requests the engine works on.
+_CANCELLED = "499"
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    "Dialect": {
+        "name": DIALECT_HEADER,
+        "in": "header",
+        "description": "The names that the answer uses. Left out: those of the server's --wire-dialect.",
+        "schema": {"type": "string", "enum": list(get_args(Dialect))},
+    },
+    "Deadline": {
+        "name": DEADLINE_HEADER,
+        "in": "header",
+        "description": "Seconds from the acceptance of the request after which it is given up with a 408. Left out: never.",
+        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "example": 120,
+    },
+    "Trace": {
+        "name": "traceparent",
+        "in": "header",
+        "description": "The W3C trace context that the server's span of this request continues.",
+        "schema": {"type": "string"},
+        "example": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    },
+}
+_HEADERS: dict[str, dict[str, Any]] = {
+    "RequestId": {
+        "description": "The id of the request: its own `request_id`, or one that the server made. Every log line has it.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "Timing": {
+        "description": "Milliseconds by stage, such as `queue;dur=0.1, encode;dur=8.2, denoise;dur=95.0, decode;dur=4.1`.",
+        "schema": {"type": "string"},
+    },
+    "RetryAfter": {
+        "description": "Seconds after which the server expects to have room for this request.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "Challenge": {"description": "The scheme of the token.", "required": True, "schema": {"const": "Bearer"}},
+}
 
 
 def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
@@ -76,12 +141,35 @@ def install_openapi(app: FastAPI, *, needs_token: bool) -> None:
     of_steps = (WireTrajectory, WireStepTensors, WireStepImages)
     tensors = (WireSample, WireEnv, *of_steps, WireImage, WireScoreAnswer, WireSampleScores)
     described |= components((kind[_Tensor] for kind in tensors), is_answer=True)
+    _describe_headers(document)
     if needs_token:
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        description = "The server's --api-key, as `Authorization: Bearer KEY`."
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "description": description}}
         document["security"] = [{"token": []}]
-        for path in OPEN_PATHS:
+        for path in OPEN_PATHS & document["paths"].keys():
             for operation in document["paths"][path].values():
                 operation["security"] = []
+
+
+def _describe_headers(document: dict[str, Any]) -> None:
+    """Adds the headers that requests may carry, and those that each answer has."""
+    document["components"] |= {"parameters": _PARAMETERS, "headers": _HEADERS}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            is_work = _CANCELLED in operation["responses"]
+            found = {"Dialect": path == ROLLOUT_ROUTE, "Deadline": is_work, "Trace": path not in POLLED}
+            taken = [name for name, is_taken in found.items() if is_taken]
+            operation.setdefault("parameters", []).extend({"$ref": f"#/components/parameters/{name}"} for name in taken)
+            for status, response in operation["responses"].items():
+                names = {REQUEST_ID_HEADER: "RequestId"}
+                if status == "200" and is_work:
+                    names[TIMING_HEADER] = "Timing"
+                if status == "429":
+                    names["Retry-After"] = "RetryAfter"
+                if status == "401":
+                    names["WWW-Authenticate"] = "Challenge"
+                shown = {header: {"$ref": f"#/components/headers/{name}"} for header, name in names.items()}
+                response["headers"] = response.get("headers", {}) | shown
 
 
 def _ref(kind: type) -> dict[str, str]:

@@ -18,6 +18,7 @@ from flowroll.wire.png import encode_png
 from flowroll.wire.schema import GenerateRequest
 
 SEED_HEADER = "x-flowroll-seed"
+_SEED = {"description": f"The seed of the picture, where the answer is {PNG}.", "schema": {"type": "integer"}}
 
 
 def build_router(state: AppState) -> APIRouter:
@@ -31,7 +32,8 @@ def build_router(state: AppState) -> APIRouter:
         response_class=Response,
         responses={
             **WORK_RESPONSES,
-            200: tensor_answer(WireImage, "One object per image, or the one image", is_list=True, **PNG_CONTENT),
+            200: tensor_answer(WireImage, "One object per image, or the one image", is_list=True, **PNG_CONTENT)
+            | {"headers": {SEED_HEADER: _SEED}},
         },
         openapi_extra=request_body(GenerateRequest, **MSGPACK_CONTENT),
     )

@@ -1,0 +1,1 @@
+"""What builds the documentation: the site, the HTTP reference, the memory table."""
