@@ -49,12 +49,19 @@ def test_the_command_line_writes_the_same_samples_and_verifies_them(
     case = cases(layout="single", family=family, dtype=dtype, company="!alone")[0]
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text(case.request["prompt"] + "\n")
-    flags = [flag for name, value in case.request.items() if name != "prompt" for flag in _flag(name, value)]
-    result = run_cli("rollout", "--url", server_of(family, case.dtype), "--prompts", prompts, "--out", out, *flags)
+    images = [flag for number, file in enumerate(case.request.get("images", ())) for flag in _file(tmp_path, number, file)]
+    flags = [flag for name, value in case.request.items() if name not in ("prompt", "images") for flag in _flag(name, value)]
+    result = run_cli("rollout", "--url", server_of(family, case.dtype), "--prompts", prompts, "--out", out, *flags, *images)
     assert result.exit_code == 0, result.output
     assert_same_samples(load_rollouts(out), alone_of(family, case.dtype, case.request))
-    verified = run_cli("verify", out, "--model", checkpoints[family], "--device", device)
+    verified = run_cli("verify", out, "--model", checkpoints[family], "--device", device, *images)
     assert verified.exit_code == 0, verified.output
+
+
+def _file(folder: Path, number: int, file: bytes) -> tuple[str, ...]:
+    path = folder / f"image-{number}"
+    path.write_bytes(file)
+    return "--images", str(path)
 
 
 def _flag(name: str, value: object) -> tuple[str, ...]:
