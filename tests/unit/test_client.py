@@ -32,6 +32,7 @@ from flowroll.errors import (
     UnauthorizedError,
 )
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions, WeightUpdate
+from flowroll.types.params import TENSORS
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.validation import parse_msgpack_body
@@ -147,21 +148,28 @@ def test_large_tensors_of_an_answer_are_writable() -> None:
 @pytest.mark.parametrize(
     ("values", "body"),
     [
-        ({"prompt": ""}, {"prompt": ""}),
-        ({"prompt": "x", "rollout": True}, {"prompt": "x", "rollout": True}),
-        ({"prompt": "x", "seed": None}, {"prompt": "x", "seed": None}),
+        ({"prompt": ""}, {"prompt": "", "rollout_debug_mode": False}),
+        ({"prompt": "x", "rollout": False}, {"prompt": "x", "rollout": False, "rollout_debug_mode": False}),
+        ({"prompt": "x", "seed": None}, {"prompt": "x", "seed": None, "rollout_debug_mode": False}),
         (
             {"prompt": "x", "sde_type": "cps", "noise_level": 0.5, "sde_step_indices": [0, 1]},
-            {"prompt": "x", "rollout_sde_type": "cps", "rollout_noise_level": 0.5, "rollout_sde_step_indices": [0, 1]},
+            {
+                "prompt": "x",
+                "rollout_debug_mode": False,
+                "rollout_sde_type": "cps",
+                "rollout_noise_level": 0.5,
+                "rollout_sde_step_indices": [0, 1],
+            },
         ),
         (
-            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": False},
-            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": False},
+            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": True},
+            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": True},
         ),
         (
             {"prompt": "x", "sigmas": (1.0, 0.5, 0.0), "seeds": [3, 4], "request_id": "r"},
             {
                 "prompt": "x",
+                "rollout_debug_mode": False,
                 "extra_sampling_params": {"sigmas": [1.0, 0.5, 0.0]},
                 "seeds": [3, 4],
                 "request_id": "r",
@@ -169,7 +177,7 @@ def test_large_tensors_of_an_answer_are_writable() -> None:
         ),
     ],
 )
-def test_only_what_was_given_is_sent_and_by_its_wire_name(kind: str, values: Any, body: Any) -> None:
+def test_what_was_given_is_sent_by_its_wire_name_and_always_the_debug_mode(kind: str, values: Any, body: Any) -> None:
     assert json.loads(sent_by(kind, "rollout", **values).content) == body
 
 
@@ -213,7 +221,7 @@ FULL_ROLLOUT = {
     "sde_type": "cps",
     "noise_level": 0.25,
     "log_prob_no_const": True,
-    "debug_mode": False,
+    "debug_mode": True,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
     "return_step_indices": (2,),
@@ -232,7 +240,7 @@ STEPS = {
 @pytest.mark.parametrize("positional", [True, False])
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
     # Other forms of what is sent here, and what goes with a tensor.
-    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", "latents", "start_step", "guidance_scales"}
+    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", *TENSORS, "start_step", "guidance_scales"}
     others |= {"images"}
     assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS - others
     assert {*FULL, *ROLLOUT_FIELDS, *others} == set(SamplingParams.__dataclass_fields__)
@@ -248,7 +256,8 @@ def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(posit
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wire_format", ["json", "msgpack"])
 def test_latents_are_sent_in_the_clients_format(kind: str, wire_format: Any) -> None:
-    params = SamplingParams(prompt="a cat", latents=torch.randn(4, 8).to(torch.bfloat16), start_step=2, sigmas=(1.0, 0.5, 0.0))
+    embeds = {"prompt_embeds": torch.randn(2, 3), "prompt_embeds_mask": torch.tensor([True, False])}
+    params = SamplingParams(**embeds, latents=torch.randn(4, 8).to(torch.bfloat16), start_step=2, sigmas=(1.0, 0.5, 0.0))
     request = sent_by(kind, "rollout", params, options={"wire_format": wire_format})
     assert request.headers["content-type"] == f"application/{wire_format}"
     sent = (
