@@ -24,11 +24,12 @@ from examples.server import exit_on_sigterm, running_server
 from flowroll import Rollout, SamplingParams
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
-from flowroll.cli.output import add_row, format_bytes, num_bytes, plain_table, save_png, shape_of
+from flowroll.cli.output import add_row, num_bytes, plain_table, save_png, shape_of
 from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.cli.prompts import read_prompts
 from flowroll.client import Client
 from flowroll.engine import Engine
+from flowroll.types.shown import format_bytes
 from flowroll.wire.files import save_rollout
 
 _FAMILIES = SHAPES_FAMILIES

@@ -84,7 +84,7 @@ def few_steps(engine: Engine, prompt: str, seeds: Sequence[int], keep: int) -> F
 def stop_early(engine: Engine, prompt: str, seeds: Sequence[int], keep: int) -> Found:
     """Scouts that are the first steps of the full run; the chosen states go on with the noise that they would have had."""
     before = engine.scheduler.load().steps
-    scouts = engine.rollout(prompt, seeds=seeds, num_inference_steps=_STEPS, stop_step=_SCOUT_STEPS, **_FULL)
+    scouts = engine.rollout(prompt, seeds=seeds, num_inference_steps=_STEPS, stop_step=_SCOUT_STEPS, debug_mode=True, **_FULL)
     rewards = [_preview(engine, scout, prompt) for scout in scouts]
     chosen = _best(seeds, rewards, keep)
     states = torch.stack([scout.latents for seed, scout in zip(seeds, scouts, strict=True) if seed in chosen])
@@ -94,7 +94,7 @@ def stop_early(engine: Engine, prompt: str, seeds: Sequence[int], keep: int) -> 
     return _found(engine, prompt, rewards, chosen, rollouts, before)
 
 
-# What a trainer replays. The debug tensors have the velocity from which the scouts' pictures are predicted.
+# What a trainer replays. The debug tensors of scouts have the velocity from which their pictures are predicted.
 _FULL: dict[str, Any] = {"sde_type": "sde", "return_denoising_env": True, "return_dit_trajectory": True}
 
 

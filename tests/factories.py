@@ -166,8 +166,8 @@ def assert_same_answer(a: Any, b: Any, at: str = "answer") -> None:
         assert isinstance(b, dict) and a.keys() == b.keys(), at
         for key in a:
             assert_same_answer(a[key], b[key], f"{at}.{key}")
-    elif isinstance(a, list):
-        assert isinstance(b, list) and len(a) == len(b), at
+    elif isinstance(a, list | tuple):
+        assert type(a) is type(b) and len(a) == len(b), at
         for index, (left, right) in enumerate(zip(a, b, strict=True)):
             assert_same_answer(left, right, f"{at}[{index}]")
     else:

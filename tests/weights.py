@@ -19,6 +19,7 @@ REQUEST: dict[str, Any] = {
     "num_inference_steps": 2,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
+    "debug_mode": True,
 }
 
 

@@ -20,7 +20,7 @@ REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width":
 def test_recorded_steps_are_scored_on_every_layout_with_the_bits_that_were_recorded(
     checkpoints: dict[str, Path], family: str, layout: Layout
 ) -> None:
-    request = guided(family, 3.0, **REQUEST, return_denoising_env=True, return_dit_trajectory=True)
+    request = guided(family, 3.0, **REQUEST, return_denoising_env=True, return_dit_trajectory=True, debug_mode=True)
     with PicturedEngine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
         rollouts = engine.rollout(**request, sde_step_indices=(1,), num_outputs_per_prompt=2)
         keys = engine._peers._store.num_keys()

@@ -23,6 +23,7 @@ REQUEST: dict[str, Any] = {
     "num_inference_steps": 4,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
+    "debug_mode": True,
 }
 # With guidance, without, with more, and at the scale from which on some pipelines guide.
 SCALES = (3.0, 0.0, 6.5, 1.0)

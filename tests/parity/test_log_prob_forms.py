@@ -25,6 +25,7 @@ REQUEST: dict[str, Any] = {
     "noise_level": 0.6,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
+    "debug_mode": True,
 }
 FORMS = (
     LogProbForm(reduce="sum"),

@@ -17,12 +17,14 @@ from tests.processors import load_without_torchvision
 from torch import Tensor
 
 from flowroll import replay
+from flowroll.cli.verify import encoded_again
 from flowroll.engine import Engine
 from flowroll.errors import EngineError, InvalidRequestError, UnsupportedModelError
 from flowroll.families import FAMILIES
 from flowroll.families.alignment import align_weights
 from flowroll.testing import make_checkpoint
 from flowroll.testing.parts import fill_vae
+from flowroll.types import Layout, env_digests
 from flowroll.wire.dialects import env_from_wire, env_to_wire
 
 FAMILY = FAMILIES["qwen_image_edit"]
@@ -107,10 +109,10 @@ CASES: dict[str, tuple[str, str, tuple[bytes, ...], dict[str, Any]]] = {
     "a long prompt": ("plus", "float32", ONE, {"prompt": "a red cup " * 200}),
     "a scale without a negative prompt": ("plus", "float32", ONE, {"true_cfg_scale": 4.0}),
 }
-SLOW = pytest.mark.slow
+FIRST = ("three images", "one image", "the pipeline for one image in bfloat16", "reference images as clean in bfloat16")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] if at > 5 else []) for at, name in enumerate(CASES)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CASES])
 def test_every_sample_has_the_bits_of_its_pipeline(engine: EngineOf, pipeline: PipelineOf, name: str) -> None:
     kind, dtype, files, asked = CASES[name]
     request = {**REQUEST, **asked}
@@ -186,6 +188,19 @@ def test_replay_has_the_images(
     assert torch.equal(torch.stack([one.log_probs for one in alone if one.log_probs is not None]), recorded)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["sp2", "sp3", "cfg2", "tp2"])
+def test_ranks_share_the_rows_of_reference_images_that_are_taken_as_clean(
+    engine: EngineOf, folders: Callable[[str], Path], layout: str
+) -> None:
+    request = {**REQUEST, **GUIDED, "images": THREE[:2], "seed": 7, "num_inference_steps": 2, "num_outputs_per_prompt": 2}
+    alone = engine("clean", "float32").rollout(**request)
+    with Engine(folders("clean"), dtype="float32", device="cpu", layout=Layout.parse(layout), rank_timeout_s=120.0) as ranks:
+        found = ranks.rollout(**request)
+    for one, other in zip(found, alone, strict=True):
+        assert torch.equal(one.log_probs, other.log_probs) and torch.equal(one.image, other.image)
+
+
 def test_the_environment_and_the_record_have_the_images(engine: EngineOf, pipeline: PipelineOf) -> None:
     (rollout,) = engine("plus", "float32").rollout(**REQUEST, **EVERYTHING, images=THREE, seed=7)
     env, record, model = rollout.denoising_env, rollout.sampling, pipeline("plus", "float32")
@@ -207,6 +222,17 @@ def test_the_environment_and_the_record_have_the_images(engine: EngineOf, pipeli
     # Another image, another environment.
     (other,) = engine("plus", "float32").rollout(**REQUEST, **EVERYTHING, images=THREE[::-1], seed=7)
     assert other.sampling.pos_cond_sha256 != record.pos_cond_sha256
+
+
+def test_prompts_are_encoded_again_where_the_files_are_at_hand(engine: EngineOf) -> None:
+    one = engine("plus", "float32")
+    (rollout,) = one.rollout(**REQUEST, **GUIDED, **EVERYTHING, images=THREE[:2], seed=7)
+    files = {hashlib.sha256(file).hexdigest(): file for file in THREE}
+    again = encoded_again(one._model, one._pipeline, rollout, files)
+    assert again is not None and rollout.denoising_env is not None
+    assert env_digests(again) == env_digests(rollout.denoising_env)
+    del files[hashlib.sha256(THREE[1]).hexdigest()]
+    assert encoded_again(one._model, one._pipeline, rollout, files) is None
 
 
 def test_sglangs_names(engine: EngineOf) -> None:

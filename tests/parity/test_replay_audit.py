@@ -25,6 +25,7 @@ REQUEST = {
     "seed": 5,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
+    "debug_mode": True,
 }
 
 

@@ -21,6 +21,7 @@ REQUEST = {
     "guidance_scale": 4.0,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
+    "debug_mode": True,
 }
 
 
@@ -44,7 +45,7 @@ def test_the_last_state_and_the_env_are_enough(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any]
 ) -> None:
     engine, transformer = engine_of("z_image", "float32"), pipeline_of("z_image", "float32").transformer
-    rollout = engine.rollout(**REQUEST, sde_type="ode", debug_mode=False, return_step_indices=(3,))[0]
+    rollout = engine.rollout(**{**REQUEST, "debug_mode": False}, sde_type="ode", return_step_indices=(3,))[0]
     assert rollout.dit_trajectory is not None
     clean = rollout.dit_trajectory.latents[-1]
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,7 @@ NAMES = {"velocity": "model_output", "mean": "prev_sample_mean", "std": "noise_s
 @pytest.mark.parametrize(("name", "dtype"), FAMILY_WITH_DTYPE)
 def test_fields_are_rows_of_the_debug_tensors_and_x0_follows_from_them(engine_of: EngineOf, name: str, dtype: str) -> None:
     engine = engine_of(name, dtype)
-    (whole,) = engine.rollout(**REQUEST, return_dit_trajectory=True)
+    (whole,) = engine.rollout(**REQUEST, return_dit_trajectory=True, debug_mode=True)
     (chosen,) = engine.rollout(
         **REQUEST, return_fields=("x0", *NAMES), return_step_indices=(3, 2, 0), debug_mode=False, decode_step_indices=(2, 1)
     )

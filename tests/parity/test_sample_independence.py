@@ -48,7 +48,7 @@ def test_the_noise_of_a_step_depends_on_seed_and_step_alone(
     engine_of: Callable[[str, str], Engine], family: str, generator_device: GeneratorDevice
 ) -> None:
     engine = engine_of(family, "float32")
-    request = {**REQUEST, "seed": 5, "generator_device": generator_device}
+    request = {**REQUEST, "seed": 5, "generator_device": generator_device, "debug_mode": True}
     full = engine.rollout(**request)[0].debug_tensors
     window = engine.rollout(**request, sde_step_indices=(2,))[0].debug_tensors
     drawn_on = engine.info.device if generator_device == "cuda" else "cpu"

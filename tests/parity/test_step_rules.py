@@ -22,6 +22,7 @@ REQUEST = {
     "seed": 3,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
+    "debug_mode": True,
 }
 EngineOf = Callable[[str, str], Engine]
 ODE, SDE = {"dynamics": "ode"}, {}

@@ -13,8 +13,8 @@ from tests.proofs.conftest import AloneOf, ServerOf
 from tests.proofs.doors import assert_same_samples, num_shared_steps, served, together
 from tests.unit.cli.invoking import run_cli
 
+from flowroll import load_rollouts
 from flowroll.client import Client
-from flowroll.wire.files import load_rollout
 
 # Requests that can share every forward on a server of two ranks.
 ON_RANKS = next(case for case in cases(layout="single", family="z_image", dtype="float32", company="alike"))
@@ -49,13 +49,19 @@ def test_the_command_line_writes_the_same_samples_and_verifies_them(
     case = cases(layout="single", family=family, dtype=dtype, company="!alone")[0]
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text(case.request["prompt"] + "\n")
-    flags = [flag for name, value in case.request.items() if name != "prompt" for flag in _flag(name, value)]
-    result = run_cli("rollout", "--url", server_of(family, case.dtype), "--prompts", prompts, "--out", out, *flags)
+    images = [flag for number, file in enumerate(case.request.get("images", ())) for flag in _file(tmp_path, number, file)]
+    flags = [flag for name, value in case.request.items() if name not in ("prompt", "images") for flag in _flag(name, value)]
+    result = run_cli("rollout", "--url", server_of(family, case.dtype), "--prompts", prompts, "--out", out, *flags, *images)
     assert result.exit_code == 0, result.output
-    files = sorted(out.iterdir())
-    assert_same_samples([load_rollout(file) for file in files], alone_of(family, case.dtype, case.request))
-    verified = run_cli("verify", *files, "--model", checkpoints[family], "--device", device)
+    assert_same_samples(load_rollouts(out), alone_of(family, case.dtype, case.request))
+    verified = run_cli("verify", out, "--model", checkpoints[family], "--device", device, *images)
     assert verified.exit_code == 0, verified.output
+
+
+def _file(folder: Path, number: int, file: bytes) -> tuple[str, ...]:
+    path = folder / f"image-{number}"
+    path.write_bytes(file)
+    return "--images", str(path)
 
 
 def _flag(name: str, value: object) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.guiding import in_words_of, in_words_of_pipeline
+from tests.guiding import in_words_of, in_words_of_pipeline, pictured
 from tests.pairs import pairs
 from tests.proofs.cases import DTYPES, FAMILIES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf
@@ -70,7 +70,7 @@ def test_pictures_of_default_requests_are_the_pipelines_bits(
     """What a request leaves open is the family's; the pipeline is given the values that the engine says it has."""
     engine = engine_of(family, dtype)
     defaults = engine.info.defaults
-    request = {"prompt": PROMPTS[0], "seed": 11, "height": 64, "width": 96}
+    request = pictured(family, {"prompt": PROMPTS[0], "seed": 11, "height": 64, "width": 96})
     names = ("num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale")
     filled = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
     expected = pipeline_output(pipeline_of(family, dtype), "pt", {**request, **filled}).float()

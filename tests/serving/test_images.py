@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,10 +17,14 @@ from tests.guiding import image_file
 from tests.serving.servers import error_of, serving
 from tests.serving.test_image_routes import eight_bit, pixels
 
+from flowroll import SamplingParams
 from flowroll.client import Client
 from flowroll.engine import Engine, Limits
 from flowroll.engine.service import EngineService
+from flowroll.serving.forms import parse_form_body
 from flowroll.testing import make_checkpoint
+from flowroll.wire.messages import IMAGE_EXAMPLE
+from flowroll.wire.schema import ImageEditsRequest, parse
 
 FILES = (image_file(40, 60), image_file(60, 40, seed=1, kind="JPEG"))
 SMALL: dict[str, Any] = {"prompt": "a red fox in snow", "seed": 7, "height": 32, "width": 64, "num_inference_steps": 1}
@@ -167,6 +172,26 @@ def test_text_of_a_form_stands_for_numbers_and_booleans(server: httpx.Client, se
     (expected,) = service.engine.generate(**asked, images=FILES[:1])
     found = pixels(base64.b64decode(answer.json()["data"][0]["b64_json"]))
     assert torch.equal(found, eight_bit(expected.image))
+
+
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "openai_edits.json").read_text())
+PIXEL = base64.b64decode(IMAGE_EXAMPLE)
+ASKED: list[dict[str, Any]] = [
+    {"prompt": "make it a red fox 🦊", "images": (PIXEL,), "num_outputs_per_prompt": 1},
+    {"prompt": "a red fox", "images": (PIXEL, PIXEL), "guidance_scale": 2.5, "negative_prompt": "blurry"},
+]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_openais_package_sends_is_understood(server: httpx.Client, number: int) -> None:
+    sent, asked = RECORDED[number], ASKED[number]
+    body, headers = base64.b64decode(sent["body"]), {"content-type": sent["content_type"]}
+    found = parse(ImageEditsRequest, parse_form_body(body, sent["content_type"], ImageEditsRequest, "image")).to_params()
+    size = {"width": 64, "height": 32, "num_inference_steps": 1, "seed": 7}
+    assert found == SamplingParams(**asked, **size, rollout=False)
+    assert sent["path"] == ROUTE
+    if number == 0:
+        assert server.post(ROUTE, content=body, headers=headers).json()["data"]
 
 
 GOOD: Parts = [("image", ("a.png", FILES[0], "image/png"))]

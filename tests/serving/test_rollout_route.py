@@ -43,6 +43,7 @@ EXPECTED = SamplingParams(
     return_step_indices=(0, 3),
     return_denoising_env=True,
     return_dit_trajectory=True,
+    debug_mode=True,
 )
 
 
@@ -79,7 +80,7 @@ def test_chosen_fields_and_pictures_of_steps_travel(z_service: EngineService, me
     asked: Any = {"return_fields": ["x0", "std"], "decode_step_indices": [1], "image_format": "png"}
     with serving(z_service) as client:
         (received,) = decoded(post(client, {**SMALL, **asked}, accept=media_type))
-    (ours,) = z_service.engine.rollout(SamplingParams(**SMALL, **asked))
+    (ours,) = z_service.engine.rollout(SamplingParams(**SMALL, **asked, debug_mode=True))
     assert_same_answer(ours.step_tensors, received.step_tensors)
     assert_same_answer(ours.step_images, received.step_images)
     save_rollout(tmp_path / "one", received)
@@ -93,7 +94,7 @@ def test_token_ids_travel_and_have_the_bits_of_their_text(z_service: EngineServi
     ids = [tokenizer(text).input_ids]
     body = {name: value for name, value in SMALL.items() if name != "prompt"}
     with serving(z_service) as client:
-        (by_text,) = decoded(post(client, {**SMALL, "rollout_return_denoising_env": True}))
+        (by_text,) = decoded(post(client, {**SMALL, "rollout_return_denoising_env": True, "rollout_debug_mode": False}))
         (by_ids,) = Client(str(client.base_url)).rollout(**body, prompt_token_ids=ids, return_denoising_env=True)
         nothing = post(client, body)
         (image,) = Client(str(client.base_url)).generate(**body, prompt_token_ids=ids)
@@ -107,7 +108,8 @@ def test_token_ids_travel_and_have_the_bits_of_their_text(z_service: EngineServi
 @pytest.mark.parametrize("image_format", ["uint8", "png", "none"])
 def test_every_form_of_the_picture_travels(z_service: EngineService, media_type: str, image_format: Any) -> None:
     with serving(z_service) as client:
-        response = post(client, {**SMALL, "image_format": image_format}, accept=media_type)
+        body = {**SMALL, "image_format": image_format, "rollout_debug_mode": False}
+        response = post(client, body, accept=media_type)
         (named,) = Client(str(client.base_url)).rollout(**SMALL, image_format=image_format)
         refused = client.post("/generate", json={**SMALL, "image_format": image_format})
     (ours,) = z_service.engine.rollout(SamplingParams(**SMALL, image_format=image_format))

@@ -147,21 +147,28 @@ def test_large_tensors_of_an_answer_are_writable() -> None:
 @pytest.mark.parametrize(
     ("values", "body"),
     [
-        ({"prompt": ""}, {"prompt": ""}),
-        ({"prompt": "x", "rollout": True}, {"prompt": "x", "rollout": True}),
-        ({"prompt": "x", "seed": None}, {"prompt": "x", "seed": None}),
+        ({"prompt": ""}, {"prompt": "", "rollout_debug_mode": False}),
+        ({"prompt": "x", "rollout": False}, {"prompt": "x", "rollout": False, "rollout_debug_mode": False}),
+        ({"prompt": "x", "seed": None}, {"prompt": "x", "seed": None, "rollout_debug_mode": False}),
         (
             {"prompt": "x", "sde_type": "cps", "noise_level": 0.5, "sde_step_indices": [0, 1]},
-            {"prompt": "x", "rollout_sde_type": "cps", "rollout_noise_level": 0.5, "rollout_sde_step_indices": [0, 1]},
+            {
+                "prompt": "x",
+                "rollout_debug_mode": False,
+                "rollout_sde_type": "cps",
+                "rollout_noise_level": 0.5,
+                "rollout_sde_step_indices": [0, 1],
+            },
         ),
         (
-            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": False},
-            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": False},
+            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": True},
+            {"prompt": "x", "rollout_sde_type": "dance_sde", "rollout_debug_mode": True},
         ),
         (
             {"prompt": "x", "sigmas": (1.0, 0.5, 0.0), "seeds": [3, 4], "request_id": "r"},
             {
                 "prompt": "x",
+                "rollout_debug_mode": False,
                 "extra_sampling_params": {"sigmas": [1.0, 0.5, 0.0]},
                 "seeds": [3, 4],
                 "request_id": "r",
@@ -169,7 +176,7 @@ def test_large_tensors_of_an_answer_are_writable() -> None:
         ),
     ],
 )
-def test_only_what_was_given_is_sent_and_by_its_wire_name(kind: str, values: Any, body: Any) -> None:
+def test_what_was_given_is_sent_by_its_wire_name_and_always_the_debug_mode(kind: str, values: Any, body: Any) -> None:
     assert json.loads(sent_by(kind, "rollout", **values).content) == body
 
 
@@ -213,7 +220,7 @@ FULL_ROLLOUT = {
     "sde_type": "cps",
     "noise_level": 0.25,
     "log_prob_no_const": True,
-    "debug_mode": False,
+    "debug_mode": True,
     "return_denoising_env": True,
     "return_dit_trajectory": True,
     "return_step_indices": (2,),

@@ -46,6 +46,11 @@ def find_checkpoint(model: str | Path) -> Path:
         CheckpointError: The folder does not exist, or it has no model_index.json.
     """
     folder = resolve(model)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder} must be a diffusers checkpoint folder, got no such folder; check the path, or use one that flowroll "
+            f"ships: {', '.join(SHAPES)}."
+        )
     if not (folder / _INDEX).is_file():
         raise CheckpointError(
             f"{folder} must be a diffusers checkpoint folder, got no {_INDEX}; give the folder that holds {_INDEX}."

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from flowroll import __version__
 from flowroll.errors import FlowrollError
 from flowroll.extras import extra_for, missing_extra
 
-# The plain layout never cuts a flag's name short.
-PLAIN: Mapping[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+# The plain layout never cuts a flag's name short. What is set for the group holds for its commands too.
+PLAIN: Mapping[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +126,17 @@ app = typer.Typer(
 )
 
 
+def _show_version(is_asked: bool) -> bool:
+    if is_asked:
+        typer.echo(f"flowroll {__version__}")
+        raise typer.Exit
+    return is_asked
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
     """Rollout engine for RL post-training of flow-matching text-to-image models."""

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from flowroll.cli.options import ApiKey
-from flowroll.cli.output import add_row, format_bytes, plain_table, print_whole, progress_bar
+from flowroll.cli.options import DEFAULT_URL, ApiKey, Url
+from flowroll.cli.output import add_row, plain_table, print_whole, progress_bar
 from flowroll.cli.prompts import read_prompts
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.dynamics import DYNAMICS
+from flowroll.types.shown import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,10 +33,10 @@ _NO_FLAG = {
 
 def serve(
     given: dict[str, Any],
-    url: Annotated[str, typer.Option(help="URL of the server, e.g. http://127.0.0.1:30000.")],
     prompts: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help='One prompt a line; or .jsonl, objects with a "prompt" key.')
     ],
+    url: Url = DEFAULT_URL,
     rate: Annotated[
         float | None, typer.Option(help="Open loop: requests arrive at this rate per second, as a Poisson process.")
     ] = None,
@@ -75,11 +76,11 @@ def serve(
     Example: flowroll bench serve --url http://127.0.0.1:30000 --prompts prompts.txt --rate 4 --duration-s 60
     --sizes 512x512,768x512 --steps 10,20 --dynamics sde,cps --return-dit-trajectory --json load.json
     """
-    from flowroll.loadgen import Load, Mix, run_load
-
     if json_file is not None and not json_file.parent.is_dir():
         # Checked before the run, whose figures would be lost.
         raise InvalidRequestError(f"--json must lie in a folder that exists, got {json_file}; make the folder.", field="json")
+    from flowroll.loadgen import Load, Mix, run_load
+
     mix = Mix(
         prompts=tuple(read_prompts(prompts)),
         sizes=tuple(_size(item) for item in sizes.split(",")),

@@ -16,8 +16,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flowroll.cli.output import format_bytes
 from flowroll.types import Number
+from flowroll.types.shown import format_bytes
 
 STAGES = {"queue": "yellow", "encode": "blue", "denoise": "cyan", "decode": "magenta", "serialise": "green", "send": "white"}
 # Number of scrapes over which means are taken.

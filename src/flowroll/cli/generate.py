@@ -16,7 +16,7 @@ from flowroll.types import ALIASES, ROLLOUT_FIELDS, GeneratedImage, Rollout, Sam
 
 
 # The weights of this command are those that it loads.
-@partial(with_sampling_flags, without={"min_weight_version", "lora_name", "policy"})
+@partial(with_sampling_flags, without={"min_weight_version", "lora_name", "policy"}, defaults={"rollout": False})
 def generate(
     model: Model,
     given: dict[str, Any],

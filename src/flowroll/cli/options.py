@@ -29,6 +29,8 @@ Dtype: TypeAlias = Annotated[
     typer.Option(help="Dtype of the weights; auto is bfloat16 on CUDA, float32 on the CPU."),
 ]
 Device: TypeAlias = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:N, or auto.")]
+DEFAULT_URL = "http://127.0.0.1:30000"
+Url: TypeAlias = Annotated[str, typer.Option(help="URL of the server.")]
 ApiKey: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Bearer token of the server.", envvar="FLOWROLL_API_KEY", show_envvar=True, show_default=False),

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flowroll.parity.compare import values_of
 from flowroll.types import GeneratedImage, Rollout
+from flowroll.types.pictures import encode_png
+from flowroll.types.shown import format_bytes
 
 # Wider than any path.
 _ANY_WIDTH = 10_000
@@ -23,9 +25,7 @@ _ANY_WIDTH = 10_000
 
 def save_png(image: Tensor | bytes, path: Path) -> None:
     """Writes a picture as an 8-bit PNG, whichever form it has in a rollout."""
-    from flowroll.wire.png import encode_png
-
-    path.write_bytes(image if isinstance(image, bytes) else encode_png(image))
+    path.write_bytes(encode_png(image))
 
 
 def tensors_of(rollout: Rollout) -> list[tuple[str, Tensor]]:
@@ -36,13 +36,6 @@ def tensors_of(rollout: Rollout) -> list[tuple[str, Tensor]]:
 def num_bytes(rollout: Rollout) -> int:
     """Counts the bytes of all tensors of a rollout."""
     return sum(tensor.nbytes for _, tensor in tensors_of(rollout))
-
-
-def format_bytes(count: int) -> str:
-    """Writes a size as people do, e.g. `12.3 MiB`."""
-    if count < 2**10:
-        return f"{count} B"
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -65,10 +65,6 @@ def parity(
     Runs one rank and then every layout, each in processes of its own, with the same prompt and seeds, and compares every tensor
     that a rollout returns. Exit status 1 if one is not equal, or if a layout fails.
     """
-    quiet_model_libraries()
-    from flowroll.parity.plan import plan_parity
-    from flowroll.parity.report import summary, to_json, to_markdown
-    from flowroll.parity.run import LayoutParity, run_parity
     from flowroll.types import SamplingParams
 
     width, height = (None, None) if size is None else _parse_size(size)
@@ -88,6 +84,12 @@ def parity(
         images=tuple(images) if images else None,  # type: ignore[arg-type]
         **{name: level for name, level in levels.items() if level is not None},
     )
+    # What can be refused is refused before the model libraries are loaded.
+    quiet_model_libraries()
+    from flowroll.parity.plan import plan_parity
+    from flowroll.parity.report import summary, to_json, to_markdown
+    from flowroll.parity.run import LayoutParity, run_parity
+
     places = {"variant": variant, "dtype": dtype, "device": device, "threads": threads, "rank_timeout_s": rank_timeout_s}
     plan = plan_parity(model, params, layouts=layouts, modes=modes, **places)  # type: ignore[arg-type]
 

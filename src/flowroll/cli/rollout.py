@@ -1,7 +1,8 @@
-"""`flowroll rollout` sends many prompts to a running server and writes one file per sample."""
+"""`flowroll rollout` sends many prompts to a running server and keeps what comes back in a store."""
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,21 +10,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flowroll.cli.options import ApiKey
+from flowroll.cli.options import DEFAULT_URL, ApiKey, Url
 from flowroll.cli.output import progress_bar
 from flowroll.cli.prompts import read_requests
 from flowroll.cli.sampling_flags import with_sampling_flags
-from flowroll.errors import FlowrollError, RolloutFileError, ServerConnectionError, UnauthorizedError
 
-# The next prompt would fare no better.
-_HOPELESS = (ServerConnectionError, UnauthorizedError, RolloutFileError)
+_INTERRUPTED = 130
 
 
 # A prompt comes from the file; every request has its own id.
-@partial(with_sampling_flags, without={"prompt", "request_id", "min_weight_version", "lora_name"})
+@partial(with_sampling_flags, without={"prompt", "request_id", "min_weight_version"})
 def rollout(
     given: dict[str, Any],
-    url: Annotated[str, typer.Option(help="URL of the server, e.g. http://127.0.0.1:30000.")],
     prompts: Annotated[
         Path,
         typer.Option(
@@ -32,38 +30,52 @@ def rollout(
             help='File with one prompt a line; or .jsonl with objects of "prompt" and other fields, which override the flags.',
         ),
     ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rollouts.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the store of rollouts, pictures and manifest.json.")],
+    url: Url = DEFAULT_URL,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests in flight.", show_default="as many as fill the server's batch, and one that waits"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run into the same folder ended; make nothing twice.")
+    ] = False,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Reward of a picture, float32 [3, 1, height, width] in [0, 1], and its prompt; MODULE may be a .py file.",
+        ),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Write a PNG of each sample.")] = True,
     api_key: ApiKey = None,
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one prompt.")] = 600.0,
 ) -> None:
     """Roll out every prompt of a file on a server.
 
-    Writes one safetensors file per sample, with its record. A prompt that fails is reported at the end and the others go on,
-    unless the server cannot be reached, refuses the key, or a file cannot be written: then no other prompt is tried.
+    Writes the rollouts to a store, which `flowroll verify` and `flowroll.load_rollouts` read, pictures, and manifest.json,
+    which says what became of each prompt. A prompt that fails is reported at the end and the others go on, unless the server
+    cannot be reached, refuses the key, or a file cannot be written: then no other prompt is tried. Ctrl-C ends the run with a
+    summary; what was made stays, and --resume goes on from there.
     """
-    from flowroll.client import Client
-    from flowroll.wire.files import save_rollout
-
-    # Every request is checked before the first one is sent.
+    # Every request is checked before anything is imported that takes long, and before the first one is sent.
     requests = read_requests(prompts, given)
-    out.mkdir(parents=True, exist_ok=True)
-    failures: list[str] = []
-    num_samples = num_rolled_out = 0
-    with Client(url, api_key=api_key, timeout_s=timeout_s) as client, progress_bar(Console()) as progress:
-        for number, params in enumerate(progress.track(requests, description="rollouts"), start=1):
-            try:
-                for index, sample in enumerate(client.rollout(params)):
-                    save_rollout(out / f"prompt-{number:05d}-sample-{index:02d}-seed-{sample.seed}.safetensors", sample)
-                    num_samples += 1
-            except FlowrollError as error:
-                failures.append(f"prompt {number}: {error.message}")
-                if isinstance(error, _HOPELESS):
-                    break
-                continue
-            num_rolled_out += 1
-    typer.echo(f"{num_samples} rollouts of {num_rolled_out} prompts in {out}")
+    from flowroll.cli.rewards import reward_named
+    from flowroll.cli.run import Run, identified
+    from flowroll.client import AsyncClient
+
+    score = None if reward is None else reward_named(reward)
+    with Run(identified(requests), out, score=score, pngs=png, is_resumed=resume) as run, progress_bar(Console()) as progress:
+        task = progress.add_task("rollouts", total=len(requests), completed=run.num_done)
+        client = partial(AsyncClient, url, api_key=api_key, timeout_s=timeout_s)
+        try:
+            asyncio.run(run.go(client, concurrency, lambda: progress.update(task, completed=run.num_done)))
+        except KeyboardInterrupt:
+            run.is_interrupted = True
+    run.write_manifest({"url": url, "prompts": str(prompts), "fields": {name: str(value) for name, value in given.items()}})
+    typer.echo(run.summary())
+    if failures := run.failure_lines():
+        typer.echo("\n  ".join(failures), err=True)
+    if run.is_interrupted:
+        raise typer.Exit(_INTERRUPTED)
     if failures:
-        untried = len(requests) - num_rolled_out - len(failures)
-        summary = f"{len(failures)} of {len(requests)} prompts failed" + (f", {untried} were not tried:" if untried else ":")
-        typer.echo("\n  ".join([summary, *failures]), err=True)
         raise typer.Exit(1)

@@ -28,12 +28,15 @@ _GIVEN = "given"
 _NO_FLAG = frozenset({"latents", "start_step"})
 
 
-def with_sampling_flags(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+def with_sampling_flags(
+    command: Callable[..., None], *, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Callable[..., None]:
     """Gives a command the sampling flags; those that were set reach it as the argument `given`, by field or short name.
 
     Args:
         command: A command whose parameter `given: dict[str, Any]` takes the flags.
         without: Fields for which this command has no flag, under either name.
+        defaults: Values that this command has where a flag is not set, for the help; the others are those of `SamplingParams`.
     """
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -42,8 +45,9 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
         if name != _GIVEN
     ]
     wanted = {field.name: field for field in fields(SamplingParams) if field.name not in {*without, *_NO_FLAG}}
-    flags = [_flag(name, field) for name, field in wanted.items()]
-    flags += [_flag(alias, wanted[name]) for alias, name in ALIASES.items() if name in wanted]
+    shown = {**{name: field.default for name, field in wanted.items()}, **(defaults or {})}
+    flags = [_flag(name, field, shown[name]) for name, field in wanted.items()]
+    flags += [_flag(alias, wanted[name], shown[name]) for alias, name in ALIASES.items() if name in wanted]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -57,15 +61,21 @@ def with_sampling_flags(command: Callable[..., None], *, without: Collection[str
     return run
 
 
-def _flag(name: str, field: Field[Any]) -> inspect.Parameter:
-    """Makes the typer parameter of one field or short name: required if the field is, otherwise None until it is set."""
+def _flag(name: str, field: Field[Any], shown: object) -> inspect.Parameter:
+    """Makes the typer parameter of one field or short name: required if the field is, otherwise None until it is set.
+
+    Args:
+        name: The field's or the short name.
+        field: The field.
+        shown: Its default, for the help; what None means, the help text says.
+    """
     kind, options = _flag_type(get_type_hints(SamplingParams)[field.name])
     flag = "--" + name.replace("_", "-")
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
     option = typer.Option(
         *names,
         help=_field_help().get(field.name, ""),
-        show_default=False,
+        show_default=_default_text(name, shown) or False,
         # Short names work, but the help shows each value once.
         hidden=name in ALIASES,
         **options,
@@ -74,6 +84,13 @@ def _flag(name: str, field: Field[Any]) -> inspect.Parameter:
     annotation: Any = Annotated[kind if is_required else kind | None, option]
     default = inspect.Parameter.empty if is_required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _default_text(name: str, value: object) -> str:
+    """Writes a default as it would be given: the name of the switch, or the value."""
+    if isinstance(value, bool):
+        return name.replace("_", "-") if value else "no-" + name.replace("_", "-")
+    return "" if value is None or value is MISSING else str(value)
 
 
 def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from flowroll.cli.dashboard import Scrape, frame
-from flowroll.cli.options import ApiKey
+from flowroll.cli.options import DEFAULT_URL, ApiKey, Url
 from flowroll.errors import FlowrollError, ServerConnectionError, UnauthorizedError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _TIMEOUT_S = 5.0
 
 
 def top(
-    url: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:30000",
+    url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame, made of two looks, and end.")] = False,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowroll.checkpoints import find_checkpoint
+from flowroll.checkpoints import SHAPES, find_checkpoint
 from flowroll.cli.options import Device, Variant, quiet_model_libraries
 from flowroll.cli.output import plain_table
 from flowroll.cli.sampling_flags import read_file
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 
 
 def verify(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of rollouts, saved as safetensors.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE|STORE...", help="Rollouts: stores, folders of safetensors files, or files.")
+    ],
     model: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="The diffusers checkpoint folder that made them.", callback=find_checkpoint),
+        typer.Option(
+            metavar="MODEL",
+            help=f"The diffusers checkpoint folder that made them, or one that flowroll ships: {' or '.join(SHAPES)}.",
+            callback=find_checkpoint,
+        ),
     ],
     images: Annotated[
         list[str] | None,
@@ -45,9 +51,10 @@ def verify(
     Ends with status 1 unless every log-prob and every recorded velocity comes out bit for bit. Weights, prompts, guidance,
     sigmas, latents and dtypes are told apart.
     """
-    from flowroll.wire.files import load_rollout
+    from flowroll.store.files import named_rollouts
 
-    rollouts = [load_rollout(file) for file in files]
+    named = [pair for file in files for pair in named_rollouts(file)]
+    rollouts = [rollout for _, rollout in named]
     dtype = _only("dtype", [rollout.sampling.model_dtype for rollout in rollouts])
     family = _only("family", [rollout.sampling.family for rollout in rollouts])
     quiet_model_libraries()
@@ -66,8 +73,8 @@ def verify(
     files_of = {sha256(file).hexdigest(): file for file in cast("list[bytes]", images or [])}
     report = audit(loaded.transformer, rollouts, encode=lambda rollout: encoded_again(loaded, pipeline, rollout, files_of))
     Console().print(_steps_table(report))
-    for index, file in enumerate(files):
-        typer.echo(f"rollout {index}: {file}")
+    for index, (name, _) in enumerate(named):
+        typer.echo(f"rollout {index}: {name}")
     typer.echo(report)
     if not report.is_exact:
         raise typer.Exit(1)

@@ -59,7 +59,8 @@ def rollout(
 
     Args:
         request: The prompt, or the whole request, of which the values that differ from the defaults are sent.
-        **values: Fields of `SamplingParams`; only the fields that are given are sent.
+        **values: Fields of `SamplingParams`; the fields that are given are sent, and always `rollout_debug_mode`, whose default
+            is true over HTTP and false here.
 
     Raises:
         InvalidRequestError: A value breaks a rule.
@@ -67,7 +68,7 @@ def rollout(
         ServerConnectionError: The server cannot be reached, or broke off its answer.
         FlowrollError: The server raised any other error, or the client is closed.
     """
-    given = given_fields(request, values)
+    given = {"rollout_debug_mode": False, **given_fields(request, values)}
     content, content_type = _request_body(RolloutRequest, given, _wire_format)
 
     def read(answer: bytearray, answer_type: str) -> list[Rollout]:

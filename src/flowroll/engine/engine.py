@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowroll.checkpoints import find_checkpoint
 from flowroll.engine.adapters.files import AdapterFiles, adapter_of, find_adapter
 from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
@@ -88,7 +89,7 @@ class Engine:
     the running requests.
 
     Args:
-        model: The path of a diffusers checkpoint folder.
+        model: The path of a diffusers checkpoint folder, or the name of one that flowroll ships, e.g. "shapes-z_image".
         variant: The variant of the model family, e.g. "turbo" for Z-Image-Turbo; None: the one that the folder's flowroll.json
             names, else the family's first.
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 on the CPU.
@@ -126,7 +127,7 @@ class Engine:
     ) -> None:
         place = resolve_device(device)
         limits, layout, adapter_limits = limits or Limits(), layout or Layout(), adapter_limits or AdapterLimits()
-        checkpoint = examine_checkpoint(Path(model), variant=variant)
+        checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
         self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         try:

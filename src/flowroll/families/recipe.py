@@ -18,7 +18,7 @@ from flowroll.families.base import NO_GUIDANCE, Family, Guidance, StepInput, Tra
 from flowroll.families.conditioning import ForwardInput
 from flowroll.sampling import dynamics, transition
 from flowroll.sampling.transition import LogProbForm, Transition
-from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord
+from flowroll.types import SCHEMA_VERSION, DenoisingEnv, SamplingRecord, is_readable_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,9 +264,9 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def _check_record(record: SamplingRecord, family: Family) -> None:
-    if record.schema_version != SCHEMA_VERSION:
+    if not is_readable_version(record.schema_version):
         raise InvalidRequestError(
-            f"schema_version must be {SCHEMA_VERSION}, got {record.schema_version}; use the flowroll that made the rollout.",
+            f"schema_version must be at most {SCHEMA_VERSION}, got {record.schema_version}; use a later flowroll.",
             field="schema_version",
         )
     if record.log_prob is not None and record.log_prob_no_const:

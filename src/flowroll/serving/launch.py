@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -240,7 +240,7 @@ def _signals_end_start() -> Iterator[None]:
 
 
 def _announce(config: ServerConfig, facts: EngineFacts, listener: socket.socket) -> None:
-    """Prints the resolved configuration, once."""
+    """Logs the resolved configuration, once: as a table to read, or in a JSON log as an object."""
     shown = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.repr}
     resolved = {
         **shown,
@@ -248,9 +248,32 @@ def _announce(config: ServerConfig, facts: EngineFacts, listener: socket.socket)
         "port": listener.getsockname()[1],
         "api_key": "set" if config.api_key else "none",
     }
-    _log.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in resolved.items()))
+    if config.log_format == "json":
+        values = {name: _plain(value) for name, value in resolved.items()}
+        _log.info("configuration", extra={"configuration": values})
+    else:
+        width = max(map(len, resolved))
+        _log.info("configuration:\n%s", "\n".join(f"  {name:<{width}}  {_cell(value)}" for name, value in resolved.items()))
     _log.info("memory: %s", facts.memory)
     if config.api_key is None and not config.is_loopback:
         _log.warning(
             "%s is reachable from other machines and no api_key is set: anybody who reaches it can use this server", config.host
         )
+
+
+def _cell(value: object) -> str:
+    """Writes a value of the configuration in one line: `-` for none, and the fields of a dataclass by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ", ".join(f"{field.name} {_cell(getattr(value, field.name))}" for field in dataclasses.fields(value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items()) or "-"
+    if value is None or value == ():
+        return "-"
+    text = ", ".join(map(_cell, value)) if isinstance(value, tuple) else str(value)
+    # A path may hold a line feed, with which it would forge a line.
+    return text if text.isprintable() and text else repr(text)
+
+
+def _plain(value: object) -> object:
+    """Returns a dataclass as a dictionary, for JSON; every other value as it is."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -17,6 +17,7 @@ from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
 from flowroll.types.finite import all_finite
 from flowroll.types.forks import Branch
+from flowroll.types.groups import RolloutStack
 from flowroll.types.images import ReferenceImage
 from flowroll.types.layout import Gather, Layout, ParallelPlan, Region, Split
 from flowroll.types.params import (
@@ -47,6 +48,7 @@ from flowroll.types.results import (
     StepImages,
     StepTensors,
     Trajectory,
+    is_readable_version,
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
 from flowroll.types.starts import MAX_SEED
@@ -90,6 +92,7 @@ __all__ = [
     "Region",
     "Rollout",
     "RolloutFields",
+    "RolloutStack",
     "SampleScores",
     "SamplingParams",
     "SamplingRecord",
@@ -110,6 +113,7 @@ __all__ = [
     "check_lora_name",
     "check_version",
     "env_digests",
+    "is_readable_version",
     "params_of",
     "version_number",
 ]

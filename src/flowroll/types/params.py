@@ -79,7 +79,7 @@ _FLAGS = (
     "suppress_logs",
 )
 # The values that an evaluation may give besides the defaults, because they request nothing.
-_NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0, "rollout_debug_mode": False}
+_NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0}
 
 
 def _dynamics(field_name: str, name: object, where: str = "") -> Dynamics:
@@ -159,7 +159,8 @@ class SamplingParams:
         log_prob: The form of the log-probs: a `LogProbForm`, or a mapping of its fields: the "mean" or the "sum" over elements
             (`reduce`), with or without `constants`, with or without the division by 2 std^2 (`inverse_variance`). Excludes
             `rollout_log_prob_no_const`, which is the mean without either. None: the mean with both.
-        rollout_debug_mode: Return the per-step debug tensors.
+        rollout_debug_mode: Return the per-step debug tensors, three times the size of the trajectory. Over HTTP the default is
+            true, as in SGLang-Diffusion; `Client` always sends it.
         rollout_return_denoising_env: Return every transformer argument.
         rollout_return_dit_trajectory: Return latents, timesteps and sigmas.
         rollout_sde_step_indices: Steps that follow `rollout_sde_type`, the others are ODE steps. None: all.
@@ -216,7 +217,7 @@ class SamplingParams:
     rollout_noise_level: Number = 0.7
     rollout_log_prob_no_const: bool = False
     log_prob: LogProbForm | None = None
-    rollout_debug_mode: bool = True
+    rollout_debug_mode: bool = False
     rollout_return_denoising_env: bool = False
     rollout_return_dit_trajectory: bool = False
     rollout_sde_step_indices: tuple[int, ...] | None = None

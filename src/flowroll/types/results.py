@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from flowroll.errors import InvalidRequestError
 from flowroll.sampling.base import StepRule
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.forks import Branch
+from flowroll.types.groups import RolloutStack, Steps, at_steps, stack
 from flowroll.types.images import ReferenceImage
 from flowroll.types.params import ImageFormat, Number, SdeType
+from flowroll.types.pictures import encode_png, pil_image
 from flowroll.types.policies import PolicyRecord
+from flowroll.types.shown import Shown, rollout_html, rollout_png, rollout_text, with_tensors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # The value of one transformer argument in an environment: a tensor without batch dimension, or plain nested lists.
 EnvValue: TypeAlias = "Tensor | int | float | str | bool | Sequence[EnvValue]"
 
 SCHEMA_VERSION = 1
+
+
+def is_readable_version(version: int) -> bool:
+    """Tells whether this flowroll reads records and files of a schema version: its own and all earlier ones."""
+    return 1 <= version <= SCHEMA_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +144,8 @@ class SamplingRecord:
         return self.log_prob or (NO_CONST if self.log_prob_no_const else GAUSSIAN)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trajectory:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Trajectory(Shown):
     """The latents a sample went through.
 
     Attributes:
@@ -152,8 +165,8 @@ class Trajectory:
         assert self.sigmas.shape[0] == self.timesteps.shape[0] + 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DebugTensors:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class DebugTensors(Shown):
     """What every transition saw and made; float32. At a deterministic step noise and std are zeros.
 
     Attributes:
@@ -169,8 +182,8 @@ class DebugTensors:
     model_output: Float[Tensor, " steps *latent"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTensors:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class StepTensors(Shown):
     """The fields of single steps that a request chose.
 
     Attributes:
@@ -184,8 +197,8 @@ class StepTensors:
     tensors: Mapping[str, Float[Tensor, " rows *_"]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepImages:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class StepImages(Shown):
     """The clean predictions of single steps as pictures.
 
     Attributes:
@@ -206,8 +219,8 @@ def replace_tensors(value: Any, change: Callable[[Tensor], object]) -> Any:
     return [replace_tensors(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoisingEnv:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class DenoisingEnv(Shown):
     """Every argument of the transformer that does not change along the trajectory, for one sample.
 
     A family declares which arguments there are (`Family.conditioning`). Tensors have no batch dimension.
@@ -249,9 +262,11 @@ class DenoisingEnv:
             yield "guidance", self.guidance
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Rollout:
     """One finished sample.
+
+    It prints in a few lines, and a notebook shows its picture. `rollout[2:5]` has the tensors of these steps alone.
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
@@ -290,9 +305,71 @@ class Rollout:
     inference_time_s: Number
     peak_memory_mb: Number
 
+    # Or `__getitem__` would make a sequence of it, which ends at an error.
+    __iter__ = None
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedImage:
+    def __repr__(self) -> str:
+        return rollout_text(self)
+
+    def _repr_html_(self) -> str:
+        return rollout_html(self)
+
+    def _repr_png_(self) -> bytes | None:
+        return rollout_png(self)
+
+    def __getitem__(self, steps: Steps) -> Rollout:
+        """Returns the rollout with the tensors of some steps alone: `rollout[2:5]`, `rollout[3]` or `rollout[[0, 3]]`.
+
+        The trajectory keeps the states from which these steps are replayed. The rows of `debug_tensors` go to `step_tensors`,
+        which name their steps, beside those that are there already; where both were returned, of the steps that both have.
+        The record, the log-probs and the indices stay those of the whole run, so that steps keep their numbers: replay the
+        result with `steps=range(2, 5)`.
+
+        Raises:
+            InvalidRequestError: A step is out of range, or there is none.
+        """
+        return at_steps(self, steps)
+
+    @staticmethod
+    def stack(rollouts: Sequence[Rollout]) -> RolloutStack:
+        """Stacks the tensors of a group.
+
+        Raises:
+            InvalidRequestError: There is no rollout, or they differ in their grid, their steps or a shape; the message says
+                where.
+        """
+        return stack(rollouts)
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """Returns the rollout with every tensor on a device; a tensor that is there already is shared."""
+        return with_tensors(self, lambda tensor: tensor.to(device))
+
+    def pil(self) -> Image:
+        """Returns the picture as Pillow has pictures.
+
+        Raises:
+            InvalidRequestError: Nothing was decoded.
+            MissingExtraError: Pillow is not installed.
+        """
+        return pil_image(_picture_of(self))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the rollout to a safetensors file, which `flowroll.load_rollouts` reads; to a `.png` file the picture alone.
+
+        Raises:
+            InvalidRequestError: A picture is to be written, and nothing was decoded.
+            RolloutFileError: The file cannot be written there.
+        """
+        from flowroll.wire.files import save_rollout, write_whole
+
+        if Path(path).suffix.lower() == ".png":
+            write_whole(Path(path), [encode_png(_picture_of(self))])
+        else:
+            save_rollout(path, self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class GeneratedImage(Shown):
     """One picture of plain text-to-image generation.
 
     Attributes:
@@ -314,3 +391,22 @@ class GeneratedImage:
     sampling: SamplingRecord
     weight_version: str
     inference_time_s: Number
+
+    def pil(self) -> Image:
+        """Returns the picture as Pillow has pictures.
+
+        Raises:
+            MissingExtraError: Pillow is not installed.
+        """
+        return pil_image(self.image)
+
+    def _repr_png_(self) -> bytes:
+        return encode_png(self.image)
+
+
+def _picture_of(rollout: Rollout) -> Tensor | bytes:
+    if rollout.image is None:
+        raise InvalidRequestError(
+            "the rollout must have a picture, got latents alone; roll out with another image_format.", field="image"
+        )
+    return rollout.image

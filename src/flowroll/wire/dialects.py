@@ -25,6 +25,7 @@ from flowroll.types import (
     StepImages,
     StepTensors,
     Trajectory,
+    is_readable_version,
 )
 from flowroll.wire.messages import (
     DEBUG_NAMES,
@@ -148,8 +149,8 @@ def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> 
 
 
 def _check_version(record: SamplingRecord) -> None:
-    if record.schema_version != SCHEMA_VERSION:
-        raise LayoutError(f"schema_version {record.schema_version} where this flowroll reads {SCHEMA_VERSION}")
+    if not is_readable_version(record.schema_version):
+        raise LayoutError(f"schema_version {record.schema_version} where this flowroll reads up to {SCHEMA_VERSION}")
 
 
 def _debug_to_wire(debug: DebugTensors, dialect: Dialect) -> dict[str, Tensor]:

@@ -187,6 +187,9 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
                     raise InvalidRequestError(f"{name} must be a tensor, got {error}; {HOW_TO_SEND}.", field=name) from None
         if form := given.get("log_prob"):
             given["log_prob"] = LogProbForm(**structs.asdict(form))
+        if not given.get("rollout", True):
+            # The route's default asks for debug tensors, of which an evaluation has none.
+            given.pop("rollout_debug_mode", None)
         return given
 
     def _wire_name(self, param: str) -> str:

@@ -10,6 +10,7 @@ from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 import flowroll.serving
 from flowroll.checkpoints import shapes_checkpoint
+from flowroll.cli.app import COMMANDS
 from flowroll.cli.serve import serve
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
 from flowroll.families import FAMILIES
@@ -59,9 +60,31 @@ def test_make_checkpoint_refuses_what_it_does_not_know(words):
     assert_one_line_error(run_cli("make-checkpoint", "sdxl", "out"), f"family must be one of {', '.join(FAMILIES)}, got sdxl")
 
 
-def test_make_checkpoint_refuses_a_path_that_is_a_file(tmp_path):
+def test_make_checkpoint_never_uses_a_folder_again(tmp_path):
     (tmp_path / "file").touch()
     assert_one_line_error(run_cli("make-checkpoint", "z_image", tmp_path / "file"), "directory must be a folder or free")
+    assert_one_line_error(run_cli("make-checkpoint", "z_image", tmp_path), "directory must be new or empty, got ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "empty").mkdir()
+    assert run_cli("make-checkpoint", "z_image", tmp_path / "empty").exit_code == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_short_help(name):
+    words = (name, "serve") if name == "bench" else (name,)
+    assert run_cli(*words, "-h").stdout == run_cli(*words, "--help").stdout != ""
+
+
+def test_help_shows_defaults_and_one_url_for_all():
+    def shown(*words):
+        # Lines are broken anywhere.
+        return "".join(run_cli(*words, "--help").stdout.split())
+
+    for words in (("rollout",), ("bench", "serve"), ("top",)):
+        assert "[default:http://127.0.0.1:30000]" in shown(*words)
+    for default in ("(no-rollout)", "(sde)", "(0.7)", "(no-rollout-debug-mode)", "(cuda)", "flowroll-out"):
+        assert f"[default:{default}]" in shown("generate")
+    assert "[default:(rollout)]" in shown("rollout")
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from PIL import Image
 from tests.factories import make_evaluation, make_rollout
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
-from flowroll.cli.output import format_bytes, num_bytes, tensors_of
+from flowroll.cli.output import num_bytes, tensors_of
+from flowroll.types.shown import format_bytes
 from flowroll.wire.files import save_rollout
 
 

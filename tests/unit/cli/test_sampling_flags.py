@@ -42,7 +42,7 @@ ALL_FLAGS = {
     "rollout_noise_level": (["--rollout-noise-level", "0.3"], 0.3),
     "rollout_log_prob_no_const": (["--rollout-log-prob-no-const"], True),
     "log_prob": (["--log-prob", '{"reduce": "sum"}'], {"reduce": "sum"}),
-    "rollout_debug_mode": (["--no-rollout-debug-mode"], False),
+    "rollout_debug_mode": (["--rollout-debug-mode"], True),
     "rollout_return_denoising_env": (["--rollout-return-denoising-env"], True),
     "rollout_return_dit_trajectory": (["--rollout-return-dit-trajectory"], True),
     "rollout_sde_step_indices": (["--rollout-sde-step-indices", "0,2"], (0, 2)),
@@ -119,7 +119,7 @@ def test_all_flags_together_are_given():
 
 
 def test_a_switch_set_to_its_default_is_given():
-    assert given_by("--prompt", "p", "--rollout", "--debug-mode") == {"prompt": "p", "rollout": True, "debug_mode": True}
+    assert given_by("--prompt", "p", "--rollout", "--no-debug-mode") == {"prompt": "p", "rollout": True, "debug_mode": False}
 
 
 def test_an_empty_list_is_a_list_and_not_an_unset_flag():

@@ -6,6 +6,7 @@ import pytest
 from tests.blocking import BEYOND_THE_CLIENT, cli_without, modules_of, run_without
 from tests.factories import make_rollout
 
+import flowroll
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.app import COMMANDS
 from flowroll.wire.files import save_rollout
@@ -44,10 +45,41 @@ def test_usage_needs_no_torch(words):
     assert done.returncode == (0 if "--help" in words else 2), done.stderr
 
 
-@pytest.mark.parametrize("folder", ["nowhere", "."])
-def test_serve_refuses_a_path_that_is_no_checkpoint_before_it_imports_torch(folder, tmp_path):
-    done = cli_without(HEAVY, "serve", tmp_path / folder)
-    assert_one_line(done, "must be a diffusers checkpoint folder, got no model_index.json; give the folder that holds")
+NO_CHECKPOINT = "must be a diffusers checkpoint folder, got no "
+
+
+@pytest.mark.parametrize(
+    ("folder", "fault"), [("nowhere", "such folder; check the path, or use"), (".", "model_index.json; give")]
+)
+def test_serve_refuses_a_path_that_is_no_checkpoint_before_it_imports_torch(folder, fault, tmp_path):
+    assert_one_line(cli_without(HEAVY, "serve", tmp_path / folder), NO_CHECKPOINT + fault)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("generate", "nowhere", "--prompt", "x"), NO_CHECKPOINT + "such folder"),
+        (("generate", "shapes-z_image", "--prompt", "x", "--seed", "-1"), "seed must be >= 0"),
+        (("verify", "--model", "nowhere", "FILE"), NO_CHECKPOINT + "such folder"),
+        (("verify", "--model", "shapes-z_image", "none.safetensors"), "path must be a readable rollout file"),
+        (("parity", "shapes-z_image", "--size", "x"), "size must be WIDTHxHEIGHT"),
+        (("make-checkpoint", "sdxl", "out"), "family must be one of"),
+        (("make-checkpoint", "z_image", "."), "directory must be new or empty, got . with files in it"),
+        (("bench", "serve", "--prompts", __file__, "--rate", "1", "--json", "none/x.json"), "--json must lie in a folder"),
+        (("rollout", "--prompts", __file__, "--out", "out", "--noise-level", "99"), "noise_level must be 0 or from"),
+    ],
+)
+def test_a_mistake_is_found_before_the_libraries_are_imported(words, message, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocked = {"diffusers", "transformers", "httpx", "pyarrow"} - ({"pyarrow"} if "verify" in words else set())
+    assert_one_line(cli_without(blocked, *(file if word == "FILE" else word for word in words)), message)
+
+
+def test_the_version_and_short_help_need_no_torch():
+    done = cli_without(HEAVY | {"httpx"}, "--version")
+    assert (done.returncode, done.stdout) == (0, f"flowroll {flowroll.__version__}\n"), done.stderr
+    done = cli_without(HEAVY | {"httpx"}, "-h")
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS), done.stderr
 
 
 def test_serve_refuses_a_port_in_use_before_it_imports_torch():
@@ -79,6 +111,7 @@ def test_the_other_ranks_of_torchrun_do_not_ask_for_the_port_that_rank_0_has(mon
         (("make-checkpoint", "z_image", "out"), "diffusers", "engine"),
         (("verify", "--model", shapes_checkpoint("z_image"), "FILE"), "diffusers", "engine"),
         (("rollout", "--url", "http://127.0.0.1:9", "--prompts", __file__, "--out", "out"), "httpx", "client"),
+        (("rollout", "--prompts", __file__, "--out", "out"), "pyarrow", "store"),
         (("top",), "httpx", "client"),
         (("bench", "serve", "--url", "http://127.0.0.1:9", "--prompts", __file__, "--rate", "1"), "httpx", "client"),
         (("inspect", "FILE", "--plot", "plot.png"), "matplotlib", "plot"),
@@ -100,6 +133,7 @@ def test_the_module_says_what_to_install_as_the_command_does():
     ("module", "blocked", "extra"),
     [
         ("flowroll.client", "httpx", "client"),
+        ("flowroll.store", "pyarrow", "store"),
         ("flowroll.engine", "diffusers", "engine"),
         ("flowroll.engine", "transformers", "engine"),
         ("flowroll.testing", "diffusers", "engine"),
@@ -162,7 +196,7 @@ def test_importing_flowroll_imports_torch_when_a_type_is_used():
     program = """
 import sys, flowroll
 assert "torch" not in sys.modules and flowroll.__version__
-assert set(flowroll.__all__) <= set(dir(flowroll))
+assert {*flowroll.__all__, "Client", "Engine", "save_rollouts"} <= set(dir(flowroll))
 from flowroll import *
 assert SamplingParams is flowroll.SamplingParams and "torch" in sys.modules
 try:
@@ -172,3 +206,23 @@ except AttributeError as error:
 """
     done = run_without(set(), program)
     assert done.stdout.strip() == "module 'flowroll' has no attribute 'nothing'", done.stderr
+
+
+def test_the_front_door_gives_client_engine_and_store_without_a_warning():
+    program = """
+import sys, warnings
+warnings.simplefilter("error")
+from flowroll import Client, Rollout, load_rollouts, save_rollouts
+assert not {"diffusers", "transformers"} & set(sys.modules)
+import flowroll.client, flowroll.store
+assert Client is flowroll.client.Client and load_rollouts is flowroll.store.load_rollouts
+"""
+    done = run_without(set(), program)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = run_without(set(), "from flowroll import Engine\nimport flowroll.engine\nassert Engine is flowroll.engine.Engine")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    # A trainer with torch alone.
+    done = run_without(
+        {"httpx", "pyarrow", "PIL", "diffusers"}, "from flowroll import *; from flowroll import replay; print(Rollout)"
+    )
+    assert done.returncode == 0, done.stderr

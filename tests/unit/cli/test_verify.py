@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
+from flowroll import save_rollouts
 from flowroll.engine import Engine
 from flowroll.testing import make_checkpoint
 from flowroll.wire.files import load_rollout, save_rollout
@@ -15,7 +16,12 @@ def files(qwen_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts")
     with Engine(qwen_checkpoint, dtype="bfloat16") as engine:
         group = engine.rollout(
-            **REQUEST, num_outputs_per_prompt=2, return_denoising_env=True, return_dit_trajectory=True, guidance_scale=3
+            **REQUEST,
+            num_outputs_per_prompt=2,
+            return_denoising_env=True,
+            return_dit_trajectory=True,
+            debug_mode=True,
+            guidance_scale=3,
         )
     for index, rollout in enumerate(group):
         save_rollout(folder / f"{index}.safetensors", rollout)
@@ -36,6 +42,17 @@ def test_the_checkpoint_that_made_them_verifies(files, qwen_checkpoint):
     lines = [line.split() for line in result.stdout.splitlines()]
     for step in ("0", "1"):
         assert [step, "2", "yes", "0", "0", "0"] in lines
+
+
+def test_a_store_and_a_folder_verify_as_their_files_do(files, qwen_checkpoint, tmp_path):
+    rollouts = [load_rollout(file) for file in files]
+    changed = dataclasses.replace(rollouts[0].sampling, guidance_scale=5)
+    save_rollouts(tmp_path / "store", [*rollouts, dataclasses.replace(rollouts[0], sampling=changed)])
+    result = run_cli("verify", tmp_path / "store", files[0].parent, "--model", qwen_checkpoint)
+    assert result.exit_code == 1
+    assert "the recorded velocities fit 3 (rollout 2)" in result.stdout and "at all" not in result.stdout
+    assert f"rollout 2: {tmp_path / 'store'}:000000-002" in result.stdout and f"rollout 3: {files[0]}" in result.stdout
+    assert run_cli("verify", files[0].parent, "--model", qwen_checkpoint).exit_code == 0
 
 
 def test_another_checkpoint_does_not(files, tmp_path):

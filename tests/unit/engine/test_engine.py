@@ -232,7 +232,7 @@ def test_an_answer_that_would_not_fit_is_refused(z_image_checkpoint: Path) -> No
         engine.plan(SamplingParams(**SMALL))
         big = {"prompt": "", "height": 256, "width": 256, "num_inference_steps": 20}
         with pytest.raises(InvalidRequestError, match="GiB") as caught:
-            engine.plan(SamplingParams(**big))
+            engine.plan(SamplingParams(**big, debug_mode=True))
         assert caught.value.field == "num_outputs_per_prompt"
         with pytest.raises(InvalidRequestError, match="GiB"):
             engine.plan(SamplingParams(**big, debug_mode=False, return_dit_trajectory=True))

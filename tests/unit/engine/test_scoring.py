@@ -23,7 +23,7 @@ def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Iter
 
 
 def recorded(engine: Engine, **options: Any) -> Any:
-    options = {"return_denoising_env": True, "return_dit_trajectory": True, **options}
+    options = {"return_denoising_env": True, "return_dit_trajectory": True, "debug_mode": True, **options}
     return engine.rollout(**guided(engine.info.family, options.pop("guidance_scale", 4.0), **REQUEST, **options))[0]
 
 

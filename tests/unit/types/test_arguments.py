@@ -69,8 +69,9 @@ def test_editors_are_told_the_names(owner: type, method: str, named: type) -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["rollout", "generate"])
 def test_the_prompt_is_the_first_argument(kind: str, method: str) -> None:
-    assert json.loads(sent_by(kind, method, "a red circle").content) == {"prompt": "a red circle"}
-    assert json.loads(sent_by(kind, method, "a red circle", seed=3).content) == {"prompt": "a red circle", "seed": 3}
+    sent = json.loads(sent_by(kind, method, "a red circle").content)
+    assert sent == {"prompt": "a red circle", **({"rollout_debug_mode": False} if method == "rollout" else {})}
+    assert json.loads(sent_by(kind, method, "a red circle", seed=3).content) == {**sent, "seed": 3}
 
 
 @pytest.mark.parametrize("method", ["rollout", "generate"])
@@ -118,6 +119,7 @@ def test_numbers_and_arrays_of_other_libraries_are_taken(array: Any) -> None:
     sent = json.loads(sent_by("sync", "rollout", "x", **given).content)
     assert sent == {
         "prompt": "x",
+        "rollout_debug_mode": False,
         "seeds": [7, 9],
         "rollout_sde_step_indices": [0, 1],
         "extra_sampling_params": {"sigmas": [1.0, 0.5, 0.0]},

@@ -19,7 +19,7 @@ CHOSEN = {
     "rollout_noise_level": 0.5,
     "rollout_log_prob_no_const": True,
     "log_prob": LogProbForm(reduce="sum"),
-    "rollout_debug_mode": False,
+    "rollout_debug_mode": True,
     "rollout_return_denoising_env": True,
     "rollout_return_dit_trajectory": True,
     "rollout_sde_step_indices": (0, 1),
@@ -257,7 +257,7 @@ def test_an_alias_of_a_dynamics_becomes_its_name() -> None:
     assert params.rollout_sde_type == "dance" and params == SamplingParams(prompt="a cat", rollout_sde_type="dance")
 
 
-@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"rollout_debug_mode", "image_format"}))
+@pytest.mark.parametrize("field", sorted(set(CHOSEN) - {"image_format"}))
 def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
     # The server answered null where an environment was asked for.
     for name in {field, next((short for short, full in ALIASES.items() if full == field), field)}:
@@ -269,7 +269,7 @@ def test_an_evaluation_refuses_what_only_a_rollout_has(field: str) -> None:
 def test_an_evaluation_may_say_that_it_wants_nothing() -> None:
     nothing = {"return_denoising_env": False, "return_step_indices": None, "debug_mode": False}
     SamplingParams(prompt="a cat", rollout=False, **nothing, sde_type="ode", noise_level=0)
-    SamplingParams(prompt="a cat", rollout=False, debug_mode=True, sde_type="sde", noise_level=0.7)
+    SamplingParams(prompt="a cat", rollout=False, sde_type="sde", noise_level=0.7)
     SamplingParams(prompt="a cat", rollout=False, image_format="uint8")
 
 

@@ -176,7 +176,11 @@ def test_a_file_cut_anywhere_is_a_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'schema_version":"1"', b'schema_version":"2"', "flowroll.schema_version must be 1, got 2"),
+        (
+            b'schema_version":"1"',
+            b'schema_version":"2"',
+            "flowroll.schema_version must be at most 1, got 2 in .*; read it with a later flowroll",
+        ),
         (b'"flowroll.schema_version', b'"flowrolf.schema_version', "has no flowroll.schema_version"),
         (b'"flowroll.rollout"', b'"flowroll.rolloux"', "must be a whole rollout file"),
         (b'"generated_output":{"dtype"', b'"generated_outpux":{"dtype"', "must be a whole rollout file"),

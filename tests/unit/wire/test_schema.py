@@ -299,12 +299,20 @@ def test_a_json_body_that_is_large_in_anything_but_data_is_refused(body: bytes) 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_minimal_request_is_the_defaults(model: Any) -> None:
-    plain = SamplingParams(prompt="a red fox", rollout=model is RolloutRequest)
+    is_rollout = model is RolloutRequest
+    # SGLang's default; Python's own is that nothing large is returned unasked.
+    plain = SamplingParams(prompt="a red fox", rollout=is_rollout, rollout_debug_mode=is_rollout)
     assert params(model, PROMPT) == plain
 
 
+def test_an_evaluation_has_no_debug_tensors_whatever_the_default_says() -> None:
+    for further in ({}, {"rollout_debug_mode": True}, {"extra_sampling_params": {"debug_mode": True}}):
+        body = PROMPT | {"rollout": False} | further
+        assert params(RolloutRequest, body) == SamplingParams(prompt="a red fox", rollout=False)
+
+
 def test_documented_defaults_are_the_real_ones() -> None:
-    real = SamplingParams(prompt="")
+    real = SamplingParams(prompt="", rollout_debug_mode=True)
     properties = components([RolloutRequest])["RolloutRequest"]["properties"]
     for name, (param, _, _) in (ROWS | ROLLOUT_ROWS).items():
         if name != "prompt":
@@ -315,7 +323,7 @@ def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
     assert len(nullable) == 31
-    assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox")
+    assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox", rollout_debug_mode=True)
 
 
 @pytest.mark.parametrize("value", [0, 1, "", "cat.png", False, []])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from flowroll.checkpoints import find_checkpoint
 from flowroll.engine.adapters.files import AdapterFiles, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits, resolve_device, resolve_dtype
@@ -68,7 +69,7 @@ def follow(
     check_world(layout, place)
     first = resolve_device(device)
     own = resolve_device(str(rank_device(first, place.local_rank)))
-    folder = Path(model)
+    folder = find_checkpoint(model)
     checkpoint = examine_checkpoint(folder, variant=variant)
     # Rank 0 makes the same check. If it refuses the layout, it ends, and this rank would wait for it in vain.
     check_layout(outline_model(checkpoint, device=own, dtype=resolve_dtype(dtype, own)), layout, Limits())
