@@ -40,6 +40,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "replay": ({"SIZE": 64}, ["--rounds", "1"]),
     "responsive": ({"CLIENTS": ("application/json",)}, ["--rounds", "1"]),
     "run": ({}, ["--rounds", "1"]),
+    "store": ({"PROMPTS": 2}, ["--rounds", "1", "--samples", "512"]),
     "weights": ({}, ["--rounds", "1", "--layers", "1"]),
     "wire": ({"STEPS": 2, "SIZE": 64, "TEXT_TOKENS": 4}, ["--rounds", "1", "--fresh", "1"]),
 }

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empirical_mu
 from safetensors.torch import load_file
+from tests.rollouts import assert_same_bits
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
@@ -27,6 +28,7 @@ from flowroll.families.rotary import rotary_table
 from flowroll.sampling.schedule import ScheduleConfig, shifted_schedule
 from flowroll.testing import make_checkpoint
 from flowroll.testing.tokenizer import make_mistral_tokenizer
+from flowroll.types import Layout
 from flowroll.wire.dialects import LayoutError, env_from_wire, env_to_wire
 
 FAMILY = FAMILIES["flux2"]
@@ -142,6 +144,49 @@ def test_the_other_variants_replay_exactly(engine: EngineOf, pipeline: PipelineO
         assert torch.equal(log_probs, torch.stack([one.log_probs for one in group]))
         (alone,) = engine(variant, "bfloat16").rollout(**REQUEST, **EVERYTHING, **asked, seed=8)
         assert torch.equal(alone.log_probs, group[1].log_probs)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("klein-base", "bfloat16"), ("klein", "float32"), ("dev", "bfloat16")])
+def test_embeds_give_the_picture_of_the_pipeline_that_is_given_them(
+    engine: EngineOf, pipeline: PipelineOf, variant: str, dtype: str
+) -> None:
+    with torch.no_grad():
+        embeds, negative = (pipeline(variant, dtype).encode_prompt(text)[0] for text in ("a red cup", "blurry"))
+    given = {"prompt_embeds": embeds, **({"negative_prompt_embeds": negative} if variant == "klein-base" else {})}
+    expected = picture_of(pipeline(variant, dtype), prompt=None, **given)
+    request = {name: value for name, value in REQUEST.items() if name != "prompt"}
+    assert torch.equal(engine(variant, dtype).generate(**request, **given, seed=7)[0].image[:, 0], expected)
+    # Without padding: another text, to the pipeline too.
+    short = {name: tensor[:, :9] for name, tensor in given.items()}
+    expected = picture_of(pipeline(variant, dtype), prompt=None, **short)
+    assert torch.equal(engine(variant, dtype).generate(**request, **short, seed=7)[0].image[:, 0], expected)
+
+
+RANKS = [
+    pytest.param(variant, layout, marks=[] if (variant, layout) == ("dev", "sp2") else pytest.mark.slow)
+    for variant in ("klein", "dev")
+    for layout in ("sp2", "tp2", "cfg2", "sp2xtp2")
+]
+
+
+@pytest.mark.parametrize(("variant", "layout"), RANKS)
+def test_the_other_variants_have_the_bits_of_one_rank_on_several(
+    folders: dict[str, Path], engine: EngineOf, monkeypatch: pytest.MonkeyPatch, variant: str, layout: str
+) -> None:
+    """The embedded scale goes to every rank, and so does a branch that no pipeline of theirs has."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    size = {"height": 192, "width": 192, "num_inference_steps": 2, "prompt": "a red cup"}
+    asked = [{}, {"guidance_scale": 2.5}, {"true_cfg_scale": 3.0, "negative_prompt": "blurry", "num_outputs_per_prompt": 2}]
+    requests = [{**size, **EVERYTHING, **options, "seed": 7} for options in asked]
+    width = engine(variant, "bfloat16")._model.spec.widths["text"]
+    requests[1] = {**requests[1], "prompt": None, "prompt_embeds": torch.randn(9, width).bfloat16()}
+    expected = [engine(variant, "bfloat16").rollout(**request) for request in requests]
+    with Engine(folders[variant], device="cpu", dtype="bfloat16", layout=Layout.parse(layout), rank_timeout_s=60.0) as several:
+        for request, answers in zip(requests, expected, strict=True):
+            for found, one in zip(several.rollout(**request), answers, strict=True):
+                assert_same_bits(found, one)
+        assert sum(several.received_bytes.values()) > 0
 
 
 def test_the_defaults_are_the_pipelines_and_those_of_kleins_model_card(engine: EngineOf) -> None:

@@ -115,11 +115,16 @@ def test_a_body_above_the_limit_is_a_413_whether_or_not_its_length_is_declared(s
         for _ in range(100):
             yield b" " * 100
 
+    large = json.dumps({**SMALL, "prompt": "a fox " * 200}).encode()
     with serving(service, max_body_bytes=1000) as client:
         headers = {"content-type": "application/json"}
         assert client.post("/rollout/generate", json=SMALL).status_code == 200
-        for content in (b" " * 1001, undeclared()):
-            response = client.post("/rollout/generate", content=content, headers=headers)
+        for path, content in (
+            ("/rollout/generate", large),
+            ("/v1/images/generations", b" " * 1001),
+            ("/abort_request", undeclared()),
+        ):
+            response = client.post(path, content=content, headers=headers)
             assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")
         exactly = json.dumps(SMALL).encode().ljust(1000)
         assert client.post("/rollout/generate", content=exactly, headers=headers).status_code == 200
@@ -128,7 +133,8 @@ def test_a_body_above_the_limit_is_a_413_whether_or_not_its_length_is_declared(s
 def test_a_declared_length_above_the_limit_is_refused_before_the_body_comes(server: httpx.Client) -> None:
     with socket.create_connection((server.base_url.host, server.base_url.port or 80), timeout=5) as connection:
         connection.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 9999999999\r\n\r\n"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 

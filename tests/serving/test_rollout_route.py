@@ -11,16 +11,18 @@ import pytest
 import torch
 from tests.factories import assert_same_answer
 from tests.rollouts import assert_same_bits
-from tests.serving.servers import SMALL, serving
+from tests.serving.servers import SMALL, error_of, serving
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.client import Client
 from flowroll.engine.service import EngineService
+from flowroll.errors import InvalidRequestError
 from flowroll.families import FAMILIES
 from flowroll.sampling.dynamics import NAMES, dynamics_named
 from flowroll.serving.routers import rollout as rollout_route
+from flowroll.types import branch_digest
 from flowroll.wire.body import EncodedBody
-from flowroll.wire.codec import decode_rollouts
+from flowroll.wire.codec import decode_rollouts, encode
 from flowroll.wire.files import load_rollout, save_rollout
 
 EVERYTHING = {
@@ -102,6 +104,31 @@ def test_token_ids_travel_and_have_the_bits_of_their_text(z_service: EngineServi
     assert_same_bits(by_text, replace(by_ids, sampling=by_text.sampling))
     assert image.prompt is None
     assert nothing.status_code == 422 and nothing.json()["error"]["field"] == "prompt"
+
+
+def test_embeddings_travel_and_have_the_bits_of_their_text(z_service: EngineService) -> None:
+    body = {name: value for name, value in SMALL.items() if name != "prompt"}
+    with serving(z_service, max_body_bytes=40_000) as client:
+        (by_text,) = Client(str(client.base_url)).rollout(**SMALL, return_denoising_env=True)
+        assert by_text.denoising_env is not None
+        embeds = by_text.denoising_env.pos_cond_kwargs["cap_feats"]
+        # Larger than what the body may have beside it.
+        long = embeds.repeat(400 // len(embeds), 1)
+        assert long.nbytes > 64 * 1024
+        found = []
+        for wire_format in ("json", "msgpack"):
+            trainer = Client(str(client.base_url), wire_format=wire_format)
+            found += trainer.rollout(**body, prompt_embeds=embeds, return_denoising_env=True)
+            assert trainer.generate(**body, prompt_embeds=long)[0].prompt is None
+            with pytest.raises(InvalidRequestError) as caught:
+                trainer.rollout(**body, prompt_embeds=embeds[:, 1:])
+            assert caught.value.field == "prompt_embeds"
+        half = encode({**body, "extra_sampling_params": {"prompt_embeds": embeds.bfloat16()}}, "json")
+        wrong = client.post("/generate", content=b"".join(half.chunks()), headers={"content-type": "application/json"})
+    assert wrong.status_code == 422 and error_of(wrong)["field"] == "extra_sampling_params.prompt_embeds"
+    for one in found:
+        assert (one.prompt, one.sampling.prompt_embeds_sha256) == (None, branch_digest({"cap_feats": embeds}))
+        assert_same_bits(by_text, replace(one, sampling=by_text.sampling))
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "application/msgpack"])

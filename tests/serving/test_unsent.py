@@ -3,14 +3,18 @@
 import json
 import re
 import socket
+import threading
 import time
 
 import httpx
 import pytest
+import torch
+from tests.hooked import WAIT_S, Gate, HookedEngine
 from tests.serving.servers import SMALL, error_of, serving, until
 from tests.serving.test_hostile import post
 from tests.serving.test_slow_readers import LARGE
 
+from flowroll.client import Client
 from flowroll.engine.plan import plan_request
 from flowroll.engine.service import EngineService
 from flowroll.errors import QueueFullError
@@ -55,6 +59,31 @@ def test_beyond_the_bound_on_unsent_answers_nothing_is_accepted_until_one_is_rea
         # Of a whole image, too, nothing is left.
         assert client.post("/generate", json=SMALL, headers={"accept": "image/png"}).status_code == 200
         until(lambda: gauge(client, "unsent") == gauge(client, "expected") == 0)
+
+
+def test_what_waiting_requests_have_brought_counts(hooked: HookedEngine) -> None:
+    """Their tensors are in the server's memory until they are answered, in both of its processes."""
+    hooked.hook = gate = Gate()
+    body = {name: value for name, value in SMALL.items() if name != "prompt"}
+    embeds = torch.ones(300, hooked._model.spec.widths["text"])
+    with EngineService(hooked, max_queue=4) as service:
+        expected = answer_bytes(service, **SMALL)
+        for name, tensors in {"prompt_embeds": {"prompt_embeds": embeds}, "latents": {"latents": torch.ones(16, 64)}}.items():
+            given = body if name == "prompt_embeds" else SMALL
+            size = expected + 2 * tensors[name].nbytes
+            with serving(service, max_unsent_bytes=2 * size - 1) as client:
+                trainer = Client(str(client.base_url))
+                gate.entered.clear()
+                gate.opened.clear()
+                waiting = threading.Thread(target=lambda: trainer.rollout(**given, **tensors))  # noqa: B023
+                waiting.start()
+                assert gate.entered.wait(WAIT_S)
+                assert gauge(client, "expected") == size
+                with pytest.raises(QueueFullError):
+                    Client(str(client.base_url)).rollout(**given, **tensors)
+                gate.opened.set()
+                waiting.join(WAIT_S)
+                until(lambda: gauge(client, "unsent") == gauge(client, "expected") == 0)
 
 
 def test_a_client_that_drips_its_answer_is_let_go(service: EngineService) -> None:

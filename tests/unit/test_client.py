@@ -32,6 +32,7 @@ from flowroll.errors import (
     UnauthorizedError,
 )
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions, WeightUpdate
+from flowroll.types.params import TENSORS
 from flowroll.wire.codec import encode_images, encode_rollouts
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.validation import parse_msgpack_body
@@ -239,7 +240,7 @@ STEPS = {
 @pytest.mark.parametrize("positional", [True, False])
 def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(positional: bool, steps: str) -> None:
     # Other forms of what is sent here, and what goes with a tensor.
-    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", "latents", "start_step", "guidance_scales"}
+    others = {"seed", "prompt_token_ids", "negative_prompt_token_ids", "log_prob", *TENSORS, "start_step", "guidance_scales"}
     others |= {"images"}
     assert {ALIASES.get(name, name) for name in {**FULL_ROLLOUT, **STEPS}} == ROLLOUT_FIELDS - others
     assert {*FULL, *ROLLOUT_FIELDS, *others} == set(SamplingParams.__dataclass_fields__)
@@ -255,7 +256,8 @@ def test_the_server_reads_exactly_the_parameters_that_the_client_was_given(posit
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wire_format", ["json", "msgpack"])
 def test_latents_are_sent_in_the_clients_format(kind: str, wire_format: Any) -> None:
-    params = SamplingParams(prompt="a cat", latents=torch.randn(4, 8).to(torch.bfloat16), start_step=2, sigmas=(1.0, 0.5, 0.0))
+    embeds = {"prompt_embeds": torch.randn(2, 3), "prompt_embeds_mask": torch.tensor([True, False])}
+    params = SamplingParams(**embeds, latents=torch.randn(4, 8).to(torch.bfloat16), start_step=2, sigmas=(1.0, 0.5, 0.0))
     request = sent_by(kind, "rollout", params, options={"wire_format": wire_format})
     assert request.headers["content-type"] == f"application/{wire_format}"
     sent = (

@@ -13,6 +13,7 @@ from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libr
 from flowroll.cli.output import print_whole, samples_table, save_png
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, GeneratedImage, Rollout, SamplingParams
+from flowroll.types.prompts import ALL_PROMPT_TENSORS, EMBEDS
 
 
 # The weights of this command are those that it loads.
@@ -21,6 +22,14 @@ def generate(
     model: Model,
     given: dict[str, Any],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")] = Path("flowroll-out"),
+    embeds: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="safetensors file with prompt_embeds, and what goes with it, in place of a prompt.",
+        ),
+    ] = None,
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -29,8 +38,9 @@ def generate(
 
     Writes one PNG per sample, and with --rollout one safetensors file per sample beside it; with --image-format none no PNG.
     """
-    if not given.keys() & {"prompt", "prompt_token_ids"}:
-        raise typer.BadParameter("--prompt must be given, got nothing; give one prompt, or --prompt-token-ids.")
+    given |= {} if embeds is None else _read_embeds(embeds)
+    if not given.keys() & {"prompt", "prompt_token_ids", EMBEDS}:
+        raise typer.BadParameter("--prompt must be given, got nothing; give one prompt, --prompt-token-ids or --embeds.")
     is_rollout = given.get("rollout", False)
     misplaced = sorted(name for name in set(given) - {"rollout"} if ALIASES.get(name, name) in ROLLOUT_FIELDS)
     if not is_rollout and misplaced:
@@ -45,6 +55,24 @@ def generate(
         samples = engine.rollout(params) if is_rollout else engine.generate(params)
     files = _write(samples, out)
     print_whole(samples_table(samples, files))
+
+
+def _read_embeds(path: Path) -> dict[str, Any]:
+    """Reads the prompts in a file of tensors, which have the names of the fields."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Any] = load_file(path)
+    except SafetensorError as error:
+        raise typer.BadParameter(
+            f"--embeds must be a safetensors file, got {path} ({error}); save the tensors again."
+        ) from error
+    for name in found:
+        if name not in ALL_PROMPT_TENSORS:
+            known = ", ".join(ALL_PROMPT_TENSORS)
+            raise typer.BadParameter(f"--embeds must hold some of {known} alone, got {name[:80]}; rename or remove it.")
+    return found
 
 
 def _write(samples: Sequence[Rollout | GeneratedImage], out: Path) -> list[Path]:

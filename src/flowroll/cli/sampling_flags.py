@@ -22,10 +22,11 @@ from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
 from flowroll.types.forks import Fork
+from flowroll.types.params import TENSORS
 
 _GIVEN = "given"
-# A tensor, and what has no meaning without it, do not fit on a command line.
-_NO_FLAG = frozenset({"latents", "start_step"})
+# Tensors, and what has no meaning without them, do not fit on a command line.
+_NO_FLAG = frozenset({*TENSORS, "start_step"})
 
 
 def with_sampling_flags(

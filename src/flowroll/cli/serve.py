@@ -87,12 +87,13 @@ def serve(
         int, typer.Option(min=1, help="Most checks of the weights at once, and most changes of weights that may wait.")
     ] = 64,
     max_groups: Annotated[int, typer.Option(min=1, help="Most process groups of trainers at once.")] = 16,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request body.")] = 4 * 2**20,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request body, without the tensors in it.")] = 4
+    * 2**20,
     max_score_body_bytes: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Most bytes of a body with tensors: of /rollout/score, and of /rollout/generate and /generate in msgpack.",
+            help="Most bytes of a body with its tensors, of /rollout/score, /rollout/generate and /generate.",
         ),
     ] = 2**30,
     send_timeout_s: Annotated[

@@ -92,7 +92,8 @@ def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout, files_of:
     import torch
 
     from flowroll.engine.images import open_images
-    from flowroll.engine.plan import BranchText, plan_geometry
+    from flowroll.engine.plan import plan_geometry
+    from flowroll.engine.prompts import BranchText
     from flowroll.engine.runner.pipeline import encode_branch
 
     record = rollout.sampling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import uuid
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
 from flowroll.engine.images import check_images
+from flowroll.engine.prompts import BranchText, check_token_ids, negative_text, with_checked_embeds
 from flowroll.engine.starts import PlannedSample, check_forks, plan_samples, plan_steps, refuse, with_checked_latents
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.base import StepRule
@@ -23,22 +23,10 @@ from flowroll.sampling.schedule import Schedule, explicit_schedule, shifted_sche
 from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import ImageFormat, Number, ReferenceImage, SamplingParams, SamplingRecord
 from flowroll.types.forks import Fork, count_leaves
+from flowroll.types.params import TENSORS
 
 # Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
 _MAX_AMPLIFICATION = 1e18
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BranchText:
-    """The text of one branch, in one of the forms in which a request may give it.
-
-    Attributes:
-        text: The prompt.
-        token_ids: Its token ids, one list for each of the pipeline's tokenizers; they go before the text.
-    """
-
-    text: str | None
-    token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +34,7 @@ class RequestPlan:
     """A checked request with every default filled in, which its samples share.
 
     Attributes:
-        params: The parameters of the request; its latents are a copy on the CPU.
+        params: The parameters of the request; its tensors are copies on the CPU.
         request_id: The id of the request: the given one, or a new one.
         samples: The samples that are started; with a fork, each of them becomes several.
         steps: The steps that are run.
@@ -130,6 +118,12 @@ class RequestPlan:
         """The number of bytes of the tensors in the answer, without those of the denoising environment."""
         return _answer_bytes(self.params, self.geometry, self.schedule.num_steps, self.steps, self.num_answers)
 
+    @property
+    def input_bytes(self) -> int:
+        """The number of bytes of the tensors and files that the request has brought: latents, embeddings and images."""
+        tensors: list[Tensor | None] = [getattr(self.params, name) for name in TENSORS]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None) + sum(map(len, self.params.images or ()))
+
     def start_latents(self, planned: PlannedSample) -> Tensor | None:
         """Returns the latents of the request that a sample starts from; None if it starts from initial noise."""
         latents = self.params.latents
@@ -151,7 +145,6 @@ def plan_request(
     Raises:
         InvalidRequestError: A value is off the model's grid or above a limit, or an image cannot be decoded.
     """
-    defaults = model.defaults
     images = _plan_images(params, model, limits) if images is None else tuple(images)
     geometry = _plan_geometry(params, model, limits, images)
     schedule = _plan_schedule(params, model, limits, geometry)
@@ -162,10 +155,11 @@ def plan_request(
         refuse("decode_step_indices", rule, list(params.decode_step_indices)[:8], 'give an image_format other than "none"')
     params = with_checked_latents(params, model, geometry)
     samples = plan_samples(params, limits, geometry)
-    _check_token_ids(params, model, images)
-    negative = _negative_text(params, defaults.negative_prompt)
+    check_token_ids(params, model, images)
+    params = with_checked_embeds(params, model)
+    negative = negative_text(params, model)
     guidance, guidances = _plan_guidance(params, model, schedule.num_steps, has_negative=negative is not None)
-    negative_prompt = negative if guidance.is_active else None
+    prompt, negative_prompt = BranchText.of(params, model), negative if guidance.is_active else None
     rules = _rules(params, schedule, steps) if params.rollout else None
     chosen = _plan_transitions(params, schedule, steps, rules) if params.rollout else None
     if chosen is not None and chosen[steps.start].needs_previous and steps.start > 0:
@@ -186,7 +180,7 @@ def plan_request(
         request_id=params.request_id or uuid.uuid4().hex,
         samples=samples,
         steps=steps,
-        prompt=BranchText(text=params.prompt, token_ids=params.prompt_token_ids),
+        prompt=prompt,
         negative_prompt=negative_prompt,
         geometry=geometry,
         schedule=schedule,
@@ -194,7 +188,9 @@ def plan_request(
         guidance=guidance,
         guidances=guidances,
         generator_device=generator_device,
-        record=_record(params, model, geometry, schedule, guidance, negative_prompt, generator_device, steps, rules, images),
+        record=_record(
+            params, model, geometry, schedule, guidance, prompt, negative_prompt, generator_device, steps, rules, images
+        ),
     )
 
 
@@ -204,6 +200,7 @@ def _record(
     geometry: Geometry,
     schedule: Schedule,
     guidance: Guidance,
+    prompt: BranchText,
     negative: BranchText | None,
     generator_device: torch.device,
     steps: range,
@@ -238,6 +235,8 @@ def _record(
         image_format=_image_format(params, steps, schedule.num_steps),
         prompt_token_ids=params.prompt_token_ids,
         negative_prompt_token_ids=None if negative is None else negative.token_ids,
+        prompt_embeds_sha256=prompt.embeds_sha256,
+        negative_prompt_embeds_sha256=None if negative is None else negative.embeds_sha256,
         images=images or None,
     )
 
@@ -257,51 +256,6 @@ def _plan_images(params: SamplingParams, model: ModelFacts, limits: Limits) -> t
                 rule = f"be without {placeholder}, which stands for a picture"
                 refuse(field, rule, "a text with it", "send pictures as images")
     return check_images(files, limits)
-
-
-def _negative_text(params: SamplingParams, default: str | None) -> BranchText | None:
-    """Returns the text of an unconditional branch, if one runs; None: there is none to run."""
-    if params.negative_prompt_token_ids is not None:
-        return BranchText(text=None, token_ids=params.negative_prompt_token_ids)
-    text = default if params.negative_prompt is None else params.negative_prompt
-    return None if text is None else BranchText(text=text)
-
-
-def _check_token_ids(params: SamplingParams, model: ModelFacts, images: tuple[ReferenceImage, ...]) -> None:
-    known = model.tokenizers
-    for field in ("prompt_token_ids", "negative_prompt_token_ids"):
-        lists = getattr(params, field)
-        if lists is None:
-            continue
-        if not known:
-            refuse(field, f"be left out for {model.family.name}", f"{len(lists)} lists", "send the prompt as text")
-        if len(lists) != len(known):
-            names = ", ".join(one.name for one in known)
-            refuse(field, f"hold one list for each of {names}", f"{len(lists)} lists", "tokenize with each of these")
-        for one, ids in zip(known, lists, strict=True):
-            least, start = len(one.template) + 1, ids[: len(one.template)]
-            if start != one.template:
-                rule = f"begin with the {len(one.template)} ids of the pipeline's template for {one.name}"
-                refuse(field, rule, str(list(start))[:80], "tokenize the text that the pipeline makes of a prompt")
-            if not least <= len(ids) <= one.max_tokens:
-                rule = f"hold {least} to {one.max_tokens} ids for {one.name}"
-                remedy = f"tokenize with truncation=True and max_length={one.max_tokens}, without padding"
-                refuse(field, rule, len(ids), remedy)
-            if images:
-                _check_image_tokens(field, ids, model, images)
-            if max(ids) >= one.num_ids:
-                rule = f"hold ids below {one.num_ids} for {one.name}"
-                refuse(field, rule, max(ids), "use the tokenizer of this checkpoint")
-
-
-def _check_image_tokens(field: str, ids: tuple[int, ...], model: ModelFacts, images: tuple[ReferenceImage, ...]) -> None:
-    assert model.spec.vision is not None
-    token_id, counts = model.spec.vision.token_id, model.family.image_tokens(model.spec, images)
-    runs = tuple(len(list(run)) for is_image, run in itertools.groupby(ids, lambda one: one == token_id) if is_image)
-    if runs != counts:
-        rule = f"hold the id {token_id} {' and '.join(map(str, counts))} times in a row, for the request's images"
-        remedy = "send what the pipeline's processor makes of the text and the images as the pipeline resizes them"
-        refuse(field, rule, f"it {list(runs)[:8]} times", remedy)
 
 
 def _first(*values: Number | None) -> Number:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.exact.sharing import SharedForwards
-from flowroll.families import Family, ForwardInput, Output, StepInput, Transformer
+from flowroll.families import Family, ForwardInput, Geometry, Output, StepInput, Transformer
 
 # Computes the outputs of forward inputs that share a forward.
 Compute: TypeAlias = Callable[[Sequence[ForwardInput]], list[Output]]
@@ -76,7 +76,7 @@ class Strategy(ABC):
         """
         # No key depends on the dtype; the latents keep their own, because a cast would allocate a tensor per sample.
         inputs = self.family.forward_inputs(one, one.latents.dtype)
-        return tuple(self.family.collate_key(forward_input) for forward_input in inputs)
+        return tuple(self.family.collate_key(forward_input, one.geometry) for forward_input in inputs)
 
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
         """Computes the guided velocities of several samples.
@@ -89,12 +89,15 @@ class Strategy(ABC):
             One velocity per sample, in the order of the inputs.
         """
         own = [self.family.forward_inputs(one, self.dtype) for one in inputs]
-        outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some]))
+        geometries = [one.geometry for some, one in zip(own, inputs, strict=True) for _ in some]
+        outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some], geometries))
         return [self.family.apply_guidance([next(outputs) for _ in some], one) for some, one in zip(own, inputs, strict=True)]
 
-    def _outputs(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
+    def _outputs(
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+    ) -> list[Output]:
         """Returns one output per forward input."""
-        grouped = self._forwards(transformer, inputs)
+        grouped = self._forwards(transformer, inputs, geometries)
         forwards = [
             Forward(
                 inputs=tuple(inputs[index] for index in members),
@@ -109,7 +112,9 @@ class Strategy(ABC):
         return [outputs[index] for index in range(len(inputs))]
 
     @abstractmethod
-    def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
+    def _forwards(
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+    ) -> list[tuple[list[int], Compute]]:
         """Groups the inputs that share a forward, and says how each group is computed."""
 
 
@@ -117,7 +122,9 @@ class Alone(Strategy):
     """Runs one forward per sample and branch, which is exact by construction on every device."""
 
     @override
-    def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
+    def _forwards(
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+    ) -> list[tuple[list[int], Compute]]:
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
             return self.family.run_in_turn(transformer, some)
 
@@ -134,10 +141,12 @@ class Merged(Strategy):
         self._shared = SharedForwards(family, agree)
 
     @override
-    def _forwards(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[tuple[list[int], Compute]]:
+    def _forwards(
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+    ) -> list[tuple[list[int], Compute]]:
         groups: dict[Hashable, list[int]] = {}
-        for index, one in enumerate(inputs):
-            groups.setdefault(self.family.collate_key(one), []).append(index)
+        for index, (one, geometry) in enumerate(zip(inputs, geometries, strict=True)):
+            groups.setdefault(self.family.collate_key(one, geometry), []).append(index)
 
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
             return self._shared.outputs(transformer, some)

@@ -69,6 +69,7 @@ class StepInput:
         guidance: How the branches are combined.
         is_first: Whether this is the first step of its sample.
         fixed: `Family.fixed_inputs` of the environment, where they were made already.
+        geometry: The geometry from which the environment's size fields were made; None: they came from elsewhere.
     """
 
     latents: Float[Tensor, " *latent"]
@@ -77,6 +78,7 @@ class StepInput:
     guidance: Guidance
     is_first: bool
     fixed: Sequence[ForwardInput] | None = None
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,9 +387,14 @@ class Family(ABC):
         """Runs several forwards one after the other, and returns their outputs."""
         return [self.run(transformer, one) for one in forward_inputs]
 
-    def collate_key(self, forward_input: ForwardInput) -> Hashable:
-        """Returns a key. Forward inputs with equal keys can be collated: all tensors inside the model have the same shapes."""
-        return self.conditioning.key(forward_input)
+    def collate_key(self, forward_input: ForwardInput, geometry: Geometry | None = None) -> Hashable:
+        """Returns a key. Forward inputs with equal keys can be collated: all tensors inside the model have the same shapes.
+
+        Args:
+            forward_input: The arguments of a forward.
+            geometry: The geometry from which its size fields were made; None: they may be anything.
+        """
+        return self.conditioning.key(forward_input, geometry)
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         """Joins several forward inputs of the same key into one, with the samples in this order."""

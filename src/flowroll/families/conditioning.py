@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowroll.families.rotary import RotaryTable
 from flowroll.types import DenoisingEnv, EnvValue
+from flowroll.types.prompts import EMBEDS
 from flowroll.types.results import replace_tensors
 from flowroll.types.tensors import plain_tensor, tensor_bytes
 
@@ -72,8 +73,13 @@ class Argument:
             return [entry for value in values for entry in value]
         return torch.cat([value.mT for value in values]).mT if self.is_transposed else torch.cat(list(values))
 
-    def key(self, value: Any) -> Hashable:
-        """Returns a key. Values with equal keys can be collated: all tensors inside the model then have the same shapes."""
+    def key(self, value: Any, geometry: Hashable = None) -> Hashable:
+        """Returns a key. Values with equal keys can be collated: all tensors inside the model then have the same shapes.
+
+        Args:
+            value: The argument of a forward.
+            geometry: The geometry from which size fields were made; None: they may be anything.
+        """
         if value is None:
             return None
         if self.batch == "stack":
@@ -101,6 +107,8 @@ class ConditioningField(Argument):
         is_required: Whether every forward needs the value.
         sglang_name: The field's name in SGLang-Diffusion; None: the same name.
         is_listed_by_sglang: Whether SGLang-Diffusion holds the tensor in a list of one.
+        sent_as: The field of a request that gives the tensor in the place of a text, beside `prompt_embeds`, which gives the
+            text embedding; None: no request gives it.
     """
 
     source: Literal["prompt", "size", "image", "scale"] = "prompt"
@@ -110,6 +118,7 @@ class ConditioningField(Argument):
     is_required: bool = True
     sglang_name: str | None = None
     is_listed_by_sglang: bool = False
+    sent_as: str | None = None
 
     @property
     def is_tensor(self) -> bool:
@@ -119,6 +128,16 @@ class ConditioningField(Argument):
     def sizes(self, widths: Mapping[str, int]) -> list[int]:
         """Returns the shape of the field's tensor, given the sizes by name."""
         return [size if isinstance(size, int) else widths[size] for size in self.shape or ()]
+
+    def key(self, value: Any, geometry: Hashable = None) -> Hashable:
+        """Returns a key, as for any argument. A size field has the same numbers where its shape and the geometry are the same.
+
+        So they need not be read, for which the host would have to wait for a device.
+        """
+        is_known = geometry is not None and self.source == "size" and self.batch == "shared"
+        if is_known and isinstance(value, Tensor) and value.device.type != "cpu":
+            return tuple(value.shape), geometry
+        return Argument.key(self, value)
 
     def value(self, env: DenoisingEnv, branch: Branch) -> EnvValue | None:
         """Returns the field's value in one branch of an environment; None if there is none."""
@@ -166,6 +185,11 @@ class Conditioning:
     def embeds(self) -> ConditioningField:
         """The field of the text embedding."""
         return self.fields[0]
+
+    @property
+    def prompt_fields(self) -> dict[str, ConditioningField]:
+        """The fields that are made of a prompt, by the names that a request has for them."""
+        return {EMBEDS: self.embeds, **{field.sent_as: field for field in self.fields if field.sent_as is not None}}
 
     def in_place(self, place: str) -> list[ConditioningField]:
         """Returns the fields of one part of an environment, e.g. "pos_cond_kwargs"."""
@@ -217,9 +241,14 @@ class Conditioning:
             return [("positive",)]
         return [("positive",), ("negative",)] if self.pair is None else [self.pair]
 
-    def key(self, forward_input: ForwardInput) -> Hashable:
-        """Returns a key; forward inputs with equal keys can be collated."""
-        return tuple(argument.key(forward_input[argument.name]) for argument in self._arguments())
+    def key(self, forward_input: ForwardInput, geometry: Hashable = None) -> Hashable:
+        """Returns a key; forward inputs with equal keys can be collated.
+
+        Args:
+            forward_input: The arguments of a forward.
+            geometry: The geometry from which its size fields were made; None: they may be anything.
+        """
+        return tuple(argument.key(forward_input[argument.name], geometry) for argument in self._arguments())
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         """Joins several forward inputs of the same key into one, with the samples in this order."""
@@ -309,7 +338,8 @@ def _same_value(value: Any) -> Hashable:
     """Returns a key that only equal values share."""
     if isinstance(value, Tensor):
         # On another device, reading the numbers would make the host wait. There, only one and the same tensor is known to be
-        # equal, and the samples of a request have one. What is kept under a key depends on shapes alone.
+        # equal, and the samples of a request have one; see `ConditioningField.key` too. What is kept under a key depends on
+        # shapes alone.
         same = bytes(tensor_bytes(plain_tensor(value))) if value.device.type == "cpu" else id(value)
         return tuple(value.shape), same
     return tuple(map(_same_value, value)) if isinstance(value, list | tuple) else cast(Hashable, value)

@@ -25,6 +25,7 @@ from flowroll.families.rotary import RotaryTable, image_ids
 from flowroll.families.true_cfg import TrueCfgFamily
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
 from flowroll.types import EnvValue, Gather, ParallelPlan, Region, Split
+from flowroll.types.prompts import POOLED
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 # Of both kinds of blocks.
@@ -67,7 +68,7 @@ class Flux(TrueCfgFamily):
         table=RotaryTable(name="freqs_cis", text="txt_ids", image="img_ids", theta=10_000, ids=_position_ids),
         fields=(
             ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text")),
-            ConditioningField(name="pooled_projections", shape=("pooled",)),
+            ConditioningField(name="pooled_projections", shape=("pooled",), sent_as=POOLED),
             ConditioningField(name="txt_ids", source="size", shape=(TOKENS, 3), batch="shared"),
             ConditioningField(name="img_ids", source="size", shape=(IMAGE_TOKENS, 3), batch="shared"),
             ConditioningField(name="guidance", source="scale", shape=(), dtype="float32", is_required=False),

@@ -21,6 +21,7 @@ from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.packing import pack, unpack
 from flowroll.sampling.schedule import ScheduleConfig, linspace_float64
 from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
+from flowroll.types.prompts import MASK
 
 
 class QwenImage(Family):
@@ -38,7 +39,9 @@ class QwenImage(Family):
         latents=Argument(name="hidden_states"),
         fields=(
             ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text"), is_listed_by_sglang=True),
-            ConditioningField(name="encoder_hidden_states_mask", shape=(TOKENS,), dtype="index", is_required=False),
+            ConditioningField(
+                name="encoder_hidden_states_mask", shape=(TOKENS,), dtype="index", is_required=False, sent_as=MASK
+            ),
             ConditioningField(name="img_shapes", source="size", batch="list"),
             TEXT_LENGTHS,
         ),

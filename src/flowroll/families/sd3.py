@@ -23,6 +23,7 @@ from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.guidance import fits_positive, guide
 from flowroll.sampling.schedule import ScheduleConfig, scheduler_grid
 from flowroll.types import EnvValue, Gather, Number, ParallelPlan, Region, Split
+from flowroll.types.prompts import POOLED
 
 # The pipeline's default length of T5's text, and of the zeros that stand in for it.
 _T5_TOKENS = 256
@@ -50,7 +51,7 @@ class StableDiffusion3(Family):
         pair=("negative", "positive"),
         fields=(
             ConditioningField(name="encoder_hidden_states", shape=("text_tokens", "text")),
-            ConditioningField(name="pooled_projections", shape=("pooled",)),
+            ConditioningField(name="pooled_projections", shape=("pooled",), sent_as=POOLED),
         ),
     )
     # As in Qwen-Image, but the joint attention sees [image, text]. The modulation is computed for both rows of the pair, as the

@@ -17,7 +17,7 @@ from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
 from flowroll.replay.precision import forward_dtypes, noticed_autocast
 from flowroll.replay.scoring import prepare, run_pair
 from flowroll.replay.sources import Source, check_any, place_of, source_of
-from flowroll.types import Rollout
+from flowroll.types import Rollout, SamplingRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,8 @@ def audit(
         rollouts: Rollouts with env and trajectory; debug tensors let the audit tell more causes apart.
         weight_version: Version of the transformer's weights; None: it is not compared.
         encode: Encodes a rollout's prompts again, to tell a wrong env from wrong weights; None: the env is compared with the
-            digests in the record alone, which rollouts of older versions lack.
+            digests in the record alone, which rollouts of older versions lack. It is not called for a rollout that was given
+            embeddings, of which the text is not known.
         device: The transformer's device; None: that of its first weight.
 
     Returns:
@@ -134,7 +135,7 @@ def audit(
                 place=place,
                 autocast=frozenset(autocast),
                 weight_version=weight_version,
-                encode=encode,
+                encode=None if _was_given_embeds(rollout.sampling) else encode,
             )
             # A grid that contradicts itself is reported even where the ratio happens to be 1.
             causes = grid_causes(source) if all(one.is_exact for one in steps) else diagnosis.causes()
@@ -149,6 +150,10 @@ def _dtype_of(transformer: Transformer, rollout: Rollout) -> torch.dtype:
     recorded = dtype_named(rollout.sampling.model_dtype)
     dtypes = forward_dtypes(transformer) if isinstance(transformer, nn.Module) else set()
     return recorded if not dtypes or recorded in dtypes else next(iter(dtypes))
+
+
+def _was_given_embeds(record: SamplingRecord) -> bool:
+    return (record.prompt_embeds_sha256, record.negative_prompt_embeds_sha256) != (None, None)
 
 
 def _steps_of(source: Source) -> list[int]:

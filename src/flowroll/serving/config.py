@@ -51,14 +51,15 @@ class ServerConfig:
         max_control_queue: Checks of the weights (checksums, comparisons) at once; and as many changes of weights, adapters and
             memory, of which one goes on and the others wait.
         max_groups: Process groups of trainers that the server may be in, with those that it is joining.
-        max_body_bytes: Size of a request body.
+        max_body_bytes: Size of a request body, without the tensors in it.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
-            samples of 10 steps of Qwen-Image at 1024 x 1024; and of a body of POST /rollout/generate and /generate in msgpack.
+            samples of 10 steps of Qwen-Image at 1024 x 1024; and of a body of POST /rollout/generate and /generate, which may
+            carry latents and embeddings.
         send_timeout_s: Seconds for which a client may take no byte of its answer before its connection is broken off (Linux).
         min_send_bytes_per_s: Bytes of its answer that a client has to take in a second, in the long run; a slower one loses its
             connection.
-        max_unsent_bytes: Bytes of all answers together that are expected by accepted requests or not sent to their end; beyond
-            it no request is accepted.
+        max_unsent_bytes: Bytes of all answers together that are expected by accepted requests or not sent to their end, and of
+            the tensors that these requests have brought; beyond it no request is accepted.
         max_weights_body_bytes: Size of a body with tensors of new weights. What is held is bounded by the module's own size.
         weights_idle_s: Seconds of silence after which an update that arrives in buckets is dropped, or, if its buckets are put
             in place one by one, samples start again: its trainer may be dead.

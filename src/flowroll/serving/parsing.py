@@ -66,7 +66,7 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
     """
     config = state.config
     media_type = check_media_type(request.headers, _MEDIA_TYPES.get(model, (JSON, MSGPACK)))
-    body = await _receive(request, _most_bytes(state, media_type), config.receive_timeout_s)
+    body = await _receive(request, _most_bytes(state, media_type, model), config.receive_timeout_s)
 
     def sent() -> dict[str, Any]:
         if media_type == FORM:
@@ -80,13 +80,16 @@ async def accept_request(request: Request, state: AppState, model: type[Sampling
         return await run_in_threadpool(_plan, state.engine.facts, model, sent, context_of(request))
 
 
-def _most_bytes(state: AppState, media_type: str) -> int:
-    """Returns the size of a request's body. It has room for the files of images, in JSON in base64; in msgpack for tensors."""
+def _most_bytes(state: AppState, media_type: str, model: type[SamplingT]) -> int:
+    """Returns the size of a request's body. It has room for the files of images, in JSON in base64, and for tensors."""
     config, info = state.config, state.engine.facts.info
     if media_type == MSGPACK:
         return config.max_score_body_bytes
     files = info.limits.max_image_bytes if info.max_images else 0
-    return config.max_body_bytes + (-(-files // 3) * 4 if media_type == JSON else files)
+    most = config.max_body_bytes + (-(-files // 3) * 4 if media_type == JSON else files)
+    # What is beside tensors is bounded once the body is here.
+    has_tensors = media_type == JSON and model in (RolloutRequest, GenerateRequest)
+    return max(most, config.max_score_body_bytes) if has_tensors else most
 
 
 async def read_body(request: Request, state: AppState, max_bytes: int | None = None) -> bytearray:

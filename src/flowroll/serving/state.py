@@ -107,7 +107,8 @@ class AppState:
     async def _run(self, request: Request, plan: RequestPlan, kind: RequestKind) -> list[Any]:
         timeout_s = _timeout_s(request)
         await self.check_wanted(request)
-        context_of(request).held = self.answers.admit(plan.answer_bytes)
+        # The tensors and images that came with it lie in both processes until it is answered.
+        context_of(request).held = self.answers.admit(2 * plan.input_bytes + plan.answer_bytes)
         accepted = self.engine.call(EngineService.submit, plan, kind, timeout_s=timeout_s)
         try:
             results: list[Any] = await while_connected(request, accepted, self.engine.cancel)

@@ -1,7 +1,8 @@
 """Answers until they are sent: how much memory they may take together, and how slowly a client may read one.
 
 An answer counts from the acceptance of its request, because whatever was accepted will be made and then has to be kept for as
-long as its client takes to read it. It does not matter in which process its bytes lie meanwhile.
+long as its client takes to read it. It does not matter in which process its bytes lie meanwhile. Until the answer is there,
+what the request itself holds, its latents and embeddings, counts as a part of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class HeldAnswer:
     """The memory of one answer; see `AnswerMemory`.
 
     Attributes:
-        expected_bytes: What the answer is expected to take, until it is made.
+        expected_bytes: What the answer is expected to take, with what its request holds, until it is made.
         unsent_bytes: What it takes since it was made.
     """
 

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling.transition import LogProbForm
-from flowroll.types.params import ALIASES, GeneratorDevice, ImageFormat, SamplingParams, SdeType, StepField, StepOptions
+from flowroll.types.params import (
+    ALIASES,
+    TENSORS,
+    GeneratorDevice,
+    ImageFormat,
+    SamplingParams,
+    SdeType,
+    StepField,
+    StepOptions,
+)
 from flowroll.types.plain import plain
 
 # Numbers of numpy and tensors of one element are accepted too; for several values, also 1-D arrays and tensors.
@@ -34,6 +43,12 @@ class ImageFields(TypedDict, total=False):
     negative_prompt: str | None
     prompt_token_ids: Sequence[Integers] | None
     negative_prompt_token_ids: Sequence[Integers] | None
+    prompt_embeds: Tensor | None
+    pooled_prompt_embeds: Tensor | None
+    prompt_embeds_mask: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    negative_pooled_prompt_embeds: Tensor | None
+    negative_prompt_embeds_mask: Tensor | None
     images: Sequence[bytes | str] | None
     seed: Integer | None
     seeds: Integers | None
@@ -116,7 +131,7 @@ def given_fields(request: str | SamplingParams | None, values: Mapping[str, Any]
             field="prompt",
         )
     refuse_unknown(values)
-    given = {name: plain(value) for name, value in values.items()}
+    given = {name: value if name in TENSORS else plain(value) for name, value in values.items()}
     SamplingParams(**given)
     return {ALIASES.get(name, name): value for name, value in given.items()}
 

@@ -21,7 +21,7 @@ from flowroll.types.log_probs import as_log_prob_form
 from flowroll.types.names import Alias, accept_aliases, aliases_of, by_field
 from flowroll.types.plain import plain
 from flowroll.types.policies import DEFAULT_POLICY
-from flowroll.types.prompts import check_token_ids
+from flowroll.types.prompts import ALL_PROMPT_TENSORS, EMBEDS, check_embeds, check_token_ids
 from flowroll.types.rules import is_finite as _is_finite
 from flowroll.types.rules import is_int as _is_int
 from flowroll.types.rules import require as _require
@@ -54,6 +54,8 @@ class StepOptions:
     noise_level: Number | None = None
 
 
+# The fields that are tensors.
+TENSORS = (*ALL_PROMPT_TENSORS, "latents")
 MAX_PROMPT_CHARS = 100_000
 MAX_REQUEST_ID_CHARS = 256
 MIN_SIGMA_GAP = 1e-6
@@ -117,11 +119,20 @@ class SamplingParams:
     their number.
 
     Attributes:
-        prompt: The text; may be empty. It may be left out beside `prompt_token_ids`; given, it is then only repeated.
+        prompt: The text; may be empty. It may be left out beside `prompt_token_ids`; given, it is then only repeated. Beside
+            `prompt_embeds` it is left out.
         negative_prompt: Text of the unconditional branch; used only when guidance runs. None: the family's own.
         prompt_token_ids: The prompt as token ids, one list for each of the model's tokenizers, with the special tokens and the
             template that the pipeline adds to a text, without padding. The bits are those of the text. None: `prompt` is it.
         negative_prompt_token_ids: The same for the unconditional branch; excludes `negative_prompt`.
+        prompt_embeds: The prompt as the text encoders' embedding [tokens, width], in the model's dtype, as the pipeline's
+            `encode_prompt` returns it, with or without its first dimension of one; excludes `prompt` and `prompt_token_ids`.
+            It is copied when the request is planned, and so are the next five.
+        pooled_prompt_embeds: The pooled embedding [width] that goes with it, for a family that has one.
+        prompt_embeds_mask: Which of its tokens are text: booleans, or integers 0 and 1, [tokens]. None: all of them.
+        negative_prompt_embeds: `prompt_embeds` of the unconditional branch; excludes `negative_prompt` and its token ids.
+        negative_pooled_prompt_embeds: `pooled_prompt_embeds` of the unconditional branch.
+        negative_prompt_embeds_mask: `prompt_embeds_mask` of the unconditional branch.
         images: Reference images, for a model that edits them: PNG, JPEG or WebP files as bytes, or as base64, which becomes
             bytes. None: there are none.
         seed: Seed of the first sample, sample i uses `seed + i`; in [0, 2^32). None: the engine draws one.
@@ -192,6 +203,12 @@ class SamplingParams:
     negative_prompt: str | None = None
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    prompt_embeds: Tensor | None = field(default=None, hash=False)
+    pooled_prompt_embeds: Tensor | None = field(default=None, hash=False)
+    prompt_embeds_mask: Tensor | None = field(default=None, hash=False)
+    negative_prompt_embeds: Tensor | None = field(default=None, hash=False)
+    negative_pooled_prompt_embeds: Tensor | None = field(default=None, hash=False)
+    negative_prompt_embeds_mask: Tensor | None = field(default=None, hash=False)
     images: tuple[bytes, ...] | None = field(default=None, repr=False)
     seed: int | None = None
     seeds: tuple[int, ...] | None = None
@@ -299,10 +316,12 @@ class SamplingParams:
     def _check_text(self) -> None:
         for name in ("prompt", "negative_prompt", "request_id"):
             text = getattr(self, name)
-            if text is None and (name != "prompt" or self._has("prompt_token_ids")):
+            if text is None and (name != "prompt" or self._has("prompt_token_ids") or self._has(EMBEDS)):
                 continue
             if text is None:
-                message = "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."
+                message = (
+                    "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids or prompt_embeds."
+                )
                 raise InvalidRequestError(message, field="prompt")
             _require(isinstance(text, str), name, "be text", text, "send a string")
             most = MAX_REQUEST_ID_CHARS if name == "request_id" else MAX_PROMPT_CHARS
@@ -313,6 +332,7 @@ class SamplingParams:
         check_token_ids("negative_prompt_token_ids", self.negative_prompt_token_ids)
         both = self._has("negative_prompt") and self._has("negative_prompt_token_ids")
         _require(not both, "negative_prompt_token_ids", "be given without negative_prompt", "both", "send one of the two")
+        check_embeds(self)
         if self.min_weight_version is not None:
             check_version(self.min_weight_version, "min_weight_version")
         if self.policy is not None:
@@ -331,7 +351,7 @@ class SamplingParams:
     def _take_plain(self) -> None:
         """Converts lists and arrays to tuples, so that a checked request cannot change, and other numbers to Python's."""
         object.__setattr__(self, "images", checked_images(self.images))
-        for name in self.__slots__:
+        for name in (name for name in self.__slots__ if name not in TENSORS):
             if (value := plain(given := getattr(self, name))) is not given:
                 object.__setattr__(self, name, value)
         for name in ("prompt_token_ids", "negative_prompt_token_ids"):

@@ -51,7 +51,7 @@ class SamplingRecord:
         guidance_scale: The effective scale; meaningless for rule "none". The largest one where each step has its own.
         guidance_scales: The scale of each step, where the request gave one for each; of a model that takes the scale as an
             input, these are what it was given, and `embedded_guidance_scale` is the first.
-        negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids.
+        negative_prompt: Text of the unconditional branch; None without guidance, and beside token ids or embeddings.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         num_inference_steps: Number of transitions T.
@@ -83,6 +83,9 @@ class SamplingRecord:
         log_prob: The form of the log-probs, where the request gave one; None: as `log_prob_no_const` says.
         prompt_token_ids: The token ids of the conditional branch, where the request gave these.
         negative_prompt_token_ids: Those of the unconditional branch, where they were used.
+        prompt_embeds_sha256: `branch_digest` of the conditional branch's fields that are made of a prompt, where the request
+            gave these as `prompt_embeds`.
+        negative_prompt_embeds_sha256: That of the unconditional branch, where `negative_prompt_embeds` were used.
         images: The reference images of the request, which both branches have; None where there were none.
         image_format: The form of the picture; "none": there is none, and the final latents are returned.
     """
@@ -124,6 +127,8 @@ class SamplingRecord:
     image_format: ImageFormat = "tensor"
     prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
     negative_prompt_token_ids: tuple[tuple[int, ...], ...] | None = None
+    prompt_embeds_sha256: str | None = None
+    negative_prompt_embeds_sha256: str | None = None
     images: tuple[ReferenceImage, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -270,7 +275,7 @@ class Rollout:
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text; None where the request gave none, but its token ids.
+        prompt: The prompt's text; None where the request gave none, but its token ids or embeddings.
         seed: This sample's own seed; that of the sample that it descends from, for a leaf of a tree.
         image: The picture in the form that the record names: float32 in [0, 1], its eight bits (uint8, the same shape), the
             bytes of a PNG file, or None.
@@ -374,7 +379,7 @@ class GeneratedImage(Shown):
 
     Attributes:
         request_id: Id of the request to which the sample belongs.
-        prompt: The prompt's text; None where the request gave none, but its token ids.
+        prompt: The prompt's text; None where the request gave none, but its token ids or embeddings.
         seed: This sample's own seed.
         image: Decoded picture in [0, 1], float32.
         latents: Final latents in the loop's dtype, as the diffusers pipeline returns them for `output_type="latent"`.

@@ -242,6 +242,9 @@ _BLOB = "QAAAAAAAAAB7InQiOnsiZHR5cGUiOiJGMzIiLCJzaGFwZSI6WzEsMl0sImRhdGFfb2Zmc2V
 # A PNG file of one gray pixel, in base64.
 IMAGE_EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNoaGgAAAMEAYFL09IQAAAAAElFTkSuQmCC"
 TENSOR_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [1, 2], "dtype": "torch.float32", "data": _BLOB}
+# The same of two booleans.
+_MASK_BLOB = "OAAAAAAAAAB7InQiOnsiZHR5cGUiOiJCT09MIiwic2hhcGUiOlsyXSwiZGF0YV9vZmZzZXRzIjpbMCwyXX19IAEA"
+MASK_EXAMPLE: dict[str, Any] = {"__tensor__": True, "shape": [2], "dtype": "torch.bool", "data": _MASK_BLOB}
 _SCORE_EXAMPLE: dict[str, Any] = {
     "samples": [
         {

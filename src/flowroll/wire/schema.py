@@ -29,7 +29,7 @@ from flowroll.types import (
 from flowroll.types.forks import MAX_CHILDREN
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
-from flowroll.wire.messages import IMAGE_EXAMPLE, TENSOR_EXAMPLE, WireTensor
+from flowroll.wire.messages import IMAGE_EXAMPLE, MASK_EXAMPLE, TENSOR_EXAMPLE, WireTensor
 from flowroll.wire.names import EXTRA
 from flowroll.wire.received import HOW_TO_SEND, received_tensor
 from flowroll.wire.safetensors import BlobError
@@ -63,6 +63,7 @@ _Seeds: TypeAlias = Annotated[tuple[fields.SeedNumber, ...], Meta(min_length=1)]
 _SeedOrSeeds: TypeAlias = fields.SeedNumber | _Seeds
 _SEED_RULE = "be null, an integer from 0 to 4294967295, or a list of these"
 _SentTensor: TypeAlias = WireTensor[memoryview]
+_TENSOR, _MASK = (about(example, HOW_TO_SEND, "be null or a tensor") for example in (TENSOR_EXAMPLE, MASK_EXAMPLE))
 _Step: TypeAlias = Annotated[int, Meta(ge=0)]
 # The keys of a JSON object are text.
 _Fork: TypeAlias = Annotated[
@@ -129,11 +130,17 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     negative_prompt: fields.NegativePrompt = None
     prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
     negative_prompt_token_ids: Annotated[_TokenIds | None, _TOKEN_IDS] = None
+    prompt_embeds: Annotated[_SentTensor | None, _TENSOR] = None
+    pooled_prompt_embeds: Annotated[_SentTensor | None, _TENSOR] = None
+    prompt_embeds_mask: Annotated[_SentTensor | None, _MASK] = None
+    negative_prompt_embeds: Annotated[_SentTensor | None, _TENSOR] = None
+    negative_pooled_prompt_embeds: Annotated[_SentTensor | None, _TENSOR] = None
+    negative_prompt_embeds_mask: Annotated[_SentTensor | None, _MASK] = None
     images: Annotated[_Images | None, _IMAGES] = None
     seed: fields.Seed = None
     seeds: Annotated[_Seeds | None, about([7, 11, 13], "send one seed per output")] = None
     init_seed: Annotated[_SeedOrSeeds | None, about(7, "send one seed, or one per output", _SEED_RULE)] = None
-    latents: Annotated[_SentTensor | None, about(TENSOR_EXAMPLE, HOW_TO_SEND, "be null or a tensor")] = None
+    latents: Annotated[_SentTensor | None, _TENSOR] = None
     start_step: Annotated[_Step | None, about(0, "count steps from 0")] = None
     generator_device: Annotated[GeneratorDevice, about("cpu", "leave it out for the engine's device")] = "cuda"
     width: Annotated[fields.Count | None, about(1024, "leave it out for the family's width")] = None

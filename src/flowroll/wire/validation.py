@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta, UnsetType, convert
 
-from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.types import ALIASES, ROLLOUT_FIELDS
 from flowroll.types.arguments import closest
 from flowroll.wire.fields import Request
@@ -50,6 +50,7 @@ def parse_json_body(body: bytes | bytearray, *, max_plain_bytes: int | None = No
 
     Raises:
         MalformedRequestError: It holds anything else.
+        PayloadTooLargeError: It is larger.
     """
     try:
         is_small = max_plain_bytes is None or len(body) <= max_plain_bytes
@@ -66,9 +67,9 @@ def parse_json_body(body: bytes | bytearray, *, max_plain_bytes: int | None = No
 def _json_with_data(body: bytes | bytearray, max_plain_bytes: int) -> Any:
     left = max_plain_bytes
 
-    def too_large() -> MalformedRequestError:
-        return MalformedRequestError(
-            f"body must hold at most {max_plain_bytes} bytes beside those of tensors and images, got more; send a smaller "
+    def too_large() -> PayloadTooLargeError:
+        return PayloadTooLargeError(
+            f"the body must have at most {max_plain_bytes} bytes beside those of tensors and images, got more; send a smaller "
             "request."
         )
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tests.rollouts import assert_same_bits
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
@@ -136,6 +137,37 @@ def test_a_rollout_flag_without_rollout_is_a_usage_error(switch, folder):
     result = generate(folder, "--prompt", "p", "--sde-type", "cps", *switch)
     assert result.exit_code == 2
     assert "--sde-type must come with --rollout" in " ".join(result.stderr.split())
+
+
+def test_embeddings_come_from_a_file(z_image_checkpoint, tmp_path):
+    with Engine(z_image_checkpoint) as engine:
+        options = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 7}
+        [by_text] = engine.rollout(prompt="a red fox", **options, return_denoising_env=True, return_dit_trajectory=True)
+    env = by_text.denoising_env
+    names = {"prompt_embeds": env.pos_cond_kwargs, "negative_prompt_embeds": env.neg_cond_kwargs}
+    save_file({name: branch["cap_feats"] for name, branch in names.items()}, tmp_path / "prompt.safetensors")
+    result = generate(z_image_checkpoint, *SMALL[2:], "--embeds", tmp_path / "prompt.safetensors", "--seed", 7, "--rollout",
+                      "--return-denoising-env", "--return-dit-trajectory", "--out", tmp_path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    saved = load_rollout(tmp_path / "sample-000-seed-7.safetensors")
+    assert saved.sampling.prompt_embeds_sha256 and torch.equal(saved.image, by_text.image)
+    result = run_cli("verify", "--model", z_image_checkpoint, tmp_path / "sample-000-seed-7.safetensors")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"cap_feats": torch.ones(2, 3)}, "--embeds must hold some of prompt_embeds"),
+        (None, "--embeds must be a safetensors file"),
+    ],
+)
+def test_another_file_of_embeddings_is_a_usage_error(tensors, message, folder, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    file.write_bytes(b"no tensors") if tensors is None else save_file(tensors, file)
+    result = generate(folder, "--embeds", file)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
 
 
 def test_a_folder_that_is_no_checkpoint_is_one_clear_line(tmp_path):

@@ -9,6 +9,7 @@ from flowroll import SamplingParams
 from flowroll.cli.prompts import read_prompts, read_requests
 from flowroll.errors import InvalidRequestError
 from flowroll.types import ALIASES
+from flowroll.types.params import TENSORS
 
 # Whatever else splits lines, in Python and in other programs, between two letters.
 SEPARATORS = ("\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r")
@@ -91,7 +92,7 @@ def test_a_jsonl_line_may_give_every_field(write):
     }
     # The first is `seeds` in another form, the others are `rollout_steps` in other forms, or go with a tensor.
     others = {"seed", "log_prob", "negative_prompt_token_ids", "rollout_sde_step_indices", "rollout_noise_levels"}
-    others |= {"latents", "start_step", "guidance_scales", "images"}
+    others |= {*TENSORS, "start_step", "guidance_scales", "images"}
     assert {ALIASES.get(name, name) for name in given} == {field.name for field in fields(SamplingParams)} - others
     path = write(json.dumps(given) + '\n\n{"prompt": "", "seed": 4}', "prompts.JSONL")
     assert read_requests(path, {}) == [SamplingParams(**as_tuples(given)), SamplingParams(prompt="", seed=4)]

@@ -10,8 +10,9 @@ from flowroll import SamplingParams
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
+from flowroll.types.params import TENSORS
 
-FIELDS = [field.name for field in fields(SamplingParams) if field.name not in ("latents", "start_step")]
+FIELDS = [field.name for field in fields(SamplingParams) if field.name not in (*TENSORS, "start_step")]
 FILE = Path(__file__)
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {

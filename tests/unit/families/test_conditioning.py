@@ -87,6 +87,18 @@ def test_forwards_of_other_shared_values_are_not_collated() -> None:
     assert DECLARED.key(forward_input(env)) != keys[0]
 
 
+def test_position_ids_on_a_device_are_known_by_their_geometry() -> None:
+    """Their numbers are not read there. Without a geometry, only one and the same tensor is known to be equal."""
+    one, other = ({**forward_input(env), "ids": torch.zeros(5, 3, device="meta")} for env in (make_env(), make_env(1)))
+    assert DECLARED.key(one, (4, 6)) == DECLARED.key(other, (4, 6)) != DECLARED.key(other, (6, 4))
+    longer = {**other, "ids": torch.zeros(6, 3, device="meta")}
+    assert DECLARED.key(other, (4, 6)) != DECLARED.key(longer, (4, 6))
+    assert DECLARED.key(one) == DECLARED.key(one) != DECLARED.key(other)
+    # On the CPU the numbers count, wherever they come from.
+    here = forward_input(make_env())
+    assert DECLARED.key(here, (4, 6)) == DECLARED.key(here, (6, 4)) == DECLARED.key(here)
+
+
 class Model(nn.Module):
     """Uses every argument."""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowroll import SamplingParams
 from flowroll.engine import Engine
@@ -99,6 +100,13 @@ CHOSEN = {
         ("sde_type", {"sde_type": "flow-sde"}),
         ("rollout_sde_type", {"rollout_sde_type": "flow-sde", "noise_level": 0}),
         ("sigmas", {"sigmas": (1.0, 0.999995, 0.5, 0.0)}),
+        ("pooled_prompt_embeds", {"pooled_prompt_embeds": torch.ones(3)}),
+        ("negative_prompt_embeds_mask", {"negative_prompt_embeds_mask": torch.ones(3, dtype=torch.bool)}),
+        ("prompt_embeds", {"prompt_embeds": torch.ones(2, 3)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": torch.ones(2, 3), "prompt_token_ids": ((1,),)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": torch.ones(2, 3, dtype=torch.int64)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": ((1.0, 2.0),)}),
+        ("negative_prompt_embeds", {"negative_prompt_embeds": torch.ones(2, 3), "negative_prompt": ""}),
         ("num_frames", {"num_frames": 0}),
         ("num_frames", {"num_frames": 2}),
         ("num_frames", {"num_frames": True}),

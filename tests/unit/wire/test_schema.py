@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from flowroll import SamplingParams
-from flowroll.errors import InvalidRequestError, MalformedRequestError
+from flowroll.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from flowroll.sampling.dynamics import DYNAMICS, NAMES
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, MAX_PROMPT_CHARS, MAX_SEED, StepOptions
+from flowroll.types.params import TENSORS
+from flowroll.types.prompts import ALL_PROMPT_TENSORS
 from flowroll.types.tensors import tensor_bytes
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
+from flowroll.wire.messages import TENSOR_EXAMPLE
 from flowroll.wire.safetensors import safetensors_prefix
 from flowroll.wire.schema import (
     ExtraGenerateParams,
@@ -188,8 +191,8 @@ def test_extra_sampling_params_refuse_what_the_top_level_refuses(name: str, para
 
 def test_every_parameter_can_be_sent() -> None:
     reachable = {ALIASES.get(row[0], row[0]) for row in (ROWS | ROLLOUT_ROWS | SIGMA_ROW).values()}
-    # A tensor and images are sent by the tests below.
-    assert reachable | {"latents", "images"} == {field.name for field in dataclasses.fields(SamplingParams)}
+    # Tensors and images are sent by the tests below.
+    assert reachable | {*TENSORS, "images"} == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -207,6 +210,29 @@ def test_latents_are_sent_as_a_tensor(model: Any, nested: bool) -> None:
     fields = {"latents": sent_tensor(), "start_step": 3}
     found = params(model, PROMPT | ({"extra_sampling_params": fields} if nested else fields))
     assert found.latents is not None and torch.equal(found.latents, TENSOR) and found.start_step == 3
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_prompt_may_be_sent_as_tensors(nested: bool) -> None:
+    mask = torch.tensor([True, False])
+    fields = {name: sent_tensor(mask if name.endswith("mask") else TENSOR) for name in ALL_PROMPT_TENSORS}
+    for model in (RolloutRequest, GenerateRequest):
+        found = params(model, {"extra_sampling_params": fields} if nested else fields)
+        assert found.prompt is None
+        for name in ALL_PROMPT_TENSORS:
+            assert torch.equal(getattr(found, name), mask if name.endswith("mask") else TENSOR)
+        for name in ("prompt", "negative_prompt"):
+            error = refusal(model, {name: "a cup"} | ({"extra_sampling_params": fields} if nested else fields))
+            assert error.field == f"{'extra_sampling_params.' if nested else ''}{name}_embeds"
+
+
+def test_a_json_body_may_be_large_in_its_tensors_alone() -> None:
+    fields = {"prompt_embeds": sent_tensor(torch.randn(200, 100)), "seed": 3}
+    for body in (fields, {"extra_sampling_params": fields}):
+        found = parse(RolloutRequest, parse_json_body(json.dumps(body).encode(), max_plain_bytes=4096)).to_params()
+        assert found.prompt_embeds is not None and found.prompt_embeds.shape == (200, 100)
+        with pytest.raises(PayloadTooLargeError, match="at most 4096 bytes beside those of tensors and images"):
+            parse_json_body(json.dumps({**body, "prompt": "a cat " * 1000}).encode(), max_plain_bytes=4096)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +319,7 @@ def test_images_that_are_none_are_refused(value: Any) -> None:
     ],
 )
 def test_a_json_body_that_is_large_in_anything_but_data_is_refused(body: bytes) -> None:
-    with pytest.raises(MalformedRequestError, match="body must"):
+    with pytest.raises((MalformedRequestError, PayloadTooLargeError), match="body must"):
         parse_json_body(body, max_plain_bytes=4096)
 
 
@@ -534,9 +560,13 @@ def test_every_request_field_is_described_with_valid_examples(model: type[Reques
         nested = part is not schema
         for name, field in part["properties"].items():
             assert field["description"] and field["examples"], name
+            # A prompt as tensors stands in the place of a text, and the others go with its embedding.
+            prefix = name.partition("p")[0]
+            beside = {f"{prefix}prompt_embeds": TENSOR_EXAMPLE} if name in ALL_PROMPT_TENSORS else {}
+            others = {} if "prompt_embeds" in beside else PROMPT
             for example in field["examples"]:
-                body = {"extra_sampling_params": {name: example}} if nested else {name: example}
-                params(model, PROMPT | body)
+                given = beside | {name: example}
+                params(model, others | ({"extra_sampling_params": given} if nested else given))
 
 
 def test_the_limits_are_in_the_openapi_document() -> None:
@@ -624,7 +654,10 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
             {"seeds": [1, "4"]},
             "seeds must be null or a list of integers from 0 to 4294967295, got '4'; send one seed per output.",
         ),
-        ({"prompt": None}, "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids."),
+        (
+            {"prompt": None},
+            "prompt must be given, got nothing; send one prompt as text, or its prompt_token_ids or prompt_embeds.",
+        ),
         (
             {"generator_device": "mps"},
             'generator_device must be "cuda" or "cpu", got \'mps\'; leave it out for the engine\'s device.',

@@ -14,8 +14,9 @@ from torch import Tensor
 from flowroll.engine.images import open_images
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
-from flowroll.engine.plan import BranchText, RequestPlan
+from flowroll.engine.plan import RequestPlan
 from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.prompts import BranchText
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.tokens import encode_ids
 from flowroll.engine.weights.offload import WeightOffload
@@ -54,6 +55,7 @@ class PipelineRunner:
         """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
 
         Its reference images are part of both branches' prompts, and are encoded by the VAE too.
+        A prompt that is given as embeddings is not encoded at all.
 
         Raises:
             AsleepError: The memory of the weights was released while the request waited.
@@ -149,6 +151,9 @@ def encode_branch(
         one: The text of the branch.
         images: The reference images beside it, as RGB images of Pillow.
     """
+    if one.embeds is not None:
+        # Copied, because a tensor that was received lies at an arbitrary address, and bits can depend on the address.
+        return {name: tensor.to(model.device, copy=True) for name, tensor in one.embeds.items()}
     if one.token_ids is not None:
         return encode_ids(model.family, pipeline, variant, model.tokenizers, one.token_ids, images)
     assert one.text is not None

@@ -172,6 +172,7 @@ class Sample:
             guidance=guidance,
             is_first=self.step == 0,
             fixed=fixed,
+            geometry=conditioning.plan.geometry,
         )
 
     @property

@@ -39,7 +39,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def generate(request: Request) -> Response:
         media_type = choose_media_type(request.headers, [*wire_media_types(state.config), PNG])
-        _, plan = await accept_request(request, state, GenerateRequest)
+        plan = (await accept_request(request, state, GenerateRequest))[1]
         if media_type == PNG and len(plan.seeds) > 1:
             raise InvalidRequestError(
                 f"num_outputs_per_prompt must be 1 for {PNG}, got {len(plan.seeds)}; accept application/json for several.",

@@ -34,7 +34,7 @@ def build_router(state: AppState) -> APIRouter:
     async def generate_rollouts(request: Request) -> Response:
         wire_format = choose_wire_format(request.headers, state.config)
         dialect = choose_dialect(request.headers, state.config)
-        _, plan = await accept_request(request, state, RolloutRequest)
+        plan = (await accept_request(request, state, RolloutRequest))[1]
         rollouts = await state.rollout(request, plan)
         body = await state.serialise(request, encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect)
         return stream(request, body)

@@ -64,8 +64,8 @@ class ServerInfo:
         wire_dialect: Names in the answer where the request does not choose.
         batching: How much runs at once.
         max_queue: Requests that may wait.
-        max_body_bytes: Size of a request body.
-        max_score_body_bytes: Size of a body of POST /rollout/score, and of POST /rollout/generate and /generate in msgpack.
+        max_body_bytes: Size of a request body, without the tensors in it.
+        max_score_body_bytes: Size of a body of POST /rollout/score, /rollout/generate and /generate, with its tensors.
         max_weights_body_bytes: Size of a body with tensors of new weights.
         receive_timeout_s: Seconds for headers to come, and a body (and a second per 64 KiB of it).
         is_paused: Whether new requests are refused until /continue_generation.
