@@ -138,7 +138,7 @@ def test_samples_with_a_shared_argument_share_a_forward_with_the_bits_of_each() 
 
 def test_a_message_carries_every_part_of_an_environment() -> None:
     env = make_env()
-    message = AddRequest(id=1, params=SamplingParams(prompt=""), env=EnvShape.of(env), latents=None, start_step=0)
+    message = AddRequest(id=1, params=SamplingParams(prompt=""), env=EnvShape.of(env), latents=None, start_step=0, images=())
     received = decode_message(encode_message(message).encode())
     assert isinstance(received, AddRequest)
     empty = received.env.empty(torch.device("cpu"))

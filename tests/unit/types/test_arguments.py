@@ -35,6 +35,7 @@ WIDER = {
     Fork | Mapping[int, int]: Mapping[int, int] | Sequence[tuple[int, int]],
     tuple[int | float, ...]: Reals,
     tuple[tuple[int, ...], ...]: Sequence[Integers],
+    tuple[bytes, ...]: Sequence[bytes | str],
     tuple[StepOptions, ...]: Sequence[StepOptions | Mapping[str, Any]],
 }
 ARRAYS = [lambda values: np.array(values), lambda values: torch.tensor(values), lambda values: list(np.array(values))]
