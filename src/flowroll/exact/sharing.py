@@ -25,9 +25,9 @@ from flowroll.families import ForwardInput, Output, Transformer
 
 _log = logging.getLogger(__name__)
 
-# How many kinds are remembered for a transformer; the least recently used ones are forgotten first. A kind can have a few
-# analyses, since forward inputs of one key may be prepared by other functions (a caption that needs no padding).
-_KINDS, _ANALYSES = 256, 4
+# How many analyses are remembered for a transformer; the least recently used kinds are forgotten first. A kind can have a few,
+# since forward inputs of one key may be prepared by other functions (a caption that needs no padding).
+_ANALYSES, _ANALYSES_OF_A_KIND = 256, 4
 
 
 @dataclass(slots=True)
@@ -46,11 +46,16 @@ class _Known:
 
     def of(self, kind: Hashable) -> list[Notes] | None:
         """Returns the analyses of a kind; None if the samples of that kind run alone."""
-        found = self.notes.setdefault(kind, [])
+        if kind not in self.notes:
+            self.notes[kind] = []
+            self._forget()
         self.notes.move_to_end(kind)
-        if len(self.notes) > _KINDS:
-            self.notes.popitem(last=False)
-        return found
+        return self.notes[kind]
+
+    def add(self, kind: Hashable, notes: Notes) -> None:
+        """Remembers an analysis of a kind."""
+        self.notes[kind] = [notes, *(self.notes[kind] or [])][:_ANALYSES_OF_A_KIND]
+        self._forget()
 
     def give_up(self, kind: Hashable, reason: str) -> None:
         """Makes the samples of this kind run alone from now on, and logs the reason."""
@@ -58,6 +63,11 @@ class _Known:
             self.reasons.add(reason)
             _log.warning("samples of one shape run one by one, since they cannot share a forward: %s", reason)
         self.notes[kind] = None
+        self._forget()
+
+    def _forget(self) -> None:
+        while sum(len(analyses or (None,)) for analyses in self.notes.values()) > _ANALYSES:
+            self.notes.popitem(last=False)
 
 
 @runtime_checkable
@@ -121,7 +131,7 @@ class SharedForwards:
                 return self._family.run_in_turn(transformer, forward_inputs)
             known.forms.add(form)
             assert notes is not None
-            analyses[:] = [notes, *analyses][:_ANALYSES]
+            known.add(kind, notes)
         assert output is not None
         return self._family.uncollate(output, count)
 
