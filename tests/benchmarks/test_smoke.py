@@ -40,12 +40,12 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "replay": ({"SIZE": 64, "SIDES": (64,), "PAIRS": 2}, ["--rounds", "1"]),
     "responsive": ({"CLIENTS": ("application/json",)}, ["--rounds", "1"]),
     "run": ({}, ["--rounds", "1"]),
-    "store": ({"PROMPTS": 2}, ["--rounds", "1", "--samples", "512"]),
     "weights": ({}, ["--rounds", "1", "--layers", "1"]),
     "wire": ({"STEPS": 2, "SIZE": 64, "TEXT_TOKENS": 4}, ["--rounds", "1", "--fresh", "1"]),
 }
-# They start servers, ranks or commands as processes; soak and overload have proofs of their own in tests/serving.
-TAKE_LONGER = {"beside", "overload", "parallel", "soak", "startup"}
+# They start servers, ranks or commands as processes; soak and overload have proofs of their own in tests/serving. The store
+# has an index of samples that are not there, which the checker of annotations would read.
+TAKE_LONGER = {"beside", "overload", "parallel", "soak", "startup", "store"}
 PRINT_ONLY = {"gpu", "lora", "replay"}
 
 

@@ -250,6 +250,25 @@ def test_a_layout_that_does_not_fit_is_refused_before_a_process_is_started(
     assert refused.value.field == field
 
 
+def test_bfloat16_on_several_ranks_of_a_cpu_with_amx_is_refused(
+    z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its products of some rows, or of some columns, have other bits than those of the whole (oneDNN in torch 2.13)."""
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(rank_group, "RankProcesses", start)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    with pytest.raises(InvalidRequestError, match="set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16") as refused:
+        Engine(z_image_checkpoint, device="cpu", dtype="bfloat16", layout=SP2)
+    assert refused.value.field == "dtype"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16")
+    with pytest.raises(AssertionError, match="a process was started"):
+        Engine(z_image_checkpoint, device="cpu", dtype="bfloat16", layout=SP2)
+
+
 def test_more_ranks_than_gpus_are_refused(z_image_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InvalidRequestError, match="at most the 1 GPUs from cuda:0 on, got 2"):

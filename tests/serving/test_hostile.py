@@ -187,7 +187,7 @@ def test_a_body_that_comes_steadily_may_take_longer_than_the_bound(hurried: http
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: httpx.Client, declared: bool) -> None:
+def test_a_body_of_100_megabytes_is_refused_and_not_kept(service: EngineService, declared: bool) -> None:
     piece = b" " * (1 << 20)
 
     def pieces() -> Iterator[bytes]:
@@ -195,9 +195,10 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: httpx.Client, d
             yield piece
 
     headers = {**JSON_HEADERS, **({"content-length": str(100 << 20)} if declared else {})}
-    answer = server.post("/generate", content=pieces(), headers=headers)
-    assert (answer.status_code, error_of(answer)["code"]) == (413, "payload_too_large")
-    assert server.get("/health").status_code == 200
+    with serving(service, max_score_body_bytes=32 << 20) as server:
+        answer = server.post("/generate", content=pieces(), headers=headers)
+        assert (answer.status_code, error_of(answer)["code"]) == (413, "payload_too_large")
+        assert server.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("length", ["²", "9" * 5000, "-1", "٣", "1" * 19])

@@ -77,7 +77,8 @@ def test_a_server_without_anything_of_flowrolls_is_measured_too() -> None:
     assert report.per_second["steps"] == pytest.approx(3 * report.per_second["samples"])
     # Nothing is left to what a server takes for granted.
     assert sent[0].keys() == {
-        *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed")
+        *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed"),
+        "rollout_debug_mode",
     }
     # A request that was refused is sent again as it was.
     assert sent[1] == sent[2]

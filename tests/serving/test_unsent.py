@@ -75,12 +75,12 @@ def test_what_waiting_requests_have_brought_counts(hooked: HookedEngine) -> None
                 trainer = Client(str(client.base_url))
                 gate.entered.clear()
                 gate.opened.clear()
-                waiting = threading.Thread(target=lambda: trainer.rollout(**given, **tensors))  # noqa: B023
+                waiting = threading.Thread(target=lambda: trainer.rollout(**given, **tensors, debug_mode=True))  # noqa: B023
                 waiting.start()
                 assert gate.entered.wait(WAIT_S)
                 assert gauge(client, "expected") == size
                 with pytest.raises(QueueFullError):
-                    Client(str(client.base_url)).rollout(**given, **tensors)
+                    Client(str(client.base_url)).rollout(**given, **tensors, debug_mode=True)
                 gate.opened.set()
                 waiting.join(WAIT_S)
                 until(lambda: gauge(client, "unsent") == gauge(client, "expected") == 0)

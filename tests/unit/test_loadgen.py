@@ -59,7 +59,7 @@ def test_a_warm_up_sends_other_requests_and_changes_none_of_those_that_count() -
 
 def test_all_that_is_drawn_or_given_is_sent_and_nothing_else() -> None:
     (body,) = sent_by(replace(MIX, fixed={"return_dit_trajectory": True, "noise_level": 0.7}), 1)
-    assert set(body) == {*DRAWN, "rollout_return_dit_trajectory", "rollout_noise_level"}
+    assert set(body) == {*DRAWN, "rollout_return_dit_trajectory", "rollout_noise_level", "rollout_debug_mode"}
     assert body["rollout_return_dit_trajectory"] is True and None not in body.values()
 
 

@@ -216,6 +216,8 @@ def test_scores_that_end_early_or_whose_policy_was_dropped_leave_the_weights_in_
         begun.result(60)
     assert z_image.weights_checksum() == checksum
     running = z_image.submit(z_image.plan(SamplingParams(**{**REQUEST, "num_inference_steps": 30})), "rollout")
+    while not z_image.scheduler.load().running_samples:
+        time.sleep(0.001)
     dropped: list[Any] = []
     z_image.scheduler.exclusive(lambda: dropped.append(z_image.drop_policy("old")))
     waiting = z_image.submit_scores(z_image.plan_score(params))

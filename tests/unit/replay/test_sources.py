@@ -69,7 +69,7 @@ def filtered(*states: int) -> Rollout:
         ("family", [with_record(family="sdxl")], f"be one of {', '.join(FAMILIES)}, got sdxl"),
         ("rollouts", [rollout(), rollout(family="z_image")], "be of one model family, got qwen_image and z_image"),
         ("guidance_rule", [with_record(guidance_rule="cfg")], "be none or cfg_norm_rescale for qwen_image, got cfg"),
-        ("schema_version", [with_record(schema_version=9)], "be 1, got 9"),
+        ("schema_version", [with_record(schema_version=9)], "be at most 1, got 9"),
         ("denoising_env", [with_env(neg_cond_kwargs=None)], "hold neg_cond_kwargs for a guided rollout, got none in rollout 0"),
         ("denoising_env", [with_env(pos_cond_kwargs={"x": 1})], r"encoder_hidden_states in pos_cond_kwargs .* got \['x'\]"),
         ("steps", [rollout(), rollout(steps=3)], "different lengths, got rollouts of 3 and 4 steps; name the steps"),

@@ -54,7 +54,8 @@ def test_the_time_that_a_bad_header_takes_is_linear_in_its_length(raw: bytes, wo
     started_s = time.thread_time()
     with pytest.raises(BlobError) as refused:
         read_header(raw)
-    assert time.thread_time() - started_s < 2
+    # Quadratic would be minutes.
+    assert time.thread_time() - started_s < 10
     assert words in str(refused.value) and len(str(refused.value)) < 500
 
 
