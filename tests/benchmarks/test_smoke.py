@@ -66,7 +66,11 @@ def test_every_command_is_run_here_or_named_as_one_that_takes_longer() -> None:
     assert commands == SMALL.keys() | TAKE_LONGER
 
 
-@pytest.mark.parametrize("name", SMALL)
+# The others are in `make proofs`.
+FIRST = ("engine", "run", "transition")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in SMALL])
 def test_every_benchmark_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

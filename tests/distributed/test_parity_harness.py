@@ -38,6 +38,7 @@ def test_a_healthy_layout_is_exact_and_the_status_is_0(device, z_image_checkpoin
     assert "**Exact: 1 of 1 layouts** (sp2)" in markdown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "layout", "origin", "untouched"),
     [

@@ -163,6 +163,7 @@ def test_no_rank_outlives_a_killed_rank_0_or_server(z_image_checkpoint: Path, tm
     assert which == "the server" or "Error: the engine's process must live to answer, got its end by SIGKILL" in server.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_all_ranks_in_order(z_image_checkpoint: Path, tmp_path: Path, sig: signal.Signals) -> None:
     with (

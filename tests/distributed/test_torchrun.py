@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 from tests.distributed.jobs import Job, torchrun_job
 from tests.serving.servers import SMALL, until
 
@@ -49,6 +50,7 @@ def test_rank_0_serves_with_the_bits_of_one_rank_and_a_signal_to_all_ends_all(z_
     assert "Traceback" not in job.log(0) + job.log(1)
 
 
+@pytest.mark.slow
 def test_a_rank_elsewhere_that_falls_silent_takes_the_server_down(z_image_checkpoint: Path, tmp_path: Path) -> None:
     with serving_job(z_image_checkpoint, tmp_path, "--rank-timeout-s", "3") as (job, url):
         assert httpx.get(f"{url}/readiness").status_code == 200

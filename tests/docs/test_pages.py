@@ -15,8 +15,6 @@ from tests.docs.blocks import LANGUAGES, NEEDS, OUTPUT, PAGES, ROOT, Block, bloc
 from flowroll.cli.app import COMMANDS
 from flowroll.errors import FlowrollError
 
-# The page that everybody tries first; `make proofs` runs the others.
-FIRST = "quickstart"
 # A block without a language is a figure or a formula.
 _COMMAND = re.compile(r"^\s*(?:flowroll|pip|python|python3|torchrun|make|curl|docker|hf|bash|export) ", re.MULTILINE)
 _INLINE = re.compile(r"`(flowroll [^`]+)`")
@@ -28,7 +26,7 @@ def _name(page: Path) -> str:
 
 def _running() -> list[object]:
     pages = [page for page in PAGES if any(block.runs for block in blocks_of(page))]
-    return [pytest.param(page, id=_name(page), marks=[] if page.stem == FIRST else [pytest.mark.slow]) for page in pages]
+    return [pytest.param(page, id=_name(page), marks=pytest.mark.slow) for page in pages]
 
 
 @pytest.mark.parametrize("page", _running())

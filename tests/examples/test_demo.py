@@ -29,6 +29,7 @@ def test_the_predicted_clean_latents_are_x_minus_sigma_v():
         assert torch.equal(predicted[step], expected)
 
 
+@pytest.mark.slow
 def test_no_server_is_left_behind_when_the_block_fails(z_image_checkpoint, tmp_path):
     with pytest.raises(ZeroDivisionError), running_server(z_image_checkpoint, tmp_path / "log") as server:
         raise ZeroDivisionError

@@ -75,7 +75,7 @@ def of_the_weights(answers: list[list[Rollout]]) -> list[list[Rollout]]:
     return [[dataclasses.replace(rollout, weight_version="") for rollout in answer] for answer in answers]
 
 
-@pytest.mark.parametrize("row", rest_slow(ROWS, later=len(FIRST)))
+@pytest.mark.parametrize("row", rest_slow(ROWS, later=2))
 def test_an_updated_engine_has_the_bits_of_one_that_was_started_on_the_weights(
     row: dict[str, str], device: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

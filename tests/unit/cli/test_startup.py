@@ -100,6 +100,7 @@ def test_the_other_ranks_of_torchrun_do_not_ask_for_the_port_that_rank_0_has(mon
     assert "must be free" not in done.stderr and "flowroll[server]" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "blocked", "extra"),
     [

@@ -186,6 +186,7 @@ def test_not_even_what_ends_a_thread_ends_the_loop(hand: Hand, error: BaseExcept
     assert len(good) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inject", FAULTS)
 def test_every_accepted_request_ends_exactly_once_in_a_storm(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, inject: Callable[[Hand, pytest.MonkeyPatch], None]

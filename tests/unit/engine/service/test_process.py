@@ -184,6 +184,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_said_so(tmp_path: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_file_of_the_working_folder_is_not_taken_for_a_module(
     z_image_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
