@@ -208,13 +208,18 @@ def _first_wrong(kind: type[Request], data: dict[str, Any], parent: str = "") ->
 
 def _item_at(value: Any, message: str) -> object:
     """Returns the part of a value that msgspec's message is about, which does not name an object's value that is no string."""
-    for name, index in re.findall(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]", message.rpartition(" - at `$")[2]):
-        if name:
-            value = value[name]
-        elif index == "...":
-            value = next((one for one in value.values() if not isinstance(one, str)), value)
-        else:
-            value = value[int(index)]
+    _, at, place = message.rpartition(" - at `$")
+    for name, index in re.findall(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]", place if at else ""):
+        try:
+            if name:
+                value = value[name]
+            elif index == "...":
+                value = next((one for one in value.values() if not isinstance(one, str)), value)
+            else:
+                value = value[int(index)]
+        except (AttributeError, LookupError, TypeError):
+            # The message quotes a value that reads like a place.
+            break
     return value
 
 

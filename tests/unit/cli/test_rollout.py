@@ -405,7 +405,9 @@ def test_ctrl_c_ends_the_run_with_a_summary_and_resume_goes_on(url, tmp_path):
     (prompts := tmp_path / "prompts.txt").write_text("\n".join(f"prompt {number}" for number in range(40)))
     out = tmp_path / "out"
     words = ("--url", url, "--prompts", prompts, "--out", out, *SMALL, "--concurrency", 2, "--seed", 3)
-    command = [sys.executable, "-c", "from flowroll.cli import app; app()", "rollout", *map(str, words)]
+    # A suite that was started in the background ignores the signal, and so would its children.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from flowroll.cli import app; app()"
+    command = [sys.executable, "-c", code, "rollout", *map(str, words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end_s = time.monotonic() + 60
         while len(list((out / "shards").glob("*.safetensors")) if out.exists() else []) < 2:

@@ -64,3 +64,16 @@ def test_many_wrong_items_make_one_short_error_and_the_first_of_them_is_shown(wr
             assert len(caught.value.message) < 1000
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("value", ["a.b[0]", "x - at `$.a.b[3]`", "x - at `$[...].c`"])
+def test_a_value_that_reads_like_a_place_is_shown_as_it_is(value: str) -> None:
+    with pytest.raises(InvalidRequestError, match="generator_device must") as caught:
+        parse(RolloutRequest, {"prompt": "a", "generator_device": value})
+    assert value in caught.value.message
+
+
+def test_an_item_inside_a_nested_object_is_found() -> None:
+    tensor = {"__tensor__": 7, "shape": [1], "data": ""}
+    with pytest.raises(InvalidRequestError, match=r"extra_sampling_params\.latents must .* got 7;"):
+        parse(RolloutRequest, {"prompt": "a", "extra_sampling_params": {"latents": tensor}})
