@@ -218,10 +218,9 @@ def test_scores_that_end_early_or_whose_policy_was_dropped_leave_the_weights_in_
     running = z_image.submit(z_image.plan(SamplingParams(**{**REQUEST, "num_inference_steps": 30})), "rollout")
     while not z_image.scheduler.load().running_samples:
         time.sleep(0.001)
-    dropped: list[Any] = []
-    z_image.scheduler.exclusive(lambda: dropped.append(z_image.drop_policy("old")))
+    dropped = z_image.scheduler.exclusive(lambda: z_image.drop_policy("old"))
     waiting = z_image.submit_scores(z_image.plan_score(params))
-    assert running.result(60) and dropped
+    assert running.result(60) and dropped.result(60)
     with pytest.raises(InvalidRequestError, match=r"policy must .* got old"):
         waiting.result(60)
     assert z_image.weights_checksum() == checksum
