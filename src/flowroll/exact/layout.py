@@ -55,7 +55,7 @@ def _moved(part: Tensor, at: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MemoryLayout:
     """The shape and strides of a tensor that itself is gone.
 
     Attributes:
@@ -69,7 +69,7 @@ class Layout:
     is_contiguous: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
+    def of(cls, tensor: Tensor) -> MemoryLayout:
         """Returns the layout of a tensor."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous())
 
@@ -79,7 +79,7 @@ class Layout:
         return tensor.shape == self.shape and (strides == self.strides or _same_strides(self.shape, strides, self.strides))
 
 
-def joined(parts: Sequence[Tensor], like: Layout) -> Tensor:
+def joined(parts: Sequence[Tensor], like: MemoryLayout) -> Tensor:
     """Joins the samples' own results into one batched tensor, in which each part has the layout `like`.
 
     Raises:
@@ -136,7 +136,7 @@ def is_outermost(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Layouts:
+class MemoryLayouts:
     """The layouts of the tensors in a tuple or list, which may hold others and None.
 
     Attributes:
@@ -145,19 +145,19 @@ class Layouts:
     """
 
     kind: type
-    entries: tuple[Layout | Layouts | None, ...]
+    entries: tuple[MemoryLayout | MemoryLayouts | None, ...]
 
 
-def layout_of(result: Any) -> Layout | Layouts | None:
+def layout_of(result: Any) -> MemoryLayout | MemoryLayouts | None:
     """Returns the layout of a tensor, or of the tensors in a tuple or list.
 
     Raises:
         CannotMergeError: There is something else in it.
     """
     if isinstance(result, Tensor):
-        return Layout.of(result)
+        return MemoryLayout.of(result)
     if isinstance(result, (tuple, list)):
-        return Layouts(type(result), tuple(map(layout_of, result)))
+        return MemoryLayouts(type(result), tuple(map(layout_of, result)))
     if result is not None:
         raise CannotMergeError("a function of the samples' data returns no tensor")
     return None

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flowroll.exact.layout import Layout, Layouts, joined, parts_of
+from flowroll.exact.layout import MemoryLayout, MemoryLayouts, joined, parts_of
 from flowroll.exact.probe import product
 
 
@@ -57,7 +57,7 @@ class Each:
     """
 
     splits: tuple[Split, ...]
-    alone: Layout | Layouts | None
+    alone: MemoryLayout | MemoryLayouts | None
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Computes the joined results."""
@@ -76,9 +76,9 @@ class Each:
         return _joined(results, self.alone)
 
 
-def _joined(results: Sequence[Any], like: Layout | Layouts | None) -> Any:
+def _joined(results: Sequence[Any], like: MemoryLayout | MemoryLayouts | None) -> Any:
     """Joins the samples' results: tensors, or tuples and lists of tensors."""
-    if isinstance(like, Layouts):
+    if isinstance(like, MemoryLayouts):
         return like.kind([_joined(column, one) for column, one in zip(zip(*results, strict=True), like.entries, strict=True)])
     return None if like is None else joined(results, like)
 
