@@ -57,14 +57,14 @@ def running_server(checkpoint: Path, log: Path, *options: str) -> Iterator[Serve
     Raises:
         RuntimeError: The server did not get ready, or did not stop as it should; with the end of its log.
     """
-    port = _free_port()
+    port = free_port()
     command = [str(Path(sys.executable).with_name("flowroll")), "serve", str(checkpoint), "--port", str(port), *options]
     started = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT})
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url, log)
+        wait_until_ready(process, url, log)
         server = Server(url=url, pid=process.pid, startup_s=time.perf_counter() - started)
         yield server
         stopping = time.perf_counter()
@@ -82,15 +82,21 @@ def running_server(checkpoint: Path, log: Path, *options: str) -> Iterator[Serve
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + _STARTUP_LIMIT_S
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, limit_s: float = _STARTUP_LIMIT_S) -> None:
+    """Waits until a server takes requests.
+
+    Raises:
+        RuntimeError: It has ended, or takes too long; with the end of its log.
+    """
+    deadline = time.monotonic() + limit_s
     # One client: each loads the system's certificates anew, which takes more than the question.
     with httpx.Client(base_url=url, timeout=2.0) as http:
         while time.monotonic() < deadline:
@@ -100,7 +106,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
                 if http.get("/readiness").status_code == httpx.codes.OK:
                     return
             time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready within {_STARTUP_LIMIT_S:g} s\n{_tail(log)}")
+    raise RuntimeError(f"the server was not ready within {limit_s:g} s\n{_tail(log)}")
 
 
 def _tail(log: Path) -> str:

@@ -13,16 +13,14 @@ import io
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+from examples.server import free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 # Reports are made by commands, which they name.
@@ -85,7 +83,7 @@ def run_page(page: Path, folder: Path) -> int:
         Exception: What a Python block raised.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    address, printed, count = f"127.0.0.1:{_free_port()}", "", 0
+    address, printed, count = f"127.0.0.1:{free_port()}", "", 0
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -135,13 +133,7 @@ def _served(arguments: list[str], address: str, log: Path, environment: dict[str
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline_s = time.monotonic() + _START_S
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{address}/readiness", timeout=5).status_code == 200:
-                    break
-            assert process.poll() is None and time.monotonic() < deadline_s, log.read_text(errors="replace")
-            time.sleep(0.1)
+        wait_until_ready(process, f"http://{address}", log, _START_S)
         yield
     finally:
         process.terminate()
@@ -150,10 +142,3 @@ def _served(arguments: list[str], address: str, log: Path, environment: dict[str
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.guiding import guided, in_words_of
 from tests.pairs import DTYPES, FAMILY_WITH_DTYPE, dealt
+from tests.parity.test_replay import REQUEST
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, apply_activation_checkpointing
 
@@ -23,15 +24,6 @@ PipelineOf = Callable[[str, str], Any]
 
 SHARING = tuple(name for name, family in FAMILIES.items() if family.shares_forwards)
 SHARING_WITH_DTYPE = [row for row in FAMILY_WITH_DTYPE if row[0] in SHARING]
-REQUEST = {
-    "prompt": "a red apple on a wooden table",
-    "height": 64,
-    "width": 64,
-    "num_inference_steps": 3,
-    "seed": 5,
-    "return_denoising_env": True,
-    "return_dit_trajectory": True,
-}
 
 
 def recorded(rollouts: list[Rollout]) -> Tensor:

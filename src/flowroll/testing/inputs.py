@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
 from flowroll.families import Family, Geometry, ModelSpec, StepInput
-from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS
+from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS, ConditioningField
 from flowroll.types import EnvValue, Number
 
 
@@ -23,12 +24,8 @@ def random_text(
         dtype: The transformer's.
         generator: Draws the numbers.
     """
-    sizes = {**spec.widths, TOKENS: num_tokens}
-    return {
-        field.name: torch.randn(field.sizes(sizes), generator=generator).to(dtype)
-        for field in family.conditioning.fields
-        if field.source == "prompt" and field.is_required
-    }
+    fields = (field for field in family.conditioning.fields if field.source == "prompt")
+    return _random_fields(fields, {**spec.widths, TOKENS: num_tokens}, dtype, generator)
 
 
 def random_images(
@@ -44,11 +41,13 @@ def random_images(
         generator: Draws the numbers.
     """
     sizes = {**spec.widths, REFERENCE_TOKENS: geometry.num_reference_tokens}
-    return {
-        field.name: torch.randn(field.sizes(sizes), generator=generator).to(dtype)
-        for field in family.conditioning.in_place("image_kwargs")
-        if field.is_required
-    }
+    return _random_fields(family.conditioning.in_place("image_kwargs"), sizes, dtype, generator)
+
+
+def _random_fields(
+    fields: Iterable[ConditioningField], sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, EnvValue]:
+    return {field.name: torch.randn(field.sizes(sizes), generator=generator).to(dtype) for field in fields if field.is_required}
 
 
 def random_input(

@@ -81,6 +81,12 @@ class ImagesObject:
     data: list[Base64Image]
 
 
+_RESPONSES: dict[int | str, dict[str, object]] = {
+    **WORK_RESPONSES,
+    200: {"model": ImagesObject, "description": "The images as base64 PNG"},
+}
+
+
 def build_router(state: AppState) -> APIRouter:
     """Returns the routes that OpenAI has too."""
     router = APIRouter(prefix="/v1", tags=["openai"])
@@ -95,10 +101,7 @@ def build_router(state: AppState) -> APIRouter:
         "/images/generations",
         summary="Generate images, OpenAI style",
         response_class=Response,
-        responses={
-            **WORK_RESPONSES,
-            200: {"model": ImagesObject, "description": "The images as base64 PNG"},
-        },
+        responses=_RESPONSES,
         openapi_extra=request_body(ImagesRequest),
     )
     async def generate_images(request: Request) -> Response:
@@ -108,10 +111,7 @@ def build_router(state: AppState) -> APIRouter:
         "/images/edits",
         summary="Edit images, OpenAI style",
         response_class=Response,
-        responses={
-            **WORK_RESPONSES,
-            200: {"model": ImagesObject, "description": "The images as base64 PNG"},
-        },
+        responses=_RESPONSES,
         openapi_extra=request_body(ImageEditsRequest, FORM),
     )
     async def edit_images(request: Request) -> Response:
