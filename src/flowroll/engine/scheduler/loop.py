@@ -242,7 +242,7 @@ class Loop:
             and self.stopped is None
             and not self._tasks.needs_idle
             and not self._is_encoding
-            and self._samples.num_ready < self._limits.max_batch_samples
+            and self._samples.num_ready < self._limits.max_ready_samples
             # Requests of another policy wait until nothing runs, and so does whatever is behind them.
             and (self._queue.next_policy == self._policy or self._may_exchange())
             and not (self._policy is not None and self._tasks.has_any)

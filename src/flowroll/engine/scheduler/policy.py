@@ -37,6 +37,11 @@ class BatchLimits:
             if value < 1:
                 raise InvalidRequestError(f"{name} must be >= 1, got {value}; leave it out.", field=name)
 
+    @property
+    def max_ready_samples(self) -> int:
+        """How many samples are encoded ahead at most: one forward of those that can run. More would be a second, hidden queue."""
+        return min(self.max_batch_samples, self.max_running_samples)
+
     def admits(self, *, pixels: int, num_running: int, running_pixels: int) -> bool:
         """Returns whether one more sample with this number of pixels may start."""
         if num_running == 0:

@@ -289,14 +289,19 @@ def test_nothing_starts_in_a_freeze(hand: Hand) -> None:
     assert hand.scheduler.load().running_samples == 0
 
 
-def test_no_more_requests_are_encoded_ahead_than_fill_a_batch(engine: Engine) -> None:
-    hand = Hand(engine, max_batch_samples=2, max_running_samples=1)
-    hand.begin(*[{"seed": seed} for seed in range(8)])
-    assert (hand.stats()["running"], hand.stats()["pending"]) == (2, 6)
-    hand.step()  # one of them starts
-    while hand.encode():
-        pass
-    assert (hand.stats()["running"], hand.stats()["pending"]) == (3, 5)
+@pytest.mark.parametrize(("batch", "running", "ahead"), [(2, 4, 2), (2, 1, 1)])
+def test_no_more_requests_are_encoded_ahead_than_can_share_the_next_forward(
+    engine: Engine, batch: int, running: int, ahead: int
+) -> None:
+    hand = Hand(engine, max_batch_samples=batch, max_running_samples=running)
+    hand.begin(*[{"seed": seed} for seed in range(12)])
+    assert (hand.stats()["running"], hand.stats()["pending"]) == (ahead, 12 - ahead)
+    for _ in range(2 * running):  # as many start as may run
+        hand.step()
+        while hand.encode():
+            pass
+        assert hand.stats()["running"] <= running + ahead
+    assert hand.stats()["running"] == running + ahead
 
 
 def test_an_exclusive_action_that_aborts_goes_through_a_freeze(hand: Hand) -> None:
