@@ -25,10 +25,10 @@ from flowroll import Rollout, SamplingParams
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
 from flowroll.cli.output import add_row, num_bytes, plain_table, save_png, shape_of
-from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.cli.prompts import read_prompts
 from flowroll.client import Client
 from flowroll.engine import Engine
+from flowroll.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.types.shown import format_bytes
 from flowroll.wire.files import save_rollout
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flowroll.cli.plots import color_of, line_chart, save_chart
+from flowroll.plots import color_of, line_chart, save_chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

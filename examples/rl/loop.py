@@ -29,8 +29,8 @@ from examples.shapes.world import SCENES
 from flowroll import Rollout, replay
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cli.options import quiet_model_libraries
-from flowroll.cli.plots import ContactRow, contact_sheet
 from flowroll.client import Client
+from flowroll.plots import ContactRow, contact_sheet
 
 _SHOWN_PROMPTS = 8
 # One forward per step, as Flow-GRPO trains: at this scale no family runs guidance.

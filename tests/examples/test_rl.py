@@ -22,9 +22,9 @@ from PIL import Image
 from tests.factories import make_rollout
 
 from flowroll import Rollout, replay
-from flowroll.cli.plots import ContactRow
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.plots import ContactRow
 
 REQUEST = {
     "prompt": "a red circle at the top left",

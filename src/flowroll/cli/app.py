@@ -66,6 +66,11 @@ COMMANDS: Mapping[str, Entry] = {
     "inspect": Entry(
         where="inspect:inspect", help="Print the tensors, the log-probs and the record of a saved rollout.", extra="client"
     ),
+    "view": Entry(
+        where="view:view",
+        help="Show rollouts: groups at a glance, a sample through its steps, samples side by side.",
+        extra="server",
+    ),
     "parity": Entry(where="parity:parity", help="Check that parallel layouts give the bits of one rank.", extra="engine"),
     "verify": Entry(
         where="verify:verify", help="Replay saved rollouts with a checkpoint's weights, and say what differs.", extra="engine"

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from flowroll.cli.output import log_probs_table, print_whole, record_table, tensors_table
-from flowroll.cli.plots import plot_log_probs
+from flowroll.plots import plot_log_probs
 
 
 def inspect(

@@ -137,6 +137,12 @@ def serve(
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Write lines to read, or one JSON object per line.")
     ] = "text",
+    viewer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE", help="Show the rollouts of this store, or folder of files, at /viewer.", show_default=False
+        ),
+    ] = None,
     otlp_endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="Send spans of requests to this URL by OTLP over HTTP (extra: otel).")
     ] = None,
@@ -200,6 +206,7 @@ def serve(
             grace_s=grace_s,
             log_level=log_level,
             log_format=log_format,
+            viewer=None if viewer is None else str(viewer),
             otlp_endpoint=otlp_endpoint,
         )
     )

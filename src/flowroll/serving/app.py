@@ -37,6 +37,9 @@ from flowroll.serving.routers import (
 from flowroll.serving.state import AppState
 from flowroll.serving.tracing import Tracing, current_tracing
 
+# The pages' own routes ask for the API key, in a way that a browser has an answer to.
+_VIEWER = "/viewer"
+
 
 def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
     """Returns the HTTP interface of an engine.
@@ -86,6 +89,11 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         docs,
     ):
         app.include_router(group.build_router(state))
+    if config.viewer is not None:
+        # Its libraries are loaded for those who look alone.
+        from flowroll.serving.routers import viewer
+
+        app.include_router(viewer.build_router(state, config.viewer, _VIEWER))
     install_error_handlers(app)
     install_openapi(app, needs_token=config.api_key is not None)
     app.add_middleware(
@@ -93,6 +101,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         metrics=state.metrics,
         api_key=config.api_key,
         origins=OriginGuard(config),
+        keyed_elsewhere=None if config.viewer is None else _VIEWER,
         tracing=tracing or current_tracing(),
     )
     # What is answered without the app, by its connection, is counted too.

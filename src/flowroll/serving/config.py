@@ -72,6 +72,7 @@ class ServerConfig:
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
         log_level: The level of the server's log, on standard error.
         log_format: Lines to read, or one JSON object a line.
+        viewer: The store, or the folder of rollout files, that the pages at /viewer show; None: there are no such pages.
         otlp_endpoint: Where spans of requests are sent, by OTLP over HTTP, e.g. "http://127.0.0.1:4318/v1/traces"; None: spans
             are made only where the process has a tracer provider of the OpenTelemetry SDK already.
 
@@ -113,6 +114,7 @@ class ServerConfig:
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
+    viewer: str | None = None
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -145,6 +147,8 @@ class ServerConfig:
         _require(self.max_unsent_bytes > 0, "max_unsent_bytes", "be > 0", self.max_unsent_bytes, "leave it out")
         _require(self.receive_timeout_s > 0, "receive_timeout_s", "be > 0", self.receive_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
+        viewer = self.viewer
+        _require(viewer is None or os.path.isdir(viewer), "viewer", "be a folder that is there", viewer, "make it first")
         url = self.otlp_endpoint
         url_ok = url is None or url.startswith(("http://", "https://"))
         _require(url_ok, "otlp_endpoint", "be an http or https URL", url, "use http://host:4318/v1/traces")

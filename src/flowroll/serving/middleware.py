@@ -101,15 +101,24 @@ class RequestMiddleware:
         api_key: The token that every path but the open ones demands; None: no path does.
         origins: Refuses what a browser must not send.
         tracing: Makes spans of requests; None: there are no spans.
+        keyed_elsewhere: A path whose routes, with all below it, look for the key themselves; None: there is none.
     """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, origins: OriginGuard, tracing: Tracing | None
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        api_key: str | None,
+        origins: OriginGuard,
+        tracing: Tracing | None,
+        keyed_elsewhere: str | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._origins = origins
         self._tracing = tracing
+        self._keyed_elsewhere = keyed_elsewhere
         self._token = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,7 +178,8 @@ class RequestMiddleware:
         """
         headers = Headers(scope=scope)
         self._origins.check(scope["method"], scope["path"], headers)
-        if self._token is None or scope["path"] in OPEN_PATHS:
+        above, path = self._keyed_elsewhere, scope["path"]
+        if self._token is None or path in OPEN_PATHS or (above is not None and f"{path}/".startswith(f"{above}/")):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         # HTTP has the scheme's name in any case; the token is compared in constant time.

@@ -19,8 +19,8 @@ The shards are the truth. The index is made from them, and made again where it i
 from flowroll.extras import extra_for
 
 with extra_for("flowroll.store", "store"):
-    from flowroll.store.files import load_rollouts, save_rollouts
+    from flowroll.store.files import RolloutFiles, load_rollouts, open_rollouts, save_rollouts
     from flowroll.store.rollout_store import RolloutStore
     from flowroll.store.selection import Selection, StoredSample
 
-__all__ = ["RolloutStore", "Selection", "StoredSample", "load_rollouts", "save_rollouts"]
+__all__ = ["RolloutFiles", "RolloutStore", "Selection", "StoredSample", "load_rollouts", "open_rollouts", "save_rollouts"]

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from flowroll.errors import InvalidRequestError, RolloutFileError
 from flowroll.store.index import MAX_ROWS, NOTES, SAMPLES, Ranges, row_of, rows_of_shard
 from flowroll.store.selection import NOTE, REWARD, Selection, id_of, key_of, select
@@ -146,6 +148,19 @@ class RolloutStore:
             RolloutFileError: Its shard is damaged.
         """
         return self._load(self._key(sample))
+
+    def picture(self, sample: str) -> Tensor | bytes | None:
+        """Reads the picture alone of one rollout, as `Rollout.image` has it.
+
+        Args:
+            sample: Its id.
+
+        Raises:
+            InvalidRequestError: The id is not in the store.
+            RolloutFileError: Its shard is damaged.
+        """
+        number, row = divmod(self._key(sample), MAX_ROWS)
+        return self._shard(number).picture(row)
 
     def select(
         self,

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from flowroll.errors import RolloutFileError
 from flowroll.types import SCHEMA_VERSION, Rollout
-from flowroll.wire.files import DAMAGE, VERSION_KEY, check_version, flatten, outline, own_tensor, unflatten, write_tensors
+from flowroll.wire.files import (
+    DAMAGE,
+    VERSION_KEY,
+    check_version,
+    flatten,
+    outline,
+    own_tensor,
+    picture_of,
+    unflatten,
+    write_tensors,
+)
 from flowroll.wire.messages import WireSample
 
 _ROWS_KEY, _CONTENT_KEY, _SAMPLE_KEY = "flowroll.rows", "flowroll.rollout.{}", "flowroll.sample.{}"
@@ -90,6 +100,13 @@ class Shard:
         """
         try:
             return unflatten(self._metadata[_CONTENT_KEY.format(row)], lambda name: own_tensor(self._file, name))
+        except DAMAGE as error:
+            raise self._damaged(error) from error
+
+    def picture(self, row: int) -> Tensor | bytes | None:
+        """Reads the picture alone of one sample; None: nothing was decoded."""
+        try:
+            return picture_of(outline(self._metadata[_CONTENT_KEY.format(row)]), lambda name: own_tensor(self._file, name))
         except DAMAGE as error:
             raise self._damaged(error) from error
 

@@ -85,7 +85,7 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 
 def rollout_text(rollout: Rollout) -> str:
     """Writes a rollout in a few lines."""
-    title, rows = _title(rollout), list(_rows(rollout))
+    title, rows = _title(rollout), list(rollout_rows(rollout))
     width = max(len(name) for name, _ in rows)
     return "\n".join([f"Rollout of {title}", *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
@@ -94,7 +94,7 @@ def rollout_html(rollout: Rollout) -> str:
     """Writes a rollout as a card of HTML: its picture, where there is one and Pillow is installed, beside the same rows."""
     rows = "".join(
         f'<tr><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{html.escape(value)}</td></tr>'
-        for name, value in _rows(rollout)
+        for name, value in rollout_rows(rollout)
     )
     table = f'<table style="font-size:small">{rows}</table>'
     png = rollout_png(rollout)
@@ -130,7 +130,7 @@ def _title(rollout: Rollout) -> str:
     return f"{prompt}, seed {rollout.seed}, weights {rollout.weight_version}"
 
 
-def _rows(rollout: Rollout) -> Iterator[tuple[str, str]]:
+def rollout_rows(rollout: Rollout) -> Iterator[tuple[str, str]]:
     """Yields the names and texts of what there is."""
     record = rollout.sampling
     model = record.family if record.variant == "base" else f"{record.family} {record.variant}"

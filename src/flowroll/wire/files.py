@@ -9,9 +9,10 @@ Files are read forwards: this flowroll reads the schema versions up to its own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def unflatten(content: str | bytes, load: Callable[[str], Tensor]) -> Rollout:
     sample = _CONTENT.decode(content)
 
     def whole(value: Any) -> Any:
-        is_file = isinstance(value, _TensorName) and value.is_bytes
-        return bytes(tensor_bytes(load(value.name).contiguous())) if is_file else value
+        return _bytes_of(value, load) if isinstance(value, _TensorName) and value.is_bytes else value
 
     images = sample.step_images
     sample = msgspec.structs.replace(
@@ -100,6 +100,23 @@ def outline(content: str | bytes) -> WireSample[_TensorName]:
         ValueError: The text is no such one.
     """
     return _CONTENT.decode(content)
+
+
+def picture_of(sample: WireSample[_TensorName], load: Callable[[str], Tensor]) -> Tensor | bytes | None:
+    """Reads the picture alone of a sample whose text `outline` read; None: nothing was decoded.
+
+    Args:
+        sample: The sample.
+        load: Returns the tensor of a name.
+    """
+    found = sample.generated_output
+    if not isinstance(found, _TensorName):
+        return found
+    return _bytes_of(found, load) if found.is_bytes else load(found.name)
+
+
+def _bytes_of(name: _TensorName, load: Callable[[str], Tensor]) -> bytes:
+    return bytes(tensor_bytes(load(name.name).contiguous()))
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -147,12 +164,40 @@ def load_rollout(path: str | Path) -> Rollout:
     Raises:
         RolloutFileError: The file is missing, truncated, not a rollout, or of a later schema version.
     """
-    source = Path(path)
+    with _opened(Path(path)) as (content, load):
+        return unflatten(content, load)
+
+
+def load_outline(path: str | Path) -> tuple[WireSample[_TensorName], Tensor | None]:
+    """Reads the text of the rollout in a file, and its log-probs, but none of the large tensors.
+
+    Raises:
+        RolloutFileError: As of `load_rollout`.
+    """
+    with _opened(Path(path)) as (content, load):
+        sample = outline(content)
+        log_probs = sample.rollout_log_probs
+        return sample, None if log_probs is None else load(log_probs.name)
+
+
+def load_picture(path: str | Path) -> Tensor | bytes | None:
+    """Reads the picture alone of the rollout in a file; None: nothing was decoded.
+
+    Raises:
+        RolloutFileError: As of `load_rollout`.
+    """
+    with _opened(Path(path)) as (content, load):
+        return picture_of(outline(content), load)
+
+
+@contextlib.contextmanager
+def _opened(source: Path) -> Iterator[tuple[str, Callable[[str], Tensor]]]:
+    """Gives the JSON text in a rollout file, and what reads a tensor of it."""
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             check_version(source, metadata.get(VERSION_KEY))
-            return unflatten(metadata[_CONTENT_KEY], lambda name: own_tensor(file, name))
+            yield metadata[_CONTENT_KEY], lambda name: own_tensor(file, name)
     except OSError as error:
         raise RolloutFileError(f"path must be a readable rollout file, got {source} ({error}); check the name.") from error
     except DAMAGE as error:

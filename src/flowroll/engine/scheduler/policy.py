@@ -39,7 +39,7 @@ class BatchLimits:
 
     @property
     def max_ready_samples(self) -> int:
-        """How many samples are encoded ahead at most: one forward of those that can run. More would be a second, hidden queue."""
+        """How many samples are encoded ahead at most: one forward of those that can run, since more would be a hidden queue."""
         return min(self.max_batch_samples, self.max_running_samples)
 
     def admits(self, *, pixels: int, num_running: int, running_pixels: int) -> bool:

@@ -224,6 +224,12 @@ class EngineService:
         """Stops admitting requests while a push of weights is incomplete, or admits them again."""
         self.engine.scheduler.hold_starts(is_held)
 
+    @blocking
+    def decode(self, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """Decodes the latents of one sample into a picture, between steps; see `Engine.decode`."""
+        self._check_accepting()
+        return self.engine.decode(latents, height=height, width=width)
+
     # Weights that are read from disk, and checks of the weights in memory
 
     @blocking

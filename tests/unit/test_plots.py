@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from tests.factories import make_evaluation, make_rollout
 
-from flowroll.cli.plots import ContactRow, contact_sheet, plot_log_probs
 from flowroll.errors import InvalidRequestError
+from flowroll.plots import ContactRow, contact_sheet, plot_log_probs
 
 
 def flat(red, green, blue):
@@ -66,7 +66,7 @@ def test_an_evaluation_cannot_be_plotted(tmp_path):
 
 def test_plotting_leaves_pyplot_alone(tmp_path):
     program = (
-        "import sys, torch; from flowroll.cli.plots import ContactRow, contact_sheet; "
+        "import sys, torch; from flowroll.plots import ContactRow, contact_sheet; "
         "contact_sheet([ContactRow(label='a', images=[torch.zeros(3, 1, 8, 8)])], ['b'], sys.argv[1], title='c'); "
         "assert 'matplotlib.figure' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
     )

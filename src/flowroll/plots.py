@@ -5,6 +5,8 @@ matplotlib is imported on use, and without pyplot: no global state, no display.
 
 from __future__ import annotations
 
+import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"linestyle": "--", "marker": "^", "markersize": 4},
 )
 _DPI = 150
+# Settings of matplotlib are global while they hold.
+_SETTING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,22 +65,23 @@ def plot_log_probs(series: Sequence[tuple[str, Rollout]], path: Path, *, title: 
             raise InvalidRequestError(f"a plot must have log-probs, got an evaluation for {label}; roll out with rollout=True.")
         steps = list(rollout.sde_step_indices or ())
         values = rollout.log_probs[steps].tolist()
-        axes.plot(steps, values, linewidth=1.5, color=color_of(index), label=label, **_STYLES[index % len(_STYLES)])
+        axes.plot(steps, values, label=label, **style_of(index))
     save_chart(figure, path)
 
 
-def line_chart(title: str, *, x: str, y: str) -> tuple[Any, Any]:
+def line_chart(title: str, *, x: str, y: str, size: tuple[float, float] = (8.0, 4.5)) -> tuple[Any, Any]:
     """Makes an empty chart over whole numbers, to draw labelled lines in: its figure and axes; `save_chart` writes it.
 
     Args:
         title: Above the chart.
         x: Name of the whole numbers.
         y: Name of the values.
+        size: Width and height in inches.
     """
     with extra_for("A plot", "plot"):
         from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(8.0, 4.5)
+    figure = _figure(*size)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=12)
     axes.set_xlabel(x, color=_FAINT)
@@ -95,6 +100,23 @@ def save_chart(figure: Any, path: Path) -> None:
     """Writes a chart of `line_chart` as a PNG, its legend beside it."""
     figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+
+
+def chart_svg(figure: Any) -> str:
+    """Returns a chart of `line_chart` as SVG to stand in a page, its text as text."""
+    from matplotlib import rc_context
+
+    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    written = io.StringIO()
+    with _SETTING, rc_context({"svg.fonttype": "none", "svg.hashsalt": "flowroll"}):
+        figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = written.getvalue()
+    return text[text.index("<svg") :]
+
+
+def style_of(index: int) -> dict[str, Any]:
+    """Returns how a chart's line is drawn: its color, dashes and marks, as arguments of `plot`."""
+    return {"linewidth": 1.5, "color": color_of(index), **_STYLES[index % len(_STYLES)]}
 
 
 def color_of(index: int) -> str:
