@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +21,8 @@ DYNAMICS: Mapping[str, Dynamics] = {
 _BY_ANY_NAME: Mapping[str, Dynamics] = {name: found for found in DYNAMICS.values() for name in (found.name, *found.aliases)}
 NAMES = tuple(_BY_ANY_NAME)
 _PLAIN = StepRule(dynamics=ODE, noise_level=0)
+# Grids whose transitions are kept; one of a thousand steps takes 0.2 MB.
+_MOST_GRIDS = 64
 
 
 def dynamics_named(name: str, *, field: str = "sde_type") -> Dynamics:
@@ -70,7 +74,7 @@ def transitions(
         InvalidRequestError: There is no such dynamics, or it cannot take one of its steps.
     """
     rules = rules_of(sigmas, sde_type=sde_type, noise_level=noise_level, sde_step_indices=sde_step_indices)
-    return tuple(_coefficients(sigmas, step, rule) for step, rule in enumerate(rules))
+    return _taken(tuple(sigmas.tolist()), rules)
 
 
 def rules_of(
@@ -85,7 +89,8 @@ def rules_of(
     chosen = StepRule(dynamics=dynamics_named(sde_type).name, noise_level=noise_level)
     steps = every if sde_step_indices is None else set(sde_step_indices) & set(every)
     check_sigmas(sigmas, {step: chosen for step in steps})
-    stochastic = {step for step in every if _coefficients(sigmas, step, chosen).is_stochastic}
+    taken = _taken(tuple(sigmas.tolist()), (chosen,) * len(every))
+    stochastic = {step for step in every if taken[step].is_stochastic}
     if stochastic <= set(steps):
         return (chosen,) * len(every)
     return tuple(chosen if step in stochastic & set(steps) else _PLAIN for step in every)
@@ -103,7 +108,7 @@ def transitions_of(sigmas: Float[Tensor, " states"], rules: Sequence[StepRule]) 
     """
     assert len(rules) == sigmas.shape[0] - 1
     check_sigmas(sigmas, dict(enumerate(rules)))
-    return tuple(_coefficients(sigmas, step, rule) for step, rule in enumerate(rules))
+    return _taken(tuple(sigmas.tolist()), tuple(rules))
 
 
 def check_sigmas(sigmas: Float[Tensor, " states"], rules: Mapping[int, StepRule]) -> None:
@@ -136,10 +141,17 @@ def _is_plain(chosen: Dynamics, noise_level: int | float) -> bool:
     return chosen.name == ODE or (chosen.is_stochastic and noise_level == 0)
 
 
-def _coefficients(sigmas: Float[Tensor, " states"], step: int, rule: StepRule) -> Transition:
-    chosen = dynamics_named(rule.dynamics)
-    takes = ode.DYNAMICS if _is_plain(chosen, rule.noise_level) else chosen
-    return takes.coefficients(sigmas, step, rule.noise_level)
+@functools.lru_cache(maxsize=_MOST_GRIDS)
+def _taken(sigmas: tuple[float, ...], rules: tuple[StepRule, ...]) -> tuple[Transition, ...]:
+    """Returns the transitions of a grid. Requests have few grids, and each of their steps costs a dozen small operations."""
+    grid = torch.tensor(sigmas, dtype=torch.float32)
+
+    def taken(step: int, rule: StepRule) -> Transition:
+        chosen = dynamics_named(rule.dynamics)
+        takes = ode.DYNAMICS if _is_plain(chosen, rule.noise_level) else chosen
+        return takes.coefficients(grid, step, rule.noise_level)
+
+    return tuple(taken(step, rule) for step, rule in enumerate(rules))
 
 
 def step_mean(
