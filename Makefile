@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m examples.demo --out demo-out
+	$(BIN)/flowroll demo --out demo-out
 
 # Two at a time, a module on one worker: modules share engines, and a process can hold one engine of several ranks.
 test: setup

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from examples.server import exit_on_sigterm, running_server
-
 from benchmarks.measure import hardware
+from flowroll.examples.server import exit_on_sigterm, running_server
 from flowroll.loadgen import Load, Mix, run_load
 from flowroll.loadgen.report import OK, LoadReport, Outcome
 from flowroll.testing import make_checkpoint

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from examples.server import Server, exit_on_sigterm, running_server
 
 from benchmarks.measure import hardware
 from benchmarks.soaking.asks import MAX_BODY_BYTES, MAX_RUNNING_SAMPLES, MAX_UNSENT_BYTES
@@ -31,6 +30,7 @@ from benchmarks.soaking.truth import Truth
 from benchmarks.soaking.verdict import Soaked, chart, section
 from benchmarks.soaking.visits import Visitor, http_client
 from benchmarks.soaking.watch import Holding, holding
+from flowroll.examples.server import Server, exit_on_sigterm, running_server
 from flowroll.families import FAMILIES as REGISTERED
 from flowroll.testing import make_checkpoint
 

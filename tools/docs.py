@@ -20,7 +20,7 @@ from tools.http_reference import http_reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "pages"
-SOURCES = ("*.md", "docs/**/*.md", "benchmarks/results/*.md", "examples/*.md")
+SOURCES = ("*.md", "docs/**/*.md", "benchmarks/results/*.md")
 # What is written into a page in place of this comment.
 _GENERATED: Mapping[str, Callable[[], str]] = {"http": http_reference}
 _MARK = "<!-- generated: {name} -->"

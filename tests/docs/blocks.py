@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.server import free_port, wait_until_ready
+from flowroll.examples.server import free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 # Reports are made by commands, which they name.

@@ -8,25 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples.demo import predicted_clean_latents
-from examples.server import running_server
 from PIL import Image
-from tests.factories import make_rollout
 
 from flowroll.checkpoints import SHAPES_FAMILIES
-from flowroll.wire.files import load_rollout
+from flowroll.cli.demo import remark_on
+from flowroll.examples.server import running_server
+from flowroll.store import load_rollouts
 
 ROOT = Path(__file__).parents[2]
+FLOWROLL = str(Path(sys.executable).with_name("flowroll"))
 
 
-def test_the_predicted_clean_latents_are_x_minus_sigma_v():
-    rollout = make_rollout(steps=3, family="z_image")
-    predicted = predicted_clean_latents(rollout)
-    trajectory = rollout.dit_trajectory
-    for step in range(3):
-        velocity = rollout.debug_tensors.model_output[step]
-        expected = trajectory.latents[step] - trajectory.sigmas[step] * velocity
-        assert torch.equal(predicted[step], expected)
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.full((3, 1, 8, 8), 0.04), "the picture is black"),
+        (torch.full((3, 1, 8, 8), 0.5), "one colour alone"),
+        (torch.rand(3, 1, 8, 8), None),
+        (None, "there is no picture"),
+    ],
+)
+def test_a_picture_on_which_there_is_nothing_is_remarked_on(image, words):
+    remark = remark_on(image)
+    assert remark is None if words is None else words in remark
 
 
 @pytest.mark.slow
@@ -44,27 +48,30 @@ def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path):
 
 def test_the_demo_writes_everything_that_it_promises(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "examples.demo", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [FLOWROLL, "demo", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("the server exited 0") == len(SHAPES_FAMILIES)
+    # A step without a density has no log-prob, and what to try next is said.
+    assert " -  +" in done.stdout and f"flowroll view {tmp_path}/" in done.stdout
     for family in SHAPES_FAMILIES:
-        out = tmp_path / family
-        names = [file.stem for file in sorted((out / "rollouts").iterdir())]
-        assert len(names) == 6
-        assert [file.stem for file in sorted((out / "images").iterdir())] == names
-        for name in names:
-            rollout = load_rollout(out / "rollouts" / f"{name}.safetensors")
-            assert rollout.sampling.family == family
-            assert rollout.denoising_env and rollout.dit_trajectory and rollout.debug_tensors
-            assert Image.open(out / "images" / f"{name}.png").size == (64, 64)
+        out, rollouts = tmp_path / family, load_rollouts(tmp_path / family / "rollouts")
+        assert len(rollouts) == 6 and {rollout.sampling.family for rollout in rollouts} == {family}
+        for rollout in rollouts:
+            assert rollout.denoising_env and rollout.dit_trajectory and len(rollout.step_images.images) == 8
+        images = sorted((out / "images").iterdir())
+        assert len(images) == 6 and {Image.open(image).size for image in images} == {(64, 64)}
         for picture in ("contact_sheet.png", "log_probs.png"):
             assert len(np.unique(np.asarray(Image.open(out / picture).convert("L")))) > 50
 
 
 @pytest.mark.slow
 def test_a_demo_that_is_told_to_stop_takes_its_server_down(tmp_path):
-    demo = subprocess.Popen([sys.executable, "-m", "examples.demo", "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    demo = subprocess.Popen([FLOWROLL, "demo", "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         url = ""
         while not url:

@@ -6,24 +6,24 @@ import types
 from pathlib import Path
 from typing import ClassVar
 
-import examples.branch_grpo as branch_grpo
-import examples.diffusion_nft as diffusion_nft
-import examples.flow_grpo as flow_grpo
 import pytest
 import torch
-from examples.rl import loop
-from examples.rl.journal import Journal, Row, plot, read_rows
-from examples.rl.learner import Batch
-from examples.rl.loop import load_policy
-from examples.rl.options import Options, reward_named
-from examples.rl.spoiling import SPOIL_ROLLOUTS, permuted_latents, shuffled, wrong_env, wrong_sigmas
-from examples.shapes.world import SCENES
 from PIL import Image
 from tests.factories import make_rollout
 
+import flowroll.examples.branch_grpo as branch_grpo
+import flowroll.examples.diffusion_nft as diffusion_nft
+import flowroll.examples.flow_grpo as flow_grpo
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
+from flowroll.examples.rl import loop
+from flowroll.examples.rl.journal import Journal, Row, plot, read_rows
+from flowroll.examples.rl.learner import Batch
+from flowroll.examples.rl.loop import load_policy
+from flowroll.examples.rl.options import Options, reward_named
+from flowroll.examples.rl.spoiling import SPOIL_ROLLOUTS, permuted_latents, shuffled, wrong_env, wrong_sigmas
+from flowroll.examples.shapes.world import SCENES
 from flowroll.plots import ContactRow
 
 REQUEST = {

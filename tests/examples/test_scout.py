@@ -1,8 +1,8 @@
 """The example that scouts: which noise its second runs have, and that going on is the run that was never interrupted."""
 
-import examples.scout as scout
 import torch
 
+import flowroll.examples.scout as scout
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.engine import Engine
 

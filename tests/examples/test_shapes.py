@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from examples.shapes.denoiser import velocities
-from examples.shapes.reward import reward
-from examples.shapes.train import STEPS
-from examples.shapes.world import COLOURS, GROUND, PLACES, SCENES, SHAPES, SIZE, Scene, coverage, draw, scene_of
 
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.engine import Engine
+from flowroll.examples.shapes.denoiser import velocities
+from flowroll.examples.shapes.reward import reward
+from flowroll.examples.shapes.train import STEPS
+from flowroll.examples.shapes.world import COLOURS, GROUND, PLACES, SCENES, SHAPES, SIZE, Scene, coverage, draw, scene_of
 from flowroll.families import FAMILIES, StepInput
 from flowroll.testing import make_checkpoint
 

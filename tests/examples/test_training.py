@@ -3,16 +3,16 @@
 import re
 from pathlib import Path
 
-import examples.branch_grpo as branch_grpo
-import examples.diffusion_nft as diffusion_nft
-import examples.flow_grpo as flow_grpo
 import pytest
 import torch
-from examples.rl.journal import Row, read_rows
-from examples.rl.spoiling import MISTAKES, SPOIL_ROLLOUTS
 from PIL import Image
 
+import flowroll.examples.branch_grpo as branch_grpo
+import flowroll.examples.diffusion_nft as diffusion_nft
+import flowroll.examples.flow_grpo as flow_grpo
 from flowroll.engine import Engine
+from flowroll.examples.rl.journal import Row, read_rows
+from flowroll.examples.rl.spoiling import MISTAKES, SPOIL_ROLLOUTS
 
 
 def run(main, out: Path, *flags: str) -> list[Row]:

@@ -1,7 +1,7 @@
 """The small checkpoints that flowroll ships: policies that draw one coloured shape where the prompt says, 64 x 64 pixels.
 
-`python -m examples.shapes.train` made them. A prompt reads "a red circle at the top left": red, green, blue, yellow, pink or
-white; circle, square or triangle; at the top left, top right, bottom left or bottom right, or in the center.
+`python -m flowroll.examples.shapes.train` made them. A prompt reads "a red circle at the top left": red, green, blue, yellow,
+pink or white; circle, square or triangle; at the top left, top right, bottom left or bottom right, or in the center.
 """
 
 from __future__ import annotations

@@ -58,6 +58,11 @@ class Entry:
 
 
 COMMANDS: Mapping[str, Entry] = {
+    "demo": Entry(
+        where="demo:demo",
+        help="Roll out the checkpoints that flowroll ships through a real server; pictures, plots and rollouts are kept.",
+        extra="server",
+    ),
     "serve": Entry(where="serve:serve", help="Serve a checkpoint over HTTP until SIGTERM or Ctrl-C.", extra="server"),
     "generate": Entry(
         where="generate:generate", help="Make pictures, or with --rollout whole rollouts, of one prompt.", extra="engine"

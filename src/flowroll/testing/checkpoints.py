@@ -44,7 +44,7 @@ def make_checkpoint(family: str, directory: str | Path, *, seed: int = 0, size: 
         directory: Where to save; made if need be. A checkpoint that is there is overwritten.
         seed: Same seed, same bytes.
         size: "tiny"; "mid": about 100 million parameters in the transformer; or "shapes": about one million, the architecture
-            that `examples.shapes.train` trains.
+            that `flowroll.examples.shapes.train` trains.
         **overrides: Fields of the transformer's configuration, e.g. `num_layers`; of flux2 also `is_distilled`, of
             qwen_image_edit `takes_several`.
 

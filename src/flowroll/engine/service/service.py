@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import secrets
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
 from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
-from flowroll.engine.service.open_scores import OpenScores
+from flowroll.engine.service.open_tasks import OpenTasks
 from flowroll.engine.service.probe import GenerationProbe
 from flowroll.engine.service.status import EngineFacts, EngineStatus, Evidence, OpenedUpdate, SentNames, UpdateProgress
 from flowroll.engine.weights.digests import Pieces
@@ -43,7 +42,7 @@ from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
 from flowroll.engine.weights.staged import WeightFiles
 from flowroll.engine.weights.store import WeightStore
-from flowroll.errors import FlowrollError, NotFoundError, QueueFullError, RankLostError, ShuttingDownError, fresh
+from flowroll.errors import FlowrollError, NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, Policy, PolicyChange, ScoreAnswer, WeightUpdate
@@ -58,7 +57,6 @@ _log = logging.getLogger(__name__)
 # How long a thread may take to return from a collective after a rank was lost, in seconds.
 _LOST_S = 3.0
 # When a refused check of the weights may be tried again, in seconds.
-_RETRY_S = 1.0
 
 
 def blocking(method: MethodT) -> MethodT:
@@ -99,15 +97,13 @@ class EngineService:
     def __init__(self, engine: Engine, *, max_queue: int, max_control_queue: int = 64, max_groups: int = 16) -> None:
         assert max_queue >= 0
         self.engine = engine
-        self._max_queue, self._max_control_queue = max_queue, max_control_queue
+        self._max_queue = max_queue
         self._is_draining = False
         self._probe = GenerationProbe(engine)
         self.max_groups = max_groups
         self._groups = WeightGroups(max_groups)
-        self._scores = OpenScores()
-        # The checks of the weights that have not ended.
-        self._reads: set[Future[Any]] = set()
-        self._submitting = threading.Lock()
+        self._scores = OpenTasks(max_queue + 1, f"requests for scores must be at most {max_queue} in waiting")
+        self._reads = OpenTasks(max_control_queue, f"checks of the weights must be at most {max_control_queue} at a time")
         self._updates: dict[str, WeightReceiver] = {}
         self._sent: dict[str, SentTensors] = {}
         engine.scheduler.start()
@@ -202,7 +198,7 @@ class EngineService:
         """
         self._check_accepting()
         self.engine.check_ready_to_score(plan.params)
-        return self._scores.add(plan.work, self._max_queue, lambda: self.engine.submit_scores(plan, timeout_s=timeout_s))
+        return self._scores.add(lambda: self.engine.submit_scores(plan, timeout_s=timeout_s), work=plan.work)
 
     def cancel(self, future: Future[Any]) -> None:
         """Cancels a request whose caller has disconnected, whether it waits or runs."""
@@ -258,17 +254,7 @@ class EngineService:
             QueueFullError: Too many of them have not ended.
         """
         self._check_accepting()
-        with self._submitting:
-            if len(self._reads) >= self._max_control_queue:
-                raise QueueFullError(
-                    f"checks of the weights must be at most {self._max_control_queue} at a time, got one more; try again in "
-                    f"{_RETRY_S:.0f} s.",
-                    retry_after_s=_RETRY_S,
-                )
-            future = self.engine.submit_read(read)
-            self._reads.add(future)
-        future.add_done_callback(self._reads.discard)
-        return future
+        return self._reads.add(lambda: self.engine.submit_read(read))
 
     # Weights that arrive in buckets
 

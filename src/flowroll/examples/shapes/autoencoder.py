@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.shapes.descent import minimise
-from examples.shapes.world import GROUND, SCENES, draw
+from flowroll.examples.shapes.descent import minimise
+from flowroll.examples.shapes.world import GROUND, SCENES, draw
 
 # Of the penalty that keeps latents near 0.
 _PULL = 0.01

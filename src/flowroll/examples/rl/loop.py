@@ -18,18 +18,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from examples.rl.journal import Journal, Row, plot
-from examples.rl.learner import Batch, Learner
-from examples.rl.options import Options, Reward, reward_named
-from examples.rl.publishing import publisher_of, with_adapter
-from examples.rl.saving import load, save
-from examples.rl.spoiling import SPOIL_REWARDS, SPOIL_ROLLOUTS
-from examples.server import running_server
-from examples.shapes.world import SCENES
 from flowroll import Rollout, replay
 from flowroll.checkpoints import shapes_checkpoint
-from flowroll.cli.options import quiet_model_libraries
 from flowroll.client import Client
+from flowroll.engine.loading import silence_model_libraries
+from flowroll.examples.rl.journal import Journal, Row, plot
+from flowroll.examples.rl.learner import Batch, Learner
+from flowroll.examples.rl.options import Options, Reward, reward_named
+from flowroll.examples.rl.publishing import publisher_of, with_adapter
+from flowroll.examples.rl.saving import load, save
+from flowroll.examples.rl.spoiling import SPOIL_REWARDS, SPOIL_ROLLOUTS
+from flowroll.examples.server import running_server
+from flowroll.examples.shapes.world import SCENES
 from flowroll.plots import ContactRow, contact_sheet
 
 _SHOWN_PROMPTS = 8
@@ -45,7 +45,7 @@ def train(options: Options, learner: Learner, *, title: str) -> Journal:
         learner: What is asked of the server, and what a round does to the policy.
         title: Above the curve.
     """
-    quiet_model_libraries()
+    silence_model_libraries()
     # As many as the server has: on the CPU, bits depend on it.
     torch.set_num_threads(1)
     reward = reward_named(options.reward)

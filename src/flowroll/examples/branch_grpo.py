@@ -1,6 +1,6 @@
 """BranchGRPO against a running server: the samples of a prompt are the leaves of a tree, and each branch has its own advantage.
 
-    python -m examples.branch_grpo --out runs/branch --fork 0:4 3:2
+    python -m flowroll.examples.branch_grpo --out runs/branch --fork 0:4 3:2
 
 A prompt's trajectory forks before the steps that are named: the first steps are computed once for all leaves below them, by the
 server and by the replay. What a step drew is rewarded by what came of it: the advantage of a node is the mean reward of its
@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from examples.flow_grpo import FlowGrpo
-from examples.rl.learner import Batch
-from examples.rl.loop import train
-from examples.rl.options import Options, add_arguments, options_of
-from examples.server import exit_on_sigterm
 from flowroll import Rollout, replay
+from flowroll.examples.flow_grpo import FlowGrpo
+from flowroll.examples.rl.learner import Batch
+from flowroll.examples.rl.loop import train
+from flowroll.examples.rl.options import Options, add_arguments, options_of
+from flowroll.examples.server import exit_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """DiffusionNFT against a running server: learning from clean latents and rewards alone, no log-prob, no trajectory.
 
-    python -m examples.diffusion_nft --out runs/nft
-    python -m examples.diffusion_nft --out runs/nft-ema --decay 0.5     # the old policy follows slowly
+    python -m flowroll.examples.diffusion_nft --out runs/nft
+    python -m flowroll.examples.diffusion_nft --out runs/nft-ema --decay 0.5     # the old policy follows slowly
 
 The server samples from the old policy with its deterministic sampler, and returns the final latents and the environment; the
 trainer noises the latents itself. The old policy is a moving average, which the server computes from the weights that it is
@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from examples.rl.learner import Batch, Descent
-from examples.rl.loop import train
-from examples.rl.options import Options, add_arguments, options_of
-from examples.rl.publishing import OldPolicy
-from examples.server import exit_on_sigterm
 from flowroll import Rollout, replay
+from flowroll.examples.rl.learner import Batch, Descent
+from flowroll.examples.rl.loop import train
+from flowroll.examples.rl.options import Options, add_arguments, options_of
+from flowroll.examples.rl.publishing import OldPolicy
+from flowroll.examples.server import exit_on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from examples.shapes import autoencoder
-from examples.shapes.descent import minimise
-from examples.shapes.world import SCENES
+from flowroll.examples.shapes import autoencoder
+from flowroll.examples.shapes.descent import minimise
+from flowroll.examples.shapes.world import SCENES
 from flowroll.families import Family, Prompt
 from flowroll.types import EnvValue
 

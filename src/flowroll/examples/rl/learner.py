@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from examples.rl.publishing import OldPolicy
 from flowroll import Rollout
+from flowroll.examples.rl.publishing import OldPolicy
 
 _MAX_GRADIENT = 1.0
 

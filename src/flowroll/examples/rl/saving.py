@@ -11,7 +11,7 @@ import peft
 import torch
 from torch import nn
 
-from examples.rl.options import Options
+from flowroll.examples.rl.options import Options
 
 _STATE = "training_state.pt"
 # What a run that goes on must have in common with the one that was saved; how long it goes on is its own business.

@@ -1,6 +1,6 @@
 """Scout and regenerate: many cheap samples, then the best ones again in full, from the same noise.
 
-    python -m examples.scout --prompt "a red circle at the top left" --scouts 16 --keep 4
+    python -m flowroll.examples.scout --prompt "a red circle at the top left" --scouts 16 --keep 4
 
 Two ways, side by side. *Few steps*: the scouts take deterministic steps on a short grid; the chosen initial noise is then run
 on the full grid with stochastic steps, by `init_seed` alone. *Stop early*: the scouts are the first steps of the full run
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from examples.shapes.reward import reward
 from flowroll import Rollout
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
-from flowroll.cli.options import quiet_model_libraries
 from flowroll.engine import Engine
+from flowroll.engine.loading import silence_model_libraries
+from flowroll.examples.shapes.reward import reward
 
 _STEPS = 8
 _SCOUT_STEPS = 3
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     seeds = tuple(range(options.seed, options.seed + options.scouts))
-    quiet_model_libraries()
+    silence_model_libraries()
     with Engine(shapes_checkpoint(options.family)) as engine:
         found = {
             "few steps": few_steps(engine, options.prompt, seeds, options.keep),

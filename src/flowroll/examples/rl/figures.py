@@ -1,6 +1,6 @@
 """Runs every training example with three seeds and with every mistake, and draws the curves of docs/training.md.
 
-    python -m examples.rl.figures --runs runs --out docs/training
+    python -m flowroll.examples.rl.figures --runs runs --out docs/training
 
 A run that is there already is not made again.
 """
@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.rl.journal import Row, plot, read_rows
-from examples.rl.spoiling import MISTAKES, SPOIL_REWARDS
+from flowroll.examples.rl.journal import Row, plot, read_rows
+from flowroll.examples.rl.spoiling import MISTAKES, SPOIL_REWARDS
 
 _SEEDS = (0, 1, 2)
 
@@ -43,29 +43,29 @@ class Example:
 
 
 EXAMPLES = (
-    Example(name="sde", title="Flow-GRPO, every step stochastic", command=("examples.flow_grpo",), mistakes=MISTAKES),
+    Example(name="sde", title="Flow-GRPO, every step stochastic", command=("flowroll.examples.flow_grpo",), mistakes=MISTAKES),
     Example(
         name="window",
         title="Flow-GRPO, two stochastic steps",
-        command=("examples.flow_grpo", "--window", "2", "--learning-rate", "5e-4"),
+        command=("flowroll.examples.flow_grpo", "--window", "2", "--learning-rate", "5e-4"),
     ),
-    Example(name="cps", title="Flow-GRPO with CPS", command=("examples.flow_grpo", "--dynamics", "cps")),
+    Example(name="cps", title="Flow-GRPO with CPS", command=("flowroll.examples.flow_grpo", "--dynamics", "cps")),
     Example(
         name="mix",
         title="MixGRPO, a window of two steps that moves",
-        command=("examples.flow_grpo", "--window", "2", "--move-every", "4", "--learning-rate", "5e-4"),
+        command=("flowroll.examples.flow_grpo", "--window", "2", "--move-every", "4", "--learning-rate", "5e-4"),
     ),
     Example(
         name="dance",
         title="Flow-GRPO with Dance-SDE",
-        command=("examples.flow_grpo", "--dynamics", "dance", "--noise-level", "0.3"),
+        command=("flowroll.examples.flow_grpo", "--dynamics", "dance", "--noise-level", "0.3"),
     ),
-    Example(name="branch", title="BranchGRPO, eight leaves", command=("examples.branch_grpo",)),
-    Example(name="nft", title="DiffusionNFT", command=("examples.diffusion_nft",), mistakes=_EVERY_SEED),
+    Example(name="branch", title="BranchGRPO, eight leaves", command=("flowroll.examples.branch_grpo",)),
+    Example(name="nft", title="DiffusionNFT", command=("flowroll.examples.diffusion_nft",), mistakes=_EVERY_SEED),
     Example(
         name="nft-ema",
         title="DiffusionNFT, the old policy a moving average on the server",
-        command=("examples.diffusion_nft", "--decay", "0.5"),
+        command=("flowroll.examples.diffusion_nft", "--decay", "0.5"),
     ),
 )
 

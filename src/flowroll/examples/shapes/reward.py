@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from examples.shapes.world import COLOURS, coverage, scene_of
+from flowroll.examples.shapes.world import COLOURS, coverage, scene_of
 
 # How far a pixel's colour may be from the prompt's, as a standard deviation of each channel.
 _COLOUR_STD = 0.2

@@ -1,9 +1,9 @@
 """Flow-GRPO against a running server: the policy learns from rewards to draw what the prompt says.
 
-    python -m examples.flow_grpo --out runs/sde                                         # every step stochastic
-    python -m examples.flow_grpo --out runs/window --window 2 --learning-rate 5e-4      # the first two
-    python -m examples.flow_grpo --out runs/mix --window 2 --move-every 4 --learning-rate 5e-4   # MixGRPO: a window that moves
-    python -m examples.flow_grpo --out runs/dance --dynamics dance --noise-level 0.3
+    python -m flowroll.examples.flow_grpo --out runs/sde                                         # every step stochastic
+    python -m flowroll.examples.flow_grpo --out runs/window --window 2 --learning-rate 5e-4      # the first two
+    python -m flowroll.examples.flow_grpo --out runs/mix --window 2 --move-every 4 --learning-rate 5e-4   # MixGRPO: it moves
+    python -m flowroll.examples.flow_grpo --out runs/dance --dynamics dance --noise-level 0.3
 
 Rollouts come over HTTP, are replayed with gradients, and the new weights go back to the server. Before the first update of a
 round every ratio is exactly 1; the run stops if one is not.
@@ -21,17 +21,19 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from examples.rl.learner import Batch, Descent
-from examples.rl.loop import train
-from examples.rl.options import Options, add_arguments, options_of
-from examples.server import exit_on_sigterm
 from flowroll import replay
+from flowroll.examples.rl.learner import Batch, Descent
+from flowroll.examples.rl.loop import train
+from flowroll.examples.rl.options import Options, add_arguments, options_of
+from flowroll.examples.server import exit_on_sigterm
 from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.sampling.transition import NO_CONST
 
 _STOCHASTIC = tuple(name for name, found in DYNAMICS.items() if found.is_stochastic)
 _CLIP_RANGE = 1e-3
 _MICRO_BATCH = 8
+# More than a run has, so that runs of different seeds start from different noise.
+_ROUNDS = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise-level", type=float, default=0.7)
     parser.add_argument("--window", type=int, default=None, help="stochastic steps of a round; default: all")
     parser.add_argument("--move-every", type=int, default=None, help="rounds after which the window moves on by a step")
+    parser.add_argument("--same-start", action="store_true", help="one initial noise for all samples of a round, as DanceGRPO")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps of a round")
     parsed = parser.parse_args(arguments)
     options = options_of(parsed)
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         noise_level=parsed.noise_level,
         window=parsed.window,
         move_every=parsed.move_every,
+        has_same_start=parsed.same_start,
     )
     train(options, learner, title=f"Flow-GRPO ({kind}), {options.family}")
 
@@ -68,6 +72,7 @@ class FlowGrpo:
         window: How many steps are stochastic; None: all.
         move_every: Rounds after which the window moves on by a step, and from the end back to the beginning; None: it stays
             at the early steps, where it is decided what is drawn.
+        has_same_start: Whether all samples of a round have one initial noise, so that a group differs by its steps alone.
     """
 
     old = None
@@ -81,9 +86,11 @@ class FlowGrpo:
         noise_level: float = 0.7,
         window: int | None = None,
         move_every: int | None = None,
+        has_same_start: bool = False,
     ) -> None:
         self._may_be_off = options.mistake is not None
         self._num_steps, self._window, self._move_every = options.num_steps, window, move_every
+        self._seed, self._has_same_start = options.seed, has_same_start
         self._descent = Descent(learning_rate=options.learning_rate, updates=updates)
         # CPS's std falls to 0 along the steps: with the constants the last of them would outweigh all others.
         no_const = DYNAMICS[dynamics].log_prob_form == NO_CONST
@@ -91,11 +98,12 @@ class FlowGrpo:
 
     def request(self, number: int) -> Mapping[str, Any]:
         """See `Learner`."""
+        start = {"init_seed": _ROUNDS * self._seed + number} if self._has_same_start else {}
         if self._window is None:
-            return self._request
+            return {**self._request, **start}
         places = self._num_steps - self._window + 1
         first = 0 if self._move_every is None else number // self._move_every % places
-        return {**self._request, "sde_step_indices": tuple(range(first, first + self._window))}
+        return {**self._request, **start, "sde_step_indices": tuple(range(first, first + self._window))}
 
     def state(self) -> dict[str, Any]:
         """See `Learner`."""

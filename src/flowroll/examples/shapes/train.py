@@ -1,6 +1,6 @@
 """Makes the small policies that flowroll ships: they draw the world's prompts.
 
-    python -m examples.shapes.train --family z_image --out shapes-z-image
+    python -m flowroll.examples.shapes.train --family z_image --out shapes-z-image
 
 Same seed, same library versions, same kind of CPU: the same weights. About 10 minutes on one core, which is all it uses.
 """
@@ -19,12 +19,12 @@ from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import Progress
 
-from examples.shapes import autoencoder, denoiser
-from examples.shapes.reward import reward
-from examples.shapes.world import SCENES
-from flowroll.cli.options import quiet_model_libraries
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.loading import silence_model_libraries
+from flowroll.examples.shapes import autoencoder, denoiser
+from flowroll.examples.shapes.reward import reward
+from flowroll.examples.shapes.world import SCENES
 from flowroll.families import family_of_pipeline
 from flowroll.testing import make_checkpoint
 from flowroll.testing.weights import align_file
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    quiet_model_libraries()
+    silence_model_libraries()
     # A fixed number: weights depend on it.
     torch.set_num_threads(1)
     console = Console()

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from examples.rl.spoiling import MISTAKES
 from flowroll.checkpoints import SHAPES_FAMILIES
+from flowroll.examples.rl.spoiling import MISTAKES
 
 # The reward of a picture, float32 [3, 1, height, width] in [0, 1], and its prompt.
 Reward = Callable[[Tensor, str], float]
@@ -51,7 +51,7 @@ class Options:
     learning_rate: float = 1e-3
     lora_rank: int | None = None
     evaluate_every: int = 5
-    reward: str = "examples.shapes.reward:reward"
+    reward: str = "flowroll.examples.shapes.reward:reward"
     save: Path | None = None
     resume: Path | None = None
     track: tuple[str, ...] = ()
