@@ -56,7 +56,6 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 # How long a thread may take to return from a collective after a rank was lost, in seconds.
 _LOST_S = 3.0
-# When a refused check of the weights may be tried again, in seconds.
 
 
 def blocking(method: MethodT) -> MethodT:
