@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flowroll.errors import InvalidRequestError
 from flowroll.types import ALIASES, SamplingParams, by_field_name, params_of
 from flowroll.types.arguments import refuse_unknown
@@ -15,9 +17,9 @@ from flowroll.types.arguments import refuse_unknown
 def read_requests(path: Path, flags: Mapping[str, Any]) -> list[SamplingParams]:
     """Reads the requests of a file; blank lines are skipped.
 
-    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`, in which `images` are paths from the
-    folder of this file on. The text is UTF-8, with or without a byte order mark. A line ends at a line feed, alone or after a
-    carriage return; whatever else separates lines is part of a prompt.
+    A line is a prompt, or in a .jsonl file an object of fields of `SamplingParams`, in which `images` and `latents` are paths
+    from the folder of this file on. The text is UTF-8, with or without a byte order mark. A line ends at a line feed, alone or
+    after a carriage return; whatever else separates lines is part of a prompt.
 
     Args:
         path: The file.
@@ -46,7 +48,9 @@ def _flags_beside(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
 
 
 def _with_files(fields: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Returns the fields of a line with the bytes of its images in place of their paths."""
+    """Returns the fields of a line with the bytes of its images, and its latents, in place of their paths."""
+    if isinstance(latents := fields.get("latents"), str):
+        fields = {**fields, "latents": read_latents(folder / latents)}
     paths = fields.get("images")
     if not isinstance(paths, list):
         return fields
@@ -59,6 +63,33 @@ def _with_files(fields: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
                 f"images[{index}] must be the path of a file, got {str(name)[:80]!r} ({error}); correct it.", field="images"
             ) from error
     return {**fields, "images": files}
+
+
+def read_latents(path: Path) -> Tensor:
+    """Reads the latents that samples start from.
+
+    Args:
+        path: A safetensors file with one tensor, named `latents`.
+
+    Raises:
+        InvalidRequestError: It is no such file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InvalidRequestError(
+            f"latents must name a safetensors file, got {str(path)!r} ({error}); correct the path, or save it again.",
+            field="latents",
+        ) from error
+    if set(found) != {"latents"}:
+        shown = ", ".join(sorted(found))[:80] or "none"
+        raise InvalidRequestError(
+            f"latents must name a file with one tensor, latents, got {shown}; save that one alone.", field="latents"
+        )
+    return found["latents"]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from torch import Tensor
 
 from flowroll import __version__
 from flowroll.cli.rewards import Reward, rewards_of
@@ -29,7 +30,7 @@ from flowroll.errors import (
 )
 from flowroll.extras import check_installed, extra_for
 from flowroll.store import RolloutStore, Selection
-from flowroll.types import Rollout, SamplingParams
+from flowroll.types import Rollout, SamplingParams, branch_digest
 from flowroll.wire.files import write_whole
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _digest(request: SamplingParams) -> str:
     values = {
         one.name: getattr(request, one.name) for one in fields(request) if one.name not in ("request_id", "suppress_logs")
     }
+    values = {name: branch_digest({name: value}) if isinstance(value, Tensor) else value for name, value in values.items()}
     given = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
     return hashlib.sha256(msgspec.json.encode(given, order="sorted")).hexdigest()[:_ID_CHARS]
 

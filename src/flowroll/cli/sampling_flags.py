@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from torch import Tensor
 
+from flowroll.cli.prompts import read_latents
+from flowroll.errors import InvalidRequestError
 from flowroll.sampling.dynamics import DYNAMICS, noise_level_help
 from flowroll.sampling.transition import LogProbForm
 from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
 from flowroll.types.forks import Fork
-from flowroll.types.params import TENSORS
+from flowroll.types.prompts import ALL_PROMPT_TENSORS
 
 _GIVEN = "given"
-# Tensors, and what has no meaning without them, do not fit on a command line.
-_NO_FLAG = frozenset({*TENSORS, "start_step"})
+# Tensors do not fit on a command line. Of latents it takes a file; a prompt's embeddings are several that go together.
+_NO_FLAG = frozenset(ALL_PROMPT_TENSORS)
 
 
 def with_sampling_flags(
@@ -53,7 +56,9 @@ def with_sampling_flags(
     @functools.wraps(command)
     def run(**values: Any) -> None:
         given = {flag.name: values.pop(flag.name) for flag in flags}
-        command(**values, given={name: value for name, value in given.items() if value not in (None, [])})
+        # No files are an empty list.
+        unset = [name for name, value in given.items() if value is None or (isinstance(value, list) and not value)]
+        command(**values, given={name: value for name, value in given.items() if name not in unset})
 
     parameters = [*own, *flags]
     # typer reads both.
@@ -108,6 +113,8 @@ def _flag_type(hint: Any) -> tuple[Any, dict[str, Any]]:
         return _flag_type(members[0])
     if hint == tuple[bytes, ...]:
         return list[str], {"parser": read_file, "metavar": "FILE"}
+    if hint is Tensor:
+        return str, {"parser": _latents_in, "metavar": "FILE"}
     if get_origin(hint) is tuple and (get_args(hint)[0] is StepOptions or get_origin(get_args(hint)[0]) is tuple):
         return str, {"parser": _json_list, "metavar": "JSON"}
     if hint is LogProbForm:
@@ -128,6 +135,13 @@ def read_file(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise typer.BadParameter(f"must name a file, got {path!r}: {error.strerror}; correct the path.") from error
+
+
+def _latents_in(path: str) -> Tensor:
+    try:
+        return read_latents(Path(path))
+    except InvalidRequestError as error:
+        raise typer.BadParameter(error.message) from error
 
 
 def _json_list(text: str) -> tuple[Any, ...]:

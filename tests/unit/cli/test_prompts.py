@@ -4,6 +4,8 @@ import json
 from dataclasses import fields
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flowroll import SamplingParams
 from flowroll.cli.prompts import read_prompts, read_requests
@@ -104,6 +106,16 @@ def test_images_are_files_beside_the_file_of_prompts(write, tmp_path):
     assert [params.images for params in read_requests(path, {"images": [b"a dog"]})] == [(b"a cat",) * 2, (b"a dog",)]
     path = write('{"prompt": "a", "images": ["cat.png", "dog.png"]}', "prompts.jsonl")
     with pytest.raises(InvalidRequestError, match=r"line 1, is refused: images\[1\] must be the path of a file, got 'dog.png'"):
+        read_requests(path, {})
+
+
+def test_latents_are_a_file_beside_the_file_of_prompts(write, tmp_path):
+    save_file({"latents": torch.ones(2, 3)}, tmp_path / "state.safetensors")
+    path = write('{"prompt": "a", "latents": "state.safetensors", "start_step": 1}\n{"prompt": "b"}\n', "prompts.jsonl")
+    first, second = read_requests(path, {})
+    assert torch.equal(first.latents, torch.ones(2, 3)) and first.start_step == 1 and second.latents is None
+    path = write('{"prompt": "a", "latents": "other.safetensors"}', "prompts.jsonl")
+    with pytest.raises(InvalidRequestError, match=r"line 1, is refused: latents must name a safetensors file, got '.*other"):
         read_requests(path, {})
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tests.blocking import BEYOND_THE_CLIENT, cli_without
 from tests.factories import make_rollout
 from tests.rollouts import assert_same_bits
@@ -399,6 +400,49 @@ def test_requests_are_known_again_by_what_they_ask_for():
     assert ids({"prompt": "b"}, {"prompt": "a"}, {"prompt": "a", "suppress_logs": True})[1:] == first[:2]
     options = {"rollout_steps": ({"noise_level": 0.5}, {}), "log_prob": {"reduce": "sum"}, "fork": {0: 2}}
     assert len(set(ids({"prompt": "a", **options}, {"prompt": "a"}))) == 2
+    states = torch.zeros(3), torch.ones(3), torch.ones(3, 1)
+    assert len({one.rpartition("-")[0] for one in ids(*({"prompt": "a", "latents": state} for state in states))}) == 3
+
+
+def test_trees_starts_and_stops_are_those_of_the_engine_and_are_made_once(url, tmp_path, engine):
+    size = {"width": 64, "height": 64, "num_inference_steps": 5}
+    kept = {"return_dit_trajectory": True, "return_denoising_env": True}
+    [whole] = engine.rollout(prompt="a red fox", seed=4, **size, **kept)
+    save_file({"latents": whole.dit_trajectory.latents[1].contiguous()}, tmp_path / "state.safetensors")
+    (prompts := tmp_path / "prompts.txt").write_text("a red fox\n")
+    own = {
+        "rollout_steps": ({}, {"noise_level": 0.3}, {"dynamics": "cps", "noise_level": 0.5}, {"dynamics": "dpmpp2m"}, {}),
+        "guidance_scales": (1, 4, 4, 2.5, 4),
+        "log_prob": {"reduce": "sum", "constants": False},
+        "return_fields": ("x0", "mean", "std"),
+        "return_step_indices": (1, 2, 3, 4),
+        "decode_step_indices": (2,),
+        "fork": {1: 2, 2: 2},
+        "start_step": 1,
+        "stop_step": 4,
+        "sde_seed": 8,
+        "image_format": "uint8",
+        "policy": "default",
+    }
+    words = ("--url", url, "--prompts", prompts, "--out", tmp_path / "out", "--width", 64, "--height", 64)
+    words += ("--num-inference-steps", 5, "--return-dit-trajectory", "--return-denoising-env")
+    words += ("--latents", tmp_path / "state.safetensors", "--start-step", 1, "--stop-step", 4, "--sde-seed", 8)
+    words += ("--rollout-steps", json.dumps(own["rollout_steps"]), "--guidance-scales", "1,4,4,2.5,4")
+    words += ("--log-prob", json.dumps(own["log_prob"]), "--return-fields", "x0,mean,std", "--return-step-indices", "1,2,3,4")
+    words += ("--decode-step-indices", "2", "--fork", '{"1": 2, "2": 2}', "--image-format", "uint8", "--policy", "default")
+    result = rollout(*words)
+    assert result.exit_code == 0, result.output
+    expected = engine.rollout(prompt="a red fox", latents=whole.dit_trajectory.latents[1], **size, **kept, **own)
+    found = load_rollouts(tmp_path / "out")
+    assert [one.sampling.branches[-1].id for one in expected] == ["0/0/0", "0/0/1", "0/1/0", "0/1/1"]
+    for one, leaf in zip(found, expected, strict=True):
+        assert_same_bits(one, leaf)
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 4
+    # One command for whoever has the weights: the record is enough.
+    result = run_cli("verify", tmp_path / "out", "--model", engine.info.model)
+    assert result.exit_code == 0 and "4" in result.stdout, result.output
+    assert "1 prompts were there already" in rollout(*words, "--resume").stdout
+    assert len(load_rollouts(tmp_path / "out")) == 4
 
 
 def test_ctrl_c_ends_the_run_with_a_summary_and_resume_goes_on(url, tmp_path):

@@ -2,7 +2,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 from tests.unit.cli.invoking import run_cli
 from typer.testing import CliRunner
 
@@ -12,7 +14,7 @@ from flowroll.sampling.dynamics import DYNAMICS
 from flowroll.types import ALIASES
 from flowroll.types.params import TENSORS
 
-FIELDS = [field.name for field in fields(SamplingParams) if field.name not in (*TENSORS, "start_step")]
+FIELDS = [field.name for field in fields(SamplingParams) if field.name not in TENSORS]
 FILE = Path(__file__)
 # A value other than the default for every field: words of the command line, and what they mean.
 ALL_FLAGS = {
@@ -25,6 +27,7 @@ ALL_FLAGS = {
     "seeds": (["--seeds", "7,9"], (7, 9)),
     "init_seed": (["--init-seed", "7"], 7),
     "sde_seed": (["--sde-seed", "7,9"], (7, 9)),
+    "start_step": (["--start-step", "1"], 1),
     "stop_step": (["--stop-step", "2"], 2),
     "fork": (["--fork", '{"0": 2}'], {"0": 2}),
     "generator_device": (["--generator-device", "cpu"], "cpu"),
@@ -108,6 +111,29 @@ def test_a_value_given_by_both_flags_is_refused_with_both_names(short, name, tmp
 def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path):
     result = run_cli("generate", tmp_path, "--prompt", "p", "--images", tmp_path / "cat.png")
     assert result.exit_code != 0 and "cat.png" in result.stderr and "No such file" in result.stderr
+
+
+def test_latents_come_from_a_file(tmp_path):
+    save_file({"latents": torch.ones(2, 3)}, tmp_path / "state.safetensors")
+    given = given_by("--prompt", "p", "--latents", str(tmp_path / "state.safetensors"))
+    assert list(given) == ["prompt", "latents"] and torch.equal(given["latents"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"latents": torch.ones(2), "x": torch.ones(2)}, "latents must name a file with one tensor, latents, got latents, x"),
+        ({"x": torch.ones(2)}, "latents must name a file with one tensor, latents, got x"),
+        ("no tensors", "latents must name a safetensors file"),
+        (None, "latents must name a safetensors file"),
+    ],
+)
+def test_another_file_of_latents_is_a_usage_error(tensors, message, tmp_path):
+    file = tmp_path / "state.safetensors"
+    if tensors is not None:
+        file.write_text(tensors) if isinstance(tensors, str) else save_file(tensors, file)
+    result = run_cli("generate", tmp_path, "--prompt", "p", "--latents", file)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
 
 
 def test_unset_flags_are_not_given():
