@@ -60,6 +60,25 @@ def test_a_child_is_a_request_of_its_own_from_the_shared_state(engine_of: Engine
     assert not torch.equal(states(leaves[0])[3], states(leaves[1])[3])
 
 
+def test_every_level_of_a_tree_has_seeds_of_its_own_parent(engine_of: EngineOf) -> None:
+    engine = engine_of("z_image", "float32")
+    forks = {1: 2, 3: 3}
+    leaves = engine.rollout(**REQUEST, **ALL, seeds=(5, 9), sde_seed=(70, 71), fork=forks)
+    places = [(root, one, two) for root in range(2) for one in range(2) for two in range(3)]
+    for (root, one, two), leaf in zip(places, leaves, strict=True):
+        outer, inner = branches(leaf)
+        first = (step_seed(70 + root, 1) + 1 + one) % 2**32
+        second = (step_seed(first, 3) + 1 + two) % 2**32
+        assert (outer.step, outer.parent, outer.id, outer.sde_seed) == (1, f"{root}", f"{root}/{one}", first)
+        assert (inner.step, inner.parent, inner.id, inner.sde_seed) == (3, f"{root}/{one}", f"{root}/{one}/{two}", second)
+        # The root's noise up to the first fork, its child's up to the second one, then the grandchild's.
+        for start, seed in ((0, 70 + root), (1, first), (3, second)):
+            (alone,) = engine.rollout(**REQUEST, **ALL, latents=states(leaf)[start], start_step=start, sde_seed=seed)
+            stop = {0: 1, 1: 3, 3: 4}[start]
+            assert torch.equal(states(alone)[: stop - start + 1], states(leaf)[start : stop + 1])
+            assert torch.equal(alone.log_probs[start:stop], leaf.log_probs[start:stop])
+
+
 TREES: dict[str, tuple[dict[str, Any], int]] = {
     # Options, and the steps that all of it takes.
     "two levels": ({"fork": {1: 2, 3: 2}}, 2 * (2 + 2 * 2)),
