@@ -143,6 +143,7 @@ def test_ordinary_batches_say_how_far_off_they_are(
     # Two tokens: products of so few rows have other bits in a batch.
     group = engine_of(name, dtype).rollout(**{**REQUEST, "height": 32, "width": 32}, num_outputs_per_prompt=2)
     transformer = copy.deepcopy(pipeline_of(name, dtype).transformer)
+    _, gradient = gradients_of(transformer, group)
     with counted(transformer) as calls:
         first, *rest = list(replay.micro_batches(transformer, group, micro_batch=4, merge="fast"))
     said = re.search(
@@ -154,6 +155,10 @@ def test_ordinary_batches_say_how_far_off_they_are(
     assert said is not None and float(said[1]) == pytest.approx(first.ratio_error, rel=1e-2)
     assert len(calls) < 6 and len(rest) == 1
     torch.testing.assert_close(first.log_probs.detach(), first.old_log_probs, rtol=0, atol=1e-3 if dtype == "float32" else 0.05)
+    # The samples' gradients have opposite signs, so that a row in the place of another, or one without its own, is far off.
+    with pytest.warns(UserWarning, match="up to"):
+        _, near = gradients_of(transformer, group, merge="fast")
+    assert distance(near, gradient) < (1e-4 if dtype == "float32" else 0.05)
 
 
 def test_ordinary_batches_have_other_bits(engine_of: EngineOf, pipeline_of: PipelineOf) -> None:

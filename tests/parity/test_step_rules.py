@@ -99,3 +99,21 @@ def test_a_trajectory_without_the_state_before_cannot_replay_such_a_step(
     assert whole[0].debug_tensors is not None
     mean = replay.score(transformer, whole, steps=[3]).means[0][0]
     assert torch.equal(mean.detach(), whole[0].debug_tensors.prev_sample_mean[3])
+
+
+def test_the_mean_of_a_step_has_a_gradient_through_the_step_before(
+    engine_of: EngineOf, pipeline_of: Callable[[str, str], Any]
+) -> None:
+    """As the step's own formula has it: next = on_latents x + on_velocity v + on_previous (x_prev - sigma_prev v_prev)."""
+    (rollout,) = engine_of("z_image", "float32").rollout(**REQUEST, sde_type="dpmpp2m")
+    transformer = pipeline_of("z_image", "float32").transformer
+    weight = next(parameter for parameter in transformer.parameters() if parameter.ndim == 2)
+    assert rollout.dit_trajectory is not None
+    this = transitions(rollout.dit_trajectory.sigmas, sde_type="dpmpp2m", noise_level=0)[3]
+    assert this.needs_previous
+    scores = replay.score(transformer, [rollout], steps=[2, 3])
+    (found,) = torch.autograd.grad(scores.means[0][1].sum(), weight, retain_graph=True)
+    before, own = (torch.autograd.grad(velocity.sum(), weight, retain_graph=True)[0] for velocity in scores.velocities[0])
+    expected = this.on_velocity * own - this.on_previous * rollout.sampling.sigmas[2] * before
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (found - this.on_velocity * own).norm() > 0.1 * expected.norm()
