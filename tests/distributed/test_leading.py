@@ -1,18 +1,21 @@
 """What rank 0 tells the other ranks, and what it keeps from them."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.guiding import in_words_of
+from tests.guiding import PicturedEngine, in_words_of
+from tests.pairs import deal
 from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.engine.runner import sample as samples
 from flowroll.errors import CancelledRequestError, EngineError, InvalidRequestError
+from flowroll.families import FAMILIES
 from flowroll.types import Layout
 
 # 144 image tokens: two ranks share them.
@@ -97,7 +100,7 @@ def test_a_sample_that_leaves_early_leaves_on_every_rank_and_the_next_one_is_ans
 def answers_of_one_rank(checkpoint: Path, **guidance: Any) -> list[tuple[dict[str, Any], list[Rollout]]]:
     """Requests that begin, end or fork elsewhere than at the first and last step, and their answers."""
     options = {**REQUEST, **guidance, "num_inference_steps": 3, "return_dit_trajectory": True}
-    with Engine(checkpoint, device="cpu") as engine:
+    with PicturedEngine(checkpoint, device="cpu") as engine:
         group = engine.rollout(**options, init_seed=8, num_outputs_per_prompt=2)
         states = torch.stack([one.dit_trajectory.latents[1] for one in group if one.dit_trajectory is not None])
         requests: list[dict[str, Any]] = [
@@ -106,6 +109,22 @@ def answers_of_one_rank(checkpoint: Path, **guidance: Any) -> list[tuple[dict[st
             {**options, "latents": states[0], "start_step": 1, "stop_step": 2},
             {**options, "fork": {0: 2, 2: 2}},
             {**options, "latents": states[1], "start_step": 1, "fork": {1: 2}},
+            # With a history at a fork.
+            {
+                **options,
+                "num_inference_steps": 5,
+                "rollout_steps": ({}, {"noise_level": 0.3}, {"dynamics": "dpmpp2m"}, {"dynamics": "cps"}, {"dynamics": "ode"}),
+                "fork": {1: 2},
+                "log_prob": {"reduce": "sum", "constants": False},
+            },
+            {
+                **{name: value for name, value in options.items() if name not in ("guidance_scale", "true_cfg_scale")},
+                "negative_prompt": "blurry",
+                "guidance_scales": (3.0, 0.0, 6.5),
+                "return_fields": ("x0", "velocity", "mean", "std", "noise"),
+                "return_step_indices": (0, 2),
+                "decode_step_indices": (1,),
+            },
         ]
         return [(request, engine.rollout(**request)) for request in requests]
 
@@ -120,12 +139,19 @@ def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_c
     assert_answers(sp2, answers_of_one_rank(z_image_checkpoint))
 
 
+LAYOUTS = (Layout(cfg_parallel=True), Layout(tp=2), Layout(sp=2))
+# Every layout for two families, one for each of the others.
+OTHERS = [
+    *itertools.product(("qwen_image", "sd3"), LAYOUTS),
+    *deal([name for name in FAMILIES if name not in ("qwen_image", "sd3", "z_image")], LAYOUTS),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [Layout(cfg_parallel=True), Layout(tp=2), Layout(sp=2)], ids=["cfg2", "tp2", "sp2"])
-@pytest.mark.parametrize("family", ["qwen_image", "sd3"])
+@pytest.mark.parametrize(("family", "layout"), OTHERS, ids=str)
 def test_so_they_have_in_other_families_and_layouts(checkpoints: dict[str, Path], family: str, layout: Layout) -> None:
     expected = answers_of_one_rank(checkpoints[family], **in_words_of(family, {"guidance_scale": 3.0}))
-    with Engine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
+    with PicturedEngine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
         before = dict(engine.received_bytes)
         assert_answers(engine, expected)
         axis = "cfg" if layout.cfg_parallel else "tp" if layout.tp > 1 else "sp"

@@ -54,6 +54,32 @@ def test_forks_and_stops_travel_with_the_ids_of_their_tree(z_service: EngineServ
     assert "flowroll_sde_steps_total 27.0" in counted
 
 
+@pytest.mark.parametrize("wire_format", ["json", "msgpack"])
+def test_what_is_said_of_single_steps_travels_and_is_scored_again(z_service: EngineService, wire_format: Any) -> None:
+    options: dict[str, Any] = {
+        **SMALL,
+        **ALL,
+        "num_inference_steps": 5,
+        "rollout_steps": ({}, {"noise_level": 0.3}, {"dynamics": "dpmpp2m"}, {"dynamics": "cps"}, {"dynamics": "ode"}),
+        "guidance_scales": (3.0, 0.0, 6.5, 1.0, 3.0),
+        "log_prob": {"reduce": "sum", "constants": False},
+        "return_fields": ("x0", "velocity", "mean", "std", "noise"),
+        "return_step_indices": (0, 1, 2, 3, 4, 5),
+        "decode_step_indices": (1, 3),
+        "fork": {1: 2},
+        "policy": "default",
+    }
+    with serving(z_service) as client:
+        trainer = Client(str(client.base_url), wire_format=wire_format)
+        leaves = trainer.rollout(**options)
+        scores = trainer.score(leaves)
+    for sample, (leaf, ours) in enumerate(zip(leaves, z_service.engine.rollout(**options), strict=True)):
+        assert_same_bits(leaf, ours)
+        assert leaf.sde_step_indices == (0, 1, 3) and leaf.sampling.guidance_scales == options["guidance_scales"]
+        assert leaf.step_tensors is not None and torch.equal(scores.means[sample], leaf.step_tensors.tensors["mean"])
+        assert leaf.log_probs is not None and torch.equal(scores.log_probs[sample], leaf.log_probs)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
