@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,11 +31,12 @@ STEP = 1
 # Of the second table: the sides of pictures, and how many pairs are run together.
 SIDES = (64, 256)
 PAIRS = 8
+_TABLES = ("forwards", "shared")
 
 
-def run(rounds: int) -> str:
-    """A Markdown section: paired ratios for both families, with and without guidance."""
-    lines = [
+def run(rounds: int, families: Sequence[str]) -> Iterator[str]:
+    """The lines of a Markdown section: paired ratios for each family, with and without guidance."""
+    yield from (
         "## Replay of one step against the forwards that it contains",
         "",
         f"{SIZE}x{SIZE}, float32, 1 thread, {rounds} rounds. Median paired ratio of CPU time with its 95 % interval. The bare",
@@ -42,15 +44,16 @@ def run(rounds: int) -> str:
         "",
         "| family | guidance | no_grad: replay / forward | replay and backward / forward and backward |",
         "|---|---|---|---|",
-    ]
-    lines += [_row(family, scale, rounds) for family in FAMILIES for scale in (0.0, 4.0)]
-    lines += ["", "Aim: upper bounds of 1.02."]
-    return "\n".join(lines)
+    )
+    for family in families:
+        for scale in (0.0, 4.0):
+            yield _row(family, scale, rounds)
+    yield from ("", "Aim: upper bounds of 1.02.", "")
 
 
-def run_merged(rounds: int) -> str:
-    """A Markdown section: the three ways of a micro-batch, for all families."""
-    lines = [
+def run_merged(rounds: int, families: Sequence[str], sides: Sequence[int]) -> Iterator[str]:
+    """The lines of a Markdown section: the three ways of a micro-batch, for each family."""
+    yield from (
         "## Pairs that share forwards",
         "",
         f"{PAIRS} pairs in one micro-batch (two steps of {PAIRS // 2} samples, guided), forward and backward, mid-size models,",
@@ -61,11 +64,11 @@ def run_merged(rounds: int) -> str:
         "",
         "| family | dtype | side | alone, ms | exact / alone | fast / alone | gradient, exact | gradient, fast | ratio, fast |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in FAMILIES:
+    )
+    for name in families:
         for dtype in ("float32", "bfloat16"):
-            lines += [_merged_row(name, dtype, side, rounds) for side in SIDES]
-    return "\n".join(lines)
+            for side in sides:
+                yield _merged_row(name, dtype, side, rounds)
 
 
 def _rolled_out(
@@ -175,13 +178,21 @@ def main() -> None:
     """Prints the section with what it was measured on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--sides", nargs="+", type=int, default=list(SIDES), help="of the pictures of the second table")
+    parser.add_argument("--tables", nargs="+", choices=_TABLES, default=list(_TABLES), help="each takes minutes a row")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    command = f"`python -m benchmarks.replay --rounds {options.rounds}`"
+    command = f"`python -m benchmarks.replay {' '.join(sys.argv[1:])}`"
     print(f"# The cost of replay\n\nCommand: {command}. {hardware()}; one thread.")
     print("Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.\n")
-    print(run(options.rounds))
-    print("\n" + run_merged(options.rounds))
+    # Line by line, so that a run that is ended early has shown what it measured.
+    if "forwards" in options.tables:
+        for line in run(options.rounds, options.families):
+            print(line, flush=True)
+    if "shared" in options.tables:
+        for line in run_merged(options.rounds, options.families, options.sides):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
