@@ -137,7 +137,7 @@ class FlowGrpo:
         for part in replay.micro_batches(policy, rollouts, micro_batch=_MICRO_BATCH, merge="exact"):
             ratios = replay.ratio(part.log_probs, part.old_log_probs)
             loss = replay.clipped_loss(ratios, advantages[part.samples, part.steps], clip_range=_CLIP_RANGE)
-            (loss * part.weight).backward()
+            (loss * part.weight).backward()  # type: ignore[no-untyped-call]
             largest = max(largest, float((ratios.detach() - 1).abs().max()))
         return largest
 
