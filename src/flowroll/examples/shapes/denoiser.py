@@ -153,8 +153,8 @@ def _initialise(transformer: Any, generator: torch.Generator) -> None:
 def _captions(pipeline: Any, family: Family) -> Mapping[int | None, Text]:
     """Each scene's encoded prompt by its index, and the family's negative prompt by None."""
     negative = next(iter(family.variants.values())).negative_prompt
-    prompts: dict[int | None, str | None] = {index: scene.prompt for index, scene in enumerate(SCENES)}
-    prompts[None] = negative
+    prompts: dict[int | None, str] = {index: scene.prompt for index, scene in enumerate(SCENES)}
+    prompts[None] = negative or ""
     encoded = {index: family.encode(pipeline, Prompt(text=prompt)) for index, prompt in prompts.items()}
     # Copies: what an encoder returns may be part of a larger tensor.
     return {
