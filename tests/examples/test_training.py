@@ -88,7 +88,7 @@ def test_rewards_teach(tmp_path):
     ("main", "flags"),
     [
         (flow_grpo.main, ("--window", "2", "--move-every", "2", "--rounds", "10")),
-        (flow_grpo.main, ("--dynamics", "dance", "--noise-level", "0.3", "--rounds", "10")),
+        (flow_grpo.main, (*_DANCE, "--window", "3", "--learning-rate", "5e-4", "--rounds", "5")),
         (branch_grpo.main, ("--rounds", "8")),
         (diffusion_nft.main, ("--decay", "0.3", "--rounds", "15")),
     ],
