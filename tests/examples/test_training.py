@@ -75,6 +75,7 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_was_never_cut_off(tmp_path,
 
 
 ROUNDS = ("--window", "2", "--rounds", "8")
+DANCE = ("--dynamics", "dance", "--noise-level", "1", "--same-start", "--window", "3", "--learning-rate", "5e-4")
 
 
 @pytest.mark.proof
@@ -88,7 +89,7 @@ def test_rewards_teach(tmp_path):
     ("main", "flags"),
     [
         (flow_grpo.main, ("--window", "2", "--move-every", "2", "--rounds", "10")),
-        (flow_grpo.main, ("--dynamics", "dance", "--noise-level", "0.3", "--rounds", "10")),
+        (flow_grpo.main, (*DANCE, "--rounds", "6")),
         (branch_grpo.main, ("--rounds", "8")),
         (diffusion_nft.main, ("--decay", "0.3", "--rounds", "15")),
     ],

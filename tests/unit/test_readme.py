@@ -17,7 +17,7 @@ def test_the_program_learns_as_the_readme_shows(tmp_path: Path) -> None:
     blocks = re.findall(r"```(\w*)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     (position,) = [place for place, (language, _) in enumerate(blocks) if language == "python"]
     program, shown = blocks[position][1], blocks[position + 1][1]
-    assert "shapes-z_image" in README.read_text(encoding="utf-8") and "http://127.0.0.1:30000" in program
+    assert "flowroll serve shapes-z_image" in README.read_text(encoding="utf-8") and "http://127.0.0.1:30000" in program
     with running_server(shapes_checkpoint("z_image"), tmp_path / "log") as server:
         finished = subprocess.run(
             [sys.executable, "-c", program.replace("http://127.0.0.1:30000", server.url)],

@@ -125,14 +125,14 @@ def table(samples: Sequence[Sample]) -> Table:
         rollout = sample.rollout
         assert rollout.log_probs is not None
         stochastic = rollout.sde_step_indices or ()
-        log_probs = [f"{value:+.3f}" if step in stochastic else "-" for step, value in enumerate(rollout.log_probs.tolist())]
+        log_probs = [f"{value:+.2f}" if step in stochastic else "-" for step, value in enumerate(rollout.log_probs.tolist())]
         following = samples[index + 1].rollout.prompt if index + 1 < len(samples) else None
         add_row(
             result,
             rollout.prompt or "",
             sample.dynamics,
             str(rollout.seed),
-            " ".join(f"{text:>6}" for text in log_probs),
+            " ".join(f"{text:>5}" for text in log_probs),
             format_bytes(num_bytes(rollout)),
             f"{rollout.inference_time_s:.2f} s",
             end_section=following != rollout.prompt,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -21,6 +23,8 @@ from flowroll.types import DenoisingEnv, EnvValue, Rollout
 if TYPE_CHECKING:
     from flowroll.engine.loading import LoadedModel
     from flowroll.replay import AuditReport
+
+T = TypeVar("T")
 
 
 def verify(
@@ -43,18 +47,34 @@ def verify(
             help="A reference image of the rollouts, with which their prompts are encoded again; may be given several times.",
         ),
     ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|N%",
+            help="Replay so many of the rollouts, or this share of them, drawn at random, always the same ones.",
+            show_default="all",
+        ),
+    ] = None,
     variant: Variant = None,
     device: Device = "auto",
 ) -> None:
     """Replay saved rollouts with a checkpoint's weights, and say what differs.
 
     Ends with status 1 unless every log-prob and every recorded velocity comes out bit for bit. Weights, prompts, guidance,
-    sigmas, latents and dtypes are told apart.
+    sigmas, latents and dtypes are told apart. What is odd about the groups of a store is said before, from its index alone.
     """
+    from flowroll.store import open_rollouts
     from flowroll.store.files import named_rollouts
+    from flowroll.store.findings import group_findings
 
-    named = [pair for file in files for pair in named_rollouts(file)]
-    rollouts = [rollout for _, rollout in named]
+    for file in files:
+        for group in open_rollouts(file).select().groups():
+            samples = list(group.samples())
+            for finding in group_findings(samples):
+                typer.echo(f"request {samples[0].request_id} ({len(samples)} samples): {finding}")
+    every = [pair for file in files for pair in named_rollouts(file)]
+    named = every if sample is None else drawn(every, sample)
+    rollouts = [load() for _, load in named]
     dtype = _only("dtype", [rollout.sampling.model_dtype for rollout in rollouts])
     family = _only("family", [rollout.sampling.family for rollout in rollouts])
     quiet_model_libraries()
@@ -78,6 +98,27 @@ def verify(
     typer.echo(report)
     if not report.is_exact:
         raise typer.Exit(1)
+
+
+def drawn(items: Sequence[T], text: str) -> list[T]:
+    """Draws some items at random, the same ones each time, in their order; one at least.
+
+    Args:
+        items: The items.
+        text: How many: a number, or a share in percent, such as "1%".
+
+    Raises:
+        InvalidRequestError: The text is neither.
+    """
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%")) if share else int(text)
+    except ValueError:
+        number = math.nan
+    if not (0 < number <= 100 if share else number > 0):
+        raise InvalidRequestError(f"sample must be a number or a share, got {text}; give 20 or 1%.", field="sample")
+    count = math.ceil(len(items) * number / 100) if share else min(int(number), len(items))
+    return [items[place] for place in sorted(random.Random(0).sample(range(len(items)), count))]
 
 
 def encoded_again(model: LoadedModel, pipeline: Any, rollout: Rollout, files_of: Mapping[str, bytes]) -> DenoisingEnv | None:

@@ -64,7 +64,7 @@ class BranchGrpo(FlowGrpo):
         """See `FlowGrpo`."""
         rows = [
             node_advantages([batch.rollouts[index] for index in leaves], batch.rewards[leaves])
-            for group in batch.groups.unique()
+            for group in batch.groups.unique()  # type: ignore[no-untyped-call]
             for leaves in [(batch.groups == group).nonzero()[:, 0].tolist()]
         ]
         return torch.cat(rows)

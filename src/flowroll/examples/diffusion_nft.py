@@ -89,7 +89,7 @@ class DiffusionNft:
         for chosen in self._descent.steps(policy, batch):
             for index in chosen:
                 loss = self._loss(policy, old, batch.rollouts[index], optimality[index], batch.generator)
-                (loss / len(chosen)).backward()
+                (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]
         self.old.move(policy)
 
     def _loss(

@@ -3,7 +3,7 @@
     python -m flowroll.examples.flow_grpo --out runs/sde                                         # every step stochastic
     python -m flowroll.examples.flow_grpo --out runs/window --window 2 --learning-rate 5e-4      # the first two
     python -m flowroll.examples.flow_grpo --out runs/mix --window 2 --move-every 4 --learning-rate 5e-4   # MixGRPO: it moves
-    python -m flowroll.examples.flow_grpo --out runs/dance --dynamics dance --noise-level 0.3
+    python -m flowroll.examples.flow_grpo --out dance --dynamics dance --noise-level 1 --same-start --window 3 --learning-rate 5e-4
 
 Rollouts come over HTTP, are replayed with gradients, and the new weights go back to the server. Before the first update of a
 round every ratio is exactly 1; the run stops if one is not.
@@ -137,7 +137,7 @@ class FlowGrpo:
         for part in replay.micro_batches(policy, rollouts, micro_batch=_MICRO_BATCH, merge="exact"):
             ratios = replay.ratio(part.log_probs, part.old_log_probs)
             loss = replay.clipped_loss(ratios, advantages[part.samples, part.steps], clip_range=_CLIP_RANGE)
-            (loss * part.weight).backward()
+            (loss * part.weight).backward()  # type: ignore[no-untyped-call]
             largest = max(largest, float((ratios.detach() - 1).abs().max()))
         return largest
 

@@ -87,7 +87,8 @@ def stop_early(engine: Engine, prompt: str, seeds: Sequence[int], keep: int) -> 
     scouts = engine.rollout(prompt, seeds=seeds, num_inference_steps=_STEPS, stop_step=_SCOUT_STEPS, debug_mode=True, **_FULL)
     rewards = [_preview(engine, scout, prompt) for scout in scouts]
     chosen = _best(seeds, rewards, keep)
-    states = torch.stack([scout.latents for seed, scout in zip(seeds, scouts, strict=True) if seed in chosen])
+    kept = [scout.latents for seed, scout in zip(seeds, scouts, strict=True) if seed in chosen]
+    states = torch.stack([latents for latents in kept if latents is not None])
     rollouts = engine.rollout(
         prompt, sde_seed=chosen, latents=states, start_step=_SCOUT_STEPS, num_inference_steps=_STEPS, **_FULL
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -112,13 +113,12 @@ def load_rollouts(path: str | Path) -> Sequence[Rollout]:
     return [load_rollout(file) for file in rollout_files(source)]
 
 
-def named_rollouts(source: Path) -> Iterator[tuple[str, Rollout]]:
-    """Yields what `load_rollouts` reads, each with the path of its file, or the store's path and its id."""
+def named_rollouts(source: Path) -> list[tuple[str, Callable[[], Rollout]]]:
+    """Returns what `load_rollouts` reads: the path of each file, or the store's path and an id, and what reads it."""
     if is_store(source):
-        chosen = RolloutStore(source, read_only=True).select()
-        yield from ((f"{source}:{name}", rollout) for name, rollout in zip(chosen.ids, chosen, strict=True))
-    else:
-        yield from ((str(file), load_rollout(file)) for file in rollout_files(source))
+        store = RolloutStore(source, read_only=True)
+        return [(f"{source}:{name}", functools.partial(store.load, name)) for name in store.select().ids]
+    return [(str(file), functools.partial(load_rollout, file)) for file in rollout_files(source)]
 
 
 def rollout_files(source: Path) -> Iterable[Path]:

@@ -73,17 +73,19 @@ def _json_with_data(body: bytes | bytearray, max_plain_bytes: int) -> Any:
             "request."
         )
 
-    def value(raw: msgspec.Raw, depth: int) -> Any:
+    def value(raw: msgspec.Raw, depth: int, *, may_be_data: bool = False) -> Any:
         nonlocal left
         start = bytes(memoryview(raw)[:1])
-        if len(raw) > _MAX_PLAIN_VALUE and start == b'"':
+        if len(raw) > _MAX_PLAIN_VALUE and start == b'"' and may_be_data:
             return msgspec.json.decode(raw, type=str)
         # There is no comma in base64.
         if len(raw) > _MAX_PLAIN_VALUE and depth < _MAX_TENSOR_DEPTH and bytes(raw).count(b",") < _MAX_PARTS:
             if start == b"{":
-                return {name: value(item, depth + 1) for name, item in msgspec.json.decode(raw, type=_RAW_OBJECT).items()}
+                parts = msgspec.json.decode(raw, type=_RAW_OBJECT)
+                # Of a tensor; any other long text is a prompt.
+                return {name: value(item, depth + 1, may_be_data=name == "data") for name, item in parts.items()}
             if start == b"[":
-                return [value(item, depth + 1) for item in msgspec.json.decode(raw, type=_RAW_LIST)]
+                return [value(item, depth + 1, may_be_data=True) for item in msgspec.json.decode(raw, type=_RAW_LIST)]
         left -= len(raw)
         if left < 0:
             raise too_large()
@@ -110,7 +112,7 @@ def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict
     """
     left = max_plain_bytes
 
-    def value(raw: msgspec.Raw, depth: int) -> Any:
+    def value(raw: msgspec.Raw, depth: int, *, may_be_data: bool = False) -> Any:
         nonlocal left
         if len(raw) > _MAX_PLAIN_VALUE and memoryview(raw)[0] in _BIN_TYPES:
             return msgspec.msgpack.decode(raw, type=memoryview)

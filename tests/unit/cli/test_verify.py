@@ -4,6 +4,7 @@ import pytest
 from tests.unit.cli.invoking import assert_one_line_error, run_cli
 
 from flowroll import save_rollouts
+from flowroll.cli.verify import drawn
 from flowroll.engine import Engine
 from flowroll.testing import make_checkpoint
 from flowroll.wire.files import load_rollout, save_rollout
@@ -53,6 +54,30 @@ def test_a_store_and_a_folder_verify_as_their_files_do(files, qwen_checkpoint, t
     assert "the recorded velocities fit 3 (rollout 2)" in result.stdout and "at all" not in result.stdout
     assert f"rollout 2: {tmp_path / 'store'}:000000-002" in result.stdout and f"rollout 3: {files[0]}" in result.stdout
     assert run_cli("verify", files[0].parent, "--model", qwen_checkpoint).exit_code == 0
+
+
+def test_a_share_of_a_store_is_replayed_and_its_groups_are_looked_over(files, qwen_checkpoint, tmp_path):
+    rollouts = [load_rollout(files[0])] * 3 + [dataclasses.replace(load_rollout(files[1]), weight_version="9")]
+    save_rollouts(tmp_path / "store", rollouts, rewards=[1, 1, 1, 1])
+    result = run_cli("verify", tmp_path / "store", "--model", qwen_checkpoint, "--sample", "50%")
+    assert result.exit_code == 0 and "the ratio is 1 at all 4 steps of 2 rollout(s)" in result.stdout, result.output
+    assert (
+        f"request {rollouts[0].request_id} (4 samples): The samples were made with weights of 2 versions: 0, 9."
+        in result.stdout
+    )
+    assert "All 4 rewards are 1, so every advantage is 0." in result.stdout
+    for text in ("0", "0%", "101%", "nan%", "some", "1.5"):
+        assert_one_line_error(
+            run_cli("verify", tmp_path / "store", "--model", qwen_checkpoint, "--sample", text),
+            "sample must be a number or a share",
+        )
+
+
+def test_a_drawn_share_is_the_same_each_time_and_never_empty():
+    items = list(range(1000))
+    assert drawn(items, "1%") == drawn(items, "1%") == sorted(drawn(items, "1%")) and len(drawn(items, "1%")) == 10
+    assert len(drawn(items, "20")) == 20 and drawn(items, "5000") == drawn(items, "100%") == items
+    assert len(drawn(items[:3], "0.1%")) == 1
 
 
 def test_another_checkpoint_does_not(files, tmp_path):

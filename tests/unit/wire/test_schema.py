@@ -235,6 +235,15 @@ def test_a_json_body_may_be_large_in_its_tensors_alone() -> None:
             parse_json_body(json.dumps({**body, "prompt": "a cat " * 1000}).encode(), max_plain_bytes=4096)
 
 
+@pytest.mark.parametrize("num_chars", [5_000, 65_536, 1_000_000])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_long_prompt_is_no_data(num_chars: int, nested: bool) -> None:
+    fields = {"prompt": "a" * num_chars}
+    body = json.dumps({"extra_sampling_params": fields} if nested else fields).encode()
+    with pytest.raises(PayloadTooLargeError, match="at most 4096 bytes beside those of tensors and images"):
+        parse_json_body(body, max_plain_bytes=4096)
+
+
 @pytest.mark.parametrize(
     "value",
     [

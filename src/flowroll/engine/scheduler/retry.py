@@ -7,7 +7,8 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-_MIN_S, _MAX_S = 1.0, 120.0
+# The longer the latest, the fewer refusals a crowd costs; the shorter, the sooner those come who may come back at all.
+_MIN_S, _MAX_S = 1.0, 600.0
 # Callers that were refused at the same moment must not come back at the same moment.
 _JITTER = 0.25
 
@@ -63,7 +64,7 @@ class RetrySchedule:
         self._next_s = -math.inf
 
     def after_s(self, *, ahead_s: float, own_s: float, now_s: float) -> float:
-        """Returns after how many seconds a refused caller should come back, from 1 to 120.
+        """Returns after how many seconds a refused caller should come back, from 1 to 600.
 
         Args:
             ahead_s: The seconds of the work that runs and waits. Half of it is done when the first one comes back, so that

@@ -57,8 +57,11 @@ EXAMPLES = (
     ),
     Example(
         name="dance",
-        title="Flow-GRPO with Dance-SDE",
-        command=("flowroll.examples.flow_grpo", "--dynamics", "dance", "--noise-level", "0.3"),
+        title="DanceGRPO: Dance-SDE, one initial noise for a group, three stochastic steps",
+        command=(
+            *("flowroll.examples.flow_grpo", "--dynamics", "dance", "--noise-level", "1", "--same-start"),
+            *("--window", "3", "--learning-rate", "5e-4"),
+        ),
     ),
     Example(name="branch", title="BranchGRPO, eight leaves", command=("flowroll.examples.branch_grpo",)),
     Example(name="nft", title="DiffusionNFT", command=("flowroll.examples.diffusion_nft",), mistakes=_EVERY_SEED),

@@ -36,13 +36,11 @@ class Batch:
 
 
 class Learner(Protocol):
-    """An algorithm.
+    """An algorithm."""
 
-    Attributes:
-        old: The policy that rolls out, where that is not the one that was published last.
-    """
-
-    old: OldPolicy | None
+    @property
+    def old(self) -> OldPolicy | None:
+        """The policy that rolls out, where that is not the one that was published last."""
 
     def request(self, number: int) -> Mapping[str, Any]:
         """Fields of the rollout requests of a round beyond prompts, seeds and steps."""

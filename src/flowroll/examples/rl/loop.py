@@ -182,10 +182,10 @@ class _Run:
             )
         rewards = [self._reward(picture_of(rollout), rollout.prompt or "") for rollout in rollouts]
         mean = sum(rewards) / len(rewards)
-        if options.mistake in SPOIL_REWARDS:
-            rewards = SPOIL_REWARDS[options.mistake](rewards, generator)
-        if options.mistake in SPOIL_ROLLOUTS:
-            rollouts = SPOIL_ROLLOUTS[options.mistake](rollouts)
+        if spoil_rewards := SPOIL_REWARDS.get(options.mistake or ""):
+            rewards = spoil_rewards(rewards, generator)
+        if spoil_rollouts := SPOIL_ROLLOUTS.get(options.mistake or ""):
+            rollouts = spoil_rollouts(rollouts)
         groups = torch.arange(len(chosen)).repeat_interleave(len(rollouts) // len(chosen))
         found = torch.tensor(rewards)
         advantages = replay.group_advantages(found, groups, std="global")

@@ -100,4 +100,4 @@ def publisher_of(lora_rank: int | None) -> Publisher:
 
 def with_adapter(policy: nn.Module, rank: int) -> peft.PeftModel:
     """The policy with a LoRA adapter, which alone is trained; it starts as the policy itself."""
-    return peft.get_peft_model(policy, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_TARGETS))  # type: ignore[arg-type]
+    return peft.get_peft_model(policy, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_TARGETS))

@@ -72,20 +72,23 @@ def velocities(
     texts: Sequence[Text],
 ) -> Float[Tensor, "batch channels rows columns"]:
     """The velocities of a batch, captions of any length: fast, and not exact as the family's own `velocity` is."""
-    embeds = [text[family.embeds_key] for text in texts]
+    embeds: list[Any] = [text[family.embeds_key] for text in texts]
+    output: Tensor
     if family.name == "z_image":
-        outputs = transformer(list(cells.unsqueeze(2)), 1 - sigmas, embeds, return_dict=False)[0]
+        outputs: list[Tensor] = transformer(list(cells.unsqueeze(2)), 1 - sigmas, embeds, return_dict=False)[0]
         return -torch.stack(outputs).squeeze(2)
     if family.name == "sd3":
         kept, times = _without_repeats(torch.stack(embeds))
+        pooled: list[Any] = [text["pooled_projections"] for text in texts]
         with _LastKeyCounts(times):
-            return transformer(
+            output = transformer(
                 hidden_states=cells,
                 timestep=1000 * sigmas,
                 encoder_hidden_states=kept,
-                pooled_projections=torch.stack([text["pooled_projections"] for text in texts]),
+                pooled_projections=torch.stack(pooled),
                 return_dict=False,
             )[0]
+        return output
     batch, channels, rows, columns = cells.shape
     packed = torch.stack([family.initial_latents(one[None, None]) for one in cells])
     lengths = torch.tensor([len(text) for text in embeds])
@@ -150,7 +153,8 @@ def _initialise(transformer: Any, generator: torch.Generator) -> None:
 def _captions(pipeline: Any, family: Family) -> Mapping[int | None, Text]:
     """Each scene's encoded prompt by its index, and the family's negative prompt by None."""
     negative = next(iter(family.variants.values())).negative_prompt
-    prompts = {**{index: scene.prompt for index, scene in enumerate(SCENES)}, None: negative}
+    prompts: dict[int | None, str] = {index: scene.prompt for index, scene in enumerate(SCENES)}
+    prompts[None] = negative or ""
     encoded = {index: family.encode(pipeline, Prompt(text=prompt)) for index, prompt in prompts.items()}
     # Copies: what an encoder returns may be part of a larger tensor.
     return {

@@ -33,7 +33,7 @@ def minimise(
     for step in range(steps):
         value = loss()
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()

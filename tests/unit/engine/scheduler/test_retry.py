@@ -42,22 +42,21 @@ def test_the_wait_has_bounds_and_callers_of_the_same_moment_are_spread() -> None
     schedule = RetrySchedule(draw=random.Random(0).random)
     assert schedule.after_s(ahead_s=0.0, own_s=0.0, now_s=0.0) == 1.0
     waits = [schedule.after_s(ahead_s=1e9, own_s=50.0, now_s=0.0) for _ in range(100)]
-    assert 90.0 <= min(waits) < 95.0 and 115.0 < max(waits) <= 120.0
+    assert 450.0 <= min(waits) < 475.0 and 575.0 < max(waits) <= 600.0
     assert all(map(math.isfinite, waits))
     # However many were refused, nobody waits longer for them, once they are gone.
     schedule.clear()
     assert schedule.after_s(ahead_s=4.0, own_s=1.0, now_s=0.0) <= 2.0
 
 
-@pytest.mark.parametrize("factor", [3.0])
-def test_a_queue_under_three_times_its_load_is_never_empty_and_serves_everybody(factor: float) -> None:
+@pytest.mark.parametrize("end_s", [300, 1800])
+def test_a_queue_under_three_times_its_load_is_never_empty_and_serves_everybody(end_s: int) -> None:
     """A server of one request a second with a queue of 16, by the clock of the test."""
     draw = random.Random(1)
     schedule = RetrySchedule(draw=draw.random)
-    end_s, arrivals = 300, []
-    now_s = 0.0
+    now_s, arrivals = 0.0, []
     while now_s < end_s:
-        now_s += draw.expovariate(factor)
+        now_s += draw.expovariate(3.0)
         arrivals.append(now_s)
     coming = sorted(arrivals)
     queue = served = refusals = 0
