@@ -1,6 +1,5 @@
 """What rank 0 tells the other ranks, and what it keeps from them."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import PicturedEngine, in_words_of
-from tests.pairs import deal
 from tests.rollouts import assert_same_bits
 
 from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.engine.runner import sample as samples
 from flowroll.errors import CancelledRequestError, EngineError, InvalidRequestError
-from flowroll.families import FAMILIES
 from flowroll.types import Layout
 
 # 144 image tokens: two ranks share them.
@@ -139,16 +136,9 @@ def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_c
     assert_answers(sp2, answers_of_one_rank(z_image_checkpoint))
 
 
-LAYOUTS = (Layout(cfg_parallel=True), Layout(tp=2), Layout(sp=2))
-# Every layout for two families, one for each of the others.
-OTHERS = [
-    *itertools.product(("qwen_image", "sd3"), LAYOUTS),
-    *deal([name for name in FAMILIES if name not in ("qwen_image", "sd3", "z_image")], LAYOUTS),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "layout"), OTHERS, ids=str)
+@pytest.mark.parametrize("layout", [Layout(cfg_parallel=True), Layout(tp=2), Layout(sp=2)], ids=["cfg2", "tp2", "sp2"])
+@pytest.mark.parametrize("family", ["qwen_image", "sd3"])
 def test_so_they_have_in_other_families_and_layouts(checkpoints: dict[str, Path], family: str, layout: Layout) -> None:
     expected = answers_of_one_rank(checkpoints[family], **in_words_of(family, {"guidance_scale": 3.0}))
     with PicturedEngine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
