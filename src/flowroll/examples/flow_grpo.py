@@ -3,7 +3,7 @@
     python -m flowroll.examples.flow_grpo --out runs/sde                                         # every step stochastic
     python -m flowroll.examples.flow_grpo --out runs/window --window 2 --learning-rate 5e-4      # the first two
     python -m flowroll.examples.flow_grpo --out runs/mix --window 2 --move-every 4 --learning-rate 5e-4   # MixGRPO: it moves
-    python -m flowroll.examples.flow_grpo --out dance --dynamics dance --noise-level 1 --same-start --window 3 --learning-rate 5e-4
+    python -m flowroll.examples.flow_grpo --out dance --dynamics dance --noise-level 1 --window 3 --same-start
 
 Rollouts come over HTTP, are replayed with gradients, and the new weights go back to the server. Before the first update of a
 round every ratio is exactly 1; the run stops if one is not.
