@@ -165,10 +165,11 @@ async def soak_one(subject: Subject, options: argparse.Namespace) -> Soaked:
     if not options.no_fill:
         async with http_client(subject.server.url) as http:
             await visitor_of(subject, options, http, random.Random(f"{options.seed} fill")).fill_caches()
+    # The minutes are those of traffic: on a busy machine filling the caches may take as long.
+    end_s = time.monotonic() + 60 * options.minutes
     await traffic(subject, options, 60 * warm_up, f"{options.seed} warm-up")
-    await rest(subject)
+    counts = await rest(subject)
     rests = [holding(pid, began_s)]
-    end_s = began_s + 60 * options.minutes
     while (left_s := end_s - time.monotonic()) > 0:
         await traffic(subject, options, min(left_s, _STRETCH_S), f"{options.seed} {len(rests)}")
         counts = await rest(subject)

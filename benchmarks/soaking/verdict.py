@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def section(soaked: Soaked, promises: Sequence[Promise]) -> str:
     """One server's results as Markdown."""
     books, began = soaked.books, soaked.rests[0].minute
     at_rest = ", ".join(f"{each.rss_kib / 1024:.1f}" for each in soaked.rests)
-    rss = [each.rss_kib / 1024 for each in soaked.watched if each.minute >= began]
+    rss = [each.rss_kib / 1024 for each in soaked.watched if each.minute >= began] or [math.nan]
     return "\n".join(
         [
             f"## {soaked.family}",
