@@ -57,7 +57,7 @@ def test_the_demo_writes_everything_that_it_promises(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("the server exited 0") == len(SHAPES_FAMILIES)
     # A step without a density has no log-prob, and what to try next is said.
-    assert " -  +" in done.stdout and f"flowroll view {tmp_path}/" in done.stdout
+    assert re.search(r" - +- +- ", done.stdout) and f"flowroll view {tmp_path}/" in done.stdout
     for family in SHAPES_FAMILIES:
         out, rollouts = tmp_path / family, load_rollouts(tmp_path / family / "rollouts")
         assert len(rollouts) == 6 and {rollout.sampling.family for rollout in rollouts} == {family}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import peft
 import torch
@@ -15,6 +15,7 @@ from flowroll.client import Client
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "net.0.proj", "net.2"]
 
 
+@runtime_checkable
 class Publisher(Protocol):
     """One way.
 
