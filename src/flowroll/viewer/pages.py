@@ -75,7 +75,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class ShownSample:
     """One sample with all that its page shows.
 
     Attributes:
@@ -237,7 +237,7 @@ class Pages:
         """Returns the picture of what a step predicted, as PNG; None: there is none, and it cannot be decoded."""
         return picture_of_step(self._load(sample), step, self.model)
 
-    def _shown(self, sample: str, *, is_replayed: bool = False) -> tuple[Shown, list[StoredSample]]:
+    def _shown(self, sample: str, *, is_replayed: bool = False) -> tuple[ShownSample, list[StoredSample]]:
         """Returns a sample, and the samples of its group."""
         sample = id_of(key_of(sample))
         rollout = self._load(sample)
@@ -245,7 +245,7 @@ class Pages:
         stored = next(member for member in group if member.id == sample)
         replayed = replay(rollout, self.model) if is_replayed and self.model is not None else None
         steps = steps_of(rollout, model=self.model, replayed=replayed)
-        return Shown(id=sample, stored=stored, rollout=rollout, steps=steps, replayed=replayed), group
+        return ShownSample(id=sample, stored=stored, rollout=rollout, steps=steps, replayed=replayed), group
 
     def _load(self, sample: str) -> Rollout:
         with self._loading:
@@ -256,7 +256,7 @@ class Pages:
                 self._loaded.popitem(last=False)
             return rollout
 
-    def _charts(self, samples: Sequence[Shown]) -> list[Markup]:
+    def _charts(self, samples: Sequence[ShownSample]) -> list[Markup]:
         # matplotlib escapes the labels in them.
         return [Markup(chart) for chart in step_charts([(sample.label, sample.steps) for sample in samples])]
 

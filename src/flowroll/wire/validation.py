@@ -112,7 +112,7 @@ def parse_msgpack_body(body: bytes | bytearray, *, max_plain_bytes: int) -> dict
     """
     left = max_plain_bytes
 
-    def value(raw: msgspec.Raw, depth: int, *, may_be_data: bool = False) -> Any:
+    def value(raw: msgspec.Raw, depth: int) -> Any:
         nonlocal left
         if len(raw) > _MAX_PLAIN_VALUE and memoryview(raw)[0] in _BIN_TYPES:
             return msgspec.msgpack.decode(raw, type=memoryview)
