@@ -13,6 +13,7 @@ from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.engine.runner import sample as samples
 from flowroll.errors import CancelledRequestError, EngineError, InvalidRequestError
+from flowroll.families import FAMILIES
 from flowroll.types import Layout
 
 # 144 image tokens: two ranks share them.
@@ -138,7 +139,7 @@ def test_starts_stops_and_forks_have_the_bits_of_one_rank(sp2: Engine, z_image_c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(cfg_parallel=True), Layout(tp=2), Layout(sp=2)], ids=["cfg2", "tp2", "sp2"])
-@pytest.mark.parametrize("family", ["qwen_image", "sd3"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "z_image"])
 def test_so_they_have_in_other_families_and_layouts(checkpoints: dict[str, Path], family: str, layout: Layout) -> None:
     expected = answers_of_one_rank(checkpoints[family], **in_words_of(family, {"guidance_scale": 3.0}))
     with PicturedEngine(checkpoints[family], device="cpu", layout=layout, rank_timeout_s=60.0) as engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -65,13 +66,15 @@ def verify(
     """
     from flowroll.store import open_rollouts
     from flowroll.store.files import named_rollouts
-    from flowroll.store.findings import group_findings
+    from flowroll.store.findings import group_findings, store_findings
 
-    for file in files:
-        for group in open_rollouts(file).select().groups():
-            samples = list(group.samples())
-            for finding in group_findings(samples):
-                typer.echo(f"request {samples[0].request_id} ({len(samples)} samples): {finding}")
+    selections = [open_rollouts(file).select() for file in files]
+    for group in itertools.chain.from_iterable(selection.groups() for selection in selections):
+        samples = list(group.samples())
+        for finding in group_findings(samples):
+            typer.echo(f"request {samples[0].request_id} ({len(samples)} samples): {finding}")
+    for finding in store_findings(itertools.chain.from_iterable(selection.samples() for selection in selections)):
+        typer.echo(finding)
     every = [pair for file in files for pair in named_rollouts(file)]
     named = every if sample is None else drawn(every, sample)
     rollouts = [load() for _, load in named]

@@ -58,6 +58,7 @@ from flowroll.types import (
     Number,
     Policy,
     PolicyChange,
+    Provenance,
     RecordedSteps,
     Rollout,
     RolloutFields,
@@ -861,8 +862,22 @@ class Engine:
         return as_image(plan, finished, weight_version=self._version_of(finished))
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
-        peak_memory_mb = self._peak_memory_mb()
-        return as_rollout(plan, finished, weight_version=self._version_of(finished), peak_memory_mb=peak_memory_mb)
+        return as_rollout(
+            plan,
+            finished,
+            weight_version=self._version_of(finished),
+            peak_memory_mb=self._peak_memory_mb(),
+            maker=self._maker(finished),
+        )
+
+    def _maker(self, finished: Finished) -> Provenance:
+        policy = finished.sample.conditioning.plan.held_policy
+        return Provenance(
+            layout=self.info.layout.name,
+            strategy=self._model.strategy.name,
+            versions=self.info.versions,
+            weights_sha256=self._weights.known_checksum() if policy is None else None,
+        )
 
     def _version_of(self, finished: Finished) -> str:
         policy = finished.sample.conditioning.record.policy

@@ -17,6 +17,7 @@ from flowroll.types import (
     DenoisingEnv,
     GeneratedImage,
     Number,
+    Provenance,
     Rollout,
     SamplingRecord,
     StepImages,
@@ -112,8 +113,17 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
     )
 
 
-def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, peak_memory_mb: Number) -> Rollout:
+def as_rollout(
+    plan: RequestPlan, finished: Finished, *, weight_version: str, peak_memory_mb: Number, maker: Provenance
+) -> Rollout:
     """Makes the answer of a rollout with the tensors that it asked for, on the CPU.
+
+    Args:
+        plan: The request.
+        finished: The sample.
+        weight_version: The version of the weights that made it.
+        peak_memory_mb: Peak memory in MiB.
+        maker: What the engine says of itself; the digests of the sample are added.
 
     Raises:
         EngineError: A recorded tensor holds NaN or infinity.
@@ -139,6 +149,9 @@ def as_rollout(plan: RequestPlan, finished: Finished, *, weight_version: str, pe
         sampling=finished.sample.record,
         inference_time_s=finished.seconds,
         peak_memory_mb=peak_memory_mb,
+        provenance=maker
+        if recorder is None
+        else replace(maker, start_sha256=recorder.start_sha256(), noise_sha256=recorder.noise_sha256()),
     )
     _check_recorded(finished.sample.seed, rollout)
     return rollout
@@ -154,8 +167,8 @@ def _step_images(plan: RequestPlan, finished: Finished) -> StepImages | None:
 
 
 def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:
-    """Returns the record of how a request's samples are made, with the digests of their environment if that is returned."""
-    if not _returns_env(plan):
+    """Returns the record of how a request's samples are made; for a rollout with the digests of their environment."""
+    if not plan.params.rollout:
         return plan.record
     positive, negative = env_digests(env)
     return replace(plan.record, pos_cond_sha256=positive, neg_cond_sha256=negative)

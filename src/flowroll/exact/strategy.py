@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,7 +65,12 @@ class Strategy(ABC):
         family: The model family.
         dtype: The transformer's dtype.
         run: Runs the forwards of one step; ranks that share forwards pass a function of their own.
+
+    Attributes:
+        name: What the strategy is called in a sample's provenance.
     """
+
+    name: ClassVar[str]
 
     def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_here) -> None:
         self.family, self.dtype, self._run = family, dtype, run
@@ -122,6 +127,8 @@ class Strategy(ABC):
 class Alone(Strategy):
     """Runs one forward per sample and branch, which is exact by construction on every device."""
 
+    name = "alone"
+
     @override
     def _forwards(
         self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
@@ -156,6 +163,8 @@ class Grouped(Strategy):
 class Merged(Grouped):
     """Computes in a shared forward what every sample has alone, bit for bit."""
 
+    name = "merged"
+
     def __init__(
         self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
     ) -> None:
@@ -169,6 +178,8 @@ class Merged(Grouped):
 
 class PlainBatch(Grouped):
     """Computes an ordinary batch, in which a sample may have other last bits than alone."""
+
+    name = "fast"
 
     @override
     def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:

@@ -9,6 +9,7 @@ changes nothing. `Ranges` is used for the notes as well, whose files are numbere
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ _NAME = re.compile(r"(\d{8})-(\d{8})\.parquet")
 # How often a reader looks again whose files a writer has joined meanwhile.
 _ATTEMPTS = 5
 _TEXT = pa.dictionary(pa.int32(), pa.string())
+# So many hexadecimal digits of a digest tell a million samples apart.
+_DIGITS = 16
 
 SAMPLES = pa.schema(
     [
@@ -56,6 +59,9 @@ SAMPLES = pa.schema(
         ("written_at", pa.float64()),
         ("rewards", pa.map_(pa.string(), pa.float64())),
         ("note", pa.string()),
+        ("sigmas", _TEXT),
+        ("start", pa.string()),
+        ("noise", pa.string()),
     ]
 )
 NOTES = pa.schema([("key", pa.int64()), ("name", _TEXT), ("value", pa.float64()), ("text", pa.string())])
@@ -64,6 +70,8 @@ NOTES = pa.schema([("key", pa.int64()), ("name", _TEXT), ("value", pa.float64())
 def row_of(key: int, sample: Rollout | WireSample[Any], log_probs: Tensor | None, head: SampleHead) -> dict[str, Any]:
     """Returns the index's row of a sample."""
     record, stochastic = sample.sampling, list(sample.sde_step_indices or ())
+    proof = sample.provenance
+    noises = [] if proof is None else [one for one in proof.noise_sha256 or () if one is not None]
     has_density = log_probs is not None and stochastic
     return {
         "key": key,
@@ -87,7 +95,15 @@ def row_of(key: int, sample: Rollout | WireSample[Any], log_probs: Tensor | None
         "written_at": head.written_at,
         "rewards": list(head.rewards.items()),
         "note": head.note,
+        "sigmas": _short(repr(record.sigmas)),
+        "start": None if proof is None or proof.start_sha256 is None else proof.start_sha256[:_DIGITS],
+        "noise": _short("".join(noises)) if noises else None,
     }
+
+
+def _short(text: str) -> str:
+    """Returns the first digits of a text's digest."""
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def rows_of_shard(number: int, shard: Shard) -> list[dict[str, Any]]:

@@ -43,6 +43,9 @@ class StoredSample:
         written_at: When it was written, in seconds since 1970.
         rewards: Its rewards by name, the latest of each.
         notes: Its notes, the oldest first.
+        sigmas: The first digits of a digest of its noise levels; None in indexes from before this field, as the next two.
+        start: Those of the digest of the state that it started from; None for an evaluation.
+        noise: Those of a digest of the noise of all its steps; None where no step drew any.
     """
 
     id: str
@@ -66,6 +69,9 @@ class StoredSample:
     written_at: float
     rewards: Mapping[str, float]
     notes: tuple[str, ...]
+    sigmas: str | None = None
+    start: str | None = None
+    noise: str | None = None
 
     @property
     def reward(self) -> float | None:

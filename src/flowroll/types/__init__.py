@@ -37,6 +37,7 @@ from flowroll.types.params import (
     by_field_name,
 )
 from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord
+from flowroll.types.provenance import Provenance, tensor_sha256
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -87,6 +88,7 @@ __all__ = [
     "PolicyChange",
     "PolicyKind",
     "PolicyRecord",
+    "Provenance",
     "RecordedSteps",
     "ReferenceImage",
     "Region",
@@ -115,5 +117,6 @@ __all__ = [
     "env_digests",
     "is_readable_version",
     "params_of",
+    "tensor_sha256",
     "version_number",
 ]

@@ -21,6 +21,7 @@ from flowroll.types.images import ReferenceImage
 from flowroll.types.params import ImageFormat, Number, SdeType
 from flowroll.types.pictures import encode_png, pil_image
 from flowroll.types.policies import PolicyRecord
+from flowroll.types.provenance import Provenance
 from flowroll.types.shown import Shown, rollout_html, rollout_png, rollout_text, with_tensors
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class SamplingRecord:
         timestep_dtype: Dtype in which the timestep given to the model was computed.
         device: Device type that the transformer ran on.
         schema_version: Version of this record.
-        pos_cond_sha256: `branch_digest` of the environment's conditional branch; None where no environment was returned.
+        pos_cond_sha256: `branch_digest` of the environment's conditional branch; None for plain generation, and in older
+            records without their environment.
         neg_cond_sha256: `branch_digest` of the unconditional branch; None without one.
         steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
             only what the request left them at. None: all chosen steps follow `sde_type`.
@@ -291,6 +293,7 @@ class Rollout:
         sampling: The record of how the sample was made.
         inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
         peak_memory_mb: Peak memory of the engine's process so far (on CUDA: of this request), MiB.
+        provenance: What proves where it comes from; None in files from before this field.
     """
 
     request_id: str
@@ -309,6 +312,7 @@ class Rollout:
     sampling: SamplingRecord
     inference_time_s: Number
     peak_memory_mb: Number
+    provenance: Provenance | None = None
 
     # Or `__getitem__` would make a sequence of it, which ends at an error.
     __iter__ = None

@@ -111,8 +111,18 @@ class ShownSample:
             "policy": stored.policy or "default",
             "request": stored.request_id,
             **dict(rollout_rows(self.rollout)),
+            **self._proof,
         }
         return said | ({"notes": " / ".join(stored.notes)} if stored.notes else {})
+
+    @property
+    def _proof(self) -> dict[str, str]:
+        proof, stored = self.rollout.provenance, self.stored
+        if proof is None:
+            return {}
+        versions = ", ".join(f"{name} {version}" for name, version in proof.versions.items())
+        digests = {"start": stored.start or "none", "noise": stored.noise or "none", "grid": stored.sigmas or "none"}
+        return {"engine": f"{proof.layout}, {proof.strategy}; {versions}", **digests}
 
 
 class Pages:

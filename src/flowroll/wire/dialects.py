@@ -75,6 +75,7 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
         sampling=rollout.sampling,
         inference_time_s=rollout.inference_time_s,
         peak_memory_mb=rollout.peak_memory_mb,
+        provenance=rollout.provenance,
     )
 
 
@@ -112,6 +113,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         sampling=sample.sampling,
         inference_time_s=sample.inference_time_s,
         peak_memory_mb=sample.peak_memory_mb,
+        provenance=sample.provenance,
     )
 
 

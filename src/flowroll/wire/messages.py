@@ -20,6 +20,7 @@ from flowroll.types import (
     AdapterRecord,
     Number,
     PolicyRecord,
+    Provenance,
     SamplingRecord,
     StepField,
 )
@@ -150,6 +151,7 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
         sde_step_indices: The steps that have a density.
         step_tensors: The fields of steps that return_fields asks for.
         step_images: The pictures that decode_step_indices asks for.
+        provenance: What proves where the sample comes from: digests of its start and its noise, and the engine that made it.
     """
 
     request_id: str
@@ -168,6 +170,7 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     sde_step_indices: tuple[int, ...] | None = None
     step_tensors: WireStepTensors[Leaf] | None = None
     step_images: WireStepImages[Leaf] | None = None
+    provenance: Provenance | None = None
 
 
 class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):

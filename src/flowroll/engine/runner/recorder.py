@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
 from flowroll.sampling import transition
-from flowroll.types import DebugTensors, StepTensors, Trajectory
+from flowroll.types import DebugTensors, StepTensors, Trajectory, tensor_sha256
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +30,9 @@ class Recorder:
     pictures: dict[int, Tensor] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
+    # What a sample started from, and the noise of its steps: digests, or tensors whose copies have not arrived yet.
+    start: str | Tensor | None = None
+    noises: dict[int, str | Tensor] = field(default_factory=dict)
     _copied: torch.cuda.Event | None = field(default=None, init=False)
 
     def branch(self) -> Recorder:
@@ -42,12 +45,15 @@ class Recorder:
             pictures={**self.pictures},
             latents={**self.latents},
             dtypes={*self.dtypes},
+            noises={**self.noises},
         )
 
     def keep_latents(self, state: int, latents: Float[Tensor, " *latent"]) -> None:
         """Records the latents of a state (0..T) if the request asked for them, and their dtype in any case."""
         params = self.plan.params
         self.dtypes.add(latents.dtype)
+        if self.start is None:
+            self.start = _digest_when_here(latents)
         wanted = params.return_step_indices is None or state in params.return_step_indices
         if params.return_dit_trajectory and wanted:
             self.latents[state] = _to_host(latents)
@@ -65,6 +71,8 @@ class Recorder:
     ) -> None:
         """Records what the request asks for of one transition from these latents; `noise` is None for a deterministic step."""
         self.log_probs.append(_to_host(log_prob))
+        if noise is not None:
+            self.noises[step] = _digest_when_here(noise)
         sigma = self.plan.record.sigmas[step]
         makers: Mapping[str, Callable[[], Tensor]] = {
             "velocity": lambda: _to_host(velocity.to(torch.float32)),
@@ -85,6 +93,16 @@ class Recorder:
     def stacked_log_probs(self) -> Float[Tensor, " steps"]:
         """Returns the log-probs of all steps, on the CPU; 0 for a step that was not run."""
         return self._by_step(self.log_probs)
+
+    def start_sha256(self) -> str:
+        """Returns the digest of the state that the sample started from."""
+        assert self.start is not None
+        return _digest(self.start)
+
+    def noise_sha256(self) -> tuple[str | None, ...]:
+        """Returns the digest of the noise of each step; None for a step that drew none."""
+        noises = map(self.noises.get, range(self.plan.schedule.num_steps))
+        return tuple(None if noise is None else _digest(noise) for noise in noises)
 
     def debug_tensors(self) -> DebugTensors | None:
         """Returns the debug tensors on the CPU, or None if the request did not ask for them."""
@@ -154,3 +172,13 @@ class Recorder:
 def _to_host(tensor: Tensor) -> Tensor:
     """Returns a CPU tensor itself; for a GPU tensor, a pinned copy that is complete once the stream has reached it."""
     return tensor.to("cpu", non_blocking=True)
+
+
+def _digest_when_here(tensor: Tensor) -> str | Tensor:
+    """Returns the digest of a CPU tensor; of a GPU tensor, which no step may wait for, its copy."""
+    copied = _to_host(tensor)
+    return copied if tensor.is_cuda else tensor_sha256(copied)
+
+
+def _digest(noted: str | Tensor) -> str:
+    return tensor_sha256(noted) if isinstance(noted, Tensor) else noted

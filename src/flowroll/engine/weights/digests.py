@@ -41,6 +41,11 @@ class WeightDigests:
         """Drops what is known of a module, whose weights are about to change or have changed."""
         self._kept.pop(module, None)
 
+    def known(self, module: str) -> str | None:
+        """Returns what `of_module` found, if it was asked since the module's weights changed. May be called from any thread."""
+        known: str | None = self._kept.get(module, {}).get("module")
+        return known
+
     def of_module(self, module: str) -> Pieces[str]:
         """Computes the sha256 over a module's names and tensors; see `checksum_of`."""
         return self._keep(module, "module", self._hash_module)

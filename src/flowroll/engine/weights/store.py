@@ -100,6 +100,10 @@ class WeightStore:
             found[module] = yield from self._digests.of_module(module)
         return found
 
+    def known_checksum(self) -> str | None:
+        """Returns the transformer's checksum, as `checksums` computes it, if it was computed since the weights changed."""
+        return self._digests.known("transformer")
+
     def verify(self, expected: Iterable[tuple[str, str]], module: str) -> Pieces[tuple[int, str]]:
         """Compares a module's tensors one by one with the expected checksums.
 

@@ -1,0 +1,43 @@
+"""What proves where a sample comes from: digests of its noise, and the engine that made it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowroll.types.tensors import plain_tensor, tensor_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What proves where a sample comes from, beside its record (sigmas, digests of the environment) and `weight_version`.
+
+    The digests are `tensor_sha256`, so a trainer that has the tensors computes them with any library. They do not depend on
+    what shared a forward with the sample, nor on the layout.
+
+    Attributes:
+        layout: How the transformer was distributed over ranks, e.g. "single" or "sp2xcfg2".
+        strategy: How samples shared forwards without a changed bit: "merged", or "alone" where none did.
+        versions: The versions of the libraries whose code the bits depend on, by name.
+        start_sha256: The digest of the state before the first step that was run, x_T unless the request began later; None for
+            an evaluation.
+        noise_sha256: The digest of the noise of each of the T steps, float32; None at a step that drew none or was not run,
+            and None as a whole for an evaluation.
+        weights_sha256: The checksum of the transformer's weights, as /get_weights_checksum tells it, where somebody has asked
+            for it since they changed; None otherwise, and for a policy that holds weights of its own.
+    """
+
+    layout: str
+    strategy: str
+    versions: Mapping[str, str]
+    start_sha256: str | None = None
+    noise_sha256: tuple[str | None, ...] | None = None
+    weights_sha256: str | None = None
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Returns the SHA-256 over the bytes of a tensor, row by row, in hex."""
+    return hashlib.sha256(tensor_bytes(plain_tensor(tensor))).hexdigest()
