@@ -1,6 +1,7 @@
 """Synthetic answers for tests of what carries them: every field filled in, shapes and dtypes as the families have them."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, SamplingRecord, Trajectory
 from flowroll.families import FAMILIES, ModelSpec
 from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS
-from flowroll.types import ImageFormat, ReferenceImage
+from flowroll.types import ImageFormat, Provenance, ReferenceImage
 from flowroll.wire.png import in_format
 
 
@@ -95,8 +96,19 @@ def make_rollout(
         "sampling": record,
         "inference_time_s": 1.25,
         "peak_memory_mb": 512.5,
+        "provenance": Provenance(
+            layout="single",
+            strategy="merged",
+            versions={"torch": "2.13.0+cpu"},
+            start_sha256=_digest(f"start {seed}"),
+            noise_sha256=tuple(None if step == 1 else _digest(f"noise {seed} {step}") for step in range(steps)),
+        ),
     }
     return Rollout(**{**fields, **overrides})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_evaluation(**options: Any) -> Rollout:

@@ -29,6 +29,7 @@ RESPONSE_FIELDS = {
     "sampling",
     "inference_time_s",
     "peak_memory_mb",
+    "provenance",
 }
 
 
