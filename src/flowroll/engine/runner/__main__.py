@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 import msgspec
 import torch
@@ -12,6 +13,9 @@ from flowroll.engine.runner.rank_group import RankConfig
 from flowroll.engine.runner.worker import run_worker
 from flowroll.parallel.processes import read_configuration
 from flowroll.parallel.rendezvous import join_store, rank_device
+
+# How long the end of this process takes after that of rank 0, whose connections end a little earlier.
+_ORPHAN_S = 0.5
 
 
 def main() -> None:
@@ -23,6 +27,8 @@ def main() -> None:
     try:
         run_worker(config, join_store(config.port), rank_device(torch.device(config.device), config.rank))
     except Exception:
+        # If rank 0 has ended, this process does not come back from here: that was no error of this rank.
+        time.sleep(_ORPHAN_S)
         logging.getLogger(__name__).exception("this rank cannot go on")
         # `os._exit`, because an ordinary exit could wait for threads of a broken process group.
         os._exit(1)
