@@ -227,6 +227,18 @@ def test_scores_that_end_early_or_whose_policy_was_dropped_leave_the_weights_in_
     assert_same(z_image.rollout(**REQUEST), expected)
 
 
+def test_a_policy_that_follows_another_one_has_its_version(z_image: Engine, tmp_path: Path) -> None:
+    """What it was made from are not the weights that the engine has been given since."""
+    before = z_image.rollout(**REQUEST)
+    z_image.copy_policy("old")
+    z_image.update_weights_from_disk(with_other(Path(z_image.info.model), tmp_path / "second"))
+    assert z_image.copy_policy("older", source="old").policy.weight_version == "0"
+    (made,) = z_image.rollout(**REQUEST, policy="older")
+    assert (made.weight_version, made.sampling.policy.weight_version, z_image.weight_version) == ("0", "0", "1")
+    assert_same([made], before)
+    assert z_image.average_policy("older", source="old", decay=DECAY).policy.weight_version == "0"
+
+
 def test_a_policy_survives_sleep(z_image: Engine, tmp_path: Path) -> None:
     z_image.copy_policy("old")
     z_image.update_weights_from_disk(with_other(Path(z_image.info.model), tmp_path / "other"))
