@@ -13,8 +13,11 @@ from torch.nn.functional import cosine_similarity
 
 from flowroll.types import Number, Rollout
 
-# What a rollout says about its run rather than about the sample.
-_OF_THE_RUN = ("request_id", "weight_version", "inference_time_s", "peak_memory_mb")
+# What a rollout says about its run rather than about the sample; what a sample was drawn from is compared.
+_OF_THE_RUN = (
+    *("request_id", "weight_version", "inference_time_s", "peak_memory_mb"),
+    *(f"provenance.{name}" for name in ("layout", "strategy", "versions", "weights_sha256")),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +86,7 @@ def compare_rollouts(mode: str, expected: Sequence[Rollout], actual: Sequence[Ro
 def values_of(rollout: Rollout) -> Iterator[tuple[str, object]]:
     """Returns everything that a rollout says about its sample, by dotted name; what is absent is left out."""
     for field in fields(rollout):
-        if field.name not in _OF_THE_RUN:
-            yield from _leaves(field.name, getattr(rollout, field.name))
+        yield from (leaf for leaf in _leaves(field.name, getattr(rollout, field.name)) if not leaf[0].startswith(_OF_THE_RUN))
 
 
 def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:

@@ -170,3 +170,12 @@ def test_how_a_sample_was_made_is_compared():
     rollout = make_rollout()
     other = replace(rollout, sampling=replace(rollout.sampling, guidance_scale=5))
     assert [each.name for each in compare_rollouts("sde", [rollout], [other]) if not each.whole.equal] == ["sampling"]
+
+
+def test_what_a_sample_was_drawn_from_is_compared_and_what_the_engine_says_of_itself_is_not():
+    rollout = make_rollout()
+    proof = rollout.provenance
+    other = replace(proof, layout="sp2", strategy="alone", versions={"torch": "3"}, weights_sha256="0" * 64)
+    assert all(one.whole.equal for one in compare_rollouts("sde", [rollout], [replace(rollout, provenance=other)]))
+    odd = replace(rollout, provenance=replace(other, noise_sha256=(None,) * 4))
+    assert [one.name for one in compare_rollouts("sde", [rollout], [odd]) if not one.whole.equal] == ["provenance.noise_sha256"]
