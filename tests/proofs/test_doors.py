@@ -20,10 +20,11 @@ from flowroll.client import Client
 ON_RANKS = next(case for case in cases(layout="single", family="z_image", dtype="float32", company="alike"))
 
 
-# Starting a server takes long, and says the same of every family: `make test` has one for each of the first two.
+# Starting a server takes long, and says the same of every family: `make test` has one for each of the first two. What large
+# samples do in a shared forward is proved without a server, where it takes minutes less.
 FIRST = FAMILY_WITH_DTYPE[:2]
 CASES = cases(layout="single", company="!alone")
-FIRST_CASES = [case for case in CASES if (case.family, case.dtype) in FIRST]
+FIRST_CASES = [case for case in CASES if (case.family, case.dtype) in FIRST and case.shape != "large"]
 ROWS = FIRST_CASES + [case for case in CASES if case not in FIRST_CASES]
 
 
