@@ -37,7 +37,7 @@ from flowroll.types.params import (
     by_field_name,
 )
 from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord
-from flowroll.types.provenance import Provenance, tensor_sha256
+from flowroll.types.provenance import Provenance
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -117,6 +117,5 @@ __all__ = [
     "env_digests",
     "is_readable_version",
     "params_of",
-    "tensor_sha256",
     "version_number",
 ]

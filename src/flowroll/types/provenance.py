@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
-
-from flowroll.types.tensors import plain_tensor, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """What proves where a sample comes from, beside its record (sigmas, digests of the environment) and `weight_version`.
 
-    The digests are `tensor_sha256`, so a trainer that has the tensors computes them with any library. They do not depend on
-    what shared a forward with the sample, nor on the layout.
+    The digests are the SHA-256 of a tensor's bytes, in hex, which a trainer that has the tensor computes with any library. They
+    do not depend on what shared a forward with the sample, nor on the layout.
 
     Attributes:
         layout: How the transformer was distributed over ranks, e.g. "single" or "sp2xcfg2".
@@ -36,8 +31,3 @@ class Provenance:
     start_sha256: str | None = None
     noise_sha256: tuple[str | None, ...] | None = None
     weights_sha256: str | None = None
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """Returns the SHA-256 over the bytes of a tensor, row by row, in hex."""
-    return hashlib.sha256(tensor_bytes(plain_tensor(tensor))).hexdigest()

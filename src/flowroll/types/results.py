@@ -64,7 +64,7 @@ class SamplingRecord:
         device: Device type that the transformer ran on.
         schema_version: Version of this record.
         pos_cond_sha256: `branch_digest` of the environment's conditional branch; None for plain generation, and in older
-            records without their environment.
+            records of samples whose environment was not returned.
         neg_cond_sha256: `branch_digest` of the unconditional branch; None without one.
         steps: The dynamics and noise level of each step, where they were given for each; `sde_type` and `noise_level` are then
             only what the request left them at. None: all chosen steps follow `sde_type`.

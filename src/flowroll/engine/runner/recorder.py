@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.families.checksums import tensor_checksum
 from flowroll.sampling import transition
-from flowroll.types import DebugTensors, StepTensors, Trajectory, tensor_sha256
+from flowroll.types import DebugTensors, StepTensors, Trajectory
 
 
 @dataclass(slots=True, kw_only=True)
@@ -177,8 +178,8 @@ def _to_host(tensor: Tensor) -> Tensor:
 def _digest_when_here(tensor: Tensor) -> str | Tensor:
     """Returns the digest of a CPU tensor; of a GPU tensor, which no step may wait for, its copy."""
     copied = _to_host(tensor)
-    return copied if tensor.is_cuda else tensor_sha256(copied)
+    return copied if tensor.is_cuda else tensor_checksum(copied)
 
 
 def _digest(noted: str | Tensor) -> str:
-    return tensor_sha256(noted) if isinstance(noted, Tensor) else noted
+    return tensor_checksum(noted) if isinstance(noted, Tensor) else noted
