@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -24,7 +25,7 @@ from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.images import blank_image
 from flowroll.engine.loading import LoadedModel, load_model
 from flowroll.families import FAMILIES, Guidance, StepInput
-from flowroll.testing import make_checkpoint
+from flowroll.testing import Size, make_checkpoint
 
 SIZE = 256
 STEP = 1
@@ -51,13 +52,13 @@ def run(rounds: int, families: Sequence[str]) -> Iterator[str]:
     yield from ("", "Aim: upper bounds of 1.02.", "")
 
 
-def run_merged(rounds: int, families: Sequence[str], sides: Sequence[int]) -> Iterator[str]:
+def run_merged(rounds: int, families: Sequence[str], sides: Sequence[int], size: Size) -> Iterator[str]:
     """The lines of a Markdown section: the three ways of a micro-batch, for each family."""
     yield from (
         "## Pairs that share forwards",
         "",
-        f"{PAIRS} pairs in one micro-batch (two steps of {PAIRS // 2} samples, guided), forward and backward, mid-size models,",
-        f'1 thread, {rounds} rounds. `merge="exact"` shares forwards as the engine does, with the recorded log-probs bit for',
+        f"{PAIRS} pairs in one micro-batch (two steps of {PAIRS // 2} samples, guided), forward and backward, {size} models, 1",
+        f'thread, {rounds} rounds. `merge="exact"` shares forwards as the engine does, with the recorded log-probs bit for',
         'bit; `merge="fast"` is an ordinary batch. Median CPU time of "alone", and paired ratios to it with their 95 %',
         "interval (below 1: faster). Gradient: norm of the difference from that of alone over its norm. Ratio: largest",
         "|ratio - 1| of the log-probs before any update.",
@@ -68,17 +69,17 @@ def run_merged(rounds: int, families: Sequence[str], sides: Sequence[int]) -> It
     for name in families:
         for dtype in ("float32", "bfloat16"):
             for side in sides:
-                yield _merged_row(name, dtype, side, rounds)
+                yield _merged_row(name, dtype, side, rounds, size)
 
 
 def _rolled_out(
-    name: str, folder: Path, size: int, dtype: str, scale: float, count: int = 1
+    name: str, folder: Path, side: int, dtype: str, scale: float, count: int = 1, size: Size = "mid"
 ) -> tuple[list[Rollout], LoadedModel]:
-    """A group of a mid-size model, and the model as a trainer holds it."""
+    """A group of a model of this size, and the model as a trainer holds it."""
     checkpoint = folder / name
     if not checkpoint.exists():
-        make_checkpoint(name, checkpoint, size="mid")
-    sizes = {"height": size, "width": size, "num_inference_steps": 2}
+        make_checkpoint(name, checkpoint, size=size)
+    sizes = {"height": side, "width": side, "num_inference_steps": 2}
     with Engine(checkpoint, dtype=dtype, device="cpu") as engine:
         kept = {"return_denoising_env": True, "return_dit_trajectory": True}
         # A family with one scale takes the second of these, one with two takes both and needs the negative prompt.
@@ -91,9 +92,9 @@ def _rolled_out(
     return rollouts, model
 
 
-def _merged_row(name: str, dtype: str, side: int, rounds: int) -> str:
+def _merged_row(name: str, dtype: str, side: int, rounds: int, size: Size) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        rollouts, model = _rolled_out(name, Path(folder), side, dtype, 4.0, PAIRS // 2)
+        rollouts, model = _rolled_out(name, Path(folder), side, dtype, 4.0, PAIRS // 2, size)
     transformer = model.transformer
     gradients: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--sides", nargs="+", type=int, default=list(SIDES), help="of the pictures of the second table")
     parser.add_argument("--tables", nargs="+", choices=_TABLES, default=list(_TABLES), help="each takes minutes a row")
+    parser.add_argument("--size", choices=get_args(Size), default="mid", help="of the models of the second table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     command = f"`python -m benchmarks.replay {' '.join(sys.argv[1:])}`"
@@ -191,7 +193,7 @@ def main() -> None:
         for line in run(options.rounds, options.families):
             print(line, flush=True)
     if "shared" in options.tables:
-        for line in run_merged(options.rounds, options.families, options.sides):
+        for line in run_merged(options.rounds, options.families, options.sides, options.size):
             print(line, flush=True)
 
 
