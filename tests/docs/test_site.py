@@ -69,7 +69,6 @@ def test_every_page_has_its_place_in_the_navigation() -> None:
     assert set(named) == {str(page.relative_to(ROOT)) for page in PAGES}
 
 
-@pytest.mark.slow
 def test_the_site_is_built_in_strict_mode() -> None:
     for module in ("zensical", "mkdocstrings_handlers.python"):
         try:
