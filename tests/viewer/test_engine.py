@@ -1,6 +1,5 @@
 """The viewer with an engine: steps that are decoded now, and ratios under the weights in memory."""
 
-import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from tests.serving.servers import serving
+from tests.viewer.reading import text_of
 
 from flowroll import Rollout, RolloutStore, SamplingParams
 from flowroll.engine import Engine
@@ -64,10 +64,6 @@ def client(store: RolloutStore, engine: Engine) -> TestClient:
     app = FastAPI()
     app.include_router(viewer_router(Pages(store, model=engine)))
     return TestClient(app)
-
-
-def text_of(page: str) -> str:
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
 def test_what_a_step_predicted_is_decoded_as_the_engine_would_have_at_once(client: TestClient, rollouts: list[Rollout]) -> None:

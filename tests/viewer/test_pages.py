@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from tests.factories import make_rollout
+from tests.viewer.reading import text_of
 
 from flowroll import Rollout
 from flowroll.cli.view import viewer_app
@@ -65,11 +66,6 @@ def client_of(pages: Pages, **options: Any) -> TestClient:
 @pytest.fixture
 def client(store: RolloutStore) -> TestClient:
     return client_of(Pages(RolloutStore(store.path, read_only=True), title="runs"))
-
-
-def text_of(page: str) -> str:
-    """The words of a page, in one line."""
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
 def test_the_gallery_shows_every_group_at_a_glance_the_newest_first(client: TestClient) -> None:
