@@ -27,13 +27,17 @@ NAMES = tuple(FAMILIES)
 ALIKE: dict[str, dict[str, Any]] = {"flux2": {"guidance_scale": 1.0}}
 # Operations of a whole request beyond the pipeline's: on the sigma grid, views of a constant, and a sum over each of four
 # tensors (both embeddings, the final latents, the picture; for SD3 and FLUX.1 the pooled ones too, for FLUX.1 ids and scale),
-# which shows whether they are finite.
+# which shows whether they are finite. For Qwen-Image-Edit the first input is joined to the reference's latents once more, for
+# the batch key, and an empty tensor stands in for the sample's latents while the reference is encoded.
 EXTRA_OPS: dict[str, Counter[str]] = {
     "qwen_image": Counter(mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, sum=4, _local_scalar_dense=4),
     "z_image": Counter(mul=2, add=1, _to_copy=1, sum=4, _local_scalar_dense=4),
     "sd3": Counter(mul=5, add=3, div=4, arange=1, cat=1, copy_=1, _to_copy=1, sum=6, _local_scalar_dense=5),
     "flux2": Counter(mul=1, add=1, copy_=2, reciprocal=1, zeros_like=1, constant_pad_nd=1, sum=3, _local_scalar_dense=3),
     "flux": Counter(mul=2, _to_copy=2, arange=1, reciprocal=1, zeros_like=1, stack=1, sum=7, _local_scalar_dense=7),
+    "qwen_image_edit": Counter(
+        mul=2, add=2, rsub=2, arange=1, copy_=1, reciprocal=1, div=1, _to_copy=1, cat=1, empty=1, sum=4, _local_scalar_dense=4
+    ),
     "qwen_image_21": Counter(mul=2, add=2, arange=2, copy_=1, ge=1, reciprocal=1, sum=3, _local_scalar_dense=3),
 }
 
@@ -122,7 +126,8 @@ def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str],
     family = FAMILIES[name]
     (rollout,) = engine_of(name, "float32").rollout(**guided(name, 3.0, **REQUEST, **ALL))
     env, embedded = rollout.denoising_env, rollout.sampling.embedded_guidance_scale
-    assert env is not None and env.image_kwargs == {}
+    assert env is not None
+    assert set(env.image_kwargs) == {field.name for field in family.conditioning.in_place("image_kwargs")}
     assert (env.guidance, embedded) == ((4.5, 4.5) if name == "flux" else (None, None))
     for branch in (env.pos_cond_kwargs, env.neg_cond_kwargs):
         assert branch is not None
