@@ -35,6 +35,7 @@ def in_float64(env: DenoisingEnv) -> DenoisingEnv:
 
     negative = env.neg_cond_kwargs
     return DenoisingEnv(
+        image_kwargs=branch(env.image_kwargs),
         pos_cond_kwargs=branch(env.pos_cond_kwargs),
         neg_cond_kwargs=None if negative is None else branch(negative),
         guidance=env.guidance,

@@ -30,7 +30,7 @@ def ids_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], IdsOf]:
     def spy(tokenizer: Any, *args: Any, **options: Any) -> Any:
         made = call(tokenizer, *args, **options)
         # Not where a template alone is tokenized, without padding.
-        if "max_length" in options or "padding_side" in options:
+        if options.get("padding"):
             ids, mask = torch.as_tensor(made.input_ids[0]), torch.as_tensor(made.attention_mask[0])
             heard.setdefault(id(tokenizer), tuple(ids[mask.bool()].tolist()))
         return made

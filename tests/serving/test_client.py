@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
 import torch
+from tests.guiding import pictured
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import SMALL, Background, Gate, HookedEngine, serving, until
 
@@ -27,7 +29,7 @@ def test_rollouts_through_the_client_have_the_bits_of_the_engine(
 ) -> None:
     served = service_of(family)
     with serving(served) as http, Client(str(http.base_url), wire_format=wire_format) as client:
-        received = client.rollout(PARAMS)
+        received = client.rollout(replace(PARAMS, **pictured(family, {})))
     for ours, theirs in zip(served.engine.rollout(PARAMS), received, strict=True):
         assert_same_bits(ours, theirs)
 

@@ -1,5 +1,6 @@
 """POST /rollout/generate: the bits of the engine, in both formats and both dialects."""
 
+import base64
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import httpx
 import pytest
 import torch
 from tests.factories import assert_same_answer
+from tests.guiding import pictured
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import SMALL, error_of, serving
 
@@ -66,7 +68,8 @@ def test_rollouts_over_http_have_the_bits_of_the_engine(
 ) -> None:
     served = service_of(family)
     with serving(served) as client:
-        response = post(client, EVERYTHING, accept=media_type, x_flowroll_dialect=dialect)
+        images = {name: [base64.b64encode(file).decode() for file in files] for name, files in pictured(family, {}).items()}
+        response = post(client, {**EVERYTHING, **images}, accept=media_type, x_flowroll_dialect=dialect)
     assert response.headers["content-type"] == media_type
     assert int(response.headers["content-length"]) == len(response.content)
     expected = served.engine.rollout(EXPECTED)

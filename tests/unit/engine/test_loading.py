@@ -8,9 +8,10 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tests.guiding import PicturedEngine
 from tests.unit.parallel.test_linears import KnowingMesh
 
-from flowroll.engine import Engine, Limits
+from flowroll.engine import Limits
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_transformer
 from flowroll.engine.outline import check_layout, outline_model
@@ -110,7 +111,7 @@ def test_weights_lie_aligned_wherever_the_file_begins_and_the_bits_stay(folder: 
     request: dict[str, Any] = {"prompt": "a cat", "seed": 1, "height": 64, "width": 64, "num_inference_steps": 2}
     images = []
     for path in (folder, shifted):
-        with Engine(path, device="cpu", dtype="float32") as engine:
+        with PicturedEngine(path, device="cpu", dtype="float32") as engine:
             assert not any(parameter.data_ptr() % 64 for parameter in engine._model.transformer.parameters())
             images.append(engine.rollout(**request)[0].image)
     assert torch.equal(*images)
