@@ -22,6 +22,7 @@ ROLLOUT = {**REQUEST, "height": 192, "width": 192}
 # With linears that regions hook: rows are narrowed and gathered there.
 TARGETS = {
     "qwen_image": ["to_q", "to_out.0", "net.2", "img_mod.1", "img_in", "proj_out"],
+    "qwen_image_edit": ["to_q", "to_out.0", "net.2", "img_mod.1", "img_in", "proj_out"],
     "z_image": ["to_q", "to_out.0", "w2", "0.adaLN_modulation.0"],
     "sd3": ["to_q", "to_out.0", "net.2", "norm1.linear", "context_embedder", "proj_out"],
     "qwen_image_21": ["to_q", "to_out.0", "img_mlp.out", "modulation.1", "img_in", "proj_out"],

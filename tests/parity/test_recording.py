@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowroll import DebugTensors, Rollout, Trajectory
 from flowroll.engine import Engine
+from flowroll.engine.runner.recorder import Recorder
 from flowroll.errors import EngineError, InvalidRequestError
 from flowroll.families import FAMILIES, Guidance, StepInput
 from flowroll.sampling import ode, transition
@@ -137,6 +138,27 @@ def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str],
         assert isinstance(embeds, torch.Tensor) and embeds.ndim == 2
         assert branch.get("txt_seq_lens", [embeds.shape[0]]) == [embeds.shape[0]]
         assert "encoder_hidden_states_mask" not in branch and "freqs_cis" not in branch
+
+
+def test_a_kept_velocity_keeps_no_other_sample_in_memory(
+    engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward of a group returns the velocities of all in one tensor."""
+    sizes: list[tuple[int, int]] = []
+    keep = Recorder.keep_step
+
+    def spy(recorder: Recorder, step: int, **values: Any) -> None:
+        keep(recorder, step, **values)
+        kept = recorder.kept["velocity"][step]
+        sizes.append(
+            (values["velocity"].untyped_storage().nbytes() // kept.nbytes, kept.untyped_storage().nbytes() // kept.nbytes)
+        )
+
+    monkeypatch.setattr(Recorder, "keep_step", spy)
+    engine_of("qwen_image", "float32").rollout(
+        **guided("qwen_image", 0.0, **REQUEST), debug_mode=True, num_outputs_per_prompt=3
+    )
+    assert sizes == [(3, 1)] * 12
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from tests.guiding import pictured
 from tests.pairs import pairs, rest_slow
 from tests.proofs.cases import DYNAMICS, FAMILIES, evaluation
 from tests.proofs.conftest import EngineOf
@@ -57,7 +58,7 @@ def bytes_alive_at_each_step() -> Iterator[list[int]]:
 def test_a_step_keeps_what_was_asked_for_and_nothing_else(row: dict[str, str], engine_of: EngineOf) -> None:
     options, least, most = OPTIONS[row["options"]]
     engine = engine_of(row["family"], "float32")
-    request = {**REQUEST, **NOTHING, "guidance_scale": 0.0, "sde_type": row["dynamics"]}
+    request = pictured(row["family"], {**REQUEST, **NOTHING, "guidance_scale": 0.0, "sde_type": row["dynamics"]})
     (first,) = engine.rollout(**{**request, "return_dit_trajectory": True, "return_step_indices": (0,)})
     assert first.dit_trajectory is not None
     latents = first.dit_trajectory.latents[0].nbytes

@@ -76,7 +76,7 @@ class Recorder:
             self.noises[step] = _digest_when_here(noise)
         sigma = self.plan.record.sigmas[step]
         makers: Mapping[str, Callable[[], Tensor]] = {
-            "velocity": lambda: _to_host(velocity.to(torch.float32)),
+            "velocity": lambda: _to_host(_alone(velocity.to(torch.float32))),
             "mean": lambda: _to_host(mean.to(torch.float32)),
             "noise": lambda: torch.zeros(mean.shape) if noise is None else _to_host(noise),
             "x0": lambda: _to_host(transition.clean_prediction(latents, velocity, sigma)),
@@ -173,6 +173,11 @@ class Recorder:
 def _to_host(tensor: Tensor) -> Tensor:
     """Returns a CPU tensor itself; for a GPU tensor, a pinned copy that is complete once the stream has reached it."""
     return tensor.to("cpu", non_blocking=True)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Returns a tensor that keeps no memory alive but its own: a velocity may be a few rows of what a forward returned."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _digest_when_here(tensor: Tensor) -> str | Tensor:
