@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from flowroll import __version__
 from flowroll.engine.service import EngineClient, EngineService
 from flowroll.errors import FlowrollError
+from flowroll.heap import trim_heap
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.errors import install_error_handlers
 from flowroll.serving.middleware import RequestMiddleware
@@ -39,6 +40,7 @@ from flowroll.serving.tracing import Tracing, current_tracing
 
 # The pages' own routes ask for the API key, in a way that a browser has an answer to.
 _VIEWER = "/viewer"
+_TRIM_EVERY_S = 10.0
 
 
 def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing | None = None) -> FastAPI:
@@ -53,7 +55,9 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        trimming = asyncio.create_task(_trim_now_and_then())
         yield
+        trimming.cancel()
         with contextlib.suppress(FlowrollError):
             await asyncio.wrap_future(engine.call(EngineService.leave_groups))
 
@@ -107,3 +111,10 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
     # What is answered without the app, by its connection, is counted too.
     app.state.metrics = state.metrics
     return app
+
+
+async def _trim_now_and_then() -> None:
+    """Returns what answers have left in the heap; it takes a millisecond, on the thread that would use that memory."""
+    while True:
+        await asyncio.sleep(_TRIM_EVERY_S)
+        trim_heap()

@@ -139,11 +139,16 @@ class Inbox:
             except queue.Empty:
                 return
 
-    def wait(self, timeout_s: float | None) -> None:
-        """Waits until there is a message, at most for this time; None: without a limit. It may return early."""
+    def wait(self, timeout_s: float | None) -> bool:
+        """Waits until there is a message, at most for this time; None: without a limit. It may return early.
+
+        Returns:
+            Whether there is one.
+        """
         if self._peeked:
-            return
+            return True
         try:
             self._peeked.append(self._queue.get(timeout=None if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)))
         except queue.Empty:
-            return
+            return False
+        return True

@@ -30,9 +30,12 @@ from flowroll.engine.scheduler.runner import Runner
 from flowroll.engine.scheduler.stages import Stage, ThreadStage
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
 from flowroll.errors import FlowrollError, PausedError, QueueFullError, fresh
+from flowroll.heap import trim_heap
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+# For so long nothing has come when the heap is trimmed.
+_QUIET_S = 1.0
 
 
 class Scheduler:
@@ -370,12 +373,20 @@ def _tell_of_death(inbox: Inbox, error: BaseException) -> None:
 def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Callable[[BaseException], None]]) -> None:
     # In torch this is a setting of each thread; it holds for all work of the loop's thread.
     torch.set_grad_enabled(False)
+    is_trimmed = True
     while (loop := held()) is not None and not loop.is_halted:
         try:
-            idle_s = 0.0 if loop.turn() else loop.idle_s()
+            has_worked = loop.turn()
+            is_trimmed = is_trimmed and not has_worked
+            idle_s = 0.0 if has_worked else loop.idle_s()
             del loop
-            if idle_s != 0.0:
+            if idle_s == 0.0:
+                continue
+            if is_trimmed or (idle_s is not None and idle_s <= _QUIET_S):
                 inbox.wait(idle_s)
+            elif not inbox.wait(_QUIET_S):
+                trim_heap()
+                is_trimmed = True
         except BaseException as error:
             if (end_all := crash()) is not None:
                 end_all(error)
