@@ -92,7 +92,7 @@ class Loop:
         has_worked = self._take_messages() or owed
         task = None
         if not owed and (self._policy is None or self._put_default_back()):
-            task = self._tasks.next(self._clock(), is_idle=self._is_idle(), is_holding=self._is_holding)
+            task = self._tasks.next(self._clock(), is_idle=self.is_idle(), is_holding=self._is_holding)
         if task is None:
             has_worked |= self._start_samples()
         # Published before the work, which may take long, so that other threads see what runs, and again after it.
@@ -250,7 +250,7 @@ class Loop:
 
     def _may_exchange(self) -> bool:
         """Returns whether no work is under way that depends on the weights in place."""
-        return self._is_idle() and self._tasks.current is None
+        return self.is_idle() and self._tasks.current is None
 
     def _admit(self) -> None:
         while self._queue.num_waiting and self._has_room():
@@ -274,12 +274,12 @@ class Loop:
 
     def _put_default_back(self) -> bool:
         """Puts the weights back that the engine was last given, if a task waits for them; returns whether it may begin."""
-        if not (self._tasks.has_any and self._is_idle()):
+        if not (self._tasks.has_any and self.is_idle()):
             return False
         self._put_in_place(None)
         return True
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Returns whether no work is under way for any request, not even for one that has ended."""
         return not (self._queue.num_running or self._is_encoding or self._samples.num_decoding)
 

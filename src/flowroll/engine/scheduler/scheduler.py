@@ -378,13 +378,14 @@ def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Call
         try:
             has_worked = loop.turn()
             is_trimmed = is_trimmed and not has_worked
+            may_trim = not is_trimmed and loop.is_idle()
             idle_s = 0.0 if has_worked else loop.idle_s()
             del loop
             if idle_s == 0.0:
                 continue
-            if is_trimmed or (idle_s is not None and idle_s <= _QUIET_S):
-                inbox.wait(idle_s)
-            elif not inbox.wait(_QUIET_S):
+            if may_trim:
+                idle_s = _QUIET_S if idle_s is None else min(idle_s, _QUIET_S)
+            if not inbox.wait(idle_s) and may_trim:
                 trim_heap()
                 is_trimmed = True
         except BaseException as error:
