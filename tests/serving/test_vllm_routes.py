@@ -192,7 +192,8 @@ def test_an_update_that_was_not_started_or_is_under_way_is_refused(
     SyncClient(server).start_weight_update()
     assert server.post("/start_weight_update").status_code == 409
     update = {"update_info": {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}}
-    assert server.post("/update_weights", json=update).status_code == 404  # no group was joined
+    # There is no group, or one that has ended.
+    assert server.post("/update_weights", json=update).status_code in (404, 422)
     # An update of nothing is none; it goes on, and ends with a tensor.
     assert server.post("/finish_weight_update").status_code == 422
     with joined(server) as group:
