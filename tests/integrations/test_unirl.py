@@ -3,20 +3,26 @@
 It runs where unirl is importable (the wheel unpacked on PYTHONPATH, with Ray).
 """
 
+import socket
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from tests.adapters import policy
+from tests.pickling import pushed, trainer
 from tests.serving.servers import serving
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flowroll import Client, replay
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError
+from flowroll.parallel.broadcasting import BroadcastGroup
 
 pytest.importorskip("ray", reason="ray is not installed")
 pytest.importorskip("unirl", reason="unirl is not installed")
@@ -84,13 +90,14 @@ def request(**changes: Any) -> Sample:
     return Sample(parts=[root]).fork(2, sampling_params=DiffusionSamplingParams(**params))
 
 
-def replayed(checkpoint: Path, sample: Sample, strategy: str, steps: list[int] | None = None) -> Any:
+def replayed(checkpoint: Path, sample: Sample, strategy: str, steps: list[int] | None = None, transformer: Any = None) -> Any:
     """UniRL's own replay of the last part, with the transformer of the checkpoint."""
     stages = pytest.importorskip("unirl.models.sd3.diffusion", reason="unirl's models cannot be imported")
     from unirl.models.sd3.conditions import SD3Conditions
 
-    transformer = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
-    replay.align_weights(transformer)
+    if transformer is None:
+        transformer = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
+        replay.align_weights(transformer)
     bundle = types.SimpleNamespace(transformer=transformer, device=torch.device("cpu"))
     stage = stages.SD3DiffusionStage(
         model=bundle,
@@ -237,6 +244,106 @@ def test_sleep_and_wake(engine_of: Any) -> None:
     engine.onload_weights()
     assert not engine.is_offloaded
     assert torch.equal(engine.generate(request()).parts[-1].segment.latents, before)
+
+
+@pytest.fixture
+def scaled(checkpoint: Path, server: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Other weights; the server has its own again when the test ends."""
+    own = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer").state_dict()
+    yield {name: tensor * 1.01 if tensor.is_floating_point() else tensor for name, tensor in own.items()}
+    with Client(str(server.base_url)) as client:
+        client.update_weights(own)
+
+
+def expected_latents(checkpoint: Path, weights: dict[str, torch.Tensor], asked: list[dict[str, Any]]) -> torch.Tensor:
+    with Engine(checkpoint, device="cpu") as engine:
+        engine.update_weights_from_tensors(weights)
+        found = [rollout for one in asked for rollout in engine.rollout(**one)]
+    return torch.stack([rollout.dit_trajectory.latents for rollout in found])
+
+
+def test_weights_of_the_tensor_sync_are_those_of_a_fresh_engine(
+    engine_of: Any, checkpoint: Path, scaled: dict[str, torch.Tensor]
+) -> None:
+    engine, sample = engine_of(), request(samples_per_prompt=1)
+    with trainer():
+        for body, _ in pushed(scaled, version="unirl", bucket_bytes=1 << 20, num_ranks=1):
+            engine.update_weights_from_tensor(
+                serialized_named_tensors=body["serialized_named_tensors"],
+                load_format=body["load_format"],
+                target_modules=["transformer"],
+            )
+    expected = expected_latents(checkpoint, scaled, engine._requests(sample))
+    assert torch.equal(engine.generate(sample).parts[-1].segment.latents, expected)
+
+
+def test_weights_of_the_group_sync_are_those_of_a_fresh_engine(
+    engine_of: Any, checkpoint: Path, scaled: dict[str, torch.Tensor]
+) -> None:
+    """The trainer is rank 0, the server one member; buckets of names are announced, then broadcast one by one."""
+    engine, sample = engine_of(), request(samples_per_prompt=1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    place: dict[str, Any] = {"master_address": "127.0.0.1", "master_port": port, "world_size": 2, "backend": "gloo"}
+    store = TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
+    with ThreadPoolExecutor(1) as thread:
+        joining = thread.submit(engine.init_weights_update_group, rank_offset=1, group_name="unirl", **place)
+        with BroadcastGroup(
+            "unirl",
+            rank=0,
+            world_size=2,
+            backend="gloo",
+            address="127.0.0.1",
+            port=port,
+            device="cpu",
+            timeout_s=20.0,
+            store=store,
+        ) as group:
+            joining.result()
+            items = list(scaled.items())
+            for bucket in (items[::2], items[1::2]):
+                receiving = thread.submit(
+                    engine.update_weights_from_distributed,
+                    names=[name for name, _ in bucket],
+                    dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                    shapes=[list(tensor.shape) for _, tensor in bucket],
+                    group_name="unirl",
+                    target_modules=["transformer"],
+                )
+                for _, tensor in bucket:
+                    group.broadcast(tensor)
+                receiving.result()
+            engine.destroy_weights_update_group(group_name="unirl")
+    expected = expected_latents(checkpoint, scaled, engine._requests(sample))
+    assert torch.equal(engine.generate(sample).parts[-1].segment.latents, expected)
+
+
+def test_lora_tensors_of_unirl_are_the_adapter_of_later_rollouts(
+    engine_of: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = pytest.importorskip("unirl.utils.peft_merge", reason="unirl's tools cannot be imported")
+    # It gathers shards on a GPU; here there are none.
+    monkeypatch.setattr(merge, "_to_full_tensor", lambda parameter, dtype: parameter.to(dtype))
+    engine, sample = engine_of(), request(samples_per_prompt=1)
+    plain = engine.generate(sample).parts[-1].segment
+    model = policy(SD3Transformer2DModel.from_pretrained(checkpoint / "transformer"), targets=["to_q", "to_v"])
+    tensors = merge.extract_lora_tensors(model, dtype=torch.bfloat16)
+    engine.set_lora_from_tensors("actor", tensors, peft_config=model.peft_config["default"].to_dict())
+    filled = engine.generate(sample)
+    segment = filled.parts[-1].segment
+    assert not torch.equal(segment.latents[:, -1], plain.latents[:, -1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16) if parameter.requires_grad else parameter)
+    # The adapter is so strong that the rounding of a forward of all samples shows more.
+    result = replayed(checkpoint, filled, "flow", transformer=model)
+    ratio = (result.log_probs - segment.sde_logp).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=5e-4)
+    with Client(engine.cfg.url) as client:
+        rollouts = [rollout for one in engine._requests(sample) for rollout in client.rollout(**one)]
+    replay.align_weights(model)
+    for batch in replay.micro_batches(model, rollouts, micro_batch=4):
+        assert (replay.ratio(batch.log_probs, batch.old_log_probs) == 1).all()
 
 
 def test_packed_latents_go_there_and_back() -> None:

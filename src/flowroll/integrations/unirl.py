@@ -66,6 +66,7 @@ _NOT_OFFERED = (
 )
 # Models whose latents are patches in a row, and the pixels along a side of one.
 _PACKED, _PATCH_PIXELS = ("qwen_image",), 16
+_PEFT_PREFIX, _COMPONENT_PREFIX = "base_model.model.", "transformer."
 _SAMPLER_KWARGS = ("negative_prompt", "return_negative_prompt_embeds")
 
 
@@ -298,13 +299,19 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     ) -> None:
         """Sends the server an adapter, which all following rollouts run with; one of the same name is replaced.
 
+        Args:
+            adapter_name: Its name.
+            lora_tensors: UniRL's canonical names, `<layer>.lora_A.weight`, behind "transformer." or peft's prefix or neither.
+            peft_config: Its configuration in peft.
+
         Raises:
             InvalidRequestError: There is no configuration, which the rank and alpha of the adapter are read from.
             WeightsRejectedError: The adapter does not fit the model.
         """
         require(bool(peft_config), "peft_config", "be given", peft_config, "send model.peft_config[name].to_dict()")
         assert peft_config is not None
-        self._client.load_lora_adapter_from_tensors(lora_tensors, peft_config, name=adapter_name)
+        named = {f"{_PEFT_PREFIX}{_layer_of(name)}": tensor for name, tensor in lora_tensors.items()}
+        self._client.load_lora_adapter_from_tensors(named, peft_config, name=adapter_name)
         self._lora_name = adapter_name
 
     def loaded_param_checksums(self, *, names: list[str]) -> dict[int, list[dict[str, str]]]:
@@ -551,6 +558,10 @@ def _text_condition(values: Mapping[str, Any]) -> Any:
         pooled=None if pooled is None else pooled[None],
         attn_mask=None if mask is None else mask[None],
     )
+
+
+def _layer_of(name: str) -> str:
+    return name.removeprefix(_PEFT_PREFIX).removeprefix(_COMPONENT_PREFIX)
 
 
 def _check_prefix(track_prefix: str) -> None:
