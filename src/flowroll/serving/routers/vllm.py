@@ -17,7 +17,7 @@ from flowroll.serving.paths import check_host
 from flowroll.serving.routers.weight_group import take_from_group
 from flowroll.serving.state import AppState
 from flowroll.types import check_version
-from flowroll.wire.control import ErrorBody
+from flowroll.wire.control import ContinueRequest, ErrorBody
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.vllm import (
     VLLM_GROUP,
@@ -72,8 +72,14 @@ def build_router(state: AppState) -> APIRouter:
                 load = (await state.status()).load
         return StatusObject(status="paused")
 
-    @router.post("/resume", summary="Go on with generation, as in vLLM", responses=CONTROL_RESPONSES)
-    async def resume() -> StatusObject:
+    @router.post(
+        "/resume",
+        summary="Go on with generation, as in vLLM",
+        responses=CONTROL_RESPONSES,
+        openapi_extra=request_body(ContinueRequest),
+    )
+    async def resume(request: Request) -> StatusObject:
+        await accept_control(request, state, ContinueRequest, is_optional=True)
         await asyncio.wrap_future(engine.call(EngineService.resume))
         return StatusObject(status="resumed")
 
