@@ -318,10 +318,13 @@ def test_versions_that_are_no_numbers_have_no_age() -> None:
     assert group.weight_version == "tuesday" and group.staleness is None
 
 
-def test_worker_processes_are_refused() -> None:
+def test_worker_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How long a loader that failed waits for its worker, which has ended, when it is collected.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     dataset = RolloutDataset(FakeSource(), PROMPTS)
     with pytest.raises(InvalidRequestError, match="num_workers=0"):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")))
+    gc.collect()
     with pytest.raises(InvalidRequestError, match="num_workers=0"):
         pickle.dumps(dataset)
 
