@@ -22,6 +22,8 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load
+from tests.pickling import pushed
+from tests.pickling import trainer as pickling_trainer
 from tests.serving.servers import serving
 
 from flowroll import Client, Rollout, replay
@@ -330,3 +332,51 @@ def test_miles_own_client_reads_the_server(trainer: Any, server: httpx.Client) -
             one, other = getattr(left, branch), getattr(right, branch)
             assert one.txt_seq_lens == other.txt_seq_lens
             assert_equal(one.encoder_hidden_states, other.encoder_hidden_states)
+
+
+@pytest.fixture
+def actor(trainer: Any, pushing_server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """miles' own engine actor, which believes that the server is the one that it has started."""
+    pytest.importorskip("requests", reason="requests is not installed")
+    for name, attribute in (("server_args", "ServerArgs"), ("launch_server", "kill_process_tree")):
+        module = types.ModuleType(f"sglang.multimodal_gen.runtime.{name}")
+        setattr(module, attribute, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("sglang", "sglang.multimodal_gen", "sglang.multimodal_gen.runtime"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    home = "miles.backends.sglang_diffusion_utils.sglang_diffusion_engine"
+    monkeypatch.delitem(sys.modules, home, raising=False)
+    engine = importlib.import_module(home).SGLangDiffusionEngine(Namespace(), rank=0)
+    engine.node_rank, engine.server_host, engine.server_port = 0, "127.0.0.1", pushing_server.base_url.port
+    return engine
+
+
+@pytest.fixture
+def pushing_server(service: EngineService) -> Iterator[httpx.Client]:
+    with serving(service, wire_dialect="sglang", allow_pickle_weights=True) as client:
+        yield client
+
+
+def test_miles_own_engine_actor_drives_the_server(actor: Any, service: EngineService, qwen_checkpoint: Path) -> None:
+    """Its methods post to the server; what they return, they return to miles' weight updater and verifier."""
+    assert actor.health_generate(timeout=60.0) is True
+    policy = QwenImageTransformer2DModel.from_pretrained(qwen_checkpoint / "transformer")
+    own = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.01)
+    before = actor.get_weights_checksum(["transformer"])
+    with pickling_trainer():
+        for body, _ in pushed(policy.state_dict(), version="5", bucket_bytes=1 << 20, num_ranks=1):
+            answer = actor.update_weights_from_tensor(
+                body["serialized_named_tensors"], body["load_format"], ["transformer"], weight_version="5"
+            )
+            assert answer["success"] is True
+    assert service.engine.weight_version == "5"
+    after = actor.get_weights_checksum(["transformer"])
+    assert after != before and after["transformer"] == replay.weights_checksum(policy)
+    actor.release_memory_occupation()
+    assert service.engine.is_asleep
+    actor.resume_memory_occupation(tags=["weights"])
+    assert not service.engine.is_asleep and actor.get_weights_checksum(["transformer"]) == after
+    service.engine.update_weights_from_tensors(own, weight_version="0")
