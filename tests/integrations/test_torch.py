@@ -287,7 +287,7 @@ def test_a_wait_for_a_full_server_ends_with_the_iteration() -> None:
     source = FakeSource()
 
     def refuse(fields: dict[str, Any]) -> None:
-        raise QueueFullError("full", retry_after_s=50)
+        raise QueueFullError("full", retry_after_s=50.0)
 
     source.before = refuse
     dataset, started_s = RolloutDataset(source, PROMPTS, prefetch=0), time.monotonic()
