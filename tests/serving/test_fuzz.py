@@ -267,6 +267,13 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         },
         "/update_weights_from_distributed": {"names": ["a"], "dtypes": ["float32"], "shapes": [[1, 2]], "group_name": "g"},
         "/destroy_weights_update_group": {"group_name": "g"},
+        "/init_weight_transfer_engine": {
+            "init_info": {"master_address": "elsewhere", "master_port": 29600, "rank_offset": 1, "world_size": 2}
+        },
+        "/start_weight_update": {"is_checkpoint_format": True},
+        "/update_weights": {"update_info": {"names": ["a"], "dtype_names": ["float32"], "shapes": [[1, 2]]}},
+        "/finish_weight_update": {"weight_version": "7"},
+        "/abort_requests": {"request_ids": ["nobody"]},
         "/load_lora_adapter": {"lora_name": "a", "lora_path": "/x", "merged": False, "weight_version": "7", "mode": "drain"},
         "/unload_lora_adapter": {"lora_name": "a", "weight_version": "7", "mode": "drain"},
         "/policies/{name}/copy": {"source": "default", "mode": "drain"},
@@ -282,6 +289,8 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         "/update_weights_from_safetensors",
         "/load_lora_adapter_from_tensors",
         "/v1/images/edits",
+        "/pause",
+        "/resume",
     }
     forbidden = ("/update_weights_from_disk", "/init_weights_update_group", "/load_lora_adapter")
     refused = {
@@ -291,6 +300,9 @@ def bodies(server: httpx.Client) -> dict[str, Any]:
         "/verify_weights": 409,
         "/weights/{update_id}/commit": 404,
         "/update_weights_from_distributed": 404,
+        "/init_weight_transfer_engine": 403,
+        "/update_weights": 404,
+        "/finish_weight_update": 404,
         "/destroy_weights_update_group": 404,
         "/unload_lora_adapter": 422,
     }

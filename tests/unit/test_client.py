@@ -478,6 +478,16 @@ def test_status_routes(kind: str, method: str, path: str, body: Any, value: Any)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_request_is_aborted_by_its_id(kind: str) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert (request.method, request.url.path) == ("POST", "/abort_request")
+        assert json.loads(request.content)["request_id"] == "r-1"
+        return answering(200, {"num_aborted": 2})(request)
+
+    assert ask(kind, handler, "abort_request", "r-1") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_unhealthy_server_raises(kind: str) -> None:
     body = {"error": {"code": "engine_error", "message": "dead", "field": None}}
     with pytest.raises(EngineError, match="dead"):

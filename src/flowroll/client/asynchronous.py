@@ -102,6 +102,7 @@ class AsyncClient:
     rollout = _method(calls.rollout)
     generate = _method(calls.generate)
     score = _method_on_thread(calls.score)
+    abort_request = _method(calls.abort_request)
     health = _method(calls.health)
     server_info = _method(calls.server_info)
     models = _method(calls.models)

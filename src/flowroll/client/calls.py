@@ -21,6 +21,8 @@ from flowroll.client.exchange import (
     encoded,
     excerpt,
     not_ready,
+    post,
+    read_by,
     read_object,
 )
 from flowroll.errors import ServerConnectionError, ShuttingDownError
@@ -39,8 +41,9 @@ from flowroll.types import (
 from flowroll.types.arguments import Integers, given_fields
 from flowroll.types.images import checked_images
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts, encode
+from flowroll.wire.control import AbortedObject, AbortRequest
 from flowroll.wire.fields import Request
-from flowroll.wire.names import EXTRA, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
+from flowroll.wire.names import ABORT_ROUTE, EXTRA, GENERATE_ROUTE, ROLLOUT_ROUTE, SCORE_ROUTE
 from flowroll.wire.schema import GenerateRequest, RolloutRequest
 from flowroll.wire.scoring import decode_score_answer, encode_score_request
 from flowroll.wire.validation import nested_request
@@ -48,6 +51,7 @@ from flowroll.wire.validation import nested_request
 UpdateMode: TypeAlias = Literal["drain", "abort"]
 _PROBE_TIMEOUT_S = 5.0
 _ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
+_ABORTED = msgspec.json.Decoder(AbortedObject)
 UPDATE = msgspec.json.Decoder(WeightUpdate)
 CHANGE = msgspec.json.Decoder(AdapterChange)
 
@@ -169,6 +173,11 @@ def score(
         content_type=content_type,
         max_bytes=None,
     )
+
+
+def abort_request(_: WireFormat, request_id: str, /) -> Call[int]:
+    """Ends the requests with this id, whether they wait or run; they end in a `CancelledRequestError`. Returns their number."""
+    return post(ABORT_ROUTE, AbortRequest(request_id=request_id), lambda body, _: read_by(_ABORTED, body).num_aborted)
 
 
 def health(_: WireFormat, /) -> Call[dict[str, Any]]:

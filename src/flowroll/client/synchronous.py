@@ -89,6 +89,7 @@ class Client:
     rollout = _method(calls.rollout)
     generate = _method(calls.generate)
     score = _method(calls.score)
+    abort_request = _method(calls.abort_request)
     health = _method(calls.health)
     server_info = _method(calls.server_info)
     models = _method(calls.models)

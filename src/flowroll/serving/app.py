@@ -32,6 +32,7 @@ from flowroll.serving.routers import (
     server_info,
     shared_tensors,
     tensors,
+    vllm,
     weight_group,
     weights,
 )
@@ -84,6 +85,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         tensors,
         shared_tensors,
         weight_group,
+        vllm,
         adapters,
         policies,
         memory,

@@ -59,6 +59,7 @@ TAGS: list[dict[str, str]] = [
         "name": "health",
         "description": "Whether the process lives, takes requests and generates. All answer during a generation.",
     },
+    {"name": "vllm", "description": "vLLM's routes for reinforcement learning: other names of what the routes above do."},
     {"name": "status", "description": "What is served, and Prometheus metrics."},
 ]
 # An answer that only the routes have whose requests the engine works on.
@@ -107,12 +108,15 @@ _HEADERS: dict[str, dict[str, Any]] = {
 def safetensors_body(query: type[Request] | None = None) -> dict[str, Any]:
     """Returns what a route that reads tensors, and fields of `query` beside them, adds to its entry in the document."""
     body = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _SAFETENSORS}}}}
-    if query is None:
-        return body
+    return body if query is None else body | query_parameters(query)
+
+
+def query_parameters(query: type[Request]) -> dict[str, Any]:
+    """Returns what a route that reads the fields of `query` from its URL adds to its entry in the document."""
     described = components([query])[query.__name__]
     required = described.get("required", ())
     fields = described["properties"].items()
-    return body | {
+    return {
         "parameters": [{"name": name, "in": "query", "required": name in required, "schema": field} for name, field in fields]
     }
 

@@ -60,7 +60,7 @@ class PauseRequest(Request, kw_only=True, frozen=True):
 
 
 class ContinueRequest(Request, kw_only=True, frozen=True):
-    """Body of POST /continue_generation: an empty object; it may be left out."""
+    """Body of POST /continue_generation and /resume: an empty object; it may be left out."""
 
     EXAMPLES = ({},)
 

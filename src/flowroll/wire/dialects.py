@@ -270,17 +270,17 @@ def _with_ids(branch: dict[str, EnvValue], conditioning: Conditioning, record: S
 
 
 def _trajectory_to_wire(trajectory: Trajectory, dialect: Dialect) -> WireTrajectory[Tensor]:
-    timesteps = trajectory.timesteps
+    timesteps, indices = trajectory.timesteps, trajectory.latent_step_indices
     return WireTrajectory(
         latents=trajectory.latents,
         timesteps=timesteps if dialect == "native" else torch.cat([timesteps, timesteps.new_zeros(1)]),
         sigmas=trajectory.sigmas,
-        latent_step_indices=trajectory.latent_step_indices,
+        latent_step_indices=indices if dialect == "native" else torch.tensor(indices, dtype=torch.int64),
     )
 
 
 def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> Trajectory:
-    latents, indices = load(trajectory.latents), trajectory.latent_step_indices
+    latents, indices = load(trajectory.latents), _indices(trajectory.latent_step_indices, load, num_steps)
     sigmas = _of_rank(1, load(trajectory.sigmas), "sigmas")
     timesteps = _of_rank(1, load(trajectory.timesteps), "timesteps")
     if len(timesteps) == num_steps + 1:
@@ -289,6 +289,16 @@ def _trajectory_from_wire(trajectory: WireTrajectory[Leaf], load: Callable[[Leaf
         raise LayoutError(f"dit_trajectory whose latents, timesteps or sigmas do not fit {num_steps} steps")
     _check_indices(indices, num_steps + 1, "latent_step_indices")
     return Trajectory(latents=latents, latent_step_indices=indices, timesteps=timesteps, sigmas=sigmas)
+
+
+def _indices(sent: tuple[int, ...] | Leaf, load: Callable[[Leaf], Tensor], num_steps: int) -> tuple[int, ...]:
+    """Returns the indices of the kept latents, which are a list in one dialect and a tensor in the other."""
+    if isinstance(sent, tuple):
+        return sent
+    tensor = load(sent)
+    if tensor.dtype != torch.int64 or tensor.ndim != 1 or len(tensor) > num_steps + 1:
+        raise LayoutError(f"latent_step_indices of shape {list(tensor.shape)[:8]} and {tensor.dtype}, not a list of int64")
+    return tuple(tensor.tolist())
 
 
 def _fields_from_wire(sent: WireStepTensors[Leaf], load: Callable[[Leaf], Tensor], num_steps: int) -> StepTensors:

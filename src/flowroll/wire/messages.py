@@ -89,13 +89,13 @@ class WireTrajectory(msgspec.Struct, Generic[Leaf], frozen=True):
             float32 where steps differ.
         timesteps: [T] float32, the timesteps of the model's schedule; [T+1] with a final 0 in the sglang dialect.
         sigmas: [T+1] float32, the noise levels; 1 is noise.
-        latent_step_indices: The state (0..T) of each returned latent.
+        latent_step_indices: The state (0..T) of each returned latent; in the sglang dialect as an int64 tensor.
     """
 
     latents: Leaf
     timesteps: Leaf
     sigmas: Leaf
-    latent_step_indices: tuple[int, ...]
+    latent_step_indices: tuple[int, ...] | Leaf
 
 
 class WireStepTensors(msgspec.Struct, Generic[Leaf], frozen=True):

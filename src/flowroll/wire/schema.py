@@ -322,6 +322,8 @@ class RolloutRequest(_RolloutFields, kw_only=True, frozen=True):
     Attributes:
         extra_sampling_params: Further fields, each with the rules of its namesake; each must be given once, here or there.
         image_path: Accepted for compatibility; must be null.
+        rollout_video_dtype: Accepted for compatibility with SGLang's newest clients; it is about videos, and an image comes as
+            `image_format` says.
     """
 
     EXAMPLES = (
@@ -338,6 +340,9 @@ class RolloutRequest(_RolloutFields, kw_only=True, frozen=True):
 
     extra_sampling_params: Annotated[ExtraSamplingParams | None, _FURTHER] = None
     image_path: Annotated[None, about(None, "leave it out, and send the files themselves as images")] = None
+    rollout_video_dtype: Annotated[
+        Literal["uint8"] | None, about("uint8", "leave it out, flowroll makes images", 'be null or "uint8"')
+    ] = None
 
 
 class GenerateRequest(_GenerateFields, kw_only=True, frozen=True):

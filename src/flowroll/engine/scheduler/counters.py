@@ -87,7 +87,7 @@ class LoadStats:
         batches: The number of forwards so far, by the number of samples in them.
         failures: The number of requests that ended in an error, by the error's code.
         stage_s: The seconds that ended requests have spent, by stage.
-        is_paused: Whether new requests are refused.
+        is_paused: Whether no request is admitted until generation is resumed.
         is_holding: Whether no request is admitted until a push of weights is complete.
     """
 

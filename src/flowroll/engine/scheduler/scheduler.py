@@ -77,6 +77,7 @@ class Scheduler:
         self._stopped: FlowrollError | None = None
         self._pause: PauseMode | None = None
         self._is_holding = False
+        self._is_refusing = True
         self._num_submitted = 0
         self._submitting = threading.Lock()
         self._retries = RetrySchedule()
@@ -98,7 +99,7 @@ class Scheduler:
             A future that ends in one answer per sample, or in a `FlowrollError`.
 
         Raises:
-            PausedError: Generation is paused: `pause` was called, and `resume` was not.
+            PausedError: Generation is paused and refuses requests: `pause` was called, and `resume` was not.
             QueueFullError: Too many requests wait.
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
@@ -107,7 +108,7 @@ class Scheduler:
         deadline_s = None if timeout_s is None else now_s + timeout_s
         with self._submitting:
             self._check_open()
-            if self._pause is not None:
+            if self._pause is not None and self._is_refusing:
                 raise PausedError("generation must not be paused to take a request, got a pause; continue it first.")
             self._check_queue(plan.work, max_waiting, now_s)
             request = Request(
@@ -127,11 +128,12 @@ class Scheduler:
         self._put(messages.Abort(request_id, answer), answer)
         return answer
 
-    def pause(self, mode: PauseMode) -> Future[None]:
-        """Refuses new requests immediately, and admits none of those that wait, until `resume`.
+    def pause(self, mode: PauseMode, *, refuses: bool = True) -> Future[None]:
+        """Admits none of the requests that wait until `resume`, and refuses new ones immediately.
 
         Args:
             mode: What happens to running requests: they "finish", or they "freeze" before their next step.
+            refuses: Whether new requests are refused; otherwise they are accepted and wait.
 
         Returns:
             A future that ends when the current step has ended.
@@ -140,6 +142,7 @@ class Scheduler:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
         self._check_open()
+        self._is_refusing = refuses
         return self._set_pause(mode)
 
     def resume(self) -> Future[None]:

@@ -207,9 +207,9 @@ class EngineService:
         """Cancels the requests with this id, or all if it is None, also those to recompute log-probs; gives their number."""
         return self.engine.scheduler.abort(request_id)
 
-    def pause(self, mode: PauseMode) -> Future[None]:
-        """Refuses new requests, and admits none of those that wait, until `resume` is called; see `Scheduler.pause`."""
-        return self.engine.scheduler.pause(mode)
+    def pause(self, mode: PauseMode, *, refuses: bool = True) -> Future[None]:
+        """Admits no request until `resume` is called, and may refuse new ones; see `Scheduler.pause`."""
+        return self.engine.scheduler.pause(mode, refuses=refuses)
 
     def resume(self) -> Future[None]:
         """Ends a `pause`."""

@@ -77,24 +77,7 @@ def build_router(state: AppState) -> APIRouter:
         body = await read_body(request, state)
         # On threads: a large model has thousands of tensors.
         sent = await run_in_threadpool(parse_json_body, body)
-        name = sent.get("group_name", DEFAULT_GROUP)
-        name = name if isinstance(name, str) else shown(name)
-        group_id = await asyncio.wrap_future(engine.call(EngineService.find_group, name))
-        try:
-            accepted, heads = await run_in_threadpool(_described, sent)
-            flattened, sha256 = accepted.load_format is not None, accepted.sha256
-            taken = await state.take_bucket(
-                accepted,
-                accepted.names,
-                lambda update_id: engine.call(
-                    EngineService.fill_from_group, update_id, name, group_id, heads, flattened=flattened, sha256=sha256
-                ),
-            )
-            return dataclasses.replace(taken, verified=sha256 is not None)
-        except BaseException:
-            # The trainer sends them all the same, and nobody receives them.
-            await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name, group_id)))
-            raise
+        return await take_from_group(state, sent)
 
     @router.post(
         DESTROY_GROUP_ROUTE,
@@ -109,6 +92,35 @@ def build_router(state: AppState) -> APIRouter:
         return DoneObject(message=f"{accepted.group_name} is destroyed")
 
     return router
+
+
+async def take_from_group(state: AppState, sent: dict[str, Any]) -> SharedUpdateObject:
+    """Receives the bucket that a body of POST /update_weights_from_distributed announces.
+
+    Raises:
+        NotFoundError: There is no such group, or no such update.
+        InvalidRequestError: The body breaks a rule; the group is then closed.
+        WeightsRejectedError: The tensors are not the module's, or did not come.
+    """
+    engine = state.engine
+    name = sent.get("group_name", DEFAULT_GROUP)
+    name = name if isinstance(name, str) else shown(name)
+    group_id = await asyncio.wrap_future(engine.call(EngineService.find_group, name))
+    try:
+        accepted, heads = await run_in_threadpool(_described, sent)
+        flattened, sha256 = accepted.load_format is not None, accepted.sha256
+        taken = await state.take_bucket(
+            accepted,
+            accepted.names,
+            lambda update_id: engine.call(
+                EngineService.fill_from_group, update_id, name, group_id, heads, flattened=flattened, sha256=sha256
+            ),
+        )
+        return dataclasses.replace(taken, verified=sha256 is not None)
+    except BaseException:
+        # The trainer sends them all the same, and nobody receives them.
+        await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name, group_id)))
+        raise
 
 
 def _described(sent: dict[str, Any]) -> tuple[UpdateFromGroupRequest, list[TensorHead]]:
