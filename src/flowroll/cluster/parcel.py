@@ -11,7 +11,7 @@ import ctypes
 import io
 import pickle
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -35,7 +35,7 @@ class Parcel:
         pickler = _Pickler()
         pickler.dump(self.value)
         body = pickler.buffer.getvalue()
-        buffers = [pickle.PickleBuffer(memoryview(_bytes(tensor).numpy())) for tensor in pickler.tensors]
+        buffers = [pickle.PickleBuffer(cast(Any, _bytes(tensor).numpy())) for tensor in pickler.tensors]
         return _open, (body, buffers, self.is_shared)
 
 
