@@ -326,6 +326,12 @@ class EngineActor:
         """Returns the process id of the actor."""
         return os.getpid()
 
+    async def node(self) -> str:
+        """Returns the id of the actor's node in Ray."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     def _use_threads(self) -> None:
         # A thread of OpenMP's has a number of its own, and the engine takes that of the thread that calls it.
         if self._num_threads is not None and torch.get_num_threads() != self._num_threads:

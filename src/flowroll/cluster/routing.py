@@ -48,6 +48,10 @@ class VersionSequence:
         self.current = name
         return self.number
 
+    def number_of(self, name: str) -> int:
+        """Returns the number of a version by its name; -1 if it is not remembered."""
+        return self._number_of.get(name, -1)
+
     @property
     def names(self) -> frozenset[str]:
         """The names of all versions that are remembered."""
@@ -128,6 +132,7 @@ class Router:
         self.versions = versions
         self._max_batch_samples, self._max_staleness = max_batch_samples, max_staleness
         self._replicas: dict[str, ReplicaLoad] = {}
+        self._leaving: dict[str, ReplicaLoad] = {}
         self._turn = 0
 
     def join(self, replica: str, *, version: str, number: int) -> None:
@@ -138,6 +143,13 @@ class Router:
     def leave(self, replica: str) -> None:
         """Gives a replica no more requests. What it still runs is released as ever. It may be called twice."""
         self._replicas.pop(replica, None)
+        self._leaving.pop(replica, None)
+
+    def drain(self, replica: str) -> ReplicaLoad | None:
+        """Gives a replica no more requests, and returns its load, which goes on to be counted; None: it takes none already."""
+        if (found := self._replicas.pop(replica, None)) is not None:
+            self._leaving[replica] = found
+        return found
 
     def set_version(self, replica: str, version: str, number: int) -> None:
         """Notes that a replica has other weights."""
@@ -177,13 +189,22 @@ class Router:
             )
         return sorted((one for one in enough if one.id not in but), key=lambda one: (one.image_steps, one.last_turn))
 
-    def place(self, num_samples: int, image_steps: int, *, minimum: str | None = None, but: Collection[str] = ()) -> list[Part]:
+    def place(
+        self,
+        num_samples: int,
+        image_steps: int,
+        *,
+        minimum: str | None = None,
+        max_parts: int | None = None,
+        but: Collection[str] = (),
+    ) -> list[Part]:
         """Gives the samples of a request to replicas. Each part has to be given back to `release`.
 
         Args:
             num_samples: The number of samples that are started.
             image_steps: The number of denoising steps of all of them together.
             minimum: The version that the weights must have at least.
+            max_parts: The most parts; None: as many as there are batches.
             but: The replicas that have been asked in vain.
 
         Returns:
@@ -194,7 +215,7 @@ class Router:
             OutdatedWeightsError: The weights of all replicas are older.
         """
         places = self.eligible(minimum, but=but)
-        num_parts = min(-(-num_samples // self._max_batch_samples), len(places))
+        num_parts = min(-(-num_samples // self._max_batch_samples), len(places), max_parts or len(places))
         parts = []
         for index in range(num_parts):
             samples = range(num_samples * index // num_parts, num_samples * (index + 1) // num_parts)
@@ -205,7 +226,7 @@ class Router:
 
     def release(self, part: Part) -> None:
         """Notes that a part has ended, in whatever way."""
-        if (found := self._replicas.get(part.replica)) is not None:
+        if (found := self._replicas.get(part.replica) or self._leaving.get(part.replica)) is not None:
             found.image_steps = max(found.image_steps - part.image_steps, 0)
             found.num_requests = max(found.num_requests - 1, 0)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from flowroll.errors import FlowrollError, RankLostError
 
-T = TypeVar("T")
 ChangeKind = Literal["weights", "adapter", "unload", "policy", "drop_policy"]
 # Beyond these bounds the record is given up: what it holds is memory of the cluster.
 MAX_CHANGES = 256
@@ -30,21 +29,21 @@ class Member(Protocol):
     id: str
 
 
-class Steps(Protocol, Generic[T]):
+class Steps(Protocol):
     """What a change does on each replica."""
 
-    async def stage(self, member: Member) -> None:
+    async def stage(self, member: Any) -> None:
         """Gets the change ready on a replica, where nothing changes yet. A `FlowrollError` refuses the change."""
 
-    async def exchange(self, member: Member) -> T:
+    async def exchange(self, member: Any) -> Any:
         """Puts the change in place; a replica that raises a `FlowrollError` has not changed."""
 
-    async def drop(self, member: Member) -> None:
+    async def drop(self, member: Any) -> None:
         """Forgets what was staged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Applied(Generic[T]):
+class Applied:
     """A change that is in place.
 
     Attributes:
@@ -52,11 +51,11 @@ class Applied(Generic[T]):
         unfit: The replicas that have not changed, and must not run a request any more: they are to be replaced.
     """
 
-    results: Mapping[str, T]
+    results: Mapping[str, Any]
     unfit: tuple[str, ...]
 
 
-async def change_all(steps: Steps[T], members: Sequence[Member]) -> Applied[T]:
+async def change_all(steps: Steps, members: Sequence[Member]) -> Applied:
     """Makes a change on all replicas, or on none.
 
     It is decided once all replicas that are left have staged it. From then on a replica that does not exchange is unfit.

@@ -60,7 +60,7 @@ class Update:
         await member.do("drop", self.version)
 
 
-def change(members: list[Fake]) -> Applied[str]:
+def change(members: list[Fake]) -> Applied:
     return asyncio.run(change_all(Update(1), members))
 
 
