@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flowroll.cluster.actor import EngineActor as EngineActor
     from flowroll.cluster.parcel import pack as pack
+    from flowroll.cluster.server import ClusterConfig as ClusterConfig
+    from flowroll.cluster.server import Served as Served
+    from flowroll.cluster.server import serve as serve
 
-__all__ = ["EngineActor", "pack"]
-_HOMES = {"EngineActor": "actor", "pack": "parcel"}
+__all__ = ["ClusterConfig", "EngineActor", "Served", "pack", "serve"]
+_HOMES = {"ClusterConfig": "server", "EngineActor": "actor", "Served": "server", "pack": "parcel", "serve": "server"}
 
 
 def __getattr__(name: str) -> object:
