@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -218,13 +219,27 @@ def _connected(cluster: ClusterConfig) -> Iterator[None]:
             _log.warning("Ray listens on all interfaces, and RAY_AUTH_MODE is disabled: anybody who reaches it runs code here")
         # CPUs are what Ray sets aside, not what there is: replicas on a CPU share what there is by their threads.
         num_cpus = max(os.cpu_count() or 1, int(cluster.replicas * cluster.cpus_per_replica) + 1)
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False)
+        with _kept_signals():
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False)
     else:
-        ray.init(address=cluster.address)
+        with _kept_signals():
+            ray.init(address=cluster.address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _kept_signals() -> Iterator[None]:
+    """Takes the signals back from Ray, which ends the process at once where the server drains."""
+    is_main = threading.current_thread() is threading.main_thread()
+    kept = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
+    try:
+        yield
+    finally:
+        for sig, handler in kept.items():
+            signal.signal(sig, handler)
 
 
 def _placement(config: ServerConfig, cluster: ClusterConfig) -> Placement:
