@@ -241,6 +241,7 @@ def test_what_is_one_machines_is_refused(served: Served, ray: Any):
         serve(MODEL, replicas=0)
 
 
+@pytest.mark.slow
 def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_changed(
     served: Served, client: Client, local: Engine
 ):
@@ -250,8 +251,8 @@ def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_chan
     client.copy_policy("old")
     trained = policy(ZImageTransformer2DModel.from_pretrained(MODEL / "transformer"))
     tensors, config = peft.get_peft_model_state_dict(trained), trained.peft_config["default"].to_dict()
-    client.load_lora_adapter_from_tensors(tensors, config, name="one")
-    local.load_lora_adapter_from_tensors(tensors, config, name="one")
+    for one in (client, local):
+        one.load_lora_adapter_from_tensors(tensors, config, name="one", weight_version="with")
     lost, asked = served.fleet.describe(), requests(10)
     victim = lost.replicas[0]
     with ThreadPoolExecutor(10) as pool:
@@ -277,6 +278,7 @@ def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_chan
     local.unload_lora_adapter("one")
 
 
+@pytest.mark.slow
 def test_replicas_come_and_go_under_traffic(served: Served, client: Client, local: Engine):
     expected, ended = local.rollout(**SPLIT), threading.Event()
 

@@ -20,8 +20,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from flowroll.checkpoints import find_checkpoint
-from flowroll.cluster.fleet import Fleet, FleetInfo, UpdateOrder
+from flowroll.cluster.fleet import Fleet
+from flowroll.cluster.info import FleetInfo
 from flowroll.cluster.replica import Placement
+from flowroll.cluster.weights import UpdateOrder
 from flowroll.engine.service import EngineClient
 from flowroll.errors import InvalidRequestError
 from flowroll.serving import ServerConfig, create_app
