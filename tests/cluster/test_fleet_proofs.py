@@ -1,12 +1,16 @@
 """Long proofs about a fleet: many mixed requests with kills, and many updates under traffic with kills."""
 
+import contextlib
+import csv
 import itertools
 import os
 import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,9 @@ from tests.weights import WEIGHTS
 from flowroll import Client, Engine, Rollout
 from flowroll.cluster import Served, serve
 from flowroll.engine import BatchLimits
+from flowroll.examples import flow_grpo
+from flowroll.examples.rl import loop
+from flowroll.examples.server import Server
 from flowroll.types import Layout
 
 WAIT_S = 300.0
@@ -125,3 +132,30 @@ def test_replicas_of_two_ranks_have_the_bits_of_one(ray: Any):
                 assert_same(one.result(WAIT_S), expected)
         assert time.monotonic() - before < WAIT_S
         until(lambda: all_ready(served))
+
+
+@pytest.mark.proof
+def test_a_run_of_grpo_against_a_fleet_is_that_against_a_server(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same rewards to the last digit, over rounds that each push new weights."""
+    flags = ["--rounds", "3", "--prompts", "2", "--group-size", "6", "--evaluate-every", "3", "--family", "z_image"]
+    flow_grpo.main([*flags, "--out", str(tmp_path / "server")])
+
+    @contextlib.contextmanager
+    def fleet(*_: Any) -> Iterator[Server]:
+        with _served() as served:
+            yield Server(url=served.url, pid=os.getpid(), startup_s=0.0)
+            assert served.fleet.describe().num_split > 0
+
+    monkeypatch.setattr(loop, "running_server", fleet)
+    flow_grpo.main([*flags, "--out", str(tmp_path / "fleet")])
+    rows = [_rewards(tmp_path / name / "rewards.csv") for name in ("server", "fleet")]
+    assert rows[0] == rows[1] and len(rows[0]) > 1
+
+
+def _rewards(file: Path) -> list[tuple[str, ...]]:
+    """The rows of a run without its times."""
+    with file.open() as lines:
+        return [
+            tuple(value for name, value in row.items() if "second" not in name and "_s" not in name)
+            for row in csv.DictReader(lines)
+        ]
