@@ -239,6 +239,8 @@ def test_what_is_one_machines_is_refused(served: Served, ray: Any):
         serve(MODEL, port=0, allow_pickle_weights=True)
     with pytest.raises(InvalidRequestError, match="replicas"):
         serve(MODEL, replicas=0)
+    with pytest.raises(InvalidRequestError, match="gpus_per_replica"):
+        serve(MODEL, port=0, gpus_per_replica=100)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -84,7 +85,8 @@ class ReplicaSet:
         """Starts the replicas, and returns once all take requests."""
         first = [self._launch() for _ in range(self._wanted)]
         facts = await asyncio.gather(*(one.wait() for one in first))
-        self.facts = facts[0]
+        # No process of this machine is the engine.
+        self.facts = dataclasses.replace(facts[0], pid=0, gpu_uuid=None)
         self.router = Router(
             self.versions, max_batch_samples=self.facts.batching.max_batch_samples, max_staleness=self._max_staleness
         )

@@ -19,7 +19,6 @@ from flowroll.engine.scheduler.request import cancelled, too_late
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service import RequestKind
 from flowroll.errors import (
-    EngineError,
     FlowrollError,
     OutdatedWeightsError,
     QueueFullError,
@@ -109,20 +108,21 @@ class FleetRequests:
     async def _of_one_version(
         self, run: _Run, parts: Sequence[Part], answers: list[list[Any]], spans: list[StageSpan]
     ) -> list[list[Any]]:
-        """Runs parts again that older weights made than others of the same request: a group is of one version."""
-        for _ in range(_MAX_LOSSES):
-            versions = [answer[0].weight_version for answer in answers]
-            if len(set(versions)) == 1 or run.plan.params.policy is not None:
-                return answers
-            newest = max(versions, key=self._replicas.versions.number_of)
-            again = [index for index, version in enumerate(versions) if version != newest]
-            found = await _all_of([self._again(run, parts[index].samples, newest, spans) for index in again])
-            for index, answer in zip(again, found, strict=True):
-                answers[index] = answer
-        raise EngineError(
-            "the samples of a request must be of one version of the weights, got changes faster than requests; send smaller "
-            "groups, or update less often."
-        )
+        """Runs parts again that older weights made than others of the same request: a group is of one version.
+
+        If the weights have changed once more meanwhile, one replica runs all of it, which no change can come between.
+        """
+        if run.plan.params.policy is not None or len(set(_versions_of(answers))) == 1:
+            return answers
+        versions = _versions_of(answers)
+        newest = max(versions, key=self._replicas.versions.number_of)
+        again = [index for index, version in enumerate(versions) if version != newest]
+        found = await _all_of([self._again(run, parts[index].samples, newest, spans) for index in again])
+        for index, answer in zip(again, found, strict=True):
+            answers[index] = answer
+        if len(set(_versions_of(answers))) == 1:
+            return answers
+        return [await self._again(run, range(len(run.plan.samples)), newest, spans)]
 
     async def _again(self, run: _Run, samples: range, minimum: str | None, spans: list[StageSpan]) -> list[Any]:
         steps = run.plan.num_steps_taken * len(samples) // len(run.plan.samples)
@@ -245,6 +245,11 @@ class FleetRequests:
             self.failures[getattr(error, "code", cancelled().code)] += 1
             raise
         tally.completed += 1
+
+
+def _versions_of(answers: Sequence[Sequence[Any]]) -> list[str]:
+    """Returns the version of each part's weights; a part is of one version, as any request of one engine is."""
+    return [answer[0].weight_version for answer in answers]
 
 
 async def _all_of(work: Sequence[Any]) -> list[Any]:

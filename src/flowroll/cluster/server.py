@@ -180,6 +180,7 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
         )
     with _connected(cluster):
         placement = _placement(config, cluster)
+        _check_room(placement, cluster)
         threads = cluster.threads
         if threads is None and not placement.num_gpus:
             threads = max(1, (os.cpu_count() or 1) // cluster.replicas)
@@ -252,6 +253,28 @@ def _placement(config: ServerConfig, cluster: ClusterConfig) -> Placement:
         has_gpus = config.device.startswith("cuda") or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
         gpus = float(num_ranks if has_gpus else 0)
     return Placement(num_cpus=cluster.cpus_per_replica, num_gpus=gpus)
+
+
+def _check_room(placement: Placement, cluster: ClusterConfig) -> None:
+    """Refuses to wait for what a Ray cluster of this machine cannot have; others may grow, so they are waited for.
+
+    Raises:
+        InvalidRequestError: There are too few CPUs or GPUs.
+    """
+    there = ray.cluster_resources()
+    for name, field, each in (
+        ("CPU", "cpus_per_replica", placement.num_cpus),
+        ("GPU", "gpus_per_replica", placement.num_gpus),
+    ):
+        needed, found = each * cluster.replicas, there.get(name, 0)
+        if needed <= found:
+            continue
+        message = (
+            f"{field} must leave enough for {cluster.replicas} replicas, got {each:g} each where Ray has {found:g} {name}s"
+        )
+        if cluster.address is None:
+            raise InvalidRequestError(f"{message}; start fewer replicas, or give them less.", field=field)
+        _log.warning("%s; the replicas wait until nodes join", message)
 
 
 def add_routes(app: FastAPI, engine: EngineClient) -> None:
