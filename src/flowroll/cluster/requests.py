@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +93,7 @@ class FleetRequests:
         """
         with self._counted(self.samples):
             minimum = plan.params.min_weight_version
-            parts = await self._placed(len(plan.samples), plan.num_steps_taken, minimum)
+            parts = await self._placed(len(plan.samples), plan.num_steps_taken, minimum, waits=False)
             self.num_split += len(parts) > 1
             deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
             run = _Run(plan=plan, kind=kind, deadline_s=deadline_s)
@@ -167,22 +167,39 @@ class FleetRequests:
             part = replace(found[0], samples=part.samples)
 
     async def _placed(
-        self, num_samples: int, image_steps: int, minimum: str | None, *, max_parts: int | None = None, but: Any = ()
+        self,
+        num_samples: int,
+        image_steps: int,
+        minimum: str | None,
+        *,
+        max_parts: int | None = None,
+        but: Collection[str] = (),
+        waits: bool = True,
     ) -> list[Part]:
-        """Finds replicas for samples. A request that was taken before waits for a replica, if none is there."""
+        """Finds replicas for samples.
+
+        Args:
+            num_samples: The number of samples.
+            image_steps: Their denoising steps together.
+            minimum: The version that the weights must have at least.
+            max_parts: The most parts; None: as many as there are batches.
+            but: The replicas that have been asked in vain.
+            waits: Whether to wait for a replica if none is there, as a request does that was taken before.
+        """
         give_up_s = asyncio.get_running_loop().time() + _NO_REPLICA_S
+        has_waited = False
         while True:
             try:
                 return self._replicas.router.place(num_samples, image_steps, minimum=minimum, max_parts=max_parts, but=but)
             except OutdatedWeightsError:
-                if not self._replicas.changing.locked():
+                if has_waited or not self._replicas.changing.locked():
                     raise
+                has_waited = True
                 # The version may be that of the change that is being made.
                 async with self._replicas.changing:
                     pass
-                return self._replicas.router.place(num_samples, image_steps, minimum=minimum, max_parts=max_parts, but=but)
             except QueueFullError:
-                if max_parts is None or asyncio.get_running_loop().time() > give_up_s:
+                if not waits or asyncio.get_running_loop().time() > give_up_s:
                     raise
                 await asyncio.sleep(0.05)
 
@@ -217,8 +234,8 @@ class FleetRequests:
         """
         asked: list[FlowrollError] = []
         tried: set[str] = set()
-        for _ in range(_MAX_LOSSES + len(self._replicas.there)):
-            found = await self._placed(1, steps, minimum, max_parts=1, but=tried)
+        for turn in range(_MAX_LOSSES + len(self._replicas.there)):
+            found = await self._placed(1, steps, minimum, max_parts=1, but=tried, waits=turn > 0)
             if not found:
                 raise soonest(asked)
             replica = self._replicas.there.get(found[0].replica)
