@@ -75,9 +75,25 @@ class FleetWeights:
         return await self._change_policy("drop_policy", PolicyOperation("drop_policy", name, options), name)
 
     async def _change(
-        self, change: Change, kind: ChangeKind, name: str, weight_version: str | None, *, is_whole: bool = True
+        self,
+        change: Change,
+        kind: ChangeKind,
+        name: str,
+        weight_version: str | None,
+        *,
+        is_whole: bool = True,
+        update_id: str | None = None,
     ) -> Any:
-        """Makes a change on all replicas or on none, and gives all of them the same next version."""
+        """Makes a change on all replicas or on none, and gives all of them the same next version.
+
+        Args:
+            change: What is staged and exchanged.
+            kind: What is changed.
+            name: The module or the adapter.
+            weight_version: The name of the next version; None: it is counted.
+            is_whole: Of weights, whether they are all of the module's.
+            update_id: The update that ends with the change; None: it is none.
+        """
         async with self._replicas.changing:
             change.version, number = self._replicas.versions.following(weight_version), self._replicas.versions.number + 1
             steps = _Versioned(change, lambda replica: self._replicas.router.set_version(replica, change.version, number))
@@ -85,6 +101,9 @@ class FleetWeights:
                 applied = await change_all(steps, self._replicas.ready())
             self._replicas.versions.advance(change.version)
             self._replicas.log.add(Changed(kind=kind, name=name, is_whole=is_whole, steps=change))
+            # Before a replica joins, which would open it again.
+            if update_id is not None:
+                self._replicas.uploads.pop(update_id, None)
             self._replicas.replace(applied.unfit)
         return next(iter(applied.results.values()))
 
@@ -200,14 +219,14 @@ class FleetWeights:
         upload = self._upload(update_id)
         upload.mode = mode
         try:
-            changed = await self._change(upload, "weights", upload.module, weight_version, is_whole=not upload.partial)
+            return await self._change(
+                upload, "weights", upload.module, weight_version, is_whole=not upload.partial, update_id=update_id
+            )
         except FlowrollError:
             async with self._replicas.changing:
                 if not all(upload.is_open_on(one.id) for one in self._replicas.ready()):
                     await self._end_upload(update_id)
             raise
-        self._replicas.uploads.pop(update_id, None)
-        return changed
 
     async def is_open(self, update_id: str) -> bool:
         """Tells whether tensors of the update may still come."""
