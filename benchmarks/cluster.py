@@ -26,7 +26,6 @@ import torch
 from benchmarks.measure import hardware
 from flowroll import Client
 from flowroll.checkpoints import shapes_checkpoint
-from flowroll.cluster import serve
 from flowroll.examples.server import exit_on_sigterm, running_server
 from flowroll.wire.codec import MSGPACK
 from flowroll.wire.names import ROLLOUT_ROUTE
@@ -40,21 +39,19 @@ GROUP: dict[str, Any] = {"prompt": "a red circle", "num_outputs_per_prompt": 8, 
 
 
 @contextlib.contextmanager
-def single() -> Iterator[Client]:
-    """A client of one server."""
+def serving(*options: str, command: str = "serve") -> Iterator[Client]:
+    """A client of a server, or of a fleet, in a process of its own."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(MODEL, Path(folder) / "log", "--device", "cpu") as server,
+        running_server(MODEL, Path(folder) / "log", "--device", "cpu", *options, command=command) as server,
         Client(server.url) as client,
     ):
         yield client
 
 
-@contextlib.contextmanager
-def fleet(replicas: int) -> Iterator[Client]:
+def fleet(replicas: int) -> contextlib.AbstractContextManager[Client]:
     """A client of a fleet."""
-    with serve(MODEL, replicas=replicas, threads=1, device="cpu", port=0) as served, Client(served.url) as client:
-        yield client
+    return serving("--replicas", str(replicas), "--threads", "1", command="cluster")
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -121,7 +118,7 @@ def throughput(client: Client, seconds_: float, callers: int) -> float:
 
 def report(options: argparse.Namespace) -> str:
     """Measures everything, and returns the report."""
-    with single() as one, fleet(1) as other:
+    with serving() as one, fleet(1) as other:
         direct, routed = latencies(one, other, options.requests)
         megabytes, sent, routed_sent = large_answers(one, other, options.rounds)
     rates: dict[int, list[float]] = {1: [], 2: []}
