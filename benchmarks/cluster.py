@@ -33,8 +33,8 @@ from flowroll.wire.names import ROLLOUT_ROUTE
 RESULTS = Path(__file__).parent / "results"
 MODEL = shapes_checkpoint("z_image")
 SMALL: dict[str, Any] = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 1, "guidance_scale": 0}
-# 16 pictures of 1024 x 1024 in float32: 192 MiB.
-LARGE: dict[str, Any] = {**SMALL, "num_outputs_per_prompt": 16, "width": 1024, "height": 1024, "rollout_debug_mode": False}
+# 64 pictures of 512 x 512 in float32: 192 MiB.
+LARGE: dict[str, Any] = {**SMALL, "num_outputs_per_prompt": 64, "width": 512, "height": 512, "rollout_debug_mode": False}
 GROUP: dict[str, Any] = {"prompt": "a red circle", "num_outputs_per_prompt": 8, "num_inference_steps": 10, "guidance_scale": 0}
 
 
@@ -120,12 +120,15 @@ def report(options: argparse.Namespace) -> str:
     """Measures everything, and returns the report."""
     with serving() as one, fleet(1) as other:
         direct, routed = latencies(one, other, options.requests)
+        print(f"small requests: {median(direct):.1f} and {median(routed):.1f} ms", flush=True)
         megabytes, sent, routed_sent = large_answers(one, other, options.rounds)
+    print(f"large answers: {sent} and {routed_sent} s", flush=True)
     rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(2):
+    for _ in range(options.repeats):
         for replicas in rates:
             with fleet(replicas) as client:
                 rates[replicas].append(throughput(client, options.seconds, 6))
+            print(f"{replicas} replicas: {rates[replicas][-1]:.0f} image-steps/s", flush=True)
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     command = f"python -m benchmarks.cluster {' '.join(sys.argv[1:])}".strip()
     date = datetime.datetime.now(datetime.UTC).date()
@@ -151,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2, help="how often one replica and two are compared")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--out", type=Path, default=None, help="the report's file")
     options = parser.parse_args()
