@@ -19,9 +19,8 @@ from tests.adapters import policy
 from tests.rollouts import assert_same_bits
 from tests.weights import WEIGHTS, with_other
 
-from flowroll import Client, Engine, Rollout
+from flowroll import Client, Engine, Rollout, cluster
 from flowroll.checkpoints import shapes_checkpoint
-from flowroll.cluster import Served, serve
 from flowroll.engine import BatchLimits
 from flowroll.errors import (
     AsleepError,
@@ -53,9 +52,9 @@ def local() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def served(ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     root = tmp_path_factory.mktemp("weights")
-    with serve(
+    with cluster.serve(
         MODEL,
         replicas=2,
         threads=1,
@@ -64,12 +63,12 @@ def served(ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
         weights_roots=(str(root), str(MODEL)),
         batching=BatchLimits(max_batch_samples=4),
     ) as served:
-        served.root = root  # type: ignore[attr-defined]
+        served.root = root
         yield served
 
 
 @pytest.fixture
-def client(served: Served) -> Iterator[Client]:
+def client(served: Any) -> Iterator[Client]:
     with Client(served.url, timeout_s=WAIT_S) as client:
         yield client
 
@@ -81,7 +80,7 @@ def until(is_so: Any) -> None:
         time.sleep(0.05)
 
 
-def all_ready(served: Served, count: int = 2) -> bool:
+def all_ready(served: Any, count: int = 2) -> bool:
     return [one.state for one in served.fleet.describe().replicas] == ["ready"] * count
 
 
@@ -110,7 +109,7 @@ def requests(count: int) -> list[dict[str, Any]]:
     return found
 
 
-def check_mixed(served: Served, local: Engine, count: int) -> None:
+def check_mixed(served: Any, local: Engine, count: int) -> None:
     asked = requests(count)
     with Client(served.url, timeout_s=WAIT_S) as client, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda one: client.rollout(**one), asked))
@@ -118,12 +117,12 @@ def check_mixed(served: Served, local: Engine, count: int) -> None:
         assert_same(found, local.rollout(**one))
 
 
-def test_mixed_requests_have_the_bits_of_a_single_engine(served: Served, local: Engine):
+def test_mixed_requests_have_the_bits_of_a_single_engine(served: Any, local: Engine):
     check_mixed(served, local, 12)
     assert served.fleet.describe().num_split > 0
 
 
-def test_a_large_group_is_split_and_its_answer_is_that_of_one_engine(served: Served, client: Client, local: Engine):
+def test_a_large_group_is_split_and_its_answer_is_that_of_one_engine(served: Any, client: Client, local: Engine):
     before = served.fleet.describe().num_split
     found, expected = client.rollout(**SPLIT, request_id="one"), local.rollout(**SPLIT)
     assert_same(found, expected)
@@ -144,7 +143,7 @@ def test_scores_and_images_come_from_any_replica(client: Client, local: Engine):
     assert torch.equal(image, local.generate("a blue square", seed=1, num_inference_steps=2)[0].image)
 
 
-def test_answers_about_the_server_are_those_of_one(served: Served, client: Client):
+def test_answers_about_the_server_are_those_of_one(served: Any, client: Client):
     assert client.health()["status"] == "ok"
     info = client.server_info()
     assert info["family"] == "z_image" and info["is_ready"]
@@ -158,7 +157,7 @@ def test_answers_about_the_server_are_those_of_one(served: Served, client: Clien
     )
 
 
-def test_replicas_and_metrics_show_each_of_them(served: Served, client: Client):
+def test_replicas_and_metrics_show_each_of_them(served: Any, client: Client):
     info = httpx.get(f"{served.url}/replicas").json()
     assert [one["state"] for one in info["replicas"]] == ["ready", "ready"]
     text = client.metrics()
@@ -167,7 +166,7 @@ def test_replicas_and_metrics_show_each_of_them(served: Served, client: Client):
     assert "flowroll_split_requests_total" in text and "flowroll_accepted_requests_total" in text
 
 
-def test_one_push_changes_all_replicas_or_none(served: Served, client: Client, local: Engine):
+def test_one_push_changes_all_replicas_or_none(served: Any, client: Client, local: Engine):
     before = client.server_info()["weight_version"]
     weights = {name: tensor * 1.01 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
     updated = client.update_weights(weights, bucket_bytes=2**20)
@@ -190,8 +189,8 @@ def test_one_push_changes_all_replicas_or_none(served: Served, client: Client, l
     client.update_weights({name: tensor / 1.01 for name, tensor in weights.items()})
 
 
-def test_weights_on_disk_change_all_replicas_or_none(served: Served, client: Client, local: Engine):
-    folder = with_other(MODEL, served.root / "other", factor=0.99)  # type: ignore[attr-defined]
+def test_weights_on_disk_change_all_replicas_or_none(served: Any, client: Client, local: Engine):
+    folder = with_other(MODEL, served.root / "other", factor=0.99)
     version = client.update_weights_from_disk(folder, weight_version="named").weight_version
     local.update_weights_from_disk(folder)
     assert version == "named" and client.weights_checksum() == local.weights_checksum()
@@ -204,7 +203,7 @@ def test_weights_on_disk_change_all_replicas_or_none(served: Served, client: Cli
     assert client.weights_checksum() == local.weights_checksum()
 
 
-def test_sleep_pause_and_abort_are_of_the_whole_fleet(client: Client, served: Served):
+def test_sleep_pause_and_abort_are_of_the_whole_fleet(client: Client, served: Any):
     client.release_memory("disk")
     for _ in range(4):
         with pytest.raises(AsleepError):
@@ -224,29 +223,27 @@ def test_sleep_pause_and_abort_are_of_the_whole_fleet(client: Client, served: Se
                 one.result(WAIT_S)
 
 
-def test_a_client_that_leaves_takes_its_request_along(served: Served, client: Client):
+def test_a_client_that_leaves_takes_its_request_along(served: Any, client: Client):
     with httpx.Client(timeout=0.5) as other, pytest.raises(httpx.ReadTimeout):
         other.post(f"{served.url}/rollout/generate", json=LONG)
     until(lambda: client.server_info()["queue"]["running"] == 0)
     until(lambda: all(one.image_steps == 0 for one in served.fleet.describe().replicas))
 
 
-def test_what_is_one_machines_is_refused(served: Served, ray: Any):
+def test_what_is_one_machines_is_refused(served: Any, ray: Any):
     group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "group_name": "g"}
     answer = httpx.post(f"{served.url}/init_weights_update_group", json={**group, "backend": "gloo"}, timeout=WAIT_S)
     assert answer.status_code == ForbiddenError.status and "fleet" in answer.json()["error"]["message"], answer.json()
     with pytest.raises(InvalidRequestError, match="allow_pickle_weights"):
-        serve(MODEL, port=0, allow_pickle_weights=True)
+        cluster.serve(MODEL, port=0, allow_pickle_weights=True)
     with pytest.raises(InvalidRequestError, match="replicas"):
-        serve(MODEL, replicas=0)
+        cluster.serve(MODEL, replicas=0)
     with pytest.raises(InvalidRequestError, match="gpus_per_replica"):
-        serve(MODEL, port=0, gpus_per_replica=100)
+        cluster.serve(MODEL, port=0, gpus_per_replica=100)
 
 
 @pytest.mark.slow
-def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_changed(
-    served: Served, client: Client, local: Engine
-):
+def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_changed(served: Any, client: Client, local: Engine):
     weights = {name: tensor * 1.02 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
     client.update_weights(weights, weight_version="before")
     local.update_weights_from_tensors(weights)
@@ -281,7 +278,7 @@ def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_chan
 
 
 @pytest.mark.slow
-def test_replicas_come_and_go_under_traffic(served: Served, client: Client, local: Engine):
+def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: Engine):
     expected, ended = local.rollout(**SPLIT), threading.Event()
 
     def ask() -> int:
@@ -302,8 +299,8 @@ def test_replicas_come_and_go_under_traffic(served: Served, client: Client, loca
     assert client.weights_checksum() == local.weights_checksum()
 
 
-def test_the_command_line_refuses_what_is_no_path(tmp_path: Path):
+def test_a_folder_that_is_no_checkpoint_is_refused(ray: Any, tmp_path: Path):
     from flowroll.errors import CheckpointError
 
     with pytest.raises(CheckpointError):
-        serve(tmp_path / "nothing", port=0)
+        cluster.serve(tmp_path / "nothing", port=0)

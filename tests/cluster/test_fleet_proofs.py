@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from tests.cluster.test_fleet import ASKED, MODEL, SPLIT, all_ready, assert_same, check_mixed, requests, until
 from tests.weights import WEIGHTS
 
-from flowroll import Client, Engine, Rollout
-from flowroll.cluster import Served, serve
+from flowroll import Client, Engine, Rollout, cluster
 from flowroll.engine import BatchLimits
 from flowroll.examples import flow_grpo
 from flowroll.examples.rl import loop
@@ -30,16 +29,16 @@ from flowroll.types import Layout
 WAIT_S = 300.0
 
 
-def _served(**options: Any) -> Served:
-    return serve(
+def _served(**options: Any) -> Any:
+    return cluster.serve(
         MODEL,
         **{"replicas": 2, "threads": 1, "device": "cpu", "port": 0, "batching": BatchLimits(max_batch_samples=4), **options},
     )
 
 
-def _kill(served: Served, drawn: random.Random) -> None:
+def _kill(served: Any, drawn: random.Random) -> None:
     ready = [one for one in served.fleet.describe().replicas if one.state == "ready" and one.pid is not None]
-    os.kill(drawn.choice(ready).pid, signal.SIGKILL)  # type: ignore[arg-type]
+    os.kill(drawn.choice(ready).pid, signal.SIGKILL)
 
 
 @pytest.mark.proof

@@ -25,6 +25,12 @@ def test_it_needs_no_ray():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_without_ray_the_rest_says_what_to_install():
+    code = "import sys; sys.modules['ray'] = None; from flowroll import cluster; cluster.serve"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'flowroll[ray]'" in ended.stderr
+
+
 def test_the_least_busy_replica_by_image_steps_is_next():
     router = router_of("a", "b")
     (large,) = router.place(1, 50)
