@@ -213,9 +213,14 @@ class RolloutFileError(FlowrollError):
 
 
 class ServerConnectionError(FlowrollError):
-    """The client could not reach the server, or the answer broke off."""
+    """The client could not reach the server, or the answer broke off.
+
+    Attributes:
+        is_unanswered: Whether no byte of an answer had come, so that another server may be asked.
+    """
 
     code = "server_connection"
+    is_unanswered = False
 
 
 class MissingExtraError(FlowrollError, ImportError):

@@ -64,6 +64,11 @@ COMMANDS: Mapping[str, Entry] = {
         extra="server",
     ),
     "serve": Entry(where="serve:serve", help="Serve a checkpoint over HTTP until SIGTERM or Ctrl-C.", extra="server"),
+    "cluster": Entry(
+        where="cluster:cluster",
+        help="Serve several replicas of a checkpoint at one address, on Ray, until SIGTERM or Ctrl-C.",
+        extra="ray",
+    ),
     "generate": Entry(
         where="generate:generate", help="Make pictures, or with --rollout whole rollouts, of one prompt.", extra="engine"
     ),

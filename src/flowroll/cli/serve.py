@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant
 from flowroll.errors import InvalidRequestError
 from flowroll.extras import extra_for
+
+if TYPE_CHECKING:
+    from flowroll.serving import ServerConfig
 
 _MAX_PORT = 65535
 
@@ -148,67 +153,34 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C."""
+    flags = dict(locals())
     check_address(host, port)
     with extra_for("`flowroll serve`", "server"):
-        from flowroll.engine import AdapterLimits, BatchLimits, Limits
-        from flowroll.serving import ServerConfig
         from flowroll.serving import serve as run_server
-        from flowroll.types import Layout
 
-    run_server(
-        ServerConfig(
-            model=str(model),
-            variant=variant,
-            dtype=dtype,
-            device=device,
-            limits=Limits(
-                max_pixels=max_pixels,
-                max_steps=max_steps,
-                max_outputs=max_outputs,
-                max_answer_bytes=max_answer_bytes,
-                max_scores=max_scores,
-                max_images=max_images,
-                max_image_pixels=max_image_pixels,
-                max_image_bytes=max_image_bytes,
-            ),
-            batching=BatchLimits(
-                max_batch_samples=max_batch_samples,
-                max_running_samples=max_running_samples,
-                max_running_pixels=max_running_pixels,
-            ),
-            adapter_limits=AdapterLimits(
-                max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes, max_policies=max_policies
-            ),
-            layout=Layout(sp=sp, cfg_parallel=cfg_parallel, tp=tp),
-            rank_timeout_s=rank_timeout_s,
-            host=host,
-            port=port,
-            allowed_hosts=tuple(allowed_hosts or ()),
-            api_key=api_key,
-            wire_format=wire_format,
-            wire_dialect=wire_dialect,
-            weight_group_hosts=tuple(weight_group_hosts or ()),
-            weights_roots=tuple(map(str, weights_roots or ())),
-            max_connections=max_connections,
-            max_queue=max_queue,
-            max_control_queue=max_control_queue,
-            max_groups=max_groups,
-            max_body_bytes=max_body_bytes,
-            max_score_body_bytes=max_score_body_bytes,
-            send_timeout_s=send_timeout_s,
-            min_send_bytes_per_s=min_send_bytes_per_s,
-            max_unsent_bytes=max_unsent_bytes,
-            max_weights_body_bytes=max_weights_body_bytes,
-            weights_idle_s=weights_idle_s,
-            allow_pickle_weights=allow_pickle_weights,
-            lora_merge_mode=lora_merge_mode,
-            receive_timeout_s=receive_timeout_s,
-            grace_s=grace_s,
-            log_level=log_level,
-            log_format=log_format,
-            viewer=None if viewer is None else str(viewer),
-            otlp_endpoint=otlp_endpoint,
-        )
+        run_server(server_config(flags))
+
+
+def server_config(flags: Mapping[str, Any]) -> ServerConfig:
+    """Returns the configuration that the flags of `serve` say, by the names of its parameters."""
+    from flowroll.engine import AdapterLimits, BatchLimits, Limits
+    from flowroll.serving import ServerConfig
+    from flowroll.types import Layout
+
+    def chosen(kind: type[Any]) -> dict[str, Any]:
+        return {field.name: flags[field.name] for field in fields(kind) if field.name in flags}
+
+    values = chosen(ServerConfig)
+    for name in ("allowed_hosts", "weight_group_hosts", "weights_roots"):
+        values[name] = tuple(map(str, flags[name] or ()))
+    values["model"] = str(flags["model"])
+    values["viewer"] = None if flags["viewer"] is None else str(flags["viewer"])
+    return ServerConfig(
+        **values,
+        limits=Limits(**chosen(Limits)),
+        batching=BatchLimits(**chosen(BatchLimits)),
+        adapter_limits=AdapterLimits(**chosen(AdapterLimits)),
+        layout=Layout(**chosen(Layout)),
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
 from flowroll.client import calls, exchange, policy, weights
+from flowroll.client.balancing import Balancer
 from flowroll.client.bounds import MAX_ANSWER_BYTES, AnswerBody, Deadline, default_total_s
-from flowroll.client.exchange import Call, Operation
-from flowroll.client.route import FAILURES, check_timeout, check_wire_format, route_to
+from flowroll.client.exchange import Call, Operation, for_any_server
+from flowroll.client.route import FAILURES, check_timeout, check_urls, check_wire_format, route_to
+from flowroll.errors import FlowrollError
 from flowroll.types import Number
 from flowroll.wire.codec import WireFormat
 
@@ -23,12 +25,16 @@ T = TypeVar("T")
 
 
 def _method(
-    operation: Callable[Concatenate[WireFormat, P], Operation[T]],
+    operation: Callable[Concatenate[WireFormat, P], Operation[T]], *, of_each: bool = False
 ) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """Makes the method of `AsyncClient` for an operation of `calls` or `weights`, with its parameters and its documentation."""
+    """Makes the method of `AsyncClient` for an operation; see `_method` of the blocking client for the arguments."""
 
     @functools.wraps(operation)
     async def method(self: AsyncClient, /, *args: P.args, **values: P.kwargs) -> T:
+        for server in self.servers[:-1] if of_each else ():
+            await server._run(operation(self._wire_format, *args, **values))
+        if of_each:
+            self = self.servers[-1]
         return await self._run(operation(self._wire_format, *args, **values))
 
     return method
@@ -53,7 +59,7 @@ class AsyncClient:
     used.
 
     Args:
-        base_url: The server's URL, e.g. "http://127.0.0.1:30000".
+        base_url: The server's URL, e.g. "http://127.0.0.1:30000", or a list of URLs.
         api_key: The server's bearer token, if it demands one.
         timeout_s: The longest silence of the server, in seconds.
         total_timeout_s: The most seconds that a call may take in all; None: six times `timeout_s`.
@@ -62,6 +68,9 @@ class AsyncClient:
         proxy: The URL of a proxy on the way to the server, or "direct" for none. None: the environment's proxy.
         transport: Another httpx transport, e.g. to an app in this process.
 
+    Attributes:
+        servers: The clients of the single servers; of one URL, the client itself alone.
+
     Raises:
         InvalidRequestError: An argument breaks its rule, or the URL, the key or the proxy cannot be used in HTTP.
         MissingExtraError: The library for a SOCKS proxy is not installed.
@@ -69,7 +78,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         *,
         api_key: str | None = None,
         timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
@@ -83,6 +92,24 @@ class AsyncClient:
         self._total_s = default_total_s(self._timeout_s) if total_timeout_s is None else check_timeout(total_timeout_s)
         self._max_answer_bytes = max_answer_bytes
         self._wire_format: WireFormat = check_wire_format(wire_format)
+        self._balancer: Balancer | None = None
+        self.servers: tuple[AsyncClient, ...] = (self,)
+        if not isinstance(base_url, str):
+            self.servers = tuple(
+                AsyncClient(
+                    url,
+                    api_key=api_key,
+                    timeout_s=timeout_s,
+                    total_timeout_s=total_timeout_s,
+                    max_answer_bytes=max_answer_bytes,
+                    wire_format=wire_format,
+                    proxy=proxy,
+                    transport=transport,
+                )
+                for url in check_urls(base_url)
+            )
+            self._balancer = Balancer(len(self.servers))
+            return
         self._route = route_to(base_url, api_key=api_key, proxy=proxy, has_transport=transport is not None)
         self._transport = transport
         self._open()
@@ -97,7 +124,11 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connections. It may be called twice."""
-        await self._http.aclose()
+        if self._balancer is None:
+            await self._http.aclose()
+            return
+        for server in self.servers:
+            await server.close()
 
     rollout = _method(calls.rollout)
     generate = _method(calls.generate)
@@ -107,7 +138,7 @@ class AsyncClient:
     server_info = _method(calls.server_info)
     models = _method(calls.models)
     metrics = _method(calls.metrics)
-    wait_ready = _method(calls.wait_ready)
+    wait_ready = _method(calls.wait_ready, of_each=True)
 
     update_weights_from_disk = _method(weights.update_weights_from_disk)
     update_weights = _method(weights.update_weights)
@@ -125,6 +156,8 @@ class AsyncClient:
     resume_memory = _method(weights.resume_memory)
 
     async def _run(self, operation: Operation[T]) -> T:
+        if self._balancer is not None:
+            return await self._send_to_any(for_any_server(operation), self._balancer)
         if isinstance(operation, Call):
             return await self._send(operation)
         advance: Callable[[], Call[Any] | float] = functools.partial(next, operation)
@@ -147,26 +180,37 @@ class AsyncClient:
     def _open(self) -> None:
         self._http, self._pid = self._route.open(httpx.AsyncClient, self._transport), os.getpid()
 
-    async def _send(self, call: Call[T]) -> T:
+    async def _send_to_any(self, call: Call[T], balancer: Balancer) -> T:
+        deadline = Deadline(self._total_s)
+        for attempt in balancer.attempts(call.image_steps or 0):
+            try:
+                return await self.servers[attempt.index]._send(call, deadline)
+            except FlowrollError as error:
+                attempt.failed(error)
+        raise AssertionError("a request that no server takes ends in an error")
+
+    async def _send(self, call: Call[T], deadline: Deadline | None = None) -> T:
         if self._pid != os.getpid() and not self._http.is_closed:
             # After a fork the connections are the parent's too: both would read parts of each other's answers.
             self._open()
-        deadline = Deadline(self._total_s)
-        timeout = call.timeout(self._timeout_s, self._total_s)
+        deadline = deadline or Deadline(self._total_s)
+        timeout = call.timeout(self._timeout_s, deadline.left_s)
+        is_unanswered = True
         most = self._max_answer_bytes if call.max_bytes is None else call.max_bytes
         try:
             async with (
-                asyncio.timeout(self._total_s) as total,
+                asyncio.timeout(deadline.left_s) as total,
                 self._http.stream(
                     call.method, call.path, content=call.async_body(), headers=call.headers, timeout=timeout
                 ) as response,
             ):
+                is_unanswered = False
                 body = AnswerBody(response, max_bytes=most, deadline=deadline)
                 async for piece in response.aiter_bytes():
                     body.add(piece)
         except FAILURES as error:
             if total.expired():
                 raise deadline.passed() from None
-            raise self._route.failed(error, is_closed=self._http.is_closed) from error
+            raise self._route.failed(error, is_closed=self._http.is_closed, is_unanswered=is_unanswered) from error
         # Decoding a rollout takes long enough to hold up the caller's event loop.
         return await asyncio.to_thread(exchange.conclude, call, response, body.data, self._route.proxy)

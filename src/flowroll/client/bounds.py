@@ -33,6 +33,11 @@ class Deadline:
         self.seconds = seconds
         self._end_s = time.monotonic() + seconds
 
+    @property
+    def left_s(self) -> float:
+        """The seconds until then, at least a thousandth."""
+        return max(self._end_s - time.monotonic(), 0.001)
+
     def check(self) -> None:
         """Refuses to go on once it has passed.
 

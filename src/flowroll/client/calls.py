@@ -39,7 +39,9 @@ from flowroll.types import (
     WeightUpdate,
 )
 from flowroll.types.arguments import Integers, given_fields
+from flowroll.types.forks import count_leaves
 from flowroll.types.images import checked_images
+from flowroll.types.starts import count_samples
 from flowroll.wire.codec import JSON, MSGPACK, WireFormat, decode_images, decode_rollouts, encode
 from flowroll.wire.control import AbortedObject, AbortRequest
 from flowroll.wire.fields import Request
@@ -50,6 +52,8 @@ from flowroll.wire.validation import nested_request
 
 UpdateMode: TypeAlias = Literal["drain", "abort"]
 _PROBE_TIMEOUT_S = 5.0
+# Of a request that leaves the number to the server; it only has to compare with other requests.
+_USUAL_STEPS = 28
 _ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
 _ABORTED = msgspec.json.Decoder(AbortedObject)
 UPDATE = msgspec.json.Decoder(WeightUpdate)
@@ -88,6 +92,7 @@ def rollout(
         content=content,
         content_type=content_type,
         max_bytes=None,
+        image_steps=_image_steps(given),
     )
 
 
@@ -122,6 +127,7 @@ def generate(
         content=content,
         content_type=content_type,
         max_bytes=None,
+        image_steps=_image_steps(given),
     )
 
 
@@ -172,6 +178,7 @@ def score(
         content=content,
         content_type=content_type,
         max_bytes=None,
+        image_steps=sum(map(len, asked)),
     )
 
 
@@ -217,6 +224,14 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
             if time.monotonic() + READY_POLL_S > deadline_s:
                 raise not_ready(timeout_s, error) from error
         yield READY_POLL_S
+
+
+def _image_steps(given: Mapping[str, Any]) -> int:
+    """Returns the number of denoising steps that a request asks for, over all of its samples; a fork counts as its leaves."""
+    sigmas, steps = given.get("sigmas"), given.get("num_inference_steps")
+    taken = len(sigmas) - 1 if sigmas is not None else steps or _USUAL_STEPS
+    samples = count_samples(given) * count_leaves(tuple(dict(given.get("fork") or {}).items()))
+    return int(taken) * samples
 
 
 def _request_body(kind: type[Request], given: Mapping[str, Any], wire_format: WireFormat) -> tuple[bytes, str]:

@@ -44,6 +44,7 @@ class Call(Generic[T]):
         content_type: The media type of the body.
         timeout_s: The longest silence of the server, in seconds; None: the client's own value.
         max_bytes: The most bytes of the answer; None: the client's own value.
+        image_steps: The number of denoising steps of all samples together, if any server may run it; None: it is for one.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Call(Generic[T]):
     content_type: str = JSON
     timeout_s: Number | None = None
     max_bytes: int | None = MAX_OBJECT_BYTES
+    image_steps: int | None = None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -83,6 +85,21 @@ class Call(Generic[T]):
 # What a method of a client does: one call; or several, by the answers to those before, and pauses in seconds.
 Steps: TypeAlias = Generator["Call[Any] | float", Any, T]
 Operation: TypeAlias = "Call[T] | Steps[T]"
+
+
+def for_any_server(operation: Operation[T]) -> Call[T]:
+    """Returns a call that any one of several servers may answer.
+
+    Raises:
+        InvalidRequestError: It changes a server, or is about one.
+    """
+    if not isinstance(operation, Call) or operation.image_steps is None:
+        raise InvalidRequestError(
+            "a client of several servers must be asked for rollouts, images or scores, got another call; call it for each of "
+            "client.servers.",
+            field="base_url",
+        )
+    return operation
 
 
 async def _awaited(content: EncodedBody) -> AsyncIterator[bytes]:

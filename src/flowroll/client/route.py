@@ -9,7 +9,7 @@ import ipaddress
 import math
 import socket
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar, get_args
@@ -81,8 +81,8 @@ class Route:
         """Makes an httpx client of the class `kind` on this route."""
         return kind(**self.options, transport=transport)
 
-    def failed(self, error: Exception, *, is_closed: bool) -> FlowrollError:
-        """Makes the error about a request that did not reach the server or got no answer."""
+    def failed(self, error: Exception, *, is_closed: bool, is_unanswered: bool) -> FlowrollError:
+        """Makes the error about a request that did not reach the server or got no answer, or not to its end."""
         if is_closed:
             return FlowrollError("The client is closed; make a new one.")
         remedy = "start it with `flowroll serve`, or check the URL"
@@ -99,9 +99,11 @@ class Route:
             reason += f" through {self.proxy}"
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
                 remedy = f"check the proxy, or give proxy={DIRECT!r} to reach the server without it"
-        return ServerConnectionError(
+        failure = ServerConnectionError(
             f"the server at {self.base_url.copy_with(userinfo=b'')} must answer, got {reason}; {remedy}."
         )
+        failure.is_unanswered = is_unanswered
+        return failure
 
 
 def route_to(base_url: str, *, api_key: str | None = None, proxy: str | None = None, has_transport: bool = False) -> Route:
@@ -126,6 +128,22 @@ def route_to(base_url: str, *, api_key: str | None = None, proxy: str | None = N
         raise InvalidRequestError("api_key must be printable ASCII, got other characters; use the server's --api-key.")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     return Route(base_url=url, headers=headers, proxy=_proxy(url, proxy, has_transport))
+
+
+def check_urls(urls: Sequence[str]) -> list[str]:
+    """Returns the URLs of several servers.
+
+    Raises:
+        InvalidRequestError: There is none, or one comes twice.
+    """
+    found = list(urls)
+    if not found or len(set(found)) < len(found):
+        raise InvalidRequestError(
+            f"base_url must be a URL, or a list of different ones, got {len(found)} of which {len(set(found))} differ; name "
+            "each server once.",
+            field="base_url",
+        )
+    return found
 
 
 def check_timeout(timeout_s: Number) -> float:

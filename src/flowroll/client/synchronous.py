@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
 from flowroll.client import calls, exchange, policy, weights
+from flowroll.client.balancing import Balancer
 from flowroll.client.bounds import MAX_ANSWER_BYTES, AnswerBody, Deadline, default_total_s
-from flowroll.client.exchange import Call, Operation
-from flowroll.client.route import FAILURES, check_timeout, check_wire_format, route_to
+from flowroll.client.exchange import Call, Operation, for_any_server
+from flowroll.client.route import FAILURES, check_timeout, check_urls, check_wire_format, route_to
+from flowroll.errors import FlowrollError
 from flowroll.types import Number
 from flowroll.wire.codec import WireFormat
 
@@ -22,11 +24,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _method(operation: Callable[Concatenate[WireFormat, P], Operation[T]]) -> Callable[Concatenate[Client, P], T]:
-    """Makes the method of `Client` for an operation of `calls` or `weights`, with its parameters and its documentation."""
+def _method(
+    operation: Callable[Concatenate[WireFormat, P], Operation[T]], *, of_each: bool = False
+) -> Callable[Concatenate[Client, P], T]:
+    """Makes the method of `Client` for an operation of `calls` or `weights`, with its parameters and its documentation.
+
+    Args:
+        operation: What the method does.
+        of_each: Whether a client of several servers does it with each of them, one after the other.
+    """
 
     @functools.wraps(operation)
     def method(self: Client, /, *args: P.args, **values: P.kwargs) -> T:
+        for server in self.servers[:-1] if of_each else ():
+            server._run(operation(self._wire_format, *args, **values))
+        if of_each:
+            self = self.servers[-1]
         return self._run(operation(self._wire_format, *args, **values))
 
     return method
@@ -39,7 +52,10 @@ class Client:
     of an answer whose rest you drop.
 
     Args:
-        base_url: The server's URL, e.g. "http://127.0.0.1:30000".
+        base_url: The server's URL, e.g. "http://127.0.0.1:30000". Or a list of URLs of servers with the same model and weights:
+            each request then goes whole to the server with the least work in flight (image-steps), and to another one if that
+            cannot be reached, does not take it now, or ends before a byte of its answer has come. Everything else is done with
+            one server at a time: `for server in client.servers: server.update_weights(...)`.
         api_key: The server's bearer token, if it demands one.
         timeout_s: The longest silence of the server, in seconds; the server sends nothing while it makes a rollout.
         total_timeout_s: The most seconds that a call may take in all, looked at whenever something is sent or comes; None: six
@@ -51,6 +67,9 @@ class Client:
             directly.
         transport: Another httpx transport, e.g. to an app in this process.
 
+    Attributes:
+        servers: The clients of the single servers; of one URL, the client itself alone.
+
     Raises:
         InvalidRequestError: An argument breaks its rule, or the URL, the key or the proxy cannot be used in HTTP.
         MissingExtraError: The library for a SOCKS proxy is not installed.
@@ -58,7 +77,7 @@ class Client:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         *,
         api_key: str | None = None,
         timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
@@ -72,6 +91,24 @@ class Client:
         self._total_s = default_total_s(self._timeout_s) if total_timeout_s is None else check_timeout(total_timeout_s)
         self._max_answer_bytes = max_answer_bytes
         self._wire_format: WireFormat = check_wire_format(wire_format)
+        self._balancer: Balancer | None = None
+        self.servers: tuple[Client, ...] = (self,)
+        if not isinstance(base_url, str):
+            self.servers = tuple(
+                Client(
+                    url,
+                    api_key=api_key,
+                    timeout_s=timeout_s,
+                    total_timeout_s=total_timeout_s,
+                    max_answer_bytes=max_answer_bytes,
+                    wire_format=wire_format,
+                    proxy=proxy,
+                    transport=transport,
+                )
+                for url in check_urls(base_url)
+            )
+            self._balancer = Balancer(len(self.servers))
+            return
         self._route = route_to(base_url, api_key=api_key, proxy=proxy, has_transport=transport is not None)
         self._transport = transport
         self._open()
@@ -84,7 +121,11 @@ class Client:
 
     def close(self) -> None:
         """Closes the connections. It may be called twice."""
-        self._http.close()
+        if self._balancer is None:
+            self._http.close()
+            return
+        for server in self.servers:
+            server.close()
 
     rollout = _method(calls.rollout)
     generate = _method(calls.generate)
@@ -94,7 +135,7 @@ class Client:
     server_info = _method(calls.server_info)
     models = _method(calls.models)
     metrics = _method(calls.metrics)
-    wait_ready = _method(calls.wait_ready)
+    wait_ready = _method(calls.wait_ready, of_each=True)
 
     update_weights_from_disk = _method(weights.update_weights_from_disk)
     update_weights = _method(weights.update_weights)
@@ -112,6 +153,8 @@ class Client:
     resume_memory = _method(weights.resume_memory)
 
     def _run(self, operation: Operation[T]) -> T:
+        if self._balancer is not None:
+            return self._send_to_any(for_any_server(operation), self._balancer)
         if isinstance(operation, Call):
             return self._send(operation)
         advance: Callable[[], Call[Any] | float] = functools.partial(next, operation)
@@ -140,20 +183,31 @@ class Client:
     def _open(self) -> None:
         self._http, self._pid = self._route.open(httpx.Client, self._transport), os.getpid()
 
-    def _send(self, call: Call[T]) -> T:
+    def _send_to_any(self, call: Call[T], balancer: Balancer) -> T:
+        deadline = Deadline(self._total_s)
+        for attempt in balancer.attempts(call.image_steps or 0):
+            try:
+                return self.servers[attempt.index]._send(call, deadline)
+            except FlowrollError as error:
+                attempt.failed(error)
+        raise AssertionError("a request that no server takes ends in an error")
+
+    def _send(self, call: Call[T], deadline: Deadline | None = None) -> T:
         if self._pid != os.getpid() and not self._http.is_closed:
             # After a fork the connections are the parent's too: both would read parts of each other's answers.
             self._open()
-        deadline = Deadline(self._total_s)
-        timeout = call.timeout(self._timeout_s, self._total_s)
+        deadline = deadline or Deadline(self._total_s)
+        timeout = call.timeout(self._timeout_s, deadline.left_s)
+        is_unanswered = True
         most = self._max_answer_bytes if call.max_bytes is None else call.max_bytes
         try:
             with self._http.stream(
                 call.method, call.path, content=call.body(deadline), headers=call.headers, timeout=timeout
             ) as response:
+                is_unanswered = False
                 body = AnswerBody(response, max_bytes=most, deadline=deadline)
                 for piece in response.iter_bytes():
                     body.add(piece)
         except FAILURES as error:
-            raise self._route.failed(error, is_closed=self._http.is_closed) from error
+            raise self._route.failed(error, is_closed=self._http.is_closed, is_unanswered=is_unanswered) from error
         return exchange.conclude(call, response, body.data, self._route.proxy)

@@ -43,7 +43,7 @@ from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
 from flowroll.engine.weights.store import WeightStore
-from flowroll.engine.weights.versions import WeightVersions
+from flowroll.engine.weights.versions import Advance, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
@@ -473,6 +473,17 @@ class Engine:
     ) -> WeightUpdate:
         """Exchanges the weights once no request runs, the second half of an update; see `update_weights_from_disk`."""
         return self.exclusive(lambda: self._weights.commit(staged, weight_version), mode)
+
+    def restore_versions(self, current: str, highest: int, arrived: frozenset[str]) -> None:
+        """Takes over the versions of another engine, whose weights this one was given.
+
+        Args:
+            current: The version of the weights in memory from now on.
+            highest: The highest number that was the name of a version.
+            arrived: The names of all versions so far.
+        """
+        change = Advance(current=current, highest=highest, arrived=arrived | {current})
+        self.exclusive(lambda: self._weights.versions.adopt(change))
 
     def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.

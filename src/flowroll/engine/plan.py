@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -70,6 +70,16 @@ class RequestPlan:
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the samples."""
         return tuple(sample.seed for sample in self.samples)
+
+    def part(self, samples: range) -> RequestPlan:
+        """Returns the plan of these samples alone, whose answers are those that they have in the whole request.
+
+        Args:
+            samples: The places of the samples among those that are started.
+        """
+        leaves = count_leaves(self.forks)
+        chosen = self.samples[samples.start : samples.stop]
+        return replace(self, samples=tuple(replace(sample, index=place * leaves) for place, sample in enumerate(chosen)))
 
     @property
     def num_answers(self) -> int:

@@ -44,7 +44,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(checkpoint: Path, log: Path, *options: str) -> Iterator[Server]:
+def running_server(checkpoint: Path, log: Path, *options: str, command: str = "serve") -> Iterator[Server]:
     """Serves a checkpoint on a free port; the block starts when the server is ready.
 
     Leaving the block sends SIGTERM and checks that the server exits with status 0. Whatever fails, no server is left behind.
@@ -52,16 +52,17 @@ def running_server(checkpoint: Path, log: Path, *options: str) -> Iterator[Serve
     Args:
         checkpoint: What to serve.
         log: Takes the server's output.
-        *options: Further ones of `flowroll serve`.
+        *options: Further ones of the command.
+        command: "serve", or "cluster" for several replicas.
 
     Raises:
         RuntimeError: The server did not get ready, or did not stop as it should; with the end of its log.
     """
     port = free_port()
-    command = [str(Path(sys.executable).with_name("flowroll")), "serve", str(checkpoint), "--port", str(port), *options]
+    arguments = [str(Path(sys.executable).with_name("flowroll")), command, str(checkpoint), "--port", str(port), *options]
     started = time.perf_counter()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT})
+        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT})
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(process, url, log)

@@ -16,11 +16,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from flowroll.engine import follow
 from flowroll.engine.service import EngineClient, EngineFacts, EngineOptions, EngineProcess, EngineService
@@ -42,7 +44,12 @@ _CLOSE_S, _END_S = 1.0, 5.0
 _SPARE_DESCRIPTORS = 1024
 
 
-def serve(config: ServerConfig) -> None:
+def serve(
+    config: ServerConfig,
+    *,
+    open_engine: Callable[[ServerConfig], AbstractContextManager[EngineClient]] | None = None,
+    extend: Callable[[FastAPI, EngineClient], None] | None = None,
+) -> None:
     """Serves a checkpoint until SIGTERM or Ctrl-C.
 
     On the first signal no request is taken any more (/readiness says so), those that were accepted get `config.grace_s`
@@ -51,6 +58,11 @@ def serve(config: ServerConfig) -> None:
 
     The engine has a process of its own, which starts those of its other ranks. Under torchrun rank 0 serves, its engine joins
     torchrun's group, and the other ranks follow it until it stops.
+
+    Args:
+        config: How to serve.
+        open_engine: Opens another engine than a process of this server's, e.g. a fleet.
+        extend: Adds routes to the app.
 
     Raises:
         SystemExit: With one line for the user and status 1: the checkpoint cannot be loaded, the address cannot be bound, or a
@@ -67,12 +79,12 @@ def serve(config: ServerConfig) -> None:
         try:
             if place is not None:
                 check_world(config.layout, place)
-            with EngineProcess(_engine_options(config)) as engine:
-                last_resort.engine = engine
-                engine.wait()
-                with open_listener(config) as listener:
-                    _announce(config, engine.facts, listener)
-                    _DrainingServer(config, engine, tracing, last_resort).run(sockets=[listener])
+            with (open_engine or last_resort.own_process)(config) as engine, open_listener(config) as listener:
+                _announce(config, engine.facts, listener)
+                app = create_app(engine, config, tracing=tracing)
+                if extend is not None:
+                    extend(app, engine)
+                _DrainingServer(app, config, engine, last_resort).run(sockets=[listener])
         except FlowrollError as error:
             raise SystemExit(f"Error: {error.message}") from None
     if engine.failure is not None:
@@ -137,6 +149,14 @@ class _LastResort:
         for timer in self._timers:
             timer.cancel()
 
+    @contextlib.contextmanager
+    def own_process(self, config: ServerConfig) -> Iterator[EngineClient]:
+        """Starts the engine in a process of its own, which ends with this one."""
+        with EngineProcess(_engine_options(config)) as engine:
+            self.engine = engine
+            engine.wait()
+            yield engine
+
     def arm(self, seconds: float) -> None:
         """Ends the process in so many seconds, unless it was to end earlier."""
         timer = threading.Timer(seconds, self._end)
@@ -156,8 +176,8 @@ class _LastResort:
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets the engine finish before it stops to listen."""
 
-    def __init__(self, config: ServerConfig, engine: EngineClient, tracing: Tracing | None, last_resort: _LastResort) -> None:
-        super().__init__(HttpConfig(create_app(engine, config, tracing=tracing), config))
+    def __init__(self, app: FastAPI, config: ServerConfig, engine: EngineClient, last_resort: _LastResort) -> None:
+        super().__init__(HttpConfig(app, config))
         self._engine, self._last_resort = engine, last_resort
         self._grace_s = config.grace_s
         self._in_a_hurry = False

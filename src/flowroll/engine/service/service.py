@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowroll.engine.adapters.files import AdapterFiles, files_in_memory, parse_config
 from flowroll.engine.adapters.pushed import read_factors
+from flowroll.engine.adapters.store import StagedAdapter
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
@@ -40,7 +41,7 @@ from flowroll.engine.weights.groups import (
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
-from flowroll.engine.weights.staged import WeightFiles
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles
 from flowroll.engine.weights.store import WeightStore
 from flowroll.errors import FlowrollError, NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
@@ -105,6 +106,7 @@ class EngineService:
         self._reads = OpenTasks(max_control_queue, f"checks of the weights must be at most {max_control_queue} at a time")
         self._updates: dict[str, WeightReceiver] = {}
         self._sent: dict[str, SentTensors] = {}
+        self._staged: tuple[str, StagedWeights | StagedAdapter] | None = None
         engine.scheduler.start()
 
     def __enter__(self) -> EngineService:
@@ -341,6 +343,72 @@ class EngineService:
         """Drops an update and the tensors that have arrived. It has no effect on an update that has ended."""
         if (receiver := self._updates.pop(update_id, None)) is not None:
             receiver.drop()
+
+    # Changes in two halves, so that several engines make them together or not at all
+
+    @blocking
+    def stage_from_disk(self, files: WeightFiles) -> str:
+        """Reads and checks new weights, the first half of `update_from_disk`; returns the id for `commit_staged`.
+
+        One change is staged at a time: it takes the place of another one that was staged and not committed.
+        """
+        return self._hold_staged(self._guarded(lambda: self.engine.stage_weights(files)))
+
+    @blocking
+    def stage_update(self, update_id: str) -> str:
+        """Takes the arrived weights of an update, the first half of `commit_update`; see `stage_from_disk`."""
+        receiver = self._receiver(update_id)
+        staged = self._guarded(receiver.stage)
+        self._updates.pop(update_id, None)
+        return self._hold_staged(staged)
+
+    @blocking
+    def stage_adapter(self, files: AdapterFiles, name: str, *, merged: bool) -> str:
+        """Reads and checks an adapter, the first half of `load_adapter`; see `stage_from_disk`."""
+        return self._hold_staged(self._guarded(lambda: self.engine.stage_lora_adapter(files, name=name, merged=merged)))
+
+    @blocking
+    def stage_sent_adapter(self, weights: SharedMemory, config: str, name: str, *, merged: bool) -> str:
+        """Checks an adapter in memory, the first half of `load_sent_adapter`; see `stage_from_disk`."""
+        return self.stage_adapter(self._guarded(lambda: files_in_memory(weights, config)), name, merged=merged)
+
+    @blocking
+    def commit_staged(self, staged_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate | AdapterChange:
+        """Puts what was staged in place while no request runs, the second half of a change.
+
+        Raises:
+            NotFoundError: Nothing is staged under this id.
+        """
+        held = self._staged
+        if held is None or held[0] != staged_id:
+            raise NotFoundError(f"staged_id must be of the change that is staged, got {staged_id[:80]}; stage it again.")
+        self._staged, staged = None, held[1]
+        if isinstance(staged, StagedWeights):
+            weights = staged
+            return self._guarded(lambda: self.engine.commit_weights(weights, weight_version=weight_version, mode=mode))
+        adapter = staged
+        return self._guarded(lambda: self.engine.commit_lora_adapter(adapter, weight_version=weight_version, mode=mode))
+
+    def drop_staged(self, staged_id: str) -> None:
+        """Forgets what was staged. It has no effect on a change that was committed."""
+        if self._staged is not None and self._staged[0] == staged_id:
+            self._staged = None
+
+    @blocking
+    def restore_versions(self, current: str, highest: int, arrived: frozenset[str]) -> None:
+        """Takes over the versions of an engine that this one replaces, and whose weights it was given.
+
+        Args:
+            current: The version of the weights in memory from now on.
+            highest: The highest number that was the name of a version.
+            arrived: The names of all versions so far.
+        """
+        self._guarded(lambda: self.engine.restore_versions(current, highest, arrived))
+
+    def _hold_staged(self, staged: StagedWeights | StagedAdapter) -> str:
+        staged_id = secrets.token_hex(8)
+        self._staged = staged_id, staged
+        return staged_id
 
     # Process groups with trainers
 

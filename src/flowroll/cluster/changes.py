@@ -1,0 +1,205 @@
+"""The changes of a fleet's weights, adapters and policies, each as what is called on a replica to stage and to exchange it.
+
+Each can be made again on a replica that joins later. What is large is given as whatever `store` of the fleet made of it: one
+reference for all replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flowroll.cluster.updates import Member
+from flowroll.engine.scheduler import ExclusiveMode
+from flowroll.engine.service import OpenedUpdate
+from flowroll.types import PolicyChange
+from flowroll.wire.safetensors import TensorHead
+
+
+class Replica(Member, Protocol):
+    """A replica whose engine's service can be called."""
+
+    async def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """Calls a method of `EngineService`, and returns its result or raises its error."""
+
+
+class Change:
+    """A change of weights or adapters, with the version that they have afterwards.
+
+    Attributes:
+        version: The name of the version; the fleet sets it before the change is made.
+        mode: What happens to running requests.
+    """
+
+    version: str
+    mode: ExclusiveMode
+
+    def __init__(self, mode: ExclusiveMode) -> None:
+        self.mode = mode
+        self._staged: dict[str, str] = {}
+
+    async def stage(self, member: Replica) -> None:
+        """Gets the change ready on a replica."""
+        self._staged[member.id] = await self._stage(member)
+
+    async def exchange(self, member: Replica) -> Any:
+        """Puts the change in place on a replica."""
+        return await member.call("commit_staged", self._staged.pop(member.id), self.version, self.mode)
+
+    async def drop(self, member: Replica) -> None:
+        """Forgets what was staged on a replica."""
+        if (staged := self._staged.pop(member.id, None)) is not None:
+            await member.call("drop_staged", staged)
+
+    async def _stage(self, member: Replica) -> str:
+        raise NotImplementedError
+
+
+class FromDisk(Change):
+    """New weights that every replica reads itself.
+
+    Args:
+        files: The files, by paths that are the same on every node.
+        mode: What happens to running requests.
+    """
+
+    def __init__(self, files: Any, mode: ExclusiveMode) -> None:
+        super().__init__(mode)
+        self._files = files
+
+    async def _stage(self, member: Replica) -> str:
+        return str(await member.call("stage_from_disk", self._files))
+
+
+class AdapterLoad(Change):
+    """An adapter, from files or from a body.
+
+    Args:
+        method: "stage_adapter" or "stage_sent_adapter".
+        args: The arguments of this method.
+        merged: Whether the adapter is added to a copy of the weights.
+        mode: What happens to running requests.
+    """
+
+    def __init__(self, method: str, args: Sequence[Any], *, merged: bool, mode: ExclusiveMode) -> None:
+        super().__init__(mode)
+        self._method, self._args, self._merged = method, args, merged
+
+    async def _stage(self, member: Replica) -> str:
+        return str(await member.call(self._method, *self._args, merged=self._merged))
+
+
+class AdapterUnload(Change):
+    """The end of an adapter.
+
+    Args:
+        name: The name of the adapter.
+        mode: What happens to running requests.
+    """
+
+    def __init__(self, name: str, mode: ExclusiveMode) -> None:
+        super().__init__(mode)
+        self._name = name
+
+    async def stage(self, member: Replica) -> None:
+        """There is nothing to stage."""
+
+    async def exchange(self, member: Replica) -> Any:
+        """Unloads the adapter."""
+        return await member.call("unload_adapter", self._name, weight_version=self.version, mode=self.mode)
+
+    async def drop(self, member: Replica) -> None:
+        """There is nothing to drop."""
+
+
+class PolicyOperation(AdapterUnload):
+    """A copy, an average or the end of a policy, which changes no version.
+
+    Args:
+        method: "copy_policy", "average_policy" or "drop_policy".
+        name: The name of the policy.
+        options: The method's keyword arguments.
+    """
+
+    def __init__(self, method: str, name: str, options: Mapping[str, Any]) -> None:
+        super().__init__(name, options["mode"])
+        self._method, self._options = method, options
+
+    async def exchange(self, member: Replica) -> PolicyChange:
+        """Changes the policy."""
+        changed = await member.call(self._method, self._name, **self._options)
+        assert isinstance(changed, PolicyChange)
+        return changed
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A bucket of an upload.
+
+    Attributes:
+        heads: The names, dtypes and shapes of its tensors.
+        stored: The memory with its tensors, as the fleet has stored it; None: it has not come yet.
+    """
+
+    heads: Sequence[TensorHead]
+    stored: Any = None
+
+
+class Upload(Change):
+    """New weights that arrive in buckets, each stored once for all replicas.
+
+    Args:
+        module: The module that they are for.
+        partial: Whether tensors that do not come stay as they are.
+
+    Attributes:
+        opened: The update, as one of the replicas has opened it.
+        buckets: The buckets that were claimed.
+    """
+
+    def __init__(self, module: str, *, partial: bool) -> None:
+        super().__init__("drain")
+        self.module, self.partial = module, partial
+        self.opened: OpenedUpdate | None = None
+        self.buckets: list[Bucket] = []
+        self._ids: dict[str, str] = {}
+
+    async def open(self, member: Replica) -> OpenedUpdate:
+        """Opens the update on a replica, and gives it the buckets that have come."""
+        opened = await member.call("open_update", self.module, partial=self.partial)
+        assert isinstance(opened, OpenedUpdate)
+        self._ids[member.id] = opened.update_id
+        for bucket in self.buckets:
+            await self.claim(member, bucket)
+            if bucket.stored is not None:
+                await self.put(member, bucket)
+        return opened
+
+    async def claim(self, member: Replica, bucket: Bucket) -> None:
+        """Has a replica check what a bucket will hold."""
+        await member.call("claim_bucket", self._ids[member.id], bucket.heads)
+
+    async def put(self, member: Replica, bucket: Bucket) -> Any:
+        """Gives a replica a bucket that it has checked."""
+        return await member.call("put_bucket", self._ids[member.id], bucket.heads, bucket.stored)
+
+    async def drop_bucket(self, member: Replica, bucket: Bucket) -> None:
+        """Takes back what `claim` did."""
+        await member.call("drop_bucket", self._ids[member.id], bucket.heads)
+
+    def is_open_on(self, replica: str) -> bool:
+        """Tells whether a replica takes more of its tensors."""
+        return replica in self._ids
+
+    async def abandon(self, member: Replica) -> None:
+        """Ends the update on a replica; its weights stay."""
+        if (update_id := self._ids.pop(member.id, None)) is not None:
+            await member.call("drop_update", update_id)
+
+    async def _stage(self, member: Replica) -> str:
+        if member.id not in self._ids:
+            await self.open(member)
+        staged = str(await member.call("stage_update", self._ids[member.id]))
+        del self._ids[member.id]
+        return staged
