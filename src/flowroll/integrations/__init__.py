@@ -1,0 +1,1 @@
+"""Plug-ins for trainers, one module each; a trainer is imported when its plug-in is."""
