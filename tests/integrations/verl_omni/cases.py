@@ -30,7 +30,9 @@ def prompt_of(folder: Path, facts: ModelFacts, text: str = "a red cat", negative
         return list(_tokenizer(folder / name)(content)["input_ids"])
 
     if facts.family.name == "sd3":
-        both = [None if one is None else {"clip": ids("tokenizer", one), "t5": ids("tokenizer_3", one)} for one in (text, negative)]
+        both = [
+            None if one is None else {"clip": ids("tokenizer", one), "t5": ids("tokenizer_3", one)} for one in (text, negative)
+        ]
         return PromptIds(ids=[1], extra=both[0], negative_extra=both[1])
     template = list(facts.tokenizers[0].template)
     negative_ids = None if negative is None else template + ids("tokenizer", negative)

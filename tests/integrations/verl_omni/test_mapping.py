@@ -1,9 +1,11 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.integrations.verl_omni.cases import RECORDED, prompt_of, sampling
 
 from flowroll import replay
 from flowroll.engine import Engine
@@ -11,8 +13,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.integrations.verl_omni import rollout_of
 from flowroll.integrations.verl_omni.mapping import group_request, output_fields, sample_request
 from flowroll.integrations.verl_omni.windows import window_of
-from flowroll.types import Rollout
-from tests.integrations.verl_omni.cases import RECORDED, prompt_of, sampling
+from flowroll.types import Rollout, SamplingParams
 
 FAMILIES = ("qwen_image", "sd3")
 
@@ -72,30 +73,24 @@ def test_an_output_has_the_fields_that_the_trainer_reads(
     assert extra["all_latents"].shape == (size + 1, *latent) and extra["all_latents"].dtype == torch.float32
     tokens = len(extra["prompt_embeds"])
     assert extra["prompt_embeds_mask"].tolist() == [1] * tokens and extra["prompt_embeds_mask"].dtype == torch.int64
-    assert (tokens == 333 and "negative_pooled_prompt_embeds" in extra) if family == "sd3" else "pooled_prompt_embeds" not in extra
-    assert len(extra["negative_prompt_embeds"]) == len(extra["negative_prompt_embeds_mask"])
-    assert (extra["flowroll_seed"], extra["flowroll_noise_seed"]) == (request.seed, rollout.seed == request.noise_seed and rollout.seed)
-    # All steps are there: the window's part of the whole trajectory is what is returned.
-    (whole,) = engines[family].rollout(
-        group_request(
-            type(request.params)(
-                **{
-                    **{name: getattr(request.params, name) for name in request.params.__slots__},
-                    "rollout_return_step_indices": None,
-                }
-            ),
-            [request.noise_seed],
-        )
+    assert (
+        (tokens == 333 and "negative_pooled_prompt_embeds" in extra) if family == "sd3" else "pooled_prompt_embeds" not in extra
     )
-    assert torch.equal(whole.dit_trajectory.latents[request.window.start : request.window.stop + 1].float(), extra["all_latents"])
+    assert len(extra["negative_prompt_embeds"]) == len(extra["negative_prompt_embeds_mask"])
+    assert (extra["flowroll_seed"], extra["flowroll_noise_seed"]) == (request.seed, rollout.seed)
+    assert rollout.seed == request.noise_seed
+    # The window's part of the whole trajectory is what is returned.
+    every = replace(group_request(request.params, [request.noise_seed]), rollout_return_step_indices=None)
+    (whole,) = engines[family].rollout(every)
+    assert whole.dit_trajectory is not None
+    states = whole.dit_trajectory.latents[request.window.start : request.window.stop + 1]
+    assert torch.equal(states.float(), extra["all_latents"])
 
 
 @pytest.mark.parametrize("row", RECORDED["schedules"], ids=lambda row: f"{row['family']}-{row['height']}x{row['width']}")
 def test_timesteps_are_those_of_the_trainers_schedule_bit_for_bit(engines: dict[str, Engine], row: dict[str, Any]) -> None:
     engine = engines[row["family"]]
     params = {"height": row["height"], "width": row["width"], "num_inference_steps": row["steps"]}
-    from flowroll import SamplingParams
-
     record = engine.plan(SamplingParams(prompt="", **params)).record
     assert list(record.timesteps) == row["timesteps"] and list(record.sigmas) == row["sigmas"]
 
@@ -150,7 +145,7 @@ def test_prompts_of_sd3_need_the_ids_of_each_encoder(engines: dict[str, Engine],
     with pytest.raises(InvalidRequestError, match=r"extra_prompt_ids must hold the token ids clip and t5.*extra_tokenizers"):
         sample_request(prompt, sampling("sd3"), facts=facts)
     whole = prompt_of(checkpoints["sd3"], facts)
-    with pytest.raises(InvalidRequestError, match="max_sequence_length must be 256 for sd3.*max_prompt_embed_length=333"):
+    with pytest.raises(InvalidRequestError, match=r"max_sequence_length must be 256 for sd3.*max_prompt_embed_length=333"):
         sample_request(whole, sampling("sd3", max_sequence_length=512), facts=facts)
     with pytest.raises(InvalidRequestError, match="algorithm must be one of flow_grpo for sd3, got 'dance_grpo'"):
         sample_request(whole, sampling("sd3"), facts=facts, algorithm="dance_grpo")
@@ -210,7 +205,7 @@ def test_forward_process_algorithms_get_clean_latents(
     engines: dict[str, Engine], checkpoints: dict[str, Path], algorithm: str, has_timesteps: bool
 ) -> None:
     engine = engines["qwen_image"]
-    request, rollout, output = run(engine, checkpoints["qwen_image"], algorithm=algorithm, logprobs=False)
+    _, rollout, output = run(engine, checkpoints["qwen_image"], algorithm=algorithm, logprobs=False)
     extra = output["extra_fields"]
     assert output["log_probs"] is None and "all_latents" not in extra and rollout.sde_step_indices == ()
     assert extra["latents_clean"].shape == (16, 64) and ("train_timesteps" in extra) == has_timesteps

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.integrations.verl_omni.cases import RECORDED, arguments_of, prompt_of, sampling
 
 from flowroll import replay
 from flowroll.errors import AsleepError, FlowrollError, InvalidRequestError, WeightsRejectedError
@@ -14,7 +15,6 @@ from flowroll.integrations.verl_omni import rollout_of
 from flowroll.integrations.verl_omni.options import ServerOptions, server_options
 from flowroll.integrations.verl_omni.server import RolloutServer
 from flowroll.integrations.verl_omni.weights import pack
-from tests.integrations.verl_omni.cases import RECORDED, arguments_of, prompt_of, sampling
 
 Generate = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -32,7 +32,9 @@ async def serving(folder: Path, **changes: Any) -> AsyncIterator[tuple[RolloutSe
 
     async def generate(request_id: str = "a", text: str = "a red cat", **values: Any) -> Any:
         prompt = prompt_of(folder, server._engine.facts, text)
-        return await server.generate(**arguments_of(prompt), request_id=request_id, sampling_params=sampling("qwen_image", **values))
+        return await server.generate(
+            **arguments_of(prompt), request_id=request_id, sampling_params=sampling("qwen_image", **values)
+        )
 
     try:
         yield server, generate
@@ -266,7 +268,9 @@ def test_one_sample_of_a_group_is_aborted_alone(qwen_checkpoint: Path) -> None:
     async def main() -> None:
         async with serving(qwen_checkpoint) as (server, generate):
             window = {"sde_window_range": [0, 2]}
-            running = [asyncio.create_task(generate(f"r{seed}", seed=seed, num_inference_steps=60, **window)) for seed in (1, 2)]
+            running = [
+                asyncio.create_task(generate(f"r{seed}", seed=seed, num_inference_steps=60, **window)) for seed in (1, 2)
+            ]
             await asyncio.sleep(0.1)
             assert (await server.abort_request("r1"))["aborted"]
             assert not (await server.abort_request("r3"))["aborted"]
@@ -337,7 +341,7 @@ def test_options_come_from_verls_configuration() -> None:
 def test_options_that_flowroll_does_not_have_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         server_options({**CONFIG, **changes}, {"path": "m"}, mode="hybrid")
-    with pytest.raises(InvalidRequestError, match="model.path must be the folder"):
+    with pytest.raises(InvalidRequestError, match="must be the folder of a checkpoint"):
         server_options(CONFIG, {}, mode="hybrid")
 
 

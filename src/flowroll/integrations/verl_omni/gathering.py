@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import CancelledError as FutureCancelledError
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ class _Group:
 
 
 class RequestGatherer:
-    """Runs single samples on an engine, and joins those that arrive within a short time of each other and are equal but in seed.
+    """Runs single samples on an engine, and joins those that arrive within a short time and are equal but for their seeds.
 
     All methods are called on one event loop. A rollout is bit for bit the same whether it was gathered or not.
 
@@ -110,7 +111,7 @@ class RequestGatherer:
         group.running.add_done_callback(lambda done: loop.call_soon_threadsafe(_finish, group, done))
 
 
-def _finish(group: _Group, done: RequestFuture[Rollout]) -> None:
+def _finish(group: _Group, done: Future[list[Rollout]]) -> None:
     try:
         rollouts = done.result()
     except (Exception, FutureCancelledError) as error:

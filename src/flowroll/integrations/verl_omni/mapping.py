@@ -136,9 +136,7 @@ def sample_request(
     num_steps = facts.defaults.num_inference_steps if steps is None else steps
     require(is_int(num_steps) and num_steps >= 1, "num_inference_steps", "be an integer >= 1", num_steps, "use 1 or more")
     is_stochastic = algorithm in STOCHASTIC
-    window = (
-        window_of(sampling, algorithm=algorithm, num_steps=num_steps, noise_seed=noise_seed) if is_stochastic else None
-    )
+    window = window_of(sampling, algorithm=algorithm, num_steps=num_steps, noise_seed=noise_seed) if is_stochastic else None
     wants_clean = kind == "both" or not is_stochastic
     params = SamplingParams(
         **_prompts(prompt, sampling, facts),
@@ -275,7 +273,9 @@ def _prompts_of_sd3(prompt: PromptIds, sampling: Mapping[str, Any], facts: Model
 def _ids_by_encoder(field: str, given: Mapping[str, Any] | None, facts: ModelFacts) -> tuple[tuple[int, ...], ...]:
     wanted = [_SD3_ENCODERS[one.name] for one in facts.tokenizers]
     missing = sorted(set(wanted) - set(given or {}))
-    remedy = "set model.extra_tokenizers, e.g. {clip: {path: tokenizer, max_length: 77}, t5: {path: tokenizer_3, max_length: 256}}"
+    remedy = (
+        "set model.extra_tokenizers, e.g. {clip: {path: tokenizer, max_length: 77}, t5: {path: tokenizer_3, max_length: 256}}"
+    )
     require(not missing, field, f"hold the token ids {' and '.join(sorted(set(wanted)))}", sorted(given or {}), remedy)
     assert given is not None
     return tuple(_ids(f"{field}.{name}", given[name]) for name in wanted)

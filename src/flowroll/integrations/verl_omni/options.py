@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class ServerOptions:
     model: str
     algorithm: str = "flow_grpo"
     dtype: str = "auto"
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     variant: str | None = None
     device: str = "auto"
     gather_s: float = 0.005

@@ -52,8 +52,8 @@ class ServerActor(RolloutServer):
 class Worker(CheckpointEngineWorker):  # type: ignore[misc]  # verl has no types
     """verl's worker of a replica with devices of its own.
 
-    Its process imports this module to make it, and so registers the plug-in: verl's own worker looks the rollout class up before
-    anything has imported `model.external_lib` there.
+    Its process imports this module to make it, and so registers the plug-in. verl's own worker looks the rollout class up
+    before anything has imported `model.external_lib` there.
     """
 
 
@@ -77,13 +77,11 @@ class FlowrollReplica(RolloutReplica):  # type: ignore[misc]  # verl has no type
         """Starts the server where the replica's first worker is, with the devices of all its workers.
 
         Raises:
-            InvalidRequestError: The replica's workers are on several hosts, or the configuration asks for what flowroll does not
-                do.
+            InvalidRequestError: The replica's workers are on several hosts, or the configuration asks for what flowroll does
+                not do.
         """
         assert len(self.workers) == self.world_size, f"{len(self.workers)} workers, but a world of {self.world_size}"
-        options = server_options(
-            self.config, self.model_config, mode=self.rollout_mode.value, replica_rank=self.replica_rank
-        )
+        options = server_options(self.config, self.model_config, mode=self.rollout_mode.value, replica_rank=self.replica_rank)
         places = await asyncio.gather(*[worker.__ray_call__.remote(_place_of) for worker in self.workers])
         nodes = {node for node, _ in places}
         if len(nodes) > 1:

@@ -85,7 +85,9 @@ def _embedding(row: Mapping[str, Any], prefix: str, field: str, dtype: str) -> T
     if field == "pooled_projections":
         return value.to(getattr(torch, dtype.removeprefix("torch.")))
     kept = _field(row, f"{prefix}prompt_embeds_mask").bool()
-    return value[kept] if field == "encoder_hidden_states_mask" else value[kept].to(getattr(torch, dtype.removeprefix("torch.")))
+    return (
+        value[kept] if field == "encoder_hidden_states_mask" else value[kept].to(getattr(torch, dtype.removeprefix("torch.")))
+    )
 
 
 def _field(row: Mapping[str, Any], *names: str) -> Any:

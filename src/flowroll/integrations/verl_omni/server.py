@@ -105,12 +105,14 @@ class RolloutServer:
             InvalidRequestError: The device, dtype or layout is not available.
         """
         if self._engine is None:
-            self._engine, self._output = await asyncio.to_thread(self._load)
-            limit = min(self._options.max_group, self._engine.info.limits.max_outputs)
-            self._gatherer = RequestGatherer(self._engine, wait_s=self._options.gather_s, most=limit)
-            self._note_steps(self._engine.weight_version, None)
+            engine, self._output = await asyncio.to_thread(self._load)
+            limit = min(self._options.max_group, engine.info.limits.max_outputs)
+            self._gatherer = RequestGatherer(engine, wait_s=self._options.gather_s, most=limit)
+            self._engine = engine
+            self._note_steps(engine.weight_version, None)
         info = self._engine.info
-        return {"family": info.family, "variant": info.variant, "dtype": info.dtype, "device": info.device, "layout": info.layout.name}
+        served = {name: getattr(info, name) for name in ("family", "variant", "dtype", "device")}
+        return {**served, "layout": info.layout.name}
 
     def _load(self) -> tuple[Engine, type[Any]]:
         from flowroll.engine import Engine
@@ -231,7 +233,9 @@ class RolloutServer:
             await asyncio.wait_for(self._idle.wait(), self._options.abort_drain_s)
         except TimeoutError:
             ids = [one.request_id for one in self._active.values()]
-            _log.warning("%d samples had not ended %g s after they were to; aborting them", len(ids), self._options.abort_drain_s)
+            _log.warning(
+                "%d samples had not ended %g s after they were to; aborting them", len(ids), self._options.abort_drain_s
+            )
             for one in list(self._active.values()):
                 one.is_aborted = True
                 one.task.cancel()
@@ -425,7 +429,9 @@ class RolloutServer:
         }
         if method not in methods:
             known = ", ".join(methods)
-            raise InvalidRequestError(f"method must be one of {known}, got {method[:80]!r}; call the server's own.", field="method")
+            raise InvalidRequestError(
+                f"method must be one of {known}, got {method[:80]!r}; call the server's own.", field="method"
+            )
         return [await asyncio.wait_for(methods[method](*args, **values), timeout)]
 
     async def _set_pending_lora_peft_config(self, peft_config: Mapping[str, Any] | None = None) -> None:
@@ -435,7 +441,9 @@ class RolloutServer:
         self, peft_config: Mapping[str, Any] | None = None, base_sync_done: bool = False, **place: Any
     ) -> str:
         if self._receive_weights is None:
-            raise WeightsRejectedError("weights must come in buckets here, got a call that announces others; use lora.merge=True.")
+            raise WeightsRejectedError(
+                "weights must come in buckets here, got a call that announces others; use lora.merge=True."
+            )
         update = await self.begin_weights(peft_config=peft_config, base_sync_done=base_sync_done)
         try:
             current = self._update_of(update)

@@ -71,7 +71,8 @@ def unpack(packed: PackedTensor) -> Tensor:
     dtype = _DTYPES.get(packed.dtype)
     if dtype is None or math.prod(packed.shape) * dtype.itemsize != packed.data.size:
         raise WeightsRejectedError(
-            f"{packed.name[:200]} must be {list(packed.shape)[:8]} of {packed.dtype}, got {packed.data.size} bytes; send it again."
+            f"{packed.name[:200]} must be {list(packed.shape)[:8]} of {packed.dtype}, got {packed.data.size} bytes; "
+            "send it again."
         )
     # Copied, since what Ray has in shared memory is not to be written to.
     return torch.from_numpy(packed.data.copy()).view(dtype).reshape(packed.shape)

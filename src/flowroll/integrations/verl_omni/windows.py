@@ -48,7 +48,7 @@ def window_of(sampling: Mapping[str, Any], *, algorithm: str, num_steps: int, no
         return range(num_steps - 1)
     low, high = _range(sampling)
     require(size >= 1, "sde_window_size", "be an integer >= 1", size, "leave it out for all steps but the last")
-    fits = 0 <= low and low + size <= high <= num_steps
+    fits = low >= 0 and low + size <= high <= num_steps
     rule = f"hold the {size} steps of a window among the {num_steps} steps"
     require(fits, "sde_window_range", rule, (low, high), "widen it, or make the window smaller")
     start = _start(sampling, algorithm, low, high - size, size, noise_seed)
@@ -86,7 +86,7 @@ def _range(sampling: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _number(sampling: Mapping[str, Any], name: str) -> int | None:
-    value = plain(_read(sampling.get(name)))
+    value: int | None = plain(_read(sampling.get(name)))
     require(value is None or is_int(value), name, "be an integer", value, "send a whole number")
     return value
 
