@@ -1,6 +1,6 @@
+import importlib.machinery
 import importlib.util
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def verl_omni() -> Path:
     root = Path(found.submodule_search_locations[0])
     if importlib.util.find_spec("vllm_omni") is None:
         for name in _BARE:
-            package = types.ModuleType(name)
-            package.__path__ = [str(root.parent / name.replace(".", "/"))]
-            sys.modules[name] = package
+            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(root.parent / name.replace(".", "/"))]
+            sys.modules[name] = importlib.util.module_from_spec(spec)
     return root

@@ -62,12 +62,14 @@ def batch_of(loop: Any, outputs: list[Any], length: int) -> Any:
 @pytest.mark.parametrize("family", list(_ADAPTERS))
 @pytest.mark.parametrize("sde_type", ["sde", "cps", "dance_sde"])
 def test_a_batch_of_the_agent_loop_trains_at_a_ratio_of_one(
-    verl_omni: Path, checkpoints: dict[str, Path], family: str, sde_type: str
+    verl_omni: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, sde_type: str
 ) -> None:
     folder = checkpoints[family]
     loop = importlib.import_module("verl_omni.agent_loop.diffusion_agent_loop")
     module, name = _ADAPTERS[family]
     adapter = getattr(importlib.import_module(module), name)
+    # verl takes a machine without a device for one with CUDA.
+    monkeypatch.setattr(importlib.import_module(module), "get_device_name", lambda: "cpu")
     window = {"sde_window_size": 2, "sde_window_range": [1, 3], "sde_type": sde_type, "noise_level": 0.6}
 
     async def rollouts() -> list[Any]:
