@@ -1,4 +1,4 @@
-"""A trainer's worker and a checkpoint engine for the tests with verl. Ray's processes import this module, which imports verl."""
+"""A trainer's worker and a checkpoint engine for the tests with verl. Ray's processes import this module, and verl."""
 
 import importlib
 from pathlib import Path
