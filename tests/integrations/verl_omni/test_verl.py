@@ -1,7 +1,9 @@
 """verl's own registry, server manager, client and checkpoint manager, unmodified, on a local Ray cluster."""
 
 import asyncio
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,15 @@ WINDOW = {"sde_window_range": [0, 2]}
 def cluster() -> Iterator[Any]:
     pytest.importorskip("verl")
     ray = pytest.importorskip("ray")
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # Beside this file, since verl's wheel has a package `tests` too.
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([str(ROOT / "src"), here, os.environ.get("PYTHONPATH", "")])
     # The devices are names alone: everything runs on the CPU.
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     ray.init(num_cpus=6, num_gpus=2, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
+    sys.path.insert(0, here)
     yield ray
+    sys.path.remove(here)
     ray.shutdown()
 
 
@@ -65,12 +71,11 @@ def config_of(folder: Path, engine: dict[str, Any], **changes: Any) -> Any:
 
 def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool) -> Any:
     import ray
-    from tests.integrations.verl_omni.trainers import Trainer
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-    both = config.actor_rollout_ref
+    both, trainer = config.actor_rollout_ref, importlib.import_module("trainers").Trainer
     made = RayClassWithInitArgs(
-        cls=ray.remote(Trainer), rollout=both.rollout, model=both.model, folder=str(folder), hybrid=hybrid
+        cls=ray.remote(trainer), rollout=both.rollout, model=both.model, folder=str(folder), hybrid=hybrid
     )
     pool = RayResourcePool([1], use_gpu=True, max_colocate_count=2, name_prefix=name)
     return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=made, name_prefix=name, device_name="cuda")
@@ -156,7 +161,7 @@ def test_a_standalone_replica_gets_weights_through_a_checkpoint_engine(
 
     engine = {
         "backend": "test_files",
-        "custom_backend_module": "tests.integrations.verl_omni.trainers",
+        "custom_backend_module": "trainers",
         "engine_kwargs": {"test_files": {"path": str(tmp_path / "weights.pt")}},
     }
     config = config_of(qwen_checkpoint, engine)
