@@ -30,7 +30,8 @@ def cluster() -> Iterator[Any]:
     path = os.pathsep.join([str(ROOT / "src"), here, os.environ.get("PYTHONPATH", "")])
     # The devices are names alone: everything runs on the CPU.
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    ray.init(num_cpus=6, num_gpus=2, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
+    variables |= {"VERL_USE_EXTERNAL_MODULES": "cpu_platform", "VERL_PLATFORM": "no_device"}
+    ray.init(num_cpus=6, num_gpus=4, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
     sys.path.insert(0, here)
     yield ray
     sys.path.remove(here)
@@ -165,7 +166,7 @@ def test_a_standalone_replica_gets_weights_through_a_checkpoint_engine(
         "engine_kwargs": {"test_files": {"path": str(tmp_path / "weights.pt")}},
     }
     config = config_of(qwen_checkpoint, engine)
-    manager = LLMServerManager.create(config)
+    manager = LLMServerManager.create(config, start_rank=1)
     trainer = worker_group(config, qwen_checkpoint, "separate_trainer", hybrid=False)
     weights = CheckpointEngineManager(CheckpointEngineConfig(**engine), trainer, manager.get_replicas())
     transformer = transformer_of(qwen_checkpoint)

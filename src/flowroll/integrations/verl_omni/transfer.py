@@ -70,15 +70,14 @@ def receive_weights(
 
 
 def _transfer_module() -> ModuleType:
-    """Imports verl's module, also where its package for vLLM cannot be imported because there is no vLLM."""
-    try:
+    """Imports verl's module, whose package cannot be imported where there is no vLLM, and which does without it."""
+    if importlib.util.find_spec("vllm") is not None:
         return importlib.import_module(_MODULE)
-    except ImportError:
-        workers = importlib.util.find_spec("verl.workers.rollout")
-        assert workers is not None and workers.submodule_search_locations
-        path = Path(workers.submodule_search_locations[0]) / "vllm_rollout" / "bucketed_weight_transfer.py"
-        spec = importlib.util.spec_from_file_location("flowroll_bucketed_weight_transfer", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    workers = importlib.util.find_spec("verl.workers.rollout")
+    assert workers is not None and workers.submodule_search_locations
+    path = Path(workers.submodule_search_locations[0]) / "vllm_rollout" / "bucketed_weight_transfer.py"
+    spec = importlib.util.spec_from_file_location("flowroll_bucketed_weight_transfer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
