@@ -71,6 +71,7 @@ def test_an_output_has_the_fields_that_the_trainer_reads(
     assert output["log_probs"].shape == (size,) and output["stop_reason"] == "completed" and extra["global_steps"] == 7
     latent = {"qwen_image": (16, 64), "sd3": (16, 8, 8)}[family]
     assert extra["all_latents"].shape == (size + 1, *latent) and extra["all_latents"].dtype == torch.float32
+    assert extra["all_timesteps"].tolist() == list(rollout.sampling.timesteps[request.window.start : request.window.stop])
     tokens = len(extra["prompt_embeds"])
     assert extra["prompt_embeds_mask"].tolist() == [1] * tokens and extra["prompt_embeds_mask"].dtype == torch.int64
     assert (

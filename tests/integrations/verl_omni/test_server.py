@@ -3,6 +3,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from flowroll.errors import AsleepError, FlowrollError, InvalidRequestError, Wei
 from flowroll.integrations.verl_omni import rollout_of
 from flowroll.integrations.verl_omni.options import ServerOptions, server_options
 from flowroll.integrations.verl_omni.server import RolloutServer
-from flowroll.integrations.verl_omni.weights import pack
+from flowroll.integrations.verl_omni.weights import pack, send_weights
 
 Generate = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -151,6 +152,58 @@ def test_weights_come_back_whole_or_not_at_all(qwen_checkpoint: Path) -> None:
             assert [one.extra_fields["flowroll_weight_version"] for one in after] == [version, version]
             assert not torch.equal(after[0].diffusion_output, before.diffusion_output)
             assert_ratio_is_one(transformer, after, steps)
+
+    asyncio.run(main())
+
+
+class Handle:
+    """A handle of Ray's around a server of this process."""
+
+    def __init__(self, server: RolloutServer) -> None:
+        self._server, self.buckets = server, []
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*args: Any, **values: Any) -> Any:
+            if name == "put_weights":
+                self.buckets.append(sum(packed.data.size for packed in args[1]))
+            return getattr(self._server, name)(*args, **values)
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_a_trainer_sends_its_weights_in_buckets_and_gives_all_of_them_whatever_happens(qwen_checkpoint: Path) -> None:
+    async def main() -> None:
+        transformer = transformer_of(qwen_checkpoint)
+        tensors = moved(transformer)
+        async with serving(qwen_checkpoint) as (server, generate):
+            handle = Handle(server)
+            await send_weights(handle, iter(tensors.items()), max_bytes=100_000, global_steps=2)
+            assert len(handle.buckets) > 3 and max(handle.buckets[:-1]) <= max(100_000, max(t.nbytes for t in tensors.values()))
+            assert sum(handle.buckets) == sum(tensor.nbytes for tensor in tensors.values())
+            sent = await generate(seed=1, sde_window_range=[0, 2])
+            assert sent.extra_fields["global_steps"] == 2
+            assert_ratio_is_one(transformer, [sent], [0, 1])
+
+            async def given() -> AsyncIterator[tuple[str, torch.Tensor]]:
+                for name, tensor in tensors.items():
+                    taken.append(name)
+                    yield name, tensor if len(taken) != 2 else tensor.to(torch.complex64)
+
+            # A rank beside the first one gathers, and sends nothing; a fault is raised after the last tensor.
+            taken: list[str] = []
+            await send_weights(None, given(), max_bytes=1, global_steps=3)
+            assert taken == list(tensors)
+            taken = []
+            with pytest.raises(WeightsRejectedError, match="got complex64"):
+                await send_weights(handle, given(), max_bytes=1, global_steps=3)
+            assert taken == list(tensors) and (await generate(seed=1)).extra_fields["global_steps"] == 2
+            await server.sleep()
+            taken = []
+            with pytest.raises(AsleepError):
+                await send_weights(handle, given(), max_bytes=1, global_steps=3)
+            assert taken == list(tensors)
+            await server.wake_up()
+            assert (await generate(seed=1)).extra_fields["global_steps"] == 2
 
     asyncio.run(main())
 

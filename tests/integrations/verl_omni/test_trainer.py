@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tests.integrations.verl_omni.test_server import options_of
 from flowroll import replay
 from flowroll.integrations.verl_omni import rollout_of
 from flowroll.integrations.verl_omni.server import RolloutServer
+from flowroll.integrations.verl_omni.transfer import update_handle, zmq_handle
 
 _ADAPTERS = {
     "qwen_image": ("verl_omni.pipelines.qwen_image_flow_grpo.diffusers_training_adapter", "QwenImage"),
@@ -147,3 +149,14 @@ def adapter_inputs(row: Any, pipeline: Any) -> Any:
     made = row.clone()
     tensordict_utils.assign_non_tensor(made, height=pipeline.height, width=pipeline.width, vae_scale_factor=8)
     return made
+
+
+def test_the_address_of_an_update_is_that_of_verl_omni(verl_omni: Path) -> None:
+    spec = importlib.util.spec_from_file_location("zmq_utils", verl_omni / "workers/rollout/vllm_rollout/zmq_utils.py")
+    assert spec is not None and spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    handle = zmq_handle("01000000", 3, 1)
+    for steps in (None, 7):
+        update_id = theirs.make_update_zmq_id(steps, 2)
+        assert update_handle(handle, update_id) == theirs.make_update_zmq_handle(handle, update_id)

@@ -18,7 +18,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.integrations.verl_omni.names import server_name
 from flowroll.integrations.verl_omni.options import read
 from flowroll.integrations.verl_omni.transfer import zmq_handle
-from flowroll.integrations.verl_omni.weights import PackedTensor, pack
+from flowroll.integrations.verl_omni.weights import send_weights
 
 _DEFAULT_BUCKET_MB = 2048
 
@@ -97,40 +97,13 @@ class FlowrollRollout(BaseRollout):  # type: ignore[misc]  # verl has no types
                 f"wire_format must be named_tensors, got {wire_format!r}; use a checkpoint engine that sends whole tensors.",
                 field="wire_format",
             )
-        if not self.is_leader_rank:
-            async for _name, _tensor in _each(weights):
-                pass
-            return
-        server = self._handle()
-        update = await server.begin_weights.remote(
-            global_steps=global_steps,
-            peft_config=None if peft_config is None else dict(peft_config),
-            base_sync_done=base_sync_done,
-        )
-        fault: Exception | None = None
-        bucket: list[PackedTensor] = []
-        size = 0
-        async for name, tensor in _each(weights):
-            if fault is not None:
-                continue
-            try:
-                packed = pack(name, tensor)
-                if bucket and size + packed.data.size > self._bucket_bytes:
-                    await server.put_weights.remote(update, bucket)
-                    bucket, size = [], 0
-                bucket.append(packed)
-                size += packed.data.size
-            except Exception as error:  # raised when every rank has given all its weights
-                fault, bucket = error, []
-        if fault is None:
-            try:
-                await server.put_weights.remote(update, bucket)
-                await server.commit_weights.remote(update)
-                return
-            except Exception as error:
-                fault = error
-        await server.drop_weights.remote(update)
-        raise fault
+        announced = {
+            "global_steps": global_steps,
+            "peft_config": None if peft_config is None else dict(peft_config),
+            "base_sync_done": base_sync_done,
+        }
+        server = self._handle() if self.is_leader_rank else None
+        await send_weights(server, weights, max_bytes=self._bucket_bytes, **announced)
 
     async def _execute_method(
         self,
@@ -156,12 +129,3 @@ class FlowrollRollout(BaseRollout):  # type: ignore[misc]  # verl has no types
         if self._server is None:
             self._server = ray.get_actor(server_name(self.replica_rank))
         return self._server
-
-
-async def _each(weights: Any) -> AsyncIterator[tuple[str, Tensor]]:
-    if hasattr(weights, "__aiter__"):
-        async for pair in weights:
-            yield pair
-    else:
-        for pair in weights:
-            yield pair

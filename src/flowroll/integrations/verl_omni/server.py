@@ -332,15 +332,16 @@ class RolloutServer:
         self._pending_peft_config = None
         if self._update is not None and self._update.receiver is not None:
             self._update.receiver.drop()
+        self._update = None
         adapter = dict(peft_config) if peft_config is not None and base_sync_done else None
+        receiver = engine.receive_weights() if adapter is None else None
         self._update = _Update(
             number=next(self._numbers),
             global_steps=global_steps,
             peft_config=adapter,
             keeps_adapter=peft_config is not None,
+            receiver=receiver,
         )
-        if adapter is None:
-            self._update.receiver = engine.receive_weights()
         return self._update.number
 
     async def put_weights(self, update: int, bucket: Sequence[PackedTensor]) -> None:
@@ -356,9 +357,18 @@ class RolloutServer:
         named = [(packed.name, unpack(packed)) for packed in bucket]
         if update.receiver is None:
             update.factors |= named
+            self._check_room(update)
             return
         for pair in base_tensors(named):
             update.receiver.put([pair])
+
+    def _check_room(self, update: _Update) -> None:
+        engine, _ = self._running()
+        most, size = engine.info.adapter_limits.max_adapter_bytes, sum(one.nbytes for one in update.factors.values())
+        if size > most:
+            raise WeightsRejectedError(
+                f"the adapter must have at most {most} bytes, got {size} so far; train one of a lower rank."
+            )
 
     async def commit_weights(self, update: int) -> str:
         """Exchanges the weights once no sample runs, and returns their version. If anything fails, none is replaced.

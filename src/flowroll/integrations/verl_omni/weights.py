@@ -6,7 +6,7 @@ It needs neither verl nor Ray.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,3 +97,65 @@ def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def base_tensors(tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Returns weights by their names in the transformer, without the factors of adapters among them."""
     return [(module_name(name), tensor) for name, tensor in tensors if ".lora_" not in name]
+
+
+async def send_weights(
+    server: Any,
+    weights: Iterator[tuple[str, Tensor]] | AsyncIterator[tuple[str, Tensor]],
+    *,
+    max_bytes: int,
+    **announced: Any,
+) -> None:
+    """Sends weights to a server in buckets. All are taken from the iterator, whatever happens: other ranks gather with it.
+
+    Args:
+        server: The handle of the server's actor; None: another rank sends, and these are dropped.
+        weights: The named tensors.
+        max_bytes: The most bytes of a bucket, but for a tensor that is larger by itself.
+        **announced: What the server is told of the update; see `RolloutServer.begin_weights`.
+
+    Raises:
+        Exception: The server refused the weights, and keeps those that it has, or it could not be reached. It is raised after
+            the last tensor.
+    """
+    fault: Exception | None = None
+    update: int | None = None
+    bucket: list[PackedTensor] = []
+    size = 0
+    if server is not None:
+        try:
+            update = await server.begin_weights.remote(**announced)
+        except Exception as error:
+            fault = error
+    async for name, tensor in _each(weights):
+        if server is None or fault is not None:
+            continue
+        try:
+            packed = pack(name, tensor)
+            if bucket and size + packed.data.size > max_bytes:
+                await server.put_weights.remote(update, bucket)
+                bucket, size = [], 0
+            bucket.append(packed)
+            size += packed.data.size
+        except Exception as error:
+            fault, bucket = error, []
+    if server is None:
+        return
+    try:
+        if fault is not None:
+            raise fault
+        await server.put_weights.remote(update, bucket)
+        await server.commit_weights.remote(update)
+    except Exception:
+        if update is not None:
+            await server.drop_weights.remote(update)
+        raise
+
+
+async def _each(weights: Any) -> AsyncIterator[tuple[str, Tensor]]:
+    if hasattr(weights, "__aiter__"):
+        async for pair in weights:
+            yield pair
+    else:
+        for pair in weights:
+            yield pair
