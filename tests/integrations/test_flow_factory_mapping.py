@@ -181,7 +181,9 @@ def test_sampling_runs_on_flowroll_and_its_trajectory_replays(
         torch.manual_seed(0)
         samples = adapter.inference(embeds, pooled)
         assert [index for index, one in enumerate(samples[0].log_probs) if one is not None] == [1, 4]
-        assert samples[0].all_latents.dtype == torch.float32 and samples[0].image.shape == (3, 64, 64)
+        assert samples[0].image.shape == (3, 64, 64)
+        for sample, rollout in zip(samples, rollouts, strict=True):
+            assert torch.equal(sample.all_latents, rollout.dit_trajectory.latents.float())
         assert samples[0].extra_kwargs["flowroll_noise_seed"] == rollouts[0].seed != rollouts[1].seed
         replay.align_weights(pipeline.transformer)
         with torch.no_grad():
@@ -194,6 +196,9 @@ def test_sampling_runs_on_flowroll_and_its_trajectory_replays(
         with adapter.use_named_parameters("old"):
             old = adapter.inference(embeds, pooled)[0].extra_kwargs["flowroll_weight_version"]
         assert old != version
+        # The weights of "old" were sent last, so those in training are sent again.
+        version = adapter.inference(embeds, pooled)[0].extra_kwargs["flowroll_weight_version"]
+        assert version not in (samples[0].extra_kwargs["flowroll_weight_version"], old)
         adapter.train()
         adapter.mode = "rollout"
         assert adapter.inference(embeds, pooled)[0].extra_kwargs["flowroll_weight_version"] not in (version, old)

@@ -49,7 +49,9 @@ def transformer_of(folder: Path, family: str) -> torch.nn.Module:
 def test_the_ratio_of_a_trainers_own_forward_is_exactly_one(
     engines: dict[str, Engine], checkpoints: dict[str, Path], family: str, sde_type: str
 ) -> None:
-    request, _, output = run(engines[family], checkpoints[family], sde_type=sde_type, noise_level=0.6)
+    request, rollout, output = run(engines[family], checkpoints[family], sde_type=sde_type, noise_level=0.6)
+    # verl-omni's log-prob of CPS is the squared distance alone.
+    assert rollout.sampling.log_prob_no_const == (sde_type == "cps")
     row = {**output["extra_fields"], "rollout_log_probs": output["log_probs"]}
     # As verl-omni's agent loop pads the embeddings of a batch.
     for name in [name for name in row if "prompt_embeds" in name and "pooled" not in name]:
