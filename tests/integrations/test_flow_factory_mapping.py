@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.serving.servers import serving
 
-from flowroll import replay
+from flowroll import Client, replay
 from flowroll.engine import Engine
+from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError
 from flowroll.integrations import flow_factory as plugin
 from flowroll.types import SamplingParams
@@ -214,3 +216,36 @@ def test_weights_beside_the_transformers_are_refused(checkpoints: dict[str, Path
     adapter.target_module_map["text_encoder"] = None
     with pytest.raises(InvalidRequestError, match="target_components must be the transformer alone for flowroll"):
         adapter.inference([], [])
+
+
+def test_a_server_gives_the_samples_of_an_engine_in_the_process(checkpoints: dict[str, Path]) -> None:
+    row = next(one for one in RECORDED["schedulers"] if one["current_sde_steps"] == [1, 4])
+    with Engine(checkpoints["sd3"], device="cpu", dtype="float32") as engine:
+        facts = engine.facts
+        width, tokens, pooled = (facts.spec.widths[name] for name in ("text", "text_tokens", "pooled"))
+        generator = torch.Generator().manual_seed(2)
+        requests = [
+            SamplingParams(
+                height=64,
+                width=64,
+                sigmas=tuple(row["sigmas"]),
+                **plugin._dynamics(scheduler_of(row)),
+                rollout_return_dit_trajectory=True,
+                prompt_embeds=torch.randn(tokens, width, generator=generator),
+                pooled_prompt_embeds=torch.randn(pooled, generator=generator),
+                guidance_scale=0.0,
+                latents=torch.randn(16, 8, 8, generator=generator),
+                seed=seed,
+            )
+            for seed in (1, 2)
+        ]
+        with EngineService(engine, max_queue=4) as service, serving(service) as http, Client(str(http.base_url)) as client:
+            over_http = plugin.ClientBackend(client)
+            for one, other in zip(over_http.rollouts(requests), plugin.EngineBackend(engine).rollouts(requests), strict=True):
+                assert one.seed == other.seed and torch.equal(one.image, other.image)
+                assert torch.equal(one.dit_trajectory.latents, other.dit_trajectory.latents)
+            before = engine.weight_version
+            over_http.update_weights(iter(engine._model.transformer.state_dict().items()))
+            assert engine.weight_version != before
+            over_http.copy_policy("flow-factory-old")
+            assert [one.name for one in engine.policies()] == ["flow-factory-old"]

@@ -1,4 +1,5 @@
 import asyncio
+import importlib.util
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,8 +12,8 @@ import torch
 from tests.integrations.verl_omni.cases import RECORDED, arguments_of, prompt_of, sampling
 
 from flowroll import replay
-from flowroll.errors import AsleepError, FlowrollError, InvalidRequestError, WeightsRejectedError
-from flowroll.integrations.verl_omni import rollout_of
+from flowroll.errors import AsleepError, FlowrollError, InvalidRequestError, MissingExtraError, WeightsRejectedError
+from flowroll.integrations.verl_omni import register, rollout_of
 from flowroll.integrations.verl_omni.options import ServerOptions, server_options
 from flowroll.integrations.verl_omni.server import RolloutServer
 from flowroll.integrations.verl_omni.weights import pack, send_weights
@@ -360,6 +361,13 @@ def test_other_inputs_than_text_are_refused(name: str) -> None:
             await server.generate([1], {}, "a", **{name: [1]})
 
     asyncio.run(main())
+
+
+def test_registering_without_verl_says_what_to_install() -> None:
+    if importlib.util.find_spec("verl") is not None:
+        pytest.skip("verl is installed")
+    with pytest.raises(MissingExtraError, match=r"pip install 'flowroll\[verl\]'"):
+        register()
 
 
 def test_a_server_that_was_not_launched_says_so() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from flowroll.extras import extra_for
 from flowroll.integrations.verl_omni.names import NAME
 from flowroll.integrations.verl_omni.rows import rollout_of
 
@@ -18,10 +19,11 @@ def register() -> None:
     """Registers the plug-in with verl, under the name "flowroll"; it may be called twice.
 
     Raises:
-        ImportError: verl is not installed.
+        MissingExtraError: verl is not installed.
     """
-    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
-    from verl.workers.rollout.replica import RolloutReplicaRegistry
+    with extra_for("flowroll.integrations.verl_omni", "verl"):
+        from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+        from verl.workers.rollout.replica import RolloutReplicaRegistry
 
     _ROLLOUT_REGISTRY[(NAME, "async")] = "flowroll.integrations.verl_omni.rollout.FlowrollRollout"
     RolloutReplicaRegistry.register(NAME, _load_replica)
