@@ -154,12 +154,12 @@ def test_the_ratio_of_the_trainers_forward_is_one(make: Make, family: str, dynam
     steps = sorted(adapter.scheduler.current_sde_steps.tolist())
     assert samples[0].log_probs.shape == (2,)
     assert [index for index, row in enumerate(samples[0].log_prob_index_map.tolist()) if row >= 0] == steps
-    assert (ratios(adapter, samples) - 1).abs().max() < 2e-5
+    assert (ratios(adapter, samples) - 1).abs().max() < 2e-6
     assert len({sample.extra_kwargs["flowroll_noise_seed"] for sample in samples}) == 2
     moved(adapter)
     assert (ratios(adapter, samples) - 1).abs().max() > 1e-4
     again = sampled(adapter)
-    assert (ratios(adapter, again) - 1).abs().max() < 2e-5
+    assert (ratios(adapter, again) - 1).abs().max() < 2e-6
     assert again[0].extra_kwargs["flowroll_weight_version"] != samples[0].extra_kwargs["flowroll_weight_version"]
 
 
@@ -194,7 +194,7 @@ def test_an_adapter_of_peft_runs_unmerged(make: Make) -> None:
     moved(adapter, by=0.1)
     second = sampled(adapter)
     assert not torch.equal(first[0].image, second[0].image)
-    assert (ratios(adapter, second) - 1).abs().max() < 2e-5
+    assert (ratios(adapter, second) - 1).abs().max() < 2e-6
     with adapter.use_ref_parameters():
         assert torch.allclose(sampled(adapter)[0].image, first[0].image, atol=1e-5)
 

@@ -17,21 +17,12 @@ ROOT = Path(__file__).parents[2]
 UNCHECKED = {"__init__", "__main__", "examples"}
 UNITS = ("families", "parallel", "replay", "sampling", "types", "test_plots.py")
 QUICK = (*(f"tests/unit/{name}" for name in UNITS), "tests/parity/test_replay.py", "tests/parity/test_forks.py")
-WIDE = (
-    "tests/parity",
-    "tests/unit",
-    "tests/proofs/test_doors.py",
-    "tests/viewer",
-    "--deselect",
-    "tests/unit/test_annotations.py",
-)
+WIDE = ("tests/parity", "tests/unit", "tests/proofs/test_doors.py", "tests/viewer", "--deselect", "tests/unit/test_annotations.py")
 
 
 def checked_packages() -> list[str]:
     """Everything directly under flowroll that is checked."""
-    found = {
-        path.stem for path in (ROOT / "src" / "flowroll").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
+    found = {path.stem for path in (ROOT / "src" / "flowroll").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     return sorted(f"flowroll.{name}" for name in found - UNCHECKED)
 
 

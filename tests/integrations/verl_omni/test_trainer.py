@@ -126,7 +126,7 @@ def test_a_batch_of_the_agent_loop_trains_at_a_ratio_of_one(
             with torch.no_grad():
                 log_prob, *_ = adapter.forward_and_sample_previous_step(transformer, scheduler, config, *inputs, row, step)
             ratio = torch.exp(log_prob - row["rollout_log_probs"][:, step])
-            assert (ratio - 1).abs().max() < 1e-5
+            assert (ratio - 1).abs().max() < 2e-6
     # The same rows, replayed: the ratio is exactly one.
     names = [name for name in rows.keys() if name != "responses"]  # noqa: SIM118  # a TensorDict is no mapping
     again = [
