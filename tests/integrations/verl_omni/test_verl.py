@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -183,4 +184,22 @@ def test_a_standalone_replica_gets_weights_through_a_checkpoint_engine(
     assert samples(manager, qwen_checkpoint, (1,))[0].stop_reason == "completed"
     asyncio.run(manager.get_replicas()[0].abort_all_requests(reject_request=True))
     assert samples(manager, qwen_checkpoint, (1,))[0].stop_reason == "aborted"
+    if (found := importlib.util.find_spec("verl_omni")) is not None:
+        retried = asyncio.run(until_resumed(manager, qwen_checkpoint, Path(found.submodule_search_locations[0])))
+        assert retried.stop_reason == "completed"
+        assert (retried.extra_fields["min_global_steps"], retried.extra_fields["max_global_steps"]) == (7, 7)
     shut_down(cluster, manager, trainer)
+
+
+async def until_resumed(manager: Any, folder: Path, root: Path) -> Any:
+    """A sample by verl-omni's client, which asks again for what was aborted, while the server takes samples again."""
+    spec = importlib.util.spec_from_file_location("retry", root / "workers/rollout/diffusion_llm_server.py")
+    assert spec is not None and spec.loader is not None
+    retry = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(retry)
+    client = manager.get_client(client_cls=retry.DiffusionWholeSampleRetryLLMServerClient, max_retries=20, retry_wait_s=0.3)
+    prompt = arguments_of(prompt_of(folder, facts_of(folder)))
+    sample = asyncio.create_task(client.generate("row", sampling_params=sampling("qwen_image", seed=1, **WINDOW), **prompt))
+    await asyncio.sleep(1)
+    await manager.get_replicas()[0].resume_generation()
+    return await sample
