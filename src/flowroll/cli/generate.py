@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowroll.cli.options import Device, Dtype, Model, Variant, quiet_model_libraries
+from flowroll.cli.options import Compile, Device, Dtype, Model, Variant, quiet_model_libraries
 from flowroll.cli.output import print_whole, samples_table, save_png
 from flowroll.cli.sampling_flags import with_sampling_flags
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, GeneratedImage, Rollout, SamplingParams
@@ -33,6 +33,7 @@ def generate(
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    compile: Compile = False,
 ) -> None:
     """Make pictures, or with --rollout whole rollouts, of one prompt.
 
@@ -50,7 +51,7 @@ def generate(
     quiet_model_libraries()
     from flowroll.engine import Engine
 
-    with Engine(model, variant=variant, dtype=dtype, device=device) as engine:
+    with Engine(model, variant=variant, dtype=dtype, device=device, compile=compile) as engine:
         samples: Sequence[Rollout | GeneratedImage]
         samples = engine.rollout(params) if is_rollout else engine.generate(params)
     files = _write(samples, out)

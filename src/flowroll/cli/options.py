@@ -29,6 +29,10 @@ Dtype: TypeAlias = Annotated[
     typer.Option(help="Dtype of the weights; auto is bfloat16 on CUDA, float32 on the CPU."),
 ]
 Device: TypeAlias = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:N, or auto.")]
+Compile: TypeAlias = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the transformer's blocks: other kernels, exact among themselves; needs one rank."),
+]
 DEFAULT_URL = "http://127.0.0.1:30000"
 Url: TypeAlias = Annotated[str, typer.Option(help="URL of the server.")]
 ApiKey: TypeAlias = Annotated[

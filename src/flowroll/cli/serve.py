@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flowroll.cli.options import ApiKey, Device, Dtype, Model, Variant
+from flowroll.cli.options import ApiKey, Compile, Device, Dtype, Model, Variant
 from flowroll.errors import InvalidRequestError
 from flowroll.extras import extra_for
 
@@ -37,6 +37,7 @@ def serve(
     variant: Variant = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    compile: Compile = False,
     api_key: ApiKey = None,
     wire_format: Annotated[
         Literal["json", "msgpack"], typer.Option(help="Format of an answer where the client accepts any.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowroll.checkpoints import SHAPES, find_checkpoint
-from flowroll.cli.options import ApiKey, Device, quiet_model_libraries
+from flowroll.cli.options import ApiKey, Compile, Device, quiet_model_libraries
 from flowroll.cli.serve import check_address
 from flowroll.errors import InvalidRequestError
 
@@ -45,6 +45,7 @@ def view(
         ),
     ] = None,
     device: Device = "auto",
+    compile: Compile = False,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 30080,
     api_key: ApiKey = None,
@@ -66,7 +67,7 @@ def view(
             quiet_model_libraries()
             from flowroll.engine import Engine
 
-            engine = stack.enter_context(Engine(model, device=device))
+            engine = stack.enter_context(Engine(model, device=device, compile=compile))
         if out is not None:
             from flowroll.viewer.exports import write_view
 

@@ -83,6 +83,7 @@ class EngineActor:
         adapter_limits: The limits of the LoRA adapters.
         layout: How the transformer is distributed over ranks.
         rank_timeout_s: How many seconds ranks wait for each other.
+        compile: Whether the transformer's blocks run compiled; see `Engine`.
         num_threads: The number of CPU threads of its work; on a CPU, bits depend on it. None: what torch has in the actor's
             process, where Ray sets OMP_NUM_THREADS to the actor's `num_cpus`, or to 1.
         max_queue: The number of requests that may wait behind those that run; one more is a `QueueFullError`.
@@ -104,6 +105,7 @@ class EngineActor:
         adapter_limits: AdapterLimits | None = None,
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
+        compile: bool = False,
         num_threads: int | None = None,
         max_queue: int = 64,
         max_control_queue: int = 64,
@@ -120,6 +122,7 @@ class EngineActor:
             adapter_limits=adapter_limits,
             layout=layout,
             rank_timeout_s=rank_timeout_s,
+            compile=compile,
         )
         self._service = EngineService(self._owned, max_queue=max_queue, max_control_queue=max_control_queue)
         self._engine = InProcessEngine(self._service)

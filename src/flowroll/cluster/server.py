@@ -194,6 +194,7 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
             "adapter_limits": config.adapter_limits,
             "layout": config.layout,
             "rank_timeout_s": config.rank_timeout_s,
+            "compile": config.compile,
             "num_threads": threads,
             "max_queue": config.max_queue,
             "max_control_queue": config.max_control_queue,

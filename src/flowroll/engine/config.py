@@ -83,6 +83,7 @@ class EngineInfo:
         pixel_unit: The number of pixels that height and width must be multiples of.
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code the bits depend on, by name.
+        compiled: The name of the kernels that torch made of the transformer's blocks; None where they run eagerly.
     """
 
     model: str
@@ -100,6 +101,7 @@ class EngineInfo:
     pixel_unit: int
     max_images: int
     versions: Mapping[str, str]
+    compiled: str | None = None
 
 
 def resolve_device(device: str) -> torch.device:

@@ -26,6 +26,7 @@ from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
 from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.facts import ModelFacts
+from flowroll.engine.images import blank_image
 from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.outputs import Finished, as_image, as_rollout
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
@@ -33,9 +34,11 @@ from flowroll.engine.policies.store import PolicyStore
 from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.recompute import LogProbs
 from flowroll.engine.runner.executor import Executor
+from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.peers import FailureListener
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.rank_group import open_peers
+from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler import BatchLimits, ExclusiveMode, RequestFuture, Scheduler
 from flowroll.engine.scoring import ScorePlan, check_sample, plan_score
 from flowroll.engine.weights.digests import Pieces
@@ -45,6 +48,7 @@ from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weig
 from flowroll.engine.weights.store import WeightStore
 from flowroll.engine.weights.versions import Advance, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
+from flowroll.exact import check_can_compile, is_compiled, kernels_of
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import (
@@ -79,6 +83,8 @@ T = TypeVar("T")
 _RELEASE_S = 5.0
 # How long the loop may take to return from a collective after a rank was lost, before its requests are ended without it.
 _LOST_S = 3.0
+# Rows and columns of tokens of the sample that blocks are compiled for first.
+_WARM_TOKENS = 8
 
 
 class Engine:
@@ -101,6 +107,8 @@ class Engine:
         layout: How the transformer is distributed over ranks. The engine starts the other ranks on this machine, one process
             each; under torchrun they are its other processes, which call `follow`.
         rank_timeout_s: How many seconds ranks wait for each other before the engine is taken down.
+        compile: Whether the transformer's blocks run compiled (`exact/compiled.py`): other kernels, exact among themselves. A
+            replay needs a transformer that `replay.compile_blocks` has prepared. One rank alone, and samples run one by one.
 
     Attributes:
         info: What is loaded, and how.
@@ -125,14 +133,19 @@ class Engine:
         adapter_limits: AdapterLimits | None = None,
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
+        compile: bool = False,
     ) -> None:
         place = resolve_device(device)
         limits, layout, adapter_limits = limits or Limits(), layout or Layout(), adapter_limits or AdapterLimits()
+        if compile:
+            _check_compile(layout, place)
         checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
         self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         try:
-            self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=self._peers.mesh)
+            self._model, self._pipeline = load_model(
+                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile
+            )
             self._peers.serve(self._model.spec, limits)
         except BaseException:
             self._peers.close()
@@ -151,6 +164,8 @@ class Engine:
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
         self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits)
+        if compile:
+            self._compile()
 
     def __enter__(self) -> Engine:
         return self
@@ -803,6 +818,14 @@ class Engine:
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
+    def _compile(self) -> None:
+        """Compiles the blocks by a step of a small sample, so that no request has to wait for it."""
+        side = _WARM_TOKENS * self.info.pixel_unit
+        images = (blank_image(),) if self.info.max_images else None
+        plan = self.plan(SamplingParams(prompt="a red circle", images=images, height=side, width=side, rollout=False))
+        with torch.no_grad():
+            forward([Sample.start(self._work.encode(plan), plan.samples[0])])
+
     def _check_open(self) -> None:
         if (stopped := self.failure or self.scheduler.stopped) is not None:
             raise fresh(stopped)
@@ -887,6 +910,7 @@ class Engine:
             layout=self.info.layout.name,
             strategy=self._model.strategy.name,
             versions=self.info.versions,
+            compiled=self.info.compiled,
             weights_sha256=self._weights.known_checksum() if policy is None else None,
         )
 
@@ -919,7 +943,23 @@ def _describe(
         pixel_unit=model.spec.pixel_unit,
         max_images=min(model.spec.max_images, limits.max_images),
         versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
+        compiled=kernels_of(model.transformer) if is_compiled(model.transformer) else None,
     )
+
+
+def _check_compile(layout: Layout, device: torch.device) -> None:
+    """Refuses compiled blocks where they are not proved, before anything is loaded.
+
+    Raises:
+        InvalidRequestError: There are several ranks, or this machine cannot compile.
+    """
+    if layout.num_ranks > 1:
+        raise InvalidRequestError(
+            f"compile must be off for several ranks, whose blocks talk to each other, got the layout {layout.name}; leave "
+            "compile out, or start one rank a replica.",
+            field="compile",
+        )
+    check_can_compile(device)
 
 
 def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from flowroll.engine.templates import check_chat_template
 from flowroll.engine.tokens import listen
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
-from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, run_on_groups
+from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, compile_blocks, is_compiled, run_on_groups
 from flowroll.families import ModelSpec
 from flowroll.families.alignment import align_weights
 from flowroll.families.conditioning import TOKENS
@@ -63,7 +63,7 @@ def silence_model_libraries() -> None:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None, compile: bool = False
 ) -> tuple[LoadedModel, Any]:
     """Loads the checkpoint into memory.
 
@@ -72,6 +72,7 @@ def load_model(
         device: The device for the modules.
         dtype: The dtype of all modules.
         mesh: The collectives of the ranks that share the transformer; None: this rank holds all of it.
+        compile: Whether the transformer's blocks run compiled.
 
     Returns:
         The model, and the diffusers pipeline that holds the modules.
@@ -89,6 +90,8 @@ def load_model(
         raise
     except Exception as error:
         raise _unloadable(checkpoint, error) from error
+    if compile:
+        compile_blocks(pipeline.transformer)
     model = build_model(checkpoint, pipeline.transformer, spec, device=device, dtype=dtype, mesh=mesh, tokenizers=tokenizers)
     return model, pipeline
 
@@ -112,7 +115,10 @@ def build_model(
         variant=checkpoint.variant,
         transformer=transformer,
         adapters=AdapterSet(transformer),
-        strategy=choose_strategy(checkpoint.family, device=device, dtype=dtype, **over_ranks),
+        # No function mode may be active in a compiled block.
+        strategy=choose_strategy(
+            checkpoint.family, device=device, dtype=dtype, name="alone" if is_compiled(transformer) else None, **over_ranks
+        ),
         spec=spec,
         schedule_config=checkpoint.schedule_config,
         device=device,

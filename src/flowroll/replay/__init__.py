@@ -5,6 +5,7 @@ policy at latents of the caller's own; `audit` says whether a replay is exact, a
 are those of the engine, through `families/` and `sampling/`.
 """
 
+from flowroll.exact import compile_blocks
 from flowroll.families.alignment import align_weights
 from flowroll.families.checksums import adapter_checksum, tensor_checksums, weights_checksum
 from flowroll.replay.audit import AuditReport, RolloutAudit, StepAudit, audit
@@ -34,6 +35,7 @@ __all__ = [
     "align_weights",
     "audit",
     "clipped_loss",
+    "compile_blocks",
     "divergences",
     "group_advantages",
     "importance_weights",

@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from flowroll.exact import kernels_of
 from flowroll.families import Output, StepInput, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
-from flowroll.replay.sources import Place, Source, grid_fault
+from flowroll.replay.sources import Place, Source, grid_fault, kernels_that_made
 from flowroll.replay.steps import run_pair
 from flowroll.sampling import transition
 from flowroll.types import DenoisingEnv, EnvValue, Number, Rollout, env_digests
@@ -95,6 +96,8 @@ class Diagnosis:
         if isinstance(self.transformer, nn.Module) and (names := unaligned_weights(self.transformer)):
             shown = f"{names[0]} and others lie off multiples of 16 bytes; call flowroll.replay.align_weights(transformer)"
             yield Cause("alignment", f"other addresses of the weights: {shown}")
+        if (own := kernels_of(self.transformer)) != (made_by := kernels_that_made(self.source.rollout)):
+            yield Cause("kernels", f"other kernels: {made_by} made the rollout, {own or 'others'} replayed it")
         rule = self.source.family.guidance(record.guidance_scale).rule
         if rule != record.guidance_rule:
             shown = f"a scale of {record.guidance_scale} means {rule}, the record says {record.guidance_rule}"

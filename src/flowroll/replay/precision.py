@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flowroll.errors import InvalidRequestError
+from flowroll.exact import eager_modules
 
 # What may become of a call under torch.autocast.
 _CHOICES = ("refuse", "measure")
@@ -53,7 +54,8 @@ def noticed_autocast(transformer: object, device: torch.device) -> Iterator[set[
             seen.add(torch.get_autocast_dtype(device.type))
 
     with ExitStack() as hooks:
-        for module in transformer.modules() if isinstance(transformer, nn.Module) else ():
+        # Not in compiled blocks, which would be compiled again with the hooks.
+        for module in eager_modules(transformer) if isinstance(transformer, nn.Module) else ():
             if not any(module.children()):
                 hooks.callback(module.register_forward_pre_hook(look).remove)
         yield seen

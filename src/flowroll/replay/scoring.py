@@ -21,6 +21,7 @@ from flowroll.replay.sources import (
     Place,
     Source,
     check_autocast,
+    check_kernels,
     check_noticed_autocast,
     check_weights,
     pairs_of,
@@ -231,6 +232,7 @@ def _plan(
     _check_micro_batch(micro_batch)
     check_merge(merge)
     check_weights(transformer)
+    check_kernels(transformer, rollouts)
     place = place_of(transformer, rollouts, device, dtype, autocast)
     sources = sources_of(rollouts, place)
     chosen = steps_of(sources, steps)

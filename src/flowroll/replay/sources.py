@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowroll.errors import InvalidRequestError
+from flowroll.exact import EAGER, kernels_of
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
@@ -170,6 +171,29 @@ def check_weights(transformer: Transformer) -> None:
             f"{len(names)} that a file's mapping put elsewhere, such as {names[0]}",
             "call flowroll.replay.align_weights(transformer) once after loading",
         )
+
+
+def check_kernels(transformer: Transformer, rollouts: Sequence[Rollout]) -> None:
+    """Refuses another set of kernels than the one that made the rollouts: eager and compiled ones are not known to be equal.
+
+    Raises:
+        InvalidRequestError: The transformer runs other kernels, or the settings that it was compiled with are not known.
+    """
+    own = kernels_of(transformer)
+    for index, rollout in enumerate(rollouts):
+        if (made_by := kernels_that_made(rollout)) != own:
+            remedy = (
+                "use a transformer that is not compiled, or start the engine with compile"
+                if made_by == EAGER
+                else "prepare it with flowroll.replay.compile_blocks, on the engine's versions of torch and of the C++ compiler"
+            )
+            shown = f"{own or 'kernels compiled with settings that are not known'}, where rollout {index} was made by {made_by}"
+            _refuse("transformer", "run the kernels that made the rollouts", shown, remedy)
+
+
+def kernels_that_made(rollout: Rollout) -> str:
+    """Returns the name of the kernels that made a rollout; eager ones for files from before compiled ones."""
+    return (rollout.provenance.compiled if rollout.provenance else None) or EAGER
 
 
 def check_autocast(place: Place) -> None:

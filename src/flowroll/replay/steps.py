@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowroll.errors import InvalidRequestError
-from flowroll.exact import Alone, PlainBatch, Strategy, choose_strategy
+from flowroll.exact import Alone, PlainBatch, Strategy, choose_strategy, is_compiled
 from flowroll.families import Family, ForwardInput, StepInput, StepScore, Transformer
 from flowroll.replay.precision import is_sharded
 from flowroll.replay.sources import Place, Source
@@ -90,8 +90,8 @@ def strategy_for(merge: str, transformer: Transformer, family: Family, device: t
     if merge == "fast" and family.shares_forwards:
         return PlainBatch(family, dtype)
     # Ranks that hold a part of the weights each wait for the others in every forward, so that all must run as many. How many
-    # shared ones there are depends on each rank's own samples.
-    if merge == "exact" and not (isinstance(transformer, nn.Module) and is_sharded(transformer)):
+    # shared ones there are depends on each rank's own samples. And no function mode may be active in a compiled block.
+    if merge == "exact" and not (isinstance(transformer, nn.Module) and (is_sharded(transformer) or is_compiled(transformer))):
         return _exact(family, device, dtype)
     return Alone(family, dtype)
 

@@ -36,6 +36,7 @@ class ServerConfig:
         adapter_limits: How many LoRA adapters it holds.
         layout: How the engine is spread over ranks.
         rank_timeout_s: How long ranks wait for each other before the server gives up.
+        compile: Whether the transformer's blocks run compiled.
         host: Address to listen on.
         allowed_hosts: Names, besides those of this machine, by which requests may call a server on loopback, and from whose
             pages a browser may send them; "*": every one. Where the server listens on more than loopback and there are some,
@@ -89,6 +90,7 @@ class ServerConfig:
     adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
     layout: Layout = field(default_factory=Layout)
     rank_timeout_s: int | float = 60.0
+    compile: bool = False
     host: str = "127.0.0.1"
     port: int = 30000
     allowed_hosts: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ class EngineOptions:
         batching: The limits of what runs at the same time.
         adapter_limits: The limits of the LoRA adapters.
         rank_timeout_s: How long ranks wait for each other, in seconds.
+        compile: Whether the transformer's blocks run compiled.
         max_queue: The number of requests that may wait behind those that run.
         max_control_queue: The number of checks of the weights that may be under way or wait.
         max_groups: The number of process groups that the engine may be in.
@@ -43,6 +44,7 @@ class EngineOptions:
     batching: BatchLimits
     adapter_limits: AdapterLimits
     rank_timeout_s: float
+    compile: bool = False
     max_queue: int
     max_control_queue: int = 64
     max_groups: int = 16

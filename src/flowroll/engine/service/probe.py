@@ -86,7 +86,8 @@ class GenerationProbe:
         return not self._is_running() and self._engine.scheduler.is_progressing()
 
     def _params(self) -> SamplingParams:
-        side = self._engine.info.pixel_unit
+        # Of one token, blocks would be compiled anew.
+        side = 2 * self._engine.info.pixel_unit
         return SamplingParams(
             prompt="",
             images=(blank_image(),) if self._engine.info.max_images else None,

@@ -60,6 +60,7 @@ class ServerInfo:
         pixel_unit: Height and width must be multiples of this.
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code shapes the bits.
+        compiled: The name of the kernels that torch made of the transformer's blocks; null where they run eagerly.
         wire_format: Answer to Accept: */*.
         wire_dialect: Names in the answer where the request does not choose.
         batching: How much runs at once.
@@ -91,6 +92,7 @@ class ServerInfo:
     pixel_unit: int
     max_images: int
     versions: Mapping[str, str]
+    compiled: str | None
     wire_format: WireFormat
     wire_dialect: Dialect
     batching: BatchLimits

@@ -1,0 +1,180 @@
+"""Compiled blocks: the repeated blocks of a transformer, each run as kernels that torch's Inductor makes of it.
+
+A compiled forward runs other kernels than an eager one and may have other last bits, so the two are two sets of kernels, each
+with a name: the engine records the name, and replay refuses a transformer that runs another set. Within the compiled set bits
+depend on nothing but the inputs: not on gradient mode, and not on the shapes that it was compiled for first.
+
+No function mode of torch may be active in a compiled block. Samples of a compiled transformer run alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowroll.errors import InvalidRequestError
+
+# What makes Inductor's kernels as independent as eager ones: roundings where eager kernels round, and no choice by measured time
+# or by the number of rows. On a CPU one thread, since the division among threads is chosen by the first shapes that are seen.
+_SETTINGS: Mapping[str, str | int | bool] = {
+    "emulate_precision_casts": True,
+    "deterministic": True,
+    "batch_invariant": True,
+    "cpp.threads": 1,
+}
+# How often one kind of block may be compiled in a process: with gradients and without, for one entry and for several, for every
+# width of model, dtype, number of CPU threads and kind of adapter. One more is an error of torch's, and nothing runs eagerly.
+_MOST_COMPILATIONS = 64
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+EAGER = "eager"
+
+
+class CompiledBlock:
+    """Stands for the `forward` of a block and runs it compiled. A copy of the block gets its own, which runs the copy."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block."""
+        return _compiled(type(self._block).forward)(self._block, *args, **kwargs)
+
+
+def compile_blocks(transformer: nn.Module) -> nn.Module:
+    """Makes the repeated blocks of a transformer run compiled, in place; the first call of each kind compiles it.
+
+    The blocks are the members of the outermost lists of modules, as `transformer_blocks`. Every weight keeps its name. What was
+    compiled is kept on disk for the next process, in the folder that TORCHINDUCTOR_CACHE_DIR names, by default flowroll/inductor
+    in the user's cache folder.
+
+    Args:
+        transformer: A transformer of diffusers, with LoRA or without.
+
+    Returns:
+        The same transformer.
+
+    Raises:
+        InvalidRequestError: This torch has not all of the settings, there is no C++ compiler, the weights are sharded, or the
+            transformer has no such blocks or blocks whose `forward` something else has replaced.
+    """
+    check_can_compile(next((weight.device for weight in transformer.parameters()), torch.device("cpu")))
+    blocks = list(_repeated_blocks(transformer))
+    if not blocks or _is_compiled_otherwise(transformer):
+        raise _unfit(
+            "transformer", "have repeated blocks that nothing else compiles", type(transformer).__name__, "load it anew"
+        )
+    for block in blocks:
+        if not isinstance(found := block.__dict__.get("forward"), CompiledBlock):
+            if found is not None:
+                other = f"{type(block).__name__} whose forward is {found}"
+                raise _unfit("transformer", "have blocks with a forward of their class", other, "remove that wrapper first")
+            block.forward = CompiledBlock(block)  # type: ignore[method-assign, assignment]
+    return transformer
+
+
+def rebind_compiled(copied: nn.Module) -> None:
+    """Makes a shallow copy of a compiled block run itself, and not the block that it was copied from."""
+    if isinstance(copied.__dict__.get("forward"), CompiledBlock):
+        copied.forward = CompiledBlock(copied)  # type: ignore[method-assign, assignment]
+
+
+def is_compiled(transformer: object) -> bool:
+    """Tells whether any part of a transformer runs compiled, by `compile_blocks` or otherwise."""
+    return isinstance(transformer, nn.Module) and (_is_compiled_otherwise(transformer) or any(_own(transformer)))
+
+
+def eager_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the modules of a transformer that are not in a compiled block."""
+    if not isinstance(module.__dict__.get("forward"), CompiledBlock):
+        yield module
+        for child in module.children():
+            yield from eager_modules(child)
+
+
+def kernels_of(transformer: object) -> str | None:
+    """Returns the name of the kernels that a transformer runs; None for compiled ones whose settings are not known.
+
+    Of a callable that is no module nothing can be known; it counts as eager.
+    """
+    if not isinstance(transformer, nn.Module) or not is_compiled(transformer):
+        return EAGER
+    if _is_compiled_otherwise(transformer) or not all(_own(transformer)):
+        return None
+    return compiled_kernels(next((weight.device for weight in transformer.parameters()), torch.device("cpu")))
+
+
+def compiled_kernels(device: torch.device) -> str:
+    """Returns the name of the kernels that `compile_blocks` makes on a device: torch, its settings and, on a CPU, the compiler."""
+    words = [f"compiled by torch {torch.__version__}", *(f"{name}={value}" for name, value in _SETTINGS.items())]
+    return "; ".join([*words, _cpp_compiler()] if device.type == "cpu" else words)
+
+
+def check_can_compile(device: torch.device) -> None:
+    """Refuses a machine that cannot compile blocks.
+
+    Raises:
+        InvalidRequestError: This torch has not all of the settings, or there is no C++ compiler for a CPU.
+    """
+    import torch._inductor
+
+    if missing := sorted(set(_SETTINGS) - set(torch._inductor.list_options())):
+        raise _unfit("compile", f"have Inductor's {', '.join(missing)}", f"torch {torch.__version__}", "install torch 2.13")
+    if device.type == "cpu":
+        _cpp_compiler()
+
+
+def _own(transformer: nn.Module) -> list[bool]:
+    return [isinstance(block.__dict__.get("forward"), CompiledBlock) for block in _repeated_blocks(transformer)]
+
+
+def _is_compiled_otherwise(transformer: nn.Module) -> bool:
+    """Tells whether torch.compile was called on the transformer or on one of its modules."""
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in transformer.modules())
+
+
+def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _repeated_blocks(child)
+
+
+@lru_cache(maxsize=64)
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a block's forward, compiled. Blocks of one class share what was compiled, whichever transformer they are of."""
+    os.environ.setdefault(_CACHE, str(_cache_folder()))
+    compiled: Callable[..., Any] = torch.compile(
+        forward, fullgraph=True, dynamic=True, options=dict(_SETTINGS), recompile_limit=_MOST_COMPILATIONS
+    )
+    return compiled
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowroll" / "inductor"
+
+
+@cache
+def _cpp_compiler() -> str:
+    """Returns the name and version of the C++ compiler, on which the bits of CPU kernels may depend.
+
+    Raises:
+        InvalidRequestError: There is none.
+    """
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        path = cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise _unfit("compile", "have a C++ compiler on a CPU", "none", "install g++, or leave compile out") from None
+    version = re.search(r"(\w+) version ([\d.]+)", cpp_builder.get_compiler_version_info(path))
+    return " ".join(version.groups()) if version else Path(path).name
+
+
+def _unfit(field: str, rule: str, value: object, remedy: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
