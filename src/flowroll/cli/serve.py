@@ -60,6 +60,9 @@ def serve(
     max_image_bytes: Annotated[
         int, typer.Option(min=1, help="Most bytes of the files of a request's reference images together.")
     ] = 64 * 2**20,
+    max_hashed_bytes: Annotated[
+        int, typer.Option(min=0, help="Most bytes of a transformer whose checksum every rollout carries.")
+    ] = 4 * 2**30,
     weights_roots: Annotated[
         list[Path] | None,
         typer.Option(

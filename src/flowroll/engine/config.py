@@ -27,6 +27,9 @@ class Limits:
         max_images: The largest number of reference images.
         max_image_pixels: The largest height times width of a reference image, in pixels.
         max_image_bytes: The most bytes of the files of all reference images together.
+        max_hashed_bytes: The most bytes that a transformer may have for its checksum to be computed at the start and after
+            each update, which takes about a second per GiB, so that every rollout carries it. A larger one's is in the
+            rollouts once somebody has asked for it.
     """
 
     max_pixels: int = 2048 * 2048
@@ -37,6 +40,7 @@ class Limits:
     max_images: int = 16
     max_image_pixels: int = 4096 * 4096
     max_image_bytes: int = 64 * 2**20
+    max_hashed_bytes: int = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,6 +151,11 @@ class Engine:
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
         self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits)
+        try:
+            self._weights.note_checksum(limits.max_hashed_bytes)
+        except BaseException:
+            self._peers.close()
+            raise
 
     def __enter__(self) -> Engine:
         return self
@@ -472,7 +477,14 @@ class Engine:
         self, staged: StagedWeights, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> WeightUpdate:
         """Exchanges the weights once no request runs, the second half of an update; see `update_weights_from_disk`."""
-        return self.exclusive(lambda: self._weights.commit(staged, weight_version), mode)
+
+        def change() -> WeightUpdate:
+            update = self._weights.commit(staged, weight_version)
+            if update.module == "transformer":
+                self._weights.note_checksum(self.info.limits.max_hashed_bytes)
+            return update
+
+        return self.exclusive(change, mode)
 
     def restore_versions(self, current: str, highest: int, arrived: frozenset[str]) -> None:
         """Takes over the versions of another engine, whose weights this one was given.

@@ -21,8 +21,8 @@ class Provenance:
             an evaluation.
         noise_sha256: The digest of the noise of each of the T steps, float32; None at a step that drew none or was not run,
             and None as a whole for an evaluation.
-        weights_sha256: The checksum of the transformer's weights, as /get_weights_checksum tells it, where somebody has asked
-            for it since they changed; None otherwise, and for a policy that holds weights of its own.
+        weights_sha256: The checksum of the transformer's weights, as /get_weights_checksum tells it; None for a policy that
+            holds weights of its own, and for more than `Limits.max_hashed_bytes` unless somebody has asked since they changed.
     """
 
     layout: str
