@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 
 from flowroll.client import Client
-from flowroll.client.exchange import post, read_object
 from flowroll.errors import FlowrollError, InvalidRequestError, MissingExtraError, ServerConnectionError
 from flowroll.types import Number, Rollout
 from flowroll.types.rules import require
-from flowroll.wire.fields import Request
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE, UPDATE_FROM_TENSOR_ROUTE
 from flowroll.wire.weight_updates import UpdateFromTensorRequest
@@ -158,11 +156,11 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
 
     def pause(self) -> None:
         """Has the server refuse new requests until `resume`; what runs goes on."""
-        self._client._send(_call("/pause_generation", {}))
+        self._client.post_object("/pause_generation", {})
 
     def resume(self) -> None:
         """Has the server take requests again."""
-        self._client._send(_call("/continue_generation", {}))
+        self._client.post_object("/continue_generation", {})
 
     @distributed(dispatch_mode=Dispatch.BROADCAST)  # type: ignore[untyped-decorator]
     def sleep(self) -> None:
@@ -214,7 +212,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         The server has no cache of prompts that `flush_cache` could mean.
         """
         _check_prefix(track_prefix)
-        self._post(
+        self._client.post_object(
             UPDATE_FROM_TENSOR_ROUTE,
             UpdateFromTensorRequest(
                 serialized_named_tensors=serialized_named_tensors,
@@ -236,7 +234,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     ) -> None:
         """Has the server join the trainer's process group, as one member of rank `rank_offset`."""
         _check_prefix(track_prefix)
-        self._post(
+        self._client.post_object(
             INIT_GROUP_ROUTE,
             InitGroupRequest(
                 master_address=master_address,
@@ -261,7 +259,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     ) -> None:
         """Has the server receive a bucket from the process group: rank 0 broadcasts each tensor in this order."""
         _check_prefix(track_prefix)
-        self._post(
+        self._client.post_object(
             UPDATE_FROM_GROUP_ROUTE,
             UpdateFromGroupRequest(
                 names=names,
@@ -275,7 +273,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     def destroy_weights_update_group(self, *, group_name: str, track_prefix: str = "") -> None:
         """Has the server leave the process group."""
         _check_prefix(track_prefix)
-        self._post(DESTROY_GROUP_ROUTE, DestroyGroupRequest(group_name=group_name))
+        self._client.post_object(DESTROY_GROUP_ROUTE, DestroyGroupRequest(group_name=group_name))
 
     def update_weights_from_ipc(
         self,
@@ -318,9 +316,6 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         """Returns the checksums of the server's modules, in the form of UniRL's verifier."""
         checksum: Any = self._client.weights_checksum
         return {0: [{name: str(checksum(name)) for name in names}]}
-
-    def _post(self, route: str, sent: Request) -> None:
-        self._client._send(post(route, sent, read_object))
 
     # Requests
 
@@ -566,9 +561,3 @@ def _layer_of(name: str) -> str:
 
 def _check_prefix(track_prefix: str) -> None:
     require(not track_prefix, "track_prefix", "be empty, a server has one model", track_prefix, "use one engine per model")
-
-
-def _call(route: str, sent: Mapping[str, Any]) -> Any:
-    from flowroll.client.exchange import Call, encoded
-
-    return Call(method="POST", path=route, read=read_object, content=encoded(sent))
