@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from tests.guiding import UNITS, image_file, in_words_of
+from tests.processors import load_without_torchvision
 from tests.proofs.cases import DTYPES, DYNAMICS, EVERYTHING, FAMILIES
 from tests.proofs.test_pipeline import pipeline_output
 
@@ -95,6 +96,7 @@ def drawn_request(draw: random.Random, family: str, kind: Mapping[str, Any]) -> 
 @pytest.mark.parametrize("number", range(DRAWS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_drawn_request_has_the_bits_of_its_pipeline_and_replays_exactly(family: str, number: int, tmp_path: Path) -> None:
+    load_without_torchvision()
     draw = random.Random(f"{family}/{number}")
     kinds = KINDS.get(family, ({},))
     kind, dtype = kinds[number % len(kinds)], draw.choice(DTYPES)
