@@ -15,13 +15,13 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empi
 from safetensors.torch import load_file
 from tests.rollouts import assert_same_bits
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.processing_utils import ProcessorMixin
 
 from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
-from flowroll.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
+from flowroll.errors import InvalidRequestError, UnsupportedModelError
 from flowroll.families import FAMILIES, ModelSpec
 from flowroll.families.alignment import align_weights
 from flowroll.families.rotary import rotary_table
@@ -342,6 +342,13 @@ def test_another_kind_of_transformer_is_refused(tmp_path: Path, option: str, val
 
 
 def test_a_text_encoder_without_the_layers_that_are_read_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = edited(folders["klein"], tmp_path / "short", "text_encoder/config.json", num_hidden_layers=26)
-    with pytest.raises((UnsupportedModelError, CheckpointError), match="text_encoder"):
+    folder = tmp_path / "short"
+    shutil.copytree(folders["klein"], folder)
+    encoder = Qwen3ForCausalLM.from_pretrained(folder / "text_encoder")
+    encoder.model.layers, encoder.config.layer_types = encoder.model.layers[:26], encoder.config.layer_types[:26]
+    encoder.config.num_hidden_layers = 26
+    encoder.save_pretrained(folder / "text_encoder")
+    with pytest.raises(
+        UnsupportedModelError, match="text_encoder must have at least 27 layers, of which the last is read, got 26"
+    ):
         Engine(folder, device="cpu")
