@@ -187,6 +187,20 @@ def abort_request(_: WireFormat, request_id: str, /) -> Call[int]:
     return post(ABORT_ROUTE, AbortRequest(request_id=request_id), lambda body, _: read_by(_ABORTED, body).num_aborted)
 
 
+def post_object(_: WireFormat, path: str, body: Mapping[str, Any] | Request, /) -> Call[dict[str, Any]]:
+    """Posts to a route that has no method of its own, and returns the object that the server answers with.
+
+    Args:
+        path: The path below the server's URL, e.g. "/pause_generation".
+        body: The fields of the body.
+
+    Raises:
+        InvalidRequestError: The body holds a value that JSON cannot represent, or the server refuses a field.
+        FlowrollError: The server raised any other error.
+    """
+    return Call(method="POST", path=path, read=read_object, content=encoded(body))
+
+
 def health(_: WireFormat, /) -> Call[dict[str, Any]]:
     """Returns the answer of GET /health; raises an error if the server is not healthy."""
     return Call(method="GET", path="/health", read=read_object)
