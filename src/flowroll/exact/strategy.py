@@ -82,7 +82,11 @@ class Strategy(ABC):
         """
         # No key depends on the dtype; the latents keep their own, because a cast would allocate a tensor per sample.
         inputs = self.family.forward_inputs(one, one.latents.dtype)
-        return tuple(self.family.collate_key(forward_input, one.geometry) for forward_input in inputs)
+        return tuple(self._key(forward_input, one.geometry) for forward_input in inputs)
+
+    def _key(self, forward_input: ForwardInput, geometry: Geometry | None) -> Hashable:
+        """Returns a key; forward inputs with equal keys may share a forward."""
+        return self.family.collate_key(forward_input, geometry)
 
     def velocities(self, transformer: Transformer, inputs: Sequence[StepInput]) -> list[Tensor]:
         """Computes the guided velocities of several samples.
@@ -148,7 +152,7 @@ class Grouped(Strategy):
     ) -> list[tuple[list[int], Compute]]:
         groups: dict[Hashable, list[int]] = {}
         for index, (one, geometry) in enumerate(zip(inputs, geometries, strict=True)):
-            groups.setdefault(self.family.collate_key(one, geometry), []).append(index)
+            groups.setdefault(self._key(one, geometry), []).append(index)
 
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
             return self._together(transformer, some)
@@ -170,6 +174,12 @@ class Merged(Grouped):
     ) -> None:
         super().__init__(family, dtype, run)
         self._shared = SharedForwards(family, agree)
+        # Ranks that share a forward would have to agree on how its texts are padded.
+        self._pads_texts = agree is None
+
+    @override
+    def _key(self, forward_input: ForwardInput, geometry: Geometry | None) -> Hashable:
+        return self.family.collate_key(forward_input, geometry, any_length=self._pads_texts)
 
     @override
     def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
