@@ -182,7 +182,7 @@ class RaggedAttention:
         count, heads, size, channels = query.shape
         own_rows, places, sizes = row_indices(lengths, self.start, size, query.device)
         operands = [
-            torch.split(one.transpose(1, 2).reshape(count * size, -1).index_select(0, own_rows), sizes)
+            torch.split(one.transpose(1, 2).reshape(count * size, -1).index_select(0, own_rows), list(sizes))
             for one in (query, key, value)
         ]
         found = []
