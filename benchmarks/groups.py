@@ -56,8 +56,8 @@ def main() -> None:
         "",
         f"Command: `python -m benchmarks.groups {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine at the start: "
         f"{os.getloadavg()[0]:.1f}. Shapes checkpoints, 64x64, 8 steps, guided, {options.rounds} rounds. Medians of paired "
-        "ratios of time (CPU time with one thread, wall time with two) with their 95 % intervals. Every arm encodes, denoises and "
-        "decodes.",
+        "ratios of time (CPU time with one thread, wall time with two) with their 95 % intervals. All arms encode, denoise and "
+        "decode.",
         "",
         f"Pipeline: diffusers' pipeline with `num_images_per_prompt={COUNT}`, which is not exact. Requests: {COUNT} at once, "
         "of one text and of texts of many lengths.",
