@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.exact.shared import Sharing
 from torch import Tensor
 
-from flowroll.exact import ragged_ways
+from flowroll.exact import ragged, ragged_ways
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 WIDTH = 64
@@ -105,7 +105,7 @@ def samples(lengths: list[int], dtype: torch.dtype, seed: int = 0) -> list[dict[
     ]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     names=st.lists(st.sampled_from([*ROWS] * 3 + [*ACROSS]), min_size=1, max_size=5),
     order=st.sampled_from(["text first", "image first", "split"]),
@@ -171,7 +171,7 @@ def test_without_its_question_bits_change(way: str, monkeypatch: pytest.MonkeyPa
     if way == "products":
         monkeypatch.setattr(ragged_ways, "_runs_together", lambda lengths, *_: (True,) * len(lengths.runs))
     else:
-        monkeypatch.setattr(ragged_ways, "RaggedAttention", lambda _: lambda samples, func, args, kwargs: func(*args, **kwargs))
+        monkeypatch.setattr(ragged, "RaggedAttention", lambda _: lambda samples, func, args, kwargs: func(*args, **kwargs))
     sharing = Sharing(model_of(["linear", "layer norm"], "text first"))
     assert sharing.is_exact(samples([1, 2, 9], torch.float32))
     assert not sharing.shares()
