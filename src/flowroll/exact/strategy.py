@@ -25,8 +25,8 @@ from flowroll.families import Family, ForwardInput, Geometry, Output, StepInput,
 # Computes the outputs of forward inputs that share a forward.
 Compute: TypeAlias = Callable[[Sequence[ForwardInput]], list[Output]]
 StrategyName: TypeAlias = Literal["merged", "alone"]
-# How many rows of padding, times the numbers in a weight matrix of the model, cost as much as a forward of their own: measured on
-# small models with one thread in float32. In bfloat16 it is 7 million.
+# How many rows of padding, times the numbers in a weight matrix of the model, cost as much as a forward of their own. It was
+# measured on small models with one thread in float32; in bfloat16 it is 7 million.
 _FORWARD_IS_WORTH = 2_500_000
 
 
