@@ -1,7 +1,7 @@
 """Rehearses every case on the fake device, records the figures, and writes the tables of the documentation.
 
-    python -m benchmarks.rehearsal
-    python -m benchmarks.rehearsal --only Z-Image --out found.json
+python -m benchmarks.rehearsal
+python -m benchmarks.rehearsal --only Z-Image --out found.json
 """
 
 from __future__ import annotations
@@ -20,21 +20,17 @@ GROUP = 16
 QUICK_LAYERS = 2
 QUICK = [
     Case(model=model.name, layers=QUICK_LAYERS, size=1024, batch=GROUP if layout == "1" else 1, layout=layout)
-    for model, layout in itertools.product([model for model in MODELS if model is not SD35_LARGE], LAYOUTS)
+    for layout, model in itertools.product(LAYOUTS, [model for model in MODELS if model is not SD35_LARGE])
 ]
+_STEPPED = [model for model in MODELS if model is not SD35_LARGE]
 FULL = [
+    *(Case(model=model.name, layers=None, size=1024, batch=1, layout="1") for model in MODELS),
+    *(Case(model=model.name, layers=None, size=512, batch=1, layout="1") for model in _STEPPED),
     *(
-        Case(model=model.name, layers=None, size=size, batch=batch, layout=layout)
-        for model in MODELS
-        if model is not SD35_LARGE
-        for size, batch, layout in (
-            (512, 1, "1"),
-            (1024, 1, "1"),
-            (1024, GROUP, "1"),
-            *((1024, 1, name) for name in LAYOUTS if name != "1"),
-        )
+        Case(model=model.name, layers=None, size=1024, batch=1, layout=layout)
+        for layout, model in itertools.product(LAYOUTS, _STEPPED)
+        if layout != "1"
     ),
-    Case(model=SD35_LARGE.name, layers=None, size=1024, batch=1, layout="1"),
 ]
 
 
@@ -49,7 +45,7 @@ def main() -> None:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             found[case] = measure(case, Path(folder) / "checkpoint")
-        print(case, found[case])
+        print(case, found[case], flush=True)
         write_recorded(found, options.out)
     if options.out == RECORDED and set(found) >= {*QUICK, *FULL}:
         write_recorded({case: found[case] for case in [*QUICK, *FULL]}, RECORDED)

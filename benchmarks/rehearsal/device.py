@@ -175,9 +175,7 @@ def _attend(
 
 @contextlib.contextmanager
 def stand_in_for_bits() -> Iterator[None]:
-    """Replaces what `Merged` reads of numbers: every comparison of two tensors of one shape finds them equal, and no kernel
-    computes a product of several samples with the bits of each.
-    """
+    """Replaces what `Merged` reads of numbers: tensors of one shape are equal, and products are computed sample by sample."""
     from flowroll.exact import mode, probe, sharing
 
     def same_outline(one: Tensor, other: Tensor) -> bool:

@@ -148,7 +148,7 @@ class Meter(TorchDispatchMode):
         return pinned
 
     def _copy(self, func: Any, given: list[Tensor], goes_to: str | None, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Copies within a device, or between the host and the device: without a wait if it is asked for and memory allows it."""
+        """Copies within a device, or between the host and the device, in which case the host may have to wait."""
         is_in_place = func is aten.copy_.default
         target, source = (given[0], given[1]) if is_in_place else (None, given[0])
         goes_to = target.device.type if target is not None else goes_to or source.device.type

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights

@@ -29,7 +29,8 @@ def steps_table(recorded: Recorded) -> Iterator[str]:
     """Yields the lines of the table of steps."""
     yield "| model | size | group | layout | kernels | plain | views | GB moved | GB from ranks | TFLOP | peak GiB | fits |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for case, one in full(recorded).items():
+    order = [model.name for model in MODELS]
+    for case, one in sorted(full(recorded).items(), key=lambda row: order.index(row[0].model)):
         moved, gathered, flops = one.moved / 1e9, one.gathered / 1e9, one.flops / 1e12
         values = f"{one.kernels:,} | {one.plain_kernels:,} | {one.views:,} | {moved:,.0f} | {gathered:,.1f} | {flops:,.1f}"
         peak = rolling_out(one)

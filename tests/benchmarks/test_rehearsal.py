@@ -10,24 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from tests.docs.blocks import ROOT
-from tests.processors import load_without_torchvision
-
 from benchmarks.rehearsal import tables
 from benchmarks.rehearsal.__main__ import FULL, QUICK
 from benchmarks.rehearsal.device import CUDA, NoFakeDeviceError, fake_cuda
-from benchmarks.rehearsal.figures import RECORDED, Case, Figures, measure, read_recorded
+from benchmarks.rehearsal.figures import RECORDED, Case, measure, read_recorded
 from benchmarks.rehearsal.meter import DeviceFaultError, Meter
 from benchmarks.rehearsal.models import MODELS
 from benchmarks.rehearsal.waits import WAITS
+from tests.docs.blocks import ROOT
+from tests.processors import load_without_torchvision
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor is deprecated")
 
 # Billions of the transformer, as the models' cards say: Qwen-Image "20B", Z-Image "6B", Stable Diffusion 3.5 "8.1 billion" and
 # "2.5 billion".
 TRANSFORMERS = {"Qwen-Image": 20.4, "Z-Image": 6.15, "SD3.5 large": 8.1, "SD3.5 medium": 2.5}
-# Of the text encoders: Qwen2.5-VL "8.29B", Qwen3-4B "4.0B", CLIP L 0.123, CLIP G 0.695 and T5-XXL's encoder 4.76. The VAE, which
-# is counted with them, has 0.13 at most.
+# Of the text encoders: Qwen2.5-VL "8.29B", Qwen3-4B "4.0B", CLIP L 0.123, CLIP G 0.695 and T5-XXL's encoder 4.76. The VAE, with
+# which they are counted, has 0.13 at most.
 ENCODERS = {"Qwen-Image": 8.29, "Z-Image": 4.0, "SD3.5 large": 5.58, "SD3.5 medium": 5.58}
 # What may be above the record: an allocation that another version of a library makes.
 MEMORY = 1.01

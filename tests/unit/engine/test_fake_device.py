@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.rehearsal.device import CUDA, NoFakeDeviceError, fake_cuda, stand_in_for_bits, stand_ins
+from benchmarks.rehearsal.meter import STEP, DeviceFaultError, Meter
 from tests.guiding import in_words_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.rehearsal.device import CUDA, NoFakeDeviceError, fake_cuda, stand_in_for_bits, stand_ins
-from benchmarks.rehearsal.meter import STEP, DeviceFaultError, Meter
 from flowroll import DenoisingEnv, SamplingParams
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits
