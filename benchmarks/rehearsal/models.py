@@ -177,13 +177,19 @@ def make_folder(model: Model, folder: Path, *, layers: int | None = None) -> Pat
     make_checkpoint(model.family, folder)
     for component, options in {"transformer": model.transformer, "vae": model.vae, **model.encoders}.items():
         path = folder / component / "config.json"
-        small = json.loads(path.read_text())
+        small = _without_layers(json.loads(path.read_text()))
         if component.startswith("text_encoder"):
             config = {**small, **{name: _joined(small.get(name), value) for name, value in options.items()}}
         else:
             config = {"_class_name": small["_class_name"], **options}
         path.write_text(json.dumps(_cut(config, layers)))
     return folder
+
+
+def _without_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration without what it says of single layers, of which a small one has fewer."""
+    found = {name: _without_layers(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    return {name: value for name, value in found.items() if name not in ("layer_types", "max_window_layers")}
 
 
 def _joined(small: Any, full: Any) -> Any:

@@ -39,11 +39,11 @@ NAMES = list(FAMILIES)
 DTYPE = torch.bfloat16
 REQUEST = {"prompt": "", "height": 64, "width": 64, "seeds": (1, 2), "num_inference_steps": 2}
 EVALUATION = {**REQUEST, "rollout": False}
-# A stochastic step, then one of the ODE.
+# A step of the ODE, then a stochastic one: at the first step the host may wait.
 ROLLOUT = {
     **REQUEST,
     "rollout_sde_type": "sde",
-    "rollout_sde_step_indices": (0,),
+    "rollout_sde_step_indices": (1,),
     "rollout_debug_mode": True,
     "rollout_return_dit_trajectory": True,
 }
