@@ -22,16 +22,7 @@ QUICK = [
     Case(model=model.name, layers=QUICK_LAYERS, size=1024, batch=GROUP if layout == "1" else 1, layout=layout)
     for layout, model in itertools.product(LAYOUTS, [model for model in MODELS if model is not SD35_LARGE])
 ]
-_STEPPED = [model for model in MODELS if model is not SD35_LARGE]
-FULL = [
-    *(Case(model=model.name, layers=None, size=1024, batch=1, layout="1") for model in MODELS),
-    *(Case(model=model.name, layers=None, size=512, batch=1, layout="1") for model in _STEPPED),
-    *(
-        Case(model=model.name, layers=None, size=1024, batch=1, layout=layout)
-        for layout, model in itertools.product(LAYOUTS, _STEPPED)
-        if layout != "1"
-    ),
-]
+FULL = [Case(model=model.name, layers=None, size=1024, batch=1, layout="1") for model in MODELS]
 
 
 def main() -> None:

@@ -20,21 +20,31 @@ _SIZE = 1024
 Recorded = Mapping[Case, Figures]
 
 
-def full(recorded: Recorded) -> dict[Case, Figures]:
-    """Returns the figures at full depth."""
-    return {case: figures for case, figures in recorded.items() if case.layers is None}
-
-
 def steps_table(recorded: Recorded) -> Iterator[str]:
     """Yields the lines of the table of steps."""
-    yield "| model | size | group | layout | kernels | plain | views | GB moved | GB from ranks | TFLOP | peak GiB | fits |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    columns = ("model", "blocks", "size", "group", "layout", "kernels", "plain", "views")
+    columns += ("GB moved", "GB from ranks", "TFLOP", "peak GiB", "fits")
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     order = [model.name for model in MODELS]
-    for case, one in sorted(full(recorded).items(), key=lambda row: order.index(row[0].model)):
-        moved, gathered, flops = one.moved / 1e9, one.gathered / 1e9, one.flops / 1e12
-        values = f"{one.kernels:,} | {one.plain_kernels:,} | {one.views:,} | {moved:,.0f} | {gathered:,.1f} | {flops:,.1f}"
-        peak = rolling_out(one)
-        yield f"| {case.model} | {case.size} | {case.batch} | {case.layout} | {values} | {peak / GIB:.1f} | {_smallest(peak)} |"
+    for case, one in sorted(recorded.items(), key=lambda row: (row[0].layers is not None, order.index(row[0].model))):
+        peak, is_whole = rolling_out(one), case.layers is None
+        values = (
+            case.model,
+            "all" if is_whole else case.layers,
+            case.size,
+            case.batch,
+            case.layout,
+            f"{one.kernels:,}",
+            f"{one.plain_kernels:,}",
+            f"{one.views:,}",
+            f"{one.moved / 1e9:,.1f}",
+            f"{one.gathered / 1e9:.2f}",
+            f"{one.flops / 1e12:.1f}",
+            f"{peak / GIB:.1f}",
+            _smallest(peak) if is_whole else "",
+        )
+        yield f"| {' | '.join(map(str, values))} |"
 
 
 def rolling_out(one: Figures) -> int:
@@ -52,7 +62,7 @@ def memory_tables(recorded: Recorded) -> Iterator[str]:
     for model in MODELS:
         case = Case(model=model.name, layers=None, size=_SIZE, batch=1, layout="1")
         found[model.name] = recorded[case]
-    columns = ("transformer", "text encoders, VAE", "a step", "a decoding", "rolling out", "with new weights")
+    columns = ("transformer", "text encoders, VAE, tables", "a step", "a decoding", "rolling out", "with new weights")
     yield f"| at {_SIZE} x {_SIZE}, bfloat16 | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|---|"
     for name, one in found.items():
