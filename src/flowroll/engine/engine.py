@@ -935,9 +935,9 @@ def _describe(
 
 
 def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:
-    """Yields all weights of this rank."""
+    """Yields all weights of this rank, tables that are stored with them too."""
     for module in modules_of(pipeline).values():
-        yield from module.parameters()
+        yield from (*module.parameters(), *module.buffers())
     yield from model.adapters.parameters()
 
 

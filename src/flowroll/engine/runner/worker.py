@@ -155,7 +155,8 @@ class Worker:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
         self._held = HeldWeights(model.transformer)
-        self._offload = WeightOffload(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
+        transformer = model.transformer
+        self._offload = WeightOffload(lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()])
         # Puts the staged change into effect.
         self._commit: Callable[[], object] | None = None
         self._shares: Shares | None = None
