@@ -95,11 +95,14 @@ class FleetWeights:
             update_id: The update that ends with the change; None: it is none.
         """
         async with self._replicas.changing:
-            change.version, number = self._replicas.versions.following(weight_version), self._replicas.versions.number + 1
-            steps = _Versioned(change, lambda replica: self._replicas.router.set_version(replica, change.version, number))
+            replicas, versions = self._replicas, self._replicas.versions
+            state = versions.advanced(versions.following(weight_version))
+            await asyncio.to_thread(replicas.keep, state)
+            change.version = state.current
+            steps = _Versioned(change, lambda replica: replicas.router.set_version(replica, state.current, state.number))
             async with self._barrier():
                 applied = await change_all(steps, self._replicas.ready())
-            self._replicas.versions.advance(change.version)
+            versions.adopt(state)
             self._replicas.log.add(Changed(kind=kind, name=name, is_whole=is_whole, steps=change))
             # Before a replica joins, which would open it again.
             if update_id is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flowroll.engine.scheduler.counters import Counters, RequestCounts
@@ -139,6 +139,12 @@ class RequestQueue:
     def complete(self, request: Request) -> None:
         """Ends a request with its results."""
         self._end(_End(request=request, results=[request.results[index] for index in range(request.plan.num_answers)]))
+
+    def complete_partly(self, request: Request) -> None:
+        """Ends a request with the results that it has so far, of which there is at least one."""
+        left_out = tuple(index for index in range(request.plan.num_answers) if index not in request.results)
+        results = [replace(request.results[index], left_out=left_out) for index in sorted(request.results)]
+        self._end(_End(request=request, results=results))
 
     def fail(self, request: Request, error: BaseException) -> None:
         """Ends a request in an error. Unless it is a `FlowrollError`, the caller gets one line of it, and the log all of it."""

@@ -54,6 +54,7 @@ class ServerInfo:
         layout: How the transformer is spread over ranks.
         transformer_bytes: The bytes of its weights, on each rank.
         weight_version: The version of the weights in memory.
+        version_number: Its number in the sequence of all versions, counted from 0.
         limits: What one request may ask for.
         adapter_limits: How many LoRA adapters there may be.
         defaults: What a request leaves open.
@@ -85,6 +86,7 @@ class ServerInfo:
     layout: Layout
     transformer_bytes: int
     weight_version: Annotated[str, Meta(examples=["0"])]
+    version_number: int
     limits: Limits
     adapter_limits: AdapterLimits
     defaults: Defaults
@@ -118,6 +120,7 @@ def build_router(state: AppState) -> APIRouter:
         return ServerInfo(
             **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
             weight_version=status.weight_version,
+            version_number=status.version_number,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
             batching=facts.batching,
