@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
+from flowroll.cluster.groups import FleetGroups
 from flowroll.cluster.info import FleetInfo, ReplicaInfo
 from flowroll.cluster.replica import Placement
 from flowroll.cluster.replicas import ReplicaSet
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 # What any one replica can answer.
 _OF_ONE = frozenset({"decode", "probe_generation", "check_adapter", "lora_adapters", "policies"})
 _OF_REQUESTS = frozenset({"submit", "submit_scores"})
+_OF_GROUPS = frozenset({"join_group", "find_group", "fill_from_group", "fail_group", "leave_group", "leave_groups"})
 _OF_STATE = frozenset({"status", "pause", "resume", "hold_starts", "drain"})
 # What is refused once the fleet drains.
 _TAKEN_NO_MORE = _OF_REQUESTS | {
@@ -92,6 +94,7 @@ class Fleet(EngineClient):
             kept=kept,
         )
         self._requests, self._weights = FleetRequests(self._replicas), FleetWeights(self._replicas, order)
+        self._groups = FleetGroups(self._replicas, self._weights)
         self._numbers = itertools.count()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._is_draining = self._is_closed = False
@@ -212,12 +215,15 @@ class Fleet(EngineClient):
         if method in _OF_REQUESTS:
             found = getattr(self._requests, method)
             return lambda *args, **options: found(*args, spans=spans, **options)
-        if method == "abort":
-            return self._requests.abort
         if method in _OF_ONE:
             return self._requests.of_one(method)
-        owner, name = (self, f"_{method}") if method in _OF_STATE else (self._weights, method)
-        asked: Callable[..., Awaitable[Any]] = getattr(owner, name)
+        asked: Callable[..., Awaitable[Any]]
+        if method in _OF_STATE:
+            asked = getattr(self, f"_{method}")
+        elif method in _OF_GROUPS:
+            asked = getattr(self._groups, method)
+        else:
+            asked = self._requests.abort if method == "abort" else getattr(self._weights, method)
         return asked
 
     # State
@@ -232,6 +238,7 @@ class Fleet(EngineClient):
             weight_version=self._replicas.versions.current,
             version_number=self._replicas.versions.state.number,
             memory_mode=self._replicas.memory_mode,
+            world_size=len(ready),
             is_alive=True,
             is_accepting=not self._is_draining and bool(ready),
         )

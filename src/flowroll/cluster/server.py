@@ -270,20 +270,16 @@ def _check_room(placement: Placement, cluster: ClusterConfig) -> None:
     Raises:
         InvalidRequestError: There are too few CPUs or GPUs.
     """
-    there = ray.cluster_resources()
-    for name, field, each in (
-        ("CPU", "cpus_per_replica", placement.num_cpus),
-        ("GPU", "gpus_per_replica", placement.num_gpus),
-    ):
-        needed, found = each * cluster.replicas, there.get(name, 0)
-        if needed <= found:
-            continue
-        message = (
-            f"{field} must leave enough for {cluster.replicas} replicas, got {each:g} each where Ray has {found:g} {name}s"
-        )
-        if cluster.address is None:
-            raise InvalidRequestError(f"{message}; start fewer replicas, or give them less.", field=field)
-        _log.warning("%s; the replicas wait until nodes join", message)
+    if (places := placement.num_places()) >= cluster.replicas:
+        return
+    field = "gpus_per_replica" if placement.num_gpus else "cpus_per_replica"
+    message = (
+        f"{field} must leave a place on a node for each of {cluster.replicas} replicas, got {placement.bundle} each, for which "
+        f"Ray's nodes have {places} places"
+    )
+    if cluster.address is None:
+        raise InvalidRequestError(f"{message}; start fewer replicas, or give them less.", field=field)
+    _log.warning("%s; the replicas wait until nodes join", message)
 
 
 def add_routes(app: FastAPI, engine: EngineClient) -> None:

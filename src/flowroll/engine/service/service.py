@@ -41,7 +41,7 @@ from flowroll.engine.weights.groups import (
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
-from flowroll.engine.weights.staged import StagedWeights, WeightFiles
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, tensor_head
 from flowroll.engine.weights.store import WeightStore
 from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import FlowrollError, NotFoundError, RankLostError, ShuttingDownError, fresh
@@ -75,6 +75,14 @@ def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
     """Returns the tensors of a bucket as views of memory that holds them one after the other."""
     starts, _ = placed([_num_bytes(head) for head in heads])
     return [tensor_at(memory, start, head.shape, DTYPES[head.dtype]) for start, head in zip(starts, heads, strict=True)]
+
+
+def _as_bucket(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[list[TensorHead], SharedMemory]:
+    heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in zip(names, tensors, strict=True)]
+    memory = SharedMemory.create(bucket_bytes(heads))
+    for place, tensor in zip(bucket_tensors(memory.bytes, heads), tensors, strict=True):
+        place.copy_(tensor)
+    return heads, memory
 
 
 def _num_bytes(head: TensorHead) -> int:
@@ -287,6 +295,12 @@ class EngineService:
         receiver = self._receiver(update_id)
         self._guarded(lambda: receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads)))
         return self._progress(receiver)
+
+    @blocking
+    def arrived_bucket(self, update_id: str, names: Sequence[str]) -> tuple[list[TensorHead], SharedMemory]:
+        """Returns a copy of tensors that have arrived, in the form in which `put_bucket` takes them."""
+        receiver = self._receiver(update_id)
+        return self._guarded(lambda: _as_bucket(names, receiver.arrived(names)))
 
     def drop_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
         """Drops the claim of a bucket, so that its tensors may come in another bucket."""

@@ -48,6 +48,7 @@ class EngineStatus:
         weight_version: The version of the weights in memory.
         version_number: Its number in the sequence of all versions.
         memory_mode: Where the weights are kept while their memory is released; None if they are in place.
+        world_size: How many members of a trainer's process group it is: 1, or one for each replica of a fleet.
         is_alive: Whether the engine's threads run.
         is_accepting: Whether requests are accepted: False once the service drains or a thread has died. A pause, which also
             refuses requests but ends, does not change it.
@@ -58,6 +59,7 @@ class EngineStatus:
     weight_version: str
     version_number: int
     memory_mode: SleepMode | None
+    world_size: int = 1
     is_alive: bool
     is_accepting: bool
 

@@ -69,6 +69,7 @@ class ServerInfo:
         max_score_body_bytes: Size of a body of POST /rollout/score, /rollout/generate and /generate, with its tensors.
         max_weights_body_bytes: Size of a body with tensors of new weights.
         receive_timeout_s: Seconds for headers to come, and a body (and a second per 64 KiB of it).
+        world_size: How many members of a trainer's process group it is: 1, or one for each replica of a fleet.
         is_paused: Whether new requests are refused until /continue_generation.
         is_asleep: Whether the memory of the weights is released.
         is_ready: Whether new requests are taken.
@@ -101,6 +102,7 @@ class ServerInfo:
     max_score_body_bytes: int
     max_weights_body_bytes: int
     receive_timeout_s: float
+    world_size: int
     is_paused: bool
     is_asleep: bool
     is_ready: bool
@@ -129,6 +131,7 @@ def build_router(state: AppState) -> APIRouter:
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
+            world_size=status.world_size,
             is_paused=load.is_paused,
             is_asleep=status.is_asleep,
             is_ready=status.is_accepting and not (load.is_paused or status.is_asleep),
