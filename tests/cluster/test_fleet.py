@@ -21,11 +21,12 @@ from tests.weights import WEIGHTS, with_other
 
 from flowroll import Client, Engine, Rollout, cluster
 from flowroll.checkpoints import shapes_checkpoint
+from flowroll.cli.top import top
+from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import BatchLimits
 from flowroll.errors import (
     AsleepError,
     CancelledRequestError,
-    ForbiddenError,
     InvalidRequestError,
     OutdatedWeightsError,
     PausedError,
@@ -61,7 +62,8 @@ def served(ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         device="cpu",
         port=0,
         weights_roots=(str(root), str(MODEL)),
-        batching=BatchLimits(max_batch_samples=4),
+        # Fewer samples run at a time than a large request has.
+        batching=BatchLimits(max_batch_samples=4, max_running_samples=8),
     ) as served:
         served.root = root
         yield served
@@ -230,10 +232,91 @@ def test_a_client_that_leaves_takes_its_request_along(served: Any, client: Clien
     until(lambda: all(one.image_steps == 0 for one in served.fleet.describe().replicas))
 
 
+def test_a_split_request_is_aborted_once(served: Any, client: Client):
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.rollout, **{**LONG, "num_outputs_per_prompt": 7}, request_id="split")
+        until(lambda: [one.num_requests for one in served.fleet.describe().replicas] == [1, 1])
+        assert client.abort_request("split") == 1
+        with pytest.raises(CancelledRequestError):
+            running.result(WAIT_S)
+    until(lambda: all(one.image_steps == 0 for one in served.fleet.describe().replicas))
+
+
+def test_finished_samples_of_a_split_group_are_kept(served: Any, client: Client, local: Engine):
+    """The request is aborted later and later, until some of its samples were finished and others not."""
+    asked = {**ASKED, "num_inference_steps": 30, "num_outputs_per_prompt": 64, "request_id": "part"}
+    for attempt in range(40):
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(client.rollout, **asked, seed=7)
+            until(lambda: client.server_info()["queue"]["running"] == 1)
+            time.sleep(0.2 * attempt)
+            client.abort_request("part", keep_partial=True)
+            try:
+                found = running.result(WAIT_S)
+            except CancelledRequestError:
+                continue
+        if len(found) < 64:
+            break
+    left_out = found[0].left_out
+    assert 0 < len(found) < 64 and {one.left_out for one in found} == {left_out}
+    kept = [7 + place for place in range(64) if place not in left_out]
+    assert [one.seed for one in found] == kept
+    assert_same(found[:3], local.rollout(**{**asked, "num_outputs_per_prompt": None, "seeds": kept[:3]}))
+    # The next one is whole.
+    assert client.rollout(**SPLIT)[0].left_out == ()
+
+
+def test_no_sample_is_older_than_its_request_allows(served: Any, client: Client):
+    asked = {**ASKED, "num_inference_steps": 60, "num_outputs_per_prompt": 3, "max_staleness": 0}
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(client.rollout, **asked, seed=seed) for seed in range(4)]
+        until(lambda: client.server_info()["queue"]["running"] == 4)
+        number = served.fleet.describe().version_number
+        version = client.update_weights_from_disk(MODEL).weight_version
+        for one in running:
+            try:
+                stamps = [(sample.first_step, sample.last_step) for sample in one.result(WAIT_S)]
+            except OutdatedWeightsError as error:
+                assert error.field == "max_staleness"
+            else:
+                # It was run elsewhere, with the new weights.
+                assert {stamp.weight_version for pair in stamps for stamp in pair} == {version}
+    info = served.fleet.describe()
+    assert info.version_number == client.server_info()["version_number"] == number + 1
+    (rollout,) = client.rollout(**ASKED, seed=1, max_staleness=0)
+    assert rollout.last_step is not None and rollout.last_step.version_number == info.version_number
+    assert f'flowroll_version_samples_total{{version="{version}"}}' in client.metrics()
+    assert f"flowroll_version_number {info.version_number}" in client.metrics()
+
+
+def test_all_replicas_take_weights_from_a_process_group(served: Any, client: Client, local: Engine):
+    weights = {name: tensor * 1.03 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
+    before = served.fleet.describe().version_number
+    with WeightGroup([client]) as group:
+        (version,) = group.update_weights(weights, bucket_bytes=2**20)
+        assert served.fleet.describe().version_number == before + 1
+        local.update_weights_from_tensors(weights)
+        assert client.weights_checksum() == local.weights_checksum()
+        assert_same(client.rollout(**SPLIT, min_weight_version=version), local.rollout(**SPLIT))
+        with pytest.raises(WeightsRejectedError):
+            group.update_weights({"other": torch.ones(1)})
+        assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+def test_top_shows_the_replicas(served: Any, capsys: pytest.CaptureFixture[str]):
+    top(url=served.url, interval_s=0.1, once=True)
+    shown = capsys.readouterr().out
+    for one in served.fleet.describe().replicas:
+        assert one.id in shown
+    assert "ready" in shown and "steps" in shown
+
+
 def test_what_is_one_machines_is_refused(served: Any, ray: Any):
     group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "group_name": "g"}
     answer = httpx.post(f"{served.url}/init_weights_update_group", json={**group, "backend": "gloo"}, timeout=WAIT_S)
-    assert answer.status_code == ForbiddenError.status and "fleet" in answer.json()["error"]["message"], answer.json()
+    assert answer.status_code == InvalidRequestError.status and "2 replicas" in answer.json()["error"]["message"]
     with pytest.raises(InvalidRequestError, match="allow_pickle_weights"):
         cluster.serve(MODEL, port=0, allow_pickle_weights=True)
     with pytest.raises(InvalidRequestError, match="replicas"):

@@ -68,7 +68,7 @@ def test_samples_say_when_and_by_which_weights_their_steps_were_taken(z_image_ch
         engine.copy_policy("old")
         for name, number in (("0", 0), ("named", 1)):
             before = time.time()
-            (image,) = engine.generate(**REQUEST)
+            (image,) = engine.generate("a cat", height=64, width=64, num_inference_steps=2)
             for one in (*engine.rollout(**REQUEST, num_outputs_per_prompt=2, fork={1: 2}), image):
                 assert one.first_step is not None and one.last_step is not None
                 for stamp in (one.first_step, one.last_step):
