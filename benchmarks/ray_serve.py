@@ -1,4 +1,4 @@
-"""What Ray Serve's proxy costs beside flowroll's way: `python -m benchmarks.ray_serve` (needs `pip install "ray[serve]==2.60.0"`).
+"""What Ray Serve's proxy costs beside flowroll's way: `python -m benchmarks.ray_serve` (needs `pip install "ray[serve]"`).
 
 The same bytes are asked of three servers on this machine, in turns, over one connection each:
 
