@@ -167,6 +167,8 @@ class FleetRequests:
         while True:
             replica = self._replicas.there.get(part.replica)
             try:
+                if run.open.is_cut:
+                    raise cancelled()
                 if replica is None:
                     raise ReplicaLostError(part.replica)
                 left_s = None if run.deadline_s is None else run.deadline_s - asyncio.get_running_loop().time()
