@@ -108,7 +108,7 @@ def test_staleness_leaves_replicas_out_until_they_have_caught_up():
             assert {part.replica for _ in range(4) for part in router.place(1, 1)} == {"a", "b"}
     assert {part.replica for _ in range(4) for part in router.place(1, 1)} == {"b"}
     router.leave("b")
-    with pytest.raises(OutdatedWeightsError, match="two"):
+    with pytest.raises(OutdatedWeightsError, match="2 behind"):
         router.place(1, 1)
 
 
@@ -117,7 +117,7 @@ def test_a_request_may_allow_less_age_than_the_fleet():
     for name in ("one", "two"):
         router.set_version("b", name, advance(router, name))
     assert {router.place(1, 1, max_staleness=1)[0].replica for _ in range(4)} == {"b"}
-    assert {router.place(1, 1, max_staleness=2)[0].replica for _ in range(4)} == {"a", "b"}
+    assert {router.place(1, 1, max_staleness=2)[0].replica for _ in range(9)} == {"a", "b"}
 
 
 def test_a_replica_that_has_exchanged_makes_the_others_older():

@@ -358,7 +358,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 31
+    assert len(nullable) == 32
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox", rollout_debug_mode=True)
 
 

@@ -202,7 +202,7 @@ class Loop:
             end_future(task.future, error=fresh(self.stopped))
             return
         if task.needs_idle and mode == "abort":
-            self._queue.requeue_all()
+            self._queue.requeue(list(self._queue.running))
         elif task.needs_idle and self._pause == "freeze" and self._queue.num_running:
             rule = "requests must go on to finish first, got frozen ones; continue, or abort them."
             end_future(task.future, error=PausedError(rule))
@@ -212,12 +212,20 @@ class Loop:
             self._end_stale()
 
     def _end_stale(self) -> None:
-        """Ends the running requests that the versions which wait for them would make older than they allow."""
+        """Ends the running requests that the versions which wait for them would make older than they allow.
+
+        Those that have not taken a step wait for these versions.
+        """
+        unstarted = []
         for request in list(self._queue.running):
             try:
                 self._runner.check_recent(request.plan, coming=self._tasks.num_newer)
             except FlowrollError as error:
-                self._queue.fail(request, error)
+                if request.started_s is None:
+                    unstarted.append(request)
+                else:
+                    self._queue.fail(request, error)
+        self._queue.requeue(unstarted)
 
     def _take_encoded(self, message: messages.Encoded) -> None:
         request, conditioning = message.request, message.conditioning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,13 +126,12 @@ class RequestQueue:
             return request
         return None
 
-    def requeue_all(self) -> None:
-        """Resets all running requests and puts them back into the queue, before the requests that wait."""
-        requests = list(self._running)
-        self._running.clear()
+    def requeue(self, requests: Sequence[Request]) -> None:
+        """Resets running requests and puts them back into the queue, before the requests that wait."""
         self._waiting.extendleft(reversed(requests))
-        self._waiting_work, self._running_work = self._waiting_work + self._running_work, 0
         for request in requests:
+            del self._running[request]
+            self._waiting_work, self._running_work = self._waiting_work + request.work, self._running_work - request.work
             self._release(request)
             request.restart()
 
