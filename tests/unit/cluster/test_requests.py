@@ -252,7 +252,7 @@ def test_what_is_cut_while_its_replica_ends_is_not_run_again():
 
     one, other = Replica("a", lost), Replica("b", made())
     fleet, _ = fleet_of(one, other)
-    count, ended = cut(fleet, 3, lambda: bool(one.asked), keep_partial=True)
+    _, ended = cut(fleet, 3, lambda: bool(one.asked), keep_partial=True)
     assert isinstance(ended, CancelledRequestError) and other.asked == []
 
 
