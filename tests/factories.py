@@ -105,7 +105,6 @@ def make_rollout(
         ),
         "first_step": StepStamp(weight_version="7", version_number=7, time_s=1.8e9),
         "last_step": StepStamp(weight_version="7", version_number=7, time_s=1.8e9 + 1),
-        "left_out": (3,),
     }
     return Rollout(**{**fields, **overrides})
 
