@@ -17,7 +17,7 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file
 from tests.adapters import policy
 from tests.rollouts import assert_same_bits
-from tests.weights import WEIGHTS, with_other
+from tests.weights import WEIGHTS, change, with_other
 
 from flowroll import Client, Engine, Rollout, cluster
 from flowroll.checkpoints import shapes_checkpoint
@@ -363,7 +363,7 @@ def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_chan
 
 @pytest.mark.slow
 def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: Engine):
-    expected, ended = local.rollout(**SPLIT), threading.Event()
+    expected, ended, before = local.rollout(**SPLIT), threading.Event(), served.fleet.describe()
 
     def ask() -> int:
         count = 0
@@ -380,7 +380,83 @@ def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: 
         assert all_ready(served, 2)
         ended.set()
         assert sum(one.result(WAIT_S) for one in counts) > 0
+    info = served.fleet.describe()
+    # The one that left has finished what it was given.
+    assert (info.num_lost, info.num_retried) == (before.num_lost, before.num_retried)
     assert client.weights_checksum() == local.weights_checksum()
+
+
+@pytest.mark.slow
+def test_a_replica_that_joins_is_as_the_others_are(served: Any, client: Client, local: Engine):
+    """It is asleep or paused if they are, and has what has come of an update that goes on."""
+
+    def replace_one() -> None:
+        lost = served.fleet.describe()
+        os.kill(lost.replicas[0].pid, signal.SIGKILL)
+        until(lambda: all_ready(served) and served.fleet.describe().num_lost == lost.num_lost + 1)
+
+    client.release_memory("disk")
+    replace_one()
+    for _ in range(4):
+        with pytest.raises(AsleepError):
+            client.rollout(**ASKED)
+    client.resume_memory()
+    httpx.post(f"{served.url}/pause_generation")
+    replace_one()
+    for _ in range(4):
+        with pytest.raises(PausedError):
+            client.rollout(**ASKED)
+    httpx.post(f"{served.url}/continue_generation")
+    weights = {name: tensor * 1.05 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
+
+    def half_sent() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, (name, tensor) in enumerate(weights.items()):
+            if number == len(weights) // 2:
+                replace_one()
+            yield name, tensor
+
+    client.update_weights(half_sent(), bucket_bytes=2**18)
+    local.update_weights_from_tensors(weights)
+    # Of both, or it is an error.
+    assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+@pytest.mark.slow
+def test_a_replica_that_reads_other_weights_than_the_others_takes_no_request(served: Any, client: Client, local: Engine):
+    folder = with_other(MODEL, served.root / "changed", factor=0.98)
+    client.update_weights_from_disk(folder)
+    local.update_weights_from_disk(folder)
+    kept = (folder / "transformer" / WEIGHTS).read_bytes()
+    change(folder / "transformer", lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
+    lost = served.fleet.describe()
+    os.kill(lost.replicas[0].pid, signal.SIGKILL)
+    # The second attempt has begun: the first one was refused.
+    until(lambda: newest_of(served.fleet.describe()) >= 2 + newest_of(lost))
+    assert [one.state for one in served.fleet.describe().replicas].count("ready") == 1
+    assert_same(client.rollout(**SPLIT), local.rollout(**SPLIT))
+    (folder / "transformer" / WEIGHTS).write_bytes(kept)
+    until(lambda: all_ready(served))
+    assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+def newest_of(info: Any) -> int:
+    return max(int(one.id.split("-")[1]) for one in info.replicas)
+
+
+@pytest.mark.slow
+def test_a_replica_that_says_nothing_is_replaced(ray: Any):
+    with cluster.serve(
+        MODEL, replicas=1, threads=1, device="cpu", port=0, rank_timeout_s=3.0, batching=BatchLimits(max_batch_samples=4)
+    ) as served:
+        (silent,) = served.fleet.describe().replicas
+        os.kill(silent.pid, signal.SIGSTOP)
+        until(lambda: all_ready(served, 1) and served.fleet.describe().num_lost == 1)
+        with Client(served.url, timeout_s=WAIT_S) as client:
+            assert len(client.rollout(**ASKED)) == 1
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(ray: Any, tmp_path: Path):
