@@ -26,6 +26,7 @@ pytest.importorskip("ray")
 from flowroll.cluster.replica import Outcome
 from flowroll.cluster.requests import FleetRequests
 
+WAIT_S = 20.0
 Answer = Callable[["Plan"], Awaitable[list[Any]]]
 
 
@@ -91,7 +92,7 @@ def fleet_of(*replicas: Replica, batch: int = 4) -> tuple[FleetRequests, Any]:
 
 def run(fleet: FleetRequests, samples: int, *, timeout_s: float | None = None, **params: Any) -> list[Any]:
     plan: Any = Plan(range(samples), **params)
-    return asyncio.run(fleet.submit(plan, "rollout", timeout_s=timeout_s, spans=[]))
+    return asyncio.run(asyncio.wait_for(fleet.submit(plan, "rollout", timeout_s=timeout_s, spans=[]), WAIT_S))
 
 
 def outcomes(fleet: FleetRequests) -> tuple[int, int, int]:
@@ -204,7 +205,7 @@ def cut(fleet: FleetRequests, samples: int, ready: Callable[[], bool], **options
         except FlowrollError as error:
             return count, error
 
-    return asyncio.run(both())
+    return asyncio.run(asyncio.wait_for(both(), WAIT_S))
 
 
 def until_aborted(replica: list[Replica], *kept: int) -> Answer:
