@@ -44,9 +44,10 @@ def body_of(tensor: torch.Tensor) -> StreamingResponse:
     """Answers with the bytes of a tensor, in pieces, from where they lie."""
     view = memoryview(tensor.numpy())
 
-    async def pieces() -> AsyncIterator[memoryview]:
+    async def pieces() -> AsyncIterator[bytes]:
         for start in range(0, len(view), _PIECE):
-            yield view[start : start + _PIECE]
+            # Serve's messages are pickled, so that they cannot be views.
+            yield bytes(view[start : start + _PIECE])
 
     return StreamingResponse(pieces(), headers={"content-length": str(len(view))}, media_type="application/octet-stream")
 
