@@ -21,6 +21,7 @@ from tests.weights import WEIGHTS, change, with_other
 
 from flowroll import Client, Engine, Rollout, cluster
 from flowroll.checkpoints import shapes_checkpoint
+from flowroll.cli.dashboard import Scrape
 from flowroll.cli.top import top
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import BatchLimits
@@ -243,23 +244,21 @@ def test_a_split_request_is_aborted_once(served: Any, client: Client):
 
 
 def test_finished_samples_of_a_split_group_are_kept(served: Any, client: Client, local: Engine):
-    """The request is aborted later and later, until some of its samples were finished and others not."""
-    asked = {**ASKED, "num_inference_steps": 20, "num_outputs_per_prompt": 40, "request_id": "part"}
-    for attempt in range(40):
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(client.rollout, **asked, seed=7)
-            until(lambda: client.server_info()["queue"]["running"] == 1)
-            time.sleep(0.1 * attempt)
-            client.abort_request("part", keep_partial=True)
-            try:
-                found = running.result(WAIT_S)
-            except CancelledRequestError:
-                continue
-        if len(found) < 40:
-            break
+    """The request is aborted after 300 of its 480 steps; a replica runs eight of its twelve samples at a time."""
+
+    def steps() -> float:
+        return Scrape.read(client.metrics(), 0).total("flowroll_steps_total")
+
+    asked = {**ASKED, "num_inference_steps": 20, "num_outputs_per_prompt": 24, "request_id": "part"}
+    before = steps()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.rollout, **asked, seed=7)
+        until(lambda: steps() >= before + 300)
+        assert client.abort_request("part", keep_partial=True) == 1
+        found = running.result(WAIT_S)
     left_out = found[0].left_out
-    assert 0 < len(found) < 40 and {one.left_out for one in found} == {left_out}
-    kept = [7 + place for place in range(40) if place not in left_out]
+    assert 0 < len(found) < 24 and {one.left_out for one in found} == {left_out}
+    kept = [7 + place for place in range(24) if place not in left_out]
     assert [one.seed for one in found] == kept
     assert_same(found[:3], local.rollout(**{**asked, "num_outputs_per_prompt": None, "seeds": kept[:3]}))
     # The next one is whole.
