@@ -243,6 +243,7 @@ def test_a_split_request_is_aborted_once(served: Any, client: Client):
     until(lambda: all(one.image_steps == 0 for one in served.fleet.describe().replicas))
 
 
+@pytest.mark.slow
 def test_finished_samples_of_a_split_group_are_kept(served: Any, client: Client, local: Engine):
     """The request is aborted after 300 of its 480 steps; a replica runs eight of its twelve samples at a time."""
 
@@ -371,7 +372,9 @@ def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: 
             count += 1
         return count
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
+        long = pool.submit(client.rollout, **{**SPLIT, "num_inference_steps": 40})
+        until(lambda: [one.num_requests for one in served.fleet.describe().replicas] == [1, 1])
         counts = [pool.submit(ask) for _ in range(2)]
         served.fleet.resize(1)
         assert all_ready(served, 1)
@@ -379,6 +382,7 @@ def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: 
         assert all_ready(served, 2)
         ended.set()
         assert sum(one.result(WAIT_S) for one in counts) > 0
+        assert len(long.result(WAIT_S)) == 7
     info = served.fleet.describe()
     # The one that left has finished what it was given.
     assert (info.num_lost, info.num_retried) == (before.num_lost, before.num_retried)
