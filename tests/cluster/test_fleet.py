@@ -1,5 +1,6 @@
 """Two replicas at one address: every answer is that of a single engine, and what changes one of them changes all."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -25,6 +26,7 @@ from flowroll.cli.dashboard import Scrape
 from flowroll.cli.top import top
 from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import BatchLimits
+from flowroll.engine.service import EngineStatus
 from flowroll.errors import (
     AsleepError,
     CancelledRequestError,
@@ -398,14 +400,20 @@ def test_a_replica_that_joins_is_as_the_others_are(served: Any, client: Client, 
         os.kill(lost.replicas[0].pid, signal.SIGKILL)
         until(lambda: all_ready(served) and served.fleet.describe().num_lost == lost.num_lost + 1)
 
+    def states() -> list[EngineStatus]:
+        asked = served.fleet._replicas.on_all("status")
+        return list(asyncio.run_coroutine_threadsafe(asked, served.fleet._loop).result(WAIT_S).values())
+
     client.release_memory("disk")
     replace_one()
+    assert [one.memory_mode for one in states()] == ["disk", "disk"]
     for _ in range(4):
         with pytest.raises(AsleepError):
             client.rollout(**ASKED)
     client.resume_memory()
     httpx.post(f"{served.url}/pause_generation")
     replace_one()
+    assert [one.load.is_paused for one in states()] == [True, True]
     for _ in range(4):
         with pytest.raises(PausedError):
             client.rollout(**ASKED)
