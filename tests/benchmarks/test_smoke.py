@@ -45,7 +45,18 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 # They start servers, ranks or commands as processes; soak and overload have proofs of their own in tests/serving. The store
 # has an index of samples that are not there, which the checker of annotations would read.
-TAKE_LONGER = {"beside", "cluster", "cluster_model", "overload", "parallel", "ray_serve", "rehearsal", "soak", "startup", "store"}
+TAKE_LONGER = {
+    "beside",
+    "cluster",
+    "cluster_model",
+    "overload",
+    "parallel",
+    "ray_serve",
+    "rehearsal.__main__",
+    "soak",
+    "startup",
+    "store",
+}
 PRINT_ONLY = {"gpu", "lora", "replay"}
 
 

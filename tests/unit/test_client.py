@@ -210,6 +210,7 @@ FULL = {
     "suppress_logs": True,
     "request_id": "r",
     "min_weight_version": "7",
+    "max_staleness": 1,
     "policy": "default",
     "lora_name": "old",
 }

@@ -43,7 +43,7 @@ from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
 from flowroll.engine.weights.store import WeightStore
-from flowroll.engine.weights.versions import Advance, WeightVersions
+from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
@@ -171,7 +171,7 @@ class Engine:
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit, or the adapter is not loaded.
             AsleepError: The memory of the weights is released.
-            OutdatedWeightsError: The weights are older than the request demands.
+            OutdatedWeightsError: The weights are older than the request demands, or allows.
         """
         self.check_ready(params)
         return plan_request(params, self._open_model(), self.info.limits)
@@ -179,7 +179,7 @@ class Engine:
     def check_ready(self, params: SamplingParams) -> None:
         """Checks what can change after planning: adapters, policies, memory and version. The errors are those of `plan`."""
         self._check_weights(params.min_weight_version)
-        self._policies.record(params.policy)
+        self._work.check_recent(params)
         self._open_model().adapters.record(params.lora_name)
 
     def rollout(
@@ -389,6 +389,11 @@ class Engine:
         return self._weights.versions.current
 
     @property
+    def versions(self) -> VersionState:
+        """The version of the weights in memory, its number, and the versions before it."""
+        return self._weights.versions.state
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules of the checkpoint that have weights, e.g. "transformer", "text_encoder", "vae"."""
         return self._weights.modules
@@ -484,18 +489,11 @@ class Engine:
                 self._weights.note_checksum(self.info.limits.max_hashed_bytes)
             return update
 
-        return self.exclusive(change, mode)
+        return self._exchange(change, weight_version, mode)
 
-    def restore_versions(self, current: str, highest: int, arrived: frozenset[str]) -> None:
-        """Takes over the versions of another engine, whose weights this one was given.
-
-        Args:
-            current: The version of the weights in memory from now on.
-            highest: The highest number that was the name of a version.
-            arrived: The names of all versions so far.
-        """
-        change = Advance(current=current, highest=highest, arrived=arrived | {current})
-        self.exclusive(lambda: self._weights.versions.adopt(change))
+    def restore_versions(self, state: VersionState) -> None:
+        """Takes over the versions of another engine, whose weights this one was given."""
+        self.exclusive(lambda: self._weights.versions.adopt(state))
 
     def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.
@@ -642,7 +640,7 @@ class Engine:
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> AdapterChange:
         """Puts a staged adapter in place once no request runs, the second half of loading it; see `load_lora_adapter`."""
-        return self.exclusive(lambda: self._adapters.commit(staged, weight_version), mode)
+        return self._exchange(lambda: self._adapters.commit(staged, weight_version), weight_version, mode)
 
     def unload_lora_adapter(
         self, name: str, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
@@ -657,7 +655,7 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such adapter, or the version is not a valid short text.
         """
-        return self.exclusive(lambda: self._adapters.unload(name, weight_version), mode)
+        return self._exchange(lambda: self._adapters.unload(name, weight_version), weight_version, mode)
 
     # Policies
 
@@ -782,18 +780,20 @@ class Engine:
         """Calls the listener, normally on another thread, once the ranks of this engine are down."""
         self._peers.add_listener(listener)
 
-    def exclusive(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
+    def exclusive(self, action: Callable[[], T], mode: ExclusiveMode = "drain", *, is_newer: bool = False) -> T:
         """Runs an action on the model while no request runs, before waiting requests are admitted.
 
         Args:
             action: The function to call, on the scheduler's thread, or directly if the caller runs in such an action itself.
             mode: What happens to running requests; see `update_weights_from_disk`.
+            is_newer: Whether weights of a newer version are in place afterwards: running requests that allow no such age
+                (`max_staleness`) then end in an `OutdatedWeightsError`.
         """
         self._check_open()
         if self.scheduler.is_in_exclusive_task:
             return action()
         self.scheduler.start()
-        result: T = self.scheduler.exclusive(action, mode=mode).result()
+        result: T = self.scheduler.exclusive(action, mode=mode, is_newer=is_newer).result()
         return result
 
     def interrupt(self) -> None:
@@ -869,6 +869,9 @@ class Engine:
             return MemoryChange(mode=self.memory_mode, num_bytes=num_bytes, seconds=time.perf_counter() - started_s)
 
         return self.exclusive(change)
+
+    def _exchange(self, action: Callable[[], T], weight_version: str | None, mode: ExclusiveMode) -> T:
+        return self.exclusive(action, mode, is_newer=weight_version is None or weight_version != self.weight_version)
 
     def _planned(self, request: SamplingParams | RequestPlan) -> RequestPlan:
         return request if isinstance(request, RequestPlan) else self.plan(request)

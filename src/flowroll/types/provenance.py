@@ -1,9 +1,24 @@
-"""What proves where a sample comes from: digests of its noise, and the engine that made it."""
+"""What proves where a sample comes from: digests of its noise, the engine that made it, and when and by which weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStamp:
+    """When a step was taken, and by which weights.
+
+    Attributes:
+        weight_version: The name of the version of the weights.
+        version_number: Its number in the sequence of all versions, counted from 0; of a fleet, in the sequence of the fleet.
+        time_s: The time in seconds since 1970, by the clock of the engine's machine.
+    """
+
+    weight_version: str
+    version_number: int
+    time_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

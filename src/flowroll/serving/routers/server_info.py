@@ -54,6 +54,7 @@ class ServerInfo:
         layout: How the transformer is spread over ranks.
         transformer_bytes: The bytes of its weights, on each rank.
         weight_version: The version of the weights in memory.
+        version_number: Its number in the sequence of all versions, counted from 0.
         limits: What one request may ask for.
         adapter_limits: How many LoRA adapters there may be.
         defaults: What a request leaves open.
@@ -68,6 +69,7 @@ class ServerInfo:
         max_score_body_bytes: Size of a body of POST /rollout/score, /rollout/generate and /generate, with its tensors.
         max_weights_body_bytes: Size of a body with tensors of new weights.
         receive_timeout_s: Seconds for headers to come, and a body (and a second per 64 KiB of it).
+        world_size: How many members of a trainer's process group it is: 1, or one for each replica of a fleet.
         is_paused: Whether new requests are refused until /continue_generation.
         is_asleep: Whether the memory of the weights is released.
         is_ready: Whether new requests are taken.
@@ -85,6 +87,7 @@ class ServerInfo:
     layout: Layout
     transformer_bytes: int
     weight_version: Annotated[str, Meta(examples=["0"])]
+    version_number: int
     limits: Limits
     adapter_limits: AdapterLimits
     defaults: Defaults
@@ -99,6 +102,7 @@ class ServerInfo:
     max_score_body_bytes: int
     max_weights_body_bytes: int
     receive_timeout_s: float
+    world_size: int
     is_paused: bool
     is_asleep: bool
     is_ready: bool
@@ -118,6 +122,7 @@ def build_router(state: AppState) -> APIRouter:
         return ServerInfo(
             **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
             weight_version=status.weight_version,
+            version_number=status.version_number,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
             batching=facts.batching,
@@ -126,6 +131,7 @@ def build_router(state: AppState) -> APIRouter:
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
+            world_size=status.world_size,
             is_paused=load.is_paused,
             is_asleep=status.is_asleep,
             is_ready=status.is_accepting and not (load.is_paused or status.is_asleep),
