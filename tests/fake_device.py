@@ -154,3 +154,4 @@ def stand_in_for_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "same_bits", same_outline)
     monkeypatch.setattr(probe, "_way", lambda *_: probe.each)
     monkeypatch.setattr(probe, "_attends_alike", lambda *_: True)
+    monkeypatch.setattr(probe, "_reduces_alike", lambda *_: True)
