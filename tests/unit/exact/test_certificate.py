@@ -148,12 +148,3 @@ def test_an_engine_refuses_it_before_a_process_is_started(z_image_checkpoint: Pa
     monkeypatch.setattr(questions, "mean_keeps_bits_by_rows", lambda *_: False)
     with pytest.raises(InvalidRequestError, match="sp must be a degree whose parts have the bits of the whole"):
         Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2))
-
-
-def test_an_engine_names_its_certificate_in_every_record_and_keeps_it(z_image_checkpoint: Path, tmp_path: Path) -> None:
-    request: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1}
-    with Engine(z_image_checkpoint, device="cpu", cache_dir=tmp_path) as engine:
-        (one,) = engine.rollout("a cat", seed=1, **request)
-        assert one.provenance is not None
-        assert one.provenance.certificate == engine.info.certificate.name == use_exact_kernels(CPU).name
-    assert [path.name.partition("-")[0] for path in tmp_path.rglob("*.json")] == [engine.info.certificate.name]

@@ -1,6 +1,7 @@
 """torch's settings: what one function puts them to, and who calls it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flowroll.engine import Engine
 from flowroll.engine.runner import worker
 from flowroll.engine.runner.rank_group import RankConfig
 from flowroll.exact import use_exact_kernels
+from flowroll.exact.findings import Findings
 from flowroll.testing import make_checkpoint
 from flowroll.types import Layout
 
@@ -99,14 +101,9 @@ def test_a_rank_puts_them_back_before_it_loads(monkeypatch: pytest.MonkeyPatch) 
 
 def test_replay_names_other_kernels_than_the_engines(tmp_path: Path) -> None:
     """Weights that have hardly moved look like other kernels; where the certificates differ, the audit says so."""
-    from dataclasses import replace
-
-    from flowroll.families import FAMILIES
-
     folder = make_checkpoint("z_image", tmp_path)
     request: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
     with Engine(folder, device="cpu") as engine:
-        assert engine.info.family in FAMILIES
         (one,) = engine.rollout(
             "a cat", seed=1, return_dit_trajectory=True, return_denoising_env=True, rollout_debug_mode=True, **request
         )
@@ -121,3 +118,14 @@ def test_replay_names_other_kernels_than_the_engines(tmp_path: Path) -> None:
             (cause,) = audited.causes
             assert cause.kind == "kernels"
             assert ("certificate elsewhere" in cause.message) == is_named
+
+
+def test_an_engine_names_its_certificate_in_every_record_and_keeps_it(z_image_checkpoint: Path, tmp_path: Path) -> None:
+    request: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1}
+    with Engine(z_image_checkpoint, device="cpu", cache_dir=tmp_path) as engine:
+        (one,) = engine.rollout("a cat", seed=1, **request)
+        assert one.provenance is not None
+        assert one.provenance.certificate == engine.info.certificate.name == use_exact_kernels(CPU).name
+    later = Findings()
+    assert later.load(tmp_path, use_exact_kernels(CPU), CPU)
+    assert len(later) >= engine.info.certificate.num_asked > 0
