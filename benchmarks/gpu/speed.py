@@ -46,6 +46,9 @@ def steps(report: Report, device: torch.device, is_tiny: bool, *, family: str) -
     del model
     with report.trying(f"{family}, plain, compiled"):
         model = build(family, "transformer", device, is_tiny=is_tiny)
+        # Stable Diffusion 3's class does not name its blocks.
+        lists = (child for child in model.children() if isinstance(child, torch.nn.ModuleList))
+        model._repeated_blocks = model._repeated_blocks or sorted({type(block).__name__ for one in lists for block in one})
         model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager" if is_tiny else "inductor")
         for size, samples in cells:
             _time(report, model, family, size, samples, "plain", "compiled", device)

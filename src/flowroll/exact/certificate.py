@@ -6,6 +6,7 @@ what is not asked here is asked when it is met. Only as much is asked as takes n
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,20 +34,24 @@ class _Scope:
         rows: The numbers of rows of one sample; one row is that of conditioning.
         samples: The numbers of samples in a forward.
         operations: The most floating-point operations of all questions; those of the fewest are asked first.
+        shard_operations: The same for the questions about several ranks, which nobody asks later.
         elements: The most elements of one operand.
     """
 
     rows: tuple[int, ...]
     samples: tuple[int, ...]
     operations: float
-    elements: int = 2**28
+    shard_operations: float
+    elements: int
 
 
 # On a CPU large shapes take seconds, and are asked about when they are met.
 _SCOPES = {
-    "cpu": _Scope((1, 16, 64, 256), (2,), 1e9),
-    "cuda": _Scope((1, 16, 64, 256, 1024, 4096), (2, 4, 16), 2e14),
+    "cpu": _Scope((1, 16, 64, 256), (2,), 5e8, 1e10, 2**25),
+    "cuda": _Scope((1, 16, 64, 256, 1024, 4096), (2, 4, 16), 2e14, 2e14, 2**28),
 }
+# What the numbers of an operand cost to make, in operations each.
+_MADE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +133,8 @@ def certify(transformer: nn.Module, kernels: KernelSet, *, device: torch.device,
     started, scope = time.perf_counter(), _SCOPES[device.type]
     setting, shapes = (dtype, device, torch.get_num_threads()), _Shapes.of(transformer)
     with torch.no_grad():
-        shared = [one.ask() for one in _affordable(_of_samples(shapes, scope, setting), scope)]
-        gradients = [one.ask() for one in _affordable(_of_gradients(shapes, scope, setting), scope)]
+        shared = [one.ask() for one in _affordable(_of_samples(shapes, scope, setting), scope.operations)]
+        gradients = [one.ask() for one in _affordable(_of_gradients(shapes, scope, setting), scope.operations)]
     return Certificate(
         name=kernels.name,
         hardware=kernels.hardware,
@@ -165,7 +170,7 @@ def check_shards(
     split = _of_columns(wide, layout.tp, scope, setting) if layout.tp > 1 else iter(())
     with torch.no_grad():
         for axis, degree, asked in (("sp", layout.sp, rows), ("tp", layout.tp, split)):
-            differing = [one.about for one in _affordable(asked, scope) if not one.ask()]
+            differing = [one.about for one in _affordable(asked, scope.shard_operations) if not one.ask()]
             if differing:
                 raise InvalidRequestError(
                     f"{axis} must be a degree whose parts have the bits of the whole on every rank, got {degree} in "
@@ -176,15 +181,16 @@ def check_shards(
                 )
 
 
-def _affordable(asked: Iterator[_Asked], scope: _Scope) -> list[_Asked]:
-    """Returns the questions that take the fewest operations, as many as are within the bounds together."""
-    found, operations = [], 0.0
-    for one in sorted(asked, key=lambda one: one.operations):
-        operations += one.operations
-        if operations > scope.operations:
-            break
-        found.append(one)
-    return found
+def _affordable(asked: Iterator[_Asked], bound: float) -> list[_Asked]:
+    """Returns the questions that take the fewest operations, as many as are within the bound together."""
+    ordered = sorted(asked, key=lambda one: one.operations)
+    totals = itertools.accumulate(one.operations for one in ordered)
+    return [one for one, total in zip(ordered, totals, strict=True) if total <= bound]
+
+
+def _of_product(rows: int, weight: Weight) -> float:
+    outputs, columns, _ = weight
+    return 4.0 * rows * outputs * columns + _MADE * (outputs + rows) * columns
 
 
 def _of_samples(shapes: _Shapes, scope: _Scope, setting: Setting) -> Iterator[_Asked]:
@@ -195,13 +201,14 @@ def _of_samples(shapes: _Shapes, scope: _Scope, setting: Setting) -> Iterator[_A
                 if count * rows * max(outputs, columns) <= scope.elements:
                     shape, weight = torch.Size((*tokens, columns)), torch.Size((outputs, columns))
                     way = partial(probe._way, shape, count, weight, has_bias, True, setting)
-                    yield _Asked(4.0 * count * rows * outputs * columns, f"a product of {list(shape)}", way)
+                    operations = _of_product(count * rows, (outputs, columns, has_bias))
+                    yield _Asked(operations, f"a product of {list(shape)}", way)
             if rows == 1:
                 continue
             for heads, channels in shapes.heads:
                 shape = torch.Size((count, heads, rows, channels))
                 ask = partial(probe._attends_alike, shape, shape, (True, True, True), count, setting)
-                yield _Asked(16.0 * shape.numel() * rows, f"attention of {list(shape)}", ask)
+                yield _Asked((16.0 * rows + 3 * _MADE) * shape.numel(), f"attention of {list(shape)}", ask)
                 yield _of_mean(torch.Size((count, rows, heads, channels)), setting)
             for width in shapes.widths:
                 yield _of_mean(torch.Size((count, rows, width)), setting)
@@ -210,14 +217,14 @@ def _of_samples(shapes: _Shapes, scope: _Scope, setting: Setting) -> Iterator[_A
 def _of_mean(shape: torch.Size, setting: Setting) -> _Asked:
     # The norms of the models that we know take the mean of squares in float32, whatever their dtype.
     ask = partial(probe._reduces_alike, shape, shape[0], (torch.float32, *setting[1:]))
-    return _Asked(4.0 * shape.numel(), f"means of {list(shape)}", ask)
+    return _Asked(float(_MADE * shape.numel()), f"means of {list(shape)}", ask)
 
 
 def _of_gradients(shapes: _Shapes, scope: _Scope, setting: Setting) -> Iterator[_Asked]:
     for rows in scope.rows:
         for weight in shapes.weights:
             ask = partial(questions.product_keeps_bits_with_gradients, rows, weight, setting)
-            yield _Asked(4.0 * rows * weight[0] * weight[1], f"a product of {rows} rows with {list(weight[:2])}", ask)
+            yield _Asked(_of_product(rows, weight), f"a product of {rows} rows with {list(weight[:2])}", ask)
         for heads in shapes.heads if rows > 1 else ():
             ask = partial(questions.attention_keeps_bits_with_gradients, rows, heads, setting)
             yield _Asked(16.0 * rows * rows * heads[0] * heads[1], f"attention of {rows} rows in {heads[0]} heads", ask)
@@ -225,16 +232,16 @@ def _of_gradients(shapes: _Shapes, scope: _Scope, setting: Setting) -> Iterator[
 
 def _of_rows(shapes: _Shapes, ranks: int, setting: Setting) -> Iterator[_Asked]:
     """Asks about the fewest rows that are sharded, and about more, which do not divide evenly."""
-    for rows in (MIN_ROWS * ranks, MIN_ROWS * ranks + 37, 16 * MIN_ROWS * ranks + 3):
+    for rows in (MIN_ROWS * ranks, MIN_ROWS * ranks + 37, 7 * MIN_ROWS * ranks + 3):
         for weight in shapes.weights:
             ask = partial(questions.product_keeps_bits_by_rows, rows, ranks, weight, setting)
-            yield _Asked(4.0 * rows * weight[0] * weight[1], f"a product of {rows} rows with {list(weight[:2])}", ask)
+            yield _Asked(_of_product(rows, weight), f"a product of {rows} rows with {list(weight[:2])}", ask)
         for heads in shapes.heads:
             ask = partial(questions.attention_keeps_bits_by_rows, rows, ranks, heads, setting)
             yield _Asked(16.0 * rows * rows * heads[0] * heads[1], f"attention of {rows} rows in {heads[0]} heads", ask)
         for width in shapes.widths:
             ask = partial(questions.mean_keeps_bits_by_rows, rows, ranks, width, (torch.float32, *setting[1:]))
-            yield _Asked(4.0 * rows * width, f"a mean of {rows} rows of {width}", ask)
+            yield _Asked(float(_MADE * rows * width), f"a mean of {rows} rows of {width}", ask)
 
 
 def _of_columns(weights: frozenset[Weight], ranks: int, scope: _Scope, setting: Setting) -> Iterator[_Asked]:
@@ -243,4 +250,4 @@ def _of_columns(weights: frozenset[Weight], ranks: int, scope: _Scope, setting: 
             # Elsewhere every rank computes all columns.
             if rows >= MIN_ROWS or weight[0] // ranks % COLUMN_BLOCK == 0:
                 ask = partial(questions.product_keeps_bits_by_columns, rows, ranks, weight, setting)
-                yield _Asked(4.0 * rows * weight[0] * weight[1], f"a product of {rows} rows with {list(weight[:2])}", ask)
+                yield _Asked(_of_product(rows, weight), f"a product of {rows} rows with {list(weight[:2])}", ask)

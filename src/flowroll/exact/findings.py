@@ -27,8 +27,9 @@ Answer: TypeAlias = "str | bool"
 # What is asked, the shapes and options that it is asked of, and last dtype, device and number of CPU threads.
 Question: TypeAlias = "tuple[Any, ...]"
 
-# The most answers in memory and in a file; the oldest are forgotten first. More than a server meets between two restarts.
-_IN_MEMORY, _IN_A_FILE = 65536, 8192
+# The most answers in memory, more than a server meets between two restarts, and in a file, which every start reads in 10 ms or
+# so; the oldest are forgotten first.
+_IN_MEMORY, _IN_A_FILE = 65536, 2048
 # The most files, one for each set of kernels; the oldest are removed first.
 _FILES = 32
 _FOLDER, _VARIABLE = "kernels", "FLOWROLL_CACHE_DIR"
@@ -57,8 +58,8 @@ class Findings:
 
     def __init__(self) -> None:
         self._found: dict[Question, Answer] = {}
-        # When each file that was read or written was written, in nanoseconds; and how many answers it had.
-        self._files: dict[Path, tuple[int, int]] = {}
+        # How many answers there were in each file that was read or written.
+        self._files: dict[Path, int] = {}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -73,31 +74,29 @@ class Findings:
         return found
 
     def load(self, folder: Path, kernels: KernelSet, device: torch.device) -> bool:
-        """Takes in the answers that earlier processes found with a set of kernels; a file that cannot be used is ignored.
+        """Takes in, once, the answers that earlier processes found with a set of kernels; a damaged file is ignored.
 
         Returns:
             Whether there was a file.
         """
         path = _path(folder, kernels)
+        if path in self._files:
+            return True
         try:
-            stamp = path.stat().st_mtime_ns
-            if self._files.get(path, (0, 0))[0] != stamp:
-                entries = _read(path)
-                for entry in entries:
-                    self._found.setdefault(_question(entry, device), entry.found)
-                self._files[path] = (stamp, len(entries))
+            known = {_question(entry, device): entry.found for entry in _read(path)}
         except FileNotFoundError:
             return False
         except (OSError, ValueError, TypeError, AttributeError) as error:
             _log.warning("%s is damaged and is made again: %s", path, error)
             return False
+        self._found, self._files[path] = known | self._found, len(known)
         return True
 
     def save(self, folder: Path, kernels: KernelSet, device: torch.device) -> None:
         """Writes the answers for a device to its file, whole or not at all, if there are more of them than in the file."""
         path = _path(folder, kernels)
         entries = [_entry(*one) for one in list(self._found.items()) if one[0][-1][1] == device][-_IN_A_FILE:]
-        if path in self._files and self._files[path][1] >= len(entries):
+        if path in self._files and self._files[path] >= len(entries):
             return
         body = msgspec.json.encode(entries)
         file = _File(msgspec.to_builtins(kernels), hashlib.sha256(body).hexdigest(), msgspec.Raw(body))
@@ -106,7 +105,7 @@ class Findings:
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 (whole := Path(scratch) / path.name).write_bytes(msgspec.json.encode(file))
                 os.replace(whole, path)
-            self._files[path] = (path.stat().st_mtime_ns, len(entries))
+            self._files[path] = len(entries)
             for old in sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)[:-_FILES]:
                 old.unlink(missing_ok=True)
         except OSError as error:

@@ -65,7 +65,7 @@ def use_exact_kernels(device: torch.device) -> KernelSet:
     if device.type != "cuda":
         return KernelSet(
             hardware=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if has_amx() else ''}",
-            versions={"torch": torch.__version__, **_cpu_libraries()},
+            versions={"torch": str(torch.__version__), **_cpu_libraries()},
             settings=settings | _environment(_CPU_VARIABLES),
         )
     matmul, attention = torch.backends.cuda.matmul, torch.backends.cuda
@@ -90,7 +90,7 @@ def use_exact_kernels(device: torch.device) -> KernelSet:
     }
     return KernelSet(
         hardware=torch.cuda.get_device_name(device) if torch.cuda.is_available() else "CUDA without a device",
-        versions={"torch": torch.__version__, **_cuda_libraries()},
+        versions={"torch": str(torch.__version__), **_cuda_libraries()},
         settings=settings | _environment(_CUDA_VARIABLES),
     )
 
