@@ -186,5 +186,6 @@ def stand_in_for_bits() -> Iterator[None]:
         mock.patch.object(sharing, "same_bits", same_outline),
         mock.patch.object(probe, "_way", lambda *_: probe.each),
         mock.patch.object(probe, "_attends_alike", lambda *_: True),
+        mock.patch.object(probe, "_reduces_alike", lambda *_: True),
     ):
         yield

@@ -21,12 +21,15 @@ from benchmarks.rehearsal.models import Model, empty_weights, one_number
 from benchmarks.rehearsal.ranks import FakePeers, fake_mesh
 from benchmarks.rehearsal.waits import WAITS
 from flowroll import Engine, Rollout, SamplingParams, replay
+from flowroll.engine import Limits
 from flowroll.engine import engine as engine_module
 from flowroll.engine.outputs import Finished
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.scheduler.request import Finish, RequestFuture
 from flowroll.engine.weights.staged import slots_of
+from flowroll.exact import Certificate
+from flowroll.exact.kernels import KernelSet
 from flowroll.types import Layout
 
 # Everything that a rollout can record.
@@ -154,6 +157,22 @@ class Rehearsal:
             self.engine.wake()
 
 
+def uncertified(transformer: object, kernels: KernelSet, **_: object) -> Certificate:
+    """Stands in for `certify`: tensors without numbers answer no question about bits."""
+    return Certificate(
+        name=kernels.name,
+        hardware=kernels.hardware,
+        versions=kernels.versions,
+        settings=kernels.settings,
+        num_threads=1,
+        num_asked=0,
+        num_merged=0,
+        gradients=False,
+        num_known=0,
+        seconds=0.0,
+    )
+
+
 @contextlib.contextmanager
 def rehearsal(model: Model, folder: Path, *, layout: Layout | None = None, rank: int = 0) -> Iterator[Rehearsal]:
     """Opens an engine on a checkpoint folder of `make_folder`, on the fake device.
@@ -173,13 +192,15 @@ def rehearsal(model: Model, folder: Path, *, layout: Layout | None = None, rank:
         fake = stack.enter_context(fake_cuda())
         meter = Meter(fake, WAITS)
         stack.enter_context(stand_ins(lambda: max(count.peak for count in meter.counts.values())))
+        stack.enter_context(mock.patch.object(engine_module, "certify", uncertified))
         if layout.num_ranks > 1:
             peers = FakePeers(stack.enter_context(fake_mesh(layout, rank)), meter)
             stack.enter_context(mock.patch.object(engine_module, "open_peers", lambda *_, **__: peers))
         for one in (fake, meter, fused_attention(), empty_weights()):
             stack.enter_context(one)
         with meter.during("load"):
-            engine = Engine(folder, variant=model.variant, device="cuda", dtype="bfloat16", layout=layout)
+            limits = Limits(max_hashed_bytes=0)  # a fake weight has no bytes to hash
+            engine = Engine(folder, variant=model.variant, device="cuda", dtype="bfloat16", layout=layout, limits=limits)
         engine.scheduler = HereScheduler(engine._executor, meter)  # type: ignore[assignment]
         with engine:
             yield Rehearsal(engine, meter)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flowroll.errors import InvalidRequestError
+from flowroll.exact import Certificate
 from flowroll.families import Defaults
 from flowroll.types import Layout
 
@@ -87,6 +88,7 @@ class EngineInfo:
         pixel_unit: The number of pixels that height and width must be multiples of.
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code the bits depend on, by name.
+        certificate: The kernels, and what they were found to do with the shapes of this model.
     """
 
     model: str
@@ -104,6 +106,7 @@ class EngineInfo:
     pixel_unit: int
     max_images: int
     versions: Mapping[str, str]
+    certificate: Certificate
 
 
 def resolve_device(device: str) -> torch.device:

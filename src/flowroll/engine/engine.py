@@ -45,6 +45,7 @@ from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weig
 from flowroll.engine.weights.store import WeightStore
 from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
+from flowroll.exact import FINDINGS, Certificate, cache_folder, certify, use_exact_kernels
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import (
@@ -101,6 +102,8 @@ class Engine:
         layout: How the transformer is distributed over ranks. The engine starts the other ranks on this machine, one process
             each; under torchrun they are its other processes, which call `follow`.
         rank_timeout_s: How many seconds ranks wait for each other before the engine is taken down.
+        cache_dir: The folder in which what is found about this machine's kernels is kept; None: that of the environment
+            variable FLOWROLL_CACHE_DIR, else `flowroll` in the user's cache.
 
     Attributes:
         info: What is loaded, and how.
@@ -109,7 +112,7 @@ class Engine:
     Raises:
         CheckpointError: The folder is not a complete checkpoint.
         UnsupportedModelError: No family supports the checkpoint.
-        InvalidRequestError: The device, dtype or layout is not available.
+        InvalidRequestError: The device, dtype or layout is not available, or ranks would have other bits than one rank.
         RankLostError: A rank ended before it was up.
     """
 
@@ -125,8 +128,12 @@ class Engine:
         adapter_limits: AdapterLimits | None = None,
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
+        cache_dir: str | Path | None = None,
     ) -> None:
         place = resolve_device(device)
+        kernels, cache = use_exact_kernels(place), cache_folder(cache_dir)
+        FINDINGS.load(cache, kernels, place)
+        self._keep_findings = functools.partial(FINDINGS.save, cache, kernels, place)
         limits, layout, adapter_limits = limits or Limits(), layout or Layout(), adapter_limits or AdapterLimits()
         checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
@@ -134,9 +141,11 @@ class Engine:
         try:
             self._model, self._pipeline = load_model(checkpoint, device=place, dtype=weights, mesh=self._peers.mesh)
             self._peers.serve(self._model.spec, limits)
+            certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
         except BaseException:
             self._peers.close()
             raise
+        self._keep_findings()
         self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
         versions = WeightVersions()
         self._policies = PolicyTable(self._model.adapters)
@@ -150,7 +159,7 @@ class Engine:
         self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
-        self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits)
+        self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate)
         try:
             self._weights.note_checksum(limits.max_hashed_bytes)
         except BaseException:
@@ -811,6 +820,7 @@ class Engine:
             self._work.release()
             self._weights.release()
             self._offload.forget()
+            self._keep_findings()
             del self._model, self._pipeline, self._adapters, self._policy_store, self._log_probs
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -902,6 +912,7 @@ class Engine:
             layout=self.info.layout.name,
             strategy=self._model.strategy.name,
             versions=self.info.versions,
+            certificate=self.info.certificate.name,
             weights_sha256=self._weights.known_checksum() if policy is None else None,
         )
 
@@ -916,7 +927,12 @@ class Engine:
 
 
 def _describe(
-    model: LoadedModel, checkpoint: Checkpoint, layout: Layout, limits: Limits, adapter_limits: AdapterLimits
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    limits: Limits,
+    adapter_limits: AdapterLimits,
+    certificate: Certificate,
 ) -> EngineInfo:
     return EngineInfo(
         model=str(checkpoint.folder),
@@ -934,6 +950,7 @@ def _describe(
         pixel_unit=model.spec.pixel_unit,
         max_images=min(model.spec.max_images, limits.max_images),
         versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
+        certificate=certificate,
     )
 
 

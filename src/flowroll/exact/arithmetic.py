@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from flowroll.exact.calls import Args, Decision, Kwargs, alone_of, any_complex, argument, each, is_aligned, whole
-from flowroll.exact.functions import CASTS, COPIES
+from flowroll.exact.functions import CASTS, COPIES, SUMS
 from flowroll.exact.layout import address
-from flowroll.exact.probe import attention_is_independent
+from flowroll.exact.probe import attention_is_independent, rows_are_independent
 from flowroll.exact.tracking import Batched, tensors_in
 from flowroll.exact.ways import Product
 
@@ -102,7 +102,10 @@ def is_wide(args: Args, kwargs: Kwargs) -> bool:
 
 
 def reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Handles reductions along the last dimension: they go row by row, unless a sample alone has a single, long row."""
+    """Handles reductions along the last dimension: they go row by row, unless a sample alone has a single, long row.
+
+    Some kernels sum a row in another order when there are few rows: of sums and means the probe tells.
+    """
     tensor = args[0]
     dim = argument(args, kwargs, 1, "dim", None)
     if isinstance(dim, (list, tuple)) and len(dim) == 1:
@@ -111,6 +114,8 @@ def reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     if alone is None or dim not in (-1, tensor.ndim - 1) or tensor.ndim < 2 or not tensor.is_contiguous():
         return each(trace, func, args, kwargs)
     if tensor.is_complex() or (alone.numel() == alone.shape[-1] and alone.numel() >= GRAIN):
+        return each(trace, func, args, kwargs)
+    if func in SUMS and not rows_are_independent(tensor, trace.samples.count):
         return each(trace, func, args, kwargs)
     return whole(trace, func, args, kwargs)
 

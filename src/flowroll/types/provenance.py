@@ -32,6 +32,8 @@ class Provenance:
         layout: How the transformer was distributed over ranks, e.g. "single" or "sp2xcfg2".
         strategy: How samples shared forwards without a changed bit: "merged", or "alone" where none did.
         versions: The versions of the libraries whose code the bits depend on, by name.
+        certificate: The name of the certificate of the kernels that computed it, which /server_info shows: a digest of the
+            device, the libraries' versions and torch's settings; None in records from before this field.
         start_sha256: The digest of the state before the first step that was run, x_T unless the request began later; None for
             an evaluation.
         noise_sha256: The digest of the noise of each of the T steps, float32; None at a step that drew none or was not run,
@@ -43,6 +45,7 @@ class Provenance:
     layout: str
     strategy: str
     versions: Mapping[str, str]
+    certificate: str | None = None
     start_sha256: str | None = None
     noise_sha256: tuple[str | None, ...] | None = None
     weights_sha256: str | None = None

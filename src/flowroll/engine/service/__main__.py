@@ -72,6 +72,7 @@ def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
         adapter_limits=options.adapter_limits,
         layout=options.layout,
         rank_timeout_s=options.rank_timeout_s,
+        cache_dir=options.cache_dir,
     )
     return engine, EngineService(
         engine, max_queue=options.max_queue, max_control_queue=options.max_control_queue, max_groups=options.max_groups

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from msgspec import Meta
 
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
+from flowroll.exact import Certificate
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.state import AppState
@@ -61,6 +62,7 @@ class ServerInfo:
         pixel_unit: Height and width must be multiples of this.
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code shapes the bits.
+        certificate: The kernels, and what they were found to do with the shapes of this model.
         wire_format: Answer to Accept: */*.
         wire_dialect: Names in the answer where the request does not choose.
         batching: How much runs at once.
@@ -94,6 +96,7 @@ class ServerInfo:
     pixel_unit: int
     max_images: int
     versions: Mapping[str, str]
+    certificate: Certificate
     wire_format: WireFormat
     wire_dialect: Dialect
     batching: BatchLimits
