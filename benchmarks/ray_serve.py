@@ -29,7 +29,6 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
-from ray import serve
 
 from benchmarks.cluster import percentile
 from benchmarks.measure import hardware
@@ -89,6 +88,8 @@ def ingress(source: Any) -> Any:
     """Returns a Ray Serve application with an ingress of FastAPI's."""
     app = FastAPI()
 
+    from ray import serve
+
     @serve.deployment(max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
     @serve.ingress(app)
     class Ingress:
@@ -115,6 +116,8 @@ def measure(clients: dict[str, httpx.Client], size: int, rounds: int) -> dict[st
 
 def main() -> None:
     """Measures, and prints a table."""
+    from ray import serve  # of another extra than this project's
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=300, help="small answers of each server")
     parser.add_argument("--rounds", type=int, default=15, help="large answers of each server")

@@ -97,7 +97,8 @@ class HereScheduler:
                 with during("decode"):
                     image = executor.decode(finished[index])
                 with during("finish"):
-                    answers.append(finish(plan, Finished(sample=finished.pop(index), image=image, seconds=0.0)))
+                    ended = Finished(sample=finished.pop(index), image=image, seconds=0.0, first_step=None, last_step=None)
+                    answers.append(finish(plan, ended))
                 finished[index] = None
             executor.drop_request(0)
         future.set_result(answers)
