@@ -12,7 +12,8 @@ import heapq
 import random
 from dataclasses import dataclass
 
-from flowroll.cluster.routing import Router, VersionSequence
+from flowroll.cluster.routing import Router
+from flowroll.engine.weights.versions import WeightVersions
 
 # Of Qwen-Image at 1024 x 1024: latents of 4096 tokens and 64 channels, in float32.
 _STATE_MIB = 1.0
@@ -52,7 +53,7 @@ def simulate(
         seed: Of sizes and times.
     """
     drawn = random.Random(seed)
-    router = Router(VersionSequence(), max_batch_samples=24)
+    router = Router(WeightVersions(), max_batch_samples=24)
     free_at = [0.0] * num_replicas
     for index in range(num_replicas):
         router.join(str(index), version="0", number=0)

@@ -1,4 +1,5 @@
 import os
+import tempfile
 import zlib
 
 # Before the first import of a Hugging Face library: no test may reach for the network.
@@ -7,6 +8,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # Before torch: bfloat16 products by AMX have bits that depend on the number of rows and columns, and an engine of several ranks
 # refuses them. Other CPUs have no AMX, so the tests compute the same everywhere.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# What the engines of a run find out about kernels is kept for that run alone; workers of one run have one folder.
+if "FLOWROLL_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="flowroll-cache-")
+    os.environ["FLOWROLL_CACHE_DIR"] = _CACHE.name
 
 from pathlib import Path
 from typing import Any

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, SamplingRecord, Trajectory
 from flowroll.families import FAMILIES, ModelSpec
 from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS
-from flowroll.types import ImageFormat, Provenance, ReferenceImage
+from flowroll.types import ImageFormat, Provenance, ReferenceImage, StepStamp
 from flowroll.wire.png import in_format
 
 
@@ -103,6 +103,8 @@ def make_rollout(
             start_sha256=_digest(f"start {seed}"),
             noise_sha256=tuple(None if step == 1 else _digest(f"noise {seed} {step}") for step in range(steps)),
         ),
+        "first_step": StepStamp(weight_version="7", version_number=7, time_s=1.8e9),
+        "last_step": StepStamp(weight_version="7", version_number=7, time_s=1.8e9 + 1),
     }
     return Rollout(**{**fields, **overrides})
 
@@ -130,6 +132,9 @@ def make_image(**options: Any) -> GeneratedImage:
         sampling=rollout.sampling,
         weight_version=rollout.weight_version,
         inference_time_s=rollout.inference_time_s,
+        first_step=rollout.first_step,
+        last_step=rollout.last_step,
+        left_out=rollout.left_out,
     )
 
 

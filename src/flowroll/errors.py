@@ -93,7 +93,7 @@ class ForbiddenError(FlowrollError):
 
 
 class OutdatedWeightsError(FlowrollError):
-    """The weights in memory are older than the request's `min_weight_version`."""
+    """The weights are older than the request's `min_weight_version`, or behind the newest by more than its `max_staleness`."""
 
     code = "outdated_weights"
     status = 409

@@ -48,7 +48,8 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the record as one line."""
-        values = {name: value for name, value in vars(record).items() if name not in _USUAL}
+        # Ray puts private attributes of its own on every record of a process that imports it.
+        values = {name: value for name, value in vars(record).items() if name not in _USUAL and not name.startswith("_")}
         if (request_id := _current_id.get()) is not None:
             values.setdefault("request_id", request_id())
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")

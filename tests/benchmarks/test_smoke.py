@@ -5,7 +5,6 @@ Tiny checkpoints, one round, and this process in place of others. The figures me
 
 import contextlib
 import importlib
-import inspect
 import json
 import pkgutil
 import subprocess
@@ -31,7 +30,6 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"FAMILIES": ("qwen_image",)},
         ["--rounds", "1", "--size", "tiny", "--tokens", "64", "--samples", "2", "--threads", "1"],
     ),
-    "gpu": ({}, ["--family", "sd3", "--device", "cpu", "--size", "64", "--steps", "1", "--layers", "2"]),
     "load": (
         {"FAMILIES": ("z_image",), "NUM_REQUESTS": 1, "NUM_MIXED": 1, "STATIC_SIZES": (1,), "STEPS": 1, "SIZE": 64},
         ["--rounds", "1", "--dtype", "float32", "--layout"],
@@ -43,10 +41,23 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "weights": ({}, ["--rounds", "1", "--layers", "1"]),
     "wire": ({"STEPS": 2, "SIZE": 64, "TEXT_TOKENS": 4}, ["--rounds", "1", "--fresh", "1"]),
 }
-# They start servers, ranks or commands as processes; soak and overload have proofs of their own in tests/serving. The store
+# They start servers, ranks or commands as processes; soak and overload have proofs of their own in tests/serving, and the
+# stages for a GPU in test_gpu. The store
 # has an index of samples that are not there, which the checker of annotations would read.
-TAKE_LONGER = {"beside", "overload", "parallel", "soak", "startup", "store"}
-PRINT_ONLY = {"gpu", "lora", "replay"}
+TAKE_LONGER = {
+    "beside",
+    "cluster",
+    "cluster_model",
+    "gpu.run",
+    "overload",
+    "parallel",
+    "ray_serve",
+    "rehearsal.__main__",
+    "soak",
+    "startup",
+    "store",
+}
+PRINT_ONLY = {"lora", "replay"}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +94,7 @@ def test_every_benchmark_runs(
     monkeypatch.setattr(sys, "argv", [name, *flags, *([] if name in PRINT_ONLY else ["--out", str(out)])])
     module.main()
     text = capsys.readouterr().out if name in PRINT_ONLY else out.read_text()
-    assert ("ms per image-step" if name == "gpu" else "|---|") in text
+    assert "|---|" in text
 
 
 def in_this_process(name: str, module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +112,6 @@ def in_this_process(name: str, module: ModuleType, folder: Path, monkeypatch: py
                     monkeypatch.setattr(section, constant, value)
         case "load":
             monkeypatch.setattr(module, "_apart", lambda row, *arguments: row(*arguments))
-        case "gpu":
-            config = Engine(tiny("sd3", folder / "sd3"), device="cpu")._model.transformer.config
-            parameters = inspect.signature(module.transformer_class("sd3").__init__).parameters
-            options = {name: value for name, value in config.items() if name in parameters}
-            monkeypatch.setattr(module, "OPTIONS", {"sd3": options})
         case "wire":
             monkeypatch.setattr(module, "_in_a_process", module._fresh)
         case "responsive":

@@ -17,15 +17,17 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file
 from tests.adapters import policy
 from tests.rollouts import assert_same_bits
-from tests.weights import WEIGHTS, with_other
+from tests.weights import WEIGHTS, change, with_other
 
 from flowroll import Client, Engine, Rollout, cluster
 from flowroll.checkpoints import shapes_checkpoint
+from flowroll.cli.dashboard import Scrape
+from flowroll.cli.top import top
+from flowroll.client.weight_group import WeightGroup
 from flowroll.engine import BatchLimits
 from flowroll.errors import (
     AsleepError,
     CancelledRequestError,
-    ForbiddenError,
     InvalidRequestError,
     OutdatedWeightsError,
     PausedError,
@@ -61,7 +63,8 @@ def served(ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         device="cpu",
         port=0,
         weights_roots=(str(root), str(MODEL)),
-        batching=BatchLimits(max_batch_samples=4),
+        # Fewer samples run at a time than a large request has.
+        batching=BatchLimits(max_batch_samples=4, max_running_samples=8),
     ) as served:
         served.root = root
         yield served
@@ -230,10 +233,91 @@ def test_a_client_that_leaves_takes_its_request_along(served: Any, client: Clien
     until(lambda: all(one.image_steps == 0 for one in served.fleet.describe().replicas))
 
 
+def test_a_split_request_is_aborted_once(served: Any, client: Client):
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.rollout, **{**LONG, "num_outputs_per_prompt": 7}, request_id="split")
+        until(lambda: [one.num_requests for one in served.fleet.describe().replicas] == [1, 1])
+        assert client.abort_request("split") == 1
+        with pytest.raises(CancelledRequestError):
+            running.result(WAIT_S)
+    until(lambda: all(one.image_steps == 0 for one in served.fleet.describe().replicas))
+
+
+@pytest.mark.slow
+def test_finished_samples_of_a_split_group_are_kept(served: Any, client: Client, local: Engine):
+    """The request is aborted after 300 of its 480 steps; a replica runs eight of its twelve samples at a time."""
+
+    def steps() -> float:
+        return Scrape.read(client.metrics(), 0).total("flowroll_steps_total")
+
+    asked = {**ASKED, "num_inference_steps": 20, "num_outputs_per_prompt": 24, "request_id": "part"}
+    before = steps()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.rollout, **asked, seed=7)
+        until(lambda: steps() >= before + 300)
+        assert client.abort_request("part", keep_partial=True) == 1
+        found = running.result(WAIT_S)
+    left_out = found[0].left_out
+    assert 0 < len(found) < 24 and {one.left_out for one in found} == {left_out}
+    kept = [7 + place for place in range(24) if place not in left_out]
+    assert [one.seed for one in found] == kept
+    assert_same(found[:3], local.rollout(**{**asked, "num_outputs_per_prompt": None, "seeds": kept[:3]}))
+    # The next one is whole.
+    assert client.rollout(**SPLIT)[0].left_out == ()
+
+
+def test_no_sample_is_older_than_its_request_allows(served: Any, client: Client):
+    asked = {**ASKED, "num_inference_steps": 60, "num_outputs_per_prompt": 2, "max_staleness": 0}
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(client.rollout, **asked, seed=seed) for seed in range(2)]
+        until(lambda: client.server_info()["queue"]["running"] == 2)
+        number = served.fleet.describe().version_number
+        version = client.update_weights_from_disk(MODEL).weight_version
+        for one in running:
+            try:
+                stamps = [(sample.first_step, sample.last_step) for sample in one.result(WAIT_S)]
+            except OutdatedWeightsError as error:
+                assert error.field == "max_staleness"
+            else:
+                # It was run elsewhere, with the new weights.
+                assert {stamp.weight_version for pair in stamps for stamp in pair} == {version}
+    info = served.fleet.describe()
+    assert info.version_number == client.server_info()["version_number"] == number + 1
+    (rollout,) = client.rollout(**ASKED, seed=1, max_staleness=0)
+    assert rollout.last_step is not None and rollout.last_step.version_number == info.version_number
+    assert f'flowroll_version_samples_total{{version="{version}"}}' in client.metrics()
+    assert f"flowroll_version_number {info.version_number}" in client.metrics()
+
+
+@pytest.mark.slow
+def test_all_replicas_take_weights_from_a_process_group(served: Any, client: Client, local: Engine):
+    weights = {name: tensor * 1.03 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
+    before = served.fleet.describe().version_number
+    with WeightGroup([client]) as group:
+        (version,) = group.update_weights(weights, bucket_bytes=2**20)
+        assert served.fleet.describe().version_number == before + 1
+        local.update_weights_from_tensors(weights)
+        assert client.weights_checksum() == local.weights_checksum()
+        assert_same(client.rollout(**SPLIT, min_weight_version=version), local.rollout(**SPLIT))
+        with pytest.raises(WeightsRejectedError):
+            group.update_weights({"other": torch.ones(1)})
+        assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+def test_top_shows_the_replicas(served: Any, capsys: pytest.CaptureFixture[str]):
+    top(url=served.url, interval_s=0.1, once=True)
+    shown = capsys.readouterr().out
+    for one in served.fleet.describe().replicas:
+        assert one.id in shown
+    assert "ready" in shown and "steps" in shown
+
+
 def test_what_is_one_machines_is_refused(served: Any, ray: Any):
     group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "group_name": "g"}
     answer = httpx.post(f"{served.url}/init_weights_update_group", json={**group, "backend": "gloo"}, timeout=WAIT_S)
-    assert answer.status_code == ForbiddenError.status and "fleet" in answer.json()["error"]["message"], answer.json()
+    assert answer.status_code == InvalidRequestError.status and "2 replicas" in answer.json()["error"]["message"]
     with pytest.raises(InvalidRequestError, match="allow_pickle_weights"):
         cluster.serve(MODEL, port=0, allow_pickle_weights=True)
     with pytest.raises(InvalidRequestError, match="replicas"):
@@ -279,7 +363,7 @@ def test_a_killed_replica_costs_no_request_and_comes_back_with_all_that_was_chan
 
 @pytest.mark.slow
 def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: Engine):
-    expected, ended = local.rollout(**SPLIT), threading.Event()
+    expected, ended, before = local.rollout(**SPLIT), threading.Event(), served.fleet.describe()
 
     def ask() -> int:
         count = 0
@@ -296,7 +380,83 @@ def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: 
         assert all_ready(served, 2)
         ended.set()
         assert sum(one.result(WAIT_S) for one in counts) > 0
+    info = served.fleet.describe()
+    # The one that left has finished what it was given.
+    assert (info.num_lost, info.num_retried) == (before.num_lost, before.num_retried)
     assert client.weights_checksum() == local.weights_checksum()
+
+
+@pytest.mark.slow
+def test_a_replica_that_joins_is_as_the_others_are(served: Any, client: Client, local: Engine):
+    """It is asleep or paused if they are, and has what has come of an update that goes on."""
+
+    def replace_one() -> None:
+        lost = served.fleet.describe()
+        os.kill(lost.replicas[0].pid, signal.SIGKILL)
+        until(lambda: all_ready(served) and served.fleet.describe().num_lost == lost.num_lost + 1)
+
+    client.release_memory("disk")
+    replace_one()
+    for _ in range(4):
+        with pytest.raises(AsleepError):
+            client.rollout(**ASKED)
+    client.resume_memory()
+    httpx.post(f"{served.url}/pause_generation")
+    replace_one()
+    for _ in range(4):
+        with pytest.raises(PausedError):
+            client.rollout(**ASKED)
+    httpx.post(f"{served.url}/continue_generation")
+    weights = {name: tensor * 1.05 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
+
+    def half_sent() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, (name, tensor) in enumerate(weights.items()):
+            if number == len(weights) // 2:
+                replace_one()
+            yield name, tensor
+
+    client.update_weights(half_sent(), bucket_bytes=2**18)
+    local.update_weights_from_tensors(weights)
+    # Of both, or it is an error.
+    assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+@pytest.mark.slow
+def test_a_replica_that_reads_other_weights_than_the_others_takes_no_request(served: Any, client: Client, local: Engine):
+    folder = with_other(MODEL, served.root / "changed", factor=0.98)
+    client.update_weights_from_disk(folder)
+    local.update_weights_from_disk(folder)
+    kept = (folder / "transformer" / WEIGHTS).read_bytes()
+    change(folder / "transformer", lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
+    lost = served.fleet.describe()
+    os.kill(lost.replicas[0].pid, signal.SIGKILL)
+    # The second attempt has begun: the first one was refused.
+    until(lambda: newest_of(served.fleet.describe()) >= 2 + newest_of(lost))
+    assert [one.state for one in served.fleet.describe().replicas].count("ready") == 1
+    assert_same(client.rollout(**SPLIT), local.rollout(**SPLIT))
+    (folder / "transformer" / WEIGHTS).write_bytes(kept)
+    until(lambda: all_ready(served))
+    assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+def newest_of(info: Any) -> int:
+    return max(int(one.id.split("-")[1]) for one in info.replicas)
+
+
+@pytest.mark.slow
+def test_a_replica_that_says_nothing_is_replaced(ray: Any):
+    with cluster.serve(
+        MODEL, replicas=1, threads=1, device="cpu", port=0, rank_timeout_s=3.0, batching=BatchLimits(max_batch_samples=4)
+    ) as served:
+        (silent,) = served.fleet.describe().replicas
+        os.kill(silent.pid, signal.SIGSTOP)
+        until(lambda: all_ready(served, 1) and served.fleet.describe().num_lost == 1)
+        with Client(served.url, timeout_s=WAIT_S) as client:
+            assert len(client.rollout(**ASKED)) == 1
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(ray: Any, tmp_path: Path):

@@ -17,6 +17,7 @@ from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError
 from flowroll.integrations import flow_factory as plugin
+from flowroll.integrations.flow_factory.run import dynamics_fields, prompt_fields
 from flowroll.types import SamplingParams
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "flow_factory.json").read_text())
@@ -38,7 +39,7 @@ def scheduler_of(row: dict[str, Any]) -> Any:
 )
 def test_each_step_has_the_noise_level_that_the_scheduler_gives_it(row: dict[str, Any]) -> None:
     scheduler = scheduler_of(row)
-    made = plugin._dynamics(scheduler)
+    made = dynamics_fields(scheduler)
     params = SamplingParams(prompt="", sigmas=tuple(row["sigmas"]), **made)
     if row["is_eval"] or row["dynamics_type"] == "ODE":
         assert params.rollout_sde_type == "ode" and params.rollout_noise_level == 0
@@ -51,19 +52,19 @@ def test_each_step_has_the_noise_level_that_the_scheduler_gives_it(row: dict[str
 def test_unknown_dynamics_are_refused() -> None:
     scheduler = scheduler_of({**RECORDED["schedulers"][0], "dynamics_type": "UniPC"})
     with pytest.raises(InvalidRequestError, match="dynamics_type must be one of Flow-SDE, Dance-SDE, CPS, ODE"):
-        plugin._dynamics(scheduler)
+        dynamics_fields(scheduler)
 
 
 def test_padding_is_taken_off_and_the_scale_follows_the_negative_prompt() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     embeds = torch.arange(12.0).reshape(2, 3, 2)
     values = {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "negative_prompt_embeds": None, "guidance_scale": 3}
-    made = plugin._prompt(values, 0)
+    made = prompt_fields(values, 0)
     assert torch.equal(made["prompt_embeds"], embeds[0, :2]) and made["guidance_scale"] == 0.0
-    guided = plugin._prompt({**values, "negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}, 1)
+    guided = prompt_fields({**values, "negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}, 1)
     assert guided["negative_prompt_embeds"].shape == (3, 2) and guided["guidance_scale"] == 3.0
     # FLUX.1 is given the scale, with or without a negative prompt.
-    assert plugin._prompt({**values, "img_ids": None}, 1)["guidance_scale"] == 3.0
+    assert prompt_fields({**values, "img_ids": None}, 1)["guidance_scale"] == 3.0
 
 
 def test_the_mixin_stands_in_for_methods_with_the_recorded_arguments() -> None:
@@ -229,7 +230,7 @@ def test_a_server_gives_the_samples_of_an_engine_in_the_process(checkpoints: dic
                 height=64,
                 width=64,
                 sigmas=tuple(row["sigmas"]),
-                **plugin._dynamics(scheduler_of(row)),
+                **dynamics_fields(scheduler_of(row)),
                 rollout_return_dit_trajectory=True,
                 prompt_embeds=torch.randn(tokens, width, generator=generator),
                 pooled_prompt_embeds=torch.randn(pooled, generator=generator),

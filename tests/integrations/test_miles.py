@@ -107,6 +107,48 @@ def test_the_plug_in_hands_miles_parser_what_the_server_would_send(
         assert_equal({key: answer[key] for key in body}, unwrapped(body))
 
 
+# What the newest parser reads, by place; see tests/data/README.md.
+READS: dict[str, list[str]] = RECORDED["newest_parser"]["reads"]
+
+
+@pytest.mark.parametrize("name", [name for name, body in REQUESTS.items() if body["rollout"]])
+def test_the_newest_parser_finds_what_it_reads(name: str, newest_server: httpx.Client) -> None:
+    """Every part of a trajectory is under a name that it reads; the indices of the states come beside them."""
+    for sample in msgspec.msgpack.decode(newest_server.post("/rollout/generate", json=REQUESTS[name]).content):
+        trajectory, env, debug = (sample[part] for part in ("dit_trajectory", "denoising_env", "rollout_debug_tensors"))
+        assert set(READS[""]) <= set(sample)
+        assert set(trajectory) - {"latent_step_indices"} == set(READS["dit_trajectory"])
+        assert set(env) == set(READS["denoising_env"])
+        for branch in (env["pos_cond_kwargs"], env["neg_cond_kwargs"]):
+            assert set(branch) <= set(READS["denoising_env.pos_cond_kwargs"])
+            # A list has entries: where there is none, the name is not there.
+            assert all(branch[key] for key in set(branch) & set(RECORDED["newest_parser"]["lists"]))
+        assert debug is None or set(debug) == set(READS["rollout_debug_tensors"])
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_newest_parser_itself_reads_the_answer(name: str, newest_server: httpx.Client) -> None:
+    """Unmodified, where it is on PYTHONPATH."""
+    types_module = pytest.importorskip("miles.utils.types", reason="miles is not installed")
+    if not hasattr(types_module, "decode_tensor"):
+        pytest.skip("this miles reads base64, not msgpack")
+    from miles.utils.diffusion_rollout_response import apply_rollout_image_response
+
+    for answer in msgspec.msgpack.decode(newest_server.post("/rollout/generate", json=REQUESTS[name]).content):
+        sample, ours = apply_rollout_image_response(types_module.Sample(), answer), bytes_of(answer)
+        assert torch.equal(sample.generated_output, ours["generated_output"]) and sample.seed == ours["seed"]
+        if not REQUESTS[name]["rollout"]:
+            assert sample.rollout_log_probs is None and sample.dit_trajectory is None
+            continue
+        assert torch.equal(sample.rollout_log_probs, ours["rollout_log_probs"])
+        for part in READS["dit_trajectory"]:
+            assert torch.equal(getattr(sample.dit_trajectory, part), ours["dit_trajectory"][part])
+        for branch in ("pos_cond_kwargs", "neg_cond_kwargs"):
+            found, theirs = getattr(sample.denoising_env, branch), ours["denoising_env"][branch]
+            assert torch.equal(found.encoder_hidden_states[0], theirs["encoder_hidden_states"][0])
+            assert found.txt_seq_lens == theirs["txt_seq_lens"] and found.img_shapes == theirs["img_shapes"]
+
+
 def unwrapped(value: Any) -> Any:
     if isinstance(value, dict):
         return value["data"] if value.get("__tensor__") else {key: unwrapped(item) for key, item in value.items()}

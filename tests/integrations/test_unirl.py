@@ -37,7 +37,8 @@ from unirl.types.primitives import Texts
 from unirl.types.sample import Part, Sample
 from unirl.types.sampling import DiffusionSamplingParams
 
-from flowroll.integrations.unirl import FlowrollEngineConfig, FlowrollRolloutEngine, fold_seed, pack_latents, unpack_latents
+from flowroll.integrations.unirl import FlowrollEngineConfig, FlowrollRolloutEngine
+from flowroll.integrations.unirl.samples import fold_seed, pack_latents, unpack_latents
 
 PROMPTS = ["a red circle", "a blue square"]
 STRATEGIES = {"flow": FlowSDEStrategy(), "cps": CPSSDEStrategy(), "dance": DanceSDEStrategy()}

@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import PicturedEngine, in_words_of
+from tests.weights import with_other
 
 from flowroll import Rollout
-from flowroll.engine import Engine
+from flowroll.engine import Engine, Limits
 from flowroll.families import FAMILIES
 from flowroll.types import Layout
 
 REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 192, "width": 192, "num_inference_steps": 3}
 EVERYTHING: dict[str, Any] = {"debug_mode": True, "return_dit_trajectory": True}
+
+
+@pytest.fixture(scope="module")
+def other_weights(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with other weights."""
+    return with_other(z_image_checkpoint, tmp_path_factory.mktemp("other") / "z_image")
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -63,25 +70,39 @@ def test_starts_forks_and_evaluations(z_image_checkpoint: Path) -> None:
     assert proof(evaluation).strategy == "merged"
 
 
-def test_the_engine_says_what_it_is_and_its_checksum_once_it_is_known(z_image_checkpoint: Path) -> None:
+def test_every_rollout_carries_the_checksum_of_the_weights_that_made_it(z_image_checkpoint: Path, other_weights: Path) -> None:
     with Engine(z_image_checkpoint, device="cpu") as engine:
+        first = proof(engine.rollout(**REQUEST)[0])
+        checksum = engine.weights_checksum()
+        engine.copy_policy("old")
+        held = proof(engine.rollout(**REQUEST, policy="old")[0])
+        engine.update_weights_from_disk(other_weights)
+        updated = proof(engine.rollout(**REQUEST)[0])
+        other_checksum = engine.weights_checksum()
+    assert (first.layout, first.strategy) == ("single", "merged")
+    assert first.versions == {name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")}
+    assert first.weights_sha256 == checksum != other_checksum == updated.weights_sha256
+    assert held.weights_sha256 is None
+
+
+def test_the_checksum_of_weights_above_the_bound_is_carried_once_somebody_asked(z_image_checkpoint: Path) -> None:
+    with Engine(z_image_checkpoint, device="cpu", limits=Limits(max_hashed_bytes=1000)) as engine:
         before = proof(engine.rollout(**REQUEST)[0])
         checksum = engine.weights_checksum()
         after = proof(engine.rollout(**REQUEST)[0])
-        engine.copy_policy("old")
-        held = proof(engine.rollout(**REQUEST, policy="old")[0])
         engine.update_weights_from_disk(z_image_checkpoint)
         updated = proof(engine.rollout(**REQUEST)[0])
-    assert (before.layout, before.strategy) == ("single", "merged")
-    assert before.versions == {name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")}
-    assert before.weights_sha256 is None and after.weights_sha256 == checksum
-    assert held.weights_sha256 is updated.weights_sha256 is None
+    assert before.weights_sha256 is updated.weights_sha256 is None and after.weights_sha256 == checksum
 
 
-def test_layouts_have_the_same_digests(z_image_checkpoint: Path) -> None:
-    with Engine(z_image_checkpoint, device="cpu") as engine:
-        alone = proof(engine.rollout(**REQUEST)[0])
-    with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=60.0) as engine:
-        shared = proof(engine.rollout(**REQUEST)[0])
-    assert (alone.start_sha256, alone.noise_sha256) == (shared.start_sha256, shared.noise_sha256)
-    assert shared.layout == "sp2"
+def test_layouts_have_the_same_digests(z_image_checkpoint: Path, other_weights: Path) -> None:
+    proofs = []
+    for layout in (Layout(), Layout(tp=2)):
+        with Engine(z_image_checkpoint, device="cpu", layout=layout, rank_timeout_s=60.0) as engine:
+            started = proof(engine.rollout(**REQUEST)[0])
+            engine.update_weights_from_disk(other_weights)
+            proofs.append((started, proof(engine.rollout(**REQUEST)[0])))
+    for alone, shared in zip(*proofs, strict=True):
+        assert (alone.start_sha256, alone.noise_sha256) == (shared.start_sha256, shared.noise_sha256)
+        assert alone.weights_sha256 is not None and alone.weights_sha256 == shared.weights_sha256
+        assert shared.layout == "tp2"

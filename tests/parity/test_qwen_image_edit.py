@@ -128,12 +128,16 @@ def test_every_sample_has_the_bits_of_its_pipeline(engine: EngineOf, pipeline: P
 
 
 @pytest.mark.slow
-def test_the_real_checkpoints_scale_of_the_vae(engine: EngineOf, pipeline: PipelineOf) -> None:
+@pytest.mark.parametrize("files", [ONE, THREE], ids=["one", "three"])
+def test_the_real_checkpoints_scale_of_the_vae(engine: EngineOf, pipeline: PipelineOf, files: tuple[bytes, ...]) -> None:
     """Sixteen pixels a token, so that a reference image is about 4,096 tokens."""
-    request = {**REQUEST, "height": 48, "width": 80, **GUIDED}
-    (found,) = engine("8x", "float32").rollout(**request, images=THREE[:2], seed=7, rollout=True, **EVERYTHING)
-    (plain,) = engine("8x", "float32").generate(**request, images=THREE[:2], seed=7)
-    assert torch.equal(plain.latents, latents_of(pipeline("8x", "float32"), THREE[:2], **request))
+    request = {**REQUEST, "height": 48, "width": 80, "num_inference_steps": 2, **GUIDED}
+    (found,) = engine("8x", "float32").rollout(**request, images=files, seed=7, rollout=True, **EVERYTHING)
+    (plain,) = engine("8x", "float32").generate(**request, images=files, seed=7)
+    assert found.denoising_env is not None
+    latents = found.denoising_env.image_kwargs["image_latents"]
+    assert isinstance(latents, Tensor) and 4_000 < len(latents) / len(files) < 4_200
+    assert torch.equal(plain.latents, latents_of(pipeline("8x", "float32"), files, **request))
     assert torch.equal(replay.log_prob(pipeline("8x", "float32").transformer, [found]).detach()[0], found.log_probs)
 
 

@@ -88,6 +88,25 @@ def test_pairs_that_share_forwards_have_the_recorded_log_probs(
         assert torch.equal(one, other)
 
 
+def test_pairs_with_prompts_of_several_lengths_share_forwards(engine_of: EngineOf, pipeline_of: PipelineOf) -> None:
+    """Both branches of all four samples, one forward a step."""
+    engine, transformer = engine_of("qwen_image", "float32"), copy.deepcopy(pipeline_of("qwen_image", "float32").transformer)
+    prompts = ("a fox", "a red fox", "a red fox in deep snow", "a red fox in deep snow at the end of a long day")
+    rollouts = [
+        rollout
+        for prompt in prompts
+        for rollout in engine.rollout(**{**guided("qwen_image", 3.0, **REQUEST), "prompt": prompt})
+    ]
+    assert len({len(rollout.denoising_env.pos_cond_kwargs["encoder_hidden_states"]) for rollout in rollouts}) > 2
+    alone, near = gradients_of(transformer, rollouts)
+    gradients_of(transformer, rollouts, merge="exact")
+    with counted(transformer) as calls:
+        exact, gradient = gradients_of(transformer, rollouts, merge="exact")
+    assert torch.equal(exact, recorded(rollouts)) and torch.equal(exact, alone)
+    assert distance(gradient, near) < 1e-5
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize(("name", "dtype"), SHARING_WITH_DTYPE)
 def test_checkpointed_blocks_are_computed_again_in_the_same_way(
     engine_of: EngineOf, pipeline_of: PipelineOf, name: str, dtype: str

@@ -25,7 +25,13 @@ from flowroll import Rollout
 
 WAIT_S = 120.0
 # What a rollout says about the run rather than about the sample.
-_OF_THE_RUN: dict[str, Any] = {"request_id": "", "inference_time_s": 0.0, "peak_memory_mb": 0.0}
+_OF_THE_RUN: dict[str, Any] = {
+    "request_id": "",
+    "inference_time_s": 0.0,
+    "peak_memory_mb": 0.0,
+    "first_step": None,
+    "last_step": None,
+}
 _OF_THE_ENGINE: dict[str, Any] = {"layout": "", "strategy": "", "versions": {}, "weights_sha256": None}
 
 

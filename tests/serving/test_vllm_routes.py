@@ -1,5 +1,6 @@
 """vLLM's routes for reinforcement learning: the calls of its own HTTP client, and what its documentation says of them."""
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from flowroll.parallel.broadcasting import BroadcastGroup
 from flowroll.wire.vllm import VLLM_GROUP
 
 ROLLOUT = "/rollout/generate"
+# What vLLM's own client sent; see tests/data/README.md.
+RECORDED = json.loads((Path(__file__).parents[1] / "data/vllm.json").read_text())["calls"]
 LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 60, "rollout_debug_mode": False}
 
 
@@ -93,13 +96,26 @@ class SyncClient:
         return self._post("finish_weight_update", body or None)
 
 
+@pytest.mark.parametrize("call", RECORDED, ids=lambda call: call["call"])
+def test_the_calls_of_these_tests_are_those_of_vllms_own_client(call: dict[str, Any]) -> None:
+    def check(request: httpx.Request) -> httpx.Response:
+        body = request.content.decode()
+        assert (request.url.path, request.headers.get("content-type")) == (sent["path"], sent["content_type"])
+        assert (json.loads(body) if body else "") == (json.loads(sent["body"]) if sent["body"] else "")
+        return httpx.Response(200, json={})
+
+    sent = call["sent"]
+    with httpx.Client(transport=httpx.MockTransport(check), base_url="http://server.test") as http:
+        getattr(SyncClient(http), call["call"])(*call["arguments"])
+
+
 @contextmanager
 def joined(http: httpx.Client) -> Iterator[BroadcastGroup]:
     """The trainer's end of the group."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     world_size = 1 + http.get("/get_world_size").json()["world_size"]
-    info = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": world_size, "backend": "gloo"}
+    info = {**RECORDED[0]["arguments"][0], "master_port": port, "world_size": world_size, "backend": "gloo"}
     answers: list[dict[str, Any]] = []
     joining = threading.Thread(target=lambda: answers.append(SyncClient(http).init_weight_transfer_engine(info)))
     store = TCPStore("127.0.0.1", port, world_size, True, wait_for_workers=False)
@@ -211,6 +227,7 @@ def test_an_update_that_was_not_started_or_is_under_way_is_refused(
             {"init_info": {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 2, "world_size": 2}},
             "init_info.rank_offset",
         ),
+        ("/init_weight_transfer_engine", {"init_info": {**RECORDED[0]["arguments"][0], "packed": True}}, "init_info.packed"),
         ("/update_weights", {"update_info": {"names": [], "dtype_names": [], "shapes": []}}, "update_info"),
         (
             "/update_weights",

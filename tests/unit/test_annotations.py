@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # The examples annotate for readers: their loops hold tensors under names that say more than shapes.
 UNCHECKED = {"__init__", "__main__", "examples"}
 UNITS = ("families", "parallel", "replay", "sampling", "types", "test_plots.py")
-QUICK = (*(f"tests/unit/{name}" for name in UNITS), "tests/parity/test_replay.py", "tests/parity/test_forks.py")
+QUICK = (*(f"tests/unit/{name}" for name in UNITS), "tests/parity/test_forks.py")
 WIDE = ("tests/parity", "tests/proofs/test_doors.py", "tests/unit", "tests/viewer", "--deselect=tests/unit/test_annotations.py")
 
 

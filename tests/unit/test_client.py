@@ -34,6 +34,7 @@ from flowroll.errors import (
 from flowroll.types import ALIASES, ROLLOUT_FIELDS, StepOptions, WeightUpdate
 from flowroll.types.params import TENSORS
 from flowroll.wire.codec import encode_images, encode_rollouts
+from flowroll.wire.control import AbortRequest
 from flowroll.wire.schema import GenerateRequest, RolloutRequest, parse, parse_json_body
 from flowroll.wire.validation import parse_msgpack_body
 
@@ -209,6 +210,7 @@ FULL = {
     "suppress_logs": True,
     "request_id": "r",
     "min_weight_version": "7",
+    "max_staleness": 1,
     "policy": "default",
     "lora_name": "old",
 }
@@ -485,6 +487,19 @@ def test_a_request_is_aborted_by_its_id(kind: str) -> None:
         return answering(200, {"num_aborted": 2})(request)
 
     assert ask(kind, handler, "abort_request", "r-1") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("body", [{"request_id": "r-1"}, AbortRequest(request_id="r-1")])
+def test_an_object_is_posted_to_any_route(kind: str, body: Any) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert (request.method, request.url.path) == ("POST", "/some/route")
+        assert json.loads(request.content)["request_id"] == "r-1"
+        return answering(200, {"status": "done"})(request)
+
+    assert ask(kind, handler, "post_object", "/some/route", body) == {"status": "done"}
+    with pytest.raises(InvalidRequestError, match="the request must hold plain values"):
+        ask(kind, handler, "post_object", "/some/route", {"x": object()})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -149,6 +150,15 @@ def test_an_answer_to_another_request_is_refused(method: str, asked: dict[str, A
     values = {name: value for name, value in {**ASKED, **asked}.items() if value is not None}
     with pytest.raises(ServerConnectionError, match=f"must have the {words} that was asked for"):
         ask("sync", answer_of(samples), method, **values)
+
+
+def test_samples_that_an_abort_left_out_are_not_missed() -> None:
+    one, other = (make_rollout(seed=seed, prompt="a cat", request_id="mine", left_out=(1, 3)) for seed in (4, 6))
+    asked = {**ASKED, "num_outputs_per_prompt": 4}
+    assert [found.left_out for found in ask("sync", answer_of([one, other]), "rollout", **asked)] == [(1, 3), (1, 3)]
+    for wrong, words in (([one], "number"), ([one, replace(other, left_out=(0, 1))], "left out"), ([other, one], "seeds")):
+        with pytest.raises(ServerConnectionError, match=words):
+            ask("sync", answer_of(wrong), "rollout", **asked)
 
 
 def test_samples_of_two_requests_are_no_answer() -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # These fields are drawn for each request, belong to a single request, or change the number of steps that is reported.
 _NO_FLAG = {
     *("prompt", "width", "height", "num_inference_steps", "num_outputs_per_prompt", "rollout_sde_type", "seed", "seeds"),
-    *("request_id", "min_weight_version", "stop_step", "fork"),
+    *("request_id", "min_weight_version", "max_staleness", "stop_step", "fork"),
 }
 
 

@@ -41,6 +41,12 @@ def _own_flags(
         int | None,
         typer.Option(min=0, help="Versions by which a replica may be behind and still run requests.", show_default=False),
     ] = None,
+    state_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of this fleet alone that keeps the versions of its weights beyond its end.", show_default=False
+        ),
+    ] = None,
 ) -> None: ...
 
 

@@ -103,8 +103,8 @@ def frame(info: Mapping[str, Any], scrapes: Sequence[Scrape], *, width: int, sil
         columns.add_column(ratio=1)
         columns.add_column(ratio=1)
         columns.add_row(Group(load, errors), Group(rates, stages))
-        return Group(_header(info, silent_s), columns, _footer(info, scrapes))
-    return Group(_header(info, silent_s), load, rates, stages, errors, _footer(info, scrapes))
+        return Group(_header(info, silent_s), columns, *_replicas(scrapes[-1]), _footer(info, scrapes))
+    return Group(_header(info, silent_s), load, rates, stages, errors, *_replicas(scrapes[-1]), _footer(info, scrapes))
 
 
 def spark(values: Sequence[float], width: int) -> str:
@@ -122,6 +122,18 @@ def _panel(title: str, rows: Iterable[Sequence[RenderableType]], *, height: int 
     for row in rows:
         table.add_row(*row)
     return Panel(table, title=f"[bold]{title}", title_align="left", border_style=_FAINT, height=height)
+
+
+def _replicas(scrape: Scrape) -> Iterator[RenderableType]:
+    """Yields a panel with a row for each replica of a fleet; nothing for a single server."""
+    rows = []
+    for labels, steps in scrape.series.get("flowroll_replica_image_steps", ()):
+        own = {"replica": labels["replica"]}
+        requests = scrape.total("flowroll_replica_requests", **own)
+        shown = f"{_counted(requests, 'request')} · version {scrape.total('flowroll_replica_version_number', **own):.0f}"
+        rows.append((labels["replica"], f"{steps:,.0f} steps", f"{shown} · {labels['state']}"))
+    if rows:
+        yield _panel("replicas, with the steps ahead of them", rows)
 
 
 def _header(info: Mapping[str, Any], silent_s: float | None) -> RenderableType:

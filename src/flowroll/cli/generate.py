@@ -17,7 +17,9 @@ from flowroll.types.prompts import ALL_PROMPT_TENSORS, EMBEDS
 
 
 # The weights of this command are those that it loads.
-@partial(with_sampling_flags, without={"min_weight_version", "lora_name", "policy"}, defaults={"rollout": False})
+@partial(
+    with_sampling_flags, without={"min_weight_version", "max_staleness", "lora_name", "policy"}, defaults={"rollout": False}
+)
 def generate(
     model: Model,
     given: dict[str, Any],

@@ -19,7 +19,7 @@ _INTERRUPTED = 130
 
 
 # A prompt comes from the file; every request has its own id.
-@partial(with_sampling_flags, without={"prompt", "request_id", "min_weight_version"})
+@partial(with_sampling_flags, without={"prompt", "request_id", "min_weight_version", "max_staleness"})
 def rollout(
     given: dict[str, Any],
     prompts: Annotated[

@@ -61,6 +61,9 @@ def serve(
     max_image_bytes: Annotated[
         int, typer.Option(min=1, help="Most bytes of the files of a request's reference images together.")
     ] = 64 * 2**20,
+    max_hashed_bytes: Annotated[
+        int, typer.Option(min=0, help="Most bytes of a transformer whose checksum every rollout carries.")
+    ] = 4 * 2**30,
     weights_roots: Annotated[
         list[Path] | None,
         typer.Option(
@@ -143,6 +146,14 @@ def serve(
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Write lines to read, or one JSON object per line.")
     ] = "text",
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for what is found about this machine's kernels; else FLOWROLL_CACHE_DIR, or the user's cache.",
+            show_default=False,
+        ),
+    ] = None,
     viewer: Annotated[
         Path | None,
         typer.Option(
@@ -175,7 +186,8 @@ def server_config(flags: Mapping[str, Any]) -> ServerConfig:
     for name in ("allowed_hosts", "weight_group_hosts", "weights_roots"):
         values[name] = tuple(map(str, flags[name] or ()))
     values["model"] = str(flags["model"])
-    values["viewer"] = None if flags["viewer"] is None else str(flags["viewer"])
+    for name in ("cache_dir", "viewer"):
+        values[name] = None if flags[name] is None else str(flags[name])
     return ServerConfig(
         **values,
         limits=Limits(**chosen(Limits)),

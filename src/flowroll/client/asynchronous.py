@@ -134,6 +134,7 @@ class AsyncClient:
     generate = _method(calls.generate)
     score = _method_on_thread(calls.score)
     abort_request = _method(calls.abort_request)
+    post_object = _method(calls.post_object)
     health = _method(calls.health)
     server_info = _method(calls.server_info)
     models = _method(calls.models)

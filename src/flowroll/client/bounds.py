@@ -131,9 +131,13 @@ def check_answers(samples: Sequence[SampleT], asked: Mapping[str, Any]) -> None:
         "request_id": None if asked.get("request_id") is None else {asked["request_id"]},
         "prompt": {asked.get("prompt")},
     }
-    _require("number of samples", len(samples), count * leaves)
+    # An abort may have left samples out, which all others say.
+    left_out = set(samples[0].left_out) if samples else set()
+    kept = [place for place in range(count * leaves) if place not in left_out]
+    _require("number of samples", len(samples), len(kept))
+    _require("samples that are left out", {sample.left_out for sample in samples}, {tuple(sorted(left_out))})
     if seeds is not None:
-        _require("seeds", [sample.seed for sample in samples], [seed for seed in seeds for _ in range(leaves)])
+        _require("seeds", [sample.seed for sample in samples], [seeds[place // leaves] for place in kept])
     for name, wanted in expected.items():
         found = {getattr(sample, name) for sample in samples}
         _require(name, found, wanted if wanted is not None else set(list(found)[:1]))

@@ -182,9 +182,29 @@ def score(
     )
 
 
-def abort_request(_: WireFormat, request_id: str, /) -> Call[int]:
-    """Ends the requests with this id, whether they wait or run; they end in a `CancelledRequestError`. Returns their number."""
-    return post(ABORT_ROUTE, AbortRequest(request_id=request_id), lambda body, _: read_by(_ABORTED, body).num_aborted)
+def abort_request(_: WireFormat, request_id: str, /, *, keep_partial: bool = False) -> Call[int]:
+    """Ends the requests with this id, whether they wait or run; they end in a `CancelledRequestError`. Returns their number.
+
+    Args:
+        request_id: The id.
+        keep_partial: Whether a request of which samples are finished ends in these; their `left_out` says which are missing.
+    """
+    asked = AbortRequest(request_id=request_id, keep_partial=keep_partial)
+    return post(ABORT_ROUTE, asked, lambda body, _: read_by(_ABORTED, body).num_aborted)
+
+
+def post_object(_: WireFormat, path: str, body: Mapping[str, Any] | Request, /) -> Call[dict[str, Any]]:
+    """Posts to a route that has no method of its own, and returns the object that the server answers with.
+
+    Args:
+        path: The path below the server's URL, e.g. "/pause_generation".
+        body: The fields of the body.
+
+    Raises:
+        InvalidRequestError: The body holds a value that JSON cannot represent, or the server refuses a field.
+        FlowrollError: The server raised any other error.
+    """
+    return Call(method="POST", path=path, read=read_object, content=encoded(body))
 
 
 def health(_: WireFormat, /) -> Call[dict[str, Any]]:

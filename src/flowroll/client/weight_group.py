@@ -4,8 +4,8 @@
     with WeightGroup([client], backend="nccl", master_address="10.0.0.7") as group:
         group.update_weights(model.named_parameters(), weight_version="120")
 
-Each server is one member of the group, however many ranks its engine has: its rank 0 receives whole tensors and shares them
-out. The trainer's own default group is left alone.
+Each engine is one member of the group, however many ranks it has: its rank 0 receives whole tensors and shares them out. A
+fleet is a member for each of its replicas. The trainer's own default group is left alone.
 
 If FSDP2 shards the trainer, the first rank of the mesh passes the clients and the other ranks pass none; all ranks make the
 same calls, since all take part in gathering the weights:
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -81,7 +82,10 @@ class WeightGroup:
 
     def _join(self, master_address: str, master_port: int, backend: Backend, device: str, timeout_s: float) -> None:
         """Makes the group together with the servers."""
-        world_size = len(self._clients) + 1
+        infos = [self._threads.submit(client.server_info) for client in self._clients]
+        # A fleet is one member for each of its replicas.
+        ranks = list(itertools.accumulate([int(info.get("world_size", 1)) for info in _results(infos)], initial=1))
+        world_size = ranks.pop()
         family = socket.getaddrinfo(master_address, None, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((master_address, master_port), family=family)
         port = int(listener.getsockname()[1])
@@ -100,7 +104,7 @@ class WeightGroup:
         try:
             joined = [
                 self._post(client, INIT_GROUP_ROUTE, replace(first, rank_offset=rank))
-                for rank, client in enumerate(self._clients, start=1)
+                for rank, client in zip(ranks, self._clients, strict=True)
             ]
             own = self._threads.submit(
                 BroadcastGroup,

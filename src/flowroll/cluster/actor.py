@@ -155,9 +155,14 @@ class EngineActor:
         plan = await asyncio.to_thread(self._owned.plan_score, params)
         return _packed(scores_of(await self._of(self._engine.call(EngineService.submit_scores, plan))))
 
-    async def abort(self, request_id: str | None = None) -> int:
-        """Cancels the requests with this id, or all if it is None, and returns their number."""
-        return await self._of(self._engine.call(EngineService.abort, request_id))
+    async def abort(self, request_id: str | None = None, *, keep_partial: bool = False) -> int:
+        """Ends the requests with this id, or all if it is None, and returns their number.
+
+        Args:
+            request_id: The id.
+            keep_partial: Whether requests of which samples are finished end in these. All others are cancelled.
+        """
+        return await self._of(self._engine.call(EngineService.abort, request_id, keep_partial=keep_partial))
 
     async def pause(self, mode: PauseMode = "finish") -> None:
         """Refuses new requests and admits none of those that wait, until `resume`; see `Scheduler.pause`."""

@@ -156,6 +156,7 @@ class Upload(Change):
     Attributes:
         opened: The update, as one of the replicas has opened it.
         buckets: The buckets that were claimed.
+        ids: The id that the update has on each replica that takes more of its tensors.
     """
 
     def __init__(self, module: str, *, partial: bool) -> None:
@@ -163,13 +164,13 @@ class Upload(Change):
         self.module, self.partial = module, partial
         self.opened: OpenedUpdate | None = None
         self.buckets: list[Bucket] = []
-        self._ids: dict[str, str] = {}
+        self.ids: dict[str, str] = {}
 
     async def open(self, member: Replica) -> OpenedUpdate:
         """Opens the update on a replica, and gives it the buckets that have come."""
         opened = await member.call("open_update", self.module, partial=self.partial)
         assert isinstance(opened, OpenedUpdate)
-        self._ids[member.id] = opened.update_id
+        self.ids[member.id] = opened.update_id
         for bucket in self.buckets:
             await self.claim(member, bucket)
             if bucket.stored is not None:
@@ -178,28 +179,34 @@ class Upload(Change):
 
     async def claim(self, member: Replica, bucket: Bucket) -> None:
         """Has a replica check what a bucket will hold."""
-        await member.call("claim_bucket", self._ids[member.id], bucket.heads)
+        await member.call("claim_bucket", self.ids[member.id], bucket.heads)
 
     async def put(self, member: Replica, bucket: Bucket) -> Any:
         """Gives a replica a bucket that it has checked."""
-        return await member.call("put_bucket", self._ids[member.id], bucket.heads, bucket.stored)
+        return await member.call("put_bucket", self.ids[member.id], bucket.heads, bucket.stored)
+
+    async def fill(
+        self, member: Replica, group: str, ids: Mapping[str, str], heads: Sequence[TensorHead], **options: Any
+    ) -> Any:
+        """Has a replica receive a bucket from a process group, which it knows by an id of its own."""
+        return await member.call("fill_from_group", self.ids[member.id], group, ids[member.id], heads, **options)
 
     async def drop_bucket(self, member: Replica, bucket: Bucket) -> None:
         """Takes back what `claim` did."""
-        await member.call("drop_bucket", self._ids[member.id], bucket.heads)
+        await member.call("drop_bucket", self.ids[member.id], bucket.heads)
 
     def is_open_on(self, replica: str) -> bool:
         """Tells whether a replica takes more of its tensors."""
-        return replica in self._ids
+        return replica in self.ids
 
     async def abandon(self, member: Replica) -> None:
         """Ends the update on a replica; its weights stay."""
-        if (update_id := self._ids.pop(member.id, None)) is not None:
+        if (update_id := self.ids.pop(member.id, None)) is not None:
             await member.call("drop_update", update_id)
 
     async def _stage(self, member: Replica) -> str:
-        if member.id not in self._ids:
+        if member.id not in self.ids:
             await self.open(member)
-        staged = str(await member.call("stage_update", self._ids[member.id]))
-        del self._ids[member.id]
+        staged = str(await member.call("stage_update", self.ids[member.id]))
+        del self.ids[member.id]
         return staged

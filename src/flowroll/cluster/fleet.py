@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
+from flowroll.cluster.groups import FleetGroups
 from flowroll.cluster.info import FleetInfo, ReplicaInfo
 from flowroll.cluster.replica import Placement
 from flowroll.cluster.replicas import ReplicaSet
 from flowroll.cluster.requests import FleetRequests
 from flowroll.cluster.updates import ReplicaLostError
+from flowroll.cluster.version_file import VersionFile
 from flowroll.cluster.weights import FleetWeights, UpdateOrder, none_left
 from flowroll.engine.scheduler import LoadStats, PauseMode, RequestCounts, StageSpan
 from flowroll.engine.scheduler.request import cancelled, engine_error
@@ -38,7 +40,8 @@ _log = logging.getLogger(__name__)
 # What any one replica can answer.
 _OF_ONE = frozenset({"decode", "probe_generation", "check_adapter", "lora_adapters", "policies"})
 _OF_REQUESTS = frozenset({"submit", "submit_scores"})
-_OF_STATE = frozenset({"status", "abort", "pause", "resume", "hold_starts", "drain"})
+_OF_GROUPS = frozenset({"join_group", "find_group", "fill_from_group", "fail_group", "leave_group", "leave_groups"})
+_OF_STATE = frozenset({"status", "pause", "resume", "hold_starts", "drain"})
 # What is refused once the fleet drains.
 _TAKEN_NO_MORE = _OF_REQUESTS | {
     "update_from_disk",
@@ -64,6 +67,7 @@ class Fleet(EngineClient):
             starts a sample before all have exchanged.
         max_staleness: The number of versions by which a replica may be behind and still be given requests; None: any.
         patience_s: The seconds for which a replica may be silent before it is replaced.
+        kept: The file that keeps the versions of the weights beyond the end of the fleet; None: they start anew.
 
     Raises:
         FlowrollError: The replicas cannot be started.
@@ -78,12 +82,19 @@ class Fleet(EngineClient):
         order: UpdateOrder = "rolling",
         max_staleness: int | None = None,
         patience_s: float = 60.0,
+        kept: VersionFile | None = None,
     ) -> None:
         assert num_replicas >= 1
         self._replicas = ReplicaSet(
-            engine, num_replicas=num_replicas, placement=placement, max_staleness=max_staleness, patience_s=patience_s
+            engine,
+            num_replicas=num_replicas,
+            placement=placement,
+            max_staleness=max_staleness,
+            patience_s=patience_s,
+            kept=kept,
         )
         self._requests, self._weights = FleetRequests(self._replicas), FleetWeights(self._replicas, order)
+        self._groups = FleetGroups(self._replicas, self._weights)
         self._numbers = itertools.count()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._is_draining = self._is_closed = False
@@ -206,8 +217,13 @@ class Fleet(EngineClient):
             return lambda *args, **options: found(*args, spans=spans, **options)
         if method in _OF_ONE:
             return self._requests.of_one(method)
-        owner, name = (self, f"_{method}") if method in _OF_STATE else (self._weights, method)
-        asked: Callable[..., Awaitable[Any]] = getattr(owner, name)
+        asked: Callable[..., Awaitable[Any]]
+        if method in _OF_STATE:
+            asked = getattr(self, f"_{method}")
+        elif method in _OF_GROUPS:
+            asked = getattr(self._groups, method)
+        else:
+            asked = self._requests.abort if method == "abort" else getattr(self._weights, method)
         return asked
 
     # State
@@ -220,7 +236,9 @@ class Fleet(EngineClient):
             load=self._load([one.load for one in states]),
             oldest_waiting_s=max((one.oldest_waiting_s for one in states), default=0.0),
             weight_version=self._replicas.versions.current,
+            version_number=self._replicas.versions.state.number,
             memory_mode=self._replicas.memory_mode,
+            world_size=len(ready),
             is_alive=True,
             is_accepting=not self._is_draining and bool(ready),
         )
@@ -255,10 +273,6 @@ class Fleet(EngineClient):
             is_holding=self._replicas.is_holding,
         )
 
-    async def _abort(self, request_id: str | None) -> int:
-        # A request that several replicas run counts once for each.
-        return sum((await self._replicas.on_all("abort", request_id)).values())
-
     async def _pause(self, mode: PauseMode) -> None:
         # Not behind a change, which may wait for requests that are paused; a replica that joins looks at the same mode.
         self._replicas.paused = mode
@@ -281,7 +295,7 @@ class Fleet(EngineClient):
         now_s = time.monotonic()
         return FleetInfo(
             weight_version=replicas.versions.current,
-            version_number=replicas.versions.number,
+            version_number=replicas.versions.state.number,
             replicas=tuple(
                 ReplicaInfo(
                     id=one.id,
@@ -299,7 +313,6 @@ class Fleet(EngineClient):
             num_lost=replicas.num_lost,
             num_retried=requests.num_retried,
             num_split=requests.num_split,
-            samples_by_version=dict(requests.by_version),
         )
 
     async def _end(self) -> None:

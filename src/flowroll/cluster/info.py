@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -44,7 +43,6 @@ class FleetInfo:
         num_lost: The number of replicas that have ended and were, or will be, replaced.
         num_retried: The number of requests, or parts of requests, that were run again because their replica ended.
         num_split: The number of requests that were run by several replicas.
-        samples_by_version: The number of samples by the version of the weights that made them, for the newest versions.
     """
 
     weight_version: str
@@ -53,4 +51,3 @@ class FleetInfo:
     num_lost: int
     num_retried: int
     num_split: int
-    samples_by_version: Mapping[str, int]

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 import ray.exceptions
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowroll.cluster.actor import EngineActor, Outcome
 from flowroll.cluster.parcel import Parcel
@@ -41,6 +43,8 @@ _SAME_CLOCK_S = 60.0
 class Placement:
     """What one replica needs of the cluster. All of it lies on one node, since an engine starts its ranks on its own machine.
 
+    Each replica has a placement group of its own with one bundle (STRICT_PACK), which holds what all its ranks need.
+
     Attributes:
         num_cpus: The number of CPUs.
         num_gpus: The number of GPUs: one for each rank of the layout, or 0.
@@ -50,6 +54,18 @@ class Placement:
     num_cpus: float
     num_gpus: float = 0
     resources: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What it needs, by Ray's names, without what it needs nothing of."""
+        needed = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in needed.items() if amount}
+
+    def num_places(self) -> int:
+        """Returns how many replicas the living nodes of the cluster could hold, if nothing else ran there."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        bundle = self.bundle.items()
+        return sum(min((int(node.get(name, 0) // amount) for name, amount in bundle), default=1) for node in nodes)
 
 
 class ActorReplica:
@@ -77,10 +93,14 @@ class ActorReplica:
         self.node = ""
         self.started_s = time.monotonic()
         self._numbers = itertools.count()
+        self._place: PlacementGroup | None = None
+        if placement.bundle:
+            self._place = placement_group([placement.bundle], strategy="STRICT_PACK")
         kind = ray.remote(EngineActor).options(
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
             resources=dict(placement.resources) or None,
+            scheduling_strategy="DEFAULT" if self._place is None else PlacementGroupSchedulingStrategy(self._place),
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=_MAX_CALLS,
@@ -149,10 +169,13 @@ class ActorReplica:
         return status
 
     def kill(self) -> None:
-        """Ends the actor at once. Its other ranks end with it."""
+        """Ends the actor at once, and gives back its place. Its other ranks end with it."""
         self.state = "lost"
         with contextlib.suppress(Exception):
             ray.kill(self._actor, no_restart=True)
+        if self._place is not None:
+            with contextlib.suppress(Exception):
+                remove_placement_group(self._place)
 
     def _lost(self, error: BaseException) -> ReplicaLostError:
         return ReplicaLostError(f"{self.id}: {_last_line(error)}")

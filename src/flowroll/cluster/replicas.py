@@ -11,11 +11,13 @@ from typing import Any
 
 from flowroll.cluster.changes import Upload
 from flowroll.cluster.replica import ActorReplica, Placement
-from flowroll.cluster.routing import Router, VersionSequence
+from flowroll.cluster.routing import Router
 from flowroll.cluster.updates import ChangeLog, ReplicaLostError
+from flowroll.cluster.version_file import VersionFile
 from flowroll.engine.scheduler import PauseMode
 from flowroll.engine.service import EngineFacts, EngineStatus
 from flowroll.engine.weights.offload import SleepMode
+from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import EngineError, FlowrollError
 
 _log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class ReplicaSet:
         placement: What each replica needs of the cluster.
         max_staleness: The number of versions by which a replica may be behind and still be given requests; None: any.
         patience_s: The seconds for which a replica may be silent before it is replaced.
+        kept: The file that keeps the versions beyond the end of the fleet; None: they start anew with each fleet.
 
     Attributes:
         facts: The facts about the engines, once they are up.
@@ -67,11 +70,13 @@ class ReplicaSet:
         placement: Placement,
         max_staleness: int | None,
         patience_s: float,
+        kept: VersionFile | None = None,
     ) -> None:
         self._engine, self._placement, self._patience_s = dict(engine), placement, patience_s
         self._wanted, self._max_staleness = num_replicas, max_staleness
         self._numbers = itertools.count()
-        self.versions, self.log = VersionSequence(), ChangeLog()
+        self._kept = kept
+        self.versions, self.log = WeightVersions(None if kept is None else kept.restarted()), ChangeLog()
         self.uploads: dict[str, Upload] = {}
         self.changing = asyncio.Lock()
         self.there: dict[str, ActorReplica] = {}
@@ -106,9 +111,9 @@ class ReplicaSet:
             for one in self.log.changes:
                 await one.steps.stage(replica)
                 await one.steps.exchange(replica)
-            versions = self.versions
-            if versions.number:
-                await replica.call("restore_versions", versions.current, versions.highest, versions.names)
+            versions = self.versions.state
+            if versions.newest:
+                await replica.call("restore_versions", versions)
                 await self._compare(replica)
             for upload in self.uploads.values():
                 await upload.open(replica)
@@ -132,6 +137,11 @@ class ReplicaSet:
         mine, theirs = await asyncio.gather(replica.call("checksums", modules), others[0].call("checksums", modules))
         if mine != theirs:
             raise EngineError(f"{replica.id} must get the weights of {others[0].id}, got others; were files changed since?")
+
+    def keep(self, versions: VersionState) -> None:
+        """Writes versions down, before any replica has the newest one, so that its number is given to no other."""
+        if self._kept is not None:
+            self._kept.write(versions)
 
     def replace(self, unfit: Sequence[str]) -> None:
         """Ends the replicas that did not take a change, and has others take their places."""
@@ -210,6 +220,10 @@ class ReplicaSet:
     def ready(self) -> list[ActorReplica]:
         """Returns the replicas that take requests."""
         return [one for one in self.there.values() if one.state == "ready"]
+
+    def running(self) -> list[ActorReplica]:
+        """Returns the replicas that run requests, also those that take no more."""
+        return [one for one in self.there.values() if one.state in ("ready", "draining")]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

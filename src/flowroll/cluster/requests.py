@@ -19,6 +19,7 @@ from flowroll.engine.scheduler.request import cancelled, too_late
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service import RequestKind
 from flowroll.errors import (
+    CancelledRequestError,
     FlowrollError,
     OutdatedWeightsError,
     QueueFullError,
@@ -31,17 +32,38 @@ from flowroll.types import ScoreAnswer
 _NO_REPLICA_S = 300.0
 # A request that has ended so many replicas is not given to another one.
 _MAX_LOSSES = 3
-# Versions whose samples are counted; older ones are forgotten.
-_MAX_VERSIONS = 64
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Open:
+    """A request that has not ended.
+
+    Attributes:
+        id: The id that its caller gave it.
+        task: Waits for its answer.
+        has_samples: Whether it may be answered with a part of its samples.
+        is_cut: Whether it is to be, with those that are finished.
+    """
+
+    id: str
+    task: asyncio.Task[Any]
+    has_samples: bool
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """A request that is being run."""
+    """A request for samples that is being run."""
 
     plan: RequestPlan
     kind: RequestKind
     deadline_s: float | None
+    open: _Open
+
+    @property
+    def max_staleness(self) -> int | None:
+        """The number of versions by which its weights may be behind the newest."""
+        return self.plan.params.max_staleness
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +90,6 @@ class FleetRequests:
         samples: The numbers of requests for samples.
         scores: The numbers of requests to recompute log-probs.
         failures: The number of requests that ended in an error, by the error's code.
-        by_version: The number of samples by the version that made them.
         num_retried: The number of requests, or parts, that were run again because their replica ended.
         num_split: The number of requests that several replicas have run.
     """
@@ -77,7 +98,7 @@ class FleetRequests:
         self._replicas = replicas
         self.samples, self.scores = Tally(), Tally()
         self.failures: Counter[str] = Counter()
-        self.by_version: Counter[str] = Counter()
+        self._open: dict[_Open, None] = {}
         self.num_retried = self.num_split = 0
 
     async def submit(
@@ -91,46 +112,54 @@ class FleetRequests:
             timeout_s: The request fails if it has not ended after this many seconds; None: no limit.
             spans: Filled with how its time was spent.
         """
-        with self._counted(self.samples):
-            minimum = plan.params.min_weight_version
-            parts = await self._placed(len(plan.samples), plan.num_steps_taken, minimum, waits=False)
-            self.num_split += len(parts) > 1
+        with self._counted(self.samples, plan.request_id, has_samples=True) as opened:
             deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-            run = _Run(plan=plan, kind=kind, deadline_s=deadline_s)
+            run = _Run(plan=plan, kind=kind, deadline_s=deadline_s, open=opened)
+            minimum = plan.params.min_weight_version
+            parts = await self._placed(
+                len(plan.samples), plan.num_steps_taken, minimum, waits=False, max_staleness=run.max_staleness
+            )
+            self.num_split += len(parts) > 1
             answers = await _all_of([self._part(run, part, minimum, spans) for part in parts])
-            answers = await self._of_one_version(run, parts, answers, spans)
-        results = [result for answer in answers for result in answer]
-        self.by_version.update(result.weight_version for result in results)
-        while len(self.by_version) > _MAX_VERSIONS:
-            del self.by_version[next(iter(self.by_version))]
-        return results
+            by_samples = {part.samples: answer for part, answer in zip(parts, answers, strict=True)}
+            return _whole(plan, await self._of_one_version(run, by_samples, spans))
 
     async def _of_one_version(
-        self, run: _Run, parts: Sequence[Part], answers: list[list[Any]], spans: list[StageSpan]
-    ) -> list[list[Any]]:
+        self, run: _Run, answers: Mapping[range, list[Any]], spans: list[StageSpan]
+    ) -> Mapping[range, list[Any]]:
         """Runs parts again that older weights made than others of the same request: a group is of one version.
 
-        If the weights have changed once more meanwhile, one replica runs all of it, which no change can come between.
+        If the weights have changed once more meanwhile, one replica runs all of it, which no change can come between. Of a
+        request that is cut short the parts of older weights are left out.
+
+        Args:
+            run: The request.
+            answers: The answer of each part, by the places of its samples.
+            spans: Filled with how the time of the request was spent.
         """
-        if run.plan.params.policy is not None or len(set(_versions_of(answers))) == 1:
+        if run.plan.params.policy is not None or len(versions := _versions_of(answers)) <= 1:
             return answers
-        versions = _versions_of(answers)
-        newest = max(versions, key=self._replicas.versions.number_of)
-        again = [index for index, version in enumerate(versions) if version != newest]
-        found = await _all_of([self._again(run, parts[index].samples, newest, spans) for index in again])
-        for index, answer in zip(again, found, strict=True):
-            answers[index] = answer
-        if len(set(_versions_of(answers))) == 1:
+        newest = max(versions, key=self._replicas.versions.state.number_of)
+        again = [samples for samples, answer in answers.items() if answer and answer[0].weight_version != newest]
+        found = await _all_of([self._again(run, samples, newest, spans) for samples in again])
+        answers = {**answers, **dict(zip(again, found, strict=True))}
+        if len(_versions_of(answers)) <= 1:
             return answers
-        return [await self._again(run, range(len(run.plan.samples)), newest, spans)]
+        everything = range(len(run.plan.samples))
+        return {everything: await self._again(run, everything, newest, spans)}
 
     async def _again(self, run: _Run, samples: range, minimum: str | None, spans: list[StageSpan]) -> list[Any]:
+        if run.open.is_cut:
+            return []
         steps = run.plan.num_steps_taken * len(samples) // len(run.plan.samples)
-        (part,) = await self._placed(len(samples), steps, minimum, max_parts=1)
+        (part,) = await self._placed(len(samples), steps, minimum, max_parts=1, max_staleness=run.max_staleness)
         return await self._part(run, replace(part, samples=samples), minimum, spans)
 
     async def _part(self, run: _Run, part: Part, minimum: str | None, spans: list[StageSpan]) -> list[Any]:
-        """Runs samples of a request on a replica, and on another one if that ends or does not take them."""
+        """Runs samples of a request on a replica, and on another one if that ends or does not take them.
+
+        Of a request that is cut short the finished samples are returned, which may be none.
+        """
         plan = run.plan.part(part.samples)
         asked: list[FlowrollError] = []
         tried: set[str] = set()
@@ -138,6 +167,8 @@ class FleetRequests:
         while True:
             replica = self._replicas.there.get(part.replica)
             try:
+                if run.open.is_cut:
+                    raise cancelled()
                 if replica is None:
                     raise ReplicaLostError(part.replica)
                 left_s = None if run.deadline_s is None else run.deadline_s - asyncio.get_running_loop().time()
@@ -156,12 +187,19 @@ class FleetRequests:
             except (QueueFullError, ShuttingDownError, OutdatedWeightsError) as error:
                 asked.append(error)
                 tried.add(part.replica)
+            except CancelledRequestError:
+                if not run.open.is_cut:
+                    raise
             else:
                 spans[:] = _latest(spans, list(local_spans(outcome)))
                 return list(outcome.result)
             finally:
                 self._replicas.router.release(part)
-            found = await self._placed(len(part.samples), part.image_steps, minimum, max_parts=1, but=tried)
+            if run.open.is_cut:
+                return []
+            found = await self._placed(
+                len(part.samples), part.image_steps, minimum, max_parts=1, but=tried, max_staleness=run.max_staleness
+            )
             if not found:
                 raise soonest(asked)
             part = replace(found[0], samples=part.samples)
@@ -172,6 +210,7 @@ class FleetRequests:
         image_steps: int,
         minimum: str | None,
         *,
+        max_staleness: int | None = None,
         max_parts: int | None = None,
         but: Collection[str] = (),
         waits: bool = True,
@@ -182,6 +221,7 @@ class FleetRequests:
             num_samples: The number of samples.
             image_steps: Their denoising steps together.
             minimum: The version that the weights must have at least.
+            max_staleness: The number of versions by which they may be behind the newest.
             max_parts: The most parts; None: as many as there are batches.
             but: The replicas that have been asked in vain.
             waits: Whether to wait for a replica if none is there, as a request does that was taken before.
@@ -190,7 +230,9 @@ class FleetRequests:
         has_waited = False
         while True:
             try:
-                return self._replicas.router.place(num_samples, image_steps, minimum=minimum, max_parts=max_parts, but=but)
+                return self._replicas.router.place(
+                    num_samples, image_steps, minimum=minimum, max_staleness=max_staleness, max_parts=max_parts, but=but
+                )
             except OutdatedWeightsError:
                 if has_waited or not self._replicas.changing.locked():
                     raise
@@ -205,7 +247,7 @@ class FleetRequests:
 
     async def submit_scores(self, plan: ScorePlan, *, timeout_s: float | None = None, spans: list[StageSpan]) -> ScoreAnswer:
         """Recomputes log-probs on one replica; `submit` has the arguments."""
-        with self._counted(self.scores):
+        with self._counted(self.scores, plan.request_id):
             steps = sum(len(sample.steps) for sample in plan.params.samples)
             options = {"timeout_s": timeout_s}
             answer = await self.somewhere("submit_scores", (plan,), options, steps, plan.params.min_weight_version)
@@ -252,21 +294,60 @@ class FleetRequests:
                 self._replicas.router.release(found[0])
         raise RankLostError("a call must be answered by a replica, got the end of several; see their logs.")
 
+    async def abort(self, request_id: str | None, *, keep_partial: bool = False) -> int:
+        """Ends the requests with this id, or all if it is None, and returns their number, however many replicas run one."""
+        meant = [one for one in self._open if request_id in (None, one.id)]
+        for one in meant:
+            one.is_cut = keep_partial and one.has_samples
+            if not one.is_cut:
+                one.task.cancel()
+        if any(one.is_cut for one in meant):
+            # A replica that ends meanwhile has no sample to give.
+            calls = [one.call("abort", request_id, keep_partial=True) for one in self._replicas.running()]
+            await asyncio.gather(*calls, return_exceptions=True)
+        return len(meant)
+
     @contextlib.contextmanager
-    def _counted(self, tally: Tally) -> Iterator[None]:
+    def _counted(self, tally: Tally, request_id: str, *, has_samples: bool = False) -> Iterator[_Open]:
         tally.accepted += 1
+        task = asyncio.current_task()
+        assert task is not None
+        opened = _Open(id=request_id, task=task, has_samples=has_samples)
+        self._open[opened] = None
         try:
-            yield
+            yield opened
         except BaseException as error:
             tally.failed += 1
             self.failures[getattr(error, "code", cancelled().code)] += 1
             raise
+        finally:
+            del self._open[opened]
         tally.completed += 1
 
 
-def _versions_of(answers: Sequence[Sequence[Any]]) -> list[str]:
-    """Returns the version of each part's weights; a part is of one version, as any request of one engine is."""
-    return [answer[0].weight_version for answer in answers]
+def _versions_of(answers: Mapping[range, Sequence[Any]]) -> set[str]:
+    """Returns the versions of the parts' weights; a part is of one version, as any request of one engine is."""
+    return {answer[0].weight_version for answer in answers.values() if answer}
+
+
+def _whole(plan: RequestPlan, answers: Mapping[range, Sequence[Any]]) -> list[Any]:
+    """Returns the answer of a request from those of its parts, by the places of their samples.
+
+    Raises:
+        CancelledRequestError: It was cut short before a sample was finished.
+    """
+    leaves = plan.num_answers // len(plan.samples)
+    found: dict[int, Any] = {}
+    for samples, answer in answers.items():
+        left_out = answer[0].left_out if answer else ()
+        places = range(samples.start * leaves, samples.stop * leaves)
+        kept = [place for number, place in enumerate(places) if answer and number not in left_out]
+        found.update(zip(kept, answer, strict=True))
+    missing = tuple(place for place in range(plan.num_answers) if place not in found)
+    if not found:
+        raise cancelled()
+    results = [found[place] for place in sorted(found)]
+    return [replace(result, left_out=missing) for result in results] if missing else results
 
 
 async def _all_of(work: Sequence[Any]) -> list[Any]:

@@ -8,76 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from flowroll.engine.weights.versions import WeightVersions, too_stale
 from flowroll.errors import FlowrollError, OutdatedWeightsError, QueueFullError
-from flowroll.types import version_number
 
-# How many versions are remembered by name; a request that demands an older one by a name that is no number is refused.
-MAX_NAMES = 65_536
 # When a fleet without a replica that is ready is worth asking again, in seconds.
 _NONE_READY_RETRY_S = 5.0
-
-
-class VersionSequence:
-    """The versions of a fleet's weights in the order of their arrival, each with a number: 0, 1, 2, ...
-
-    A version is newer than another one if its number is higher, whatever the two are called. It is the fleet's memory of
-    versions: replicas that are replaced are told theirs.
-
-    Args:
-        first: The version that the replicas were started with.
-    """
-
-    def __init__(self, first: str = "0") -> None:
-        self._number_of = {first: 0}
-        self._highest = version_number(first) or 0
-        self.current, self.number = first, 0
-
-    def following(self, given: str | None) -> str:
-        """Returns the name of the next version: the given one, or one more than the highest number that was a name so far."""
-        return str(self._highest + 1) if given is None else given
-
-    def advance(self, name: str) -> int:
-        """Makes `name` the newest version, and returns its number."""
-        self.number += 1
-        # Moved to the end, if it comes again.
-        self._number_of.pop(name, None)
-        self._number_of[name] = self.number
-        if len(self._number_of) > MAX_NAMES:
-            del self._number_of[next(iter(self._number_of))]
-        self._highest = max(self._highest, version_number(name) or 0)
-        self.current = name
-        return self.number
-
-    def number_of(self, name: str) -> int:
-        """Returns the number of a version by its name; -1 if it is not remembered."""
-        return self._number_of.get(name, -1)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of all versions that are remembered."""
-        return frozenset(self._number_of)
-
-    @property
-    def highest(self) -> int:
-        """The highest number that was the name of a version."""
-        return self._highest
-
-    def is_enough(self, name: str, number: int, minimum: str | None) -> bool:
-        """Tells whether weights are of the version `minimum` or a later one, by the rule of a single engine.
-
-        Two names that are numbers are compared as numbers, any others by their arrival.
-
-        Args:
-            name: The name of the version of the weights.
-            number: Its number.
-            minimum: The name of the version that is demanded; None: any version will do.
-        """
-        if minimum is None or minimum == name:
-            return True
-        wanted, have = version_number(minimum), version_number(name)
-        if wanted is not None and have is not None:
-            return have >= wanted
-        return (arrived := self._number_of.get(minimum)) is not None and arrived <= number
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,7 +63,7 @@ class Router:
             given nothing until it has caught up. None: there is no bound.
     """
 
-    def __init__(self, versions: VersionSequence, *, max_batch_samples: int, max_staleness: int | None = None) -> None:
+    def __init__(self, versions: WeightVersions, *, max_batch_samples: int, max_staleness: int | None = None) -> None:
         self.versions = versions
         self._max_batch_samples, self._max_staleness = max_batch_samples, max_staleness
         self._replicas: dict[str, ReplicaLoad] = {}
@@ -161,29 +96,39 @@ class Router:
         """The replicas that take requests."""
         return tuple(self._replicas.values())
 
-    def eligible(self, minimum: str | None = None, *, but: Collection[str] = ()) -> list[ReplicaLoad]:
+    @property
+    def newest(self) -> int:
+        """The number of the newest version that a replica has, or that the fleet has had."""
+        return max([self.versions.state.newest, *(one.number for one in self._replicas.values())])
+
+    def eligible(
+        self, minimum: str | None = None, *, max_staleness: int | None = None, but: Collection[str] = ()
+    ) -> list[ReplicaLoad]:
         """Returns the replicas that may run a request, the least busy one first.
 
         Args:
             minimum: The version that the weights must have at least.
+            max_staleness: The number of versions by which they may be behind the newest, beside the fleet's own bound.
             but: The replicas that have been asked in vain.
 
         Raises:
             QueueFullError: No replica takes requests at the moment.
-            OutdatedWeightsError: The weights of all replicas are older.
+            OutdatedWeightsError: The weights of all replicas are older than the one or the other.
         """
         if not self._replicas:
             raise QueueFullError(
                 f"a replica must be ready to take requests, got none at the moment; try again in {_NONE_READY_RETRY_S:g} s.",
                 retry_after_s=_NONE_READY_RETRY_S,
             )
-        recent = [one for one in self._replicas.values() if self._is_recent(one)]
-        enough = [one for one in recent if self.versions.is_enough(one.version, one.number, minimum)]
+        best, newest = max(self._replicas.values(), key=lambda one: one.number), self.newest
+        bounds = [most for most in (self._max_staleness, max_staleness) if most is not None]
+        if bounds and newest - best.number > min(bounds):
+            raise too_stale(best.version, newest - best.number, min(bounds))
+        recent = [one for one in self._replicas.values() if not bounds or newest - one.number <= min(bounds)]
+        enough = [one for one in recent if self.versions.state.is_enough(one.version, one.number, minimum)]
         if not enough:
-            newest = max(self._replicas.values(), key=lambda one: one.number)
-            bound = minimum if recent else self.versions.current
             raise OutdatedWeightsError(
-                f"the weights must be of version {bound} or later, got {newest.version}; update them first, or ask again "
+                f"the weights must be of version {minimum} or later, got {best.version}; update them first, or ask again "
                 "later.",
                 field="min_weight_version",
             )
@@ -195,6 +140,7 @@ class Router:
         image_steps: int,
         *,
         minimum: str | None = None,
+        max_staleness: int | None = None,
         max_parts: int | None = None,
         but: Collection[str] = (),
     ) -> list[Part]:
@@ -204,6 +150,7 @@ class Router:
             num_samples: The number of samples that are started.
             image_steps: The number of denoising steps of all of them together.
             minimum: The version that the weights must have at least.
+            max_staleness: The number of versions by which they may be behind the newest.
             max_parts: The most parts; None: as many as there are batches.
             but: The replicas that have been asked in vain.
 
@@ -214,7 +161,7 @@ class Router:
             QueueFullError: No replica takes requests at the moment.
             OutdatedWeightsError: The weights of all replicas are older.
         """
-        places = self.eligible(minimum, but=but)
+        places = self.eligible(minimum, max_staleness=max_staleness, but=but)
         num_parts = min(-(-num_samples // self._max_batch_samples), len(places), max_parts or len(places))
         parts = []
         for index in range(num_parts):
@@ -235,9 +182,6 @@ class Router:
         replica.last_turn = self._turn
         replica.image_steps += image_steps
         replica.num_requests += 1
-
-    def _is_recent(self, replica: ReplicaLoad) -> bool:
-        return self._max_staleness is None or self.versions.number - replica.number <= self._max_staleness
 
 
 def soonest(errors: Iterable[FlowrollError]) -> FlowrollError:

@@ -23,6 +23,7 @@ from flowroll.checkpoints import find_checkpoint
 from flowroll.cluster.fleet import Fleet
 from flowroll.cluster.info import FleetInfo
 from flowroll.cluster.replica import Placement
+from flowroll.cluster.version_file import VersionFile
 from flowroll.cluster.weights import UpdateOrder
 from flowroll.engine.service import EngineClient
 from flowroll.errors import InvalidRequestError
@@ -54,6 +55,8 @@ class ClusterConfig:
             before all have exchanged.
         max_staleness: The number of versions by which a replica may be behind the newest weights and still be given requests;
             None: any.
+        state_dir: A folder of this fleet alone, in which it keeps the versions of its weights, so that their sequence goes on
+            when all of it is started again; None: it begins anew.
 
     Raises:
         InvalidRequestError: A value breaks its rule.
@@ -66,6 +69,7 @@ class ClusterConfig:
     threads: int | None = None
     update_order: UpdateOrder = "rolling"
     max_staleness: int | None = None
+    state_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("replicas", 1), ("cpus_per_replica", 0), ("gpus_per_replica", 0), ("threads", 1)):
@@ -129,6 +133,7 @@ def serve(
     threads: int | None = None,
     update_order: UpdateOrder = "rolling",
     max_staleness: int | None = None,
+    state_dir: str | None = None,
     **options: Any,
 ) -> Served:
     """Serves several replicas of a checkpoint at one address, on a thread of this process.
@@ -136,12 +141,13 @@ def serve(
     Args:
         model: A checkpoint folder, which every node has at the same path, or the name of a checkpoint that flowroll ships.
         replicas: The number of replicas.
-        address: The address of a Ray cluster; see `ClusterConfig`, which has the arguments up to `max_staleness`.
+        address: The address of a Ray cluster; see `ClusterConfig`, which has the arguments up to `state_dir`.
         cpus_per_replica: The CPUs of each replica.
         gpus_per_replica: The GPUs of each replica.
         threads: The CPU threads of each replica.
         update_order: "rolling" or "barrier".
         max_staleness: How many versions a replica may be behind.
+        state_dir: Where the versions of the weights are kept.
         **options: Fields of `ServerConfig`, e.g. `port=0`, `layout=Layout(sp=2)`, `weights_roots=("/data",)`.
 
     Raises:
@@ -156,6 +162,7 @@ def serve(
         threads=threads,
         update_order=update_order,
         max_staleness=max_staleness,
+        state_dir=state_dir,
     )
     return Served(ServerConfig(model=str(model), **options), cluster)
 
@@ -178,6 +185,7 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
             "allow_pickle_weights must be off for a fleet, got on: handles are of one machine's memory; push over HTTP.",
             field="allow_pickle_weights",
         )
+    kept = None if cluster.state_dir is None else VersionFile(Path(cluster.state_dir))
     with _connected(cluster):
         placement = _placement(config, cluster)
         _check_room(placement, cluster)
@@ -207,6 +215,7 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
             order=cluster.update_order,
             max_staleness=cluster.max_staleness,
             patience_s=config.rank_timeout_s,
+            kept=kept,
         ) as fleet:
             yield fleet
 
@@ -262,20 +271,16 @@ def _check_room(placement: Placement, cluster: ClusterConfig) -> None:
     Raises:
         InvalidRequestError: There are too few CPUs or GPUs.
     """
-    there = ray.cluster_resources()
-    for name, field, each in (
-        ("CPU", "cpus_per_replica", placement.num_cpus),
-        ("GPU", "gpus_per_replica", placement.num_gpus),
-    ):
-        needed, found = each * cluster.replicas, there.get(name, 0)
-        if needed <= found:
-            continue
-        message = (
-            f"{field} must leave enough for {cluster.replicas} replicas, got {each:g} each where Ray has {found:g} {name}s"
-        )
-        if cluster.address is None:
-            raise InvalidRequestError(f"{message}; start fewer replicas, or give them less.", field=field)
-        _log.warning("%s; the replicas wait until nodes join", message)
+    if (places := placement.num_places()) >= cluster.replicas:
+        return
+    field = "gpus_per_replica" if placement.num_gpus else "cpus_per_replica"
+    message = (
+        f"{field} must leave a place on a node for each of {cluster.replicas} replicas, got {placement.bundle} each, for which "
+        f"Ray's nodes have {places} places"
+    )
+    if cluster.address is None:
+        raise InvalidRequestError(f"{message}; start fewer replicas, or give them less.", field=field)
+    _log.warning("%s; the replicas wait until nodes join", message)
 
 
 def add_routes(app: FastAPI, engine: EngineClient) -> None:
@@ -311,7 +316,6 @@ class _FleetCollector(Collector):
                 if (value := getattr(one, attribute)) is not None:
                     family.add_metric([one.id, one.state], value)
             yield family
-        yield GaugeMetricFamily("flowroll_version_number", "Number of the newest version of the weights.", info.version_number)
         for name, text, value in (
             ("flowroll_lost_replicas", "Replicas that have ended and were to be replaced.", info.num_lost),
             (
@@ -322,10 +326,6 @@ class _FleetCollector(Collector):
             ("flowroll_split_requests", "Requests that several replicas have run.", info.num_split),
         ):
             yield CounterMetricFamily(name, text, value)
-        versions = CounterMetricFamily("flowroll_version_samples", "Samples by the version of the weights.", labels=["version"])
-        for version, count in info.samples_by_version.items():
-            versions.add_metric([version], count)
-        yield versions
 
     def describe(self) -> Iterable[Metric]:
         """Names nothing in advance, so that registering asks nothing of the fleet."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -25,8 +25,8 @@ from flowroll.errors import EngineError, FlowrollError, ForbiddenError, NotFound
 
 UpdateOrder: TypeAlias = Literal["rolling", "barrier"]
 _UNSHARED = (
-    "the weights of a fleet must come over HTTP, from disk or as an adapter, got {}; use /weights/begin or "
-    "/update_weights_from_disk, of which each replica gets its own copy."
+    "the weights of a fleet must come over HTTP, from disk, through a process group or as an adapter, got handles of one "
+    "machine's memory; use /weights/begin or /update_weights_from_disk, of which each replica gets its own copy."
 )
 
 
@@ -55,7 +55,7 @@ class FleetWeights:
         self, weights: Any, config: str, name: str, *, merged: bool, weight_version: str | None, mode: Any
     ) -> Any:
         """Has every replica load an adapter that came in a body."""
-        change = AdapterLoad("stage_sent_adapter", (await self._stored(weights), config, name), merged=merged, mode=mode)
+        change = AdapterLoad("stage_sent_adapter", (await self.stored(weights), config, name), merged=merged, mode=mode)
         return await self._change(change, "adapter", name, weight_version)
 
     async def unload_adapter(self, name: str, *, weight_version: str | None, mode: Any) -> Any:
@@ -95,11 +95,14 @@ class FleetWeights:
             update_id: The update that ends with the change; None: it is none.
         """
         async with self._replicas.changing:
-            change.version, number = self._replicas.versions.following(weight_version), self._replicas.versions.number + 1
-            steps = _Versioned(change, lambda replica: self._replicas.router.set_version(replica, change.version, number))
+            replicas, versions = self._replicas, self._replicas.versions
+            state = versions.advanced(versions.following(weight_version))
+            await asyncio.to_thread(replicas.keep, state)
+            change.version = state.current
+            steps = _Versioned(change, lambda replica: replicas.router.set_version(replica, state.current, state.number))
             async with self._barrier():
                 applied = await change_all(steps, self._replicas.ready())
-            self._replicas.versions.advance(change.version)
+            versions.adopt(state)
             self._replicas.log.add(Changed(kind=kind, name=name, is_whole=is_whole, steps=change))
             # Before a replica joins, which would open it again.
             if update_id is not None:
@@ -182,7 +185,7 @@ class FleetWeights:
     async def claim_bucket(self, update_id: str, heads: Any) -> None:
         """Has every replica check what a bucket will hold."""
         async with self._replicas.changing:
-            upload, bucket = self._upload(update_id), Bucket(heads)
+            upload, bucket = self.upload(update_id), Bucket(heads)
             # Whether a bucket fits depends on the module and on the buckets before it, which all replicas have alike.
             await self._replicas.each(lambda replica: upload.claim(replica, bucket))
             upload.buckets.append(bucket)
@@ -190,21 +193,33 @@ class FleetWeights:
     async def put_bucket(self, update_id: str, heads: Any, memory: Any) -> UpdateProgress:
         """Stores a bucket once, and gives it to every replica."""
         async with self._replicas.changing:
-            upload = self._upload(update_id)
+            upload = self.upload(update_id)
             bucket = next(one for one in upload.buckets if one.heads == heads and one.stored is None)
-            bucket.stored = await self._stored(memory)
+            bucket.stored = await self.stored(memory)
             try:
-                found = await self._replicas.each(lambda replica: upload.put(replica, bucket))
-            except MixedError:
-                await self._end_upload(update_id)
-                raise
+                return await self.filled(upload, lambda replica: upload.put(replica, bucket))
             except FlowrollError:
-                # All have refused it, and its tensors may come again.
+                # If all have refused it, its tensors may come again.
                 upload.buckets.remove(bucket)
                 raise
-            progress = next(iter(found.values()))
-            assert isinstance(progress, UpdateProgress)
-            return replace(progress, weight_version=self._replicas.versions.current)
+
+    async def filled(self, upload: Upload, fill: Callable[[Any], Awaitable[UpdateProgress]]) -> UpdateProgress:
+        """Has every replica take a bucket, and returns how much of the update has arrived; `changing` is held meanwhile.
+
+        Raises:
+            FlowrollError: All have refused it.
+            MixedError: Some have, and the update has ended.
+        """
+        try:
+            found = await self._replicas.each(fill)
+        except MixedError:
+            assert upload.opened is not None
+            await self._end_upload(upload.opened.update_id)
+            raise
+        if not found:
+            raise none_left(ReplicaLostError("none is ready"))
+        progress: UpdateProgress = next(iter(found.values()))
+        return replace(progress, weight_version=self._replicas.versions.current)
 
     async def drop_bucket(self, update_id: str, heads: Any) -> None:
         """Drops the claim of a bucket."""
@@ -216,7 +231,7 @@ class FleetWeights:
 
     async def commit_update(self, update_id: str, weight_version: str | None, mode: Any) -> Any:
         """Exchanges the weights of an update on all replicas, or on none."""
-        upload = self._upload(update_id)
+        upload = self.upload(update_id)
         upload.mode = mode
         try:
             return await self._change(
@@ -241,7 +256,8 @@ class FleetWeights:
         if (upload := self._replicas.uploads.pop(update_id, None)) is not None:
             await self._replicas.each(upload.abandon)
 
-    def _upload(self, update_id: str) -> Upload:
+    def upload(self, update_id: str) -> Upload:
+        """Returns an update that is under way."""
         if (upload := self._replicas.uploads.get(update_id)) is None:
             raise NotFoundError(
                 f"update_id must be of an update that is under way, got {update_id[:80]}; it was committed, aborted or dropped "
@@ -250,7 +266,7 @@ class FleetWeights:
             )
         return upload
 
-    async def _stored(self, value: Any) -> Any:
+    async def stored(self, value: Any) -> Any:
         """Stores a value once, for all replicas."""
         return await asyncio.to_thread(ray.put, pack(value))
 
@@ -258,22 +274,7 @@ class FleetWeights:
 
     async def open_sent(self, *_: Any, **options: Any) -> Any:
         """Refuses handles of tensors in one machine's memory."""
-        raise ForbiddenError(_UNSHARED.format("handles of one machine's memory"))
-
-    async def join_group(self, *_: Any, **options: Any) -> Any:
-        """Refuses process groups, of which each engine would be a member."""
-        raise ForbiddenError(_UNSHARED.format("a process group"))
-
-    async def find_group(self, name: str) -> str:
-        """Finds no group, since none was joined."""
-        raise NotFoundError(f"group_name must be of a group that was joined, got {name[:80]}; a fleet joins none.")
-
-    async def leave_group(self, name: str) -> None:
-        """Leaves no group, since none was joined."""
-        await self.find_group(name)
-
-    async def leave_groups(self) -> None:
-        """Leaves no groups, since none were joined."""
+        raise ForbiddenError(_UNSHARED)
 
 
 class _Versioned:

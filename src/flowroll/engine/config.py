@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flowroll.errors import InvalidRequestError
+from flowroll.exact import Certificate
 from flowroll.families import Defaults
 from flowroll.types import Layout
 
@@ -27,6 +28,9 @@ class Limits:
         max_images: The largest number of reference images.
         max_image_pixels: The largest height times width of a reference image, in pixels.
         max_image_bytes: The most bytes of the files of all reference images together.
+        max_hashed_bytes: The most bytes that a transformer may have for its checksum to be computed at the start and after
+            each update, which takes about a second per GiB, so that every rollout carries it. A larger one's is in the
+            rollouts once somebody has asked for it.
     """
 
     max_pixels: int = 2048 * 2048
@@ -37,6 +41,7 @@ class Limits:
     max_images: int = 16
     max_image_pixels: int = 4096 * 4096
     max_image_bytes: int = 64 * 2**20
+    max_hashed_bytes: int = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ class EngineInfo:
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code the bits depend on, by name.
         compiled: The name of the kernels that torch made of the transformer's blocks; None where they run eagerly.
+        certificate: The kernels, and what they were found to do with the shapes of this model.
     """
 
     model: str
@@ -102,6 +108,7 @@ class EngineInfo:
     max_images: int
     versions: Mapping[str, str]
     compiled: str | None = None
+    certificate: Certificate
 
 
 def resolve_device(device: str) -> torch.device:

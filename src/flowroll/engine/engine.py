@@ -46,9 +46,18 @@ from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
 from flowroll.engine.weights.store import WeightStore
-from flowroll.engine.weights.versions import Advance, WeightVersions
+from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
-from flowroll.exact import check_can_compile, is_compiled, kernels_of
+from flowroll.exact import (
+    FINDINGS,
+    Certificate,
+    cache_folder,
+    certify,
+    check_can_compile,
+    is_compiled,
+    kernels_of,
+    use_exact_kernels,
+)
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
 from flowroll.types import (
@@ -109,6 +118,8 @@ class Engine:
         rank_timeout_s: How many seconds ranks wait for each other before the engine is taken down.
         compile: Whether the transformer's blocks run compiled (`exact/compiled.py`): other kernels, exact among themselves. A
             replay needs a transformer that `replay.compile_blocks` has prepared. One rank alone, and samples run one by one.
+        cache_dir: The folder in which what is found about this machine's kernels is kept; None: that of the environment
+            variable FLOWROLL_CACHE_DIR, else `flowroll` in the user's cache.
 
     Attributes:
         info: What is loaded, and how.
@@ -117,7 +128,7 @@ class Engine:
     Raises:
         CheckpointError: The folder is not a complete checkpoint.
         UnsupportedModelError: No family supports the checkpoint.
-        InvalidRequestError: The device, dtype or layout is not available.
+        InvalidRequestError: The device, dtype or layout is not available, or ranks would have other bits than one rank.
         RankLostError: A rank ended before it was up.
     """
 
@@ -134,8 +145,12 @@ class Engine:
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
         compile: bool = False,
+        cache_dir: str | Path | None = None,
     ) -> None:
         place = resolve_device(device)
+        kernels, cache = use_exact_kernels(place), cache_folder(cache_dir)
+        FINDINGS.load(cache, kernels, place)
+        self._keep_findings = functools.partial(FINDINGS.save, cache, kernels, place)
         limits, layout, adapter_limits = limits or Limits(), layout or Layout(), adapter_limits or AdapterLimits()
         if compile:
             _check_compile(layout, place)
@@ -147,9 +162,11 @@ class Engine:
                 checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile
             )
             self._peers.serve(self._model.spec, limits)
+            certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
         except BaseException:
             self._peers.close()
             raise
+        self._keep_findings()
         self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
         versions = WeightVersions()
         self._policies = PolicyTable(self._model.adapters)
@@ -163,7 +180,12 @@ class Engine:
         self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
         self.scheduler = Scheduler(self._executor, batching or BatchLimits())
         self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
-        self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits)
+        self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate)
+        try:
+            self._weights.note_checksum(limits.max_hashed_bytes)
+        except BaseException:
+            self._peers.close()
+            raise
         if compile:
             self._compile()
 
@@ -181,7 +203,7 @@ class Engine:
         Raises:
             InvalidRequestError: A value is off the model's grid or above a limit, or the adapter is not loaded.
             AsleepError: The memory of the weights is released.
-            OutdatedWeightsError: The weights are older than the request demands.
+            OutdatedWeightsError: The weights are older than the request demands, or allows.
         """
         self.check_ready(params)
         return plan_request(params, self._open_model(), self.info.limits)
@@ -189,7 +211,7 @@ class Engine:
     def check_ready(self, params: SamplingParams) -> None:
         """Checks what can change after planning: adapters, policies, memory and version. The errors are those of `plan`."""
         self._check_weights(params.min_weight_version)
-        self._policies.record(params.policy)
+        self._work.check_recent(params)
         self._open_model().adapters.record(params.lora_name)
 
     def rollout(
@@ -399,6 +421,11 @@ class Engine:
         return self._weights.versions.current
 
     @property
+    def versions(self) -> VersionState:
+        """The version of the weights in memory, its number, and the versions before it."""
+        return self._weights.versions.state
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules of the checkpoint that have weights, e.g. "transformer", "text_encoder", "vae"."""
         return self._weights.modules
@@ -487,18 +514,18 @@ class Engine:
         self, staged: StagedWeights, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> WeightUpdate:
         """Exchanges the weights once no request runs, the second half of an update; see `update_weights_from_disk`."""
-        return self.exclusive(lambda: self._weights.commit(staged, weight_version), mode)
 
-    def restore_versions(self, current: str, highest: int, arrived: frozenset[str]) -> None:
-        """Takes over the versions of another engine, whose weights this one was given.
+        def change() -> WeightUpdate:
+            update = self._weights.commit(staged, weight_version)
+            if update.module == "transformer":
+                self._weights.note_checksum(self.info.limits.max_hashed_bytes)
+            return update
 
-        Args:
-            current: The version of the weights in memory from now on.
-            highest: The highest number that was the name of a version.
-            arrived: The names of all versions so far.
-        """
-        change = Advance(current=current, highest=highest, arrived=arrived | {current})
-        self.exclusive(lambda: self._weights.versions.adopt(change))
+        return self._exchange(change, weight_version, mode)
+
+    def restore_versions(self, state: VersionState) -> None:
+        """Takes over the versions of another engine, whose weights this one was given."""
+        self.exclusive(lambda: self._weights.versions.adopt(state))
 
     def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's whole tensors in the order of their names: of each, its name and then its bytes.
@@ -645,7 +672,7 @@ class Engine:
         self, staged: StagedAdapter, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
     ) -> AdapterChange:
         """Puts a staged adapter in place once no request runs, the second half of loading it; see `load_lora_adapter`."""
-        return self.exclusive(lambda: self._adapters.commit(staged, weight_version), mode)
+        return self._exchange(lambda: self._adapters.commit(staged, weight_version), weight_version, mode)
 
     def unload_lora_adapter(
         self, name: str, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
@@ -660,7 +687,7 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such adapter, or the version is not a valid short text.
         """
-        return self.exclusive(lambda: self._adapters.unload(name, weight_version), mode)
+        return self._exchange(lambda: self._adapters.unload(name, weight_version), weight_version, mode)
 
     # Policies
 
@@ -785,18 +812,20 @@ class Engine:
         """Calls the listener, normally on another thread, once the ranks of this engine are down."""
         self._peers.add_listener(listener)
 
-    def exclusive(self, action: Callable[[], T], mode: ExclusiveMode = "drain") -> T:
+    def exclusive(self, action: Callable[[], T], mode: ExclusiveMode = "drain", *, is_newer: bool = False) -> T:
         """Runs an action on the model while no request runs, before waiting requests are admitted.
 
         Args:
             action: The function to call, on the scheduler's thread, or directly if the caller runs in such an action itself.
             mode: What happens to running requests; see `update_weights_from_disk`.
+            is_newer: Whether weights of a newer version are in place afterwards: running requests that allow no such age
+                (`max_staleness`) then end in an `OutdatedWeightsError`.
         """
         self._check_open()
         if self.scheduler.is_in_exclusive_task:
             return action()
         self.scheduler.start()
-        result: T = self.scheduler.exclusive(action, mode=mode).result()
+        result: T = self.scheduler.exclusive(action, mode=mode, is_newer=is_newer).result()
         return result
 
     def interrupt(self) -> None:
@@ -814,6 +843,7 @@ class Engine:
             self._work.release()
             self._weights.release()
             self._offload.forget()
+            self._keep_findings()
             del self._model, self._pipeline, self._adapters, self._policy_store, self._log_probs
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -881,6 +911,9 @@ class Engine:
 
         return self.exclusive(change)
 
+    def _exchange(self, action: Callable[[], T], weight_version: str | None, mode: ExclusiveMode) -> T:
+        return self.exclusive(action, mode, is_newer=weight_version is None or weight_version != self.weight_version)
+
     def _planned(self, request: SamplingParams | RequestPlan) -> RequestPlan:
         return request if isinstance(request, RequestPlan) else self.plan(request)
 
@@ -911,6 +944,7 @@ class Engine:
             strategy=self._model.strategy.name,
             versions=self.info.versions,
             compiled=self.info.compiled,
+            certificate=self.info.certificate.name,
             weights_sha256=self._weights.known_checksum() if policy is None else None,
         )
 
@@ -925,7 +959,12 @@ class Engine:
 
 
 def _describe(
-    model: LoadedModel, checkpoint: Checkpoint, layout: Layout, limits: Limits, adapter_limits: AdapterLimits
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    limits: Limits,
+    adapter_limits: AdapterLimits,
+    certificate: Certificate,
 ) -> EngineInfo:
     return EngineInfo(
         model=str(checkpoint.folder),
@@ -944,6 +983,7 @@ def _describe(
         max_images=min(model.spec.max_images, limits.max_images),
         versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
         compiled=kernels_of(model.transformer) if is_compiled(model.transformer) else None,
+        certificate=certificate,
     )
 
 
@@ -963,9 +1003,9 @@ def _check_compile(layout: Layout, device: torch.device) -> None:
 
 
 def _parameters(model: LoadedModel, pipeline: Any) -> Iterator[Tensor]:
-    """Yields all weights of this rank."""
+    """Yields all weights of this rank, tables that are stored with them too."""
     for module in modules_of(pipeline).values():
-        yield from module.parameters()
+        yield from (*module.parameters(), *module.buffers())
     yield from model.adapters.parameters()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 
 import torch
 
@@ -11,6 +10,7 @@ from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.config import Limits
 from flowroll.engine.loading import LoadedModel, build_model, empty_module, load_processors
 from flowroll.errors import CheckpointError, FlowrollError, InvalidRequestError
+from flowroll.exact import check_shards, has_amx
 from flowroll.parallel.linears import check_columns
 from flowroll.parallel.shards import check_rows
 from flowroll.types import Layout
@@ -49,28 +49,23 @@ def outline_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
     return build_model(checkpoint, modules["transformer"], spec, device=device, dtype=dtype, mesh=None)
 
 
-# The instruction sets with AMX, which oneDNN uses unless it is held to a lower one.
-_AMX = frozenset({"", "ALL", "DEFAULT", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_2_512", "AVX10_2_512_AMX_2"})
-
-
-def _has_amx() -> bool:
-    held_to = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    return torch.cpu._is_amx_tile_supported() and held_to.upper() in _AMX
-
-
 def check_layout(outline: LoadedModel, layout: Layout, limits: Limits) -> None:
     """Refuses degrees that do not fit a model, before any weight is loaded or any rank is started.
 
     Raises:
-        InvalidRequestError: A degree does not fit; the error names the degrees that fit. Or oneDNN would choose kernels by the
-            number of rows and columns, so that ranks had other bits than one rank.
+        InvalidRequestError: A degree does not fit; the error names the degrees that fit. Or ranks would have other bits than
+            one rank: parts of the model's products, attention or means were found to have them, or oneDNN would choose kernels
+            by the number of rows and columns.
     """
-    if layout.num_ranks > 1 and outline.device.type == "cpu" and outline.dtype != torch.float32 and _has_amx():
+    # AMX is refused by its name, not only by what is measured: its kernels change at numbers of rows that nobody has listed.
+    if layout.num_ranks > 1 and outline.device.type == "cpu" and outline.dtype != torch.float32 and has_amx():
         raise InvalidRequestError(
             "dtype must be float32 for several ranks on a CPU with AMX, whose bfloat16 products of a part differ from those of "
             f"the whole, got {str(outline.dtype).removeprefix('torch.')}; set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 for the "
             "engine and for whoever replays its rollouts.",
             field="dtype",
         )
-    check_columns(outline.transformer, outline.family.parallel_plan.columns, layout.tp)
+    columns = outline.family.parallel_plan.columns
+    check_columns(outline.transformer, columns, layout.tp)
     check_rows(layout.sp, limits.max_pixels // outline.spec.pixel_unit**2)
+    check_shards(outline.transformer, layout, columns, device=outline.device, dtype=outline.dtype)

@@ -21,6 +21,7 @@ from flowroll.types import (
     Rollout,
     SamplingRecord,
     StepImages,
+    StepStamp,
     all_finite,
     env_digests,
 )
@@ -35,11 +36,15 @@ class Finished:
         sample: The sample after its last step.
         image: The picture of the sample, on the CPU; None where the request asks for no picture.
         seconds: The wall time from the sample's start to the end of its decoding, in seconds.
+        first_step: When its first step was taken, and by which weights.
+        last_step: When its last step was taken, and by which weights.
     """
 
     sample: Sample
     image: Tensor | None
     seconds: float
+    first_step: StepStamp | None
+    last_step: StepStamp | None
 
 
 def check_encoded(env: DenoisingEnv) -> None:
@@ -110,6 +115,8 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
         sampling=finished.sample.record,
         weight_version=weight_version,
         inference_time_s=finished.seconds,
+        first_step=finished.first_step,
+        last_step=finished.last_step,
     )
 
 
@@ -152,6 +159,8 @@ def as_rollout(
         provenance=maker
         if recorder is None
         else replace(maker, start_sha256=recorder.start_sha256(), noise_sha256=recorder.noise_sha256()),
+        first_step=finished.first_step,
+        last_step=finished.last_step,
     )
     _check_recorded(finished.sample.seed, rollout)
     return rollout

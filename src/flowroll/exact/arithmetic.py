@@ -5,16 +5,16 @@ Their bits depend on the kernels, which differ with the place of an element and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowroll.exact.calls import Args, Decision, Kwargs, alone_of, argument, each, is_aligned, whole
-from flowroll.exact.functions import CASTS, COPIES
+from flowroll.exact.calls import Args, Decision, Kwargs, alone_of, any_complex, argument, each, is_aligned, whole
+from flowroll.exact.functions import CASTS, COPIES, SUMS
 from flowroll.exact.layout import address
-from flowroll.exact.probe import attention_is_independent
+from flowroll.exact.probe import attention_is_independent, rows_are_independent
 from flowroll.exact.tracking import Batched, tensors_in
 from flowroll.exact.ways import Product
 
@@ -40,7 +40,7 @@ def elementwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles functions of one rounded operation per element, which have the same bits wherever the element stands."""
     if not is_aligned(trace, args[:1] if func in CASTS else args, kwargs):
         return each(trace, func, args, kwargs)
-    if "alpha" in kwargs or "rounding_mode" in kwargs or (_any_complex(args, kwargs) and func not in COPIES):
+    if "alpha" in kwargs or "rounding_mode" in kwargs or (any_complex(args, kwargs) and func not in COPIES):
         return pointwise(trace, func, args, kwargs)
     return whole(trace, func, args, kwargs)
 
@@ -51,28 +51,61 @@ def pointwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
         return each(trace, func, args, kwargs)
     alone_args, alone_kwargs, _ = alone_of(trace, func, args, kwargs)
     alone = func(*alone_args, **alone_kwargs)
-    own, full = alone.numel(), [tensor for _, tensor in tensors_in(args, kwargs) if tensor.ndim == alone.ndim]
-    in_rows = all(tensor.is_contiguous() for tensor in full) or alone.shape[-1] % _VECTORS == 0
-    on_cpu = alone.device.type == "cpu"
-    if on_cpu and not (in_rows and _in_whole_vectors(own) and _in_whole_vectors(own * trace.samples.count)):
-        return each(trace, func, args, kwargs)
-    return whole(trace, func, args, kwargs)
+    own = alone.numel()
+    keeps = keeps_vectors([tensor for _, tensor in tensors_in(args, kwargs)], alone, (own, own * trace.samples.count))
+    return (whole if keeps else each)(trace, func, args, kwargs)
+
+
+def keeps_vectors(operands: Sequence[Tensor], alone: Tensor, sizes: Iterable[int]) -> bool:
+    """Tells whether elements lie at the same places of vectors in a sample alone and in the batch.
+
+    Args:
+        operands: The tensors of the call, batched.
+        alone: The first sample's own result.
+        sizes: The numbers of elements that samples' own results and the batched one have.
+    """
+    if alone.device.type != "cpu":
+        return True
+    full = [tensor for tensor in operands if tensor.ndim == alone.ndim]
+    is_dense = all(tensor.is_contiguous() for tensor in full)
+    if is_dense and _goes_row_by_row(operands, alone):
+        return all(_in_parts_of(size, alone.shape[-1]) for size in sizes)
+    return (is_dense or alone.shape[-1] % _VECTORS == 0) and all(_in_parts_of(size, _VECTORS) for size in sizes)
+
+
+def _goes_row_by_row(operands: Sequence[Tensor], alone: Tensor) -> bool:
+    """Tells whether the innermost loop of the kernel is the last dimension alone: an operand is the same for several rows."""
+    if alone.ndim < 2 or alone.shape[-1] == 1 or alone.shape[-2] == 1:
+        return False
+    lie_in_rows = all(one.ndim >= 2 and one.shape[-1] == alone.shape[-1] and one.stride(-1) == 1 for one in operands)
+    return lie_in_rows and any(one.shape[-2] == 1 for one in operands)
 
 
 def power(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles powers: a square is one product per element, and other exponents are several operations."""
-    is_square = len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 2
-    return (elementwise if is_square else pointwise)(trace, func, args, kwargs)
+    return (elementwise if is_square(args) else pointwise)(trace, func, args, kwargs)
+
+
+def is_square(args: Args) -> bool:
+    """Tells whether the exponent is 2."""
+    return len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 2
 
 
 def inverse_root(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles rsqrt: two rounded operations, between which bfloat16 is rounded or not, depending on the element's place."""
-    is_wide = all(tensor.dtype in (torch.float32, torch.float64) for _, tensor in tensors_in(args, kwargs))
-    return (elementwise if is_wide else pointwise)(trace, func, args, kwargs)
+    return (elementwise if is_wide(args, kwargs) else pointwise)(trace, func, args, kwargs)
+
+
+def is_wide(args: Args, kwargs: Kwargs) -> bool:
+    """Tells whether all tensors have 32 bits or more for a number."""
+    return all(tensor.dtype in (torch.float32, torch.float64) for _, tensor in tensors_in(args, kwargs))
 
 
 def reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
-    """Handles reductions along the last dimension: they go row by row, unless a sample alone has a single, long row."""
+    """Handles reductions along the last dimension: they go row by row, unless a sample alone has a single, long row.
+
+    Some kernels sum a row in another order when there are few rows: of sums and means the probe tells.
+    """
     tensor = args[0]
     dim = argument(args, kwargs, 1, "dim", None)
     if isinstance(dim, (list, tuple)) and len(dim) == 1:
@@ -81,6 +114,8 @@ def reduce_rows(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     if alone is None or dim not in (-1, tensor.ndim - 1) or tensor.ndim < 2 or not tensor.is_contiguous():
         return each(trace, func, args, kwargs)
     if tensor.is_complex() or (alone.numel() == alone.shape[-1] and alone.numel() >= GRAIN):
+        return each(trace, func, args, kwargs)
+    if func in SUMS and not rows_are_independent(tensor, trace.samples.count):
         return each(trace, func, args, kwargs)
     return whole(trace, func, args, kwargs)
 
@@ -116,26 +151,27 @@ def linear(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 def attention(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles attention: plain attention without a mask runs on the whole batch if the probe finds equal bits."""
-    given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
-    operands = [given.pop(name, None) for name in ("query", "key", "value")]
-    # What a call says beyond the three operands, and what it means by default.
-    is_plain = all(value == _ATTENTION[name] for name, value in given.items() if name != "attn_mask")
+    operands, is_plain = plain_attention(args, kwargs)
     places = [trace.place(one) for one in operands if isinstance(one, Tensor)]
     aligned = [isinstance(place, Batched) and address(place.alone) == 0 for place in places]
-    if is_plain and given.get("attn_mask") is None and len(aligned) == 3 and all(aligned):
+    if is_plain and len(aligned) == 3 and all(aligned):
         query, key, value = operands
         if attention_is_independent(query, key, value, trace.samples.count):
             return whole(trace, func, args, kwargs)
     return each(trace, func, args, kwargs)
 
 
-def _any_complex(args: Args, kwargs: Kwargs) -> bool:
-    return any(tensor.is_complex() for _, tensor in tensors_in(args, kwargs))
+def plain_attention(args: Args, kwargs: Kwargs) -> tuple[list[Any], bool]:
+    """Returns query, key and value, and whether the call has no mask and says nothing beyond them but the defaults."""
+    given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
+    operands = [given.pop(name, None) for name in ("query", "key", "value")]
+    has_mask = given.pop("attn_mask", None) is not None
+    return operands, not has_mask and all(value == _ATTENTION[name] for name, value in given.items())
 
 
-def _in_whole_vectors(numel: int) -> bool:
-    """Tells whether every thread's part of so many elements ends between vectors."""
+def _in_parts_of(numel: int, unit: int) -> bool:
+    """Tells whether every thread's part of so many elements is a multiple of a unit."""
     threads = torch.get_num_threads()
     # Most kernels give a thread no less than the grain; gelu uses all threads from half of it on.
     counts = {threads, max(1, min(threads, -(-numel // GRAIN)))}
-    return numel % _VECTORS == 0 and all(-(-numel // count) % _VECTORS == 0 for count in counts)
+    return numel % unit == 0 and all(-(-numel // count) % unit == 0 for count in counts)

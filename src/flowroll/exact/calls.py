@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from flowroll.exact.functions import COPIES, ELEMENTWISE, INDEXING, POINTWISE, VIEWS, named
@@ -38,9 +39,10 @@ def each(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     alone = func(*alone_args, **alone_kwargs)
     if not has_tensor(alone):
         raise CannotMergeError(f"{named(func)} reads the samples' data")
-    way = Each(splits, layout_of(alone))
+    of_conditioning = is_conditioning(trace, args, kwargs)
+    way = Each(splits, layout_of(alone), of_conditioning)
     result = way(trace.samples, func, args, kwargs)
-    trace.put_batched(result, alone, is_conditioning(trace, args, kwargs))
+    trace.put_batched(result, alone, of_conditioning)
     return result, way
 
 
@@ -100,6 +102,21 @@ def is_conditioning(trace: Any, args: Args, kwargs: Kwargs) -> bool:
 def has_tensor(result: Any) -> bool:
     """Tells whether a result is a tensor, or holds one."""
     return isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and any(map(has_tensor, result)))
+
+
+def any_complex(args: Args, kwargs: Kwargs) -> bool:
+    """Tells whether an argument holds complex numbers."""
+    return any(tensor.is_complex() for _, tensor in tensors_in(args, kwargs))
+
+
+def numbers_in(args: Args, kwargs: Kwargs) -> set[int]:
+    """Returns the whole numbers above 1 among the arguments, and in lists among them."""
+    return {
+        number
+        for value in (*args, *kwargs.values())
+        for number in (value if isinstance(value, (list, tuple, torch.Size)) else (value,))
+        if type(number) is int and number > 1
+    }
 
 
 def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any) -> Any:

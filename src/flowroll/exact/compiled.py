@@ -21,8 +21,8 @@ from torch import nn
 
 from flowroll.errors import InvalidRequestError
 
-# What makes Inductor's kernels as independent as eager ones: roundings where eager kernels round, and no choice by measured time
-# or by the number of rows. On a CPU one thread, since the division among threads is chosen by the first shapes that are seen.
+# What makes Inductor's kernels as independent as eager ones: roundings where eager kernels round, no choice by measured
+# time or by the number of rows. On a CPU one thread, since the division among threads is chosen by the first shapes that are seen.
 _SETTINGS: Mapping[str, str | int | bool] = {
     "emulate_precision_casts": True,
     "deterministic": True,
@@ -51,9 +51,9 @@ class CompiledBlock:
 def compile_blocks(transformer: nn.Module) -> nn.Module:
     """Makes the repeated blocks of a transformer run compiled, in place; the first call of each kind compiles it.
 
-    The blocks are the members of the outermost lists of modules, as `transformer_blocks`. Every weight keeps its name. What was
-    compiled is kept on disk for the next process, in the folder that TORCHINDUCTOR_CACHE_DIR names, by default flowroll/inductor
-    in the user's cache folder.
+    The blocks are the members of the outermost lists of modules, as `transformer_blocks`. Every weight keeps its name. What
+    was compiled is kept on disk for the next process, in the folder that TORCHINDUCTOR_CACHE_DIR names, by default
+    flowroll/inductor in the user's cache folder.
 
     Args:
         transformer: A transformer of diffusers, with LoRA or without.
@@ -112,7 +112,7 @@ def kernels_of(transformer: object) -> str | None:
 
 
 def compiled_kernels(device: torch.device) -> str:
-    """Returns the name of the kernels that `compile_blocks` makes on a device: torch, its settings and, on a CPU, the compiler."""
+    """Returns the name of the kernels that `compile_blocks` makes on a device: torch, settings and, on a CPU, the compiler."""
     words = [f"compiled by torch {torch.__version__}", *(f"{name}={value}" for name, value in _SETTINGS.items())]
     return "; ".join([*words, _cpp_compiler()] if device.type == "cpu" else words)
 
@@ -151,7 +151,7 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     os.environ.setdefault(_CACHE, str(_cache_folder()))
     compiled: Callable[..., Any] = torch.compile(
         forward, fullgraph=True, dynamic=True, options=dict(_SETTINGS), recompile_limit=_MOST_COMPILATIONS
-    )
+    )  # type: ignore[call-overload]  # its stub lacks recompile_limit
     return compiled
 
 

@@ -65,7 +65,8 @@ POINTWISE = functions(
 )
 
 # Reductions, and norms, that go row by row along the last dimension.
-ROW_REDUCTIONS = functions("mean", "sum", "softmax", "log_softmax", "amax", "amin")
+SUMS = functions("mean", "sum")
+ROW_REDUCTIONS = SUMS | functions("softmax", "log_softmax", "amax", "amin")
 ROW_NORMS = functions("layer_norm", "rms_norm")
 
 # Views that keep or move dimensions; the first sample's own view tells whether the samples still come first.

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from flowroll.exact.checkpointing import remembered_blocks, saved_hooks
 from flowroll.exact.functions import WRITES, named
 from flowroll.exact.layout import CannotMergeError, same_bits, same_layout
+from flowroll.exact.padding import Padding, cut, moved, same_padded_layout
 from flowroll.exact.rules import decide
 from flowroll.exact.tracking import Batched, Own, Place, tensors_in
 from flowroll.exact.ways import Samples, Way
@@ -134,8 +135,8 @@ class Analysis(TorchFunctionMode):
             return result
 
         def follow() -> None:
-            if dim in (0, -part.ndim):
-                raise CannotMergeError("ranks have parts of the batch itself")
+            if dim in (0, -part.ndim) or place.padding is not None:
+                raise CannotMergeError("ranks have parts of the batch itself, or of padded texts")
             self.put_batched(result, result[: len(place.alone)].clone(), place.is_conditioning)
 
         self._try(follow)
@@ -179,8 +180,14 @@ class Analysis(TorchFunctionMode):
             for one in result:
                 self.put(one, place, args)
 
-    def put_batched(self, result: Any, alone: Any, is_conditioning: bool) -> None:
+    def put_batched(self, result: Any, alone: Any, is_conditioning: bool, padding: Padding | None = None) -> None:
         """Marks a result, or each of several, as batched, after comparing it with the first sample's own.
+
+        Args:
+            result: The result of the shared forward.
+            alone: The first sample's own.
+            is_conditioning: Whether it depends on nothing of a sample but its conditioning.
+            padding: Where the texts in it are padded; None: every sample's own has the same shape.
 
         Raises:
             CannotMergeError: The first sample's part differs in layout or bits from what the sample has alone.
@@ -189,11 +196,19 @@ class Analysis(TorchFunctionMode):
             for one, own in zip(result, alone, strict=True):
                 self.put_batched(one, own, is_conditioning)
         elif isinstance(result, Tensor):
-            if not same_layout(result, alone, self.samples.count):
+            own = result[: len(alone)]
+            if padding is None:
+                lies_alike = same_layout(result, alone, self.samples.count)
+            else:
+                lengths = self.samples.lengths
+                assert lengths is not None
+                lies_alike = same_padded_layout(result, alone, padding, lengths, self.samples.count)
+                own = cut(own, padding, lengths.own[0], lengths.padded)
+            if not lies_alike:
                 raise CannotMergeError(f"a result of {list(result.shape)} where a sample alone has {list(alone.shape)}")
-            if not same_bits(result[: len(alone)], alone):
+            if not same_bits(own, alone):
                 raise CannotMergeError("a result has other bits than the sample alone")
-            setattr(result, _PLACE, Batched(self.token, alone, is_conditioning))
+            setattr(result, _PLACE, Batched(self.token, alone, is_conditioning, padding))
         elif result is not None:
             raise CannotMergeError("a function of the samples' data returns no tensor")
 
@@ -202,7 +217,11 @@ class Analysis(TorchFunctionMode):
         found, place = func(tensor), self.place(tensor)
         if isinstance(found, Tensor) and place is not None:
             if isinstance(place, Batched):
-                self.put_batched(found, func(place.alone), place.is_conditioning)
+                own = func(place.alone)
+                padding, lengths = place.padding, self.samples.lengths
+                if padding is not None and lengths is not None:
+                    padding = moved(padding, found.shape, own.shape, lengths.missing)
+                self.put_batched(found, own, place.is_conditioning, padding)
             else:
                 self.put(found, place)
         return found
@@ -219,9 +238,10 @@ class Analysis(TorchFunctionMode):
             if all(isinstance(one, Tensor) and one.ndim and same_bits(value, one) for one in own):
                 # It has no batch dimension and is the same for every sample, as the weights are.
                 return
-            if not all(isinstance(one, Tensor) and same_layout(value, one, count) for one in own):
+            padding = Padding(1, 0) if self._is_padded(value, own) else None
+            if padding is None and not all(isinstance(one, Tensor) and same_layout(value, one, count) for one in own):
                 raise CannotMergeError(f"{name} is not collated along its first dimension")
-            setattr(value, _PLACE, Batched(self.token, own[0].clone(), value.ndim == 1))
+            setattr(value, _PLACE, Batched(self.token, own[0].clone(), value.ndim == 1, padding))
         elif isinstance(value, list) and any(isinstance(one, Tensor) for one in value):
             rows = len(value) // count
             if not all(len(one) == rows and isinstance(one, list) for one in own):
@@ -233,9 +253,20 @@ class Analysis(TorchFunctionMode):
         elif not isinstance(value, list) and any(one != value for one in own):
             raise CannotMergeError(f"{name} differs among the samples and is not collated")
 
+    def _is_padded(self, value: Tensor, own: Sequence[Any]) -> bool:
+        """Tells whether an input holds the samples' texts, padded behind their own rows."""
+        lengths = self.samples.lengths
+        if lengths is None or value.ndim < 2 or value.shape[1] != lengths.padded or len(value) != self.samples.count:
+            return False
+        return all(
+            isinstance(one, Tensor) and one.shape[1] == length and same_bits(row[None, :length], one)
+            for row, one, length in zip(value, own, lengths.own, strict=True)
+        )
+
     def _check_output(self, output: Any) -> None:
         if isinstance(output, Tensor):
-            if not isinstance(self.place(output), Batched):
+            place = self.place(output)
+            if not isinstance(place, Batched) or place.padding is not None:
                 raise CannotMergeError("the output is not batched")
             delattr(output, _PLACE)
             return

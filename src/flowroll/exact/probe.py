@@ -1,8 +1,9 @@
 """Finds out how products and attention of several samples may be computed together without a changed bit.
 
 Whether a product of more rows, or attention over a larger batch, has the same bits depends on shapes, dtype, thread count,
-library and device. It is not assumed but asked: the first time a shape is met, the very function is run on made-up inputs of
-that shape both ways, and the answer is kept for as long as the process lives.
+library and device. It is not assumed but asked: the very function is run on made-up inputs of that shape both ways, and the
+answer is kept (`findings`). An engine asks about its model's own shapes when it is started (`certificate`); whatever else it
+meets is asked the first time.
 
 The inputs are made so that a wrong answer shows. Every sum is of pairs that cancel exactly, in a shuffled order, so that what
 a kernel returns is its rounding error and nothing else. Another order of summation is another rounding error, in nearly every
@@ -11,8 +12,7 @@ element and in bfloat16 too, where ordinary numbers would hide it behind the rou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -21,13 +21,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from flowroll.exact.findings import FINDINGS
 from flowroll.exact.layout import ALLOCATED, parts_of
 
 # Computes a product of several samples from the inputs (samples first), the number of samples, the weight and the bias.
 Product: TypeAlias = Callable[[Tensor, int, Tensor, "Tensor | None"], Tensor]
 
-# How many shapes are remembered: more than a server meets between two restarts.
-_SHAPES = 65536
+# What a function is run in: dtype, device, number of CPU threads.
+Setting: TypeAlias = "tuple[torch.dtype, torch.device, int]"
+
 # Random inputs repeat this many rows. It is prime, so the repetition does not line up with the samples.
 _POOL = 61
 # The share of elements that must have a rounding error for an answer to count.
@@ -68,16 +70,20 @@ def product(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | Non
     return way(inputs, num_samples, weight, bias)
 
 
-@lru_cache(maxsize=_SHAPES)
+_WAYS = {way.__name__: way for way in (each, merged, stacked)}
+
+
 def _way(
-    shape: torch.Size,
-    num_samples: int,
-    weight_shape: torch.Size,
-    has_bias: bool,
-    requires_grad: bool,
-    setting: tuple[torch.dtype, torch.device, int],
+    shape: torch.Size, num_samples: int, weight_shape: torch.Size, has_bias: bool, requires_grad: bool, setting: Setting
 ) -> Product:
     """Returns the first way whose rounding errors on a product of these shapes equal those of each sample alone."""
+    question = ("product", shape, num_samples, weight_shape, has_bias, requires_grad, setting)
+    return _WAYS[FINDINGS.answer(question, _ask_way)]  # type: ignore[index]  # of this question it is a name
+
+
+def _ask_way(
+    shape: torch.Size, num_samples: int, weight_shape: torch.Size, has_bias: bool, requires_grad: bool, setting: Setting
+) -> str:
     dtype, device, _ = setting
     inputs, weight, bias = cancelling_product(shape, weight_shape, dtype, device)
     operands = (inputs, num_samples, weight.requires_grad_(requires_grad), bias if has_bias else None)
@@ -86,9 +92,8 @@ def _way(
     # Gradient checkpointing counts what is saved around it, and is not to count this.
     with saved_tensors_hooks(_itself, _itself):
         expected = each(*operands)
-        if not _tells(expected):
-            return each
-        return next((way for way in ways if torch.equal(way(*operands), expected)), each)
+        exact = (way for way in ways if tells(expected) and torch.equal(way(*operands), expected))
+        return next(exact, each).__name__
 
 
 def attention_is_independent(query: Tensor, key: Tensor, value: Tensor, num_samples: int) -> bool:
@@ -101,6 +106,21 @@ def attention_is_independent(query: Tensor, key: Tensor, value: Tensor, num_samp
     return _attends_alike(query.shape, key.shape, layouts, num_samples, setting)
 
 
+def rows_are_independent(rows: Tensor, num_samples: int) -> bool:
+    """Tells whether sums and means along the last dimension of a batch have the bits that every sample's have alone."""
+    return _reduces_alike(rows.shape, num_samples, (rows.dtype, rows.device, torch.get_num_threads()))
+
+
+def _reduces_alike(shape: torch.Size, num_samples: int, setting: Setting) -> bool:
+    return bool(FINDINGS.answer(("mean", shape, num_samples, setting), _ask_reduction))
+
+
+def _ask_reduction(shape: torch.Size, num_samples: int, setting: Setting) -> bool:
+    rows = cancelling_rows(shape, *setting[:2])
+    expected = torch.cat([part.mean(-1) for part in parts_of(rows, num_samples)])
+    return tells(expected) and torch.equal(rows.mean(-1), expected)
+
+
 def _heads_are_inside(operand: Tensor) -> bool | None:
     """Returns True if the heads lie inside every row, False if the operand is contiguous, None for other layouts."""
     if operand.ndim != 4 or operand.data_ptr() % ALLOCATED:
@@ -110,15 +130,37 @@ def _heads_are_inside(operand: Tensor) -> bool | None:
     return True if operand.transpose(1, 2).is_contiguous() else None
 
 
-@lru_cache(maxsize=_SHAPES)
 def _attends_alike(
-    shape: torch.Size,
-    key_shape: torch.Size,
-    layouts: tuple[bool | None, ...],
-    num_samples: int,
-    setting: tuple[torch.dtype, torch.device, int],
+    shape: torch.Size, key_shape: torch.Size, layouts: tuple[bool | None, ...], num_samples: int, setting: Setting
 ) -> bool:
-    dtype, device, _ = setting
+    return bool(FINDINGS.answer(("attention", shape, key_shape, layouts, num_samples, setting), _ask_attention))
+
+
+def _ask_attention(
+    shape: torch.Size, key_shape: torch.Size, layouts: tuple[bool | None, ...], num_samples: int, setting: Setting
+) -> bool:
+    for attended in telling_attention(shape, key_shape, layouts, *setting[:2]):
+        alone = [
+            F.scaled_dot_product_attention(*own) for own in zip(*(parts_of(x, num_samples) for x in attended), strict=True)
+        ]
+        expected = torch.cat(alone)
+        if not tells(expected) or not torch.equal(F.scaled_dot_product_attention(*attended), expected):
+            return False
+    return True
+
+
+def telling_attention(
+    shape: torch.Size, key_shape: torch.Size, layouts: tuple[bool | None, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Makes queries, keys and values whose attention shows the order of its sums over channels, then over keys.
+
+    Args:
+        shape: The shape of the queries [batch, heads, queries, channels].
+        key_shape: The shape of the keys and of the values.
+        layouts: For each of the three whether the heads lie inside every row.
+        dtype: The dtype of all three.
+        device: Where to make them.
+    """
     generator = torch.Generator(device).manual_seed(0)
     batch, heads, queries, channels = shape
     keys = key_shape[2]
@@ -141,14 +183,8 @@ def _attends_alike(
     cancelling = torch.cat((pairs, -pairs, pairs.new_zeros(keys % 2 * batch, heads * channels)))
     order = torch.randperm(keys, generator=generator, device=device)
     shuffled = cancelling.view(keys, batch, heads, channels)[order].transpose(0, 1)
-    for attended in ((*noisy, values), (*zeros, laid_out(_in_order(shuffled, layouts[2]), keys, layouts[2]))):
-        alone = [
-            F.scaled_dot_product_attention(*own) for own in zip(*(parts_of(x, num_samples) for x in attended), strict=True)
-        ]
-        expected = torch.cat(alone)
-        if not _tells(expected) or not torch.equal(F.scaled_dot_product_attention(*attended), expected):
-            return False
-    return True
+    yield *noisy, values
+    yield *zeros, laid_out(_in_order(shuffled, layouts[2]), keys, layouts[2])
 
 
 def _in_order(values: Tensor, heads_are_inside: bool | None) -> Tensor:
@@ -174,6 +210,16 @@ def cancelling_product(
     return inputs.contiguous().view(shape), weight.contiguous(), bias.to(dtype)
 
 
+def cancelling_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "... columns"]:
+    """Makes rows whose exact sums are zero, so that what a reduction returns is its rounding error."""
+    generator = torch.Generator(device).manual_seed(0)
+    half, rows = shape[-1] // 2, shape[:-1].numel()
+    # These are sums of plain numbers, which in bfloat16 are rounded only if their magnitudes differ very much.
+    left = _random(rows, half, generator, dtype, octaves=14)
+    order = torch.randperm(shape[-1], generator=generator, device=device)
+    return torch.cat((left, -left, left.new_zeros(rows, shape[-1] - 2 * half)), dim=1)[:, order].contiguous().view(shape)
+
+
 def _random(
     rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype, octaves: int = 5
 ) -> Float[Tensor, "rows columns"]:
@@ -184,8 +230,8 @@ def _random(
     return pool[torch.arange(rows, device=pool.device) % _POOL]
 
 
-def _tells(errors: Tensor) -> bool:
-    """Tells whether there are enough rounding errors to compare."""
+def tells(errors: Tensor) -> bool:
+    """Returns whether there are enough rounding errors to compare."""
     return bool(torch.isfinite(errors).all()) and bool((errors != 0).float().mean() >= _TELLING)
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowroll.exact import arithmetic, shapes
-from flowroll.exact.calls import Args, Decision, Kwargs, Rule, argument, each, has_tensor, whole
+from flowroll.exact import arithmetic, ragged, shapes
+from flowroll.exact.calls import Args, Decision, Kwargs, Rule, argument, each, has_tensor, numbers_in, whole
 from flowroll.exact.functions import (
     CASTS,
     COPIES,
@@ -66,6 +66,8 @@ def decide(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     if is_batched:
         if owners:
             raise CannotMergeError(f"{named(func)} takes a batch and a sample of it")
+        if any(isinstance(place, Batched) and place.padding is not None for place in places):
+            return ragged.RULES.get(func, ragged.unknown)(trace, func, args, kwargs)
         return RULES.get(func, _unknown)(trace, func, args, kwargs)
     if len(owners) == 1:
         result = func(*args, **kwargs)
@@ -117,14 +119,8 @@ def _gather(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
 
 def _unknown(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles a function without a rule: it runs per sample, unless a number argument may be the length of the batch."""
-    numbers = {
-        number
-        for value in (*args, *kwargs.values())
-        for number in (value if isinstance(value, (list, tuple, torch.Size)) else (value,))
-        if type(number) is int and number > 1
-    }
     lengths = {len(tensor) for _, tensor in tensors_in(args, kwargs) if isinstance(trace.place(tensor), Batched)}
-    if numbers & lengths:
+    if numbers_in(args, kwargs) & lengths:
         raise CannotMergeError(f"{named(func)} is given a number that may be the length of the batch")
     trace.without_rule.add(named(func))
     return each(trace, func, args, kwargs)

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from flowroll.exact.layout import CannotMergeError
+from flowroll.exact.padding import Padding
 from flowroll.exact.ways import Path
 
 
@@ -40,10 +41,12 @@ class Batched(Place):
     Attributes:
         alone: The first sample's own tensor.
         is_conditioning: Whether the tensor depends on nothing of a sample but its conditioning.
+        padding: Where the texts of the samples are padded; None: the samples' own tensors have the same shape.
     """
 
     alone: Tensor
     is_conditioning: bool
+    padding: Padding | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

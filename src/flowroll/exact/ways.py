@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowroll.exact.layout import MemoryLayout, MemoryLayouts, joined, parts_of
+from flowroll.exact.padding import Lengths
 from flowroll.exact.probe import product
 
 
@@ -26,17 +27,19 @@ class Samples:
         same_conditioning: For each sample, the index of the first sample with the same conditioning (the numbers that a sample
             has for its entries of the batch: timesteps, guidance).
         distinct: The indices of the samples that are the first with their conditioning.
+        lengths: The lengths of their texts; None: all are the same, and nothing is padded.
     """
 
     count: int
     same_conditioning: tuple[int, ...]
     distinct: tuple[int, ...]
+    lengths: Lengths | None = None
 
     @classmethod
-    def of(cls, same_conditioning: Sequence[int]) -> Samples:
+    def of(cls, same_conditioning: Sequence[int], lengths: Lengths | None = None) -> Samples:
         """Makes the samples from `same_conditioning`."""
         same = tuple(same_conditioning)
-        return cls(len(same), same, tuple(dict.fromkeys(same)))
+        return cls(len(same), same, tuple(dict.fromkeys(same)), lengths)
 
 
 # Computes a call of a shared forward: the samples, the function, its arguments; the result has every sample's own bits.
@@ -54,10 +57,12 @@ class Each:
     Attributes:
         splits: The places of the batched arguments, and the address that a sample's part has alone.
         alone: The layout of the first sample's result.
+        of_conditioning: Whether samples of the same conditioning have the same result, as in `Product`.
     """
 
     splits: tuple[Split, ...]
     alone: MemoryLayout | MemoryLayouts | None
+    of_conditioning: bool = False
 
     def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Computes the joined results."""
@@ -65,8 +70,12 @@ class Each:
             # Most functions have their batched arguments first.
             own = [parts_of(value, samples.count, at) for value, (_, at) in zip(args, self.splits, strict=False)]
             rest = args[len(own) :]
-            return _joined([func(*parts, *rest, **kwargs) for parts in zip(*own, strict=True)], self.alone)
-        columns = [(path, parts_of(_at(args, kwargs, path), samples.count, at)) for path, at in self.splits]
+            columns_ = list(zip(*own, strict=True))
+            if self.of_conditioning and len(samples.distinct) < samples.count:
+                found = {first: func(*columns_[first], *rest, **kwargs) for first in samples.distinct}
+                return _joined([found[first] for first in samples.same_conditioning], self.alone)
+            return _joined([func(*parts, *rest, **kwargs) for parts in columns_], self.alone)
+        columns = [(path, parts_of(value_at(args, kwargs, path), samples.count, at)) for path, at in self.splits]
         results = []
         for index in range(samples.count):
             own_args, own_kwargs = list(args), dict(kwargs)
@@ -135,7 +144,8 @@ class Sections:
         return found[0] if self.kind is None else self.kind(found)
 
 
-def _at(args: Sequence[Any], kwargs: Mapping[str, Any], path: Path) -> Any:
+def value_at(args: Sequence[Any], kwargs: Mapping[str, Any], path: Path) -> Any:
+    """Returns an argument, or an entry of a list among the arguments."""
     first, *rest = path
     found = kwargs[first] if isinstance(first, str) else args[first]
     for index in rest:
@@ -156,7 +166,7 @@ def put_at(args: list[Any], kwargs: dict[str, Any], path: Path, value: Any) -> N
     # Lists of tensors are one level deep; a copy, since the model owns the list.
     (index,) = rest
     assert isinstance(index, int)
-    holder = list(_at(args, kwargs, (first,)))
+    holder = list(value_at(args, kwargs, (first,)))
     holder[index] = value
     if isinstance(first, str):
         kwargs[first] = holder

@@ -387,14 +387,26 @@ class Family(ABC):
         """Runs several forwards one after the other, and returns their outputs."""
         return [self.run(transformer, one) for one in forward_inputs]
 
-    def collate_key(self, forward_input: ForwardInput, geometry: Geometry | None = None) -> Hashable:
+    def collate_key(
+        self, forward_input: ForwardInput, geometry: Geometry | None = None, *, any_length: bool = False
+    ) -> Hashable:
         """Returns a key. Forward inputs with equal keys can be collated: all tensors inside the model have the same shapes.
 
         Args:
             forward_input: The arguments of a forward.
             geometry: The geometry from which its size fields were made; None: they may be anything.
+            any_length: Whether inputs with texts of other lengths have equal keys, where texts may be padded. They can be
+                collated after `pad_text`.
         """
-        return self.conditioning.key(forward_input, geometry)
+        return self.conditioning.key(forward_input, geometry, any_length=any_length)
+
+    def num_text_rows(self, forward_input: ForwardInput) -> int:
+        """Returns the number of rows of a forward's text; 0 if the family does not let it be padded."""
+        return self.conditioning.num_text_rows(forward_input)
+
+    def pad_text(self, forward_input: ForwardInput, num_rows: int) -> ForwardInput:
+        """Returns a forward input whose text has so many rows, the last of which are zeros that attention must not see."""
+        return self.conditioning.pad_text(forward_input, num_rows)
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         """Joins several forward inputs of the same key into one, with the samples in this order."""

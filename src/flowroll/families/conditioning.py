@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowroll.families.rotary import RotaryTable
 from flowroll.types import DenoisingEnv, EnvValue
@@ -46,12 +47,15 @@ class Argument:
             are the items of a list;
             "shared": all entries have the same value, which has no batch dimension.
         padded_to: The model pads the first dimension of an entry to a multiple of this many rows.
+        may_be_padded: Whether rows may be added behind those of an entry: the model computes every row by itself, but for
+            attention. Shared forwards verify it, and keep the added rows out of attention.
         is_transposed: Whether entries of two dimensions, which are stacked, lie column by column in memory.
     """
 
     name: str
     batch: Literal["stack", "list", "shared"] = "stack"
     padded_to: int = 1
+    may_be_padded: bool = False
     is_transposed: bool = False
 
     def joined(self, entries: Sequence[Any]) -> Any:
@@ -241,14 +245,31 @@ class Conditioning:
             return [("positive",)]
         return [("positive",), ("negative",)] if self.pair is None else [self.pair]
 
-    def key(self, forward_input: ForwardInput, geometry: Hashable = None) -> Hashable:
+    def key(self, forward_input: ForwardInput, geometry: Hashable = None, *, any_length: bool = False) -> Hashable:
         """Returns a key; forward inputs with equal keys can be collated.
 
         Args:
             forward_input: The arguments of a forward.
             geometry: The geometry from which its size fields were made; None: they may be anything.
+            any_length: Whether inputs with texts of other lengths have equal keys, where texts may be padded.
         """
-        return tuple(argument.key(forward_input[argument.name], geometry) for argument in self._arguments())
+
+        def of_argument(argument: Argument) -> Hashable:
+            value = forward_input[argument.name]
+            if any_length and argument.may_be_padded:
+                return value.shape[0], *value.shape[2:]
+            return argument.key(value, geometry)
+
+        return tuple(map(of_argument, self._arguments()))
+
+    def num_text_rows(self, forward_input: ForwardInput) -> int:
+        """Returns the number of rows of a forward's text; 0 if it may not be padded."""
+        return int(forward_input[self.embeds.name].shape[1]) if self.embeds.may_be_padded else 0
+
+    def pad_text(self, forward_input: ForwardInput, num_rows: int) -> ForwardInput:
+        """Returns a forward input whose text has so many rows, the last of which are zeros."""
+        text: Tensor = forward_input[self.embeds.name]
+        return {**forward_input, self.embeds.name: pad(text, (0, 0, 0, num_rows - text.shape[1]))}
 
     def collate(self, forward_inputs: Sequence[ForwardInput]) -> ForwardInput:
         """Joins several forward inputs of the same key into one, with the samples in this order."""

@@ -38,7 +38,10 @@ class QwenImage(Family):
     conditioning: ClassVar[Conditioning] = Conditioning(
         latents=Argument(name="hidden_states"),
         fields=(
-            ConditioningField(name="encoder_hidden_states", shape=(TOKENS, "text"), is_listed_by_sglang=True),
+            # The mask says nothing of the padding of a shared forward: texts that come with one are not padded further.
+            ConditioningField(
+                name="encoder_hidden_states", shape=(TOKENS, "text"), may_be_padded=True, is_listed_by_sglang=True
+            ),
             ConditioningField(
                 name="encoder_hidden_states_mask", shape=(TOKENS,), dtype="index", is_required=False, sent_as=MASK
             ),

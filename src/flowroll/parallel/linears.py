@@ -77,7 +77,7 @@ def check_columns(transformer: nn.Module, paths: Sequence[str], degree: int) -> 
     Raises:
         InvalidRequestError: The degree does not fit; the message lists the degrees that fit.
     """
-    widths = {path: linear.out_features for path, linear in _planned(transformer, paths)}
+    widths = {path: linear.out_features for path, linear in planned_linears(transformer, paths)}
     misfits = [path for path, width in widths.items() if width % degree]
     if misfits:
         fitting = [str(n) for n in range(1, 65) if not any(width % n for width in widths.values())]
@@ -90,7 +90,7 @@ def check_columns(transformer: nn.Module, paths: Sequence[str], degree: int) -> 
 
 def shard_columns_of(transformer: nn.Module, paths: Sequence[str], mesh: Mesh) -> None:
     """Replaces the planned linear layers by `ColumnParallelLinear` without weights, which the loading of the model fills."""
-    for path, linear in _planned(transformer, paths):
+    for path, linear in planned_linears(transformer, paths):
         parent, _, name = path.rpartition(".")
         setattr(transformer.get_submodule(parent), name, ColumnParallelLinear(linear, mesh))
 
@@ -121,7 +121,8 @@ def whole_tensors(module: nn.Module, names: Collection[str] | None = None) -> It
         yield name, owner.gather_whole(tensor) if isinstance(owner, ColumnParallelLinear) else tensor
 
 
-def _planned(transformer: nn.Module, paths: Sequence[str]) -> list[tuple[str, nn.Linear]]:
+def planned_linears(transformer: nn.Module, paths: Sequence[str]) -> list[tuple[str, nn.Linear]]:
+    """Returns the linears, with their paths, whose columns a plan distributes."""
     found = [(path, module) for pattern in paths for path, module in find_modules(transformer, pattern)]
     assert all(isinstance(module, nn.Linear) for _, module in found)
     return found  # type: ignore[return-value]

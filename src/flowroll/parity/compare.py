@@ -15,7 +15,7 @@ from flowroll.types import Number, Rollout
 
 # What a rollout says about its run rather than about the sample; what a sample was drawn from is compared.
 _OF_THE_RUN = (
-    *("request_id", "weight_version", "inference_time_s", "peak_memory_mb"),
+    *("request_id", "weight_version", "inference_time_s", "peak_memory_mb", "first_step", "last_step", "left_out"),
     *(f"provenance.{name}" for name in ("layout", "strategy", "versions", "weights_sha256")),
 )
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from flowroll.exact import kernels_of
+from flowroll.exact import kernels_of, use_exact_kernels
 from flowroll.families import Output, StepInput, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.replay.sources import Place, Source, grid_fault, kernels_that_made
@@ -176,7 +176,7 @@ class Diagnosis:
         shown = f"the velocity of step {step} is off by {errors[step]:.1e} of its norm"
         if errors[step] < self._rounding:
             words = "other kernels (thread count, library versions), or weights that have hardly moved"
-            return Cause("kernels", f"{words}: {shown}")
+            return Cause("kernels", f"{words}: {shown}{self._other_kernels()}")
         if source.recipe.guidances[step].is_active and (cause := self._guidance(step, debug.model_output[step])):
             return cause
         if self.encode is not None and self.encode(source.rollout) is not None:
@@ -185,6 +185,12 @@ class Diagnosis:
             # An altered env would have been found before.
             return Cause("weights", f"other weights: {shown}, and the env is the one that the rollout was made with")
         return Cause("weights", f"other weights (or another prompt's env, which only the text encoder can tell): {shown}")
+
+    def _other_kernels(self) -> str:
+        made, own = self.source.rollout.provenance, use_exact_kernels(self.place.device).name
+        if made is None or made.certificate in (None, own):
+            return ""
+        return f"; the engine's kernels have the certificate {made.certificate}, those of this process {own}"
 
     def _guidance(self, step: int, recorded: Tensor) -> Cause | None:
         """Finds whether another scale, or the prompt's branch alone, gives the recorded velocity of a step."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowroll.errors import InvalidRequestError
-from flowroll.exact import EAGER, kernels_of
+from flowroll.exact import EAGER, kernels_of, use_exact_kernels
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
 from flowroll.families.recipe import dtype_named
@@ -102,7 +102,7 @@ def place_of(
     dtype: torch.dtype | None,
     autocast: str = "refuse",
 ) -> Place:
-    """Resolves device and dtype once.
+    """Resolves device and dtype once, and puts torch's settings to the kernels that the engine computes with.
 
     Raises:
         InvalidRequestError: No dtype is given, and the module's forward has another one than the rollouts record.
@@ -112,6 +112,7 @@ def place_of(
     if device is None:
         device = next((weight.device for weight in module.parameters()), "cpu") if module else "cpu"
     place = Place(device=torch.device(device), dtype=dtype, autocast=autocast)
+    use_exact_kernels(place.device)
     dtypes = forward_dtypes(module) if module else set()
     if autocast == "measure" and place.is_autocast:
         dtypes.add(torch.get_autocast_dtype(place.device.type))

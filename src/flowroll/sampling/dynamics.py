@@ -12,6 +12,7 @@ from torch import Tensor
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling import cps, dance, ddim_flow, dpmpp2m, flow_sde, ode, transition
 from flowroll.sampling.base import Dynamics, StepRule
+from flowroll.sampling.schedule import MAX_SIGMA
 from flowroll.sampling.transition import ODE, Transition
 
 DYNAMICS: Mapping[str, Dynamics] = {
@@ -127,7 +128,7 @@ def check_sigmas(sigmas: Float[Tensor, " states"], rules: Mapping[int, StepRule]
         if _is_plain(chosen, rule.noise_level):
             continue
         problem: tuple[str, str] | None = None
-        if not 0 <= values[step + 1] < values[step] <= 1:
+        if not 0 <= values[step + 1] < values[step] <= (1 if step else MAX_SIGMA):
             problem = "decrease at every step, from at most 1 to 0", "correct that value"
         elif chosen.sigma_problem is not None:
             problem = chosen.sigma_problem(values, step)

@@ -90,3 +90,10 @@ def initial_noise(
     """
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
+
+
+def moved(drawn: Float[Tensor, " ..."], device: torch.device) -> Float[Tensor, " ..."]:
+    """Moves noise to a device; the host does not wait until it has arrived on a GPU, for which it must lie in pinned memory."""
+    if drawn.device.type == "cpu" and device.type == "cuda":
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)

@@ -29,8 +29,8 @@ _UNSUPPORTED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"
 _MAX_NUMBER = 1e6
 # The exponential of this shift is finite in float64 and infinite in float32.
 _MAX_EXPONENT = 700.0
-# The shift rounds a first sigma of 1 to one of its neighbors.
-_ABOUT_1 = 1 + 1e-6
+# The largest first sigma: the shift rounds one of 1 to one of its neighbors.
+MAX_SIGMA = 1 + 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +200,7 @@ def shifted_schedule(
     grid = torch.cat([sigmas, torch.zeros(1)])
     levels = grid.tolist()
     # The comparison is written so that NaN is refused.
-    if not (levels[0] <= _ABOUT_1 and all(later < earlier for earlier, later in itertools.pairwise(levels))):
+    if not (levels[0] <= MAX_SIGMA and all(later < earlier for earlier, later in itertools.pairwise(levels))):
         raise InvalidRequestError(
             f"sigmas must descend from at most 1 to 0, got {_shown(levels)} from the checkpoint's scheduler at "
             f"{num_tokens} image tokens; send explicit sigmas, or ask for another size.",

@@ -116,6 +116,7 @@ class ServerConfig:
     grace_s: int | float = 5.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
+    cache_dir: str | None = None
     viewer: str | None = None
     otlp_endpoint: str | None = None
 

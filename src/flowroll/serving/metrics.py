@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
@@ -15,10 +15,12 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
 from flowroll.engine.service import EngineStatus, RequestKind
 from flowroll.serving.unsent import AnswerMemory
-from flowroll.types import Number
+from flowroll.types import GeneratedImage, Number, Rollout
 
 # From a probe's milliseconds to a group of large images.
 _SECONDS_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+# Versions of the weights whose samples are counted; older ones are forgotten.
+_MAX_VERSIONS = 64
 _OCCUPANCY_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, math.inf)
 
 
@@ -62,6 +64,8 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("flowroll_open_score_requests", "Of these, those that wait or are scored.", scores.pending)
         yield _counter("flowroll_ended_score_requests", "Of these, those that ended.", "outcome", _ended(scores))
         yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", {"version": status.weight_version})
+        text = "Number of this version in the sequence of all versions."
+        yield GaugeMetricFamily("flowroll_version_number", text, status.version_number)
 
 
 def _counter(name: str, text: str, label: str, counts: Iterable[tuple[str, Number]]) -> Metric:
@@ -116,6 +120,8 @@ class Metrics:
         )
         self.response_bytes = counter("response_bytes", "Bytes of answer bodies.", "route")
         self.samples = counter("samples", "Finished samples.", "kind")
+        self.version_samples = counter("version_samples", "Finished samples, by the version of the weights.", "version")
+        self._versions: dict[str, None] = {}
         self.denoising_steps = counter("denoising_steps", "Steps of finished samples.", "kind")
         self.sde_steps = counter("sde_steps", "Stochastic steps of finished samples.")
         self.weight_updates = counter("weight_updates", "Updates of weights and adapters.", "outcome")
@@ -156,10 +162,19 @@ class Metrics:
             if span.stage in self._collector.answer_s:
                 self._collector.answer_s[span.stage] += span.seconds
 
-    def observe_result(self, plan: RequestPlan, kind: RequestKind) -> None:
-        """Counts the samples of a request that ended in a result."""
-        self.samples.labels(kind).inc(plan.num_answers)
-        self.denoising_steps.labels(kind).inc(plan.num_steps_taken)
+    def observe_result(self, plan: RequestPlan, kind: RequestKind, results: Sequence[Rollout | GeneratedImage]) -> None:
+        """Counts the samples of a request that ended in a result; of a part of its samples, their share of its steps."""
+        share = len(results) / plan.num_answers
+        self.samples.labels(kind).inc(len(results))
+        self.denoising_steps.labels(kind).inc(round(share * plan.num_steps_taken))
         chosen = plan.transitions or ()
         # At a fork each child draws its own noise.
-        self.sde_steps.inc(sum(plan.num_nodes(step + 1) for step in plan.steps if chosen and chosen[step].is_stochastic))
+        drawn = sum(plan.num_nodes(step + 1) for step in plan.steps if chosen and chosen[step].is_stochastic)
+        self.sde_steps.inc(round(share * drawn))
+        for result in results:
+            self._versions[result.weight_version] = None
+            self.version_samples.labels(result.weight_version).inc()
+        while len(self._versions) > _MAX_VERSIONS:
+            oldest = next(iter(self._versions))
+            del self._versions[oldest]
+            self.version_samples.remove(oldest)

@@ -114,7 +114,7 @@ class AppState:
             results: list[Any] = await while_connected(request, accepted, self.engine.cancel)
         finally:
             context_of(request).spans += accepted.spans
-        self.metrics.observe_result(plan, kind)
+        self.metrics.observe_result(plan, kind, results)
         return results
 
     async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:

@@ -37,7 +37,7 @@ from flowroll.types.params import (
     by_field_name,
 )
 from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord
-from flowroll.types.provenance import Provenance
+from flowroll.types.provenance import Provenance, StepStamp
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -105,6 +105,7 @@ __all__ = [
     "StepField",
     "StepImages",
     "StepOptions",
+    "StepStamp",
     "StepTensors",
     "Trajectory",
     "WeightUpdate",

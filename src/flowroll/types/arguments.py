@@ -69,6 +69,7 @@ class ImageFields(TypedDict, total=False):
     suppress_logs: bool
     request_id: str | None
     min_weight_version: str | None
+    max_staleness: Integer | None
     policy: str | None
     lora_name: str | None
 

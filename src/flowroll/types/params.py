@@ -190,6 +190,9 @@ class SamplingParams:
         suppress_logs: Do not log this request.
         request_id: 1 to 256 characters, echoed; None: the engine makes one.
         min_weight_version: Refuse weights that are older than this version. Numbers compare as numbers, names by arrival.
+        max_staleness: The number of versions by which the weights may be behind the newest ones, counted in the sequence of all
+            versions. Older ones refuse the request, and a running sample is ended as soon as newer weights are ready and wait
+            for it that would make it older than that. None: any age.
         policy: The policy to run with, beside which no adapter is named; also the name of an adapter. None or "default": the
             weights that the engine was last given.
         lora_name: The loaded adapter to run with. None: the one that a trainer has pushed in SGLang's
@@ -247,6 +250,7 @@ class SamplingParams:
     suppress_logs: bool = False
     request_id: str | None = None
     min_weight_version: str | None = None
+    max_staleness: int | None = None
     policy: str | None = None
     lora_name: str | None = None
 
@@ -370,6 +374,9 @@ class SamplingParams:
         for name in ("width", "height", "num_inference_steps", "num_outputs_per_prompt"):
             value = getattr(self, name)
             _require(value is None or (_is_int(value) and value >= 1), name, "be an integer >= 1", value, "use 1 or more")
+        most = self.max_staleness
+        ok = most is None or (_is_int(most) and most >= 0)
+        _require(ok, "max_staleness", "be an integer >= 0", most, "use 0 for the newest weights alone")
         self._check_guidance_scales()
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)

@@ -21,7 +21,7 @@ from flowroll.types.images import ReferenceImage
 from flowroll.types.params import ImageFormat, Number, SdeType
 from flowroll.types.pictures import encode_png, pil_image
 from flowroll.types.policies import PolicyRecord
-from flowroll.types.provenance import Provenance
+from flowroll.types.provenance import Provenance, StepStamp
 from flowroll.types.shown import Shown, rollout_html, rollout_png, rollout_text, with_tensors
 
 if TYPE_CHECKING:
@@ -294,6 +294,11 @@ class Rollout:
         inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
         peak_memory_mb: Peak memory of the engine's process so far (on CUDA: of this request), MiB.
         provenance: What proves where it comes from; None in files from before this field.
+        first_step: When its first step was taken, and by which weights; that of the sample that it descends from, for a leaf of
+            a tree. None in files from before this field, and so is the next.
+        last_step: When its last step was taken, and by which weights.
+        left_out: The places of the request's samples, in the order of the seeds, that an abort with `keep_partial` left out of
+            the answer; empty for a whole answer.
     """
 
     request_id: str
@@ -313,6 +318,9 @@ class Rollout:
     inference_time_s: Number
     peak_memory_mb: Number
     provenance: Provenance | None = None
+    first_step: StepStamp | None = None
+    last_step: StepStamp | None = None
+    left_out: tuple[int, ...] = ()
 
     # Or `__getitem__` would make a sequence of it, which ends at an error.
     __iter__ = None
@@ -390,6 +398,9 @@ class GeneratedImage(Shown):
         sampling: The record of how the sample was made.
         weight_version: Version of the weights that made the sample.
         inference_time_s: Wall time of this sample's denoising loop and decode, seconds.
+        first_step: As of a `Rollout`, and so are the next two.
+        last_step: When its last step was taken, and by which weights.
+        left_out: The places of the request's samples that the answer lacks.
     """
 
     request_id: str
@@ -400,6 +411,9 @@ class GeneratedImage(Shown):
     sampling: SamplingRecord
     weight_version: str
     inference_time_s: Number
+    first_step: StepStamp | None = None
+    last_step: StepStamp | None = None
+    left_out: tuple[int, ...] = ()
 
     def pil(self) -> Image:
         """Returns the picture as Pillow has pictures.

@@ -21,15 +21,18 @@ class AbortRequest(Request, kw_only=True, frozen=True):
         request_id: Id of the request to abort.
         rid: Another name of `request_id`, as SGLang's clients send it; an empty text means none.
         abort_all: Whether every request is aborted.
+        keep_partial: Whether a request of which samples are finished is answered with these, in place of 499. Each sample's
+            left_out then says which others are missing.
     """
 
-    EXAMPLES = ({"request_id": "step-12-prompt-3"}, {"abort_all": True})
+    EXAMPLES = ({"request_id": "step-12-prompt-3"}, {"abort_all": True}, {"abort_all": True, "keep_partial": True})
 
     request_id: fields.RequestId = None
     rid: Annotated[
         Annotated[str, Meta(max_length=MAX_REQUEST_ID_CHARS)] | None, about("step-12-prompt-3", "send the request's id")
     ] = None
     abort_all: Annotated[bool, about(True, "leave it out to abort one id")] = False
+    keep_partial: Annotated[bool, about(True, "leave it out to drop what is finished")] = False
 
     def check(self, sent: Mapping[str, Any]) -> None:
         """Refuses anything but one id or `abort_all`."""
@@ -127,7 +130,7 @@ class ErrorBody:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortedObject:
-    """What was aborted. Each of these requests ends with status 499.
+    """What was aborted. Each of these requests ends with status 499, or with its finished samples (keep_partial).
 
     Attributes:
         num_aborted: Number of requests that waited or ran under this id.

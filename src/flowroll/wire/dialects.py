@@ -76,6 +76,9 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
         inference_time_s=rollout.inference_time_s,
         peak_memory_mb=rollout.peak_memory_mb,
         provenance=rollout.provenance,
+        first_step=rollout.first_step,
+        last_step=rollout.last_step,
+        left_out=rollout.left_out,
     )
 
 
@@ -114,6 +117,9 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
         inference_time_s=sample.inference_time_s,
         peak_memory_mb=sample.peak_memory_mb,
         provenance=sample.provenance,
+        first_step=sample.first_step,
+        last_step=sample.last_step,
+        left_out=sample.left_out,
     )
 
 
@@ -128,6 +134,9 @@ def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
         weight_version=image.weight_version,
         sampling=image.sampling,
         inference_time_s=image.inference_time_s,
+        first_step=image.first_step,
+        last_step=image.last_step,
+        left_out=image.left_out,
     )
 
 
@@ -147,6 +156,9 @@ def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> 
         sampling=sample.sampling,
         weight_version=sample.weight_version,
         inference_time_s=sample.inference_time_s,
+        first_step=sample.first_step,
+        last_step=sample.last_step,
+        left_out=sample.left_out,
     )
 
 

@@ -23,6 +23,7 @@ from flowroll.types import (
     Provenance,
     SamplingRecord,
     StepField,
+    StepStamp,
 )
 from flowroll.wire.describe import REF
 
@@ -152,6 +153,10 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
         step_tensors: The fields of steps that return_fields asks for.
         step_images: The pictures that decode_step_indices asks for.
         provenance: What proves where the sample comes from: digests of its start and its noise, and the engine that made it.
+        first_step: When the sample's first step was taken, and by which weights.
+        last_step: When its last step was taken, and by which weights.
+        left_out: The places of the request's samples, in the order of the seeds, that an abort with keep_partial left out of
+            the answer; empty for a whole answer.
     """
 
     request_id: str
@@ -171,6 +176,9 @@ class WireSample(msgspec.Struct, Generic[Leaf], frozen=True):
     step_tensors: WireStepTensors[Leaf] | None = None
     step_images: WireStepImages[Leaf] | None = None
     provenance: Provenance | None = None
+    first_step: StepStamp | None = None
+    last_step: StepStamp | None = None
+    left_out: tuple[int, ...] = ()
 
 
 class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
@@ -185,6 +193,9 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
         weight_version: Version of the weights that made the image.
         sampling: The record of how the image was made.
         inference_time_s: Wall time of the image's denoising and decode, seconds.
+        first_step: When the image's first step was taken, and by which weights.
+        last_step: When its last step was taken, and by which weights.
+        left_out: The places of the request's images that an abort with keep_partial left out; empty for a whole answer.
     """
 
     request_id: str
@@ -195,6 +206,9 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
     weight_version: str
     sampling: SamplingRecord
     inference_time_s: Number
+    first_step: StepStamp | None = None
+    last_step: StepStamp | None = None
+    left_out: tuple[int, ...] = ()
 
 
 class SentEnv(WireEnv[Leaf], Generic[Leaf], frozen=True, forbid_unknown_fields=True):

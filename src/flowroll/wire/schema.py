@@ -160,6 +160,7 @@ class _GenerateFields(_SamplingRequest, kw_only=True, frozen=True):
     suppress_logs: fields.Flag = False
     request_id: fields.RequestId = None
     min_weight_version: Annotated[fields.VersionText | None, about("120", "leave it out for any version")] = None
+    max_staleness: Annotated[_Step | None, about(1, "use 0 for the newest weights alone", "be null or an integer >= 0")] = None
     policy: Annotated[_LoraName | None, about("old", "leave it out for the weights as they are")] = None
     lora_name: Annotated[_LoraName | None, about("step-120", "leave it out for the model as it is")] = None
 

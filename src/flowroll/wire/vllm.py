@@ -61,6 +61,9 @@ class InitInfo(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, om
         rank_offset: The rank of this server; the trainer has rank 0.
         world_size: The trainer and its servers, each of which counts as one, as /get_world_size says.
         backend: gloo carries tensors on the CPU, nccl on GPUs.
+        packed: false: tensors are broadcast one by one. Newer releases of vLLM say it here, older ones in each update.
+        packed_buffer_size_bytes: Without a meaning where nothing is packed.
+        packed_num_buffers: Without a meaning where nothing is packed.
     """
 
     master_address: Annotated[str, Meta(min_length=1, max_length=255)]
@@ -68,6 +71,9 @@ class InitInfo(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, om
     rank_offset: Annotated[int, Meta(ge=1, le=4096)]
     world_size: Annotated[int, Meta(ge=2, le=4096)]
     backend: Literal["nccl", "gloo"] = "nccl"
+    packed: bool = False
+    packed_buffer_size_bytes: int | None = None
+    packed_num_buffers: int | None = None
 
 
 class InitTransferRequest(Request, kw_only=True, frozen=True):
@@ -89,14 +95,20 @@ class InitTransferRequest(Request, kw_only=True, frozen=True):
     ]
 
     def check(self, sent: Mapping[str, Any]) -> None:
-        """Refuses a rank that the group does not have."""
+        """Refuses a rank that the group does not have, and tensors that would be read as other bytes than were sent."""
         info = self.init_info
+        _check_unpacked(info.packed, "init_info.packed")
         if info.rank_offset >= info.world_size:
             raise InvalidRequestError(
                 f"init_info.rank_offset must be below world_size, got {info.rank_offset} of {info.world_size}; number servers "
                 "from 1.",
                 field="init_info.rank_offset",
             )
+
+
+def _check_unpacked(packed: bool, field: str) -> None:
+    if packed:
+        raise InvalidRequestError(f"{field} must be false, got true; broadcast the tensors one by one.", field=field)
 
 
 class StartUpdateRequest(Request, kw_only=True, frozen=True):
@@ -151,10 +163,7 @@ class UpdateWeightsRequest(Request, kw_only=True, frozen=True):
 
     def check(self, sent: Mapping[str, Any]) -> None:
         """Refuses what would be read as other bytes than were sent."""
-        if self.update_info.packed:
-            raise InvalidRequestError(
-                "update_info.packed must be false, got true; broadcast the tensors one by one.", field="update_info.packed"
-            )
+        _check_unpacked(self.update_info.packed, "update_info.packed")
 
 
 class FinishUpdateRequest(Request, kw_only=True, frozen=True):

@@ -89,6 +89,7 @@ def test_a_jsonl_line_may_give_every_field(write):
         "suppress_logs": True,
         "request_id": "mine",
         "min_weight_version": "7",
+        "max_staleness": 1,
         "policy": "default",
         "lora_name": "old",
     }

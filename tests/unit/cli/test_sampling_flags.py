@@ -59,6 +59,7 @@ ALL_FLAGS = {
     "suppress_logs": (["--suppress-logs"], True),
     "request_id": (["--request-id", "mine"], "mine"),
     "min_weight_version": (["--min-weight-version", "7"], "7"),
+    "max_staleness": (["--max-staleness", "1"], 1),
     "policy": (["--policy", "old"], "old"),
     "lora_name": (["--lora-name", "old"], "old"),
 }
@@ -167,7 +168,7 @@ def test_left_out_fields_have_no_flag_under_either_name():
 def test_every_flag_is_explained_by_the_fields_own_docstring(command):
     result = run_cli(command, "--help")
     text = " ".join(result.stdout.split())
-    own = {"min_weight_version", "lora_name"}
+    own = {"min_weight_version", "max_staleness", "lora_name"}
     without = {"generate": {*own, "policy"}, "rollout": {*own, "prompt", "request_id"}}[command]
     names = [name for name in FIELDS if name not in without]
     for name in names:

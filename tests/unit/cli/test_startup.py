@@ -59,14 +59,28 @@ def test_serve_refuses_a_path_that_is_no_checkpoint_before_it_imports_torch(fold
     ("words", "message"),
     [
         (("generate", "nowhere", "--prompt", "x"), NO_CHECKPOINT + "such folder"),
-        (("generate", "shapes-z_image", "--prompt", "x", "--seed", "-1"), "seed must be >= 0"),
+        pytest.param(
+            ("generate", "shapes-z_image", "--prompt", "x", "--seed", "-1"), "seed must be >= 0", marks=pytest.mark.slow
+        ),
         (("verify", "--model", "nowhere", "FILE"), NO_CHECKPOINT + "such folder"),
-        (("verify", "--model", "shapes-z_image", "none.safetensors"), "path must be a readable rollout file"),
-        (("parity", "shapes-z_image", "--size", "x"), "size must be WIDTHxHEIGHT"),
-        (("make-checkpoint", "sdxl", "out"), "family must be one of"),
-        (("make-checkpoint", "z_image", "."), "directory must be new or empty, got . with files in it"),
+        pytest.param(
+            ("verify", "--model", "shapes-z_image", "none.safetensors"),
+            "path must be a readable rollout file",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("parity", "shapes-z_image", "--size", "x"), "size must be WIDTHxHEIGHT", marks=pytest.mark.slow),
+        pytest.param(("make-checkpoint", "sdxl", "out"), "family must be one of", marks=pytest.mark.slow),
+        pytest.param(
+            ("make-checkpoint", "z_image", "."),
+            "directory must be new or empty, got . with files in it",
+            marks=pytest.mark.slow,
+        ),
         (("bench", "serve", "--prompts", __file__, "--rate", "1", "--json", "none/x.json"), "--json must lie in a folder"),
-        (("rollout", "--prompts", __file__, "--out", "out", "--noise-level", "99"), "noise_level must be 0 or from"),
+        pytest.param(
+            ("rollout", "--prompts", __file__, "--out", "out", "--noise-level", "99"),
+            "noise_level must be 0 or from",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mistake_is_found_before_the_libraries_are_imported(words, message, file, tmp_path, monkeypatch):

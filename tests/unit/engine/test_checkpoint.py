@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.errors import CheckpointError, FlowrollError, InvalidRequestError, UnsupportedModelError
+from flowroll.families import FAMILIES
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -79,6 +80,24 @@ def test_a_spoilt_checkpoint_is_named(
     with pytest.raises(error, match=words) as caught:
         Engine(folder)
     assert "; " in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_component_that_a_family_needs_is_missed_by_its_name(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whether the index does not name it or its folder is missing, and before anything is loaded."""
+    kind, index = FAMILIES[family], json.loads((checkpoints[family] / "model_index.json").read_text())
+    texts = [name for name in (*kind.text_encoders, *kind.tokenizers) if name not in kind.optional_components]
+    for place, name in enumerate((*texts, "transformer", "vae", "scheduler")):
+        folder = tmp_path / str(place)
+        shutil.copytree(checkpoints[family], folder, ignore=shutil.ignore_patterns(name))
+        with pytest.raises(CheckpointError, match=f"must hold a folder {name}, got none"):
+            examine_checkpoint(folder, variant=None)
+    for name in texts:
+        edit_json(folder / "model_index.json", **{**index, name: [None, None]})
+        with pytest.raises(CheckpointError, match=f"must name the class of {name}, got none"):
+            examine_checkpoint(folder, variant=None)
 
 
 def test_a_missing_shard_is_named(z_image_checkpoint: Path, tmp_path: Path) -> None:

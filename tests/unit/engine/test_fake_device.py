@@ -1,7 +1,6 @@
-"""Device handling of the runner, on every machine: two steps of a real model on a fake CUDA device, see `tests.fake_device`.
+"""Device handling of the runner for every family: two steps of a tiny model on a fake CUDA device, see `benchmarks.rehearsal`.
 
-What a fake device cannot do has a stand-in there: events and streams, generators on the device, and the comparisons of bits
-that `Merged` makes. Text embeddings are random numbers, since the text encoders look at their masks.
+Three families are rehearsed at real width in `tests/benchmarks/test_rehearsal.py`. Here text embeddings are random numbers.
 """
 
 import contextlib
@@ -12,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests import fake_device
-from tests.fake_device import CUDA, DeviceFaultError
+from benchmarks.rehearsal.device import CUDA, NoFakeDeviceError, fake_cuda, stand_in_for_bits, stand_ins
+from benchmarks.rehearsal.meter import STEP, DeviceFaultError, Meter
 from tests.guiding import in_words_of
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from flowroll import DenoisingEnv, SamplingParams
@@ -40,11 +39,11 @@ NAMES = list(FAMILIES)
 DTYPE = torch.bfloat16
 REQUEST = {"prompt": "", "height": 64, "width": 64, "seeds": (1, 2), "num_inference_steps": 2}
 EVALUATION = {**REQUEST, "rollout": False}
-# A stochastic step, then one of the ODE.
+# A step of the ODE, then a stochastic one: at the first step the host may wait.
 ROLLOUT = {
     **REQUEST,
     "rollout_sde_type": "sde",
-    "rollout_sde_step_indices": (0,),
+    "rollout_sde_step_indices": (1,),
     "rollout_debug_mode": True,
     "rollout_return_dit_trajectory": True,
 }
@@ -55,8 +54,9 @@ StepsOf = Callable[..., "Steps"]
 class Steps:
     """A runner with the two samples of one request on the fake device."""
 
-    def __init__(self, model: LoadedModel, plan: RequestPlan) -> None:
+    def __init__(self, model: LoadedModel, plan: RequestPlan, meter: Meter) -> None:
         self.compared: list[torch.device] = []
+        self._meter, self._stage = meter, "first step"
         self.runner = ModelRunner(model, self._compare)
         self.conditioning = make_conditioning(model, plan)
         self.runner.use_threads(torch.get_num_threads())
@@ -68,7 +68,9 @@ class Steps:
 
     def take(self) -> None:
         """Takes one step of both samples; an error in a sample's own step is raised."""
-        outcome = self.runner.step(list(self.samples))
+        with self._meter.during(self._stage):
+            outcome = self.runner.step(list(self.samples))
+        self._stage = STEP
         for failure in outcome.failures.values():
             raise failure
         assert list(outcome.finished) == ([0, 1] if self.samples[0].num_steps_left == 0 else [])
@@ -92,8 +94,11 @@ def make_conditioning(model: LoadedModel, plan: RequestPlan) -> Conditioning:
 
 @pytest.fixture(scope="module")
 def mode() -> Iterator[FakeTensorMode]:
-    with fake_device.fake_cuda() as found:
-        yield found
+    try:
+        with fake_cuda() as found:
+            yield found
+    except NoFakeDeviceError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +117,22 @@ def models(mode: FakeTensorMode, checkpoints: dict[str, Path]) -> dict[str, Load
 
 
 @pytest.fixture
-def steps_of(mode: FakeTensorMode, models: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[StepsOf]:
+def steps_of(mode: FakeTensorMode, models: dict[str, LoadedModel]) -> Iterator[StepsOf]:
     """Makes the steps of a request; from then on the modes are active until the test ends."""
-    chosen = fake_device.stand_in_for_cuda_functions(monkeypatch)
     with contextlib.ExitStack() as modes:
+        chosen = modes.enter_context(stand_ins())
 
         def make(name: str, request: dict[str, Any], strategy: StrategyName = "alone", noise_on: str = "cpu") -> Steps:
             model = models[name]
             model = replace(model, strategy=choose_strategy(model.family, device=CUDA, dtype=DTYPE, name=strategy))
             asked = in_words_of(name, {"guidance_scale": 4.0, **request})
             plan = plan_request(SamplingParams(**asked, generator_device=noise_on), model, Limits())
-            for one in (torch.no_grad(), mode, fake_device.Watch()):
+            meter = Meter(mode)
+            for one in (torch.no_grad(), mode, meter):
                 modes.enter_context(one)
             if strategy == "merged":
-                fake_device.stand_in_for_bits(monkeypatch)
-            if noise_on == "cuda":
-                fake_device.stand_in_for_generators(monkeypatch)
-            return Steps(model, plan)
+                modes.enter_context(stand_in_for_bits())
+            return Steps(model, plan, meter)
 
         yield make
     assert set(chosen) == {CUDA}
@@ -216,7 +220,7 @@ def wait_for_what_is_recorded(_: Steps, monkeypatch: pytest.MonkeyPatch) -> None
     [
         (leave_dts_on_the_cpu, DeviceFaultError),
         (leave_latents_on_the_cpu, DeviceFaultError),
-        (look_at_the_mean, DataDependentOutputException),
+        (look_at_the_mean, DeviceFaultError),
         (wait_for_what_is_recorded, DeviceFaultError),
     ],
 )

@@ -124,6 +124,30 @@ def test_a_variant_alone_is_taken(
         engine.update_weights_from_disk(folder / "vae", module="vae")
 
 
+NOT_READ = (
+    "README.md",
+    "model.safetensors",
+    "{}/pytorch_model.bin",
+    "{}/model.fp16-00001-of-00002.safetensors",
+    "{}/model.safetensors.index.fp16.json",
+    "{}/diffusion_pytorch_model.fp16.safetensors",
+    "{}/config.json.bak",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_beside_the_checkpoints_own_are_not_read(
+    family: str, checkpoints: dict[str, Path], expected: dict[str, tuple[Rollout, dict[str, str]]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints[family], folder)
+    for name in NOT_READ:
+        for component in COMPONENTS:
+            (folder / name.format(component)).write_text("This is not read.")
+    in_shards(folder / "transformer", 3)
+    assert_same_answers(answers_of(folder), expected[family])
+
+
 def rename(folder: Path, *names: str) -> None:
     """Keeps the weights of a module under these names alone."""
     data = (folder / WEIGHTS).read_bytes()

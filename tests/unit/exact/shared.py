@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowroll.exact.layout import same_bits
@@ -12,7 +13,10 @@ from flowroll.exact.sharing import SharedForwards
 
 
 class Stacking:
-    """The part of a family that sharing needs: every argument has the sample's entries along its first dimension."""
+    """The part of a family that sharing needs: every argument has the sample's entries along its first dimension.
+
+    The argument `text` may be padded along its second one.
+    """
 
     def collate_key(self, forward_input: dict[str, Tensor]) -> Any:
         return tuple(tensor.shape for tensor in forward_input.values())
@@ -25,6 +29,13 @@ class Stacking:
 
     def uncollate(self, output: Tensor, num_inputs: int) -> list[Tensor]:
         return list(torch.split(output, len(output) // num_inputs))
+
+    def num_text_rows(self, forward_input: dict[str, Tensor]) -> int:
+        return forward_input["text"].shape[1] if "text" in forward_input else 0
+
+    def pad_text(self, forward_input: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+        text = forward_input["text"]
+        return {**forward_input, "text": F.pad(text, (0, 0, 0, num_rows - text.shape[1]))}
 
 
 class Model(nn.Module):

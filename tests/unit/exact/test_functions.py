@@ -250,3 +250,21 @@ def test_a_function_without_a_rule_runs_per_sample_and_is_named() -> None:
     assert [notes.without_rule for notes in sharing.analyses] == [{"special_i0"}]
     # One forward, in which the function runs three times.
     assert sharing.model.lengths[-1] == 3
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(1, 4), (3, 4), (5, 4), (37, 4), (911, 3)])
+@torch.no_grad()
+def test_a_table_that_all_heads_share_turns_every_row_alike(rows: int, heads: int, threads: int) -> None:
+    """Rotary embeddings of widths that are no whole vectors: the innermost loop is one head of one row.
+
+    Two threads part the last of these cases within a head.
+    """
+    table = torch.polar(torch.ones(rows, 1, 12), torch.randn(rows, 1, 12, generator=torch.Generator().manual_seed(1)))
+
+    def turn(x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x) * table)
+
+    for count in (2, 5):
+        sharing = Sharing(turn)
+        assert sharing.is_exact(random_inputs(count, 1, rows, heads, 12, 2)) and sharing.shares()
+        assert threads > 1 or [way for _, way in sharing.analyses[0].steps if way is not None] == []

@@ -67,13 +67,17 @@ def make_input(
 
 
 def random_mixture(family: Family, dtype: torch.dtype, source: random.Random) -> list[StepInput]:
-    """Samples of one size and one pair of text lengths, at a few noise levels, some or all or none of them guided."""
+    """Samples of one size, at a few noise levels, some or all or none of them guided.
+
+    Their texts have one pair of lengths, or lengths of their own where texts may be padded.
+    """
     generator = torch.Generator().manual_seed(source.getrandbits(32))
     grid = (source.randint(2, 9), source.randint(8, 14))
     texts = [source.randint(1, 40) for _ in range(2)]
     if source.random() < 0.3:
         # Both branches in one batch (Qwen-Image); a pair without a mask (Z-Image).
         texts[1] = texts[0]
+    own_lengths = family.conditioning.embeds.may_be_padded and source.random() < 0.6
     sigmas = [source.random() for _ in range(3)]
     scales = source.choice([(0.0,), (3.5, 7.0), (0.0, 3.5)])
     return [
@@ -82,7 +86,7 @@ def random_mixture(family: Family, dtype: torch.dtype, source: random.Random) ->
             generator,
             dtype,
             grid=grid,
-            texts=(texts[0], texts[1]),
+            texts=(source.randint(1, 40), source.randint(1, 9)) if own_lengths else (texts[0], texts[1]),
             sigma=source.choice(sigmas),
             scale=source.choice(scales),
         )
@@ -143,7 +147,7 @@ def test_merged_products_without_the_question_change_bits(load: Load, name: str,
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_samples_share_forwards(load: Load, name: str) -> None:
-    """Two guided samples: two forwards, a branch each, or one of two pairs."""
+    """Two guided samples: two forwards, a branch each, or one of two pairs, or one of texts that are padded."""
     family, transformer = FAMILIES[name], load(name, "float32")
     generator = torch.Generator().manual_seed(0)
     batches: list[int] = []
@@ -153,7 +157,8 @@ def test_samples_share_forwards(load: Load, name: str) -> None:
     strategy = Merged(family, torch.float32)
     inputs = [make_input(family, generator, torch.float32, sigma=sigma) for sigma in (0.3, 0.8)]
     same = [make_input(family, generator, torch.float32, texts=(5, 5))] * 2
-    for some, expected in ((inputs, [4] if family.conditioning.pair else [2, 2]), (same, [4])):
+    is_one = family.conditioning.pair or family.conditioning.embeds.may_be_padded
+    for some, expected in ((inputs, [4] if is_one else [2, 2]), (same, [4])):
         strategy.velocities(transformer, some)
         batches.clear()
         strategy.velocities(transformer, some)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flowroll.errors import InvalidRequestError
 from flowroll.sampling import ode, transition
 from flowroll.sampling.dynamics import DYNAMICS, NAMES, dynamics_named, transitions
+from flowroll.sampling.schedule import ScheduleConfig, linspace_float64, shifted_schedule
 from flowroll.sampling.transition import GAUSSIAN, NO_CONST, LogProbForm
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.4, 0.0])
@@ -166,6 +167,21 @@ def test_a_grid_that_no_step_can_follow_is_refused(sde_type: str, sigmas: tuple)
         transitions(grid, sde_type=sde_type, noise_level=0.7)
     assert caught.value.field == "sigmas"
     assert len(transitions(grid, sde_type=sde_type, noise_level=0)) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shift", [0.33, 2.64, 4.86])
+def test_a_grid_that_the_shift_rounds_above_one_is_as_good_as_one_from_one(name: str, shift: float) -> None:
+    grid = shifted_schedule(ScheduleConfig(shift=shift), linspace_float64(4), num_tokens=16).sigmas
+    from_one = torch.cat([torch.ones(1), grid[1:]])
+    assert grid[0] > 1
+    found, expected = (transitions(one, sde_type=name, noise_level=0.7) for one in (grid, from_one))
+    for left, right in zip(found, expected, strict=True):
+        assert left.is_stochastic == right.is_stochastic
+        for field in ("on_latents", "on_velocity", "on_previous", "std"):
+            assert getattr(left, field) == pytest.approx(getattr(right, field), abs=1e-5), field
+    with pytest.raises(InvalidRequestError, match=r"got 1\.00000012 at step 1"):
+        transitions(torch.cat([grid[:1] * 1.0000002, grid]), sde_type="cps", noise_level=0.7)
 
 
 def test_a_noise_level_just_below_two_has_a_density_only_where_float32_holds_it() -> None:

@@ -66,4 +66,4 @@ def test_the_document_allows_what_the_parser_takes_and_nothing_else(kind: type[R
 
 
 def test_there_is_a_kind_for_every_route_with_a_body() -> None:
-    assert len(KINDS) == 24
+    assert len(KINDS) == 29

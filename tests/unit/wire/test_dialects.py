@@ -30,6 +30,9 @@ RESPONSE_FIELDS = {
     "inference_time_s",
     "peak_memory_mb",
     "provenance",
+    "first_step",
+    "last_step",
+    "left_out",
 }
 
 

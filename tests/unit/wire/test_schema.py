@@ -89,6 +89,7 @@ ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "suppress_logs": ("suppress_logs", [True, False], [None, 0, 1, "true"]),
     "request_id": ("request_id", [None, "a", "x" * 256], ["", "x" * 257, 7, True]),
     "min_weight_version": ("min_weight_version", [None, "0", "step-120"], ["", "x" * 129, "a\nb", 7, True]),
+    "max_staleness": ("max_staleness", [None, 0, 3], [-1, "1", True, 0.5, [1]]),
     "policy": ("policy", [None, "default", "old", "x" * 128], ["", "x" * 129, "a\nb", 7, True]),
     "lora_name": ("lora_name", [None, "old", "x" * 128], ["", "x" * 129, "a\nb", 7, True]),
 }
@@ -357,7 +358,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 def test_a_request_that_spells_out_every_null_is_a_minimal_one() -> None:
     nullable = {name: None for name, row in (ROWS | ROLLOUT_ROWS).items() if None in row[1]}
     others = dict.fromkeys(("extra_sampling_params", "image_path"))
-    assert len(nullable) == 31
+    assert len(nullable) == 32
     assert params(RolloutRequest, PROMPT | nullable | others) == SamplingParams(prompt="a red fox", rollout_debug_mode=True)
 
 

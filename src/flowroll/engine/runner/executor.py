@@ -24,7 +24,7 @@ from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles
 from flowroll.errors import EngineError
-from flowroll.types import LoraAdapter, Number, SamplingRecord
+from flowroll.types import LoraAdapter, Number, SamplingRecord, StepStamp
 
 
 class Executor:
@@ -52,6 +52,14 @@ class Executor:
     def encode(self, plan: RequestPlan) -> Conditioning:
         """Encodes the prompts of a request."""
         return self._pipeline.encode(plan)
+
+    def stamp(self, conditioning: Conditioning) -> StepStamp:
+        """Returns the time, and the version of the weights that the samples of a request run on."""
+        return self._pipeline.stamp(conditioning)
+
+    def check_recent(self, plan: RequestPlan, *, coming: int = 0) -> None:
+        """Refuses weights that are more versions behind than a request allows; see `PipelineRunner.check_recent`."""
+        self._pipeline.check_recent(plan.params, coming=coming)
 
     def decode(self, sample: Sample) -> Tensor | None:
         """Decodes a finished sample into its picture, on the CPU; None where the request asks for no picture."""

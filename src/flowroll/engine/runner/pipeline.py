@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError
 from flowroll.families import Geometry
-from flowroll.types import EnvValue, all_finite
+from flowroll.types import EnvValue, SamplingParams, StepStamp, all_finite
 
 
 class PipelineRunner:
@@ -65,6 +66,7 @@ class PipelineRunner:
         """
         self._offload.check_awake()
         self._versions.demand(plan.params.min_weight_version)
+        self.check_recent(plan.params)
         model, pipeline = self._get()
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
@@ -83,6 +85,27 @@ class PipelineRunner:
             policy=self._policies.record(plan.params.policy),
         )
         return Conditioning.build(plan, model, env, record)
+
+    def check_recent(self, params: SamplingParams, *, coming: int = 0) -> None:
+        """Refuses to run a request on weights that are more versions behind the newest than it allows.
+
+        Args:
+            params: The request.
+            coming: The number of newer versions that are ready and wait for running requests to end.
+
+        Raises:
+            OutdatedWeightsError: The weights, or those of its policy, are older.
+            InvalidRequestError: There is no such policy.
+        """
+        policy = self._policies.record(params.policy)
+        version = self._versions.current if policy is None else policy.weight_version
+        self._versions.demand_recent(version, params.max_staleness, coming=coming)
+
+    def stamp(self, conditioning: Conditioning) -> StepStamp:
+        """Returns the time, and the version of the weights that the samples of a request run on."""
+        policy, state = conditioning.record.policy, self._versions.state
+        version = state.current if policy is None else policy.weight_version
+        return StepStamp(weight_version=version, version_number=state.number_of(version), time_s=time.time())
 
     def decode(self, sample: Sample) -> Tensor | None:
         """Checks a finished sample, and decodes it into its picture, on the CPU; None where the request asks for no picture.

@@ -119,7 +119,7 @@ class Sample:
             dtype=model.family.noise_dtype(model.dtype),
             device=plan.generator_device,
         )
-        return cls._at(conditioning, planned, model.family.initial_latents(drawn.to(model.device)))
+        return cls._at(conditioning, planned, model.family.initial_latents(noise.moved(drawn, model.device)))
 
     @classmethod
     def _at(cls, conditioning: Conditioning, planned: PlannedSample, latents: Float[Tensor, " *latent"]) -> Sample:
@@ -230,7 +230,7 @@ def recorded_step(sample: Sample, velocity: Float[Tensor, " *latent"]) -> None:
     drawn: Tensor | None = None
     if this.is_stochastic:
         seed = sample.planned.noise_seed
-        drawn = noise.step_noise(seed, sample.step, mean.shape, device=plan.generator_device).to(mean.device)
+        drawn = noise.moved(noise.step_noise(seed, sample.step, mean.shape, device=plan.generator_device), mean.device)
     next_latents = transition.sample(this, mean, drawn)
     log_prob = transition.log_prob(this, next_latents[None], mean[None], form=plan.params.log_prob_form)[0]
     sample.recorder.keep_step(sample.step, latents=sample.latents, velocity=velocity, noise=drawn, mean=mean, log_prob=log_prob)

@@ -34,6 +34,7 @@ from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.shares import Shares
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
+from flowroll.exact import use_exact_kernels
 from flowroll.families import Recipe
 from flowroll.parallel.bound import unbind
 from flowroll.parallel.channel import Channel
@@ -71,6 +72,7 @@ def follow(
     own = resolve_device(str(rank_device(first, place.local_rank)))
     folder = find_checkpoint(model)
     checkpoint = examine_checkpoint(folder, variant=variant)
+    use_exact_kernels(own)
     # Rank 0 makes the same check. If it refuses the layout, it ends, and this rank would wait for it in vain.
     check_layout(outline_model(checkpoint, device=own, dtype=resolve_dtype(dtype, own)), layout, Limits())
     config = RankConfig(
@@ -104,6 +106,7 @@ def run_worker(config: RankConfig, store: Store, device: torch.device) -> None:
     channel.wait_for("here")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    use_exact_kernels(device)
     with Mesh(
         config.layout,
         rank=config.rank,
@@ -155,7 +158,8 @@ class Worker:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
         self._held = HeldWeights(model.transformer)
-        self._offload = WeightOffload(lambda: [*model.transformer.parameters(), *model.adapters.parameters()])
+        transformer = model.transformer
+        self._offload = WeightOffload(lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()])
         # Puts the staged change into effect.
         self._commit: Callable[[], object] | None = None
         self._shares: Shares | None = None

@@ -36,10 +36,14 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Cancel all requests with this id, or all requests if it is None; the answer is their number."""
+    """End all requests with this id, or all requests if it is None; the answer is their number.
+
+    `keep_partial` says whether requests of which samples are finished end in these.
+    """
 
     request_id: str | None
     answer: Future[int]
+    keep_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

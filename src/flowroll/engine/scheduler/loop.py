@@ -29,6 +29,7 @@ from flowroll.engine.scheduler.samples import RunningSamples
 from flowroll.engine.scheduler.stages import Stage, decoding, encoding
 from flowroll.engine.scheduler.tasks import ControlTask, TaskQueue
 from flowroll.errors import FlowrollError, PausedError, fresh
+from flowroll.types import StepStamp
 
 _log = logging.getLogger(__name__)
 
@@ -155,10 +156,11 @@ class Loop:
                     self._queue.fail(request, fresh(self.stopped))
             case messages.Cancel(future):
                 self._cancel(lambda request: request.future is future, lambda task: task.future is future)
-            case messages.Abort(request_id, answer):
+            case messages.Abort(request_id, answer, keep_partial):
                 count = self._cancel(
                     lambda request: request_id in (None, request.plan.request_id),
                     lambda task: request_id in (None, task.request_id),
+                    keep_partial=keep_partial,
                 )
                 self._answers.append((answer, count))
             case messages.Pause(mode, answer):
@@ -180,10 +182,19 @@ class Loop:
             case messages.Halt():
                 self.is_halted = True
 
-    def _cancel(self, is_meant: Callable[[Request], bool], is_task_meant: Callable[[ControlTask], bool]) -> int:
+    def _cancel(
+        self,
+        is_meant: Callable[[Request], bool],
+        is_task_meant: Callable[[ControlTask], bool],
+        *,
+        keep_partial: bool = False,
+    ) -> int:
         meant = [request for request in self._queue if is_meant(request)]
         for request in meant:
-            self._queue.fail(request, cancelled())
+            if keep_partial and request.results:
+                self._queue.complete_partly(request)
+            else:
+                self._queue.fail(request, cancelled())
         return len(meant) + self._tasks.cancel(is_task_meant)
 
     def _take_task(self, task: ControlTask, mode: str) -> None:
@@ -191,12 +202,30 @@ class Loop:
             end_future(task.future, error=fresh(self.stopped))
             return
         if task.needs_idle and mode == "abort":
-            self._queue.requeue_all()
+            self._queue.requeue(list(self._queue.running))
         elif task.needs_idle and self._pause == "freeze" and self._queue.num_running:
             rule = "requests must go on to finish first, got frozen ones; continue, or abort them."
             end_future(task.future, error=PausedError(rule))
             return
         self._tasks.add(task)
+        if task.is_newer and mode != "abort":
+            self._end_stale()
+
+    def _end_stale(self) -> None:
+        """Ends the running requests that the versions which wait for them would make older than they allow.
+
+        Those that have not taken a step wait for these versions.
+        """
+        unstarted = []
+        for request in list(self._queue.running):
+            try:
+                self._runner.check_recent(request.plan, coming=self._tasks.num_newer)
+            except FlowrollError as error:
+                if request.started_s is None:
+                    unstarted.append(request)
+                else:
+                    self._queue.fail(request, error)
+        self._queue.requeue(unstarted)
 
     def _take_encoded(self, message: messages.Encoded) -> None:
         request, conditioning = message.request, message.conditioning
@@ -336,7 +365,9 @@ class Loop:
             self._queue.fail(request, error)
             return
         request.started_s = started_s if request.started_s is None else request.started_s
-        running = RunningSample(of=sample, key=key, started_s=started_s if parent is None else parent.started_s)
+        running = RunningSample(of=sample, key=key, started_s=started_s)
+        if parent is not None:
+            running.started_s, running.first_step = parent.started_s, parent.first_step
         self._samples.run(running)
         self._note_piece(started_s)
         self._take_outcomes([running], {**outcome.finished, **outcome.failures})
@@ -350,6 +381,8 @@ class Loop:
             return False
         self._runner.use_threads(batch[0].of.request.num_threads)
         started_s = self._clock()
+        for running in batch:
+            running.first_step = running.first_step or self._stamp(running)
         outcomes = self._samples.step(self._runner, key, batch)
         self._note_piece(started_s, running_pixels=self._samples.pixels_in_memory)
         self._queue.counters.batches[len(batch)] += 1
@@ -371,9 +404,15 @@ class Loop:
 
     def _decode(self, running: RunningSample, sample: Sample) -> None:
         request = running.of.request
+        running.last_step = self._stamp(running)
         self._samples.begin_decoding(running)
         request.note_denoised(self._clock())
         self._decoder.submit(decoding(self._runner, self._inbox, running, sample, self._clock))
+
+    def _stamp(self, running: RunningSample) -> StepStamp:
+        conditioning = running.of.request.conditioning
+        assert conditioning is not None
+        return self._runner.stamp(conditioning)
 
     def _note_piece(self, started_s: float | None, *, running_pixels: int = 0) -> None:
         """Notes that a piece of work that began at `started_s` has ended; None: no work was done."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flowroll.engine.scheduler.counters import Counters, RequestCounts
@@ -126,19 +126,24 @@ class RequestQueue:
             return request
         return None
 
-    def requeue_all(self) -> None:
-        """Resets all running requests and puts them back into the queue, before the requests that wait."""
-        requests = list(self._running)
-        self._running.clear()
+    def requeue(self, requests: Sequence[Request]) -> None:
+        """Resets running requests and puts them back into the queue, before the requests that wait."""
         self._waiting.extendleft(reversed(requests))
-        self._waiting_work, self._running_work = self._waiting_work + self._running_work, 0
         for request in requests:
+            del self._running[request]
+            self._waiting_work, self._running_work = self._waiting_work + request.work, self._running_work - request.work
             self._release(request)
             request.restart()
 
     def complete(self, request: Request) -> None:
         """Ends a request with its results."""
         self._end(_End(request=request, results=[request.results[index] for index in range(request.plan.num_answers)]))
+
+    def complete_partly(self, request: Request) -> None:
+        """Ends a request with the results that it has so far, of which there is at least one."""
+        left_out = tuple(index for index in range(request.plan.num_answers) if index not in request.results)
+        results = [replace(request.results[index], left_out=left_out) for index in sorted(request.results)]
+        self._end(_End(request=request, results=results))
 
     def fail(self, request: Request, error: BaseException) -> None:
         """Ends a request in an error. Unless it is a `FlowrollError`, the caller gets one line of it, and the log all of it."""

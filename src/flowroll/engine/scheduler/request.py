@@ -16,6 +16,7 @@ from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.scheduler.counters import StageName, StageSpan, Timing
 from flowroll.engine.starts import PlannedSample
 from flowroll.errors import CancelledRequestError, DeadlineExceededError, EngineError
+from flowroll.types import StepStamp
 
 T = TypeVar("T")
 # The stages between the successive moments that a request records.
@@ -150,19 +151,23 @@ class RequestSample:
         return self.planned.index
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class RunningSample:
-    """A sample that takes steps.
+    """A sample that takes steps. Only the loop's thread changes it.
 
     Attributes:
         of: The sample of the request.
         key: The batch key: samples with equal keys may share a forward.
         started_s: When the sample, or the one that it descends from, started, in monotonic seconds.
+        first_step: When the sample, or the one that it descends from, took its first step; None before that.
+        last_step: When it took its last step; None before that.
     """
 
     of: RequestSample
     key: Hashable
     started_s: float
+    first_step: StepStamp | None = None
+    last_step: StepStamp | None = None
 
 
 def end_future(future: Future[Any], outcome: Any = None, *, error: BaseException | None = None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
 from flowroll.engine.starts import PlannedSample
+from flowroll.types import StepStamp
 
 
 @runtime_checkable
@@ -41,6 +42,12 @@ class Runner(Protocol):
 
     def put_in_place(self, policy: str | None) -> None:
         """Puts the weights of a policy in place on every rank; None: those that the engine was last given. Nothing runs."""
+
+    def stamp(self, conditioning: Conditioning) -> StepStamp:
+        """Returns the time, and the version of the weights that the samples of a request run on."""
+
+    def check_recent(self, plan: RequestPlan, *, coming: int = 0) -> None:
+        """Refuses weights that are more versions behind than the request allows, once so many newer ones are in place."""
 
     def free_memory(self) -> None:
         """Returns memory that torch has cached to the device, after a forward that failed."""

@@ -122,10 +122,15 @@ class Scheduler:
         """Ends a request in a `CancelledRequestError` after the current step; also a request to recompute log-probs."""
         self._inbox.put(messages.Cancel(future))
 
-    def abort(self, request_id: str | None) -> Future[int]:
-        """Cancels the requests with this id, or all requests if it is None; the future gives their number."""
+    def abort(self, request_id: str | None, *, keep_partial: bool = False) -> Future[int]:
+        """Ends the requests with this id, or all requests if it is None; the future gives their number.
+
+        Args:
+            request_id: The id.
+            keep_partial: Whether requests of which samples are finished end in these. All others are cancelled.
+        """
         answer: Future[int] = Future()
-        self._put(messages.Abort(request_id, answer), answer)
+        self._put(messages.Abort(request_id, answer, keep_partial), answer)
         return answer
 
     def pause(self, mode: PauseMode, *, refuses: bool = True) -> Future[None]:
@@ -169,6 +174,7 @@ class Scheduler:
         action: Callable[[], Any],
         *,
         mode: ExclusiveMode = "drain",
+        is_newer: bool = False,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -181,6 +187,8 @@ class Scheduler:
                 what it returns is the result; no request runs between the pieces either.
             mode: "drain": running requests finish first. "abort": running requests are requeued with the same seeds and start
                 again from their beginning afterwards.
+            is_newer: Whether weights of a newer version are in place afterwards. Running requests that these would make older
+                than they allow end in an `OutdatedWeightsError`, and are not waited for.
             request_id: See `between_steps`.
             timeout_s: See `between_steps`.
 
@@ -191,7 +199,7 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
-        return self._do(self._task(action, True, request_id, timeout_s), mode)
+        return self._do(self._task(action, True, request_id, timeout_s, is_newer=is_newer), mode)
 
     def between_steps(self, action: Callable[[], Any], *, request_id: str | None = None, timeout_s: float | None = None) -> Any:
         """Runs an action on the model between two steps.
@@ -212,12 +220,19 @@ class Scheduler:
         return self._do(self._task(action, False, request_id, timeout_s), "drain")
 
     def _task(
-        self, action: Callable[[], Any], needs_idle: bool, request_id: str | None, timeout_s: float | None
+        self,
+        action: Callable[[], Any],
+        needs_idle: bool,
+        request_id: str | None,
+        timeout_s: float | None,
+        *,
+        is_newer: bool = False,
     ) -> ControlTask:
         now_s = self._clock()
         return ControlTask(
             action=action,
             needs_idle=needs_idle,
+            is_newer=is_newer,
             request_id=request_id,
             accepted_s=now_s,
             deadline_s=None if timeout_s is None else now_s + timeout_s,

@@ -72,7 +72,13 @@ def decoding(runner: Runner, inbox: Inbox, running: RunningSample, sample: Sampl
             runner.use_threads(request.num_threads)
             with torch.no_grad():
                 image = runner.decode(sample)
-                finished = Finished(sample=sample, image=image, seconds=clock() - running.started_s)
+                finished = Finished(
+                    sample=sample,
+                    image=image,
+                    seconds=clock() - running.started_s,
+                    first_step=running.first_step,
+                    last_step=running.last_step,
+                )
                 done = Decoded(of, started_s, request.finish(request.plan, finished))
         except BaseException as error:
             done = Decoded(of, started_s, error=error)

@@ -26,6 +26,7 @@ class ControlTask:
     Attributes:
         action: The function to call. If it returns a generator, that is advanced by one piece per turn.
         needs_idle: Whether no request may run meanwhile; otherwise the task runs between two steps.
+        is_newer: Whether weights of a newer version are in place afterwards.
         future: The future that receives what the action returns or raises.
         num_threads: The number of CPU threads of the caller.
         request_id: The id of a request to recompute log-probs; None for any other task, which is neither counted nor aborted.
@@ -36,6 +37,7 @@ class ControlTask:
 
     action: Callable[[], Any]
     needs_idle: bool
+    is_newer: bool = False
     future: Future[Any] = field(default_factory=Future)
     num_threads: int = field(default_factory=torch.get_num_threads)
     request_id: str | None = None
@@ -73,6 +75,11 @@ class TaskQueue:
     def needs_idle(self) -> bool:
         """Whether a task that needs idleness waits or is current, so that no request may be admitted."""
         return bool(self._exclusive) or (self.current is not None and self.current.needs_idle)
+
+    @property
+    def num_newer(self) -> int:
+        """The number of newer versions of the weights that wait to be put in place."""
+        return sum(task.is_newer for task in self)
 
     def __iter__(self) -> Iterator[ControlTask]:
         if self.current is not None:

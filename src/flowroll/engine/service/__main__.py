@@ -73,6 +73,7 @@ def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
         layout=options.layout,
         rank_timeout_s=options.rank_timeout_s,
         compile=options.compile,
+        cache_dir=options.cache_dir,
     )
     return engine, EngineService(
         engine, max_queue=options.max_queue, max_control_queue=options.max_control_queue, max_groups=options.max_groups

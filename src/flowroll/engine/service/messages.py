@@ -33,6 +33,7 @@ class EngineOptions:
         max_groups: The number of process groups that the engine may be in.
         log_level: The level of the log.
         log_format: The format of the log's lines.
+        cache_dir: The folder in which what is found about this machine's kernels is kept; None: the usual one.
     """
 
     model: str
@@ -50,6 +51,7 @@ class EngineOptions:
     max_groups: int = 16
     log_level: LogLevel
     log_format: LogFormat
+    cache_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

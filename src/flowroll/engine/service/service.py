@@ -41,8 +41,9 @@ from flowroll.engine.weights.groups import (
 from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
-from flowroll.engine.weights.staged import StagedWeights, WeightFiles
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, tensor_head
 from flowroll.engine.weights.store import WeightStore
+from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import FlowrollError, NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
@@ -74,6 +75,14 @@ def bucket_tensors(memory: Tensor, heads: Sequence[TensorHead]) -> list[Tensor]:
     """Returns the tensors of a bucket as views of memory that holds them one after the other."""
     starts, _ = placed([_num_bytes(head) for head in heads])
     return [tensor_at(memory, start, head.shape, DTYPES[head.dtype]) for start, head in zip(starts, heads, strict=True)]
+
+
+def _as_bucket(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[list[TensorHead], SharedMemory]:
+    heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in zip(names, tensors, strict=True)]
+    memory = SharedMemory.create(bucket_bytes(heads))
+    for place, tensor in zip(bucket_tensors(memory.bytes, heads), tensors, strict=True):
+        place.copy_(tensor)
+    return heads, memory
 
 
 def _num_bytes(head: TensorHead) -> int:
@@ -137,6 +146,7 @@ class EngineService:
             load=scheduler.load(),
             oldest_waiting_s=scheduler.oldest_waiting_s(),
             weight_version=engine.weight_version,
+            version_number=engine.versions.number,
             memory_mode=engine.memory_mode,
             is_alive=scheduler.is_alive,
             is_accepting=not self._is_draining and scheduler.is_alive,
@@ -172,7 +182,7 @@ class EngineService:
             ShuttingDownError: No more requests are accepted.
             InvalidRequestError: The adapter is not loaded.
             AsleepError: The memory of the weights is released.
-            OutdatedWeightsError: The weights are older than the request demands.
+            OutdatedWeightsError: The weights are older than the request demands, or allows.
         """
         self._check_accepting()
         self.engine.check_ready(plan.params)
@@ -205,9 +215,14 @@ class EngineService:
         """Cancels a request whose caller has disconnected, whether it waits or runs."""
         self.engine.scheduler.cancel(future)
 
-    def abort(self, request_id: str | None) -> Future[int]:
-        """Cancels the requests with this id, or all if it is None, also those to recompute log-probs; gives their number."""
-        return self.engine.scheduler.abort(request_id)
+    def abort(self, request_id: str | None, *, keep_partial: bool = False) -> Future[int]:
+        """Ends the requests with this id, or all if it is None, also those to recompute log-probs; gives their number.
+
+        Args:
+            request_id: The id.
+            keep_partial: Whether requests of which samples are finished end in these. All others are cancelled.
+        """
+        return self.engine.scheduler.abort(request_id, keep_partial=keep_partial)
 
     def pause(self, mode: PauseMode, *, refuses: bool = True) -> Future[None]:
         """Admits no request until `resume` is called, and may refuse new ones; see `Scheduler.pause`."""
@@ -280,6 +295,12 @@ class EngineService:
         receiver = self._receiver(update_id)
         self._guarded(lambda: receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads)))
         return self._progress(receiver)
+
+    @blocking
+    def arrived_bucket(self, update_id: str, names: Sequence[str]) -> tuple[list[TensorHead], SharedMemory]:
+        """Returns a copy of tensors that have arrived, in the form in which `put_bucket` takes them."""
+        receiver = self._receiver(update_id)
+        return self._guarded(lambda: _as_bucket(names, receiver.arrived(names)))
 
     def drop_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
         """Drops the claim of a bucket, so that its tensors may come in another bucket."""
@@ -395,15 +416,9 @@ class EngineService:
             self._staged = None
 
     @blocking
-    def restore_versions(self, current: str, highest: int, arrived: frozenset[str]) -> None:
-        """Takes over the versions of an engine that this one replaces, and whose weights it was given.
-
-        Args:
-            current: The version of the weights in memory from now on.
-            highest: The highest number that was the name of a version.
-            arrived: The names of all versions so far.
-        """
-        self._guarded(lambda: self.engine.restore_versions(current, highest, arrived))
+    def restore_versions(self, state: VersionState) -> None:
+        """Takes over the versions of an engine that this one replaces, and whose weights it was given."""
+        self._guarded(lambda: self.engine.restore_versions(state))
 
     def _hold_staged(self, staged: StagedWeights | StagedAdapter) -> str:
         staged_id = secrets.token_hex(8)

@@ -46,7 +46,9 @@ class EngineStatus:
         load: The numbers of requests and samples that run and have run.
         oldest_waiting_s: How many seconds the first waiting request has waited; 0 if none waits.
         weight_version: The version of the weights in memory.
+        version_number: Its number in the sequence of all versions.
         memory_mode: Where the weights are kept while their memory is released; None if they are in place.
+        world_size: How many members of a trainer's process group it is: 1, or one for each replica of a fleet.
         is_alive: Whether the engine's threads run.
         is_accepting: Whether requests are accepted: False once the service drains or a thread has died. A pause, which also
             refuses requests but ends, does not change it.
@@ -55,7 +57,9 @@ class EngineStatus:
     load: LoadStats
     oldest_waiting_s: float
     weight_version: str
+    version_number: int
     memory_mode: SleepMode | None
+    world_size: int = 1
     is_alive: bool
     is_accepting: bool
 

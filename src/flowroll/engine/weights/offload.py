@@ -30,7 +30,7 @@ class WeightOffload:
     """Knows whether one rank's weights are in memory, and holds them while they are not.
 
     Args:
-        parameters: Returns all parameters that may be released; a parameter may occur several times.
+        parameters: Returns all parameters and buffers that may be released; each may occur several times.
 
     Attributes:
         mode: How the memory was released; None while the weights are in memory.

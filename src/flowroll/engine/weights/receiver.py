@@ -128,6 +128,12 @@ class WeightReceiver:
             for target, tensor in zip(targets, tensors, strict=True):
                 target.copy_(tensor)
 
+    def arrived(self, names: Sequence[str]) -> list[Tensor]:
+        """Returns tensors that have arrived, in the dtype of the weights."""
+        with self._lock:
+            self._check_open()
+            return [self._arrived[name] for name in names]
+
     def unclaim(self, heads: Sequence[TensorHead]) -> None:
         """Drops the claim of a bucket, so that its tensors may come in another bucket."""
         with self._lock:

@@ -24,13 +24,13 @@ def build_router(state: AppState) -> APIRouter:
         ABORT_ROUTE,
         summary="End requests that wait or run",
         description="By their request id, or all, those for scores too. Samples leave at their next step; the requests are "
-        "answered with 499.",
+        "answered with 499, or with keep_partial with the samples that are finished, if any are.",
         responses=CONTROL_RESPONSES,
         openapi_extra=request_body(AbortRequest),
     )
     async def abort_request(request: Request) -> AbortedObject:
         accepted = await accept_control(request, state, AbortRequest)
-        aborted = engine.call(EngineService.abort, accepted.meant)
+        aborted = engine.call(EngineService.abort, accepted.meant, keep_partial=accepted.keep_partial)
         return AbortedObject(num_aborted=await asyncio.wrap_future(aborted))
 
     @router.post(

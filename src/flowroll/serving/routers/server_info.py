@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from msgspec import Meta
 
 from flowroll.engine import AdapterLimits, BatchLimits, Limits
+from flowroll.exact import Certificate
 from flowroll.families import Defaults
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.state import AppState
@@ -54,6 +55,7 @@ class ServerInfo:
         layout: How the transformer is spread over ranks.
         transformer_bytes: The bytes of its weights, on each rank.
         weight_version: The version of the weights in memory.
+        version_number: Its number in the sequence of all versions, counted from 0.
         limits: What one request may ask for.
         adapter_limits: How many LoRA adapters there may be.
         defaults: What a request leaves open.
@@ -61,6 +63,7 @@ class ServerInfo:
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code shapes the bits.
         compiled: The name of the kernels that torch made of the transformer's blocks; null where they run eagerly.
+        certificate: The kernels, and what they were found to do with the shapes of this model.
         wire_format: Answer to Accept: */*.
         wire_dialect: Names in the answer where the request does not choose.
         batching: How much runs at once.
@@ -69,6 +72,7 @@ class ServerInfo:
         max_score_body_bytes: Size of a body of POST /rollout/score, /rollout/generate and /generate, with its tensors.
         max_weights_body_bytes: Size of a body with tensors of new weights.
         receive_timeout_s: Seconds for headers to come, and a body (and a second per 64 KiB of it).
+        world_size: How many members of a trainer's process group it is: 1, or one for each replica of a fleet.
         is_paused: Whether new requests are refused until /continue_generation.
         is_asleep: Whether the memory of the weights is released.
         is_ready: Whether new requests are taken.
@@ -86,6 +90,7 @@ class ServerInfo:
     layout: Layout
     transformer_bytes: int
     weight_version: Annotated[str, Meta(examples=["0"])]
+    version_number: int
     limits: Limits
     adapter_limits: AdapterLimits
     defaults: Defaults
@@ -93,6 +98,7 @@ class ServerInfo:
     max_images: int
     versions: Mapping[str, str]
     compiled: str | None
+    certificate: Certificate
     wire_format: WireFormat
     wire_dialect: Dialect
     batching: BatchLimits
@@ -101,6 +107,7 @@ class ServerInfo:
     max_score_body_bytes: int
     max_weights_body_bytes: int
     receive_timeout_s: float
+    world_size: int
     is_paused: bool
     is_asleep: bool
     is_ready: bool
@@ -120,6 +127,7 @@ def build_router(state: AppState) -> APIRouter:
         return ServerInfo(
             **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
             weight_version=status.weight_version,
+            version_number=status.version_number,
             wire_format=config.wire_format,
             wire_dialect=config.wire_dialect,
             batching=facts.batching,
@@ -128,6 +136,7 @@ def build_router(state: AppState) -> APIRouter:
             max_score_body_bytes=config.max_score_body_bytes,
             max_weights_body_bytes=config.max_weights_body_bytes,
             receive_timeout_s=config.receive_timeout_s,
+            world_size=status.world_size,
             is_paused=load.is_paused,
             is_asleep=status.is_asleep,
             is_ready=status.is_accepting and not (load.is_paused or status.is_asleep),

@@ -106,7 +106,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def get_world_size(request: Request) -> WorldObject:
         parse(WorldQuery, dict(request.query_params))
-        return WorldObject(world_size=1)
+        return WorldObject(world_size=(await state.status()).world_size)
 
     @router.post(
         "/init_weight_transfer_engine",

@@ -107,8 +107,8 @@ class Hand:
         self.scheduler.cancel(future)
         self.settle()
 
-    def abort(self, request_id: str | None) -> int:
-        count = self.scheduler.abort(request_id)
+    def abort(self, request_id: str | None, **options: Any) -> int:
+        count = self.scheduler.abort(request_id, **options)
         self.settle()
         return count.result(0)
 
@@ -120,8 +120,8 @@ class Hand:
         self.scheduler.resume()
         self.settle()
 
-    def exclusive(self, action: Callable[[], Any], *, mode: Any = "drain") -> Future[Any]:
-        done = self.scheduler.exclusive(action, mode=mode)
+    def exclusive(self, action: Callable[[], Any], **options: Any) -> Future[Any]:
+        done: Future[Any] = self.scheduler.exclusive(action, **options)
         self.settle()
         return done
 

@@ -10,6 +10,7 @@ from tests.weights import REQUEST, with_other
 from flowroll import Engine
 from flowroll.engine.service import EngineService
 from flowroll.engine.weights.staged import find_weights
+from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import NotFoundError, OutdatedWeightsError, WeightsRejectedError
 from flowroll.types import params_of
 
@@ -57,8 +58,9 @@ def test_an_update_that_lacks_tensors_stays_open(service: EngineService):
 
 
 def test_versions_are_taken_over(service: EngineService):
-    service.restore_versions("twelve", 40, frozenset({"0", "eleven", "twelve"}))
-    assert service.engine.weight_version == "twelve"
+    numbers = {"0": 0, "eleven": 11, "twelve": 12}
+    service.restore_versions(VersionState(current="twelve", number=12, newest=12, highest=40, numbers=numbers))
+    assert service.engine.weight_version == "twelve" and service.status().version_number == 12
     service.engine.plan(params_of(None, {**REQUEST, "min_weight_version": "eleven"}))
     with pytest.raises(OutdatedWeightsError):
         service.engine.plan(params_of(None, {**REQUEST, "min_weight_version": "thirteen"}))

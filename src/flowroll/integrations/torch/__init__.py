@@ -4,45 +4,32 @@
     for groups in DataLoader(dataset, batch_size=4, collate_fn=list):
         ...
 
-This module owns the order of the prompts, the threads that ask for rollouts, and the rule of how old weights may be. It must
-not know what a trainer does with the rollouts.
+This module owns the order of the prompts and the rule of how old weights may be, and `work` the threads that ask for rollouts.
+They must not know what a trainer does with these.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import inspect
 import os
-import threading
-import time
-import uuid
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flowroll.errors import FlowrollError, InvalidRequestError, OutdatedWeightsError, QueueFullError
+from flowroll.errors import InvalidRequestError, OutdatedWeightsError
+from flowroll.integrations.torch.work import PromptItem, Slot, Work, source_of
 from flowroll.types import Rollout, SamplingParams
 from flowroll.types.arguments import refuse_unknown
 from flowroll.types.policies import DEFAULT_POLICY
 from flowroll.types.rules import is_int, require
 from flowroll.types.weights import version_number
 
-# What the iterable of prompts may yield: a text, or fields of `SamplingParams`.
-PromptItem: TypeAlias = str | Mapping[str, Any]
-
 # How often a group is made anew because the weights went on, before that is an error.
 _MAX_REMAKES = 8
-# How long a full server is asked again, and the longest pause in between, in seconds.
-_MAX_WAIT_S, _MAX_PAUSE_S = 600.0, 60.0
-# How often the end of the threads asks for the end of what still runs, in seconds.
-_ABORT_EVERY_S = 0.2
 # Of each item, so not of all of them.
 _OWN_FIELDS = ("prompt", "seed", "seeds", "request_id")
 
@@ -111,7 +98,7 @@ class RolloutDataset(IterableDataset[RolloutGroup]):
         epoch: int = 0,
         **request: Any,
     ) -> None:
-        self._source = _source_of(source)
+        self._source = source_of(source)
         ok = isinstance(prompts, Iterable) and not isinstance(prompts, str | Mapping)
         require(ok, "prompts", "be an iterable of prompts", prompts, "put one prompt into a list")
         for name, value, optional in (
@@ -132,7 +119,7 @@ class RolloutDataset(IterableDataset[RolloutGroup]):
         self._max_staleness, self._prefetch, self._seed = max_staleness, prefetch, seed
         self.epoch, self.num_discarded = epoch, 0
         self._pid = os.getpid()
-        self._works: weakref.WeakSet[_Work] = weakref.WeakSet()
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
 
     def __enter__(self) -> RolloutDataset:
         return self
@@ -157,7 +144,7 @@ class RolloutDataset(IterableDataset[RolloutGroup]):
         if get_worker_info() is not None or os.getpid() != self._pid:
             raise _elsewhere("an iteration in another one")
         epoch, self.epoch = self.epoch, self.epoch + 1
-        work = _Work(self._source, num_threads=self._prefetch + 1)
+        work = Work(self._source, num_threads=self._prefetch + 1)
         self._works.add(work)
         return _RolloutIterator(self, work, iter(self._prompts), epoch)
 
@@ -193,34 +180,6 @@ def group_seed(seed: int, *, epoch: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{index}".encode()).digest()[:4]) >> 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """What is asked of an engine or a client."""
-
-    rollout: Callable[..., list[Rollout]]
-    abort: Callable[[str], object]
-    weight_version: Callable[[], str]
-
-
-def _source_of(source: Any) -> _Source:
-    rollout = getattr(source, "rollout", None)
-    if callable(rollout) and not inspect.iscoroutinefunction(inspect.unwrap(rollout)):
-        if hasattr(source, "scheduler"):
-            return _Source(rollout=rollout, abort=source.scheduler.abort, weight_version=lambda: str(source.weight_version))
-        if hasattr(source, "abort_request") and not _is_async(source):
-            return _Source(
-                rollout=rollout, abort=source.abort_request, weight_version=lambda: str(source.server_info()["weight_version"])
-            )
-    raise InvalidRequestError(
-        f"source must be an Engine or a Client, got {type(source).__name__}; an AsyncClient has a Client beside it.",
-        field="source",
-    )
-
-
-def _is_async(source: Any) -> bool:
-    return hasattr(source, "__aenter__")
-
-
 def _check_policy(fields: Mapping[str, Any], max_staleness: int | None) -> None:
     """Refuses a policy beside a bound on its age: a policy stays behind the weights for as long as it is kept."""
     ok = max_staleness is None or fields.get("policy") in (None, DEFAULT_POLICY)
@@ -235,104 +194,10 @@ def _elsewhere(what: str) -> InvalidRequestError:
     )
 
 
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """One group on its way. `_Work.changed` guards it."""
-
-    index: int
-    item: PromptItem | None
-    fields: dict[str, Any] = field(default_factory=dict)
-    request_id: str | None = None
-    rollouts: tuple[Rollout, ...] | None = None
-    error: BaseException | None = None
-    remakes: int = 0
-
-    @property
-    def is_waiting(self) -> bool:
-        return self.request_id is None and self.rollouts is None and self.error is None
-
-    @property
-    def weight_version(self) -> str:
-        assert self.rollouts
-        return min((rollout.weight_version for rollout in self.rollouts), key=lambda version: version_number(version) or 0)
-
-
-class _Work:
-    """The groups of one iteration and the threads that make them. The threads hold this, and not the iterator."""
-
-    def __init__(self, source: _Source, *, num_threads: int) -> None:
-        self._source = source
-        self.changed = threading.Condition()
-        self.slots: deque[_Slot] = deque()
-        self.is_stopped = False
-        self._stopping = threading.Event()
-        cpu_threads = torch.get_num_threads()
-        self._threads = [
-            threading.Thread(target=self._run, args=(cpu_threads,), name=f"rollouts-{number}", daemon=True)
-            for number in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        """Aborts what runs and waits for the threads."""
-        with self.changed:
-            self.is_stopped = True
-            self._stopping.set()
-            self.changed.notify_all()
-        others = [thread for thread in self._threads if thread is not threading.current_thread()]
-        while any(thread.is_alive() for thread in others):
-            # Again and again: a request may not have been accepted yet.
-            with self.changed:
-                running = [slot.request_id for slot in self.slots if slot.request_id is not None]
-            for request_id in running:
-                with contextlib.suppress(FlowrollError):
-                    self._source.abort(request_id)
-            until_s = time.monotonic() + _ABORT_EVERY_S
-            for thread in others:
-                thread.join(max(until_s - time.monotonic(), 0.0))
-
-    def _run(self, cpu_threads: int) -> None:
-        # The bits of a rollout depend on the number of threads of who asks for it.
-        if torch.get_num_threads() != cpu_threads:
-            torch.set_num_threads(cpu_threads)
-        while (slot := self._take()) is not None:
-            rollouts, error = None, None
-            try:
-                rollouts = tuple(self._ask({**slot.fields, "request_id": slot.request_id}))
-            except BaseException as raised:  # it is raised again in the loop that iterates
-                error = raised
-            with self.changed:
-                slot.request_id, slot.rollouts, slot.error = None, rollouts, error
-                self.changed.notify_all()
-            del slot, rollouts, error
-
-    def _take(self) -> _Slot | None:
-        """Waits for a group that is to be made; None: there will be no more."""
-        with self.changed:
-            while not self.is_stopped:
-                for slot in self.slots:
-                    if slot.is_waiting:
-                        slot.request_id = f"dataset-{uuid.uuid4().hex}"
-                        return slot
-                self.changed.wait()
-        return None
-
-    def _ask(self, fields: dict[str, Any]) -> list[Rollout]:
-        until_s = time.monotonic() + _MAX_WAIT_S
-        while True:
-            try:
-                return self._source.rollout(**fields)
-            except QueueFullError as error:
-                pause_s = min(max(error.retry_after_s, 0.05), _MAX_PAUSE_S)
-                if time.monotonic() + pause_s > until_s or self._stopping.wait(pause_s):
-                    raise
-
-
 class _RolloutIterator:
     """Hands out the groups of one iteration in their order."""
 
-    def __init__(self, dataset: RolloutDataset, work: _Work, prompts: Iterator[PromptItem], epoch: int) -> None:
+    def __init__(self, dataset: RolloutDataset, work: Work, prompts: Iterator[PromptItem], epoch: int) -> None:
         self._dataset, self._work, self._prompts, self._epoch = dataset, work, prompts, epoch
         self._num_pulled, self._is_exhausted = 0, False
         # Also at the end of the program, where nothing drops the iterator.
@@ -383,7 +248,7 @@ class _RolloutIterator:
     def _fill(self) -> None:
         """Takes prompts until there are enough groups on their way. An error of theirs waits for its turn."""
         while not (self._is_exhausted or len(self._work.slots) > self._dataset._prefetch):
-            slot = _Slot(index=self._num_pulled, item=None)
+            slot = Slot(index=self._num_pulled, item=None)
             try:
                 item = slot.item = next(self._prompts)
                 slot.fields = self._dataset.fields_of(item, epoch=self._epoch, index=slot.index)

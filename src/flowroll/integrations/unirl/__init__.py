@@ -18,18 +18,15 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowroll.client import Client
-from flowroll.client.exchange import post, read_object
-from flowroll.errors import FlowrollError, InvalidRequestError, MissingExtraError, ServerConnectionError
-from flowroll.types import Number, Rollout
+from flowroll.errors import FlowrollError, MissingExtraError
+from flowroll.types import Rollout
 from flowroll.types.rules import require
-from flowroll.wire.fields import Request
 from flowroll.wire.group import DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE, UPDATE_FROM_TENSOR_ROUTE
 from flowroll.wire.weight_updates import UpdateFromTensorRequest
@@ -37,14 +34,13 @@ from flowroll.wire.weight_updates import UpdateFromTensorRequest
 try:
     from unirl.distributed.group.dispatch import Dispatch, distributed
     from unirl.rollout.engine.base import BaseEngineConfig, BaseRolloutEngine
-    from unirl.rollout.engine.sigma_verify import verify_engine_used_sigmas
     from unirl.sde.noise import derive_denoise_step_seed
     from unirl.sde.runtime import FlowMatchSchedulePolicy, ensure_sample_sigmas
-    from unirl.types.conditions.text import TextEmbedCondition
     from unirl.types.noise_recipe import NoiseRecipe
-    from unirl.types.primitives import Images, Texts
-    from unirl.types.sampling import DiffusionSamplingParams, compute_trajectory_positions, is_forward_process
-    from unirl.types.segments.latent import make_image_segment
+    from unirl.types.primitives import Texts
+    from unirl.types.sampling import DiffusionSamplingParams
+
+    from flowroll.integrations.unirl.samples import NAME, PACKED, common_fields, filled, fold_seed, pack_latents
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] == "flowroll":
         raise
@@ -52,22 +48,7 @@ except ModuleNotFoundError as error:
         f"flowroll.integrations.unirl must have unirl, got none ({error}); run: pip install unirl 'flowroll[client]'."
     ) from error
 
-_NAME = "flowroll"
-# The dynamics by the names of UniRL's strategies; their mathematics is compared in the tests.
-_SDE_TYPES = {"flow": "sde", "cps": "cps", "dance": "dance"}
-# Options that change pictures or costs, and that flowroll has no counterpart of.
-_NOT_OFFERED = (
-    "max_sequence_length",
-    "taylor_cache_interval",
-    "taylor_cache_order",
-    "distilled_guidance_scale",
-    "guidance_scale_2",
-    "strength",
-)
-# Models whose latents are patches in a row, and the pixels along a side of one.
-_PACKED, _PATCH_PIXELS = ("qwen_image",), 16
 _PEFT_PREFIX, _COMPONENT_PREFIX = "base_model.model.", "transformer."
-_SAMPLER_KWARGS = ("negative_prompt", "return_negative_prompt_embeds")
 
 
 @dataclass
@@ -102,7 +83,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         model_config: The model that UniRL trains; it is looked at where the driver has pinned no sigmas.
     """
 
-    _component_name = _NAME
+    _component_name = NAME
 
     def __init__(self, config: FlowrollEngineConfig, *, strategy: Any = None, model_config: Any = None) -> None:
         super().__init__()
@@ -142,7 +123,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
             self.abort()
             raise
         require(len(rollouts) == gen.batch_size, "rollouts", "be one per sample", len(rollouts), "look at the server")
-        return self._stamp_output_version(self._filled(sample, rollouts))
+        return self._stamp_output_version(filled(sample, rollouts, has_conditions=self.cfg.populate_conditions))
 
     def abort(self, ids: Sequence[str] | None = None) -> list[Any]:
         """Aborts what this engine has asked for; requests have no partial results."""
@@ -158,11 +139,11 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
 
     def pause(self) -> None:
         """Has the server refuse new requests until `resume`; what runs goes on."""
-        self._client._send(_call("/pause_generation", {}))
+        self._client.post_object("/pause_generation", {})
 
     def resume(self) -> None:
         """Has the server take requests again."""
-        self._client._send(_call("/continue_generation", {}))
+        self._client.post_object("/continue_generation", {})
 
     @distributed(dispatch_mode=Dispatch.BROADCAST)  # type: ignore[untyped-decorator]
     def sleep(self) -> None:
@@ -214,7 +195,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         The server has no cache of prompts that `flush_cache` could mean.
         """
         _check_prefix(track_prefix)
-        self._post(
+        self._client.post_object(
             UPDATE_FROM_TENSOR_ROUTE,
             UpdateFromTensorRequest(
                 serialized_named_tensors=serialized_named_tensors,
@@ -236,7 +217,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     ) -> None:
         """Has the server join the trainer's process group, as one member of rank `rank_offset`."""
         _check_prefix(track_prefix)
-        self._post(
+        self._client.post_object(
             INIT_GROUP_ROUTE,
             InitGroupRequest(
                 master_address=master_address,
@@ -261,7 +242,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     ) -> None:
         """Has the server receive a bucket from the process group: rank 0 broadcasts each tensor in this order."""
         _check_prefix(track_prefix)
-        self._post(
+        self._client.post_object(
             UPDATE_FROM_GROUP_ROUTE,
             UpdateFromGroupRequest(
                 names=names,
@@ -275,7 +256,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
     def destroy_weights_update_group(self, *, group_name: str, track_prefix: str = "") -> None:
         """Has the server leave the process group."""
         _check_prefix(track_prefix)
-        self._post(DESTROY_GROUP_ROUTE, DestroyGroupRequest(group_name=group_name))
+        self._client.post_object(DESTROY_GROUP_ROUTE, DestroyGroupRequest(group_name=group_name))
 
     def update_weights_from_ipc(
         self,
@@ -319,9 +300,6 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         checksum: Any = self._client.weights_checksum
         return {0: [{name: str(checksum(name)) for name in names}]}
 
-    def _post(self, route: str, sent: Request) -> None:
-        self._client._send(post(route, sent, read_object))
-
     # Requests
 
     def _pin_sigmas(self, sample: Any) -> None:
@@ -343,7 +321,11 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         """Returns a request for each run of samples of one prompt, in their order."""
         gen = sample.frontier_gen_part(DiffusionSamplingParams)
         diffusion = gen.sampling_params
-        common = self._common_fields(diffusion)
+        common = {
+            **common_fields(diffusion, self.strategy),
+            "rollout_return_denoising_env": self.cfg.populate_conditions,
+            "lora_name": self._lora_name,
+        }
         prompts = sample.text_conditioning()
         require(len(prompts) == 1, "prompts", "be one text per sample", len(prompts), "use a single text turn")
         texts = prompts[0].content
@@ -370,47 +352,7 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
         """Whether the latents of the server's model are patches in a row."""
         if self._family is None:
             self._family = str(self._client.server_info()["family"])
-        return self._family in _PACKED
-
-    def _common_fields(self, diffusion: Any) -> dict[str, Any]:
-        for name in _NOT_OFFERED:
-            value = getattr(diffusion, name)
-            require(value is None, name, "be left out with flowroll", value, "remove it from the sampling parameters")
-        further = dict(diffusion.sampler_kwargs or {})
-        unknown = sorted(set(further) - set(_SAMPLER_KWARGS))
-        require(not unknown, "sampler_kwargs", f"hold {' and '.join(_SAMPLER_KWARGS)} alone", unknown, "remove the others")
-        sigmas: Tensor = diffusion.sigmas.detach().to("cpu", torch.float32)
-        num_steps = int(diffusion.num_inference_steps)
-        require(sigmas.shape == (num_steps + 1,), "sigmas", f"be {num_steps + 1} values", tuple(sigmas.shape), "pin T + 1")
-        fields: dict[str, Any] = {
-            "sigmas": sigmas.tolist(),
-            "height": int(diffusion.height),
-            "width": int(diffusion.width),
-            "guidance_scale": float(diffusion.guidance_scale),
-            "rollout_return_dit_trajectory": True,
-            "rollout_return_denoising_env": bool(self.cfg.populate_conditions),
-            "rollout_return_step_indices": _kept_states(diffusion, num_steps),
-            "lora_name": self._lora_name,
-        }
-        if (negative := further.get("negative_prompt")) is not None:
-            fields["negative_prompt"] = negative
-        return fields | self._dynamics_fields(diffusion)
-
-    def _dynamics_fields(self, diffusion: Any) -> dict[str, Any]:
-        steps = None if diffusion.sde_indices is None else sorted(int(step) for step in diffusion.sde_indices)
-        if steps is not None and is_forward_process(steps):
-            return {"rollout_sde_type": "ode"}
-        name = None if self.strategy is None else type(self.strategy).canonical_name.strip().lower()
-        require(name in _SDE_TYPES, "strategy", f"be one of {', '.join(_SDE_TYPES)} for stochastic steps", name, "choose one")
-        assert name is not None
-        eta: Number = float(diffusion.eta)
-        require(eta > 0, "eta", "be above 0 for stochastic steps", eta, "use sde_indices=[] for a forward process")
-        return {
-            "rollout_sde_type": _SDE_TYPES[name],
-            "rollout_noise_level": eta,
-            "rollout_log_prob_no_const": bool(self.strategy.log_prob_no_const),
-            "rollout_sde_step_indices": steps,
-        }
+        return self._family in PACKED
 
     def _name_request(self) -> str:
         return f"unirl-{id(self):x}-{next(self._numbers)}"
@@ -427,138 +369,6 @@ class FlowrollRolloutEngine(BaseRolloutEngine):  # type: ignore[misc]
 
     # Answers
 
-    def _filled(self, sample: Any, rollouts: Sequence[Rollout]) -> Any:
-        gen = sample.frontier_gen_part(DiffusionSamplingParams)
-        diffusion, first = gen.sampling_params, rollouts[0]
-        sigmas: Tensor = diffusion.sigmas.detach().to("cpu", torch.float32)
-        for rollout in rollouts:
-            verify_sigmas(rollout, sigmas)
-        trajectories = [rollout.dit_trajectory for rollout in rollouts]
-        states = torch.stack([trajectory.latents for trajectory in trajectories if trajectory is not None]).float()
-        assert first.dit_trajectory is not None and first.log_probs is not None
-        stochastic = diffusion.sde_indices is None or not is_forward_process(diffusion.sde_indices)
-        chosen = list(range(len(sigmas) - 1)) if diffusion.sde_indices is None else sorted(map(int, diffusion.sde_indices))
-        log_probs = [rollout.log_probs[chosen] for rollout in rollouts if rollout.log_probs is not None]
-        segment = make_image_segment(
-            latents=unpack_latents(states, int(diffusion.height), int(diffusion.width)),
-            sigmas=sigmas,
-            indices=torch.tensor(first.dit_trajectory.latent_step_indices, dtype=torch.long),
-            sde_logp=torch.stack(log_probs) if stochastic else None,
-            sde_indices=torch.tensor(chosen, dtype=torch.long),
-        )
-        pictures = [rollout.image[:, 0] for rollout in rollouts if isinstance(rollout.image, Tensor)]
-        filled = sample.with_filled_frontier(
-            segment=segment,
-            primitives={"image": Images.from_dense(torch.stack(pictures))},
-            conditions=_conditions(rollouts) if self.cfg.populate_conditions else {},
-        )
-        return filled.replace_frontier(replace(filled.parts[-1], metadata=self._metadata(gen, rollouts)))
-
-    def _metadata(self, gen: Any, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-        base_seed = int(gen.sampling_params.seed) if gen.sampling_params.seed is not None else 0
-        before = gen.metadata or [{}] * len(rollouts)
-        return [
-            {
-                **(own or {}),
-                _NAME: {
-                    "request_id": rollout.request_id,
-                    "weight_version": rollout.weight_version,
-                    "sde_seed": rollout.seed,
-                    "unfolded_sde_seed": derive_denoise_step_seed(base_seed, 0, sample_id),
-                },
-            }
-            for own, sample_id, rollout in zip(before, gen.sample_ids, rollouts, strict=True)
-        ]
-
-
-def fold_seed(seed: int) -> int:
-    """Returns the lower 32 bits of a seed: generators on a CPU use no more."""
-    return int(seed) & 0xFFFFFFFF
-
-
-def verify_sigmas(rollout: Rollout, expected: Tensor) -> None:
-    """Checks by UniRL's own verifier, and then bit for bit, that a rollout was made with the driver's sigmas.
-
-    Raises:
-        RuntimeError: It was not.
-    """
-    trajectory = rollout.dit_trajectory
-    used = None if trajectory is None else trajectory.sigmas
-    verify_engine_used_sigmas(used, expected=expected, engine_name=_NAME)
-    if used is None or not torch.equal(used, expected):
-        raise RuntimeError(f"{_NAME}: the sigmas of {rollout.request_id} must be the driver's in every bit.")
-
-
-def pack_latents(latents: Tensor, height: int, width: int, *, packed: bool) -> Tensor:
-    """Returns x_T [batch, channels, rows, columns] as flowroll takes it: as it is, or in Qwen-Image's patches of 2 x 2.
-
-    Raises:
-        InvalidRequestError: It has not four dimensions.
-    """
-    if latents.ndim != 4:
-        raise InvalidRequestError(
-            f"x_T must be [batch, channels, rows, columns] at {width} x {height}, got {list(latents.shape)}; set "
-            "init_noise_latent_shape to [channels, rows, columns].",
-            field="init_noise_latent_shape",
-        )
-    plain = latents.detach().to("cpu", torch.float32)
-    if not packed:
-        return plain
-    batch, channels, rows, columns = plain.shape
-    patches = plain.reshape(batch, channels, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, rows * columns // 4, channels * 4)
-
-
-def unpack_latents(states: Tensor, height: int, width: int) -> Tensor:
-    """Returns trajectories [batch, states, channels, rows, columns], in which UniRL keeps them, also of packed models.
-
-    Raises:
-        InvalidRequestError: There are not as many patches as the picture has.
-    """
-    if states.ndim == 5:
-        return states
-    batch, count, tokens, width_of_token = states.shape
-    rows, columns = height // _PATCH_PIXELS, width // _PATCH_PIXELS
-    ok = tokens == rows * columns
-    require(ok, "latents", f"be {rows} x {columns} patches of {_PATCH_PIXELS} pixels", tokens, "use a model of 8 x 2 pixels")
-    channels = width_of_token // 4
-    patches = states.reshape(batch, count, rows, columns, channels, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
-    return patches.reshape(batch, count, channels, rows * 2, columns * 2)
-
-
-def _kept_states(diffusion: Any, num_steps: int) -> list[int] | None:
-    """Returns the states that replay needs and the last one; None: all of them."""
-    steps = diffusion.sde_indices
-    if steps is None or len(steps) >= num_steps:
-        return None
-    return sorted({*compute_trajectory_positions({int(step) for step in steps}, num_steps), num_steps})
-
-
-def _conditions(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    branches: dict[str, list[Any]] = {"text": [], "negative_text": []}
-    for rollout in rollouts:
-        env = rollout.denoising_env
-        if env is None:
-            raise ServerConnectionError("the answer must hold the denoising environment, got none; check the server.")
-        for name, values in (("text", env.pos_cond_kwargs), ("negative_text", env.neg_cond_kwargs)):
-            if values is not None:
-                branches[name].append(_text_condition(values))
-    return {name: TextEmbedCondition.concat(found) for name, found in branches.items() if found}
-
-
-def _text_condition(values: Mapping[str, Any]) -> Any:
-    embeds = values.get("encoder_hidden_states", values.get("cap_feats"))
-    assert isinstance(embeds, Tensor)
-    mask = values.get("encoder_hidden_states_mask")
-    pooled = values.get("pooled_projections")
-    if mask is None and "cap_feats" in values:
-        mask = embeds.new_ones(embeds.shape[0], dtype=torch.long)
-    return TextEmbedCondition(
-        embeds=embeds[None],
-        pooled=None if pooled is None else pooled[None],
-        attn_mask=None if mask is None else mask[None],
-    )
-
 
 def _layer_of(name: str) -> str:
     return name.removeprefix(_PEFT_PREFIX).removeprefix(_COMPONENT_PREFIX)
@@ -566,9 +376,3 @@ def _layer_of(name: str) -> str:
 
 def _check_prefix(track_prefix: str) -> None:
     require(not track_prefix, "track_prefix", "be empty, a server has one model", track_prefix, "use one engine per model")
-
-
-def _call(route: str, sent: Mapping[str, Any]) -> Any:
-    from flowroll.client.exchange import Call, encoded
-
-    return Call(method="POST", path=route, read=read_object, content=encoded(sent))
