@@ -22,7 +22,7 @@ from torch import nn
 from flowroll.errors import InvalidRequestError
 
 # What makes Inductor's kernels as independent as eager ones: roundings where eager kernels round, no choice by measured
-# time or by the number of rows. On a CPU one thread, since the division among threads is chosen by the first shapes that are seen.
+# time or by the number of rows. On a CPU one thread, since the first shapes that are seen choose the division among threads.
 _SETTINGS: Mapping[str, str | int | bool] = {
     "emulate_precision_casts": True,
     "deterministic": True,
@@ -76,14 +76,14 @@ def compile_blocks(transformer: nn.Module) -> nn.Module:
             if found is not None:
                 other = f"{type(block).__name__} whose forward is {found}"
                 raise _unfit("transformer", "have blocks with a forward of their class", other, "remove that wrapper first")
-            block.forward = CompiledBlock(block)  # type: ignore[method-assign, assignment]
+            block.forward = CompiledBlock(block)
     return transformer
 
 
 def rebind_compiled(copied: nn.Module) -> None:
     """Makes a shallow copy of a compiled block run itself, and not the block that it was copied from."""
     if isinstance(copied.__dict__.get("forward"), CompiledBlock):
-        copied.forward = CompiledBlock(copied)  # type: ignore[method-assign, assignment]
+        copied.forward = CompiledBlock(copied)
 
 
 def is_compiled(transformer: object) -> bool:
@@ -172,7 +172,7 @@ def _cpp_compiler() -> str:
         path = cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
         raise _unfit("compile", "have a C++ compiler on a CPU", "none", "install g++, or leave compile out") from None
-    version = re.search(r"(\w+) version ([\d.]+)", cpp_builder.get_compiler_version_info(path))
+    version = re.search(r"(gcc|clang) version ([\d.]+)", cpp_builder.get_compiler_version_info(path))
     return " ".join(version.groups()) if version else Path(path).name
 
 
