@@ -30,7 +30,6 @@ TINY_CELLS = ((64, 1), (64, 3))
 STEPS, CELL_S = 5, 5.0
 WARM = 2
 NO_GRAPHS = "flowroll has no CUDA graphs"
-NO_COMPILE = "flowroll has no compiled kernels (flowroll.replay.prepare)"
 
 
 def steps(report: Report, device: torch.device, is_tiny: bool, *, family: str) -> None:
@@ -57,12 +56,8 @@ def steps(report: Report, device: torch.device, is_tiny: bool, *, family: str) -
 
 
 def _compiled_exactly(report: Report, model: Any, family: str, cells: Any, device: torch.device) -> None:
-    prepare = getattr(replay, "prepare", None)
-    if prepare is None:
-        report.skip(f"{family}, exact, compiled", NO_COMPILE)
-        return
     with report.trying(f"{family}, exact, compiled"):
-        prepare(model)
+        replay.compile_blocks(model)
         for size, samples in cells:
             _time(report, model, family, size, samples, "exact", "compiled", device)
 

@@ -28,6 +28,8 @@ REQUEST: dict[str, Any] = {
     "return_denoising_env": True,
     "return_dit_trajectory": True,
 }
+# Both have the one transformer.
+PROVED = ("qwen_image", "qwen_image_edit")
 
 
 def log_probs_of(rollouts: list[Rollout]) -> torch.Tensor:
@@ -36,7 +38,7 @@ def log_probs_of(rollouts: list[Rollout]) -> torch.Tensor:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", PROVED)
 def test_a_compiled_replay_of_a_compiled_rollout_has_ratio_one(
     family: str, dtype: str, checkpoints: dict[str, Path], pipeline_of: Callable[[str, str], Any]
 ) -> None:
@@ -60,10 +62,10 @@ def test_a_compiled_replay_of_a_compiled_rollout_has_ratio_one(
 def test_compiled_and_eager_kernels_do_not_meet(
     engine_of: Callable[[str, str], Engine], pipeline_of: Callable[[str, str], Any]
 ) -> None:
-    group = engine_of("z_image", "float32").rollout(**REQUEST)
+    group = engine_of("qwen_image", "float32").rollout(**REQUEST)
     proof = group[0].provenance
     assert proof is not None and proof.compiled is None
-    transformer = copy.deepcopy(pipeline_of("z_image", "float32").transformer)
+    transformer = copy.deepcopy(pipeline_of("qwen_image", "float32").transformer)
     name = compiled.compiled_kernels(torch.device("cpu"))
     made_compiled = [replace(group[0], provenance=replace(proof, compiled=name))]
     with pytest.raises(InvalidRequestError, match=r"got eager.*compile_blocks"):
@@ -71,6 +73,12 @@ def test_compiled_and_eager_kernels_do_not_meet(
     assert compiled.kernels_of(replay.compile_blocks(transformer)) == name
     with pytest.raises(InvalidRequestError, match="eager"):
         replay.log_prob(transformer, group)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(PROVED)))
+def test_a_transformer_that_was_not_proved_is_refused(family: str, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(InvalidRequestError, match="compile must be off but for QwenImageTransformer2DModel"):
+        PicturedEngine(checkpoints[family], device="cpu", compile=True)
 
 
 def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(
