@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.guiding import PicturedEngine, in_words_of
 from tests.pairs import DTYPES
+from tests.weights import with_other
 from torch._inductor import cpp_builder, exc
 
 from flowroll import Rollout, replay
@@ -57,6 +58,22 @@ def test_a_compiled_replay_of_a_compiled_rollout_has_ratio_one(
     log_probs = replay.log_prob(replay.compile_blocks(transformer), group)
     assert log_probs.requires_grad and torch.equal(log_probs.detach(), log_probs_of(group))
     log_probs.sum().backward()
+
+
+@pytest.mark.proof
+def test_compiled_blocks_sleep_take_weights_and_refuse_adapters(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    other = with_other(qwen_checkpoint, tmp_path / "other")
+    with Engine(qwen_checkpoint, device="cpu", compile=True) as engine:
+        first = engine.rollout(**REQUEST)
+        engine.sleep()
+        engine.wake()
+        assert torch.equal(log_probs_of(engine.rollout(**REQUEST)), log_probs_of(first))
+        engine.update_weights_from_disk(other)
+        updated = engine.rollout(**REQUEST)
+        with pytest.raises(InvalidRequestError, match="adapters must be left out"):
+            engine.stage_pushed_lora({}, merged=False)
+    with Engine(other, device="cpu", compile=True) as engine:
+        assert torch.equal(log_probs_of(engine.rollout(**REQUEST)), log_probs_of(updated))
 
 
 def test_compiled_and_eager_kernels_do_not_meet(

@@ -661,11 +661,13 @@ class Engine:
             WeightsRejectedError: The adapter is refused.
         """
         self._check_open()
+        self._check_takes_adapters()
         return self._adapters.stage(files, name=name, merged=merged)
 
     def stage_pushed_lora(self, factors: Mapping[str, LoraFactors], *, merged: bool) -> StagedAdapter:
         """Makes an adapter from factors that a trainer has pushed; see `AdapterStore.stage_pushed`."""
         self._check_open()
+        self._check_takes_adapters()
         return self._adapters.stage_pushed(factors, merged=merged)
 
     def commit_lora_adapter(
@@ -847,6 +849,14 @@ class Engine:
             del self._model, self._pipeline, self._adapters, self._policy_store, self._log_probs
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
+
+    def _check_takes_adapters(self) -> None:
+        if self.info.compiled is not None:
+            raise InvalidRequestError(
+                "adapters must be left out of compiled blocks, with which they were not proved, got one; start the engine "
+                "without compile.",
+                field="lora_name",
+            )
 
     def _compile(self) -> None:
         """Compiles the blocks by a step of a small sample, so that no request has to wait for it."""

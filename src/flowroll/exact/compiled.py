@@ -35,7 +35,7 @@ _SETTINGS: Mapping[str, str | int | bool] = {
 _MOST_COMPILATIONS = 64
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # The transformers whose compiled blocks were shown to be exact among themselves: with gradients and without, whichever shape
-# was compiled first. Z-Image's in bfloat16 differ from eager ones by more than a rounding; the others were not looked at.
+# was compiled first. Of the others no more was looked at than a part of Z-Image's.
 _PROVED = frozenset({"QwenImageTransformer2DModel"})
 
 EAGER = "eager"
@@ -60,7 +60,7 @@ def compile_blocks(transformer: nn.Module) -> nn.Module:
     flowroll/inductor in the user's cache folder.
 
     Args:
-        transformer: A transformer of diffusers, with LoRA or without.
+        transformer: A transformer of diffusers, not in a wrapper of peft's.
 
     Returns:
         The same transformer.
