@@ -266,6 +266,7 @@ def _announce(config: ServerConfig, facts: EngineFacts, listener: socket.socket)
         **shown,
         **{field.name: getattr(facts.info, field.name) for field in dataclasses.fields(facts.info)},
         "port": listener.getsockname()[1],
+        "certificate": facts.info.certificate.name,
         "api_key": "set" if config.api_key else "none",
     }
     if config.log_format == "json":

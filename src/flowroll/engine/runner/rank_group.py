@@ -317,7 +317,6 @@ def open_peers(
     if layout.num_ranks == 1:
         return NoPeers()
     check_alone()
-    check_layout(outline_model(checkpoint, device=device, dtype=dtype), layout, limits)
     place = torchrun_rank()
     if place is None:
         check_devices(layout, device, torch.cuda.device_count())
@@ -328,6 +327,8 @@ def open_peers(
                 f"an Engine of several ranks must be opened on rank 0 alone, got rank {place.rank}; call "
                 "flowroll.engine.follow there."
             )
+    # Last, since it asks the kernels.
+    check_layout(outline_model(checkpoint, device=device, dtype=dtype), layout, limits)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = RankConfig(
