@@ -23,6 +23,7 @@ from flowroll import Rollout, replay
 from flowroll.client import AsyncClient, Client
 from flowroll.engine import Limits
 from flowroll.engine.service import EngineService
+from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, PayloadTooLargeError
 from flowroll.families import FAMILIES
 from flowroll.replay.remote import score_params
@@ -225,7 +226,7 @@ def test_an_env_without_what_the_forward_needs_is_refused_before_it_is_sent(
 
 def test_scores_can_demand_a_version_of_the_weights(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     versions, rollouts = served.engine._weights.versions, served.rollouts[:1]
-    monkeypatch.setattr(type(versions), "current", "7")
+    monkeypatch.setattr(versions, "state", VersionState.first("7"))
     with served.client() as client:
         assert client.score(rollouts, min_weight_version="7").weight_version == "7"
         with pytest.raises(OutdatedWeightsError):
@@ -234,7 +235,7 @@ def test_scores_can_demand_a_version_of_the_weights(served: Served, monkeypatch:
     assert (served.post(body).status_code, error_of(served.post(body))["field"]) == (409, "min_weight_version")
     # Older weights may come while a request waits.
     plan = served.engine.plan_score(score_params(rollouts, [0], log_probs_only=True, min_weight_version="7"))
-    monkeypatch.setattr(type(versions), "current", "6")
+    monkeypatch.setattr(versions, "state", VersionState.first("6"))
     with pytest.raises(OutdatedWeightsError):
         served.engine.run_scores(plan)
 

@@ -121,7 +121,7 @@ def test_samples_with_a_shared_argument_share_a_forward_with_the_bits_of_each() 
             return [transformer(**one, return_dict=False)[0] for one in inputs]
 
         collate_key, collate, uncollate = staticmethod(DECLARED.key), staticmethod(DECLARED.collate), staticmethod(uncollate)
-        num_text_rows = staticmethod(DECLARED.num_text_rows)
+        num_text_rows, pad_text = staticmethod(DECLARED.num_text_rows), staticmethod(DECLARED.pad_text)
 
     inputs = []
     for seed in range(3):
