@@ -160,6 +160,7 @@ def test_a_process_that_is_stopped_ends_every_call_with_its_reason(z_image_check
         time.sleep(4.0)  # one that answers lives longer than its patience
         assert process.failure is None
         os.kill(process.pid, signal.SIGSTOP)
+        _until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
         with pytest.raises(RankLostError, match="must give a sign of life within 2 s, got silence"):
             process.call(EngineService.status).result(WAIT_S)
         _until(lambda: bool(told))
