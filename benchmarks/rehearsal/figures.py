@@ -24,7 +24,7 @@ STEPS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is rehearsed.
+    """One row of the rehearsal: a model, its size and its layout.
 
     Attributes:
         model: The name of the model.

@@ -47,7 +47,7 @@ class DeviceFaultError(Exception):
 
 @dataclass(slots=True)
 class Count:
-    """What the operations of one stage cost.
+    """Counts of the operations of one stage, and what they cost.
 
     Attributes:
         kernels: Operations that compute or move something on the device; each counts once, whatever its kernels are.

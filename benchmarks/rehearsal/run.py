@@ -120,7 +120,7 @@ class Rehearsal:
 
     @property
     def counts(self) -> dict[str, Count]:
-        """What was counted so far, by stage."""
+        """The counts of the operations so far, by stage."""
         return self.meter.counts
 
     def rollouts(self, num_samples: int, **request: Any) -> list[Rollout]:

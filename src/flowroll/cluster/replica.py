@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What it needs, by Ray's names, without what it needs nothing of."""
+        """The resources that a replica needs, by Ray's names; those of which it needs none are left out."""
         needed = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
         return {name: amount for name, amount in needed.items() if amount}
 

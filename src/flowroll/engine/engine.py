@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import resource
 import time
@@ -157,37 +158,32 @@ class Engine:
         checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
         self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._peers.close)
             self._model, self._pipeline = load_model(
                 checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile
             )
             self._peers.serve(self._model.spec, limits)
             certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
-        except BaseException:
-            self._peers.close()
-            raise
-        self._keep_findings()
-        self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
-        versions = WeightVersions()
-        self._policies = PolicyTable(self._model.adapters)
-        self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
-        self._executor = Executor(self._model, self._work, self._peers)
-        self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
-        self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
-        self._policy_store = PolicyStore(
-            self._policies, self._model.adapters, self._executor, self._offload, versions, adapter_limits.max_policies
-        )
-        self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
-        self.scheduler = Scheduler(self._executor, batching or BatchLimits())
-        self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
-        self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate)
-        try:
+            self._keep_findings()
+            self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
+            versions = WeightVersions()
+            self._policies = PolicyTable(self._model.adapters)
+            self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
+            self._executor = Executor(self._model, self._work, self._peers)
+            self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
+            self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
+            self._policy_store = PolicyStore(
+                self._policies, self._model.adapters, self._executor, self._offload, versions, adapter_limits.max_policies
+            )
+            self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
+            self.scheduler = Scheduler(self._executor, batching or BatchLimits())
+            self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
+            self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate)
             self._weights.note_checksum(limits.max_hashed_bytes)
-        except BaseException:
-            self._peers.close()
-            raise
-        if compile:
-            self._compile()
+            if compile:
+                self._compile()
+            opened.pop_all()
 
     def __enter__(self) -> Engine:
         return self
@@ -651,6 +647,7 @@ class Engine:
     ) -> None:
         """Checks an adapter before the data of its tensors has come; the errors are those of `stage_lora_adapter`."""
         self._check_open()
+        self._check_takes_adapters()
         self._adapters.check(config, stored, name=name, merged=merged)
 
     def stage_lora_adapter(self, files: AdapterFiles, *, name: str, merged: bool = False) -> StagedAdapter:

@@ -40,9 +40,12 @@ def elementwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles functions of one rounded operation per element, which have the same bits wherever the element stands."""
     if not is_aligned(trace, args[:1] if func in CASTS else args, kwargs):
         return each(trace, func, args, kwargs)
-    if "alpha" in kwargs or "rounding_mode" in kwargs or (any_complex(args, kwargs) and func not in COPIES):
-        return pointwise(trace, func, args, kwargs)
-    return whole(trace, func, args, kwargs)
+    return (whole if rounds_once(func, args, kwargs) else pointwise)(trace, func, args, kwargs)
+
+
+def rounds_once(func: Any, args: Args, kwargs: Kwargs) -> bool:
+    """Tells whether a function of `ELEMENTWISE`, called so, rounds once per element; a scale or complex numbers take more."""
+    return not ("alpha" in kwargs or "rounding_mode" in kwargs or (any_complex(args, kwargs) and func not in COPIES))
 
 
 def pointwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:

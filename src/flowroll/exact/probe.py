@@ -32,6 +32,8 @@ Setting: TypeAlias = "tuple[torch.dtype, torch.device, int]"
 
 # Random inputs repeat this many rows. It is prime, so the repetition does not line up with the samples.
 _POOL = 61
+# Products of so many rows are what those of other numbers of rows are compared with: more than the pool, so that rows repeat.
+_REFERENCE = 64
 # The share of elements that must have a rounding error for an answer to count.
 _TELLING = 0.5
 
@@ -94,6 +96,55 @@ def _ask_way(
         expected = each(*operands)
         exact = (way for way in ways if tells(expected) and torch.equal(way(*operands), expected))
         return next(exact, each).__name__
+
+
+def rows_are_usual(
+    num_samples: int,
+    rows: int,
+    columns: int,
+    weight_shape: torch.Size,
+    has_bias: bool,
+    requires_grad: bool,
+    setting: Setting,
+) -> bool:
+    """Tells whether each row of a product has the bits that it has among `_REFERENCE` rows, wherever it stands.
+
+    Args:
+        num_samples: The number of samples.
+        rows: The number of rows of each.
+        columns: The number of columns of a row.
+        weight_shape: The shape of the weight.
+        has_bias: Whether there is a bias.
+        requires_grad: Whether the weight needs a gradient.
+        setting: What the product is run in.
+    """
+    question = ("rows", num_samples, rows, columns, weight_shape, has_bias, requires_grad, setting)
+    return bool(FINDINGS.answer(question, _ask_rows))
+
+
+def _ask_rows(
+    num_samples: int,
+    rows: int,
+    columns: int,
+    weight_shape: torch.Size,
+    has_bias: bool,
+    requires_grad: bool,
+    setting: Setting,
+) -> bool:
+    dtype, device, _ = setting
+    total = num_samples * rows
+    inputs, weight, bias = cancelling_product(torch.Size((max(total, _REFERENCE), columns)), weight_shape, dtype, device)
+    weight.requires_grad_(requires_grad)
+
+    def compute(first: int, *shape: int) -> Tensor:
+        found = F.linear(inputs[:first].clone().view(*shape, columns), weight, bias if has_bias else None)
+        return found.detach().view(first, -1)
+
+    # Gradient checkpointing counts what is saved around it, and is not to count this.
+    with saved_tensors_hooks(_itself, _itself):
+        expected, found = compute(_REFERENCE, 1, _REFERENCE), compute(total, num_samples, rows)
+    repeats = torch.equal(expected[_POOL:], expected[: _REFERENCE - _POOL])
+    return tells(expected) and repeats and torch.equal(found, expected[torch.arange(total, device=device) % _POOL])
 
 
 def attention_is_independent(query: Tensor, key: Tensor, value: Tensor, num_samples: int) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowroll.exact import arithmetic, calls, shapes
-from flowroll.exact.calls import BROADCASTS, Args, Decision, Kwargs, Rule, any_complex, argument, is_aligned, numbers_in
+from flowroll.exact.calls import BROADCASTS, Args, Decision, Kwargs, Rule, argument, is_aligned, numbers_in
 from flowroll.exact.functions import (
     CASTS,
     COPIES,
@@ -141,9 +141,7 @@ def elementwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     """Handles functions of one rounded operation per element."""
     if not is_aligned(trace, args[:1] if func in CASTS else args, kwargs):
         return each(trace, func, args, kwargs)
-    if "alpha" in kwargs or "rounding_mode" in kwargs or (any_complex(args, kwargs) and func not in COPIES):
-        return pointwise(trace, func, args, kwargs)
-    return whole(trace, func, args, kwargs)
+    return (whole if arithmetic.rounds_once(func, args, kwargs) else pointwise)(trace, func, args, kwargs)
 
 
 def pointwise(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:

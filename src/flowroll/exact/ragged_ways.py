@@ -14,19 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from flowroll.exact.layout import ALLOCATED, CannotMergeError, parts_of
 from flowroll.exact.padding import Lengths, Padding, cut, fill, row_indices
-from flowroll.exact.probe import attention_is_independent, cancelling_product, product, tells
+from flowroll.exact.probe import attention_is_independent, product, rows_are_usual
 from flowroll.exact.ways import Path, Samples, put_at, value_at
 
-# How many shapes are remembered, as in `probe`.
+# The most shapes that are remembered.
 _SHAPES = 65536
-# Products of so many rows are what those of other numbers of rows are compared with.
-_REFERENCE = 64
-# Rows of made-up inputs repeat after this many.
-_POOL = 61
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,40 +116,10 @@ def _runs_together(
     """Tells for each run whether its rows may be multiplied together with all others, padding included."""
 
     def is_usual(samples: int, rows: int) -> bool:
-        return _rows_are_usual(samples, rows, columns, weight_shape, has_bias, requires_grad, setting)
+        return rows_are_usual(samples, rows, columns, weight_shape, has_bias, requires_grad, setting)
 
     merged = is_usual(len(lengths.own), lengths.padded)
     return tuple(merged and is_usual(1, length) for _, _, length in lengths.runs)
-
-
-@lru_cache(maxsize=_SHAPES)
-def _rows_are_usual(
-    samples: int,
-    rows: int,
-    columns: int,
-    weight_shape: torch.Size,
-    has_bias: bool,
-    requires_grad: bool,
-    setting: tuple[torch.dtype, torch.device, int],
-) -> bool:
-    """Tells whether each row of a product has the bits that it has among the rows of the reference, wherever it stands.
-
-    As in `probe`, all sums cancel, so that what comes out is the kernel's rounding error.
-    """
-    dtype, device, _ = setting
-    total = samples * rows
-    inputs, weight, bias = cancelling_product(torch.Size((max(total, _REFERENCE), columns)), weight_shape, dtype, device)
-    weight.requires_grad_(requires_grad)
-
-    def compute(first: int, *shape: int) -> Tensor:
-        found = F.linear(inputs[:first].clone().view(*shape, columns), weight, bias if has_bias else None)
-        return found.detach().view(first, -1)
-
-    # Gradient checkpointing counts what is saved around it, and is not to count this.
-    with saved_tensors_hooks(_itself, _itself):
-        expected, found = compute(_REFERENCE, 1, _REFERENCE), compute(total, samples, rows)
-    repeats = torch.equal(expected[_POOL:], expected[: _REFERENCE - _POOL])
-    return tells(expected) and repeats and torch.equal(found, expected[torch.arange(total, device=device) % _POOL])
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +164,3 @@ class RaggedAttention:
                 attended = torch.cat([func(*part) for part in zip(*(parts_of(one, num) for one in own), strict=True)])
             found.append(attended.transpose(1, 2).reshape(-1, heads * channels))
         return torch.cat(found).index_select(0, places).view(count, size, heads, channels).transpose(1, 2)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

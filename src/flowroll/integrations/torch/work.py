@@ -29,7 +29,7 @@ _ABORT_EVERY_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What is asked of an engine or a client."""
+    """The calls that the dataset makes to an engine or a client."""
 
     rollout: Callable[..., list[Rollout]]
     abort: Callable[[str], object]
@@ -74,7 +74,7 @@ class Slot:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether nobody makes it and it is not made."""
+        """Whether the work is still to be done: no request runs for it, and it has neither rollouts nor an error."""
         return self.request_id is None and self.rollouts is None and self.error is None
 
     @property
