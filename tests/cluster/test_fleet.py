@@ -387,6 +387,28 @@ def test_replicas_come_and_go_under_traffic(served: Any, client: Client, local: 
 
 
 @pytest.mark.slow
+def test_a_replica_that_leaves_finishes_what_it_runs_though_the_fleet_is_paused_meanwhile(
+    served: Any, client: Client, local: Engine
+):
+    long = {**SPLIT, "num_inference_steps": 60}
+    expected, before = local.rollout(**long), served.fleet.describe()
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(client.rollout, **long)
+        until(lambda: all(one.num_requests for one in served.fleet.describe().replicas))
+        httpx.post(f"{served.url}/pause", params={"mode": "keep"}).raise_for_status()
+        resized = pool.submit(served.fleet.resize, 1)
+        until(lambda: "draining" in {one.state for one in served.fleet.describe().replicas})
+        assert not asked.done() and not resized.done()
+        httpx.post(f"{served.url}/resume").raise_for_status()
+        assert_same(asked.result(WAIT_S), expected)
+        resized.result(WAIT_S)
+    info = served.fleet.describe()
+    assert (info.num_lost, info.num_retried) == (before.num_lost, before.num_retried)
+    served.fleet.resize(2)
+    assert all_ready(served, 2)
+
+
+@pytest.mark.slow
 def test_a_replica_that_joins_is_as_the_others_are(served: Any, client: Client, local: Engine):
     """It is asleep or paused if they are, and has what has come of an update that goes on."""
 

@@ -276,15 +276,15 @@ class Fleet(EngineClient):
     async def _pause(self, mode: PauseMode) -> None:
         # Not behind a change, which may wait for requests that are paused; a replica that joins looks at the same mode.
         self._replicas.paused = mode
-        await self._replicas.on_all("pause", mode)
+        await self._replicas.on_running("pause", mode)
 
     async def _resume(self) -> None:
         self._replicas.paused = None
-        await self._replicas.on_all("resume")
+        await self._replicas.on_running("resume")
 
     async def _hold_starts(self, is_held: bool) -> None:
         self._replicas.is_holding = is_held
-        await self._replicas.on_all("hold_starts", is_held)
+        await self._replicas.on_running("hold_starts", is_held)
 
     async def _drain(self) -> None:
         self._is_draining = True

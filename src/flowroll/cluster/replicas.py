@@ -206,7 +206,7 @@ class ReplicaSet:
         heard: dict[str, float] = {}
         while True:
             await asyncio.sleep(_PULSE_S)
-            for replica in self.ready():
+            for replica in self.running():
                 heard.setdefault(replica.id, asyncio.get_running_loop().time())
                 try:
                     await self.state_of(replica)
@@ -230,18 +230,20 @@ class ReplicaSet:
         self.background.add(task)
         task.add_done_callback(self.background.discard)
 
-    async def each(self, action: Callable[[ActorReplica], Awaitable[Any]]) -> dict[str, Any]:
-        """Does something with every replica that takes requests; one that ends meanwhile is replaced.
+    async def each(
+        self, action: Callable[[ActorReplica], Awaitable[Any]], members: Sequence[ActorReplica] | None = None
+    ) -> dict[str, Any]:
+        """Does something with every replica that takes requests, or with these; one that ends meanwhile is replaced.
 
         Raises:
             FlowrollError: All have refused it.
             MixedError: Some have.
         """
-        ready = self.ready()
-        found = await asyncio.gather(*(action(one) for one in ready), return_exceptions=True)
+        members = self.ready() if members is None else members
+        found = await asyncio.gather(*(action(one) for one in members), return_exceptions=True)
         done: dict[str, Any] = {}
         errors: list[BaseException] = []
-        for replica, one in zip(ready, found, strict=True):
+        for replica, one in zip(members, found, strict=True):
             if isinstance(one, ReplicaLostError):
                 self.lose(replica, one)
             elif isinstance(one, BaseException):
@@ -257,6 +259,13 @@ class ReplicaSet:
     async def on_all(self, method: str, *args: Any, **options: Any) -> dict[str, Any]:
         """Calls a method on every replica that takes requests, and returns the results of those that live."""
         return await self.each(lambda replica: replica.call(method, *args, **options))
+
+    async def on_running(self, method: str, *args: Any) -> dict[str, Any]:
+        """Calls a method on every replica that runs requests, for what holds them up or lets them go on.
+
+        One that leaves is among them: paused and not resumed, it would neither finish its requests nor ever leave.
+        """
+        return await self.each(lambda replica: replica.call(method, *args), self.running())
 
     async def state_of(self, replica: ActorReplica) -> EngineStatus:
         """Asks a replica for its state.

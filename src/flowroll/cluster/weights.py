@@ -122,19 +122,19 @@ class FleetWeights:
         if self._order == "rolling":
             yield
             return
-        await self._replicas.on_all("hold_starts", True)
+        await self._replicas.on_running("hold_starts", True)
         try:
             yield
         finally:
-            await self._replicas.on_all("hold_starts", self._replicas.is_holding)
+            await self._replicas.on_running("hold_starts", self._replicas.is_holding)
 
     async def sleep(self, mode: SleepMode) -> Any:
         """Has every replica release the memory of its weights; if one cannot, all wake."""
         async with self._replicas.changing:
             try:
-                found = await self._replicas.on_all("sleep", mode)
+                found = await self._replicas.on_running("sleep", mode)
             except FlowrollError:
-                await self._replicas.on_all("wake")
+                await self._replicas.on_running("wake")
                 raise
             self._replicas.memory_mode = mode
             return _summed(list(found.values()))
@@ -142,7 +142,7 @@ class FleetWeights:
     async def wake(self) -> Any:
         """Has every replica restore its weights."""
         async with self._replicas.changing:
-            found = await self._replicas.on_all("wake")
+            found = await self._replicas.on_running("wake")
             self._replicas.memory_mode = None
             return _summed(list(found.values()))
 
