@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from flowroll.errors import InvalidRequestError
+from flowroll.types.tensors import mesh_of
 
 # What makes Inductor's kernels as independent as eager ones: roundings where eager kernels round, no choice by measured
 # time or by the number of rows. On a CPU one thread, since the first shapes that are seen choose the division among threads.
@@ -73,7 +73,7 @@ def compile_blocks(transformer: nn.Module) -> nn.Module:
     check_can_compile(next((weight.device for weight in transformer.parameters()), torch.device("cpu")))
     if (kind := type(transformer).__name__) not in _PROVED:
         raise _unfit("compile", f"be off but for {', '.join(_PROVED)}, whose kernels were proved", kind, "leave compile out")
-    if any(isinstance(weight, DTensor) for weight in transformer.parameters()):
+    if any(mesh_of(weight) is not None for weight in transformer.parameters()):
         raise _unfit("transformer", "have whole weights to be compiled", "sharded ones", "leave compile out")
     blocks = list(_repeated_blocks(transformer))
     if not blocks or _is_compiled_otherwise(transformer):

@@ -229,7 +229,9 @@ import sys, warnings
 warnings.simplefilter("error")
 from flowroll import Client, Rollout, load_rollouts, save_rollouts
 assert not {"diffusers", "transformers"} & set(sys.modules)
-import flowroll.client, flowroll.store
+import flowroll.client, flowroll.serving, flowroll.store
+# Nor does the process that answers HTTP, which has no model.
+assert not {"diffusers", "transformers", "sympy", "torch.distributed.tensor"} & set(sys.modules)
 assert Client is flowroll.client.Client and load_rollouts is flowroll.store.load_rollouts
 """
     done = run_without(set(), program)
