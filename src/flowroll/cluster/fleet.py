@@ -273,10 +273,9 @@ class Fleet(EngineClient):
             is_holding=self._replicas.is_holding,
         )
 
-    async def _pause(self, mode: PauseMode) -> None:
+    async def _pause(self, mode: PauseMode, *, refuses: bool = True) -> None:
         # Not behind a change, which may wait for requests that are paused; a replica that joins looks at the same mode.
-        self._replicas.paused = mode
-        await self._replicas.on_running("pause", mode)
+        await self._replicas.pause(mode, refuses=refuses)
 
     async def _resume(self) -> None:
         self._replicas.paused = None

@@ -51,7 +51,7 @@ class ReplicaSet:
         uploads: The updates whose tensors arrive, by their ids.
         changing: Held by what changes all of them, or must not see them change.
         there: All that were started and have not ended, by their ids.
-        paused: How generation is paused; None: it is not.
+        paused: How generation is paused, and whether new requests are refused; None: it is not.
         memory_mode: Where the weights are while their memory is released; None: they are in place.
         is_holding: Whether no request is admitted.
         is_closed: Whether none is replaced any more.
@@ -80,7 +80,7 @@ class ReplicaSet:
         self.uploads: dict[str, Upload] = {}
         self.changing = asyncio.Lock()
         self.there: dict[str, ActorReplica] = {}
-        self.paused: PauseMode | None = None
+        self.paused: tuple[PauseMode, bool] | None = None
         self.memory_mode: SleepMode | None = None
         self.is_holding = self.is_closed = False
         self.num_lost = 0
@@ -119,10 +119,10 @@ class ReplicaSet:
                 await upload.open(replica)
             if self.memory_mode is not None:
                 await replica.call("sleep", self.memory_mode)
-            applied: tuple[PauseMode | None, bool] | None = None
+            applied: tuple[Any, bool] | None = None
             # They may change meanwhile, without waiting for this.
             while applied != (wanted := (self.paused, self.is_holding)):
-                await (replica.call("resume") if wanted[0] is None else replica.call("pause", wanted[0]))
+                await (replica.call("resume") if self.paused is None else _pause(replica, *self.paused))
                 await replica.call("hold_starts", wanted[1])
                 applied = wanted
             replica.state = "ready"
@@ -260,6 +260,11 @@ class ReplicaSet:
         """Calls a method on every replica that takes requests, and returns the results of those that live."""
         return await self.each(lambda replica: replica.call(method, *args, **options))
 
+    async def pause(self, mode: PauseMode, *, refuses: bool) -> None:
+        """Pauses every replica that runs requests, and those that join later."""
+        self.paused = mode, refuses
+        await self.each(lambda replica: _pause(replica, mode, refuses), self.running())
+
     async def on_running(self, method: str, *args: Any) -> dict[str, Any]:
         """Calls a method on every replica that runs requests, for what holds them up or lets them go on.
 
@@ -276,6 +281,10 @@ class ReplicaSet:
         """
         async with asyncio.timeout(_STATUS_S):
             return await replica.status()
+
+
+async def _pause(replica: ActorReplica, mode: PauseMode, refuses: bool) -> None:
+    await replica.call("pause", mode, refuses=refuses)
 
 
 def check_same(replica: ActorReplica, facts: EngineFacts) -> None:

@@ -1,8 +1,11 @@
 """How replicas join, leave and are watched: replicas that note what they are told, without Ray's processes."""
 
 import asyncio
+import inspect
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +13,15 @@ import pytest
 
 pytest.importorskip("ray")
 
+import flowroll.serving
 from flowroll.cluster import replicas
+from flowroll.cluster.fleet import Fleet
+from flowroll.cluster.groups import FleetGroups
 from flowroll.cluster.replica import Placement
 from flowroll.cluster.replicas import ReplicaSet
+from flowroll.cluster.requests import FleetRequests
+from flowroll.cluster.weights import FleetWeights
+from flowroll.engine.service import EngineService
 
 WAIT_S = 20.0
 
@@ -45,8 +54,8 @@ class Replica:
     async def wait(self) -> Facts:
         return self.facts
 
-    async def call(self, method: str, *args: Any) -> str:
-        self.told.append((method, *args))
+    async def call(self, method: str, *args: Any, **options: Any) -> str:
+        self.told.append((method, *args, *options.values()))
         return "the same of all"
 
     async def status(self) -> None:
@@ -87,10 +96,10 @@ def told(two: ReplicaSet, name: str) -> list[tuple[Any, ...]]:
 
 def test_one_that_joins_is_asleep_paused_and_held_as_the_others_are_before_it_takes_requests(run: Any):
     async def check(two: ReplicaSet) -> None:
-        two.memory_mode, two.paused, two.is_holding = "disk", "keep", True
+        two.memory_mode, two.paused, two.is_holding = "disk", ("keep", False), True
         two.lose(two.there["replica-0"], RuntimeError("it has ended"))
         await until(lambda: states(two) == {"replica-1": "ready", "replica-2": "ready"})
-        assert told(two, "replica-2") == [("sleep", "disk"), ("pause", "keep"), ("hold_starts", True)]
+        assert told(two, "replica-2") == [("sleep", "disk"), ("pause", "keep", False), ("hold_starts", True)]
         assert {one.id for one in two.router.replicas} == {"replica-1", "replica-2"} and two.num_lost == 1
 
     run(check)
@@ -102,9 +111,9 @@ def test_one_that_leaves_ends_once_it_has_answered_and_is_paused_and_resumed_unt
         resized = asyncio.create_task(two.resize(1))
         await until(lambda: "draining" in states(two).values())
         leaving = next(name for name, state in states(two).items() if state == "draining")
-        await two.on_running("pause", "keep")
+        await two.pause("keep", refuses=True)
         await two.on_running("resume")
-        assert told(two, leaving)[-2:] == [("pause", "keep"), ("resume",)]
+        assert told(two, leaving)[-2:] == [("pause", "keep", True), ("resume",)]
         await two.on_all("checksums", ["transformer"])
         assert told(two, leaving)[-1] == ("resume",)
         await asyncio.sleep(0.2)
@@ -128,3 +137,28 @@ def test_one_that_falls_silent_while_it_leaves_is_ended_and_not_replaced(run: An
         assert silent.state == "lost" and list(states(two).values()) == ["ready"] and two.num_lost == 1
 
     run(check)
+
+
+# They follow `open_sent`, which a fleet refuses.
+AFTER_A_REFUSAL = {"close_sent", "fill_from_sent", "load_pushed_adapter"}
+# `Fleet` has these itself.
+OWN = {"cancel", "close", "facts", "failure"}
+ROUTERS = Path(flowroll.serving.__file__).parent
+
+
+def asked_for() -> set[str]:
+    """The methods of an engine's service that HTTP asks for."""
+    text = "".join(file.read_text() for file in ROUTERS.rglob("*.py"))
+    return set(re.findall(r"EngineService\.([a-z_]+)", text)) - AFTER_A_REFUSAL - OWN
+
+
+@pytest.mark.parametrize("name", sorted(asked_for()))
+def test_a_fleet_takes_every_argument_that_an_engine_takes(name: str):
+    there: Any = SimpleNamespace()
+    fleet: Any = Fleet.__new__(Fleet)
+    weights = FleetWeights(there, "rolling")
+    fleet._requests, fleet._weights, fleet._groups = FleetRequests(there), weights, FleetGroups(there, weights)
+    _, *wanted = inspect.signature(getattr(EngineService, name)).parameters.values()
+    given = [one.name for one in wanted if one.kind is one.POSITIONAL_OR_KEYWORD]
+    named = {one.name: None for one in wanted if one.kind is one.KEYWORD_ONLY}
+    inspect.signature(fleet._method(name, [])).bind(*given, **named)
