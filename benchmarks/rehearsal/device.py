@@ -97,6 +97,7 @@ def stand_ins(peak_bytes: Callable[[], int] = lambda: 0) -> Iterator[list[torch.
     Yields:
         A list to which `set_device` appends.
     """
+    from flowroll.engine.weights import host
     from flowroll.sampling import noise
     from flowroll.types import tensors
 
@@ -130,6 +131,7 @@ def stand_ins(peak_bytes: Callable[[], int] = lambda: 0) -> Iterator[list[torch.
         # A tensor on the device counts as one with memory.
         stack.enter_context(mock.patch.object(tensors, "_has_memory", has_memory))
         stack.enter_context(mock.patch.object(tensors, "_ordinary", ordinary))
+        stack.enter_context(mock.patch.object(host, "can_pin", lambda: True))
         stack.enter_context(mock.patch.object(noise, "initial_noise", initial_noise))
         stack.enter_context(mock.patch.object(noise, "step_noise", step_noise))
         yield chosen

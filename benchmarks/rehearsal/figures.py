@@ -117,7 +117,9 @@ def take_figures(found: Rehearsal, model: Model, case: Case) -> Figures:
     plain = step.kernels - before
     found.replay(rollouts[:1])
     found.update()
+    pinned = found.meter.pinned
     asleep = found.sleep()
+    pinned = found.meter.pinned - pinned
     found.wake()
     env = rollouts[0].denoising_env
     assert env is not None
@@ -135,7 +137,7 @@ def take_figures(found: Rehearsal, model: Model, case: Case) -> Figures:
         decode=counts["decode"].peak - base,
         updating=counts["update"].peak,
         asleep=asleep,
-        pinned=found.meter.pinned,
+        pinned=pinned,
         waits={stage: sum(count.waits.values()) for stage, count in counts.items() if count.waits},
         **per_step,
     )

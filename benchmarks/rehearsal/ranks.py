@@ -43,6 +43,7 @@ class FakePeers(NoPeers):
     """
 
     def __init__(self, mesh: Mesh, meter: Meter) -> None:
+        super().__init__()
         self.mesh, self._meter = mesh, meter
 
     def compare(self, tensor: Tensor) -> list[int]:

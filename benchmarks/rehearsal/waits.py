@@ -58,8 +58,7 @@ WAITS: Mapping[str, Mapping[str, str]] = {
         "flowroll.replay.scoring:_micro_batch": _RECORD,
     },
     "update": {
-        "flowroll.engine.weights.receiver:_place": "a new weight goes to the device, beside the steps of requests",
-        "flowroll.engine.weights.receiver:_own_part": "a rank's part of a new weight goes to the device",
-        "flowroll.engine.weights.staged:check_finite": "a weight that is not finite ends the update, not a rollout",
+        "flowroll.engine.weights.staged:waiting": "a new weight is cast and checked on the device, and waits on the host, "
+        "beside the steps of requests",
     },
 }

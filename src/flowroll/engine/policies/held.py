@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from flowroll.engine.weights.host import PinnedMemory
 from flowroll.engine.weights.staged import slots_of
 from flowroll.errors import EngineError, InvalidRequestError
 
@@ -47,7 +48,7 @@ class HeldWeights:
         Raises:
             EngineError: There is not enough memory. Nothing has changed.
         """
-        return self._keeping(name, lambda: {key: _on_host(tensor) for key, tensor in self._source(source).items()})
+        return self._keeping(name, lambda: _on_host(self._source(source)))
 
     def prepare_average(self, name: str, source: str | None, decay: float) -> Callable[[], None]:
         """Makes decay x the set + (1 - decay) x the source, in float32; the returned function puts it in the set's place.
@@ -60,10 +61,8 @@ class HeldWeights:
         old = self._sets[name]
 
         def average() -> _Set:
-            return {
-                key: _averaged(old[key], tensor.cpu(), decay, pinned=tensor.device.type == "cuda")
-                for key, tensor in self._source(source).items()
-            }
+            memory = PinnedMemory()
+            return {key: _averaged(old[key], tensor.cpu(), decay, memory) for key, tensor in self._source(source).items()}
 
         return self._keeping(name, average)
 
@@ -86,7 +85,7 @@ class HeldWeights:
         live = self._live()
         given = self._given
         if self.active is None and name is not None:
-            given = _kept(lambda: {key: _on_host(tensor) for key, tensor in live.items()})
+            given = _kept(lambda: _on_host(live))
         wanted = given if name is None else self._sets[name]
 
         def exchange() -> None:
@@ -125,11 +124,11 @@ def _kept(make: Callable[[], _Set]) -> _Set:
         ) from error
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return kept.copy_(tensor.detach())
+def _on_host(tensors: _Set) -> _Set:
+    memory = PinnedMemory()
+    return {key: memory.empty(one.shape, one.dtype).copy_(one.detach()) for key, one in tensors.items()}
 
 
-def _averaged(old: Tensor, new: Tensor, decay: float, *, pinned: bool) -> Tensor:
-    kept = torch.empty(old.shape, dtype=torch.float32, pin_memory=pinned)
+def _averaged(old: Tensor, new: Tensor, decay: float, memory: PinnedMemory) -> Tensor:
+    kept = memory.empty(old.shape, torch.float32)
     return kept.copy_(old).mul_(decay).add_(new.detach().to(torch.float32), alpha=1 - decay)

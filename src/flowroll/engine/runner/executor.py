@@ -236,6 +236,10 @@ class Executor:
         """Puts the staged change into effect on every other rank. If a rank fails to, it ends, and the engine fails."""
         self._peers.send(messages.Commit())
 
+    def lose(self, message: str) -> None:
+        """Ends the engine on all ranks, because this one can run nothing more."""
+        self._peers.lose(message)
+
     def drop_staged(self) -> None:
         """Makes every other rank drop its staged change."""
         self._peers.send(messages.DropStaged())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
@@ -68,7 +69,10 @@ class Peers(Protocol):
         """
 
     def add_listener(self, listener: FailureListener) -> None:
-        """Calls the listener on another thread when the ranks fail, or immediately if they have failed already."""
+        """Calls the listener on another thread when a rank fails, or immediately if one has failed already."""
+
+    def lose(self, message: str) -> None:
+        """Ends the ranks and calls the listeners: one can run nothing more. Only the first call has an effect."""
 
     def close(self) -> None:
         """Ends the other ranks. May be called twice."""
@@ -78,7 +82,10 @@ class NoPeers:
     """The `Peers` of an engine of one rank: there is no other rank, so nothing is sent or awaited."""
 
     mesh: Mesh | None = None
-    failure: RankLostError | None = None
+
+    def __init__(self) -> None:
+        self.failure: RankLostError | None = None
+        self._listeners: list[FailureListener] = []
 
     @property
     def pids(self) -> Mapping[int, int]:
@@ -109,7 +116,17 @@ class NoPeers:
         """Does nothing: there is no rank that has to prepare."""
 
     def add_listener(self, listener: FailureListener) -> None:
-        """Does nothing: there is no rank that can fail."""
+        """Calls the listener on a thread of its own once this rank can run nothing more."""
+        self._listeners.append(listener)
+        if self.failure is not None:
+            listener(self.failure)
+
+    def lose(self, message: str) -> None:
+        """Calls the listeners: this rank can run nothing more. Only the first call has an effect."""
+        if self.failure is None:
+            self.failure = RankLostError(message)
+            for listener in self._listeners:
+                threading.Thread(target=listener, args=(self.failure,), daemon=True).start()
 
     def close(self) -> None:
         """Does nothing: there is no rank to end."""

@@ -115,7 +115,7 @@ class RankGroup:
             num_ranks=config.layout.num_ranks,
             timeout_s=config.timeout_s,
             closing=self._closing,
-            report=self._fail,
+            report=self.lose,
         )
         self._watch = threading.Thread(target=watch.run, args=(self._store,), name="flowroll-ranks", daemon=True)
         self._watch.start()
@@ -203,6 +203,23 @@ class RankGroup:
         if failure is not None:
             listener(failure)
 
+    def lose(self, message: str) -> None:
+        """Ends the ranks and calls the listeners with the reason. Only the first call has an effect."""
+        with self._lock:
+            if self.failure is not None or self._closing.is_set():
+                return
+            self.failure = RankLostError(message)
+            listeners = list(self._listeners)
+        _log.error("%s", message)
+        # This ends any collective that waits for one of them.
+        if self._processes is not None:
+            self._processes.kill()
+        else:
+            with contextlib.suppress(Exception):  # the store may be what is lost
+                self._channel.take_down()
+        for listener in listeners:
+            listener(self.failure)
+
     def close(self) -> None:
         """Ends the other ranks and leaves the process group. May be called twice."""
         with self._lock:
@@ -252,7 +269,7 @@ class RankGroup:
             time.sleep(_POLL_S)
         if self.failure is None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            self._fail(
+            self.lose(
                 f"every rank must take each step within {self._config.timeout_s:g} s, got {type(error).__name__}: {reason}; "
                 "see the log and restart the engine."
             )
@@ -285,23 +302,6 @@ class RankGroup:
                     f"every rank must start within {timeout_s:g} s, got no sign of rank {shown}; start them all."
                 )
             time.sleep(poll_s)
-
-    def _fail(self, message: str) -> None:
-        """Ends the ranks and calls the listeners with the reason. Only the first call has an effect."""
-        with self._lock:
-            if self.failure is not None or self._closing.is_set():
-                return
-            self.failure = RankLostError(message)
-            listeners = list(self._listeners)
-        _log.error("%s", message)
-        # This ends any collective that waits for one of them.
-        if self._processes is not None:
-            self._processes.kill()
-        else:
-            with contextlib.suppress(Exception):  # the store may be what is lost
-                self._channel.take_down()
-        for listener in listeners:
-            listener(self.failure)
 
 
 def open_peers(

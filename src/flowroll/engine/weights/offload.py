@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from flowroll.engine.weights.host import PinnedMemory, synchronize
 from flowroll.errors import AsleepError, EngineError
 from flowroll.types.tensors import plain_tensor, tensor_bytes
 
@@ -66,8 +67,9 @@ class WeightOffload:
                 spill = _Spill()
                 kept = [spill.keep(parameter) for parameter in parameters]
             else:
-                kept = [_in_host_memory(parameter) for parameter in parameters if parameter.device.type == "cuda"]
-                _synchronize(parameters)
+                memory = PinnedMemory()
+                kept = [_in_host_memory(parameter, memory) for parameter in parameters if parameter.device.type == "cuda"]
+                synchronize(parameters)
         except (OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
             raise _failed("weights must find room to be kept in", error) from error
 
@@ -90,7 +92,7 @@ class WeightOffload:
         """
         try:
             restored = [(parameter, load()) for parameter, load in self._kept]
-            _synchronize([data for _, data in restored])
+            synchronize(data for _, data in restored)
         except (OSError, MemoryError, RuntimeError) as error:
             raise _failed("weights must come back", error) from error
 
@@ -108,9 +110,9 @@ class WeightOffload:
         self._parameters = tuple
 
 
-def _in_host_memory(parameter: Tensor) -> _Kept:
+def _in_host_memory(parameter: Tensor, memory: PinnedMemory) -> _Kept:
     data = parameter.data
-    kept = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, pin_memory=True)
+    kept = memory.empty(data.shape, data.dtype, data.stride())
     kept.copy_(data, non_blocking=True)
     device = data.device
     return parameter, lambda: kept.to(device, non_blocking=True)
@@ -151,11 +153,6 @@ def _empty(shape: torch.Size, stride: tuple[int, ...], offset: int, dtype: torch
     memory = torch.empty((last + 1) * dtype.itemsize + _ALLOCATED, dtype=torch.uint8)
     start = (offset - memory.data_ptr()) % _ALLOCATED
     return memory[start : start + (last + 1) * dtype.itemsize].view(dtype).as_strided(shape, stride)
-
-
-def _synchronize(tensors: Iterable[Tensor]) -> None:
-    if any(tensor.device.type == "cuda" for tensor in tensors):
-        torch.cuda.synchronize()
 
 
 def _failed(rule: str, error: Exception) -> EngineError:

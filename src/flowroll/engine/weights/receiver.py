@@ -1,7 +1,7 @@
 """Receives new weights tensor by tensor, from HTTP, shared memory or a process group, beside the old ones.
 
-A tensor that has arrived is already where it will stay: each has its own allocation, because float32 bits depend on the
-alignment of the data (families/alignment.py).
+On a CPU, a tensor that has arrived is already where it will stay: each has its own allocation, because float32 bits depend on
+the alignment of the data (families/alignment.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flowroll.engine.weights.host import PinnedMemory
 from flowroll.engine.weights.staged import (
     Slot,
     StagedWeights,
-    check_finite,
     check_tensor,
+    is_overwritten,
     listed,
     rejected,
     tensor_head,
@@ -54,6 +55,7 @@ class WeightReceiver:
         # Names of tensors that are on their way or have arrived; then the arrived tensors, whole, in the weights' dtype.
         self._claimed: set[str] = set()
         self._arrived: dict[str, Tensor] = {}
+        self._memory = PinnedMemory()
         self._started_s = time.perf_counter()
 
     @property
@@ -173,8 +175,10 @@ class WeightReceiver:
 
     def _own_part(self, name: str, tensor: Tensor) -> Tensor:
         slot = self._slots[name]
-        # Rows of a sharded tensor are copied: a view would keep the whole tensor in memory, at an arbitrary address.
-        return slot.own_rows(tensor).to(slot.live.device, copy=slot.is_sharded)
+        rows = slot.own_rows(tensor)
+        # Rows of a sharded tensor that take the old ones' place are copied: a view would keep the whole tensor in memory, at an
+        # arbitrary address.
+        return rows.clone() if slot.is_sharded and not is_overwritten(slot.live) else rows
 
     def _claim(self, heads: Sequence[TensorHead]) -> None:
         names = [head.name for head in heads]
@@ -213,21 +217,15 @@ class WeightReceiver:
 
     def _keep(self, heads: Sequence[TensorHead], targets: Sequence[Tensor]) -> None:
         try:
-            placed = {
-                head.name: self._place(self._slots[head.name], target) for head, target in zip(heads, targets, strict=True)
+            arrived = {
+                head.name: self._slots[head.name].waiting(target, self._memory, name=head.name, subject=_SUBJECT)
+                for head, target in zip(heads, targets, strict=True)
             }
-            for name, tensor in placed.items():
-                check_finite(name, tensor, _SUBJECT)
         except (CheckpointError, MemoryError, RuntimeError) as error:
             raise rejected(error, None) from error
         with self._lock:
             self._check_open()
-            self._arrived |= placed
-
-    def _place(self, slot: Slot, target: Tensor) -> Tensor:
-        # A sharded tensor is kept whole on the device where it arrived, until the other ranks have their parts.
-        device = target.device if slot.is_sharded else slot.live.device
-        return target.to(device=device, dtype=slot.live.dtype)
+            self._arrived |= arrived
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.runner.messages import TensorShape
-from flowroll.engine.weights.staged import Slot, StagedWeights
+from flowroll.engine.weights.host import PinnedMemory
+from flowroll.engine.weights.staged import Slot, StagedWeights, is_overwritten
 from flowroll.parallel.mesh import Mesh
 
 
@@ -28,15 +29,22 @@ class Shares:
 
     def __init__(self, tensors: Mapping[str, TensorShape], slots: Mapping[str, Slot]) -> None:
         # The memory is allocated here, before any rank waits for another.
-        self._parts = [(slots[name], torch.empty_like(slots[name].live.data), shape) for name, shape in tensors.items()]
+        memory = PinnedMemory()
+        self._parts = [(slots[name], _room(slots[name].live, memory), shape) for name, shape in tensors.items()]
 
     def fill(self, mesh: Mesh) -> StagedWeights:
         """Receives the tensors from rank 0, and keeps this rank's rows of those that are sharded."""
         started_s = time.perf_counter()
         for slot, part, shape in self._parts:
-            whole = shape.empty(part.device) if slot.is_sharded else part
+            # A broadcast needs memory of the device.
+            is_kept = not slot.is_sharded and part.device == slot.live.device
+            whole = part if is_kept else shape.empty(slot.live.device)
             mesh.broadcast(as_bytes(whole))
-            if slot.is_sharded:
+            if not is_kept:
                 part.copy_(slot.own_rows(whole))
         pairs = [(slot.live, part) for slot, part, _ in self._parts]
         return StagedWeights("transformer", {}, pairs, time.perf_counter() - started_s)
+
+
+def _room(live: Tensor, memory: PinnedMemory) -> Tensor:
+    return memory.empty(live.shape, live.dtype) if is_overwritten(live) else torch.empty_like(live.data)

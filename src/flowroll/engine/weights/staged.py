@@ -1,4 +1,8 @@
-"""Finds, checks and reads all new weights of a module beside the old ones, then exchanges them together."""
+"""Finds, checks and reads all new weights of a module beside the old ones, then puts them in place together.
+
+On a CPU they wait beside the old ones and are exchanged. A GPU need not hold both: there they wait in the host's memory, and
+are copied over the old ones.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,9 @@ from torch import Tensor, nn
 
 from flowroll.engine.checkpoint import plain_class
 from flowroll.engine.weights.files import read_json, weight_files
+from flowroll.engine.weights.host import PinnedMemory, synchronize
 from flowroll.engine.weights.tensorfile import FileStamp, TensorFile
-from flowroll.errors import CheckpointError, InvalidRequestError, WeightsRejectedError
+from flowroll.errors import CheckpointError, InvalidRequestError, RankLostError, WeightsRejectedError
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import ModuleName, all_finite
 from flowroll.wire.safetensors import DTYPES, StoredTensor, TensorHead
@@ -127,6 +132,31 @@ class Slot:
         """Returns this rank's rows of a whole tensor."""
         return whole[self.first_row : self.first_row + self.live.shape[0]] if self.is_sharded else whole
 
+    def waiting(self, tensor: Tensor, memory: PinnedMemory, *, name: str, subject: str) -> Tensor:
+        """Casts new data, on the weights' device, and returns it where it waits until it is put in place.
+
+        Args:
+            tensor: The new data of this tensor, or of the whole one.
+            memory: Where it waits if it will be copied over the old.
+            name: The name of the tensor.
+            subject: The subject of the error message.
+
+        Raises:
+            CheckpointError: It has NaN or infinity in it, as it would be in memory: a cast may overflow.
+        """
+        placed = tensor.to(device=self.live.device, dtype=self.live.dtype)
+        if not all_finite(placed):
+            raise CheckpointError(
+                f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {placed.dtype}; look "
+                "after the training."
+            )
+        return memory.empty(placed.shape, placed.dtype).copy_(placed) if is_overwritten(self.live) else placed
+
+
+def is_overwritten(live: Tensor) -> bool:
+    """Tells whether new data is copied over a tensor's. Otherwise it takes its place, which can be undone."""
+    return live.device.type == "cuda"
+
 
 class StagedWeights:
     """New weights of one module, complete and checked, in memory beside the old ones.
@@ -169,15 +199,30 @@ class StagedWeights:
             raise WeightsRejectedError("new weights must be read while the engine is awake, got a sleep meanwhile; ask again.")
 
     def commit(self, conclude: Callable[[], None]) -> None:
-        """Puts the new weights in place of the old ones. If anything fails, the old ones stay.
+        """Puts the new weights in place of the old ones.
 
-        The parameters stay the same objects, so hooks, shards and gradient flags stay; their data is exchanged, not copied
-        over. An exchange moves no bytes, cannot stop half-way within a tensor, and can be undone as long as the old data is
-        referenced here. The new data is aligned as after a fresh load, because it has its own memory from the allocator;
-        float32 bits depend on that.
+        The parameters stay the same objects, so hooks, shards and gradient flags stay.
 
         Args:
-            conclude: Called after the exchange, as a part of the change; if it raises, the old weights are restored.
+            conclude: Called afterwards, as a part of the change.
+
+        Raises:
+            RankLostError: Something failed after old weights were overwritten, so this rank's weights are of no use any more.
+                Where weights are exchanged, the error is the one that was raised, and the old weights stay.
+        """
+        if any(is_overwritten(live) for live, _ in self._pairs):
+            self._overwrite(conclude)
+        else:
+            self._exchange(conclude)
+        # Dropped, so that a reference to this object does not keep the weights in memory.
+        self._pairs, self.source = [], {}
+
+    def _exchange(self, conclude: Callable[[], None]) -> None:
+        """Exchanges the parameters' data.
+
+        It moves no bytes, cannot stop half-way within a tensor, and can be undone as long as the old data is referenced here.
+        The new data is aligned as after a fresh load, because it has its own memory from the allocator; float32 bits depend on
+        that.
         """
         old = [live.data for live, _ in self._pairs]
         try:
@@ -188,8 +233,20 @@ class StagedWeights:
             for (live, _), data in zip(self._pairs, old, strict=True):
                 live.data = data
             raise
-        # Dropped, so that a reference to this object does not keep the weights in memory.
-        self._pairs, self.source = [], {}
+
+    def _overwrite(self, conclude: Callable[[], None]) -> None:
+        """Copies the new data over the old, whose addresses stay."""
+        try:
+            for live, new in self._pairs:
+                live.data.copy_(new, non_blocking=True)
+            synchronize(live for live, _ in self._pairs)
+            conclude()
+        except BaseException as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise RankLostError(
+                f"new weights must be put in place whole, got {type(error).__name__} after some were: {reason}; restart the "
+                "engine."
+            ) from error
 
 
 def stage_weights(module: nn.Module, files: WeightFiles) -> StagedWeights:
@@ -247,7 +304,8 @@ def _read(slots: Mapping[str, Slot], files: Sequence[TensorFile]) -> list[tuple[
     _refuse_names("hold every weight of the module", "none for", set(slots) - set(counts))
     for tensor, file in found:
         check_tensor(tensor, slots[tensor.name], str(file.path))
-    pairs = [(slots[tensor.name].live, _read_tensor(tensor, slots[tensor.name], file)) for tensor, file in found]
+    memory = PinnedMemory()
+    pairs = [(slots[tensor.name].live, _read_tensor(tensor, slots[tensor.name], file, memory)) for tensor, file in found]
     for file in files:
         file.check_unchanged()
     return pairs
@@ -290,27 +348,12 @@ def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
         )
 
 
-def check_finite(name: str, tensor: Tensor, subject: str) -> None:
-    """Refuses a new weight with NaN or infinity in it, as it would be in memory: a cast to the engine's dtype may overflow.
-
-    Raises:
-        CheckpointError: The weight is not finite.
-    """
-    if not all_finite(tensor):
-        raise CheckpointError(
-            f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {tensor.dtype}; look after "
-            "the training."
-        )
-
-
-def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile) -> Tensor:
-    """Reads the new data of a slot into its own memory, cast and placed as loading a checkpoint does it."""
+def _read_tensor(tensor: StoredTensor, slot: Slot, file: TensorFile, memory: PinnedMemory) -> Tensor:
+    """Reads the new data of a slot into memory of its own, cast as loading a checkpoint does it."""
     stored = torch.empty(slot.live.shape, dtype=DTYPES[tensor.dtype])
     row_bytes = (tensor.stop - tensor.start) // slot.shape[0] if slot.first_row else 0
     file.read_into(stored, tensor.start + slot.first_row * row_bytes)
-    placed = stored.to(device=slot.live.device, dtype=slot.live.dtype)
-    check_finite(tensor.name, placed, str(file.path))
-    return placed
+    return slot.waiting(stored, memory, name=tensor.name, subject=str(file.path))
 
 
 def _check_config(module: nn.Module, path: Path) -> None:

@@ -20,7 +20,7 @@ from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, check_updatable, listed, slots_of, stage_weights
 from flowroll.engine.weights.versions import WeightVersions
-from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError
+from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, WeightsMismatchError
 from flowroll.types import ModuleName, WeightUpdate
 
 
@@ -56,7 +56,11 @@ class WeightStore:
         return WeightReceiver(name, slots_of(self._module(name)), partial=partial)
 
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
-        """Puts new weights in place on every rank, or, after an error, on none."""
+        """Puts new weights in place on every rank, or, after an error, on none.
+
+        Raises:
+            RankLostError: A rank has weights that are of no use any more; the engine ends.
+        """
         self._offload.check_awake()
         staged.check_whole()
         started_s = time.perf_counter()
@@ -80,6 +84,9 @@ class WeightStore:
 
         try:
             staged.commit(conclude)
+        except RankLostError as error:
+            self._executor.lose(error.message)
+            raise
         except BaseException:
             if is_transformer:
                 self._executor.drop_staged()
