@@ -32,7 +32,6 @@ from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, l
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
 from flowroll.wire.messages import (
     Dialect,
-    WireSampleScores,
     WireScoreAnswer,
     WireScoreRequest,
     WireSteps,
@@ -77,15 +76,8 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
         )
         for sample in params.samples
     ]
-    request = WireScoreRequest(
-        samples=samples,
-        log_probs_only=params.log_probs_only,
-        suppress_logs=params.suppress_logs,
-        request_id=params.request_id,
-        min_weight_version=params.min_weight_version,
-        policy=params.policy,
-    )
-    return encode(request, wire_format)
+    request = {field.name: getattr(params, field.name) for field in fields(params)} | {"samples": samples}
+    return encode(WireScoreRequest(**request), wire_format)
 
 
 def decode_score_request(body: Body, media_type: str) -> ScoreParams:
@@ -113,37 +105,12 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
             samples.append(_steps_of(sample))
         except InvalidRequestError as error:
             raise error.within(f"samples[{index}]") from None
-    return ScoreParams(
-        samples=tuple(samples),
-        log_probs_only=sent.log_probs_only,
-        suppress_logs=sent.suppress_logs,
-        request_id=sent.request_id,
-        min_weight_version=sent.min_weight_version,
-        policy=sent.policy,
-    )
+    return ScoreParams(**msgspec.structs.asdict(sent) | {"samples": tuple(samples)})
 
 
 def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> EncodedBody:
     """Returns the body of an answer; it refers to the tensors of `answer`."""
-    scores = [
-        WireSampleScores(
-            steps=sample.steps,
-            log_probs=sample.log_probs,
-            stds=sample.stds,
-            means=sample.means,
-            velocities=sample.velocities,
-            lora=sample.lora,
-        )
-        for sample in answer.samples
-    ]
-    made = WireScoreAnswer(
-        request_id=answer.request_id,
-        weight_version=answer.weight_version,
-        samples=scores,
-        inference_time_s=answer.inference_time_s,
-        policy=answer.policy,
-    )
-    return encode(made, wire_format)
+    return encode(answer, wire_format)
 
 
 def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
@@ -154,24 +121,12 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
     """
     with reading("scores"):
         answer = _ANSWERS[media_type_of(content_type)].decode(body)
-        samples = tuple(
-            SampleScores(
-                steps=sample.steps,
-                log_probs=load(sample.log_probs),
-                stds=load(sample.stds),
-                means=None if sample.means is None else load(sample.means),
-                velocities=None if sample.velocities is None else load(sample.velocities),
-                lora=sample.lora,
-            )
+        samples: list[dict[str, Any]] = [
+            {name: load(value) if isinstance(value, Blob) else value for name, value in msgspec.structs.asdict(sample).items()}
             for sample in answer.samples
-        )
-    return ScoreAnswer(
-        request_id=answer.request_id,
-        weight_version=answer.weight_version,
-        samples=samples,
-        inference_time_s=answer.inference_time_s,
-        policy=answer.policy,
-    )
+        ]
+        scores = tuple(SampleScores(**sample) for sample in samples)
+    return ScoreAnswer(**msgspec.structs.asdict(answer) | {"samples": scores})
 
 
 def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
