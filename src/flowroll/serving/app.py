@@ -60,7 +60,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         yield
         trimming.cancel()
         with contextlib.suppress(FlowrollError):
-            await asyncio.wrap_future(engine.call(EngineService.leave_groups))
+            await engine.call(EngineService.leave_groups)
 
     app = FastAPI(
         lifespan=lifespan,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request
@@ -16,9 +15,9 @@ from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RE
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
-from flowroll.serving.state import AppState
+from flowroll.serving.state import ADAPTER_BODIES, AppState
 from flowroll.serving.uploads import AdapterStream, read_adapter
-from flowroll.types import AdapterChange, check_lora_name, check_version
+from flowroll.types import AdapterChange
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
 from flowroll.wire.schema import parse
@@ -46,7 +45,6 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def load_lora_adapter(request: Request) -> AdapterChangeObject:
         accepted = await accept_control(request, state, LoadAdapterRequest)
-        _check_words(accepted)
         files = await run_in_threadpool(_find, accepted, state.config)
         change = await _change(
             lambda: engine.call(
@@ -73,13 +71,12 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def load_lora_adapter_from_tensors(request: Request) -> AdapterChangeObject:
         query = parse(AdapterFromTensorsRequest, dict(request.query_params))
-        _check_words(query)
         # The bound is the adapters' own, with room for a header.
         max_bytes = state.config.adapter_limits.max_adapter_bytes + state.config.max_body_bytes
         merged = query.merged == "true"
         stream = AdapterStream(engine, query.lora_name, merged=merged)
         # One at a time is read into memory. A lock of its own: a slow body holds up other bodies, and no update of weights.
-        async with state.receiving_adapter():
+        async with state.turn(ADAPTER_BODIES):
             await read_adapter(request, stream, max_bytes=max_bytes, idle_s=state.config.weights_idle_s)
             change = await _change(
                 lambda: engine.call(
@@ -95,7 +92,7 @@ def build_router(state: AppState) -> APIRouter:
         return AdapterChangeObject.of(change, "loaded")
 
     async def _change(call: Callable[[], CallFuture[AdapterChange]]) -> AdapterChange:
-        change = await state.change_policy(lambda: asyncio.wrap_future(call()))
+        change = await state.change_policy(call)
         if change.lora_name == PUSHED_ADAPTER:
             state.pushes.replaced(PUSHED_ADAPTER)
         return change
@@ -116,7 +113,7 @@ def build_router(state: AppState) -> APIRouter:
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)
     async def lora_adapters() -> LoraAdaptersObject:
-        adapters = await asyncio.wrap_future(engine.call(EngineService.lora_adapters))
+        adapters = await engine.call(EngineService.lora_adapters)
         return LoraAdaptersObject(adapters=list(adapters))
 
     return router
@@ -127,9 +124,3 @@ def _find(accepted: LoadAdapterRequest, config: ServerConfig) -> AdapterFiles:
     files = find_adapter(allowed_path(accepted.lora_path, config.weights_roots, "lora_path"))
     check_inside([files.config, files.weights], config.weights_roots, "lora_path")
     return files
-
-
-def _check_words(accepted: LoadAdapterRequest | AdapterFromTensorsRequest) -> None:
-    check_lora_name(accepted.lora_name)
-    if accepted.weight_version is not None:
-        check_version(accepted.weight_version, "weight_version")

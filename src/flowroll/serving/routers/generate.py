@@ -45,7 +45,7 @@ def build_router(state: AppState) -> APIRouter:
                 f"num_outputs_per_prompt must be 1 for {PNG}, got {len(plan.seeds)}; accept application/json for several.",
                 field="num_outputs_per_prompt",
             )
-        images = await state.generate(request, plan)
+        images = await state.run(request, plan, "generate")
         if media_type == PNG:
             content = await state.serialise(request, encode_png, images[0].image)
             return whole(request, content, PNG, {SEED_HEADER: str(images[0].seed)})

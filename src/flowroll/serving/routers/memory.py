@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from flowroll.engine.service import CallFuture, EngineService
 from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control
-from flowroll.serving.state import AppState
+from flowroll.serving.state import CHANGES, AppState
 from flowroll.types import MemoryChange
 from flowroll.wire.control import MemoryObject, ReleaseRequest, ResumeRequest
 from flowroll.wire.names import RELEASE_ROUTE, RESUME_ROUTE
@@ -48,9 +47,9 @@ def build_router(state: AppState) -> APIRouter:
 
     async def _do(accepted: ResumeRequest, call: Callable[[], CallFuture[MemoryChange]]) -> MemoryObject:
         # Not beside an update that is being read: it would find no weights to fit in.
-        async with state.changing():
+        async with state.turn(CHANGES):
             if accepted.means_weights:
-                change = await asyncio.wrap_future(call())
+                change = await call()
             else:
                 change = MemoryChange(mode=(await state.status()).memory_mode, num_bytes=0, seconds=0.0)
         return MemoryObject(is_asleep=change.mode is not None, **dataclasses.asdict(change))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request
 
 from flowroll.engine.service import EngineService
@@ -39,9 +37,7 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, CopyPolicyRequest, is_optional=True)
         check_lora_name(name, "name")
         source, mode = accepted.source, accepted.mode
-        change = await state.change_policy(
-            lambda: asyncio.wrap_future(engine.call(EngineService.copy_policy, name, source=source, mode=mode))
-        )
+        change = await state.change_policy(lambda: engine.call(EngineService.copy_policy, name, source=source, mode=mode))
         return PolicyChangeObject.of(change)
 
     @router.post(
@@ -56,7 +52,7 @@ def build_router(state: AppState) -> APIRouter:
         check_lora_name(name, "name")
         source, mode, decay = accepted.source, accepted.mode, accepted.decay
         change = await state.change_policy(
-            lambda: asyncio.wrap_future(engine.call(EngineService.average_policy, name, decay=decay, source=source, mode=mode))
+            lambda: engine.call(EngineService.average_policy, name, decay=decay, source=source, mode=mode)
         )
         return PolicyChangeObject.of(change)
 
@@ -71,11 +67,11 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, DropPolicyRequest, is_optional=True)
         check_lora_name(name, "name")
         mode = accepted.mode
-        change = await state.change_policy(lambda: asyncio.wrap_future(engine.call(EngineService.drop_policy, name, mode=mode)))
+        change = await state.change_policy(lambda: engine.call(EngineService.drop_policy, name, mode=mode))
         return PolicyChangeObject.of(change)
 
     @router.get(POLICIES_ROUTE, summary="The policies beside the default", responses=COMMON_RESPONSES)
     async def policies() -> PoliciesObject:
-        return PoliciesObject(policies=list(await asyncio.wrap_future(engine.call(EngineService.policies))))
+        return PoliciesObject(policies=list(await engine.call(EngineService.policies)))
 
     return router

@@ -35,7 +35,7 @@ def build_router(state: AppState) -> APIRouter:
         wire_format = choose_wire_format(request.headers, state.config)
         dialect = choose_dialect(request.headers, state.config)
         plan = (await accept_request(request, state, RolloutRequest))[1]
-        rollouts = await state.rollout(request, plan)
+        rollouts = await state.run(request, plan, "rollout")
         body = await state.serialise(request, encode_rollouts, rollouts, wire_format=wire_format, dialect=dialect)
         return stream(request, body)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -18,7 +17,6 @@ from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.state import AppState
-from flowroll.types import check_version
 from flowroll.wire.names import CHECKSUM_ROUTE, UPDATE_FROM_DISK_ROUTE, VERIFY_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.weights import (
@@ -63,7 +61,7 @@ def build_router(state: AppState) -> APIRouter:
     async def get_weights_checksum(request: Request) -> ChecksumsObject:
         accepted = await accept_control(request, state, ChecksumRequest)
         names = list(dict.fromkeys(accepted.module_names or engine.facts.modules))
-        return ChecksumsObject(**await asyncio.wrap_future(engine.call(EngineService.checksums, names)))
+        return ChecksumsObject(**await engine.call(EngineService.checksums, names))
 
     @router.post(
         VERIFY_ROUTE,
@@ -78,7 +76,7 @@ def build_router(state: AppState) -> APIRouter:
         accepted, expected = await run_in_threadpool(_read_expected, body)
         module = accepted.module
 
-        count, version = await asyncio.wrap_future(engine.call(EngineService.verify_weights, expected, module))
+        count, version = await engine.call(EngineService.verify_weights, expected, module)
         return VerifiedObject(
             message=f"{count} tensors are as expected", module=module, weight_version=version, num_tensors=count
         )
@@ -88,8 +86,6 @@ def build_router(state: AppState) -> APIRouter:
 
 def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
     """Returns the files that are to be read; all of them lie where the client may have them read."""
-    if accepted.weight_version is not None:
-        check_version(accepted.weight_version, "weight_version")
     path = allowed_path(accepted.model_path, config.weights_roots)
     files = find_weights(path, accepted.chosen_module, named=accepted.model_path)
     check_inside([*files.files, *([files.config] if files.config else [])], config.weights_roots)
