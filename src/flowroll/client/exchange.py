@@ -109,9 +109,6 @@ async def _awaited(content: EncodedBody) -> AsyncIterator[bytes]:
         yield piece
 
 
-_OBJECT = msgspec.json.Decoder(dict[str, Any])
-
-
 def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Proxy | None = None) -> T:
     """Returns the value of a complete response, which came through `proxy`, or raises the server's error.
 
@@ -163,28 +160,27 @@ def encoded(sent: Request | Mapping[str, Any]) -> bytes:
         raise InvalidRequestError(f"the request must hold plain values, got {error}; convert it.") from error
 
 
-def read_object(body: bytearray, content_type: str) -> dict[str, Any]:
-    """Reads the JSON object of an answer."""
-    return read_by(_OBJECT, body)
-
-
-def read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
-    """Decodes a JSON answer with the given decoder.
-
-    Raises:
-        ServerConnectionError: The answer is not one of a flowroll server.
-    """
-    try:
-        return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ServerConnectionError(
-            f"the answer must be flowroll's JSON object, got {excerpt(body)}; check the URL."
-        ) from error
-
-
 def excerpt(body: bytearray) -> str:
     """Returns the beginning of an unexpected body, for an error message."""
     return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
+
+
+def reader(kind: type[T]) -> Callable[[bytearray, str], T]:
+    """Returns what reads the JSON object of an answer as `kind`; it raises a `ServerConnectionError` if it is none."""
+    decoder = msgspec.json.Decoder(kind)
+
+    def read(body: bytearray, content_type: str) -> T:
+        try:
+            return decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ServerConnectionError(
+                f"the answer must be flowroll's JSON object, got {excerpt(body)}; check the URL."
+            ) from error
+
+    return read
+
+
+read_object = reader(dict[str, Any])
 
 
 def retry_after_s(header: str, default_s: float) -> float:
