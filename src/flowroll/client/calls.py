@@ -14,12 +14,10 @@ from torch import Tensor
 from flowroll.client.bounds import SampleT, check_answers
 from flowroll.client.exchange import (
     DEFAULT_TIMEOUT_S,
-    READY_POLL_S,
     Call,
     Steps,
     encoded,
     excerpt,
-    not_ready,
     post,
     read_object,
     reader,
@@ -50,7 +48,7 @@ from flowroll.wire.scoring import decode_score_answer, encode_score_request
 from flowroll.wire.validation import nested_request
 
 UpdateMode: TypeAlias = Literal["drain", "abort"]
-_PROBE_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S, _READY_POLL_S = 5.0, 0.2
 # Of a request that leaves the number to the server; it only has to compare with other requests.
 _USUAL_STEPS = 28
 _ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
@@ -208,9 +206,12 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
             yield Call(method="GET", path="/readiness", read=read_object, timeout_s=patience_s)
             return
         except (ServerConnectionError, ShuttingDownError) as error:
-            if time.monotonic() + READY_POLL_S > deadline_s:
-                raise not_ready(timeout_s, error) from error
-        yield READY_POLL_S
+            if time.monotonic() + _READY_POLL_S > deadline_s:
+                raise ServerConnectionError(
+                    f"the server must be ready within {timeout_s:g} s, got ({error}); look at its log, or wait longer for a "
+                    "large model."
+                ) from error
+        yield _READY_POLL_S
 
 
 def _sampling(

@@ -25,7 +25,6 @@ from flowroll.wire.fields import Request
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 600.0
-READY_POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_SHOWN_CHARS = 200
 _MAX_RETRY_S = 3600.0
@@ -130,13 +129,6 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Pr
     if isinstance(raised, QueueFullError):
         raised.retry_after_s = retry_after_s(response.headers.get("retry-after", ""), raised.retry_after_s)
     raise raised
-
-
-def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
-    """Makes the error about a server that did not become ready."""
-    return ServerConnectionError(
-        f"the server must be ready within {timeout_s:g} s, got ({reason}); look at its log, or wait longer for a large model."
-    )
 
 
 def post(path: str, sent: Request, read: Callable[[bytearray, str], T]) -> Call[T]:

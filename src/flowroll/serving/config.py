@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from flowroll.engine.service import EngineOptions
-from flowroll.errors import InvalidRequestError
+from flowroll.types.rules import refuse
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.messages import Dialect
 
@@ -125,4 +125,4 @@ class ServerConfig(EngineOptions):
 
 def _require(ok: bool, name: str, rule: str, value: object, remedy: str) -> None:
     if not ok:
-        raise InvalidRequestError(f"{name} must {rule}, got {value}; {remedy}.", field=name)
+        refuse(name, rule, value, remedy)

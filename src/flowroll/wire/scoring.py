@@ -27,6 +27,7 @@ from flowroll.types import (
     ScoreAnswer,
     ScoreParams,
 )
+from flowroll.types.rules import refuse
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
@@ -134,7 +135,7 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
     try:
         env = env_from_wire(sample.denoising_env, _load, conditioning_of(record), record)
     except (BlobError, LayoutError) as error:
-        _refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
+        refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
     return RecordedSteps(
         steps=sample.steps,
         latents=_states(sample.latents, "latents"),
@@ -156,21 +157,21 @@ def _record(sent: dict[str, Any]) -> SamplingRecord:
         for name in given:
             if name not in known:
                 field = f"{where}.{str(name)[:80]}"
-                _refuse(field, "be a field of the record", "an unknown name", "use the record as it was sent")
+                refuse(field, "be a field of the record", "an unknown name", "use the record as it was sent")
     try:
         return msgspec.convert(sent, SamplingRecord)
     except msgspec.ValidationError as error:
         _raise_invalid("sampling", error)
     except AssertionError:
         rule = "hold num_inference_steps timesteps and one sigma more, and run some of these steps"
-        _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
+        refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
 
 
 def _states(sent: WireTensor[Any], field: str) -> Tensor:
     try:
         return _load(sent)
     except (BlobError, LayoutError) as error:
-        _refuse(field, "be a tensor", error, HOW_TO_SEND)
+        refuse(field, "be a tensor", error, HOW_TO_SEND)
 
 
 def _load(sent: object) -> Tensor:
@@ -191,8 +192,4 @@ def _raise_invalid(parent: str, error: msgspec.ValidationError) -> NoReturn:
         rule, value = f"be of the type {found[1]}", found[2][:80]
     else:
         rule, value = "be valid", words[:200]
-    _refuse(field or "body", rule, value, _REMEDY)
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
+    refuse(field or "body", rule, value, _REMEDY)

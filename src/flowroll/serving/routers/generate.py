@@ -11,10 +11,10 @@ from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body,
 from flowroll.serving.parsing import accept_request
 from flowroll.serving.responses import stream, whole
 from flowroll.serving.state import AppState
+from flowroll.types.pictures import encode_png
 from flowroll.wire.codec import encode_images
 from flowroll.wire.messages import WireImage
 from flowroll.wire.names import GENERATE_ROUTE
-from flowroll.wire.png import encode_png
 from flowroll.wire.schema import GenerateRequest
 
 SEED_HEADER = "x-flowroll-seed"

@@ -22,8 +22,8 @@ from flowroll.serving.parsing import accept_request
 from flowroll.serving.responses import whole
 from flowroll.serving.state import AppState
 from flowroll.types import GeneratedImage
+from flowroll.types.pictures import encode_png
 from flowroll.wire.codec import JSON
-from flowroll.wire.png import encode_png
 from flowroll.wire.schema import ImageEditsRequest, ImagesRequest
 
 
