@@ -24,13 +24,11 @@ from flowroll.serving.routers import (
     generate,
     health,
     memory,
-    metrics,
     openai,
     policies,
     rollout,
-    score,
-    server_info,
     shared_tensors,
+    status,
     tensors,
     vllm,
     weight_group,
@@ -77,7 +75,6 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
     )
     for group in (
         rollout,
-        score,
         generate,
         openai,
         control,
@@ -90,8 +87,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         policies,
         memory,
         health,
-        server_info,
-        metrics,
+        status,
         docs,
     ):
         app.include_router(group.build_router(state))

@@ -1,4 +1,4 @@
-"""GET /server_info: what runs here, and how."""
+"""GET /server_info and /metrics: what runs here, and how."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from msgspec import Meta
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from flowroll.engine import BatchLimits
 from flowroll.engine.config import EngineInfo
@@ -67,7 +68,7 @@ class ServerInfo(EngineInfo):
 
 
 def build_router(state: AppState) -> APIRouter:
-    """Returns the info route."""
+    """Returns the routes about what runs here."""
     router = APIRouter(tags=["status"])
     facts, config = state.engine.facts, state.config
 
@@ -94,5 +95,9 @@ def build_router(state: AppState) -> APIRouter:
             queue=load.requests,
             uptime_s=time.monotonic() - state.started_s,
         )
+
+    @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=COMMON_RESPONSES)
+    async def metrics() -> Response:
+        return Response(state.metrics.render(await state.status()), media_type=CONTENT_TYPE_LATEST)
 
     return router
