@@ -1,4 +1,4 @@
-"""POST /load_lora_adapter and /unload_lora_adapter, GET /lora_adapters."""
+"""The routes about LoRA adapters, and those about policies: copies, moving averages, ends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,25 @@ from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
 from flowroll.serving.state import ADAPTER_BODIES, AppState
 from flowroll.serving.uploads import AdapterStream, read_adapter
-from flowroll.types import AdapterChange
+from flowroll.types import AdapterChange, check_lora_name
 from flowroll.wire.control import ErrorBody
-from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
+from flowroll.wire.names import (
+    ADAPTER_FROM_TENSORS_ROUTE,
+    ADAPTERS_ROUTE,
+    COPY_POLICY_ROUTE,
+    DROP_POLICY_ROUTE,
+    EMA_POLICY_ROUTE,
+    LOAD_ADAPTER_ROUTE,
+    POLICIES_ROUTE,
+    UNLOAD_ADAPTER_ROUTE,
+)
+from flowroll.wire.policies import (
+    AveragePolicyRequest,
+    CopyPolicyRequest,
+    DropPolicyRequest,
+    PoliciesObject,
+    PolicyChangeObject,
+)
 from flowroll.wire.schema import parse
 from flowroll.wire.weights import (
     AdapterChangeObject,
@@ -31,7 +47,7 @@ from flowroll.wire.weights import (
 
 
 def build_router(state: AppState) -> APIRouter:
-    """Returns the routes about adapters."""
+    """Returns the routes about adapters and policies."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -115,6 +131,55 @@ def build_router(state: AppState) -> APIRouter:
     async def lora_adapters() -> LoraAdaptersObject:
         adapters = await engine.call(EngineService.lora_adapters)
         return LoraAdaptersObject(adapters=list(adapters))
+
+    @router.post(
+        COPY_POLICY_ROUTE,
+        summary="Make a policy as a copy",
+        description="Of the weights that the engine was last given, or of another policy or adapter; one that has the name is "
+        "replaced. Requests choose it by `policy`. No weights are sent.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(CopyPolicyRequest),
+    )
+    async def copy_policy(name: str, request: Request) -> PolicyChangeObject:
+        accepted = await accept_control(request, state, CopyPolicyRequest, is_optional=True)
+        check_lora_name(name, "name")
+        source, mode = accepted.source, accepted.mode
+        change = await state.change_policy(lambda: engine.call(EngineService.copy_policy, name, source=source, mode=mode))
+        return PolicyChangeObject.of(change)
+
+    @router.post(
+        EMA_POLICY_ROUTE,
+        summary="Move a policy towards another one",
+        description="An exponential moving average, computed on the engine in float32. What there is not yet begins as a copy.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(AveragePolicyRequest),
+    )
+    async def average_policy(name: str, request: Request) -> PolicyChangeObject:
+        accepted = await accept_control(request, state, AveragePolicyRequest)
+        check_lora_name(name, "name")
+        source, mode, decay = accepted.source, accepted.mode, accepted.decay
+        change = await state.change_policy(
+            lambda: engine.call(EngineService.average_policy, name, decay=decay, source=source, mode=mode)
+        )
+        return PolicyChangeObject.of(change)
+
+    @router.post(
+        DROP_POLICY_ROUTE,
+        summary="Forget a policy",
+        description="Requests that wait for it end in an error.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(DropPolicyRequest),
+    )
+    async def drop_policy(name: str, request: Request) -> PolicyChangeObject:
+        accepted = await accept_control(request, state, DropPolicyRequest, is_optional=True)
+        check_lora_name(name, "name")
+        mode = accepted.mode
+        change = await state.change_policy(lambda: engine.call(EngineService.drop_policy, name, mode=mode))
+        return PolicyChangeObject.of(change)
+
+    @router.get(POLICIES_ROUTE, summary="The policies beside the default", responses=COMMON_RESPONSES)
+    async def policies() -> PoliciesObject:
+        return PoliciesObject(policies=list(await engine.call(EngineService.policies)))
 
     return router
 
