@@ -38,16 +38,14 @@ from flowroll.engine.weights.groups import (
     WeightGroups,
     receive_from_group,
 )
-from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, tensor_head
 from flowroll.engine.weights.store import WeightStore
-from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
-from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, Policy, PolicyChange, ScoreAnswer, WeightUpdate
+from flowroll.types import AdapterChange, LoraAdapter, Policy, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
 from flowroll.wire.safetensors import DTYPES, StoredTensor, TensorHead
 
@@ -77,6 +75,17 @@ def working(
         return method(self, *args, **options)
 
     return blocking(checked)
+
+
+def _of_engine(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[EngineService, P], T]:
+    """Makes the method of the service that has the engine do what the engine's method of this name does."""
+
+    @functools.wraps(method)
+    def on_engine(self: EngineService, /, *args: P.args, **options: P.kwargs) -> T:
+        result: T = getattr(self.engine, method.__name__)(*args, **options)
+        return result
+
+    return working(on_engine)
 
 
 def bucket_bytes(heads: Sequence[TensorHead]) -> int:
@@ -249,10 +258,7 @@ class EngineService:
         """Stops admitting requests while a push of weights is incomplete, or admits them again."""
         self.engine.scheduler.hold_starts(is_held)
 
-    @working
-    def decode(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """Decodes the latents of one sample into a picture, between steps; see `Engine.decode`."""
-        return self.engine.decode(latents, height=height, width=width)
+    decode = _of_engine(Engine.decode)
 
     # Weights that are read from disk, and checks of the weights in memory
 
@@ -423,10 +429,7 @@ class EngineService:
         if self._staged is not None and self._staged[0] == staged_id:
             self._staged = None
 
-    @working
-    def restore_versions(self, state: VersionState) -> None:
-        """Takes over the versions of an engine that this one replaces, and whose weights it was given."""
-        self.engine.restore_versions(state)
+    restore_versions = _of_engine(Engine.restore_versions)
 
     def _hold_staged(self, staged: StagedWeights | StagedAdapter) -> str:
         staged_id = secrets.token_hex(8)
@@ -546,32 +549,14 @@ class EngineService:
         """Returns the policies beside the default."""
         return self.engine.policies()
 
-    @working
-    def copy_policy(self, name: str, *, source: str | None, mode: ExclusiveMode) -> PolicyChange:
-        """Makes a policy as a copy of another one; see `Engine.copy_policy`."""
-        return self.engine.copy_policy(name, source=source, mode=mode)
-
-    @working
-    def average_policy(self, name: str, *, decay: float, source: str | None, mode: ExclusiveMode) -> PolicyChange:
-        """Moves a policy towards another one; see `Engine.average_policy`."""
-        return self.engine.average_policy(name, decay=decay, source=source, mode=mode)
-
-    @working
-    def drop_policy(self, name: str, *, mode: ExclusiveMode) -> PolicyChange:
-        """Forgets a policy; see `Engine.drop_policy`."""
-        return self.engine.drop_policy(name, mode=mode)
+    copy_policy = _of_engine(Engine.copy_policy)
+    average_policy = _of_engine(Engine.average_policy)
+    drop_policy = _of_engine(Engine.drop_policy)
 
     # Memory and life
 
-    @working
-    def sleep(self, mode: SleepMode) -> MemoryChange:
-        """Releases the memory of the weights once the running requests have finished; see `Engine.sleep`."""
-        return self.engine.sleep(mode)
-
-    @working
-    def wake(self) -> MemoryChange:
-        """Restores the weights; see `Engine.wake`."""
-        return self.engine.wake()
+    sleep = _of_engine(Engine.sleep)
+    wake = _of_engine(Engine.wake)
 
     def drain(self) -> None:
         """Accepts no more requests; accepted ones go on."""
