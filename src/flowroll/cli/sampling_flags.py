@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from torch import Tensor
@@ -27,7 +27,6 @@ from flowroll.types import ALIASES, Number, SamplingParams, StepOptions
 from flowroll.types.forks import Fork
 from flowroll.types.prompts import ALL_PROMPT_TENSORS
 
-T = TypeVar("T")
 _GIVEN = "given"
 # Tensors do not fit on a command line. Of latents it takes a file; a prompt's embeddings are several that go together.
 _NO_FLAG = frozenset(ALL_PROMPT_TENSORS)
@@ -145,15 +144,15 @@ def _latents_in(path: str) -> Tensor:
         raise typer.BadParameter(error.message) from error
 
 
-def _json(kind: type[T], what: str, example: str) -> Callable[[str], T]:
-    def parse(text: str) -> T:
+def _json(kind: type[Any], what: str, example: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         try:
             found = json.loads(text)
         except ValueError:
             found = None
         if not isinstance(found, kind):
             raise typer.BadParameter(f"must be a JSON {what}, got {text!r}; write for example {example}.")
-        return found
+        return tuple(found) if kind is list else found
 
     return parse
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, Unpack
 
+import msgspec
 from torch import Tensor
 
 from flowroll.client.bounds import SampleT, check_answers
@@ -52,9 +53,9 @@ _PROBE_TIMEOUT_S, _READY_POLL_S = 5.0, 0.2
 # Of a request that leaves the number to the server; it only has to compare with other requests.
 _USUAL_STEPS = 28
 _ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
-_ABORTED = reader(AbortedObject)
-UPDATE = reader(WeightUpdate)
-CHANGE = reader(AdapterChange)
+_ABORTED = reader(msgspec.json.Decoder(AbortedObject))
+UPDATE = reader(msgspec.json.Decoder(WeightUpdate))
+CHANGE = reader(msgspec.json.Decoder(AdapterChange))
 
 
 def rollout(

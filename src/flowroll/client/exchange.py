@@ -157,9 +157,8 @@ def excerpt(body: bytearray) -> str:
     return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
 
 
-def reader(kind: type[T]) -> Callable[[bytearray, str], T]:
-    """Returns what reads the JSON object of an answer as `kind`; it raises a `ServerConnectionError` if it is none."""
-    decoder = msgspec.json.Decoder(kind)
+def reader(decoder: msgspec.json.Decoder[T]) -> Callable[[bytearray, str], T]:
+    """Returns what reads a JSON answer with a decoder; it raises a `ServerConnectionError` where that cannot be read."""
 
     def read(body: bytearray, content_type: str) -> T:
         try:
@@ -172,7 +171,7 @@ def reader(kind: type[T]) -> Callable[[bytearray, str], T]:
     return read
 
 
-read_object = reader(dict[str, Any])
+read_object = reader(msgspec.json.Decoder(dict[str, Any]))
 
 
 def retry_after_s(header: str, default_s: float) -> float:

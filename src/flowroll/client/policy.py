@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
+import msgspec
+
 from flowroll.client.calls import UpdateMode
 from flowroll.client.exchange import Call, post, reader
 from flowroll.types import Number, Policy, PolicyChange, check_lora_name
@@ -11,8 +13,8 @@ from flowroll.wire.codec import WireFormat
 from flowroll.wire.names import COPY_POLICY_ROUTE, DROP_POLICY_ROUTE, EMA_POLICY_ROUTE, POLICIES_ROUTE
 from flowroll.wire.policies import AveragePolicyRequest, CopyPolicyRequest, DropPolicyRequest, PoliciesObject
 
-_POLICIES = reader(PoliciesObject)
-_CHANGE = reader(PolicyChange)
+_POLICIES = reader(msgspec.json.Decoder(PoliciesObject))
+_CHANGE = reader(msgspec.json.Decoder(PolicyChange))
 
 
 def policies(_: WireFormat, /) -> Call[list[Policy]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
+import msgspec
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
@@ -48,10 +49,10 @@ from flowroll.wire.weights import (
     VerifyRequest,
 )
 
-_ADAPTERS = reader(LoraAdaptersObject)
-_MEMORY = reader(MemoryChange)
-_SUMS = reader(dict[str, str])
-_VERIFIED = reader(VerifiedObject)
+_ADAPTERS = reader(msgspec.json.Decoder(LoraAdaptersObject))
+_MEMORY = reader(msgspec.json.Decoder(MemoryChange))
+_SUMS = reader(msgspec.json.Decoder(dict[str, str]))
+_VERIFIED = reader(msgspec.json.Decoder(VerifiedObject))
 
 
 def update_weights_from_disk(
