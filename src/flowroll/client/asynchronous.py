@@ -75,6 +75,7 @@ class AsyncClient(ClientBase[httpx.AsyncClient, httpx.AsyncBaseTransport]):
         MissingExtraError: The library for a SOCKS proxy is not installed.
     """
 
+    servers: tuple[AsyncClient, ...]
     _http_class = httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from flowroll.client.balancing import Balancer
 from flowroll.client.bounds import MAX_ANSWER_BYTES
@@ -23,10 +23,10 @@ class ClientBase(Generic[HttpT, TransportT]):
 
     _http_class: ClassVar[type[Any]]
     _http: HttpT
-    servers: tuple[Self, ...]
+    servers: tuple[Any, ...]
 
     def __init__(
-        self: Self,
+        self,
         base_url: str | Sequence[str],
         *,
         api_key: str | None = None,

@@ -74,6 +74,7 @@ class Client(ClientBase[httpx.Client, httpx.BaseTransport]):
         MissingExtraError: The library for a SOCKS proxy is not installed.
     """
 
+    servers: tuple[Client, ...]
     _http_class = httpx.Client
 
     def __enter__(self) -> Client:
