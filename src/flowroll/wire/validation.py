@@ -150,7 +150,7 @@ def _length_of_list(raw: msgspec.Raw) -> int | None:
     return None if size is None else int.from_bytes(head[1 : 1 + size], "big")
 
 
-def parse(kind: type[RequestT], data: dict[str, Any]) -> RequestT:
+def parse(kind: type[RequestT], data: object) -> RequestT:
     """Returns the request that `data` holds, each value checked against its own rule, and those between fields.
 
     Rules of `SamplingParams` are checked by the request's `to_params`.
@@ -162,6 +162,10 @@ def parse(kind: type[RequestT], data: dict[str, Any]) -> RequestT:
     Raises:
         InvalidRequestError: Names the field as the wire has it, the rule, the value and the remedy.
     """
+    if not isinstance(data, dict):
+        raise InvalidRequestError(
+            f"body must be a JSON object of valid text, got {shown(data)}; send the request's fields by name."
+        )
     # Before any value: a misspelt field is often a missing one as well.
     _check_names(kind, data)
     try:
@@ -172,7 +176,7 @@ def parse(kind: type[RequestT], data: dict[str, Any]) -> RequestT:
     return request
 
 
-def _check_names(kind: type[Request], data: dict[str, Any]) -> None:
+def _check_names(kind: type[Request], data: dict[Any, Any]) -> None:
     for field in kind.__struct_fields__:
         inner, value = nested_request(kind, field), data.get(field)
         if inner is not None and isinstance(value, dict):
