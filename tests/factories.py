@@ -11,7 +11,7 @@ from flowroll import DebugTensors, DenoisingEnv, GeneratedImage, Rollout, Sampli
 from flowroll.families import FAMILIES, ModelSpec
 from flowroll.families.conditioning import REFERENCE_TOKENS, TOKENS
 from flowroll.types import ImageFormat, Provenance, ReferenceImage, StepStamp
-from flowroll.wire.png import in_format
+from flowroll.types.pictures import in_format
 
 
 def make_rollout(

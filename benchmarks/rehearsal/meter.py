@@ -38,7 +38,7 @@ _NO_KERNEL = {
 }
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 # Code that asks others to wait: the caller is named instead.
-_ASKERS = ("finite.py", "digest.py", "tensors.py")
+_ASKERS = ("digest.py", "tensors.py")
 
 
 class DeviceFaultError(Exception):

@@ -22,8 +22,8 @@ from flowroll.families import FAMILIES
 from flowroll.families.alignment import align_weights
 from flowroll.families.qwen_image_21 import PrefixCache
 from flowroll.testing import make_checkpoint
+from flowroll.types.pictures import encode_png
 from flowroll.wire.dialects import env_from_wire, env_to_wire
-from flowroll.wire.png import encode_png
 
 FAMILY = FAMILIES["qwen_image_21"]
 REQUEST: dict[str, Any] = {"prompt": "a red cup", "height": 96, "width": 64, "num_inference_steps": 3}

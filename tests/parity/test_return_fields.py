@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowroll.engine import Engine
 from flowroll.errors import InvalidRequestError
-from flowroll.wire.png import encode_png, to_uint8
+from flowroll.types.pictures import encode_png, to_uint8
 
 EngineOf = Callable[[str, str], Engine]
 REQUEST: dict[str, Any] = {

@@ -42,7 +42,7 @@ def test_what_annotations_say_is_true(tests: tuple[str, ...]):
 
 
 def test_a_wrong_shape_is_found(tmp_path: Path):
-    call = "import torch\n\nfrom flowroll.wire.png import in_format\n\n\ndef test_wrong():\n    in_format({}, 'tensor')\n"
+    call = "import torch\n\nfrom flowroll.types.pictures import in_format\n\n\ndef test_wrong():\n    in_format({}, 'tensor')\n"
     for name, image in (("right", "torch.zeros(3, 1, 8, 8)"), ("wrong", "torch.zeros(3, 8, 8)")):
         (tmp_path / f"test_{name}.py").write_text(call.format(image))
     done = run_checked(str(tmp_path), limit_s=300)

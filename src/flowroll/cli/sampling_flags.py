@@ -144,28 +144,21 @@ def _latents_in(path: str) -> Tensor:
         raise typer.BadParameter(error.message) from error
 
 
-def _json_list(text: str) -> tuple[Any, ...]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, list):
-        raise typer.BadParameter(
-            f'must be a JSON list, got {text!r}; write for example \'[{{"noise_level": 0.8}}, {{"dynamics": "ode"}}]\'.'
-        )
-    return tuple(found)
+def _json(kind: type[Any], what: str, example: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, kind):
+            raise typer.BadParameter(f"must be a JSON {what}, got {text!r}; write for example {example}.")
+        return tuple(found) if kind is list else found
+
+    return parse
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise typer.BadParameter(
-            f'must be a JSON object, got {text!r}; write for example \'{{"reduce": "sum"}}\', or \'{{"2": 4}}\' for a fork.'
-        )
-    return found
+_json_list = _json(list, "list", """'[{"noise_level": 0.8}, {"dynamics": "ode"}]'""")
+_json_object = _json(dict, "object", """'{"reduce": "sum"}', or '{"2": 4}' for a fork""")
 
 
 def _comma_list(item: type[int] | type[float] | type[str]) -> Callable[[str], tuple[Any, ...]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -13,11 +12,11 @@ import httpx
 
 from flowroll.client import calls, exchange, policy, weights
 from flowroll.client.balancing import Balancer
-from flowroll.client.bounds import MAX_ANSWER_BYTES, AnswerBody, Deadline, default_total_s
+from flowroll.client.base import ClientBase
+from flowroll.client.bounds import AnswerBody, Deadline
 from flowroll.client.exchange import Call, Operation, for_any_server
-from flowroll.client.route import FAILURES, check_timeout, check_urls, check_wire_format, route_to
+from flowroll.client.route import FAILURES
 from flowroll.errors import FlowrollError
-from flowroll.types import Number
 from flowroll.wire.codec import WireFormat
 
 P = ParamSpec("P")
@@ -52,7 +51,7 @@ def _method_on_thread(
     return method
 
 
-class AsyncClient:
+class AsyncClient(ClientBase[httpx.AsyncClient, httpx.AsyncBaseTransport]):
     """Talks to one flowroll server from asyncio; requests may run at the same time. See `Client` for arguments and errors.
 
     It is an asynchronous context manager: `close` closes its connections. It belongs to the event loop in which it is first
@@ -76,43 +75,8 @@ class AsyncClient:
         MissingExtraError: The library for a SOCKS proxy is not installed.
     """
 
-    def __init__(
-        self,
-        base_url: str | Sequence[str],
-        *,
-        api_key: str | None = None,
-        timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
-        total_timeout_s: Number | None = None,
-        max_answer_bytes: int = MAX_ANSWER_BYTES,
-        wire_format: WireFormat = "msgpack",
-        proxy: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._timeout_s = check_timeout(timeout_s)
-        self._total_s = default_total_s(self._timeout_s) if total_timeout_s is None else check_timeout(total_timeout_s)
-        self._max_answer_bytes = max_answer_bytes
-        self._wire_format: WireFormat = check_wire_format(wire_format)
-        self._balancer: Balancer | None = None
-        self.servers: tuple[AsyncClient, ...] = (self,)
-        if not isinstance(base_url, str):
-            self.servers = tuple(
-                AsyncClient(
-                    url,
-                    api_key=api_key,
-                    timeout_s=timeout_s,
-                    total_timeout_s=total_timeout_s,
-                    max_answer_bytes=max_answer_bytes,
-                    wire_format=wire_format,
-                    proxy=proxy,
-                    transport=transport,
-                )
-                for url in check_urls(base_url)
-            )
-            self._balancer = Balancer(len(self.servers))
-            return
-        self._route = route_to(base_url, api_key=api_key, proxy=proxy, has_transport=transport is not None)
-        self._transport = transport
-        self._open()
+    servers: tuple[AsyncClient, ...]
+    _http_class = httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -178,9 +142,6 @@ class AsyncClient:
             # With the error that it may hold, and all that was sent.
             del advance
 
-    def _open(self) -> None:
-        self._http, self._pid = self._route.open(httpx.AsyncClient, self._transport), os.getpid()
-
     async def _send_to_any(self, call: Call[T], balancer: Balancer) -> T:
         deadline = Deadline(self._total_s)
         for attempt in balancer.attempts(call.image_steps or 0):
@@ -191,13 +152,10 @@ class AsyncClient:
         raise AssertionError("a request that no server takes ends in an error")
 
     async def _send(self, call: Call[T], deadline: Deadline | None = None) -> T:
-        if self._pid != os.getpid() and not self._http.is_closed:
-            # After a fork the connections are the parent's too: both would read parts of each other's answers.
-            self._open()
+        self._reopen_after_fork(is_closed=self._http.is_closed)
         deadline = deadline or Deadline(self._total_s)
         timeout = call.timeout(self._timeout_s, deadline.left_s)
         is_unanswered = True
-        most = self._max_answer_bytes if call.max_bytes is None else call.max_bytes
         try:
             async with (
                 asyncio.timeout(deadline.left_s) as total,
@@ -206,7 +164,7 @@ class AsyncClient:
                 ) as response,
             ):
                 is_unanswered = False
-                body = AnswerBody(response, max_bytes=most, deadline=deadline)
+                body = AnswerBody(response, max_bytes=self._most_bytes(call), deadline=deadline)
                 async for piece in response.aiter_bytes():
                     body.add(piece)
         except FAILURES as error:

@@ -18,7 +18,6 @@ SampleT = TypeVar("SampleT", Rollout, GeneratedImage)
 MAX_OBJECT_BYTES = 64 * 2**20
 # As much as a server makes by default, in base64, with the environments that its own limit does not count.
 MAX_ANSWER_BYTES = 32 * 2**30
-_SECONDS_PER_TIMEOUT = 6
 _MAX_SHOWN_CHARS = 80
 
 
@@ -105,11 +104,6 @@ class AnswerBody:
             f"the answer must have at most {self._max_bytes} bytes, got {got}; ask for less at a time, or raise "
             "max_answer_bytes."
         )
-
-
-def default_total_s(timeout_s: float) -> float:
-    """Returns how many seconds a call may take in all if the server may be silent for `timeout_s`."""
-    return _SECONDS_PER_TIMEOUT * timeout_s
 
 
 def check_answers(samples: Sequence[SampleT], asked: Mapping[str, Any]) -> None:

@@ -6,24 +6,22 @@ The first parameter is the client's wire format; the others, and the docstring, 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, Unpack
 
 import msgspec
 from torch import Tensor
 
-from flowroll.client.bounds import check_answers
+from flowroll.client.bounds import SampleT, check_answers
 from flowroll.client.exchange import (
     DEFAULT_TIMEOUT_S,
-    READY_POLL_S,
     Call,
     Steps,
     encoded,
     excerpt,
-    not_ready,
     post,
-    read_by,
     read_object,
+    reader,
 )
 from flowroll.errors import ServerConnectionError, ShuttingDownError
 from flowroll.replay.remote import score_params, scores_of
@@ -51,13 +49,13 @@ from flowroll.wire.scoring import decode_score_answer, encode_score_request
 from flowroll.wire.validation import nested_request
 
 UpdateMode: TypeAlias = Literal["drain", "abort"]
-_PROBE_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S, _READY_POLL_S = 5.0, 0.2
 # Of a request that leaves the number to the server; it only has to compare with other requests.
 _USUAL_STEPS = 28
 _ACCEPT: Mapping[WireFormat, str] = {"json": JSON, "msgpack": MSGPACK}
-_ABORTED = msgspec.json.Decoder(AbortedObject)
-UPDATE = msgspec.json.Decoder(WeightUpdate)
-CHANGE = msgspec.json.Decoder(AdapterChange)
+_ABORTED = reader(msgspec.json.Decoder(AbortedObject))
+UPDATE = reader(msgspec.json.Decoder(WeightUpdate))
+CHANGE = reader(msgspec.json.Decoder(AdapterChange))
 
 
 def rollout(
@@ -77,23 +75,7 @@ def rollout(
         FlowrollError: The server raised any other error, or the client is closed.
     """
     given = {"rollout_debug_mode": False, **given_fields(request, values)}
-    content, content_type = _request_body(RolloutRequest, given, _wire_format)
-
-    def read(answer: bytearray, answer_type: str) -> list[Rollout]:
-        rollouts = decode_rollouts(answer, answer_type)
-        check_answers(rollouts, given)
-        return rollouts
-
-    return Call(
-        method="POST",
-        path=ROLLOUT_ROUTE,
-        read=read,
-        accept=_ACCEPT[_wire_format],
-        content=content,
-        content_type=content_type,
-        max_bytes=None,
-        image_steps=_image_steps(given),
-    )
+    return _sampling(RolloutRequest, ROLLOUT_ROUTE, given, _wire_format, decode_rollouts)
 
 
 def generate(
@@ -112,23 +94,7 @@ def generate(
     if isinstance(request, SamplingParams):
         # Plain generation by definition; the route knows no such field.
         given.pop("rollout", None)
-    content, content_type = _request_body(GenerateRequest, given, _wire_format)
-
-    def read(answer: bytearray, answer_type: str) -> list[GeneratedImage]:
-        images = decode_images(answer, answer_type)
-        check_answers(images, given)
-        return images
-
-    return Call(
-        method="POST",
-        path=GENERATE_ROUTE,
-        read=read,
-        accept=_ACCEPT[_wire_format],
-        content=content,
-        content_type=content_type,
-        max_bytes=None,
-        image_steps=_image_steps(given),
-    )
+    return _sampling(GenerateRequest, GENERATE_ROUTE, given, _wire_format, decode_images)
 
 
 def score(
@@ -190,7 +156,7 @@ def abort_request(_: WireFormat, request_id: str, /, *, keep_partial: bool = Fal
         keep_partial: Whether a request of which samples are finished ends in these; their `left_out` says which are missing.
     """
     asked = AbortRequest(request_id=request_id, keep_partial=keep_partial)
-    return post(ABORT_ROUTE, asked, lambda body, _: read_by(_ABORTED, body).num_aborted)
+    return post(ABORT_ROUTE, asked, lambda *answer: _ABORTED(*answer).num_aborted)
 
 
 def post_object(_: WireFormat, path: str, body: Mapping[str, Any] | Request, /) -> Call[dict[str, Any]]:
@@ -241,9 +207,38 @@ def wait_ready(_: WireFormat, /, timeout_s: Number = DEFAULT_TIMEOUT_S) -> Steps
             yield Call(method="GET", path="/readiness", read=read_object, timeout_s=patience_s)
             return
         except (ServerConnectionError, ShuttingDownError) as error:
-            if time.monotonic() + READY_POLL_S > deadline_s:
-                raise not_ready(timeout_s, error) from error
-        yield READY_POLL_S
+            if time.monotonic() + _READY_POLL_S > deadline_s:
+                raise ServerConnectionError(
+                    f"the server must be ready within {timeout_s:g} s, got ({error}); look at its log, or wait longer for a "
+                    "large model."
+                ) from error
+        yield _READY_POLL_S
+
+
+def _sampling(
+    kind: type[Request],
+    path: str,
+    given: Mapping[str, Any],
+    wire_format: WireFormat,
+    decode: Callable[[bytearray, str], list[SampleT]],
+) -> Call[list[SampleT]]:
+    content, content_type = _request_body(kind, given, wire_format)
+
+    def read(answer: bytearray, answer_type: str) -> list[SampleT]:
+        samples = decode(answer, answer_type)
+        check_answers(samples, given)
+        return samples
+
+    return Call(
+        method="POST",
+        path=path,
+        read=read,
+        accept=_ACCEPT[wire_format],
+        content=content,
+        content_type=content_type,
+        max_bytes=None,
+        image_steps=_image_steps(given),
+    )
 
 
 def _image_steps(given: Mapping[str, Any]) -> int:

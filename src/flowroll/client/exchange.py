@@ -25,7 +25,6 @@ from flowroll.wire.fields import Request
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 600.0
-READY_POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_SHOWN_CHARS = 200
 _MAX_RETRY_S = 3600.0
@@ -109,9 +108,6 @@ async def _awaited(content: EncodedBody) -> AsyncIterator[bytes]:
         yield piece
 
 
-_OBJECT = msgspec.json.Decoder(dict[str, Any])
-
-
 def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Proxy | None = None) -> T:
     """Returns the value of a complete response, which came through `proxy`, or raises the server's error.
 
@@ -135,13 +131,6 @@ def conclude(call: Call[T], response: httpx.Response, body: bytearray, proxy: Pr
     raise raised
 
 
-def not_ready(timeout_s: Number, reason: Exception) -> ServerConnectionError:
-    """Makes the error about a server that did not become ready."""
-    return ServerConnectionError(
-        f"the server must be ready within {timeout_s:g} s, got ({reason}); look at its log, or wait longer for a large model."
-    )
-
-
 def post(path: str, sent: Request, read: Callable[[bytearray, str], T]) -> Call[T]:
     """Makes the call that posts a request.
 
@@ -163,28 +152,26 @@ def encoded(sent: Request | Mapping[str, Any]) -> bytes:
         raise InvalidRequestError(f"the request must hold plain values, got {error}; convert it.") from error
 
 
-def read_object(body: bytearray, content_type: str) -> dict[str, Any]:
-    """Reads the JSON object of an answer."""
-    return read_by(_OBJECT, body)
-
-
-def read_by(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
-    """Decodes a JSON answer with the given decoder.
-
-    Raises:
-        ServerConnectionError: The answer is not one of a flowroll server.
-    """
-    try:
-        return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ServerConnectionError(
-            f"the answer must be flowroll's JSON object, got {excerpt(body)}; check the URL."
-        ) from error
-
-
 def excerpt(body: bytearray) -> str:
     """Returns the beginning of an unexpected body, for an error message."""
     return repr(bytes(body[:_MAX_SHOWN_CHARS]).decode(errors="replace"))
+
+
+def reader(decoder: msgspec.json.Decoder[T]) -> Callable[[bytearray, str], T]:
+    """Returns what reads a JSON answer with a decoder; it raises a `ServerConnectionError` where that cannot be read."""
+
+    def read(body: bytearray, content_type: str) -> T:
+        try:
+            return decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ServerConnectionError(
+                f"the answer must be flowroll's JSON object, got {excerpt(body)}; check the URL."
+            ) from error
+
+    return read
+
+
+read_object = reader(msgspec.json.Decoder(dict[str, Any]))
 
 
 def retry_after_s(header: str, default_s: float) -> float:

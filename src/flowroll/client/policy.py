@@ -7,19 +7,19 @@ from urllib.parse import quote
 import msgspec
 
 from flowroll.client.calls import UpdateMode
-from flowroll.client.exchange import Call, post, read_by
+from flowroll.client.exchange import Call, post, reader
 from flowroll.types import Number, Policy, PolicyChange, check_lora_name
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.names import COPY_POLICY_ROUTE, DROP_POLICY_ROUTE, EMA_POLICY_ROUTE, POLICIES_ROUTE
 from flowroll.wire.policies import AveragePolicyRequest, CopyPolicyRequest, DropPolicyRequest, PoliciesObject
 
-_POLICIES = msgspec.json.Decoder(PoliciesObject)
-_CHANGE = msgspec.json.Decoder(PolicyChange)
+_POLICIES = reader(msgspec.json.Decoder(PoliciesObject))
+_CHANGE = reader(msgspec.json.Decoder(PolicyChange))
 
 
 def policies(_: WireFormat, /) -> Call[list[Policy]]:
     """Returns the policies beside the default, in the order in which they were made."""
-    return Call(method="GET", path=POLICIES_ROUTE, read=lambda body, _: read_by(_POLICIES, body).policies)
+    return Call(method="GET", path=POLICIES_ROUTE, read=lambda *answer: _POLICIES(*answer).policies)
 
 
 def copy_policy(_: WireFormat, /, name: str, *, source: str | None = None, mode: UpdateMode = "drain") -> Call[PolicyChange]:
@@ -34,7 +34,7 @@ def copy_policy(_: WireFormat, /, name: str, *, source: str | None = None, mode:
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
     sent = CopyPolicyRequest(source=source, mode=mode)
-    return post(_path(COPY_POLICY_ROUTE, name), sent, lambda body, _: read_by(_CHANGE, body))
+    return post(_path(COPY_POLICY_ROUTE, name), sent, _CHANGE)
 
 
 def average_policy(
@@ -52,7 +52,7 @@ def average_policy(
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
     sent = AveragePolicyRequest(decay=decay, source=source, mode=mode)
-    return post(_path(EMA_POLICY_ROUTE, name), sent, lambda body, _: read_by(_CHANGE, body))
+    return post(_path(EMA_POLICY_ROUTE, name), sent, _CHANGE)
 
 
 def drop_policy(_: WireFormat, /, name: str, *, mode: UpdateMode = "drain") -> Call[PolicyChange]:
@@ -63,7 +63,7 @@ def drop_policy(_: WireFormat, /, name: str, *, mode: UpdateMode = "drain") -> C
         mode: What happens to the requests that run; see `update_weights`.
     """
     sent = DropPolicyRequest(mode=mode)
-    return post(_path(DROP_POLICY_ROUTE, name), sent, lambda body, _: read_by(_CHANGE, body))
+    return post(_path(DROP_POLICY_ROUTE, name), sent, _CHANGE)
 
 
 def _path(route: str, name: str) -> str:

@@ -1,9 +1,7 @@
-"""Sends a trainer's tensors to a server as the buckets of an update; see `Client.update_weights`."""
+"""The calls that send a trainer's tensors to a server as the buckets of an update; see `Client.update_weights`."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -14,9 +12,9 @@ import torch
 from torch import Tensor
 
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
-from flowroll.client.exchange import Call, Steps, post, read_by, read_object
+from flowroll.client.exchange import Call, post, read_object
 from flowroll.client.ranks import TrainerRanks
-from flowroll.errors import FlowrollError, InvalidRequestError
+from flowroll.errors import InvalidRequestError
 from flowroll.types import AdapterChange, WeightUpdate, adapter_config_text
 from flowroll.types.tensors import readable_bytes, tensor_bytes
 from flowroll.wire.body import EncodedBody, Segment
@@ -29,54 +27,6 @@ NamedTensors: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 BUCKET_BYTES = 512 * 2**20
 _OCTETS = "application/octet-stream"
-
-
-def push_weights(
-    named_tensors: NamedTensors,
-    *,
-    module: Updatable,
-    weight_version: str | None,
-    partial: bool,
-    mode: UpdateMode,
-    bucket_bytes: int,
-) -> Steps[WeightUpdate]:
-    """Yields the calls of an update in turn; the caller sends back each answer or error. See `Client.update_weights`.
-
-    A rank of a sharded trainer that does not send yields no calls.
-    """
-    ranks, buckets = gathered_buckets(named_tensors, bucket_bytes)
-    update_id: str = yield from ranks.once(lambda: begin_call(module, weight_version, partial), str)
-    try:
-        for bucket in buckets:
-            yield from ranks.once(functools.partial(bucket_call, update_id, bucket), None)
-        return (yield from ranks.once(lambda: commit_call(update_id, mode), WeightUpdate))
-    except GeneratorExit:
-        raise
-    except BaseException:
-        # Or the next update waits for this one.
-        if ranks.sends:
-            with contextlib.suppress(FlowrollError):
-                yield abandon_call(update_id)
-        raise
-
-
-def push_adapter(
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    name: str,
-    merged: bool,
-    weight_version: str | None,
-    mode: UpdateMode,
-) -> Steps[AdapterChange]:
-    """Yields the call that sends an adapter; see `push_weights`."""
-    if not isinstance(tensors, Mapping):
-        raise InvalidRequestError(
-            f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}; use get_peft_model_state_dict."
-        )
-    ranks = TrainerRanks(tensors.values())
-    whole = ranks.gather(tensors)
-    make = functools.partial(adapter_call, whole, config, name, merged, weight_version, mode)
-    return (yield from ranks.once(make, AdapterChange))
 
 
 def begin_call(module: Updatable, weight_version: str | None, partial: bool) -> Call[str]:
@@ -121,7 +71,7 @@ def adapter_call(
     )
     path = f"{ADAPTER_FROM_TENSORS_ROUTE}?{urlencode(msgspec.to_builtins(query))}"
     content = _body(prefix, tensors)
-    return Call(method="POST", path=path, read=lambda body, _: read_by(CHANGE, body), content=content, content_type=_OCTETS)
+    return Call(method="POST", path=path, read=CHANGE, content=content, content_type=_OCTETS)
 
 
 def _body(prefix: bytes, tensors: Mapping[str, Tensor]) -> EncodedBody:
@@ -131,7 +81,7 @@ def _body(prefix: bytes, tensors: Mapping[str, Tensor]) -> EncodedBody:
 
 def commit_call(update_id: str, mode: UpdateMode) -> Call[WeightUpdate]:
     """Makes the call POST /weights/{update_id}/commit."""
-    return post(COMMIT_ROUTE.format(update_id=update_id), CommitUpdateRequest(mode=mode), lambda body, _: read_by(UPDATE, body))
+    return post(COMMIT_ROUTE.format(update_id=update_id), CommitUpdateRequest(mode=mode), UPDATE)
 
 
 def abandon_call(update_id: str) -> Call[dict[str, object]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from flowroll.client.exchange import Call
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, ServerConnectionError, error_from_wire
 from flowroll.types.tensors import mesh_of, plain_tensor
+from flowroll.wire.control import ErrorDetail
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -23,15 +24,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class _Failure(msgspec.Struct, frozen=True):
-    code: str
-    message: str
-    field: str | None
-
-
 class _Outcome(msgspec.Struct, frozen=True):
     value: Any = None
-    failure: _Failure | None = None
+    failure: ErrorDetail | None = None
 
 
 class TrainerRanks:
@@ -126,8 +121,8 @@ class TrainerRanks:
         return shares.full_tensor().cpu()
 
 
-def _failure(error: BaseException) -> _Failure:
+def _failure(error: BaseException) -> ErrorDetail:
     if isinstance(error, FlowrollError):
-        return _Failure(error.code, error.message, error.field)
+        return ErrorDetail(code=error.code, message=error.message, field=error.field)
     message = f"the rank that sends must end its push, got {type(error).__name__}: {error}; look at its log."
-    return _Failure(EngineError.code, message, None)
+    return ErrorDetail(code=EngineError.code, message=message)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -13,11 +12,11 @@ import httpx
 
 from flowroll.client import calls, exchange, policy, weights
 from flowroll.client.balancing import Balancer
-from flowroll.client.bounds import MAX_ANSWER_BYTES, AnswerBody, Deadline, default_total_s
+from flowroll.client.base import ClientBase
+from flowroll.client.bounds import AnswerBody, Deadline
 from flowroll.client.exchange import Call, Operation, for_any_server
-from flowroll.client.route import FAILURES, check_timeout, check_urls, check_wire_format, route_to
+from flowroll.client.route import FAILURES
 from flowroll.errors import FlowrollError
-from flowroll.types import Number
 from flowroll.wire.codec import WireFormat
 
 P = ParamSpec("P")
@@ -45,7 +44,7 @@ def _method(
     return method
 
 
-class Client:
+class Client(ClientBase[httpx.Client, httpx.BaseTransport]):
     """Talks to one flowroll server. Threads may share it. It is a context manager: `close` closes its connections.
 
     With msgpack, the large tensors of an answer lie in one buffer, which lives as long as any of them: clone what you keep
@@ -75,43 +74,8 @@ class Client:
         MissingExtraError: The library for a SOCKS proxy is not installed.
     """
 
-    def __init__(
-        self,
-        base_url: str | Sequence[str],
-        *,
-        api_key: str | None = None,
-        timeout_s: Number = exchange.DEFAULT_TIMEOUT_S,
-        total_timeout_s: Number | None = None,
-        max_answer_bytes: int = MAX_ANSWER_BYTES,
-        wire_format: WireFormat = "msgpack",
-        proxy: str | None = None,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._timeout_s = check_timeout(timeout_s)
-        self._total_s = default_total_s(self._timeout_s) if total_timeout_s is None else check_timeout(total_timeout_s)
-        self._max_answer_bytes = max_answer_bytes
-        self._wire_format: WireFormat = check_wire_format(wire_format)
-        self._balancer: Balancer | None = None
-        self.servers: tuple[Client, ...] = (self,)
-        if not isinstance(base_url, str):
-            self.servers = tuple(
-                Client(
-                    url,
-                    api_key=api_key,
-                    timeout_s=timeout_s,
-                    total_timeout_s=total_timeout_s,
-                    max_answer_bytes=max_answer_bytes,
-                    wire_format=wire_format,
-                    proxy=proxy,
-                    transport=transport,
-                )
-                for url in check_urls(base_url)
-            )
-            self._balancer = Balancer(len(self.servers))
-            return
-        self._route = route_to(base_url, api_key=api_key, proxy=proxy, has_transport=transport is not None)
-        self._transport = transport
-        self._open()
+    servers: tuple[Client, ...]
+    _http_class = httpx.Client
 
     def __enter__(self) -> Client:
         return self
@@ -181,9 +145,6 @@ class Client:
         time.sleep(step)
         return None
 
-    def _open(self) -> None:
-        self._http, self._pid = self._route.open(httpx.Client, self._transport), os.getpid()
-
     def _send_to_any(self, call: Call[T], balancer: Balancer) -> T:
         deadline = Deadline(self._total_s)
         for attempt in balancer.attempts(call.image_steps or 0):
@@ -194,19 +155,16 @@ class Client:
         raise AssertionError("a request that no server takes ends in an error")
 
     def _send(self, call: Call[T], deadline: Deadline | None = None) -> T:
-        if self._pid != os.getpid() and not self._http.is_closed:
-            # After a fork the connections are the parent's too: both would read parts of each other's answers.
-            self._open()
+        self._reopen_after_fork(is_closed=self._http.is_closed)
         deadline = deadline or Deadline(self._total_s)
         timeout = call.timeout(self._timeout_s, deadline.left_s)
         is_unanswered = True
-        most = self._max_answer_bytes if call.max_bytes is None else call.max_bytes
         try:
             with self._http.stream(
                 call.method, call.path, content=call.body(deadline), headers=call.headers, timeout=timeout
             ) as response:
                 is_unanswered = False
-                body = AnswerBody(response, max_bytes=most, deadline=deadline)
+                body = AnswerBody(response, max_bytes=self._most_bytes(call), deadline=deadline)
                 for piece in response.iter_bytes():
                     body.add(piece)
         except FAILURES as error:

@@ -22,9 +22,9 @@ import functools
 import itertools
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any
 
 from msgspec.structs import replace
 from torch import Tensor
@@ -43,8 +43,6 @@ from flowroll.wire.weights import Updatable
 
 # How long the answer of a server may take that has closed the group.
 _REASON_S = 5.0
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class WeightGroup:
@@ -204,14 +202,9 @@ class WeightGroup:
         return _results(calls)
 
     def _commit(self, begun: Sequence[str]) -> list[str]:
-        updates = self._of_each(lambda client, update_id: client._send(commit_call(update_id, "drain")), begun)
-        return [update.weight_version for update in updates]
-
-    def _of_each(self, call: Callable[[Client, T], U], values: Sequence[T]) -> list[U]:
-        """Calls each server with its own value, and returns the answers."""
-        return _results(
-            [self._threads.submit(call, client, value) for client, value in zip(self._clients, values, strict=True)]
-        )
+        commits = [commit_call(update_id, "drain") for update_id in begun]
+        calls = [self._threads.submit(client._send, commit) for client, commit in zip(self._clients, commits, strict=True)]
+        return [update.weight_version for update in _results(calls)]
 
     def _abandon(self, begun: Sequence[str], clients: Sequence[Client]) -> None:
         for client, update_id in zip(clients, begun, strict=True):

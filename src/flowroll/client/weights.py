@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
@@ -9,11 +11,20 @@ from typing import Any, Literal
 import msgspec
 from torch import Tensor
 
-from flowroll.client import pushing
 from flowroll.client.calls import CHANGE, UPDATE, UpdateMode
-from flowroll.client.exchange import Call, Steps, excerpt, post, read_by
-from flowroll.client.pushing import NamedTensors
-from flowroll.errors import ServerConnectionError
+from flowroll.client.exchange import Call, Steps, excerpt, post, reader
+from flowroll.client.pushing import (
+    BUCKET_BYTES,
+    NamedTensors,
+    abandon_call,
+    adapter_call,
+    begin_call,
+    bucket_call,
+    commit_call,
+    gathered_buckets,
+)
+from flowroll.client.ranks import TrainerRanks
+from flowroll.errors import FlowrollError, InvalidRequestError, ServerConnectionError
 from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, ModuleName, WeightUpdate
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.control import ReleaseRequest, ResumeRequest
@@ -38,10 +49,10 @@ from flowroll.wire.weights import (
     VerifyRequest,
 )
 
-_ADAPTERS = msgspec.json.Decoder(LoraAdaptersObject)
-_MEMORY = msgspec.json.Decoder(MemoryChange)
-_SUMS = msgspec.json.Decoder(dict[str, str])
-_VERIFIED = msgspec.json.Decoder(VerifiedObject)
+_ADAPTERS = reader(msgspec.json.Decoder(LoraAdaptersObject))
+_MEMORY = reader(msgspec.json.Decoder(MemoryChange))
+_SUMS = reader(msgspec.json.Decoder(dict[str, str]))
+_VERIFIED = reader(msgspec.json.Decoder(VerifiedObject))
 
 
 def update_weights_from_disk(
@@ -68,7 +79,7 @@ def update_weights_from_disk(
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
     sent = UpdateFromDiskRequest(model_path=str(path), module=module, weight_version=weight_version, mode=mode)
-    return post(UPDATE_FROM_DISK_ROUTE, sent, lambda body, _: read_by(UPDATE, body))
+    return post(UPDATE_FROM_DISK_ROUTE, sent, UPDATE)
 
 
 def update_weights(
@@ -79,7 +90,7 @@ def update_weights(
     module: Updatable = "transformer",
     weight_version: str | None = None,
     mode: UpdateMode = "drain",
-    bucket_bytes: int = pushing.BUCKET_BYTES,
+    bucket_bytes: int = BUCKET_BYTES,
     partial: bool = False,
 ) -> Steps[WeightUpdate]:
     """Sends the server new weights over HTTP, of which it takes all or, if anything fails, none.
@@ -105,14 +116,20 @@ def update_weights(
         FlowrollError: The call fails for a reason that `rollout` lists. After a `ServerConnectionError` at the end,
             `server_info` tells the version.
     """
-    return pushing.push_weights(
-        named_tensors,
-        module=module,
-        weight_version=weight_version,
-        partial=partial,
-        mode=mode,
-        bucket_bytes=bucket_bytes,
-    )
+    ranks, buckets = gathered_buckets(named_tensors, bucket_bytes)
+    update_id: str = yield from ranks.once(lambda: begin_call(module, weight_version, partial), str)
+    try:
+        for bucket in buckets:
+            yield from ranks.once(functools.partial(bucket_call, update_id, bucket), None)
+        return (yield from ranks.once(lambda: commit_call(update_id, mode), WeightUpdate))
+    except GeneratorExit:
+        raise
+    except BaseException:
+        # Or the next update waits for this one.
+        if ranks.sends:
+            with contextlib.suppress(FlowrollError):
+                yield abandon_call(update_id)
+        raise
 
 
 def weights_checksum(_: WireFormat, /, module: ModuleName = "transformer") -> Call[str]:
@@ -138,7 +155,7 @@ def verify_weights(_: WireFormat, /, expected: Mapping[str, str], *, module: Mod
         WeightsMismatchError: The weights differ; the message names the tensors that differ, are missing or are unknown.
     """
     sent = VerifyRequest(module=module, expected=dict(expected))
-    return post(VERIFY_ROUTE, sent, lambda body, _: read_by(_VERIFIED, body).num_tensors)
+    return post(VERIFY_ROUTE, sent, lambda *answer: _VERIFIED(*answer).num_tensors)
 
 
 def load_lora_adapter(
@@ -168,7 +185,7 @@ def load_lora_adapter(
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
     sent = LoadAdapterRequest(lora_name=name, lora_path=str(path), merged=merged, weight_version=weight_version, mode=mode)
-    return post(LOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
+    return post(LOAD_ADAPTER_ROUTE, sent, CHANGE)
 
 
 def load_lora_adapter_from_tensors(
@@ -192,7 +209,14 @@ def load_lora_adapter_from_tensors(
         weight_version: The version of the server's weights from now on; None: the server increments its own.
         mode: What happens to the requests that run; see `update_weights`.
     """
-    return pushing.push_adapter(tensors, config, name, merged, weight_version, mode)
+    if not isinstance(tensors, Mapping):
+        raise InvalidRequestError(
+            f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}; use get_peft_model_state_dict."
+        )
+    ranks = TrainerRanks(tensors.values())
+    whole = ranks.gather(tensors)
+    make = functools.partial(adapter_call, whole, config, name, merged, weight_version, mode)
+    return (yield from ranks.once(make, AdapterChange))
 
 
 def unload_lora_adapter(
@@ -206,12 +230,12 @@ def unload_lora_adapter(
         mode: What happens to the requests that run; see `update_weights`.
     """
     sent = UnloadAdapterRequest(lora_name=name, weight_version=weight_version, mode=mode)
-    return post(UNLOAD_ADAPTER_ROUTE, sent, lambda body, _: read_by(CHANGE, body))
+    return post(UNLOAD_ADAPTER_ROUTE, sent, CHANGE)
 
 
 def lora_adapters(_: WireFormat, /) -> Call[list[LoraAdapter]]:
     """Returns the server's adapters in the order of loading."""
-    return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda body, _: read_by(_ADAPTERS, body).adapters)
+    return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda *answer: _ADAPTERS(*answer).adapters)
 
 
 def release_memory(_: WireFormat, /, mode: Literal["offload", "disk"] = "offload") -> Call[MemoryChange]:
@@ -223,16 +247,16 @@ def release_memory(_: WireFormat, /, mode: Literal["offload", "disk"] = "offload
     Raises:
         FlowrollError: The call fails for a reason that `rollout` lists.
     """
-    return post(RELEASE_ROUTE, ReleaseRequest(mode=mode), lambda body, _: read_by(_MEMORY, body))
+    return post(RELEASE_ROUTE, ReleaseRequest(mode=mode), _MEMORY)
 
 
 def resume_memory(_: WireFormat, /) -> Call[MemoryChange]:
     """Has the server allocate the memory of its weights again and restore them unchanged."""
-    return post(RESUME_ROUTE, ResumeRequest(), lambda body, _: read_by(_MEMORY, body))
+    return post(RESUME_ROUTE, ResumeRequest(), _MEMORY)
 
 
 def _read_sum(body: bytearray, module: str) -> str:
-    digest = read_by(_SUMS, body).get(module)
+    digest = _SUMS(body, "").get(module)
     if digest is None:
         raise ServerConnectionError(f"the answer must hold the sum of {module}, got {excerpt(body)}; check the URL.")
     return digest

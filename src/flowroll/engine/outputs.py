@@ -25,7 +25,7 @@ from flowroll.types import (
     all_finite,
     env_digests,
 )
-from flowroll.wire.png import in_format
+from flowroll.types.pictures import in_format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

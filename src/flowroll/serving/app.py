@@ -23,14 +23,10 @@ from flowroll.serving.routers import (
     docs,
     generate,
     health,
-    memory,
-    metrics,
     openai,
-    policies,
     rollout,
-    score,
-    server_info,
     shared_tensors,
+    status,
     tensors,
     vllm,
     weight_group,
@@ -60,7 +56,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         yield
         trimming.cancel()
         with contextlib.suppress(FlowrollError):
-            await asyncio.wrap_future(engine.call(EngineService.leave_groups))
+            await engine.call(EngineService.leave_groups)
 
     app = FastAPI(
         lifespan=lifespan,
@@ -77,7 +73,6 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
     )
     for group in (
         rollout,
-        score,
         generate,
         openai,
         control,
@@ -87,11 +82,8 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         weight_group,
         vllm,
         adapters,
-        policies,
-        memory,
         health,
-        server_info,
-        metrics,
+        status,
         docs,
     ):
         app.include_router(group.build_router(state))

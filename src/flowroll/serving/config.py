@@ -7,36 +7,26 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from flowroll.engine import AdapterLimits, BatchLimits, Limits
-from flowroll.errors import InvalidRequestError
-from flowroll.logs import LogFormat, LogLevel
-from flowroll.types import Layout
+from flowroll.engine.service import EngineOptions
+from flowroll.types.rules import refuse
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.messages import Dialect
 
 LoraMergeMode: TypeAlias = Literal["dynamic", "merge"]
-
-
 _MAX_PORT = 65535
 # The kernel counts milliseconds in 32 bits.
 _MAX_SEND_S = 10**6
+_ABOVE_ZERO = (
+    *("max_connections", "max_control_queue", "max_groups", "max_body_bytes", "max_score_body_bytes", "max_weights_body_bytes"),
+    *("weights_idle_s", "rank_timeout_s", "max_unsent_bytes", "receive_timeout_s"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """How to serve one checkpoint.
+class ServerConfig(EngineOptions):
+    """How to serve one checkpoint: the options of its engine, and those of the server around it.
 
     Attributes:
-        model: A diffusers checkpoint folder.
-        variant: Variant of the model family; None: the family's first.
-        dtype: "auto", "float32" or "bfloat16".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        limits: What one request may ask for.
-        batching: How much runs at once.
-        adapter_limits: How many LoRA adapters it holds.
-        layout: How the engine is spread over ranks.
-        rank_timeout_s: How long ranks wait for each other before the server gives up.
-        compile: Whether the transformer's blocks run compiled.
         host: Address to listen on.
         allowed_hosts: Names, besides those of this machine, by which requests may call a server on loopback, and from whose
             pages a browser may send them; "*": every one. Where the server listens on more than loopback and there are some,
@@ -48,10 +38,8 @@ class ServerConfig:
         weights_roots: Folders, absolute, from which clients may have weights read; none: no client may.
         weight_group_hosts: Hosts, besides this machine, whose process groups clients may have the server join; "*": every one.
         max_connections: TCP connections at once; more are answered with 429 and ended.
-        max_queue: Requests that may wait behind those that run.
         max_control_queue: Checks of the weights (checksums, comparisons) at once; and as many changes of weights, adapters and
             memory, of which one goes on and the others wait.
-        max_groups: Process groups of trainers that the server may be in, with those that it is joining.
         max_body_bytes: Size of a request body, without the tensors in it.
         max_score_body_bytes: Size of a body of POST /rollout/score, which carries latents and environments: 0.4 GiB for 16
             samples of 10 steps of Qwen-Image at 1024 x 1024; and of a body of POST /rollout/generate and /generate, which may
@@ -71,8 +59,6 @@ class ServerConfig:
         receive_timeout_s: Seconds that a request's headers may take to come, and its body, which gets another second for every
             64 KiB of it; what is slower is answered with 408. A connection may idle as long between two requests.
         grace_s: Seconds that accepted requests get to finish once the server is told to stop.
-        log_level: The level of the server's log, on standard error.
-        log_format: Lines to read, or one JSON object a line.
         viewer: The store, or the folder of rollout files, that the pages at /viewer show; None: there are no such pages.
         otlp_endpoint: Where spans of requests are sent, by OTLP over HTTP, e.g. "http://127.0.0.1:4318/v1/traces"; None: spans
             are made only where the process has a tracer provider of the OpenTelemetry SDK already.
@@ -81,16 +67,6 @@ class ServerConfig:
         InvalidRequestError: A value breaks its rule.
     """
 
-    model: str
-    variant: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    limits: Limits = field(default_factory=Limits)
-    batching: BatchLimits = field(default_factory=BatchLimits)
-    adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
-    layout: Layout = field(default_factory=Layout)
-    rank_timeout_s: int | float = 60.0
-    compile: bool = False
     host: str = "127.0.0.1"
     port: int = 30000
     allowed_hosts: tuple[str, ...] = ()
@@ -100,9 +76,6 @@ class ServerConfig:
     weights_roots: tuple[str, ...] = ()
     weight_group_hosts: tuple[str, ...] = ()
     max_connections: int = 1000
-    max_queue: int = 64
-    max_control_queue: int = 64
-    max_groups: int = 16
     max_body_bytes: int = 4 * 2**20
     max_score_body_bytes: int = 2**30
     send_timeout_s: int | float = 60.0
@@ -114,9 +87,6 @@ class ServerConfig:
     lora_merge_mode: LoraMergeMode = "dynamic"
     receive_timeout_s: int | float = 20.0
     grace_s: int | float = 5.0
-    log_level: LogLevel = "info"
-    log_format: LogFormat = "text"
-    cache_dir: str | None = None
     viewer: str | None = None
     otlp_endpoint: str | None = None
 
@@ -127,28 +97,14 @@ class ServerConfig:
         object.__setattr__(self, "weights_roots", tuple(os.path.realpath(root) for root in self.weights_roots))
         in_range = 0 <= self.port <= _MAX_PORT
         _require(in_range, "port", f"lie in 0..{_MAX_PORT}", self.port, "use 0 to let the system choose")
-        _require(self.max_connections > 0, "max_connections", "be > 0", self.max_connections, "leave it out")
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
+            _require(value > 0, name, "be > 0", value, "leave it out")
         _require(self.max_queue >= 0, "max_queue", "be >= 0", self.max_queue, "use 0 to let none wait")
-        _require(self.max_control_queue > 0, "max_control_queue", "be > 0", self.max_control_queue, "leave it out")
-        _require(self.max_groups > 0, "max_groups", "be > 0", self.max_groups, "leave it out")
-        _require(self.max_body_bytes > 0, "max_body_bytes", "be > 0", self.max_body_bytes, "leave it out")
-        _require(self.max_score_body_bytes > 0, "max_score_body_bytes", "be > 0", self.max_score_body_bytes, "leave it out")
-        _require(
-            self.max_weights_body_bytes > 0, "max_weights_body_bytes", "be > 0", self.max_weights_body_bytes, "leave it out"
-        )
-        _require(self.weights_idle_s > 0, "weights_idle_s", "be > 0", self.weights_idle_s, "leave it out")
-        _require(self.rank_timeout_s > 0, "rank_timeout_s", "be > 0", self.rank_timeout_s, "leave it out")
-        _require(
-            0 < self.send_timeout_s <= _MAX_SEND_S,
-            "send_timeout_s",
-            f"lie in 0..{_MAX_SEND_S}",
-            self.send_timeout_s,
-            "leave it out",
-        )
+        send_s = self.send_timeout_s
+        _require(0 < send_s <= _MAX_SEND_S, "send_timeout_s", f"lie in 0..{_MAX_SEND_S}", send_s, "leave it out")
         rate = self.min_send_bytes_per_s
         _require(rate > 0, "min_send_bytes_per_s", "be > 0", rate, "use 1 to wait for any client that takes something")
-        _require(self.max_unsent_bytes > 0, "max_unsent_bytes", "be > 0", self.max_unsent_bytes, "leave it out")
-        _require(self.receive_timeout_s > 0, "receive_timeout_s", "be > 0", self.receive_timeout_s, "leave it out")
         _require(self.grace_s >= 0, "grace_s", "be >= 0", self.grace_s, "use 0 to stop at once")
         viewer = self.viewer
         _require(viewer is None or os.path.isdir(viewer), "viewer", "be a folder that is there", viewer, "make it first")
@@ -169,4 +125,4 @@ class ServerConfig:
 
 def _require(ok: bool, name: str, rule: str, value: object, remedy: str) -> None:
     if not ok:
-        raise InvalidRequestError(f"{name} must {rule}, got {value}; {remedy}.", field=name)
+        refuse(name, rule, value, remedy)

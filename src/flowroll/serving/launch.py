@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -115,18 +114,19 @@ def _engine_options(config: ServerConfig) -> EngineOptions:
     return EngineOptions(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EngineOptions)})
 
 
-def _rank_options(config: ServerConfig) -> dict[str, Any]:
-    """Returns what every rank of the engine has to be given alike."""
-    names = ("variant", "dtype", "device", "layout", "rank_timeout_s")
-    return {name: getattr(config, name) for name in names}
-
-
 def _follow(config: ServerConfig) -> None:
     # torchrun signals every process; rank 0 is the one that says when to stop.
     for sig in _SIGNALS:
         signal.signal(sig, signal.SIG_IGN)
     try:
-        follow(config.model, **_rank_options(config))
+        follow(
+            config.model,
+            variant=config.variant,
+            dtype=config.dtype,
+            device=config.device,
+            layout=config.layout,
+            rank_timeout_s=config.rank_timeout_s,
+        )
     except FlowrollError as error:
         raise SystemExit(f"Error: {error.message}") from None
 
@@ -210,14 +210,14 @@ class _DrainingServer(uvicorn.Server):
         deadline_s = time.monotonic() + self._grace_s
         with contextlib.suppress(FlowrollError, TimeoutError):
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._grace_s + _DRAIN_POLL_S):
-                await asyncio.wrap_future(self._engine.call(EngineService.drain))
+                await self._engine.call(EngineService.drain)
                 while await self._has_work() and time.monotonic() < deadline_s and not self._in_a_hurry:
                     await asyncio.sleep(_DRAIN_POLL_S)
         await asyncio.to_thread(self._engine.close, timeout_s=_CLOSE_S)
 
     async def _has_work(self) -> bool:
         """Returns whether a request is still to be run, or its answer to be sent."""
-        counts = (await asyncio.wrap_future(self._engine.call(EngineService.status))).counts
+        counts = (await self._engine.call(EngineService.status)).counts
         return bool(counts.pending or counts.running or self.server_state.tasks)
 
 

@@ -19,6 +19,7 @@ from flowroll.serving.errors import SlowRequestError
 from flowroll.serving.forms import FORM, parse_form_body
 from flowroll.serving.middleware import RequestContext, context_of
 from flowroll.serving.state import AppState
+from flowroll.types import SamplingParams, ScoreParams
 from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.fields import Request as Message
 from flowroll.wire.schema import GenerateRequest, ImageEditsRequest, ImagesRequest, RolloutRequest, parse, parse_json_body
@@ -27,6 +28,7 @@ from flowroll.wire.validation import parse_msgpack_body
 
 SamplingT = TypeVar("SamplingT", RolloutRequest, GenerateRequest, ImagesRequest, ImageEditsRequest)
 RequestT = TypeVar("RequestT", bound=Message)
+ParamsT = TypeVar("ParamsT", SamplingParams, ScoreParams)
 
 # Of a request that steers the server: a path and some names. It is parsed on the event loop, in well under a millisecond.
 MAX_CONTROL_BYTES = 64 * 1024
@@ -150,12 +152,7 @@ async def accept_score_request(request: Request, state: AppState) -> ScorePlan:
 
 
 def _plan_score(facts: EngineFacts, body: bytearray, media_type: str, context: RequestContext) -> ScorePlan:
-    params = decode_score_request(body, media_type)
-    context.suppress_logs = params.suppress_logs
-    if params.request_id is None:
-        params = replace(params, request_id=context.request_id)
-    else:
-        context.request_id = params.request_id
+    params = _with_id(decode_score_request(body, media_type), context)
     return plan_score(params, facts.model, facts.info.limits)
 
 
@@ -163,16 +160,20 @@ def _plan(
     facts: EngineFacts, model: type[SamplingT], sent: Callable[[], dict[str, Any]], context: RequestContext
 ) -> tuple[SamplingT, RequestPlan]:
     accepted = parse(model, sent())
-    params = accepted.to_params()
-    context.suppress_logs = params.suppress_logs
-    if params.request_id is None:
-        params = replace(params, request_id=context.request_id)
-    else:
-        context.request_id = params.request_id
+    params = _with_id(accepted.to_params(), context)
     try:
         return accepted, plan_request(params, facts.model, facts.info.limits)
     except InvalidRequestError as error:
         raise accepted.as_wire_error(error) from None
+
+
+def _with_id(params: ParamsT, context: RequestContext) -> ParamsT:
+    """Returns the request with the id of its context, if it has none; otherwise the context gets the request's."""
+    context.suppress_logs = params.suppress_logs
+    if params.request_id is None:
+        return replace(params, request_id=context.request_id)
+    context.request_id = params.request_id
+    return params
 
 
 def check_media_type(headers: Headers, known: Sequence[str]) -> str:

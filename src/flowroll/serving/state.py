@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ from flowroll.serving.negotiation import choose_deadline_s
 from flowroll.serving.pushes import WeightPush, WeightPushes
 from flowroll.serving.unsent import AnswerMemory
 from flowroll.serving.weight_uploads import WeightUpload, WeightUploads
-from flowroll.types import AdapterChange, GeneratedImage, ModuleName, PolicyChange, Rollout, ScoreAnswer, WeightUpdate
+from flowroll.types import AdapterChange, ModuleName, PolicyChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.weight_updates import Bucketed, SharedUpdateObject, UpdateFromTensorRequest
 
 T = TypeVar("T")
@@ -47,6 +47,8 @@ _NUM_PLANNED = 4
 # How long an engine may take to say how it is. It answers between two instructions of Python, also while a step runs.
 _STATUS_S = 10.0
 _RETRY_S = 1.0
+# What goes on one at a time, as errors name it.
+CHANGES, ADAPTER_BODIES = "changes of weights, adapters and memory", "adapters in bodies"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +60,8 @@ class AppState:
         engine: The engine that runs the requests.
         metrics: The counters that /metrics shows.
         started_s: When the app was started, by the monotonic clock.
-        updating: Held by the one change of weights, adapters or memory that reads or commits: each needs memory of its own.
-        uploading: Held by the one adapter that is read from a body.
+        turns: Held by the one change of weights, adapters or memory that reads or commits: each needs memory of its own; and by
+            the one adapter that is read from a body.
         waiting: How many requests hold or wait for one of these locks, by what they want.
         probing: The one look at whether the engine generates, which all callers share.
         uploads: The update of weights whose tensors arrive over HTTP, if there is one.
@@ -72,8 +74,7 @@ class AppState:
     engine: EngineClient
     metrics: Metrics
     started_s: float = field(default_factory=time.monotonic)
-    updating: asyncio.Lock = field(default_factory=asyncio.Lock)
-    uploading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turns: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     waiting: Counter[str] = field(default_factory=Counter)
     probing: list[CallFuture[Evidence]] = field(default_factory=list)
     uploads: WeightUploads
@@ -96,16 +97,9 @@ class AppState:
 
     # Requests
 
-    async def rollout(self, request: Request, plan: RequestPlan) -> list[Rollout]:
-        """Runs a planned rollout, for as long as its client is there."""
-        return await self._run(request, plan, "rollout")
-
-    async def generate(self, request: Request, plan: RequestPlan) -> list[GeneratedImage]:
-        """Runs a planned generation, for as long as its client is there."""
-        return await self._run(request, plan, "generate")
-
-    async def _run(self, request: Request, plan: RequestPlan, kind: RequestKind) -> list[Any]:
-        timeout_s = _timeout_s(request)
+    async def run(self, request: Request, plan: RequestPlan, kind: RequestKind) -> list[Any]:
+        """Runs a planned rollout or generation, for as long as its client is there; returns what `kind` says."""
+        timeout_s = choose_deadline_s(request.headers)
         await self.check_wanted(request)
         # The tensors and images that came with it lie in both processes until it is answered.
         context_of(request).held = self.answers.admit(2 * plan.input_bytes + plan.answer_bytes)
@@ -120,7 +114,7 @@ class AppState:
     async def score(self, request: Request, plan: ScorePlan) -> ScoreAnswer:
         """Recomputes log-probs of recorded steps, between the steps of requests, for as long as their client is there."""
         self.pushes.check_whole()
-        timeout_s = _timeout_s(request)
+        timeout_s = choose_deadline_s(request.headers)
         await self.check_wanted(request)
         context = context_of(request)
         context.held = self.answers.admit(context.request_bytes + plan.answer_bytes)
@@ -159,7 +153,7 @@ class AppState:
             EngineError: It does not answer.
         """
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(self.engine.call(EngineService.status)), _STATUS_S)
+            return await asyncio.wait_for(self.engine.call(EngineService.status), _STATUS_S)
         except TimeoutError:
             raise EngineError(f"the engine must answer within {_STATUS_S:g} s, got no answer; restart the server.") from None
 
@@ -172,32 +166,17 @@ class AppState:
         if not self.probing or self.probing[0].done():
             self.probing[:] = [self.engine.call(EngineService.probe_generation)]
         # Shielded: a caller that gives up must not take the others' answer with it.
-        return await asyncio.shield(asyncio.wrap_future(self.probing[0]))
+        return await asyncio.shield(self.probing[0])
 
     # Changes of weights and adapters
 
     @contextlib.asynccontextmanager
-    async def changing(self) -> AsyncIterator[None]:
-        """Lets one change of weights, adapters or memory go on at a time; the number of those that wait is bounded.
+    async def turn(self, what: str) -> AsyncIterator[None]:
+        """Lets one of `CHANGES` or one of `ADAPTER_BODIES` go on at a time; the number of those that wait is bounded.
 
         Raises:
             QueueFullError: Too many of them wait.
         """
-        async with self._bounded("changes of weights, adapters and memory", self.updating):
-            yield
-
-    @contextlib.asynccontextmanager
-    async def receiving_adapter(self) -> AsyncIterator[None]:
-        """Lets one adapter at a time be read from a body; the number of those that wait is bounded.
-
-        Raises:
-            QueueFullError: Too many of them wait.
-        """
-        async with self._bounded("adapters in bodies", self.uploading):
-            yield
-
-    @contextlib.asynccontextmanager
-    async def _bounded(self, what: str, lock: asyncio.Lock) -> AsyncIterator[None]:
         most = self.config.max_control_queue
         if self.waiting[what] >= most:
             raise QueueFullError(
@@ -205,14 +184,14 @@ class AppState:
             )
         self.waiting[what] += 1
         try:
-            async with lock:
+            async with self.turns[what]:
                 yield
         finally:
             self.waiting[what] -= 1
 
     async def change_policy(self, change: Callable[[], Awaitable[C]]) -> C:
         """Changes weights or adapters, one change at a time, and counts it."""
-        async with self.changing():
+        async with self.turn(CHANGES):
             try:
                 changed = await change()
             except BaseException:
@@ -229,7 +208,7 @@ class AppState:
             call: Has the engine do it.
             is_whole: Whether they are all of the module's, which ends a push of it.
         """
-        update = await self.change_policy(lambda: asyncio.wrap_future(call()))
+        update = await self.change_policy(call)
         if is_whole:
             self.pushes.replaced(update.module)
         return update
@@ -245,7 +224,7 @@ class AppState:
         finally:
             upload.is_committing = False
             upload.touch()
-            if not await asyncio.shield(asyncio.wrap_future(self.engine.call(EngineService.is_open, number))):
+            if not await asyncio.shield(self.engine.call(EngineService.is_open, number)):
                 self.uploads.end(upload)
 
     async def take_bucket(
@@ -263,9 +242,9 @@ class AppState:
         module = accepted.chosen_module
         async with self.pushes.turn:
             self.uploads.check_none()
-            opened = await asyncio.wrap_future(self.engine.call(EngineService.open_update, module, partial=True))
+            opened = await self.engine.call(EngineService.open_update, module, partial=True)
             try:
-                await asyncio.wrap_future(fill(opened.update_id))
+                await fill(opened.update_id)
                 with self.pushes.bucket(module, accepted.weight_version, set(names), opened.names) as push:
                     version = push.version or accepted.weight_version
                     update = await self.update_weights(
@@ -292,16 +271,14 @@ class AppState:
             self.uploads.check_none()
             with self.pushes.bucket(PUSHED_ADAPTER, accepted.weight_version, layers) as push:
                 change = await self.change_policy(
-                    lambda: asyncio.wrap_future(
-                        self.engine.call(
-                            EngineService.load_pushed_adapter,
-                            sent_id,
-                            alpha=accepted.lora_alpha,
-                            rank=accepted.lora_rank,
-                            merged=self.config.lora_merge_mode == "merge",
-                            weight_version=push.version or accepted.weight_version,
-                            mode=accepted.mode,
-                        )
+                    lambda: self.engine.call(
+                        EngineService.load_pushed_adapter,
+                        sent_id,
+                        alpha=accepted.lora_alpha,
+                        rank=accepted.lora_rank,
+                        merged=self.config.lora_merge_mode == "merge",
+                        weight_version=push.version or accepted.weight_version,
+                        mode=accepted.mode,
                     )
                 )
                 push.version = change.weight_version
@@ -320,7 +297,7 @@ class AppState:
             )
         upload.fills += 1
         try:
-            progress = await asyncio.wrap_future(fill(update_id))
+            progress = await fill(update_id)
         finally:
             upload.fills -= 1
             upload.touch()
@@ -333,10 +310,6 @@ class AppState:
             num_arrived=count,
             num_tensors=total,
         )
-
-
-def _timeout_s(request: Request) -> float | None:
-    return choose_deadline_s(request.headers)
 
 
 def _bucket_answer(push: WeightPush, module: ModuleName, message: str, version: str) -> SharedUpdateObject:

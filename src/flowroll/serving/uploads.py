@@ -58,10 +58,7 @@ class BucketStream(TensorStream):
     def _claim(self, heads: list[StoredTensor]) -> list[Tensor]:
         self._engine.call(EngineService.claim_bucket, self._update_id, heads).result()
         self._heads = heads
-        try:
-            self._memory = SharedMemory.create(bucket_bytes(heads))
-        except OSError as error:
-            raise WeightsRejectedError(f"the body must find room in memory, got {error.strerror}; send less.") from error
+        self._memory = _memory_of(bucket_bytes(heads))
         return bucket_tensors(self._memory.bytes, heads)
 
 
@@ -83,14 +80,9 @@ async def read_bucket(
         UnsupportedMediaTypeError: It is sent as something else.
     """
     stream = BucketStream(engine, upload.update_id)
-
-    def take(pieces: list[bytes]) -> None:
-        for piece in pieces:
-            stream.feed(piece)
-
     try:
         async for lot in _lots(request, max_bytes, idle_s):
-            await run_in_threadpool(take, lot)
+            await run_in_threadpool(_feed, stream, lot)
             upload.touch()
         return await run_in_threadpool(stream.put)
     finally:
@@ -136,10 +128,7 @@ class AdapterStream(TensorStream):
         self._engine.call(EngineService.check_adapter, config, stored, self._name, merged=self._merged).result()
         start = LENGTH_BYTES + len(self.header)
         end = stored[-1].stop if stored else start
-        try:
-            self._memory = SharedMemory.create(end)
-        except OSError as error:
-            raise WeightsRejectedError(f"the body must find room in memory, got {error.strerror}; send less.") from error
+        self._memory = _memory_of(end)
         tensor_bytes(self._memory.bytes)[:start] = len(self.header).to_bytes(LENGTH_BYTES, "little") + self.header
         return [self._memory.bytes[start:end]]
 
@@ -161,6 +150,13 @@ async def read_adapter(request: Request, stream: AdapterStream, *, max_bytes: in
     async for lot in _lots(request, max_bytes, idle_s):
         await run_in_threadpool(_feed, stream, lot)
     stream.finish()
+
+
+def _memory_of(num_bytes: int) -> SharedMemory:
+    try:
+        return SharedMemory.create(num_bytes)
+    except OSError as error:
+        raise WeightsRejectedError(f"the body must find room in memory, got {error.strerror}; send less.") from error
 
 
 def _feed(stream: TensorStream, lot: list[bytes]) -> None:

@@ -21,7 +21,6 @@ class WeightUpload:
         opened: The update, as the engine has opened it.
         weight_version: Version of the new weights; None: counted.
         partial: Whether tensors that do not arrive stay as they are.
-        num_arrived: Tensors that have arrived.
         last_s: When somebody last sent something, by the loop's clock.
         is_committing: Whether it waits for its commit.
         fills: Buckets that are filled just now by what has a patience of its own.
@@ -29,7 +28,6 @@ class WeightUpload:
 
     def __init__(self, opened: OpenedUpdate, weight_version: str | None, *, partial: bool) -> None:
         self.opened, self.weight_version, self.partial = opened, weight_version, partial
-        self.num_arrived = 0
         self.is_committing = False
         self.fills = 0
         self.touch()
@@ -65,7 +63,7 @@ class WeightUploads:
         """
         async with self._beginning:
             self.check_none()
-            opened = await asyncio.wrap_future(self._engine.call(EngineService.open_update, module, partial=partial))
+            opened = await self._engine.call(EngineService.open_update, module, partial=partial)
             self._upload = WeightUpload(opened, weight_version, partial=partial)
         self._watch(self._upload)
         return self._upload

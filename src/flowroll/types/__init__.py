@@ -15,7 +15,6 @@ from flowroll.types.adapters import (
 )
 from flowroll.types.arguments import ImageFields, RolloutFields, params_of
 from flowroll.types.digest import branch_digest, env_digests
-from flowroll.types.finite import all_finite
 from flowroll.types.forks import Branch
 from flowroll.types.groups import RolloutStack
 from flowroll.types.images import ReferenceImage
@@ -53,6 +52,7 @@ from flowroll.types.results import (
 )
 from flowroll.types.scoring import RecordedSteps, SampleScores, ScoreAnswer, ScoreParams
 from flowroll.types.starts import MAX_SEED
+from flowroll.types.tensors import all_finite
 from flowroll.types.weights import MAX_VERSION_CHARS, MemoryChange, ModuleName, WeightUpdate, check_version, version_number
 
 __all__ = [

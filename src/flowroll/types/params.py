@@ -72,14 +72,6 @@ _SEQUENCES = (
     "rollout_steps",
     "rollout_noise_levels",
 )
-_FLAGS = (
-    "rollout",
-    "rollout_log_prob_no_const",
-    "rollout_debug_mode",
-    "rollout_return_denoising_env",
-    "rollout_return_dit_trajectory",
-    "suppress_logs",
-)
 # The values that an evaluation may give besides the defaults, because they request nothing.
 _NOTHING_ASKED: Mapping[str, object] = {"rollout_sde_type": "ode", "rollout_noise_level": 0}
 
@@ -497,6 +489,7 @@ def _is_same(one: object, other: object) -> bool:
 
 # The field for which each short name stands.
 ALIASES: Mapping[str, str] = aliases_of(SamplingParams)
+_FLAGS = tuple(field.name for field in fields(SamplingParams) if isinstance(field.default, bool))
 # The fields that plain generation does not have.
 ROLLOUT_FIELDS = frozenset(
     {

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowroll.extras import extra_for
+from flowroll.types.params import ImageFormat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 def to_uint8(image: Float[Tensor, " colors 1 height width"]) -> UInt8[Tensor, " colors 1 height width"]:
     """Rounds an image in [0, 1] to eight bits, as diffusers' own image processor does."""
     return image.mul(255).round().clamp(0, 255).byte()
+
+
+def in_format(image: Float[Tensor, " colors 1 height width"], image_format: ImageFormat) -> Tensor | bytes:
+    """Returns an image in [0, 1] in the form that a request asks for, which is not "none"."""
+    assert image_format != "none"
+    if image_format == "tensor":
+        return image
+    return to_uint8(image) if image_format == "uint8" else encode_png(image)
 
 
 def pil_image(image: Float[Tensor, " colors 1 height width"] | UInt8[Tensor, " colors 1 height width"] | bytes) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 from flowroll.errors import InvalidRequestError
 
@@ -21,7 +22,16 @@ def require(ok: bool, field_name: str, rule: str, value: object, remedy: str) ->
         InvalidRequestError: It is not.
     """
     if not ok:
-        raise InvalidRequestError(f"{field_name} must {rule}, got {shown(value)}; {remedy}.", field=field_name)
+        refuse(field_name, rule, shown(value), remedy)
+
+
+def refuse(field_name: str, rule: str, got: object, remedy: str) -> NoReturn:
+    """Refuses a value; see `require`.
+
+    Raises:
+        InvalidRequestError: Always.
+    """
+    raise InvalidRequestError(f"{field_name} must {rule}, got {got}; {remedy}.", field=field_name)
 
 
 def shown(value: object) -> str:

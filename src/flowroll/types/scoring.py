@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.errors import InvalidRequestError
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import Number, SamplingParams
 from flowroll.types.policies import PolicyRecord
 from flowroll.types.results import DenoisingEnv, SamplingRecord
+from flowroll.types.rules import refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +40,14 @@ class RecordedSteps:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            _refuse("steps", "hold at least one step", "none", "name the steps to score")
+            refuse("steps", "hold at least one step", "none", "name the steps to score")
         for field, tensor in (("latents", self.latents), ("next_latents", self.next_latents)):
             if not tensor.is_floating_point() or tensor.shape[:1] != (len(self.steps),):
                 shown = f"the shape {list(tensor.shape)[:8]} and {tensor.dtype}"
-                _refuse(
-                    field, f"be floats whose first dimension is the {len(self.steps)} steps", shown, "send a state per step"
-                )
+                refuse(field, f"be floats whose first dimension is the {len(self.steps)} steps", shown, "send a state per step")
         if self.latents.shape != self.next_latents.shape:
             shapes = f"{list(self.next_latents.shape)[:8]} beside {list(self.latents.shape)[:8]}"
-            _refuse("next_latents", "have the shape of latents", shapes, "send the state after each step")
+            refuse("next_latents", "have the shape of latents", shapes, "send the state after each step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +76,7 @@ class ScoreParams:
 
     def __post_init__(self) -> None:
         if not self.samples:
-            _refuse("samples", "hold at least one sample", "none", "send the samples to score")
+            refuse("samples", "hold at least one sample", "none", "send the samples to score")
         # Every request has the same rules for these.
         SamplingParams(prompt="", request_id=self.request_id, min_weight_version=self.min_weight_version, policy=self.policy)
 
@@ -123,7 +120,3 @@ class ScoreAnswer:
     samples: tuple[SampleScores, ...]
     inference_time_s: Number
     policy: PolicyRecord | None = None
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

@@ -1,4 +1,4 @@
-"""The only access to the raw memory of a tensor.
+"""The only access to the raw memory of a tensor, and a test of its numbers.
 
 An object that is a `Tensor` need not have memory of its own: a DTensor holds a shard, a meta or fake tensor holds nothing, a
 quantized or sparse one holds something else than its elements, and FSDP frees storages under tensors that still exist. Reading
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -75,6 +76,14 @@ def readable_bytes(tensor: object, subject: str = "the tensor") -> int:
         if type(tensor).__torch_dispatch__ is _NO_DISPATCH and not _has_memory(tensor):
             raise _without_memory(tensor, subject)
         return tensor.numel() * tensor.itemsize
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tells whether no entry is NaN or infinite, in one pass over the tensor that allocates no second tensor."""
+    if not tensor.is_floating_point():
+        return True
+    # A sum with NaN or infinity in it is not finite. A sum of finite numbers may overflow too, so then each number is checked.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def mesh_of(tensor: object) -> Any:

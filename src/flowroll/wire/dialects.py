@@ -6,7 +6,7 @@ same layout with leaves of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,12 @@ _ANY_FAMILY = Conditioning(
 
 # Image shapes have three levels.
 _MAX_ENV_DEPTH = 8
+# What is sent as it is, under the same name.
+_OF_IMAGES = (
+    *("request_id", "prompt", "seed", "sampling", "weight_version", "inference_time_s"),
+    *("first_step", "last_step", "left_out"),
+)
+_OF_ROLLOUTS = (*_OF_IMAGES, "sde_step_indices", "peak_memory_mb", "provenance")
 
 
 class LayoutError(ValueError):
@@ -59,26 +65,15 @@ def rollout_to_wire(rollout: Rollout, dialect: Dialect) -> WireSample[Tensor]:
     debug, env, trajectory = rollout.debug_tensors, rollout.denoising_env, rollout.dit_trajectory
     fields, images = rollout.step_tensors, rollout.step_images
     return WireSample(
-        request_id=rollout.request_id,
-        prompt=rollout.prompt,
-        seed=rollout.seed,
+        **_unchanged(rollout, _OF_ROLLOUTS),
         generated_output=rollout.image,
         latents=rollout.latents,
         rollout_log_probs=rollout.log_probs,
         rollout_debug_tensors=None if debug is None else _debug_to_wire(debug, dialect),
         denoising_env=None if env is None else env_to_wire(env, dialect, conditioning_of(rollout.sampling), rollout.sampling),
         dit_trajectory=None if trajectory is None else _trajectory_to_wire(trajectory, dialect),
-        sde_step_indices=rollout.sde_step_indices,
         step_tensors=None if fields is None else WireStepTensors(step_indices=fields.step_indices, tensors={**fields.tensors}),
         step_images=None if images is None else WireStepImages(step_indices=images.step_indices, images=[*images.images]),
-        weight_version=rollout.weight_version,
-        sampling=rollout.sampling,
-        inference_time_s=rollout.inference_time_s,
-        peak_memory_mb=rollout.peak_memory_mb,
-        provenance=rollout.provenance,
-        first_step=rollout.first_step,
-        last_step=rollout.last_step,
-        left_out=rollout.left_out,
     )
 
 
@@ -100,44 +95,21 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
     log_probs, num_steps = sample.rollout_log_probs, sample.sampling.num_inference_steps
     _check_indices(sample.sde_step_indices or (), num_steps, "sde_step_indices")
     return Rollout(
-        request_id=sample.request_id,
-        prompt=sample.prompt,
-        seed=sample.seed,
+        **_unchanged(sample, _OF_ROLLOUTS),
         image=_image(sample.generated_output, load, sample.sampling),
         latents=_final(sample.latents, load, sample.sampling),
         log_probs=None if log_probs is None else _of_steps(_of_rank(1, load(log_probs), "rollout_log_probs"), num_steps),
-        sde_step_indices=sample.sde_step_indices,
         debug_tensors=None if debug is None else _debug_from_wire(debug, load, num_steps),
         denoising_env=None if env is None else env_from_wire(env, load, conditioning_of(sample.sampling), sample.sampling),
         dit_trajectory=None if trajectory is None else _trajectory_from_wire(trajectory, load, num_steps),
         step_tensors=None if sample.step_tensors is None else _fields_from_wire(sample.step_tensors, load, num_steps),
         step_images=None if sample.step_images is None else _images_from_wire(sample.step_images, load, sample.sampling),
-        weight_version=sample.weight_version,
-        sampling=sample.sampling,
-        inference_time_s=sample.inference_time_s,
-        peak_memory_mb=sample.peak_memory_mb,
-        provenance=sample.provenance,
-        first_step=sample.first_step,
-        last_step=sample.last_step,
-        left_out=sample.left_out,
     )
 
 
 def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
     """Makes the response object of a generated image, with tensors unchanged."""
-    return WireImage(
-        request_id=image.request_id,
-        prompt=image.prompt,
-        seed=image.seed,
-        generated_output=image.image,
-        latents=image.latents,
-        weight_version=image.weight_version,
-        sampling=image.sampling,
-        inference_time_s=image.inference_time_s,
-        first_step=image.first_step,
-        last_step=image.last_step,
-        left_out=image.left_out,
-    )
+    return WireImage(**_unchanged(image, _OF_IMAGES), generated_output=image.image, latents=image.latents)
 
 
 def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> GeneratedImage:
@@ -147,19 +119,12 @@ def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> 
         LayoutError: The object was made by another version of flowroll.
     """
     _check_version(sample.sampling)
-    return GeneratedImage(
-        request_id=sample.request_id,
-        prompt=sample.prompt,
-        seed=sample.seed,
-        image=_picture(load(sample.generated_output), sample.sampling),
-        latents=load(sample.latents),
-        sampling=sample.sampling,
-        weight_version=sample.weight_version,
-        inference_time_s=sample.inference_time_s,
-        first_step=sample.first_step,
-        last_step=sample.last_step,
-        left_out=sample.left_out,
-    )
+    picture, latents = _picture(load(sample.generated_output), sample.sampling), load(sample.latents)
+    return GeneratedImage(**_unchanged(sample, _OF_IMAGES), image=picture, latents=latents)
+
+
+def _unchanged(source: object, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
 
 
 def _check_version(record: SamplingRecord) -> None:

@@ -27,12 +27,12 @@ from flowroll.types import (
     ScoreAnswer,
     ScoreParams,
 )
+from flowroll.types.rules import refuse
 from flowroll.wire.body import EncodedBody
 from flowroll.wire.codec import JSON, MSGPACK, Blob, Body, WireFormat, encode, load, media_type_of, reading
 from flowroll.wire.dialects import LayoutError, conditioning_of, env_from_wire, env_to_wire
 from flowroll.wire.messages import (
     Dialect,
-    WireSampleScores,
     WireScoreAnswer,
     WireScoreRequest,
     WireSteps,
@@ -77,15 +77,8 @@ def encode_score_request(params: ScoreParams, *, wire_format: WireFormat, dialec
         )
         for sample in params.samples
     ]
-    request = WireScoreRequest(
-        samples=samples,
-        log_probs_only=params.log_probs_only,
-        suppress_logs=params.suppress_logs,
-        request_id=params.request_id,
-        min_weight_version=params.min_weight_version,
-        policy=params.policy,
-    )
-    return encode(request, wire_format)
+    request = {field.name: getattr(params, field.name) for field in fields(params)} | {"samples": samples}
+    return encode(WireScoreRequest(**request), wire_format)
 
 
 def decode_score_request(body: Body, media_type: str) -> ScoreParams:
@@ -113,37 +106,12 @@ def decode_score_request(body: Body, media_type: str) -> ScoreParams:
             samples.append(_steps_of(sample))
         except InvalidRequestError as error:
             raise error.within(f"samples[{index}]") from None
-    return ScoreParams(
-        samples=tuple(samples),
-        log_probs_only=sent.log_probs_only,
-        suppress_logs=sent.suppress_logs,
-        request_id=sent.request_id,
-        min_weight_version=sent.min_weight_version,
-        policy=sent.policy,
-    )
+    return ScoreParams(**msgspec.structs.asdict(sent) | {"samples": tuple(samples)})
 
 
 def encode_score_answer(answer: ScoreAnswer, *, wire_format: WireFormat) -> EncodedBody:
     """Returns the body of an answer; it refers to the tensors of `answer`."""
-    scores = [
-        WireSampleScores(
-            steps=sample.steps,
-            log_probs=sample.log_probs,
-            stds=sample.stds,
-            means=sample.means,
-            velocities=sample.velocities,
-            lora=sample.lora,
-        )
-        for sample in answer.samples
-    ]
-    made = WireScoreAnswer(
-        request_id=answer.request_id,
-        weight_version=answer.weight_version,
-        samples=scores,
-        inference_time_s=answer.inference_time_s,
-        policy=answer.policy,
-    )
-    return encode(made, wire_format)
+    return encode(answer, wire_format)
 
 
 def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
@@ -154,24 +122,12 @@ def decode_score_answer(body: Body, content_type: str) -> ScoreAnswer:
     """
     with reading("scores"):
         answer = _ANSWERS[media_type_of(content_type)].decode(body)
-        samples = tuple(
-            SampleScores(
-                steps=sample.steps,
-                log_probs=load(sample.log_probs),
-                stds=load(sample.stds),
-                means=None if sample.means is None else load(sample.means),
-                velocities=None if sample.velocities is None else load(sample.velocities),
-                lora=sample.lora,
-            )
+        samples: list[dict[str, Any]] = [
+            {name: load(value) if isinstance(value, Blob) else value for name, value in msgspec.structs.asdict(sample).items()}
             for sample in answer.samples
-        )
-    return ScoreAnswer(
-        request_id=answer.request_id,
-        weight_version=answer.weight_version,
-        samples=samples,
-        inference_time_s=answer.inference_time_s,
-        policy=answer.policy,
-    )
+        ]
+        scores = tuple(SampleScores(**sample) for sample in samples)
+    return ScoreAnswer(**msgspec.structs.asdict(answer) | {"samples": scores})
 
 
 def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
@@ -179,7 +135,7 @@ def _steps_of(sample: WireSteps[WireTensor[Any]]) -> RecordedSteps:
     try:
         env = env_from_wire(sample.denoising_env, _load, conditioning_of(record), record)
     except (BlobError, LayoutError) as error:
-        _refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
+        refuse("denoising_env", "hold tensors and plain values", error, "use the env of the rollout")
     return RecordedSteps(
         steps=sample.steps,
         latents=_states(sample.latents, "latents"),
@@ -201,21 +157,21 @@ def _record(sent: dict[str, Any]) -> SamplingRecord:
         for name in given:
             if name not in known:
                 field = f"{where}.{str(name)[:80]}"
-                _refuse(field, "be a field of the record", "an unknown name", "use the record as it was sent")
+                refuse(field, "be a field of the record", "an unknown name", "use the record as it was sent")
     try:
         return msgspec.convert(sent, SamplingRecord)
     except msgspec.ValidationError as error:
         _raise_invalid("sampling", error)
     except AssertionError:
         rule = "hold num_inference_steps timesteps and one sigma more, and run some of these steps"
-        _refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
+        refuse("sampling", rule, "other numbers of them", "use the record as it was sent")
 
 
 def _states(sent: WireTensor[Any], field: str) -> Tensor:
     try:
         return _load(sent)
     except (BlobError, LayoutError) as error:
-        _refuse(field, "be a tensor", error, HOW_TO_SEND)
+        refuse(field, "be a tensor", error, HOW_TO_SEND)
 
 
 def _load(sent: object) -> Tensor:
@@ -236,8 +192,4 @@ def _raise_invalid(parent: str, error: msgspec.ValidationError) -> NoReturn:
         rule, value = f"be of the type {found[1]}", found[2][:80]
     else:
         rule, value = "be valid", words[:200]
-    _refuse(field or "body", rule, value, _REMEDY)
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
+    refuse(field or "body", rule, value, _REMEDY)

@@ -14,8 +14,8 @@ from msgspec import Meta, Struct
 
 from flowroll.errors import InvalidRequestError
 from flowroll.types import MAX_REQUEST_ID_CHARS
-from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
+from flowroll.wire.weights import Versioned
 
 # The one group of a server that these routes join, as vLLM has one.
 VLLM_GROUP = "vllm-weight-transfer"
@@ -166,16 +166,10 @@ class UpdateWeightsRequest(Request, kw_only=True, frozen=True):
         _check_unpacked(self.update_info.packed, "update_info.packed")
 
 
-class FinishUpdateRequest(Request, kw_only=True, frozen=True):
-    """Body of POST /finish_weight_update; it may be left out.
-
-    Attributes:
-        weight_version: The version of the new weights. null: the server increments its own.
-    """
+class FinishUpdateRequest(Versioned, kw_only=True, frozen=True):
+    """Body of POST /finish_weight_update; it may be left out."""
 
     EXAMPLES = ({}, {"weight_version": "120"})
-
-    weight_version: fields.Version = None
 
 
 class AbortRequestsRequest(Request, kw_only=True, frozen=True):

@@ -13,24 +13,22 @@ from flowroll.types import ModuleName
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 from flowroll.wire.validation import shown
-from flowroll.wire.weights import Changing, Targeted, Updatable
+from flowroll.wire.weights import Changing, Targeted, Updatable, Versioned
 
 _Module: TypeAlias = Annotated[Updatable, about("transformer", "leave it out for the transformer")]
 
 
-class BeginUpdateRequest(Request, kw_only=True, frozen=True):
+class BeginUpdateRequest(Versioned, kw_only=True, frozen=True):
     """Body of POST /weights/begin; it may be left out.
 
     Attributes:
         module: What to update.
-        weight_version: Version of the new weights. null: one more than the highest number that a version had so far.
         partial: Whether tensors that do not arrive stay as they are; otherwise they are an error at the commit.
     """
 
     EXAMPLES = ({"module": "transformer", "weight_version": "120"},)
 
     module: _Module = "transformer"
-    weight_version: fields.Version = None
     partial: Annotated[bool, about(False, "leave it out to send the whole module")] = False
 
 

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 from msgspec import Meta
 
 from flowroll.errors import InvalidRequestError
-from flowroll.types import MAX_LORA_NAME_CHARS, AdapterChange, LoraAdapter, ModuleName, WeightUpdate
+from flowroll.types import (
+    MAX_LORA_NAME_CHARS,
+    AdapterChange,
+    LoraAdapter,
+    ModuleName,
+    WeightUpdate,
+    check_lora_name,
+    check_version,
+)
 from flowroll.wire import fields
 from flowroll.wire.fields import Request, about
 
@@ -21,15 +29,28 @@ _LoraName: TypeAlias = Annotated[
 _BESIDE = "leave it out for an adapter beside the weights"
 
 
-class Changing(Request, kw_only=True, frozen=True):
-    """What the requests that change the policy have in common.
+class Versioned(Request, kw_only=True, frozen=True):
+    """What the requests that may name a version have in common.
 
     Attributes:
         weight_version: Version of the new weights. null: one more than the highest number that a version had so far.
-        mode: What becomes of the requests that run: they finish first, or are done again, wholly, with the new weights.
     """
 
     weight_version: fields.Version = None
+
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses a name that no version can have."""
+        if self.weight_version is not None:
+            check_version(self.weight_version, "weight_version")
+
+
+class Changing(Versioned, kw_only=True, frozen=True):
+    """What the requests that change the policy have in common.
+
+    Attributes:
+        mode: What becomes of the requests that run: they finish first, or are done again, wholly, with the new weights.
+    """
+
     mode: fields.Mode = "drain"
 
 
@@ -51,6 +72,7 @@ class Targeted(Changing, kw_only=True, frozen=True):
 
     def check(self, sent: Mapping[str, Any]) -> None:
         """Refuses two names of the module."""
+        super().check(sent)
         if self.module is not None and self.target_modules is not None:
             raise InvalidRequestError(
                 f"target_modules must not be given beside module, got {self.target_modules}; send one of the two.",
@@ -115,6 +137,11 @@ class _AdapterRequest(Changing, kw_only=True, frozen=True):
     """
 
     lora_name: _LoraName
+
+    def check(self, sent: Mapping[str, Any]) -> None:
+        """Refuses a name that no adapter can have."""
+        check_lora_name(self.lora_name)
+        super().check(sent)
 
 
 class UnloadAdapterRequest(_AdapterRequest, kw_only=True, frozen=True):

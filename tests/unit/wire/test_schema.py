@@ -20,6 +20,7 @@ from flowroll.types.prompts import ALL_PROMPT_TENSORS
 from flowroll.types.tensors import tensor_bytes
 from flowroll.wire.describe import components
 from flowroll.wire.fields import Request
+from flowroll.wire.group import UpdateFromGroupRequest
 from flowroll.wire.messages import TENSOR_EXAMPLE
 from flowroll.wire.safetensors import safetensors_prefix
 from flowroll.wire.schema import (
@@ -32,6 +33,9 @@ from flowroll.wire.schema import (
     parse_json_body,
 )
 from flowroll.wire.validation import parse_msgpack_body
+from flowroll.wire.vllm import FinishUpdateRequest
+from flowroll.wire.weight_updates import BeginUpdateRequest, BodyUpdateRequest, UpdateFromTensorRequest
+from flowroll.wire.weights import LoadAdapterRequest, UnloadAdapterRequest, UpdateFromDiskRequest
 
 PROMPT = {"prompt": "a red fox"}
 TOO_LARGE = 10**30
@@ -691,3 +695,28 @@ def test_not_a_number_is_refused_wherever_a_number_goes() -> None:
 )
 def test_a_refusal_says_field_rule_value_and_remedy_word_for_word(body: dict[str, Any], message: str) -> None:
     assert refusal(RolloutRequest, PROMPT | body).message == message
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (UpdateFromDiskRequest, {"model_path": "/runs/1"}),
+        (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/runs/1"}),
+        (UnloadAdapterRequest, {"lora_name": "a"}),
+        (BeginUpdateRequest, {}),
+        (BodyUpdateRequest, {}),
+        (UpdateFromTensorRequest, {"serialized_named_tensors": ["gASV"]}),
+        (UpdateFromGroupRequest, {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]]}),
+        (FinishUpdateRequest, {}),
+    ],
+)
+def test_a_version_or_a_name_that_cannot_be_one_is_refused_with_its_message(
+    kind: type[Request], fields: dict[str, Any]
+) -> None:
+    assert parse(kind, {**fields, "weight_version": "120"}).weight_version == "120"
+    wrong = [{"weight_version": "1\n2"}, *([{"lora_name": "a\tb"}] if "lora_name" in fields else [])]
+    for values in wrong:
+        (name,) = values
+        with pytest.raises(InvalidRequestError, match=f"{name} must be printable text") as raised:
+            parse(kind, {**fields, **values})
+        assert raised.value.field == name

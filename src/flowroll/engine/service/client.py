@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
@@ -29,7 +30,7 @@ _MAX_BLOCKED = 32
 
 
 class CallFuture(Future[T]):
-    """The future result of a call.
+    """The future result of a call, which a coroutine may await.
 
     Attributes:
         spans: How the time of a request was spent, once it has ended; empty for other calls.
@@ -40,6 +41,9 @@ class CallFuture(Future[T]):
         super().__init__()
         self.number = -1
         self.spans: tuple[StageSpan, ...] = ()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.wrap_future(self).__await__()
 
     def end(self, result: Any, error: BaseException | None, spans: tuple[StageSpan, ...] = ()) -> None:
         """Ends the future in the result or the error, unless it has ended already."""

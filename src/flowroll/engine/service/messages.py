@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flowroll.engine.config import AdapterLimits, Limits
@@ -20,8 +20,8 @@ class EngineOptions:
     Attributes:
         model: The checkpoint folder.
         variant: The variant of the model family; None: the family's first.
-        dtype: The dtype of the weights, or "auto".
-        device: The device of rank 0, or "auto".
+        dtype: "auto", "float32" or "bfloat16".
+        device: The device of rank 0: "auto", "cpu", "cuda" or "cuda:N".
         layout: How the transformer is distributed over ranks.
         limits: The limits of one request.
         batching: The limits of what runs at the same time.
@@ -30,27 +30,27 @@ class EngineOptions:
         compile: Whether the transformer's blocks run compiled.
         max_queue: The number of requests that may wait behind those that run.
         max_control_queue: The number of checks of the weights that may be under way or wait.
-        max_groups: The number of process groups that the engine may be in.
-        log_level: The level of the log.
+        max_groups: The number of process groups of trainers that the engine may be in, with those that it is joining.
+        log_level: The level of the log, on standard error.
         log_format: The format of the log's lines.
         cache_dir: The folder in which what is found about this machine's kernels is kept; None: the usual one.
     """
 
     model: str
-    variant: str | None
-    dtype: str
-    device: str
-    layout: Layout
-    limits: Limits
-    batching: BatchLimits
-    adapter_limits: AdapterLimits
-    rank_timeout_s: float
+    variant: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    layout: Layout = field(default_factory=Layout)
+    limits: Limits = field(default_factory=Limits)
+    batching: BatchLimits = field(default_factory=BatchLimits)
+    adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
+    rank_timeout_s: int | float = 60.0
     compile: bool = False
-    max_queue: int
+    max_queue: int = 64
     max_control_queue: int = 64
     max_groups: int = 16
-    log_level: LogLevel
-    log_format: LogFormat
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     cache_dir: str | None = None
 
 

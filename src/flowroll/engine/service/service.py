@@ -1,19 +1,20 @@
 """The operations of an engine that a server calls. They run in the engine's process, which may be the server's own.
 
-A method that is marked `blocking` may take long and is called on a thread; the others return immediately, some of them with a
-future. Arguments and results are data that can be sent to another process, and hold no part of the model.
+A method that is marked `blocking` or `working` may take long and is called on a thread; the others return immediately, some of
+them with a future. Arguments and results are data that can be sent to another process, and hold no part of the model. An
+unexpected error is turned into an `EngineError` by the `EngineClient` through which a server calls.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from flowroll.engine.adapters.store import StagedAdapter
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
-from flowroll.engine.scheduler.request import engine_error
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service.open_tasks import OpenTasks
 from flowroll.engine.service.probe import GenerationProbe
@@ -38,24 +38,22 @@ from flowroll.engine.weights.groups import (
     WeightGroups,
     receive_from_group,
 )
-from flowroll.engine.weights.offload import SleepMode
 from flowroll.engine.weights.receiver import WeightReceiver
 from flowroll.engine.weights.sent import copies_of_sent, fill_from_sent
 from flowroll.engine.weights.staged import StagedWeights, WeightFiles, tensor_head
 from flowroll.engine.weights.store import WeightStore
-from flowroll.engine.weights.versions import VersionState
-from flowroll.errors import FlowrollError, NotFoundError, RankLostError, ShuttingDownError, fresh
+from flowroll.errors import NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
-from flowroll.types import AdapterChange, LoraAdapter, MemoryChange, Policy, PolicyChange, ScoreAnswer, WeightUpdate
+from flowroll.types import AdapterChange, LoraAdapter, Policy, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
 from flowroll.wire.safetensors import DTYPES, StoredTensor, TensorHead
 
 __all__ = ["EngineService", "RequestKind", "blocking"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
-_log = logging.getLogger(__name__)
 # How long a thread may take to return from a collective after a rank was lost, in seconds.
 _LOST_S = 3.0
 
@@ -64,6 +62,30 @@ def blocking(method: MethodT) -> MethodT:
     """Marks a method of `EngineService` that may take long."""
     method.is_blocking = True  # type: ignore[attr-defined]
     return method
+
+
+def working(
+    method: Callable[Concatenate[EngineService, P], T],
+) -> Callable[Concatenate[EngineService, P], T]:
+    """Marks a blocking method that is refused once the service drains or the engine is lost."""
+
+    @functools.wraps(method)
+    def checked(self: EngineService, /, *args: P.args, **options: P.kwargs) -> T:
+        self._check_accepting()
+        return method(self, *args, **options)
+
+    return blocking(checked)
+
+
+def _of_engine(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[EngineService, P], T]:
+    """Makes the method of the service that has the engine do what the engine's method of this name does."""
+
+    @functools.wraps(method)
+    def on_engine(self: EngineService, /, *args: P.args, **options: P.kwargs) -> T:
+        result: T = getattr(self.engine, method.__name__)(*args, **options)
+        return result
+
+    return working(on_engine)
 
 
 def bucket_bytes(heads: Sequence[TensorHead]) -> int:
@@ -236,20 +258,14 @@ class EngineService:
         """Stops admitting requests while a push of weights is incomplete, or admits them again."""
         self.engine.scheduler.hold_starts(is_held)
 
-    @blocking
-    def decode(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """Decodes the latents of one sample into a picture, between steps; see `Engine.decode`."""
-        self._check_accepting()
-        return self.engine.decode(latents, height=height, width=width)
+    decode = _of_engine(Engine.decode)
 
     # Weights that are read from disk, and checks of the weights in memory
 
-    @blocking
+    @working
     def update_from_disk(self, files: WeightFiles, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
         """Reads new weights while requests run, and exchanges them while none runs; see `Engine.update_weights_from_disk`."""
-        return self._guarded(
-            lambda: self.engine.commit_weights(self.engine.stage_weights(files), weight_version=weight_version, mode=mode)
-        )
+        return self.engine.commit_weights(self.engine.stage_weights(files), weight_version=weight_version, mode=mode)
 
     def checksums(self, modules: Sequence[str]) -> Future[dict[str, str]]:
         """Computes the checksums of these modules by name, all of the same weights."""
@@ -289,18 +305,18 @@ class EngineService:
         """
         self._receiver(update_id).claim(heads)
 
-    @blocking
+    @working
     def put_bucket(self, update_id: str, heads: Sequence[TensorHead], memory: SharedMemory) -> UpdateProgress:
         """Copies the tensors of a claimed bucket from memory that holds them one after the other; see `bucket_tensors`."""
         receiver = self._receiver(update_id)
-        self._guarded(lambda: receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads)))
+        receiver.put_claimed(heads, bucket_tensors(memory.bytes, heads))
         return self._progress(receiver)
 
-    @blocking
+    @working
     def arrived_bucket(self, update_id: str, names: Sequence[str]) -> tuple[list[TensorHead], SharedMemory]:
         """Returns a copy of tensors that have arrived, in the form in which `put_bucket` takes them."""
         receiver = self._receiver(update_id)
-        return self._guarded(lambda: _as_bucket(names, receiver.arrived(names)))
+        return _as_bucket(names, receiver.arrived(names))
 
     def drop_bucket(self, update_id: str, heads: Sequence[TensorHead]) -> None:
         """Drops the claim of a bucket, so that its tensors may come in another bucket."""
@@ -324,14 +340,14 @@ class EngineService:
         if (sent := self._sent.pop(sent_id, None)) is not None:
             sent.release()
 
-    @blocking
+    @working
     def fill_from_sent(self, update_id: str, sent_id: str) -> UpdateProgress:
         """Copies a bucket from another process's memory, and releases that memory."""
         receiver = self._receiver(update_id)
-        self._guarded(lambda: fill_from_sent(receiver, self._sent[sent_id]))
+        fill_from_sent(receiver, self._sent[sent_id])
         return self._progress(receiver)
 
-    @blocking
+    @working
     def fill_from_group(
         self,
         update_id: str,
@@ -344,16 +360,16 @@ class EngineService:
     ) -> UpdateProgress:
         """Receives a bucket from a process group; see `receive_from_group`. After an error the group receives nothing more."""
         receiver, group = self._receiver(update_id), self._groups.find(group_name, group_id)
-        self._guarded(lambda: receive_from_group(receiver, group, heads, flattened=flattened, sha256=sha256))
+        receive_from_group(receiver, group, heads, flattened=flattened, sha256=sha256)
         return self._progress(receiver)
 
-    @blocking
+    @working
     def commit_update(self, update_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
         """Puts the arrived weights in place while no request runs. If tensors are missing, the update stays open."""
         receiver = self._receiver(update_id)
-        staged = self._guarded(receiver.stage)
+        staged = receiver.stage()
         self._updates.pop(update_id, None)
-        return self._guarded(lambda: self.engine.commit_weights(staged, weight_version=weight_version, mode=mode))
+        return self.engine.commit_weights(staged, weight_version=weight_version, mode=mode)
 
     def is_open(self, update_id: str) -> bool:
         """Returns whether tensors of the update may still come."""
@@ -367,33 +383,33 @@ class EngineService:
 
     # Changes in two halves, so that several engines make them together or not at all
 
-    @blocking
+    @working
     def stage_from_disk(self, files: WeightFiles) -> str:
         """Reads and checks new weights, the first half of `update_from_disk`; returns the id for `commit_staged`.
 
         One change is staged at a time: it takes the place of another one that was staged and not committed.
         """
-        return self._hold_staged(self._guarded(lambda: self.engine.stage_weights(files)))
+        return self._hold_staged(self.engine.stage_weights(files))
 
-    @blocking
+    @working
     def stage_update(self, update_id: str) -> str:
         """Takes the arrived weights of an update, the first half of `commit_update`; see `stage_from_disk`."""
         receiver = self._receiver(update_id)
-        staged = self._guarded(receiver.stage)
+        staged = receiver.stage()
         self._updates.pop(update_id, None)
         return self._hold_staged(staged)
 
-    @blocking
+    @working
     def stage_adapter(self, files: AdapterFiles, name: str, *, merged: bool) -> str:
         """Reads and checks an adapter, the first half of `load_adapter`; see `stage_from_disk`."""
-        return self._hold_staged(self._guarded(lambda: self.engine.stage_lora_adapter(files, name=name, merged=merged)))
+        return self._hold_staged(self.engine.stage_lora_adapter(files, name=name, merged=merged))
 
-    @blocking
+    @working
     def stage_sent_adapter(self, weights: SharedMemory, config: str, name: str, *, merged: bool) -> str:
         """Checks an adapter in memory, the first half of `load_sent_adapter`; see `stage_from_disk`."""
-        return self.stage_adapter(self._guarded(lambda: files_in_memory(weights, config)), name, merged=merged)
+        return self.stage_adapter(files_in_memory(weights, config), name, merged=merged)
 
-    @blocking
+    @working
     def commit_staged(self, staged_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate | AdapterChange:
         """Puts what was staged in place while no request runs, the second half of a change.
 
@@ -405,20 +421,15 @@ class EngineService:
             raise NotFoundError(f"staged_id must be of the change that is staged, got {staged_id[:80]}; stage it again.")
         self._staged, staged = None, held[1]
         if isinstance(staged, StagedWeights):
-            weights = staged
-            return self._guarded(lambda: self.engine.commit_weights(weights, weight_version=weight_version, mode=mode))
-        adapter = staged
-        return self._guarded(lambda: self.engine.commit_lora_adapter(adapter, weight_version=weight_version, mode=mode))
+            return self.engine.commit_weights(staged, weight_version=weight_version, mode=mode)
+        return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
 
     def drop_staged(self, staged_id: str) -> None:
         """Forgets what was staged. It has no effect on a change that was committed."""
         if self._staged is not None and self._staged[0] == staged_id:
             self._staged = None
 
-    @blocking
-    def restore_versions(self, state: VersionState) -> None:
-        """Takes over the versions of an engine that this one replaces, and whose weights it was given."""
-        self._guarded(lambda: self.engine.restore_versions(state))
+    restore_versions = _of_engine(Engine.restore_versions)
 
     def _hold_staged(self, staged: StagedWeights | StagedAdapter) -> str:
         staged_id = secrets.token_hex(8)
@@ -427,7 +438,7 @@ class EngineService:
 
     # Process groups with trainers
 
-    @blocking
+    @working
     def join_group(
         self, name: str, *, rank: int, world_size: int, backend: Backend, address: str, port: int, timeout_s: float
     ) -> None:
@@ -438,7 +449,7 @@ class EngineService:
             group = GlooMembership(name, timeout_s=timeout_s, **place)
         else:
             group = NcclMembership(name, timeout_s=timeout_s, device=self.engine.info.device, **place)
-        self._guarded(lambda: self._groups.join(group))
+        self._groups.join(group)
 
     def find_group(self, name: str) -> str:
         """Returns the id of the group with this name; a later group of the same name has another id.
@@ -473,19 +484,15 @@ class EngineService:
         """Returns the loaded adapters."""
         return self.engine.lora_adapters()
 
-    @blocking
+    @working
     def load_adapter(
         self, files: AdapterFiles, name: str, *, merged: bool, weight_version: str | None, mode: ExclusiveMode
     ) -> AdapterChange:
         """Reads an adapter while requests run, and puts it in place while none runs; see `Engine.load_lora_adapter`."""
+        staged = self.engine.stage_lora_adapter(files, name=name, merged=merged)
+        return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
 
-        def load() -> AdapterChange:
-            staged = self.engine.stage_lora_adapter(files, name=name, merged=merged)
-            return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
-
-        return self._guarded(load)
-
-    @blocking
+    @working
     def check_adapter(self, config: str, stored: Sequence[StoredTensor], name: str, *, merged: bool) -> None:
         """Checks an adapter before the data of its tensors has come.
 
@@ -498,9 +505,9 @@ class EngineService:
         Raises:
             WeightsRejectedError: The adapter is refused.
         """
-        self._guarded(lambda: self.engine.check_lora_adapter(parse_config(config), stored, name=name, merged=merged))
+        self.engine.check_lora_adapter(parse_config(config), stored, name=name, merged=merged)
 
-    @blocking
+    @working
     def load_sent_adapter(
         self,
         weights: SharedMemory,
@@ -512,10 +519,10 @@ class EngineService:
         mode: ExclusiveMode,
     ) -> AdapterChange:
         """Loads an adapter from the memory of a safetensors file and the text of a configuration; see `load_adapter`."""
-        files = self._guarded(lambda: files_in_memory(weights, config))
+        files = files_in_memory(weights, config)
         return self.load_adapter(files, name, merged=merged, weight_version=weight_version, mode=mode)
 
-    @blocking
+    @working
     def load_pushed_adapter(
         self,
         sent_id: str,
@@ -527,19 +534,14 @@ class EngineService:
         mode: ExclusiveMode,
     ) -> AdapterChange:
         """Adds factors that a trainer shares to the pushed adapter, which requests that name no adapter run with."""
+        copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
+        staged = self.engine.stage_pushed_lora(read_factors(copies, alpha, rank), merged=merged)
+        return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
 
-        def load() -> AdapterChange:
-            copies = copies_of_sent(self._sent[sent_id], self.engine.info.adapter_limits.max_adapter_bytes)
-            factors = read_factors(copies, alpha, rank)
-            staged = self.engine.stage_pushed_lora(factors, merged=merged)
-            return self.engine.commit_lora_adapter(staged, weight_version=weight_version, mode=mode)
-
-        return self._guarded(load)
-
-    @blocking
+    @working
     def unload_adapter(self, name: str, *, weight_version: str | None, mode: ExclusiveMode) -> AdapterChange:
         """Unloads an adapter. Waiting requests that name it end in an error."""
-        return self._guarded(lambda: self.engine.unload_lora_adapter(name, weight_version=weight_version, mode=mode))
+        return self.engine.unload_lora_adapter(name, weight_version=weight_version, mode=mode)
 
     # Policies
 
@@ -547,32 +549,14 @@ class EngineService:
         """Returns the policies beside the default."""
         return self.engine.policies()
 
-    @blocking
-    def copy_policy(self, name: str, *, source: str | None, mode: ExclusiveMode) -> PolicyChange:
-        """Makes a policy as a copy of another one; see `Engine.copy_policy`."""
-        return self._guarded(lambda: self.engine.copy_policy(name, source=source, mode=mode))
-
-    @blocking
-    def average_policy(self, name: str, *, decay: float, source: str | None, mode: ExclusiveMode) -> PolicyChange:
-        """Moves a policy towards another one; see `Engine.average_policy`."""
-        return self._guarded(lambda: self.engine.average_policy(name, decay=decay, source=source, mode=mode))
-
-    @blocking
-    def drop_policy(self, name: str, *, mode: ExclusiveMode) -> PolicyChange:
-        """Forgets a policy; see `Engine.drop_policy`."""
-        return self._guarded(lambda: self.engine.drop_policy(name, mode=mode))
+    copy_policy = _of_engine(Engine.copy_policy)
+    average_policy = _of_engine(Engine.average_policy)
+    drop_policy = _of_engine(Engine.drop_policy)
 
     # Memory and life
 
-    @blocking
-    def sleep(self, mode: SleepMode) -> MemoryChange:
-        """Releases the memory of the weights once the running requests have finished; see `Engine.sleep`."""
-        return self._guarded(lambda: self.engine.sleep(mode))
-
-    @blocking
-    def wake(self) -> MemoryChange:
-        """Restores the weights; see `Engine.wake`."""
-        return self._guarded(self.engine.wake)
+    sleep = _of_engine(Engine.sleep)
+    wake = _of_engine(Engine.wake)
 
     def drain(self) -> None:
         """Accepts no more requests; accepted ones go on."""
@@ -617,15 +601,3 @@ class EngineService:
             num_tensors=receiver.num_tensors,
             weight_version=self.engine.weight_version,
         )
-
-    def _guarded(self, action: Callable[[], T]) -> T:
-        """Runs an action. An unexpected error is logged, and the caller gets it as an `EngineError`."""
-        try:
-            self._check_accepting()
-            return action()
-        except FlowrollError:
-            raise
-        except BaseException as error:
-            _log.exception("what a server asked of the engine failed")
-            # Not chained, because the traceback of the cause holds tensors.
-            raise engine_error(error) from None

@@ -1,8 +1,7 @@
-"""POST /load_lora_adapter and /unload_lora_adapter, GET /lora_adapters."""
+"""The routes about LoRA adapters, and those about policies: copies, moving averages, ends."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request
@@ -16,11 +15,27 @@ from flowroll.serving.errors import COMMON_RESPONSES, DISK_RESPONSES, WEIGHTS_RE
 from flowroll.serving.openapi import request_body, safetensors_body
 from flowroll.serving.parsing import accept_control
 from flowroll.serving.paths import allowed_path, check_inside
-from flowroll.serving.state import AppState
+from flowroll.serving.state import ADAPTER_BODIES, AppState
 from flowroll.serving.uploads import AdapterStream, read_adapter
-from flowroll.types import AdapterChange, check_lora_name, check_version
+from flowroll.types import AdapterChange, check_lora_name
 from flowroll.wire.control import ErrorBody
-from flowroll.wire.names import ADAPTER_FROM_TENSORS_ROUTE, ADAPTERS_ROUTE, LOAD_ADAPTER_ROUTE, UNLOAD_ADAPTER_ROUTE
+from flowroll.wire.names import (
+    ADAPTER_FROM_TENSORS_ROUTE,
+    ADAPTERS_ROUTE,
+    COPY_POLICY_ROUTE,
+    DROP_POLICY_ROUTE,
+    EMA_POLICY_ROUTE,
+    LOAD_ADAPTER_ROUTE,
+    POLICIES_ROUTE,
+    UNLOAD_ADAPTER_ROUTE,
+)
+from flowroll.wire.policies import (
+    AveragePolicyRequest,
+    CopyPolicyRequest,
+    DropPolicyRequest,
+    PoliciesObject,
+    PolicyChangeObject,
+)
 from flowroll.wire.schema import parse
 from flowroll.wire.weights import (
     AdapterChangeObject,
@@ -32,7 +47,7 @@ from flowroll.wire.weights import (
 
 
 def build_router(state: AppState) -> APIRouter:
-    """Returns the routes about adapters."""
+    """Returns the routes about adapters and policies."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -46,7 +61,6 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def load_lora_adapter(request: Request) -> AdapterChangeObject:
         accepted = await accept_control(request, state, LoadAdapterRequest)
-        _check_words(accepted)
         files = await run_in_threadpool(_find, accepted, state.config)
         change = await _change(
             lambda: engine.call(
@@ -73,13 +87,12 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def load_lora_adapter_from_tensors(request: Request) -> AdapterChangeObject:
         query = parse(AdapterFromTensorsRequest, dict(request.query_params))
-        _check_words(query)
         # The bound is the adapters' own, with room for a header.
         max_bytes = state.config.adapter_limits.max_adapter_bytes + state.config.max_body_bytes
         merged = query.merged == "true"
         stream = AdapterStream(engine, query.lora_name, merged=merged)
         # One at a time is read into memory. A lock of its own: a slow body holds up other bodies, and no update of weights.
-        async with state.receiving_adapter():
+        async with state.turn(ADAPTER_BODIES):
             await read_adapter(request, stream, max_bytes=max_bytes, idle_s=state.config.weights_idle_s)
             change = await _change(
                 lambda: engine.call(
@@ -95,7 +108,7 @@ def build_router(state: AppState) -> APIRouter:
         return AdapterChangeObject.of(change, "loaded")
 
     async def _change(call: Callable[[], CallFuture[AdapterChange]]) -> AdapterChange:
-        change = await state.change_policy(lambda: asyncio.wrap_future(call()))
+        change = await state.change_policy(call)
         if change.lora_name == PUSHED_ADAPTER:
             state.pushes.replaced(PUSHED_ADAPTER)
         return change
@@ -116,8 +129,57 @@ def build_router(state: AppState) -> APIRouter:
 
     @router.get(ADAPTERS_ROUTE, summary="The loaded LoRA adapters", responses=COMMON_RESPONSES)
     async def lora_adapters() -> LoraAdaptersObject:
-        adapters = await asyncio.wrap_future(engine.call(EngineService.lora_adapters))
+        adapters = await engine.call(EngineService.lora_adapters)
         return LoraAdaptersObject(adapters=list(adapters))
+
+    @router.post(
+        COPY_POLICY_ROUTE,
+        summary="Make a policy as a copy",
+        description="Of the weights that the engine was last given, or of another policy or adapter; one that has the name is "
+        "replaced. Requests choose it by `policy`. No weights are sent.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(CopyPolicyRequest),
+    )
+    async def copy_policy(name: str, request: Request) -> PolicyChangeObject:
+        accepted = await accept_control(request, state, CopyPolicyRequest, is_optional=True)
+        check_lora_name(name, "name")
+        source, mode = accepted.source, accepted.mode
+        change = await state.change_policy(lambda: engine.call(EngineService.copy_policy, name, source=source, mode=mode))
+        return PolicyChangeObject.of(change)
+
+    @router.post(
+        EMA_POLICY_ROUTE,
+        summary="Move a policy towards another one",
+        description="An exponential moving average, computed on the engine in float32. What there is not yet begins as a copy.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(AveragePolicyRequest),
+    )
+    async def average_policy(name: str, request: Request) -> PolicyChangeObject:
+        accepted = await accept_control(request, state, AveragePolicyRequest)
+        check_lora_name(name, "name")
+        source, mode, decay = accepted.source, accepted.mode, accepted.decay
+        change = await state.change_policy(
+            lambda: engine.call(EngineService.average_policy, name, decay=decay, source=source, mode=mode)
+        )
+        return PolicyChangeObject.of(change)
+
+    @router.post(
+        DROP_POLICY_ROUTE,
+        summary="Forget a policy",
+        description="Requests that wait for it end in an error.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(DropPolicyRequest),
+    )
+    async def drop_policy(name: str, request: Request) -> PolicyChangeObject:
+        accepted = await accept_control(request, state, DropPolicyRequest, is_optional=True)
+        check_lora_name(name, "name")
+        mode = accepted.mode
+        change = await state.change_policy(lambda: engine.call(EngineService.drop_policy, name, mode=mode))
+        return PolicyChangeObject.of(change)
+
+    @router.get(POLICIES_ROUTE, summary="The policies beside the default", responses=COMMON_RESPONSES)
+    async def policies() -> PoliciesObject:
+        return PoliciesObject(policies=list(await engine.call(EngineService.policies)))
 
     return router
 
@@ -127,9 +189,3 @@ def _find(accepted: LoadAdapterRequest, config: ServerConfig) -> AdapterFiles:
     files = find_adapter(allowed_path(accepted.lora_path, config.weights_roots, "lora_path"))
     check_inside([files.config, files.weights], config.weights_roots, "lora_path")
     return files
-
-
-def _check_words(accepted: LoadAdapterRequest | AdapterFromTensorsRequest) -> None:
-    check_lora_name(accepted.lora_name)
-    if accepted.weight_version is not None:
-        check_version(accepted.weight_version, "weight_version")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request
 
 from flowroll.engine.service import EngineService
@@ -31,7 +29,7 @@ def build_router(state: AppState) -> APIRouter:
     async def abort_request(request: Request) -> AbortedObject:
         accepted = await accept_control(request, state, AbortRequest)
         aborted = engine.call(EngineService.abort, accepted.meant, keep_partial=accepted.keep_partial)
-        return AbortedObject(num_aborted=await asyncio.wrap_future(aborted))
+        return AbortedObject(num_aborted=await aborted)
 
     @router.post(
         PAUSE_ROUTE,
@@ -42,7 +40,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def pause_generation(request: Request) -> GenerationObject:
         accepted = await accept_control(request, state, PauseRequest, is_optional=True)
-        await asyncio.wrap_future(engine.call(EngineService.pause, accepted.mode))
+        await engine.call(EngineService.pause, accepted.mode)
         return await _state()
 
     @router.post(
@@ -53,7 +51,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def continue_generation(request: Request) -> GenerationObject:
         await accept_control(request, state, ContinueRequest, is_optional=True)
-        await asyncio.wrap_future(engine.call(EngineService.resume))
+        await engine.call(EngineService.resume)
         return await _state()
 
     async def _state() -> GenerationObject:

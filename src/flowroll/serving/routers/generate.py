@@ -11,10 +11,10 @@ from flowroll.serving.openapi import MSGPACK_CONTENT, PNG_CONTENT, request_body,
 from flowroll.serving.parsing import accept_request
 from flowroll.serving.responses import stream, whole
 from flowroll.serving.state import AppState
+from flowroll.types.pictures import encode_png
 from flowroll.wire.codec import encode_images
 from flowroll.wire.messages import WireImage
 from flowroll.wire.names import GENERATE_ROUTE
-from flowroll.wire.png import encode_png
 from flowroll.wire.schema import GenerateRequest
 
 SEED_HEADER = "x-flowroll-seed"
@@ -45,7 +45,7 @@ def build_router(state: AppState) -> APIRouter:
                 f"num_outputs_per_prompt must be 1 for {PNG}, got {len(plan.seeds)}; accept application/json for several.",
                 field="num_outputs_per_prompt",
             )
-        images = await state.generate(request, plan)
+        images = await state.run(request, plan, "generate")
         if media_type == PNG:
             content = await state.serialise(request, encode_png, images[0].image)
             return whole(request, content, PNG, {SEED_HEADER: str(images[0].seed)})

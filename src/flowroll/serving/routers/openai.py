@@ -22,8 +22,8 @@ from flowroll.serving.parsing import accept_request
 from flowroll.serving.responses import whole
 from flowroll.serving.state import AppState
 from flowroll.types import GeneratedImage
+from flowroll.types.pictures import encode_png
 from flowroll.wire.codec import JSON
-from flowroll.wire.png import encode_png
 from flowroll.wire.schema import ImageEditsRequest, ImagesRequest
 
 
@@ -122,7 +122,7 @@ def build_router(state: AppState) -> APIRouter:
         accepted, plan = await accept_request(request, state, kind)
         if accepted.model not in (None, served.id, info.model):
             raise NotFoundError(f"model must be {served.id}, got {accepted.model[:80]!r}; leave it out.", field="model")
-        images = await state.generate(request, plan)
+        images = await state.run(request, plan, "generate")
         return whole(request, await state.serialise(request, _answer, images), JSON)
 
     return router

@@ -6,7 +6,6 @@ sent.
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import dataclasses
 
@@ -20,7 +19,6 @@ from flowroll.serving.errors import WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import read_body
 from flowroll.serving.state import AppState
-from flowroll.types import check_version
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import CHECK_UPDATE_ROUTE, UPDATE_FROM_TENSOR_ROUTE
 from flowroll.wire.pickled import FIELD
@@ -61,9 +59,8 @@ def build_router(state: AppState) -> APIRouter:
         body = await read_body(request, state, _MAX_BODY)
         accepted, payload, unread = await run_in_threadpool(_decode, body, engine.facts.gpu_uuid)
         flattened = accepted.load_format is not None
-        sent = await asyncio.wrap_future(
-            engine.call(EngineService.open_sent, payload, module=accepted.chosen_module, flattened=flattened, unread=unread)
-        )
+        module = accepted.chosen_module
+        sent = await engine.call(EngineService.open_sent, payload, module=module, flattened=flattened, unread=unread)
         try:
             if accepted.weight_update_mode is not None:
                 return await state.take_lora_bucket(accepted, sent.names, sent.sent_id)
@@ -94,7 +91,7 @@ def build_router(state: AppState) -> APIRouter:
         body = await read_body(request, state)
         accepted = await run_in_threadpool(lambda: parse(CheckUpdateRequest, parse_json_body(body)))
         module, expected = accepted.target_module, accepted.expected_named_tensors_sha256
-        missing, different = await asyncio.wrap_future(engine.call(EngineService.differing_weights, expected, module))
+        missing, different = await engine.call(EngineService.differing_weights, expected, module)
         success = not (missing or different)
         message = f"Verified module '{module}' update for {len(expected)} tensor(s)."
         if not success:
@@ -115,8 +112,6 @@ def _listed(names: list[str]) -> str:
 def _decode(body: bytearray, gpu_uuid: str | None) -> tuple[UpdateFromTensorRequest, bytes, list[bytes]]:
     """Returns the request, the entry that is read, and the others."""
     accepted = parse(UpdateFromTensorRequest, parse_json_body(body))
-    if accepted.weight_version is not None:
-        check_version(accepted.weight_version, "weight_version")
     own = _own_entry(accepted.payload_gpu_uuids, gpu_uuid)
     try:
         entries = [binascii.a2b_base64(entry, strict_mode=True) for entry in accepted.serialized_named_tensors]

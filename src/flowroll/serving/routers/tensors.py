@@ -12,7 +12,6 @@ from flowroll.serving.parsing import accept_control
 from flowroll.serving.state import AppState
 from flowroll.serving.uploads import read_bucket
 from flowroll.serving.weight_uploads import WeightUpload
-from flowroll.types import check_version
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.names import ABANDON_ROUTE, BEGIN_ROUTE, BUCKETS_ROUTE, COMMIT_ROUTE, UPDATE_FROM_BODY_ROUTE
 from flowroll.wire.schema import parse
@@ -47,8 +46,6 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def begin(request: Request) -> BegunObject:
         accepted = await accept_control(request, state, BeginUpdateRequest, is_optional=True)
-        if accepted.weight_version is not None:
-            check_version(accepted.weight_version, "weight_version")
         opened = (await uploads.begin(accepted.module, accepted.weight_version, partial=accepted.partial)).opened
         return BegunObject(
             update_id=opened.update_id,
@@ -106,8 +103,6 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def update_from_body(request: Request) -> UpdateObject:
         accepted = parse(BodyUpdateRequest, dict(request.query_params))
-        if accepted.weight_version is not None:
-            check_version(accepted.weight_version, "weight_version")
         upload = await uploads.begin(accepted.module, accepted.weight_version)
         try:
             await _read(request, upload)

@@ -13,10 +13,8 @@ from flowroll.errors import InvalidRequestError, NotFoundError
 from flowroll.serving.errors import COMMON_RESPONSES, CONTROL_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.openapi import query_parameters, request_body
 from flowroll.serving.parsing import accept_control, read_body
-from flowroll.serving.paths import check_host
-from flowroll.serving.routers.weight_group import take_from_group
+from flowroll.serving.routers.weight_group import FOREIGN_HOST, join_group, take_from_group
 from flowroll.serving.state import AppState
-from flowroll.types import check_version
 from flowroll.wire.control import ContinueRequest, ErrorBody
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.vllm import (
@@ -62,9 +60,9 @@ def build_router(state: AppState) -> APIRouter:
     async def pause(request: Request) -> StatusObject:
         mode = parse(PauseQuery, dict(request.query_params)).meant
         held: PauseMode = "freeze" if mode == "keep" else "finish"
-        await asyncio.wrap_future(engine.call(EngineService.pause, held, refuses=False))
+        await engine.call(EngineService.pause, held, refuses=False)
         if mode == "abort":
-            await asyncio.wrap_future(engine.call(EngineService.abort, None))
+            await engine.call(EngineService.abort, None)
         if mode != "keep":
             load = (await state.status()).load
             while load.is_paused and load.requests.running:
@@ -80,7 +78,7 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def resume(request: Request) -> StatusObject:
         await accept_control(request, state, ContinueRequest, is_optional=True)
-        await asyncio.wrap_future(engine.call(EngineService.resume))
+        await engine.call(EngineService.resume)
         return StatusObject(status="resumed")
 
     @router.get("/is_paused", summary="Whether generation is paused, as in vLLM", responses=COMMON_RESPONSES)
@@ -96,7 +94,7 @@ def build_router(state: AppState) -> APIRouter:
     async def abort_requests(request: Request) -> AbortedRequestsObject:
         accepted = await accept_control(request, state, AbortRequestsRequest)
         named = [engine.call(EngineService.abort, one) for one in accepted.request_ids or (None,)]
-        return AbortedRequestsObject(aborted=sum([await asyncio.wrap_future(one) for one in named]))
+        return AbortedRequestsObject(aborted=sum([await one for one in named]))
 
     @router.get(
         "/get_world_size",
@@ -113,26 +111,12 @@ def build_router(state: AppState) -> APIRouter:
         summary="Join a trainer's process group, as in vLLM",
         description="A group of torch.distributed, as /init_weights_update_group joins it, under one name of its own. vLLM's "
         "own NCCL trainer makes another kind of communicator, which is not joined.",
-        responses={
-            **WEIGHTS_RESPONSES,
-            403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
-        },
+        responses=WEIGHTS_RESPONSES | FOREIGN_HOST,
         openapi_extra=request_body(InitTransferRequest),
     )
     async def init_weight_transfer_engine(request: Request) -> MessageObject:
         info = (await accept_control(request, state, InitTransferRequest)).init_info
-        check_host(info.master_address, state.config.weight_group_hosts, "init_info.master_address")
-        joined = engine.call(
-            EngineService.join_group,
-            VLLM_GROUP,
-            rank=info.rank_offset,
-            world_size=info.world_size,
-            backend=info.backend,
-            address=info.master_address,
-            port=info.master_port,
-            timeout_s=state.config.rank_timeout_s,
-        )
-        await asyncio.wrap_future(joined)
+        await join_group(state, VLLM_GROUP, info, "init_info.")
         return MessageObject(message="Weight transfer initialized")
 
     @router.post(
@@ -188,8 +172,6 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def finish_weight_update(request: Request) -> MessageObject:
         accepted = await accept_control(request, state, FinishUpdateRequest, is_optional=True)
-        if accepted.weight_version is not None:
-            check_version(accepted.weight_version, "weight_version")
         if not started:
             raise NotFoundError("a weight update must be started to be finished, got none; call /start_weight_update first.")
         try:

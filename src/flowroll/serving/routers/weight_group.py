@@ -17,16 +17,19 @@ from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import check_host
 from flowroll.serving.state import AppState
-from flowroll.types import check_version
 from flowroll.wire.control import ErrorBody
 from flowroll.wire.group import DEFAULT_GROUP, DestroyGroupRequest, InitGroupRequest, UpdateFromGroupRequest
 from flowroll.wire.names import DESTROY_GROUP_ROUTE, INIT_GROUP_ROUTE, UPDATE_FROM_GROUP_ROUTE
 from flowroll.wire.safetensors import TensorHead
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.validation import shown
+from flowroll.wire.vllm import InitInfo
 from flowroll.wire.weight_updates import DoneObject, SharedUpdateObject
 
 _RESPONSES = {**WEIGHTS_RESPONSES, 404: {"model": ErrorBody, "description": "No such group"}}
+FOREIGN_HOST: dict[int | str, dict[str, object]] = {
+    403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
+}
 
 
 def build_router(state: AppState) -> APIRouter:
@@ -40,26 +43,12 @@ def build_router(state: AppState) -> APIRouter:
         description="Whatever the engine's layout, the server is one member, of rank `rank_offset`. Waits for the others, at "
         "most for --rank-timeout-s. A group of the same name is destroyed first, also one that is only joining: its trainer "
         "has begun again. Groups that have failed are forgotten.",
-        responses={
-            **_RESPONSES,
-            403: {"model": ErrorBody, "description": "The address is another machine's, and none of --weight-group-host"},
-        },
+        responses=_RESPONSES | FOREIGN_HOST,
         openapi_extra=request_body(InitGroupRequest),
     )
     async def init_group(request: Request) -> DoneObject:
         accepted = await accept_control(request, state, InitGroupRequest)
-        check_host(accepted.master_address, state.config.weight_group_hosts, "master_address")
-        joined = engine.call(
-            EngineService.join_group,
-            accepted.group_name,
-            rank=accepted.rank_offset,
-            world_size=accepted.world_size,
-            backend=accepted.backend,
-            address=accepted.master_address,
-            port=accepted.master_port,
-            timeout_s=state.config.rank_timeout_s,
-        )
-        await asyncio.wrap_future(joined)
+        await join_group(state, accepted.group_name, accepted)
         return DoneObject(message=f"rank {accepted.rank_offset} of {accepted.world_size} in {accepted.group_name}")
 
     @router.post(
@@ -88,10 +77,36 @@ def build_router(state: AppState) -> APIRouter:
     )
     async def destroy_group(request: Request) -> DoneObject:
         accepted = await accept_control(request, state, DestroyGroupRequest)
-        await asyncio.wrap_future(engine.call(EngineService.leave_group, accepted.group_name))
+        await engine.call(EngineService.leave_group, accepted.group_name)
         return DoneObject(message=f"{accepted.group_name} is destroyed")
 
     return router
+
+
+async def join_group(state: AppState, name: str, place: InitGroupRequest | InitInfo, parent: str = "") -> None:
+    """Joins a trainer's process group.
+
+    Args:
+        state: The state of the app.
+        name: The name of the group.
+        place: Where the group is.
+        parent: What stands before the names of the fields of `place`.
+
+    Raises:
+        ForbiddenError: The address is another machine's, to which the server is not to connect.
+        FlowrollError: The group cannot be joined.
+    """
+    check_host(place.master_address, state.config.weight_group_hosts, f"{parent}master_address")
+    await state.engine.call(
+        EngineService.join_group,
+        name,
+        rank=place.rank_offset,
+        world_size=place.world_size,
+        backend=place.backend,
+        address=place.master_address,
+        port=place.master_port,
+        timeout_s=state.config.rank_timeout_s,
+    )
 
 
 async def take_from_group(state: AppState, sent: dict[str, Any]) -> SharedUpdateObject:
@@ -105,7 +120,7 @@ async def take_from_group(state: AppState, sent: dict[str, Any]) -> SharedUpdate
     engine = state.engine
     name = sent.get("group_name", DEFAULT_GROUP)
     name = name if isinstance(name, str) else shown(name)
-    group_id = await asyncio.wrap_future(engine.call(EngineService.find_group, name))
+    group_id = await engine.call(EngineService.find_group, name)
     try:
         accepted, heads = await run_in_threadpool(_described, sent)
         flattened, sha256 = accepted.load_format is not None, accepted.sha256
@@ -119,15 +134,13 @@ async def take_from_group(state: AppState, sent: dict[str, Any]) -> SharedUpdate
         return dataclasses.replace(taken, verified=sha256 is not None)
     except BaseException:
         # The trainer sends them all the same, and nobody receives them.
-        await asyncio.shield(asyncio.wrap_future(engine.call(EngineService.fail_group, name, group_id)))
+        await asyncio.shield(engine.call(EngineService.fail_group, name, group_id))
         raise
 
 
 def _described(sent: dict[str, Any]) -> tuple[UpdateFromGroupRequest, list[TensorHead]]:
     """Returns the request and the tensors that it announces."""
     accepted = parse(UpdateFromGroupRequest, sent)
-    if accepted.weight_version is not None:
-        check_version(accepted.weight_version, "weight_version")
     described = zip(accepted.names, accepted.dtypes, accepted.shapes, strict=True)
     heads = [tensor_head(name, getattr(torch, dtype.removeprefix("torch.")), shape) for name, dtype, shape in described]
     return accepted, heads

@@ -1,15 +1,16 @@
-"""POST /update_weights_from_disk, /get_weights_checksum and /verify_weights."""
+"""POST /update_weights_from_disk, /get_weights_checksum, /verify_weights, and the release of the weights' memory."""
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from flowroll.engine.service import EngineService
+from flowroll.engine.service import CallFuture, EngineService
 from flowroll.engine.weights.staged import WeightFiles, find_weights
 from flowroll.errors import MalformedRequestError
 from flowroll.serving.config import ServerConfig
@@ -17,9 +18,10 @@ from flowroll.serving.errors import DISK_RESPONSES, WEIGHTS_RESPONSES
 from flowroll.serving.openapi import request_body
 from flowroll.serving.parsing import accept_control, read_body
 from flowroll.serving.paths import allowed_path, check_inside
-from flowroll.serving.state import AppState
-from flowroll.types import check_version
-from flowroll.wire.names import CHECKSUM_ROUTE, UPDATE_FROM_DISK_ROUTE, VERIFY_ROUTE
+from flowroll.serving.state import CHANGES, AppState
+from flowroll.types import MemoryChange
+from flowroll.wire.control import MemoryObject, ReleaseRequest, ResumeRequest
+from flowroll.wire.names import CHECKSUM_ROUTE, RELEASE_ROUTE, RESUME_ROUTE, UPDATE_FROM_DISK_ROUTE, VERIFY_ROUTE
 from flowroll.wire.schema import parse, parse_json_body
 from flowroll.wire.weights import (
     ChecksumRequest,
@@ -32,7 +34,7 @@ from flowroll.wire.weights import (
 
 
 def build_router(state: AppState) -> APIRouter:
-    """Returns the routes about weights."""
+    """Returns the routes about weights and their memory."""
     router = APIRouter(tags=["weights"])
     engine = state.engine
 
@@ -63,7 +65,7 @@ def build_router(state: AppState) -> APIRouter:
     async def get_weights_checksum(request: Request) -> ChecksumsObject:
         accepted = await accept_control(request, state, ChecksumRequest)
         names = list(dict.fromkeys(accepted.module_names or engine.facts.modules))
-        return ChecksumsObject(**await asyncio.wrap_future(engine.call(EngineService.checksums, names)))
+        return ChecksumsObject(**await engine.call(EngineService.checksums, names))
 
     @router.post(
         VERIFY_ROUTE,
@@ -78,18 +80,48 @@ def build_router(state: AppState) -> APIRouter:
         accepted, expected = await run_in_threadpool(_read_expected, body)
         module = accepted.module
 
-        count, version = await asyncio.wrap_future(engine.call(EngineService.verify_weights, expected, module))
+        count, version = await engine.call(EngineService.verify_weights, expected, module)
         return VerifiedObject(
             message=f"{count} tensors are as expected", module=module, weight_version=version, num_tensors=count
         )
+
+    @router.post(
+        RELEASE_ROUTE,
+        summary="Release the memory of the weights",
+        description="Waits for the requests that run. Until it is resumed, whatever needs weights is answered with 409, also "
+        "requests that wait already.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(ReleaseRequest),
+    )
+    async def release_memory_occupation(request: Request) -> MemoryObject:
+        accepted = await accept_control(request, state, ReleaseRequest, is_optional=True)
+        return await _do(accepted, lambda: engine.call(EngineService.sleep, accepted.mode))
+
+    @router.post(
+        RESUME_ROUTE,
+        summary="Take the memory of the weights again",
+        description="Weights, version, adapters and checksums are as they were.",
+        responses=WEIGHTS_RESPONSES,
+        openapi_extra=request_body(ResumeRequest),
+    )
+    async def resume_memory_occupation(request: Request) -> MemoryObject:
+        accepted = await accept_control(request, state, ResumeRequest, is_optional=True)
+        return await _do(accepted, lambda: engine.call(EngineService.wake))
+
+    async def _do(accepted: ResumeRequest, call: Callable[[], CallFuture[MemoryChange]]) -> MemoryObject:
+        # Not beside an update that is being read: it would find no weights to fit in.
+        async with state.turn(CHANGES):
+            if accepted.means_weights:
+                change = await call()
+            else:
+                change = MemoryChange(mode=(await state.status()).memory_mode, num_bytes=0, seconds=0.0)
+        return MemoryObject(is_asleep=change.mode is not None, **dataclasses.asdict(change))
 
     return router
 
 
 def _find(accepted: UpdateFromDiskRequest, config: ServerConfig) -> WeightFiles:
     """Returns the files that are to be read; all of them lie where the client may have them read."""
-    if accepted.weight_version is not None:
-        check_version(accepted.weight_version, "weight_version")
     path = allowed_path(accepted.model_path, config.weights_roots)
     files = find_weights(path, accepted.chosen_module, named=accepted.model_path)
     check_inside([*files.files, *([files.config] if files.config else [])], config.weights_roots)

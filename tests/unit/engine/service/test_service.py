@@ -1,5 +1,6 @@
 """The service's promise: every accepted request ends in exactly one result or one error."""
 
+import asyncio
 import logging
 import threading
 import time
@@ -286,6 +287,39 @@ def test_what_fails_in_a_call_ends_that_call_and_the_engine_goes_on(
         assert len(service.submit(plan, "rollout").result(WAIT_S)) == 1
         assert service.status().counts.failed == 0
     assert "no such tensor" in caplog.text
+
+
+def test_a_change_of_the_model_is_refused_once_the_service_drains(engine: HookedEngine) -> None:
+    with EngineService(engine, max_queue=1) as service:
+        client = InProcessEngine(service)
+        service.drain()
+        for call in (
+            client.call(EngineService.sleep, "offload"),
+            client.call(EngineService.copy_policy, "old", source=None, mode="drain"),
+            client.call(EngineService.unload_adapter, "old", weight_version=None, mode="drain"),
+        ):
+            with pytest.raises(ShuttingDownError):
+                call.result(WAIT_S)
+        assert not engine.is_asleep and not engine.policies()
+        client.call(EngineService.leave_groups).result(WAIT_S)
+
+
+def test_a_change_that_fails_in_an_odd_way_is_an_error_of_the_engine_for_who_awaits_it(
+    engine: HookedEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, **options: object) -> None:
+        raise RuntimeError("no such address")
+
+    async def ask(client: InProcessEngine) -> object:
+        await client.call(EngineService.status)
+        return await client.call(EngineService.copy_policy, "old", source=None, mode="drain")
+
+    monkeypatch.setattr(engine, "copy_policy", fail)
+    with EngineService(engine, max_queue=1) as service:
+        with pytest.raises(EngineError, match="RuntimeError: no such address") as raised:
+            asyncio.run(ask(InProcessEngine(service)))
+        assert raised.value.__cause__ is None
+    assert caplog.text.count("a call of the engine failed") == 1
 
 
 def test_close_ends_calls_that_wait_or_hang(engine: HookedEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,69 +1,32 @@
-"""GET /server_info: what runs here, and how."""
+"""GET /server_info and /metrics: what runs here, and how."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from msgspec import Meta
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from flowroll.engine import AdapterLimits, BatchLimits, Limits
-from flowroll.exact import Certificate
-from flowroll.families import Defaults
+from flowroll.engine import BatchLimits
+from flowroll.engine.config import EngineInfo
+from flowroll.engine.scheduler import RequestCounts
 from flowroll.serving.errors import COMMON_RESPONSES
 from flowroll.serving.state import AppState
-from flowroll.types import Layout
 from flowroll.wire.codec import WireFormat
 from flowroll.wire.messages import Dialect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Queue:
-    """The worker's counters: accepted = completed + failed + pending + running.
-
-    Attributes:
-        accepted: Requests that were taken.
-        completed: That ended well.
-        failed: That ended in an error.
-        pending: That wait.
-        running: That run.
-    """
-
-    accepted: int
-    completed: int
-    failed: int
-    pending: int
-    running: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerInfo:
+class ServerInfo(EngineInfo):
     """What runs here, and how. Every "auto" of the start is a value.
 
     Attributes:
-        model: The checkpoint folder.
-        family: Model family.
-        variant: Variant of the family.
-        pipeline: The diffusers pipeline class.
-        dtype: Dtype of the transformer.
-        device: Where it runs.
-        parameters: The number of the transformer's parameters.
-        layout: How the transformer is spread over ranks.
-        transformer_bytes: The bytes of its weights, on each rank.
         weight_version: The version of the weights in memory.
         version_number: Its number in the sequence of all versions, counted from 0.
-        limits: What one request may ask for.
-        adapter_limits: How many LoRA adapters there may be.
-        defaults: What a request leaves open.
-        pixel_unit: Height and width must be multiples of this.
-        max_images: The most reference images of a request, which then has at least one; 0: it has none.
-        versions: The versions of the libraries whose code shapes the bits.
-        compiled: The name of the kernels that torch made of the transformer's blocks; null where they run eagerly.
-        certificate: The kernels, and what they were found to do with the shapes of this model.
         wire_format: Answer to Accept: */*.
         wire_dialect: Names in the answer where the request does not choose.
         batching: How much runs at once.
@@ -76,29 +39,18 @@ class ServerInfo:
         is_paused: Whether new requests are refused until /continue_generation.
         is_asleep: Whether the memory of the weights is released.
         is_ready: Whether new requests are taken.
-        queue: The worker's counters.
+        queue: The counters of requests: accepted = completed + failed + pending + running.
         uptime_s: Seconds since the start.
     """
 
-    model: str
     family: Annotated[str, Meta(examples=["qwen_image"])]
     variant: Annotated[str, Meta(examples=["base"])]
     pipeline: Annotated[str, Meta(examples=["QwenImagePipeline"])]
     dtype: Annotated[str, Meta(examples=["bfloat16"])]
     device: Annotated[str, Meta(examples=["cuda:0"])]
-    parameters: int
-    layout: Layout
-    transformer_bytes: int
     weight_version: Annotated[str, Meta(examples=["0"])]
     version_number: int
-    limits: Limits
-    adapter_limits: AdapterLimits
-    defaults: Defaults
-    pixel_unit: int
-    max_images: int
-    versions: Mapping[str, str]
     compiled: str | None
-    certificate: Certificate
     wire_format: WireFormat
     wire_dialect: Dialect
     batching: BatchLimits
@@ -111,12 +63,12 @@ class ServerInfo:
     is_paused: bool
     is_asleep: bool
     is_ready: bool
-    queue: Queue
+    queue: RequestCounts
     uptime_s: float
 
 
 def build_router(state: AppState) -> APIRouter:
-    """Returns the info route."""
+    """Returns the routes about what runs here."""
     router = APIRouter(tags=["status"])
     facts, config = state.engine.facts, state.config
 
@@ -140,8 +92,12 @@ def build_router(state: AppState) -> APIRouter:
             is_paused=load.is_paused,
             is_asleep=status.is_asleep,
             is_ready=status.is_accepting and not (load.is_paused or status.is_asleep),
-            queue=Queue(**dataclasses.asdict(load.requests)),
+            queue=load.requests,
             uptime_s=time.monotonic() - state.started_s,
         )
+
+    @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=COMMON_RESPONSES)
+    async def metrics() -> Response:
+        return Response(state.metrics.render(await state.status()), media_type=CONTENT_TYPE_LATEST)
 
     return router
