@@ -1,4 +1,4 @@
-"""Every kind of change over HTTP, on several ranks of the other family and in bfloat16: the bits of one rank that has it."""
+"""Every kind of change over HTTP, on several ranks of the other family: the bits of one rank that has it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
 
 LORA = {"lora_name": "a"}
+# On some CPUs (an AMD EPYC with AVX512_BF16) a part of a weight's columns has other bits than the whole in bfloat16, and an
+# engine refuses to split it.
+DTYPES = {"tp2": "float32"}
 
 
-def one_rank(folder: Path, adapter: tuple[Any, Any] | None = None) -> Rollout:
-    with Engine(folder, device="cpu", dtype="bfloat16") as engine:
+def one_rank(folder: Path, dtype: str, adapter: tuple[Any, Any] | None = None) -> Rollout:
+    with Engine(folder, device="cpu", dtype=dtype) as engine:
         if adapter is None:
             return engine.rollout(**REQUEST)[0]
         engine.load_lora_adapter_from_tensors(*adapter, name="a")
@@ -32,13 +35,15 @@ def one_rank(folder: Path, adapter: tuple[Any, Any] | None = None) -> Rollout:
 
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_several_ranks_take_every_kind_of_change_over_http(qwen_checkpoint: Path, tmp_path: Path, layout: str) -> None:
-    other = with_other(qwen_checkpoint, tmp_path / "other")
-    with Engine(qwen_checkpoint, device="cpu", dtype="bfloat16") as engine:
+    other, dtype = with_other(qwen_checkpoint, tmp_path / "other"), DTYPES.get(layout, "bfloat16")
+    with Engine(qwen_checkpoint, device="cpu", dtype=dtype) as engine:
         trained = policy(engine._model.transformer)
         adapter = peft.get_peft_model_state_dict(trained), trained.peft_config["default"].to_dict()
-    old, new, adapted = one_rank(qwen_checkpoint), one_rank(other), one_rank(qwen_checkpoint, adapter)
+    old, new, adapted = (
+        one_rank(folder, dtype, lora) for folder, lora in ((qwen_checkpoint, None), (other, None), (qwen_checkpoint, adapter))
+    )
     with (
-        Engine(qwen_checkpoint, device="cpu", dtype="bfloat16", layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine,
+        Engine(qwen_checkpoint, device="cpu", dtype=dtype, layout=LAYOUTS[layout], rank_timeout_s=30.0) as engine,
         EngineService(engine, max_queue=4) as service,
         serving(service, weights_roots=(str(tmp_path),)) as http,
         Client(str(http.base_url)) as client,
