@@ -1,0 +1,157 @@
+"""verl-omni's own worker, unmodified, on the CPU: its FSDP2 engine, its adapters and its updates of weights, on a Ray cluster."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.integrations.verl_omni.test_server import rows, transformer_of
+from tests.integrations.verl_omni.test_verl import assert_ratio_is_one, samples, shut_down
+
+from flowroll import replay
+
+pytestmark = pytest.mark.slow
+FULL = ["model.lora_rank=0"]
+LORA = ["model.lora_rank=2", "model.lora_alpha=4", "model.target_modules=[to_q,to_k]"]
+OLD = [*LORA, "model.policy_state_adapters=[default,old]", "rollout.rollout_adapter=old"]
+
+
+def config_of(root: Path, folder: Path, ranks: int, *changes: str) -> Any:
+    """verl-omni's own configuration, with what a machine without devices and a tiny model need."""
+    from omegaconf import OmegaConf
+
+    whole = OmegaConf.load(root / "trainer" / "config" / "_generated_diffusion_trainer.yaml")
+    own = [
+        f"model.path={folder}",
+        "model.external_lib=flowroll.integrations.verl_omni",
+        "model.attn_backend=native",
+        "actor.strategy=fsdp2",
+        "actor.ppo_micro_batch_size_per_gpu=1",
+        "rollout.name=flowroll",
+        "rollout.dtype=float32",
+        "rollout.load_format=safetensors",
+        "rollout.engine_kwargs.flowroll.device=cpu",
+        "rollout.engine_kwargs.flowroll.gather_ms=100",
+        f"rollout.tensor_model_parallel_size={ranks}",
+        f"rollout.n_gpus_per_node={ranks}",
+    ]
+    lines = [f"actor_rollout_ref.{line}" for line in [*own, *changes]]
+    return OmegaConf.merge(whole, OmegaConf.from_dotlist(lines))
+
+
+def trainer_of(config: Any, ranks: int, name: str) -> Any:
+    import ray
+    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+    worker = importlib.import_module("omni_trainer").OmniTrainer
+    made = RayClassWithInitArgs(cls=ray.remote(worker), config=config.actor_rollout_ref, role="actor_rollout")
+    pool = RayResourcePool([ranks], use_gpu=True, max_colocate_count=2, name_prefix=name)
+    group = RayWorkerGroup(resource_pool=pool, ray_cls_with_init=made, name_prefix=name, device_name="cpu")
+    group.init_model()
+    return group
+
+
+def model_of(trainer: Any, folder: Path, adapter: str | None) -> torch.nn.Module:
+    """The trainer's transformer, put together from its parameters by their names, with one of its adapters active."""
+    peft = pytest.importorskip("peft")
+    made = transformer_of(folder)
+    if adapter is not None:
+        for name in ("default", "old"):
+            made.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k"]), adapter_name=name)
+        made.set_adapter(adapter)
+    parameters = trainer.parameters()[0]
+    assert set(parameters) <= {name for name, _ in made.named_parameters()} and len(parameters) > 50
+    made.load_state_dict(parameters, strict=False)
+    return made
+
+
+@pytest.fixture
+def managers(cluster: Any, verl_omni: Path) -> Any:
+    from verl.workers.rollout.llm_server import LLMServerManager
+    from verl_omni.workers.checkpoint_engine import OmniCheckpointEngineManager
+
+    return LLMServerManager, OmniCheckpointEngineManager
+
+
+def test_the_old_policy_rolls_out_on_two_ranks(cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path) -> None:
+    from verl.workers.config import CheckpointEngineConfig
+
+    config = config_of(verl_omni, qwen_checkpoint, 2, *OLD)
+    trainer = trainer_of(config, 2, "old_policy")
+    manager = managers[0].create(config, worker_group=trainer)
+    weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
+
+    weights.update_weights(global_steps=1)
+    (first,) = samples(manager, qwen_checkpoint, (1,))
+    assert (first.extra_fields["flowroll_adapter"], first.extra_fields["global_steps"]) == ("old", 1)
+    assert_ratio_is_one(model_of(trainer, qwen_checkpoint, "old"), [first])
+
+    trainer.move(1)
+    weights.update_weights(global_steps=2)
+    (second,) = samples(manager, qwen_checkpoint, (1,))
+    # The adapter in training has moved, and the old one has not.
+    assert torch.equal(second.diffusion_output, first.diffusion_output) and second.extra_fields["global_steps"] == 2
+
+    trainer.copy_adapter(source="default", target="old")
+    trainer.move(2)
+    trainer.ema_update_adapter(source="default", target="old", decay=0.5)
+    weights.sleep_replicas()
+    weights.update_weights(global_steps=3)
+    third = samples(manager, qwen_checkpoint, (1, 2))
+    assert not torch.equal(third[0].diffusion_output, first.diffusion_output)
+    assert_ratio_is_one(model_of(trainer, qwen_checkpoint, "old"), third)
+    with torch.no_grad():
+        other = replay.log_prob(model_of(trainer, qwen_checkpoint, "default"), rows(third), steps=[0, 1])
+    assert not torch.equal(other, torch.stack([one.log_probs for one in third]))
+    shut_down(cluster, manager, trainer)
+
+
+def test_weights_of_the_worker_come_as_its_engine_gives_them(
+    cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path
+) -> None:
+    """All weights, which the engine rounds to bfloat16; of LoRA the factors, also where the configuration says to merge."""
+    from verl.workers.config import CheckpointEngineConfig
+
+    for name, changes, adapter in (("all", FULL, None), ("factors", [*LORA, "+model.lora.merge=True"], "default")):
+        config = config_of(verl_omni, qwen_checkpoint, 1, *(change.removeprefix("+") for change in changes))
+        trainer = trainer_of(config, 1, name)
+        manager = managers[0].create(config, worker_group=trainer, start_rank=0)
+        weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
+        trainer.move(1)
+        weights.update_weights(global_steps=4)
+        (made,) = samples(manager, qwen_checkpoint, (1,))
+        assert (made.extra_fields["flowroll_adapter"], made.extra_fields["global_steps"]) == (adapter, 4)
+        model = model_of(trainer, qwen_checkpoint, adapter)
+        assert_ratio_is_one(model if adapter else model.bfloat16().float(), [made])
+        shut_down(cluster, manager, trainer)
+
+
+def test_an_adapter_comes_through_a_checkpoint_engine(
+    cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path, tmp_path: Path
+) -> None:
+    from verl.workers.config import CheckpointEngineConfig
+
+    engine = {
+        "backend": "test_files",
+        "custom_backend_module": "trainers",
+        "engine_kwargs": {"test_files": {"path": str(tmp_path / "weights.pt")}},
+    }
+    lines = [
+        "rollout.checkpoint_engine.backend=test_files",
+        "rollout.checkpoint_engine.custom_backend_module=trainers",
+        f"rollout.checkpoint_engine.engine_kwargs.test_files.path={tmp_path / 'weights.pt'}",
+        "rollout.nnodes=1",
+    ]
+    config = config_of(verl_omni, qwen_checkpoint, 1, *OLD, *lines)
+    manager = managers[0].create(config, start_rank=1)
+    trainer = trainer_of(config, 1, "separate_old_policy")
+    weights = managers[1](CheckpointEngineConfig(**engine), trainer, manager.get_replicas())
+    trainer.move(1)
+    trainer.copy_adapter(source="default", target="old")
+    trainer.move(2)
+    weights.update_weights(global_steps=8)
+    made = samples(manager, qwen_checkpoint, (1, 2))
+    assert [(one.extra_fields["flowroll_adapter"], one.extra_fields["global_steps"]) for one in made] == [("old", 8)] * 2
+    assert_ratio_is_one(model_of(trainer, qwen_checkpoint, "old"), made)
+    shut_down(cluster, manager, trainer)
