@@ -31,8 +31,9 @@ def cluster() -> Iterator[Any]:
     path = os.pathsep.join([str(HERE.parents[2] / "src"), str(HERE), os.environ.get("PYTHONPATH", "")])
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     variables |= {"VERL_USE_EXTERNAL_MODULES": "cpu_platform,bare_packages", "VERL_PLATFORM": "no_device"}
-    ray.init(num_cpus=6, num_gpus=4, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
+    ray.init(num_cpus=64, num_gpus=64, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
     sys.path.insert(0, str(HERE))
+    importlib.import_module("bare_packages")
     platforms = importlib.import_module("verl.plugin.platform.platform_manager")
     platforms.set_platform(importlib.import_module("cpu_platform").NoDevice())
     yield ray

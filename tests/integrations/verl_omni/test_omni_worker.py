@@ -113,10 +113,10 @@ def test_weights_of_the_worker_come_as_its_engine_gives_them(
     """All weights, which the engine rounds to bfloat16; of LoRA the factors, also where the configuration says to merge."""
     from verl.workers.config import CheckpointEngineConfig
 
-    for name, changes, adapter in (("all", FULL, None), ("factors", [*LORA, "+model.lora.merge=True"], "default")):
-        config = config_of(verl_omni, qwen_checkpoint, 1, *(change.removeprefix("+") for change in changes))
+    for name, changes, adapter in (("all", FULL, None), ("factors", [*LORA, "model.lora.merge=True"], "default")):
+        config = config_of(verl_omni, qwen_checkpoint, 1, *changes)
         trainer = trainer_of(config, 1, name)
-        manager = managers[0].create(config, worker_group=trainer, start_rank=0)
+        manager = managers[0].create(config, worker_group=trainer)
         weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
         trainer.move(1)
         weights.update_weights(global_steps=4)

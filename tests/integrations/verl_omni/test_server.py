@@ -466,6 +466,10 @@ def test_the_old_policy_is_an_adapter_that_the_trainer_holds() -> None:
             server_options(config, {**model, **changes}, mode="hybrid")
     with pytest.raises(InvalidRequestError, match="rollout_adapter must be one of default, old, got 'new'"):
         server_options({**CONFIG, "rollout_adapter": "new"}, model, mode="hybrid")
+    # Of the weights under an adapter verl-omni's FSDP2 engine sends those of the blocks alone.
+    with pytest.raises(InvalidRequestError, match="load_format must be safetensors for a model with LoRA, got 'dummy'"):
+        server_options({**CONFIG, "load_format": "dummy"}, model, mode="hybrid")
+    assert server_options({**CONFIG, "load_format": "dummy"}, {"path": "m"}, mode="hybrid").adapter == "default"
 
 
 def test_the_drain_of_an_abort_is_verl_omnis_variable(monkeypatch: pytest.MonkeyPatch) -> None:

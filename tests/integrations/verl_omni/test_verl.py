@@ -50,7 +50,7 @@ def config_of(folder: Path, engine: dict[str, Any], **changes: Any) -> Any:
     return OmegaConf.create({"actor_rollout_ref": {"rollout": rollout, "model": model}})
 
 
-def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool) -> Any:
+def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool, ranks: int = 1) -> Any:
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
@@ -58,7 +58,7 @@ def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool) -> Any:
     made = RayClassWithInitArgs(
         cls=ray.remote(trainer), rollout=both.rollout, model=both.model, folder=str(folder), hybrid=hybrid
     )
-    pool = RayResourcePool([1], use_gpu=True, max_colocate_count=2, name_prefix=name)
+    pool = RayResourcePool([ranks], use_gpu=True, max_colocate_count=2, name_prefix=name)
     return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=made, name_prefix=name, device_name="cpu")
 
 

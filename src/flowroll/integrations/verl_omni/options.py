@@ -139,6 +139,11 @@ def _model(model_config: Any) -> str:
 
 def _adapter(config: Any, model_config: Any) -> str:
     """Returns `rollout.rollout_adapter`; the old policy of verl-omni is an adapter beside the one in training."""
+    has_adapters = bool(read(model_config, "lora_rank") or read(model_config, "lora_adapter_path"))
+    # verl-omni would send the weights under the adapter first, and sends those of FSDP2's blocks alone.
+    load_format = read(config, "load_format") or ""
+    rule, remedy = "be safetensors for a model with LoRA", "set it: the checkpoint is loaded in any case"
+    require(not has_adapters or "dummy" not in load_format, "rollout.load_format", rule, load_format, remedy)
     adapter = read(config, "rollout_adapter") or "default"
     require(
         adapter in _ADAPTERS, "rollout.rollout_adapter", f"be one of {', '.join(_ADAPTERS)}", adapter, "choose one of these"
@@ -147,7 +152,6 @@ def _adapter(config: Any, model_config: Any) -> str:
         held = tuple(read(model_config, "policy_state_adapters") or ("default",))
         rule, remedy = "be one of model.policy_state_adapters", "set policy_state_adapters=[default,old]"
         require(adapter in held, "rollout.rollout_adapter", rule, adapter, remedy)
-        has_adapters = bool(read(model_config, "lora_rank") or read(model_config, "lora_adapter_path"))
         require(has_adapters, "rollout.rollout_adapter", "be default for a model without LoRA", adapter, "set model.lora_rank")
     return str(adapter)
 
