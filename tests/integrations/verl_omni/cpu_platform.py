@@ -9,7 +9,7 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 @PlatformRegistry.register("no_device")
 class NoDevice(PlatformCUDA):
-    """That of CUDA, whose devices are names that Ray counts: all tensors are the CPU's, and there is no shared memory of devices."""
+    """That of CUDA, whose devices are names that Ray counts: all tensors are the CPU's."""
 
     @property
     def device_name(self) -> str:

@@ -1,4 +1,4 @@
-"""verl-omni's own worker, unmodified, on the CPU: its FSDP2 engine, its adapters and its updates of weights, on a Ray cluster."""
+"""verl-omni's own worker, unmodified, on a local Ray cluster and the CPU: its FSDP2 engine, adapters and updates of weights."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each way in which verl's own `RolloutReplica` starts, unmodified, on a local Ray cluster: where the server runs, and what it does."""
+"""Each way in which verl's own `RolloutReplica` starts, unmodified, on a local Ray cluster."""
 
 import asyncio
 from pathlib import Path
