@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.integrations.verl_omni.cases import sampling
 from tests.integrations.verl_omni.test_server import rows, transformer_of
+from tests.integrations.verl_omni.test_trainer import batch_of
 from tests.integrations.verl_omni.test_verl import assert_ratio_is_one, samples, shut_down
 
 from flowroll import replay
 
 pytestmark = pytest.mark.slow
-FULL = ["model.lora_rank=0"]
 LORA = ["model.lora_rank=2", "model.lora_alpha=4", "model.target_modules=[to_q,to_k]"]
 OLD = [*LORA, "model.policy_state_adapters=[default,old]", "rollout.rollout_adapter=old"]
 
@@ -107,24 +108,70 @@ def test_the_old_policy_rolls_out_on_two_ranks(cluster: Any, managers: Any, verl
     shut_down(cluster, manager, trainer)
 
 
-def test_weights_of_the_worker_come_as_its_engine_gives_them(
+def test_all_weights_come_as_the_engine_rounds_them(
     cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path
 ) -> None:
-    """All weights, which the engine rounds to bfloat16; of LoRA the factors, also where the configuration says to merge."""
     from verl.workers.config import CheckpointEngineConfig
 
-    for name, changes, adapter in (("all", FULL, None), ("factors", [*LORA, "model.lora.merge=True"], "default")):
-        config = config_of(verl_omni, qwen_checkpoint, 1, *changes)
-        trainer = trainer_of(config, 1, name)
-        manager = managers[0].create(config, worker_group=trainer)
-        weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
-        trainer.move(1)
-        weights.update_weights(global_steps=4)
-        (made,) = samples(manager, qwen_checkpoint, (1,))
-        assert (made.extra_fields["flowroll_adapter"], made.extra_fields["global_steps"]) == (adapter, 4)
-        model = model_of(trainer, qwen_checkpoint, adapter)
-        assert_ratio_is_one(model if adapter else model.bfloat16().float(), [made])
-        shut_down(cluster, manager, trainer)
+    config = config_of(verl_omni, qwen_checkpoint, 1, "rollout.load_format=dummy")
+    trainer = trainer_of(config, 1, "all_weights")
+    manager = managers[0].create(config, worker_group=trainer)
+    weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
+    trainer.move(1)
+    weights.update_weights(global_steps=4)
+    (made,) = samples(manager, qwen_checkpoint, (1,))
+    assert (made.extra_fields["flowroll_adapter"], made.extra_fields["global_steps"]) == (None, 4)
+    # Of FSDP2's shards the engine makes bfloat16.
+    assert_ratio_is_one(model_of(trainer, qwen_checkpoint, None).bfloat16().float(), [made])
+    shut_down(cluster, manager, trainer)
+
+
+def test_the_worker_trains_on_rollouts(cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path) -> None:
+    """Rollout, batch, log-probs of the worker's own forward, a step of its optimizer, new weights: twice."""
+    from verl.utils import tensordict_utils
+    from verl.workers.config import CheckpointEngineConfig
+
+    padding = importlib.import_module("verl_omni.workers.utils.padding")
+    loop = importlib.import_module("verl_omni.agent_loop.diffusion_agent_loop")
+    given = sampling("qwen_image")
+    names = ("height", "width", "num_inference_steps", "true_cfg_scale")
+    lines = [
+        # Its engine has no way to merge, and sends the factors all the same.
+        "model.lora.merge=True",
+        "actor.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
+        "actor.optim.lr=0.01",
+        *(f"rollout.pipeline.{name}={given[name]}" for name in names),
+        f"rollout.algo.noise_level={given['noise_level']}",
+    ]
+    config = config_of(verl_omni, qwen_checkpoint, 1, *LORA, *lines)
+    trainer = trainer_of(config, 1, "trains")
+    manager = managers[0].create(config, worker_group=trainer)
+    weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
+    sizes = {"height": 64, "width": 64, "vae_scale_factor": 8}
+    pictures = []
+    for steps in (0, 1):
+        weights.update_weights(global_steps=steps)
+        made = samples(manager, qwen_checkpoint, (1, 2))
+        assert [(one.extra_fields["flowroll_adapter"], one.extra_fields["global_steps"]) for one in made] == [
+            ("default", steps)
+        ] * 2
+        pictures.append(made[0].diffusion_output)
+        batch = batch_of(loop, made, 64).to_tensordict()
+        inferred = padding.embeds_padding_2_no_padding(batch.clone())
+        tensordict_utils.assign_non_tensor(inferred, compute_loss=False, **sizes)
+        log_probs = tensordict_utils.get(trainer.infer_actor_batch(inferred), "log_probs")
+        assert ((log_probs - batch["rollout_log_probs"]).exp() - 1).abs().max() < 2e-6
+        assert_ratio_is_one(model_of(trainer, qwen_checkpoint, "default"), made)
+        weights.sleep_replicas()
+        batch["old_log_probs"] = log_probs
+        batch["advantages"] = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+        trained = padding.embeds_padding_2_no_padding(batch)
+        sizes_of_batches = {"global_batch_size": 2, "mini_batch_size": 2, "epochs": 1, "seed": 1}
+        tensordict_utils.assign_non_tensor(trained, dataloader_kwargs={"shuffle": False}, **sizes_of_batches, **sizes)
+        metrics = tensordict_utils.get(trainer.update_actor(trained), "metrics")
+        assert min(torch.tensor(metrics["grad_norm"]).flatten().tolist()) > 0
+    assert not torch.equal(*pictures)
+    shut_down(cluster, manager, trainer)
 
 
 def test_an_adapter_comes_through_a_checkpoint_engine(
