@@ -14,6 +14,7 @@ from tests.integrations.verl_omni.test_verl import assert_ratio_is_one, samples,
 from flowroll import replay
 
 pytestmark = pytest.mark.slow
+SIZES = {"height": 64, "width": 64, "vae_scale_factor": 8}
 LORA = ["model.lora_rank=2", "model.lora_alpha=4", "model.target_modules=[to_q,to_k]"]
 OLD = [*LORA, "model.policy_state_adapters=[default,old]", "rollout.rollout_adapter=old"]
 
@@ -126,6 +127,31 @@ def test_all_weights_come_as_the_engine_rounds_them(
     shut_down(cluster, manager, trainer)
 
 
+def step_of(trainer: Any, batch: Any) -> dict[str, Any]:
+    """A step of the worker's optimizer on a batch, as verl-omni's trainer asks for it."""
+    from verl.utils import tensordict_utils
+
+    padding = importlib.import_module("verl_omni.workers.utils.padding")
+    trained = padding.embeds_padding_2_no_padding(batch)
+    sizes = {"global_batch_size": 2, "mini_batch_size": 2, "epochs": 1, "seed": 1, **SIZES}
+    tensordict_utils.assign_non_tensor(trained, dataloader_kwargs={"shuffle": False}, **sizes)
+    metrics = tensordict_utils.get(trainer.update_actor(trained), "metrics")
+    assert min(torch.tensor(metrics["grad_norm"]).flatten().tolist()) > 0
+    return dict(metrics)
+
+
+def training_lines() -> list[str]:
+    given = sampling("qwen_image")
+    names = ("height", "width", "num_inference_steps", "true_cfg_scale")
+    return [
+        *LORA,
+        "actor.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
+        "actor.optim.lr=0.01",
+        *(f"rollout.pipeline.{name}={given[name]}" for name in names),
+        f"rollout.algo.noise_level={given['noise_level']}",
+    ]
+
+
 def test_the_worker_trains_on_rollouts(cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path) -> None:
     """Rollout, batch, log-probs of the worker's own forward, a step of its optimizer, new weights: twice."""
     from verl.utils import tensordict_utils
@@ -133,44 +159,58 @@ def test_the_worker_trains_on_rollouts(cluster: Any, managers: Any, verl_omni: P
 
     padding = importlib.import_module("verl_omni.workers.utils.padding")
     loop = importlib.import_module("verl_omni.agent_loop.diffusion_agent_loop")
-    given = sampling("qwen_image")
-    names = ("height", "width", "num_inference_steps", "true_cfg_scale")
-    lines = [
-        # Its engine has no way to merge, and sends the factors all the same.
-        "model.lora.merge=True",
-        "actor.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
-        "actor.optim.lr=0.01",
-        *(f"rollout.pipeline.{name}={given[name]}" for name in names),
-        f"rollout.algo.noise_level={given['noise_level']}",
-    ]
-    config = config_of(verl_omni, qwen_checkpoint, 1, *LORA, *lines)
+    # Its engine has no way to merge, and sends the factors all the same.
+    config = config_of(verl_omni, qwen_checkpoint, 1, *training_lines(), "model.lora.merge=True")
     trainer = trainer_of(config, 1, "trains")
     manager = managers[0].create(config, worker_group=trainer)
     weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
-    sizes = {"height": 64, "width": 64, "vae_scale_factor": 8}
     pictures = []
     for steps in (0, 1):
         weights.update_weights(global_steps=steps)
         made = samples(manager, qwen_checkpoint, (1, 2))
-        assert [(one.extra_fields["flowroll_adapter"], one.extra_fields["global_steps"]) for one in made] == [
-            ("default", steps)
-        ] * 2
+        for one in made:
+            assert (one.extra_fields["flowroll_adapter"], one.extra_fields["global_steps"]) == ("default", steps)
         pictures.append(made[0].diffusion_output)
         batch = batch_of(loop, made, 64).to_tensordict()
         inferred = padding.embeds_padding_2_no_padding(batch.clone())
-        tensordict_utils.assign_non_tensor(inferred, compute_loss=False, **sizes)
+        tensordict_utils.assign_non_tensor(inferred, compute_loss=False, **SIZES)
         log_probs = tensordict_utils.get(trainer.infer_actor_batch(inferred), "log_probs")
         assert ((log_probs - batch["rollout_log_probs"]).exp() - 1).abs().max() < 2e-6
         assert_ratio_is_one(model_of(trainer, qwen_checkpoint, "default"), made)
         weights.sleep_replicas()
         batch["old_log_probs"] = log_probs
         batch["advantages"] = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
-        trained = padding.embeds_padding_2_no_padding(batch)
-        sizes_of_batches = {"global_batch_size": 2, "mini_batch_size": 2, "epochs": 1, "seed": 1}
-        tensordict_utils.assign_non_tensor(trained, dataloader_kwargs={"shuffle": False}, **sizes_of_batches, **sizes)
-        metrics = tensordict_utils.get(trainer.update_actor(trained), "metrics")
-        assert min(torch.tensor(metrics["grad_norm"]).flatten().tolist()) > 0
+        step_of(trainer, batch)
     assert not torch.equal(*pictures)
+    shut_down(cluster, manager, trainer)
+
+
+def test_diffusion_nft_trains_on_rollouts_of_the_old_policy(
+    cluster: Any, managers: Any, verl_omni: Path, qwen_checkpoint: Path
+) -> None:
+    from verl.workers.config import CheckpointEngineConfig
+
+    loop = importlib.import_module("verl_omni.agent_loop.diffusion_agent_loop")
+    loss = importlib.import_module("verl_omni.trainer.diffusion.diffusion_algos").get_diffusion_loss_fn("diffusion_nft")
+    lines = ["model.algorithm=diffusion_nft", "model.model_type=diffusion_nft_model", *OLD]
+    config = config_of(verl_omni, qwen_checkpoint, 1, *training_lines(), *lines)
+    trainer = trainer_of(config, 1, "nft")
+    manager = managers[0].create(config, worker_group=trainer)
+    weights = managers[1](CheckpointEngineConfig(backend="naive"), trainer, manager.get_replicas())
+    trainer.copy_adapter(source="default", target="old")
+    clean, deviations = [], []
+    for steps, copies in ((0, False), (1, True), (2, False)):
+        weights.update_weights(global_steps=steps)
+        made = samples(manager, qwen_checkpoint, (1, 2))
+        clean.append(made[0].extra_fields["latents_clean"])
+        assert {one.extra_fields["flowroll_adapter"] for one in made} == {"old"} and made[0].log_probs is None
+        batch = loss.prepare_actor_batch(batch_of(loop, made, 64), torch.tensor([1.0, 0.0]), config)
+        deviations.append(step_of(trainer, batch.to_tensordict())["actor/old_deviate"])
+        if copies:
+            trainer.copy_adapter(source="default", target="old")
+    # Steps of the policy in training do not show before they are copied.
+    assert torch.equal(clean[0], clean[1]) and not torch.equal(clean[1], clean[2])
+    assert torch.tensor(deviations[0]).abs().max() == 0 < torch.tensor(deviations[1]).abs().max()
     shut_down(cluster, manager, trainer)
 
 

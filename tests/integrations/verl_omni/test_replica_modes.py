@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.integrations.verl_omni.cases import arguments_of, prompt_of, sampling
+from tests.integrations.verl_omni.test_mapping import transformer_of as transformer_of_family
 from tests.integrations.verl_omni.test_server import moved, transformer_of
 from tests.integrations.verl_omni.test_verl import (
     WINDOW,
@@ -17,6 +18,8 @@ from tests.integrations.verl_omni.test_verl import (
     shut_down,
     worker_group,
 )
+
+from flowroll.errors import AsleepError
 
 pytestmark = pytest.mark.slow
 
@@ -32,20 +35,18 @@ def replica_of(config: Any, rank: int, **values: Any) -> Any:
     return made(replica_rank=rank, config=both.rollout, model_config=both.model, gpus_per_node=1, **values)
 
 
-def sample(replica: Any, folder: Path, seed: int) -> Any:
+def sample(replica: Any, folder: Path, seed: int, family: str = "qwen_image") -> Any:
     prompt = arguments_of(prompt_of(folder, facts_of(folder)))
 
     async def main() -> Any:
         return await replica.server_handle.generate.remote(
-            request_id="a", sampling_params=sampling("qwen_image", seed=seed, **WINDOW), **prompt
+            request_id="a", sampling_params=sampling(family, seed=seed, **WINDOW, sde_window_size=2), **prompt
         )
 
     return asyncio.run(main())
 
 
 def assert_sleeps_and_wakes(replica: Any, folder: Path, before: Any) -> None:
-    from flowroll.errors import AsleepError
-
     asyncio.run(replica.sleep())
     with pytest.raises(AsleepError):
         sample(replica, folder, 1)
@@ -89,11 +90,16 @@ def test_a_colocated_replica_has_processes_of_its_own_on_the_trainers_devices(
         cluster.kill(actor)
 
 
-def test_a_replica_that_judges_has_a_name_of_its_own(cluster: Any, qwen_checkpoint: Path) -> None:
-    config = config_of(qwen_checkpoint, {"backend": "naive"})
+def test_a_replica_that_judges_has_a_name_of_its_own(cluster: Any, checkpoints: dict[str, Path]) -> None:
+    """It runs Stable Diffusion 3, whose prompts come as one list of ids for each encoder."""
+    folder = checkpoints["sd3"]
+    config = config_of(folder, {"backend": "naive"})
     replica = replica_of(config, 21, is_reward_model=True, name_suffix="b")
     asyncio.run(replica.init_standalone())
     assert cluster.get_actor("flowroll_server_reward_21_0_b") == replica.server_handle
+    made = sample(replica, folder, 1, "sd3")
+    assert made.extra_fields["prompt_embeds"].shape[0] == 333
+    assert_ratio_is_one(transformer_of_family(folder, "sd3"), [made])
     for actor in (*replica.servers, *replica.workers):
         cluster.kill(actor)
 
@@ -108,6 +114,12 @@ def test_a_hybrid_replica_on_a_pool_that_is_given(cluster: Any, qwen_checkpoint:
     first = sample(replica, qwen_checkpoint, 1)
     assert_ratio_is_one(transformer_of(qwen_checkpoint), [first])
     assert_sleeps_and_wakes(replica, qwen_checkpoint, first)
+    # The trainer's own object releases and restores the memory too.
+    cluster.get(trainer.release())
+    with pytest.raises(AsleepError):
+        sample(replica, qwen_checkpoint, 1)
+    cluster.get(trainer.resume(["weights"]))
+    assert torch.equal(sample(replica, qwen_checkpoint, 1).diffusion_output, first.diffusion_output)
     for actor in (*replica.servers, *trainer.workers):
         cluster.kill(actor)
 
