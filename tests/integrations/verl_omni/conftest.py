@@ -1,31 +1,41 @@
-import importlib.machinery
-import importlib.util
+import importlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Packages of verl-omni whose own `__init__` imports vLLM-Omni, beside modules that do not.
-_BARE = (
-    "verl_omni",
-    "verl_omni.pipelines",
-    "verl_omni.pipelines.qwen_image_flow_grpo",
-    "verl_omni.pipelines.sd3_flow_grpo",
-    "verl_omni.agent_loop",
-)
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def verl_omni() -> Path:
     """verl-omni, unmodified: its modules can be imported, also where vLLM-Omni is not installed."""
     pytest.importorskip("verl")
-    found = importlib.util.find_spec("verl_omni")
-    if found is None or not found.submodule_search_locations:
+    from tests.integrations.verl_omni.bare_packages import root_of
+
+    root = root_of("verl_omni")
+    if root is None:
         pytest.skip("could not import 'verl_omni'")
-    root = Path(found.submodule_search_locations[0])
-    if importlib.util.find_spec("vllm_omni") is None:
-        for name in _BARE:
-            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-            spec.submodule_search_locations = [str(root.parent / name.replace(".", "/"))]
-            sys.modules[name] = importlib.util.module_from_spec(spec)
     return root
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[Any]:
+    """A local Ray cluster, in whose processes verl takes the CPU for its device; Ray counts devices that are not there."""
+    pytest.importorskip("verl")
+    ray = pytest.importorskip("ray")
+    # Beside this file, since verl's wheel has a package `tests` too.
+    path = os.pathsep.join([str(HERE.parents[2] / "src"), str(HERE), os.environ.get("PYTHONPATH", "")])
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    variables |= {"VERL_USE_EXTERNAL_MODULES": "cpu_platform,bare_packages", "VERL_PLATFORM": "no_device"}
+    ray.init(num_cpus=64, num_gpus=64, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
+    sys.path.insert(0, str(HERE))
+    importlib.import_module("bare_packages")
+    platforms = importlib.import_module("verl.plugin.platform.platform_manager")
+    platforms.set_platform(importlib.import_module("cpu_platform").NoDevice())
+    yield ray
+    sys.path.remove(str(HERE))
+    ray.shutdown()

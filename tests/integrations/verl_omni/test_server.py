@@ -12,7 +12,14 @@ import torch
 from tests.integrations.verl_omni.cases import RECORDED, arguments_of, prompt_of, sampling
 
 from flowroll import replay
-from flowroll.errors import AsleepError, FlowrollError, InvalidRequestError, MissingExtraError, WeightsRejectedError
+from flowroll.errors import (
+    AsleepError,
+    FlowrollError,
+    InvalidRequestError,
+    MissingExtraError,
+    WeightsMismatchError,
+    WeightsRejectedError,
+)
 from flowroll.integrations.verl_omni import register, rollout_of
 from flowroll.integrations.verl_omni.options import ServerOptions, server_options
 from flowroll.integrations.verl_omni.server import RolloutServer
@@ -260,6 +267,43 @@ def test_an_adapter_runs_unmerged_with_the_bits_of_the_trainers(qwen_checkpoint:
     asyncio.run(main())
 
 
+def test_samples_are_of_the_old_policy_where_the_trainer_says_so(qwen_checkpoint: Path) -> None:
+    """Two adapters as verl-omni's trainer holds them; it sends the one that `rollout_adapter` names, under the same names."""
+    peft = pytest.importorskip("peft")
+    window, steps = {"sde_window_range": [0, 2]}, [0, 1]
+
+    async def main() -> None:
+        transformer = transformer_of(qwen_checkpoint)
+        for name in ("default", "old"):
+            transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name=name)
+        config = transformer.peft_config["default"].to_dict()
+        base = {f"transformer.{name}": tensor for name, tensor in transformer_of(qwen_checkpoint).state_dict().items()}
+        held = {name: f"transformer.{name}" for name in peft.get_peft_model_state_dict(transformer, adapter_name="old")}
+        old = peft.get_peft_model_state_dict(transformer, adapter_name="old")
+        async with serving(qwen_checkpoint, adapter="old") as (server, generate):
+            with pytest.raises(WeightsMismatchError, match="with the adapter old, got none so far"):
+                await generate(seed=1, **window)
+            await send(server, base, peft_config=config, base_sync_done=False)
+            with pytest.raises(WeightsMismatchError, match="with the adapter old, got none so far"):
+                await generate(seed=1, **window)
+            await send(server, {held[name]: one.detach() for name, one in old.items()}, peft_config=config, global_steps=1)
+            made = await generate(seed=1, **window)
+            assert (made.extra_fields["flowroll_adapter"], made.extra_fields["global_steps"]) == ("old", 1)
+            assert rows([made])[0].sampling.lora.name == "old"
+            transformer.set_adapter("old")
+            assert_ratio_is_one(transformer, [made], steps)
+            transformer.set_adapter("default")
+            with torch.no_grad():
+                other = replay.log_prob(transformer, rows([made]), steps=steps)
+            assert not torch.equal(other[0], made.log_probs)
+            # Whole weights are the policy in training, whatever they are named.
+            with pytest.raises(WeightsRejectedError, match="must be the factors of the adapter old"):
+                await send(server, base, global_steps=2)
+            assert torch.equal((await generate(seed=1, **window)).diffusion_output, made.diffusion_output)
+
+    asyncio.run(main())
+
+
 def test_weights_that_come_past_ray_are_taken(qwen_checkpoint: Path) -> None:
     transformer = transformer_of(qwen_checkpoint)
     tensors = moved(transformer)
@@ -273,7 +317,10 @@ def test_weights_that_come_past_ray_are_taken(qwen_checkpoint: Path) -> None:
         async with serving(qwen_checkpoint, receive_weights=receive) as (server, generate):
             values = {"peft_config": None, "base_sync_done": True, "use_shm": True, "zmq_update_id": "step-4-seq-0"}
             await server.collective_rpc("update_weights_from_ipc", kwargs=values)
-            assert_ratio_is_one(transformer, [await generate(seed=1, sde_window_range=[0, 2])], [0, 1])
+            made = await generate(seed=1, sde_window_range=[0, 2])
+            assert_ratio_is_one(transformer, [made], [0, 1])
+            # The id of the update is all that names its step there.
+            assert made.extra_fields["global_steps"] == 4
             with pytest.raises(InvalidRequestError, match="method must be one of set_pending_lora_peft_config"):
                 await server.collective_rpc("load_weights")
         assert seen == [{"use_shm": True, "zmq_update_id": "step-4-seq-0"}]
@@ -404,6 +451,25 @@ def test_options_that_flowroll_does_not_have_are_refused(changes: dict[str, Any]
         server_options({**CONFIG, **changes}, {"path": "m"}, mode="hybrid")
     with pytest.raises(InvalidRequestError, match="must be the folder of a checkpoint"):
         server_options(CONFIG, {}, mode="hybrid")
+
+
+def test_the_old_policy_is_an_adapter_that_the_trainer_holds() -> None:
+    config = {**CONFIG, "rollout_adapter": "old"}
+    model = {"path": "m", "policy_state_adapters": ["default", "old"], "lora_rank": 64}
+    assert server_options(config, model, mode="hybrid").adapter == "old"
+    assert server_options(CONFIG, model, mode="hybrid").adapter == "default"
+    for changes, message in (
+        ({"policy_state_adapters": ["default"]}, "rollout_adapter must be one of model.policy_state_adapters, got 'old'"),
+        ({"lora_rank": 0}, "rollout_adapter must be default for a model without LoRA, got 'old'; set model.lora_rank"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            server_options(config, {**model, **changes}, mode="hybrid")
+    with pytest.raises(InvalidRequestError, match="rollout_adapter must be one of default, old, got 'new'"):
+        server_options({**CONFIG, "rollout_adapter": "new"}, model, mode="hybrid")
+    # Of the weights under an adapter verl-omni's FSDP2 engine sends those of the blocks alone.
+    with pytest.raises(InvalidRequestError, match="load_format must be safetensors for a model with LoRA, got 'dummy'"):
+        server_options({**CONFIG, "load_format": "dummy"}, model, mode="hybrid")
+    assert server_options({**CONFIG, "load_format": "dummy"}, {"path": "m"}, mode="hybrid").adapter == "default"
 
 
 def test_the_drain_of_an_abort_is_verl_omnis_variable(monkeypatch: pytest.MonkeyPatch) -> None:

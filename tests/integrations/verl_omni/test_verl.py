@@ -3,9 +3,6 @@
 import asyncio
 import importlib
 import importlib.util
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +15,7 @@ from flowroll import replay
 from flowroll.integrations.verl_omni import rollout_of
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[3]
 WINDOW = {"sde_window_range": [0, 2]}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    pytest.importorskip("verl")
-    ray = pytest.importorskip("ray")
-    # Beside this file, since verl's wheel has a package `tests` too.
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join([str(ROOT / "src"), here, os.environ.get("PYTHONPATH", "")])
-    # The devices are names alone: everything runs on the CPU.
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    variables |= {"VERL_USE_EXTERNAL_MODULES": "cpu_platform", "VERL_PLATFORM": "no_device"}
-    ray.init(num_cpus=6, num_gpus=4, include_dashboard=False, runtime_env={"env_vars": variables}, log_to_driver=False)
-    sys.path.insert(0, here)
-    yield ray
-    sys.path.remove(here)
-    ray.shutdown()
 
 
 def config_of(folder: Path, engine: dict[str, Any], **changes: Any) -> Any:
@@ -71,7 +50,7 @@ def config_of(folder: Path, engine: dict[str, Any], **changes: Any) -> Any:
     return OmegaConf.create({"actor_rollout_ref": {"rollout": rollout, "model": model}})
 
 
-def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool) -> Any:
+def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool, ranks: int = 1) -> Any:
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
@@ -79,8 +58,8 @@ def worker_group(config: Any, folder: Path, name: str, *, hybrid: bool) -> Any:
     made = RayClassWithInitArgs(
         cls=ray.remote(trainer), rollout=both.rollout, model=both.model, folder=str(folder), hybrid=hybrid
     )
-    pool = RayResourcePool([1], use_gpu=True, max_colocate_count=2, name_prefix=name)
-    return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=made, name_prefix=name, device_name="cuda")
+    pool = RayResourcePool([ranks], use_gpu=True, max_colocate_count=2, name_prefix=name)
+    return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=made, name_prefix=name, device_name="cpu")
 
 
 def samples(manager: Any, folder: Path, seeds: tuple[int, ...]) -> list[Any]:

@@ -79,6 +79,14 @@ class Trainer(Worker):
         await self.rollout.update_weights(self.weights(), peft_config=None, base_sync_done=True, global_steps=global_steps)
         await self.rollout.resume(tags=["kv_cache"])
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def release(self) -> None:
+        await self.rollout.release()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def resume(self, tags: list[str]) -> None:
+        await self.rollout.resume(tags=tags)
+
     @register(dispatch_mode=Dispatch.DP_COMPUTE, blocking=False)
     def execute_checkpoint_engine(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.checkpoint_engine, method)(*args, **kwargs)

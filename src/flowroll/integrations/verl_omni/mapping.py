@@ -349,6 +349,7 @@ def _provenance(rollout: Rollout, request: SampleRequest) -> dict[str, Any]:
         "flowroll_seed": request.seed,
         "flowroll_noise_seed": rollout.seed,
         "flowroll_window_start": None if request.window is None else request.window.start,
+        "flowroll_adapter": None if rollout.sampling.lora is None else rollout.sampling.lora.name,
         "flowroll_weight_version": rollout.weight_version,
         "flowroll_weights_sha256": None if rollout.provenance is None else rollout.provenance.weights_sha256,
         "flowroll_sigmas": torch.tensor(rollout.sampling.sigmas, dtype=torch.float32),

@@ -19,6 +19,7 @@ _KNOWN = ("variant", "device", "layout", "gather_ms", "abort_drain_s", "max_grou
 # How long an abort waits for running samples, in seconds, as in verl-omni, whose variable is read too.
 _DRAIN_S, _DRAIN_VARIABLE = 120.0, "VERL_OMNI_ABORT_DRAIN_TIMEOUT_S"
 _MAX_GATHER_MS = 10_000.0
+_ADAPTERS = ("default", "old")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class ServerOptions:
     Attributes:
         model: The checkpoint folder, or the name of a checkpoint that flowroll ships.
         algorithm: The algorithm of the model's configuration, e.g. "flow_grpo".
+        adapter: Which of the trainer's adapters samples are made with, "default" or "old".
         dtype: The dtype of the weights.
         layout: How the transformer is distributed over the replica's devices.
         variant: The variant of the model family; None: the checkpoint's own.
@@ -42,6 +44,7 @@ class ServerOptions:
 
     model: str
     algorithm: str = "flow_grpo"
+    adapter: str = "default"
     dtype: str = "auto"
     layout: Layout = field(default_factory=Layout)
     variant: str | None = None
@@ -92,6 +95,7 @@ def server_options(config: Any, model_config: Any, *, mode: str, replica_rank: i
     return ServerOptions(
         model=_model(model_config),
         algorithm=read(model_config, "algorithm") or "flow_grpo",
+        adapter=_adapter(config, model_config),
         dtype=read(config, "dtype") or "auto",
         layout=layout,
         variant=own.get("variant"),
@@ -131,6 +135,25 @@ def _model(model_config: Any) -> str:
             f"model.path must be a folder, or a model that verl-omni can fetch, got {path[:200]} ({error}); fetch it first.",
             field="model.path",
         ) from error
+
+
+def _adapter(config: Any, model_config: Any) -> str:
+    """Returns `rollout.rollout_adapter`; the old policy of verl-omni is an adapter beside the one in training."""
+    has_adapters = bool(read(model_config, "lora_rank") or read(model_config, "lora_adapter_path"))
+    # verl-omni would send the weights under the adapter first, and sends those of FSDP2's blocks alone.
+    load_format = read(config, "load_format") or ""
+    rule, remedy = "be safetensors for a model with LoRA", "set it: the checkpoint is loaded in any case"
+    require(not has_adapters or "dummy" not in load_format, "rollout.load_format", rule, load_format, remedy)
+    adapter = read(config, "rollout_adapter") or "default"
+    require(
+        adapter in _ADAPTERS, "rollout.rollout_adapter", f"be one of {', '.join(_ADAPTERS)}", adapter, "choose one of these"
+    )
+    if adapter != "default":
+        held = tuple(read(model_config, "policy_state_adapters") or ("default",))
+        rule, remedy = "be one of model.policy_state_adapters", "set policy_state_adapters=[default,old]"
+        require(adapter in held, "rollout.rollout_adapter", rule, adapter, remedy)
+        require(has_adapters, "rollout.rollout_adapter", "be default for a model without LoRA", adapter, "set model.lora_rank")
+    return str(adapter)
 
 
 def _drain_s() -> float:

@@ -16,7 +16,7 @@ from flowroll.integrations.verl_omni.gathering import RequestGatherer
 from flowroll.integrations.verl_omni.mapping import PromptIds, aborted_fields, output_fields, sample_request
 from flowroll.integrations.verl_omni.options import ServerOptions
 from flowroll.integrations.verl_omni.output import output_class
-from flowroll.integrations.verl_omni.updates import ADAPTER, ReceiveWeights, WeightUpdates
+from flowroll.integrations.verl_omni.updates import ReceiveWeights, WeightUpdates
 from flowroll.types import Rollout
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class RolloutServer(WeightUpdates):
     """
 
     def __init__(self, options: ServerOptions, receive_weights: ReceiveWeights | None = None) -> None:
-        super().__init__(receive_weights)
+        super().__init__(options.adapter, receive_weights)
         self._options = options
         self._gatherer: RequestGatherer | None = None
         self._output: type[Any] | None = None
@@ -127,6 +127,7 @@ class RolloutServer(WeightUpdates):
 
         Raises:
             InvalidRequestError: The request is invalid; this is raised before any model work.
+            WeightsMismatchError: The sample is to be of the old policy, which the trainer has not sent yet.
             FlowrollError: The engine could not run it.
         """
         engine, gatherer = self._running()
@@ -143,7 +144,7 @@ class RolloutServer(WeightUpdates):
             if self._rejects:
                 return self._made(aborted_fields(sampling_params, global_steps=self._global_steps))
             await self._gate.wait()
-        params = replace(request.params, lora_name=ADAPTER) if self._has_adapter else request.params
+        params = replace(request.params, lora_name=self._lora_name())
         rollout = await self._run(request_id, gatherer.run(params, request.noise_seed))
         if rollout is None:
             return self._made(aborted_fields(sampling_params, global_steps=self._global_steps))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsRejectedError
+from flowroll.errors import InvalidRequestError, ShuttingDownError, WeightsMismatchError, WeightsRejectedError
 from flowroll.integrations.verl_omni.weights import PackedTensor, adapter_tensors, base_tensors, unpack
 
 if TYPE_CHECKING:
     from flowroll.engine import Engine
 
-# The name of the adapter that the trainer sends unmerged, with which all requests then run.
-ADAPTER = "verl"
+# The trainer's adapter that is in training; any other one is a policy of its own, which the weights under it are not.
+_IN_TRAINING = "default"
+# The id of an update past Ray, as verl-omni makes it in verl_omni/workers/rollout/vllm_rollout/zmq_utils.py.
+_UPDATE_ID = re.compile(r"step-([0-9]{1,18})-seq-[0-9]+")
 # The training steps that are remembered by version of the weights.
 _MOST_VERSIONS = 1024
 # Receives the weights that a trainer sends past Ray: `receive(keyword arguments of the call)` gives the named tensors.
@@ -49,11 +52,12 @@ class WeightUpdates:
     """The part of a server that takes new weights.
 
     Args:
+        adapter: The name of the trainer's adapter that comes unmerged, with which all requests then run.
         receive_weights: Receives weights that come past Ray; None: there are none.
     """
 
-    def __init__(self, receive_weights: ReceiveWeights | None) -> None:
-        self._receive_weights = receive_weights
+    def __init__(self, adapter: str, receive_weights: ReceiveWeights | None) -> None:
+        self._adapter, self._receive_weights = adapter, receive_weights
         self._engine: Engine | None = None
         self._numbers = itertools.count()
         self._updates = asyncio.Lock()
@@ -87,11 +91,19 @@ class WeightUpdates:
 
         Returns:
             The number of the update, for the next calls.
+
+        Raises:
+            WeightsRejectedError: Weights without an adapter come to a server of samples of the old policy, which is one.
         """
         engine = self._running_engine()
         if peft_config is None and self._pending_peft_config is not None:
             peft_config, base_sync_done = self._pending_peft_config, True
         self._pending_peft_config = None
+        if peft_config is None and self._adapter != _IN_TRAINING:
+            raise WeightsRejectedError(
+                f"the weights must be the factors of the adapter {self._adapter}, got weights without an adapter; send the "
+                "adapter unmerged (model.lora.merge=False), or set rollout.rollout_adapter=default."
+            )
         if self._update is not None and self._update.receiver is not None:
             self._update.receiver.drop()
         self._update = None
@@ -151,7 +163,7 @@ class WeightUpdates:
     def _commit(self, engine: Engine, update: _Update) -> str:
         if update.peft_config is not None:
             tensors = adapter_tensors(update.factors)
-            version = engine.load_lora_adapter_from_tensors(tensors, update.peft_config, name=ADAPTER).weight_version
+            version = engine.load_lora_adapter_from_tensors(tensors, update.peft_config, name=self._adapter).weight_version
             self._has_adapter = True
             return version
         staged = update.receiver.stage()
@@ -160,7 +172,7 @@ class WeightUpdates:
             version = engine.commit_weights(staged).weight_version
             # Whole weights of a policy that has no adapter, or has it merged.
             if self._has_adapter and not update.keeps_adapter:
-                version = engine.unload_lora_adapter(ADAPTER).weight_version
+                version = engine.unload_lora_adapter(self._adapter).weight_version
                 self._has_adapter = False
             return version
 
@@ -216,7 +228,12 @@ class WeightUpdates:
             raise WeightsRejectedError(
                 "weights must come in buckets here, got a call that announces others; use lora.merge=True."
             )
-        update = await self.begin_weights(peft_config=peft_config, base_sync_done=base_sync_done)
+        named_steps = _UPDATE_ID.fullmatch(place.get("zmq_update_id") or "")
+        update = await self.begin_weights(
+            global_steps=None if named_steps is None else int(named_steps[1]),
+            peft_config=peft_config,
+            base_sync_done=base_sync_done,
+        )
         try:
             current = self._update_of(update)
             named = await asyncio.to_thread(self._receive_weights, **place)
@@ -242,6 +259,19 @@ class WeightUpdates:
         self._steps_of[version] = self._global_steps
         while len(self._steps_of) > _MOST_VERSIONS:
             del self._steps_of[next(iter(self._steps_of))]
+
+    def _lora_name(self) -> str | None:
+        """Returns the adapter that samples are made with; None: the weights as they are.
+
+        Raises:
+            WeightsMismatchError: Samples are to be of the old policy, which has not arrived.
+        """
+        if not self._has_adapter and self._adapter != _IN_TRAINING:
+            raise WeightsMismatchError(
+                f"samples must be made with the adapter {self._adapter}, got none so far; have the trainer update the weights "
+                "first."
+            )
+        return self._adapter if self._has_adapter else None
 
     def _running_engine(self) -> Engine:
         if self._engine is None:
