@@ -55,6 +55,7 @@ ROUTES = {
     "/abort_requests": {"post"},
     "/get_world_size": {"get"},
     "/init_weight_transfer_engine": {"post"},
+    "/shutdown_weight_transfer_engine": {"post"},
     "/start_weight_update": {"post"},
     "/update_weights": {"post"},
     "/finish_weight_update": {"post"},
