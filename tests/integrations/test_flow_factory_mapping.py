@@ -1,5 +1,6 @@
 """The plug-in for Flow-Factory where that is not installed: against recorded schedulers and signatures of it."""
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tests.serving.servers import serving
 from flowroll import Client, replay
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
-from flowroll.errors import InvalidRequestError
+from flowroll.errors import InvalidRequestError, MissingExtraError
 from flowroll.integrations import flow_factory as plugin
 from flowroll.integrations.flow_factory.run import dynamics_fields, prompt_fields
 from flowroll.types import SamplingParams
@@ -67,6 +68,13 @@ def test_padding_is_taken_off_and_the_scale_follows_the_negative_prompt() -> Non
     assert guided["negative_prompt_embeds"].shape == (3, 2) and guided["guidance_scale"] == 3.0
     # FLUX.1 is given the scale, with or without a negative prompt.
     assert prompt_fields({**values, "img_ids": None}, 1, torch.float32)["guidance_scale"] == 3.0
+
+
+def test_without_flow_factory_the_error_says_where_it_is() -> None:
+    if importlib.util.find_spec("flow_factory") is not None:
+        pytest.skip("Flow-Factory is installed")
+    with pytest.raises(MissingExtraError, match=r"X-GenGroup/Flow-Factory and run: pip install 'flowroll\[flow-factory\]'"):
+        _ = plugin.SD3_5Adapter
 
 
 def test_the_mixin_stands_in_for_methods_with_the_recorded_arguments() -> None:
@@ -157,7 +165,6 @@ class Loop:
 def test_sampling_runs_on_flowroll_and_its_trajectory_replays(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
 
     from diffusers import StableDiffusion3Pipeline
 
@@ -218,7 +225,6 @@ def test_log_probs_are_the_trainers_own_unless_it_wants_the_engines(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its forward is asked once for each stochastic step, with the engine's states."""
-    import importlib
 
     from diffusers import StableDiffusion3Pipeline
 
