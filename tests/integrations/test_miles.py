@@ -9,6 +9,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import types
 from argparse import Namespace
@@ -177,6 +178,14 @@ def test_a_further_parameter_that_is_given_twice_is_refused() -> None:
         plugin.request_fields({"prompt": "x", "height": 64, "extra_sampling_params": {"height": 32}})
     merged = plugin.request_fields({"prompt": "x", "seed": None, "extra_sampling_params": {"sigmas": [1.0, 0.0]}})
     assert merged == {"prompt": "x", "sigmas": [1.0, 0.0]}
+
+
+def test_the_command_of_the_page_has_flags_of_miles() -> None:
+    root = Path(__file__).parents[2]
+    command = (root / "docs/howto/from-miles.md").read_text().split("python train_diffusion.py")[1].split("```")[0]
+    known = json.loads((root / "tests/data/miles/flags.json").read_text())["flags"]
+    given = re.findall(r"--[a-z0-9-]+", command)
+    assert "--custom-generate-function-path" in given and set(given) <= set(known)
 
 
 def test_seeds_of_more_than_32_bits_are_folded_one_by_one() -> None:
