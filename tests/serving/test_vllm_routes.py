@@ -94,8 +94,11 @@ class SyncClient:
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
         return self._post("update_weights", {"update_info": update_info})
 
-    def finish_weight_update(self, **body: Any) -> dict[str, Any]:
-        return self._post("finish_weight_update", body or None)
+    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
+        return self._post("finish_weight_update", None if weight_version is None else {"weight_version": weight_version})
+
+    def shutdown_weight_transfer_engine(self) -> dict[str, Any]:
+        return self._post("shutdown_weight_transfer_engine")
 
 
 @pytest.mark.parametrize("call", RECORDED, ids=lambda call: call["call"])
@@ -177,7 +180,7 @@ def test_weights_by_the_four_phases_are_those_of_a_fresh_start_and_replay_exactl
     assert service.engine.weights_checksum() == checksum
     with Client(str(server.base_url)) as client:
         (rollout,) = client.rollout(**REQUEST)
-    assert rollout.weight_version == "12"
+    assert rollout.weight_version == "12" and server.get("/weight_info").json() == {"weight_version": "12"}
     assert_same_bits(rollout, expected)
     policy = ZImageTransformer2DModel.from_pretrained(other / "transformer")
     replay.align_weights(policy)
@@ -236,8 +239,8 @@ def test_packed_tensors_of_another_size_are_an_error(server: httpx.Client, servi
 def test_the_group_is_left_once_and_again(server: httpx.Client) -> None:
     answer = {"message": "Weight transfer shut down"}
     with joined(server):
-        assert server.post("/shutdown_weight_transfer_engine").json() == answer
-    assert server.post("/shutdown_weight_transfer_engine").json() == answer
+        assert SyncClient(server).shutdown_weight_transfer_engine() == answer
+    assert SyncClient(server).shutdown_weight_transfer_engine() == answer
     update = {"update_info": {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}}
     assert server.post("/update_weights", json=update).status_code == 404
 

@@ -210,6 +210,17 @@ class PausedObject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightInfoObject:
+    """Which weights there are.
+
+    Attributes:
+        weight_version: Their version.
+    """
+
+    weight_version: Annotated[str, Meta(examples=["120"])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorldObject:
     """How many members of a process group this server is.
 

@@ -32,6 +32,7 @@ from flowroll.wire.vllm import (
     StartUpdateRequest,
     StatusObject,
     UpdateWeightsRequest,
+    WeightInfoObject,
     WorldObject,
     WorldQuery,
 )
@@ -99,6 +100,10 @@ def build_router(state: AppState) -> APIRouter:
         accepted = await accept_control(request, state, AbortRequestsRequest)
         named = [engine.call(EngineService.abort, one) for one in accepted.request_ids or (None,)]
         return AbortedRequestsObject(aborted=sum([await asyncio.wrap_future(one) for one in named]))
+
+    @router.get("/weight_info", summary="The version of the weights, as in vLLM", responses=COMMON_RESPONSES)
+    async def weight_info() -> WeightInfoObject:
+        return WeightInfoObject(weight_version=(await state.status()).weight_version)
 
     @router.get(
         "/get_world_size",
