@@ -51,6 +51,8 @@ def make(checkpoints: dict[str, Path]) -> Any:
             master_weight_dtype="fp32",
             lora_rank=2,
             target_modules="all" if finetune == "full" else ["to_q", "to_k"],
+            # Those of the trainer's own forward are tested with its trainers.
+            extra_kwargs={"flowroll_log_probs": "engine"},
         )
         config = SimpleNamespace(
             model_args=model,

@@ -1,5 +1,6 @@
 """The plug-in for Flow-Factory where that is not installed: against recorded schedulers and signatures of it."""
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tests.serving.servers import serving
 from flowroll import Client, replay
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
-from flowroll.errors import InvalidRequestError
+from flowroll.errors import InvalidRequestError, MissingExtraError
 from flowroll.integrations import flow_factory as plugin
 from flowroll.integrations.flow_factory.run import dynamics_fields, prompt_fields
 from flowroll.types import SamplingParams
@@ -59,12 +60,21 @@ def test_padding_is_taken_off_and_the_scale_follows_the_negative_prompt() -> Non
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     embeds = torch.arange(12.0).reshape(2, 3, 2)
     values = {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "negative_prompt_embeds": None, "guidance_scale": 3}
-    made = prompt_fields(values, 0)
+    made = prompt_fields(values, 0, torch.float32)
     assert torch.equal(made["prompt_embeds"], embeds[0, :2]) and made["guidance_scale"] == 0.0
-    guided = prompt_fields({**values, "negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}, 1)
+    # The preprocessed ones are float32, and the engine takes those of its own dtype alone.
+    assert prompt_fields(values, 0, torch.bfloat16)["prompt_embeds"].dtype == torch.bfloat16
+    guided = prompt_fields({**values, "negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}, 1, torch.float32)
     assert guided["negative_prompt_embeds"].shape == (3, 2) and guided["guidance_scale"] == 3.0
     # FLUX.1 is given the scale, with or without a negative prompt.
-    assert prompt_fields({**values, "img_ids": None}, 1)["guidance_scale"] == 3.0
+    assert prompt_fields({**values, "img_ids": None}, 1, torch.float32)["guidance_scale"] == 3.0
+
+
+def test_without_flow_factory_the_error_says_where_it_is() -> None:
+    if importlib.util.find_spec("flow_factory") is not None:
+        pytest.skip("Flow-Factory is installed")
+    with pytest.raises(MissingExtraError, match=r"X-GenGroup/Flow-Factory and run: pip install 'flowroll\[flow-factory\]'"):
+        _ = plugin.SD3_5Adapter
 
 
 def test_the_mixin_stands_in_for_methods_with_the_recorded_arguments() -> None:
@@ -85,7 +95,7 @@ class Loop:
         self.pipeline, self.scheduler = pipeline, scheduler_of(row)
         self.transformer_names = ["transformer"]
         self.target_module_map: dict[str, Any] = {"transformer": None}
-        self.model_args = SimpleNamespace(finetune_type="full")
+        self.model_args = SimpleNamespace(finetune_type="full", extra_kwargs={"flowroll_log_probs": "engine"})
         self.accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
         self.device, self.mode = torch.device("cpu"), "rollout"
 
@@ -155,7 +165,6 @@ class Loop:
 def test_sampling_runs_on_flowroll_and_its_trajectory_replays(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
 
     from diffusers import StableDiffusion3Pipeline
 
@@ -210,6 +219,51 @@ def test_sampling_runs_on_flowroll_and_its_trajectory_replays(
         adapter.train()
         seen = {adapter.inference(embeds, pooled)[0].extra_kwargs["flowroll_weight_version"] for _ in range(2)}
         assert len(seen) == 2
+
+
+def test_log_probs_are_the_trainers_own_unless_it_wants_the_engines(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward is asked once for each stochastic step, with the engine's states."""
+
+    from diffusers import StableDiffusion3Pipeline
+
+    class Scored(Loop):
+        def forward(
+            self,
+            t: Any,
+            latents: Any,
+            prompt_embeds: Any,
+            pooled_prompt_embeds: Any,
+            guidance_scale: float,
+            compute_log_prob: bool = True,
+            next_latents: Any = None,
+            return_kwargs: Any = (),
+        ) -> Any:
+            asked.append((latents, next_latents, list(return_kwargs)))
+            return SimpleNamespace(log_prob=torch.tensor([-0.5, -0.25]))
+
+    asked: list[Any] = []
+    fake = SimpleNamespace(SDESchedulerOutput=lambda **made: SimpleNamespace(**{"log_prob": None, **made}))
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "flow_factory.scheduler" else real(name))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(checkpoints["sd3"])
+    row = next(one for one in RECORDED["schedulers"] if one["current_sde_steps"] == [1, 4])
+    with Engine(checkpoints["sd3"], device="cpu", dtype="float32") as engine:
+        adapter = plugin.on_flowroll(Scored, lambda _: plugin.EngineBackend(engine))(pipeline, row)
+        adapter.model_args.extra_kwargs = {}
+        embeds, _, pooled, _ = pipeline.encode_prompt(["a cat", "a dog"], None, None, do_classifier_free_guidance=False)
+        samples = adapter.inference(embeds, pooled)
+        for sample, own in zip(samples, (-0.5, -0.25), strict=True):
+            assert [None if one is None else one.item() for one in sample.log_probs] == [None, own, None, None, own, None]
+        for step, (latents, next_latents, wanted) in zip((1, 4), asked, strict=True):
+            assert wanted == ["log_prob"] and latents.dtype == next_latents.dtype == torch.float32
+            for index, sample in enumerate(samples):
+                assert torch.equal(latents[index], sample.all_latents[step])
+                assert torch.equal(next_latents[index], sample.all_latents[step + 1])
+        adapter.model_args.extra_kwargs = {"flowroll_log_probs": "none"}
+        with pytest.raises(InvalidRequestError, match='flowroll_log_probs must be "trainer" or "engine"'):
+            adapter.inference(embeds, pooled)
 
 
 def test_weights_beside_the_transformers_are_refused(checkpoints: dict[str, Path]) -> None:

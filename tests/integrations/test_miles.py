@@ -9,6 +9,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import types
 from argparse import Namespace
@@ -31,6 +32,8 @@ from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
 from flowroll.errors import InvalidRequestError, MissingExtraError
 from flowroll.integrations import miles as plugin
+from flowroll.integrations.seeds import fold_seed
+from flowroll.types import SamplingParams
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data/miles/requests.json").read_text())
 REQUESTS = RECORDED["requests"] | {f"newer {name}": body for name, body in RECORDED["newer"]["requests"].items()}
@@ -177,12 +180,53 @@ def test_a_further_parameter_that_is_given_twice_is_refused() -> None:
     assert merged == {"prompt": "x", "sigmas": [1.0, 0.0]}
 
 
+def test_the_command_of_the_page_has_flags_of_miles() -> None:
+    root = Path(__file__).parents[2]
+    command = (root / "docs/howto/from-miles.md").read_text().split("python train_diffusion.py")[1].split("```")[0]
+    known = json.loads((root / "tests/data/miles/flags.json").read_text())["flags"]
+    given = re.findall(r"--[a-z0-9-]+", command)
+    assert "--custom-generate-function-path" in given and set(given) <= set(known)
+
+
+def test_seeds_of_more_than_32_bits_are_folded_one_by_one() -> None:
+    seed = 2**63 - 3
+    fields = plugin.request_fields({"prompt": "x", "seed": seed, "num_outputs_per_prompt": 2})
+    assert fields == {"prompt": "x", "seeds": (fold_seed(seed), fold_seed(seed + 1))}
+    assert SamplingParams(**fields).num_samples == 2
+    small = {"prompt": "x", "seed": 2**32 - 2, "num_outputs_per_prompt": 2}
+    assert plugin.request_fields(small) == small
+    # The second one would be 2^32.
+    assert plugin.request_fields({**small, "seed": 2**32 - 1})["seeds"] == (2**32 - 1, 1)
+
+
 def test_without_miles_the_error_says_where_it_is() -> None:
     if importlib.util.find_spec("miles") is not None:
         pytest.skip("miles is installed")
     with pytest.raises(MissingExtraError, match="miles_diffusion"):
         asyncio.run(plugin.generate(Namespace(), [object()], {}))
     assert asyncio.run(plugin.generate(Namespace(), [], {})) == []
+
+
+class Module(types.SimpleNamespace):
+    """Stands in for a module of miles."""
+
+
+def test_both_seeds_are_recorded_where_they_differ(server: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of miles that `generate` takes is what it is asked for here."""
+    body = {**REQUESTS["window"], "true_cfg_scale": 4.0, "seed": 2**40 + 5}
+    stand_in = Module(
+        GenerateState=lambda args: Module(step_strategy_fn=None),
+        build_rollout_generate_payload=lambda given, prompt, num_outputs_per_prompt: body,
+        apply_rollout_image_response=lambda sample, answer, deserialize_func: (
+            vars(sample).update(seed=answer["seed"], dit_trajectory=None, weight_versions=[], train_metadata=None) or sample
+        ),
+    )
+    monkeypatch.setattr(plugin, "_import", lambda name: stand_in)
+    monkeypatch.setenv("FLOWROLL_URL", str(server.base_url))
+    samples = [Namespace(prompt=PROMPT) for _ in range(2)]
+    filled = asyncio.run(plugin.generate(Namespace(), samples, {}))
+    asked = [sample.train_metadata["trainer_seed"] for sample in filled]
+    assert asked == [2**40 + 5, 2**40 + 6] and [sample.seed for sample in filled] == [fold_seed(one) for one in asked]
 
 
 # What follows drives miles' own code.

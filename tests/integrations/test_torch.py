@@ -1,6 +1,7 @@
 """Rollouts as a dataset, over the real engine and the real server."""
 
 import gc
+import inspect
 import pickle
 import subprocess
 import sys
@@ -329,6 +330,13 @@ def test_worker_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pickle.dumps(dataset)
 
 
+def made_unchecked(*args: Any, **arguments: Any) -> RolloutDataset:
+    """Calls the constructor itself: the checker of annotations would refuse a wrong type before its own check sees it."""
+    dataset = RolloutDataset.__new__(RolloutDataset)
+    inspect.unwrap(RolloutDataset.__init__)(dataset, *args, **arguments)
+    return dataset
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -346,9 +354,8 @@ def test_worker_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_arguments_are_refused_at_once(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"source": FakeSource(), "prompts": PROMPTS, **change}
     with pytest.raises(InvalidRequestError, match=message):
-        RolloutDataset(arguments.pop("source"), arguments.pop("prompts"), **arguments)
+        made_unchecked(**{"source": FakeSource(), "prompts": PROMPTS, **change})
 
 
 def test_an_asynchronous_client_is_refused() -> None:
@@ -362,7 +369,7 @@ def test_an_asynchronous_client_is_refused() -> None:
 )
 def test_wrong_items_are_refused(item: Any, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        next(iter(RolloutDataset(FakeSource(), [item])))
+        next(iter(made_unchecked(FakeSource(), [item])))
 
 
 def test_its_length_is_that_of_the_prompts() -> None:

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.rollouts import assert_same_bits
 from tests.serving.servers import SMALL, WAIT_S, Background, error_of, serving, until
@@ -28,6 +29,7 @@ from flowroll.wire.vllm import VLLM_GROUP
 ROLLOUT = "/rollout/generate"
 # What vLLM's own client sent; see tests/data/README.md.
 RECORDED = json.loads((Path(__file__).parents[1] / "data/vllm.json").read_text())["calls"]
+PACKED = Path(__file__).parents[1] / "data/vllm_packed.safetensors"
 LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 60, "rollout_debug_mode": False}
 
 
@@ -92,8 +94,11 @@ class SyncClient:
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
         return self._post("update_weights", {"update_info": update_info})
 
-    def finish_weight_update(self, **body: Any) -> dict[str, Any]:
-        return self._post("finish_weight_update", body or None)
+    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
+        return self._post("finish_weight_update", None if weight_version is None else {"weight_version": weight_version})
+
+    def shutdown_weight_transfer_engine(self) -> dict[str, Any]:
+        return self._post("shutdown_weight_transfer_engine")
 
 
 @pytest.mark.parametrize("call", RECORDED, ids=lambda call: call["call"])
@@ -110,12 +115,12 @@ def test_the_calls_of_these_tests_are_those_of_vllms_own_client(call: dict[str, 
 
 
 @contextmanager
-def joined(http: httpx.Client) -> Iterator[BroadcastGroup]:
+def joined(http: httpx.Client, **changes: Any) -> Iterator[BroadcastGroup]:
     """The trainer's end of the group."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     world_size = 1 + http.get("/get_world_size").json()["world_size"]
-    info = {**RECORDED[0]["arguments"][0], "master_port": port, "world_size": world_size, "backend": "gloo"}
+    info = {**RECORDED[0]["arguments"][0], "master_port": port, "world_size": world_size, "backend": "gloo", **changes}
     answers: list[dict[str, Any]] = []
     joining = threading.Thread(target=lambda: answers.append(SyncClient(http).init_weight_transfer_engine(info)))
     store = TCPStore("127.0.0.1", port, world_size, True, wait_for_workers=False)
@@ -136,7 +141,9 @@ def joined(http: httpx.Client) -> Iterator[BroadcastGroup]:
         yield group
 
 
-def send(http: httpx.Client, group: BroadcastGroup, tensors: dict[str, Tensor], **info: Any) -> None:
+def send(
+    http: httpx.Client, group: BroadcastGroup, tensors: dict[str, Tensor], broadcast: list[Tensor] | None = None, **info: Any
+) -> None:
     described = {
         "names": list(tensors),
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
@@ -146,7 +153,7 @@ def send(http: httpx.Client, group: BroadcastGroup, tensors: dict[str, Tensor], 
     answers: list[dict[str, Any]] = []
     receiving = threading.Thread(target=lambda: answers.append(SyncClient(http).update_weights(described)))
     receiving.start()
-    for tensor in tensors.values():
+    for tensor in broadcast or tensors.values():
         group.broadcast(tensor)
     receiving.join(WAIT_S)
     assert answers == [{"message": "Weights updated"}]
@@ -173,12 +180,69 @@ def test_weights_by_the_four_phases_are_those_of_a_fresh_start_and_replay_exactl
     assert service.engine.weights_checksum() == checksum
     with Client(str(server.base_url)) as client:
         (rollout,) = client.rollout(**REQUEST)
-    assert rollout.weight_version == "12"
+    assert rollout.weight_version == "12" and server.get("/weight_info").json() == {"weight_version": "12"}
     assert_same_bits(rollout, expected)
     policy = ZImageTransformer2DModel.from_pretrained(other / "transformer")
     replay.align_weights(policy)
     for batch in replay.micro_batches(policy, [rollout], micro_batch=4):
         assert (replay.ratio(batch.log_probs, batch.old_log_probs) == 1).all()
+
+
+def packed_by_vllm() -> tuple[dict[str, Tensor], list[Tensor], int]:
+    """Tensors, what vLLM's own code broadcast for them, and the size of its buffer."""
+    with safe_open(PACKED, "pt") as file:
+        found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        size = int(file.metadata()["packed_buffer_size_bytes"])
+    tensors = {name.split(".", 2)[2]: tensor for name, tensor in found.items() if name.startswith("tensor.")}
+    return tensors, [tensor for name, tensor in found.items() if name.startswith("bucket.")], size
+
+
+@pytest.mark.parametrize("said", ["at the beginning", "in the update", "without a start"])
+def test_what_vllms_own_code_packs_is_unpacked_into_the_same_tensors(
+    said: str, server: httpx.Client, service: EngineService
+) -> None:
+    tensors, buckets, size = packed_by_vllm()
+    # Several tensors in one, and one that is longer than the buffer.
+    assert 1 < len(buckets) < len(tensors) and max(len(bucket) for bucket in buckets) > 2 * size
+    sizes = {"packed": True, "packed_buffer_size_bytes": size}
+    sync, before = SyncClient(server), service.engine.weights_checksum()
+    with joined(server, **(sizes if said == "at the beginning" else {})) as group:
+        if said != "without a start":
+            sync.start_weight_update()
+        send(server, group, tensors, buckets, **({} if said == "at the beginning" else sizes))
+        if said != "without a start":
+            assert service.engine.weights_checksum() == before
+            sync.finish_weight_update()
+    weights = service.engine._model.transformer.state_dict()
+    for name, tensor in tensors.items():
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
+
+
+def test_packed_tensors_of_another_size_are_an_error(server: httpx.Client, service: EngineService) -> None:
+    """The bytes that are left over are not taken for other tensors."""
+    tensors, buckets, size = packed_by_vllm()
+    before = service.engine.weights_checksum()
+    update = {
+        "names": list(tensors),
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+    }
+    with joined(server, packed=True, packed_buffer_size_bytes=2 * size) as group:
+        answering = Background(lambda: server.post("/update_weights", json={"update_info": update}))
+        for bucket in buckets:
+            with suppress(Exception):
+                group.broadcast(bucket)
+        assert answering.answer().status_code == 422
+    assert service.engine.weights_checksum() == before
+
+
+def test_the_group_is_left_once_and_again(server: httpx.Client) -> None:
+    answer = {"message": "Weight transfer shut down"}
+    with joined(server):
+        assert SyncClient(server).shutdown_weight_transfer_engine() == answer
+    assert SyncClient(server).shutdown_weight_transfer_engine() == answer
+    update = {"update_info": {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}}
+    assert server.post("/update_weights", json=update).status_code == 404
 
 
 def test_without_a_start_a_bucket_is_put_in_place_at_once(
@@ -227,13 +291,18 @@ def test_an_update_that_was_not_started_or_is_under_way_is_refused(
             {"init_info": {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 2, "world_size": 2}},
             "init_info.rank_offset",
         ),
-        ("/init_weight_transfer_engine", {"init_info": {**RECORDED[0]["arguments"][0], "packed": True}}, "init_info.packed"),
-        ("/update_weights", {"update_info": {"names": [], "dtype_names": [], "shapes": []}}, "update_info"),
         (
-            "/update_weights",
-            {"update_info": {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]], "packed": True}},
-            "update_info.packed",
+            "/init_weight_transfer_engine",
+            {"init_info": {**RECORDED[0]["arguments"][0], "packed_buffer_size_bytes": 0}},
+            "init_info",
         ),
+        ("/init_weight_transfer_engine", {"init_info": {"packed": True}}, "init_info"),
+        (
+            "/init_weight_transfer_engine",
+            {"init_info": {"rank_offset": 1, "world_size": 2, "nccl_unique_id_b64": "AA=="}},
+            "init_info",
+        ),
+        ("/update_weights", {"update_info": {"names": [], "dtype_names": [], "shapes": []}}, "update_info"),
         ("/update_weights", {"update_info": {"ipc_handles_pickled": "gASV"}}, "update_info"),
         ("/start_weight_update", {"draft": True}, "draft"),
         ("/finish_weight_update", {"weight_version": 12}, "weight_version"),

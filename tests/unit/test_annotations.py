@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[2]
 UNCHECKED = {"__init__", "__main__", "examples"}
 UNITS = ("families", "parallel", "replay", "sampling", "types", "test_plots.py")
 QUICK = (*(f"tests/unit/{name}" for name in UNITS), "tests/parity/test_forks.py")
-WIDE = ("tests/parity", "tests/proofs/test_doors.py", "tests/unit", "tests/viewer", "--deselect=tests/unit/test_annotations.py")
+PLUGINS = ("flow_factory_mapping", "miles", "miles_lora", "seeds", "torch")
+WIDE = (
+    *("tests/parity", "tests/proofs/test_doors.py", "tests/unit", "tests/viewer"),
+    *(f"tests/integrations/test_{name}.py" for name in PLUGINS),
+    "--deselect=tests/unit/test_annotations.py",
+)
 
 
 def checked_packages() -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flowroll.client import AsyncClient
 from flowroll.errors import InvalidRequestError, MissingExtraError, QueueFullError, ServerConnectionError
+from flowroll.integrations.seeds import fold_seed
 from flowroll.types import Rollout
 from flowroll.types.results import replace_tensors
 from flowroll.wire.dialects import rollout_to_wire
@@ -52,6 +53,8 @@ async def generate(
     Returns:
         The samples as miles' own `apply_rollout_image_response` fills them in, on the CPU. Each has its own seed, the version
         of its weights at the end of `weight_versions`, and, if it is no evaluation, `train_metadata["sde_step_indices"]`.
+        Where seeds do not fit into 32 bits, `seed` is the folded one and `train_metadata["trainer_seed"]` the one that was
+        asked for.
 
     Raises:
         MissingExtraError: miles is not installed.
@@ -73,7 +76,11 @@ async def generate(
         )
     if not evaluation:
         _check_guidance(payload, rollouts[0])
-    return [fill_sample(sample, rollout) for sample, rollout in zip(microgroup, rollouts, strict=True)]
+    filled = [fill_sample(sample, rollout) for sample, rollout in zip(microgroup, rollouts, strict=True)]
+    if folded_seeds(payload) is not None:
+        for index, sample in enumerate(filled):
+            sample.train_metadata = {**(sample.train_metadata or {}), "trainer_seed": payload["seed"] + index}
+    return filled
 
 
 def request_fields(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +98,22 @@ def request_fields(payload: Mapping[str, Any]) -> dict[str, Any]:
         if name in fields:
             raise InvalidRequestError(f"{name} must be given once, got it in {EXTRA} too; remove it there.", field=name)
     fields |= further
+    if (seeds := folded_seeds(fields)) is not None:
+        fields["seeds"] = seeds
+        del fields["seed"]
+        fields.pop("num_outputs_per_prompt", None)
     if not fields.get("rollout", True):
         # The builder leaves them out of evaluations, and a rollout's defaults are not asked for.
         fields = {name: value for name, value in fields.items() if name == "rollout" or not name.startswith("rollout_")}
     return fields
+
+
+def folded_seeds(fields: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Returns the engine's seeds of a request whose own do not all fit into 32 bits, each folded by `fold_seed`; else None."""
+    seed, count = fields.get("seed"), fields.get("num_outputs_per_prompt") or 1
+    if not isinstance(seed, int) or seed + count <= 2**32:
+        return None
+    return tuple(fold_seed(seed + index) for index in range(count))
 
 
 def fill_sample(sample: Any, rollout: Rollout) -> Any:

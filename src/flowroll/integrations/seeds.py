@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowroll.types.plain import plain
 from flowroll.types.rules import is_int, require
 
@@ -9,7 +11,7 @@ from flowroll.types.rules import is_int, require
 MAX_TRAINER_SEED = 2**63 - 1
 
 
-def fold_seed(seed: int, field: str = "seed") -> int:
+def fold_seed(seed: Any, field: str = "seed") -> int:
     """Returns the 32-bit seed of an engine for a trainer's seed of up to 63 bits: the exclusive or of its two halves.
 
         (seed ^ (seed >> 32)) mod 2^32
@@ -18,7 +20,7 @@ def fold_seed(seed: int, field: str = "seed") -> int:
     with the chance of a collision of 32 bits.
 
     Args:
-        seed: The trainer's seed, in [0, 2^63).
+        seed: The trainer's seed, in [0, 2^63): an integer of Python, numpy or torch.
         field: The name of the field in an error message.
 
     Raises:
@@ -27,4 +29,4 @@ def fold_seed(seed: int, field: str = "seed") -> int:
     seed = plain(seed)
     ok = is_int(seed) and 0 <= seed <= MAX_TRAINER_SEED
     require(ok, field, "be an integer from 0 to 2^63 - 1", seed, "send the seed of one sample")
-    return (seed ^ (seed >> 32)) % 2**32
+    return int((seed ^ (seed >> 32)) % 2**32)

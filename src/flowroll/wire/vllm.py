@@ -19,6 +19,8 @@ from flowroll.wire.weights import Versioned
 
 # The one group of a server that these routes join, as vLLM has one.
 VLLM_GROUP = "vllm-weight-transfer"
+# Of vLLM, where it is not said.
+DEFAULT_PACKED_BYTES = 2**30
 _Flag = Literal["true", "false", "True", "False", "1", "0"]
 
 
@@ -61,9 +63,11 @@ class InitInfo(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, om
         rank_offset: The rank of this server; the trainer has rank 0.
         world_size: The trainer and its servers, each of which counts as one, as /get_world_size says.
         backend: gloo carries tensors on the CPU, nccl on GPUs.
-        packed: false: tensors are broadcast one by one. Newer releases of vLLM say it here, older ones in each update.
-        packed_buffer_size_bytes: Without a meaning where nothing is packed.
-        packed_num_buffers: Without a meaning where nothing is packed.
+        packed: Whether tensors are broadcast as tensors of uint8 that hold the bytes of several in a row; false: one by one.
+            Newer releases of vLLM say it here for all updates, and do so unless they are told otherwise; older ones say it in
+            each update.
+        packed_buffer_size_bytes: Each packed tensor but the last ends with the first one that takes it over this size.
+        packed_num_buffers: How many the sender has under way; taken for clients that send it.
     """
 
     master_address: Annotated[str, Meta(min_length=1, max_length=255)]
@@ -72,7 +76,7 @@ class InitInfo(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, om
     world_size: Annotated[int, Meta(ge=2, le=4096)]
     backend: Literal["nccl", "gloo"] = "nccl"
     packed: bool = False
-    packed_buffer_size_bytes: int | None = None
+    packed_buffer_size_bytes: Annotated[int, Meta(ge=1)] = DEFAULT_PACKED_BYTES
     packed_num_buffers: int | None = None
 
 
@@ -95,20 +99,14 @@ class InitTransferRequest(Request, kw_only=True, frozen=True):
     ]
 
     def check(self, sent: Mapping[str, Any]) -> None:
-        """Refuses a rank that the group does not have, and tensors that would be read as other bytes than were sent."""
+        """Refuses a rank that the group does not have."""
         info = self.init_info
-        _check_unpacked(info.packed, "init_info.packed")
         if info.rank_offset >= info.world_size:
             raise InvalidRequestError(
                 f"init_info.rank_offset must be below world_size, got {info.rank_offset} of {info.world_size}; number servers "
                 "from 1.",
                 field="init_info.rank_offset",
             )
-
-
-def _check_unpacked(packed: bool, field: str) -> None:
-    if packed:
-        raise InvalidRequestError(f"{field} must be false, got true; broadcast the tensors one by one.", field=field)
 
 
 class StartUpdateRequest(Request, kw_only=True, frozen=True):
@@ -130,16 +128,16 @@ class UpdateInfo(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, 
         names: Their names in the transformer's state_dict.
         dtype_names: Their dtypes, e.g. "bfloat16".
         shapes: Their shapes.
-        packed: false: they are broadcast one by one.
-        packed_buffer_size_bytes: Without a meaning where nothing is packed.
-        packed_num_buffers: Without a meaning where nothing is packed.
+        packed: Whether they are packed, if `init_info` did not say so; false: they are broadcast one by one.
+        packed_buffer_size_bytes: Each packed tensor but the last ends with the first one that takes it over this size.
+        packed_num_buffers: How many the sender has under way; taken for clients that send it.
     """
 
     names: Annotated[list[str], Meta(min_length=1)]
     dtype_names: Annotated[list[str], Meta(min_length=1)]
     shapes: Annotated[list[list[int]], Meta(min_length=1)]
     packed: bool = False
-    packed_buffer_size_bytes: int | None = None
+    packed_buffer_size_bytes: Annotated[int, Meta(ge=1)] = DEFAULT_PACKED_BYTES
     packed_num_buffers: int | None = None
 
 
@@ -160,10 +158,6 @@ class UpdateWeightsRequest(Request, kw_only=True, frozen=True):
             "be an object that describes broadcast tensors",
         ),
     ]
-
-    def check(self, sent: Mapping[str, Any]) -> None:
-        """Refuses what would be read as other bytes than were sent."""
-        _check_unpacked(self.update_info.packed, "update_info.packed")
 
 
 class FinishUpdateRequest(Versioned, kw_only=True, frozen=True):
@@ -207,6 +201,17 @@ class PausedObject:
     """
 
     is_paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightInfoObject:
+    """Which weights there are.
+
+    Attributes:
+        weight_version: Their version.
+    """
+
+    weight_version: Annotated[str, Meta(examples=["120"])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

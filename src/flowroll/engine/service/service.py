@@ -356,11 +356,13 @@ class EngineService:
         heads: Sequence[TensorHead],
         *,
         flattened: bool,
+        packed_bytes: int | None = None,
         sha256: str | None = None,
     ) -> UpdateProgress:
         """Receives a bucket from a process group; see `receive_from_group`. After an error the group receives nothing more."""
         receiver, group = self._receiver(update_id), self._groups.find(group_name, group_id)
-        receive_from_group(receiver, group, heads, flattened=flattened, sha256=sha256)
+        form: dict[str, Any] = {"flattened": flattened, "packed_bytes": packed_bytes, "sha256": sha256}
+        receive_from_group(receiver, group, heads, **form)
         return self._progress(receiver)
 
     @working

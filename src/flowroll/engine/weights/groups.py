@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -233,6 +233,7 @@ def receive_from_group(
     heads: Sequence[TensorHead],
     *,
     flattened: bool = False,
+    packed_bytes: int | None = None,
     sha256: str | None = None,
 ) -> None:
     """Receives a bucket of tensors from a process group. Requests may run meanwhile.
@@ -242,6 +243,8 @@ def receive_from_group(
         group: The group, whose rank 0 sends the bucket.
         heads: The names, dtypes and shapes of its tensors, in the order in which they are sent.
         flattened: Whether all tensors are sent as one tensor of uint8 that holds their bytes in a row.
+        packed_bytes: Where they are sent as several such tensors, as vLLM packs them: the size that each of these but the last
+            is longer than by its last tensor. None: they are not.
         sha256: The `tensors_digest` of the tensors as hexadecimal digits, which is compared; None: it is not known.
 
     Raises:
@@ -251,7 +254,11 @@ def receive_from_group(
     """
     try:
         with group.turn(), incoming.bucket(heads, device=group.device) as targets:
-            group.receive_into(targets, flattened)
+            if packed_bytes is None:
+                group.receive_into(targets, flattened)
+            else:
+                for packed in _packed(targets, packed_bytes):
+                    group.receive_into(packed, True)
             _check_written(heads, targets)
             if sha256 is not None and tensors_digest(targets) != sha256.lower():
                 raise WeightsRejectedError(
@@ -261,6 +268,20 @@ def receive_from_group(
     except BaseException:
         group.close(UNRECEIVED)
         raise
+
+
+def _packed(targets: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Yields the tensors that vLLM packs into one: as many as it takes for their bytes to be more than a size."""
+    packed: list[Tensor] = []
+    num_bytes = 0
+    for target in targets:
+        packed.append(target)
+        num_bytes += target.nbytes
+        if num_bytes > size:
+            yield packed
+            packed, num_bytes = [], 0
+    if packed:
+        yield packed
 
 
 def _check_written(heads: Sequence[TensorHead], targets: Sequence[Tensor]) -> None:

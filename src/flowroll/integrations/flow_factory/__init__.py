@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flowroll.errors import MissingExtraError
 from flowroll.integrations.flow_factory.backends import Backend, ClientBackend, EngineBackend, make_backend
 from flowroll.integrations.flow_factory.mixin import FlowrollMixin
 
@@ -56,7 +57,16 @@ def __getattr__(name: str) -> Any:
     """Makes the adapter of a name in `ADAPTERS` when it is first asked for, which imports Flow-Factory."""
     if name not in ADAPTERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = on_flowroll(getattr(importlib.import_module(ADAPTERS[name]), name))
+    try:
+        module = importlib.import_module(ADAPTERS[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "flow_factory":
+            raise
+        raise MissingExtraError(
+            f"flowroll.integrations.flow_factory must have Flow-Factory, got none ({ADAPTERS[name]}); install "
+            "github.com/X-GenGroup/Flow-Factory and run: pip install 'flowroll[flow-factory]'."
+        ) from error
+    made = on_flowroll(getattr(module, name))
     globals()[name] = made
     return made
 

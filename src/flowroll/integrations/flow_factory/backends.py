@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from flowroll.types import Rollout, SamplingParams
@@ -17,8 +18,15 @@ if TYPE_CHECKING:
 _MAX_REQUESTS = 16
 
 
+@runtime_checkable
 class Backend(Protocol):
-    """Where samples are rolled out."""
+    """Where samples are rolled out.
+
+    Attributes:
+        dtype: The dtype of its transformer, and so of the embeddings that it takes.
+    """
+
+    dtype: torch.dtype
 
     def rollouts(self, requests: Sequence[SamplingParams]) -> list[Rollout]:
         """Runs requests of one sample each, in their order."""
@@ -41,7 +49,7 @@ class EngineBackend:
     """Rolls out on an engine of this process."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self.dtype = engine, _dtype_of(engine.info.dtype)
 
     def rollouts(self, requests: Sequence[SamplingParams]) -> list[Rollout]:
         """See `Backend`. All requests are under way together, and share forwards."""
@@ -71,7 +79,7 @@ class ClientBackend:
     """Rolls out on a server."""
 
     def __init__(self, client: Client) -> None:
-        self.client = client
+        self.client, self.dtype = client, _dtype_of(client.server_info()["dtype"])
         self._pool = ThreadPoolExecutor(max_workers=_MAX_REQUESTS, thread_name_prefix="flowroll-rollout")
 
     def rollouts(self, requests: Sequence[SamplingParams]) -> list[Rollout]:
@@ -96,7 +104,7 @@ def make_backend(adapter: Any) -> Backend:
     """Makes the backend that an adapter's configuration names.
 
     `flowroll_url` under `model` is the address of a server; without it an engine is made in this process, on the adapter's
-    device and with the dtype of its transformer.
+    device and with the dtype of its transformer, or with `flowroll_dtype`.
     """
     extra = getattr(adapter.model_args, "extra_kwargs", None) or {}
     if url := extra.get("flowroll_url"):
@@ -105,8 +113,14 @@ def make_backend(adapter: Any) -> Backend:
         return ClientBackend(Client(url, api_key=extra.get("flowroll_api_key")))
     from flowroll.engine import Engine
 
-    dtype = str(adapter.pipeline.transformer.dtype).removeprefix("torch.")
+    dtype = extra.get("flowroll_dtype") or str(adapter.pipeline.transformer.dtype).removeprefix("torch.")
     variant = extra.get("flowroll_variant")
     return EngineBackend(
         Engine(adapter.model_args.model_name_or_path, variant=variant, dtype=dtype, device=str(adapter.device))
     )
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -40,7 +40,8 @@ class FlowrollMixin:
         values = _by_name(own, args, values)
         self._sync()
         self.flowroll_size = int(values["height"]), int(values["width"])
-        self._run = run = Run(self, values.get("extra_call_back_kwargs") or ())
+        own_forward = super().forward if self._takes_own_log_probs() else None  # type: ignore[misc]
+        self._run = run = Run(self, values.get("extra_call_back_kwargs") or (), own_forward)
         try:
             samples = own(**values)
         finally:
@@ -64,7 +65,20 @@ class FlowrollMixin:
         if self._run is not None and self._run.rollouts:
             return latents
         cast: Tensor = super().cast_latents(latents, *args, **values)  # type: ignore[misc]
-        return cast
+        if self._run is None:
+            return cast
+        # Of weights in another dtype the engine's pipeline would have drawn x_T in its own.
+        dtype = self.flowroll_backend.dtype
+        rounded = cast if dtype == self.pipeline.transformer.dtype else cast.to(dtype)
+        # It is stored beside the later states, and only one dtype stacks on every device.
+        return rounded.float()
+
+    def _takes_own_log_probs(self: Any) -> bool:
+        """Whether log-probs are those of the adapter's own forward, under the autocast that its trainer has on."""
+        chosen = (getattr(self.model_args, "extra_kwargs", None) or {}).get("flowroll_log_probs", "trainer")
+        ok = chosen in ("trainer", "engine")
+        require(ok, "flowroll_log_probs", 'be "trainer" or "engine"', chosen, "choose one of the two")
+        return bool(chosen == "trainer")
 
     # Weights
 

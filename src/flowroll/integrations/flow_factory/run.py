@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ class Run:
     Args:
         adapter: The adapter.
         keys: What the call's callbacks ask for.
+        own_forward: The adapter's own `forward`, of which the log-probs are then; None: they are the engine's.
     """
 
-    def __init__(self, adapter: Any, keys: Sequence[str]) -> None:
+    def __init__(self, adapter: Any, keys: Sequence[str], own_forward: Callable[..., Any] | None) -> None:
         self._adapter, self._keys = adapter, tuple(key for key in keys if key in _RETURNED)
+        self._own_forward = own_forward
         self._step = 0
         self.rollouts: list[Rollout] = []
 
@@ -53,6 +55,10 @@ class Run:
             rows = [one.step_tensors.tensors[field][step] for one in self.rollouts if one.step_tensors is not None]
             stacked = torch.stack(rows).to(device)
             made[key] = self._std_dev(stacked.reshape(shape), made["dt"]) if key == "std_dev_t" else stacked
+        if "log_prob" in made and self._own_forward is not None:
+            wanted = ["log_prob", *self._keys]
+            own = self._own_forward(**{**values, "next_latents": made["next_latents"], "return_kwargs": wanted})
+            made.update({name: getattr(own, name) for name in wanted})
         scheduler = importlib.import_module("flow_factory.scheduler")
         return scheduler.SDESchedulerOutput(**made)
 
@@ -83,8 +89,9 @@ class Run:
         }
         # Of torch's own generator, from which Flow-Factory's scheduler draws its noise.
         seeds = torch.randint(2**32, (len(latents),)).tolist()
+        dtype = self._adapter.flowroll_backend.dtype
         return [
-            SamplingParams(**common, **prompt_fields(values, index), latents=_start(latents[index]), seed=seeds[index])
+            SamplingParams(**common, **prompt_fields(values, index, dtype), latents=_start(latents[index]), seed=seeds[index])
             for index in range(len(latents))
         ]
 
@@ -112,18 +119,21 @@ def _start(latents: Tensor) -> Tensor:
     return given.float() if given.dtype == torch.float16 else given
 
 
-def prompt_fields(values: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Returns the embeddings of one sample, without padding, and the guidance scale."""
+def prompt_fields(values: Mapping[str, Any], index: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the embeddings of one sample, without padding and in the engine's dtype, and the guidance scale.
+
+    Flow-Factory's preprocessed embeddings are float32, whatever they were computed in.
+    """
     found: dict[str, Any] = {}
     for prefix in ("", "negative_"):
         embeds = values.get(f"{prefix}prompt_embeds")
         if embeds is None:
             continue
         row, mask = embeds[index], values.get(f"{prefix}prompt_embeds_mask")
-        found[f"{prefix}prompt_embeds"] = (row if mask is None else row[mask[index].bool()]).detach().cpu()
+        found[f"{prefix}prompt_embeds"] = (row if mask is None else row[mask[index].bool()]).detach().to("cpu", dtype)
         pooled = values.get(f"{prefix}pooled_prompt_embeds")
         if pooled is not None:
-            found[f"{prefix}pooled_prompt_embeds"] = pooled[index].detach().cpu()
+            found[f"{prefix}pooled_prompt_embeds"] = pooled[index].detach().to("cpu", dtype)
     scale = values.get("guidance_scale")
     scale = scale[index] if isinstance(scale, list | tuple | Tensor) and len(torch.as_tensor(scale).shape) else scale
     return _guided(found, None if scale is None else float(scale), embeds_scale="img_ids" in values)

@@ -153,15 +153,15 @@ class RolloutDataset(IterableDataset[RolloutGroup]):
         for work in list(self._works):
             work.stop()
 
-    def fields_of(self, item: PromptItem, *, epoch: int, index: int) -> dict[str, Any]:
-        """Returns the fields of the request for an item.
+    def fields_of(self, item: object, *, epoch: int, index: int) -> dict[str, Any]:
+        """Returns the fields of the request for what the iterable of prompts yielded.
 
         Raises:
             InvalidRequestError: The item is neither a text nor a mapping of fields, or a value breaks its rule.
         """
         ok = isinstance(item, str | Mapping)
         require(ok, f"prompts[{index}]", "be a text or a mapping of fields", item, "yield one of these")
-        own: dict[str, Any] = {"prompt": item} if isinstance(item, str) else dict(item)
+        own: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"prompt": item}
         given = {**self._request, **own}
         if self._seed is not None and given.get("seed") is None and given.get("seeds") is None:
             given["seed"] = group_seed(self._seed, epoch=epoch, index=index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -29,6 +30,7 @@ from flowroll.wire.vllm import (
     StartUpdateRequest,
     StatusObject,
     UpdateWeightsRequest,
+    WeightInfoObject,
     WorldObject,
     WorldQuery,
 )
@@ -44,8 +46,9 @@ def build_router(state: AppState) -> APIRouter:
     """Returns vLLM's routes."""
     router = APIRouter(tags=["vllm"])
     engine = state.engine
-    # The update that was started and not yet finished, if there is one.
+    # The update that was started and not yet finished, if there is one; and how the group's tensors are packed, if they are.
     started: list[str] = []
+    packed: list[int] = []
 
     @router.post(
         "/pause",
@@ -96,6 +99,10 @@ def build_router(state: AppState) -> APIRouter:
         named = [engine.call(EngineService.abort, one) for one in accepted.request_ids or (None,)]
         return AbortedRequestsObject(aborted=sum([await one for one in named]))
 
+    @router.get("/weight_info", summary="The version of the weights, as in vLLM", responses=COMMON_RESPONSES)
+    async def weight_info() -> WeightInfoObject:
+        return WeightInfoObject(weight_version=(await state.status()).weight_version)
+
     @router.get(
         "/get_world_size",
         summary="How many members of a process group this server is, as in vLLM",
@@ -117,7 +124,20 @@ def build_router(state: AppState) -> APIRouter:
     async def init_weight_transfer_engine(request: Request) -> MessageObject:
         info = (await accept_control(request, state, InitTransferRequest)).init_info
         await join_group(state, VLLM_GROUP, info, "init_info.")
+        packed[:] = [info.packed_buffer_size_bytes] if info.packed else []
         return MessageObject(message="Weight transfer initialized")
+
+    @router.post(
+        "/shutdown_weight_transfer_engine",
+        summary="Leave the trainer's process group, as in vLLM",
+        description="Without a group there is nothing to do, and it is no error.",
+        responses=WEIGHTS_RESPONSES,
+    )
+    async def shutdown_weight_transfer_engine() -> MessageObject:
+        packed.clear()
+        with contextlib.suppress(NotFoundError):
+            await engine.call(EngineService.leave_group, VLLM_GROUP)
+        return MessageObject(message="Weight transfer shut down")
 
     @router.post(
         "/start_weight_update",
@@ -136,8 +156,9 @@ def build_router(state: AppState) -> APIRouter:
     @router.post(
         "/update_weights",
         summary="Take tensors from the process group, as in vLLM",
-        description="Rank 0 broadcasts these tensors in this order. They are part of the update that was started; without "
-        "one they are put in place at once, as by /update_weights_from_distributed (vLLM before 0.19 had no start).",
+        description="Rank 0 broadcasts these tensors in this order, one by one or packed. They are part of the update that was "
+        "started; without one they are put in place at once, as by /update_weights_from_distributed (vLLM before 0.19 had no "
+        "start).",
         responses=_OF_GROUPS,
         openapi_extra=request_body(UpdateWeightsRequest),
     )
@@ -151,8 +172,9 @@ def build_router(state: AppState) -> APIRouter:
         }
         if started:
             sent["update_id"] = started[0]
+        sizes = [info.packed_buffer_size_bytes] if info.packed else packed
         try:
-            await take_from_group(state, sent)
+            await take_from_group(state, sent, sizes[0] if sizes else None)
         except InvalidRequestError as error:
             if error.field in _NAMES:
                 raise error.renamed(f"update_info.{_NAMES[error.field]}") from None

@@ -109,8 +109,13 @@ async def join_group(state: AppState, name: str, place: InitGroupRequest | InitI
     )
 
 
-async def take_from_group(state: AppState, sent: dict[str, Any]) -> SharedUpdateObject:
+async def take_from_group(state: AppState, sent: dict[str, Any], packed_bytes: int | None = None) -> SharedUpdateObject:
     """Receives the bucket that a body of POST /update_weights_from_distributed announces.
+
+    Args:
+        state: The server's.
+        sent: The body.
+        packed_bytes: The size of vLLM's packed tensors, see `receive_from_group`; None: nothing is packed.
 
     Raises:
         NotFoundError: There is no such group, or no such update.
@@ -123,13 +128,12 @@ async def take_from_group(state: AppState, sent: dict[str, Any]) -> SharedUpdate
     group_id = await engine.call(EngineService.find_group, name)
     try:
         accepted, heads = await run_in_threadpool(_described, sent)
-        flattened, sha256 = accepted.load_format is not None, accepted.sha256
+        sha256 = accepted.sha256
+        form: dict[str, Any] = {"flattened": accepted.load_format is not None, "packed_bytes": packed_bytes, "sha256": sha256}
         taken = await state.take_bucket(
             accepted,
             accepted.names,
-            lambda update_id: engine.call(
-                EngineService.fill_from_group, update_id, name, group_id, heads, flattened=flattened, sha256=sha256
-            ),
+            lambda update_id: engine.call(EngineService.fill_from_group, update_id, name, group_id, heads, **form),
         )
         return dataclasses.replace(taken, verified=sha256 is not None)
     except BaseException:
