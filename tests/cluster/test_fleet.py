@@ -17,6 +17,7 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file
 from tests.adapters import policy
 from tests.rollouts import assert_same_bits
+from tests.serving.test_vllm_routes import SyncClient, halves, joined, send
 from tests.weights import WEIGHTS, change, with_other
 
 from flowroll import Client, Engine, Rollout, cluster
@@ -28,6 +29,7 @@ from flowroll.engine import BatchLimits
 from flowroll.errors import (
     AsleepError,
     CancelledRequestError,
+    ForbiddenError,
     InvalidRequestError,
     OutdatedWeightsError,
     PausedError,
@@ -301,6 +303,29 @@ def test_all_replicas_take_weights_from_a_process_group(served: Any, client: Cli
         assert_same(client.rollout(**SPLIT, min_weight_version=version), local.rollout(**SPLIT))
         with pytest.raises(WeightsRejectedError):
             group.update_weights({"other": torch.ones(1)})
+        assert client.weights_checksum() == local.weights_checksum()
+    client.update_weights_from_disk(MODEL)
+    local.update_weights_from_disk(MODEL)
+
+
+@pytest.mark.slow
+def test_vllms_verbs_change_all_replicas_or_none(served: Any, client: Client, local: Engine):
+    weights = {name: tensor * 1.04 for name, tensor in load_file(MODEL / "transformer" / WEIGHTS).items()}
+    with httpx.Client(base_url=served.url, timeout=WAIT_S) as http, joined(http) as group:
+        sync = SyncClient(http)
+        sync.start_weight_update()
+        for bucket in halves(weights):
+            send(http, group, bucket, packed=False)
+        assert client.weights_checksum() == local.weights_checksum()
+        sync.finish_weight_update()
+        local.update_weights_from_tensors(weights)
+        assert client.weights_checksum() == local.weights_checksum()
+        described = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]}
+        refused = http.post("/update_weights", json={"update_info": described})
+        assert refused.status_code == ForbiddenError.status and "/start_weight_update" in refused.json()["error"]["message"]
+        # The weights were whole, so one that joins needs nothing from before.
+        os.kill(served.fleet.describe().replicas[0].pid, signal.SIGKILL)
+        until(lambda: all_ready(served))
         assert client.weights_checksum() == local.weights_checksum()
     client.update_weights_from_disk(MODEL)
     local.update_weights_from_disk(MODEL)

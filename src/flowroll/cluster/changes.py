@@ -166,6 +166,12 @@ class Upload(Change):
         self.buckets: list[Bucket] = []
         self.ids: dict[str, str] = {}
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all tensors of the module, so that nothing before it is left."""
+        arrived = {head.name for bucket in self.buckets if bucket.stored is not None for head in bucket.heads}
+        return self.opened is not None and arrived == set(self.opened.names)
+
     async def open(self, member: Replica) -> OpenedUpdate:
         """Opens the update on a replica, and gives it the buckets that have come."""
         opened = await member.call("open_update", self.module, partial=self.partial)

@@ -119,6 +119,9 @@ class Fleet(EngineClient):
 
     # The interface of an engine
 
+    # Each would be a change that a replica that joins later has to make.
+    takes_lone_buckets = False
+
     @property
     @override
     def failure(self) -> FlowrollError | None:

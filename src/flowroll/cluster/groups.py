@@ -14,7 +14,7 @@ from flowroll.cluster.replicas import ReplicaSet
 from flowroll.cluster.updates import ReplicaLostError
 from flowroll.cluster.weights import FleetWeights
 from flowroll.engine.service import UpdateProgress
-from flowroll.errors import ForbiddenError, InvalidRequestError, NotFoundError, WeightsRejectedError
+from flowroll.errors import InvalidRequestError, NotFoundError, WeightsRejectedError
 from flowroll.wire.safetensors import TensorHead
 
 
@@ -76,11 +76,6 @@ class FleetGroups:
         group = self._find(group_name, group_id)
         async with self._replicas.changing:
             upload = self._weights.upload(update_id)
-            if upload.partial:
-                raise ForbiddenError(
-                    "a bucket for a fleet must be a part of whole weights that are put in place together, got it alone; "
-                    "call /weights/begin without partial, and give its update_id."
-                )
             if {one.id for one in self._replicas.ready()} != set(group.ids):
                 raise WeightsRejectedError(
                     "the group must have all replicas as members, got a fleet whose replicas have changed since; destroy the "

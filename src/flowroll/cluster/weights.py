@@ -235,7 +235,7 @@ class FleetWeights:
         upload.mode = mode
         try:
             return await self._change(
-                upload, "weights", upload.module, weight_version, is_whole=not upload.partial, update_id=update_id
+                upload, "weights", upload.module, weight_version, is_whole=upload.is_whole, update_id=update_id
             )
         except FlowrollError:
             async with self._replicas.changing:

@@ -27,7 +27,7 @@ from flowroll.engine.service import (
     RequestKind,
     UpdateProgress,
 )
-from flowroll.errors import EngineError, InvalidRequestError, QueueFullError
+from flowroll.errors import EngineError, ForbiddenError, InvalidRequestError, QueueFullError
 from flowroll.serving.config import ServerConfig
 from flowroll.serving.disconnect import while_connected
 from flowroll.serving.metrics import Metrics
@@ -239,6 +239,11 @@ class AppState:
         """
         if accepted.update_id is not None:
             return await self._add_bucket(accepted, accepted.update_id, fill)
+        if not self.engine.takes_lone_buckets:
+            raise ForbiddenError(
+                "a bucket for a fleet must be a part of weights that are put in place together, got it alone; call "
+                "/weights/begin (of vLLM's verbs /start_weight_update), and give its update_id."
+            )
         module = accepted.chosen_module
         async with self.pushes.turn:
             self.uploads.check_none()

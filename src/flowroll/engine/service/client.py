@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
 
 from typing_extensions import override
 
@@ -57,9 +57,11 @@ class EngineClient(ABC):
 
     Attributes:
         facts: The facts about the engine that do not change while it runs.
+        takes_lone_buckets: Whether tensors may be put in place that are no part of an update of many buckets.
     """
 
     facts: EngineFacts
+    takes_lone_buckets: ClassVar[bool] = True
 
     @property
     @abstractmethod
