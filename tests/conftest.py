@@ -59,17 +59,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", action="store_true", help="run the tests marked `slow` or `proof` too")
 
 
-# Of a test that runs for every family, so many are in `make test`; which ones differs from test to test. All of them are in
-# `make proofs`.
-_FAMILIES_OF_A_TEST = 2
 # Its pipelines resize every reference image to 1024^2 pixels, which takes its VAE half a second.
 _ELSEWHERE = "qwen_image_edit"
 
 
 def is_dealt_elsewhere(item: pytest.Item) -> bool:
-    """Whether a test's family is left to `make proofs`.
+    """Whether a test's family is left to `make proofs`: of a test that runs for every family, `make test` has one.
 
-    Not of a family's own tests, and not of the proofs, which choose their rows themselves; the slow family's are all there.
+    Which one differs from test to test. Not of a family's own tests, and not of the proofs, which choose their rows themselves; the slow family's are all there.
     """
     from flowroll.families import FAMILIES
 
@@ -81,8 +78,7 @@ def is_dealt_elsewhere(item: pytest.Item) -> bool:
     found = {value for value in values if isinstance(value, str) and value in FAMILIES}
     if len(found) != 1 or any(file.stem == f"test_{name}" for name in FAMILIES):
         return False
-    start = zlib.crc32(item.nodeid.partition("[")[0].encode())
-    return found.pop() not in {names[(start + place) % len(names)] for place in range(_FAMILIES_OF_A_TEST)}
+    return found.pop() != names[zlib.crc32(item.nodeid.partition("[")[0].encode()) % len(names)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -43,14 +43,14 @@ def rows(cases: list[Case], *marks: pytest.MarkDecorator) -> list[Any]:
     ]
 
 
-# Of the other ranks' layouts `make test` has one of each.
-OTHERS = [case for case in QUICK if case.layout != "1"]
-FIRST = [case for case in QUICK if case.layout == "1"] + OTHERS[::4]
+# `make test` has one of each layout: a group on one rank, and the first rank of the others.
+ALONE, OTHERS = ([case for case in QUICK if (case.layout == "1") is is_alone] for is_alone in (True, False))
+FIRST = ALONE[:1] + OTHERS[::4]
 
 
 @pytest.mark.parametrize(
     "case",
-    [*rows(FIRST), *rows([case for case in OTHERS if case not in FIRST], pytest.mark.slow), *rows(FULL, pytest.mark.proof)],
+    [*rows(FIRST), *rows([case for case in QUICK if case not in FIRST], pytest.mark.slow), *rows(FULL, pytest.mark.proof)],
 )
 def test_a_life_on_the_device_costs_no_more_than_recorded(case: Case, tmp_path: Path) -> None:
     load_without_torchvision()

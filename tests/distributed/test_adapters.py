@@ -96,6 +96,7 @@ def test_several_ranks_have_the_bits_of_one(several: Engine, adapters: Path, exp
     assert_same_bits(several.rollout(**guided(several.info.family, 3.0, **ROLLOUT), lora_name="m")[0], expected[4])
 
 
+@pytest.mark.slow
 def test_an_adapter_that_another_rank_reads_otherwise_is_loaded_by_none(z_image_checkpoint: Path, tmp_path: Path) -> None:
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         transformer = engine._model.transformer

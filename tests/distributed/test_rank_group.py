@@ -128,6 +128,7 @@ def test_a_rank_that_dies_while_nothing_runs_takes_the_server_down_too(z_image_c
     assert "got its end by signal 15" in server.log
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_ends_the_request_after_the_timeout_and_nothing_is_left(
     z_image_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -295,6 +296,7 @@ def test_following_without_torchrun_is_refused(z_image_checkpoint: Path) -> None
         follow(z_image_checkpoint, device="cpu", layout=SP2)
 
 
+@pytest.mark.slow
 def test_a_closed_engine_of_several_ranks_answers_as_a_closed_engine(z_image_checkpoint: Path) -> None:
     engine = Engine(z_image_checkpoint, device="cpu", layout=SP2)
     (pid,) = engine.rank_pids.values()

@@ -65,6 +65,7 @@ def test_a_rank_without_memory_leaves_the_old_weights_on_all(
         assert engine.weights_checksum() == new_sum
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_it_receives_takes_the_engine_down(
     z_image_checkpoint: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:

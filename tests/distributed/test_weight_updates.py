@@ -79,6 +79,7 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
         assert engine.weights_checksum() == new_sum
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_it_reads_takes_the_engine_down(
     z_image_checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

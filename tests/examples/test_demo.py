@@ -46,6 +46,7 @@ def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path):
         raise AssertionError("the block must not run")
 
 
+@pytest.mark.slow
 def test_the_demo_writes_everything_that_it_promises(tmp_path):
     done = subprocess.run(
         [FLOWROLL, "demo", "--out", str(tmp_path)],

@@ -95,6 +95,7 @@ def test_the_checksum_of_weights_above_the_bound_is_carried_once_somebody_asked(
     assert before.weights_sha256 is updated.weights_sha256 is None and after.weights_sha256 == checksum
 
 
+@pytest.mark.slow
 def test_layouts_have_the_same_digests(z_image_checkpoint: Path, other_weights: Path) -> None:
     proofs = []
     for layout in (Layout(), Layout(tp=2)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from tests.guiding import in_words_of, in_words_of_pipeline, pictured
-from tests.pairs import pairs
+from tests.pairs import FAMILY_WITH_DTYPE, pairs
 from tests.proofs.cases import DTYPES, FAMILIES, Request
 from tests.proofs.conftest import EngineOf, PipelineOf
 from torch import Tensor
@@ -62,8 +63,13 @@ def test_latents_are_the_pipelines_bits(row: dict[str, Any], engine_of: EngineOf
     assert torch.equal(plain.image, rollout.image)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(*row, marks=[] if row in FAMILY_WITH_DTYPE else [pytest.mark.slow])
+        for row in itertools.product(FAMILIES, DTYPES)
+    ],
+)
 def test_pictures_of_default_requests_are_the_pipelines_bits(
     family: str, dtype: str, engine_of: EngineOf, pipeline_of: PipelineOf
 ) -> None:

@@ -102,6 +102,7 @@ def test_accepted_requests_finish_within_the_grace_period_and_ctrl_c_returns_lea
     assert len(_access_lines(caplog.text, "/forged%0Apath")) == 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_cuts_the_grace_period_short(
     qwen_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_second_signal_cuts_the_grace_period_short(
     assert time.monotonic() - stopped_s[0] < STOP_S
 
 
+@pytest.mark.slow
 def test_neither_a_stopped_engine_nor_a_join_to_a_silent_port_keeps_the_process_from_its_end(
     z_image_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The examples annotate for readers: their loops hold tensors under names that say more than shapes.
 UNCHECKED = {"__init__", "__main__", "examples"}
-UNITS = ("families", "parallel", "replay", "sampling", "types", "test_plots.py")
+UNITS = ("parallel", "sampling", "types", "test_plots.py")
 QUICK = (*(f"tests/unit/{name}" for name in UNITS), "tests/parity/test_forks.py")
 PLUGINS = ("flow_factory_mapping", "miles", "miles_lora", "seeds", "torch")
 WIDE = (

@@ -445,6 +445,7 @@ def test_trees_starts_and_stops_are_those_of_the_engine_and_are_made_once(url, t
     assert len(load_rollouts(tmp_path / "out")) == 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_with_a_summary_and_resume_goes_on(url, tmp_path):
     (prompts := tmp_path / "prompts.txt").write_text("\n".join(f"prompt {number}" for number in range(40)))
     out = tmp_path / "out"

@@ -303,6 +303,7 @@ NESTED = {
 }
 
 
+@pytest.mark.slow
 def test_nested_values_are_refused_by_a_process_that_lives_on() -> None:
     """In a process of its own: unguarded, some of these end it, and the others never end."""
     script = (

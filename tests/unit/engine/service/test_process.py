@@ -130,6 +130,7 @@ def test_a_process_that_is_killed_ends_every_call_with_its_reason_and_tells_the_
     assert isinstance(lone.failure, RankLostError)
 
 
+@pytest.mark.slow
 def test_a_close_ends_what_runs_and_the_process(lone: EngineProcess) -> None:
     plan = plan_request(LONG, lone.facts.model, lone.facts.info.limits)
     future = lone.call(EngineService.submit, plan, "generate")
@@ -152,6 +153,7 @@ def test_a_stopped_process_holds_up_no_caller_and_is_ended_all_the_same(lone: En
     assert all(isinstance(future.exception(WAIT_S), ShuttingDownError) for future in futures)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_ends_every_call_with_its_reason(z_image_checkpoint: Path) -> None:
     with EngineProcess(options(z_image_checkpoint, rank_timeout_s=2.0)) as process:
         process.wait()
