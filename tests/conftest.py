@@ -66,7 +66,8 @@ _ELSEWHERE = "qwen_image_edit"
 def is_dealt_elsewhere(item: pytest.Item) -> bool:
     """Whether a test's family is left to `make proofs`: of a test that runs for every family, `make test` has one.
 
-    Which one differs from test to test. Not of a family's own tests, and not of the proofs, which choose their rows themselves; the slow family's are all there.
+    Which one differs from test to test. Not of a family's own tests, and not of the proofs, which choose their rows themselves;
+    the slow family's are all there.
     """
     from flowroll.families import FAMILIES
 
