@@ -12,12 +12,14 @@ import argparse
 import datetime
 import gc
 import inspect
+import itertools
 import math
 import os
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,11 @@ FAMILIES = ("qwen_image", "z_image")
 SAMPLES = 16
 STEPS = 8
 SCALE = 4.0
-PROMPT = "a red circle at the top left"
-# The prompts of separate requests: of as many lengths as there are requests, from 2 words on.
-PROMPTS = tuple("a red circle" + " and a circle"[: 1 + 2 * number] for number in range(SAMPLES))
+PROMPT = "a {color} {shape} at the top left"
+# Every round has prompts of its own, since those of the last requests are not encoded again.
+_DRAWN = tuple(itertools.product(("red", "green", "blue", "yellow", "pink", "white"), ("circle", "square", "triangle")))
+# The prompts of separate requests: of as many lengths as there are requests.
+PROMPTS = tuple(" ".join(["the", *(3 * PROMPT.split())[1:number]]) for number in range(3, 3 + SAMPLES))
 
 HEAD = (
     "| family | dtype | threads | generate / pipeline | log-probs / pipeline | 16 requests / group | load |",
@@ -68,10 +72,10 @@ def main() -> None:
         f"# What exactness costs a group of {SAMPLES}, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.group {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine in each row. "
         f"Shipped checkpoints, 64 x 64, {STEPS} steps, guidance {SCALE}. Medians of {options.rounds} paired ratios (CPU time "
-        "with one thread, wall time with more) with their 95 % intervals. Every arm of the first table encodes, denoises and decodes; "
-        f"the pipeline is called once with `num_images_per_prompt={SAMPLES}`, the requests have prompts of {SAMPLES} lengths. "
-        f"Replay is of {SAMPLES} samples x {STEPS} steps in micro-batches of {SAMPLES} pairs, forward and backward; plain is a "
-        "batch of all samples at each step, with ready arguments.",
+        "with one thread, wall time with more) with their 95 % intervals. Every arm of the first table encodes new prompts, "
+        f"denoises and decodes; the pipeline is called with `num_images_per_prompt={SAMPLES}`, the requests have prompts of "
+        f"{SAMPLES} lengths. Replay is of {SAMPLES} samples x {STEPS} steps in micro-batches of {SAMPLES} pairs, forward and "
+        "backward; plain is a batch of all samples at each step, with ready arguments.",
         "Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.",
     ]
     tables = {"rollout": [*HEAD], "replay": [*REPLAYED]}
@@ -98,23 +102,33 @@ def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
     scale = {"true_cfg_scale": SCALE, "negative_prompt": " "} if has_true_cfg else {"guidance_scale": SCALE}
     sizes = {"height": 64, "width": 64, "num_inference_steps": STEPS}
 
+    fresh: defaultdict[str, Iterator[tuple[str, str]]] = defaultdict(lambda: itertools.cycle(_DRAWN))
+
+    def filled(arm: str, prompts: Sequence[str]) -> list[str]:
+        color, shape = next(fresh[arm])
+        return [prompt.format(color=color, shape=shape) for prompt in prompts]
+
     def batch() -> object:
+        (prompt,) = filled("pipeline", [PROMPT])
         seeds = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
-        return pipeline(prompt=PROMPT, num_images_per_prompt=SAMPLES, generator=seeds, output_type="pt", **scale, **sizes)
+        options = {"num_images_per_prompt": SAMPLES, "generator": seeds, "output_type": "pt", **scale, **sizes}
+        return pipeline(prompt=prompt, **options)
 
     with Engine(shapes_checkpoint(family), dtype=dtype, device="cpu") as engine:
         asked: dict[str, Any] = {"guidance_scale": SCALE, "seed": 0, **sizes}
-        group = {"prompt": PROMPT, "num_outputs_per_prompt": SAMPLES, **asked}
-        separate = [SamplingParams(prompt=prompt, rollout=False, **asked) for prompt in PROMPTS]
+        group = {"num_outputs_per_prompt": SAMPLES, **asked}
+        # The same drawn thing at another place is another prompt.
+        recorded = PROMPT.replace("left", "right")
 
         def requests() -> None:
+            separate = [SamplingParams(prompt=one, rollout=False, **asked) for one in filled("requests", PROMPTS)]
             for accepted in [engine.submit(engine.plan(one), "generate") for one in separate]:
                 accepted.result()
 
         arms: dict[str, Callable[[], object]] = {
             "pipeline": batch,
-            "generate": lambda: engine.generate(**group),
-            "log-probs": lambda: engine.rollout(**group, debug_mode=False),
+            "generate": lambda: engine.generate(prompt=filled("generate", [PROMPT])[0], **group),
+            "log-probs": lambda: engine.rollout(prompt=filled("log-probs", [recorded])[0], debug_mode=False, **group),
             "requests": requests,
         }
         times = measured(arms, rounds, threads)
@@ -134,7 +148,7 @@ def replay_row(family: str, dtype: str, threads: int, rounds: int) -> str:
     transformer = model.transformer
     with Engine(shapes_checkpoint(family), dtype=dtype, device="cpu") as engine:
         rollouts = engine.rollout(
-            PROMPT,
+            PROMPT.format(color="red", shape="circle"),
             num_outputs_per_prompt=SAMPLES,
             seed=0,
             num_inference_steps=STEPS,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.prompts import BranchText
 from flowroll.engine.runner.sample import Conditioning, Sample
+from flowroll.engine.runner.texts import EncodedTexts
 from flowroll.engine.tokens import encode_ids
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
@@ -57,11 +59,13 @@ class PipelineRunner:
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it encodes or decodes.
         self._vae = threading.Lock()
+        self._texts = EncodedTexts()
         self._shared = SharedDecoding(lambda *cells, **options: self._get()[1].vae.decode(*cells, **options))
 
     def encode(self, plan: RequestPlan) -> Conditioning:
         """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
 
+        A prompt that was encoded a short time ago is not encoded again.
         Its reference images are part of both branches' prompts, and are encoded by the VAE too.
         A prompt that is given as embeddings is not encoded at all.
 
@@ -82,7 +86,8 @@ class PipelineRunner:
         encoded: dict[BranchText, Mapping[str, EnvValue]] = {}
         for one in (plan.prompt, plan.negative_prompt):
             if one is not None and one not in encoded:
-                encoded[one] = encode_branch(model, pipeline, model.variant, one, pictures)
+                encode = partial(encode_branch, model, pipeline, model.variant, one, pictures)
+                encoded[one] = encode() if pictures else self._texts.get(one, encode)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env = model.family.env(encoded[plan.prompt], negative, plan.geometry, images=images, embedded=plan.guidance.embedded)
         check_encoded(env)
