@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowroll.exact.layout import MemoryLayout, joined
+from flowroll.exact.layout import MemoryLayout, address, joined
 from flowroll.exact.sharing import SharedForwards
 from flowroll.families import ForwardInput, Output, Transformer
 
@@ -19,13 +19,16 @@ class SharedDecoding:
 
     Args:
         decode: Decodes a batch, as the method `decode` of a diffusers VAE does.
+        weights: Returns the weights, which may be exchanged: what was found holds for where they lie.
     """
 
-    def __init__(self, decode: Callable[..., Any]) -> None:
-        self._decode, self._shared = decode, SharedForwards(_Batches())
+    def __init__(self, decode: Callable[..., Any], weights: Callable[[], Iterable[Tensor]]) -> None:
+        self._decode, self._weights, self._batches = decode, weights, _Batches()
+        self._shared = SharedForwards(self._batches)
 
     def decode(self, cells: Sequence[Float[Tensor, " 1 *cells"]]) -> list[Float[Tensor, " 1 colors *size"]]:
         """Returns what the VAE makes of each sample; all have one shape and dtype."""
+        self._batches.addresses = tuple(map(address, self._weights()))
         return cast("list[Tensor]", self._shared.outputs(self, [{"z": one} for one in cells]))
 
     def __call__(self, z: Tensor, *, return_dict: bool) -> Any:
@@ -34,11 +37,17 @@ class SharedDecoding:
 
 
 class _Batches:
-    """The collation of the only argument of a VAE; see `Collation`."""
+    """The collation of the only argument of a VAE; see `Collation`.
+
+    Attributes:
+        addresses: Where the weights lie, modulo the alignment of allocations.
+    """
+
+    addresses: tuple[int, ...] = ()
 
     def collate_key(self, forward_input: ForwardInput) -> Hashable:
         z: Tensor = forward_input["z"]
-        return tuple(z.shape), z.stride(), z.dtype
+        return tuple(z.shape), z.stride(), z.dtype, self.addresses
 
     def run_in_turn(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
         return [transformer(**one, return_dict=False)[0] for one in forward_inputs]

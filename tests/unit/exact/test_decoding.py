@@ -44,7 +44,7 @@ def test_pictures_have_the_bits_that_they_have_alone(family: str, dtype: torch.d
     noise = torch.randn(7, *geometry.latent_shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     cells = [model.family.vae_input(pipeline, one.clone(), geometry) for one in noise]
     counted = Counted(pipeline.vae)
-    shared = SharedDecoding(counted)
+    shared = SharedDecoding(counted, pipeline.vae.parameters)
     first, again = shared.decode(cells[:4]), shared.decode(cells[3:])
     assert counted.calls == [1, 1, 1, 1, 4, 4], "the first call is compared with every sample alone, the second repeats it"
     alone = [pipeline.vae.decode(one, return_dict=False)[0] for one in cells]
@@ -90,4 +90,24 @@ def test_samples_of_which_one_changes_another_are_decoded_alone() -> None:
         return (z - z.mean(dim=0, keepdim=True) if len(z) > 1 else z,)
 
     cells = list(torch.randn(4, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)))
-    assert all(torch.equal(one, own) for one, own in zip(SharedDecoding(mixing).decode(cells), cells, strict=True))
+    assert all(torch.equal(one, own) for one, own in zip(SharedDecoding(mixing, tuple).decode(cells), cells, strict=True))
+
+
+def test_weights_at_another_address_are_looked_at_again() -> None:
+    memory, calls = torch.randn(8 * 8 + 1, generator=torch.Generator().manual_seed(0)), []
+    weights = [memory[:64].view(8, 8, 1, 1)]
+
+    def decode(z: Tensor, *, return_dict: bool) -> tuple[Tensor]:
+        calls.append(len(z))
+        return (F.conv2d(z, weights[0]),)
+
+    cells = list(torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)))
+    shared = SharedDecoding(decode, lambda: weights)
+    for expected in ([1, 1, 2], [2]):
+        calls.clear()
+        shared.decode(cells)
+        assert calls == expected
+    weights[0] = memory[1:].view(8, 8, 1, 1)
+    calls.clear()
+    shared.decode(cells)
+    assert calls[0] == 1, "the last sample is compared with itself alone again"

@@ -60,7 +60,9 @@ class PipelineRunner:
         # The VAE of Qwen-Image keeps state while it encodes or decodes.
         self._vae = threading.Lock()
         self._texts = EncodedTexts()
-        self._shared = SharedDecoding(lambda *cells, **options: self._get()[1].vae.decode(*cells, **options))
+        self._shared = SharedDecoding(
+            lambda *cells, **options: self._get()[1].vae.decode(*cells, **options), lambda: self._get()[1].vae.parameters()
+        )
 
     def encode(self, plan: RequestPlan) -> Conditioning:
         """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
