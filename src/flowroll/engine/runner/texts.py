@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.prompts import BranchText
-from flowroll.types import EnvValue
+from flowroll.types import EnvValue, all_finite
 
 # The most bytes that are kept: a few prompts of the greatest length, or some hundred short ones.
 _MOST_BYTES = 16 * 2**20
@@ -37,7 +37,8 @@ class EncodedTexts:
             self._kept.move_to_end(key)
             return self._kept[key]
         fields = encode()
-        if text.embeds is None:
+        # NaN or infinity, with which the request fails, may not come again.
+        if text.embeds is None and all(all_finite(one) for one in fields.values() if isinstance(one, Tensor)):
             self._kept[key] = fields
             self._num_bytes += _bytes(fields)
             while self._num_bytes > _MOST_BYTES:
