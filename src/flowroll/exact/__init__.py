@@ -17,6 +17,7 @@ from flowroll.exact.compiled import (
     kernels_of,
     rebind_compiled,
 )
+from flowroll.exact.decoding import SharedDecoding
 from flowroll.exact.findings import FINDINGS, cache_folder
 from flowroll.exact.kernels import KernelSet, has_amx, use_exact_kernels
 from flowroll.exact.ranks import all_ranks_agree, run_on_groups
@@ -32,6 +33,7 @@ __all__ = [
     "Merged",
     "PlainBatch",
     "RunForwards",
+    "SharedDecoding",
     "Strategy",
     "all_ranks_agree",
     "cache_folder",

@@ -5,18 +5,18 @@ Their bits depend on the kernels, which differ with the place of an element and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowroll.exact.calls import Args, Decision, Kwargs, alone_of, any_complex, argument, each, is_aligned, whole
-from flowroll.exact.functions import CASTS, COPIES, SUMS
-from flowroll.exact.layout import address
-from flowroll.exact.probe import attention_is_independent, rows_are_independent
+from flowroll.exact.functions import CASTS, COPIES, SUMS, named
+from flowroll.exact.layout import ALLOCATED, address
+from flowroll.exact.probe import attention_is_independent, convolution_is_independent, norm_is_independent, rows_are_independent
 from flowroll.exact.tracking import Batched, tensors_in
-from flowroll.exact.ways import Product
+from flowroll.exact.ways import Contiguous, Product
 
 # torch divides element-wise work, and reductions, among threads in parts of at least this many elements.
 GRAIN = 32768
@@ -150,6 +150,76 @@ def linear(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
     result = way(trace.samples, func, args, kwargs)
     trace.put_batched(result, func(*alone_args, **alone_kwargs), place.is_conditioning)
     return result, way
+
+
+def convolution(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
+    """Handles a convolution: the probe tells whether the samples may be convolved together."""
+    if not _is_of_batch(trace, args, kwargs) or len(args) != 7 or kwargs or args[6] != 1:
+        return each(trace, func, args, kwargs)
+    _, weight, bias, *options = args[:6]
+    are_known = all(isinstance(one, tuple) for one in options) and not weight.data_ptr() % ALLOCATED
+    return _in_format(
+        trace,
+        func,
+        args,
+        kwargs,
+        lambda batch: (
+            are_known and convolution_is_independent(named(func), batch, weight, bias is not None, options, trace.samples.count)
+        ),
+    )
+
+
+def group_norm(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
+    """Handles norms of groups of channels: the probe tells whether those of all samples may be computed together."""
+    groups = argument(args, kwargs, 1, "num_groups", None)
+    if not _is_of_batch(trace, args, kwargs):
+        return each(trace, func, args, kwargs)
+    return _in_format(
+        trace, func, args, kwargs, lambda batch: norm_is_independent("group_norm", batch, groups, trace.samples.count)
+    )
+
+
+def _in_format(trace: Any, func: Any, args: Args, kwargs: Kwargs, is_independent: Callable[[Tensor], bool]) -> Decision:
+    """Handles a function that chooses a memory format by the strides of its first argument.
+
+    A batch may have the strides of a format where a sample alone has not, because the stride of its only entry may be any. Then
+    the sample's result is contiguous, and so the batch is laid out like that first.
+    """
+    alone_args, alone_kwargs, _ = alone_of(trace, func, args, kwargs)
+    place, batch, alone = trace.place(args[0]), args[0], func(*alone_args, **alone_kwargs)
+    is_laid_out = batch.is_contiguous() or not alone.is_contiguous()
+    if not is_laid_out:
+        batch = batch.contiguous()
+        trace.put_batched(batch, place.alone.contiguous(), place.is_conditioning)
+    result, way = (whole if is_independent(batch) else each)(trace, func, (batch, *args[1:]), kwargs)
+    if is_laid_out:
+        return result, way
+    trace.put_batched(result, alone, place.is_conditioning)
+    return result, Contiguous(way)
+
+
+def interpolate(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
+    """Handles resizing: taking the nearest element copies, other modes run per sample."""
+    is_copy = argument(args, kwargs, 3, "mode", "nearest") in ("nearest", "nearest-exact")
+    if not is_copy or not _is_of_batch(trace, args, kwargs):
+        return each(trace, func, args, kwargs)
+    return _in_format(trace, func, args, kwargs, lambda batch: True)
+
+
+def normalize(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:
+    """Handles division by the norm along one dimension: the probe tells as for `group_norm`."""
+    dim = argument(args, kwargs, 2, "dim", 1)
+    is_known = _is_of_batch(trace, args, kwargs) and is_wide(args, kwargs) and argument(args, kwargs, 1, "p", 2.0) == 2
+    is_known = is_known and isinstance(dim, int) and dim % args[0].ndim != 0
+    is_exact = is_known and norm_is_independent("normalize", args[0], dim, trace.samples.count)
+    return (whole if is_exact else each)(trace, func, args, kwargs)
+
+
+def _is_of_batch(trace: Any, args: Args, kwargs: Kwargs) -> bool:
+    """Tells whether the first argument alone is batched, and lies in each sample as an allocation does."""
+    place = trace.place(args[0]) if args and isinstance(args[0], Tensor) else None
+    others = [trace.place(one) for path, one in tensors_in(args, kwargs) if path != (0,)]
+    return isinstance(place, Batched) and not address(place.alone) and not any(others)
 
 
 def attention(trace: Any, func: Any, args: Args, kwargs: Kwargs) -> Decision:

@@ -69,6 +69,10 @@ SUMS = functions("mean", "sum")
 ROW_REDUCTIONS = SUMS | functions("softmax", "log_softmax", "amax", "amin")
 ROW_NORMS = functions("layer_norm", "rms_norm")
 
+# Convolutions, and what else a VAE computes along other dimensions than the last.
+CONVOLUTIONS = functions("conv2d", "conv3d")
+GROUP_NORM, NORMALIZE, INTERPOLATE = (functions(name) for name in ("group_norm", "normalize", "interpolate"))
+
 # Views that keep or move dimensions; the first sample's own view tells whether the samples still come first.
 VIEWS = functions("transpose", "swapaxes", "permute", "movedim", "unsqueeze", "squeeze", "narrow", "select", "diagonal")
 VIEW = functions("view", "view_as")

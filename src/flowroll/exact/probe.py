@@ -12,8 +12,9 @@ element and in bfloat16 too, where ordinary numbers would hide it behind the rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from flowroll.exact.findings import FINDINGS
-from flowroll.exact.layout import ALLOCATED, parts_of
+from flowroll.exact.layout import ALLOCATED, is_outermost, parts_of
 
 # Computes a product of several samples from the inputs (samples first), the number of samples, the weight and the bias.
 Product: TypeAlias = Callable[[Tensor, int, Tensor, "Tensor | None"], Tensor]
@@ -170,6 +171,107 @@ def _ask_reduction(shape: torch.Size, num_samples: int, setting: Setting) -> boo
     rows = cancelling_rows(shape, *setting[:2])
     expected = torch.cat([part.mean(-1) for part in parts_of(rows, num_samples)])
     return tells(expected) and torch.equal(rows.mean(-1), expected)
+
+
+def convolution_is_independent(
+    name: str, inputs: Tensor, weight: Tensor, has_bias: bool, options: Sequence[tuple[int, ...]], num_samples: int
+) -> bool:
+    """Tells whether a convolution of a batch gives every sample the bits that it has alone.
+
+    Args:
+        name: The name of the function in torch.
+        inputs: The batch.
+        weight: The weight, contiguous; the channels are in one group.
+        has_bias: Whether there is a bias.
+        options: Stride, padding and dilation.
+        num_samples: The number of samples.
+    """
+    if not _is_dense(inputs):
+        return False
+    setting = (inputs.dtype, inputs.device, torch.get_num_threads())
+    laid_out = (inputs.shape, inputs.stride(), weight.shape, weight.stride())
+    about = (*laid_out, has_bias, weight.requires_grad, tuple(options), num_samples)
+    return bool(FINDINGS.answer(("convolution", name, *about, setting), _ask_convolution))
+
+
+def _ask_convolution(
+    name: str,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    weight_shape: torch.Size,
+    weight_strides: tuple[int, ...],
+    has_bias: bool,
+    requires_grad: bool,
+    options: tuple[tuple[int, ...], ...],
+    num_samples: int,
+    setting: Setting,
+) -> bool:
+    dtype, device, _ = setting
+    batch, channels, *sizes = shape
+    outputs, _, *taps = weight_shape
+    # Channels cancel, each with another at the same place, so that borders do not matter.
+    rows, columns, bias = cancelling_product(
+        torch.Size((math.prod((batch, *sizes)), channels)), torch.Size((math.prod((outputs, *taps)), channels)), dtype, device
+    )
+    # Strides of dimensions of one element count too: torch takes the memory format from them.
+    inputs = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    inputs.copy_(rows.view(batch, *sizes, channels).movedim(-1, 1))
+    weight = torch.empty_strided(weight_shape, weight_strides, dtype=dtype, device=device)
+    weight.copy_(columns.view(outputs, *taps, channels).movedim(-1, 1)).requires_grad_(requires_grad)
+    convolve = getattr(F, name)
+    with saved_tensors_hooks(_itself, _itself):
+        parts = parts_of(inputs, num_samples)
+        shows = tells(convolve(parts[0], weight, None, *options))
+        given = (weight, bias[:outputs] if has_bias else None, *options)
+        return shows and torch.equal(convolve(inputs, *given), torch.cat([convolve(part, *given) for part in parts]))
+
+
+def norm_is_independent(name: Literal["group_norm", "normalize"], rows: Tensor, option: int, num_samples: int) -> bool:
+    """Tells whether a norm of a batch gives every sample the bits that it has alone.
+
+    Args:
+        name: The name of the function in torch.
+        rows: The batch.
+        option: The number of groups, or the dimension.
+        num_samples: The number of samples.
+    """
+    if not _is_dense(rows):
+        return False
+    setting = (rows.dtype, rows.device, torch.get_num_threads())
+    return bool(FINDINGS.answer(("norm", name, rows.shape, rows.stride(), option, num_samples, setting), _ask_norm))
+
+
+def _ask_norm(name: str, shape: torch.Size, strides: tuple[int, ...], option: int, num_samples: int, setting: Setting) -> bool:
+    dtype, device, _ = setting
+    rows = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if name == "group_norm":
+        # Groups whose means are rounding errors, which is all that the zeros among them become.
+        num, size = shape[0] * option, math.prod(shape[1:]) // option
+        groups = torch.cat(
+            (cancelling_rows(torch.Size((num, size - size // 2)), dtype, device), rows.new_zeros(num, size // 2)), 1
+        )
+        order = torch.randperm(size, generator=torch.Generator(device).manual_seed(1), device=device)
+        rows.copy_(groups[:, order].view(shape))
+    else:
+        rows.copy_(_random(math.prod(shape[:-1]), shape[-1], torch.Generator(device).manual_seed(0), dtype).view(shape))
+
+    def compute(some: Tensor) -> Tensor:
+        return F.group_norm(some, option) if name == "group_norm" else F.normalize(some, dim=option)
+
+    expected = torch.cat([compute(part) for part in parts_of(rows, num_samples)])
+    # In another order the sums must be others, or equal bits would say nothing.
+    dims = tuple(range(1, rows.ndim)) if name == "group_norm" else (option,)
+    shows = not torch.equal(compute(rows.flip(dims)).flip(dims), expected)
+    return shows and torch.equal(compute(rows), expected)
+
+
+def _is_dense(batch: Tensor) -> bool:
+    """Tells whether a batch has no gaps in memory, and the first dimension outermost."""
+    return batch.data_ptr() % ALLOCATED == 0 and is_outermost(batch) and batch.numel() == _extent(batch)
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _heads_are_inside(operand: Tensor) -> bool | None:

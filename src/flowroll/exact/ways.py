@@ -117,6 +117,22 @@ class Product:
         return torch.cat([own[first] for first in samples.same_conditioning])
 
 
+@dataclass(frozen=True, slots=True)
+class Contiguous:
+    """Lays out the first argument contiguously before the function is computed.
+
+    Attributes:
+        way: How it is computed then; None: by the plain call.
+    """
+
+    way: Way | None
+
+    def __call__(self, samples: Samples, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Computes the function."""
+        laid_out = (args[0].contiguous(), *args[1:])
+        return func(*laid_out, **kwargs) if self.way is None else self.way(samples, func, laid_out, kwargs)
+
+
 # Equal to itself alone: an index may hold what has no hash.
 @dataclass(frozen=True, slots=True, eq=False)
 class Sections:

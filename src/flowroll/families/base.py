@@ -219,10 +219,8 @@ class Family(ABC):
         """Computes a sample's guided velocity from the outputs of its step's forwards."""
 
     @abstractmethod
-    def decode(
-        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 colors height width"]:
-        """Decodes one sample's latents alone with the VAE; `picture` makes an image of the result."""
+    def vae_input(self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 1 *cells"]:
+        """Returns what the VAE decodes of one sample, as the pipeline makes it of the sample's latents."""
 
     def fits_conditional(self, outputs: Sequence[Output], velocity: Float[Tensor, " *latent"], one: StepInput) -> bool:
         """Tells whether another unconditional branch would give this velocity with the conditional branch in `outputs`.
@@ -419,6 +417,18 @@ class Family(ABC):
     def rows_per_sample(self, forward_input: ForwardInput) -> int:
         """Returns the number of entries that this forward input has in the transformer's batch: 2 for a pair of branches."""
         return self.conditioning.rows(forward_input)
+
+    def decode(
+        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
+    ) -> Float[Tensor, " 1 colors height width"]:
+        """Decodes one sample's latents alone with the VAE; `picture` makes an image of the result."""
+        decoded: Tensor = pipeline.vae.decode(self.vae_input(pipeline, latents, geometry), return_dict=False)[0]
+        return self.decoded_image(decoded)
+
+    @staticmethod
+    def decoded_image(decoded: Float[Tensor, " 1 colors *frames height width"]) -> Float[Tensor, " 1 colors height width"]:
+        """Returns the image in what the VAE returned: the only frame of a VAE for videos."""
+        return decoded[:, :, 0] if decoded.ndim == 5 else decoded
 
     @staticmethod
     def picture(pipeline: Any, decoded: Float[Tensor, " 1 colors height width"]) -> Float[Tensor, " colors 1 height width"]:

@@ -185,12 +185,9 @@ class Flux2(TrueCfgFamily):
         return {"encoder_hidden_states": embeds[0]}
 
     @override
-    def decode(
-        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 3 height width"]:
+    def vae_input(self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 1 *cells"]:
         vae = pipeline.vae
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         tokens = latents * std.to(latents) + vae.bn.running_mean.to(latents)
         cells = unpack(tokens, geometry.rows, geometry.columns)[None]
-        image: Tensor = vae.decode(cells.to(vae.dtype), return_dict=False)[0]
-        return image
+        return cells.to(vae.dtype)

@@ -237,15 +237,11 @@ class QwenImage21(TrueCfgFamily):
         return beside
 
     @override
-    def decode(
-        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 colors height width"]:
+    def vae_input(self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 1 *cells"]:
         vae = pipeline.vae
         cells = latents.T.contiguous().view(1, -1, 1, geometry.rows, geometry.columns).to(vae.dtype)
 
         def per_channel(values: list[float]) -> Tensor:
             return torch.tensor(values).view(1, -1, 1, 1, 1).to(cells.device, cells.dtype)
 
-        cells = cells * per_channel(vae.config.latents_std) + per_channel(vae.config.latents_mean)
-        image: Tensor = vae.decode(cells, return_dict=False)[0][:, :, 0]
-        return image
+        return cells * per_channel(vae.config.latents_std) + per_channel(vae.config.latents_mean)

@@ -145,10 +145,7 @@ class StableDiffusion3(Family):
         return fits_positive(found[1], velocity, one.guidance.scale)
 
     @override
-    def decode(
-        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 3 height width"]:
+    def vae_input(self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 1 *cells"]:
         vae = pipeline.vae
         cells = latents[None] / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(cells.to(vae.dtype), return_dict=False)[0]
-        return image
+        return cells.to(vae.dtype)  # type: ignore[no-any-return]

@@ -176,10 +176,6 @@ class ZImage(Family):
         return reached(guided, target, neighbors(solved.to(pair[0].dtype))) == 1
 
     @override
-    def decode(
-        self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry
-    ) -> Float[Tensor, " 1 3 height width"]:
+    def vae_input(self, pipeline: Any, latents: Float[Tensor, " *latent"], geometry: Geometry) -> Float[Tensor, " 1 *cells"]:
         vae = pipeline.vae
-        cells = latents[None].to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(cells, return_dict=False)[0]
-        return image
+        return latents[None].to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor  # type: ignore[no-any-return]

@@ -84,7 +84,8 @@ def test_no_number_that_is_none_leaves_the_engine(engine: Engine, value: float) 
                 lambda **f: engine.rollout(**f, rollout=False),
             ):
                 with pytest.raises(EngineError, match=words):
-                    ask(**REQUEST)
+                    # Of another text than in the other tests, whose encoding is kept.
+                    ask(**{**REQUEST, "prompt": f"a fox and {value}"})
         finally:
             restore()
     # The engine goes on.

@@ -61,9 +61,9 @@ class Executor:
         """Refuses weights that are more versions behind than a request allows; see `PipelineRunner.check_recent`."""
         self._pipeline.check_recent(plan.params, coming=coming)
 
-    def decode(self, sample: Sample) -> Tensor | None:
+    def decode(self, sample: Sample, beside: Sequence[Sample] = ()) -> Tensor | None:
         """Decodes a finished sample into its picture, on the CPU; None where the request asks for no picture."""
-        return self._pipeline.decode(sample)
+        return self._pipeline.decode(sample, beside)
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
         """Prepares every rank for the samples of a request."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +21,18 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.prompts import BranchText
 from flowroll.engine.runner.sample import Conditioning, Sample
+from flowroll.engine.runner.texts import EncodedTexts
 from flowroll.engine.tokens import encode_ids
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError
+from flowroll.exact import SharedDecoding
 from flowroll.families import Geometry
 from flowroll.types import EnvValue, SamplingParams, StepStamp, all_finite
+
+_log = logging.getLogger(__name__)
+# The most pixels that are decoded in one call, so that it takes no more memory than one large picture.
+_MOST_PIXELS = 2**20
 
 
 class PipelineRunner:
@@ -51,10 +59,15 @@ class PipelineRunner:
         self.device = model.device
         # The VAE of Qwen-Image keeps state while it encodes or decodes.
         self._vae = threading.Lock()
+        self._texts = EncodedTexts()
+        self._shared = SharedDecoding(
+            lambda *cells, **options: self._get()[1].vae.decode(*cells, **options), lambda: self._get()[1].vae.parameters()
+        )
 
     def encode(self, plan: RequestPlan) -> Conditioning:
         """Makes the conditioning of a request. Each distinct prompt is encoded once, one prompt per call of the encoder.
 
+        A prompt that was encoded a short time ago is not encoded again.
         Its reference images are part of both branches' prompts, and are encoded by the VAE too.
         A prompt that is given as embeddings is not encoded at all.
 
@@ -75,7 +88,8 @@ class PipelineRunner:
         encoded: dict[BranchText, Mapping[str, EnvValue]] = {}
         for one in (plan.prompt, plan.negative_prompt):
             if one is not None and one not in encoded:
-                encoded[one] = encode_branch(model, pipeline, model.variant, one, pictures)
+                encode = partial(encode_branch, model, pipeline, model.variant, one, pictures)
+                encoded[one] = encode() if pictures else self._texts.get(one, encode)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env = model.family.env(encoded[plan.prompt], negative, plan.geometry, images=images, embedded=plan.guidance.embedded)
         check_encoded(env)
@@ -107,8 +121,13 @@ class PipelineRunner:
         version = state.current if policy is None else policy.weight_version
         return StepStamp(weight_version=version, version_number=state.number_of(version), time_s=time.time())
 
-    def decode(self, sample: Sample) -> Tensor | None:
+    def decode(self, sample: Sample, beside: Sequence[Sample] = ()) -> Tensor | None:
         """Checks a finished sample, and decodes it into its picture, on the CPU; None where the request asks for no picture.
+
+        Args:
+            sample: The sample.
+            beside: Other finished samples, which are decoded later; where samples share forwards, some of them share this one's
+                decoding.
 
         Raises:
             EngineError: The trajectory left the range of float32, or the VAE returned NaN or infinity.
@@ -124,7 +143,41 @@ class PipelineRunner:
                 sample.recorder.pictures[step] = self.picture(predicted, plan.geometry, what=what)
         if plan.record.image_format == "none":
             return None
-        return self.picture(sample.latents, plan.geometry, what=f"image of the sample with seed {sample.seed}")
+        what = f"image of the sample with seed {sample.seed}"
+        if sample.decoded is None:
+            self._decode_together([sample, *beside])
+        decoded, sample.decoded = sample.decoded, None
+        if decoded is None:
+            return self.picture(sample.latents, plan.geometry, what=what)
+        return self._picture(decoded, what)
+
+    def _decode_together(self, samples: Sequence[Sample]) -> None:
+        """Decodes the first sample and some of the others in one call of the VAE, where several may share one."""
+        model, pipeline = self._get()
+        geometry = samples[0].conditioning.plan.geometry
+        fitting = [
+            one
+            for one in samples
+            if one.decoded is None
+            and one.conditioning.plan.geometry == geometry
+            and one.conditioning.plan.record.image_format != "none"
+        ]
+        most = min(len(fitting), _MOST_PIXELS // (geometry.height * geometry.width))
+        if model.strategy.name != "merged" or most < 2:
+            return
+        # Each number of samples is analyzed once, so there are few numbers.
+        chosen = fitting[: 1 << (most.bit_length() - 1)]
+        self._offload.check_awake()
+        cells = [model.family.vae_input(pipeline, one.latents, geometry) for one in chosen]
+        try:
+            with self._vae:
+                decoded = self._shared.decode(cells)
+        except (RuntimeError, MemoryError) as error:
+            # The first one alone may succeed, or says what is wrong.
+            _log.warning("samples are decoded one by one, since several at once failed: %s", error)
+            return
+        for one, image in zip(chosen, decoded, strict=True):
+            one.decoded = model.family.decoded_image(image)
 
     def picture(
         self, latents: Float[Tensor, " *latent"], geometry: Geometry, *, what: str = "image"
@@ -144,8 +197,12 @@ class PipelineRunner:
         model, pipeline = self._get()
         with self._vae:
             decoded = model.family.decode(pipeline, latents, geometry)
+        return self._picture(decoded, what)
+
+    def _picture(self, decoded: Float[Tensor, " 1 colors height width"], what: str) -> Float[Tensor, " colors 1 height width"]:
         if not all_finite(decoded):
             raise EngineError(f"{what} must be finite, got NaN or infinity from the VAE; check its weights and its dtype.")
+        model, pipeline = self._get()
         # The pipeline's image processor clamps values to black and white: unchecked, an infinity would become a color.
         return model.family.picture(pipeline, decoded).cpu()
 

@@ -94,6 +94,7 @@ class Sample:
         previous: The clean prediction of the step before; None where the next step has no use for it.
         recorder: Records what the rollout asked for; None if the sample takes plain ODE steps.
         velocity: The velocity of the step at which the sample forks, for its children; None before that.
+        decoded: What the VAE made of the finished sample, where it was decoded beside another one.
     """
 
     conditioning: Conditioning
@@ -103,6 +104,7 @@ class Sample:
     previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
     velocity: Float[Tensor, " *latent"] | None = None
+    decoded: Float[Tensor, " 1 colors height width"] | None = None
 
     @classmethod
     def start(cls, conditioning: Conditioning, planned: PlannedSample) -> Sample:

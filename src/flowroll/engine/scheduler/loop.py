@@ -390,6 +390,7 @@ class Loop:
         return True
 
     def _take_outcomes(self, batch: Sequence[RunningSample], outcomes: Mapping[int, Sample | BaseException]) -> None:
+        ended: list[tuple[RunningSample, Sample]] = []
         for running in batch:
             outcome = outcomes.get(running.of.id)
             # Checked for each sample, because the failure of one sample drops the others of its request.
@@ -400,14 +401,16 @@ class Loop:
             elif outcome.is_at_fork:
                 self._samples.fork(running)
             else:
-                self._decode(running, outcome)
+                ended.append((running, outcome))
+        for index, (running, sample) in enumerate(ended):
+            self._decode(running, sample, ended[index + 1 :])
 
-    def _decode(self, running: RunningSample, sample: Sample) -> None:
+    def _decode(self, running: RunningSample, sample: Sample, following: Sequence[tuple[RunningSample, Sample]]) -> None:
         request = running.of.request
         running.last_step = self._stamp(running)
         self._samples.begin_decoding(running)
         request.note_denoised(self._clock())
-        self._decoder.submit(decoding(self._runner, self._inbox, running, sample, self._clock))
+        self._decoder.submit(decoding(self._runner, self._inbox, running, sample, self._clock, following))
 
     def _stamp(self, running: RunningSample) -> StepStamp:
         conditioning = running.of.request.conditioning

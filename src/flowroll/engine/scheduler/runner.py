@@ -52,5 +52,8 @@ class Runner(Protocol):
     def free_memory(self) -> None:
         """Returns memory that torch has cached to the device, after a forward that failed."""
 
-    def decode(self, sample: Sample) -> Tensor | None:
-        """Decodes a finished sample into its picture, or None where none is asked for. The decode stage calls it."""
+    def decode(self, sample: Sample, beside: Sequence[Sample] = ()) -> Tensor | None:
+        """Decodes a finished sample into its picture, or None where none is asked for. The decode stage calls it.
+
+        Others that will be decoded after it may share its work.
+        """

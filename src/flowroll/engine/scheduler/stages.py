@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -59,8 +59,24 @@ def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[],
     return encode
 
 
-def decoding(runner: Runner, inbox: Inbox, running: RunningSample, sample: Sample, clock: Callable[[], float]) -> Work:
-    """Makes the work that decodes a sample and makes its answer; it does nothing if the sample is no longer wanted."""
+def decoding(
+    runner: Runner,
+    inbox: Inbox,
+    running: RunningSample,
+    sample: Sample,
+    clock: Callable[[], float],
+    following: Sequence[tuple[RunningSample, Sample]] = (),
+) -> Work:
+    """Makes the work that decodes a sample and makes its answer; it does nothing if the sample is no longer wanted.
+
+    Args:
+        runner: Decodes the sample.
+        inbox: Takes the answer.
+        running: The sample as the scheduler knows it.
+        sample: The sample.
+        clock: Tells the time.
+        following: Samples of the same batch key that are to be decoded after it.
+    """
     of, request = running.of, running.of.request
 
     def decode() -> None:
@@ -71,7 +87,7 @@ def decoding(runner: Runner, inbox: Inbox, running: RunningSample, sample: Sampl
         try:
             runner.use_threads(request.num_threads)
             with torch.no_grad():
-                image = runner.decode(sample)
+                image = runner.decode(sample, [other for later, other in following if later.of.is_wanted])
                 finished = Finished(
                     sample=sample,
                     image=image,

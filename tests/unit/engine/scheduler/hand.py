@@ -1,7 +1,7 @@
 """Schedulers that are driven by hand over a real tiny engine, with a clock of their own."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -39,9 +39,9 @@ class HookedExecutor(Executor):
         self.before_encode(plan)
         return super().encode(plan)
 
-    def decode(self, sample: Sample) -> Tensor:
+    def decode(self, sample: Sample, beside: Sequence[Sample] = ()) -> Tensor:
         self.before_decode(sample)
-        return super().decode(sample)
+        return super().decode(sample, beside)
 
     @property
     def samples(self) -> list[Sample]:
