@@ -44,8 +44,8 @@ WAITS: Mapping[str, Mapping[str, str]] = {
     "compare": {"flowroll.parallel.mesh:_digest": "ranks compare the latents of a sample after its last step"},
     "decode": {
         "flowroll.engine.outputs:check_denoised": _FINITE,
-        "flowroll.engine.runner.pipeline:picture": f"{_FINITE}; the picture goes to the host",
-        "flowroll.families.qwen_image:decode": "the VAE's constants go to the device, twice a sample",
+        "flowroll.engine.runner.pipeline:_picture": f"{_FINITE}; the picture goes to the host",
+        "flowroll.families.qwen_image:vae_input": "the VAE's constants go to the device, twice a sample",
     },
     "finish": {
         "flowroll.types.results:<lambda>": "the environment goes to the host",

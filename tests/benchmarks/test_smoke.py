@@ -49,6 +49,7 @@ TAKE_LONGER = {
     "cluster",
     "cluster_model",
     "gpu.run",
+    "group",
     "overload",
     "parallel",
     "ray_serve",

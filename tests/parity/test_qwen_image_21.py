@@ -221,7 +221,7 @@ def test_a_prompt_beyond_the_position_table_is_refused(engine_of: EngineOf, monk
     engine = engine_of(FAMILY.name, "float32")
     monkeypatch.setattr(engine._pipeline, "encode_prompt", lambda *_: (torch.zeros(1, 8192, 64), None, None))
     with pytest.raises(InvalidRequestError, match="prompt must have at most 8191 tokens") as caught:
-        engine.generate(**REQUEST)
+        engine.generate(**{**REQUEST, "prompt": "a text that was not encoded before"})
     assert caught.value.field == "prompt"
 
 

@@ -164,14 +164,15 @@ def test_each_distinct_prompt_is_encoded_once(engine: Engine, monkeypatch: pytes
     monkeypatch.setattr(
         pipeline, "encode_prompt", lambda prompt, **options: (prompts.append(prompt), encode(prompt, **options))[1]
     )
-    engine.rollout(**SMALL, num_outputs_per_prompt=3)
-    assert prompts == ["a bowl", ""]
+    request = {**SMALL, "prompt": "a first cup", "negative_prompt": "a saucer"}
+    engine.rollout(**request, num_outputs_per_prompt=3)
+    assert prompts == ["a first cup", "a saucer"]
     prompts.clear()
-    engine.rollout(**SMALL, negative_prompt="a bowl", num_outputs_per_prompt=2)
-    assert prompts == ["a bowl"]
+    engine.rollout(**{**request, "prompt": "a second cup", "negative_prompt": "a second cup"}, num_outputs_per_prompt=2)
+    assert prompts == ["a second cup"]
     prompts.clear()
-    engine.rollout(**SMALL, guidance_scale=0)
-    assert prompts == ["a bowl"]
+    engine.rollout(**{**request, "prompt": "a third cup"}, guidance_scale=0)
+    assert prompts == ["a third cup"]
 
 
 def test_the_effective_scale_is_true_cfg_then_guidance_then_default(engine: Engine) -> None:

@@ -77,6 +77,10 @@ def test_a_text_is_encoded_once_for_several_requests(engine: Engine, calls: dict
     engine.generate("a blue circle", negative_prompt="grey", **ASKED)
     again = engine.generate("a red circle", negative_prompt="grey", **ASKED)[0]
     assert calls["encoded"] == ["a red circle", "grey", "a blue circle"]
+    engine.sleep()
+    engine.wake()
+    engine.generate("a blue circle", negative_prompt="grey", **ASKED)
+    assert calls["encoded"][3:] == ["a blue circle", "grey"]
     with Engine(shapes_checkpoint("z_image"), device="cpu") as other:
         assert torch.equal(other.generate("a red circle", negative_prompt="grey", **ASKED)[0].latents, again.latents)
 

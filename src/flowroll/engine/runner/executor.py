@@ -220,12 +220,13 @@ class Executor:
         self._peers.stage(message, field="lora_path")
 
     def stage_release(self, mode: SleepMode) -> None:
-        """Makes every other rank copy its weights to where they are kept while the engine sleeps.
+        """Makes every other rank copy its weights to where they are kept while the engine sleeps. Encoded texts are forgotten.
 
         Raises:
             EngineError: A rank could not copy them.
             RankLostError: A rank has ended.
         """
+        self._pipeline.forget_texts()
         self._peers.stage(messages.StageRelease(mode=mode), error=EngineError)
 
     def stage_resume(self) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -88,17 +87,24 @@ class PipelineRunner:
         encoded: dict[BranchText, Mapping[str, EnvValue]] = {}
         for one in (plan.prompt, plan.negative_prompt):
             if one is not None and one not in encoded:
-                encode = partial(encode_branch, model, pipeline, model.variant, one, pictures)
-                encoded[one] = encode() if pictures else self._texts.get(one, encode)
+                kept = None if pictures else self._texts.get(one)
+                encoded[one] = kept or encode_branch(model, pipeline, model.variant, one, pictures)
         negative = None if plan.negative_prompt is None else encoded[plan.negative_prompt]
         env = model.family.env(encoded[plan.prompt], negative, plan.geometry, images=images, embedded=plan.guidance.embedded)
         check_encoded(env)
+        if not pictures:
+            for text, fields in encoded.items():
+                self._texts.keep(text, fields)
         record = replace(
             record_of(plan, env),
             lora=model.adapters.record_for(plan.params),
             policy=self._policies.record(plan.params.policy),
         )
         return Conditioning.build(plan, model, env, record)
+
+    def forget_texts(self) -> None:
+        """Gives back the memory of the texts that were encoded last."""
+        self._texts = EncodedTexts()
 
     def check_recent(self, params: SamplingParams, *, coming: int = 0) -> None:
         """Refuses to run a request on weights that are more versions behind the newest than it allows.
