@@ -224,7 +224,7 @@ def _run_plainly(engine: Engine, plan: RequestPlan) -> None:
     while sample.num_steps_left:
         sample.take_step(forward([sample])[0])
     image = engine._executor.decode(sample)
-    engine._as_rollout(plan, Finished(sample=sample, image=image, seconds=0.0))
+    engine._as_rollout(plan, Finished(sample=sample, image=image, seconds=0.0, first_step=None, last_step=None))
 
 
 @torch.no_grad()
