@@ -89,10 +89,8 @@ def _room(card_gib: float) -> float:
 def _fits(one: Figures, room: float) -> str:
     if _updating(one) <= room:
         return "yes"
-    if rolling_out(one) <= room:
-        return "roll out; new weights by `tp` or LoRA"
-    # Each rank of tp has its share of the transformer, also of the new one; rank 0 has the rest.
-    ranks = next((n for n in (2, 4, 8) if _updating(one) - 2 * one.transformer * (1 - 1 / n) <= room), None)
+    # Each rank of tp has its share of the transformer; rank 0 has the rest.
+    ranks = next((n for n in (2, 4, 8) if _updating(one) - one.transformer * (1 - 1 / n) <= room), None)
     return "no" if ranks is None else f"`--tp {ranks}`"
 
 
