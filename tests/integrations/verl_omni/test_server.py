@@ -1,5 +1,6 @@
 import asyncio
 import importlib.util
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from flowroll.errors import (
     WeightsMismatchError,
     WeightsRejectedError,
 )
-from flowroll.integrations.verl_omni import register, rollout_of
+from flowroll.integrations.verl_omni import register, rollout_of, updates
 from flowroll.integrations.verl_omni.options import ServerOptions, server_options
 from flowroll.integrations.verl_omni.server import RolloutServer
 from flowroll.integrations.verl_omni.weights import pack, send_weights
@@ -300,6 +301,28 @@ def test_samples_are_of_the_old_policy_where_the_trainer_says_so(qwen_checkpoint
             with pytest.raises(WeightsRejectedError, match="must be the factors of the adapter old"):
                 await send(server, base, global_steps=2)
             assert torch.equal((await generate(seed=1, **window)).diffusion_output, made.diffusion_output)
+
+    asyncio.run(main())
+
+
+def test_a_trainer_that_falls_silent_past_ray_is_not_waited_for(qwen_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates, "_MOST_WAIT_S", 0.2)
+    tensors, speaks = moved(transformer_of(qwen_checkpoint)), threading.Event()
+
+    def receive(**_: Any) -> list[tuple[str, torch.Tensor]]:
+        assert speaks.wait(60)
+        return list(tensors.items())
+
+    async def main() -> None:
+        async with serving(qwen_checkpoint, receive_weights=receive) as (server, generate):
+            values = {"peft_config": None, "base_sync_done": True}
+            before = await generate(seed=1)
+            with pytest.raises(WeightsRejectedError, match=r"must arrive within 0\.2 s"):
+                await server.collective_rpc("update_weights_from_ipc", kwargs=values)
+            speaks.set()
+            assert torch.equal((await generate(seed=1)).diffusion_output, before.diffusion_output)
+            await server.collective_rpc("update_weights_from_ipc", kwargs=values)
+            assert not torch.equal((await generate(seed=1)).diffusion_output, before.diffusion_output)
 
     asyncio.run(main())
 

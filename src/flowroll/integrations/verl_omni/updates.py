@@ -23,6 +23,8 @@ _IN_TRAINING = "default"
 _UPDATE_ID = re.compile(r"step-([0-9]{1,18})-seq-[0-9]+")
 # The training steps that are remembered by version of the weights.
 _MOST_VERSIONS = 1024
+# What a trainer sends past Ray has to arrive within so many seconds. Its ranks may end, and verl's receiver would wait on.
+_MOST_WAIT_S = 600.0
 # Receives the weights that a trainer sends past Ray: `receive(keyword arguments of the call)` gives the named tensors.
 ReceiveWeights = Callable[..., Sequence[tuple[str, Tensor]]]
 
@@ -236,7 +238,13 @@ class WeightUpdates:
         )
         try:
             current = self._update_of(update)
-            named = await asyncio.to_thread(self._receive_weights, **place)
+            try:
+                named = await asyncio.wait_for(asyncio.to_thread(self._receive_weights, **place), _MOST_WAIT_S)
+            except TimeoutError:
+                raise WeightsRejectedError(
+                    f"weights must arrive within {_MOST_WAIT_S:g} s, got silence; look after the trainer's ranks, all of which "
+                    "send, and update again."
+                ) from None
             if current.receiver is None:
                 current.factors |= dict(named)
             else:
