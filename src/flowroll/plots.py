@@ -134,7 +134,7 @@ def contact_sheet(rows: Sequence[ContactRow], captions: Sequence[str], path: Pat
         title: Above the grid.
     """
     assert rows and all(len(row.images) == len(captions) for row in rows)
-    cell, gap, label_width, head = 1.25, 0.06, 1.1, 0.62
+    cell, gap, label_width, head = 1.25, 0.06, 1.4, 0.62
     width = label_width + len(captions) * (cell + gap) + gap
     height = head + len(rows) * (cell + gap) + gap
     figure = _figure(width, height)
