@@ -324,8 +324,9 @@ def test_vllms_verbs_change_all_replicas_or_none(served: Any, client: Client, lo
         refused = http.post("/update_weights", json={"update_info": described})
         assert refused.status_code == ForbiddenError.status and "/start_weight_update" in refused.json()["error"]["message"]
         # The weights were whole, so one that joins needs nothing from before.
-        os.kill(served.fleet.describe().replicas[0].pid, signal.SIGKILL)
-        until(lambda: all_ready(served))
+        lost = served.fleet.describe()
+        os.kill(lost.replicas[0].pid, signal.SIGKILL)
+        until(lambda: all_ready(served) and served.fleet.describe().num_lost == lost.num_lost + 1)
         assert client.weights_checksum() == local.weights_checksum()
     client.update_weights_from_disk(MODEL)
     local.update_weights_from_disk(MODEL)
