@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
-    """One line of the first table."""
+    """Returns one line of the first table."""
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]
     pipeline = loaded(family, dtype)[1]
@@ -141,7 +141,7 @@ def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
 
 
 def replay_row(family: str, dtype: str, threads: int, rounds: int) -> str:
-    """One line of the second table."""
+    """Returns one line of the second table."""
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]
     model, _ = loaded(family, dtype)
@@ -180,7 +180,7 @@ def replay_row(family: str, dtype: str, threads: int, rounds: int) -> str:
 
 
 def plain_trainer(model: LoadedModel, rollouts: Sequence[Rollout]) -> Callable[[], None]:
-    """Forward and backward of every step as a trainer writes them: a batch of all samples, with arguments made before."""
+    """Runs forward and backward of every step as a trainer does: a batch of all samples, with arguments made before."""
     family, transformer, record = model.family, model.transformer, rollouts[0].sampling
     recipe = Recipe.of(record, family, sde_step_indices=rollouts[0].sde_step_indices, device="cpu")
     states = torch.stack([one.dit_trajectory.latents for one in rollouts], dim=1)  # type: ignore[union-attr]
@@ -220,7 +220,7 @@ def loaded(family: str, dtype: str) -> tuple[LoadedModel, Any]:
 
 
 def measured(arms: dict[str, Callable[[], object]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of every arm in every round, after two that do not count: in them forwards are analyzed."""
+    """Measures the seconds of every arm in every round, after two rounds in which forwards are analyzed."""
     gc.collect()
     gc.disable()
     try:
