@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
@@ -26,7 +27,6 @@ from flowroll.engine.scheduler.loop import Loop
 from flowroll.engine.scheduler.policy import BatchLimits
 from flowroll.engine.scheduler.request import Finish, Request, RequestFuture, end_future, engine_error
 from flowroll.engine.scheduler.retry import RetrySchedule
-from flowroll.engine.scheduler.runner import Runner
 from flowroll.engine.scheduler.stages import Stage, ThreadStage
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
 from flowroll.errors import FlowrollError, PausedError, QueueFullError, fresh
@@ -56,7 +56,7 @@ class Scheduler:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Executor,
         limits: BatchLimits,
         *,
         encoder: Stage | None = None,

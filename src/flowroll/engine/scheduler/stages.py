@@ -10,10 +10,10 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 
 from flowroll.engine.outputs import Finished
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler.inbox import Decoded, Encoded, Inbox
 from flowroll.engine.scheduler.request import Request, RunningSample
-from flowroll.engine.scheduler.runner import Runner
 
 Work: TypeAlias = Callable[[], None]
 
@@ -39,7 +39,7 @@ class Stage(Protocol):
         """Whether the stage runs."""
 
 
-def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
+def encoding(runner: Executor, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
     """Makes the work that encodes a request's prompts; it does nothing if the request has been reset before it begins."""
     attempt = request.attempt
 
@@ -60,7 +60,7 @@ def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[],
 
 
 def decoding(
-    runner: Runner,
+    runner: Executor,
     inbox: Inbox,
     running: RunningSample,
     sample: Sample,
