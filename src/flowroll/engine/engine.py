@@ -34,6 +34,7 @@ from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.policies.store import PolicyStore
 from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.recompute import LogProbs
+from flowroll.engine.runner.changes import AnyChange, Release, Resume
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.peers import FailureListener
@@ -170,11 +171,11 @@ class Engine:
             versions = WeightVersions()
             self._policies = PolicyTable(self._model.adapters)
             self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
-            self._executor = Executor(self._model, self._work, self._peers)
+            self._executor = Executor(self._model, self._work, self._peers, self._offload)
             self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
             self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
             self._policy_store = PolicyStore(
-                self._policies, self._model.adapters, self._executor, self._offload, versions, adapter_limits.max_policies
+                self._policies, self._executor, self._offload, versions, adapter_limits.max_policies
             )
             self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
             self.scheduler = Scheduler(self._executor, batching or BatchLimits())
@@ -767,9 +768,7 @@ class Engine:
         Raises:
             EngineError: There is not enough room there, on some rank. Nothing has changed.
         """
-        return self._change_memory(
-            lambda: self.is_asleep, lambda: self._offload.prepare_release(mode), lambda: self._executor.stage_release(mode)
-        )
+        return self._change_memory(Release(mode=mode), asleep=True)
 
     def wake(self) -> MemoryChange:
         """Restores the weights bit for bit. If the engine does not sleep, nothing changes.
@@ -777,7 +776,7 @@ class Engine:
         Raises:
             EngineError: There is not enough memory, or the disk fails, on some rank. The engine stays asleep.
         """
-        return self._change_memory(lambda: not self.is_asleep, self._offload.prepare_resume, self._executor.stage_resume)
+        return self._change_memory(Resume(), asleep=False)
 
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""
@@ -903,20 +902,16 @@ class Engine:
         self.scheduler.start()
         return self.scheduler.between_steps(action).result()
 
-    def _change_memory(
-        self, is_done: Callable[[], bool], prepare: Callable[[], Callable[[], int]], stage: Callable[[], None]
-    ) -> MemoryChange:
-        def change() -> MemoryChange:
+    def _change_memory(self, change: AnyChange, *, asleep: bool) -> MemoryChange:
+        def make() -> MemoryChange:
             started_s = time.perf_counter()
             num_bytes = 0
-            if not is_done():
-                take = prepare()
-                stage()
-                self._executor.commit()
-                num_bytes = take()
+            if self.is_asleep != asleep:
+                self._work.forget_texts()
+                num_bytes = self._executor.change(change)
             return MemoryChange(mode=self.memory_mode, num_bytes=num_bytes, seconds=time.perf_counter() - started_s)
 
-        return self.exclusive(change)
+        return self.exclusive(make)
 
     def _exchange(self, action: Callable[[], T], weight_version: str | None, mode: ExclusiveMode) -> T:
         return self.exclusive(action, mode, is_newer=weight_version is None or weight_version != self.weight_version)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 
-from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER
 from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.runner.changes import DropAdapter, DropPolicy, UpdatePolicy
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.staged import listed
@@ -28,7 +27,6 @@ class PolicyStore:
 
     Args:
         table: The policies.
-        adapters: The adapters of this rank.
         executor: Reaches all ranks.
         offload: Tells whether the weights are in memory.
         versions: The versions of the weights.
@@ -38,13 +36,12 @@ class PolicyStore:
     def __init__(
         self,
         table: PolicyTable,
-        adapters: AdapterSet,
         executor: Executor,
         offload: WeightOffload,
         versions: WeightVersions,
         max_policies: int,
     ) -> None:
-        self._table, self._adapters, self._executor = table, adapters, executor
+        self._table, self._executor = table, executor
         self._offload, self._versions, self._max_policies = offload, versions, max_policies
 
     def copy(self, name: str, source: str | None) -> PolicyChange:
@@ -78,11 +75,7 @@ class PolicyStore:
         policy = self._table.held.get(name)
         if policy is None:
             raise self._table.unknown("policy", name)
-        if policy.kind == "weights":
-            self._executor.drop_policy(name)
-        else:
-            self._adapters.drop(name)
-            self._executor.unload_adapter(name)
+        self._executor.change(DropPolicy(name=name) if policy.kind == "weights" else DropAdapter(name=name))
         self._table.remove(name)
         return PolicyChange(name=name, policy=None, paused_s=time.perf_counter() - started_s)
 
@@ -102,11 +95,9 @@ class PolicyStore:
                 "another source.",
                 field="source",
             )
-        if kind == "weights":
-            num_bytes = self._executor.update_policy(name, given, decay)
-        else:
-            assert given is not None
-            num_bytes = self._update_adapter(name, given, decay)
+        num_bytes = self._executor.change(
+            UpdatePolicy(name=name, source=given, decay=decay, is_adapter=kind == "adapter", version=self._versions.current)
+        )
         followed = held.get(given or "")
         policy = Policy(
             name=name,
@@ -118,14 +109,6 @@ class PolicyStore:
         )
         self._table.put(policy)
         return PolicyChange(name=name, policy=policy, paused_s=time.perf_counter() - started_s)
-
-    def _update_adapter(self, name: str, source: str, decay: Number | None) -> int:
-        version = self._versions.current
-        adapter = self._adapters.averaged(name, source, decay)
-        self._executor.stage_policy_adapter(name, source, decay, version)
-        self._executor.commit()
-        self._adapters.put(replace(adapter, about=replace(adapter.about, version=version)))
-        return adapter.about.num_bytes
 
     def _resolved(self, source: str | None) -> tuple[str | None, PolicyKind]:
         """Returns the source's own name and its kind; the default is the pushed adapter where there is one."""

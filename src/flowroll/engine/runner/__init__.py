@@ -9,5 +9,7 @@ peers.py          the interface through which rank 0 reaches the other ranks
 rank_group.py     that interface for several ranks: starts, watches and ends their processes
 rank_watch.py     notices when another rank ends or falls silent
 messages.py       the messages from rank 0 to the other ranks
+changes.py        those that change the weights: what every rank prepares, then puts into effect
+shapes.py         the tensors of a message without their data
 worker.py         the process of a rank other than 0
 """

@@ -11,8 +11,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.runner.changes import AnyChange
 from flowroll.engine.runner.messages import Message
-from flowroll.errors import FlowrollError, RankLostError, WeightsRejectedError
+from flowroll.errors import RankLostError
 from flowroll.families import ModelSpec
 from flowroll.parallel.mesh import Mesh
 
@@ -60,11 +61,11 @@ class Peers(Protocol):
     def compare(self, tensor: Tensor) -> list[int]:
         """Returns the ranks whose tensor does not have this rank's bits; all ranks call it at the same time."""
 
-    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
+    def stage(self, change: AnyChange) -> None:
         """Makes every rank prepare a change, and waits for all. A later message puts the change into effect or drops it.
 
         Raises:
-            error: A rank could not prepare the change; all ranks have dropped it.
+            FlowrollError: A rank could not prepare the change (`Change.error`); all ranks have dropped it.
             RankLostError: A rank has ended.
         """
 
@@ -112,7 +113,7 @@ class NoPeers:
         """Returns an empty list: there is no rank that could differ."""
         return []
 
-    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
+    def stage(self, change: AnyChange) -> None:
         """Does nothing: there is no rank that has to prepare."""
 
     def add_listener(self, listener: FailureListener) -> None:

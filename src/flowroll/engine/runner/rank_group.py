@@ -18,17 +18,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
+from flowroll.engine.runner.changes import AnyChange
 from flowroll.engine.runner.messages import DropStaged, Message, Serve, Stop, encode_message
 from flowroll.engine.runner.peers import FailureListener, NoPeers, Peers
 from flowroll.engine.runner.rank_watch import RankWatch
-from flowroll.errors import (
-    CheckpointError,
-    FlowrollError,
-    InvalidRequestError,
-    RankLostError,
-    WeightsRejectedError,
-    fresh,
-)
+from flowroll.errors import CheckpointError, InvalidRequestError, RankLostError, fresh
 from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.mesh import Mesh, check_alone
@@ -176,14 +170,14 @@ class RankGroup:
         self._channel.forget()
         return odd
 
-    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
+    def stage(self, change: AnyChange) -> None:
         """Makes every rank prepare a change, and waits for all of them.
 
         Raises:
-            error: A rank could not prepare the change; all ranks have dropped it.
+            FlowrollError: A rank could not prepare the change (`Change.error`); all ranks have dropped it.
             RankLostError: A rank has ended.
         """
-        self.send(message)
+        self.send(change)
         # Not a collective, which would time out: reading may take long, and a rank that reads still gives signs of life.
         with self.together():
             self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
@@ -193,7 +187,7 @@ class RankGroup:
         if refused:
             self.send(DropStaged())
             rank, reason = next(iter(refused.items()))
-            raise error(f"rank {rank}: {reason}", field=field)
+            raise change.error(f"rank {rank}: {reason}", field=change.field)
 
     def add_listener(self, listener: FailureListener) -> None:
         """Calls the listener on another thread when the ranks fail, or immediately if they have failed already."""

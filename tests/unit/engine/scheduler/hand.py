@@ -31,7 +31,7 @@ class HookedExecutor(Executor):
     """An executor of its own over an engine's model, with something to do before encoding and decoding."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine._model, engine._executor._pipeline, engine._peers)
+        super().__init__(engine._model, engine._executor._pipeline, engine._peers, engine._offload)
         self.before_encode: Callable[[RequestPlan], object] = lambda plan: None
         self.before_decode: Callable[[Sample], object] = lambda sample: None
 
