@@ -34,7 +34,7 @@ from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.policies.store import PolicyStore
 from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.recompute import LogProbs
-from flowroll.engine.runner.changes import AnyChange, Release, Resume
+from flowroll.engine.runner.changes import Sleep
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.peers import FailureListener
@@ -768,7 +768,7 @@ class Engine:
         Raises:
             EngineError: There is not enough room there, on some rank. Nothing has changed.
         """
-        return self._change_memory(Release(mode=mode), asleep=True)
+        return self._change_memory(mode)
 
     def wake(self) -> MemoryChange:
         """Restores the weights bit for bit. If the engine does not sleep, nothing changes.
@@ -776,7 +776,7 @@ class Engine:
         Raises:
             EngineError: There is not enough memory, or the disk fails, on some rank. The engine stays asleep.
         """
-        return self._change_memory(Resume(), asleep=False)
+        return self._change_memory(None)
 
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""
@@ -902,13 +902,13 @@ class Engine:
         self.scheduler.start()
         return self.scheduler.between_steps(action).result()
 
-    def _change_memory(self, change: AnyChange, *, asleep: bool) -> MemoryChange:
+    def _change_memory(self, mode: SleepMode | None) -> MemoryChange:
         def make() -> MemoryChange:
             started_s = time.perf_counter()
             num_bytes = 0
-            if self.is_asleep != asleep:
+            if self.is_asleep == (mode is None):
                 self._work.forget_texts()
-                num_bytes = self._executor.change(change)
+                num_bytes = self._executor.change(Sleep(mode=mode))
             return MemoryChange(mode=self.memory_mode, num_bytes=num_bytes, seconds=time.perf_counter() - started_s)
 
         return self.exclusive(make)

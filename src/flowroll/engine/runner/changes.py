@@ -191,27 +191,18 @@ class PutInPlace(Change, frozen=True):
         return weights.held.prepare_exchange(self.name)
 
 
-class Release(Change, frozen=True):
-    """The release of the memory of all weights. Its second half returns the number of bytes."""
+class Sleep(Change, frozen=True):
+    """The release of the memory of all weights, or, for null, their return. Its second half returns the number of bytes."""
 
-    mode: SleepMode
-
-    def prepare(self, weights: RankWeights) -> Callable[[], Any]:
-        """Copies the weights to where they are kept."""
-        return weights.offload.prepare_release(self.mode)
-
-
-class Resume(Change, frozen=True):
-    """The return of the weights. Its second half returns the number of bytes."""
+    mode: SleepMode | None
 
     def prepare(self, weights: RankWeights) -> Callable[[], Any]:
-        """Loads the kept weights."""
-        return weights.offload.prepare_resume()
+        """Copies the weights to where they are kept, or back."""
+        offload = weights.offload
+        return offload.prepare_resume() if self.mode is None else offload.prepare_release(self.mode)
 
 
-AnyChange: TypeAlias = (
-    ReadWeights | TakeWeights | LoadAdapter | DropAdapter | UpdatePolicy | DropPolicy | PutInPlace | Release | Resume
-)
+AnyChange: TypeAlias = ReadWeights | TakeWeights | LoadAdapter | DropAdapter | UpdatePolicy | DropPolicy | PutInPlace | Sleep
 
 
 def _replacing(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
