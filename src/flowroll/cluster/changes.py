@@ -73,21 +73,21 @@ class FromDisk(Change):
 
 
 class AdapterLoad(Change):
-    """An adapter, from files or from a body.
+    """An adapter.
 
     Args:
-        method: "stage_adapter" or "stage_sent_adapter".
-        args: The arguments of this method.
+        files: Its files, as the fleet has stored them.
+        name: Its name.
         merged: Whether the adapter is added to a copy of the weights.
         mode: What happens to running requests.
     """
 
-    def __init__(self, method: str, args: Sequence[Any], *, merged: bool, mode: ExclusiveMode) -> None:
+    def __init__(self, files: Any, name: str, *, merged: bool, mode: ExclusiveMode) -> None:
         super().__init__(mode)
-        self._method, self._args, self._merged = method, args, merged
+        self._files, self._name, self._merged = files, name, merged
 
     async def _stage(self, member: Replica) -> str:
-        return str(await member.call(self._method, *self._args, merged=self._merged))
+        return str(await member.call("stage_adapter", self._files, self._name, merged=self._merged))
 
 
 class AdapterUnload(Change):

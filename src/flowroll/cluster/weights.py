@@ -47,15 +47,8 @@ class FleetWeights:
         return await self._change(FromDisk(files, mode), "weights", files.module, weight_version)
 
     async def load_adapter(self, files: Any, name: str, *, merged: bool, weight_version: str | None, mode: Any) -> Any:
-        """Has every replica load an adapter from its disk."""
-        change = AdapterLoad("stage_adapter", (files, name), merged=merged, mode=mode)
-        return await self._change(change, "adapter", name, weight_version)
-
-    async def load_sent_adapter(
-        self, weights: Any, config: str, name: str, *, merged: bool, weight_version: str | None, mode: Any
-    ) -> Any:
-        """Has every replica load an adapter that came in a body."""
-        change = AdapterLoad("stage_sent_adapter", (await self.stored(weights), config, name), merged=merged, mode=mode)
+        """Has every replica load an adapter, from its disk or as it came in a body."""
+        change = AdapterLoad(await self.stored(files), name, merged=merged, mode=mode)
         return await self._change(change, "adapter", name, weight_version)
 
     async def unload_adapter(self, name: str, *, weight_version: str | None, mode: Any) -> Any:

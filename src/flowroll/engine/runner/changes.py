@@ -114,7 +114,7 @@ class LoadAdapter(Change, frozen=True):
         """Reads the adapter beside the loaded ones."""
         adapters, about = weights.model.adapters, self.about
         # Without a limit, because rank 0 has checked the number of bytes.
-        data = read_adapter(AdapterFiles(config=self.config, weights=self.weights), max_bytes=sys.maxsize)
+        data = read_adapter(AdapterFiles(places=(self.config, self.weights)), max_bytes=sys.maxsize)
         adapter = adapters.stage(data, name=about.name, merged=about.merged)
         if adapter.about.sha256 != about.sha256:
             raise refused(

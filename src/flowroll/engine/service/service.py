@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles, files_in_memory, parse_config
+from flowroll.engine.adapters.files import AdapterFiles, parse_config
 from flowroll.engine.adapters.pushed import read_factors
 from flowroll.engine.adapters.store import StagedAdapter
 from flowroll.engine.engine import Engine, RequestKind
@@ -407,11 +407,6 @@ class EngineService:
         return self._hold_staged(self.engine.stage_lora_adapter(files, name=name, merged=merged))
 
     @working
-    def stage_sent_adapter(self, weights: SharedMemory, config: str, name: str, *, merged: bool) -> str:
-        """Checks an adapter in memory, the first half of `load_sent_adapter`; see `stage_from_disk`."""
-        return self.stage_adapter(files_in_memory(weights, config), name, merged=merged)
-
-    @working
     def commit_staged(self, staged_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate | AdapterChange:
         """Puts what was staged in place while no request runs, the second half of a change.
 
@@ -508,21 +503,6 @@ class EngineService:
             WeightsRejectedError: The adapter is refused.
         """
         self.engine.check_lora_adapter(parse_config(config), stored, name=name, merged=merged)
-
-    @working
-    def load_sent_adapter(
-        self,
-        weights: SharedMemory,
-        config: str,
-        name: str,
-        *,
-        merged: bool,
-        weight_version: str | None,
-        mode: ExclusiveMode,
-    ) -> AdapterChange:
-        """Loads an adapter from the memory of a safetensors file and the text of a configuration; see `load_adapter`."""
-        files = files_in_memory(weights, config)
-        return self.load_adapter(files, name, merged=merged, weight_version=weight_version, mode=mode)
 
     @working
     def load_pushed_adapter(
