@@ -15,7 +15,7 @@ from flowroll.engine.plan import RequestPlan
 from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.changes import AnyChange, PutInPlace, RankWeights, ReadWeights, TakeWeights
-from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
+from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
@@ -25,7 +25,8 @@ from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles
 from flowroll.errors import EngineError
-from flowroll.types import SamplingRecord, StepStamp
+from flowroll.families import Recipe
+from flowroll.types import RecordedSteps, StepStamp
 
 
 class Executor:
@@ -45,7 +46,6 @@ class Executor:
         self._pipeline, self._peers = pipeline, peers
         self._weights = RankWeights(model=model, held=HeldWeights(model.transformer), offload=offload, mesh=peers.mesh)
         self._device = model.device
-        self._num_recomputations = 0
 
     def use_threads(self, num_threads: int) -> None:
         """Sets torch's per-thread settings on the calling thread, for a caller with this number of CPU threads."""
@@ -150,51 +150,45 @@ class Executor:
 
     def recompute(
         self,
-        record: SamplingRecord,
-        sde_step_indices: tuple[int, ...] | None,
-        recomputation: Recomputation,
+        sample: RecordedSteps,
+        recipe: Recipe,
+        rows: Sequence[int],
         *,
+        transformer: Any,
         policy: str | None,
     ) -> Generator[None, None, list[Tensor]]:
         """Runs recorded steps of one sample again on every rank. Yields after each step, and returns the velocities.
 
         Args:
-            record: The record of how the rollout was sampled.
-            sde_step_indices: The indices of the rollout's stochastic steps; None: every step is stochastic.
-            recomputation: The steps to run again.
+            sample: The sample.
+            recipe: How its steps are taken.
+            rows: The rows of its steps that are run.
+            transformer: The denoiser of this rank, under the policy, with its adapter or without.
             policy: The policy that they run with, whose weights are in place; None: the default.
 
         Raises:
             EngineError: A rank computed another velocity than rank 0.
         """
-        self._num_recomputations += 1
-        number, one = self._num_recomputations, recomputation
-        begin = messages.BeginRecomputation(
-            id=number,
-            policy=policy,
-            record=record,
-            sde_step_indices=sde_step_indices,
-            steps=one.steps,
-            latents=TensorShape.of(one.latents),
-            env=EnvShape.of(one.env),
-        )
-        with self._peers.together():
-            self._peers.send(begin, [*(tensor for _, tensor in one.env.tensors()), one.latents])
-        self._runner.begin_recomputation(number, one)
-        velocities = []
-        try:
-            for row in range(len(one.steps)):
-                with self._peers.together():
-                    self._peers.send(messages.Recompute(id=number, row=row, num_threads=torch.get_num_threads()))
-                    velocity, odd = self._runner.recompute(number, row)
-                if odd:
-                    raise _disagreement(odd)
-                velocities.append(velocity)
-                yield
-        finally:
-            self._runner.end_recomputation(number)
-            if self._peers.failure is None:
-                self._peers.send(messages.EndRecomputation(id=number))
+        env, states, velocities = sample.denoising_env.to(self._device), sample.latents[list(rows)].to(self._device), []
+        for row, state in zip(rows, states, strict=True):
+            # Copied, because a row of a stack has an arbitrary address, and bits can depend on the address.
+            latents = state.clone()
+            message = messages.Recompute(
+                record=sample.sampling,
+                sde_step_indices=sample.sde_step_indices,
+                policy=policy,
+                step=sample.steps[row],
+                latents=TensorShape.of(latents),
+                env=EnvShape.of(env),
+                num_threads=torch.get_num_threads(),
+            )
+            with self._peers.together():
+                self._peers.send(message, [*(tensor for _, tensor in env.tensors()), latents])
+                velocity, odd = self._runner.recompute(recipe, transformer, sample.steps[row], latents, env)
+            if odd:
+                raise _disagreement(odd)
+            velocities.append(velocity)
+            yield
         return velocities
 
     def change(self, change: AnyChange, finish: Callable[[], Any] | None = None) -> Any:

@@ -66,33 +66,19 @@ class DropRequest(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
-class BeginRecomputation(msgspec.Struct, frozen=True, tag=True):
-    """Prepare to run recorded steps again, under a policy; null: the default, with the record's adapter.
+class Recompute(msgspec.Struct, frozen=True, tag=True):
+    """Run one recorded step again, with this number of CPU threads, under a policy; null: with the record's own adapter.
 
-    The tensors of the environment and the latents before the steps follow.
+    The tensors of the environment and the latents before the step follow.
     """
 
-    id: int
-    policy: str | None
     record: SamplingRecord
     sde_step_indices: tuple[int, ...] | None
-    steps: tuple[int, ...]
+    policy: str | None
+    step: int
     latents: TensorShape
     env: EnvShape
-
-
-class Recompute(msgspec.Struct, frozen=True, tag=True):
-    """Run one of the recorded steps again, with this number of CPU threads."""
-
-    id: int
-    row: int
     num_threads: int
-
-
-class EndRecomputation(msgspec.Struct, frozen=True, tag=True):
-    """Forget the recorded steps of a recomputation."""
-
-    id: int
 
 
 class ReceiveTensors(msgspec.Struct, frozen=True, tag=True):
@@ -124,9 +110,7 @@ Message: TypeAlias = (
     | StartChild
     | Step
     | DropRequest
-    | BeginRecomputation
     | Recompute
-    | EndRecomputation
     | AnyChange
     | ReceiveTensors
     | Commit

@@ -25,7 +25,7 @@ from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
 from flowroll.engine.runner.changes import Change, RankWeights
 from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message
-from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
+from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.rank_group import STAGED, RankConfig
 from flowroll.engine.runner.rank_watch import ERRED
 from flowroll.engine.runner.sample import Conditioning
@@ -182,13 +182,9 @@ class Worker:
                     raise error
             case messages.DropRequest(id=number):
                 runner.drop_request(number)
-            case messages.BeginRecomputation():
-                runner.begin_recomputation(message.id, self._recomputation(message))
-            case messages.Recompute(id=number, row=row, num_threads=num_threads):
-                runner.use_threads(num_threads)
-                runner.recompute(number, row)
-            case messages.EndRecomputation(id=number):
-                runner.end_recomputation(number)
+            case messages.Recompute():
+                runner.use_threads(message.num_threads)
+                self._recompute(message)
             case Change():
                 self._prepare(message)
             case messages.ReceiveTensors():
@@ -206,14 +202,13 @@ class Worker:
             case _:
                 raise AssertionError(f"{type(message).__name__} is no message for a running rank")
 
-    def _recomputation(self, message: messages.BeginRecomputation) -> Recomputation:
-        model = self._model
+    def _recompute(self, message: messages.Recompute) -> None:
+        model, record = self._model, message.record
         env, latents = message.env.empty(model.device), message.latents.empty(model.device)
         self._receive([*(tensor for _, tensor in env.tensors()), latents])
-        record = message.record
         recipe = Recipe.of(record, model.family, sde_step_indices=message.sde_step_indices, device=model.device)
         transformer = model.adapters.transformer(None if record.lora is None else record.lora.name, message.policy)
-        return Recomputation(recipe=recipe, transformer=transformer, steps=message.steps, latents=latents, env=env)
+        self._runner.recompute(recipe, transformer, message.step, latents, env)
 
     def _prepare(self, change: Change) -> None:
         """Prepares a change and announces whether that succeeded; rank 0 decides whether it takes effect."""
