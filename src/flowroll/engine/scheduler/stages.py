@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 
@@ -16,27 +16,6 @@ from flowroll.engine.scheduler.inbox import Decoded, Encoded, Inbox
 from flowroll.engine.scheduler.request import Request, RunningSample
 
 Work: TypeAlias = Callable[[], None]
-
-
-@runtime_checkable
-class Stage(Protocol):
-    """Runs work in the order in which it was submitted."""
-
-    def submit(self, work: Work) -> None:
-        """Adds work without waiting for it."""
-
-    def start(self) -> None:
-        """Starts the stage, unless it runs already."""
-
-    def stop(self) -> None:
-        """Makes the stage end after its current work, without waiting for that."""
-
-    def join(self, timeout_s: float | None) -> bool:
-        """Waits for the end of the stage; returns whether it has ended within this time."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the stage runs."""
 
 
 def encoding(runner: Executor, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
@@ -103,8 +82,8 @@ def decoding(
     return decode
 
 
-class ThreadStage:
-    """A stage that works on its own thread.
+class Stage:
+    """Does work on its own thread, in the order in which it was submitted.
 
     Args:
         name: The name of the thread.

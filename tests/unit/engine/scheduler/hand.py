@@ -12,6 +12,7 @@ from flowroll.engine import BatchLimits, Engine, RequestFuture, RequestPlan
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.scheduler import Scheduler
+from flowroll.engine.scheduler.stages import Stage
 
 SMALL: dict[str, Any] = {"prompt": "a bowl", "height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 0.0}
 ALL: dict[str, Any] = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
@@ -49,7 +50,7 @@ class HookedExecutor(Executor):
         return list(self._runner._samples.values())
 
 
-class HandStage:
+class HandStage(Stage):
     """A stage that does a piece of work when the test says so."""
 
     is_alive = True
