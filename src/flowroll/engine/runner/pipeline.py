@@ -97,7 +97,7 @@ class PipelineRunner:
                 self._texts.keep(text, fields)
         record = replace(
             record_of(plan, env),
-            lora=model.adapters.record_for(plan.params),
+            lora=model.adapters.record(plan.params.lora_name, plan.params.policy),
             policy=self._policies.record(plan.params.policy),
         )
         return Conditioning.build(plan, model, env, record)
