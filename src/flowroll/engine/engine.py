@@ -32,7 +32,6 @@ from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.outputs import Finished, as_image, as_rollout
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.policies.store import PolicyStore
-from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.recompute import LogProbs
 from flowroll.engine.runner.changes import Sleep
 from flowroll.engine.runner.executor import Executor
@@ -169,14 +168,11 @@ class Engine:
             self._keep_findings()
             self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
             versions = WeightVersions()
-            self._policies = PolicyTable(self._model.adapters)
+            self._policies = PolicyStore(self._model.adapters, self._offload, versions, adapter_limits.max_policies)
             self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
             self._executor = Executor(self._model, self._work, self._peers, self._offload)
             self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
             self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
-            self._policy_store = PolicyStore(
-                self._policies, self._executor, self._offload, versions, adapter_limits.max_policies
-            )
             self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
             self.scheduler = Scheduler(self._executor, batching or BatchLimits())
             self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
@@ -713,7 +709,7 @@ class Engine:
             InvalidRequestError: The name cannot be that of a policy, there is no such source, or no more policies may be held.
             EngineError: There is no room for it on some rank. Nothing has changed.
         """
-        return self.exclusive(lambda: self._policy_store.copy(name, source), mode)
+        return self.exclusive(lambda: self._policies.copy(name, source, self._executor.change), mode)
 
     def average_policy(
         self, name: str, *, decay: Number, source: str | None = None, mode: ExclusiveMode = "drain"
@@ -733,7 +729,7 @@ class Engine:
             InvalidRequestError: The decay is not from 0 to 1, or the source is of another kind; or as for `copy_policy`.
             EngineError: There is no room on some rank. Nothing has changed.
         """
-        return self.exclusive(lambda: self._policy_store.average(name, source, decay), mode)
+        return self.exclusive(lambda: self._policies.average(name, source, decay, self._executor.change), mode)
 
     def drop_policy(self, name: str, *, mode: ExclusiveMode = "drain") -> PolicyChange:
         """Forgets a policy. Waiting requests that name it end in an error.
@@ -741,7 +737,7 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such policy.
         """
-        return self.exclusive(lambda: self._policy_store.drop(name), mode)
+        return self.exclusive(lambda: self._policies.drop(name, self._executor.change), mode)
 
     # Memory
 
@@ -842,7 +838,7 @@ class Engine:
             self._weights.release()
             self._offload.forget()
             self._keep_findings()
-            del self._model, self._pipeline, self._adapters, self._policy_store, self._log_probs
+            del self._model, self._pipeline, self._adapters, self._log_probs
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 

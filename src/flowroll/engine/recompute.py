@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.policies.store import PolicyStore
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.scoring import ScorePlan, forward_rows, recipe_of, sample_scores
 from flowroll.engine.weights.offload import WeightOffload
@@ -39,7 +39,7 @@ class LogProbs:
         executor: Executor,
         offload: WeightOffload,
         versions: WeightVersions,
-        policies: PolicyTable,
+        policies: PolicyStore,
     ) -> None:
         self._model, self._executor = model, executor
         self._offload, self._versions, self._policies = offload, versions, policies
