@@ -27,6 +27,15 @@ from flowroll.engine.weights.staged import WeightFiles
 from flowroll.errors import EngineError
 from flowroll.families import Recipe
 from flowroll.types import RecordedSteps, StepStamp
+from flowroll.types.params import DEFAULTS, TENSORS
+
+# What the other ranks can take the same steps without: tensors, which follow by themselves, and what only a result holds.
+_UNSENT = (
+    *TENSORS,
+    *("prompt_token_ids", "negative_prompt_token_ids", "images", "seed", "num_outputs_per_prompt", "start_step"),
+    *("rollout_debug_mode", "rollout_return_denoising_env", "rollout_return_dit_trajectory", "rollout_return_step_indices"),
+    *("return_fields", "decode_step_indices"),
+)
 
 
 class Executor:
@@ -70,33 +79,14 @@ class Executor:
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
         """Prepares every rank for the samples of a request."""
         plan, env = conditioning.plan, conditioning.env
-        # The values that the other ranks need to take the same steps, without the tensors that only a result holds.
         params = replace(
             plan.params,
+            **{name: DEFAULTS[name] for name in _UNSENT},
             # The environment is all that is left of the texts, but for whether there is an unconditional one.
             prompt="",
-            prompt_token_ids=None,
             negative_prompt=None if plan.negative_prompt is None else "",
-            negative_prompt_token_ids=None,
-            prompt_embeds=None,
-            pooled_prompt_embeds=None,
-            prompt_embeds_mask=None,
-            negative_prompt_embeds=None,
-            negative_pooled_prompt_embeds=None,
-            negative_prompt_embeds_mask=None,
-            images=None,
-            seed=None,
             seeds=plan.seeds,
-            num_outputs_per_prompt=None,
             request_id=plan.request_id,
-            rollout_debug_mode=False,
-            rollout_return_denoising_env=False,
-            rollout_return_dit_trajectory=False,
-            rollout_return_step_indices=None,
-            return_fields=None,
-            decode_step_indices=None,
-            latents=None,
-            start_step=None,
         )
         with self._peers.together():
             latents = None if plan.params.latents is None else plan.params.latents.to(self._device)
