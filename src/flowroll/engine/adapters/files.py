@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +69,10 @@ class AdapterData:
     Attributes:
         config: The JSON object of the configuration.
         tensors: The tensors by their names without peft's prefix, in the dtypes that they have in the file.
-        seconds: How long reading took, in seconds.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    seconds: float
 
 
 def find_adapter(source: str | Path) -> AdapterFiles:
@@ -157,7 +154,6 @@ def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
         WeightsRejectedError: The adapter cannot be read to its end, has more than `max_bytes` bytes of tensors, or holds
             tensors that no adapter has.
     """
-    started_s = time.perf_counter()
     try:
         config = read_json(files.config, f"{files.config} must be readable")
         with TensorFile(files.weights) as file:
@@ -166,7 +162,7 @@ def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
             file.check_unchanged()
     except (CheckpointError, OSError, MemoryError, RuntimeError) as error:
         raise unreadable(error) from error
-    return AdapterData(config=config, tensors=without_prefix(tensors), seconds=time.perf_counter() - started_s)
+    return AdapterData(config=config, tensors=without_prefix(tensors))
 
 
 def check_stored(stored: Sequence[StoredTensor], max_bytes: int, subject: str) -> None:

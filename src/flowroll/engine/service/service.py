@@ -368,10 +368,7 @@ class EngineService:
     @working
     def commit_update(self, update_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
         """Puts the arrived weights in place while no request runs. If tensors are missing, the update stays open."""
-        receiver = self._receiver(update_id)
-        staged = receiver.stage()
-        self._updates.pop(update_id, None)
-        return self.engine.commit_weights(staged, weight_version=weight_version, mode=mode)
+        return self.engine.commit_weights(self._ended(update_id), weight_version=weight_version, mode=mode)
 
     def is_open(self, update_id: str) -> bool:
         """Returns whether tensors of the update may still come."""
@@ -396,10 +393,7 @@ class EngineService:
     @working
     def stage_update(self, update_id: str) -> str:
         """Takes the arrived weights of an update, the first half of `commit_update`; see `stage_from_disk`."""
-        receiver = self._receiver(update_id)
-        staged = receiver.stage()
-        self._updates.pop(update_id, None)
-        return self._hold_staged(staged)
+        return self._hold_staged(self._ended(update_id))
 
     @working
     def stage_adapter(self, files: AdapterFiles, name: str, *, merged: bool) -> str:
@@ -427,6 +421,12 @@ class EngineService:
             self._staged = None
 
     restore_versions = _of_engine(Engine.restore_versions)
+
+    def _ended(self, update_id: str) -> StagedWeights:
+        """Ends an update, and returns its weights, which have arrived."""
+        staged = self._receiver(update_id).stage()
+        self._updates.pop(update_id, None)
+        return staged
 
     def _hold_staged(self, staged: StagedWeights | StagedAdapter) -> str:
         staged_id = secrets.token_hex(8)
