@@ -58,6 +58,8 @@ def rolled_out(engine: Engine, other: Path, adapter: Path) -> list[Rollout]:
     found += [rollout for name in ("old", None, "adapter") for rollout in engine.rollout(**REQUEST, policy=name)]
     assert_scored(engine, found[1:2], "old")
     assert_scored(engine, found[3:], "adapter")
+    # Made without the adapter: a rank that does not take that of the policy computes other velocities, which is an error.
+    assert engine.run_scores(score_params(found[2:3], None, log_probs_only=True, policy="adapter")).samples[0].lora is not None
     engine.drop_policy("old")
     engine.drop_policy("adapter")
     return [*found, *engine.rollout(**REQUEST)]
