@@ -1,6 +1,7 @@
 """Adapters beside each other, under changing weights, and those that are refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -240,6 +241,14 @@ def test_there_is_room_for_so_many_adapters_and_bytes(z_image: Engine, z_image_c
         for options in ({"name": "q"}, {"name": "p", "merged": True}):
             with pytest.raises(WeightsRejectedError, match=f"with {size} bytes together"):
                 small.load_lora_adapter(adapter, **options)
+    with Engine(z_image_checkpoint, device="cpu", adapter_limits=AdapterLimits(max_adapter_bytes=size - 1)) as smaller:
+        file, rule = adapter / TENSORS, f"must have at most {size - 1} bytes of tensors, got {size}"
+        with pytest.raises(WeightsRejectedError, match=f"^{re.escape(str(file))} {rule}"):
+            smaller.load_lora_adapter(adapter, name="p")
+        # Files in memory have no names that would say anything.
+        config = json.loads((adapter / CONFIG).read_text())
+        with pytest.raises(WeightsRejectedError, match=f"^the body {rule}"):
+            smaller.load_lora_adapter_from_tensors(load_file(file), config, name="p")
 
 
 _SLOW = (
