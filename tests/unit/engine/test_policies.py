@@ -133,6 +133,8 @@ def test_a_policy_of_an_adapter_is_that_of_a_trainer_that_averages(z_image: Engi
         z_image.load_lora_adapter(saved(trainer, tmp_path / str(number)), name="new" if number else "first")
     z_image.copy_policy("old", source="first")
     assert_same(z_image.rollout(**REQUEST, policy="old"), z_image.rollout(**REQUEST, lora_name="first"))
+    versions = {one.name: one.version for one in z_image.lora_adapters()}
+    assert versions["old"] == versions["new"] == z_image.weight_version != versions["first"]
     averaged = z_image.average_policy("old", decay=DECAY, source="new").policy
     assert (averaged.kind, averaged.num_updates, averaged.decay) == ("adapter", 2, DECAY)
     rollouts = z_image.rollout(**REQUEST, policy="old", num_outputs_per_prompt=2)
