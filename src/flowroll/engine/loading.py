@@ -117,7 +117,12 @@ def build_model(
         adapters=AdapterSet(transformer),
         # No function mode may be active in a compiled block.
         strategy=choose_strategy(
-            checkpoint.family, device=device, dtype=dtype, name="alone" if is_compiled(transformer) else None, **over_ranks
+            checkpoint.family,
+            device=device,
+            dtype=dtype,
+            name="alone" if is_compiled(transformer) else None,
+            with_programs=True,
+            **over_ranks,
         ),
         spec=spec,
         schedule_config=checkpoint.schedule_config,

@@ -176,10 +176,16 @@ class Merged(Grouped):
     name = "merged"
 
     def __init__(
-        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
+        self,
+        family: Family,
+        dtype: torch.dtype,
+        run: RunForwards = run_here,
+        agree: Callable[[bool], bool] | None = None,
+        *,
+        with_programs: bool = False,
     ) -> None:
         super().__init__(family, dtype, run)
-        self._shared = SharedForwards(family, agree)
+        self._shared = SharedForwards(family, agree, with_programs=with_programs)
         # Ranks that share a forward would have to agree on how its texts are padded.
         self._pads_texts = agree is None
         self._mean_weights: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
@@ -250,6 +256,7 @@ def choose_strategy(
     run: RunForwards = run_here,
     agree: Callable[[bool], bool] | None = None,
     name: StrategyName | None = None,
+    with_programs: bool = False,
 ) -> Strategy:
     """Makes the strategy for a device: merged on a CPU, alone on other devices, whose kernels have not been measured.
 
@@ -262,7 +269,9 @@ def choose_strategy(
         run: Runs the forwards of one step.
         agree: Tells whether all ranks that share a forward vote yes; None if there is one rank.
         name: The name of a strategy; None: the strategy of the device.
+        with_programs: Whether shared forwards may skip the model's Python code (`programs`): nothing but weights ever changes
+            in a transformer that is run.
     """
     if not family.shares_forwards or (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
         return Alone(family, dtype, run)
-    return Merged(family, dtype, run, agree)
+    return Merged(family, dtype, run, agree, with_programs=with_programs)
