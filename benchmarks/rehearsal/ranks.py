@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.rehearsal.device import CUDA
 from benchmarks.rehearsal.meter import Meter
-from flowroll.engine.runner.peers import NoPeers
+from flowroll.engine.runner.peers import Peers
 from flowroll.parallel.mesh import Mesh
 from flowroll.types import Layout
 
@@ -34,7 +34,7 @@ def fake_mesh(layout: Layout, rank: int) -> Iterator[Mesh]:
         yield mesh
 
 
-class FakePeers(NoPeers):
+class FakePeers(Peers):
     """The ranks beside this one: what is sent to them goes nowhere, and collectives return at once.
 
     Args:

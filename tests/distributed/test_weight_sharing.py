@@ -40,7 +40,7 @@ def truth(z_image_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 # An engine of several ranks is alone in its process: these come before the one that the others share.
-FAILING = "import flowroll.engine.runner.worker as shares\n{fault}\nfrom flowroll.engine.runner.__main__ import main; main()"
+FAILING = "import flowroll.engine.runner.changes as shares\n{fault}\nfrom flowroll.engine.runner.__main__ import main; main()"
 
 
 def test_a_rank_without_memory_leaves_the_old_weights_on_all(

@@ -48,7 +48,7 @@ def expected(z_image_checkpoint: Path, other: Path) -> list[tuple[Rollout, str]]
 
 # An engine of several ranks is alone in its process: these come before the one that the others share.
 FAILING = (
-    "import flowroll.engine.runner.worker as worker\n"
+    "import flowroll.engine.runner.changes as changes\n"
     "from flowroll.engine.weights.staged import StagedWeights, rejected\n"
     "{fault}\n"
     "from flowroll.engine.runner.__main__ import main; main()"
@@ -60,11 +60,11 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
     layout: str, z_image_checkpoint: Path, other: Path, expected: list[tuple[Rollout, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = (
-        "calls, stage = iter(range(9)), worker.stage_weights\n"
+        "calls, stage = iter(range(9)), changes.stage_weights\n"
         "def fail_once(*a):\n"
         "    if next(calls) == 0: raise rejected(OSError(5, 'Input/output error'))\n"
         "    return stage(*a)\n"
-        "worker.stage_weights = fail_once"
+        "changes.stage_weights = fail_once"
     )
     monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     (old, old_sum), (new, new_sum) = expected
@@ -83,7 +83,7 @@ def test_a_rank_that_cannot_read_its_part_leaves_the_old_weights_on_all(
 def test_a_rank_that_dies_while_it_reads_takes_the_engine_down(
     z_image_checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fault = "import os; worker.stage_weights = lambda *_: os._exit(7)"
+    fault = "import os; changes.stage_weights = lambda *_: os._exit(7)"
     monkeypatch.setattr(processes, "worker_command", lambda: (sys.executable, "-c", FAILING.format(fault=fault)))
     with Engine(z_image_checkpoint, device="cpu", layout=Layout(sp=2), rank_timeout_s=30.0) as engine:
         with pytest.raises(RankLostError, match="rank 1 must live as long as its engine, got its end with status 7"):

@@ -8,42 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from flowroll.cluster.parcel import Parcel
 from flowroll.engine import AdapterLimits, BatchLimits, Engine, Limits, RequestPlan
 from flowroll.engine.arguments import image_request, rollout_request
-from flowroll.engine.scheduler import ExclusiveMode, PauseMode, StageSpan
+from flowroll.engine.scheduler import PauseMode, StageSpan
 from flowroll.engine.service import CallFuture, EngineFacts, EngineService, EngineStatus, Evidence, InProcessEngine, RequestKind
 from flowroll.engine.service.client import outcome
-from flowroll.engine.weights.offload import SleepMode
 from flowroll.errors import FlowrollError, fresh
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
-    AdapterChange,
     GeneratedImage,
     Layout,
     LoraAdapter,
-    MemoryChange,
-    Number,
     Policy,
-    PolicyChange,
     Rollout,
     SamplingParams,
-    WeightUpdate,
 )
 from flowroll.types.arguments import Integers
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -62,6 +57,20 @@ class Outcome:
     error: BaseException | None
     spans: tuple[StageSpan, ...]
     now_s: float
+
+
+def _changing(
+    method: Callable[Concatenate[Engine, P], T],
+) -> Callable[Concatenate[EngineActor, P], Coroutine[Any, Any, T]]:
+    """Makes the method of the actor that has its engine make a change, one at a time: each needs memory of its own."""
+
+    @functools.wraps(method)
+    async def change(self: EngineActor, /, *args: P.args, **options: P.kwargs) -> T:
+        self._check()
+        async with self._changing:
+            return await asyncio.to_thread(method, self._owned, *args, **options)
+
+    return change
 
 
 class EngineActor:
@@ -174,75 +183,21 @@ class EngineActor:
 
     # Weights
 
-    async def update_weights(
-        self,
-        named_tensors: Mapping[str, Tensor],
-        *,
-        module: str = "transformer",
-        weight_version: str | None = None,
-        mode: ExclusiveMode = "drain",
-        partial: bool = False,
-    ) -> WeightUpdate:
-        """Replaces weights of a module by a trainer's tensors; see `Engine.update_weights_from_tensors`."""
-        return await self._change(
-            lambda: self._owned.update_weights_from_tensors(
-                named_tensors, module=module, weight_version=weight_version, mode=mode, partial=partial
-            )
-        )
-
-    async def update_weights_from_disk(
-        self,
-        folder: str | Path,
-        *,
-        module: str = "transformer",
-        weight_version: str | None = None,
-        mode: ExclusiveMode = "drain",
-    ) -> WeightUpdate:
-        """Replaces all weights of a module by those in files on the actor's node; see `Engine.update_weights_from_disk`."""
-        return await self._change(
-            lambda: self._owned.update_weights_from_disk(folder, module=module, weight_version=weight_version, mode=mode)
-        )
+    update_weights = _changing(Engine.update_weights_from_tensors)
+    update_weights_from_disk = _changing(Engine.update_weights_from_disk)
 
     async def weights_checksum(self, module: str = "transformer") -> str:
         """Returns the sha256 over a module's weights; see `Engine.weights_checksum`."""
         return (await self._of(self._engine.call(EngineService.checksums, [module])))[module]
 
-    async def load_lora_adapter(
-        self,
-        folder: str | Path,
-        *,
-        name: str,
-        merged: bool = False,
-        weight_version: str | None = None,
-        mode: ExclusiveMode = "drain",
-    ) -> AdapterChange:
-        """Loads a LoRA adapter from a folder on the actor's node; see `Engine.load_lora_adapter`."""
-        return await self._change(
-            lambda: self._owned.load_lora_adapter(folder, name=name, merged=merged, weight_version=weight_version, mode=mode)
-        )
+    # Adapters and policies
 
-    async def load_lora_adapter_from_tensors(
-        self,
-        tensors: Mapping[str, Tensor],
-        config: Mapping[str, Any],
-        *,
-        name: str,
-        merged: bool = False,
-        weight_version: str | None = None,
-        mode: ExclusiveMode = "drain",
-    ) -> AdapterChange:
-        """Loads a LoRA adapter from a trainer's tensors; see `Engine.load_lora_adapter_from_tensors`."""
-        return await self._change(
-            lambda: self._owned.load_lora_adapter_from_tensors(
-                tensors, config, name=name, merged=merged, weight_version=weight_version, mode=mode
-            )
-        )
-
-    async def unload_lora_adapter(
-        self, name: str, *, weight_version: str | None = None, mode: ExclusiveMode = "drain"
-    ) -> AdapterChange:
-        """Unloads an adapter; see `Engine.unload_lora_adapter`."""
-        return await self._change(lambda: self._owned.unload_lora_adapter(name, weight_version=weight_version, mode=mode))
+    load_lora_adapter = _changing(Engine.load_lora_adapter)
+    load_lora_adapter_from_tensors = _changing(Engine.load_lora_adapter_from_tensors)
+    unload_lora_adapter = _changing(Engine.unload_lora_adapter)
+    copy_policy = _changing(Engine.copy_policy)
+    average_policy = _changing(Engine.average_policy)
+    drop_policy = _changing(Engine.drop_policy)
 
     async def lora_adapters(self) -> tuple[LoraAdapter, ...]:
         """Returns the loaded adapters."""
@@ -252,29 +207,10 @@ class EngineActor:
         """Returns the policies beside the default."""
         return await self._of(self._engine.call(EngineService.policies))
 
-    async def copy_policy(self, name: str, *, source: str | None = None, mode: ExclusiveMode = "drain") -> PolicyChange:
-        """Makes a policy as a copy of another one; see `Engine.copy_policy`."""
-        return await self._change(lambda: self._owned.copy_policy(name, source=source, mode=mode))
-
-    async def average_policy(
-        self, name: str, *, decay: Number, source: str | None = None, mode: ExclusiveMode = "drain"
-    ) -> PolicyChange:
-        """Moves a policy towards another one; see `Engine.average_policy`."""
-        return await self._change(lambda: self._owned.average_policy(name, decay=decay, source=source, mode=mode))
-
-    async def drop_policy(self, name: str, *, mode: ExclusiveMode = "drain") -> PolicyChange:
-        """Forgets a policy; see `Engine.drop_policy`."""
-        return await self._change(lambda: self._owned.drop_policy(name, mode=mode))
-
     # Memory, state and life
 
-    async def sleep(self, mode: SleepMode = "offload") -> MemoryChange:
-        """Releases the memory of the weights once the running requests have finished; see `Engine.sleep`."""
-        return await self._change(lambda: self._owned.sleep(mode))
-
-    async def wake(self) -> MemoryChange:
-        """Restores the weights; see `Engine.wake`."""
-        return await self._change(self._owned.wake)
+    sleep = _changing(Engine.sleep)
+    wake = _changing(Engine.wake)
 
     async def status(self) -> EngineStatus:
         """Returns the version of the weights, the load, and whether requests are accepted."""
@@ -353,12 +289,6 @@ class EngineActor:
         plan = request if isinstance(request, RequestPlan) else await asyncio.to_thread(self._owned.plan, request)
         self._use_threads()
         return _packed(await self._of(self._engine.call(EngineService.submit, plan, kind)))
-
-    async def _change(self, change: Callable[[], T]) -> T:
-        """Makes a change of weights, adapters or memory, one at a time: each needs memory of its own."""
-        self._check()
-        async with self._changing:
-            return await asyncio.to_thread(change)
 
     async def _of(self, future: Future[T]) -> T:
         """Waits for the engine; a wait that is cancelled cancels what it waits for."""

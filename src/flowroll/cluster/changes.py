@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from flowroll.cluster.updates import Member
 from flowroll.engine.scheduler import ExclusiveMode
 from flowroll.engine.service import OpenedUpdate
-from flowroll.types import PolicyChange
 from flowroll.wire.safetensors import TensorHead
 
 
@@ -27,6 +26,12 @@ class Replica(Member, Protocol):
 class Change:
     """A change of weights or adapters, with the version that they have afterwards.
 
+    Args:
+        mode: What happens to running requests.
+        method: The method of `EngineService` that stages it.
+        *args: Its arguments.
+        **options: Its keyword arguments.
+
     Attributes:
         version: The name of the version; the fleet sets it before the change is made.
         mode: What happens to running requests.
@@ -35,8 +40,9 @@ class Change:
     version: str
     mode: ExclusiveMode
 
-    def __init__(self, mode: ExclusiveMode) -> None:
+    def __init__(self, mode: ExclusiveMode, method: str, /, *args: Any, **options: Any) -> None:
         self.mode = mode
+        self._method, self._args, self._options = method, args, options
         self._staged: dict[str, str] = {}
 
     async def stage(self, member: Replica) -> None:
@@ -53,84 +59,31 @@ class Change:
             await member.call("drop_staged", staged)
 
     async def _stage(self, member: Replica) -> str:
-        raise NotImplementedError
+        return str(await member.call(self._method, *self._args, **self._options))
 
 
-class FromDisk(Change):
-    """New weights that every replica reads itself.
-
-    Args:
-        files: The files, by paths that are the same on every node.
-        mode: What happens to running requests.
-    """
-
-    def __init__(self, files: Any, mode: ExclusiveMode) -> None:
-        super().__init__(mode)
-        self._files = files
-
-    async def _stage(self, member: Replica) -> str:
-        return str(await member.call("stage_from_disk", self._files))
-
-
-class AdapterLoad(Change):
-    """An adapter, from files or from a body.
+class AtOnce(Change):
+    """A change with nothing to stage, which a method makes: the end of an adapter, or what becomes of a policy.
 
     Args:
-        method: "stage_adapter" or "stage_sent_adapter".
-        args: The arguments of this method.
-        merged: Whether the adapter is added to a copy of the weights.
         mode: What happens to running requests.
+        method: The method of `EngineService` that makes it.
+        *args: Its arguments.
+        is_versioned: Whether weights have another version afterwards.
+        **options: Its keyword arguments.
     """
 
-    def __init__(self, method: str, args: Sequence[Any], *, merged: bool, mode: ExclusiveMode) -> None:
-        super().__init__(mode)
-        self._method, self._args, self._merged = method, args, merged
-
-    async def _stage(self, member: Replica) -> str:
-        return str(await member.call(self._method, *self._args, merged=self._merged))
-
-
-class AdapterUnload(Change):
-    """The end of an adapter.
-
-    Args:
-        name: The name of the adapter.
-        mode: What happens to running requests.
-    """
-
-    def __init__(self, name: str, mode: ExclusiveMode) -> None:
-        super().__init__(mode)
-        self._name = name
+    def __init__(self, mode: ExclusiveMode, method: str, /, *args: Any, is_versioned: bool = False, **options: Any) -> None:
+        super().__init__(mode, method, *args, mode=mode, **options)
+        self._is_versioned = is_versioned
 
     async def stage(self, member: Replica) -> None:
         """There is nothing to stage."""
 
     async def exchange(self, member: Replica) -> Any:
-        """Unloads the adapter."""
-        return await member.call("unload_adapter", self._name, weight_version=self.version, mode=self.mode)
-
-    async def drop(self, member: Replica) -> None:
-        """There is nothing to drop."""
-
-
-class PolicyOperation(AdapterUnload):
-    """A copy, an average or the end of a policy, which changes no version.
-
-    Args:
-        method: "copy_policy", "average_policy" or "drop_policy".
-        name: The name of the policy.
-        options: The method's keyword arguments.
-    """
-
-    def __init__(self, method: str, name: str, options: Mapping[str, Any]) -> None:
-        super().__init__(name, options["mode"])
-        self._method, self._options = method, options
-
-    async def exchange(self, member: Replica) -> PolicyChange:
-        """Changes the policy."""
-        changed = await member.call(self._method, self._name, **self._options)
-        assert isinstance(changed, PolicyChange)
-        return changed
+        """Makes the change."""
+        version = {"weight_version": self.version} if self._is_versioned else {}
+        return await member.call(self._method, *self._args, **version, **self._options)
 
 
 @dataclass(slots=True)
@@ -160,7 +113,7 @@ class Upload(Change):
     """
 
     def __init__(self, module: str, *, partial: bool) -> None:
-        super().__init__("drain")
+        super().__init__("drain", "stage_update")
         self.module, self.partial = module, partial
         self.opened: OpenedUpdate | None = None
         self.buckets: list[Bucket] = []

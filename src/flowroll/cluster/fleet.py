@@ -46,7 +46,6 @@ _OF_STATE = frozenset({"status", "pause", "resume", "hold_starts", "drain"})
 _TAKEN_NO_MORE = _OF_REQUESTS | {
     "update_from_disk",
     "load_adapter",
-    "load_sent_adapter",
     "unload_adapter",
     "copy_policy",
     "average_policy",

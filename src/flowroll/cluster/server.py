@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from flowroll.checkpoints import find_checkpoint
+from flowroll.cluster.actor import EngineActor
 from flowroll.cluster.fleet import Fleet
 from flowroll.cluster.info import FleetInfo
 from flowroll.cluster.replica import Placement
@@ -193,19 +194,9 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
         if threads is None and not placement.num_gpus:
             threads = max(1, (os.cpu_count() or 1) // cluster.replicas)
         engine = {
+            **config.arguments_of(EngineActor),
             "model": str(find_checkpoint(config.model).resolve()),
-            "variant": config.variant,
-            "dtype": config.dtype,
-            "device": config.device,
-            "limits": config.limits,
-            "batching": config.batching,
-            "adapter_limits": config.adapter_limits,
-            "layout": config.layout,
-            "rank_timeout_s": config.rank_timeout_s,
-            "compile": config.compile,
             "num_threads": threads,
-            "max_queue": config.max_queue,
-            "max_control_queue": config.max_control_queue,
         }
         _log.info("starting %d replicas, each with %s and %s threads", cluster.replicas, placement, threads or "its own")
         with Fleet(

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 
-from flowroll.cluster.changes import AdapterLoad, AdapterUnload, Bucket, Change, FromDisk, PolicyOperation, Upload
+from flowroll.cluster.changes import AtOnce, Bucket, Change, Upload
 from flowroll.cluster.parcel import pack
 from flowroll.cluster.replicas import MixedError, ReplicaSet
 from flowroll.cluster.updates import Change as Changed
@@ -44,35 +44,28 @@ class FleetWeights:
 
     async def update_from_disk(self, files: Any, weight_version: str | None, mode: Any) -> Any:
         """Has every replica read new weights from its disk."""
-        return await self._change(FromDisk(files, mode), "weights", files.module, weight_version)
+        return await self._change(Change(mode, "stage_from_disk", files), "weights", files.module, weight_version)
 
     async def load_adapter(self, files: Any, name: str, *, merged: bool, weight_version: str | None, mode: Any) -> Any:
-        """Has every replica load an adapter from its disk."""
-        change = AdapterLoad("stage_adapter", (files, name), merged=merged, mode=mode)
-        return await self._change(change, "adapter", name, weight_version)
-
-    async def load_sent_adapter(
-        self, weights: Any, config: str, name: str, *, merged: bool, weight_version: str | None, mode: Any
-    ) -> Any:
-        """Has every replica load an adapter that came in a body."""
-        change = AdapterLoad("stage_sent_adapter", (await self.stored(weights), config, name), merged=merged, mode=mode)
+        """Has every replica load an adapter, from its disk or as it came in a body."""
+        change = Change(mode, "stage_adapter", await self.stored(files), name, merged=merged)
         return await self._change(change, "adapter", name, weight_version)
 
     async def unload_adapter(self, name: str, *, weight_version: str | None, mode: Any) -> Any:
         """Has every replica unload an adapter."""
-        return await self._change(AdapterUnload(name, mode), "unload", name, weight_version)
+        return await self._change(AtOnce(mode, "unload_adapter", name, is_versioned=True), "unload", name, weight_version)
 
-    async def copy_policy(self, name: str, **options: Any) -> Any:
+    async def copy_policy(self, name: str, *, mode: Any = "drain", **options: Any) -> Any:
         """Has every replica copy a policy."""
-        return await self._change_policy("policy", PolicyOperation("copy_policy", name, options), name)
+        return await self._change_policy("policy", AtOnce(mode, "copy_policy", name, **options), name)
 
-    async def average_policy(self, name: str, **options: Any) -> Any:
+    async def average_policy(self, name: str, *, mode: Any = "drain", **options: Any) -> Any:
         """Has every replica move a policy towards another one."""
-        return await self._change_policy("policy", PolicyOperation("average_policy", name, options), name)
+        return await self._change_policy("policy", AtOnce(mode, "average_policy", name, **options), name)
 
-    async def drop_policy(self, name: str, **options: Any) -> Any:
+    async def drop_policy(self, name: str, *, mode: Any = "drain") -> Any:
         """Has every replica forget a policy."""
-        return await self._change_policy("drop_policy", PolicyOperation("drop_policy", name, options), name)
+        return await self._change_policy("drop_policy", AtOnce(mode, "drop_policy", name), name)
 
     async def _change(
         self,
@@ -110,10 +103,10 @@ class FleetWeights:
             self._replicas.replace(applied.unfit)
         return next(iter(applied.results.values()))
 
-    async def _change_policy(self, kind: ChangeKind, operation: PolicyOperation, name: str) -> Any:
+    async def _change_policy(self, kind: ChangeKind, change: AtOnce, name: str) -> Any:
         async with self._replicas.changing:
-            applied = await change_all(operation, self._replicas.ready())
-            self._replicas.log.add(Changed(kind=kind, name=name, steps=operation))
+            applied = await change_all(change, self._replicas.ready())
+            self._replicas.log.add(Changed(kind=kind, name=name, steps=change))
             self._replicas.replace(applied.unfit)
         return next(iter(applied.results.values()))
 

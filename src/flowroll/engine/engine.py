@@ -32,8 +32,8 @@ from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.outputs import Finished, as_image, as_rollout
 from flowroll.engine.plan import RequestPlan, plan_geometry, plan_request
 from flowroll.engine.policies.store import PolicyStore
-from flowroll.engine.policies.table import PolicyTable
 from flowroll.engine.recompute import LogProbs
+from flowroll.engine.runner.changes import Sleep
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.model_runner import forward
 from flowroll.engine.runner.peers import FailureListener
@@ -168,14 +168,11 @@ class Engine:
             self._keep_findings()
             self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
             versions = WeightVersions()
-            self._policies = PolicyTable(self._model.adapters)
+            self._policies = PolicyStore(self._model.adapters, self._offload, versions, adapter_limits.max_policies)
             self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
-            self._executor = Executor(self._model, self._work, self._peers)
+            self._executor = Executor(self._model, self._work, self._peers, self._offload)
             self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
             self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
-            self._policy_store = PolicyStore(
-                self._policies, self._model.adapters, self._executor, self._offload, versions, adapter_limits.max_policies
-            )
             self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
             self.scheduler = Scheduler(self._executor, batching or BatchLimits())
             self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
@@ -712,7 +709,7 @@ class Engine:
             InvalidRequestError: The name cannot be that of a policy, there is no such source, or no more policies may be held.
             EngineError: There is no room for it on some rank. Nothing has changed.
         """
-        return self.exclusive(lambda: self._policy_store.copy(name, source), mode)
+        return self.exclusive(lambda: self._policies.copy(name, source, self._executor.change), mode)
 
     def average_policy(
         self, name: str, *, decay: Number, source: str | None = None, mode: ExclusiveMode = "drain"
@@ -732,7 +729,7 @@ class Engine:
             InvalidRequestError: The decay is not from 0 to 1, or the source is of another kind; or as for `copy_policy`.
             EngineError: There is no room on some rank. Nothing has changed.
         """
-        return self.exclusive(lambda: self._policy_store.average(name, source, decay), mode)
+        return self.exclusive(lambda: self._policies.average(name, source, decay, self._executor.change), mode)
 
     def drop_policy(self, name: str, *, mode: ExclusiveMode = "drain") -> PolicyChange:
         """Forgets a policy. Waiting requests that name it end in an error.
@@ -740,7 +737,7 @@ class Engine:
         Raises:
             InvalidRequestError: There is no such policy.
         """
-        return self.exclusive(lambda: self._policy_store.drop(name), mode)
+        return self.exclusive(lambda: self._policies.drop(name, self._executor.change), mode)
 
     # Memory
 
@@ -767,9 +764,7 @@ class Engine:
         Raises:
             EngineError: There is not enough room there, on some rank. Nothing has changed.
         """
-        return self._change_memory(
-            lambda: self.is_asleep, lambda: self._offload.prepare_release(mode), lambda: self._executor.stage_release(mode)
-        )
+        return self._change_memory(mode)
 
     def wake(self) -> MemoryChange:
         """Restores the weights bit for bit. If the engine does not sleep, nothing changes.
@@ -777,7 +772,7 @@ class Engine:
         Raises:
             EngineError: There is not enough memory, or the disk fails, on some rank. The engine stays asleep.
         """
-        return self._change_memory(lambda: not self.is_asleep, self._offload.prepare_resume, self._executor.stage_resume)
+        return self._change_memory(None)
 
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""
@@ -843,7 +838,7 @@ class Engine:
             self._weights.release()
             self._offload.forget()
             self._keep_findings()
-            del self._model, self._pipeline, self._adapters, self._policy_store, self._log_probs
+            del self._model, self._pipeline, self._adapters, self._log_probs
             if self.info.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
@@ -903,20 +898,16 @@ class Engine:
         self.scheduler.start()
         return self.scheduler.between_steps(action).result()
 
-    def _change_memory(
-        self, is_done: Callable[[], bool], prepare: Callable[[], Callable[[], int]], stage: Callable[[], None]
-    ) -> MemoryChange:
-        def change() -> MemoryChange:
+    def _change_memory(self, mode: SleepMode | None) -> MemoryChange:
+        def make() -> MemoryChange:
             started_s = time.perf_counter()
             num_bytes = 0
-            if not is_done():
-                take = prepare()
-                stage()
-                self._executor.commit()
-                num_bytes = take()
+            if self.is_asleep == (mode is None):
+                self._work.forget_texts()
+                num_bytes = self._executor.change(Sleep(mode=mode))
             return MemoryChange(mode=self.memory_mode, num_bytes=num_bytes, seconds=time.perf_counter() - started_s)
 
-        return self.exclusive(change)
+        return self.exclusive(make)
 
     def _exchange(self, action: Callable[[], T], weight_version: str | None, mode: ExclusiveMode) -> T:
         return self.exclusive(action, mode, is_newer=weight_version is None or weight_version != self.weight_version)

@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from flowroll.engine.loading import LoadedModel
-from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.policies.store import PolicyStore
 from flowroll.engine.runner.executor import Executor
-from flowroll.engine.runner.model_runner import Recomputation
 from flowroll.engine.scoring import ScorePlan, forward_rows, recipe_of, sample_scores
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
@@ -40,7 +39,7 @@ class LogProbs:
         executor: Executor,
         offload: WeightOffload,
         versions: WeightVersions,
-        policies: PolicyTable,
+        policies: PolicyStore,
     ) -> None:
         self._model, self._executor = model, executor
         self._offload, self._versions, self._policies = offload, versions, policies
@@ -111,13 +110,6 @@ class LogProbs:
         transformer, used = model.adapters.transformer(name, policy), model.adapters.record(name, policy)
         recipe = recipe_of(sample, model, device=model.device)
         rows = forward_rows(sample, recipe, log_probs_only=log_probs_only)
-        recomputation = Recomputation(
-            recipe=recipe,
-            transformer=transformer,
-            steps=tuple(sample.steps[row] for row in rows),
-            latents=sample.latents[rows].to(model.device),
-            env=sample.denoising_env.to(model.device),
-        )
-        velocities = yield from self._executor.recompute(sample.sampling, sample.sde_step_indices, recomputation, policy=policy)
+        velocities = yield from self._executor.recompute(sample, recipe, rows, transformer=transformer, policy=policy)
         scores = sample_scores(sample, recipe, dict(zip(rows, velocities, strict=True)), log_probs_only=log_probs_only)
         return replace(scores, lora=used)

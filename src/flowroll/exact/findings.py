@@ -7,19 +7,22 @@ process to the next.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import msgspec
 import torch
 
 from flowroll.exact.kernels import KernelSet
 
+P = ParamSpec("P")
+A = TypeVar("A", str, bool)
 _log = logging.getLogger(__name__)
 
 # The name of a way of computing, or whether something has the same bits.
@@ -114,6 +117,24 @@ class Findings:
 
 # The table of this process.
 FINDINGS = Findings()
+
+
+def asked(kind: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
+    """Makes of a function that runs kernels a question, whose answer is remembered.
+
+    Args:
+        kind: The name of the question. Its arguments are shapes and options, given by position, and last the setting.
+    """
+
+    def remembered(ask: Callable[P, A]) -> Callable[P, A]:
+        @functools.wraps(ask)
+        def answer(*about: P.args, **options: P.kwargs) -> A:
+            assert not options
+            return cast(A, FINDINGS.answer((kind, *about), ask))
+
+        return answer
+
+    return remembered
 
 
 def cache_folder(given: str | Path | None = None) -> Path:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from flowroll.exact.findings import FINDINGS
+from flowroll.exact.findings import asked
 from flowroll.exact.layout import ALLOCATED, is_outermost, parts_of
 
 # Computes a product of several samples from the inputs (samples first), the number of samples, the weight and the bias.
@@ -62,31 +62,19 @@ def product(inputs: Tensor, num_samples: int, weight: Tensor, bias: Tensor | Non
     ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and inputs.is_contiguous()
     if num_samples == 1 or not ordinary or weight.data_ptr() % ALLOCATED:
         return each(inputs, num_samples, weight, bias)
-    way = _way(
-        inputs.shape,
-        num_samples,
-        weight.shape,
-        bias is not None,
-        weight.requires_grad,
-        (inputs.dtype, inputs.device, torch.get_num_threads()),
-    )
-    return way(inputs, num_samples, weight, bias)
+    setting = (inputs.dtype, inputs.device, torch.get_num_threads())
+    way = _way(inputs.shape, num_samples, weight.shape, bias is not None, weight.requires_grad, setting)
+    return _WAYS[way](inputs, num_samples, weight, bias)
 
 
 _WAYS = {way.__name__: way for way in (each, merged, stacked)}
 
 
+@asked("product")
 def _way(
     shape: torch.Size, num_samples: int, weight_shape: torch.Size, has_bias: bool, requires_grad: bool, setting: Setting
-) -> Product:
-    """Returns the first way whose rounding errors on a product of these shapes equal those of each sample alone."""
-    question = ("product", shape, num_samples, weight_shape, has_bias, requires_grad, setting)
-    return _WAYS[FINDINGS.answer(question, _ask_way)]  # type: ignore[index]  # of this question it is a name
-
-
-def _ask_way(
-    shape: torch.Size, num_samples: int, weight_shape: torch.Size, has_bias: bool, requires_grad: bool, setting: Setting
 ) -> str:
+    """Returns the first way whose rounding errors on a product of these shapes equal those of each sample alone."""
     dtype, device, _ = setting
     inputs, weight, bias = cancelling_product(shape, weight_shape, dtype, device)
     operands = (inputs, num_samples, weight.requires_grad_(requires_grad), bias if has_bias else None)
@@ -99,6 +87,7 @@ def _ask_way(
         return next(exact, each).__name__
 
 
+@asked("rows")
 def rows_are_usual(
     num_samples: int,
     rows: int,
@@ -119,19 +108,6 @@ def rows_are_usual(
         requires_grad: Whether the weight needs a gradient.
         setting: What the product is run in.
     """
-    question = ("rows", num_samples, rows, columns, weight_shape, has_bias, requires_grad, setting)
-    return bool(FINDINGS.answer(question, _ask_rows))
-
-
-def _ask_rows(
-    num_samples: int,
-    rows: int,
-    columns: int,
-    weight_shape: torch.Size,
-    has_bias: bool,
-    requires_grad: bool,
-    setting: Setting,
-) -> bool:
     dtype, device, _ = setting
     total = num_samples * rows
     inputs, weight, bias = cancelling_product(torch.Size((max(total, _REFERENCE), columns)), weight_shape, dtype, device)
@@ -163,11 +139,8 @@ def rows_are_independent(rows: Tensor, num_samples: int) -> bool:
     return _reduces_alike(rows.shape, num_samples, (rows.dtype, rows.device, torch.get_num_threads()))
 
 
+@asked("mean")
 def _reduces_alike(shape: torch.Size, num_samples: int, setting: Setting) -> bool:
-    return bool(FINDINGS.answer(("mean", shape, num_samples, setting), _ask_reduction))
-
-
-def _ask_reduction(shape: torch.Size, num_samples: int, setting: Setting) -> bool:
     rows = cancelling_rows(shape, *setting[:2])
     expected = torch.cat([part.mean(-1) for part in parts_of(rows, num_samples)])
     return tells(expected) and torch.equal(rows.mean(-1), expected)
@@ -191,10 +164,11 @@ def convolution_is_independent(
     setting = (inputs.dtype, inputs.device, torch.get_num_threads())
     laid_out = (inputs.shape, inputs.stride(), weight.shape, weight.stride())
     about = (*laid_out, has_bias, weight.requires_grad, tuple(options), num_samples)
-    return bool(FINDINGS.answer(("convolution", name, *about, setting), _ask_convolution))
+    return _convolves_alike(name, *about, setting)
 
 
-def _ask_convolution(
+@asked("convolution")
+def _convolves_alike(
     name: str,
     shape: torch.Size,
     strides: tuple[int, ...],
@@ -238,10 +212,13 @@ def norm_is_independent(name: Literal["group_norm", "normalize"], rows: Tensor, 
     if not _is_dense(rows):
         return False
     setting = (rows.dtype, rows.device, torch.get_num_threads())
-    return bool(FINDINGS.answer(("norm", name, rows.shape, rows.stride(), option, num_samples, setting), _ask_norm))
+    return _normalizes_alike(name, rows.shape, rows.stride(), option, num_samples, setting)
 
 
-def _ask_norm(name: str, shape: torch.Size, strides: tuple[int, ...], option: int, num_samples: int, setting: Setting) -> bool:
+@asked("norm")
+def _normalizes_alike(
+    name: str, shape: torch.Size, strides: tuple[int, ...], option: int, num_samples: int, setting: Setting
+) -> bool:
     dtype, device, _ = setting
     rows = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     if name == "group_norm":
@@ -283,13 +260,8 @@ def _heads_are_inside(operand: Tensor) -> bool | None:
     return True if operand.transpose(1, 2).is_contiguous() else None
 
 
+@asked("attention")
 def _attends_alike(
-    shape: torch.Size, key_shape: torch.Size, layouts: tuple[bool | None, ...], num_samples: int, setting: Setting
-) -> bool:
-    return bool(FINDINGS.answer(("attention", shape, key_shape, layouts, num_samples, setting), _ask_attention))
-
-
-def _ask_attention(
     shape: torch.Size, key_shape: torch.Size, layouts: tuple[bool | None, ...], num_samples: int, setting: Setting
 ) -> bool:
     for attended in telling_attention(shape, key_shape, layouts, *setting[:2]):

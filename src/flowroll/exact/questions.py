@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowroll.exact.findings import FINDINGS
+from flowroll.exact.findings import asked
 from flowroll.exact.probe import Setting, cancelling_product, cancelling_rows, telling_attention
 from flowroll.parallel.attention import attend_own_rows
 from flowroll.parallel.shards import Shard, shard_rows
@@ -27,42 +27,32 @@ _IN_FRONT = 33
 Heads: TypeAlias = "tuple[int, int]"
 
 
+@asked("product with gradients")
 def product_keeps_bits_with_gradients(rows: int, weight: Weight, setting: Setting) -> bool:
     """Tells whether a linear layer computes alike in gradient mode and without."""
-    return bool(FINDINGS.answer(("product with gradients", rows, weight, setting), _ask_gradients_of_product))
-
-
-def _ask_gradients_of_product(rows: int, weight: Weight, setting: Setting) -> bool:
     return all(_alike_with_gradients(F.linear, *given) for given in _products(rows, weight, setting))
 
 
+@asked("attention with gradients")
 def attention_keeps_bits_with_gradients(rows: int, heads: Heads, setting: Setting) -> bool:
     """Tells whether attention computes alike in gradient mode and without."""
-    return bool(FINDINGS.answer(("attention with gradients", rows, heads, setting), _ask_gradients_of_attention))
-
-
-def _ask_gradients_of_attention(rows: int, heads: Heads, setting: Setting) -> bool:
     return all(_alike_with_gradients(_attend, *given) for given in _attention(rows, heads, setting))
 
 
+@asked("product by rows")
 def product_keeps_bits_by_rows(rows: int, ranks: int, weight: Weight, setting: Setting) -> bool:
     """Tells whether the rows of a linear layer have their bits when each rank computes its shard of them."""
-    return bool(FINDINGS.answer(("product by rows", rows, ranks, weight, setting), _ask_rows_of_product))
 
-
-def _ask_rows_of_product(rows: int, ranks: int, weight: Weight, setting: Setting) -> bool:
     def parts(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
         return (F.linear(part, matrix, bias) for part in _shards(inputs, ranks))
 
     return all(_alike(parts(*given), F.linear(*given), dim=1) for given in _products(rows, weight, setting))
 
 
+@asked("product by columns")
 def product_keeps_bits_by_columns(rows: int, ranks: int, weight: Weight, setting: Setting) -> bool:
     """Tells whether the columns of a linear layer have their bits when each rank computes its own."""
-    return bool(FINDINGS.answer(("product by columns", rows, ranks, weight, setting), _ask_columns_of_product))
 
-
-def _ask_columns_of_product(rows: int, ranks: int, weight: Weight, setting: Setting) -> bool:
     def parts(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
         biases: Sequence[Tensor | None] = [None] * ranks if bias is None else bias.chunk(ranks)
         # Cloned, since a rank's part is a weight of its own.
@@ -71,12 +61,10 @@ def _ask_columns_of_product(rows: int, ranks: int, weight: Weight, setting: Sett
     return all(_alike(parts(*given), F.linear(*given), dim=-1) for given in _products(rows, weight, setting))
 
 
+@asked("attention by rows")
 def attention_keeps_bits_by_rows(rows: int, ranks: int, heads: Heads, setting: Setting) -> bool:
     """Tells whether queries have their bits when each rank attends with its shard of them, behind a text, over all keys."""
-    return bool(FINDINGS.answer(("attention by rows", rows, ranks, heads, setting), _ask_rows_of_attention))
 
-
-def _ask_rows_of_attention(rows: int, ranks: int, heads: Heads, setting: Setting) -> bool:
     def parts(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         front = query[:, :_IN_FRONT]
         for rank, part in enumerate(_shards(query[:, _IN_FRONT:], ranks)):
@@ -88,12 +76,9 @@ def _ask_rows_of_attention(rows: int, ranks: int, heads: Heads, setting: Setting
     return all(_alike(parts(*given), _attend(*given), dim=1) for given in made)
 
 
+@asked("mean by rows")
 def mean_keeps_bits_by_rows(rows: int, ranks: int, width: int, setting: Setting) -> bool:
     """Tells whether means along the rows have their bits when each rank computes its shard of them."""
-    return bool(FINDINGS.answer(("mean by rows", rows, ranks, width, setting), _ask_rows_of_mean))
-
-
-def _ask_rows_of_mean(rows: int, ranks: int, width: int, setting: Setting) -> bool:
     values = cancelling_rows(torch.Size((1, rows, width)), *setting[:2])
     return _alike((part.mean(-1) for part in _shards(values, ranks)), values.mean(-1), dim=1)
 

@@ -9,6 +9,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from flowroll.engine.adapters.files import AdapterFiles, files_in_memory
 from flowroll.engine.service import EngineClient, EngineService, SharedMemory, UpdateProgress, bucket_bytes, bucket_tensors
 from flowroll.errors import WeightsRejectedError
 from flowroll.serving.parsing import bounded_stream, check_media_type
@@ -97,22 +98,19 @@ class AdapterStream(TensorStream):
         engine: Looks at the header and the configuration in it as soon as they are here, before any data is.
         name: The name of the adapter.
         merged: Whether it will be added to a copy of the weights.
-
-    Attributes:
-        config: The text of its configuration.
     """
 
     def __init__(self, engine: EngineClient, name: str, *, merged: bool) -> None:
         super().__init__(self._check)
         self._engine, self._name, self._merged = engine, name, merged
-        self.config = ""
+        self._config = ""
         self._memory: SharedMemory | None = None
 
     @property
-    def memory(self) -> SharedMemory:
-        """The memory that holds the file, once the body has ended."""
+    def files(self) -> AdapterFiles:
+        """The adapter, once the body has ended."""
         assert self._memory is not None
-        return self._memory
+        return files_in_memory(self._memory, self._config)
 
     def _check(self, stored: list[StoredTensor]) -> list[Tensor]:
         try:
@@ -124,7 +122,7 @@ class AdapterStream(TensorStream):
                 f"the body must carry {_CONFIG_KEY} in its metadata, got none; send adapter_config.json as that.",
                 field="lora_path",
             )
-        self.config = config
+        self._config = config
         self._engine.call(EngineService.check_adapter, config, stored, self._name, merged=self._merged).result()
         start = LENGTH_BYTES + len(self.header)
         end = stored[-1].stop if stored else start

@@ -205,13 +205,12 @@ def test_a_stream_that_is_cut_or_too_long_leaves_nothing(
 
 def test_an_update_that_is_dropped_takes_nothing_more(engine: Engine, tensors: dict[str, Tensor]) -> None:
     incoming = engine.receive_weights()
-    bucket = incoming.open([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
-    for target in bucket.targets:
-        target.zero_()
-    incoming.drop()
-    with pytest.raises(WeightsRejectedError, match="begin another"):
-        bucket.keep()
-    assert not incoming._arrived
+    heads = [tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    with pytest.raises(WeightsRejectedError, match="begin another"), incoming.bucket(heads) as targets:
+        for target in targets:
+            target.zero_()
+        incoming.drop()
+    assert incoming.num_arrived == 0
 
 
 def test_a_lack_of_memory_is_told_and_leaves_nothing(
@@ -294,7 +293,7 @@ def test_sharded_rows_are_cut_out_of_whole_tensors() -> None:
     incoming = WeightReceiver("transformer", {"w": Slot(live=live, shape=(6, 3), first_row=2)})
     whole = torch.arange(18.0).view(6, 3)
     with pytest.raises(WeightsRejectedError, match=r"as \[6, 3\]"):
-        incoming.open([TensorHead(name="w", dtype="F32", shape=(2, 3))])
+        incoming.claim([TensorHead(name="w", dtype="F32", shape=(2, 3))])
     incoming.put([("w", whole)])
     staged = incoming.stage()
     assert staged.num_bytes == 24

@@ -13,7 +13,7 @@ from tests.weights import REQUEST, WEIGHTS, with_other
 from torch import Tensor
 
 from flowroll.engine import Engine
-from flowroll.engine.runner.messages import TensorShape
+from flowroll.engine.runner.shapes import TensorShape
 from flowroll.engine.weights import host, receiver, shares, staged
 from flowroll.engine.weights.host import PinnedMemory
 from flowroll.engine.weights.shares import Shares

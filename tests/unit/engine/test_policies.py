@@ -88,7 +88,7 @@ def test_an_average_does_not_lose_steps_that_its_dtype_is_too_coarse_for(z_image
     with Engine(z_image_checkpoint, dtype="bfloat16", device="cpu") as engine:
         engine.copy_policy("ema")
         engine.update_weights_from_disk(near)
-        weights = engine._executor._held
+        weights = engine._executor._weights.held
         for _ in range(200):
             engine.average_policy("ema", decay=0.999)
         before = load_file(z_image_checkpoint / "transformer" / WEIGHTS)
@@ -209,7 +209,7 @@ def test_scores_that_end_early_or_whose_policy_was_dropped_leave_the_weights_in_
     checksum, expected = z_image.weights_checksum(), z_image.rollout(**REQUEST)
     params = score_params([rollout], None, log_probs_only=True, policy="old")
     begun = z_image.submit_scores(z_image.plan_score(replace(params, request_id="mine")))
-    while z_image._executor._held.active != "old" and not begun.done():
+    while z_image._executor._weights.held.active != "old" and not begun.done():
         time.sleep(0.001)
     assert z_image.scheduler.abort("mine").result(60) == 1
     with pytest.raises(CancelledRequestError):

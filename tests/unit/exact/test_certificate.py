@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowroll.engine import Engine
 from flowroll.engine.runner import rank_group
 from flowroll.errors import InvalidRequestError
-from flowroll.exact import certificate, probe, questions
+from flowroll.exact import certificate, findings, probe, questions
 from flowroll.exact.certificate import certify, check_shards
 from flowroll.exact.findings import Findings
 from flowroll.exact.kernels import use_exact_kernels
@@ -28,7 +28,7 @@ SETTING = (FLOAT32, CPU, 1)
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Findings]:
     """A table without answers."""
     found = Findings()
-    for module in (certificate, probe, questions):
+    for module in (certificate, findings):
         monkeypatch.setattr(module, "FINDINGS", found)
     yield found
 
@@ -47,13 +47,18 @@ def refuse(*_: object, **__: object) -> None:
     raise AssertionError("it was asked again")
 
 
-def test_what_was_certified_is_not_asked_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def ask_no_more(table: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = table.answer
+    monkeypatch.setattr(table, "answer", lambda question, _: answer(question, refuse))
+
+
+def test_what_was_certified_is_not_asked_in_a_step(monkeypatch: pytest.MonkeyPatch, table: Findings) -> None:
     """The certificate is the probe's table."""
     model = Model()
     found = certify(model, use_exact_kernels(CPU), device=CPU, dtype=FLOAT32)
     assert 0 < found.num_merged < found.num_asked <= found.num_known
     assert found.gradients
-    monkeypatch.setattr(probe, "_ask_way", refuse)
+    ask_no_more(table, monkeypatch)
     inputs = torch.randn(2, 16, 64)
     alone = torch.cat([model.to_q(inputs[:1]), model.to_q(inputs[1:])])
     assert torch.equal(probe.product(inputs, 2, model.to_q.weight, model.to_q.bias), alone)
@@ -64,9 +69,7 @@ def test_what_was_certified_is_not_asked_in_a_step(monkeypatch: pytest.MonkeyPat
 def test_nothing_is_asked_twice(monkeypatch: pytest.MonkeyPatch, table: Findings) -> None:
     kernels = use_exact_kernels(CPU)
     first = certify(Model(), kernels, device=CPU, dtype=FLOAT32)
-    for module in (probe, questions):
-        for name in [name for name in vars(module) if name.startswith("_ask_")]:
-            monkeypatch.setattr(module, name, refuse)
+    ask_no_more(table, monkeypatch)
     again = certify(Model(), kernels, device=CPU, dtype=FLOAT32)
     assert replace(again, seconds=0) == replace(first, seconds=0)
     assert len(table) == first.num_known
@@ -121,8 +124,9 @@ def test_means_of_few_rows_run_per_sample_where_a_kernel_sums_them_otherwise(mon
     rows = torch.randn(4, 8, 64)
     assert probe.rows_are_independent(rows, 4)
     monkeypatch.setattr(Tensor, "mean", otherwise)
-    assert not probe._ask_reduction(rows.shape, 4, SETTING)
-    assert probe._ask_reduction(torch.Size((4, 16, 64)), 4, SETTING)
+    monkeypatch.setattr(findings, "FINDINGS", Findings())
+    assert not probe.rows_are_independent(rows, 4)
+    assert probe.rows_are_independent(torch.randn(4, 16, 64), 4)
 
 
 @pytest.mark.parametrize(("layout", "axis"), [(Layout(sp=2), "sp"), (Layout(tp=2), "tp")])

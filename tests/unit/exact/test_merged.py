@@ -139,7 +139,7 @@ def test_many_mixtures(load: Load, name: str, dtype: str, seed: int, threads: in
 @torch.no_grad()
 def test_merged_products_without_the_question_change_bits(load: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault that `_way` prevents; it is noticed. Should this pass one day, products need no care at all."""
-    monkeypatch.setattr(probe, "_way", lambda *_: probe.merged)
+    monkeypatch.setattr(probe, "_way", lambda *_: "merged")
     with pytest.raises(AssertionError):
         assert_exact(name, load(name, "float32"), "float32", seed=1, mixtures=6)
 

@@ -13,7 +13,8 @@ import torch
 from tests.factories import assert_same_answer, make_rollout
 from torch import Tensor, nn
 
-from flowroll.engine.runner.messages import AddRequest, EnvShape, decode_message, encode_message
+from flowroll.engine.runner.messages import AddRequest, decode_message, encode_message
+from flowroll.engine.runner.shapes import EnvShape
 from flowroll.exact.sharing import SharedForwards
 from flowroll.families.conditioning import TOKENS, Argument, Conditioning, ConditioningField, uncollate
 from flowroll.types import DenoisingEnv, SamplingParams, env_digests

@@ -30,7 +30,7 @@ from flowroll.errors import InvalidRequestError
 from flowroll.exact import rebind_compiled
 from flowroll.families.checksums import layers_checksum
 from flowroll.parallel.linears import ColumnParallelLinear
-from flowroll.types import DEFAULT_POLICY, AdapterRecord, LoraAdapter, Number, SamplingParams, all_finite
+from flowroll.types import DEFAULT_POLICY, AdapterRecord, LoraAdapter, Number, all_finite
 
 # The name that peft gives the adapter; each tree has one adapter.
 _OWN = "default"
@@ -91,24 +91,6 @@ class AdapterSet:
         for adapter in self._loaded.values():
             for module in (adapter.transformer, *adapter.layers.values()):
                 yield from module.parameters()
-
-    def chosen(self, params: SamplingParams) -> Adapter | None:
-        """Returns the adapter that a request's samples run with, by its policy or the name of an adapter; None: the base.
-
-        Raises:
-            InvalidRequestError: The adapter is not loaded.
-        """
-        return self._find(params.lora_name, params.policy)
-
-    def transformer_for(self, params: SamplingParams) -> Any:
-        """Returns the transformer that a request's samples run with; see `chosen`."""
-        adapter = self.chosen(params)
-        return self._base if adapter is None else adapter.transformer
-
-    def record_for(self, params: SamplingParams) -> AdapterRecord | None:
-        """Returns what a sample's record says about the adapter of its request; see `chosen`."""
-        adapter = self.chosen(params)
-        return None if adapter is None else adapter.about.record
 
     def averaged(self, name: str, source: str, decay: Number | None) -> Adapter:
         """Makes decay x one adapter + (1 - decay) x another one, factor by factor, in float32; for None, a copy of the other.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +34,21 @@ class AdapterFiles:
     """The files of an adapter; nothing is read yet.
 
     Attributes:
-        config: The file of its configuration.
-        weights: The safetensors file of its tensors.
-        memories: The memory in which the two files lie, if they have no names; every rank on this machine can open them.
+        places: The file of its configuration, and the safetensors file of its tensors: their paths, or the memory in which they
+            lie, which every rank on this machine can open.
     """
 
-    config: Path
-    weights: Path
-    memories: tuple[SharedMemory, ...] = ()
+    places: tuple[Path, Path] | tuple[SharedMemory, SharedMemory]
+
+    @property
+    def config(self) -> Path:
+        """A path of the configuration, as long as this process has the files."""
+        return _path_of(self.places[0])
+
+    @property
+    def weights(self) -> Path:
+        """A path of the tensors, as long as this process has the files."""
+        return _path_of(self.places[1])
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
@@ -50,7 +56,7 @@ class AdapterFiles:
         try:
             yield
         except WeightsRejectedError as error:
-            if not self.memories:
+            if isinstance(self.places[0], Path):
                 raise
             message = error.message.replace(str(self.config), _CONFIG).replace(str(self.weights), "the body")
             raise WeightsRejectedError(message, field=error.field) from error
@@ -63,12 +69,10 @@ class AdapterData:
     Attributes:
         config: The JSON object of the configuration.
         tensors: The tensors by their names without peft's prefix, in the dtypes that they have in the file.
-        seconds: How long reading took, in seconds.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    seconds: float
 
 
 def find_adapter(source: str | Path) -> AdapterFiles:
@@ -84,26 +88,32 @@ def find_adapter(source: str | Path) -> AdapterFiles:
                 # The message names adapter_model.bin if it exists, because it is the likely reason: pickles are not read.
                 got = "adapter_model.bin" if name == _WEIGHTS and (folder / "adapter_model.bin").exists() else "none"
                 raise refused(f"{folder} must hold {name}, got {got}; save the adapter with peft's save_pretrained.")
-        return AdapterFiles(config=(folder / _CONFIG).resolve(), weights=(folder / _WEIGHTS).resolve())
+        return AdapterFiles(places=((folder / _CONFIG).resolve(), (folder / _WEIGHTS).resolve()))
     except (OSError, ValueError, RuntimeError) as error:  # the last two: an invalid path, a loop of links
         raise unreadable(error) from error
 
 
 def files_in_memory(weights: SharedMemory, config: str) -> AdapterFiles:
-    """Returns the files of an adapter in memory of this process, which is freed with the result.
+    """Returns the files of an adapter in memory, which can be sent to another process of this machine.
 
     Args:
         weights: The memory of a safetensors file, whose size is that of the file.
         config: The text of the configuration.
 
     Raises:
-        OSError: There is not enough memory.
+        WeightsRejectedError: There is not enough memory.
     """
     text = config.encode()
-    copy = SharedMemory.create(len(text))
+    try:
+        copy = SharedMemory.create(len(text))
+    except OSError as error:
+        raise unreadable(error) from error
     tensor_bytes(copy.bytes)[: len(text)] = text
-    paths = [Path(f"/proc/{os.getpid()}/fd/{memory.descriptor}") for memory in (copy, weights)]
-    return AdapterFiles(config=paths[0], weights=paths[1], memories=(copy, weights))
+    return AdapterFiles(places=(copy, weights))
+
+
+def _path_of(place: Path | SharedMemory) -> Path:
+    return place if isinstance(place, Path) else Path(f"/proc/{os.getpid()}/fd/{place.descriptor}")
 
 
 def adapter_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AdapterFiles:
@@ -144,7 +154,6 @@ def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
         WeightsRejectedError: The adapter cannot be read to its end, has more than `max_bytes` bytes of tensors, or holds
             tensors that no adapter has.
     """
-    started_s = time.perf_counter()
     try:
         config = read_json(files.config, f"{files.config} must be readable")
         with TensorFile(files.weights) as file:
@@ -153,7 +162,7 @@ def read_adapter(files: AdapterFiles, *, max_bytes: int) -> AdapterData:
             file.check_unchanged()
     except (CheckpointError, OSError, MemoryError, RuntimeError) as error:
         raise unreadable(error) from error
-    return AdapterData(config=config, tensors=without_prefix(tensors), seconds=time.perf_counter() - started_s)
+    return AdapterData(config=config, tensors=without_prefix(tensors))
 
 
 def check_stored(stored: Sequence[StoredTensor], max_bytes: int, subject: str) -> None:

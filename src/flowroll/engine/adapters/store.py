@@ -15,6 +15,7 @@ from flowroll.engine.adapters.files import AdapterFiles, adapter_of, check_store
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, LoraFactors, as_peft
 from flowroll.engine.adapters.pushed import refused as refused_push
 from flowroll.engine.config import AdapterLimits
+from flowroll.engine.runner.changes import DropAdapter, LoadAdapter
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.staged import listed
@@ -122,9 +123,8 @@ class AdapterStore:
             self._check_room(staged.adapter.about)
             adapter = self._adapters.finished(staged.adapter, version)
             with staged.files.named_in_errors():
-                self._executor.stage_adapter(staged.files, adapter.about)
-            self._executor.commit()
-            self._adapters.put(adapter)
+                load = LoadAdapter(config=staged.files.config, weights=staged.files.weights, about=adapter.about)
+                self._executor.change(load, lambda: self._adapters.put(adapter))
             return adapter.about
 
         return self._change(staged.adapter.about.name, change, weight_version, read_s=staged.seconds)
@@ -133,8 +133,7 @@ class AdapterStore:
         """Unloads an adapter on every rank."""
 
         def change(version: str) -> None:
-            self._adapters.drop(name)
-            self._executor.unload_adapter(name)
+            self._executor.change(DropAdapter(name=name))
 
         return self._change(name, change, weight_version, read_s=0.0)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flowroll.engine.weights.host import PinnedMemory
 from flowroll.engine.weights.staged import slots_of
 from flowroll.errors import EngineError, InvalidRequestError
+from flowroll.types import Number
 
 # The tensors of a set by name; of a sharded weight, this rank's rows.
 _Set: TypeAlias = Mapping[str, Tensor]
@@ -38,33 +39,31 @@ class HeldWeights:
         self._given: _Set = {}
         self.active: str | None = None
 
-    def num_bytes(self, name: str) -> int:
-        """Returns the number of bytes of a set on this rank."""
-        return sum(tensor.nbytes for tensor in self._sets[name].values())
+    def prepare_update(self, name: str, source: str | None, decay: Number | None) -> Callable[[], int]:
+        """Makes a set: a copy of the source, or decay x the set + (1 - decay) x the source, in float32.
 
-    def prepare_copy(self, name: str, source: str | None) -> Callable[[], None]:
-        """Copies a set, or the weights that the engine was last given (None); the returned function names it.
+        An average stays in float32, so that steps too small for the weights' dtype add up.
 
-        Raises:
-            EngineError: There is not enough memory. Nothing has changed.
-        """
-        return self._keeping(name, lambda: _on_host(self._source(source)))
+        Args:
+            name: The name of the set.
+            source: Another set; None: the weights that the engine was last given.
+            decay: The set's own share; None: it becomes a copy.
 
-    def prepare_average(self, name: str, source: str | None, decay: float) -> Callable[[], None]:
-        """Makes decay x the set + (1 - decay) x the source, in float32; the returned function puts it in the set's place.
-
-        It stays in float32, so that steps too small for the weights' dtype add up.
+        Returns:
+            A function that puts the set in place of the one of its name, and returns the number of its bytes on this rank.
 
         Raises:
             EngineError: There is not enough memory. Nothing has changed.
         """
-        old = self._sets[name]
+        assert self.active is None
+        new = self._live() if source is None else self._sets[source]
+        made = _kept(lambda: _on_host(new) if decay is None else _averaged(self._sets[name], new, decay))
 
-        def average() -> _Set:
-            memory = PinnedMemory()
-            return {key: _averaged(old[key], tensor.cpu(), decay, memory) for key, tensor in self._source(source).items()}
+        def keep() -> int:
+            self._sets[name] = made
+            return sum(tensor.nbytes for tensor in made.values())
 
-        return self._keeping(name, average)
+        return keep
 
     def drop(self, name: str) -> None:
         """Forgets a set that is not in place."""
@@ -98,18 +97,6 @@ class HeldWeights:
 
         return exchange
 
-    def _keeping(self, name: str, make: Callable[[], _Set]) -> Callable[[], None]:
-        made = _kept(make)
-
-        def keep() -> None:
-            self._sets[name] = made
-
-        return keep
-
-    def _source(self, name: str | None) -> _Set:
-        assert self.active is None
-        return self._live() if name is None else self._sets[name]
-
     def _live(self) -> dict[str, Tensor]:
         return {name: slot.live for name, slot in slots_of(self._transformer).items()}
 
@@ -129,6 +116,11 @@ def _on_host(tensors: _Set) -> _Set:
     return {key: memory.empty(one.shape, one.dtype).copy_(one.detach()) for key, one in tensors.items()}
 
 
-def _averaged(old: Tensor, new: Tensor, decay: float, memory: PinnedMemory) -> Tensor:
-    kept = memory.empty(old.shape, torch.float32)
-    return kept.copy_(old).mul_(decay).add_(new.detach().to(torch.float32), alpha=1 - decay)
+def _averaged(old: _Set, new: _Set, decay: Number) -> _Set:
+    memory = PinnedMemory()
+
+    def average(one: Tensor, other: Tensor) -> Tensor:
+        kept = memory.empty(one.shape, torch.float32)
+        return kept.copy_(one).mul_(decay).add_(other.detach().cpu().to(torch.float32), alpha=1 - decay)
+
+    return {key: average(old[key], tensor) for key, tensor in new.items()}

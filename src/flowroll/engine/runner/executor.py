@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
-from flowroll.engine.runner.messages import EnvShape, TensorShape
-from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
+from flowroll.engine.runner.changes import AnyChange, PutInPlace, RankWeights, ReadWeights, TakeWeights
+from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
+from flowroll.engine.runner.shapes import EnvShape, TensorShape
 from flowroll.engine.starts import PlannedSample
-from flowroll.engine.weights.offload import SleepMode
+from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.shares import as_bytes
 from flowroll.engine.weights.staged import WeightFiles
 from flowroll.errors import EngineError
-from flowroll.types import LoraAdapter, Number, SamplingRecord, StepStamp
+from flowroll.families import Recipe
+from flowroll.types import RecordedSteps, StepStamp
+from flowroll.types.params import DEFAULTS, TENSORS
+
+# What the other ranks can take the same steps without: tensors, which follow by themselves, and what only a result holds.
+_UNSENT = (
+    *TENSORS,
+    *("prompt_token_ids", "negative_prompt_token_ids", "images", "seed", "num_outputs_per_prompt", "start_step"),
+    *("rollout_debug_mode", "rollout_return_denoising_env", "rollout_return_dit_trajectory", "rollout_return_step_indices"),
+    *("return_fields", "decode_step_indices"),
+)
 
 
 class Executor:
@@ -36,14 +47,14 @@ class Executor:
         model: The model, or rank 0's part of it.
         pipeline: The text encoder and the VAE.
         peers: Reaches the other ranks.
+        offload: Keeps this rank's weights while the engine sleeps.
     """
 
-    def __init__(self, model: LoadedModel, pipeline: PipelineRunner, peers: Peers) -> None:
+    def __init__(self, model: LoadedModel, pipeline: PipelineRunner, peers: Peers, offload: WeightOffload) -> None:
         self._runner = ModelRunner(model, peers.compare)
         self._pipeline, self._peers = pipeline, peers
-        self._held = HeldWeights(model.transformer)
+        self._weights = RankWeights(model=model, held=HeldWeights(model.transformer), offload=offload, mesh=peers.mesh)
         self._device = model.device
-        self._num_recomputations = 0
 
     def use_threads(self, num_threads: int) -> None:
         """Sets torch's per-thread settings on the calling thread, for a caller with this number of CPU threads."""
@@ -68,33 +79,14 @@ class Executor:
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
         """Prepares every rank for the samples of a request."""
         plan, env = conditioning.plan, conditioning.env
-        # The values that the other ranks need to take the same steps, without the tensors that only a result holds.
         params = replace(
             plan.params,
+            **{name: DEFAULTS[name] for name in _UNSENT},
             # The environment is all that is left of the texts, but for whether there is an unconditional one.
             prompt="",
-            prompt_token_ids=None,
             negative_prompt=None if plan.negative_prompt is None else "",
-            negative_prompt_token_ids=None,
-            prompt_embeds=None,
-            pooled_prompt_embeds=None,
-            prompt_embeds_mask=None,
-            negative_prompt_embeds=None,
-            negative_pooled_prompt_embeds=None,
-            negative_prompt_embeds_mask=None,
-            images=None,
-            seed=None,
             seeds=plan.seeds,
-            num_outputs_per_prompt=None,
             request_id=plan.request_id,
-            rollout_debug_mode=False,
-            rollout_return_denoising_env=False,
-            rollout_return_dit_trajectory=False,
-            rollout_return_step_indices=None,
-            return_fields=None,
-            decode_step_indices=None,
-            latents=None,
-            start_step=None,
         )
         with self._peers.together():
             latents = None if plan.params.latents is None else plan.params.latents.to(self._device)
@@ -148,52 +140,65 @@ class Executor:
 
     def recompute(
         self,
-        record: SamplingRecord,
-        sde_step_indices: tuple[int, ...] | None,
-        recomputation: Recomputation,
+        sample: RecordedSteps,
+        recipe: Recipe,
+        rows: Sequence[int],
         *,
+        transformer: Any,
         policy: str | None,
     ) -> Generator[None, None, list[Tensor]]:
         """Runs recorded steps of one sample again on every rank. Yields after each step, and returns the velocities.
 
         Args:
-            record: The record of how the rollout was sampled.
-            sde_step_indices: The indices of the rollout's stochastic steps; None: every step is stochastic.
-            recomputation: The steps to run again.
+            sample: The sample.
+            recipe: How its steps are taken.
+            rows: The rows of its steps that are run.
+            transformer: The denoiser of this rank, under the policy, with its adapter or without.
             policy: The policy that they run with, whose weights are in place; None: the default.
 
         Raises:
             EngineError: A rank computed another velocity than rank 0.
         """
-        self._num_recomputations += 1
-        number, one = self._num_recomputations, recomputation
-        begin = messages.BeginRecomputation(
-            id=number,
-            policy=policy,
-            record=record,
-            sde_step_indices=sde_step_indices,
-            steps=one.steps,
-            latents=TensorShape.of(one.latents),
-            env=EnvShape.of(one.env),
-        )
-        with self._peers.together():
-            self._peers.send(begin, [*(tensor for _, tensor in one.env.tensors()), one.latents])
-        self._runner.begin_recomputation(number, one)
-        velocities = []
-        try:
-            for row in range(len(one.steps)):
-                with self._peers.together():
-                    self._peers.send(messages.Recompute(id=number, row=row, num_threads=torch.get_num_threads()))
-                    velocity, odd = self._runner.recompute(number, row)
-                if odd:
-                    raise _disagreement(odd)
-                velocities.append(velocity)
-                yield
-        finally:
-            self._runner.end_recomputation(number)
-            if self._peers.failure is None:
-                self._peers.send(messages.EndRecomputation(id=number))
+        env, states, velocities = sample.denoising_env.to(self._device), sample.latents[list(rows)].to(self._device), []
+        for row, state in zip(rows, states, strict=True):
+            # Copied, because a row of a stack has an arbitrary address, and bits can depend on the address.
+            latents = state.clone()
+            message = messages.Recompute(
+                record=sample.sampling,
+                sde_step_indices=sample.sde_step_indices,
+                policy=policy,
+                step=sample.steps[row],
+                latents=TensorShape.of(latents),
+                env=EnvShape.of(env),
+                num_threads=torch.get_num_threads(),
+            )
+            with self._peers.together():
+                self._peers.send(message, [*(tensor for _, tensor in env.tensors()), latents])
+                velocity, odd = self._runner.recompute(recipe, transformer, sample.steps[row], latents, env)
+            if odd:
+                raise _disagreement(odd)
+            velocities.append(velocity)
+            yield
         return velocities
+
+    def change(self, change: AnyChange, finish: Callable[[], Any] | None = None) -> Any:
+        """Makes a change of the weights on every rank, or, after an error, on none. No request may run meanwhile.
+
+        Args:
+            change: The change.
+            finish: Puts the change into effect on this rank, where its first half was done before; None: both are done here.
+
+        Returns:
+            What this rank's second half returns.
+
+        Raises:
+            FlowrollError: A rank could not prepare the change; see `Change.prepare`.
+            RankLostError: A rank has ended.
+        """
+        finish = finish or change.prepare(self._weights)
+        self._peers.stage(change)
+        self.commit()
+        return finish()
 
     def stage_weights(self, source: WeightFiles | Mapping[str, Tensor]) -> None:
         """Makes every other rank prepare new weights of the transformer, from the same files or from these whole tensors.
@@ -205,33 +210,12 @@ class Executor:
         if isinstance(source, WeightFiles):
             # The stamps detect weights that were saved under the same names after this rank read its files.
             assert source.stamps is not None
-            config = None if source.config is None else str(source.config)
-            files = [str(file) for file in source.files]
-            self._peers.stage(messages.StageWeights(files=files, stamps=source.stamps, config=config), field="model_path")
+            self._peers.stage(ReadWeights(files=source))
             return
-        self._peers.stage(messages.StageTensors(tensors={name: TensorShape.of(tensor) for name, tensor in source.items()}))
+        self._peers.stage(TakeWeights(tensors={name: TensorShape.of(tensor) for name, tensor in source.items()}))
         with self._peers.together():
             parts = (as_bytes(tensor.to(self._device)) for tensor in source.values())
             self._peers.send(messages.ReceiveTensors(), parts)
-
-    def stage_adapter(self, files: AdapterFiles, about: LoraAdapter) -> None:
-        """Makes every other rank read an adapter. The errors are those of `stage_weights`."""
-        message = messages.StageAdapter(config=str(files.config), weights=str(files.weights), about=about)
-        self._peers.stage(message, field="lora_path")
-
-    def stage_release(self, mode: SleepMode) -> None:
-        """Makes every other rank copy its weights to where they are kept while the engine sleeps. Encoded texts are forgotten.
-
-        Raises:
-            EngineError: A rank could not copy them.
-            RankLostError: A rank has ended.
-        """
-        self._pipeline.forget_texts()
-        self._peers.stage(messages.StageRelease(mode=mode), error=EngineError)
-
-    def stage_resume(self) -> None:
-        """Makes every other rank load its kept weights again. The errors are those of `stage_release`."""
-        self._peers.stage(messages.StageResume(), error=EngineError)
 
     def commit(self) -> None:
         """Puts the staged change into effect on every other rank. If a rank fails to, it ends, and the engine fails."""
@@ -245,48 +229,15 @@ class Executor:
         """Makes every other rank drop its staged change."""
         self._peers.send(messages.DropStaged())
 
-    def unload_adapter(self, name: str) -> None:
-        """Removes an adapter from every other rank."""
-        self._peers.send(messages.UnloadAdapter(name=name))
-
     def put_in_place(self, policy: str | None) -> None:
         """Puts the held weights of a policy in place on every rank, or, for None, those that the engine was last given.
-
-        No request may run meanwhile.
 
         Raises:
             InvalidRequestError: There is no such policy any more.
             EngineError: A rank has no room for the weights in place. No rank has exchanged them.
         """
-        if policy == self._held.active:
-            return
-        exchange = self._held.prepare_exchange(policy)
-        self._peers.stage(messages.StageExchange(name=policy), error=EngineError)
-        self.commit()
-        exchange()
-
-    def update_policy(self, name: str, source: str | None, decay: Number | None) -> int:
-        """Copies or averages held weights on every rank, and returns their bytes on this one; see `HeldWeights`.
-
-        Raises:
-            EngineError: A rank has no room for them. Nothing has changed.
-        """
-        held = self._held
-        keep = held.prepare_copy(name, source) if decay is None else held.prepare_average(name, source, decay)
-        self._peers.stage(messages.StagePolicy(name=name, source=source, decay=decay), error=EngineError)
-        self.commit()
-        keep()
-        return held.num_bytes(name)
-
-    def stage_policy_adapter(self, name: str, source: str, decay: Number | None, version: str) -> None:
-        """Makes every other rank copy or average an adapter; see `AdapterSet.averaged`."""
-        message = messages.StagePolicyAdapter(name=name, source=source, decay=decay, version=version)
-        self._peers.stage(message, error=EngineError)
-
-    def drop_policy(self, name: str) -> None:
-        """Forgets held weights on every rank."""
-        self._held.drop(name)
-        self._peers.send(messages.DropPolicy(name=name))
+        if policy != self._weights.held.active:
+            self.change(PutInPlace(name=policy))
 
     @contextlib.contextmanager
     def gathering(self, names: tuple[str, ...]) -> Iterator[None]:

@@ -7,7 +7,6 @@ among the ranks. The runner does not know in which process it runs or who calls 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +21,6 @@ from flowroll.types import DenoisingEnv
 
 # Returns the ranks whose tensor does not have rank 0's bits. All ranks call it at the same time.
 Compare = Callable[[Tensor], list[int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recomputation:
-    """The recorded steps of one sample that are to be run again.
-
-    Attributes:
-        recipe: How the steps are taken.
-        transformer: The denoiser, with an adapter or without.
-        steps: The indices of the steps, counted from 0; one per row of `latents`.
-        latents: The latents before each step, on the model's device.
-        env: The denoising environment of the rollout, on the model's device.
-    """
-
-    recipe: Recipe
-    transformer: Any
-    steps: tuple[int, ...]
-    latents: Float[Tensor, " rows *latent"]
-    env: DenoisingEnv
 
 
 class ModelRunner:
@@ -58,7 +38,6 @@ class ModelRunner:
         self._sample_ids: dict[int, list[int]] = {}
         # How many children of a sample at a fork have not started.
         self._num_unborn: dict[int, int] = {}
-        self._recomputations: dict[int, Recomputation] = {}
 
     def use_threads(self, num_threads: int) -> None:
         """Sets torch's settings on the calling thread; they belong to each thread separately.
@@ -144,22 +123,20 @@ class ModelRunner:
             self._samples.pop(sample_id, None)
             self._num_unborn.pop(sample_id, None)
 
-    def begin_recomputation(self, recomputation_id: int, recomputation: Recomputation) -> None:
-        """Stores recorded steps that are to be run again."""
-        self._recomputations[recomputation_id] = recomputation
+    def recompute(
+        self, recipe: Recipe, transformer: Any, step: int, latents: Float[Tensor, " *latent"], env: DenoisingEnv
+    ) -> tuple[Float[Tensor, " *latent"], list[int]]:
+        """Runs a recorded step again, in a forward of its own; returns its velocity and the ranks whose velocity differs.
 
-    def recompute(self, recomputation_id: int, row: int) -> tuple[Float[Tensor, " *latent"], list[int]]:
-        """Runs one recorded step again, in a forward of its own; returns its velocity and the ranks whose velocity differs."""
-        one = self._recomputations[recomputation_id]
-        # Copied, because a row of a stack has an arbitrary address, and bits can depend on the address.
-        latents = one.latents[row].clone()
-        step_input = one.recipe.step_input(latents, one.steps[row], one.env)
-        (velocity,) = self.model.strategy.velocities(one.transformer, [step_input])
+        Args:
+            recipe: How the steps of the rollout are taken.
+            transformer: The denoiser, with an adapter or without.
+            step: The index of the step, counted from 0.
+            latents: The latents before the step, in memory of their own on the model's device.
+            env: The denoising environment of the rollout, on the model's device.
+        """
+        (velocity,) = self.model.strategy.velocities(transformer, [recipe.step_input(latents, step, env)])
         return velocity, self._compare(velocity)
-
-    def end_recomputation(self, recomputation_id: int) -> None:
-        """Forgets the recorded steps of a recomputation."""
-        del self._recomputations[recomputation_id]
 
 
 def forward(samples: Sequence[Sample]) -> list[Tensor]:

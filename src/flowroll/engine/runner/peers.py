@@ -1,43 +1,46 @@
-"""The interface through which rank 0 reaches the other ranks. An engine of one rank differs only in that it has `NoPeers`."""
+"""Rank 0's way to the other ranks of its engine. An engine of one rank differs only in that its `Peers` do nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from flowroll.engine.config import Limits
+from flowroll.engine.runner.changes import AnyChange
 from flowroll.engine.runner.messages import Message
-from flowroll.errors import FlowrollError, RankLostError, WeightsRejectedError
+from flowroll.errors import RankLostError
 from flowroll.families import ModelSpec
 from flowroll.parallel.mesh import Mesh
 
 FailureListener = Callable[[RankLostError], None]
 
 
-@runtime_checkable
-class Peers(Protocol):
-    """Everything that rank 0 can do with the other ranks."""
+class Peers:
+    """Everything that rank 0 can do with the other ranks. Of this class itself there are none; `RankGroup` has several.
 
-    @property
-    def mesh(self) -> Mesh | None:
-        """The collectives of all ranks; None if there is only one rank."""
+    Attributes:
+        mesh: The collectives of all ranks; None if there is only one rank.
+        failure: The error that took the ranks down; None while they are up.
+    """
 
-    @property
-    def failure(self) -> RankLostError | None:
-        """The error that took the ranks down; None while they are up."""
+    def __init__(self) -> None:
+        self.mesh: Mesh | None = None
+        self.failure: RankLostError | None = None
+        self._listeners: list[FailureListener] = []
+        self._lock = threading.Lock()
 
     @property
     def pids(self) -> Mapping[int, int]:
         """The process ids of the ranks that this process started, by rank."""
+        return {}
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
         """The number of bytes that rank 0 has received from other ranks, by mesh axis."""
+        return {}
 
     def serve(self, spec: ModelSpec, limits: Limits) -> None:
         """Waits until every rank has loaded its part.
@@ -54,79 +57,40 @@ class Peers(Protocol):
             RankLostError: The ranks are down.
         """
 
-    def together(self) -> AbstractContextManager[None]:
-        """Encloses an operation that all ranks run together. An error on one rank ends all, because the others wait for it."""
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Encloses an operation that all ranks run together.
+
+        With other ranks, an error on one ends all of them, because they wait for it; an error of a lone rank passes unchanged.
+        """
+        yield
 
     def compare(self, tensor: Tensor) -> list[int]:
         """Returns the ranks whose tensor does not have this rank's bits; all ranks call it at the same time."""
+        return []
 
-    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
-        """Makes every rank prepare a change, and waits for all. A later message puts the change into effect or drops it.
+    def stage(self, change: AnyChange) -> None:
+        """Makes every other rank prepare a change, and waits for all. A later message puts it into effect or drops it.
 
         Raises:
-            error: A rank could not prepare the change; all ranks have dropped it.
+            FlowrollError: A rank could not prepare the change (`Change.error`); all ranks have dropped it.
             RankLostError: A rank has ended.
         """
 
     def add_listener(self, listener: FailureListener) -> None:
         """Calls the listener on another thread when a rank fails, or immediately if one has failed already."""
+        with self._lock:
+            self._listeners.append(listener)
+            failure = self.failure
+        if failure is not None:
+            listener(failure)
 
     def lose(self, message: str) -> None:
         """Ends the ranks and calls the listeners: one can run nothing more. Only the first call has an effect."""
-
-    def close(self) -> None:
-        """Ends the other ranks. May be called twice."""
-
-
-class NoPeers:
-    """The `Peers` of an engine of one rank: there is no other rank, so nothing is sent or awaited."""
-
-    mesh: Mesh | None = None
-
-    def __init__(self) -> None:
-        self.failure: RankLostError | None = None
-        self._listeners: list[FailureListener] = []
-
-    @property
-    def pids(self) -> Mapping[int, int]:
-        """Returns an empty mapping: there are no other processes."""
-        return {}
-
-    @property
-    def received_bytes(self) -> Mapping[str, int]:
-        """Returns an empty mapping: nothing is received."""
-        return {}
-
-    def serve(self, spec: ModelSpec, limits: Limits) -> None:
-        """Does nothing: there is no rank to wait for."""
-
-    def send(self, message: Message, tensors: Iterable[Tensor] = ()) -> None:
-        """Does nothing: there is no rank to send to."""
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Lets errors pass unchanged: no rank waits for this one."""
-        yield
-
-    def compare(self, tensor: Tensor) -> list[int]:
-        """Returns an empty list: there is no rank that could differ."""
-        return []
-
-    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
-        """Does nothing: there is no rank that has to prepare."""
-
-    def add_listener(self, listener: FailureListener) -> None:
-        """Calls the listener on a thread of its own once this rank can run nothing more."""
-        self._listeners.append(listener)
-        if self.failure is not None:
-            listener(self.failure)
-
-    def lose(self, message: str) -> None:
-        """Calls the listeners: this rank can run nothing more. Only the first call has an effect."""
         if self.failure is None:
             self.failure = RankLostError(message)
             for listener in self._listeners:
                 threading.Thread(target=listener, args=(self.failure,), daemon=True).start()
 
     def close(self) -> None:
-        """Does nothing: there is no rank to end."""
+        """Ends the other ranks. May be called twice."""

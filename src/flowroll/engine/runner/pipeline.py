@@ -17,7 +17,7 @@ from flowroll.engine.images import open_images
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.outputs import check_denoised, check_encoded, record_of
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.policies.table import PolicyTable
+from flowroll.engine.policies.store import PolicyStore
 from flowroll.engine.prompts import BranchText
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.runner.texts import EncodedTexts
@@ -51,7 +51,7 @@ class PipelineRunner:
         pipeline: Any,
         versions: WeightVersions,
         offload: WeightOffload,
-        policies: PolicyTable,
+        policies: PolicyStore,
     ) -> None:
         self._loaded: tuple[LoadedModel, Any] | None = (model, pipeline)
         self._versions, self._offload, self._policies = versions, offload, policies
@@ -97,7 +97,7 @@ class PipelineRunner:
                 self._texts.keep(text, fields)
         record = replace(
             record_of(plan, env),
-            lora=model.adapters.record_for(plan.params),
+            lora=model.adapters.record(plan.params.lora_name, plan.params.policy),
             policy=self._policies.record(plan.params.policy),
         )
         return Conditioning.build(plan, model, env, record)

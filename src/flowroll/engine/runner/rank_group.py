@@ -14,21 +14,16 @@ import msgspec
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from typing_extensions import override
 
 from flowroll.engine.checkpoint import Checkpoint
 from flowroll.engine.config import Limits
 from flowroll.engine.outline import check_layout, outline_model
+from flowroll.engine.runner.changes import AnyChange
 from flowroll.engine.runner.messages import DropStaged, Message, Serve, Stop, encode_message
-from flowroll.engine.runner.peers import FailureListener, NoPeers, Peers
+from flowroll.engine.runner.peers import Peers
 from flowroll.engine.runner.rank_watch import RankWatch
-from flowroll.errors import (
-    CheckpointError,
-    FlowrollError,
-    InvalidRequestError,
-    RankLostError,
-    WeightsRejectedError,
-    fresh,
-)
+from flowroll.errors import CheckpointError, InvalidRequestError, RankLostError, fresh
 from flowroll.families import ModelSpec
 from flowroll.parallel.channel import Channel
 from flowroll.parallel.mesh import Mesh, check_alone
@@ -82,8 +77,8 @@ class RankConfig:
     port: int | None = None
 
 
-class RankGroup:
-    """Implements `Peers` for several ranks: starts or joins the other ranks of one engine, and reaches them from rank 0.
+class RankGroup(Peers):
+    """The other ranks of an engine of several: it starts or joins them, and reaches them from rank 0.
 
     Args:
         config: The configuration of rank 0.
@@ -94,10 +89,8 @@ class RankGroup:
     """
 
     def __init__(self, config: RankConfig, *, own_ranks: bool) -> None:
+        super().__init__()
         self._config = config
-        self.failure: RankLostError | None = None
-        self._listeners: list[FailureListener] = []
-        self._lock = threading.Lock()
         self._closing = threading.Event()
         self._processes: RankProcesses | None = None
         self._is_up = False
@@ -122,7 +115,7 @@ class RankGroup:
         try:
             self._wait_for_all("here", _START_S)
             self._channel.announce("here")
-            self.mesh = Mesh(
+            self.mesh = self._mesh = Mesh(
                 config.layout,
                 rank=0,
                 store=PrefixStore("mesh", self._store),
@@ -135,55 +128,41 @@ class RankGroup:
             raise
 
     @property
+    @override
     def pids(self) -> dict[int, int]:
-        """The process ids of the ranks that this process started, by rank."""
         return {} if self._processes is None else self._processes.pids
 
     @property
+    @override
     def received_bytes(self) -> Mapping[str, int]:
-        """The number of bytes that rank 0 has received from other ranks, by mesh axis."""
-        return {str(axis): count for axis, count in self.mesh.received_bytes.items()}
+        return {str(axis): count for axis, count in self._mesh.received_bytes.items()}
 
+    @override
     def serve(self, spec: ModelSpec, limits: Limits) -> None:
-        """Waits until every rank has loaded its part.
-
-        Raises:
-            CheckpointError: A rank could not load its part.
-            RankLostError: A rank has ended.
-        """
         self._wait_for_all("loaded")
         self._is_up = True
         self.send(Serve(spec=spec, limits=limits))
 
+    @override
     def send(self, message: Message, tensors: Iterable[Tensor] = ()) -> None:
-        """Sends a message, followed by the data of the tensors that it describes.
-
-        Raises:
-            RankLostError: The ranks are down.
-        """
         if self.failure is not None:
             raise fresh(self.failure)
         self._channel.send(encode_message(message))
         for tensor in tensors:
             # A broadcast needs the tensor on the mesh's kind of device.
-            assert tensor.device.type == self.mesh.device.type
-            self.mesh.broadcast(tensor.contiguous())
+            assert tensor.device.type == self._mesh.device.type
+            self._mesh.broadcast(tensor.contiguous())
 
+    @override
     def compare(self, tensor: Tensor) -> list[int]:
-        """Returns the ranks whose tensor does not have this rank's bits; all ranks call it at the same time."""
-        odd = self.mesh.odd_ranks(tensor)
+        odd = self._mesh.odd_ranks(tensor)
         # Every rank has reached this collective, so every rank has received all earlier messages.
         self._channel.forget()
         return odd
 
-    def stage(self, message: Message, *, field: str | None = None, error: type[FlowrollError] = WeightsRejectedError) -> None:
-        """Makes every rank prepare a change, and waits for all of them.
-
-        Raises:
-            error: A rank could not prepare the change; all ranks have dropped it.
-            RankLostError: A rank has ended.
-        """
-        self.send(message)
+    @override
+    def stage(self, change: AnyChange) -> None:
+        self.send(change)
         # Not a collective, which would time out: reading may take long, and a rank that reads still gives signs of life.
         with self.together():
             self._wait_for_all(STAGED, poll_s=_STAGED_POLL_S)
@@ -193,18 +172,10 @@ class RankGroup:
         if refused:
             self.send(DropStaged())
             rank, reason = next(iter(refused.items()))
-            raise error(f"rank {rank}: {reason}", field=field)
+            raise change.error(f"rank {rank}: {reason}", field=change.field)
 
-    def add_listener(self, listener: FailureListener) -> None:
-        """Calls the listener on another thread when the ranks fail, or immediately if they have failed already."""
-        with self._lock:
-            self._listeners.append(listener)
-            failure = self.failure
-        if failure is not None:
-            listener(failure)
-
+    @override
     def lose(self, message: str) -> None:
-        """Ends the ranks and calls the listeners with the reason. Only the first call has an effect."""
         with self._lock:
             if self.failure is not None or self._closing.is_set():
                 return
@@ -220,8 +191,8 @@ class RankGroup:
         for listener in listeners:
             listener(self.failure)
 
+    @override
     def close(self) -> None:
-        """Ends the other ranks and leaves the process group. May be called twice."""
         with self._lock:
             if self._closing.is_set():
                 return
@@ -237,12 +208,13 @@ class RankGroup:
                 self._processes.join(_JOIN_S if self.failure is None and self._is_up else 0.0)
             self._watch.join()
             # Closing a broken process group on GPUs could block forever, so it is left to the end of the process.
-            if hasattr(self, "mesh") and (self.failure is None or self.mesh.device.type == "cpu"):
+            if self.mesh is not None and (self.failure is None or self.mesh.device.type == "cpu"):
                 self.mesh.close()
 
+    @override
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Encloses an operation that all ranks run together. An error on one rank ends all, because the others wait for it.
+        """Takes the engine down after an error on this rank, because the others wait for it.
 
         A forward that ran out of memory on one rank is among these errors: the other ranks are in the middle of a collective
         that this rank will never join, and cannot be called back from it.
@@ -315,7 +287,7 @@ def open_peers(
         RankLostError: A rank ended before it was up.
     """
     if layout.num_ranks == 1:
-        return NoPeers()
+        return Peers()
     check_alone()
     place = torchrun_rank()
     if place is None:

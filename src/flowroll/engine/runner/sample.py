@@ -60,7 +60,7 @@ class Conditioning:
         return cls(
             plan=plan,
             model=model,
-            transformer=model.adapters.transformer_for(plan.params),
+            transformer=model.adapters.transformer(plan.params.lora_name, plan.params.policy),
             env=env,
             fixed=_fixed_inputs(plan, model, env),
             timesteps=timesteps,

@@ -5,19 +5,17 @@ Between messages it does not wait in a collective, which would time out: rank 0 
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from flowroll.checkpoints import find_checkpoint
-from flowroll.engine.adapters.files import AdapterFiles, read_adapter, refused
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits, resolve_device, resolve_dtype
 from flowroll.engine.loading import LoadedModel, build_model, load_transformer
@@ -25,14 +23,13 @@ from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.plan import plan_request
 from flowroll.engine.policies.held import HeldWeights
 from flowroll.engine.runner import messages
+from flowroll.engine.runner.changes import Change, RankWeights
 from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message
-from flowroll.engine.runner.model_runner import ModelRunner, Recomputation
+from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.rank_group import STAGED, RankConfig
 from flowroll.engine.runner.rank_watch import ERRED
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.weights.offload import WeightOffload
-from flowroll.engine.weights.shares import Shares
-from flowroll.engine.weights.staged import StagedWeights, WeightFiles, rejected, slots_of, stage_weights
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.exact import use_exact_kernels
 from flowroll.families import Recipe
@@ -157,12 +154,11 @@ class Worker:
     def __init__(self, model: LoadedModel, limits: Limits, channel: Channel, mesh: Mesh) -> None:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
-        self._held = HeldWeights(model.transformer)
         transformer = model.transformer
-        self._offload = WeightOffload(lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()])
+        offload = WeightOffload(lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()])
+        self._weights = RankWeights(model=model, held=HeldWeights(transformer), offload=offload, mesh=mesh)
         # Puts the staged change into effect.
-        self._commit: Callable[[], object] | None = None
-        self._shares: Shares | None = None
+        self._finish: Callable[[], Any] | None = None
 
     def apply(self, message: Message) -> None:
         """Applies one message."""
@@ -186,110 +182,43 @@ class Worker:
                     raise error
             case messages.DropRequest(id=number):
                 runner.drop_request(number)
-            case messages.BeginRecomputation():
-                runner.begin_recomputation(message.id, self._recomputation(message))
-            case messages.Recompute(id=number, row=row, num_threads=num_threads):
-                runner.use_threads(num_threads)
-                runner.recompute(number, row)
-            case messages.EndRecomputation(id=number):
-                runner.end_recomputation(number)
-            case _:
-                self._change_model(message)
-
-    def _change_model(self, message: Message) -> None:
-        model = self._model
-        match message:
-            case messages.StageWeights():
-                self._stage(functools.partial(_read_weights, model, message))
-            case messages.StageTensors(tensors=tensors):
-                self._stage(functools.partial(self._make_room, tensors))
+            case messages.Recompute():
+                runner.use_threads(message.num_threads)
+                self._recompute(message)
+            case Change():
+                self._prepare(message)
             case messages.ReceiveTensors():
-                assert self._shares is not None
-                self._commit, self._shares = _taking(model, self._shares.fill(self._mesh)), None
-            case messages.StageAdapter():
-                self._stage(functools.partial(_read_adapter, model, message))
-            case messages.StageRelease(mode=mode):
-                self._stage(functools.partial(self._offload.prepare_release, mode))
-            case messages.StageResume():
-                self._stage(self._offload.prepare_resume)
+                assert self._finish is not None
+                self._finish = self._finish()
             case messages.Commit():
-                assert self._commit is not None
-                self._commit()
-                self._commit = None
+                assert self._finish is not None
+                self._finish()
+                self._finish = None
             case messages.DropStaged():
-                self._commit = self._shares = None
-            case messages.UnloadAdapter(name=name):
-                model.adapters.drop(name)
-            case messages.StagePolicy(name=name, source=source, decay=None):
-                self._stage(functools.partial(self._held.prepare_copy, name, source))
-            case messages.StagePolicy(name=name, source=source, decay=float() as decay):
-                self._stage(functools.partial(self._held.prepare_average, name, source, decay))
-            case messages.StagePolicyAdapter():
-                self._stage(functools.partial(_average_adapter, model, message))
-            case messages.StageExchange(name=place):
-                self._stage(functools.partial(self._held.prepare_exchange, place))
-            case messages.DropPolicy(name=name):
-                self._held.drop(name)
+                self._finish = None
             case messages.GatherWeights(names=names):
                 for _ in whole_tensors(model.transformer, frozenset(names)):
                     pass
             case _:
                 raise AssertionError(f"{type(message).__name__} is no message for a running rank")
 
-    def _recomputation(self, message: messages.BeginRecomputation) -> Recomputation:
-        model = self._model
+    def _recompute(self, message: messages.Recompute) -> None:
+        model, record = self._model, message.record
         env, latents = message.env.empty(model.device), message.latents.empty(model.device)
         self._receive([*(tensor for _, tensor in env.tensors()), latents])
-        record = message.record
         recipe = Recipe.of(record, model.family, sde_step_indices=message.sde_step_indices, device=model.device)
         transformer = model.adapters.transformer(None if record.lora is None else record.lora.name, message.policy)
-        return Recomputation(recipe=recipe, transformer=transformer, steps=message.steps, latents=latents, env=env)
+        self._runner.recompute(recipe, transformer, message.step, latents, env)
 
-    def _stage(self, prepare: Callable[[], Callable[[], object] | None]) -> None:
+    def _prepare(self, change: Change) -> None:
         """Prepares a change and announces whether that succeeded; rank 0 decides whether it takes effect."""
         try:
-            self._commit = prepare()
+            self._finish = change.prepare(self._weights)
         except (WeightsRejectedError, EngineError) as error:
             self._channel.announce(STAGED, error.message)
         else:
             self._channel.announce(STAGED)
 
-    def _make_room(self, tensors: dict[str, messages.TensorShape]) -> None:
-        try:
-            self._shares = Shares(tensors, slots_of(self._model.transformer))
-        except (MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
-            raise rejected(error) from error
-
     def _receive(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             self._mesh.broadcast(tensor)
-
-
-def _read_weights(model: LoadedModel, message: messages.StageWeights) -> Callable[[], None]:
-    files = WeightFiles(
-        module="transformer",
-        files=tuple(map(Path, message.files)),
-        config=None if message.config is None else Path(message.config),
-        stamps=message.stamps,
-    )
-    return _taking(model, stage_weights(model.transformer, files))
-
-
-def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
-    return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
-
-
-def _average_adapter(model: LoadedModel, message: messages.StagePolicyAdapter) -> Callable[[], None]:
-    adapter = model.adapters.averaged(message.name, message.source, message.decay)
-    return lambda: model.adapters.put(replace(adapter, about=replace(adapter.about, version=message.version)))
-
-
-def _read_adapter(model: LoadedModel, message: messages.StageAdapter) -> Callable[[], None]:
-    about, files = message.about, AdapterFiles(config=Path(message.config), weights=Path(message.weights))
-    # Without a limit, because rank 0 has checked the number of bytes.
-    adapter = model.adapters.stage(read_adapter(files, max_bytes=sys.maxsize), name=about.name, merged=about.merged)
-    if adapter.about.sha256 != about.sha256:
-        raise refused(
-            f"{files.weights} must hold the same adapter on every rank, got another one; save it where all ranks read."
-        )
-    return lambda: model.adapters.put(model.adapters.finished(adapter, about.version))

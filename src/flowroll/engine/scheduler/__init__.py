@@ -10,7 +10,6 @@ tasks.py       control tasks, which run between steps or while no request runs
 samples.py     the samples in memory: ready to start, taking steps, or being decoded
 policy.py      the rules: batch limits, whose step is next, back-off when memory runs out, and when something is stuck
 counters.py    the numbers of requests, how they ended, and how their time was spent
-runner.py      the interface of the object that runs the model
 """
 
 from flowroll.engine.scheduler.counters import STAGES, LoadStats, RequestCounts, StageSpan, Timing

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample, StepOutcome
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats, View
@@ -24,7 +25,6 @@ from flowroll.engine.scheduler.policy import BatchLimits, Watchdog
 from flowroll.engine.scheduler.queue import RequestQueue
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
 from flowroll.engine.scheduler.retry import Throughput
-from flowroll.engine.scheduler.runner import Runner
 from flowroll.engine.scheduler.samples import RunningSamples
 from flowroll.engine.scheduler.stages import Stage, decoding, encoding
 from flowroll.engine.scheduler.tasks import ControlTask, TaskQueue
@@ -53,7 +53,7 @@ class Loop:
     """
 
     def __init__(
-        self, runner: Runner, limits: BatchLimits, inbox: Inbox, *, encoder: Stage, decoder: Stage, clock: Callable[[], float]
+        self, runner: Executor, limits: BatchLimits, inbox: Inbox, *, encoder: Stage, decoder: Stage, clock: Callable[[], float]
     ) -> None:
         self._runner, self._limits, self._inbox = runner, limits, inbox
         self._encoder, self._decoder, self._clock = encoder, decoder, clock

@@ -6,10 +6,10 @@ import logging
 from collections import deque
 from collections.abc import Hashable, Sequence
 
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler.policy import BatchLimits, OomBackoff, RoundRobin, is_out_of_memory
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample
-from flowroll.engine.scheduler.runner import Runner
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class RunningSamples:
         """Returns the samples that take the next step together, and their batch key."""
         return self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
 
-    def step(self, runner: Runner, key: Hashable, batch: Sequence[RunningSample]) -> dict[int, Sample | BaseException]:
+    def step(self, runner: Executor, key: Hashable, batch: Sequence[RunningSample]) -> dict[int, Sample | BaseException]:
         """Takes one step of a batch; returns, by id, the finished and the forked samples and the errors of the failed ones.
 
         A forward that fails with several samples is repeated in halves, so that only samples that fail by themselves are lost.

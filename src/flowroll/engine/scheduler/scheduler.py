@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from flowroll.engine.plan import RequestPlan
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
@@ -26,8 +27,7 @@ from flowroll.engine.scheduler.loop import Loop
 from flowroll.engine.scheduler.policy import BatchLimits
 from flowroll.engine.scheduler.request import Finish, Request, RequestFuture, end_future, engine_error
 from flowroll.engine.scheduler.retry import RetrySchedule
-from flowroll.engine.scheduler.runner import Runner
-from flowroll.engine.scheduler.stages import Stage, ThreadStage
+from flowroll.engine.scheduler.stages import Stage
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
 from flowroll.errors import FlowrollError, PausedError, QueueFullError, fresh
 from flowroll.heap import trim_heap
@@ -56,7 +56,7 @@ class Scheduler:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Executor,
         limits: BatchLimits,
         *,
         encoder: Stage | None = None,
@@ -68,7 +68,7 @@ class Scheduler:
         self._inbox = Inbox()
         # It refers to the inbox alone, so that the threads keep no engine alive.
         tell = functools.partial(_tell_of_death, self._inbox)
-        self._stages = (encoder or ThreadStage("flowroll-encode", tell), decoder or ThreadStage("flowroll-decode", tell))
+        self._stages = (encoder or Stage("flowroll-encode", tell), decoder or Stage("flowroll-decode", tell))
         self.loop = Loop(runner, limits, self._inbox, encoder=self._stages[0], decoder=self._stages[1], clock=clock)
         for stage in self._stages:
             weakref.finalize(self.loop, stage.stop)

@@ -5,41 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 
 from flowroll.engine.outputs import Finished
+from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler.inbox import Decoded, Encoded, Inbox
 from flowroll.engine.scheduler.request import Request, RunningSample
-from flowroll.engine.scheduler.runner import Runner
 
 Work: TypeAlias = Callable[[], None]
 
 
-@runtime_checkable
-class Stage(Protocol):
-    """Runs work in the order in which it was submitted."""
-
-    def submit(self, work: Work) -> None:
-        """Adds work without waiting for it."""
-
-    def start(self) -> None:
-        """Starts the stage, unless it runs already."""
-
-    def stop(self) -> None:
-        """Makes the stage end after its current work, without waiting for that."""
-
-    def join(self, timeout_s: float | None) -> bool:
-        """Waits for the end of the stage; returns whether it has ended within this time."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the stage runs."""
-
-
-def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
+def encoding(runner: Executor, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
     """Makes the work that encodes a request's prompts; it does nothing if the request has been reset before it begins."""
     attempt = request.attempt
 
@@ -60,7 +39,7 @@ def encoding(runner: Runner, inbox: Inbox, request: Request, clock: Callable[[],
 
 
 def decoding(
-    runner: Runner,
+    runner: Executor,
     inbox: Inbox,
     running: RunningSample,
     sample: Sample,
@@ -103,8 +82,8 @@ def decoding(
     return decode
 
 
-class ThreadStage:
-    """A stage that works on its own thread.
+class Stage:
+    """Does work on its own thread, in the order in which it was submitted.
 
     Args:
         name: The name of the thread.

@@ -62,22 +62,8 @@ def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
     silence_model_libraries()
     for path in sweep_scratch():
         logging.getLogger(__name__).info("%s is removed: the process that made it has ended", path)
-    engine = Engine(
-        options.model,
-        variant=options.variant,
-        dtype=options.dtype,
-        device=options.device,
-        limits=options.limits,
-        batching=options.batching,
-        adapter_limits=options.adapter_limits,
-        layout=options.layout,
-        rank_timeout_s=options.rank_timeout_s,
-        compile=options.compile,
-        cache_dir=options.cache_dir,
-    )
-    return engine, EngineService(
-        engine, max_queue=options.max_queue, max_control_queue=options.max_control_queue, max_groups=options.max_groups
-    )
+    engine = Engine(**options.arguments_of(Engine))
+    return engine, EngineService(engine, **options.arguments_of(EngineService))
 
 
 class _Served:

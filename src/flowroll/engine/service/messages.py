@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +54,10 @@ class EngineOptions:
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     cache_dir: str | None = None
+
+    def arguments_of(self, call: Callable[..., Any]) -> dict[str, Any]:
+        """Returns the options that a call has parameters for, by their names."""
+        return {name: getattr(self, name) for name in inspect.signature(call).parameters if hasattr(self, name)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

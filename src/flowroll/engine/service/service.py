@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from flowroll.engine.adapters.files import AdapterFiles, files_in_memory, parse_config
+from flowroll.engine.adapters.files import AdapterFiles, parse_config
 from flowroll.engine.adapters.pushed import read_factors
 from flowroll.engine.adapters.store import StagedAdapter
 from flowroll.engine.engine import Engine, RequestKind
@@ -368,10 +368,7 @@ class EngineService:
     @working
     def commit_update(self, update_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate:
         """Puts the arrived weights in place while no request runs. If tensors are missing, the update stays open."""
-        receiver = self._receiver(update_id)
-        staged = receiver.stage()
-        self._updates.pop(update_id, None)
-        return self.engine.commit_weights(staged, weight_version=weight_version, mode=mode)
+        return self.engine.commit_weights(self._ended(update_id), weight_version=weight_version, mode=mode)
 
     def is_open(self, update_id: str) -> bool:
         """Returns whether tensors of the update may still come."""
@@ -396,20 +393,12 @@ class EngineService:
     @working
     def stage_update(self, update_id: str) -> str:
         """Takes the arrived weights of an update, the first half of `commit_update`; see `stage_from_disk`."""
-        receiver = self._receiver(update_id)
-        staged = receiver.stage()
-        self._updates.pop(update_id, None)
-        return self._hold_staged(staged)
+        return self._hold_staged(self._ended(update_id))
 
     @working
     def stage_adapter(self, files: AdapterFiles, name: str, *, merged: bool) -> str:
         """Reads and checks an adapter, the first half of `load_adapter`; see `stage_from_disk`."""
         return self._hold_staged(self.engine.stage_lora_adapter(files, name=name, merged=merged))
-
-    @working
-    def stage_sent_adapter(self, weights: SharedMemory, config: str, name: str, *, merged: bool) -> str:
-        """Checks an adapter in memory, the first half of `load_sent_adapter`; see `stage_from_disk`."""
-        return self.stage_adapter(files_in_memory(weights, config), name, merged=merged)
 
     @working
     def commit_staged(self, staged_id: str, weight_version: str | None, mode: ExclusiveMode) -> WeightUpdate | AdapterChange:
@@ -432,6 +421,12 @@ class EngineService:
             self._staged = None
 
     restore_versions = _of_engine(Engine.restore_versions)
+
+    def _ended(self, update_id: str) -> StagedWeights:
+        """Ends an update, and returns its weights, which have arrived."""
+        staged = self._receiver(update_id).stage()
+        self._updates.pop(update_id, None)
+        return staged
 
     def _hold_staged(self, staged: StagedWeights | StagedAdapter) -> str:
         staged_id = secrets.token_hex(8)
@@ -508,21 +503,6 @@ class EngineService:
             WeightsRejectedError: The adapter is refused.
         """
         self.engine.check_lora_adapter(parse_config(config), stored, name=name, merged=merged)
-
-    @working
-    def load_sent_adapter(
-        self,
-        weights: SharedMemory,
-        config: str,
-        name: str,
-        *,
-        merged: bool,
-        weight_version: str | None,
-        mode: ExclusiveMode,
-    ) -> AdapterChange:
-        """Loads an adapter from the memory of a safetensors file and the text of a configuration; see `load_adapter`."""
-        files = files_in_memory(weights, config)
-        return self.load_adapter(files, name, merged=merged, weight_version=weight_version, mode=mode)
 
     @working
     def load_pushed_adapter(

@@ -83,8 +83,9 @@ class WeightReceiver:
         """Whether the update was neither staged nor dropped, so that it still takes tensors."""
         return self._is_open
 
-    def open(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Bucket:
-        """Checks what a bucket will hold, and allocates memory for it.
+    @contextlib.contextmanager
+    def bucket(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Iterator[list[Tensor]]:
+        """Yields memory for the tensors of a bucket, in their order, for the block to fill. If the block fails, it is dropped.
 
         Args:
             heads: The names, dtypes and shapes of its tensors.
@@ -92,22 +93,17 @@ class WeightReceiver:
 
         Raises:
             WeightsRejectedError: A name is unknown, came already or comes twice, a shape differs, a dtype is no float, or
-                there is not enough memory.
+                there is not enough memory; or, after the block, the update has ended, or a tensor holds NaN or infinity.
         """
         self.claim(heads)
-        return self._room(heads, device)
-
-    @contextlib.contextmanager
-    def bucket(self, heads: Sequence[TensorHead], *, device: torch.device = _CPU) -> Iterator[list[Tensor]]:
-        """Yields the tensors of a bucket for the block to fill. If the block fails, they are dropped. See `open`."""
-        with self._filling(self.open(heads, device=device)) as targets:
+        with self._filling(heads, device) as targets:
             yield targets
 
     def put(self, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         """Copies a bucket of ordinary tensors; see `types.tensors.plain_tensor`.
 
         Raises:
-            WeightsRejectedError: As for `open`.
+            WeightsRejectedError: As for `bucket`.
         """
         with self.bucket([tensor_head(name, tensor.dtype, tensor.shape) for name, tensor in named_tensors]) as targets:
             for target, (_, tensor) in zip(targets, named_tensors, strict=True):
@@ -125,8 +121,8 @@ class WeightReceiver:
             raise rejected(error, None) from error
 
     def put_claimed(self, heads: Sequence[TensorHead], tensors: Sequence[Tensor]) -> None:
-        """Copies the tensors of a claimed bucket. The errors are those of `open`."""
-        with self._filling(self._room(heads, _CPU)) as targets:
+        """Copies the tensors of a claimed bucket. The errors are those of `bucket`."""
+        with self._filling(heads, _CPU) as targets:
             for target, tensor in zip(targets, tensors, strict=True):
                 target.copy_(tensor)
 
@@ -195,24 +191,18 @@ class WeightReceiver:
                 check_tensor(head, self._slots[head.name], _SUBJECT)
             self._claimed |= set(names)
 
-    def _room(self, heads: Sequence[TensorHead], device: torch.device) -> Bucket:
-        try:
-            targets = [torch.empty(head.shape, dtype=DTYPES[head.dtype], device=device) for head in heads]
-        except BaseException as error:
-            self.unclaim(heads)
-            if isinstance(error, MemoryError | RuntimeError):  # torch's lack of memory is a RuntimeError
-                raise rejected(error, None) from error
-            raise
-        return Bucket(self, heads, targets)
-
-    @staticmethod
     @contextlib.contextmanager
-    def _filling(bucket: Bucket) -> Iterator[list[Tensor]]:
+    def _filling(self, heads: Sequence[TensorHead], device: torch.device) -> Iterator[list[Tensor]]:
+        """Yields memory for a claimed bucket, and drops the claim if anything fails."""
         try:
-            yield bucket.targets
-            bucket.keep()
+            try:
+                targets = [torch.empty(head.shape, dtype=DTYPES[head.dtype], device=device) for head in heads]
+            except (MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
+                raise rejected(error, None) from error
+            yield targets
+            self._keep(heads, targets)
         except BaseException:
-            bucket.drop()
+            self.unclaim(heads)
             raise
 
     def _keep(self, heads: Sequence[TensorHead], targets: Sequence[Tensor]) -> None:
@@ -230,31 +220,3 @@ class WeightReceiver:
     def _check_open(self) -> None:
         if not self._is_open:
             raise WeightsRejectedError(f"{_SUBJECT} must come before their update ends, got a bucket after it; begin another.")
-
-
-class Bucket:
-    """The memory for a bucket of tensors that are on their way, from `WeightReceiver.open`. It ends with `keep` or `drop`.
-
-    Attributes:
-        targets: The tensors to fill, contiguous, in the order of the heads.
-    """
-
-    def __init__(self, incoming: WeightReceiver, heads: Sequence[TensorHead], targets: list[Tensor]) -> None:
-        self.targets = targets
-        self._incoming, self._heads = incoming, heads
-        self._is_kept = False
-
-    def keep(self) -> None:
-        """Notes that the tensors have arrived, and hands them to the receiver.
-
-        Raises:
-            WeightsRejectedError: The update has ended meanwhile, a tensor holds NaN or infinity, or there is not enough memory
-                on the device.
-        """
-        self._incoming._keep(self._heads, self.targets)
-        self._is_kept = True
-
-    def drop(self) -> None:
-        """Notes that the tensors will not arrive; another bucket may hold them. It has no effect after `keep`."""
-        if not self._is_kept:
-            self._incoming.unclaim(self._heads)

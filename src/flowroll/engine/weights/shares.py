@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flowroll.engine.runner.messages import TensorShape
+from flowroll.engine.runner.shapes import TensorShape
 from flowroll.engine.weights.host import PinnedMemory
 from flowroll.engine.weights.staged import Slot, StagedWeights, is_overwritten
 from flowroll.parallel.mesh import Mesh

@@ -96,9 +96,8 @@ def build_router(state: AppState) -> APIRouter:
             await read_adapter(request, stream, max_bytes=max_bytes, idle_s=state.config.weights_idle_s)
             change = await _change(
                 lambda: engine.call(
-                    EngineService.load_sent_adapter,
-                    stream.memory,
-                    stream.config,
+                    EngineService.load_adapter,
+                    stream.files,
                     query.lora_name,
                     merged=merged,
                     weight_version=query.weight_version,

@@ -12,6 +12,7 @@ from flowroll.engine import BatchLimits, Engine, RequestFuture, RequestPlan
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.scheduler import Scheduler
+from flowroll.engine.scheduler.stages import Stage
 
 SMALL: dict[str, Any] = {"prompt": "a bowl", "height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 0.0}
 ALL: dict[str, Any] = {"debug_mode": True, "return_denoising_env": True, "return_dit_trajectory": True}
@@ -31,7 +32,7 @@ class HookedExecutor(Executor):
     """An executor of its own over an engine's model, with something to do before encoding and decoding."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine._model, engine._executor._pipeline, engine._peers)
+        super().__init__(engine._model, engine._executor._pipeline, engine._peers, engine._offload)
         self.before_encode: Callable[[RequestPlan], object] = lambda plan: None
         self.before_decode: Callable[[Sample], object] = lambda sample: None
 
@@ -49,7 +50,7 @@ class HookedExecutor(Executor):
         return list(self._runner._samples.values())
 
 
-class HandStage:
+class HandStage(Stage):
     """A stage that does a piece of work when the test says so."""
 
     is_alive = True
