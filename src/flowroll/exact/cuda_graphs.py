@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowroll.exact.graphs import Recorder
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaRecording:
@@ -27,6 +29,11 @@ class CudaRecording:
     def replay(self) -> None:
         """Launches the graph on the current stream."""
         self.graph.replay()
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """Returns what records forwards on a device; None where nothing does."""
+    return CudaRecorder(device) if device.type == "cuda" else None
 
 
 class CudaRecorder:

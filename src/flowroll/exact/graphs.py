@@ -92,6 +92,15 @@ class GraphCounts:
     misses: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def total(cls, counts: Sequence[GraphCounts]) -> GraphCounts:
+        """Returns the sums of the counts of several engines."""
+        dropped: Counter[str] = Counter()
+        for one in counts:
+            dropped.update(one.dropped)
+        numbers = ("recordings", "num_bytes", "hits", "misses")
+        return cls(**{name: sum(getattr(one, name) for one in counts) for name in numbers}, dropped=dict(dropped))
+
 
 @dataclass(slots=True, kw_only=True)
 class _Recorded:

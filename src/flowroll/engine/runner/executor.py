@@ -142,7 +142,8 @@ class Executor:
         self._peers.send(messages.DropRequest(id=request_id))
 
     def free_memory(self) -> None:
-        """Returns memory that torch has cached to the device."""
+        """Returns memory that torch has cached, and that of recorded forwards, to the device."""
+        self._runner.forget_recordings()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -220,13 +221,16 @@ class Executor:
         self._peers.stage(message, field="lora_path")
 
     def stage_release(self, mode: SleepMode) -> None:
-        """Makes every other rank copy its weights to where they are kept while the engine sleeps. Encoded texts are forgotten.
+        """Makes every other rank copy its weights to where they are kept while the engine sleeps.
+
+        Encoded texts and recorded forwards are forgotten.
 
         Raises:
             EngineError: A rank could not copy them.
             RankLostError: A rank has ended.
         """
         self._pipeline.forget_texts()
+        self._runner.forget_recordings()
         self._peers.stage(messages.StageRelease(mode=mode), error=EngineError)
 
     def stage_resume(self) -> None:

@@ -73,6 +73,8 @@ def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
         layout=options.layout,
         rank_timeout_s=options.rank_timeout_s,
         compile=options.compile,
+        graphs=options.graphs,
+        max_graph_bytes=options.max_graph_bytes,
         cache_dir=options.cache_dir,
     )
     return engine, EngineService(
