@@ -30,7 +30,8 @@ class TensorForm:
         strides: The stride of each dimension, in elements.
         dtype: Its dtype.
         device: Its device.
-        address: Its address modulo the alignment of allocations.
+        address: Its address modulo the alignment of allocations; 0 if it holds one number, as the timestep does, which is a
+            slice of all of them: no kernel takes a number otherwise because of where it lies.
     """
 
     kind: type
@@ -68,7 +69,8 @@ def form_of(value: Any, tensors: list[Tensor]) -> Hashable:
     """
     if isinstance(value, Tensor):
         tensors.append(value)
-        return TensorForm(type(value), tuple(value.shape), value.stride(), value.dtype, value.device, address(value))
+        place = 0 if without_repeats(value).numel() == 1 else address(value)
+        return TensorForm(type(value), tuple(value.shape), value.stride(), value.dtype, value.device, place)
     if type(value) in (list, tuple):
         return _Sequence(type(value), tuple(form_of(item, tensors) for item in value))
     if isinstance(value, Mapping):

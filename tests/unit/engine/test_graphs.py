@@ -29,9 +29,6 @@ from flowroll.types import Layout
 GROUP: dict[str, Any] = {**REQUEST, "num_inference_steps": 3, "num_outputs_per_prompt": 2}
 # Its forwards keep the keys of its text in an object that no recording can be given anew.
 NOT_RECORDED = {"qwen_image_21"}
-# All families in `make proofs`.
-SLOW = {"sd3", "flux", "flux2", "qwen_image_edit", "qwen_image_21"}
-FAMILY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +69,7 @@ def life(engine: Engine, folder: Path, other: Path, first: Path, second: Path) -
     return found
 
 
-@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_over_updates_sleep_policies_and_adapters_every_rollout_has_the_bits_of_eager_forwards(
     family: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -90,7 +87,7 @@ def test_over_updates_sleep_policies_and_adapters_every_rollout_has_the_bits_of_
     if family in NOT_RECORDED:
         assert (recordings, hits, dropped) == (0, 0, {})
     else:
-        assert hits > 30 and set(dropped) <= {"asleep", "moved"} and dropped["asleep"] >= 2
+        assert hits >= 12 and set(dropped) <= {"asleep", "moved"} and dropped["asleep"] >= 2
 
 
 def test_recordings_outlive_updates_in_place(z_image_checkpoint: Path, tmp_path: Path, as_on_cuda: TapeRecorder) -> None:

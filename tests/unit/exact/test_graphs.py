@@ -115,6 +115,14 @@ def test_arguments_of_another_form_have_another_recording(pair: Pair, others: li
     assert pair.graphs.counts.recordings == 1 + len(others)
 
 
+def test_a_number_may_lie_anywhere(pair: Pair) -> None:
+    timesteps = torch.arange(5) / 5
+    for step in range(5):
+        for shift in (timesteps[step : step + 1], timesteps[step : step + 1].expand(4)[:, None]):
+            pair.check(x=rows(4), shift=shift)
+    assert pair.told == (2, 6, 4, {})
+
+
 def test_the_number_of_threads_is_part_of_the_form(pair: Pair) -> None:
     before = torch.get_num_threads()
     try:
