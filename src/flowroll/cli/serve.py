@@ -38,6 +38,11 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = "auto",
     compile: Compile = False,
+    graphs: Annotated[
+        Literal["auto", "off"], typer.Option(help="Replay forwards of small samples as CUDA graphs, where they are exact.")
+    ] = "auto",
+    max_graph_bytes: Annotated[int, typer.Option(min=0, help="Most bytes of recorded forwards, the oldest of which go.")] = 4
+    * 2**30,
     api_key: ApiKey = None,
     wire_format: Annotated[
         Literal["json", "msgpack"], typer.Option(help="Format of an answer where the client accepts any.")

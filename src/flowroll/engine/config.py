@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from flowroll.errors import InvalidRequestError
-from flowroll.exact import Certificate
+from flowroll.exact import Certificate, GraphedForwards, recorder_for
 from flowroll.families import Defaults
 from flowroll.types import Layout
 
+Graphs: TypeAlias = Literal["auto", "off"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -89,6 +91,8 @@ class EngineInfo:
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code the bits depend on, by name.
         compiled: The name of the kernels that torch made of the transformer's blocks; None where they run eagerly.
+        graphs: Whether forwards of small samples are recorded as CUDA graphs. A replay runs the kernels of an eager forward.
+        max_graph_bytes: The most memory that recordings take.
         certificate: The kernels, and what they were found to do with the shapes of this model.
     """
 
@@ -108,6 +112,8 @@ class EngineInfo:
     max_images: int
     versions: Mapping[str, str]
     compiled: str | None = None
+    graphs: Literal["on", "off"] = "off"
+    max_graph_bytes: int = 0
     certificate: Certificate
 
 
@@ -146,3 +152,25 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise InvalidRequestError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype}; use auto.", field="dtype")
     return _DTYPES[dtype]
+
+
+def resolve_graphs(
+    graphs: str, max_graph_bytes: int, *, device: torch.device, layout: Layout, compile: bool
+) -> GraphedForwards | None:
+    """Returns what records forwards and replays them; None where every forward runs eagerly.
+
+    "auto" is on for CUDA with one rank and eager kernels: a recording with collectives in it, and what compiled blocks read,
+    were not looked at.
+
+    Raises:
+        InvalidRequestError: A value breaks its rule.
+    """
+    if graphs not in ("auto", "off"):
+        raise InvalidRequestError(f"graphs must be auto or off, got {graphs}; use auto.", field="graphs")
+    if max_graph_bytes < 0:
+        raise InvalidRequestError(
+            f"max_graph_bytes must be >= 0, got {max_graph_bytes}; use graphs off for none.", field="max_graph_bytes"
+        )
+    if graphs == "off" or layout.num_ranks > 1 or compile or (recorder := recorder_for(device)) is None:
+        return None
+    return GraphedForwards(recorder, max_bytes=max_graph_bytes)

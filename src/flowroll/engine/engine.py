@@ -24,7 +24,7 @@ from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
 from flowroll.engine.arguments import image_request, rollout_request
 from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
-from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
+from flowroll.engine.config import AdapterLimits, EngineInfo, Graphs, Limits, resolve_device, resolve_dtype, resolve_graphs
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.facts import ModelFacts
 from flowroll.engine.images import blank_image
@@ -52,6 +52,7 @@ from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownErro
 from flowroll.exact import (
     FINDINGS,
     Certificate,
+    GraphCounts,
     cache_folder,
     certify,
     check_can_compile,
@@ -119,6 +120,9 @@ class Engine:
         rank_timeout_s: How many seconds ranks wait for each other before the engine is taken down.
         compile: Whether the transformer's blocks run compiled (`exact/compiled.py`): other kernels, exact among themselves. A
             replay needs a transformer that `replay.compile_blocks` has prepared. One rank alone, and samples run one by one.
+        graphs: "auto": with one rank on CUDA and eager kernels, forwards of samples of up to 724 x 724 pixels that are met
+            again are recorded as CUDA graphs and replayed (`exact/graphs.py`), with the same bits; "off": none are.
+        max_graph_bytes: The most memory that recordings take; those that were used longest ago are dropped for new ones.
         cache_dir: The folder in which what is found about this machine's kernels is kept; None: that of the environment
             variable FLOWROLL_CACHE_DIR, else `flowroll` in the user's cache.
 
@@ -146,6 +150,8 @@ class Engine:
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
         compile: bool = False,
+        graphs: Graphs = "auto",
+        max_graph_bytes: int = 4 * 2**30,
         cache_dir: str | Path | None = None,
     ) -> None:
         place = resolve_device(device)
@@ -155,13 +161,14 @@ class Engine:
         limits, layout, adapter_limits = limits or Limits(), layout or Layout(), adapter_limits or AdapterLimits()
         if compile:
             _check_compile(layout, place)
+        graphed = resolve_graphs(graphs, max_graph_bytes, device=place, layout=layout, compile=compile)
         checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
         self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         with contextlib.ExitStack() as opened:
             opened.callback(self._peers.close)
             self._model, self._pipeline = load_model(
-                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile
+                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile, graphs=graphed
             )
             self._peers.serve(self._model.spec, limits)
             certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
@@ -177,6 +184,8 @@ class Engine:
             self.scheduler = Scheduler(self._executor, batching or BatchLimits())
             self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
             self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate)
+            if graphed is not None:
+                self.info = replace(self.info, graphs="on", max_graph_bytes=max_graph_bytes)
             self._weights.note_checksum(limits.max_hashed_bytes)
             if compile:
                 self._compile()
@@ -774,6 +783,12 @@ class Engine:
         """
         return self._change_memory(None)
 
+    @property
+    def graph_counts(self) -> GraphCounts:
+        """What became of the forwards that may be recorded; all zeros where none are."""
+        graphs = self._open_model().strategy.graphs
+        return GraphCounts() if graphs is None else graphs.counts
+
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""
         defaults = self.info.defaults
@@ -904,6 +919,7 @@ class Engine:
             num_bytes = 0
             if self.is_asleep == (mode is None):
                 self._work.forget_texts()
+                self._executor.free_memory()
                 num_bytes = self._executor.change(Sleep(mode=mode))
             return MemoryChange(mode=self.memory_mode, num_bytes=num_bytes, seconds=time.perf_counter() - started_s)
 

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
 from flowroll.engine.service import EngineStatus, RequestKind
+from flowroll.exact import GraphCounts
 from flowroll.serving.unsent import AnswerMemory
 from flowroll.types import GeneratedImage, Number, Rollout
 
@@ -63,9 +64,19 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("flowroll_accepted_score_requests", text, scores.accepted)
         yield GaugeMetricFamily("flowroll_open_score_requests", "Of these, those that wait or are scored.", scores.pending)
         yield _counter("flowroll_ended_score_requests", "Of these, those that ended.", "outcome", _ended(scores))
+        yield from _graphs(status.graphs)
         yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", {"version": status.weight_version})
         text = "Number of this version in the sequence of all versions."
         yield GaugeMetricFamily("flowroll_version_number", text, status.version_number)
+
+
+def _graphs(counts: GraphCounts) -> Iterator[Metric]:
+    yield GaugeMetricFamily("flowroll_graphs", "Recorded forwards.", counts.recordings)
+    yield GaugeMetricFamily("flowroll_graph_bytes", "Memory of recorded forwards.", counts.num_bytes)
+    forwards = ("replayed", counts.hits), ("eager", counts.misses)
+    yield _counter("flowroll_graph_forwards", "Forwards small enough to be recorded, by how they ran.", "way", forwards)
+    text = "Recordings that were dropped or not made."
+    yield _counter("flowroll_dropped_graphs", text, "reason", counts.dropped.items())
 
 
 def _counter(name: str, text: str, label: str, counts: Iterable[tuple[str, Number]]) -> Metric:
