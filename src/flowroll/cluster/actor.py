@@ -31,6 +31,7 @@ from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
     AdapterChange,
+    Exactness,
     GeneratedImage,
     Layout,
     LoraAdapter,
@@ -84,6 +85,8 @@ class EngineActor:
         layout: How the transformer is distributed over ranks.
         rank_timeout_s: How many seconds ranks wait for each other.
         compile: Whether the transformer's blocks run compiled; see `Engine`.
+        exactness: "exact", or "fast" for an engine without any promise about bits; see `Engine`.
+        fast_parts: What makes it fast; None: what the device has.
         num_threads: The number of CPU threads of its work; on a CPU, bits depend on it. None: what torch has in the actor's
             process, where Ray sets OMP_NUM_THREADS to the actor's `num_cpus`, or to 1.
         max_queue: The number of requests that may wait behind those that run; one more is a `QueueFullError`.
@@ -106,6 +109,8 @@ class EngineActor:
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
         compile: bool = False,
+        exactness: Exactness = "exact",
+        fast_parts: Sequence[str] | None = None,
         num_threads: int | None = None,
         max_queue: int = 64,
         max_control_queue: int = 64,
@@ -123,6 +128,8 @@ class EngineActor:
             layout=layout,
             rank_timeout_s=rank_timeout_s,
             compile=compile,
+            exactness=exactness,
+            fast_parts=fast_parts,
         )
         self._service = EngineService(self._owned, max_queue=max_queue, max_control_queue=max_control_queue)
         self._engine = InProcessEngine(self._service)

@@ -203,6 +203,8 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
             "layout": config.layout,
             "rank_timeout_s": config.rank_timeout_s,
             "compile": config.compile,
+            "exactness": config.exactness,
+            "fast_parts": config.fast_parts,
             "num_threads": threads,
             "max_queue": config.max_queue,
             "max_control_queue": config.max_control_queue,

@@ -16,7 +16,7 @@ from flowroll.engine.scoring import ScorePlan, forward_rows, recipe_of, sample_s
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import FlowrollError, InvalidRequestError
-from flowroll.types import RecordedSteps, SampleScores, ScoreAnswer
+from flowroll.types import Exactness, RecordedSteps, SampleScores, ScoreAnswer
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class LogProbs:
         offload: Tells whether the weights are in memory.
         versions: The versions of the weights.
         policies: The policies.
+        exactness: Whether the engine is exact, for the answer to name.
     """
 
     def __init__(
@@ -41,7 +42,10 @@ class LogProbs:
         offload: WeightOffload,
         versions: WeightVersions,
         policies: PolicyTable,
+        *,
+        exactness: Exactness,
     ) -> None:
+        self._exactness: Exactness = exactness
         self._model, self._executor = model, executor
         self._offload, self._versions, self._policies = offload, versions, policies
 
@@ -64,6 +68,7 @@ class LogProbs:
             samples=found,
             inference_time_s=time.perf_counter() - started_s,
             policy=policy,
+            exactness=self._exactness,
         )
 
     def _samples(self, plan: ScorePlan) -> Generator[None, None, tuple[SampleScores, ...]]:

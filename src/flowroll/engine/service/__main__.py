@@ -73,6 +73,8 @@ def _load(options: EngineOptions) -> tuple[Engine, EngineService]:
         layout=options.layout,
         rank_timeout_s=options.rank_timeout_s,
         compile=options.compile,
+        exactness=options.exactness,
+        fast_parts=options.fast_parts,
         cache_dir=options.cache_dir,
     )
     return engine, EngineService(
