@@ -147,12 +147,19 @@ class Slot:
             CheckpointError: It has NaN or infinity in it, as it would be in memory: a cast may overflow.
         """
         placed = tensor.to(device=self.live.device, dtype=self.dtype)
-        if not all_finite(placed):
+        if not _fits(tensor, placed):
             raise CheckpointError(
                 f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {placed.dtype}; look "
                 "after the training."
             )
         return memory.empty(placed.shape, placed.dtype).copy_(placed) if is_overwritten(self.live) else placed
+
+
+def _fits(tensor: Tensor, placed: Tensor) -> bool:
+    """Tells whether a tensor is finite as it was cast. A cast to float8 makes its largest number of infinity, so that is asked."""
+    if placed.is_floating_point() and placed.itemsize == 1:
+        return bool((tensor.abs() <= torch.finfo(placed.dtype).max).all())
+    return all_finite(placed)
 
 
 def is_overwritten(live: Tensor) -> bool:
