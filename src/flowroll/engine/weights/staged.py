@@ -156,7 +156,7 @@ class Slot:
 
 
 def _fits(tensor: Tensor, placed: Tensor) -> bool:
-    """Tells whether a tensor is finite as it was cast. A cast to float8 makes its largest number of infinity, so that is asked."""
+    """Tells whether a tensor is finite as it was cast. A cast to float8 makes its largest number of infinity and all above."""
     if placed.is_floating_point() and placed.itemsize == 1:
         return bool((tensor.abs() <= torch.finfo(placed.dtype).max).all())
     return all_finite(placed)
