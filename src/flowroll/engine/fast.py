@@ -25,7 +25,7 @@ from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError
-from flowroll.exact import Alone, PlainBatch, Strategy, check_can_compile
+from flowroll.exact import Alone, PlainBatch, Strategy
 from flowroll.families import Recipe
 from flowroll.types import Exactness, Layout, SamplingParams
 
@@ -82,21 +82,7 @@ def turn_fast(model: LoadedModel, pipeline: Any, parts: Sequence[str] | None) ->
         EngineError: The probe failed.
     """
     probe = _Probe.roll_out(model, pipeline)
-    chosen = _Choice(model=model, wanted=parts)
-    named = []
-    if chosen.takes("batch", "" if model.family.shares_forwards else f"{model.family.name}, whose samples share no forward"):
-        named.append("batch")
-    strategy = (PlainBatch if named else Alone)(model.family, model.dtype)
-    if chosen.is_wanted("attention"):
-        backend = _choose_attention(probe, strategy)
-        if chosen.takes("attention", "" if backend else f"none of {', '.join(_BACKENDS)} that is installed and runs here"):
-            named.append(f"attention={backend}")
-    if chosen.takes("fp8", "" if _has_fp8(model.transformer) else f"{_kind(model)}, which does not say what can be cast"):
-        model.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
-        named.append("fp8=float8_e4m3fn")
-    if chosen.takes("compile", ""):
-        _compile(model)
-        named.append("compile")
+    strategy, named = _turn_on(probe, _Choice(model=model, wanted=parts))
     if not named:
         _refuse(
             "exactness", f"be exact for {model.family.name} on {model.device}", "fast, with no part to turn on", "leave it out"
@@ -108,10 +94,32 @@ def turn_fast(model: LoadedModel, pipeline: Any, parts: Sequence[str] | None) ->
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise EngineError(
-            f"the fast mode must run its probe with {', '.join(named)}, got {type(error).__name__}: {reason}; choose other "
-            "parts with fast_parts."
+            f"the fast mode must run its probe with {_listed(named)}, got {type(error).__name__}: {reason}; choose other parts "
+            "with fast_parts."
         ) from error
     return replace(model, strategy=strategy), FastMode(parts=tuple(named), mismatch=mismatch)
+
+
+def _turn_on(probe: _Probe, chosen: _Choice) -> tuple[Strategy, list[str]]:
+    """Turns on what was chosen; returns how samples share forwards, and the names of the parts."""
+    named, model = [], chosen.model
+    family, transformer = model.family, model.transformer
+    if chosen.takes("batch", "" if family.shares_forwards else f"{family.name}, whose samples share no forward"):
+        named.append("batch")
+    strategy = (PlainBatch if named else Alone)(family, model.dtype)
+    if chosen.is_wanted("attention"):
+        backend = _choose_attention(probe, strategy)
+        if chosen.takes("attention", "" if backend else f"none of {_listed(_BACKENDS)} that is installed and runs here"):
+            named.append(f"attention={backend}")
+    # A class of diffusers says which of its layers keep their precision when the others are cast.
+    has_fp8 = getattr(transformer, "_skip_layerwise_casting_patterns", None) is not None
+    if chosen.takes("fp8", "" if has_fp8 else f"{type(transformer).__name__}, which does not say what can be cast"):
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
+        named.append("fp8=float8_e4m3fn")
+    if chosen.takes("compile", ""):
+        _compile(transformer)
+        named.append("compile")
+    return strategy, named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,26 +155,21 @@ def _choose_attention(probe: _Probe, strategy: Strategy) -> str | None:
     if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules()):
         return None
     for name in (*_BACKENDS, "native"):
-        # The context puts the process's own choice back, which `set_attention_backend` changes too.
-        with attention_backend("native"), contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
+        # Whatever it raises, it does not run here. The context puts the process's own choice back, which
+        # `set_attention_backend` changes too.
+        with attention_backend("native"), contextlib.suppress(Exception):
             transformer.set_attention_backend(name)
             probe.velocities(strategy, 0)
             return None if name == "native" else name
     return None
 
 
-def _compile(model: LoadedModel) -> None:
+def _compile(transformer: nn.Module) -> None:
     """Makes the repeated blocks run compiled with torch's own settings, as diffusers' `compile_repeated_blocks` does."""
-    check_can_compile(model.device)
     # Stable Diffusion 3's class does not name its blocks.
-    lists = (child for child in model.transformer.children() if isinstance(child, nn.ModuleList))
+    lists = (child for child in transformer.children() if isinstance(child, nn.ModuleList))
     for block in (block for one in lists for block in one):
         block.compile(dynamic=True, recompile_limit=_MOST_COMPILATIONS)
-
-
-def _has_fp8(transformer: Any) -> bool:
-    """Tells whether a class of diffusers says which of its layers keep their precision when the others are cast."""
-    return getattr(transformer, "_skip_layerwise_casting_patterns", None) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,10 +251,6 @@ class _Probe:
             max_ratio=ratios.max().item(),
             mean_ratio=fmean(ratios.flatten().tolist()),
         )
-
-
-def _kind(model: LoadedModel) -> str:
-    return type(model.transformer).__name__
 
 
 def _listed(parts: Sequence[str]) -> str:
