@@ -30,6 +30,7 @@ from flowroll.errors import FlowrollError, fresh
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
+    Exactness,
     GeneratedImage,
     Layout,
     LoraAdapter,
@@ -96,6 +97,8 @@ class EngineActor:
         compile: Whether the transformer's blocks run compiled; see `Engine`.
         graphs: Whether forwards of small samples are recorded; see `Engine`.
         max_graph_bytes: The most memory that recordings take.
+        exactness: "exact", or "fast" for an engine without any promise about bits; see `Engine`.
+        fast_parts: What makes it fast; None: what the device has.
         num_threads: The number of CPU threads of its work; on a CPU, bits depend on it. None: what torch has in the actor's
             process, where Ray sets OMP_NUM_THREADS to the actor's `num_cpus`, or to 1.
         max_queue: The number of requests that may wait behind those that run; one more is a `QueueFullError`.
@@ -120,6 +123,8 @@ class EngineActor:
         compile: bool = False,
         graphs: Graphs = "auto",
         max_graph_bytes: int = 4 * 2**30,
+        exactness: Exactness = "exact",
+        fast_parts: Sequence[str] | None = None,
         num_threads: int | None = None,
         max_queue: int = 64,
         max_control_queue: int = 64,
@@ -139,6 +144,8 @@ class EngineActor:
             compile=compile,
             graphs=graphs,
             max_graph_bytes=max_graph_bytes,
+            exactness=exactness,
+            fast_parts=fast_parts,
         )
         self._service = EngineService(self._owned, max_queue=max_queue, max_control_queue=max_control_queue)
         self._engine = InProcessEngine(self._service)

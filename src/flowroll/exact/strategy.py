@@ -75,9 +75,11 @@ class Strategy(ABC):
 
     Attributes:
         name: What the strategy is called in a sample's provenance.
+        is_exact: Whether each sample has the bits that it has alone.
     """
 
     name: ClassVar[str]
+    is_exact: ClassVar[bool] = True
 
     # What records forwards; None where none are recorded.
     graphs: GraphedForwards | None = None
@@ -264,6 +266,7 @@ class PlainBatch(Grouped):
     """Computes an ordinary batch, in which a sample may have other last bits than alone."""
 
     name = "fast"
+    is_exact = False
 
     @override
     def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:

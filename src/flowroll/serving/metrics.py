@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from flowroll.engine.config import FastMode
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
 from flowroll.engine.service import EngineStatus, RequestKind
@@ -106,12 +108,13 @@ class Metrics:
     Args:
         engine_pid: The process of the engine, which may be another one.
         answers: The memory of answers that are not sent yet.
+        fast: The engine's fast mode, whose mismatch is shown; None: the engine is exact.
 
     Attributes:
         registry: Holds all of it.
     """
 
-    def __init__(self, engine_pid: int, answers: AnswerMemory) -> None:
+    def __init__(self, engine_pid: int, answers: AnswerMemory, fast: FastMode | None = None) -> None:
         self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)
         # e.g. flowroll_engine_process_resident_memory_bytes
@@ -148,6 +151,12 @@ class Metrics:
         ):
             gauge = Gauge(f"flowroll_{name}_answer_bytes", text, registry=own)
             gauge.set_function(functools.partial(getattr, answers, f"{name}_bytes"))
+
+        if fast is not None:
+            text = "How far log-probs of the fast mode were from exact ones, and ratios from 1, with the weights of the start."
+            mismatch = Gauge("flowroll_fast_mismatch", text, ["of", "statistic"], registry=own)
+            for of, statistic in itertools.product(("log_prob", "ratio"), ("max", "mean")):
+                mismatch.labels(of, statistic).set(getattr(fast.mismatch, f"{statistic}_{of}"))
 
     def render(self, status: EngineStatus) -> bytes:
         """Returns all metrics as Prometheus reads them, with the engine as it is now."""
