@@ -1,15 +1,16 @@
 """What exactness costs a group of 16, beside the ordinary batches of the diffusers pipeline and of a trainer.
 
-`python -m benchmarks.group`: the shipped checkpoints at their own size, guided. Four figures, each the median of paired ratios
-of one round: a group against the pipeline called with `num_images_per_prompt=16`; the same with log-probs; 16 requests whose
-prompts differ in length against the group; and replay of the group against a trainer's own batches. Neither the pipeline's
-batches nor the trainer's give a sample the bits that it has alone; ours do, but for replay's "fast".
+`python -m benchmarks.group`: the shipped checkpoints at their own size, guided. Each figure is the median of paired ratios
+of one round: a group against the pipeline called with `num_images_per_prompt=16`; the same with log-probs; both of an engine in
+the fast mode; 16 requests whose prompts differ in length against the group; and replay of the group against a trainer's own
+batches. Neither the pipeline's batches nor the trainer's give a sample the bits that it has alone; ours do, but for "fast".
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import inspect
 import itertools
@@ -47,8 +48,9 @@ _DRAWN = tuple(itertools.product(("red", "green", "blue", "yellow", "pink", "whi
 PROMPTS = tuple(" ".join(["the", *(3 * PROMPT.split())[1:number]]) for number in range(3, 3 + SAMPLES))
 
 HEAD = (
-    "| family | dtype | threads | generate / pipeline | log-probs / pipeline | 16 requests / group | load |",
-    "|---|---|---|---|---|---|---|",
+    "| family | dtype | threads | generate / pipeline | log-probs / pipeline | fast generate / pipeline | "
+    "fast log-probs / pipeline | 16 requests / group | load |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 REPLAYED = (
     "| family | dtype | threads | plain, ms | exact / plain | fast / plain | load |",
@@ -114,7 +116,8 @@ def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
         options = {"num_images_per_prompt": SAMPLES, "generator": seeds, "output_type": "pt", **scale, **sizes}
         return pipeline(prompt=prompt, **options)
 
-    with Engine(shapes_checkpoint(family), dtype=dtype, device="cpu") as engine:
+    opened = functools.partial(Engine, shapes_checkpoint(family), dtype=dtype, device="cpu")
+    with opened() as engine, opened(exactness="fast") as fast:
         asked: dict[str, Any] = {"guidance_scale": SCALE, "seed": 0, **sizes}
         group = {"num_outputs_per_prompt": SAMPLES, **asked}
         # The same drawn thing at another place is another prompt.
@@ -125,18 +128,23 @@ def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
             for accepted in [engine.submit(engine.plan(one), "generate") for one in separate]:
                 accepted.result()
 
+        def plain(name: str, one: Engine) -> Callable[[], object]:
+            return lambda: one.generate(prompt=filled(name, [PROMPT])[0], **group)
+
+        def rolled(name: str, one: Engine) -> Callable[[], object]:
+            return lambda: one.rollout(prompt=filled(name, [recorded])[0], debug_mode=False, **group)
+
         arms: dict[str, Callable[[], object]] = {
             "pipeline": batch,
-            "generate": lambda: engine.generate(prompt=filled("generate", [PROMPT])[0], **group),
-            "log-probs": lambda: engine.rollout(prompt=filled("log-probs", [recorded])[0], debug_mode=False, **group),
+            "generate": plain("generate", engine),
+            "log-probs": rolled("log-probs", engine),
+            "fast generate": plain("fast generate", fast),
+            "fast log-probs": rolled("fast log-probs", fast),
             "requests": requests,
         }
         times = measured(arms, rounds, threads)
-    found = (
-        ratio(times["generate"], times["pipeline"]),
-        ratio(times["log-probs"], times["pipeline"]),
-        ratio(times["requests"], times["generate"]),
-    )
+    beside = ("generate", "log-probs", "fast generate", "fast log-probs")
+    found = (*(ratio(times[arm], times["pipeline"]) for arm in beside), ratio(times["requests"], times["generate"]))
     return f"| {family} | {dtype} | {threads} | {' | '.join(map(shown, found))} | {load:.1f} |"
 
 

@@ -4,7 +4,7 @@
     benchmarks/gpu/run.sh --out dry --device cpu --tiny        # every stage with tiny sizes
 
 A stage leaves <out>/<stage>.json, also when it is stopped. Started again with the same folder, stages that are done are left
-alone; `--again` names one to repeat, `--only` the ones to run.
+alone; `--again` names one to repeat, `--only` the ones to run. One stage is run by its name alone: `--only fast`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ LIMITS = {
     "decode": 40,
     "weights": 40,
 }
+# Stages that are run where `--only` names them, beside those nine minutes.
+LATER = {"fast": 180}
+ALL = {**LIMITS, **LATER}
 # How much longer a stage has in a dry run, in which torch's own imports and traces take the most.
 DRY = 6
 # Between the end of a stage's own time and that of its process.
@@ -44,7 +47,7 @@ SPARE_S = 5
 
 def stage_of(name: str) -> Stage:
     """The function of a stage; imported here, so that the process that starts the stages does not wait for torch."""
-    from benchmarks.gpu import checks, speed
+    from benchmarks.gpu import checks, fast, speed
 
     return {
         "machine": checks.machine,
@@ -52,12 +55,13 @@ def stage_of(name: str) -> Stage:
         "promises": checks.promises,
         "decode": speed.decode,
         "weights": speed.weights,
+        "fast": fast.fast,
     }.get(name) or partial(speed.steps, family=name)
 
 
 def run_stage(name: str, out: Path, device: str, *, is_tiny: bool) -> Report:
     """Runs a stage in this process."""
-    report = Report(out / f"{name}.json", name, LIMITS[name] * (DRY if is_tiny else 1) - SPARE_S)
+    report = Report(out / f"{name}.json", name, ALL[name] * (DRY if is_tiny else 1) - SPARE_S)
     with report.trying(name):
         import torch
 
@@ -72,7 +76,7 @@ def run_in_process(name: str, out: Path, options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.run", "--stage", name, "--out", str(out), "--device", options.device]
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
-    started, limit_s = time.monotonic(), LIMITS[name] * (DRY if options.tiny else 1)
+    started, limit_s = time.monotonic(), ALL[name] * (DRY if options.tiny else 1)
     try:
         ended = subprocess.run([*command, *(["--tiny"] if options.tiny else [])], timeout=limit_s).returncode
         state = None if ended == 0 else f"failed: the process ended with {ended}"
@@ -94,9 +98,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the reports")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the stages out")
-    parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), help="the stages to run")
-    parser.add_argument("--again", nargs="+", choices=LIMITS, default=[], help="stages to run although they are done")
-    parser.add_argument("--stage", choices=LIMITS, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(LIMITS), help="the stages to run")
+    parser.add_argument("--again", nargs="+", choices=ALL, default=[], help="stages to run although they are done")
+    parser.add_argument("--stage", choices=ALL, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     # What is found here is no answer of an earlier run.
@@ -104,7 +108,7 @@ def main() -> None:
     if options.stage is not None:
         run_stage(options.stage, options.out, options.device, is_tiny=options.tiny)
         return
-    for name in LIMITS:
+    for name in ALL:
         path = options.out / f"{name}.json"
         if name in options.only and (name in options.again or not is_done(path)):
             run_in_process(name, options.out, options)

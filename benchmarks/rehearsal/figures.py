@@ -93,7 +93,7 @@ def measure(case: Case, folder: Path) -> Figures:
     """
     model = next(one for one in MODELS if one.name == case.model)
     make_folder(model, folder, layers=case.layers)
-    with rehearsal(model, folder, layout=LAYOUTS[case.layout]) as found:
+    with rehearsal(folder, variant=model.variant, layout=LAYOUTS[case.layout]) as found:
         return take_figures(found, model, case)
 
 

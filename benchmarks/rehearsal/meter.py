@@ -23,6 +23,8 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 # The stage of the steps after the first one.
 STEP = "step"
+# The stage in which a forward is captured as a CUDA graph.
+CAPTURE = "capture"
 # CUDA's allocator hands out memory in blocks of this many bytes.
 _BLOCK = 512
 # Operations that run no kernel although their results are no views by their schemas.
@@ -76,7 +78,7 @@ class Meter(TorchDispatchMode):
     Args:
         fake: The mode of the fake device, entered before this one.
         waits: For each stage in which the host may wait, the places that may make it wait, with the reason. Places are
-            "module:function". None: the host may wait everywhere but in the stage "step".
+            "module:function". None: the host may wait everywhere but in the stages "step" and "capture".
 
     Attributes:
         counts: What was counted, by stage.
@@ -189,7 +191,7 @@ class Meter(TorchDispatchMode):
     def _wait(self, what: str) -> None:
         place = _asker()
         self.counts[self.stage].waits[place] += 1
-        if self.stage == STEP if self._waits is None else place not in self._waits.get(self.stage, ()):
+        if self.stage in (STEP, CAPTURE) if self._waits is None else place not in self._waits.get(self.stage, ()):
             raise DeviceFaultError(f"{place} makes the host wait for the device ({what}) in the stage {self.stage!r}")
 
     def _count(self, func: Any, given: list[Tensor], args: Any, kwargs: Any, result: Any) -> None:

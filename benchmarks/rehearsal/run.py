@@ -7,7 +7,7 @@ that does the same work on the calling thread, a stage after the other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from unittest import mock
 import torch
 
 from benchmarks.rehearsal.device import fake_cuda, fused_attention, stand_ins
+from benchmarks.rehearsal.graphs import captures
 from benchmarks.rehearsal.meter import STEP, Count, Meter
-from benchmarks.rehearsal.models import Model, empty_weights, one_number
+from benchmarks.rehearsal.models import empty_weights, one_number
 from benchmarks.rehearsal.ranks import FakePeers, fake_mesh
 from benchmarks.rehearsal.waits import WAITS
 from flowroll import Engine, Rollout, SamplingParams, replay
@@ -175,14 +176,22 @@ def uncertified(transformer: object, kernels: KernelSet, **_: object) -> Certifi
 
 
 @contextlib.contextmanager
-def rehearsal(model: Model, folder: Path, *, layout: Layout | None = None, rank: int = 0) -> Iterator[Rehearsal]:
+def rehearsal(
+    folder: Path,
+    *,
+    variant: str | None,
+    layout: Layout | None = None,
+    rank: int = 0,
+    waits: Mapping[str, Mapping[str, str]] | None = WAITS,
+) -> Iterator[Rehearsal]:
     """Opens an engine on a checkpoint folder of `make_folder`, on the fake device.
 
     Args:
-        model: The checkpoint of the folder.
         folder: The folder.
+        variant: The family's variant; None: the first.
         layout: The layout of the ranks; None: one rank.
         rank: Which of them this one is.
+        waits: Where the host may wait; see `Meter`.
 
     Raises:
         NoFakeDeviceError: This build of torch cannot have such a device.
@@ -191,8 +200,9 @@ def rehearsal(model: Model, folder: Path, *, layout: Layout | None = None, rank:
     layout = layout or Layout()
     with contextlib.ExitStack() as stack:
         fake = stack.enter_context(fake_cuda())
-        meter = Meter(fake, WAITS)
+        meter = Meter(fake, waits)
         stack.enter_context(stand_ins(lambda: max(count.peak for count in meter.counts.values())))
+        stack.enter_context(captures(meter))
         stack.enter_context(mock.patch.object(engine_module, "certify", uncertified))
         if layout.num_ranks > 1:
             peers = FakePeers(stack.enter_context(fake_mesh(layout, rank)), meter)
@@ -201,7 +211,7 @@ def rehearsal(model: Model, folder: Path, *, layout: Layout | None = None, rank:
             stack.enter_context(one)
         with meter.during("load"):
             limits = Limits(max_hashed_bytes=0)  # a fake weight has no bytes to hash
-            engine = Engine(folder, variant=model.variant, device="cuda", dtype="bfloat16", layout=layout, limits=limits)
+            engine = Engine(folder, variant=variant, device="cuda", dtype="bfloat16", layout=layout, limits=limits)
         engine.scheduler = HereScheduler(engine._executor, meter)  # type: ignore[assignment]
         with engine:
             yield Rehearsal(engine, meter)

@@ -1,4 +1,4 @@
-"""Where the host may wait for the device, and why. In a step, once the first one has run, it may nowhere."""
+"""Where the host may wait for the device, and why. In a step, once the first one has run, and in a capture it may nowhere."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ WAITS: Mapping[str, Mapping[str, str]] = {
         "diffusers.models.transformers.transformer_qwenimage:_get_device_freqs": _TABLE,
         "diffusers.models.transformers.transformer_z_image:<listcomp>": _TABLE,
     },
+    "record": {"flowroll.exact.layout:same_bits": "the first replay of a recording is compared with the eager forward"},
     "compare": {"flowroll.parallel.mesh:_digest": "ranks compare the latents of a sample after its last step"},
     "decode": {
         "flowroll.engine.outputs:check_denoised": _FINITE,

@@ -33,6 +33,18 @@ Compile: TypeAlias = Annotated[
     bool,
     typer.Option("--compile", help="Compile the transformer's blocks: other kernels, exact among themselves; needs one rank."),
 ]
+ExactnessMode: TypeAlias = Annotated[
+    Literal["exact", "fast"],
+    typer.Option(help="exact, or fast: ordinary batches and faster kernels, whose bits are not those of a sample alone."),
+]
+FastParts: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARTS",
+        help="What makes it fast, with commas: batch, attention, compile, fp8.",
+        show_default="what the device has of the first three; on a CPU, batch",
+    ),
+]
 DEFAULT_URL = "http://127.0.0.1:30000"
 Url: TypeAlias = Annotated[str, typer.Option(help="URL of the server.")]
 ApiKey: TypeAlias = Annotated[

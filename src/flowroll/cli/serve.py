@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flowroll.cli.options import ApiKey, Compile, Device, Dtype, Model, Variant
+from flowroll.cli.options import ApiKey, Compile, Device, Dtype, ExactnessMode, FastParts, Model, Variant
 from flowroll.errors import InvalidRequestError
 from flowroll.extras import extra_for
 
@@ -38,6 +38,13 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = "auto",
     compile: Compile = False,
+    graphs: Annotated[
+        Literal["auto", "off"], typer.Option(help="Replay forwards of small samples as CUDA graphs, where they are exact.")
+    ] = "auto",
+    max_graph_bytes: Annotated[int, typer.Option(min=0, help="Most bytes of recorded forwards, the oldest of which go.")] = 4
+    * 2**30,
+    exactness: ExactnessMode = "exact",
+    fast_parts: FastParts = None,
     api_key: ApiKey = None,
     wire_format: Annotated[
         Literal["json", "msgpack"], typer.Option(help="Format of an answer where the client accepts any.")
@@ -186,6 +193,8 @@ def server_config(flags: Mapping[str, Any]) -> ServerConfig:
     for name in ("allowed_hosts", "weight_group_hosts", "weights_roots"):
         values[name] = tuple(map(str, flags[name] or ()))
     values["model"] = str(flags["model"])
+    parts: str | None = flags["fast_parts"]
+    values["fast_parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
     for name in ("cache_dir", "viewer"):
         values[name] = None if flags[name] is None else str(flags[name])
     return ServerConfig(

@@ -22,6 +22,7 @@ import torch
 from flowroll.cluster.parcel import Parcel
 from flowroll.engine import AdapterLimits, BatchLimits, Engine, Limits, RequestPlan
 from flowroll.engine.arguments import image_request, rollout_request
+from flowroll.engine.config import Graphs
 from flowroll.engine.scheduler import PauseMode, StageSpan
 from flowroll.engine.service import CallFuture, EngineFacts, EngineService, EngineStatus, Evidence, InProcessEngine, RequestKind
 from flowroll.engine.service.client import outcome
@@ -29,6 +30,7 @@ from flowroll.errors import FlowrollError, fresh
 from flowroll.replay.remote import score_params, scores_of
 from flowroll.replay.scoring import Scores
 from flowroll.types import (
+    Exactness,
     GeneratedImage,
     Layout,
     LoraAdapter,
@@ -93,6 +95,10 @@ class EngineActor:
         layout: How the transformer is distributed over ranks.
         rank_timeout_s: How many seconds ranks wait for each other.
         compile: Whether the transformer's blocks run compiled; see `Engine`.
+        graphs: Whether forwards of small samples are recorded; see `Engine`.
+        max_graph_bytes: The most memory that recordings take.
+        exactness: "exact", or "fast" for an engine without any promise about bits; see `Engine`.
+        fast_parts: What makes it fast; None: what the device has.
         num_threads: The number of CPU threads of its work; on a CPU, bits depend on it. None: what torch has in the actor's
             process, where Ray sets OMP_NUM_THREADS to the actor's `num_cpus`, or to 1.
         max_queue: The number of requests that may wait behind those that run; one more is a `QueueFullError`.
@@ -115,6 +121,10 @@ class EngineActor:
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
         compile: bool = False,
+        graphs: Graphs = "auto",
+        max_graph_bytes: int = 4 * 2**30,
+        exactness: Exactness = "exact",
+        fast_parts: Sequence[str] | None = None,
         num_threads: int | None = None,
         max_queue: int = 64,
         max_control_queue: int = 64,
@@ -132,6 +142,10 @@ class EngineActor:
             layout=layout,
             rank_timeout_s=rank_timeout_s,
             compile=compile,
+            graphs=graphs,
+            max_graph_bytes=max_graph_bytes,
+            exactness=exactness,
+            fast_parts=fast_parts,
         )
         self._service = EngineService(self._owned, max_queue=max_queue, max_control_queue=max_control_queue)
         self._engine = InProcessEngine(self._service)

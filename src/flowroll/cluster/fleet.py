@@ -34,6 +34,7 @@ from flowroll.engine.scheduler.request import cancelled, engine_error
 from flowroll.engine.service import CallFuture, EngineClient, EngineStatus
 from flowroll.engine.service.client import FailureListener
 from flowroll.errors import FlowrollError, ShuttingDownError
+from flowroll.exact import GraphCounts
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -240,6 +241,7 @@ class Fleet(EngineClient):
             weight_version=self._replicas.versions.current,
             version_number=self._replicas.versions.state.number,
             memory_mode=self._replicas.memory_mode,
+            graphs=GraphCounts.total([one.graphs for one in states]),
             world_size=len(ready),
             is_alive=True,
             is_accepting=not self._is_draining and bool(ready),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from flowroll.errors import InvalidRequestError
-from flowroll.exact import Certificate
+from flowroll.exact import Certificate, GraphedForwards, recorder_for
 from flowroll.families import Defaults
-from flowroll.types import Layout
+from flowroll.types import Exactness, Layout
 
+Graphs: TypeAlias = Literal["auto", "off"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,6 +71,49 @@ class AdapterLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """How far the fast mode was from the exact one at the start, with the weights of the start.
+
+    The exact engine rolled out some samples of a fixed prompt, each alone. The log-prob of every recorded step was then
+    computed again in the fast mode, all samples together; the ratio is exp(fast - exact).
+
+    Attributes:
+        num_samples: The number of samples.
+        num_steps: The number of stochastic steps of each.
+        height: The height of the samples in pixels.
+        width: The width of the samples in pixels.
+        max_log_prob_by_step: The largest |difference| of a log-prob at each of these steps.
+        max_log_prob: The largest |difference| of a log-prob.
+        mean_log_prob: The mean |difference| of the log-probs.
+        max_ratio: The largest |ratio - 1|.
+        mean_ratio: The mean |ratio - 1|.
+    """
+
+    num_samples: int
+    num_steps: int
+    height: int
+    width: int
+    max_log_prob_by_step: tuple[float, ...]
+    max_log_prob: float
+    mean_log_prob: float
+    max_ratio: float
+    mean_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FastMode:
+    """What makes an engine fast and not exact, and how far off it is.
+
+    Attributes:
+        parts: What is turned on, with the name of what was chosen, e.g. ("batch", "attention=sage").
+        mismatch: What was measured at the start; other weights have other figures.
+    """
+
+    parts: tuple[str, ...]
+    mismatch: Mismatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """Describes what an engine runs, with a value in place of every "auto".
 
@@ -89,7 +134,11 @@ class EngineInfo:
         max_images: The most reference images of a request, which then has at least one; 0: it has none.
         versions: The versions of the libraries whose code the bits depend on, by name.
         compiled: The name of the kernels that torch made of the transformer's blocks; None where they run eagerly.
+        graphs: Whether forwards of small samples are recorded as CUDA graphs. A replay runs the kernels of an eager forward.
+        max_graph_bytes: The most memory that recordings take.
         certificate: The kernels, and what they were found to do with the shapes of this model.
+        exactness: "exact", or "fast" for an engine whose samples need not have the bits that they have alone.
+        fast: What makes it fast, and how far it is from exact; None for an exact engine.
     """
 
     model: str
@@ -108,7 +157,11 @@ class EngineInfo:
     max_images: int
     versions: Mapping[str, str]
     compiled: str | None = None
+    graphs: Literal["on", "off"] = "off"
+    max_graph_bytes: int = 0
     certificate: Certificate
+    exactness: Exactness = "exact"
+    fast: FastMode | None = None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -146,3 +199,25 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise InvalidRequestError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype}; use auto.", field="dtype")
     return _DTYPES[dtype]
+
+
+def resolve_graphs(
+    graphs: str, max_graph_bytes: int, *, device: torch.device, layout: Layout, compile: bool
+) -> GraphedForwards | None:
+    """Returns what records forwards and replays them; None where every forward runs eagerly.
+
+    "auto" is on for CUDA with one rank and eager kernels: a recording with collectives in it, and what compiled blocks read,
+    were not looked at.
+
+    Raises:
+        InvalidRequestError: A value breaks its rule.
+    """
+    if graphs not in ("auto", "off"):
+        raise InvalidRequestError(f"graphs must be auto or off, got {graphs}; use auto.", field="graphs")
+    if max_graph_bytes < 0:
+        raise InvalidRequestError(
+            f"max_graph_bytes must be >= 0, got {max_graph_bytes}; use graphs off for none.", field="max_graph_bytes"
+        )
+    if graphs == "off" or layout.num_ranks > 1 or compile or (recorder := recorder_for(device)) is None:
+        return None
+    return GraphedForwards(recorder, max_bytes=max_graph_bytes)

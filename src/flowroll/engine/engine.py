@@ -24,9 +24,19 @@ from flowroll.engine.adapters.pushed import LoraFactors
 from flowroll.engine.adapters.store import AdapterStore, StagedAdapter
 from flowroll.engine.arguments import image_request, rollout_request
 from flowroll.engine.checkpoint import Checkpoint, examine_checkpoint
-from flowroll.engine.config import AdapterLimits, EngineInfo, Limits, resolve_device, resolve_dtype
+from flowroll.engine.config import (
+    AdapterLimits,
+    EngineInfo,
+    FastMode,
+    Graphs,
+    Limits,
+    resolve_device,
+    resolve_dtype,
+    resolve_graphs,
+)
 from flowroll.engine.estimate import describe_memory
 from flowroll.engine.facts import ModelFacts
+from flowroll.engine.fast import check_fast, turn_fast
 from flowroll.engine.images import blank_image
 from flowroll.engine.loading import LoadedModel, load_model, modules_of
 from flowroll.engine.outputs import Finished, as_image, as_rollout
@@ -52,6 +62,7 @@ from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownErro
 from flowroll.exact import (
     FINDINGS,
     Certificate,
+    GraphCounts,
     cache_folder,
     certify,
     check_can_compile,
@@ -64,6 +75,7 @@ from flowroll.parallel.linears import count_parameters
 from flowroll.types import (
     AdapterChange,
     DenoisingEnv,
+    Exactness,
     GeneratedImage,
     ImageFields,
     Layout,
@@ -93,6 +105,8 @@ T = TypeVar("T")
 _RELEASE_S = 5.0
 # How long the loop may take to return from a collective after a rank was lost, before its requests are ended without it.
 _LOST_S = 3.0
+# What a fast engine's compiled blocks are called; replay has no such kernels.
+_FAST_KERNELS = f"compiled by torch {torch.__version__} with its own settings"
 # Rows and columns of tokens of the sample that blocks are compiled for first.
 _WARM_TOKENS = 8
 
@@ -119,6 +133,13 @@ class Engine:
         rank_timeout_s: How many seconds ranks wait for each other before the engine is taken down.
         compile: Whether the transformer's blocks run compiled (`exact/compiled.py`): other kernels, exact among themselves. A
             replay needs a transformer that `replay.compile_blocks` has prepared. One rank alone, and samples run one by one.
+        graphs: "auto": with one rank on CUDA and eager kernels, forwards of samples of up to 724 x 724 pixels that are met
+            again are recorded as CUDA graphs and replayed (`exact/graphs.py`), with the same bits; "off": none are.
+        max_graph_bytes: The most memory that recordings take; those that were used longest ago are dropped for new ones.
+        exactness: "exact", or "fast": ordinary batches and faster kernels, without any promise about bits (`engine/fast.py`).
+            Every sample says so, and `info.fast` says how far off it is. One rank alone.
+        fast_parts: What makes it fast, of "batch", "attention", "compile" and "fp8"; None: what the device has of the first
+            three, and on a CPU "batch" alone.
         cache_dir: The folder in which what is found about this machine's kernels is kept; None: that of the environment
             variable FLOWROLL_CACHE_DIR, else `flowroll` in the user's cache.
 
@@ -146,6 +167,10 @@ class Engine:
         layout: Layout | None = None,
         rank_timeout_s: float = 60.0,
         compile: bool = False,
+        graphs: Graphs = "auto",
+        max_graph_bytes: int = 4 * 2**30,
+        exactness: Exactness = "exact",
+        fast_parts: Sequence[str] | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         place = resolve_device(device)
@@ -153,19 +178,26 @@ class Engine:
         FINDINGS.load(cache, kernels, place)
         self._keep_findings = functools.partial(FINDINGS.save, cache, kernels, place)
         limits, layout, adapter_limits = limits or Limits(), layout or Layout(), adapter_limits or AdapterLimits()
+        check_fast(exactness, fast_parts, layout=layout, compile=compile)
         if compile:
             _check_compile(layout, place)
+        # The fast mode runs ordinary batches and kernels that are compiled, which were not looked at in a recording.
+        other_kernels = compile or exactness == "fast"
+        graphed = resolve_graphs(graphs, max_graph_bytes, device=place, layout=layout, compile=other_kernels)
         checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
         self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         with contextlib.ExitStack() as opened:
             opened.callback(self._peers.close)
             self._model, self._pipeline = load_model(
-                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile
+                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile, graphs=graphed
             )
             self._peers.serve(self._model.spec, limits)
             certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
             self._keep_findings()
+            fast: FastMode | None = None
+            if exactness == "fast":
+                self._model, fast = turn_fast(self._model, self._pipeline, fast_parts)
             self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
             versions = WeightVersions()
             self._policies = PolicyStore(self._model.adapters, self._offload, versions, adapter_limits.max_policies)
@@ -173,10 +205,14 @@ class Engine:
             self._executor = Executor(self._model, self._work, self._peers, self._offload)
             self._weights = WeightStore(self._pipeline, self._executor, self._model.adapters, self._offload, versions)
             self._adapters = AdapterStore(self._model.adapters, self._executor, self._offload, versions, adapter_limits)
-            self._log_probs = LogProbs(self._model, self._executor, self._offload, versions, self._policies)
+            self._log_probs = LogProbs(
+                self._model, self._executor, self._offload, versions, self._policies, exactness=exactness
+            )
             self.scheduler = Scheduler(self._executor, batching or BatchLimits())
             self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
-            self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate)
+            self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate, fast)
+            if graphed is not None:
+                self.info = replace(self.info, graphs="on", max_graph_bytes=max_graph_bytes)
             self._weights.note_checksum(limits.max_hashed_bytes)
             if compile:
                 self._compile()
@@ -774,6 +810,12 @@ class Engine:
         """
         return self._change_memory(None)
 
+    @property
+    def graph_counts(self) -> GraphCounts:
+        """What became of the forwards that may be recorded; all zeros where none are."""
+        graphs = self._open_model().strategy.graphs
+        return GraphCounts() if graphs is None else graphs.counts
+
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""
         defaults = self.info.defaults
@@ -843,10 +885,11 @@ class Engine:
                 torch.cuda.empty_cache()
 
     def _check_takes_adapters(self) -> None:
-        if self.info.compiled is not None:
+        fast = self.info.fast
+        if self.info.compiled is not None or (fast is not None and any(one.startswith("fp8") for one in fast.parts)):
             raise InvalidRequestError(
-                "adapters must be left out of compiled blocks, with which they were not proved, got one; start the engine "
-                "without compile.",
+                "adapters must be left out of compiled blocks and of float8 weights, with which they were not proved, got one; "
+                "start the engine without compile, or with other fast_parts.",
                 field="lora_name",
             )
 
@@ -904,6 +947,7 @@ class Engine:
             num_bytes = 0
             if self.is_asleep == (mode is None):
                 self._work.forget_texts()
+                self._executor.free_memory()
                 num_bytes = self._executor.change(Sleep(mode=mode))
             return MemoryChange(mode=self.memory_mode, num_bytes=num_bytes, seconds=time.perf_counter() - started_s)
 
@@ -924,7 +968,7 @@ class Engine:
             raise
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
-        return as_image(plan, finished, weight_version=self._version_of(finished))
+        return as_image(plan, finished, weight_version=self._version_of(finished), exactness=self.info.exactness)
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
         return as_rollout(
@@ -944,6 +988,8 @@ class Engine:
             compiled=self.info.compiled,
             certificate=self.info.certificate.name,
             weights_sha256=self._weights.known_checksum() if policy is None else None,
+            exactness=self.info.exactness,
+            fast_parts=() if self.info.fast is None else self.info.fast.parts,
         )
 
     def _version_of(self, finished: Finished) -> str:
@@ -963,6 +1009,7 @@ def _describe(
     limits: Limits,
     adapter_limits: AdapterLimits,
     certificate: Certificate,
+    fast: FastMode | None,
 ) -> EngineInfo:
     return EngineInfo(
         model=str(checkpoint.folder),
@@ -980,8 +1027,10 @@ def _describe(
         pixel_unit=model.spec.pixel_unit,
         max_images=min(model.spec.max_images, limits.max_images),
         versions={name: version(name) for name in ("flowroll", "torch", "diffusers", "transformers")},
-        compiled=kernels_of(model.transformer) if is_compiled(model.transformer) else None,
+        compiled=(kernels_of(model.transformer) or _FAST_KERNELS) if is_compiled(model.transformer) else None,
         certificate=certificate,
+        exactness="exact" if fast is None else "fast",
+        fast=fast,
     )
 
 

@@ -24,7 +24,15 @@ from flowroll.engine.templates import check_chat_template
 from flowroll.engine.tokens import listen
 from flowroll.engine.weights.files import read_json
 from flowroll.errors import CheckpointError, FlowrollError
-from flowroll.exact import Strategy, all_ranks_agree, choose_strategy, compile_blocks, is_compiled, run_on_groups
+from flowroll.exact import (
+    GraphedForwards,
+    Strategy,
+    all_ranks_agree,
+    choose_strategy,
+    compile_blocks,
+    is_compiled,
+    run_on_groups,
+)
 from flowroll.families import ModelSpec
 from flowroll.families.alignment import align_weights
 from flowroll.families.conditioning import TOKENS
@@ -63,7 +71,13 @@ def silence_model_libraries() -> None:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None, compile: bool = False
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None = None,
+    compile: bool = False,
+    graphs: GraphedForwards | None = None,
 ) -> tuple[LoadedModel, Any]:
     """Loads the checkpoint into memory.
 
@@ -73,6 +87,7 @@ def load_model(
         dtype: The dtype of all modules.
         mesh: The collectives of the ranks that share the transformer; None: this rank holds all of it.
         compile: Whether the transformer's blocks run compiled.
+        graphs: Records forwards of small samples and replays them.
 
     Returns:
         The model, and the diffusers pipeline that holds the modules.
@@ -92,7 +107,16 @@ def load_model(
         raise _unloadable(checkpoint, error) from error
     if compile:
         compile_blocks(pipeline.transformer)
-    model = build_model(checkpoint, pipeline.transformer, spec, device=device, dtype=dtype, mesh=mesh, tokenizers=tokenizers)
+    model = build_model(
+        checkpoint,
+        pipeline.transformer,
+        spec,
+        device=device,
+        dtype=dtype,
+        mesh=mesh,
+        tokenizers=tokenizers,
+        graphs=graphs,
+    )
     return model, pipeline
 
 
@@ -105,6 +129,7 @@ def build_model(
     dtype: torch.dtype,
     mesh: Mesh | None,
     tokenizers: tuple[TokenizerFacts, ...] = (),
+    graphs: GraphedForwards | None = None,
 ) -> LoadedModel:
     """Makes the model of a loaded transformer, with its adapters and its strategy."""
     over_ranks: dict[str, Any] = {}
@@ -115,9 +140,15 @@ def build_model(
         variant=checkpoint.variant,
         transformer=transformer,
         adapters=AdapterSet(transformer),
-        # No function mode may be active in a compiled block.
+        # No function mode may be active in a compiled block, nor in a forward that is recorded.
         strategy=choose_strategy(
-            checkpoint.family, device=device, dtype=dtype, name="alone" if is_compiled(transformer) else None, **over_ranks
+            checkpoint.family,
+            device=device,
+            dtype=dtype,
+            name="alone" if is_compiled(transformer) or graphs is not None else None,
+            graphs=graphs,
+            with_programs=True,
+            **over_ranks,
         ),
         spec=spec,
         schedule_config=checkpoint.schedule_config,

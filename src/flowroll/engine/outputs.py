@@ -15,6 +15,7 @@ from flowroll.engine.runner.sample import Sample
 from flowroll.errors import EngineError
 from flowroll.types import (
     DenoisingEnv,
+    Exactness,
     GeneratedImage,
     Number,
     Provenance,
@@ -103,7 +104,7 @@ def _check_recorded(seed: int, rollout: Rollout) -> None:
             raise EngineError(f"{name} of the sample with seed {seed} must be finite, got NaN or infinity; check the weights.")
 
 
-def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> GeneratedImage:
+def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str, exactness: Exactness) -> GeneratedImage:
     """Makes the answer of plain generation, on the CPU."""
     assert finished.image is not None
     return GeneratedImage(
@@ -117,6 +118,7 @@ def as_image(plan: RequestPlan, finished: Finished, *, weight_version: str) -> G
         inference_time_s=finished.seconds,
         first_step=finished.first_step,
         last_step=finished.last_step,
+        exactness=exactness,
     )
 
 

@@ -15,7 +15,7 @@ from flowroll.engine.scoring import ScorePlan, forward_rows, recipe_of, sample_s
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
 from flowroll.errors import FlowrollError, InvalidRequestError
-from flowroll.types import RecordedSteps, SampleScores, ScoreAnswer
+from flowroll.types import Exactness, RecordedSteps, SampleScores, ScoreAnswer
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class LogProbs:
         offload: Tells whether the weights are in memory.
         versions: The versions of the weights.
         policies: The policies.
+        exactness: Whether the engine is exact, for the answer to name.
     """
 
     def __init__(
@@ -40,7 +41,10 @@ class LogProbs:
         offload: WeightOffload,
         versions: WeightVersions,
         policies: PolicyStore,
+        *,
+        exactness: Exactness,
     ) -> None:
+        self._exactness: Exactness = exactness
         self._model, self._executor = model, executor
         self._offload, self._versions, self._policies = offload, versions, policies
 
@@ -63,6 +67,7 @@ class LogProbs:
             samples=found,
             inference_time_s=time.perf_counter() - started_s,
             policy=policy,
+            exactness=self._exactness,
         )
 
     def _samples(self, plan: ScorePlan) -> Generator[None, None, tuple[SampleScores, ...]]:

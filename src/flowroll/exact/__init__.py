@@ -1,8 +1,9 @@
 """How several samples share a forward without a changed bit.
 
 `strategy` is what the runner uses; `mode` watches a merged forward, `rules` says what each operation may do in it, and `probe`
-asks the kernels, whose answers `findings` keeps. `kernels` sets what torch computes with; `certificate` asks about a model's
-shapes at the start. Families declare how their forward inputs are collated and know nothing of this package.
+asks the kernels, whose answers `findings` keeps. `graphs` replays recorded forwards. `kernels` sets what torch computes with;
+`certificate` asks about a model's shapes at the start. Families declare how their forward inputs are collated and know nothing
+of this package.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from flowroll.exact.compiled import (
     kernels_of,
     rebind_compiled,
 )
+from flowroll.exact.cuda_graphs import recorder_for
 from flowroll.exact.decoding import SharedDecoding
 from flowroll.exact.findings import FINDINGS, cache_folder
+from flowroll.exact.graphs import GraphCounts, GraphedForwards
 from flowroll.exact.kernels import KernelSet, has_amx, use_exact_kernels
 from flowroll.exact.ranks import all_ranks_agree, run_on_groups
 from flowroll.exact.strategy import Alone, Forward, Merged, PlainBatch, RunForwards, Strategy, choose_strategy, run_here
@@ -29,6 +32,8 @@ __all__ = [
     "Alone",
     "Certificate",
     "Forward",
+    "GraphCounts",
+    "GraphedForwards",
     "KernelSet",
     "Merged",
     "PlainBatch",
@@ -47,6 +52,7 @@ __all__ = [
     "is_compiled",
     "kernels_of",
     "rebind_compiled",
+    "recorder_for",
     "run_here",
     "run_on_groups",
     "use_exact_kernels",

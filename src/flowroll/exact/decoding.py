@@ -20,16 +20,21 @@ class SharedDecoding:
     Args:
         decode: Decodes a batch, as the method `decode` of a diffusers VAE does.
         weights: Returns the weights, which may be exchanged: what was found holds for where they lie.
+        is_exact: Whether each sample keeps the bits that it has alone; otherwise they are an ordinary batch.
     """
 
-    def __init__(self, decode: Callable[..., Any], weights: Callable[[], Iterable[Tensor]]) -> None:
-        self._decode, self._weights, self._batches = decode, weights, _Batches()
+    def __init__(self, decode: Callable[..., Any], weights: Callable[[], Iterable[Tensor]], *, is_exact: bool = True) -> None:
+        self._decode, self._weights, self._batches, self._is_exact = decode, weights, _Batches(), is_exact
         self._shared = SharedForwards(self._batches)
 
     def decode(self, cells: Sequence[Float[Tensor, " 1 *cells"]]) -> list[Float[Tensor, " 1 colors *size"]]:
         """Returns what the VAE makes of each sample; all have one shape and dtype."""
+        inputs = [{"z": one} for one in cells]
+        if not self._is_exact:
+            batch = self(**self._batches.collate(inputs), return_dict=False)[0]
+            return cast("list[Tensor]", self._batches.uncollate(batch, len(cells)))
         self._batches.addresses = tuple(map(address, self._weights()))
-        return cast("list[Tensor]", self._shared.outputs(self, [{"z": one} for one in cells]))
+        return cast("list[Tensor]", self._shared.outputs(self, inputs))
 
     def __call__(self, z: Tensor, *, return_dict: bool) -> Any:
         """Decodes a batch."""

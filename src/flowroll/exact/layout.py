@@ -40,6 +40,26 @@ def parts_of(batched: Tensor, num_samples: int, at: int = 0) -> list[Tensor]:
     return [part if part.data_ptr() % ALLOCATED == at else _moved(part, at) for part in parts]
 
 
+def laid_out_like(tensor: Tensor) -> Tensor:
+    """Copies a tensor, with its strides and its address modulo `ALLOCATED`.
+
+    Raises:
+        CannotMergeError: No other tensor can be laid out like this.
+    """
+    copied = _moved(without_repeats(tensor), address(tensor)).expand(tensor.shape)
+    if copied.stride() != tensor.stride() or address(copied) != address(tensor):
+        raise CannotMergeError("a tensor cannot be laid out as it lies")
+    return copied
+
+
+def without_repeats(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor without the dimensions along which it repeats itself, as an expanded tensor does."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def _moved(part: Tensor, at: int) -> Tensor:
     """Copies a part to another address, with the same strides."""
     if at == 0 and part.is_contiguous():

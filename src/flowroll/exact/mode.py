@@ -26,12 +26,14 @@ from flowroll.exact.padding import Padding, cut, moved, same_padded_layout
 from flowroll.exact.rules import decide
 from flowroll.exact.tracking import Batched, Own, Place, tensors_in
 from flowroll.exact.ways import Samples, Way
+from flowroll.families import Output
 from flowroll.parallel.mesh import gather_parts
 
 # A function that the model called, and how it is computed; None: by the plain call.
 Note: TypeAlias = "tuple[Callable[..., Any], Way | None]"
 
-_Getter = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
+# Reads an attribute of a tensor.
+Getter = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
 # Where a tensor's place is kept: an attribute of the tensor, so that it goes when the tensor goes.
 _PLACE = "_flowroll_place"
 
@@ -143,7 +145,7 @@ class Analysis(TorchFunctionMode):
         return result
 
     def _decided(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if type(func) is _Getter:
+        if type(func) is Getter:
             return self._get(func, args[0])
         if saved_hooks() not in self._hooks:
             raise CannotMergeError("what the backward needs is computed again, or kept elsewhere, in a way that is not known")
@@ -308,8 +310,13 @@ class Repetition(TorchFunctionMode):
     def _begin_block(self) -> Callable[[], AbstractContextManager[Repetition]]:
         return partial(Repetition, self._notes, self._samples, self._at)
 
+    @property
+    def way(self) -> Way | None:
+        """The way of the next function."""
+        return self._notes.steps[self._at][1] if self._at < len(self._notes.steps) else None
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if type(func) is _Getter:
+        if type(func) is Getter:
             return func(*args)
         if self._at == len(self._notes.steps):
             raise DivergedError
@@ -320,3 +327,13 @@ class Repetition(TorchFunctionMode):
         if way is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         return way(self._samples, func, args, kwargs or {})
+
+
+def repeat(notes: Notes, transformer: Callable[..., Any], batched: Mapping[str, Any], samples: Samples) -> Output:
+    """Runs a shared forward as it was analyzed, and returns its output.
+
+    Raises:
+        DivergedError: The model calls other functions than in the analysis.
+    """
+    output: Output = Repetition(notes, samples).forward(transformer, batched)
+    return output

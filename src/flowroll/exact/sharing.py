@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from flowroll.exact.checkpointing import keeping_nothing
 from flowroll.exact.layout import CannotMergeError, same_bits
-from flowroll.exact.mode import Analysis, DivergedError, Notes, Repetition
+from flowroll.exact.mode import Analysis, DivergedError, Notes, repeat
 from flowroll.exact.padding import Lengths, padded_length
+from flowroll.exact.programs import Programs
 from flowroll.exact.ways import Samples
 from flowroll.families import ForwardInput, Output, Transformer
 
@@ -36,12 +38,14 @@ class _Known:
     """What is known about the forwards of one transformer.
 
     Attributes:
+        programs: Repeats the analyzed forwards; None: they run the model's Python code.
         notes: The analyses of each kind; None if the samples of that kind run alone.
         forms: The forms of forward inputs whose shared forwards were compared with every sample alone.
         lengths: For each shape of padded forward inputs, the lengths of the texts that were compared with a sample alone.
         reasons: Why some kinds cannot be shared; each reason is logged once.
     """
 
+    programs: Programs | None = None
     notes: OrderedDict[Hashable, list[Notes] | None] = field(default_factory=OrderedDict)
     forms: set[Hashable] = field(default_factory=set)
     lengths: OrderedDict[Hashable, set[int]] = field(default_factory=OrderedDict)
@@ -158,10 +162,11 @@ class SharedForwards:
         family: Collates forward inputs and splits outputs.
         agree: Tells whether all ranks that share a forward vote yes; None if there is one rank. Either all of them run the
             samples together or all run them one by one; otherwise some would wait for the others in a collective.
+        with_programs: Whether forwards may be written down as programs. Nothing but weights may change in a transformer then.
     """
 
-    def __init__(self, family: Collation, agree: Callable[[bool], bool] | None = None) -> None:
-        self._family, self._agree = family, agree
+    def __init__(self, family: Collation, agree: Callable[[bool], bool] | None = None, *, with_programs: bool = False) -> None:
+        self._family, self._agree, self._with_programs = family, agree, with_programs
         self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
     def outputs(self, transformer: Transformer, forward_inputs: Sequence[ForwardInput]) -> list[Output]:
@@ -182,12 +187,12 @@ class SharedForwards:
     ) -> list[Output]:
         """Returns one output per forward input, of inputs in the order of their lengths if they have several."""
         work = _Work.of(self._family, forward_inputs, lengths)
-        known = self._known.setdefault(transformer, _Known())
+        known = self._known.setdefault(transformer, _Known(Programs() if self._with_programs else None))
         analyses = known.of(work.kind)
         if analyses is None:
             return self._family.run_in_turn(transformer, forward_inputs)
         random_state = torch.get_rng_state()
-        output, notes = self._repeat(transformer, analyses, work), None
+        output, notes = self._repeat(transformer, known.programs, analyses, work), None
         unseen = known.unseen(work)
         reason = None if output is None else self._compare(transformer, work, output, unseen)
         if output is None:
@@ -195,7 +200,7 @@ class SharedForwards:
             output, notes, reason = self._analyse(transformer, work, sorted(looked_at))
             if reason is None and torch.is_grad_enabled():
                 # Nothing was kept for a backward through the analysis.
-                output = self._repeat(transformer, [notes], work)
+                output = self._repeat(transformer, known.programs, [notes], work)
                 reason = None if output is not None else "the model calls other functions at each forward"
         if not torch.equal(torch.get_rng_state(), random_state):
             torch.set_rng_state(random_state)
@@ -212,15 +217,19 @@ class SharedForwards:
         assert output is not None
         return self._family.uncollate(output, work.count)
 
-    def _repeat(self, transformer: Transformer, analyses: Sequence[Notes], work: _Work) -> Output | None:
+    def _repeat(
+        self, transformer: Transformer, programs: Programs | None, analyses: Sequence[Notes], work: _Work
+    ) -> Output | None:
         """Computes the output in the way of one of the analyses; None if the model calls other functions now."""
         for notes in analyses:
-            batched = self._family.collate(work.padded)
+            collate = partial(self._family.collate, work.padded)
             try:
-                output: Output = Repetition(notes, work.samples(batched)).forward(transformer, batched)
+                if programs is not None and not torch.is_grad_enabled():
+                    return programs.forward(notes, transformer, collate, work.samples)
+                batched = collate()
+                return repeat(notes, transformer, batched, work.samples(batched))
             except (DivergedError, CannotMergeError):
                 continue
-            return output
         return None
 
     def _analyse(self, transformer: Transformer, work: _Work, looked_at: Sequence[int]) -> tuple[Output, Notes, str | None]:

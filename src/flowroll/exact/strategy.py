@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from flowroll.exact.graphs import GraphedForwards
 from flowroll.exact.padding import padded_length
 from flowroll.exact.sharing import SharedForwards
 from flowroll.families import Family, ForwardInput, Geometry, Output, StepInput, Transformer
@@ -74,9 +75,14 @@ class Strategy(ABC):
 
     Attributes:
         name: What the strategy is called in a sample's provenance.
+        is_exact: Whether each sample has the bits that it has alone.
     """
 
     name: ClassVar[str]
+    is_exact: ClassVar[bool] = True
+
+    # What records forwards; None where none are recorded.
+    graphs: GraphedForwards | None = None
 
     def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_here) -> None:
         self.family, self.dtype, self._run = family, dtype, run
@@ -135,9 +141,22 @@ class Strategy(ABC):
 
 
 class Alone(Strategy):
-    """Runs one forward per sample and branch, which is exact by construction on every device."""
+    """Runs one forward per sample and branch, which is exact by construction on every device.
+
+    Args:
+        family: The model family.
+        dtype: The transformer's dtype.
+        run: Runs the forwards of one step.
+        graphs: Records forwards of small samples and replays them; None: every forward runs eagerly.
+    """
 
     name = "alone"
+
+    def __init__(
+        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, graphs: GraphedForwards | None = None
+    ) -> None:
+        super().__init__(family, dtype, run)
+        self.graphs = graphs
 
     @override
     def _forwards(
@@ -146,7 +165,14 @@ class Alone(Strategy):
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
             return self.family.run_in_turn(transformer, some)
 
-        return [([index], compute) for index in range(len(inputs))]
+        graphs = self.graphs
+        if graphs is None:
+            return [([index], compute) for index in range(len(inputs))]
+
+        def replay(some: Sequence[ForwardInput]) -> list[Output]:
+            return [graphs.run(self.family.run, transformer, one) for one in some]
+
+        return [([index], replay if graphs.takes(geometry) else compute) for index, geometry in enumerate(geometries)]
 
 
 class Grouped(Strategy):
@@ -176,10 +202,16 @@ class Merged(Grouped):
     name = "merged"
 
     def __init__(
-        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, agree: Callable[[bool], bool] | None = None
+        self,
+        family: Family,
+        dtype: torch.dtype,
+        run: RunForwards = run_here,
+        agree: Callable[[bool], bool] | None = None,
+        *,
+        with_programs: bool = False,
     ) -> None:
         super().__init__(family, dtype, run)
-        self._shared = SharedForwards(family, agree)
+        self._shared = SharedForwards(family, agree, with_programs=with_programs)
         # Ranks that share a forward would have to agree on how its texts are padded.
         self._pads_texts = agree is None
         self._mean_weights: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
@@ -234,6 +266,7 @@ class PlainBatch(Grouped):
     """Computes an ordinary batch, in which a sample may have other last bits than alone."""
 
     name = "fast"
+    is_exact = False
 
     @override
     def _together(self, transformer: Transformer, inputs: Sequence[ForwardInput]) -> list[Output]:
@@ -250,6 +283,8 @@ def choose_strategy(
     run: RunForwards = run_here,
     agree: Callable[[bool], bool] | None = None,
     name: StrategyName | None = None,
+    with_programs: bool = False,
+    graphs: GraphedForwards | None = None,
 ) -> Strategy:
     """Makes the strategy for a device: merged on a CPU, alone on other devices, whose kernels have not been measured.
 
@@ -262,7 +297,10 @@ def choose_strategy(
         run: Runs the forwards of one step.
         agree: Tells whether all ranks that share a forward vote yes; None if there is one rank.
         name: The name of a strategy; None: the strategy of the device.
+        with_programs: Whether shared forwards may skip the model's Python code (`programs`): nothing but weights ever changes
+            in a transformer that is run.
+        graphs: Records and replays forwards of samples that run alone.
     """
     if not family.shares_forwards or (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
-        return Alone(family, dtype, run)
-    return Merged(family, dtype, run, agree)
+        return Alone(family, dtype, run, graphs)
+    return Merged(family, dtype, run, agree, with_programs=with_programs)

@@ -13,7 +13,7 @@ from torch import nn
 from flowroll.errors import InvalidRequestError
 from flowroll.families import StepScore, Transformer
 from flowroll.families.recipe import dtype_named
-from flowroll.replay.causes import Cause, Diagnosis, Encode, grid_causes
+from flowroll.replay.causes import Cause, Diagnosis, Encode, fast_causes, grid_causes
 from flowroll.replay.precision import forward_dtypes, noticed_autocast
 from flowroll.replay.sources import Source, check_any, place_of, source_of
 from flowroll.replay.steps import prepare, run_pair
@@ -137,8 +137,9 @@ def audit(
                 weight_version=weight_version,
                 encode=None if _was_given_embeds(rollout.sampling) else encode,
             )
-            # A grid that contradicts itself is reported even where the ratio happens to be 1.
-            causes = grid_causes(source) if all(one.is_exact for one in steps) else diagnosis.causes()
+            # A grid that contradicts itself, or a fast engine, is reported even where the ratio happens to be 1.
+            own = [*fast_causes(source), *grid_causes(source)]
+            causes = own if all(one.is_exact for one in steps) else diagnosis.causes()
             audits.append(RolloutAudit(causes=tuple(causes)))
         for one in steps:
             found.setdefault(one.step, []).append(one)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowroll.exact import kernels_of, use_exact_kernels
 from flowroll.families import Output, StepInput, StepScore, Transformer
 from flowroll.families.alignment import unaligned_weights
-from flowroll.replay.sources import Place, Source, grid_fault, kernels_that_made
+from flowroll.replay.sources import Place, Source, fast_parts_of, grid_fault, kernels_that_made
 from flowroll.replay.steps import run_pair
 from flowroll.sampling import transition
 from flowroll.types import DenoisingEnv, EnvValue, Number, Rollout, env_digests
@@ -34,6 +34,7 @@ Kind: TypeAlias = Literal[
     "guidance",
     "env",
     "kernels",
+    "exactness",
     "weights",
     "log_probs",
 ]
@@ -77,8 +78,10 @@ class Diagnosis:
 
     def causes(self) -> list[Cause]:
         """Returns the causes of a replay that is not exact; at least one."""
+        fast = list(fast_causes(self.source))
         certain = [*self._settings(), *grid_causes(self.source), *self._latents()]
-        return certain or list(self._env()) or [self._velocity()]
+        # Of a fast rollout the velocities are others in any case.
+        return fast + (certain or list(self._env()) or ([] if fast else [self._velocity()]))
 
     def _settings(self) -> Iterator[Cause]:
         record, version, place = self.source.rollout.sampling, self.source.rollout.weight_version, self.place
@@ -96,7 +99,8 @@ class Diagnosis:
         if isinstance(self.transformer, nn.Module) and (names := unaligned_weights(self.transformer)):
             shown = f"{names[0]} and others lie off multiples of 16 bytes; call flowroll.replay.align_weights(transformer)"
             yield Cause("alignment", f"other addresses of the weights: {shown}")
-        if (own := kernels_of(self.transformer)) != (made_by := kernels_that_made(self.source.rollout)):
+        own, made_by = kernels_of(self.transformer), kernels_that_made(self.source.rollout)
+        if own != made_by and not fast_parts_of(self.source.rollout):
             yield Cause("kernels", f"other kernels: {made_by} made the rollout, {own or 'others'} replayed it")
         rule = self.source.family.guidance(record.guidance_scale).rule
         if rule != record.guidance_rule:
@@ -210,6 +214,12 @@ class Diagnosis:
         """Relative differences below this may come from other kernels."""
         eps = torch.finfo(self.source.recipe.dtype).eps
         return 64 * eps if self.source.recipe.dtype == torch.float32 else eps
+
+
+def fast_causes(source: Source) -> Iterator[Cause]:
+    """Returns that a fast engine made a rollout, where one did: it is not exact, whatever replays it."""
+    if parts := fast_parts_of(source.rollout):
+        yield Cause("exactness", f"another mode: a fast engine made the rollout, which is not exact ({', '.join(parts)})")
 
 
 def grid_causes(source: Source) -> Iterator[Cause]:

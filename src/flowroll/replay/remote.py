@@ -55,6 +55,7 @@ def scores_of(answer: ScoreAnswer) -> Scores:
         velocities=tuple(sample.velocities for sample in samples if sample.velocities is not None),
         weight_version=answer.weight_version,
         policy=answer.policy,
+        exactness=answer.exactness,
     )
 
 

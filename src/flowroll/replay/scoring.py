@@ -24,6 +24,7 @@ from flowroll.replay.sources import (
     check_kernels,
     check_noticed_autocast,
     check_weights,
+    fast_parts_of,
     pairs_of,
     place_of,
     sources_of,
@@ -31,7 +32,7 @@ from flowroll.replay.sources import (
 )
 from flowroll.replay.steps import Pair, Prepared, check_merge, prepare, run_pairs, warn_of_batches
 from flowroll.replay.trees import shared_forwards
-from flowroll.types import PolicyRecord, Rollout
+from flowroll.types import Exactness, PolicyRecord, Rollout
 from flowroll.types.arguments import Integers
 
 
@@ -79,6 +80,7 @@ class Scores:
         velocities: Per sample, the guided velocity given to the transition, float32; as the means.
         weight_version: The version of the server's weights that scored all of it; None where it was the caller's transformer.
         policy: The server's policy that did; None: its default, or the caller's transformer.
+        exactness: "fast" for a server that is not exact, or where `merge` was.
     """
 
     steps: tuple[int, ...]
@@ -89,6 +91,7 @@ class Scores:
     velocities: tuple[Float[Tensor, " steps *_"], ...]
     weight_version: str | None = None
     policy: PolicyRecord | None = None
+    exactness: Exactness = "exact"
 
 
 def micro_batches(
@@ -120,7 +123,8 @@ def micro_batches(
         merge: "alone": every pair has forwards of its own. "exact": the pairs of a micro-batch share forwards in the way in
             which the engine's samples do, where their shapes agree; the log-probs are those of "alone" bit for bit, gradients
             differ in their last bits. Where the engine runs samples alone (on GPUs), and where weights are sharded, this does
-            too. "fast": they share ordinary batches, and a warning says how far from 1 the first ratios are.
+            too. "fast": they share ordinary batches, and a warning says how far from 1 the first ratios are. The rollouts of
+            a fast engine (`provenance.exactness`) are replayed with "fast" alone.
 
     Returns:
         Micro-batches, sample by sample and step by step; a pair that shares a forward comes with the first one that does. All
@@ -201,6 +205,7 @@ def score(
         stds=torch.tensor([[one.std for one in row] for row in rows], dtype=torch.float32, device=work.place.device),
         means=tuple(torch.stack([one.mean.to(torch.float32) for one in row]) for row in rows),
         velocities=tuple(torch.stack([one.velocity.to(torch.float32) for one in row]) for row in rows),
+        exactness="fast" if merge == "fast" else "exact",
     )
 
 
@@ -232,7 +237,7 @@ def _plan(
     _check_micro_batch(micro_batch)
     check_merge(merge)
     check_weights(transformer)
-    check_kernels(transformer, rollouts)
+    check_kernels(transformer, rollouts, merge)
     place = place_of(transformer, rollouts, device, dtype, autocast)
     sources = sources_of(rollouts, place)
     chosen = steps_of(sources, steps)
@@ -260,8 +265,10 @@ def _run(transformer: Transformer, work: _Work) -> Iterator[MicroBatch]:
         check_noticed_autocast(place, dtypes)
         if dtypes:
             warn_of_autocast(dtypes, batch.ratio_error)
-        if work.merge == "fast" and work.sources[0].family.shares_forwards and not start:
-            warn_of_batches(batch.ratio_error)
+        if work.merge == "fast" and not start:
+            parts = sorted({part for source in work.sources for part in fast_parts_of(source.rollout)})
+            if parts or work.sources[0].family.shares_forwards:
+                warn_of_batches(batch.ratio_error, parts)
         yield batch
 
 

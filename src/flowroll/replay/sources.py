@@ -174,15 +174,26 @@ def check_weights(transformer: Transformer) -> None:
         )
 
 
-def check_kernels(transformer: Transformer, rollouts: Sequence[Rollout]) -> None:
+def check_kernels(transformer: Transformer, rollouts: Sequence[Rollout], merge: str) -> None:
     """Refuses another set of kernels than the one that made the rollouts: eager and compiled ones are not known to be equal.
 
+    Those of a fast engine are nobody else's, so its rollouts are refused unless the caller asks for no exact ratio.
+
     Raises:
-        InvalidRequestError: The transformer runs other kernels, or the settings that it was compiled with are not known.
+        InvalidRequestError: The transformer runs other kernels, or the settings that it was compiled with are not known; or a
+            rollout was made fast, and `merge` is not "fast".
     """
     own = kernels_of(transformer)
     for index, rollout in enumerate(rollouts):
-        if (made_by := kernels_that_made(rollout)) != own:
+        if parts := fast_parts_of(rollout):
+            if merge != "fast":
+                _refuse(
+                    "rollouts",
+                    "be of an exact engine for an exact replay",
+                    f"rollout {index} of a fast one ({', '.join(parts)})",
+                    'pass merge="fast", which warns how far off the ratios are, or roll out without --exactness fast',
+                )
+        elif (made_by := kernels_that_made(rollout)) != own:
             remedy = (
                 "use a transformer that is not compiled, or start the engine with compile"
                 if made_by == EAGER
@@ -195,6 +206,12 @@ def check_kernels(transformer: Transformer, rollouts: Sequence[Rollout]) -> None
 def kernels_that_made(rollout: Rollout) -> str:
     """Returns the name of the kernels that made a rollout; eager ones for files from before compiled ones."""
     return (rollout.provenance.compiled if rollout.provenance else None) or EAGER
+
+
+def fast_parts_of(rollout: Rollout) -> tuple[str, ...]:
+    """Returns what made the rollout's engine fast; nothing for an exact one."""
+    made = rollout.provenance
+    return () if made is None or made.exactness == "exact" else made.fast_parts or ("unknown parts",)
 
 
 def check_autocast(place: Place) -> None:

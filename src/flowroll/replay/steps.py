@@ -106,11 +106,12 @@ def check_merge(merge: object) -> None:
         raise InvalidRequestError(f"merge must be one of {', '.join(_CHOICES)}, got {merge!r}; choose one.", field="merge")
 
 
-def warn_of_batches(ratio_error: float) -> None:
-    """Says how far ordinary batches take the ratio from 1, and why."""
+def warn_of_batches(ratio_error: float, fast_parts: Sequence[str]) -> None:
+    """Says how far ordinary batches, here or in the engine that made the rollouts, take the ratio from 1, and why."""
+    engine = f" And the engine that made the rollouts was fast itself ({', '.join(fast_parts)})." if fast_parts else ""
     warnings.warn(
         'merge="fast" runs several samples in one batch, whose kernels may sum in another order than those of the engine\'s '
-        "rollout, so that the ratio need not be 1 before any update. In this call's first micro-batch it is up to "
+        f"rollout, so that the ratio need not be 1 before any update.{engine} In this call's first micro-batch it is up to "
         f"{ratio_error:.3g} off.",
         stacklevel=4,
     )

@@ -99,6 +99,7 @@ def create_app(engine: EngineClient, config: ServerConfig, *, tracing: Tracing |
         metrics=state.metrics,
         api_key=config.api_key,
         origins=OriginGuard(config),
+        exactness=engine.facts.info.exactness,
         keyed_elsewhere=None if config.viewer is None else _VIEWER,
         tracing=tracing or current_tracing(),
     )

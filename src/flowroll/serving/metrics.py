@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,9 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from flowroll.engine.config import FastMode
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.scheduler import LoadStats, RequestCounts, StageSpan
 from flowroll.engine.service import EngineStatus, RequestKind
+from flowroll.exact import GraphCounts
 from flowroll.serving.unsent import AnswerMemory
 from flowroll.types import GeneratedImage, Number, Rollout
 
@@ -63,9 +66,19 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("flowroll_accepted_score_requests", text, scores.accepted)
         yield GaugeMetricFamily("flowroll_open_score_requests", "Of these, those that wait or are scored.", scores.pending)
         yield _counter("flowroll_ended_score_requests", "Of these, those that ended.", "outcome", _ended(scores))
+        yield from _graphs(status.graphs)
         yield InfoMetricFamily("flowroll_weights", "Version of the weights in memory.", {"version": status.weight_version})
         text = "Number of this version in the sequence of all versions."
         yield GaugeMetricFamily("flowroll_version_number", text, status.version_number)
+
+
+def _graphs(counts: GraphCounts) -> Iterator[Metric]:
+    yield GaugeMetricFamily("flowroll_graphs", "Recorded forwards.", counts.recordings)
+    yield GaugeMetricFamily("flowroll_graph_bytes", "Memory of recorded forwards.", counts.num_bytes)
+    forwards = ("replayed", counts.hits), ("eager", counts.misses)
+    yield _counter("flowroll_graph_forwards", "Forwards small enough to be recorded, by how they ran.", "way", forwards)
+    text = "Recordings that were dropped or not made."
+    yield _counter("flowroll_dropped_graphs", text, "reason", counts.dropped.items())
 
 
 def _counter(name: str, text: str, label: str, counts: Iterable[tuple[str, Number]]) -> Metric:
@@ -95,12 +108,13 @@ class Metrics:
     Args:
         engine_pid: The process of the engine, which may be another one.
         answers: The memory of answers that are not sent yet.
+        fast: The engine's fast mode, whose mismatch is shown; None: the engine is exact.
 
     Attributes:
         registry: Holds all of it.
     """
 
-    def __init__(self, engine_pid: int, answers: AnswerMemory) -> None:
+    def __init__(self, engine_pid: int, answers: AnswerMemory, fast: FastMode | None = None) -> None:
         self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)
         # e.g. flowroll_engine_process_resident_memory_bytes
@@ -137,6 +151,12 @@ class Metrics:
         ):
             gauge = Gauge(f"flowroll_{name}_answer_bytes", text, registry=own)
             gauge.set_function(functools.partial(getattr, answers, f"{name}_bytes"))
+
+        if fast is not None:
+            text = "How far log-probs of the fast mode were from exact ones, and ratios from 1, with the weights of the start."
+            mismatch = Gauge("flowroll_fast_mismatch", text, ["of", "statistic"], registry=own)
+            for of, statistic in itertools.product(("log_prob", "ratio"), ("max", "mean")):
+                mismatch.labels(of, statistic).set(getattr(fast.mismatch, f"{statistic}_{of}"))
 
     def render(self, status: EngineStatus) -> bytes:
         """Returns all metrics as Prometheus reads them, with the engine as it is now."""

@@ -27,10 +27,13 @@ from flowroll.serving.metrics import Metrics
 from flowroll.serving.origins import OriginGuard
 from flowroll.serving.tracing import Tracing
 from flowroll.serving.unsent import HeldAnswer
+from flowroll.types import Exactness
 
 REQUEST_ID_HEADER = "x-request-id"
 # It holds milliseconds by stage, as in `queue;dur=0.1, encode;dur=8.2, ...`.
 TIMING_HEADER = "x-flowroll-timing"
+# Of a server in the fast mode, in every answer; an exact one says nothing.
+EXACTNESS_HEADER = "x-flowroll-exactness"
 # The page at /docs and its scripts are the same for every server; the document that they show is guarded.
 OPEN_PATHS = frozenset({"/liveness", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"})
 
@@ -101,6 +104,7 @@ class RequestMiddleware:
         api_key: The token that every path but the open ones demands; None: no path does.
         origins: Refuses what a browser must not send.
         tracing: Makes spans of requests; None: there are no spans.
+        exactness: Whether the engine is exact; every answer names one that is not.
         keyed_elsewhere: A path whose routes, with all below it, look for the key themselves; None: there is none.
     """
 
@@ -112,12 +116,14 @@ class RequestMiddleware:
         api_key: str | None,
         origins: OriginGuard,
         tracing: Tracing | None,
+        exactness: Exactness = "exact",
         keyed_elsewhere: str | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._origins = origins
         self._tracing = tracing
+        self._exactness = exactness
         self._keyed_elsewhere = keyed_elsewhere
         self._token = None if api_key is None else f"Bearer {api_key}".encode()
 
@@ -136,6 +142,8 @@ class RequestMiddleware:
                 headers = MutableHeaders(scope=message)
                 # Percent-encoded as a header needs it, and cut where the caller's id is very long.
                 headers[REQUEST_ID_HEADER] = quote(context.request_id[:_MAX_ID_CHARS])[:_MAX_ID_CHARS]
+                if self._exactness != "exact":
+                    headers[EXACTNESS_HEADER] = self._exactness
                 if stages := context.stages:
                     headers[TIMING_HEADER] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages.items())
             elif message["type"] == "http.response.body":

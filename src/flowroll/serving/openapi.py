@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from flowroll.logs import POLLED
-from flowroll.serving.middleware import OPEN_PATHS, REQUEST_ID_HEADER, TIMING_HEADER
+from flowroll.serving.middleware import EXACTNESS_HEADER, OPEN_PATHS, REQUEST_ID_HEADER, TIMING_HEADER
 from flowroll.serving.negotiation import DEADLINE_HEADER, DIALECT_HEADER, PNG
 from flowroll.wire.codec import JSON, MSGPACK
 from flowroll.wire.describe import REF, components
@@ -96,6 +96,10 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "Milliseconds by stage, such as `queue;dur=0.1, encode;dur=8.2, denoise;dur=95.0, decode;dur=4.1`.",
         "schema": {"type": "string"},
     },
+    "Exactness": {
+        "description": "`fast` in every answer of a server in the mode that is not exact; an exact one does not send it.",
+        "schema": {"const": "fast"},
+    },
     "RetryAfter": {
         "description": "Seconds after which the server expects to have room for this request.",
         "required": True,
@@ -165,7 +169,7 @@ def _describe_headers(document: dict[str, Any]) -> None:
             taken = [name for name, is_taken in found.items() if is_taken]
             operation.setdefault("parameters", []).extend({"$ref": f"#/components/parameters/{name}"} for name in taken)
             for status, response in operation["responses"].items():
-                names = {REQUEST_ID_HEADER: "RequestId"}
+                names = {REQUEST_ID_HEADER: "RequestId", EXACTNESS_HEADER: "Exactness"}
                 if status == "200" and is_work:
                     names[TIMING_HEADER] = "Timing"
                 if status == "429":

@@ -86,7 +86,7 @@ class AppState:
     def build(cls, engine: EngineClient, config: ServerConfig) -> AppState:
         """Returns the state of a new app."""
         answers = AnswerMemory(config.max_unsent_bytes)
-        metrics = Metrics(engine.facts.pid, answers)
+        metrics = Metrics(engine.facts.pid, answers, engine.facts.info.fast)
         pushes = WeightPushes(
             lambda is_held: engine.call(EngineService.hold_starts, is_held),
             lambda outcome: metrics.weight_pushes.labels(outcome).inc(),

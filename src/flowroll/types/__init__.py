@@ -36,7 +36,7 @@ from flowroll.types.params import (
     by_field_name,
 )
 from flowroll.types.policies import DEFAULT_POLICY, Policy, PolicyChange, PolicyKind, PolicyRecord
-from flowroll.types.provenance import Provenance, StepStamp
+from flowroll.types.provenance import Exactness, Provenance, StepStamp
 from flowroll.types.results import (
     SCHEMA_VERSION,
     DebugTensors,
@@ -73,6 +73,7 @@ __all__ = [
     "DebugTensors",
     "DenoisingEnv",
     "EnvValue",
+    "Exactness",
     "Gather",
     "GeneratedImage",
     "GeneratorDevice",

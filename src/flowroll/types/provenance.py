@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+# Whether the engine has the bits of the promises, or is in the mode that is faster and has not.
+Exactness: TypeAlias = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +34,8 @@ class Provenance:
 
     Attributes:
         layout: How the transformer was distributed over ranks, e.g. "single" or "sp2xcfg2".
-        strategy: How samples shared forwards without a changed bit: "merged", or "alone" where none did.
+        strategy: How samples shared forwards: without a changed bit ("merged"), not at all ("alone"), or, of a fast engine
+            alone, in an ordinary batch ("fast").
         versions: The versions of the libraries whose code the bits depend on, by name.
         compiled: The name of the kernels that torch made of the transformer's blocks (compiler, settings); None where they ran
             eagerly.
@@ -42,6 +47,8 @@ class Provenance:
             and None as a whole for an evaluation.
         weights_sha256: The checksum of the transformer's weights, as /get_weights_checksum tells it; None for a policy that
             holds weights of its own, and for more than `Limits.max_hashed_bytes` unless somebody has asked since they changed.
+        exactness: "exact", or "fast" for an engine whose samples need not have the bits that they have alone.
+        fast_parts: What made it fast, e.g. ("batch", "attention=sage"); empty for an exact engine.
     """
 
     layout: str
@@ -52,3 +59,5 @@ class Provenance:
     start_sha256: str | None = None
     noise_sha256: tuple[str | None, ...] | None = None
     weights_sha256: str | None = None
+    exactness: Exactness = "exact"
+    fast_parts: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from flowroll.types.images import ReferenceImage
 from flowroll.types.params import ImageFormat, Number, SdeType
 from flowroll.types.pictures import encode_png, pil_image
 from flowroll.types.policies import PolicyRecord
-from flowroll.types.provenance import Provenance, StepStamp
+from flowroll.types.provenance import Exactness, Provenance, StepStamp
 from flowroll.types.shown import Shown, rollout_html, rollout_png, rollout_text, with_tensors
 
 if TYPE_CHECKING:
@@ -401,6 +401,7 @@ class GeneratedImage(Shown):
         first_step: As of a `Rollout`, and so are the next two.
         last_step: When its last step was taken, and by which weights.
         left_out: The places of the request's samples that the answer lacks.
+        exactness: "fast" for an engine in the mode that is not exact.
     """
 
     request_id: str
@@ -414,6 +415,7 @@ class GeneratedImage(Shown):
     first_step: StepStamp | None = None
     last_step: StepStamp | None = None
     left_out: tuple[int, ...] = ()
+    exactness: Exactness = "exact"
 
     def pil(self) -> Image:
         """Returns the picture as Pillow has pictures.

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowroll.types.adapters import AdapterRecord
 from flowroll.types.params import Number, SamplingParams
 from flowroll.types.policies import PolicyRecord
+from flowroll.types.provenance import Exactness
 from flowroll.types.results import DenoisingEnv, SamplingRecord
 from flowroll.types.rules import refuse
 
@@ -113,6 +114,7 @@ class ScoreAnswer:
         samples: The results of each sample, in the order of the request.
         inference_time_s: Wall time in seconds.
         policy: The policy under which they were computed; None: the default, or an adapter that is no policy.
+        exactness: "fast" for an engine in the mode that is not exact.
     """
 
     request_id: str
@@ -120,3 +122,4 @@ class ScoreAnswer:
     samples: tuple[SampleScores, ...]
     inference_time_s: Number
     policy: PolicyRecord | None = None
+    exactness: Exactness = "exact"

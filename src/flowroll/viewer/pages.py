@@ -122,7 +122,8 @@ class ShownSample:
             return {}
         versions = ", ".join(f"{name} {version}" for name, version in proof.versions.items())
         digests = {"start": stored.start or "none", "noise": stored.noise or "none", "grid": stored.sigmas or "none"}
-        return {"engine": f"{proof.layout}, {proof.strategy}; {versions}", **digests}
+        fast = f"fast: {', '.join(proof.fast_parts)}; " if proof.exactness == "fast" else ""
+        return {"engine": f"{fast}{proof.layout}, {proof.strategy}; {versions}", **digests}
 
 
 class Pages:

@@ -48,12 +48,13 @@ _ANY_FAMILY = Conditioning(
 
 # Image shapes have three levels.
 _MAX_ENV_DEPTH = 8
-# What is sent as it is, under the same name.
-_OF_IMAGES = (
+# What is sent as it is, under the same name: of every sample, of plain pictures, of rollouts.
+_OF_SAMPLES = (
     *("request_id", "prompt", "seed", "sampling", "weight_version", "inference_time_s"),
     *("first_step", "last_step", "left_out"),
 )
-_OF_ROLLOUTS = (*_OF_IMAGES, "sde_step_indices", "peak_memory_mb", "provenance")
+_OF_PICTURES = (*_OF_SAMPLES, "exactness")
+_OF_ROLLOUTS = (*_OF_SAMPLES, "sde_step_indices", "peak_memory_mb", "provenance")
 
 
 class LayoutError(ValueError):
@@ -109,7 +110,7 @@ def rollout_from_wire(sample: WireSample[Leaf], load: Callable[[Leaf], Tensor]) 
 
 def image_to_wire(image: GeneratedImage) -> WireImage[Tensor]:
     """Makes the response object of a generated image, with tensors unchanged."""
-    return WireImage(**_unchanged(image, _OF_IMAGES), generated_output=image.image, latents=image.latents)
+    return WireImage(**_unchanged(image, _OF_PICTURES), generated_output=image.image, latents=image.latents)
 
 
 def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> GeneratedImage:
@@ -120,7 +121,7 @@ def image_from_wire(sample: WireImage[Leaf], load: Callable[[Leaf], Tensor]) -> 
     """
     _check_version(sample.sampling)
     picture, latents = _picture(load(sample.generated_output), sample.sampling), load(sample.latents)
-    return GeneratedImage(**_unchanged(sample, _OF_IMAGES), image=picture, latents=latents)
+    return GeneratedImage(**_unchanged(sample, _OF_PICTURES), image=picture, latents=latents)
 
 
 def _unchanged(source: object, names: Sequence[str]) -> dict[str, Any]:

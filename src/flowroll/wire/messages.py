@@ -18,6 +18,7 @@ from flowroll.types import (
     MAX_VERSION_CHARS,
     SCHEMA_VERSION,
     AdapterRecord,
+    Exactness,
     Number,
     PolicyRecord,
     Provenance,
@@ -196,6 +197,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
         first_step: When the image's first step was taken, and by which weights.
         last_step: When its last step was taken, and by which weights.
         left_out: The places of the request's images that an abort with keep_partial left out; empty for a whole answer.
+        exactness: "fast" for a server in the mode that is not exact.
     """
 
     request_id: str
@@ -209,6 +211,7 @@ class WireImage(msgspec.Struct, Generic[Leaf], frozen=True):
     first_step: StepStamp | None = None
     last_step: StepStamp | None = None
     left_out: tuple[int, ...] = ()
+    exactness: Exactness = "exact"
 
 
 class SentEnv(WireEnv[Leaf], Generic[Leaf], frozen=True, forbid_unknown_fields=True):
@@ -343,6 +346,7 @@ class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
         samples: The results of each sample, in the order of the request.
         inference_time_s: Wall time in seconds.
         policy: The policy under which they were computed; null: the default, or an adapter that is no policy.
+        exactness: "fast" for a server in the mode that is not exact.
     """
 
     request_id: str
@@ -350,3 +354,4 @@ class WireScoreAnswer(msgspec.Struct, Generic[Leaf], frozen=True):
     samples: list[WireSampleScores[Leaf]]
     inference_time_s: Number
     policy: PolicyRecord | None = None
+    exactness: Exactness = "exact"

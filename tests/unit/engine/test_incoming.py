@@ -290,7 +290,7 @@ def test_sharded_rows_are_cut_out_of_whole_tensors() -> None:
     from flowroll.engine.weights.staged import Slot
 
     live = torch.zeros(2, 3)
-    incoming = WeightReceiver("transformer", {"w": Slot(live=live, shape=(6, 3), first_row=2)})
+    incoming = WeightReceiver("transformer", {"w": Slot(live=live, dtype=live.dtype, shape=(6, 3), first_row=2)})
     whole = torch.arange(18.0).view(6, 3)
     with pytest.raises(WeightsRejectedError, match=r"as \[6, 3\]"):
         incoming.claim([TensorHead(name="w", dtype="F32", shape=(2, 3))])
@@ -304,7 +304,7 @@ def test_sharded_rows_are_cut_out_of_whole_tensors() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
 def test_what_arrived_is_not_made_ready_for_an_engine_that_sleeps(shape: tuple[int, ...]) -> None:
     live = torch.zeros(shape)
-    incoming = WeightReceiver("transformer", {"w": Slot(live=live, shape=shape)})
+    incoming = WeightReceiver("transformer", {"w": Slot(live=live, dtype=live.dtype, shape=shape)})
     new = torch.ones(shape)
     incoming.put([("w", new)])
     data, live.data = live.data, torch.empty(0)
@@ -317,7 +317,7 @@ def test_what_arrived_is_not_made_ready_for_an_engine_that_sleeps(shape: tuple[i
 
 def test_a_sleep_while_a_scalar_is_made_ready_is_no_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     live = torch.tensor(0.0)
-    incoming = WeightReceiver("transformer", {"w": Slot(live=live, shape=())})
+    incoming = WeightReceiver("transformer", {"w": Slot(live=live, dtype=live.dtype, shape=())})
     incoming.put([("w", torch.tensor(1.0))])
     own_part = incoming._own_part
 

@@ -93,8 +93,8 @@ def test_a_copy_that_fails_half_way_is_no_update() -> None:
 def test_a_rank_keeps_its_own_rows_of_what_is_broadcast_apart_from_the_old_ones() -> None:
     sent = {"rows": torch.arange(12.0).reshape(4, 3), "whole": torch.arange(3.0)}
     slots = {
-        "rows": Slot(live=torch.zeros(2, 3), shape=(4, 3), first_row=2),
-        "whole": Slot(live=torch.zeros(3), shape=(3,)),
+        "rows": Slot(live=torch.zeros(2, 3), dtype=torch.float32, shape=(4, 3), first_row=2),
+        "whole": Slot(live=torch.zeros(3), dtype=torch.float32, shape=(3,)),
     }
     coming = iter(sent.values())
 

@@ -134,7 +134,8 @@ class Executor:
         self._peers.send(messages.DropRequest(id=request_id))
 
     def free_memory(self) -> None:
-        """Returns memory that torch has cached to the device."""
+        """Returns memory that torch has cached, and that of recorded forwards, to the device."""
+        self._runner.forget_recordings()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -116,6 +116,11 @@ class ModelRunner:
         plan = sample.conditioning.plan
         self._num_unborn[sample_id] = plan.forks[len(sample.planned.branches)][1]
 
+    def forget_recordings(self) -> None:
+        """Drops recorded forwards, whose memory is needed, or whose weights leave it."""
+        if (graphs := self.model.strategy.graphs) is not None:
+            graphs.forget()
+
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples."""
         del self._conditionings[request_id]

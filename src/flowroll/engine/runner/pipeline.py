@@ -60,7 +60,9 @@ class PipelineRunner:
         self._vae = threading.Lock()
         self._texts = EncodedTexts()
         self._shared = SharedDecoding(
-            lambda *cells, **options: self._get()[1].vae.decode(*cells, **options), lambda: self._get()[1].vae.parameters()
+            lambda *cells, **options: self._get()[1].vae.decode(*cells, **options),
+            lambda: self._get()[1].vae.parameters(),
+            is_exact=model.strategy.is_exact,
         )
 
     def encode(self, plan: RequestPlan) -> Conditioning:
@@ -169,7 +171,7 @@ class PipelineRunner:
             and one.conditioning.plan.record.image_format != "none"
         ]
         most = min(len(fitting), _MOST_PIXELS // (geometry.height * geometry.width))
-        if model.strategy.name != "merged" or most < 2:
+        if model.strategy.name == "alone" or most < 2:
             return
         # Each number of samples is analyzed once, so there are few numbers.
         chosen = fitting[: 1 << (most.bit_length() - 1)]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowroll.engine.config import AdapterLimits, Limits
+from flowroll.engine.config import AdapterLimits, Graphs, Limits
 from flowroll.engine.scheduler import BatchLimits, StageSpan
 from flowroll.engine.service.status import EngineFacts
 from flowroll.errors import FlowrollError
 from flowroll.logs import LogFormat, LogLevel
-from flowroll.types import Layout
+from flowroll.types import Exactness, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,10 @@ class EngineOptions:
         adapter_limits: The limits of the LoRA adapters.
         rank_timeout_s: How long ranks wait for each other, in seconds.
         compile: Whether the transformer's blocks run compiled.
+        graphs: Whether forwards of small samples are recorded where they can be.
+        max_graph_bytes: The most memory that recordings take.
+        exactness: "exact", or "fast" for an engine without any promise about bits; see `Engine`.
+        fast_parts: What makes it fast; None: what the device has.
         max_queue: The number of requests that may wait behind those that run.
         max_control_queue: The number of checks of the weights that may be under way or wait.
         max_groups: The number of process groups of trainers that the engine may be in, with those that it is joining.
@@ -48,6 +52,10 @@ class EngineOptions:
     adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
     rank_timeout_s: int | float = 60.0
     compile: bool = False
+    graphs: Graphs = "auto"
+    max_graph_bytes: int = 4 * 2**30
+    exactness: Exactness = "exact"
+    fast_parts: tuple[str, ...] | None = None
     max_queue: int = 64
     max_control_queue: int = 64
     max_groups: int = 16

@@ -170,6 +170,7 @@ class EngineService:
             weight_version=engine.weight_version,
             version_number=engine.versions.number,
             memory_mode=engine.memory_mode,
+            graphs=engine.graph_counts,
             is_alive=scheduler.is_alive,
             is_accepting=not self._is_draining and scheduler.is_alive,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 
 from flowroll.engine.config import EngineInfo
 from flowroll.engine.facts import ModelFacts
 from flowroll.engine.scheduler import BatchLimits, LoadStats, RequestCounts
 from flowroll.engine.weights.offload import SleepMode
+from flowroll.exact import GraphCounts
 from flowroll.types import ModuleName
 
 # The kinds of evidence that an engine can generate.
@@ -48,6 +49,7 @@ class EngineStatus:
         weight_version: The version of the weights in memory.
         version_number: Its number in the sequence of all versions.
         memory_mode: Where the weights are kept while their memory is released; None if they are in place.
+        graphs: What became of the forwards that may be recorded.
         world_size: How many members of a trainer's process group it is: 1, or one for each replica of a fleet.
         is_alive: Whether the engine's threads run.
         is_accepting: Whether requests are accepted: False once the service drains or a thread has died. A pause, which also
@@ -59,6 +61,7 @@ class EngineStatus:
     weight_version: str
     version_number: int
     memory_mode: SleepMode | None
+    graphs: GraphCounts = field(default_factory=GraphCounts)
     world_size: int = 1
     is_alive: bool
     is_accepting: bool

@@ -71,7 +71,7 @@ class WeightReceiver:
     @property
     def num_bytes(self) -> int:
         """The number of bytes of the module's tensors, in the dtype of the weights."""
-        return sum(torch.Size(slot.shape).numel() * slot.live.itemsize for slot in self._slots.values())
+        return sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in self._slots.values())
 
     @property
     def num_arrived(self) -> int:

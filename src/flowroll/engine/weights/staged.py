@@ -115,11 +115,13 @@ class Slot:
 
     Attributes:
         live: The tensor, or this rank's rows of it.
+        dtype: The dtype that it is kept in; while a layer with float8 weights runs, it has another one.
         shape: The shape of the whole tensor.
         first_row: The index at which this rank's rows begin in the whole tensor.
     """
 
     live: Tensor
+    dtype: torch.dtype
     shape: tuple[int, ...]
     first_row: int = 0
 
@@ -144,13 +146,20 @@ class Slot:
         Raises:
             CheckpointError: It has NaN or infinity in it, as it would be in memory: a cast may overflow.
         """
-        placed = tensor.to(device=self.live.device, dtype=self.live.dtype)
-        if not all_finite(placed):
+        placed = tensor.to(device=self.live.device, dtype=self.dtype)
+        if not _fits(tensor, placed):
             raise CheckpointError(
                 f"{subject} must hold finite weights, got NaN or infinity in {name[:_MOST_CHARS]} as {placed.dtype}; look "
                 "after the training."
             )
         return memory.empty(placed.shape, placed.dtype).copy_(placed) if is_overwritten(self.live) else placed
+
+
+def _fits(tensor: Tensor, placed: Tensor) -> bool:
+    """Tells whether a tensor is finite as it was cast. A cast to float8 makes its largest number of infinity and all above."""
+    if placed.is_floating_point() and placed.itemsize == 1:
+        return bool((tensor.abs() <= torch.finfo(placed.dtype).max).all())
+    return all_finite(placed)
 
 
 def is_overwritten(live: Tensor) -> bool:
@@ -287,12 +296,19 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
         owner = module.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, ColumnParallelLinear):
             shape = (owner.out_features, *live.shape[1:])
-            slots[name] = Slot(live=live, shape=shape, first_row=owner.own_columns.start)
+            slots[name] = Slot(live=live, dtype=live.dtype, shape=shape, first_row=owner.own_columns.start)
         else:
-            slots[name] = Slot(live=live, shape=tuple(live.shape))
+            slots[name] = Slot(live=live, dtype=_kept_dtype(owner, live), shape=tuple(live.shape))
     # A parameter with two names would need a rule for which of them counts; no module that is updated here has one.
     assert len({id(slot.live) for slot in slots.values()}) == len(slots)
     return slots
+
+
+def _kept_dtype(owner: nn.Module, live: Tensor) -> torch.dtype:
+    """Returns the dtype of a tensor between forwards: diffusers' layerwise casting widens the weights of a layer that runs."""
+    hooks: Any = getattr(owner, "_diffusers_hook", None)
+    casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+    return live.dtype if casting is None or not live.is_floating_point() else casting.storage_dtype
 
 
 def _read(slots: Mapping[str, Slot], files: Sequence[TensorFile]) -> list[tuple[Tensor, Tensor]]:
@@ -341,7 +357,7 @@ def check_tensor(tensor: TensorHead, slot: Slot, subject: str) -> None:
     if tensor.shape != slot.shape:
         shapes = f"{list(slot.shape)}, got {list(tensor.shape)}"
         raise CheckpointError(f"{subject} must hold {tensor.name} as {shapes}; save the module that is served.")
-    allowed = _FLOATS if slot.live.is_floating_point() else (_NAMES[slot.live.dtype],)
+    allowed = _FLOATS if slot.live.is_floating_point() else (_NAMES[slot.dtype],)
     if tensor.dtype not in allowed:
         raise CheckpointError(
             f"{subject} must hold {tensor.name} in one of {', '.join(allowed)}, got {tensor.dtype}; save it in one of these."

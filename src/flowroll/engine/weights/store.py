@@ -111,7 +111,7 @@ class WeightStore:
     def note_checksum(self, max_bytes: int) -> None:
         """Computes the transformer's checksum now, for `known_checksum`, unless its weights have more than `max_bytes`."""
         slots = slots_of(self._module("transformer")).values()
-        if sum(slot.live.element_size() * math.prod(slot.shape) for slot in slots) <= max_bytes:
+        if sum(slot.dtype.itemsize * math.prod(slot.shape) for slot in slots) <= max_bytes:
             for _ in self._digests.of_module("transformer"):
                 pass
 

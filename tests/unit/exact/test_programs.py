@@ -1,0 +1,225 @@
+"""Shared forwards without the model's Python code: the same bits, and only where nothing else can be missed."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.pairs import FAMILY_WITH_DTYPE
+from tests.unit.exact.shared import Model, Stacking, random_inputs
+from tests.unit.exact.test_merged import DTYPES, NAMES, Load, alone, load, make_input
+from torch import Tensor, nn
+
+from flowroll.exact import Merged
+from flowroll.exact.layout import same_bits
+from flowroll.exact.sharing import SharedForwards
+from flowroll.families import FAMILIES
+
+__all__ = ["load"]
+# The analysis, one forward that repeats it, two that are written down; later ones run the program.
+BEFORE = 4
+
+
+class Net(nn.Module):
+    """A small model; `calls` counts how often its Python code ran."""
+
+    def __init__(self, extra: Callable[["Net", Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+        self.extra, self.calls, self.factor = extra, 0, 2.0
+
+    def forward(self, x: Tensor, *, return_dict: bool) -> tuple[Tensor]:
+        self.calls += 1
+        x = F.silu(self.norm(self.linear(x))).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2) * self.factor
+        first, second = x.chunk(2, dim=-1)
+        x = torch.cat([second, first.clone()], dim=-1)
+        return (x if self.extra is None else self.extra(self, x),)
+
+
+def sharing() -> SharedForwards:
+    return SharedForwards(cast(Any, Stacking()), with_programs=True)
+
+
+def run(shared: SharedForwards, model: Net, seed: int, *, width: int = 12, count: int = 3, rows: int = 5) -> int:
+    """Checks the bits of samples that share a forward, and returns how often the model's Python code ran for them."""
+    inputs = random_inputs(count, 1, rows, width, seed=seed)
+    before = model.calls
+    together = shared.outputs(model, cast(Any, inputs))
+    calls = model.calls - before
+    for one, own in zip(inputs, together, strict=True):
+        assert same_bits(cast(Tensor, own), model(one["x"], return_dict=False)[0])
+    return calls
+
+
+@torch.no_grad()
+def test_a_forward_that_is_known_runs_without_the_models_code() -> None:
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE):
+        assert run(shared, model, seed)
+    assert [run(shared, model, seed) for seed in range(9, 12)] == [0, 0, 0]
+    assert run(shared, model, 20, count=4) and run(shared, model, 21, rows=6), "another kind of forward has no program yet"
+    assert run(shared, model, 22) == 0
+
+
+def test_a_forward_with_gradients_runs_the_models_code() -> None:
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE + 3):
+        assert run(shared, model, seed)
+
+
+@torch.no_grad()
+def test_without_leave_there_are_no_programs() -> None:
+    shared, model = SharedForwards(cast(Any, Stacking())), Net()
+    for seed in range(BEFORE + 3):
+        assert run(shared, model, seed)
+
+
+def reads_a_weight(net: Net, x: Tensor) -> Tensor:
+    return x * net.linear.weight.abs().max().item()
+
+
+def decides_by_a_weight(net: Net, x: Tensor) -> Tensor:
+    return x * 2 if bool(net.linear.bias.sum() > 1e9) else x
+
+
+def chooses_by_a_mask(net: Net, x: Tensor) -> Tensor:
+    bias = net.linear.bias
+    return x * len(bias[bias > bias.mean()])
+
+
+def finds_places(net: Net, x: Tensor) -> Tensor:
+    return x * len(torch.nonzero(net.linear.bias > 0))
+
+
+def leaves_torch(net: Net, x: Tensor) -> Tensor:
+    return x * torch.from_numpy(np.array([float(net.factor)], dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    "extra", [reads_a_weight, decides_by_a_weight, chooses_by_a_mask, finds_places, leaves_torch], ids=lambda one: one.__name__
+)
+@torch.no_grad()
+def test_what_may_read_numbers_is_never_written_down(extra: Callable[[Net, Tensor], Tensor]) -> None:
+    shared, model = sharing(), Net(extra)
+    for seed in range(BEFORE + 4):
+        assert run(shared, model, seed)
+        if seed > BEFORE:
+            # What a program of this forward would have kept.
+            model.linear.bias.copy_(torch.randn(12).abs() * seed)
+            model.linear.weight.mul_(1.5)
+
+
+@torch.no_grad()
+def test_a_number_that_changes_from_forward_to_forward_is_not_kept() -> None:
+    shared, model = sharing(), Net()
+    for seed in range(12):
+        model.factor = 1.0 + seed
+        assert run(shared, model, seed)
+
+
+@torch.no_grad()
+def test_a_table_that_is_made_anew_for_each_forward_is_not_kept() -> None:
+    shared, model = sharing(), Net(lambda net, x: x * net.table)
+    for seed in range(12):
+        model.__dict__["table"] = torch.full((12,), float(seed))
+        assert run(shared, model, seed)
+
+
+@torch.no_grad()
+def test_a_program_whose_output_has_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowroll.exact import programs
+
+    shared, model = sharing(), Net()
+    monkeypatch.setattr(programs, "_same_outputs", lambda *_: False)
+    for seed in range(BEFORE + 3):
+        assert run(shared, model, seed)
+
+
+@torch.no_grad()
+def test_programs_follow_the_weights() -> None:
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE):
+        run(shared, model, seed)
+    model.linear.weight.mul_(1.25)
+    model.norm.weight.data = torch.randn(12)
+    assert run(shared, model, 9) == 0
+
+
+def replaced_parameter(model: Net) -> None:
+    model.linear.weight = nn.Parameter(torch.randn(12, 12))
+
+
+def replaced_module(model: Net) -> None:
+    model.norm = nn.LayerNorm(12, bias=False)
+
+
+def hooked(model: Net) -> None:
+    model.linear.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def patched(model: Net) -> None:
+    linear = model.linear
+    linear.forward = lambda x: F.linear(x, linear.weight)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [replaced_parameter, replaced_module, hooked, patched, Net.train])
+@torch.no_grad()
+def test_a_changed_model_runs_its_own_code_again(change: Callable[[Net], object]) -> None:
+    shared, model = sharing(), Net()
+    model.eval()
+    for seed in range(BEFORE):
+        run(shared, model, seed)
+    assert run(shared, model, 8) == 0
+    change(model)
+    assert run(shared, model, 9)
+    for seed in range(BEFORE + 1):
+        run(shared, model, 10 + seed)
+    assert bool(run(shared, model, 30)) == (change in (hooked, patched)), "hooks may do more than compute"
+
+
+@torch.no_grad()
+def test_the_least_recently_used_programs_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowroll.exact import programs
+
+    monkeypatch.setattr(programs, "_PROGRAMS", 1)
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE):
+        run(shared, model, seed)
+    assert run(shared, model, 8) == 0
+    run(shared, model, 9, count=4), run(shared, model, 10, count=4)
+    assert run(shared, model, 11)
+
+
+@torch.no_grad()
+def test_an_object_of_which_nothing_is_known_is_not_kept() -> None:
+    class Handing(Stacking):
+        def collate_key(self, forward_input: Any) -> Any:
+            return forward_input["x"].shape
+
+        def collate(self, forward_inputs: Any) -> Any:
+            return {"x": torch.cat([one["x"] for one in forward_inputs]), "kept": forward_inputs[0]["kept"]}
+
+    shared, kept = SharedForwards(cast(Any, Handing()), with_programs=True), object()
+    model = Model(lambda x, kept: x * 2)
+    for seed in range(BEFORE + 2):
+        before = len(model.lengths)
+        inputs = [{**one, "kept": kept} for one in random_inputs(3, 1, 5, 12, seed=seed)]
+        shared.outputs(model, cast(Any, inputs))
+        assert len(model.lengths) > before
+
+
+@pytest.mark.parametrize(("name", "dtype"), [row for row in FAMILY_WITH_DTYPE if row[0] in NAMES])
+@torch.no_grad()
+def test_every_family_keeps_its_bits(load: Load, name: str, dtype: str) -> None:
+    family, transformer = FAMILIES[name], load(name, dtype)
+    generator = torch.Generator().manual_seed(3)
+    strategy = Merged(family, DTYPES[dtype], with_programs=True)
+    for number in range(BEFORE + 3):
+        inputs = [make_input(family, generator, DTYPES[dtype], sigma=0.3 + 0.1 * number) for _ in range(3)]
+        expected = alone(family, transformer, inputs, DTYPES[dtype])
+        assert all(map(torch.equal, strategy.velocities(transformer, inputs), expected))
+    candidates = strategy._shared._known[transformer].programs
+    assert candidates is not None
+    assert all(candidate.is_confirmed for candidate in candidates._candidates.values())
