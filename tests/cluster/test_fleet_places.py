@@ -27,6 +27,7 @@ from flowroll import Engine, SamplingParams
 from flowroll.checkpoints import shapes_checkpoint
 from flowroll.cluster.fleet import Fleet
 from flowroll.cluster.replica import Placement
+from flowroll.cluster.replicas import ReplicaSet
 from flowroll.engine.plan import plan_request
 from flowroll.engine.service import EngineService
 from flowroll.types import Layout
@@ -44,7 +45,7 @@ def main():
     model = shapes_checkpoint("z_image")
     engine = {"model": str(model), "device": "cpu", "num_threads": 1, "layout": Layout(sp=2)}
     params = SamplingParams(prompt="a red circle", seed=1, num_outputs_per_prompt=3, num_inference_steps=40)
-    with Fleet(engine, num_replicas=1, placement=placement) as fleet:
+    with Fleet(ReplicaSet(engine, num_replicas=1, placement=placement)) as fleet:
         (first,) = fleet.describe().replicas
         assert first.node == large.node_id, (first, large.node_id)
         plan = plan_request(params, fleet.facts.model, fleet.facts.info.limits)

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -23,11 +23,9 @@ from typing_extensions import override
 
 from flowroll.cluster.groups import FleetGroups
 from flowroll.cluster.info import FleetInfo, ReplicaInfo
-from flowroll.cluster.replica import Placement
 from flowroll.cluster.replicas import ReplicaSet
 from flowroll.cluster.requests import FleetRequests
 from flowroll.cluster.updates import ReplicaLostError
-from flowroll.cluster.version_file import VersionFile
 from flowroll.cluster.weights import FleetWeights, UpdateOrder, none_left
 from flowroll.engine.scheduler import LoadStats, PauseMode, RequestCounts, StageSpan
 from flowroll.engine.scheduler.request import cancelled, engine_error
@@ -60,39 +58,16 @@ class Fleet(EngineClient):
     """Replicas behind the interface of one engine. It is a context manager, whose exit ends the replicas.
 
     Args:
-        engine: The arguments of every `EngineActor`.
-        num_replicas: The number of replicas.
-        placement: What each replica needs of the cluster.
+        replicas: The replicas, which are started here.
         order: "rolling": each replica exchanges weights between its own requests, while the others go on. "barrier": no replica
             starts a sample before all have exchanged.
-        max_staleness: The number of versions by which a replica may be behind and still be given requests; None: any.
-        patience_s: The seconds for which a replica may be silent before it is replaced.
-        kept: The file that keeps the versions of the weights beyond the end of the fleet; None: they start anew.
 
     Raises:
         FlowrollError: The replicas cannot be started.
     """
 
-    def __init__(
-        self,
-        engine: Mapping[str, Any],
-        *,
-        num_replicas: int,
-        placement: Placement,
-        order: UpdateOrder = "rolling",
-        max_staleness: int | None = None,
-        patience_s: float = 60.0,
-        kept: VersionFile | None = None,
-    ) -> None:
-        assert num_replicas >= 1
-        self._replicas = ReplicaSet(
-            engine,
-            num_replicas=num_replicas,
-            placement=placement,
-            max_staleness=max_staleness,
-            patience_s=patience_s,
-            kept=kept,
-        )
+    def __init__(self, replicas: ReplicaSet, order: UpdateOrder = "rolling") -> None:
+        self._replicas = replicas
         self._requests, self._weights = FleetRequests(self._replicas), FleetWeights(self._replicas, order)
         self._groups = FleetGroups(self._replicas, self._weights)
         self._numbers = itertools.count()

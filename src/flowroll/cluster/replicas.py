@@ -68,10 +68,11 @@ class ReplicaSet:
         *,
         num_replicas: int,
         placement: Placement,
-        max_staleness: int | None,
-        patience_s: float,
+        max_staleness: int | None = None,
+        patience_s: float = 60.0,
         kept: VersionFile | None = None,
     ) -> None:
+        assert num_replicas >= 1
         self._engine, self._placement, self._patience_s = dict(engine), placement, patience_s
         self._wanted, self._max_staleness = num_replicas, max_staleness
         self._numbers = itertools.count()

@@ -24,6 +24,7 @@ from flowroll.cluster.actor import EngineActor
 from flowroll.cluster.fleet import Fleet
 from flowroll.cluster.info import FleetInfo
 from flowroll.cluster.replica import Placement
+from flowroll.cluster.replicas import ReplicaSet
 from flowroll.cluster.version_file import VersionFile
 from flowroll.cluster.weights import UpdateOrder
 from flowroll.engine.service import EngineClient
@@ -199,15 +200,15 @@ def open_fleet(config: ServerConfig, cluster: ClusterConfig) -> Iterator[Fleet]:
             "num_threads": threads,
         }
         _log.info("starting %d replicas, each with %s and %s threads", cluster.replicas, placement, threads or "its own")
-        with Fleet(
+        replicas = ReplicaSet(
             engine,
             num_replicas=cluster.replicas,
             placement=placement,
-            order=cluster.update_order,
             max_staleness=cluster.max_staleness,
             patience_s=config.rank_timeout_s,
             kept=kept,
-        ) as fleet:
+        )
+        with Fleet(replicas, cluster.update_order) as fleet:
             yield fleet
 
 
