@@ -17,6 +17,10 @@ from flowroll.types import StepStamp
 class Runner(Protocol):
     """Runs the model on all ranks; `Executor` documents the methods in full."""
 
+    @property
+    def shares_forwards(self) -> bool:
+        """Whether samples take less time in a shared forward than in forwards of their own."""
+
     def use_threads(self, num_threads: int) -> None:
         """Sets torch's per-thread settings on the calling thread, for a caller with this number of CPU threads."""
 
