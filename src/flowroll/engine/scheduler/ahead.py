@@ -26,26 +26,32 @@ class EncodedAhead:
         self._limits, self._most_bytes = limits, most_bytes
         # None: the request is being encoded.
         self._held: dict[Request, Conditioning | None] = {}
-        # A request that is being encoded counts as large as the largest that was.
+        # What is being encoded counts as the largest so far; until one is known, requests are encoded one at a time.
         self._largest = 0
 
     def __contains__(self, request: Request) -> bool:
         return request in self._held
 
-    def has_room(self, num_ready: int) -> bool:
-        """Returns whether one more request may be encoded ahead, beside so many samples of admitted ones that wait to start."""
-        num_samples = num_ready + sum(len(request.plan.samples) for request in self._held)
-        num_bytes = sum(self._largest if one is None else one.num_bytes for one in self._held.values())
-        return num_samples < self._limits.max_ready_samples and num_bytes + self._largest <= self._most_bytes
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request may be encoded ahead."""
+        if sum(len(request.plan.samples) for request in self._held) >= self._limits.max_ready_samples:
+            return False
+        if not self._largest:
+            return not self._held
+        sizes = (self._largest if one is None else one.num_bytes for one in self._held.values())
+        return sum(sizes) + self._largest <= self._most_bytes
 
     def begin(self, request: Request) -> None:
         """Notes that a request is being encoded."""
         self._held[request] = None
 
-    def keep(self, request: Request, conditioning: Conditioning) -> None:
-        """Holds what was encoded."""
-        self._held[request] = conditioning
+    def keep(self, request: Request, conditioning: Conditioning) -> bool:
+        """Holds what was encoded if its request still waits; returns whether it does."""
         self._largest = max(self._largest, conditioning.num_bytes)
+        if is_waiting := request in self._held:
+            self._held[request] = conditioning
+        return is_waiting
 
     def take(self, request: Request) -> Conditioning | None:
         """Removes a request, if it is here; returns what was encoded, or None if its encoding has not begun or not ended."""

@@ -254,9 +254,7 @@ class Loop:
             return
         assert conditioning is not None and message.started_s is not None
         request.note_encoded(message.started_s, self._clock())
-        if request in self._ahead:
-            self._ahead.keep(request, conditioning)
-        else:
+        if not self._ahead.keep(request, conditioning):
             self._encoding = None
             self._add(request, conditioning)
 
@@ -342,7 +340,7 @@ class Loop:
         for request in self._queue.waiting:
             if request in self._ahead:
                 continue
-            if request.plan.held_policy != self._policy or not self._ahead.has_room(self._samples.num_ready):
+            if request.plan.held_policy != self._policy or not self._ahead.has_room:
                 return
             self._ahead.begin(request)
             self._encode(request)

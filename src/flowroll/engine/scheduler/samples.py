@@ -34,11 +34,6 @@ class RunningSamples:
         self.num_in_memory = self.pixels_in_memory = self.num_decoding = 0
         self._backoff = OomBackoff()
 
-    @property
-    def num_ready(self) -> int:
-        """The number of samples that wait to start."""
-        return len(self._ready)
-
     def has_room(self, pixels: int) -> bool:
         """Returns whether a sample with this number of pixels may start once those that wait have started."""
         return self._limits.admits(
