@@ -181,7 +181,9 @@ class Flux2(TrueCfgFamily):
 
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
-        embeds, _ = pipeline.encode_prompt(prompt.text, encoder_device(pipeline), max_sequence_length=self.max_text_tokens)
+        embeds, _ = pipeline.encode_prompt(
+            prompt.text, device=encoder_device(pipeline), max_sequence_length=self.max_text_tokens
+        )
         return {"encoder_hidden_states": embeds[0]}
 
     @override

@@ -119,7 +119,9 @@ class QwenImage(Family):
 
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
-        embeds, mask = pipeline.encode_prompt(prompt.text, encoder_device(pipeline), max_sequence_length=self.max_text_tokens)
+        embeds, mask = pipeline.encode_prompt(
+            prompt.text, device=encoder_device(pipeline), max_sequence_length=self.max_text_tokens
+        )
         branch: dict[str, EnvValue] = {"encoder_hidden_states": embeds[0]}
         if mask is not None:
             branch["encoder_hidden_states_mask"] = mask[0]

@@ -140,7 +140,7 @@ class ZImage(Family):
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         most = self.max_text_tokens
         embeds, _ = pipeline.encode_prompt(
-            prompt.text, encoder_device(pipeline), do_classifier_free_guidance=False, max_sequence_length=most
+            prompt.text, device=encoder_device(pipeline), do_classifier_free_guidance=False, max_sequence_length=most
         )
         return {"cap_feats": embeds[0]}
 
