@@ -219,7 +219,7 @@ def test_a_picture_has_the_alpha_channel_that_the_pipelines_has(engine_of: Engin
 
 def test_a_prompt_beyond_the_position_table_is_refused(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(FAMILY.name, "float32")
-    monkeypatch.setattr(engine._pipeline, "encode_prompt", lambda *_: (torch.zeros(1, 8192, 64), None, None))
+    monkeypatch.setattr(engine._pipeline, "encode_prompt", lambda *_, **__: (torch.zeros(1, 8192, 64), None, None))
     with pytest.raises(InvalidRequestError, match="prompt must have at most 8191 tokens") as caught:
         engine.generate(**{**REQUEST, "prompt": "a text that was not encoded before"})
     assert caught.value.field == "prompt"

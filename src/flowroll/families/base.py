@@ -96,6 +96,11 @@ class Prompt:
     images: tuple[Any, ...] = ()
 
 
+def encoder_device(pipeline: Any) -> torch.device:
+    """Returns the device of a pipeline's text encoder. A pipeline that is not told it looks through all of its modules."""
+    return cast(torch.device, pipeline.text_encoder.device)
+
+
 class Family(ABC):
     """The conventions of a model family. It declares data, and defines about nine methods of its own.
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from flowroll.families.base import Prompt
+from flowroll.families.base import Prompt, encoder_device
 from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, Argument, Conditioning, ConditioningField
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.packing import pack, unpack
@@ -140,7 +140,7 @@ class Flux(TrueCfgFamily):
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         most = prompt.max_tokens or self.max_text_tokens
-        embeds, pooled, _ = pipeline.encode_prompt(prompt.text, max_sequence_length=most)
+        embeds, pooled, _ = pipeline.encode_prompt(prompt.text, device=encoder_device(pipeline), max_sequence_length=most)
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
 
     @override

@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Prompt
+from flowroll.families.base import Prompt, encoder_device
 from flowroll.families.conditioning import IMAGE_TOKENS, TOKENS, Argument, Conditioning, ConditioningField
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.packing import unpack
@@ -181,7 +181,9 @@ class Flux2(TrueCfgFamily):
 
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
-        embeds, _ = pipeline.encode_prompt(prompt.text, max_sequence_length=self.max_text_tokens)
+        embeds, _ = pipeline.encode_prompt(
+            prompt.text, device=encoder_device(pipeline), max_sequence_length=self.max_text_tokens
+        )
         return {"encoder_hidden_states": embeds[0]}
 
     @override

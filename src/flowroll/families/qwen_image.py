@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import Family, Prompt, StepInput
+from flowroll.families.base import Family, Prompt, StepInput, encoder_device
 from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.packing import pack, unpack
@@ -119,7 +119,9 @@ class QwenImage(Family):
 
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
-        embeds, mask = pipeline.encode_prompt(prompt.text, max_sequence_length=self.max_text_tokens)
+        embeds, mask = pipeline.encode_prompt(
+            prompt.text, device=encoder_device(pipeline), max_sequence_length=self.max_text_tokens
+        )
         branch: dict[str, EnvValue] = {"encoder_hidden_states": embeds[0]}
         if mask is not None:
             branch["encoder_hidden_states_mask"] = mask[0]

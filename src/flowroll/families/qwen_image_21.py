@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import InvalidRequestError, UnsupportedModelError
-from flowroll.families.base import Prompt, StepInput, Transformer
+from flowroll.families.base import Prompt, StepInput, Transformer, encoder_device
 from flowroll.families.conditioning import SLOTS, TOKENS, Argument, Conditioning, ConditioningField, ForwardInput, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.true_cfg import TrueCfgFamily
@@ -192,7 +192,7 @@ class QwenImage21(TrueCfgFamily):
 
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
-        embeds, _, _ = pipeline.encode_prompt(prompt.text)
+        embeds, _, _ = pipeline.encode_prompt(prompt.text, device=encoder_device(pipeline))
         if embeds.shape[1] > _MOST_TOKENS:
             raise InvalidRequestError(
                 f"prompt must have at most {_MOST_TOKENS} tokens, where the position table ends, got {embeds.shape[1]}; "

@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import InvalidRequestError
-from flowroll.families.base import Prompt, StepInput
+from flowroll.families.base import Prompt, StepInput, encoder_device
 from flowroll.families.conditioning import REFERENCE_TOKENS, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec, VisionFacts
 from flowroll.families.qwen_image import QwenImage
@@ -120,7 +120,8 @@ class QwenImageEdit(QwenImage):
         area = _VISION_AREA if _takes_several(pipeline) else _VAE_AREA
         resize = pipeline.image_processor.resize
         seen = [resize(image, *_resized(area, image.height, image.width)) for image in prompt.images]
-        embeds, mask = pipeline.encode_prompt(prompt.text, image=seen if _takes_several(pipeline) else seen[0])
+        given = seen if _takes_several(pipeline) else seen[0]
+        embeds, mask = pipeline.encode_prompt(prompt.text, image=given, device=encoder_device(pipeline))
         branch: dict[str, EnvValue] = {"encoder_hidden_states": embeds[0]}
         return branch if mask is None else {**branch, "encoder_hidden_states_mask": mask[0]}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, encoder_device
 from flowroll.families.conditioning import Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.guidance import fits_positive, guide
@@ -130,7 +130,12 @@ class StableDiffusion3(Family):
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompt.text, None, None, do_classifier_free_guidance=False, max_sequence_length=_T5_TOKENS
+            prompt.text,
+            None,
+            None,
+            device=encoder_device(pipeline),
+            do_classifier_free_guidance=False,
+            max_sequence_length=_T5_TOKENS,
         )
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
 

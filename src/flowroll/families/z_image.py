@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from flowroll.errors import UnsupportedModelError
-from flowroll.families.base import DtypeRule, Family, Prompt, StepInput
+from flowroll.families.base import DtypeRule, Family, Prompt, StepInput, encoder_device
 from flowroll.families.conditioning import TEXT_LENGTHS, TOKENS, Argument, Conditioning, ConditioningField, Output
 from flowroll.families.facts import Defaults, Geometry, ModelSpec
 from flowroll.families.guidance import neighbors, reached
@@ -139,7 +139,9 @@ class ZImage(Family):
     @override
     def encode(self, pipeline: Any, prompt: Prompt) -> Mapping[str, EnvValue]:
         most = self.max_text_tokens
-        embeds, _ = pipeline.encode_prompt(prompt.text, do_classifier_free_guidance=False, max_sequence_length=most)
+        embeds, _ = pipeline.encode_prompt(
+            prompt.text, device=encoder_device(pipeline), do_classifier_free_guidance=False, max_sequence_length=most
+        )
         return {"cap_feats": embeds[0]}
 
     @override

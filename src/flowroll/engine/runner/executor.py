@@ -56,6 +56,11 @@ class Executor:
         self._weights = RankWeights(model=model, held=HeldWeights(model.transformer), offload=offload, mesh=peers.mesh)
         self._device = model.device
 
+    @property
+    def shares_forwards(self) -> bool:
+        """Whether samples take less time in a shared forward than in forwards of their own."""
+        return self._runner.model.strategy.name == "merged"
+
     def use_threads(self, num_threads: int) -> None:
         """Sets torch's per-thread settings on the calling thread, for a caller with this number of CPU threads."""
         self._runner.use_threads(num_threads)

@@ -68,6 +68,11 @@ class Conditioning:
             record=record,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the transformer's arguments; samples and requests may share some of them."""
+        return sum(tensor.nbytes for _, tensor in self.env.tensors())
+
 
 def _fixed_inputs(
     plan: RequestPlan, model: LoadedModel, env: DenoisingEnv

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from flowroll.engine.runner.executor import Executor
-from flowroll.engine.runner.sample import Sample, StepOutcome
+from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
 from flowroll.engine.scheduler import inbox as messages
+from flowroll.engine.scheduler.ahead import EncodedAhead
 from flowroll.engine.scheduler.counters import LoadStats, View
 from flowroll.engine.scheduler.inbox import Inbox, PauseMode
-from flowroll.engine.scheduler.policy import BatchLimits, Watchdog
+from flowroll.engine.scheduler.policy import BatchLimits, Gathering, Watchdog
 from flowroll.engine.scheduler.queue import RequestQueue
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
 from flowroll.engine.scheduler.retry import Throughput
@@ -60,7 +61,14 @@ class Loop:
         self._queue = RequestQueue(clock, self._release)
         self._tasks = TaskQueue()
         self._samples = RunningSamples(limits)
-        self._is_encoding = False
+        self._ahead = EncodedAhead(limits)
+        # The admitted request that is being encoded; None if there is none.
+        self._encoding: Request | None = None
+        # How much the encode stage has to do, also for requests that have ended or that wait.
+        self._num_encoding = 0
+        self._gathering = Gathering()
+        # Until when the next step waits for others to join it; None if it does not.
+        self._gathers_until_s: float | None = None
         # The policy whose weights are in place; None: those that the engine was last given, which all tasks are about.
         self._policy: str | None = None
         self._num_taken = 0
@@ -135,7 +143,8 @@ class Loop:
 
     def idle_s(self) -> float | None:
         """Returns for how many seconds there is nothing to do unless a message arrives; None: without a limit."""
-        deadlines = [s for s in (self._queue.next_deadline_s(), self._tasks.next_deadline_s()) if s is not None]
+        moments = (self._queue.next_deadline_s(), self._tasks.next_deadline_s(), self._gathers_until_s)
+        deadlines = [moment_s for moment_s in moments if moment_s is not None]
         return max(min(deadlines) - self._clock(), 0.0) if deadlines else None
 
     def fail_all(self, error: FlowrollError) -> None:
@@ -201,6 +210,8 @@ class Loop:
         if self.stopped is not None:
             end_future(task.future, error=fresh(self.stopped))
             return
+        if task.needs_idle:
+            self._encode_again()
         if task.needs_idle and mode == "abort":
             self._queue.requeue(list(self._queue.running))
         elif task.needs_idle and self._pause == "freeze" and self._queue.num_running:
@@ -227,21 +238,34 @@ class Loop:
                     self._queue.fail(request, error)
         self._queue.requeue(unstarted)
 
+    def _encode_again(self) -> None:
+        """Forgets what was encoded ahead, since the model may change before these requests are admitted."""
+        for request in self._ahead.clear():
+            request.restart()
+
     def _take_encoded(self, message: messages.Encoded) -> None:
         request, conditioning = message.request, message.conditioning
-        self._is_encoding = False
+        self._num_encoding -= 1
         self._note_piece(message.started_s)
         if request.attempt != message.attempt:
             return
+        if message.error is not None:
+            self._queue.fail(request, message.error)
+            return
+        assert conditioning is not None and message.started_s is not None
+        request.note_encoded(message.started_s, self._clock())
+        if not self._ahead.keep(request, conditioning):
+            self._encoding = None
+            self._add(request, conditioning)
+
+    def _add(self, request: Request, conditioning: Conditioning) -> None:
+        """Lets the samples of an admitted request wait to start."""
         try:
-            if message.error is not None:
-                raise message.error
-            assert conditioning is not None
             self._runner.add_request(request.id, conditioning)
         except BaseException as error:
             self._queue.fail(request, error)
             return
-        request.conditioning, request.encoded_s = conditioning, self._clock()
+        request.conditioning = conditioning
         self._samples.add_ready(request)
 
     def _take_decoded(self, message: messages.Decoded) -> None:
@@ -263,18 +287,26 @@ class Loop:
         assert oldest.admitted_s is not None
         self._throughput.note_end(request.work, busy_since_s=oldest.admitted_s, now_s=self._clock())
 
-    def _has_room(self) -> bool:
-        """Returns whether a request may be admitted. Requests are encoded one at a time, ahead of the samples that run."""
+    def _may_encode(self) -> bool:
+        """Returns whether waiting requests may be encoded at all."""
         return (
             self._pause is None
             and not self._is_holding
             and self.stopped is None
             and not self._tasks.needs_idle
-            and not self._is_encoding
-            and self._samples.num_ready < self._limits.max_ready_samples
-            # Requests of another policy wait until nothing runs, and so does whatever is behind them.
-            and (self._queue.next_policy == self._policy or self._may_exchange())
             and not (self._policy is not None and self._tasks.has_any)
+        )
+
+    def _has_room(self) -> bool:
+        """Returns whether the next request may be admitted: a sample of it can start once its prompts are encoded."""
+        first = self._queue.first_waiting
+        policy, pixels = (None, 0) if first is None else (first.plan.held_policy, first.pixels)
+        return (
+            self._may_encode()
+            and self._encoding is None
+            and self._samples.has_room(pixels)
+            # Requests of another policy wait until nothing runs, and so does whatever is behind them.
+            and (policy == self._policy or self._may_exchange())
         )
 
     def _may_exchange(self) -> bool:
@@ -282,6 +314,7 @@ class Loop:
         return self.is_idle() and self._tasks.current is None
 
     def _admit(self) -> None:
+        """Admits waiting requests, and has others encoded that wait."""
         while self._queue.num_waiting and self._has_room():
             request = self._queue.admit(self._policy, may_exchange=self._may_exchange())
             if request is None:
@@ -291,8 +324,30 @@ class Loop:
             except Exception as error:
                 self._queue.fail(request, error)
                 continue
-            self._is_encoding = True
-            self._encoder.submit(encoding(self._runner, self._inbox, request, self._clock))
+            is_begun = request in self._ahead
+            conditioning = self._ahead.take(request)
+            if conditioning is not None:
+                self._add(request, conditioning)
+                continue
+            self._encoding = request
+            if not is_begun:
+                self._encode(request)
+        if self._may_encode():
+            self._encode_ahead()
+
+    def _encode_ahead(self) -> None:
+        """Has waiting requests encoded in their order, so that their samples can start together when there is room."""
+        for request in self._queue.waiting:
+            if request in self._ahead:
+                continue
+            if request.plan.held_policy != self._policy or not self._ahead.has_room:
+                return
+            self._ahead.begin(request)
+            self._encode(request)
+
+    def _encode(self, request: Request) -> None:
+        self._num_encoding += 1
+        self._encoder.submit(encoding(self._runner, self._inbox, request, self._clock))
 
     def _put_in_place(self, policy: str | None) -> None:
         if policy != self._policy:
@@ -310,10 +365,13 @@ class Loop:
 
     def is_idle(self) -> bool:
         """Returns whether no work is under way for any request, not even for one that has ended."""
-        return not (self._queue.num_running or self._is_encoding or self._samples.num_decoding)
+        return not (self._queue.num_running or self._num_encoding or self._samples.num_decoding)
 
     def _release(self, request: Request) -> None:
-        """Drops the samples of a request on every rank. Samples that are being decoded leave memory when that has ended."""
+        """Drops what every rank holds for a request. Samples that are being decoded leave memory when that has ended."""
+        self._ahead.take(request)
+        if request is self._encoding:
+            self._encoding = None
         self._samples.drop(request)
         if request.conditioning is not None:
             try:
@@ -373,8 +431,12 @@ class Loop:
         self._take_outcomes([running], {**outcome.finished, **outcome.failures})
 
     def _step(self) -> bool:
-        """Takes one shared step of the samples whose turn it is; returns whether there were any."""
+        """Takes one shared step of the samples whose turn it is; returns whether it did."""
+        self._gathers_until_s = None
         if self._pause == "freeze":
+            return False
+        self._gathers_until_s = self._gather()
+        if self._gathers_until_s is not None:
             return False
         key, batch = self._samples.next_batch()
         if not batch:
@@ -385,9 +447,18 @@ class Loop:
             running.first_step = running.first_step or self._stamp(running)
         outcomes = self._samples.step(self._runner, key, batch)
         self._note_piece(started_s, running_pixels=self._samples.pixels_in_memory)
+        self._gathering.note_step(self._clock() - started_s)
         self._queue.counters.batches[len(batch)] += 1
         self._take_outcomes(batch, outcomes)
         return True
+
+    def _gather(self) -> float | None:
+        """Returns until when the next step waits for a request that is being encoded and may share its forward, or None."""
+        request, sample = self._encoding, self._samples.next_with_room()
+        if request is None or sample is None or not self._runner.shares_forwards or not request.resembles(sample.of.request):
+            return None
+        steps = 1 if sample.first_step is not None else len(sample.of.request.plan.steps)
+        return self._gathering.until_s(request, steps=steps, now_s=self._clock())
 
     def _take_outcomes(self, batch: Sequence[RunningSample], outcomes: Mapping[int, Sample | BaseException]) -> None:
         ended: list[tuple[RunningSample, Sample]] = []

@@ -39,7 +39,7 @@ class BatchLimits:
 
     @property
     def max_ready_samples(self) -> int:
-        """How many samples are encoded ahead at most: one forward of those that can run, since more would be a hidden queue."""
+        """How many samples are encoded ahead at most: one forward of those that can run, which they can then share at once."""
         return min(self.max_batch_samples, self.max_running_samples)
 
     def admits(self, *, pixels: int, num_running: int, running_pixels: int) -> bool:
@@ -87,11 +87,51 @@ class RoundRobin(Generic[T]):
         Returns:
             The lane's key and its items; None and an empty list if there are no lanes.
         """
+        key, items = self.peek(most)
+        if items:
+            self._lanes.move_to_end(key)
+        return key, items
+
+    def peek(self, most: Callable[[Hashable], int]) -> tuple[Hashable, list[T]]:
+        """Returns what `next` would return, and leaves the lane where it is."""
         if not self._lanes:
             return None, []
         key, lane = next(iter(self._lanes.items()))
-        self._lanes.move_to_end(key)
         return key, lane[: most(key)]
+
+
+class Gathering:
+    """Decides how long samples wait with their next step for a request that is being encoded, to share the forward with it.
+
+    They wait no longer than they would take without it: for one step, by the duration of the last one, or before their first
+    one, for all of their steps. Each request is waited for once, so that one that takes very long to encode delays one step.
+    """
+
+    def __init__(self) -> None:
+        self._step_s = 0.0
+        self._until_s: float | None = None
+        self._given_up: object = None
+
+    def note_step(self, seconds: float) -> None:
+        """Notes that samples have taken a step, and how long it took."""
+        self._step_s, self._until_s = seconds, None
+
+    def until_s(self, request: object, *, steps: int, now_s: float) -> float | None:
+        """Returns until when to wait for a request, in monotonic seconds; None: no longer.
+
+        Args:
+            request: The request.
+            steps: How many of their steps the samples may wait for.
+            now_s: The current time, in monotonic seconds.
+        """
+        if request is self._given_up:
+            return None
+        if self._until_s is None:
+            self._until_s = now_s + steps * self._step_s
+        if now_s < self._until_s:
+            return self._until_s
+        self._given_up = request
+        return None
 
 
 @dataclass(slots=True)

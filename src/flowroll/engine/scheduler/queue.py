@@ -40,7 +40,7 @@ class RequestQueue:
 
     Args:
         clock: Returns the monotonic time in seconds.
-        release: Called with a request that no longer runs, before it ends or is requeued.
+        release: Called with a request before it ends or is requeued.
     """
 
     def __init__(self, clock: Callable[[], float], release: Callable[[Request], None]) -> None:
@@ -63,9 +63,14 @@ class RequestQueue:
         return len(self._running)
 
     @property
-    def next_policy(self) -> str | None:
-        """The policy whose weights the first waiting request needs in place; None: those that the engine was last given."""
-        return self._waiting[0].plan.held_policy if self._waiting else None
+    def waiting(self) -> Iterable[Request]:
+        """The waiting requests, in the order in which they will be admitted."""
+        return self._waiting
+
+    @property
+    def first_waiting(self) -> Request | None:
+        """The request that will be admitted next; None if none waits."""
+        return self._waiting[0] if self._waiting else None
 
     @property
     def running(self) -> Iterable[Request]:
@@ -177,10 +182,10 @@ class RequestQueue:
         if request in self._running:
             del self._running[request]
             self._running_work -= request.work
-            self._release(request)
         else:
             self._waiting.remove(request)
             self._waiting_work -= request.work
+        self._release(request)
         request.future.spans = request.spans(self._clock())
         self.counters.note_end(request.future.timing, None if end.error is None else end.error.code)
         # A new attempt, so that results of work that is still under way for the request are dropped.

@@ -59,12 +59,13 @@ class Request:
         deadline_s: When the request fails if it has not ended; None: never.
         num_threads: The number of CPU threads of the caller. Bits depend on it, so every thread that works for the request
             uses this number.
-        attempt: The number of the attempt, which grows when the request is requeued or ends. Work for an earlier attempt is
-            dropped.
+        attempt: The number of the attempt, which grows when the request is requeued or ends, or must be encoded again. Work for
+            an earlier attempt is dropped.
         has_begun: Whether the future's own `cancel` no longer works.
-        conditioning: The data that its samples share; None until the prompts are encoded.
+        conditioning: The data that its samples share; None until the request is admitted and its prompts are encoded.
         results: The answers so far, by the place of their sample.
         admitted_s: When the request was admitted.
+        encoding_s: When it was admitted or its encoding was begun, whichever came first; None until it is encoded.
         encoded_s: When its conditioning was complete.
         started_s: When its first sample started.
         denoised_s: When its last sample took its last step.
@@ -83,6 +84,7 @@ class Request:
     conditioning: Conditioning | None = None
     results: dict[int, Any] = field(default_factory=dict)
     admitted_s: float | None = None
+    encoding_s: float | None = None
     encoded_s: float | None = None
     started_s: float | None = None
     denoised_s: float | None = None
@@ -98,6 +100,15 @@ class Request:
         """The amount of work, to which the request's time is roughly proportional: pixels x steps x samples."""
         return self.plan.work
 
+    def resembles(self, other: Request) -> bool:
+        """Returns whether samples of both are likely to share forwards, as far as it is known before they are encoded."""
+        return self.num_threads == other.num_threads and self.plan.geometry == other.plan.geometry
+
+    def note_encoded(self, started_s: float, now_s: float) -> None:
+        """Notes that the request was encoded from `started_s` on, which may have been before it was admitted."""
+        self.encoding_s = started_s if self.admitted_s is None else min(self.admitted_s, started_s)
+        self.encoded_s = now_s
+
     def note_denoised(self, now_s: float) -> None:
         """Notes that one more sample took its last step."""
         self.num_denoised += 1
@@ -109,12 +120,13 @@ class Request:
         self.attempt += 1
         self.conditioning = None
         self.results.clear()
-        self.admitted_s = self.encoded_s = self.started_s = self.denoised_s = None
+        self.admitted_s = self.encoding_s = self.encoded_s = self.started_s = self.denoised_s = None
         self.num_denoised = 0
 
     def spans(self, now_s: float) -> tuple[StageSpan, ...]:
         """Returns how the time of the request was spent if it ends at `now_s`."""
-        moments = (self.accepted_s, self.admitted_s, self.encoded_s, self.started_s, self.denoised_s)
+        encoding_s = self.admitted_s if self.encoding_s is None else self.encoding_s
+        moments = (self.accepted_s, encoding_s, self.encoded_s, self.started_s, self.denoised_s)
         noted = [moment_s for moment_s in moments if moment_s is not None]
         return tuple(
             StageSpan(stage=stage, start_s=start_s, end_s=end_s)

@@ -34,10 +34,13 @@ class RunningSamples:
         self.num_in_memory = self.pixels_in_memory = self.num_decoding = 0
         self._backoff = OomBackoff()
 
-    @property
-    def num_ready(self) -> int:
-        """The number of samples that wait to start."""
-        return len(self._ready)
+    def has_room(self, pixels: int) -> bool:
+        """Returns whether a sample with this number of pixels may start once those that wait have started."""
+        return self._limits.admits(
+            pixels=pixels,
+            num_running=self.num_in_memory + len(self._ready),
+            running_pixels=self.pixels_in_memory + sum(sample.request.pixels for sample in self._ready),
+        )
 
     def add_ready(self, request: Request) -> None:
         """Adds the samples of a request to those that wait to start; they start in the order in which they were added."""
@@ -82,7 +85,16 @@ class RunningSamples:
 
     def next_batch(self) -> tuple[Hashable, list[RunningSample]]:
         """Returns the samples that take the next step together, and their batch key."""
-        return self._lanes.next(lambda key: self._backoff.most(key, self._limits.max_batch_samples))
+        return self._lanes.next(self._most)
+
+    def next_with_room(self) -> RunningSample | None:
+        """Returns the oldest of the samples that take the next step, if more could take it with them; None otherwise."""
+        key, batch = self._lanes.peek(self._most)
+        return batch[0] if batch and len(batch) < self._most(key) else None
+
+    def _most(self, key: Hashable) -> int:
+        """Returns how many samples with this batch key may share a forward."""
+        return self._backoff.most(key, self._limits.max_batch_samples)
 
     def step(self, runner: Executor, key: Hashable, batch: Sequence[RunningSample]) -> dict[int, Sample | BaseException]:
         """Takes one step of a batch; returns, by id, the finished and the forked samples and the errors of the failed ones.

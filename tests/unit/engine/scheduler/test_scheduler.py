@@ -289,21 +289,6 @@ def test_nothing_starts_in_a_freeze(hand: Hand) -> None:
     assert hand.scheduler.load().running_samples == 0
 
 
-@pytest.mark.parametrize(("batch", "running", "ahead"), [(2, 4, 2), (2, 1, 1)])
-def test_no_more_requests_are_encoded_ahead_than_can_share_the_next_forward(
-    engine: Engine, batch: int, running: int, ahead: int
-) -> None:
-    hand = Hand(engine, max_batch_samples=batch, max_running_samples=running)
-    hand.begin(*[{"seed": seed} for seed in range(12)])
-    assert (hand.stats()["running"], hand.stats()["pending"]) == (ahead, 12 - ahead)
-    for _ in range(2 * running):  # as many start as may run
-        hand.step()
-        while hand.encode():
-            pass
-        assert hand.stats()["running"] <= running + ahead
-    assert hand.stats()["running"] == running + ahead
-
-
 def test_an_exclusive_action_that_aborts_goes_through_a_freeze(hand: Hand) -> None:
     (request,) = hand.begin({"seed": 5})
     hand.step()
@@ -440,8 +425,8 @@ def test_retry_after_follows_from_the_work_that_is_ahead_and_how_fast_it_is_done
     hand.abort(None)
     hand.submit(num_outputs_per_prompt=2)
     hand.submit(max_waiting=4)
-    # There was room meanwhile, which ends the appointments: 8 s and 4 s of work are ahead.
-    assert 0.75 * 6.0 <= refused_s() <= 6.0
+    # There was room meanwhile, which ends the appointments: half of 8 s of what runs, and 4 s of what waits, are ahead.
+    assert 0.75 * 4.0 <= refused_s() <= 4.0
 
 
 def test_before_anything_has_ended_retry_after_follows_from_how_long_something_waits(hand: Hand) -> None:
