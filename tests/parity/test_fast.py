@@ -1,6 +1,7 @@
 """The fast mode: never the default, the bits of the pipeline's own batch, named in what it makes, never replayed as exact."""
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters import policy, saved
-from tests.guiding import PicturedEngine, in_words_of
+from tests.guiding import PicturedEngine, in_words_of, in_words_of_pipeline
 from tests.pairs import FAMILY_WITH_DTYPE
 from tests.weights import with_other
 from torch import Tensor
@@ -81,10 +82,12 @@ def test_a_fast_group_has_the_bits_of_the_pipelines_batch(
     request = in_words_of(family, {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0})
     pipeline, last = pipeline_of(family, dtype), {}
     arguments: dict[str, Any] = {name: value for name, value in request.items() if name != "images"}
+    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters and "true_cfg_scale" not in request:
+        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
     generators = [torch.Generator(pipeline.device).manual_seed(7 + number) for number in range(4)]
     pictures = pipeline(
         prompt="a photo of two wine glasses",
-        **arguments,
+        **in_words_of_pipeline(pipeline, arguments),
         num_images_per_prompt=4,
         generator=generators,
         output_type="pt",
