@@ -52,6 +52,20 @@ def test_many_prompts_are_encoded_during_one_step_and_their_samples_start_togeth
     assert hand.scheduler.load().batches == {1: 4, 9: 4}
 
 
+def test_where_samples_share_no_forward_one_prompt_at_most_is_encoded_during_a_step(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Executor, "shares_forwards", False)
+    hand.finish(hand.submit())
+    seeds = encoded(hand)
+    requests = [hand.submit(seed=seed) for seed in range(4)]
+    for number in range(1, 5):
+        encode_beside_a_step(hand)
+        assert sum(seeds.values()) == number
+        hand.step()
+    hand.finish(*requests)
+
+
 @pytest.mark.parametrize(("batch", "running", "ahead"), [(2, 4, 2), (2, 1, 1)])
 def test_no_more_requests_are_encoded_ahead_than_can_share_the_next_forward(
     engine: Engine, batch: int, running: int, ahead: int
