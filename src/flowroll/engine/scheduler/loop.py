@@ -463,7 +463,7 @@ class Loop:
         if request is None or sample is None or not self._runner.shares_forwards or not request.resembles(sample.of.request):
             return None
         steps = 1 if sample.first_step is not None else len(sample.of.request.plan.steps)
-        return self._gathering.until_s(request, steps=steps, now_s=self._clock())
+        return self._gathering.until_s(request.id, steps=steps, now_s=self._clock())
 
     def _take_outcomes(self, batch: Sequence[RunningSample], outcomes: Mapping[int, Sample | BaseException]) -> None:
         ended: list[tuple[RunningSample, Sample]] = []

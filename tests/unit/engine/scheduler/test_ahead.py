@@ -277,8 +277,8 @@ def test_a_step_waits_for_nothing_that_would_not_share_its_forward(
 
 def test_before_any_step_was_taken_none_waits() -> None:
     gathering = Gathering()
-    assert gathering.until_s("a", steps=8, now_s=100.0) is None
+    assert gathering.until_s(1, steps=8, now_s=100.0) is None
     gathering.note_step(2.0)
     # It is not waited for later either.
-    assert gathering.until_s("a", steps=8, now_s=100.0) is None
-    assert gathering.until_s("b", steps=8, now_s=100.0) == 116.0
+    assert gathering.until_s(1, steps=8, now_s=100.0) is None
+    assert gathering.until_s(2, steps=8, now_s=100.0) == 116.0
