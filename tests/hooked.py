@@ -10,7 +10,7 @@ WAIT_S = 60.0
 
 
 class HookedEngine(Engine):
-    """Calls `hook` with each request that is admitted, on the encoding thread."""
+    """Calls `hook` with each request before it is encoded, on the encoding thread."""
 
     hook: Callable[[RequestPlan], None] = staticmethod(lambda plan: None)
 

@@ -36,7 +36,8 @@ class Timing:
     """How the time of one request was spent, by stage. The stages follow each other without a gap.
 
     Attributes:
-        queue: The seconds until the request was admitted, plus those from its conditioning to its first sample's first step.
+        queue: The seconds until the request was admitted, or its encoding begun, plus those from its conditioning to its first
+            sample's first step.
         encode: The seconds in the text encoder.
         denoise: The seconds from its first step to the last step of its last sample.
         decode: The seconds from the last step to the answer.

@@ -336,11 +336,16 @@ class Loop:
             self._encode_ahead()
 
     def _encode_ahead(self) -> None:
-        """Has waiting requests encoded in their order, so that their samples can start together when there is room."""
+        """Has waiting requests encoded in their order, so that their samples can start together when there is room.
+
+        Where samples share no forward, nothing is gained by that, and one encoding at most gets in the way of a step.
+        """
         for request in self._queue.waiting:
             if request in self._ahead:
                 continue
             if request.plan.held_policy != self._policy or not self._ahead.has_room:
+                return
+            if self._num_encoding and not self._runner.shares_forwards:
                 return
             self._ahead.begin(request)
             self._encode(request)
@@ -458,7 +463,7 @@ class Loop:
         if request is None or sample is None or not self._runner.shares_forwards or not request.resembles(sample.of.request):
             return None
         steps = 1 if sample.first_step is not None else len(sample.of.request.plan.steps)
-        return self._gathering.until_s(request, steps=steps, now_s=self._clock())
+        return self._gathering.until_s(request.id, steps=steps, now_s=self._clock())
 
     def _take_outcomes(self, batch: Sequence[RunningSample], outcomes: Mapping[int, Sample | BaseException]) -> None:
         ended: list[tuple[RunningSample, Sample]] = []

@@ -110,27 +110,27 @@ class Gathering:
     def __init__(self) -> None:
         self._step_s = 0.0
         self._until_s: float | None = None
-        self._given_up: object = None
+        self._given_up: int | None = None
 
     def note_step(self, seconds: float) -> None:
         """Notes that samples have taken a step, and how long it took."""
         self._step_s, self._until_s = seconds, None
 
-    def until_s(self, request: object, *, steps: int, now_s: float) -> float | None:
+    def until_s(self, request_id: int, *, steps: int, now_s: float) -> float | None:
         """Returns until when to wait for a request, in monotonic seconds; None: no longer.
 
         Args:
-            request: The request.
+            request_id: The request, by its id in the scheduler.
             steps: How many of their steps the samples may wait for.
             now_s: The current time, in monotonic seconds.
         """
-        if request is self._given_up:
+        if request_id == self._given_up:
             return None
         if self._until_s is None:
             self._until_s = now_s + steps * self._step_s
         if now_s < self._until_s:
             return self._until_s
-        self._given_up = request
+        self._given_up = request_id
         return None
 
 

@@ -52,6 +52,20 @@ def test_many_prompts_are_encoded_during_one_step_and_their_samples_start_togeth
     assert hand.scheduler.load().batches == {1: 4, 9: 4}
 
 
+def test_where_samples_share_no_forward_one_prompt_at_most_is_encoded_during_a_step(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Executor, "shares_forwards", False)
+    hand.finish(hand.submit())
+    seeds = encoded(hand)
+    requests = [hand.submit(seed=seed) for seed in range(4)]
+    for number in range(1, 5):
+        encode_beside_a_step(hand)
+        assert sum(seeds.values()) == number
+        hand.step()
+    hand.finish(*requests)
+
+
 @pytest.mark.parametrize(("batch", "running", "ahead"), [(2, 4, 2), (2, 1, 1)])
 def test_no_more_requests_are_encoded_ahead_than_can_share_the_next_forward(
     engine: Engine, batch: int, running: int, ahead: int
@@ -263,8 +277,8 @@ def test_a_step_waits_for_nothing_that_would_not_share_its_forward(
 
 def test_before_any_step_was_taken_none_waits() -> None:
     gathering = Gathering()
-    assert gathering.until_s("a", steps=8, now_s=100.0) is None
+    assert gathering.until_s(1, steps=8, now_s=100.0) is None
     gathering.note_step(2.0)
     # It is not waited for later either.
-    assert gathering.until_s("a", steps=8, now_s=100.0) is None
-    assert gathering.until_s("b", steps=8, now_s=100.0) == 116.0
+    assert gathering.until_s(1, steps=8, now_s=100.0) is None
+    assert gathering.until_s(2, steps=8, now_s=100.0) == 116.0
