@@ -21,9 +21,9 @@ REQUEST: dict[str, Any] = {
     "width": 64,
     "num_inference_steps": 3,
 }
-# How many forms the forwards of a step have, and how many forwards a step of a sample has: branches of one length share a form,
-# and so do the two of a pair a forward. In the other families encoders and blocks make tensors whose shapes are numbers in tensors,
-# which a fake device does not have: Qwen-Image-Edit has the transformer of Qwen-Image, and Qwen-Image-2.1 is not recorded.
+# How many forms the forwards of a step have, and how many forwards a step of a sample has: branches of one length share a form.
+# In the other families encoders and blocks make tensors whose shapes are numbers in tensors, which a fake device does not have:
+# Qwen-Image-Edit has the transformer of Qwen-Image, and Qwen-Image-2.1 is not recorded.
 FORWARDS = {"qwen_image": (2, 2), "z_image": (1, 1), "sd3": (1, 1), "flux": (1, 1), "flux2": (1, 2)}
 
 

@@ -20,10 +20,12 @@ from flowroll import Rollout
 from flowroll.engine import Engine
 from flowroll.engine import config as engine_config
 from flowroll.engine.config import resolve_graphs
+from flowroll.engine.service import EngineService
 from flowroll.engine.weights import receiver, shares, staged
 from flowroll.errors import InvalidRequestError
 from flowroll.exact import cuda_graphs, graphs
 from flowroll.families import FAMILIES
+from flowroll.serving.metrics import EngineCollector
 from flowroll.types import Layout
 
 GROUP: dict[str, Any] = {**REQUEST, "num_inference_steps": 3, "num_outputs_per_prompt": 2}
@@ -193,3 +195,23 @@ def test_forwards_are_recorded_on_cuda_with_one_rank_and_eager_kernels(monkeypat
 def test_other_values_are_refused(make: Callable[[], object], words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         make()
+
+
+def test_a_service_tells_what_became_of_forwards(z_image_checkpoint: Path) -> None:
+    with Engine(z_image_checkpoint, device="cpu") as engine, EngineService(engine, max_queue=1) as service:
+        engine.rollout(**GROUP)
+        assert service.status().graphs == engine.graph_counts
+        metrics = EngineCollector()
+        metrics.status = service.status()
+        found = {
+            (sample.name, *sample.labels.values()): sample.value for family in metrics.collect() for sample in family.samples
+        }
+    assert found["flowroll_graphs",] == 1 and found["flowroll_graph_bytes",] > 0
+    assert found["flowroll_graph_forwards_total", "replayed"] == 4 and found["flowroll_graph_forwards_total", "eager"] == 2
+
+
+def test_the_counts_of_engines_add_up() -> None:
+    one = graphs.GraphCounts(recordings=1, num_bytes=10, hits=3, misses=2, dropped={"moved": 1})
+    other = graphs.GraphCounts(recordings=2, num_bytes=5, hits=4, misses=1, dropped={"moved": 2, "evicted": 1})
+    total = graphs.GraphCounts(recordings=3, num_bytes=15, hits=7, misses=3, dropped={"moved": 3, "evicted": 1})
+    assert graphs.GraphCounts.total([one, other]) == total and graphs.GraphCounts.total([]) == graphs.GraphCounts()
