@@ -268,6 +268,11 @@ class Executor:
         self._peers.stage(messages.StageExchange(name=policy), error=EngineError)
         self.commit()
         exchange()
+        self.forget_modulations()
+
+    def forget_modulations(self) -> None:
+        """Drops what modulation layers made of timesteps, because weights may have changed."""
+        self._runner.forget_modulations()
 
     def update_policy(self, name: str, source: str | None, decay: Number | None) -> int:
         """Copies or averages held weights on every rank, and returns their bytes on this one; see `HeldWeights`.
