@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowroll.exact.compiled import is_compiled
-from flowroll.exact.graphs import RunForward
+from flowroll.exact.graphs import RunForward, runs_plainly
 from flowroll.families import ForwardInput, Output, Transformer
 from flowroll.parallel.paths import find_modules
 
@@ -40,6 +40,22 @@ class _Kept:
     outputs: Tensor
     # How often torch has seen it written to.
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """Stands for the forward of a layer during one forward of the model."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.function(*args)
+
+
+def without_stand_in(copied: nn.Module) -> None:
+    """Makes a shallow copy of a layer, which may have been made during a forward of the model on another thread, run itself."""
+    if isinstance(copied.__dict__.get("forward"), _StandIn):
+        del copied.__dict__["forward"]
 
 
 class Modulations:
@@ -75,9 +91,10 @@ class Modulations:
             forward_input: The arguments of the forward.
             number: The timestep, as a number of the host.
         """
+        if not isinstance(transformer, nn.Module) or not runs_plainly():
+            return None
         key = self._key(transformer, forward_input, number)
-        kept = self._kept.get(key)
-        if kept is None or torch.is_grad_enabled():
+        if (kept := self._kept.get(key)) is None:
             return None
         if kept.outputs._version != kept.version:
             self._refuse(transformer, key, "the model writes into them")
@@ -105,8 +122,10 @@ class Modulations:
 
     def keep(self, run: RunForward, transformer: Transformer, forward_input: ForwardInput, number: float) -> Output:
         """Runs a forward, and keeps what its layers make of the timestep."""
+        if not isinstance(transformer, nn.Module) or not runs_plainly():
+            return run(transformer, forward_input)
         key = self._key(transformer, forward_input, number)
-        if torch.is_grad_enabled() or not isinstance(transformer, nn.Module) or self._is_refused(transformer, key):
+        if self._is_refused(transformer, key):
             return run(transformer, forward_input)
         modules = self._modules(transformer)
         found: dict[str, Tensor] = {}
@@ -183,7 +202,7 @@ def _part(outputs: Tensor, place: tuple[int, tuple[int, ...]]) -> Tensor:
 @contextlib.contextmanager
 def _in_place_of(modules: Mapping[str, nn.Module], make: Callable[[str, nn.Module], Callable[..., Tensor]]) -> Iterator[None]:
     """Calls other functions in place of the forwards of modules."""
-    made = {name: make(name, module) for name, module in modules.items()}
+    made = {name: _StandIn(make(name, module)) for name, module in modules.items()}
     for name, module in modules.items():
         module.__dict__["forward"] = made[name]
     try:

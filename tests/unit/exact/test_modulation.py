@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.adapters import policy, saved
 from tests.tape import TapeRecorder
 
+from flowroll.engine.adapters.files import find_adapter, read_adapter
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import load_model
 from flowroll.exact import Alone, GraphedForwards, Modulations
@@ -142,6 +144,27 @@ def test_modules_are_left_as_they_were(model: Model) -> None:
     model.check(0.9)
     model.check(0.9)
     assert not any("forward" in module.__dict__ for module in model.loaded.transformer.modules())
+
+
+def test_an_adapter_that_is_made_during_a_forward_has_layers_of_its_own(model: Model, tmp_path: Path) -> None:
+    """It is staged on another thread, and copies the modules above the layers that it changes."""
+    transformer = model.loaded.transformer
+    trained = policy(transformer, targets=["0.adaLN_modulation.0"])
+    files = find_adapter(saved(trained, tmp_path / "adapter"))
+    made: list[Any] = []
+    layer = transformer.layers[1]
+    hook = layer.register_forward_hook(lambda *_: made.append(stage(model, files)))
+    for _ in range(2):
+        model.check(0.9)
+    hook.remove()
+    assert len(made) == 4
+    for adapter in made:
+        assert not any("forward" in module.__dict__ for module in adapter.transformer.modules())
+
+
+def stage(model: Model, files: Any) -> Any:
+    data = read_adapter(files, max_bytes=2**30)
+    return model.loaded.adapters.stage(data, name="a", merged=False)
 
 
 def test_a_forward_without_a_number_computes_them(model: Model) -> None:
