@@ -15,7 +15,7 @@ from benchmarks.gpu.models import SEED, Run, build
 from benchmarks.gpu.report import Report
 from flowroll import replay
 from flowroll.engine import Engine
-from flowroll.exact import PlainBatch, choose_strategy, use_exact_kernels
+from flowroll.exact import GraphedForwards, PlainBatch, choose_strategy, recorder_for, use_exact_kernels
 from flowroll.families import FAMILIES
 from flowroll.testing import make_checkpoint
 
@@ -29,7 +29,8 @@ TINY_CELLS = ((64, 1), (64, 3))
 # How many steps are timed, unless they take longer together than so many seconds.
 STEPS, CELL_S = 5, 5.0
 WARM = 2
-NO_GRAPHS = "flowroll has no CUDA graphs"
+# Of recordings; more than a cell takes.
+GRAPH_BYTES = 8 * 2**30
 
 
 def steps(report: Report, device: torch.device, is_tiny: bool, *, family: str) -> None:
@@ -41,6 +42,7 @@ def steps(report: Report, device: torch.device, is_tiny: bool, *, family: str) -
     for size, samples in cells:
         for way in ("exact", "merged", "plain") if samples > 1 else ("exact", "plain"):
             _time(report, model, family, size, samples, way, "eager", device)
+    _graphed(report, model, family, cells, device)
     _compiled_exactly(report, model, family, cells, device)
     del model
     with report.trying(f"{family}, plain, compiled"):
@@ -51,8 +53,26 @@ def steps(report: Report, device: torch.device, is_tiny: bool, *, family: str) -
         model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager" if is_tiny else "inductor")
         for size, samples in cells:
             _time(report, model, family, size, samples, "plain", "compiled", device)
-    for way in ("exact", "plain"):
-        report.skip(f"{family}, {way}, graphs", NO_GRAPHS)
+
+
+def _graphed(report: Report, model: Any, family: str, cells: Any, device: torch.device) -> None:
+    """Times the steps as the engine takes them of small samples: recorded, and replayed."""
+    if (recorder := recorder_for(device)) is None:
+        report.skip(f"{family}, exact, graphs", "forwards are recorded as graphs on CUDA alone")
+        return
+    graphs = GraphedForwards(recorder, max_bytes=GRAPH_BYTES)
+    for size, samples in cells:
+        before = graphs.counts.hits
+        _time(report, model, family, size, samples, "exact", "graphs", device, graphs)
+        counts = graphs.counts
+        report.add(
+            f"{family}, graphs, {size} x {size}, {samples} samples",
+            recordings=counts.recordings,
+            num_bytes=counts.num_bytes,
+            replayed=counts.hits - before,
+            dropped=dict(counts.dropped),
+        )
+    graphs.forget()
 
 
 def _compiled_exactly(report: Report, model: Any, family: str, cells: Any, device: torch.device) -> None:
@@ -62,7 +82,17 @@ def _compiled_exactly(report: Report, model: Any, family: str, cells: Any, devic
             _time(report, model, family, size, samples, "exact", "compiled", device)
 
 
-def _time(report: Report, model: Any, name: str, size: int, samples: int, way: str, kernels: str, device: torch.device) -> None:
+def _time(
+    report: Report,
+    model: Any,
+    name: str,
+    size: int,
+    samples: int,
+    way: str,
+    kernels: str,
+    device: torch.device,
+    graphs: GraphedForwards | None = None,
+) -> None:
     """Times the steps of one kind: `exact` as the engine does by default, `merged` in one forward, `plain` as a usual batch."""
     what = f"{name}, {way}, {kernels}, {size} x {size}, {samples} samples"
     family, dtype = FAMILIES[name], torch.bfloat16
@@ -72,7 +102,8 @@ def _time(report: Report, model: Any, name: str, size: int, samples: int, way: s
     if way == "plain":
         strategy: Any = PlainBatch(family, dtype)
     else:
-        strategy = choose_strategy(family, device=device, dtype=dtype, name="merged" if way == "merged" else None)
+        chosen = "merged" if way == "merged" else None
+        strategy = choose_strategy(family, device=device, dtype=dtype, name=chosen, graphs=graphs)
     with report.trying(what), torch.no_grad():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

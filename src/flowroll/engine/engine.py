@@ -859,10 +859,17 @@ class Engine:
         """
         self._check_open()
         if self.scheduler.is_in_exclusive_task:
-            return action()
+            return self._changing(action)
         self.scheduler.start()
-        result: T = self.scheduler.exclusive(action, mode=mode, is_newer=is_newer).result()
+        result: T = self.scheduler.exclusive(lambda: self._changing(action), mode=mode, is_newer=is_newer).result()
         return result
+
+    def _changing(self, action: Callable[[], T]) -> T:
+        """Runs an action that may change weights, and forgets what was computed with the old ones."""
+        try:
+            return action()
+        finally:
+            self._executor.forget_modulations()
 
     def interrupt(self) -> None:
         """Ends every request and every later call in a `ShuttingDownError`. May be called from any thread."""

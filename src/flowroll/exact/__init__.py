@@ -23,6 +23,7 @@ from flowroll.exact.decoding import SharedDecoding
 from flowroll.exact.findings import FINDINGS, cache_folder
 from flowroll.exact.graphs import GraphCounts, GraphedForwards
 from flowroll.exact.kernels import KernelSet, has_amx, use_exact_kernels
+from flowroll.exact.modulation import Modulations, without_stand_in
 from flowroll.exact.ranks import all_ranks_agree, run_on_groups
 from flowroll.exact.strategy import Alone, Forward, Merged, PlainBatch, RunForwards, Strategy, choose_strategy, run_here
 
@@ -36,6 +37,7 @@ __all__ = [
     "GraphedForwards",
     "KernelSet",
     "Merged",
+    "Modulations",
     "PlainBatch",
     "RunForwards",
     "SharedDecoding",
@@ -56,4 +58,5 @@ __all__ = [
     "run_here",
     "run_on_groups",
     "use_exact_kernels",
+    "without_stand_in",
 ]

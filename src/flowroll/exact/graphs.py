@@ -262,16 +262,20 @@ def _key(transformer: Transformer, forward_input: ForwardInput, tensors: list[Te
 
     It begins with a weak reference, which is equal to no other model's.
     """
-    is_plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    if not is_plain or not isinstance(transformer, nn.Module) or torch._C._len_torch_function_stack():
-        return None
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+    if not isinstance(transformer, nn.Module) or not runs_plainly():
         return None
     try:
         form = form_of(forward_input, tensors)
     except NoFormError:
         return None
     return weakref.ref(transformer), form, torch.get_num_threads()
+
+
+def runs_plainly() -> bool:
+    """Tells whether nothing around a forward changes what it runs: gradients, inference mode, autocast, a function mode."""
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch._C._len_torch_function_stack():
+        return False
+    return not any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def _compare(recorded: _Recorded, tensors: list[Tensor], expected: list[Tensor]) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flowroll.exact.graphs import GraphedForwards
+from flowroll.exact.graphs import GraphedForwards, RunForward
+from flowroll.exact.modulation import Modulations
 from flowroll.exact.padding import padded_length
 from flowroll.exact.sharing import SharedForwards
 from flowroll.families import Family, ForwardInput, Geometry, Output, StepInput, Transformer
@@ -81,8 +82,9 @@ class Strategy(ABC):
     name: ClassVar[str]
     is_exact: ClassVar[bool] = True
 
-    # What records forwards; None where none are recorded.
+    # What records forwards, and what keeps modulations; None where nothing does.
     graphs: GraphedForwards | None = None
+    modulations: Modulations | None = None
 
     def __init__(self, family: Family, dtype: torch.dtype, run: RunForwards = run_here) -> None:
         self.family, self.dtype, self._run = family, dtype, run
@@ -111,15 +113,13 @@ class Strategy(ABC):
             One velocity per sample, in the order of the inputs.
         """
         own = [self.family.forward_inputs(one, self.dtype) for one in inputs]
-        geometries = [one.geometry for some, one in zip(own, inputs, strict=True) for _ in some]
-        outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some], geometries))
+        owners = [one for some, one in zip(own, inputs, strict=True) for _ in some]
+        outputs = iter(self._outputs(transformer, [forward_input for some in own for forward_input in some], owners))
         return [self.family.apply_guidance([next(outputs) for _ in some], one) for some, one in zip(own, inputs, strict=True)]
 
-    def _outputs(
-        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
-    ) -> list[Output]:
-        """Returns one output per forward input."""
-        grouped = self._forwards(transformer, inputs, geometries)
+    def _outputs(self, transformer: Transformer, inputs: Sequence[ForwardInput], owners: Sequence[StepInput]) -> list[Output]:
+        """Returns one output per forward input, each of which belongs to a step input."""
+        grouped = self._forwards(transformer, inputs, owners)
         forwards = [
             Forward(
                 inputs=tuple(inputs[index] for index in members),
@@ -135,7 +135,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def _forwards(
-        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], owners: Sequence[StepInput]
     ) -> list[tuple[list[int], Compute]]:
         """Groups the inputs that share a forward, and says how each group is computed."""
 
@@ -148,31 +148,42 @@ class Alone(Strategy):
         dtype: The transformer's dtype.
         run: Runs the forwards of one step.
         graphs: Records forwards of small samples and replays them; None: every forward runs eagerly.
+        modulations: Keeps what modulation layers make of a timestep; None: every forward computes it.
     """
 
     name = "alone"
 
     def __init__(
-        self, family: Family, dtype: torch.dtype, run: RunForwards = run_here, graphs: GraphedForwards | None = None
+        self,
+        family: Family,
+        dtype: torch.dtype,
+        run: RunForwards = run_here,
+        graphs: GraphedForwards | None = None,
+        modulations: Modulations | None = None,
     ) -> None:
         super().__init__(family, dtype, run)
-        self.graphs = graphs
+        self.graphs, self.modulations = graphs, modulations
 
     @override
     def _forwards(
-        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], owners: Sequence[StepInput]
     ) -> list[tuple[list[int], Compute]]:
-        def compute(some: Sequence[ForwardInput]) -> list[Output]:
-            return self.family.run_in_turn(transformer, some)
+        def by(owner: StepInput) -> Compute:
+            return lambda some: [self._output(transformer, one, owner) for one in some]
 
-        graphs = self.graphs
-        if graphs is None:
-            return [([index], compute) for index in range(len(inputs))]
+        return [([index], by(owner)) for index, owner in enumerate(owners)]
 
-        def replay(some: Sequence[ForwardInput]) -> list[Output]:
-            return [graphs.run(self.family.run, transformer, one) for one in some]
-
-        return [([index], replay if graphs.takes(geometry) else compute) for index, geometry in enumerate(geometries)]
+    def _output(self, transformer: Transformer, one: ForwardInput, owner: StepInput) -> Output:
+        run: RunForward = self.family.run
+        modulations = self.modulations
+        if modulations is not None and owner.number is not None:
+            given = modulations.given(transformer, one, owner.number)
+            if given is None:
+                return modulations.keep(run, transformer, one, owner.number)
+            run, one = modulations.running(run), given
+        if self.graphs is not None and self.graphs.takes(owner.geometry):
+            return self.graphs.run(run, transformer, one)
+        return run(transformer, one)
 
 
 class Grouped(Strategy):
@@ -180,11 +191,11 @@ class Grouped(Strategy):
 
     @override
     def _forwards(
-        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], owners: Sequence[StepInput]
     ) -> list[tuple[list[int], Compute]]:
         groups: dict[Hashable, list[int]] = {}
-        for index, (one, geometry) in enumerate(zip(inputs, geometries, strict=True)):
-            groups.setdefault(self._key(one, geometry), []).append(index)
+        for index, (one, owner) in enumerate(zip(inputs, owners, strict=True)):
+            groups.setdefault(self._key(one, owner.geometry), []).append(index)
 
         def compute(some: Sequence[ForwardInput]) -> list[Output]:
             return self._together(transformer, some)
@@ -222,11 +233,11 @@ class Merged(Grouped):
 
     @override
     def _forwards(
-        self, transformer: Transformer, inputs: Sequence[ForwardInput], geometries: Sequence[Geometry | None]
+        self, transformer: Transformer, inputs: Sequence[ForwardInput], owners: Sequence[StepInput]
     ) -> list[tuple[list[int], Compute]]:
         return [
             (part, compute)
-            for members, compute in super()._forwards(transformer, inputs, geometries)
+            for members, compute in super()._forwards(transformer, inputs, owners)
             for part in self._by_length(transformer, inputs, members)
         ]
 
@@ -285,6 +296,7 @@ def choose_strategy(
     name: StrategyName | None = None,
     with_programs: bool = False,
     graphs: GraphedForwards | None = None,
+    modulations: Modulations | None = None,
 ) -> Strategy:
     """Makes the strategy for a device: merged on a CPU, alone on other devices, whose kernels have not been measured.
 
@@ -300,7 +312,8 @@ def choose_strategy(
         with_programs: Whether shared forwards may skip the model's Python code (`programs`): nothing but weights ever changes
             in a transformer that is run.
         graphs: Records and replays forwards of samples that run alone.
+        modulations: Keeps the modulations of samples that run alone.
     """
     if not family.shares_forwards or (name or ("merged" if device.type == "cpu" else "alone")) == "alone":
-        return Alone(family, dtype, run, graphs)
+        return Alone(family, dtype, run, graphs, modulations)
     return Merged(family, dtype, run, agree, with_programs=with_programs)

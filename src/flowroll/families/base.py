@@ -70,6 +70,7 @@ class StepInput:
         is_first: Whether this is the first step of its sample.
         fixed: `Family.fixed_inputs` of the environment, where they were made already.
         geometry: The geometry from which the environment's size fields were made; None: they came from elsewhere.
+        number: The timestep of the schedule that `timestep` is made of, as a number of the host; None: it is not known.
     """
 
     latents: Float[Tensor, " *latent"]
@@ -79,6 +80,7 @@ class StepInput:
     is_first: bool
     fixed: Sequence[ForwardInput] | None = None
     geometry: Geometry | None = None
+    number: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,8 @@ class Family(ABC):
         shares_forwards: Whether several samples can go through the model in one forward.
         conditioning: The declaration of a forward's arguments.
         parallel_plan: The parts of the transformer that can be sharded.
+        modulation: The paths of layers whose input is made of the timestep and of nothing else, with wildcards. Each is called
+            once in a forward.
     """
 
     name: ClassVar[str]
@@ -135,6 +139,7 @@ class Family(ABC):
     shares_forwards: ClassVar[bool] = True
     conditioning: ClassVar[Conditioning]
     parallel_plan: ClassVar[ParallelPlan]
+    modulation: ClassVar[tuple[str, ...]] = ()
 
     def variants_of(self, index: Mapping[str, object]) -> Sequence[str]:
         """Returns the variants that a checkpoint may be used as, by its model_index.json; by default all of them.

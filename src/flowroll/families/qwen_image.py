@@ -79,6 +79,8 @@ class QwenImage(Family):
         ),
     )
 
+    modulation: ClassVar[tuple[str, ...]] = ("transformer_blocks.*.img_mod", "transformer_blocks.*.txt_mod", "norm_out.linear")
+
     @override
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config

@@ -97,6 +97,12 @@ class ZImage(Family):
         ),
     )
 
+    modulation: ClassVar[tuple[str, ...]] = (
+        "noise_refiner.*.adaLN_modulation",
+        "layers.*.adaLN_modulation",
+        "all_final_layer.*.adaLN_modulation",
+    )
+
     @override
     def spec(self, pipeline: Any) -> ModelSpec:
         config = pipeline.transformer.config

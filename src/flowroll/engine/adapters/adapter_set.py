@@ -27,7 +27,7 @@ from flowroll.engine.adapters.files import AdapterData, refused, unreadable
 from flowroll.engine.adapters.pushed import PUSHED_ADAPTER, LoraFactors
 from flowroll.engine.weights.staged import listed
 from flowroll.errors import InvalidRequestError
-from flowroll.exact import rebind_compiled
+from flowroll.exact import rebind_compiled, without_stand_in
 from flowroll.families.checksums import layers_checksum
 from flowroll.parallel.linears import ColumnParallelLinear
 from flowroll.types import DEFAULT_POLICY, AdapterRecord, LoraAdapter, Number, all_finite
@@ -378,6 +378,7 @@ def _twin(module: nn.Module) -> nn.Module:
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
     rebind_compiled(twin)
+    without_stand_in(twin)
     return twin
 
 

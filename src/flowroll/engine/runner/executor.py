@@ -244,6 +244,11 @@ class Executor:
         """
         if policy != self._weights.held.active:
             self.change(PutInPlace(name=policy))
+            self.forget_modulations()
+
+    def forget_modulations(self) -> None:
+        """Drops what modulation layers made of timesteps, because weights may have changed."""
+        self._runner.forget_modulations()
 
     @contextlib.contextmanager
     def gathering(self, names: tuple[str, ...]) -> Iterator[None]:

@@ -117,9 +117,15 @@ class ModelRunner:
         self._num_unborn[sample_id] = plan.forks[len(sample.planned.branches)][1]
 
     def forget_recordings(self) -> None:
-        """Drops recorded forwards, whose memory is needed, or whose weights leave it."""
+        """Drops recorded forwards and kept modulations, whose memory is needed, or whose weights leave it."""
         if (graphs := self.model.strategy.graphs) is not None:
             graphs.forget()
+        self.forget_modulations()
+
+    def forget_modulations(self) -> None:
+        """Drops what modulation layers made of timesteps, because weights may have changed."""
+        if (modulations := self.model.strategy.modulations) is not None:
+            modulations.forget()
 
     def drop_request(self, request_id: int) -> None:
         """Forgets a request and its samples."""

@@ -34,6 +34,7 @@ class Conditioning:
         env: The transformer's fixed arguments.
         fixed: The same with the guidance of each kind of step, and as the forwards of such a step take them.
         timesteps: The timesteps as the model takes them.
+        numbers: The timesteps of the schedule, as numbers of the host.
         dts: The next sigma minus the sigma, of each step.
         record: The record of how the samples are made.
     """
@@ -44,6 +45,7 @@ class Conditioning:
     env: DenoisingEnv
     fixed: Mapping[Guidance, tuple[DenoisingEnv, Sequence[ForwardInput]]]
     timesteps: Float[Tensor, " steps"]
+    numbers: tuple[float, ...]
     dts: Float[Tensor, " steps"]
     record: SamplingRecord
 
@@ -64,6 +66,7 @@ class Conditioning:
             env=env,
             fixed=_fixed_inputs(plan, model, env),
             timesteps=timesteps,
+            numbers=tuple(plan.schedule.timesteps.tolist()),
             dts=sigmas[1:] - sigmas[:-1],
             record=record,
         )
@@ -180,6 +183,7 @@ class Sample:
             is_first=self.step == 0,
             fixed=fixed,
             geometry=conditioning.plan.geometry,
+            number=conditioning.numbers[self.step],
         )
 
     @property
