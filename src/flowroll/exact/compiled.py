@@ -85,14 +85,11 @@ def compile_blocks(transformer: nn.Module, settings: Settings = EXACT_SETTINGS) 
 
     Raises:
         InvalidRequestError: This torch has not all of the settings, there is no C++ compiler, the weights are sharded, or the
-            transformer is of a class whose compiled blocks were not proved, or has blocks whose `forward` something else has
-            replaced.
+            transformer's class was not proved, or not in its dtype, or something else has replaced the `forward` of a block.
     """
     check_can_compile(_device_of(transformer), settings)
-    if settings == EXACT_SETTINGS and (kind := type(transformer).__name__) not in _PROVED:
-        raise _unfit(
-            "compile", f"be off but for {', '.join(sorted(_PROVED))}, whose kernels were proved", kind, "leave compile out"
-        )
+    if settings == EXACT_SETTINGS:
+        _check_proved(transformer)
     if any(mesh_of(weight) is not None for weight in transformer.parameters()):
         raise _unfit("transformer", "have whole weights to be compiled", "sharded ones", "leave compile out")
     blocks = list(_repeated_blocks(transformer))
@@ -168,7 +165,7 @@ def _check_proved(transformer: nn.Module) -> None:
     kind = type(transformer).__name__
     dtypes = {weight.dtype for block in _repeated_blocks(transformer) for weight in block.parameters()}
     if len(dtypes) > 1 or not dtypes.issubset(_PROVED.get(kind, ())):
-        proved = (f"{name} in {_named(*dtypes)}" for name, dtypes in _PROVED.items())
+        proved = (f"{name} in {_named(*known)}" for name, known in _PROVED.items())
         rule = f"be off but for what was proved ({'; '.join(proved)})"
         raise _unfit("compile", rule, f"{kind} in {_named(*dtypes)}", "leave compile out")
 
