@@ -14,17 +14,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+import torch.fx.experimental._config
+from torch import Tensor, nn
 
 from flowroll.errors import InvalidRequestError
 from flowroll.types.tensors import mesh_of
 
+# Options of Inductor's, by name.
+Settings: TypeAlias = Mapping[str, str | int | bool]
 # What makes Inductor's kernels as independent as eager ones: roundings where eager kernels round, no choice by measured
 # time or by the number of rows. On a CPU one thread, since the first shapes that are seen choose the division among threads.
-_SETTINGS: Mapping[str, str | int | bool] = {
+EXACT_SETTINGS: Settings = {
     "emulate_precision_casts": True,
     "deterministic": True,
     "batch_invariant": True,
@@ -33,10 +36,19 @@ _SETTINGS: Mapping[str, str | int | bool] = {
 # How often one kind of block may be compiled in a process: with gradients and without, for one entry and for several, for every
 # width of model, dtype, number of CPU threads and kind of adapter. One more is an error of torch's, and nothing runs eagerly.
 _MOST_COMPILATIONS = 64
+# By default, sizes that are equal when a block is compiled are taken for one, and other shapes are compiled anew.
+_EVERY_SIZE_FOR_ITSELF = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # made at import
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# The transformers whose compiled blocks were shown to be exact among themselves: with gradients and without, whichever shape
-# was compiled first. Of the others no more was looked at than a part of Z-Image's.
-_PROVED = frozenset({"QwenImageTransformer2DModel"})
+# The transformers whose compiled blocks were shown to be exact among themselves, with gradients and without, whichever shape
+# was compiled first, and the dtypes in which they were (tests/parity/test_compiled.py).
+_PROVED: Mapping[str, tuple[torch.dtype, ...]] = {
+    "Flux2Transformer2DModel": (torch.bfloat16,),
+    "FluxTransformer2DModel": (torch.bfloat16,),
+    "QwenImage21Transformer2DModel": (torch.bfloat16,),
+    "QwenImageTransformer2DModel": (torch.bfloat16, torch.float32),
+    "SD3Transformer2DModel": (torch.bfloat16,),
+    "ZImageTransformer2DModel": (torch.bfloat16,),
+}
 
 EAGER = "eager"
 
@@ -44,15 +56,20 @@ EAGER = "eager"
 class CompiledBlock:
     """Stands for the `forward` of a block and runs it compiled. A copy of the block gets its own, which runs the copy."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, settings: Settings) -> None:
         self._block = block
+        self.settings = settings
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the block."""
-        return _compiled(type(self._block).forward)(self._block, *args, **kwargs)
+        """Runs the block: compiled, but for a call that is given numbers, each of which would be compiled anew."""
+        forward = type(self._block).forward
+        if _has_numbers((args, tuple(kwargs.values()))):
+            return forward(self._block, *args, **kwargs)
+        with _EVERY_SIZE_FOR_ITSELF:
+            return _compiled(forward, tuple(self.settings.items()))(self._block, *map(_as_whole, args), **_as_whole(kwargs))
 
 
-def compile_blocks(transformer: nn.Module) -> nn.Module:
+def compile_blocks(transformer: nn.Module, settings: Settings = EXACT_SETTINGS) -> nn.Module:
     """Makes the repeated blocks of a transformer run compiled, in place; the first call of each kind compiles it.
 
     The blocks are the members of the outermost lists of modules, as `transformer_blocks`. Every weight keeps its name. What
@@ -61,18 +78,18 @@ def compile_blocks(transformer: nn.Module) -> nn.Module:
 
     Args:
         transformer: A transformer of diffusers, not in a wrapper of peft's.
+        settings: Options of Inductor's. With others than the exact ones, any transformer is compiled, and nothing is promised.
 
     Returns:
         The same transformer.
 
     Raises:
         InvalidRequestError: This torch has not all of the settings, there is no C++ compiler, the weights are sharded, or the
-            transformer is of a class whose compiled blocks were not proved, or has blocks whose `forward` something else has
-            replaced.
+            transformer's class was not proved, or not in its dtype, or something else has replaced the `forward` of a block.
     """
-    check_can_compile(next((weight.device for weight in transformer.parameters()), torch.device("cpu")))
-    if (kind := type(transformer).__name__) not in _PROVED:
-        raise _unfit("compile", f"be off but for {', '.join(_PROVED)}, whose kernels were proved", kind, "leave compile out")
+    check_can_compile(_device_of(transformer), settings)
+    if settings == EXACT_SETTINGS:
+        _check_proved(transformer)
     if any(mesh_of(weight) is not None for weight in transformer.parameters()):
         raise _unfit("transformer", "have whole weights to be compiled", "sharded ones", "leave compile out")
     blocks = list(_repeated_blocks(transformer))
@@ -81,23 +98,24 @@ def compile_blocks(transformer: nn.Module) -> nn.Module:
             "transformer", "have repeated blocks that nothing else compiles", type(transformer).__name__, "load it anew"
         )
     for block in blocks:
-        if not isinstance(found := block.__dict__.get("forward"), CompiledBlock):
-            if found is not None:
-                other = f"{type(block).__name__} whose forward is {found}"
-                raise _unfit("transformer", "have blocks with a forward of their class", other, "remove that wrapper first")
-            block.forward = CompiledBlock(block)
+        if (found := block.__dict__.get("forward")) is not None and not isinstance(found, CompiledBlock):
+            other = f"{type(block).__name__} whose forward is {found}"
+            raise _unfit("transformer", "have blocks with a forward of their class", other, "remove that wrapper first")
+        block.forward = CompiledBlock(block, settings)
     return transformer
 
 
 def rebind_compiled(copied: nn.Module) -> None:
     """Makes a shallow copy of a compiled block run itself, and not the block that it was copied from."""
-    if isinstance(copied.__dict__.get("forward"), CompiledBlock):
-        copied.forward = CompiledBlock(copied)
+    if isinstance(found := copied.__dict__.get("forward"), CompiledBlock):
+        copied.forward = CompiledBlock(copied, found.settings)
 
 
 def is_compiled(transformer: object) -> bool:
     """Tells whether any part of a transformer runs compiled, by `compile_blocks` or otherwise."""
-    return isinstance(transformer, nn.Module) and (_is_compiled_otherwise(transformer) or any(_own(transformer)))
+    return isinstance(transformer, nn.Module) and (
+        _is_compiled_otherwise(transformer) or any(settings is not None for settings in _own(transformer))
+    )
 
 
 def eager_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -115,18 +133,21 @@ def kernels_of(transformer: object) -> str | None:
     """
     if not isinstance(transformer, nn.Module) or not is_compiled(transformer):
         return EAGER
-    if _is_compiled_otherwise(transformer) or not all(_own(transformer)):
+    if _is_compiled_otherwise(transformer):
         return None
-    return compiled_kernels(next((weight.device for weight in transformer.parameters()), torch.device("cpu")))
+    first, *others = _own(transformer)
+    if first is None or any(settings != first for settings in others):
+        return None
+    return compiled_kernels(_device_of(transformer), first)
 
 
-def compiled_kernels(device: torch.device) -> str:
+def compiled_kernels(device: torch.device, settings: Settings = EXACT_SETTINGS) -> str:
     """Returns the name of the kernels that `compile_blocks` makes on a device: torch, settings and, on a CPU, the compiler."""
-    words = [f"compiled by torch {torch.__version__}", *(f"{name}={value}" for name, value in _SETTINGS.items())]
+    words = [f"compiled by torch {torch.__version__}", *(f"{name}={value}" for name, value in settings.items())]
     return "; ".join([*words, _cpp_compiler()] if device.type == "cpu" else words)
 
 
-def check_can_compile(device: torch.device) -> None:
+def check_can_compile(device: torch.device, settings: Settings = EXACT_SETTINGS) -> None:
     """Refuses a machine that cannot compile blocks.
 
     Raises:
@@ -134,14 +155,33 @@ def check_can_compile(device: torch.device) -> None:
     """
     import torch._inductor
 
-    if missing := sorted(set(_SETTINGS) - set(torch._inductor.list_options())):
+    if missing := sorted(set(settings) - set(torch._inductor.list_options())):
         raise _unfit("compile", f"have Inductor's {', '.join(missing)}", f"torch {torch.__version__}", "install torch 2.13")
     if device.type == "cpu":
         _cpp_compiler()
 
 
-def _own(transformer: nn.Module) -> list[bool]:
-    return [isinstance(block.__dict__.get("forward"), CompiledBlock) for block in _repeated_blocks(transformer)]
+def _check_proved(transformer: nn.Module) -> None:
+    kind = type(transformer).__name__
+    dtypes = {weight.dtype for block in _repeated_blocks(transformer) for weight in block.parameters()}
+    if len(dtypes) > 1 or not dtypes.issubset(_PROVED.get(kind, ())):
+        proved = (f"{name} in {_named(*known)}" for name, known in _PROVED.items())
+        rule = f"be off but for what was proved ({'; '.join(proved)})"
+        raise _unfit("compile", rule, f"{kind} in {_named(*dtypes)}", "leave compile out")
+
+
+def _named(*dtypes: torch.dtype) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _device_of(transformer: nn.Module) -> torch.device:
+    return next((weight.device for weight in transformer.parameters()), torch.device("cpu"))
+
+
+def _own(transformer: nn.Module) -> list[Settings | None]:
+    """Returns the settings of every repeated block; None for one that runs eagerly."""
+    forwards = (block.__dict__.get("forward") for block in _repeated_blocks(transformer))
+    return [forward.settings if isinstance(forward, CompiledBlock) else None for forward in forwards]
 
 
 def _is_compiled_otherwise(transformer: nn.Module) -> bool:
@@ -154,12 +194,26 @@ def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else _repeated_blocks(child)
 
 
+def _has_numbers(value: Any) -> bool:
+    """Tells whether an argument holds whole numbers, as the bounds of a text among tokens."""
+    return type(value) in (int, slice) or (type(value) in (tuple, list) and any(map(_has_numbers, value)))
+
+
+def _as_whole(value: Any) -> Any:
+    """Returns an argument whose tensors are not known as parts of others, which would be kinds of their own to compile."""
+    if isinstance(value, Tensor):
+        return torch.ops.aten._unsafe_view.default(value, value.shape) if value._is_view() else value
+    if type(value) in (tuple, list):
+        return type(value)(map(_as_whole, value))
+    return {name: _as_whole(part) for name, part in value.items()} if type(value) is dict else value
+
+
 @lru_cache(maxsize=64)
-def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], settings: tuple[tuple[str, str | int | bool], ...]) -> Callable[..., Any]:
     """Returns a block's forward, compiled. Blocks of one class share what was compiled, whichever transformer they are of."""
     os.environ.setdefault(_CACHE, str(_cache_folder()))
     compiled: Callable[..., Any] = torch.compile(
-        forward, fullgraph=True, dynamic=True, options=dict(_SETTINGS), recompile_limit=_MOST_COMPILATIONS
+        forward, fullgraph=True, dynamic=True, options=dict(settings), recompile_limit=_MOST_COMPILATIONS
     )  # type: ignore[call-overload]  # its stub lacks recompile_limit
     return compiled
 
