@@ -824,7 +824,13 @@ class Engine:
         if self.scheduler.is_in_exclusive_task:
             return action()
         self.scheduler.start()
-        result: T = self.scheduler.exclusive(action, mode=mode, is_newer=is_newer).result()
+
+        def act() -> T:
+            # A request that was cancelled may have left work on any stream, which reads the weights.
+            self._open_model().streams.synchronize()
+            return action()
+
+        result: T = self.scheduler.exclusive(act, mode=mode, is_newer=is_newer).result()
         return result
 
     def interrupt(self) -> None:
@@ -861,7 +867,7 @@ class Engine:
         images = (blank_image(),) if self.info.max_images else None
         plan = self.plan(SamplingParams(prompt="a red circle", images=images, height=side, width=side, rollout=False))
         with torch.no_grad():
-            forward([Sample.start(self._work.encode(plan), plan.samples[0])])
+            forward([Sample.start(self._work.encode(plan).handed_over(), plan.samples[0])])
 
     def _check_open(self) -> None:
         if (stopped := self.failure or self.scheduler.stopped) is not None:
@@ -933,16 +939,18 @@ class Engine:
             raise
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
-        return as_image(plan, finished, weight_version=self._version_of(finished))
+        with self._model.streams.decoding():
+            return as_image(plan, finished, weight_version=self._version_of(finished))
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
-        return as_rollout(
-            plan,
-            finished,
-            weight_version=self._version_of(finished),
-            peak_memory_mb=self._peak_memory_mb(),
-            maker=self._maker(finished),
-        )
+        with self._model.streams.decoding():
+            return as_rollout(
+                plan,
+                finished,
+                weight_version=self._version_of(finished),
+                peak_memory_mb=self._peak_memory_mb(),
+                maker=self._maker(finished),
+            )
 
     def _maker(self, finished: Finished) -> Provenance:
         policy = finished.sample.conditioning.plan.held_policy

@@ -19,6 +19,7 @@ from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
 from flowroll.engine.facts import ModelFacts, TokenizerFacts
 from flowroll.engine.images import blank_image, open_images
+from flowroll.engine.runner.streams import Streams
 from flowroll.engine.scratch import scratch_folder
 from flowroll.engine.templates import check_chat_template
 from flowroll.engine.tokens import listen
@@ -45,11 +46,13 @@ class LoadedModel(ModelFacts):
         transformer: The denoiser, or this rank's part of it.
         adapters: The transformer with LoRA adapters.
         strategy: Computes the velocities of samples that take a step together.
+        streams: The streams of its device.
     """
 
     transformer: Any
     adapters: AdapterSet
     strategy: Strategy
+    streams: Streams
 
 
 def silence_model_libraries() -> None:
@@ -119,6 +122,7 @@ def build_model(
         strategy=choose_strategy(
             checkpoint.family, device=device, dtype=dtype, name="alone" if is_compiled(transformer) else None, **over_ranks
         ),
+        streams=Streams(device),
         spec=spec,
         schedule_config=checkpoint.schedule_config,
         device=device,
