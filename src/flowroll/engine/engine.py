@@ -45,7 +45,7 @@ from flowroll.engine.scoring import ScorePlan, check_sample, plan_score
 from flowroll.engine.weights.digests import Pieces
 from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights, slots_of
 from flowroll.engine.weights.store import WeightStore
 from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
@@ -166,7 +166,11 @@ class Engine:
             self._peers.serve(self._model.spec, limits)
             certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
             self._keep_findings()
-            self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
+            transformer = self._model.transformer
+            self._offload = WeightOffload(
+                functools.partial(_parameters, self._model, self._pipeline),
+                lambda: [slot.live for slot in slots_of(transformer).values()],
+            )
             versions = WeightVersions()
             self._policies = PolicyTable(self._model.adapters)
             self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
@@ -746,12 +750,12 @@ class Engine:
 
     @property
     def is_asleep(self) -> bool:
-        """Whether the memory of the weights is released."""
+        """Whether the weights are not in place: their memory is released, or they were discarded and no update has come."""
         return self._offload.mode is not None
 
     @property
     def memory_mode(self) -> SleepMode | None:
-        """Where the weights are kept while their memory is released; None if they are in place."""
+        """How the memory of the weights was released; None if they are in place."""
         return self._offload.mode
 
     def sleep(self, mode: SleepMode = "offload") -> MemoryChange:
@@ -763,21 +767,28 @@ class Engine:
         Args:
             mode: "offload": weights on a GPU are moved to pinned memory of the host; those on a CPU stay, and nothing is
                 released. "disk": weights are moved to an unnamed file in the folder for temporary files (TMPDIR).
+                "discard": the transformer's weights are not kept, for a trainer that pushes all of them after `wake`; until
+                such an update is committed, the engine answers as in sleep. The text encoder, the VAE, adapters and policies
+                are kept as with "offload".
 
         Raises:
             EngineError: There is not enough room there, on some rank. Nothing has changed.
         """
         return self._change_memory(
-            lambda: self.is_asleep, lambda: self._offload.prepare_release(mode), lambda: self._executor.stage_release(mode)
+            lambda: self._offload.is_released,
+            lambda: self._offload.prepare_release(mode),
+            lambda: self._executor.stage_release(mode),
         )
 
     def wake(self) -> MemoryChange:
-        """Restores the weights bit for bit. If the engine does not sleep, nothing changes.
+        """Restores the weights bit for bit, those that were discarded without values. If the engine is awake, nothing changes.
 
         Raises:
             EngineError: There is not enough memory, or the disk fails, on some rank. The engine stays asleep.
         """
-        return self._change_memory(lambda: not self.is_asleep, self._offload.prepare_resume, self._executor.stage_resume)
+        return self._change_memory(
+            lambda: not self._offload.is_released, self._offload.prepare_resume, self._executor.stage_resume
+        )
 
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""

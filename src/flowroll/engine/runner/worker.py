@@ -159,7 +159,10 @@ class Worker:
         self._runner = ModelRunner(model, mesh.odd_ranks)
         self._held = HeldWeights(model.transformer)
         transformer = model.transformer
-        self._offload = WeightOffload(lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()])
+        self._offload = WeightOffload(
+            lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()],
+            lambda: [slot.live for slot in slots_of(transformer).values()],
+        )
         # Puts the staged change into effect.
         self._commit: Callable[[], object] | None = None
         self._shares: Shares | None = None
@@ -200,12 +203,12 @@ class Worker:
         model = self._model
         match message:
             case messages.StageWeights():
-                self._stage(functools.partial(_read_weights, model, message))
+                self._stage(functools.partial(_read_weights, model, self._offload, message))
             case messages.StageTensors(tensors=tensors):
                 self._stage(functools.partial(self._make_room, tensors))
             case messages.ReceiveTensors():
                 assert self._shares is not None
-                self._commit, self._shares = _taking(model, self._shares.fill(self._mesh)), None
+                self._commit, self._shares = _taking(model, self._offload, self._shares.fill(self._mesh)), None
             case messages.StageAdapter():
                 self._stage(functools.partial(_read_adapter, model, message))
             case messages.StageRelease(mode=mode):
@@ -265,18 +268,23 @@ class Worker:
             self._mesh.broadcast(tensor)
 
 
-def _read_weights(model: LoadedModel, message: messages.StageWeights) -> Callable[[], None]:
+def _read_weights(model: LoadedModel, offload: WeightOffload, message: messages.StageWeights) -> Callable[[], None]:
     files = WeightFiles(
         module="transformer",
         files=tuple(map(Path, message.files)),
         config=None if message.config is None else Path(message.config),
         stamps=message.stamps,
     )
-    return _taking(model, stage_weights(model.transformer, files))
+    return _taking(model, offload, stage_weights(model.transformer, files))
 
 
-def _taking(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
-    return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
+def _taking(model: LoadedModel, offload: WeightOffload, staged: StagedWeights) -> Callable[[], None]:
+    def conclude() -> None:
+        model.adapters.adopt(model.adapters.over_new_base())
+        # Rank 0 has checked that nothing is missing.
+        offload.note_weights()
+
+    return lambda: staged.commit(conclude)
 
 
 def _average_adapter(model: LoadedModel, message: messages.StagePolicyAdapter) -> Callable[[], None]:
