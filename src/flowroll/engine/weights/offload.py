@@ -150,7 +150,7 @@ class WeightOffload:
     def forget(self) -> None:
         """Drops the kept weights and all parameters; no weights can be restored after that."""
         self._kept = []
-        self._parameters = tuple
+        self._parameters = self._discardable = tuple
 
 
 def _in_host_memory(parameter: Tensor, memory: PinnedMemory) -> _Kept:
