@@ -16,13 +16,17 @@ from benchmarks.rehearsal.models import MODELS, SD35_LARGE
 from benchmarks.rehearsal.tables import write_pages
 
 GROUP = 16
-# What `make test` rehearses: two blocks, a group on one rank, and the first rank of every layout.
+# What `make test` rehearses: two blocks, a group on one rank in two sizes, and the first rank of every layout.
 QUICK_LAYERS = 2
+SIZES = (512, 1024)
 QUICK = [
-    Case(model=model.name, layers=QUICK_LAYERS, size=1024, batch=GROUP if layout == "1" else 1, layout=layout)
-    for layout, model in itertools.product(LAYOUTS, [model for model in MODELS if model is not SD35_LARGE])
+    Case(model=model.name, layers=QUICK_LAYERS, size=size, batch=GROUP if layout == "1" else 1, layout=layout)
+    for layout, size, model in itertools.product(LAYOUTS, SIZES, [model for model in MODELS if model is not SD35_LARGE])
+    if layout == "1" or size == SIZES[-1]
 ]
-FULL = [Case(model=model.name, layers=None, size=1024, batch=1, layout="1") for model in MODELS]
+FULL = [
+    Case(model=model.name, layers=None, size=size, batch=GROUP, layout="1") for model, size in itertools.product(MODELS, SIZES)
+]
 
 
 def main() -> None:

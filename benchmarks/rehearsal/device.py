@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from benchmarks.rehearsal.queues import Queues
+
 CUDA = torch.device("cuda", 0)
 # `c10::DeviceType::CUDA`, and how many types there are at least.
 _CUDA_TYPE, _NUM_TYPES = 1, 16
@@ -72,27 +74,13 @@ def _cuda_guard() -> Iterator[None]:
         register(_CUDA_TYPE, before)
 
 
-class Event:
-    """Stands in for `torch.cuda.Event`, which a CPU build lacks."""
-
-    def __init__(self) -> None:
-        self.streams: list[object] = []
-
-    def record(self, stream: object) -> None:
-        """Notes the stream."""
-        self.streams.append(stream)
-
-    def synchronize(self) -> None:
-        """Returns at once; fails if there is nothing to wait for."""
-        assert self.streams
-
-
 @contextlib.contextmanager
-def stand_ins(peak_bytes: Callable[[], int] = lambda: 0) -> Iterator[list[torch.device]]:
+def stand_ins(peak_bytes: Callable[[], int] = lambda: 0, queues: Queues | None = None) -> Iterator[list[torch.device]]:
     """Replaces the functions of `torch.cuda` that need a driver, and the generators that noise is drawn from.
 
     Args:
         peak_bytes: Returns the most bytes that were allocated.
+        queues: Stand in for streams and events.
 
     Yields:
         A list to which `set_device` appends.
@@ -113,14 +101,13 @@ def stand_ins(peak_bytes: Callable[[], int] = lambda: 0) -> Iterator[list[torch.
     def ordinary(tensor: Tensor, real: Callable[[Tensor], Tensor] = tensors._ordinary) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else real(tensor)
 
+    queues = queues or Queues()
     chosen: list[torch.device] = []
     driver: Mapping[str, Any] = {
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": chosen.append,
-        "Event": Event,
-        "current_stream": lambda device: ("stream of", device),
-        "synchronize": lambda *_: None,
+        **queues.driver,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda _: None,
         "max_memory_allocated": lambda _: peak_bytes(),
@@ -128,6 +115,7 @@ def stand_ins(peak_bytes: Callable[[], int] = lambda: 0) -> Iterator[list[torch.
     with contextlib.ExitStack() as stack:
         for name, function in driver.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", lambda *given: queues.keep_for(*given)))
         # A tensor on the device counts as one with memory.
         stack.enter_context(mock.patch.object(tensors, "_has_memory", has_memory))
         stack.enter_context(mock.patch.object(tensors, "_ordinary", ordinary))

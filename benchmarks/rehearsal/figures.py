@@ -30,7 +30,8 @@ class Case:
         model: The name of the model.
         layers: The most layers of transformer and text encoders; None: all.
         size: Height and width in pixels.
-        batch: The number of samples of the group.
+        batch: The number of samples of the group. With all layers, the first one alone takes steps, and the others wait in
+            memory: each takes the same forward, by itself.
         layout: The name of the layout.
     """
 
@@ -62,6 +63,8 @@ class Figures:
         updating: The peak while new weights arrive.
         asleep: What stays on the device in sleep.
         pinned: Bytes of the host's pinned memory that sleep takes.
+        recorded: Bytes of the host's memory that a group takes at the most, from its start until the answers of the samples
+            that take steps are there.
         waits: How often the host waited, by stage.
     """
 
@@ -81,6 +84,7 @@ class Figures:
     updating: int
     asleep: int
     pinned: int
+    recorded: int
     waits: dict[str, int]
 
 
@@ -93,11 +97,12 @@ def measure(case: Case, folder: Path) -> Figures:
     """
     model = next(one for one in MODELS if one.name == case.model)
     make_folder(model, folder, layers=case.layers)
-    with rehearsal(folder, variant=model.variant, layout=LAYOUTS[case.layout]) as found:
-        return take_figures(found, model, case)
+    stepping = case.batch if case.layers else 1
+    with rehearsal(folder, variant=model.variant, layout=LAYOUTS[case.layout], stepping=stepping) as found:
+        return take_figures(found, model, case, stepping)
 
 
-def take_figures(found: Rehearsal, model: Model, case: Case) -> Figures:
+def take_figures(found: Rehearsal, model: Model, case: Case, stepping: int) -> Figures:
     """Takes an engine through its life, and returns what was counted."""
     request = {
         "prompt": PROMPT,
@@ -108,9 +113,11 @@ def take_figures(found: Rehearsal, model: Model, case: Case) -> Figures:
         "num_inference_steps": STEPS,
     }
     counts = found.counts
+    host = found.meter.host
     rollouts = found.rollouts(case.batch, **request)
+    recorded = max(count.host for stage, count in counts.items() if stage != "load") - host
     step, base = counts["step"], found.weights
-    taken = case.batch * (STEPS - 1)
+    taken = stepping * (STEPS - 1)
     per_step = {name: getattr(step, name) // taken for name in ("kernels", "views", "moved", "gathered", "flops")}
     before = step.kernels
     found.generate(**{**request, "num_inference_steps": 1})
@@ -138,6 +145,7 @@ def take_figures(found: Rehearsal, model: Model, case: Case) -> Figures:
         updating=counts["update"].peak,
         asleep=asleep,
         pinned=pinned,
+        recorded=recorded,
         waits={stage: sum(count.waits.values()) for stage, count in counts.items() if count.waits},
         **per_step,
     )

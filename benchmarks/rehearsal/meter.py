@@ -25,6 +25,8 @@ aten = torch.ops.aten
 STEP = "step"
 # The stage in which a forward is captured as a CUDA graph.
 CAPTURE = "capture"
+# Pinned memory of at least so many bytes is fake.
+_FAKE_BYTES = 2**26
 # CUDA's allocator hands out memory in blocks of this many bytes.
 _BLOCK = 512
 # Operations that run no kernel although their results are no views by their schemas.
@@ -57,6 +59,7 @@ class Count:
         moved: Bytes that kernels read and write, if no cache helps.
         flops: Floating-point operations of products, convolutions and attention, as torch counts them.
         peak: The most bytes that lived on the device at the same time.
+        host: The most bytes that tensors took in the host's memory at the same time, as `Meter.host` counts them.
         gathered: Bytes that came from other ranks.
         waits: How often the host waited for the device, by the place that asked.
     """
@@ -66,6 +69,7 @@ class Count:
     moved: int = 0
     flops: int = 0
     peak: int = 0
+    host: int = 0
     gathered: int = 0
     waits: Counter[str] = field(default_factory=Counter)
 
@@ -84,7 +88,10 @@ class Meter(TorchDispatchMode):
         counts: What was counted, by stage.
         live: Bytes on the device now.
         pinned: Bytes of pinned memory of the host that were asked for.
+        host: Bytes of tensors in the host's memory. Of pinned memory, torch gives none back to the system, so what counts is
+            the most that was in use, each tensor's rounded up to a power of two.
         stage: The stage that is being counted.
+        num_waits: How often the host has waited for the current stream.
     """
 
     def __init__(self, fake: FakeTensorMode, waits: Mapping[str, Mapping[str, str]] | None = None) -> None:
@@ -92,9 +99,12 @@ class Meter(TorchDispatchMode):
         self._fake, self._waits = fake, waits
         self.counts: defaultdict[str, Count] = defaultdict(Count)
         self.stage = "other"
-        self.live = self.pinned = 0
+        self.num_waits = 0
+        self.live = self.pinned = self.host = 0
+        self._pinned_in_use = self._pinned_kept = 0
         self._known: set[int] = set()
         self._pinned: set[int] = set()
+        self._ordinary: set[int] = set()
         # How many entries the last selection by a mask kept: all of them.
         self._kept = 1
 
@@ -109,6 +119,10 @@ class Meter(TorchDispatchMode):
         finally:
             self.stage = before
 
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Tells whether a tensor lies in pinned memory of the host."""
+        return _key(tensor) in self._pinned
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs or stands in for one operation, and counts it."""
         if func is torch.ops.prim.device.default:
@@ -116,13 +130,16 @@ class Meter(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given = _tensors((*args, *kwargs.values()))
         if func is aten.is_pinned.default:
-            return _key(given[0]) in self._pinned
+            return self.is_pinned(given[0])
         if kwargs.pop("pin_memory", None) or func is aten._pin_memory.default:
             return self._in_pinned_memory(func, given, args, kwargs)
         goes_to = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
         if goes_to != "cuda" and not any(isinstance(one, FakeTensor) for one in given):
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
+                made = func(*args, **kwargs)
+            for tensor in _tensors((made,)):
+                self._keep_on_host(tensor)
+            return made
         on = {one.device.type for one in given}
         if func in _COPIES:
             return self._copy(func, given, goes_to, args, kwargs)
@@ -142,11 +159,12 @@ class Meter(TorchDispatchMode):
 
     def _in_pinned_memory(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
         made: Tensor = torch.empty_like(given[0], device="meta") if given else func(*args, **{**kwargs, "device": "meta"})
-        with self._fake:
+        # What holds weights has no numbers: it may be larger than this machine's memory.
+        is_fake = made.untyped_storage().nbytes() >= _FAKE_BYTES
+        with self._fake if is_fake else unset_fake_temporarily():
             pinned = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype)
         self.pinned += made.untyped_storage().nbytes()
-        self._pinned.add(_key(pinned))
-        weakref.finalize(pinned.untyped_storage(), self._pinned.discard, _key(pinned))
+        self._keep_on_host(pinned, is_pinned=True)
         return pinned
 
     def _copy(self, func: Any, given: list[Tensor], goes_to: str | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -158,7 +176,7 @@ class Meter(TorchDispatchMode):
             is_queued = bool(kwargs.get("non_blocking") or (is_in_place and args[2:] == (True,)))
             # What goes to new memory of the host without a wait goes to pinned memory.
             host = source if goes_to == "cuda" else target
-            if not (is_queued and (host is None or _key(host) in self._pinned)):
+            if not (is_queued and (host is None or self.is_pinned(host))):
                 self._wait(f"a copy from {source.device.type} to {goes_to}")
             if goes_to == "cpu" and not isinstance(target, FakeTensor):
                 self._note(func, [source], [])
@@ -166,7 +184,10 @@ class Meter(TorchDispatchMode):
                     if target is not None:
                         return target.zero_()
                     dtype = kwargs.get("dtype") or source.dtype
-                    return torch.empty_strided(source.shape, source.stride(), dtype=dtype).zero_()
+                    made = torch.empty_strided(source.shape, source.stride(), dtype=dtype).zero_()
+                # torch takes pinned memory for it.
+                self._keep_on_host(made, is_pinned=is_queued)
+                return made
         result = func(*args, **kwargs)
         self._count(func, given, args, kwargs, result)
         return result
@@ -190,6 +211,7 @@ class Meter(TorchDispatchMode):
 
     def _wait(self, what: str) -> None:
         place = _asker()
+        self.num_waits += 1
         self.counts[self.stage].waits[place] += 1
         if self.stage in (STEP, CAPTURE) if self._waits is None else place not in self._waits.get(self.stage, ()):
             raise DeviceFaultError(f"{place} makes the host wait for the device ({what}) in the stage {self.stage!r}")
@@ -225,6 +247,33 @@ class Meter(TorchDispatchMode):
         self.live += size
         self.counts[self.stage].peak = max(self.counts[self.stage].peak, self.live)
         weakref.finalize(storage, self._free, key, size)
+
+    def _keep_on_host(self, tensor: Tensor, *, is_pinned: bool = False) -> None:
+        """Counts the memory of a tensor of the host, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._pinned or key in self._ordinary:
+            return
+        if is_pinned:
+            size = 1 << (size - 1).bit_length()
+            self._pinned_in_use += size
+            grown = max(self._pinned_in_use - self._pinned_kept, 0)
+            self._pinned_kept += grown
+            self.host += grown
+        else:
+            self.host += size
+        (self._pinned if is_pinned else self._ordinary).add(key)
+        count = self.counts[self.stage]
+        count.host = max(count.host, self.host)
+        weakref.finalize(storage, self._free_on_host, key, size)
+
+    def _free_on_host(self, key: int, size: int) -> None:
+        if key in self._pinned:
+            self._pinned.discard(key)
+            self._pinned_in_use -= size
+        else:
+            self._ordinary.discard(key)
+            self.host -= size
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -7,6 +7,7 @@ that does the same work on the calling thread, a stage after the other.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.rehearsal.device import fake_cuda, fused_attention, stand_ins
 from benchmarks.rehearsal.graphs import captures
 from benchmarks.rehearsal.meter import STEP, Count, Meter
 from benchmarks.rehearsal.models import empty_weights, one_number
+from benchmarks.rehearsal.queues import Order, Queues
 from benchmarks.rehearsal.ranks import FakePeers, fake_mesh
 from benchmarks.rehearsal.waits import WAITS
 from flowroll import Engine, Rollout, SamplingParams, replay
@@ -48,13 +50,14 @@ class HereScheduler:
     Args:
         executor: Runs the model.
         meter: Counts, stage by stage.
+        stepping: The most samples of a request that take steps; the others are started, and wait.
     """
 
     stopped = None
     is_in_exclusive_task = False
 
-    def __init__(self, executor: Executor, meter: Meter) -> None:
-        self._executor, self._meter = executor, meter
+    def __init__(self, executor: Executor, meter: Meter, stepping: int) -> None:
+        self._executor, self._meter, self._stepping = executor, meter, stepping
         self._has_stepped = False
 
     def start(self) -> None:
@@ -85,7 +88,7 @@ class HereScheduler:
                 executor.add_request(0, conditioning)
                 keys = {executor.start_sample(planned.index, 0, planned) for planned in plan.samples}
                 assert len(keys) == 1
-            ids, finished = [planned.index for planned in plan.samples], {}
+            ids, finished = [planned.index for planned in plan.samples][: self._stepping], {}
             while len(finished) < len(ids):
                 with during(STEP if self._has_stepped else "first step"):
                     outcome = executor.step(ids)
@@ -112,10 +115,11 @@ class Rehearsal:
     Args:
         engine: The engine.
         meter: Counts what it does.
+        order: Watches the order of its streams, where it is watched.
     """
 
-    def __init__(self, engine: Engine, meter: Meter) -> None:
-        self.engine, self.meter = engine, meter
+    def __init__(self, engine: Engine, meter: Meter, order: Order) -> None:
+        self.engine, self.meter, self.order = engine, meter, order
         self.transformer = engine._model.transformer
         self.weights = meter.live
 
@@ -183,6 +187,8 @@ def rehearsal(
     layout: Layout | None = None,
     rank: int = 0,
     waits: Mapping[str, Mapping[str, str]] | None = WAITS,
+    stepping: int = sys.maxsize,
+    watched: bool = False,
 ) -> Iterator[Rehearsal]:
     """Opens an engine on a checkpoint folder of `make_folder`, on the fake device.
 
@@ -192,26 +198,31 @@ def rehearsal(
         layout: The layout of the ranks; None: one rank.
         rank: Which of them this one is.
         waits: Where the host may wait; see `Meter`.
+        stepping: The most samples of a request that take steps.
+        watched: Whether the order of the streams is watched, which takes about as long again.
 
     Raises:
         NoFakeDeviceError: This build of torch cannot have such a device.
         DeviceFaultError: An operation has operands on two devices, or the host waits for the device where it must not.
+        RaceError: Two streams use the same memory without an order. `Rehearsal.order` says what was freed too early.
     """
     layout = layout or Layout()
     with contextlib.ExitStack() as stack:
         fake = stack.enter_context(fake_cuda())
         meter = Meter(fake, waits)
-        stack.enter_context(stand_ins(lambda: max(count.peak for count in meter.counts.values())))
+        queues = Queues()
+        order = Order(queues, meter)
+        stack.enter_context(stand_ins(lambda: max(count.peak for count in meter.counts.values()), queues))
         stack.enter_context(captures(meter))
         stack.enter_context(mock.patch.object(engine_module, "certify", uncertified))
         if layout.num_ranks > 1:
             peers = FakePeers(stack.enter_context(fake_mesh(layout, rank)), meter)
             stack.enter_context(mock.patch.object(engine_module, "open_peers", lambda *_, **__: peers))
-        for one in (fake, meter, fused_attention(), empty_weights()):
+        for one in (fake, meter, *([order] if watched else ()), fused_attention(), empty_weights()):
             stack.enter_context(one)
         with meter.during("load"):
             limits = Limits(max_hashed_bytes=0)  # a fake weight has no bytes to hash
             engine = Engine(folder, variant=variant, device="cuda", dtype="bfloat16", layout=layout, limits=limits)
-        engine.scheduler = HereScheduler(engine._executor, meter)  # type: ignore[assignment]
+        engine.scheduler = HereScheduler(engine._executor, meter, stepping)  # type: ignore[assignment]
         with engine:
-            yield Rehearsal(engine, meter)
+            yield Rehearsal(engine, meter, order)

@@ -15,7 +15,6 @@ GIB = 2**30
 _SPARE_GIB = 2.0
 # Name, and GiB that a program can have.
 CARDS: Mapping[str, float] = {"24 GB": 23.6, "48 GB": 47.4, "80 GB": 79.2, "141 GB": 139.8}
-_SIZE = 1024
 
 Recorded = Mapping[Case, Figures]
 
@@ -23,11 +22,14 @@ Recorded = Mapping[Case, Figures]
 def steps_table(recorded: Recorded) -> Iterator[str]:
     """Yields the lines of the table of steps."""
     columns = ("model", "blocks", "size", "group", "layout", "kernels", "plain", "views")
-    columns += ("GB moved", "GB from ranks", "TFLOP", "peak GiB", "fits")
+    columns += ("GB moved", "GB from ranks", "TFLOP", "MiB on the host", "peak GiB", "fits")
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     order = [model.name for model in MODELS]
-    for case, one in sorted(recorded.items(), key=lambda row: (row[0].layers is not None, order.index(row[0].model))):
+    for case, one in sorted(
+        recorded.items(),
+        key=lambda row: (row[0].layers is not None, order.index(row[0].model), row[0].layout != "1", row[0].size),
+    ):
         peak, is_whole = rolling_out(one), case.layers is None
         values = (
             case.model,
@@ -41,6 +43,7 @@ def steps_table(recorded: Recorded) -> Iterator[str]:
             f"{one.moved / 1e9:,.1f}",
             f"{one.gathered / 1e9:.2f}",
             f"{one.flops / 1e12:.1f}",
+            f"{one.recorded / 2**20:.0f}",
             f"{peak / GIB:.1f}",
             _smallest(peak) if is_whole else "",
         )
@@ -58,20 +61,17 @@ def _smallest(num_bytes: int) -> str:
 
 def memory_tables(recorded: Recorded) -> Iterator[str]:
     """Yields the lines of the tables of what a model takes, and of which cards it fits."""
-    found = {}
-    for model in MODELS:
-        case = Case(model=model.name, layers=None, size=_SIZE, batch=1, layout="1")
-        found[model.name] = recorded[case]
+    found = {(case.model, case.size): one for case, one in recorded.items() if case.layers is None}
     columns = ("transformer", "text encoders, VAE, tables", "a step", "a decoding", "rolling out", "with new weights")
-    yield f"| at {_SIZE} x {_SIZE}, bfloat16 | {' | '.join(columns)} |"
-    yield "|---|---|---|---|---|---|---|"
-    for name, one in found.items():
+    yield f"| 16 samples, bfloat16 | size | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for (name, size), one in found.items():
         step = one.rolling - one.transformer - one.others
         values = (one.transformer, one.others, step, one.decode, rolling_out(one), _updating(one))
         shown = " | ".join(f"{value / GIB:.1f}" for value in values)
-        yield f"| {name}, {one.parameters / 1e9:.1f} B | {shown} |"
+        yield f"| {name}, {one.parameters / 1e9:.1f} B | {size} | {shown} |"
     yield ""
-    yield f"| card | {' | '.join(found)} |"
+    yield f"| card | {' | '.join(f'{name}, {size}' for name, size in found)} |"
     yield "|---" * (len(found) + 1) + "|"
     for card, room in CARDS.items():
         yield f"| {card} | {' | '.join(_fits(one, _room(room)) for one in found.values())} |"

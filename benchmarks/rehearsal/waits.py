@@ -34,7 +34,7 @@ WAITS: Mapping[str, Mapping[str, str]] = {
     "encode": {
         **_ENCODE,
         "flowroll.engine.outputs:check_encoded": _FINITE,
-        "flowroll.engine.outputs:record_of": "the digests of the environment are of its bytes",
+        "flowroll.types.results:<lambda>": "the environment goes to the host, once for all samples; digests are of its bytes",
         "flowroll.engine.runner.sample:build": _SCHEDULE,
     },
     "first step": {
@@ -49,7 +49,6 @@ WAITS: Mapping[str, Mapping[str, str]] = {
         "flowroll.families.qwen_image:vae_input": "the VAE's constants go to the device, twice a sample",
     },
     "finish": {
-        "flowroll.types.results:<lambda>": "the environment goes to the host",
         "flowroll.engine.outputs:as_image": "the final latents go to the host",
     },
     "replay": {

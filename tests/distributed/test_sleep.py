@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tests.adapters import policy, saved
 from tests.distributed.test_rank_group import no_torchrun  # noqa: F401  # an autouse fixture
 from tests.distributed.test_weight_updates import FAILING
 from tests.rollouts import assert_same_bits
-from tests.weights import REQUEST
+from tests.weights import REQUEST, WEIGHTS
 
 from flowroll.engine import Engine
-from flowroll.errors import AsleepError, EngineError
+from flowroll.errors import AsleepError, EngineError, WeightsRejectedError
 from flowroll.parallel import processes
 from flowroll.types import Layout
 
@@ -54,3 +55,25 @@ def test_every_rank_sleeps_and_wakes_or_none_does(
         for name, rollout in zip((None, "a"), before, strict=True):
             assert_same_bits(engine.rollout(**REQUEST, lora_name=name)[0], rollout)
         assert engine.weights_checksum() == checksum
+
+
+def test_weights_that_every_rank_discarded_come_back_whole_or_not_at_all(z_image_checkpoint: Path) -> None:
+    sent = load_file(z_image_checkpoint / "transformer" / WEIGHTS)
+    with Engine(z_image_checkpoint, device="cpu", layout=Layout(tp=2), rank_timeout_s=30.0) as engine:
+        (before,), checksum = engine.rollout(**REQUEST), engine.weights_checksum()
+        # A rank that did not note the update would discard what it keeps at the next sleep.
+        for mode in ("discard", "disk", "discard"):
+            assert engine.sleep(mode).mode == mode
+            engine.wake()
+            if mode == "disk":
+                assert_same_bits(engine.rollout(**REQUEST)[0], before)
+                continue
+            with pytest.raises(AsleepError, match="send a complete update"):
+                engine.rollout(**REQUEST)
+            partial = engine.receive_weights(partial=True)
+            partial.put(list(sent.items())[1:])
+            with pytest.raises(WeightsRejectedError, match="got none for 1 tensors"):
+                engine.commit_weights(partial.stage())
+            engine.update_weights_from_tensors(sent.items(), weight_version="0")
+            assert_same_bits(engine.rollout(**REQUEST)[0], before)
+            assert engine.weights_checksum() == checksum

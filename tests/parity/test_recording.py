@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowroll import DebugTensors, Rollout, Trajectory
 from flowroll.engine import Engine
-from flowroll.engine.runner.recorder import Recorder
 from flowroll.engine.runner.texts import EncodedTexts
 from flowroll.errors import EngineError, InvalidRequestError
 from flowroll.families import FAMILIES, Guidance, StepInput
@@ -142,25 +141,26 @@ def test_the_environment_has_the_declared_fields(engine_of: Callable[[str, str],
         assert "encoder_hidden_states_mask" not in branch and "freqs_cis" not in branch
 
 
-def test_a_kept_velocity_keeps_no_other_sample_in_memory(
-    engine_of: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The forward of a group returns the velocities of all in one tensor."""
-    sizes: list[tuple[int, int]] = []
-    keep = Recorder.keep_step
+def test_the_samples_of_a_group_share_one_environment_and_requests_do_not(engine_of: Callable[[str, str], Engine]) -> None:
+    engine = engine_of("qwen_image", "float32")
+    group, other = (engine.rollout(**REQUEST, **ALL, num_outputs_per_prompt=2) for _ in range(2))
+    assert group[0].denoising_env is group[1].denoising_env is not None
+    assert other[0].denoising_env is not None
+    pointers = [{tensor.data_ptr() for _, tensor in one[0].denoising_env.tensors()} for one in (group, other)]
+    assert pointers[0].isdisjoint(pointers[1])
 
-    def spy(recorder: Recorder, step: int, **values: Any) -> None:
-        keep(recorder, step, **values)
-        kept = recorder.kept["velocity"][step]
-        sizes.append(
-            (values["velocity"].untyped_storage().nbytes() // kept.nbytes, kept.untyped_storage().nbytes() // kept.nbytes)
-        )
 
-    monkeypatch.setattr(Recorder, "keep_step", spy)
-    engine_of("qwen_image", "float32").rollout(
-        **guided("qwen_image", 0.0, **REQUEST), debug_mode=True, num_outputs_per_prompt=3
+def test_a_recorded_tensor_has_memory_of_its_own(engine_of: Callable[[str, str], Engine]) -> None:
+    """The forward of a group returns the velocities of all in one tensor; who keeps or pickles a rollout means it alone."""
+    group = engine_of("qwen_image", "float32").rollout(
+        **guided("qwen_image", 0.0, **REQUEST), **ALL, return_fields=("velocity", "x0"), num_outputs_per_prompt=3
     )
-    assert sizes == [(3, 1)] * 12
+    for rollout in group:
+        debug, trajectory = parts(rollout)
+        assert rollout.step_tensors is not None and rollout.log_probs is not None
+        kept = [rollout.log_probs, trajectory.latents, *rollout.step_tensors.tensors.values()]
+        kept += [debug.model_output, debug.prev_sample_mean, debug.variance_noise]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tests.processors import load_without_torchvision
 from tests.proofs.cases import DTYPES, FAMILIES, Request
-from tests.proofs.doors import one_by_one, served
+from tests.proofs.doors import one_by_one, served, skip_where_refused
 
 from flowroll import Rollout, replay
 from flowroll.engine import BatchLimits, Engine
@@ -110,6 +110,7 @@ def ranks_of(checkpoints: dict[str, Path], device: str) -> Iterator[RanksOf]:
         if device == "cuda" and torch.cuda.device_count() < degrees.num_ranks:
             pytest.skip(f"needs {degrees.num_ranks} CUDA devices")
         if key not in opened:
+            skip_where_refused(checkpoints[family], dtype=dtype, device=device, layout=degrees)
             close()
             opened[key] = Engine(checkpoints[family], dtype=dtype, device=device, layout=degrees, rank_timeout_s=60.0)
         return opened[key]

@@ -17,11 +17,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+import pytest
 import torch
 from tests.factories import assert_same_answer
 from tests.proofs.cases import Request
 
 from flowroll import Rollout
+from flowroll.engine.checkpoint import examine_checkpoint
+from flowroll.engine.config import Limits
+from flowroll.engine.outline import check_layout, outline_model
+from flowroll.errors import InvalidRequestError
+from flowroll.exact import use_exact_kernels
+from flowroll.parallel.linears import check_columns
+from flowroll.parallel.shards import check_rows
+from flowroll.types import Layout
 
 WAIT_S = 120.0
 # What a rollout says about the run rather than about the sample.
@@ -40,6 +49,22 @@ class Door(Protocol):
 
     def rollout(self, **fields: Any) -> list[Rollout]:
         """One rollout per sample."""
+
+
+def skip_where_refused(checkpoint: Path, *, dtype: str, device: str, layout: Layout) -> None:
+    """Skips a test whose engine refuses its layout for the bits of this machine's kernels, by the engine's own check.
+
+    A degree that does not fit the model is a fault of the table, and no reason to skip.
+    """
+    place, limits = torch.device(device), Limits()
+    use_exact_kernels(place)
+    outline = outline_model(examine_checkpoint(checkpoint, variant=None), device=place, dtype=getattr(torch, dtype))
+    check_columns(outline.transformer, outline.family.parallel_plan.columns, layout.tp)
+    check_rows(layout.sp, limits.max_pixels // outline.spec.pixel_unit**2)
+    try:
+        check_layout(outline, layout, limits)
+    except InvalidRequestError as refusal:
+        pytest.skip(refusal.message)
 
 
 def together(door: Door, requests: Sequence[Request]) -> list[list[Rollout]]:

@@ -20,15 +20,15 @@ from flowroll.sampling.dynamics import dynamics_named
 STEPS = 5
 REQUEST: dict[str, Any] = {"prompt": "a cat", "seed": 3, "height": 128, "width": 128, "num_inference_steps": STEPS}
 NOTHING: dict[str, Any] = {"debug_mode": False, "return_dit_trajectory": False, "return_denoising_env": False}
-# What is asked for, and how many tensors of the latents' size a step keeps for it, at least and at most. The debug tensors are
-# the velocity and the mean, and the noise where any was drawn.
+# What is asked for, and how many tensors of the latents' size are kept for it, beside log-probs alone, at least and at most.
+# The debug tensors are the velocity, the mean and the noise, which is zeros where none was drawn.
 OPTIONS: dict[str, tuple[dict[str, Any], int, int]] = {
     "log-probs alone": ({}, 0, 0),
     "evaluation": ({}, 0, 0),
     "environment": ({"return_denoising_env": True}, 0, 0),
-    "first state alone": ({"return_dit_trajectory": True, "return_step_indices": (0,)}, 0, 0),
-    "trajectory": ({"return_dit_trajectory": True}, 1, 1),
-    "debug tensors": ({"debug_mode": True}, 2, 3),
+    "first state alone": ({"return_dit_trajectory": True, "return_step_indices": (0,)}, 1, 1),
+    "trajectory": ({"return_dit_trajectory": True}, STEPS + 1, STEPS + 1),
+    "debug tensors": ({"debug_mode": True}, 3 * STEPS, 3 * STEPS),
 }
 
 
@@ -55,18 +55,26 @@ def bytes_alive_at_each_step() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("row", rest_slow(pairs(family=FAMILIES, dynamics=DYNAMICS, options=tuple(OPTIONS))))
-def test_a_step_keeps_what_was_asked_for_and_nothing_else(row: dict[str, str], engine_of: EngineOf) -> None:
+def test_what_was_asked_for_is_kept_and_nothing_else(row: dict[str, str], engine_of: EngineOf) -> None:
     options, least, most = OPTIONS[row["options"]]
     engine = engine_of(row["family"], "float32")
     request = pictured(row["family"], {**REQUEST, **NOTHING, "guidance_scale": 0.0, "sde_type": row["dynamics"]})
     (first,) = engine.rollout(**{**request, "return_dit_trajectory": True, "return_step_indices": (0,)})
     assert first.dit_trajectory is not None
     latents = first.dit_trajectory.latents[0].nbytes
-    with bytes_alive_at_each_step() as alive:
-        engine.rollout(**(evaluation(request) if row["options"] == "evaluation" else {**request, **options}))
-    assert len(alive) == STEPS
-    # Not from the first call to the second, since caches may be filled then. A log-prob takes a few bytes.
+    alive_of, env = {}, 0
+    for name, asked in (("little", request), ("much", {**request, **options})):
+        with bytes_alive_at_each_step() as alive:
+            (rollout,) = engine.rollout(**(evaluation(asked) if name == "much" and row["options"] == "evaluation" else asked))
+        assert len(alive) == STEPS
+        alive_of[name] = alive
+        if rollout.denoising_env is not None:
+            # The answer's copy, one for all samples.
+            env = sum(tensor.nbytes for _, tensor in rollout.denoising_env.tensors())
     # The clean prediction of the step before, which comes and goes.
     history = int(dynamics_named(row["dynamics"]).needs_history)
-    for before, after in itertools.pairwise(alive[1:]):
-        assert (least - history) * latents <= after - before < (most + history + 0.1) * latents
+    # Not from the first call to the second, since caches may be filled then. What is recorded has its memory from the start.
+    for before, after in itertools.pairwise(alive_of["much"][1:]):
+        assert after - before < (history + 0.1) * latents
+    for little, much in zip(alive_of["little"][1:], alive_of["much"][1:], strict=True):
+        assert (least - history - 0.1) * latents < much - little - env < (most + history + 0.1) * latents

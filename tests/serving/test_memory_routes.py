@@ -68,6 +68,26 @@ def test_asleep_whatever_needs_weights_is_a_409_and_awake_all_is_as_before(
     assert (client.weights_checksum(), client.server_info()["weight_version"]) == before[1:]
 
 
+def test_a_server_that_discarded_its_weights_is_not_ready_before_a_trainer_has_pushed_all(
+    client: Client, server: httpx.Client, z_image_checkpoint: Path
+) -> None:
+    before = client.rollout(**REQUEST)[0], client.weights_checksum()
+    released = client.release_memory("discard")
+    assert released.mode == "discard" and released.num_bytes > 0
+    with pytest.raises(AsleepError, match="wake it first"):
+        client.update_weights_from_disk(z_image_checkpoint)
+    assert client.resume_memory().mode == "discard"
+    with pytest.raises(AsleepError, match="send a complete update of the transformer"):
+        client.rollout(**REQUEST)
+    ready = server.get("/readiness")
+    assert (ready.status_code, error_of(ready)["code"]) == (503, "asleep")
+    assert "send all weights" in error_of(ready)["message"]
+    client.update_weights_from_disk(z_image_checkpoint)
+    assert server.get("/readiness").status_code == 200
+    assert_same_bits(client.rollout(**REQUEST)[0], before[0])
+    assert client.weights_checksum() == before[1]
+
+
 def test_a_trainer_of_sglang_is_understood(server: httpx.Client, client: Client) -> None:
     assert server.post(RELEASE, json={"tags": ["kv_cache"]}).json()["is_asleep"] is False
     assert server.post(RELEASE, json={"tags": ["weights"]}).json()["is_asleep"] is True

@@ -238,11 +238,12 @@ def lora_adapters(_: WireFormat, /) -> Call[list[LoraAdapter]]:
     return Call(method="GET", path=ADAPTERS_ROUTE, read=lambda *answer: _ADAPTERS(*answer).adapters)
 
 
-def release_memory(_: WireFormat, /, mode: Literal["offload", "disk"] = "offload") -> Call[MemoryChange]:
+def release_memory(_: WireFormat, /, mode: Literal["offload", "disk", "discard"] = "offload") -> Call[MemoryChange]:
     """Has the server release the memory of its weights, once the requests that run have finished.
 
     Args:
         mode: Where the weights go. "offload": to pinned memory of the host; "disk": to a file without a name.
+            "discard": the transformer's are not kept; after `resume_memory`, send a complete update.
 
     Raises:
         FlowrollError: The call fails for a reason that `rollout` lists.
@@ -251,7 +252,7 @@ def release_memory(_: WireFormat, /, mode: Literal["offload", "disk"] = "offload
 
 
 def resume_memory(_: WireFormat, /) -> Call[MemoryChange]:
-    """Has the server allocate the memory of its weights again and restore them unchanged."""
+    """Has the server allocate the memory of its weights again and restore them unchanged, but for those that it discarded."""
     return post(RESUME_ROUTE, ResumeRequest(), _MEMORY)
 
 

@@ -21,7 +21,14 @@ from flowroll.cluster.updates import Change as Changed
 from flowroll.cluster.updates import ChangeKind, ReplicaLostError, change_all
 from flowroll.engine.service import OpenedUpdate, UpdateProgress
 from flowroll.engine.weights.offload import SleepMode
-from flowroll.errors import EngineError, FlowrollError, ForbiddenError, NotFoundError, RankLostError
+from flowroll.errors import (
+    EngineError,
+    FlowrollError,
+    ForbiddenError,
+    InvalidRequestError,
+    NotFoundError,
+    RankLostError,
+)
 
 UpdateOrder: TypeAlias = Literal["rolling", "barrier"]
 _UNSHARED = (
@@ -122,7 +129,17 @@ class FleetWeights:
             await self._replicas.on_running("hold_starts", self._replicas.is_holding)
 
     async def sleep(self, mode: SleepMode) -> Any:
-        """Has every replica release the memory of its weights; if one cannot, all wake."""
+        """Has every replica release the memory of its weights; if one cannot, all wake.
+
+        Raises:
+            InvalidRequestError: The mode is "discard": a replica that joins later is given the weights that the others have.
+        """
+        if mode == "discard":
+            raise InvalidRequestError(
+                "mode must be offload or disk for a fleet, whose replicas compare their weights with each other, got discard; "
+                "use offload.",
+                field="mode",
+            )
         async with self._replicas.changing:
             try:
                 found = await self._replicas.on_running("sleep", mode)

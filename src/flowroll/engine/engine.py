@@ -55,7 +55,7 @@ from flowroll.engine.scoring import ScorePlan, check_sample, plan_score
 from flowroll.engine.weights.digests import Pieces
 from flowroll.engine.weights.offload import SleepMode, WeightOffload
 from flowroll.engine.weights.receiver import WeightReceiver
-from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights
+from flowroll.engine.weights.staged import StagedWeights, WeightFiles, find_weights, slots_of
 from flowroll.engine.weights.store import WeightStore
 from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import InvalidRequestError, RankLostError, ShuttingDownError, fresh
@@ -198,7 +198,11 @@ class Engine:
             fast: FastMode | None = None
             if exactness == "fast":
                 self._model, fast = turn_fast(self._model, self._pipeline, fast_parts)
-            self._offload = WeightOffload(functools.partial(_parameters, self._model, self._pipeline))
+            transformer = self._model.transformer
+            self._offload = WeightOffload(
+                functools.partial(_parameters, self._model, self._pipeline),
+                lambda: [slot.live for slot in slots_of(transformer).values()],
+            )
             versions = WeightVersions()
             self._policies = PolicyStore(self._model.adapters, self._offload, versions, adapter_limits.max_policies)
             self._work = PipelineRunner(self._model, self._pipeline, versions, self._offload, self._policies)
@@ -779,12 +783,12 @@ class Engine:
 
     @property
     def is_asleep(self) -> bool:
-        """Whether the memory of the weights is released."""
+        """Whether the weights are not in place: their memory is released, or they were discarded and no update has come."""
         return self._offload.mode is not None
 
     @property
     def memory_mode(self) -> SleepMode | None:
-        """Where the weights are kept while their memory is released; None if they are in place."""
+        """How the memory of the weights was released; None if they are in place."""
         return self._offload.mode
 
     def sleep(self, mode: SleepMode = "offload") -> MemoryChange:
@@ -796,6 +800,9 @@ class Engine:
         Args:
             mode: "offload": weights on a GPU are moved to pinned memory of the host; those on a CPU stay, and nothing is
                 released. "disk": weights are moved to an unnamed file in the folder for temporary files (TMPDIR).
+                "discard": the transformer's weights are not kept, for a trainer that pushes all of them after `wake`; until
+                such an update is committed, the engine answers as in sleep. The text encoder, the VAE, adapters and policies
+                are kept as with "offload".
 
         Raises:
             EngineError: There is not enough room there, on some rank. Nothing has changed.
@@ -803,7 +810,7 @@ class Engine:
         return self._change_memory(mode)
 
     def wake(self) -> MemoryChange:
-        """Restores the weights bit for bit. If the engine does not sleep, nothing changes.
+        """Restores the weights bit for bit, those that were discarded without values. If the engine is awake, nothing changes.
 
         Raises:
             EngineError: There is not enough memory, or the disk fails, on some rank. The engine stays asleep.
@@ -866,6 +873,8 @@ class Engine:
 
     def _changing(self, action: Callable[[], T]) -> T:
         """Runs an action that may change weights, and forgets what was computed with the old ones."""
+        # A request that was cancelled may have left work on any stream, which reads the weights.
+        self._open_model().streams.synchronize()
         try:
             return action()
         finally:
@@ -906,7 +915,7 @@ class Engine:
         images = (blank_image(),) if self.info.max_images else None
         plan = self.plan(SamplingParams(prompt="a red circle", images=images, height=side, width=side, rollout=False))
         with torch.no_grad():
-            forward([Sample.start(self._work.encode(plan), plan.samples[0])])
+            forward([Sample.start(self._work.encode(plan).handed_over(), plan.samples[0])])
 
     def _check_open(self) -> None:
         if (stopped := self.failure or self.scheduler.stopped) is not None:
@@ -952,7 +961,7 @@ class Engine:
         def make() -> MemoryChange:
             started_s = time.perf_counter()
             num_bytes = 0
-            if self.is_asleep == (mode is None):
+            if self._offload.is_released == (mode is None):
                 self._work.forget_texts()
                 self._executor.free_memory()
                 num_bytes = self._executor.change(Sleep(mode=mode))
@@ -975,16 +984,18 @@ class Engine:
             raise
 
     def _as_image(self, plan: RequestPlan, finished: Finished) -> GeneratedImage:
-        return as_image(plan, finished, weight_version=self._version_of(finished), exactness=self.info.exactness)
+        with self._model.streams.decoding():
+            return as_image(plan, finished, weight_version=self._version_of(finished), exactness=self.info.exactness)
 
     def _as_rollout(self, plan: RequestPlan, finished: Finished) -> Rollout:
-        return as_rollout(
-            plan,
-            finished,
-            weight_version=self._version_of(finished),
-            peak_memory_mb=self._peak_memory_mb(),
-            maker=self._maker(finished),
-        )
+        with self._model.streams.decoding():
+            return as_rollout(
+                plan,
+                finished,
+                weight_version=self._version_of(finished),
+                peak_memory_mb=self._peak_memory_mb(),
+                maker=self._maker(finished),
+            )
 
     def _maker(self, finished: Finished) -> Provenance:
         policy = finished.sample.conditioning.plan.held_policy

@@ -202,7 +202,7 @@ class _Probe:
             num_outputs_per_prompt=_NUM_SAMPLES,
             num_inference_steps=_NUM_STEPS,
         )
-        awake, versions = WeightOffload(tuple), WeightVersions()
+        awake, versions = WeightOffload(tuple, tuple), WeightVersions()
         encoder = PipelineRunner(model, pipeline, versions, awake, PolicyStore(model.adapters, awake, versions, max_policies=0))
         conditioning = encoder.encode(plan_request(params, model, Limits()))
         samples = [Sample.start(conditioning, planned) for planned in conditioning.plan.samples]
@@ -221,7 +221,7 @@ class _Probe:
             conditioning=conditioning,
             recipe=Recipe.of(samples[0].record, model.family, sde_step_indices=chosen, device=model.device),
             states=tuple(states),
-            log_probs=torch.stack([one.recorder.stacked_log_probs() for one in samples if one.recorder], dim=1),
+            log_probs=torch.stack([one.recorder.log_probs() for one in samples if one.recorder], dim=1),
         )
 
     @torch.no_grad()

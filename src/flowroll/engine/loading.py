@@ -19,6 +19,7 @@ from flowroll.engine.adapters.adapter_set import AdapterSet
 from flowroll.engine.checkpoint import Checkpoint, plain_class
 from flowroll.engine.facts import ModelFacts, TokenizerFacts
 from flowroll.engine.images import blank_image, open_images
+from flowroll.engine.runner.streams import Streams
 from flowroll.engine.scratch import scratch_folder
 from flowroll.engine.templates import check_chat_template
 from flowroll.engine.tokens import listen
@@ -57,11 +58,13 @@ class LoadedModel(ModelFacts):
         transformer: The denoiser, or this rank's part of it.
         adapters: The transformer with LoRA adapters.
         strategy: Computes the velocities of samples that take a step together.
+        streams: The streams of its device.
     """
 
     transformer: Any
     adapters: AdapterSet
     strategy: Strategy
+    streams: Streams
 
 
 def silence_model_libraries() -> None:
@@ -155,6 +158,7 @@ def build_model(
             modulations=None if mesh is not None or is_compiled(transformer) else _modulations(checkpoint.family, device),
             **over_ranks,
         ),
+        streams=Streams(device),
         spec=spec,
         schedule_config=checkpoint.schedule_config,
         device=device,

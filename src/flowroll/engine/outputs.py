@@ -76,7 +76,7 @@ def check_denoised(plan: RequestPlan, sample: Sample) -> None:
     Raises:
         EngineError: A tensor is not finite; the error names the sample and the tensor.
     """
-    log_probs = [] if sample.recorder is None else [("log_probs", sample.recorder.stacked_log_probs())]
+    log_probs = [] if sample.recorder is None else [("log_probs", sample.recorder.log_probs())]
     level = "" if sample.recorder is None else f"noise_level {plan.params.noise_level} and "
     for name, tensor in (("latents", sample.latents), *log_probs):
         if not all_finite(tensor):
@@ -147,10 +147,10 @@ def as_rollout(
         seed=finished.sample.seed,
         image=None if finished.image is None else in_format(finished.image, plan.record.image_format),
         latents=finished.sample.latents.cpu() if finished.image is None else None,
-        log_probs=None if recorder is None else recorder.stacked_log_probs(),
+        log_probs=None if recorder is None else recorder.log_probs(),
         sde_step_indices=steps,
         debug_tensors=None if recorder is None else recorder.debug_tensors(),
-        denoising_env=conditioning.env.to("cpu") if _returns_env(plan) else None,
+        denoising_env=conditioning.returned_env,
         dit_trajectory=None if recorder is None else recorder.trajectory(),
         step_tensors=None if recorder is None else recorder.step_tensors(),
         step_images=_step_images(plan, finished),
@@ -177,13 +177,9 @@ def _step_images(plan: RequestPlan, finished: Finished) -> StepImages | None:
     return StepImages(step_indices=ordered, images=images)
 
 
-def record_of(plan: RequestPlan, env: DenoisingEnv) -> SamplingRecord:
-    """Returns the record of how a request's samples are made; for a rollout with the digests of their environment."""
-    if not plan.params.rollout:
+def record_of(plan: RequestPlan, env: DenoisingEnv | None) -> SamplingRecord:
+    """Returns the record of how a request's samples are made; for a rollout with the digests of its environment."""
+    if env is None:
         return plan.record
     positive, negative = env_digests(env)
     return replace(plan.record, pos_cond_sha256=positive, neg_cond_sha256=negative)
-
-
-def _returns_env(plan: RequestPlan) -> bool:
-    return plan.params.rollout and plan.params.return_denoising_env

@@ -179,6 +179,11 @@ def step_mean(
     return transition.mean(this, latents, velocity, previous)
 
 
+def next_dtype(this: Transition, velocity_dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of the latents after a step: an ODE step has that of its velocity, every other one is in float32."""
+    return velocity_dtype if this.dynamics == ODE else torch.float32
+
+
 def amplification(chosen: Sequence[Transition]) -> float:
     """Returns the largest factor by which the latents at any step can grow over the later steps, without the velocities.
 

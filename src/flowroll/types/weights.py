@@ -43,12 +43,13 @@ class MemoryChange:
     """A release or a restoration of the memory of the weights.
 
     Attributes:
-        mode: Where the weights are kept now, "offload" or "disk"; None: they are in place.
+        mode: Where the weights are kept now, "offload" or "disk"; "discard": nowhere, also after a restoration, until an update
+            brings them; None: they are in place.
         num_bytes: The bytes that were moved on rank 0.
         seconds: The seconds for which no request could run.
     """
 
-    mode: Literal["offload", "disk"] | None
+    mode: Literal["offload", "disk", "discard"] | None
     num_bytes: int
     seconds: float
 

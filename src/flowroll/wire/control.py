@@ -94,12 +94,13 @@ class ReleaseRequest(ResumeRequest, kw_only=True, frozen=True):
 
     Attributes:
         mode: Where the weights go. offload: to pinned memory of the host; on a CPU the weights stay and nothing is released.
-            disk: to a file without a name in the server's folder for temporary files.
+            disk: to a file without a name in the server's folder for temporary files. discard: the transformer's weights are
+            not kept; after the memory is resumed, the server answers as in sleep until an update has brought all of them.
     """
 
     EXAMPLES = ({"mode": "offload"},)
 
-    mode: Annotated[Literal["offload", "disk"], about("offload", 'leave it out for "offload"')] = "offload"
+    mode: Annotated[Literal["offload", "disk", "discard"], about("offload", 'leave it out for "offload"')] = "offload"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

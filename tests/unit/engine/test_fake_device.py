@@ -23,10 +23,10 @@ from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.config import Limits
 from flowroll.engine.loading import LoadedModel, build_model, load_model
 from flowroll.engine.plan import RequestPlan, plan_request
-from flowroll.engine.runner import recorder as recorder_module
 from flowroll.engine.runner.model_runner import ModelRunner
 from flowroll.engine.runner.recorder import Recorder
 from flowroll.engine.runner.sample import Conditioning
+from flowroll.engine.runner.streams import Streams
 from flowroll.exact import choose_strategy
 from flowroll.exact.strategy import StrategyName
 from flowroll.families import FAMILIES
@@ -112,7 +112,8 @@ def models(mode: FakeTensorMode, checkpoints: dict[str, Path]) -> dict[str, Load
         with mode:
             transformer.to(CUDA)
         assert all(isinstance(weight, FakeTensor) and weight.device == CUDA for weight in transformer.parameters())
-        found[name] = build_model(checkpoint, transformer, loaded.spec, device=CUDA, dtype=DTYPE, mesh=None)
+        with stand_ins():
+            found[name] = build_model(checkpoint, transformer, loaded.spec, device=CUDA, dtype=DTYPE, mesh=None)
     return found
 
 
@@ -187,10 +188,10 @@ def assert_recorded(recorder: Recorder) -> None:
     recorder.wait()
     debug, trajectory = recorder.debug_tensors(), recorder.trajectory()
     assert debug is not None and trajectory is not None
-    kept = [recorder.stacked_log_probs(), debug.variance_noise, debug.prev_sample_mean, debug.model_output, trajectory.latents]
+    kept = [recorder.log_probs(), debug.variance_noise, debug.prev_sample_mean, debug.model_output, trajectory.latents]
     assert devices_in(kept) == {torch.device("cpu")}
     assert [len(tensor) for tensor in kept] == [2, 2, 2, 2, 3]
-    assert recorder._copied is not None
+    assert recorder._arrived is not None
 
 
 def leave_dts_on_the_cpu(steps: Steps, _: pytest.MonkeyPatch) -> None:
@@ -212,7 +213,11 @@ def look_at_the_mean(_: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for_what_is_recorded(_: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_to_host", lambda tensor: tensor.cpu())
+    def copy_out(_: Streams, pairs: Any) -> None:
+        for target, source in pairs:
+            target.copy_(source)
+
+    monkeypatch.setattr(Streams, "copy_out", copy_out)
 
 
 @pytest.mark.parametrize(

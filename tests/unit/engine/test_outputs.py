@@ -101,8 +101,9 @@ def test_what_is_recorded_alone_is_looked_at_too(engine: Engine, part: str, monk
 
     def spoil(self: Recorder) -> None:
         wait(self)
-        kept = self.latents if part == "latents" else self.kept[part]
-        kept[0] = kept[0] * torch.nan
+        rows = self._states if part == "latents" else self.fields[part]
+        assert rows is not None
+        rows[0].fill_(torch.nan)
 
     monkeypatch.setattr(Recorder, "wait", spoil)
     with pytest.raises(EngineError, match=r"(debug_tensors|dit_trajectory)\.\w+ of the sample with seed 7 must be finite"):

@@ -14,7 +14,7 @@ REQUEST = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1, "num_inferen
 def test_a_recorded_step_waits_for_no_copy(z_image_checkpoint):
     with Engine(z_image_checkpoint, device="cuda") as engine, torch.no_grad():
         plan = engine.plan(SamplingParams(**REQUEST))
-        sample = Sample.start(engine._executor.encode(plan), plan.samples[0])
+        sample = Sample.start(engine._executor.encode(plan).handed_over(), plan.samples[0])
         velocities = [torch.randn_like(sample.latents) for _ in range(3)]
         try:
             # Whatever makes the host wait for the device raises from here on.

@@ -94,6 +94,46 @@ def test_after_waking_every_bit_version_and_checksum_is_as_before(engine: Hooked
     assert_same_state(engine, before)
 
 
+def test_discarded_weights_are_not_kept_and_nothing_runs_before_all_are_back(engine: HookedEngine) -> None:
+    before = _state(engine)
+    slots = weights.slots_of(engine._model.transformer)
+    sent = {name: slot.live.detach().cpu().clone() for name, slot in slots.items()}
+    gone, parameters = sum(slot.live.nbytes for slot in slots.values()), rest_of(engine)
+    kept = sum({id(one): one.nbytes for one in parameters}.values()) - gone
+    on_gpu = engine.info.device != "cpu"
+    # The second time, there are no weights that could be kept.
+    modes: tuple[Any, ...] = ("discard", "disk")
+    for mode in modes:
+        released = engine.sleep(mode)
+        assert (released.mode, released.num_bytes) == ("discard", gone + (kept if on_gpu else 0))
+        assert all(slot.live.numel() == 0 for slot in slots.values())
+        with pytest.raises(AsleepError, match="wake it first"):
+            engine.receive_weights()
+        woken = engine.wake()
+        assert (woken.mode, engine.memory_mode, engine.is_asleep) == ("discard", "discard", True)
+        assert all(slot.live.isnan().all() for slot in slots.values())
+    for call in (
+        lambda: engine.rollout(**REQUEST),
+        lambda: engine.weights_checksum(),
+        lambda: engine.copy_policy("old"),
+        lambda: engine.unload_lora_adapter("a"),
+    ):
+        with pytest.raises(AsleepError, match="send a complete update of the transformer"):
+            call()
+    engine.update_weights_from_disk(Path(engine.info.model) / "vae", module="vae")
+    name, tensor = next(iter(sent.items()))
+    partial = engine.receive_weights(partial=True)
+    partial.put([(name, tensor)])
+    with pytest.raises(WeightsRejectedError, match=f"got none for {len(sent) - 1} tensors"):
+        engine.commit_weights(partial.stage())
+    assert engine.is_asleep and slots[name].live.isnan().all()
+    receiver = engine.receive_weights()
+    receiver.put(list(sent.items()))
+    engine.commit_weights(receiver.stage(), weight_version=before[2])
+    assert not engine.is_asleep and engine.memory_mode is None
+    assert_same_state(engine, before)
+
+
 class _Skeleton(torch.nn.Module):
     """Something that an adapter can be saved of."""
 

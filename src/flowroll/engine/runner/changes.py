@@ -76,7 +76,7 @@ class ReadWeights(Change, frozen=True):
 
     def prepare(self, weights: RankWeights) -> Callable[[], Any]:
         """Reads this rank's part beside the old weights."""
-        return _replacing(weights.model, stage_weights(weights.model.transformer, self.files))
+        return _replacing(weights, stage_weights(weights.model.transformer, self.files))
 
 
 class TakeWeights(Change, frozen=True):
@@ -95,7 +95,7 @@ class TakeWeights(Change, frozen=True):
 
         def receive() -> Callable[[], None]:
             assert weights.mesh is not None
-            return _replacing(weights.model, shares.fill(weights.mesh))
+            return _replacing(weights, shares.fill(weights.mesh))
 
         return receive
 
@@ -205,5 +205,10 @@ class Sleep(Change, frozen=True):
 AnyChange: TypeAlias = ReadWeights | TakeWeights | LoadAdapter | DropAdapter | UpdatePolicy | DropPolicy | PutInPlace | Sleep
 
 
-def _replacing(model: LoadedModel, staged: StagedWeights) -> Callable[[], None]:
-    return lambda: staged.commit(lambda: model.adapters.adopt(model.adapters.over_new_base()))
+def _replacing(weights: RankWeights, staged: StagedWeights) -> Callable[[], None]:
+    def conclude() -> None:
+        weights.model.adapters.adopt(weights.model.adapters.over_new_base())
+        # Rank 0 has checked that nothing is missing.
+        weights.offload.note_weights()
+
+    return lambda: staged.commit(conclude)

@@ -94,6 +94,8 @@ class Executor:
             request_id=plan.request_id,
         )
         with self._peers.together():
+            # First, because the current stream has to come after the encoding before anything is sent from it.
+            self._runner.add_request(request_id, conditioning)
             latents = None if plan.params.latents is None else plan.params.latents.to(self._device)
             message = messages.AddRequest(
                 id=request_id,
@@ -104,7 +106,6 @@ class Executor:
                 images=plan.record.images or (),
             )
             self._peers.send(message, [*(tensor for _, tensor in env.tensors()), *([] if latents is None else [latents])])
-        self._runner.add_request(request_id, conditioning)
 
     def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise on every rank; returns its batch key: samples with equal keys can share a forward."""

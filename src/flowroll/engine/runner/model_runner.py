@@ -52,7 +52,7 @@ class ModelRunner:
 
     def add_request(self, request_id: int, conditioning: Conditioning) -> None:
         """Stores the conditioning that the samples of a request share."""
-        self._conditionings[request_id], self._sample_ids[request_id] = conditioning, []
+        self._conditionings[request_id], self._sample_ids[request_id] = conditioning.handed_over(), []
 
     def start_sample(self, sample_id: int, request_id: int, planned: PlannedSample) -> Hashable:
         """Draws a sample's initial noise, and returns its batch key: samples with equal keys can share a forward."""

@@ -84,6 +84,10 @@ class PipelineRunner:
         model, pipeline = self._get()
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
+        with model.streams.encoding():
+            return self._encode(plan, model, pipeline)
+
+    def _encode(self, plan: RequestPlan, model: LoadedModel, pipeline: Any) -> Conditioning:
         pictures = open_images(plan.params.images or ())
         images = self._encode_images(model, pipeline, pictures) if pictures else None
         encoded: dict[BranchText, Mapping[str, EnvValue]] = {}
@@ -97,12 +101,15 @@ class PipelineRunner:
         if not pictures:
             for text, fields in encoded.items():
                 self._texts.keep(text, fields)
+        # One copy for all samples, of which the digests are made too.
+        copied = env.to("cpu") if plan.params.rollout else None
         record = replace(
-            record_of(plan, env),
+            record_of(plan, copied),
             lora=model.adapters.record(plan.params.lora_name, plan.params.policy),
             policy=self._policies.record(plan.params.policy),
         )
-        return Conditioning.build(plan, model, env, record)
+        returned = copied if plan.params.return_denoising_env else None
+        return Conditioning.build(plan, model, env, record, returned_env=returned)
 
     def forget_texts(self) -> None:
         """Gives back the memory of the texts that were encoded last."""
@@ -142,11 +149,15 @@ class PipelineRunner:
         """
         if sample.recorder is not None:
             sample.recorder.wait()
-        plan = sample.conditioning.plan
+        with self._get()[0].streams.decoding():
+            return self._decode(sample, beside)
+
+    def _decode(self, sample: Sample, beside: Sequence[Sample]) -> Tensor | None:
+        plan = self._after_steps(sample).conditioning.plan
         check_denoised(plan, sample)
         if sample.recorder is not None:
             for step in plan.params.decode_step_indices or ():
-                predicted = sample.recorder.kept["x0"][step].to(self.device)
+                predicted = sample.recorder.fields["x0"][step].to(self.device)
                 what = f"prediction at step {step} of the sample with seed {sample.seed}"
                 sample.recorder.pictures[step] = self.picture(predicted, plan.geometry, what=what)
         if plan.record.image_format == "none":
@@ -176,7 +187,7 @@ class PipelineRunner:
         # Each number of samples is analyzed once, so there are few numbers.
         chosen = fitting[: 1 << (most.bit_length() - 1)]
         self._offload.check_awake()
-        cells = [model.family.vae_input(pipeline, one.latents, geometry) for one in chosen]
+        cells = [model.family.vae_input(pipeline, self._after_steps(one).latents, geometry) for one in chosen]
         try:
             with self._vae:
                 decoded = self._shared.decode(cells)
@@ -186,6 +197,11 @@ class PipelineRunner:
             return
         for one, image in zip(chosen, decoded, strict=True):
             one.decoded = model.family.decoded_image(image)
+
+    def _after_steps(self, sample: Sample) -> Sample:
+        """Has the current stream come after the steps of a sample; returns it."""
+        self._get()[0].streams.after(sample.done, [sample.latents])
+        return sample
 
     def picture(
         self, latents: Float[Tensor, " *latent"], geometry: Geometry, *, what: str = "image"

@@ -13,10 +13,12 @@ from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from flowroll.engine.loading import LoadedModel
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.recorder import Recorder
+from flowroll.engine.runner.streams import Mark
 from flowroll.engine.starts import PlannedSample
 from flowroll.families import ForwardInput, Guidance, StepInput
 from flowroll.sampling import dynamics, noise, ode, transition
@@ -37,6 +39,8 @@ class Conditioning:
         numbers: The timesteps of the schedule, as numbers of the host.
         dts: The next sigma minus the sigma, of each step.
         record: The record of how the samples are made.
+        ready: The mark after which all of its tensors are there.
+        returned_env: The environment in the host's memory, for the answers of all samples; None where no answer has it.
     """
 
     plan: RequestPlan
@@ -48,9 +52,19 @@ class Conditioning:
     numbers: tuple[float, ...]
     dts: Float[Tensor, " steps"]
     record: SamplingRecord
+    ready: Mark | None
+    returned_env: DenoisingEnv | None = None
 
     @classmethod
-    def build(cls, plan: RequestPlan, model: LoadedModel, env: DenoisingEnv, record: SamplingRecord) -> Conditioning:
+    def build(
+        cls,
+        plan: RequestPlan,
+        model: LoadedModel,
+        env: DenoisingEnv,
+        record: SamplingRecord,
+        *,
+        returned_env: DenoisingEnv | None = None,
+    ) -> Conditioning:
         """Builds the conditioning, with the schedule on the model's device, where the pipeline also has it.
 
         Raises:
@@ -59,22 +73,33 @@ class Conditioning:
         dtype = model.family.timestep_dtype(model.dtype)
         timesteps = model.family.model_timesteps(plan.schedule.timesteps.to(model.device), dtype)
         sigmas = plan.schedule.sigmas.to(model.device)
+        fixed, dts = _fixed_inputs(plan, model, env), sigmas[1:] - sigmas[:-1]
         return cls(
             plan=plan,
             model=model,
             transformer=model.adapters.transformer(plan.params.lora_name, plan.params.policy),
             env=env,
-            fixed=_fixed_inputs(plan, model, env),
+            fixed=fixed,
             timesteps=timesteps,
             numbers=tuple(plan.schedule.timesteps.tolist()),
-            dts=sigmas[1:] - sigmas[:-1],
+            dts=dts,
             record=record,
+            ready=model.streams.mark(),
+            returned_env=returned_env,
         )
 
     @property
     def num_bytes(self) -> int:
         """The bytes of the transformer's arguments; samples and requests may share some of them."""
         return sum(tensor.nbytes for _, tensor in self.env.tensors())
+
+    def handed_over(self) -> Conditioning:
+        """Has the current stream come after the one on which this was made; returns itself."""
+        envs = [self.env, *(env for env, _ in self.fixed.values())]
+        leaves = [self.timesteps, self.dts, *tree_leaves([list(inputs) for _, inputs in self.fixed.values()])]
+        leaves += [tensor for env in envs for _, tensor in env.tensors()]
+        self.model.streams.after(self.ready, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        return self
 
 
 def _fixed_inputs(
@@ -102,6 +127,7 @@ class Sample:
         previous: The clean prediction of the step before; None where the next step has no use for it.
         recorder: Records what the rollout asked for; None if the sample takes plain ODE steps.
         velocity: The velocity of the step at which the sample forks, for its children; None before that.
+        done: The mark of its last step.
         decoded: What the VAE made of the finished sample, where it was decoded beside another one.
     """
 
@@ -112,6 +138,7 @@ class Sample:
     previous: Float[Tensor, " *latent"] | None = None
     recorder: Recorder | None = None
     velocity: Float[Tensor, " *latent"] | None = None
+    done: Mark | None = None
     decoded: Float[Tensor, " 1 colors height width"] | None = None
 
     @classmethod
@@ -135,8 +162,9 @@ class Sample:
     def _at(cls, conditioning: Conditioning, planned: PlannedSample, latents: Float[Tensor, " *latent"]) -> Sample:
         """Creates a sample before the first step of its request, and records its latents."""
         plan = conditioning.plan
-        recorder = None if plan.transitions is None else Recorder(plan=plan)
-        if recorder is not None:
+        recorder = None
+        if plan.transitions is not None:
+            recorder = Recorder(plan, conditioning.model.streams, stop=_end_of(plan, planned))
             # As the states of a record lie in memory: the order of a sum's terms depends on it.
             latents = latents.contiguous()
             recorder.keep_latents(plan.steps.start, latents)
@@ -189,8 +217,8 @@ class Sample:
     @property
     def is_at_fork(self) -> bool:
         """Whether the next step is not the sample's own, but that of its children."""
-        plan, level = self.conditioning.plan, len(self.planned.branches)
-        return level < len(plan.forks) and plan.forks[level][0] == self.step
+        plan = self.conditioning.plan
+        return self.step == _end_of(plan, self.planned) < plan.steps.stop
 
     def branch(self, planned: PlannedSample) -> Sample:
         """Returns a child, which has taken the step at which this sample forks, with noise of its own.
@@ -199,7 +227,8 @@ class Sample:
             planned: One of the children that the plan has for this sample.
         """
         assert self.velocity is not None and self.recorder is not None
-        child = replace(self, planned=planned, recorder=self.recorder.branch(), velocity=None)
+        recorder = self.recorder.branch(self.step, stop=_end_of(self.conditioning.plan, planned))
+        child = replace(self, planned=planned, recorder=recorder, velocity=None)
         child.take_step(self.velocity)
         return child
 
@@ -207,6 +236,14 @@ class Sample:
         """Advances the sample by one step with this velocity."""
         step: StepFunction = plain_step if self.recorder is None else recorded_step
         step(self, velocity)
+        if not self.num_steps_left:
+            self.done = self.conditioning.model.streams.mark()
+
+
+def _end_of(plan: RequestPlan, planned: PlannedSample) -> int:
+    """Returns the step before which a sample ends: that of its fork, or the end of the request's."""
+    level = len(planned.branches)
+    return plan.forks[level][0] if level < len(plan.forks) else plan.steps.stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

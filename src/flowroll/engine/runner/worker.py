@@ -30,6 +30,7 @@ from flowroll.engine.runner.rank_group import STAGED, RankConfig
 from flowroll.engine.runner.rank_watch import ERRED
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.weights.offload import WeightOffload
+from flowroll.engine.weights.staged import slots_of
 from flowroll.errors import EngineError, FlowrollError, InvalidRequestError, WeightsRejectedError
 from flowroll.exact import use_exact_kernels
 from flowroll.families import Recipe
@@ -155,7 +156,10 @@ class Worker:
         self._model, self._limits, self._channel, self._mesh = model, limits, channel, mesh
         self._runner = ModelRunner(model, mesh.odd_ranks)
         transformer = model.transformer
-        offload = WeightOffload(lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()])
+        offload = WeightOffload(
+            lambda: [*transformer.parameters(), *transformer.buffers(), *model.adapters.parameters()],
+            lambda: [slot.live for slot in slots_of(transformer).values()],
+        )
         self._weights = RankWeights(model=model, held=HeldWeights(transformer), offload=offload, mesh=mesh)
         # Puts the staged change into effect.
         self._finish: Callable[[], Any] | None = None

@@ -4,6 +4,9 @@ Release and resume have two halves each, so that either all ranks do them or non
 second exchanges the parameters' data and cannot fail. Parameters stay the same objects. Restored data has the strides and
 the address modulo 64 that it had before, because the bits of matrix products depend on them. Weights are never read from the
 checkpoint again, because they may have been updated since.
+
+In the mode "discard" the weights that an update replaces are not kept. After waking they are memory without values, and the
+engine counts as asleep until an update has brought every one of them.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.weights.host import PinnedMemory, synchronize
-from flowroll.errors import AsleepError, EngineError
+from flowroll.errors import AsleepError, EngineError, WeightsRejectedError
 from flowroll.types.tensors import plain_tensor, tensor_bytes
 
-SleepMode: TypeAlias = Literal["offload", "disk"]
+SleepMode: TypeAlias = Literal["offload", "disk", "discard"]
 # torch's allocator aligns every tensor to this number of bytes.
 _ALLOCATED = 64
 # A parameter, and a function that restores its data.
@@ -32,44 +35,83 @@ class WeightOffload:
 
     Args:
         parameters: Returns all parameters and buffers that may be released; each may occur several times.
+        discardable: Returns those that an update of the transformer replaces.
 
     Attributes:
         mode: How the memory was released; None while the weights are in memory.
+        is_released: Whether the memory is released. After waking from "discard" it is there, without weights.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Callable[[], Iterable[Tensor]], discardable: Callable[[], Iterable[Tensor]]) -> None:
+        self._parameters, self._discardable = parameters, discardable
         self._kept: list[_Kept] = []
         self.mode: SleepMode | None = None
+        self.is_released = False
 
     def check_awake(self) -> None:
         """Checks that the weights are in memory.
 
         Raises:
+            AsleepError: The memory of the weights is released, or they were discarded and no update has brought them back.
+        """
+        self.check_memory()
+        if self.mode is not None:
+            raise AsleepError(
+                "the engine must have weights to use them, got none since it slept in the mode discard; send a complete update "
+                "of the transformer."
+            )
+
+    def check_memory(self) -> None:
+        """Checks that there is memory that new weights can be put in.
+
+        Raises:
             AsleepError: The memory of the weights is released.
         """
-        if self.mode is not None:
+        if self.is_released:
             raise AsleepError("the engine must be awake to use its weights, got released memory; wake it first.")
+
+    def check_brings_all(self, replaced: Iterable[Tensor]) -> None:
+        """Checks that the weights which an update replaces are all that were discarded, if any were.
+
+        Raises:
+            WeightsRejectedError: Some of the transformer's weights would stay without values.
+        """
+        missing = {id(one) for one in self._discardable()} - {id(one) for one in replaced}
+        if self.mode == "discard" and missing:
+            raise WeightsRejectedError(
+                f"new weights must be all of the transformer's after a sleep in the mode discard, got none for {len(missing)} "
+                "tensors; begin an update that is not partial."
+            )
+
+    def note_weights(self) -> None:
+        """Notes that every weight has a value again: `check_brings_all` was asked, and all ranks have the weights."""
+        self.mode = None
 
     def prepare_release(self, mode: SleepMode) -> Callable[[], int]:
         """Copies the weights to where they are kept. The returned function releases their memory, and returns its bytes.
 
         Args:
             mode: "offload": pinned memory of the host; weights on a CPU are in host memory already, so nothing is released.
-                "disk": an unnamed file of this process in the folder for temporary files (TMPDIR).
+                "disk": an unnamed file of this process in the folder for temporary files (TMPDIR). "discard": nowhere, for the
+                weights that an update of the transformer replaces; the others as with "offload".
 
         Raises:
             EngineError: There is not enough room there. Nothing has changed.
         """
+        # What was discarded before is still without values.
+        mode = self.mode or mode
+        discarded = {id(one): one for one in self._discardable()} if mode == "discard" else {}
         parameters = list({id(parameter): parameter for parameter in self._parameters()}.values())
+        others = [parameter for parameter in parameters if id(parameter) not in discarded]
         try:
             if mode == "disk":
                 spill = _Spill()
-                kept = [spill.keep(parameter) for parameter in parameters]
+                kept = [spill.keep(parameter) for parameter in others]
             else:
                 memory = PinnedMemory()
-                kept = [_in_host_memory(parameter, memory) for parameter in parameters if parameter.device.type == "cuda"]
+                kept = [_in_host_memory(parameter, memory) for parameter in others if parameter.device.type == "cuda"]
                 synchronize(parameters)
+            kept += [(one, _without_values(one)) for one in discarded.values()]
         except (OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
             raise _failed("weights must find room to be kept in", error) from error
 
@@ -77,7 +119,7 @@ class WeightOffload:
             num_bytes = sum(parameter.nbytes for parameter, _ in kept)
             for parameter, _ in kept:
                 parameter.data = parameter.data.new_empty(0)
-            self._kept, self.mode = kept, mode
+            self._kept, self.mode, self.is_released = kept, mode, True
             if any(parameter.device.type == "cuda" for parameter in parameters):
                 torch.cuda.empty_cache()
             return num_bytes
@@ -99,7 +141,8 @@ class WeightOffload:
         def resume() -> int:
             for parameter, data in restored:
                 parameter.data = data
-            self._kept, self.mode = [], None
+            self._kept, self.is_released = [], False
+            self.mode = "discard" if self.mode == "discard" else None
             return sum(data.nbytes for _, data in restored)
 
         return resume
@@ -107,7 +150,7 @@ class WeightOffload:
     def forget(self) -> None:
         """Drops the kept weights and all parameters; no weights can be restored after that."""
         self._kept = []
-        self._parameters = tuple
+        self._parameters = self._discardable = tuple
 
 
 def _in_host_memory(parameter: Tensor, memory: PinnedMemory) -> _Kept:
@@ -116,6 +159,14 @@ def _in_host_memory(parameter: Tensor, memory: PinnedMemory) -> _Kept:
     kept.copy_(data, non_blocking=True)
     device = data.device
     return parameter, lambda: kept.to(device, non_blocking=True)
+
+
+def _without_values(parameter: Tensor) -> Callable[[], Tensor]:
+    """Returns a function that allocates a tensor as this one is, full of NaN: a number that nobody has sent must show."""
+    data = parameter.data
+    layout = data.shape, data.stride(), data.data_ptr() % _ALLOCATED, data.dtype, data.device
+    value = torch.nan if data.is_floating_point() else 0
+    return lambda: _empty(*layout).fill_(value)
 
 
 class _Spill:

@@ -194,6 +194,11 @@ class StagedWeights:
         return len(self._pairs)
 
     @property
+    def replaced(self) -> list[Tensor]:
+        """The tensors in memory that get new data."""
+        return [live for live, _ in self._pairs]
+
+    @property
     def num_bytes(self) -> int:
         """The number of bytes of the new tensors in memory."""
         return sum(new.nbytes for _, new in self._pairs)

@@ -48,20 +48,21 @@ class WeightStore:
 
     def stage(self, files: WeightFiles) -> StagedWeights:
         """Reads new weights beside the old ones on this rank; see `stage_weights` for the errors."""
-        return stage_weights(self._module(files.module), files)
+        return stage_weights(self._module(files.module, for_update=True), files)
 
     def receive(self, module: str, *, partial: bool) -> WeightReceiver:
         """Returns a receiver for new weights of a module, which arrive tensor by tensor."""
         name = check_updatable(module)
-        return WeightReceiver(name, slots_of(self._module(name)), partial=partial)
+        return WeightReceiver(name, slots_of(self._module(name, for_update=True)), partial=partial)
 
     def commit(self, staged: StagedWeights, weight_version: str | None) -> WeightUpdate:
         """Puts new weights in place on every rank, or, after an error, on none.
 
         Raises:
             RankLostError: A rank has weights that are of no use any more; the engine ends.
+            WeightsRejectedError: The transformer's weights were discarded, and these are not all of them.
         """
-        self._offload.check_awake()
+        self._offload.check_memory()
         staged.check_whole()
         started_s = time.perf_counter()
         module, previous = staged.module, self.versions.current
@@ -69,6 +70,7 @@ class WeightStore:
         num_tensors, num_bytes = staged.num_tensors, staged.num_bytes
         is_transformer = module == "transformer"
         if is_transformer:
+            self._offload.check_brings_all(staged.replaced)
             self._executor.stage_weights(staged.source)
 
         def conclude() -> None:
@@ -81,6 +83,7 @@ class WeightStore:
             self.versions.adopt(advanced)
             if adapters is not None:
                 self._adapters.adopt(adapters)
+                self._offload.note_weights()
 
         try:
             staged.commit(conclude)
@@ -151,7 +154,7 @@ class WeightStore:
         different = [name for name, digest in expected.items() if name in actual and digest.lower() != actual[name]]
         return sorted(set(expected) - set(actual)), sorted(different)
 
-    def _module(self, name: str) -> Any:
+    def _module(self, name: str, *, for_update: bool = False) -> Any:
         pipeline = self._pipeline
         if pipeline is None:
             raise ShuttingDownError("the engine must run to use its weights, got a shutdown; ask another replica.")
@@ -159,7 +162,7 @@ class WeightStore:
         if name not in modules:
             known = ", ".join(one for one in get_args(ModuleName) if one in modules)
             raise InvalidRequestError(f"module must be one of {known}, got {name}; choose one.", field="module")
-        self._offload.check_awake()
+        (self._offload.check_memory if for_update else self._offload.check_awake)()
         return modules[name]
 
     @property

@@ -83,7 +83,8 @@ def build_router(state: AppState) -> APIRouter:
                 ShuttingDownError("the server must take requests to be ready, got a shutdown; use another replica.")
             )
         if status.is_asleep:
-            return _unavailable(AsleepError("the engine must be awake to be ready, got released memory; wake it."))
+            then = "wake it and send all weights" if status.memory_mode == "discard" else "wake it"
+            return _unavailable(AsleepError(f"the engine must be awake to be ready, got released memory; {then}."))
         if status.load.is_paused:
             return _unavailable(PausedError("generation must go on to be ready, got a pause; continue it."))
         return Health()

@@ -100,7 +100,8 @@ def build_router(state: AppState) -> APIRouter:
     @router.post(
         RESUME_ROUTE,
         summary="Take the memory of the weights again",
-        description="Weights, version, adapters and checksums are as they were.",
+        description="Weights, version, adapters and checksums are as they were. After `discard`, the server answers as in "
+        "sleep until an update has brought all weights of the transformer.",
         responses=WEIGHTS_RESPONSES,
         openapi_extra=request_body(ResumeRequest),
     )
