@@ -204,7 +204,7 @@ class _Probe:
         )
         awake, versions = WeightOffload(tuple, tuple), WeightVersions()
         encoder = PipelineRunner(model, pipeline, versions, awake, PolicyStore(model.adapters, awake, versions, max_policies=0))
-        conditioning = encoder.encode(plan_request(params, model, Limits()))
+        conditioning = encoder.encode(plan_request(params, model, Limits())).handed_over()
         samples = [Sample.start(conditioning, planned) for planned in conditioning.plan.samples]
         alone, states = Alone(model.family, model.dtype), [tuple(one.latents for one in samples)]
         for _ in conditioning.plan.steps:
