@@ -30,16 +30,6 @@ class Graph:
         self.num_replays += 1
 
 
-class Stream:
-    """Stands in for `torch.cuda.Stream`: everything runs in the order in which it is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def wait_stream(self, other: Stream) -> None:
-        """Returns at once."""
-
-
 @contextlib.contextmanager
 def captures(meter: Meter) -> Iterator[None]:
     """Replaces what CUDA graphs are made with.
@@ -47,14 +37,14 @@ def captures(meter: Meter) -> Iterator[None]:
     Args:
         meter: Counts what is captured.
     """
-    real, only = GraphedForwards._try_to_record, Stream(torch.device("cuda", 0))
+    real = GraphedForwards._try_to_record
 
     def record(graphs: GraphedForwards, *args: Any) -> None:
         with meter.during(RECORD):
             real(graphs, *args)
 
     def capture(
-        graph: Graph, pool: object, stream: Stream, capture_error_mode: str
+        graph: Graph, pool: object, stream: object, capture_error_mode: str
     ) -> contextlib.AbstractContextManager[Count]:
         # Other threads encode and decode meanwhile, and may allocate.
         assert capture_error_mode == "thread_local"
@@ -66,9 +56,6 @@ def captures(meter: Meter) -> Iterator[None]:
             "CUDAGraph": Graph,
             "graph": capture,
             "graph_pool_handle": lambda: (0, 1),
-            "Stream": Stream,
-            "current_stream": lambda _: only,
-            "stream": lambda _: contextlib.nullcontext(),
             # Free memory before a capture, and after it, are the same.
             "mem_get_info": lambda _: (0, 0),
         }

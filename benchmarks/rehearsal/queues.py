@@ -61,11 +61,15 @@ class Queues:
         """The functions of `torch.cuda`, by name."""
         return {
             "Stream": lambda *_: _Stream(self, next(self._ids)),
-            "Event": lambda **_: _Event(self, next(self._ids)),
+            "Event": lambda **_: self.event(),
             "stream": self._on,
             "current_stream": lambda *_: self._current[-1],
             "synchronize": lambda *_: self.handler._handle_device_synchronization(),
         }
+
+    def event(self) -> _Event:
+        """Makes an event."""
+        return _Event(self, next(self._ids))
 
     def keep_for(self, tensor: Tensor, stream: _Stream) -> None:
         """Stands in for `Tensor.record_stream`."""
@@ -82,11 +86,16 @@ class Queues:
 
 class _Stream:
     def __init__(self, queues: Queues, number: int) -> None:
-        self.cuda_stream, self._handler = number, queues.handler
+        self.cuda_stream, self._handler, self._queues = number, queues.handler, queues
         self._handler._handle_stream_creation(number)
 
     def wait_event(self, event: _Event) -> None:
         self._handler._handle_event_wait(event.number, self.cuda_stream)
+
+    def wait_stream(self, other: _Stream) -> None:
+        event = self._queues.event()
+        event.record(other)
+        self.wait_event(event)
 
 
 class _Event:
