@@ -1,14 +1,18 @@
 """N ranks == 1 rank: the layout of the transformer changes no bit, with any number of requests in flight."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from tests.proofs.cases import FAMILIES, Case, cases
 from tests.proofs.conftest import AloneOf, RanksOf
-from tests.proofs.doors import assert_same_samples, together
+from tests.proofs.doors import assert_same_samples, skip_where_refused, together
 
 from flowroll.engine import Engine
+from flowroll.errors import InvalidRequestError
+from flowroll.exact import questions
+from flowroll.types import Layout
 
 TWO_RANKS = ("sp2", "cfg2", "tp2")
 LARGER = "sp2xcfg2"
@@ -59,3 +63,19 @@ def assert_shared_out(case: Case, engine: Engine, before: Mapping[str, int]) -> 
     whole = engine.info.parameters * getattr(torch, case.dtype).itemsize
     # The embeddings around the blocks stay whole, and in models this small they are a large part.
     assert engine.info.transformer_bytes < 0.85 * whole if layout.tp > 1 else engine.info.transformer_bytes == whole
+
+
+def test_a_row_is_skipped_where_the_engine_refuses_its_layout_and_nowhere_else(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, of = checkpoints["z_image"], {"dtype": "bfloat16", "device": "cpu"}
+    with pytest.raises(InvalidRequestError):
+        skip_where_refused(folder, layout=Layout(tp=7), **of)
+    monkeypatch.setattr(questions, "product_keeps_bits_by_columns", lambda *_: False)
+    skip_where_refused(folder, layout=Layout(cfg_parallel=True), **of)
+    with pytest.raises(InvalidRequestError) as refused:
+        Engine(folder, layout=Layout(tp=2), **of)
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        skip_where_refused(folder, layout=Layout(tp=2), **of)
+    assert skipped.value.msg == refused.value.message
+    assert "parts have the bits of the whole" in refused.value.message
