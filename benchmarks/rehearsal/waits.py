@@ -58,6 +58,7 @@ WAITS: Mapping[str, Mapping[str, str]] = {
         "flowroll.replay.scoring:_micro_batch": _RECORD,
     },
     "update": {
+        "flowroll.engine.weights.staged:_fits": "a new weight must be finite, which the device finds out, beside the steps",
         "flowroll.engine.weights.staged:waiting": "a new weight is cast and checked on the device, and waits on the host, "
         "beside the steps of requests",
     },
