@@ -12,6 +12,7 @@ the parameters, and not to their data.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,14 +57,14 @@ class Program:
     Attributes:
         source: The function `run(batched, samples)`; it calls `c0`, `c1`, ..., and passes them as arguments.
         constants: What these names stand for: functions, ways, parameters, tables, and what is no plain number.
-        modules: The modules of the transformer.
+        modules: The modules of the transformer, which a program does not keep alive.
         structure: What the modules were made of; see `_structure`.
         run: The function.
     """
 
     source: str
     constants: tuple[Any, ...]
-    modules: tuple[nn.Module, ...]
+    modules: tuple[weakref.ref[nn.Module], ...]
     structure: tuple[Any, ...]
     run: Callable[[ForwardInput, Samples], Output]
 
@@ -73,11 +74,12 @@ class Program:
         names: dict[str, Any] = {f"c{index}": constant for index, constant in enumerate(constants)}
         exec(compile(source, "<the program of a forward>", "exec"), names)
         modules = tuple(transformer.modules())
-        return cls(source, tuple(constants), modules, _structure(modules), names["run"])
+        return cls(source, tuple(constants), tuple(map(weakref.ref, modules)), _structure(modules), names["run"])
 
     def fits(self) -> bool:
         """Tells whether the transformer still consists of the same modules, hooks and parameters."""
-        return _structure(self.modules) == self.structure
+        modules = [module for module in (reference() for reference in self.modules) if module is not None]
+        return len(modules) == len(self.modules) and _structure(modules) == self.structure
 
     def equals(self, other: Program) -> bool:
         """Tells whether another program does the same, on the same objects."""

@@ -1,5 +1,7 @@
 """Shared forwards without the model's Python code: the same bits, and only where nothing else can be missed."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -190,6 +192,17 @@ def test_the_least_recently_used_programs_are_forgotten(monkeypatch: pytest.Monk
     assert run(shared, model, 8) == 0
     run(shared, model, 9, count=4), run(shared, model, 10, count=4)
     assert run(shared, model, 11)
+
+
+@torch.no_grad()
+def test_a_model_that_nobody_needs_is_not_kept() -> None:
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE + 1):
+        run(shared, model, seed)
+    kept = [weakref.ref(model), weakref.ref(model.linear), weakref.ref(model.linear.weight)]
+    del model
+    gc.collect()
+    assert [one() for one in kept] == [None, None, None] and not shared._known
 
 
 @torch.no_grad()
