@@ -203,10 +203,15 @@ class Recording(Repetition):
         self._last_use: list[int] = []
         self._reason = "functions without a rule" if notes.without_rule else None
         for name, value in batched.items():
-            entries = [(f"[{index}]", one) for index, one in enumerate(value)] if isinstance(value, list) else [("", value)]
-            for index, entry in entries:
+            if isinstance(value, Tensor):
+                if self._variable(value) is not None:
+                    self._reason = "two arguments are one tensor"
+                self._lines.append(f"{self._new(value)} = batched[{name!r}]")
+            for index, entry in enumerate(value) if isinstance(value, list) else ():
                 if isinstance(entry, Tensor):
-                    self._lines.append(f"{self._new(entry)} = batched[{name!r}]{index}")
+                    # Samples may share a tensor in this forward and not in the next one: each entry is a variable of its own.
+                    value[index] = entry.detach()
+                    self._lines.append(f"{self._new(value[index])} = batched[{name!r}][{index}]")
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if self._reason is not None:

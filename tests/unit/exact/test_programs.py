@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -226,11 +227,14 @@ def test_an_object_of_which_nothing_is_known_is_not_kept() -> None:
 @pytest.mark.parametrize(("name", "dtype"), [row for row in FAMILY_WITH_DTYPE if row[0] in NAMES])
 @torch.no_grad()
 def test_every_family_keeps_its_bits(load: Load, name: str, dtype: str) -> None:
+    """A forward that was written down with a group, whose samples share their prompt, also runs samples of other prompts."""
     family, transformer = FAMILIES[name], load(name, dtype)
     generator = torch.Generator().manual_seed(3)
     strategy = Merged(family, DTYPES[dtype], with_programs=True)
-    for number in range(BEFORE + 3):
+    for number in range(BEFORE + 4):
         inputs = [make_input(family, generator, DTYPES[dtype], sigma=0.3 + 0.1 * number) for _ in range(3)]
+        if number < BEFORE + 2:
+            inputs = [replace(one, env=inputs[0].env) for one in inputs]
         expected = alone(family, transformer, inputs, DTYPES[dtype])
         assert all(map(torch.equal, strategy.velocities(transformer, inputs), expected))
     candidates = strategy._shared._known[transformer].programs
