@@ -58,6 +58,7 @@ def test_a_stage_that_takes_too_long_is_ended_and_the_next_one_runs(
 ) -> None:
     (tmp_path / "z_image.json").write_text(json.dumps({"state": "done", "results": [], "skipped": [], "errors": []}))
     monkeypatch.setattr(run, "LIMITS", {"machine": 0.02, "z_image": 60})
+    monkeypatch.setattr(run, "ALL", run.LIMITS)
     monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path), "--device", "cpu", "--tiny"])
     monkeypatch.setenv("FLOWROLL_CACHE_DIR", str(tmp_path))
     run.main()

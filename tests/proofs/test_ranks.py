@@ -10,6 +10,7 @@ from tests.proofs.conftest import AloneOf, RanksOf
 from tests.proofs.doors import assert_same_samples, skip_where_refused, together
 
 from flowroll.engine import Engine
+from flowroll.engine.runner import rank_group
 from flowroll.errors import InvalidRequestError
 from flowroll.exact import questions
 from flowroll.types import Layout
@@ -72,6 +73,8 @@ def test_a_row_is_skipped_where_the_engine_refuses_its_layout_and_nowhere_else(
     with pytest.raises(InvalidRequestError):
         skip_where_refused(folder, layout=Layout(tp=7), **of)
     monkeypatch.setattr(questions, "product_keeps_bits_by_columns", lambda *_: False)
+    # Another test may have a process group in this process; the engine refuses its layout before it makes one.
+    monkeypatch.setattr(rank_group, "check_alone", lambda: None)
     skip_where_refused(folder, layout=Layout(cfg_parallel=True), **of)
     with pytest.raises(InvalidRequestError) as refused:
         Engine(folder, layout=Layout(tp=2), **of)

@@ -157,7 +157,7 @@ def test_a_client_that_goes_away_disturbs_no_other(hooked: HookedEngine) -> None
         with pytest.raises(httpx.ReadTimeout):
             client.post("/rollout/generate", json=SMALL, timeout=0.1)
         other = Background(lambda: client.post("/rollout/generate", json=SMALL))
-        until(lambda: service.status().counts.pending == 1)
+        until(lambda: service.status().counts.accepted == 2)
         gate.opened.set()
         assert other.answer().status_code == 200
         stats = service.status().counts

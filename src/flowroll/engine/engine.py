@@ -183,14 +183,14 @@ class Engine:
             _check_compile(layout, place)
         # The fast mode runs ordinary batches and kernels that are compiled, which were not looked at in a recording.
         other_kernels = compile or exactness == "fast"
-        graphed = resolve_graphs(graphs, max_graph_bytes, device=place, layout=layout, compile=other_kernels)
+        self._graphs = resolve_graphs(graphs, max_graph_bytes, device=place, layout=layout, compile=other_kernels)
         checkpoint = examine_checkpoint(find_checkpoint(model), variant=variant)
         weights = resolve_dtype(dtype, place)
         self._peers = open_peers(checkpoint, layout, limits, dtype=weights, device=place, timeout_s=rank_timeout_s)
         with contextlib.ExitStack() as opened:
             opened.callback(self._peers.close)
             self._model, self._pipeline = load_model(
-                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile, graphs=graphed
+                checkpoint, device=place, dtype=weights, mesh=self._peers.mesh, compile=compile, graphs=self._graphs
             )
             self._peers.serve(self._model.spec, limits)
             certificate = certify(self._model.transformer, kernels, device=place, dtype=weights)
@@ -215,7 +215,7 @@ class Engine:
             self.scheduler = Scheduler(self._executor, batching or BatchLimits())
             self._peers.add_listener(functools.partial(self.scheduler.stop, patience_s=_LOST_S))
             self.info = _describe(self._model, checkpoint, layout, limits, adapter_limits, certificate, fast)
-            if graphed is not None:
+            if self._graphs is not None:
                 self.info = replace(self.info, graphs="on", max_graph_bytes=max_graph_bytes)
             self._weights.note_checksum(limits.max_hashed_bytes)
             if compile:
@@ -820,8 +820,7 @@ class Engine:
     @property
     def graph_counts(self) -> GraphCounts:
         """What became of the forwards that may be recorded; all zeros where none are."""
-        graphs = self._open_model().strategy.graphs
-        return GraphCounts() if graphs is None else graphs.counts
+        return GraphCounts() if self._graphs is None else self._graphs.counts
 
     def describe_memory(self) -> str:
         """Returns a text that says how much memory the samples that run at the same time can take."""

@@ -15,7 +15,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ _MOST_FORMS = 4096
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Recording(Protocol):
     """One recorded forward.
 
@@ -55,6 +56,7 @@ class Recording(Protocol):
         """Runs what was recorded again, on what lies in the tensors that it read."""
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """Makes recordings. Only one thread uses it."""
 

@@ -124,8 +124,8 @@ def update(found: Rehearsal) -> None:
 def test_every_tensor_is_used_in_order(rehearsed: Rehearsal) -> None:
     life(rehearsed)
     rehearsed.order.check()
-    # Steps, encoding, decoding and copies.
-    assert len(rehearsed.order.streams) == 4
+    # Steps, encoding, decoding, copies, and recording.
+    assert len(rehearsed.order.streams) == 5
 
 
 def steps_do_not_wait_for_encoding(monkeypatch: pytest.MonkeyPatch) -> None:

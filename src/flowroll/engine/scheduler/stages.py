@@ -13,18 +13,18 @@ from flowroll.engine.outputs import Finished
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler.inbox import Decoded, Encoded, Inbox
-from flowroll.engine.scheduler.request import Request, RunningSample
+from flowroll.engine.scheduler.request import Request, RunningSample, cancelled
 
 Work: TypeAlias = Callable[[], None]
 
 
 def encoding(runner: Executor, inbox: Inbox, request: Request, clock: Callable[[], float]) -> Work:
-    """Makes the work that encodes a request's prompts; it does nothing if the request has been reset before it begins."""
+    """Makes the work that encodes a request's prompts; it does nothing if the request was reset or cancelled before that."""
     attempt = request.attempt
 
     def encode() -> None:
-        if request.attempt != attempt:
-            inbox.put(Encoded(request, attempt))
+        if request.attempt != attempt or request.future.cancelled():
+            inbox.put(Encoded(request, attempt, error=cancelled()))
             return
         started_s = clock()
         try:
