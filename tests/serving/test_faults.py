@@ -196,7 +196,7 @@ def _held() -> int:
     "drawn",
     [
         ("encoding", "no memory", 1, False),
-        ("stepping", "the thread's end", 2, True),
+        ("stepping", "the thread's end", 1, True),
         ("decoding", "no space", 0, False),
         ("sending", "no input or output", 1, True),
         ("committing", "no memory", 0, True),

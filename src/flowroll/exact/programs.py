@@ -42,6 +42,7 @@ _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 # The shape of what these return follows from the shapes of their arguments, but for the exceptions in `_reads_numbers`.
 _KNOWN = (frozenset(RULES) | FACTORIES | NEW | GATHERS | WRITES | {gather_parts}) - METADATA
 _CHOOSING, _WHERE, _REPEATING = functions("__getitem__"), functions("where"), functions("repeat_interleave")
+_SIZED = functions("zeros", "ones", "full", "empty", "arange", "eye")
 # Where a tensor's variable is kept: an attribute of the tensor, so that it goes when the tensor goes.
 _VARIABLE = "_flowroll_variable"
 
@@ -313,10 +314,13 @@ def _reads_numbers(func: Any, args: tuple[Any, ...]) -> bool:
     """Tells whether the shape of a known function's result may depend on the numbers in its arguments."""
     if func in _CHOOSING:
         index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
-        return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in index)
+        bounds = [bound for one in index if isinstance(one, slice) for bound in (one.start, one.stop, one.step)]
+        masks = [one for one in index if isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)]
+        return bool(masks) or any(isinstance(bound, Tensor) for bound in bounds)
     if func in _WHERE:
         return len(args) == 1
-    return func in _REPEATING and any(isinstance(one, Tensor) for one in args[1:])
+    sizes = args[1:] if func in _REPEATING else args if func in _SIZED else ()
+    return any(isinstance(one, Tensor) for one in sizes)
 
 
 def _has_own_code(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Shared forwards without the model's Python code: the same bits, and only where nothing else can be missed."""
 
 import gc
+import random
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -96,12 +97,30 @@ def finds_places(net: Net, x: Tensor) -> Tensor:
     return x * len(torch.nonzero(net.linear.bias > 0))
 
 
+def cuts_at_a_number(net: Net, x: Tensor) -> Tensor:
+    return x * len(net.linear.bias[: (net.linear.bias > 0).sum()])
+
+
+def counts_to_a_number(net: Net, x: Tensor) -> Tensor:
+    return x * len(torch.arange((net.linear.bias > 0).sum()))
+
+
 def leaves_torch(net: Net, x: Tensor) -> Tensor:
     return x * torch.from_numpy(np.array([float(net.factor)], dtype=np.float32))
 
 
 @pytest.mark.parametrize(
-    "extra", [reads_a_weight, decides_by_a_weight, chooses_by_a_mask, finds_places, leaves_torch], ids=lambda one: one.__name__
+    "extra",
+    [
+        reads_a_weight,
+        decides_by_a_weight,
+        chooses_by_a_mask,
+        finds_places,
+        cuts_at_a_number,
+        counts_to_a_number,
+        leaves_torch,
+    ],
+    ids=lambda one: one.__name__,
 )
 @torch.no_grad()
 def test_what_may_read_numbers_is_never_written_down(extra: Callable[[Net, Tensor], Tensor]) -> None:
@@ -110,7 +129,7 @@ def test_what_may_read_numbers_is_never_written_down(extra: Callable[[Net, Tenso
         assert run(shared, model, seed)
         if seed > BEFORE:
             # What a program of this forward would have kept.
-            model.linear.bias.copy_(torch.randn(12).abs() * seed)
+            model.linear.bias.copy_(torch.randn(12).abs() * (seed % 2 * 2 - 1))
             model.linear.weight.mul_(1.5)
 
 
@@ -240,3 +259,19 @@ def test_every_family_keeps_its_bits(load: Load, name: str, dtype: str) -> None:
     candidates = strategy._shared._known[transformer].programs
     assert candidates is not None
     assert all(candidate.is_confirmed for candidate in candidates._candidates.values())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [row for row in FAMILY_WITH_DTYPE if row[0] in NAMES])
+@torch.no_grad()
+def test_whatever_samples_of_one_shape_share_they_keep_their_bits(load: Load, name: str, dtype: str) -> None:
+    """Prompts and noise levels are drawn from a few, so that samples have them in common in one forward and not in the next."""
+    family, transformer, source = FAMILIES[name], load(name, dtype), random.Random(7)
+    generator = torch.Generator().manual_seed(7)
+    strategy = Merged(family, DTYPES[dtype], with_programs=True)
+    pool = [make_input(family, generator, DTYPES[dtype], scale=source.choice((0.0, 4.0))) for _ in range(4)]
+    sigmas = [make_input(family, generator, DTYPES[dtype], sigma=sigma).timestep for sigma in (0.2, 0.7)]
+    for _ in range(24):
+        drawn = [replace(source.choice(pool), timestep=source.choice(sigmas)) for _ in range(source.choice((2, 3)))]
+        inputs = [replace(one, latents=torch.randn(one.latents.shape, generator=generator).to(one.latents)) for one in drawn]
+        expected = alone(family, transformer, inputs, DTYPES[dtype])
+        assert all(map(torch.equal, strategy.velocities(transformer, inputs), expected))
