@@ -26,6 +26,7 @@ from benchmarks.rehearsal.waits import WAITS
 from flowroll import Engine, Rollout, SamplingParams, replay
 from flowroll.engine import Limits
 from flowroll.engine import engine as engine_module
+from flowroll.engine.config import Graphs
 from flowroll.engine.outputs import Finished
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.executor import Executor
@@ -189,6 +190,7 @@ def rehearsal(
     waits: Mapping[str, Mapping[str, str]] | None = WAITS,
     stepping: int = sys.maxsize,
     watched: bool = False,
+    graphs: Graphs = "off",
 ) -> Iterator[Rehearsal]:
     """Opens an engine on a checkpoint folder of `make_folder`, on the fake device.
 
@@ -199,6 +201,7 @@ def rehearsal(
         rank: Which of them this one is.
         waits: Where the host may wait; see `Meter`.
         stepping: The most samples of a request that take steps.
+        graphs: Whether forwards of small samples are recorded; what a recording replays is not counted.
         watched: Whether the order of the streams is watched, which takes about as long again.
 
     Raises:
@@ -222,7 +225,8 @@ def rehearsal(
             stack.enter_context(one)
         with meter.during("load"):
             limits = Limits(max_hashed_bytes=0)  # a fake weight has no bytes to hash
-            engine = Engine(folder, variant=variant, device="cuda", dtype="bfloat16", layout=layout, limits=limits)
+            chosen = {"variant": variant, "layout": layout, "limits": limits, "graphs": graphs}
+            engine = Engine(folder, device="cuda", dtype="bfloat16", **chosen)  # type: ignore[arg-type]
         engine.scheduler = HereScheduler(engine._executor, meter, stepping)  # type: ignore[assignment]
         with engine:
             yield Rehearsal(engine, meter, order)

@@ -33,7 +33,7 @@ FORWARDS = {"qwen_image": (2, 2), "z_image": (1, 1), "sd3": (1, 1), "flux": (1, 
 def test_the_host_does_not_wait_in_a_capture(family: str, checkpoints: dict[str, Path]) -> None:
     load_without_torchvision()
     try:
-        with rehearsal(checkpoints[family], variant=None, waits=None) as found:
+        with rehearsal(checkpoints[family], variant=None, waits=None, graphs="auto") as found:
             request = {name: value for name, value in REQUEST.items() if name != "negative_prompt" or family != "flux"}
             found.rollouts(2, **request)
             counts = found.engine.graph_counts
@@ -52,7 +52,7 @@ def test_a_capture_at_full_width_waits_for_nothing(tmp_path: Path) -> None:
     load_without_torchvision()
     folder = make_folder(QWEN_IMAGE, tmp_path / "checkpoint", layers=2)
     try:
-        with rehearsal(folder, variant=QWEN_IMAGE.variant) as found:
+        with rehearsal(folder, variant=QWEN_IMAGE.variant, graphs="auto") as found:
             found.rollouts(2, **{**REQUEST, "height": 512, "width": 512})
             counts = found.engine.graph_counts
             found.rollouts(2, **{**REQUEST, "height": 1024, "width": 1024})
@@ -83,7 +83,7 @@ def test_a_forward_that_waits_is_not_captured(
     load_without_torchvision()
     try:
         # The host may wait in steps here: what is looked at is the capture.
-        with rehearsal(checkpoints["qwen_image"], variant=None, waits=Anywhere(WAITS)) as found:
+        with rehearsal(checkpoints["qwen_image"], variant=None, waits=Anywhere(WAITS), graphs="auto") as found:
             monkeypatch.setattr(QwenImageTransformer2DModel, "forward", forward)
             found.rollouts(2, **REQUEST)
             counts = found.engine.graph_counts

@@ -34,7 +34,7 @@ def rehearsed(tmp_path: Path) -> Iterator[Rehearsal]:
     load_without_torchvision()
     folder = make_folder(SD35_MEDIUM, tmp_path / "checkpoint", layers=1)
     try:
-        with rehearsal(folder, variant=SD35_MEDIUM.variant, watched=True) as found:
+        with rehearsal(folder, variant=SD35_MEDIUM.variant, watched=True, graphs="auto") as found:
             yield found
     except NoFakeDeviceError as error:
         pytest.skip(str(error))
@@ -182,12 +182,12 @@ def changes_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        steps_do_not_wait_for_encoding,
-        decoding_does_not_wait_for_steps,
+        pytest.param(steps_do_not_wait_for_encoding, marks=pytest.mark.slow),
+        pytest.param(decoding_does_not_wait_for_steps, marks=pytest.mark.slow),
         copies_do_not_wait_for_steps,
-        nobody_waits_for_copies,
-        memory_is_not_kept,
-        the_fixed_inputs_are_not_kept,
+        pytest.param(nobody_waits_for_copies, marks=pytest.mark.slow),
+        pytest.param(memory_is_not_kept, marks=pytest.mark.slow),
+        pytest.param(the_fixed_inputs_are_not_kept, marks=pytest.mark.slow),
         changes_do_not_wait_for_the_device,
     ],
 )
