@@ -191,3 +191,10 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return True
     unordered = (one != one) & (other != other)
     return bool((unordered | (one == other)).all())
+
+
+def same_outputs(one: Tensor | list[Tensor], other: Tensor | list[Tensor]) -> bool:
+    """Tells whether two outputs of a model, tensors or lists of them, hold the same numbers; see `same_bits`."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return same_bits(one, other)
+    return len(one) == len(other) and all(map(same_bits, one, other))

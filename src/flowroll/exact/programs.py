@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowroll.exact.calls import has_tensor
 from flowroll.exact.functions import FACTORIES, GATHERS, METADATA, NEW, WRITES, functions, named
-from flowroll.exact.layout import same_bits
+from flowroll.exact.layout import same_outputs
 from flowroll.exact.mode import Getter, Notes, Repetition, repeat
 from flowroll.exact.rules import RULES
 from flowroll.exact.ways import Samples
@@ -179,7 +180,7 @@ class Programs:
             candidate.program, candidate.num_recorded = None, _RECORDINGS
             return
         if candidate.program is not None and candidate.program.equals(found):
-            candidate.is_confirmed = _same_outputs(found.run(collate(), samples), output)
+            candidate.is_confirmed = same_outputs(found.run(collate(), samples), output)
             candidate.num_recorded = 0 if candidate.is_confirmed else _RECORDINGS
         candidate.program = found
 
@@ -246,13 +247,13 @@ class Recording(Repetition):
     def _write(self, func: Any, way: Any, given: tuple[list[str], dict[str, str]], result: Any, args: tuple[Any, ...]) -> None:
         """Writes a call down, if it computes something; ends the recording where it may have read numbers."""
         if type(func) is Getter or func in _SHAPES:
-            if not _holds_tensor(result):
+            if not has_tensor(result):
                 return
             if type(func) is not Getter or func.__self__.__name__ not in _VIEWS:
                 self._reason = f"{named(func)} returns a tensor"
         elif func not in _KNOWN or _reads_numbers(func, args):
             self._reason = f"{named(func)} may read numbers"
-        elif result is not None and not _holds_tensor(result):
+        elif result is not None and not has_tensor(result):
             self._reason = f"{named(func)} returns no tensor"
         target, (positional, by_name) = self._target(result, args), given
         if way is None:
@@ -361,16 +362,6 @@ def _signature(value: Any) -> Hashable:
 
 def _same(one: Any, other: Any) -> bool:
     return one is other or (not isinstance(one, Tensor) and type(one) is type(other) and bool(one == other))
-
-
-def _same_outputs(one: Output, other: Output) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return same_bits(one, other)
-    return len(one) == len(other) and all(map(same_bits, one, other))
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(one, Tensor) for one in value))
 
 
 def _tuple(texts: Sequence[str]) -> str:

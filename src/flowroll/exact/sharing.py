@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flowroll.exact.checkpointing import keeping_nothing
-from flowroll.exact.layout import CannotMergeError, same_bits
+from flowroll.exact.layout import CannotMergeError, same_outputs
 from flowroll.exact.mode import Analysis, DivergedError, Notes, repeat
 from flowroll.exact.padding import Lengths, padded_length
 from flowroll.exact.programs import Programs
@@ -259,7 +259,7 @@ class SharedForwards:
     def _difference(self, work: _Work, output: Output, looked_at: Sequence[int], alone: Sequence[Output]) -> str | None:
         """Returns why the samples' outputs have other bits than alone; None if they have not."""
         found = self._family.uncollate(list(output) if isinstance(output, list) else output, work.count)
-        is_exact = all(_same(found[index], one) for index, one in zip(looked_at, alone, strict=True))
+        is_exact = all(same_outputs(found[index], one) for index, one in zip(looked_at, alone, strict=True))
         return None if is_exact else "the model computes with the length of its batch, or of its padded texts"
 
 
@@ -287,9 +287,3 @@ def _form(forward_input: ForwardInput) -> Any:
         return type(value)
 
     return tuple((name, of_value(value)) for name, value in forward_input.items())
-
-
-def _same(one: Output, other: Output) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return same_bits(one, other)
-    return len(one) == len(other) and all(map(same_bits, one, other))

@@ -154,7 +154,7 @@ def test_a_program_whose_output_has_other_bits_is_not_used(monkeypatch: pytest.M
     from flowroll.exact import programs
 
     shared, model = sharing(), Net()
-    monkeypatch.setattr(programs, "_same_outputs", lambda *_: False)
+    monkeypatch.setattr(programs, "same_outputs", lambda *_: False)
     for seed in range(BEFORE + 3):
         assert run(shared, model, seed)
 

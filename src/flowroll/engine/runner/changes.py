@@ -124,7 +124,7 @@ class LoadAdapter(Change, frozen=True):
 
 
 class DropAdapter(Change, frozen=True):
-    """The end of an adapter."""
+    """An adapter goes."""
 
     name: str
 
@@ -172,12 +172,12 @@ class UpdatePolicy(Change, frozen=True):
 
 
 class DropPolicy(Change, frozen=True):
-    """The end of a policy that is a set of weights."""
+    """A policy that is a set of weights goes."""
 
     name: str
 
     def prepare(self, weights: RankWeights) -> Callable[[], Any]:
-        """Needs nothing."""
+        """Returns the function that drops the set; nothing has to be made ready."""
         return functools.partial(weights.held.drop, self.name)
 
 
