@@ -26,6 +26,8 @@ demo: setup
 	$(BIN)/flowroll demo --out demo-out
 
 # Two at a time, a module on one worker: modules share engines, and a process can hold one engine of several ranks.
+# OpenMP's threads sleep while they wait: where two workers share two cores, threads that spin hold up the others.
+test proofs: export OMP_WAIT_POLICY = PASSIVE
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 

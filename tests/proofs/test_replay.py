@@ -46,7 +46,7 @@ ROWS = [
         family=FAMILIES,
         dtype=DTYPES,
         dynamics=DYNAMICS,
-        shape=("small", "small, unguided", "odd"),
+        shape=("small", "odd", "small, unguided"),
         options=tuple(OPTIONS),
         carrier=CARRIERS,
     )

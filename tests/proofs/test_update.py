@@ -30,7 +30,7 @@ REQUESTS = [{**BASE, "seed": 1}, {**BASE, "seed": 2, "num_outputs_per_prompt": 2
 COLUMNS = {
     "layout": ("single", "sp2", "tp2", "cfg2"),
     "family": FAMILIES,
-    "dtype": DTYPES,
+    "dtype": DTYPES[::-1],
     "door": ("server", "engine", "engine"),
     "way": ("tensors", "disk"),
 }

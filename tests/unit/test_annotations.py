@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 # The examples annotate for readers: their loops hold tensors under names that say more than shapes.
 UNCHECKED = {"__init__", "__main__", "examples"}
 UNITS = ("parallel", "sampling", "types", "test_plots.py")
-QUICK = (*(f"tests/unit/{name}" for name in UNITS), "tests/parity/test_forks.py")
+# What an engine and replay do with a tree of samples calls most of the rest.
+FORKS = ("what_is_recorded_and_how_much_room_there_is_change_no_leaf", "micro_batches_bring_every_pair_once_with_its_gradient")
+QUICK = (*(f"tests/unit/{name}" for name in UNITS), *(f"tests/parity/test_forks.py::test_{name}" for name in FORKS))
 PLUGINS = ("flow_factory_mapping", "miles", "miles_lora", "seeds", "torch")
 WIDE = (
     *("tests/parity", "tests/proofs/test_doors.py", "tests/unit", "tests/viewer"),
