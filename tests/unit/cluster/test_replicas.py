@@ -22,6 +22,7 @@ from flowroll.cluster.replicas import ReplicaSet
 from flowroll.cluster.requests import FleetRequests
 from flowroll.cluster.weights import FleetWeights
 from flowroll.engine.service import EngineService
+from flowroll.errors import InvalidRequestError
 
 WAIT_S = 20.0
 
@@ -135,6 +136,16 @@ def test_one_that_falls_silent_while_it_leaves_is_ended_and_not_replaced(run: An
         silent.is_silent = True
         await resized
         assert silent.state == "lost" and list(states(two).values()) == ["ready"] and two.num_lost == 1
+
+    run(check)
+
+
+def test_a_fleet_does_not_discard_weights_which_replicas_that_join_later_need(run: Any):
+    async def check(two: ReplicaSet) -> None:
+        with pytest.raises(InvalidRequestError, match="mode must be offload or disk for a fleet, .* got discard") as refused:
+            await FleetWeights(two, "rolling").sleep("discard")
+        assert refused.value.field == "mode" and two.memory_mode is None
+        assert "sleep" not in {method for name in states(two) for method, *_ in told(two, name)}
 
     run(check)
 
