@@ -274,6 +274,13 @@ def test_a_model_with_hooks_is_not_recorded(pair: Pair) -> None:
     assert len(seen) == 4 and pair.told == (0, 0, 4, {"unfit": 1})
 
 
+def test_a_model_with_a_compiled_module_is_not_recorded(pair: Pair) -> None:
+    pair.model.second.compile(backend="eager")
+    for seed in range(4):
+        pair.check(x=rows(4, seed))
+    assert pair.told == (0, 0, 4, {"unfit": 1})
+
+
 def test_arguments_that_are_no_plain_values_are_not_recorded(pair: Pair) -> None:
     for seed in range(4):
         pair.check(x=rows(4, seed), cache=object())
