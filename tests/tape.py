@@ -1,5 +1,6 @@
 """Recordings on a CPU that keep to the rules of a CUDA graph: the same kernels, on the memory that they had, without Python."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ class _Slot(int):
 class Tape(TorchDispatchMode):
     """The operations of one call of a function. What the function did not make is read where it lay, whatever lies there."""
 
-    def __init__(self, function: Callable[[], list[Tensor]], spoil: bool = False) -> None:
+    def __init__(self, function: Callable[[], list[Tensor]], spoil: bool, note_replay: Callable[[], None]) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, Any]] = []
         self._slots: dict[int, _Slot] = {}
@@ -31,7 +32,7 @@ class Tape(TorchDispatchMode):
         self.outputs = [laid_out_like(one) for one in outputs]
         self.num_bytes = sum(one.nbytes for one in self._alive)
         self._alive.clear()
-        self._spoil = spoil
+        self._spoil, self._note_replay = spoil, note_replay
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,6 +53,7 @@ class Tape(TorchDispatchMode):
         return self._slots.setdefault(id(tensor), _Slot(len(self._slots)))
 
     def replay(self) -> None:
+        self._note_replay()
         values = dict(self._memory)
         with torch.no_grad():
             for func, args, kwargs, slots in self._calls:
@@ -72,20 +74,37 @@ def _flat(value: Any, kind: type) -> list[Any]:
 
 
 class TapeRecorder:
-    """Records on a CPU. `spoil` makes recordings that have other bits, `fails` none."""
+    """Records on a CPU. `spoil` makes recordings that have other bits, `fails` none.
+
+    `faults` says what a CUDA graph would not bear: a replay that does not wait for the one before it, and a recording that is
+    dropped while a replay may be under way.
+    """
 
     def __init__(self) -> None:
         self.spoil = self.fails = False
         self.num_recorded = 0
+        self.faults: list[str] = []
+        self._has_waited = self._is_under_way = False
 
     def record(self, function: Callable[[], list[Tensor]]) -> Tape:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         self.num_recorded += 1
-        return Tape(function, self.spoil)
+        tape = Tape(function, self.spoil, self._note_replay)
+        weakref.finalize(tape, self._note_drop)
+        return tape
 
     def before_replay(self) -> None:
-        pass
+        self._has_waited = True
 
     def before_drop(self) -> None:
-        pass
+        self._is_under_way = False
+
+    def _note_replay(self) -> None:
+        if not self._has_waited:
+            self.faults.append("a replay did not wait for the one before it")
+        self._has_waited, self._is_under_way = False, True
+
+    def _note_drop(self) -> None:
+        if self._is_under_way:
+            self.faults.append("a recording was dropped while a replay may have been under way")

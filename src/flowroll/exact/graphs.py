@@ -181,6 +181,8 @@ class GraphedForwards:
                 self._recorder.before_replay()
                 return found.replay(tensors)
             self._drop(key, "moved")
+        # Its memory is free before another recording is made.
+        del found
         self._misses += 1
         output = run(transformer, forward_input)
         if key is not None and key not in self._unfit:
@@ -203,6 +205,8 @@ class GraphedForwards:
         try:
             recorded = self._record(run, transformer, forward_input, output)
         except Exception as error:
+            # There may be a recording, which goes with the error.
+            self._recorder.before_drop()
             kind = error.kind if isinstance(error, _UnfitError) else "unfit"
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             self._dropped[kind] += 1
@@ -240,7 +244,6 @@ class GraphedForwards:
             num_bytes=recording.num_bytes + sum(tensor.nbytes for tensor in buffers.tensors),
         )
         if recorded.num_bytes > self._max_bytes:
-            self._recorder.before_drop()
             raise _UnfitError(f"a recording of {recorded.num_bytes} bytes is above the bound")
         self._recorder.before_replay()
         _compare(recorded, tensors, expected)

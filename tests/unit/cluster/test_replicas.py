@@ -142,7 +142,7 @@ def test_one_that_falls_silent_while_it_leaves_is_ended_and_not_replaced(run: An
 
 def test_a_fleet_does_not_discard_weights_which_replicas_that_join_later_need(run: Any):
     async def check(two: ReplicaSet) -> None:
-        with pytest.raises(InvalidRequestError, match="mode must be offload or disk for a fleet, .* got discard") as refused:
+        with pytest.raises(InvalidRequestError, match=r"mode must be offload or disk for a fleet, .* got discard") as refused:
             await FleetWeights(two, "rolling").sleep("discard")
         assert refused.value.field == "mode" and two.memory_mode is None
         assert "sleep" not in {method for name in states(two) for method, *_ in told(two, name)}

@@ -34,12 +34,19 @@ NOT_RECORDED = {"qwen_image_21"}
 
 
 @pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[TapeRecorder]:
-    recorder = TapeRecorder()
-    monkeypatch.setattr(engine_config, "recorder_for", lambda device: recorder)
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapeRecorder]]:
+    """The recorders of the engines that a test starts, in their order."""
+    recorders: list[TapeRecorder] = []
+
+    def recorder_for(_: Any) -> TapeRecorder:
+        recorders.append(TapeRecorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(engine_config, "recorder_for", recorder_for)
     for module in (staged, receiver, shares):
         monkeypatch.setattr(module, "is_overwritten", lambda live: True)
-    yield recorder
+    yield recorders
+    assert not [fault for one in recorders for fault in one.faults]
 
 
 def told(engine: Engine) -> tuple[int, int, dict[str, int]]:
@@ -94,14 +101,14 @@ def test_over_updates_sleep_policies_and_adapters_every_rollout_has_the_bits_of_
         assert hits > 0 and set(dropped) <= {"asleep", "moved"} and dropped["asleep"] >= 2
 
 
-def test_recordings_outlive_updates_in_place(z_image_checkpoint: Path, tmp_path: Path, as_on_cuda: TapeRecorder) -> None:
+def test_recordings_outlive_updates_in_place(z_image_checkpoint: Path, tmp_path: Path, as_on_cuda: list[TapeRecorder]) -> None:
     other = with_other(z_image_checkpoint, tmp_path / "other")
     with Engine(z_image_checkpoint, device="cpu") as engine:
         engine.rollout(**GROUP)
         engine.update_weights_from_disk(other)
         found = engine.rollout(**GROUP)
         # The first forward of all was eager, and the second one, with which it was recorded.
-        assert told(engine) == (1, 10, {}) and as_on_cuda.num_recorded == 1
+        assert told(engine) == (1, 10, {}) and as_on_cuda[0].num_recorded == 1
     with Engine(other, device="cpu", graphs="off") as engine:
         for one, two in zip(found, engine.rollout(**GROUP), strict=True):
             assert_same_bits(one, two)

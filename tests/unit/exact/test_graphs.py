@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tests.tape import TapeRecorder
@@ -65,6 +66,7 @@ class Pair:
     @property
     def told(self) -> tuple[int, int, int, dict[str, int]]:
         counts = self.graphs.counts
+        assert not self.recorder.faults
         return counts.recordings, counts.hits, counts.misses, dict(counts.dropped)
 
 
@@ -243,6 +245,7 @@ def test_a_recording_that_fails_is_not_tried_again(pair: Pair) -> None:
         (lambda model, x: torch.rand_like(x), "draws random numbers"),
         (lambda model, x: torch.nn.functional.dropout(x), "draws random numbers"),
         (lambda model, x: x.add_(1), "did not make"),
+        (lambda model, x: x.to("meta").new_zeros(4, device="cpu") + x[0, 0], "on two devices"),
         (lambda model, x: model.scale.mul_(1.0) * x, "did not make"),
     ],
 )
@@ -334,3 +337,18 @@ def test_what_is_watched_reads_weights_and_tables_and_not_views_of_them(pair: Pa
     pair.model.second = nn.Linear(WIDTH, WIDTH)
     gc.collect()
     assert not anchors.hold()
+
+
+def test_memory_that_the_forward_gave_back_and_another_tensor_has_is_no_longer_its_own() -> None:
+    numbers, found = numpy.zeros(4, numpy.float32), []
+    with ForwardWatch() as watch:
+        for _ in range(1000):
+            place = torch.zeros(4).untyped_storage()._cdata
+            # Not made by an operation, so that nothing tells the watch.
+            found.append(torch.from_numpy(numbers))
+            if found[-1].untyped_storage()._cdata == place:
+                break
+        else:
+            pytest.skip("no tensor came to lie where another one had been")
+        found[-1] + 1
+    assert place in [one.untyped_storage()._cdata for one in watch.outside]
