@@ -5,14 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from flowroll.engine.outputs import Finished
 from flowroll.engine.runner.executor import Executor
-from flowroll.engine.runner.sample import Sample
-from flowroll.engine.scheduler.inbox import Decoded, Encoded, Inbox
+from flowroll.engine.runner.sample import Conditioning, Sample
+from flowroll.engine.scheduler.inbox import Inbox
 from flowroll.engine.scheduler.request import Request, RunningSample, cancelled
 
 Work: TypeAlias = Callable[[], None]
@@ -24,16 +24,17 @@ def encoding(runner: Executor, inbox: Inbox, request: Request, clock: Callable[[
 
     def encode() -> None:
         if request.attempt != attempt or request.future.cancelled():
-            inbox.put(Encoded(request, attempt, error=cancelled()))
+            inbox.put(lambda loop: loop.take_encoded(request, attempt, cancelled()))
             return
         started_s = clock()
+        outcome: Conditioning | BaseException
         try:
             runner.use_threads(request.num_threads)
             with torch.no_grad():
-                done = Encoded(request, attempt, started_s, runner.encode(request.plan))
+                outcome = runner.encode(request.plan)
         except BaseException as error:
-            done = Encoded(request, attempt, started_s, error=error)
-        inbox.put(done)
+            outcome = error
+        inbox.put(lambda loop: loop.take_encoded(request, attempt, outcome, started_s))
 
     return encode
 
@@ -60,9 +61,10 @@ def decoding(
 
     def decode() -> None:
         if not of.is_wanted:
-            inbox.put(Decoded(of))
+            inbox.put(lambda loop: loop.take_decoded(of))
             return
         started_s = clock()
+        outcome: Any
         try:
             runner.use_threads(request.num_threads)
             with torch.no_grad():
@@ -74,10 +76,10 @@ def decoding(
                     first_step=running.first_step,
                     last_step=running.last_step,
                 )
-                done = Decoded(of, started_s, request.finish(request.plan, finished))
+                outcome = request.finish(request.plan, finished)
         except BaseException as error:
-            done = Decoded(of, started_s, error=error)
-        inbox.put(done)
+            outcome = error
+        inbox.put(lambda loop: loop.take_decoded(of, outcome, started_s))
 
     return decode
 
