@@ -198,7 +198,8 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
-        return self._do(self._task(action, True, request_id, timeout_s, is_newer=is_newer), mode)
+        task = ControlTask(action=action, needs_idle=True, is_newer=is_newer, request_id=request_id)
+        return self._do(task, timeout_s, mode)
 
     def between_steps(self, action: Callable[[], Any], *, request_id: str | None = None, timeout_s: float | None = None) -> Any:
         """Runs an action on the model between two steps.
@@ -216,26 +217,7 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
-        return self._do(self._task(action, False, request_id, timeout_s), "drain")
-
-    def _task(
-        self,
-        action: Callable[[], Any],
-        needs_idle: bool,
-        request_id: str | None,
-        timeout_s: float | None,
-        *,
-        is_newer: bool = False,
-    ) -> ControlTask:
-        now_s = self._clock()
-        return ControlTask(
-            action=action,
-            needs_idle=needs_idle,
-            is_newer=is_newer,
-            request_id=request_id,
-            accepted_s=now_s,
-            deadline_s=None if timeout_s is None else now_s + timeout_s,
-        )
+        return self._do(ControlTask(action=action, needs_idle=False, request_id=request_id), timeout_s)
 
     def load(self) -> LoadStats:
         """Returns the load that the loop published last, all numbers from one moment; only `is_holding` is from now."""
@@ -351,7 +333,9 @@ class Scheduler:
         for future in list(self._open):
             end_future(future, error=fresh(self._stopped))
 
-    def _do(self, task: ControlTask, mode: ExclusiveMode) -> Future[Any]:
+    def _do(self, task: ControlTask, timeout_s: float | None, mode: ExclusiveMode = "drain") -> Future[Any]:
+        task.accepted_s = self._clock()
+        task.deadline_s = None if timeout_s is None else task.accepted_s + timeout_s
         with self._submitting:
             self._check_open()
             self._put(lambda loop: loop.take_task(task, mode), task.future)
