@@ -122,7 +122,7 @@ class Scheduler:
         self._inbox.put(lambda loop: loop.cancel(future))
 
     def abort(self, request_id: str | None, *, keep_partial: bool = False) -> Future[int]:
-        """Ends the requests with this id, or all requests if it is None; the future gives their number.
+        """Ends the requests with this id, or all if it is None, also those to recompute log-probs; gives their number.
 
         Args:
             request_id: The id.
