@@ -96,7 +96,7 @@ class FleetWeights:
         """
         async with self._replicas.changing:
             replicas, versions = self._replicas, self._replicas.versions
-            state = versions.advanced(versions.following(weight_version))
+            state = versions.state.after(versions.state.following(weight_version))
             await asyncio.to_thread(replicas.keep, state)
             change.version = state.current
             steps = _Versioned(change, lambda replica: replicas.router.set_version(replica, state.current, state.number))

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,11 @@ from flowroll.engine.runner.pipeline import PipelineRunner
 from flowroll.engine.runner.sample import Conditioning, Sample
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.versions import WeightVersions
-from flowroll.errors import EngineError, FlowrollError, InvalidRequestError
+from flowroll.errors import EngineError, FlowrollError
 from flowroll.exact import Alone, PlainBatch, Strategy
 from flowroll.families import Recipe
 from flowroll.types import Exactness, Layout, SamplingParams
+from flowroll.types.rules import refuse
 
 FastPart: TypeAlias = Literal["batch", "attention", "compile", "fp8"]
 PARTS: tuple[FastPart, ...] = get_args(FastPart)
@@ -48,22 +49,22 @@ def check_fast(exactness: Exactness, parts: Sequence[str] | None, *, layout: Lay
             the exact kind of compiled blocks is asked for beside the mode, or two parts exclude each other.
     """
     if exactness not in get_args(Exactness):
-        _refuse("exactness", f"be one of {', '.join(get_args(Exactness))}", exactness, "leave it out for exact")
+        refuse("exactness", f"be one of {', '.join(get_args(Exactness))}", exactness, "leave it out for exact")
     if exactness == "exact":
         if parts is not None:
-            _refuse("fast_parts", "be left out of an exact engine", _listed(parts), 'set exactness to "fast"')
+            refuse("fast_parts", "be left out of an exact engine", _listed(parts), 'set exactness to "fast"')
         return
     for part in parts or ():
         if part not in PARTS:
-            _refuse("fast_parts", f"be among {', '.join(PARTS)}", part, "leave it out for what the device has")
+            refuse("fast_parts", f"be among {', '.join(PARTS)}", part, "leave it out for what the device has")
     if parts is not None and not parts:
-        _refuse("fast_parts", "name at least one part", "none", "leave it out for what the device has")
+        refuse("fast_parts", "name at least one part", "none", "leave it out for what the device has")
     if layout.num_ranks > 1:
-        _refuse("exactness", "be exact for several ranks", f"the layout {layout.name}", "start one rank a replica")
+        refuse("exactness", "be exact for several ranks", f"the layout {layout.name}", "start one rank a replica")
     if compile:
-        _refuse("compile", "be off for a fast engine, which compiles with torch's defaults", "on", "leave it out")
+        refuse("compile", "be off for a fast engine, which compiles with torch's defaults", "on", "leave it out")
     if {"compile", "fp8"} <= set(parts or ()):
-        _refuse("fast_parts", "hold fp8 or compile", "both", "choose one: casts of weights break the compiled graphs")
+        refuse("fast_parts", "hold fp8 or compile", "both", "choose one: casts of weights break the compiled graphs")
 
 
 def turn_fast(model: LoadedModel, pipeline: Any, parts: Sequence[str] | None) -> tuple[LoadedModel, FastMode]:
@@ -84,7 +85,7 @@ def turn_fast(model: LoadedModel, pipeline: Any, parts: Sequence[str] | None) ->
     probe = _Probe.roll_out(model, pipeline)
     strategy, named = _turn_on(probe, _Choice(model=model, wanted=parts))
     if not named:
-        _refuse(
+        refuse(
             "exactness", f"be exact for {model.family.name} on {model.device}", "fast, with no part to turn on", "leave it out"
         )
     try:
@@ -142,7 +143,7 @@ class _Choice:
             InvalidRequestError: It was named, and something does.
         """
         if lacks and self.wanted is not None and part in self.wanted:
-            _refuse("fast_parts", f"hold what there is for {part}", lacks, f"leave {part} out")
+            refuse("fast_parts", f"hold what there is for {part}", lacks, f"leave {part} out")
         return self.is_wanted(part) and not lacks
 
 
@@ -255,7 +256,3 @@ class _Probe:
 
 def _listed(parts: Sequence[str]) -> str:
     return ", ".join(parts) or "none"
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowroll.engine.config import Limits
-from flowroll.errors import InvalidRequestError
 from flowroll.types import ReferenceImage
+from flowroll.types.rules import refuse
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _RULE = "be a whole PNG, JPEG or WebP file"
@@ -32,10 +32,10 @@ def check_images(files: Sequence[bytes], limits: Limits) -> tuple[ReferenceImage
         InvalidRequestError: There are too many of them, or one cannot be decoded or is too large; the field names it.
     """
     if len(files) > limits.max_images:
-        _refuse("images", f"hold at most {limits.max_images} files", len(files), "send fewer")
+        refuse("images", f"hold at most {limits.max_images} files", len(files), "send fewer")
     if (total := sum(map(len, files))) > limits.max_image_bytes:
         rule = f"have at most {limits.max_image_bytes} bytes together"
-        _refuse("images", rule, total, "send smaller pictures, or compress them as JPEG or WebP")
+        refuse("images", rule, total, "send smaller pictures, or compress them as JPEG or WebP")
     return tuple(_check(f"images[{index}]", file, limits) for index, file in enumerate(files))
 
 
@@ -53,11 +53,11 @@ def _check(name: str, file: bytes, limits: Limits) -> ReferenceImage:
     width, height = opened.size
     if width * height > limits.max_image_pixels:
         rule = f"have at most {limits.max_image_pixels} pixels"
-        _refuse(name, rule, f"{width} x {height}", "make it smaller")
+        refuse(name, rule, f"{width} x {height}", "make it smaller")
     with _reading(name):
         frames = 1 if opened.format == "JPEG" else getattr(opened, "n_frames", 1)
     if frames > 1:
-        _refuse(name, "be one picture", f"an animation of {frames}", "send one of its frames")
+        refuse(name, "be one picture", f"an animation of {frames}", "send one of its frames")
     with _reading(name):
         picture = _picture(file)
     return ReferenceImage(sha256=hashlib.sha256(file).hexdigest(), height=picture.height, width=picture.width)
@@ -76,15 +76,11 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        _refuse(name, _RULE, "another kind of file", "convert it, or send the file as it is")
+        refuse(name, _RULE, "another kind of file", "convert it, or send the file as it is")
     except Image.DecompressionBombError:
         # Far above any limit of ours, whatever that is.
-        _refuse(name, "have fewer pixels", "more than Pillow opens", "make it smaller")
+        refuse(name, "have fewer pixels", "more than Pillow opens", "make it smaller")
     except Exception as error:
         # Its decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        _refuse(name, _RULE, f"one that does not decode ({reason})", "send it again")
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> None:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)
+        refuse(name, _RULE, f"one that does not decode ({reason})", "send it again")

@@ -15,7 +15,7 @@ from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
 from flowroll.engine.images import check_images
 from flowroll.engine.prompts import BranchText, check_token_ids, negative_text, with_checked_embeds
-from flowroll.engine.starts import PlannedSample, check_forks, plan_samples, plan_steps, refuse, with_checked_latents
+from flowroll.engine.starts import PlannedSample, check_forks, plan_samples, plan_steps, with_checked_latents
 from flowroll.families import Geometry, Guidance
 from flowroll.sampling.base import StepRule
 from flowroll.sampling.dynamics import amplification, rules_of, transitions, transitions_of
@@ -24,6 +24,7 @@ from flowroll.sampling.transition import ODE, Transition
 from flowroll.types import ImageFormat, Number, ReferenceImage, SamplingParams, SamplingRecord
 from flowroll.types.forks import Fork, count_leaves
 from flowroll.types.params import TENSORS
+from flowroll.types.rules import refuse
 
 # Every norm in a model squares the latents; beyond about this value, the squares overflow float32.
 _MAX_AMPLIFICATION = 1e18

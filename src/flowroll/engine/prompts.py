@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flowroll.engine.facts import ModelFacts
-from flowroll.engine.starts import refuse
 from flowroll.families.conditioning import TOKENS, ConditioningField
 from flowroll.types import ReferenceImage, SamplingParams, all_finite, branch_digest
 from flowroll.types.prompts import EMBEDS, MASK, NEGATIVE, PROMPT_TENSORS
+from flowroll.types.rules import refuse
 from flowroll.types.tensors import plain_tensor
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from flowroll.types import (
     StepOptions,
     all_finite,
 )
+from flowroll.types.rules import refuse
 
 _REMEDY = "use the env of the rollout"
 
@@ -69,11 +69,11 @@ def plan_score(params: ScoreParams, model: ModelFacts, limits: Limits) -> ScoreP
     """
     count = sum(len(sample.steps) for sample in params.samples)
     if count > limits.max_scores:
-        _refuse("samples", f"hold at most {limits.max_scores} steps in all", count, "send several requests")
+        refuse("samples", f"hold at most {limits.max_scores} steps in all", count, "send several requests")
     total = _answer_bytes(params)
     if total > limits.max_answer_bytes:
         rule = f"keep the answer within {limits.max_answer_bytes / 2**30:g} GiB"
-        _refuse("samples", rule, f"{total / 2**30:.1f} GiB of tensors", "send several requests, or ask for log_probs_only")
+        refuse("samples", rule, f"{total / 2**30:.1f} GiB of tensors", "send several requests, or ask for log_probs_only")
     for index, sample in enumerate(params.samples):
         try:
             check_sample(sample, model, limits, log_probs_only=params.log_probs_only)
@@ -104,13 +104,13 @@ def check_sample(sample: RecordedSteps, model: ModelFacts, limits: Limits, *, lo
         if tuple(tensor.shape[1:]) != geometry.latent_shape:
             size = f"{record.height} x {record.width}"
             rule = f"hold states of the shape {list(geometry.latent_shape)} at {size}"
-            _refuse(field, rule, list(tensor.shape[1:])[:8], "send one state per step")
+            refuse(field, rule, list(tensor.shape[1:])[:8], "send one state per step")
         if not tensor.isfinite().all():
-            _refuse(field, "be finite", "NaN or infinity", "send the states as they were recorded")
+            refuse(field, "be finite", "NaN or infinity", "send the states as they were recorded")
     for step in () if log_probs_only else sample.steps:
         if recipe.transitions[step].needs_previous and step - 1 not in sample.steps:
             rule = f"hold {step - 1} beside {step}, whose mean depends on the step before"
-            _refuse("steps", rule, list(sample.steps), "send both steps, or ask for log_probs_only")
+            refuse("steps", rule, list(sample.steps), "send both steps, or ask for log_probs_only")
     recipe.check_env(sample.denoising_env)
     _check_env(sample.denoising_env, record.embedded_guidance_scale, model, geometry)
 
@@ -151,7 +151,7 @@ def sample_scores(
         finite = (all_finite(velocity), all_finite(scores[row].mean), all_finite(scores[row].log_prob))
         if not all(finite):
             shown = f"NaN or infinity at step {sample.steps[row]}"
-            _refuse("latents", "give finite velocities and log-probs", shown, "check the states, the env, and the weights")
+            refuse("latents", "give finite velocities and log-probs", shown, "check the states, the env, and the weights")
     none = torch.zeros((), dtype=torch.float32)
     return SampleScores(
         steps=sample.steps,
@@ -170,11 +170,11 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
     record, steps = sample.sampling, sample.sampling.num_inference_steps
     if record.family != model.family.name:
         rule = f"be {model.family.name}, which this engine has"
-        _refuse("sampling.family", rule, record.family[:80], "send it to that family's engine")
+        refuse("sampling.family", rule, record.family[:80], "send it to that family's engine")
     dtypes = {"model_dtype": model.dtype, "timestep_dtype": model.family.timestep_dtype(model.dtype)}
     for name, dtype in dtypes.items():
         if (got := getattr(record, name)) != str(dtype):
-            _refuse(f"sampling.{name}", f"be {dtype}, which this engine has", got[:80], "start an engine in that dtype")
+            refuse(f"sampling.{name}", f"be {dtype}, which this engine has", got[:80], "start an engine in that dtype")
     try:
         # A record obeys the rules of a request. It uses the short names of the fields.
         names = ("height", "width", "sigmas", "guidance_scale", "sde_type", "noise_level")
@@ -190,21 +190,19 @@ def _check_record(sample: RecordedSteps, model: ModelFacts, limits: Limits) -> N
     except InvalidRequestError as error:
         raise error.within("sampling") from None
     if record.rope_axes not in (None, model.spec.rope_axes):
-        _refuse(
-            "sampling.rope_axes", f"be {model.spec.rope_axes}, which this model has", record.rope_axes[:8], "use its record"
-        )
+        refuse("sampling.rope_axes", f"be {model.spec.rope_axes}, which this model has", record.rope_axes[:8], "use its record")
     _check_images(record.images or (), model)
     _check_embedded(record.embedded_guidance_scale, model)
     if not torch.tensor(record.timesteps, dtype=torch.float32).isfinite().all():
-        _refuse("sampling.timesteps", "be finite", "NaN or infinity", "use the record as it was sent")
+        refuse("sampling.timesteps", "be finite", "NaN or infinity", "use the record as it was sent")
     if steps > limits.max_steps:
-        _refuse("sampling.num_inference_steps", f"be at most {limits.max_steps}", steps, "use fewer steps")
+        refuse("sampling.num_inference_steps", f"be at most {limits.max_steps}", steps, "use fewer steps")
     if record.height * record.width > limits.max_pixels:
         shown = f"{record.width} x {record.height}"
-        _refuse("sampling.height", f"keep width x height within {limits.max_pixels} pixels", shown, "score smaller images")
+        refuse("sampling.height", f"keep width x height within {limits.max_pixels} pixels", shown, "score smaller images")
     for field, indices in (("steps", sample.steps), ("sde_step_indices", sample.sde_step_indices or ())):
         if outside := [index for index in indices if not 0 <= index < steps]:
-            _refuse(field, f"lie in 0..{steps - 1}", outside[0], "count steps from 0")
+            refuse(field, f"lie in 0..{steps - 1}", outside[0], "count steps from 0")
 
 
 def _options_of(rule: StepRule) -> StepOptions:
@@ -216,11 +214,11 @@ def _check_images(images: Sequence[ReferenceImage], model: ModelFacts) -> None:
     most = model.spec.max_images
     if not min(most, 1) <= len(images) <= most:
         rule = f"hold 1 to {most} for this model" if most else "be null for this model"
-        _refuse("sampling.images", rule, len(images), "use the record as it was sent")
+        refuse("sampling.images", rule, len(images), "use the record as it was sent")
     for index, image in enumerate(images):
         if min(image.height, image.width) < 1:
             shown = f"{image.width} x {image.height}"
-            _refuse(f"sampling.images[{index}]", "have a size", shown, "use the record as it was sent")
+            refuse(f"sampling.images[{index}]", "have a size", shown, "use the record as it was sent")
 
 
 def _check_embedded(scale: Number | None, model: ModelFacts) -> None:
@@ -228,7 +226,7 @@ def _check_embedded(scale: Number | None, model: ModelFacts) -> None:
     if (scale is not None) != model.spec.embeds_guidance:
         rule = "be a number for this model" if model.spec.embeds_guidance else "be null for this model"
         shown = "null" if scale is None else scale
-        _refuse("sampling.embedded_guidance_scale", rule, shown, "use the record as it was sent")
+        refuse("sampling.embedded_guidance_scale", rule, shown, "use the record as it was sent")
 
 
 def _check_env(env: DenoisingEnv, embedded: Number | None, model: ModelFacts, geometry: Geometry) -> None:
@@ -236,12 +234,12 @@ def _check_env(env: DenoisingEnv, embedded: Number | None, model: ModelFacts, ge
     family = model.family
     for place, is_given in (("image_kwargs", bool(env.image_kwargs)), ("guidance", env.guidance is not None)):
         if is_given and not family.conditioning.in_place(place):
-            _refuse(f"denoising_env.{place}", f"be empty for {family.name}", "a value", _REMEDY)
+            refuse(f"denoising_env.{place}", f"be empty for {family.name}", "a value", _REMEDY)
     if env.guidance is not None:
         (field,) = family.conditioning.in_place("guidance")
         _check_tensor(field, env.guidance, "denoising_env.guidance", model, {})
         if env.guidance.item() != torch.tensor(embedded, dtype=torch.float32).item():
-            _refuse("denoising_env.guidance", f"be the record's {embedded}", f"{env.guidance.item():g}", _REMEDY)
+            refuse("denoising_env.guidance", f"be the record's {embedded}", f"{env.guidance.item():g}", _REMEDY)
     _check_part(env.image_kwargs, "image_kwargs", model, {REFERENCE_TOKENS: geometry.num_reference_tokens})
     for place in ("pos_cond_kwargs", "neg_cond_kwargs"):
         if (branch := getattr(env, place)) is not None:
@@ -276,7 +274,7 @@ def _check_part(
     known = [field.name for field in fields]
     for key in values:
         if key not in known:
-            _refuse(f"{where}.{key[:80]}", f"be one of {', '.join(known)} for {model.family.name}", "another name", _REMEDY)
+            refuse(f"{where}.{key[:80]}", f"be one of {', '.join(known)} for {model.family.name}", "another name", _REMEDY)
     for field in fields:
         value, name = values.get(field.name), f"{where}.{field.name}"
         if value is None and not field.is_required:
@@ -285,7 +283,7 @@ def _check_part(
             _check_tensor(field, value, name, model, sizes)
         if field.name in expected and not _same_value(value, expected[field.name]):
             shown = expected[field.name] if not field.is_tensor else "what the pipeline makes"
-            _refuse(name, f"be {shown} for these latents and tokens", _described(value), _REMEDY)
+            refuse(name, f"be {shown} for these latents and tokens", _described(value), _REMEDY)
 
 
 def _check_tensor(
@@ -303,13 +301,13 @@ def _check_tensor(
     if not (fits and isinstance(value, Tensor) and list(value.shape) == shape):
         shown = [TOKENS if is_text and size == TOKENS else length for size, length in zip(field.shape, shape, strict=True)]
         kind = "booleans or integers" if is_index else dtype
-        _refuse(name, f"be a tensor [{', '.join(map(str, shown))}] of {kind}", _described(value), _REMEDY)
+        refuse(name, f"be a tensor [{', '.join(map(str, shown))}] of {kind}", _described(value), _REMEDY)
     assert isinstance(value, Tensor)
     most = model.family.max_text_tokens
     if is_text and (not 1 <= len(value) <= most or not value.isfinite().all()):
-        _refuse(name, f"hold 1 to {most} tokens of finite numbers", _described(value), _REMEDY)
+        refuse(name, f"hold 1 to {most} tokens of finite numbers", _described(value), _REMEDY)
     if not is_index and not value.isfinite().all():
-        _refuse(name, "hold finite numbers", _described(value), _REMEDY)
+        refuse(name, "hold finite numbers", _described(value), _REMEDY)
 
 
 def _same_value(value: EnvValue | None, expected: EnvValue) -> bool:
@@ -324,7 +322,3 @@ def _described(value: EnvValue | None) -> str:
         finite = "" if value.isfinite().all() else " with NaN or infinity"
         return f"{list(value.shape)[:8]} of {value.dtype}{finite}"
     return "nothing" if value is None else repr(value)[:80]
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

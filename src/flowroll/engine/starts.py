@@ -12,12 +12,12 @@ from torch import Tensor
 
 from flowroll.engine.config import Limits
 from flowroll.engine.facts import ModelFacts
-from flowroll.errors import InvalidRequestError
 from flowroll.families import Geometry
 from flowroll.sampling.noise import child_seed
 from flowroll.sampling.transition import Transition
 from flowroll.types import MAX_SEED, SamplingParams, all_finite, branch_digest
 from flowroll.types.forks import Branch, Fork, count_leaves
+from flowroll.types.rules import refuse
 from flowroll.types.starts import PER_SAMPLE
 from flowroll.types.tensors import plain_tensor
 
@@ -185,8 +185,3 @@ def check_forks(params: SamplingParams, chosen: Sequence[Transition], steps: ran
             later = next((other for other in stochastic if other > step), None)
             remedy = f"fork at step {later}" if later is not None else "leave it out"
             refuse("fork", "be at steps that are run and draw noise, without which children would be equal", step, remedy)
-
-
-def refuse(field: str, rule: str, value: object, remedy: str) -> None:
-    """Raises the error about a value that breaks a rule."""
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flowroll.errors import InvalidRequestError
 from flowroll.exact import EAGER, kernels_of, use_exact_kernels
 from flowroll.families import FAMILIES, Family, Recipe, Transformer
 from flowroll.families.alignment import unaligned_weights
@@ -22,6 +20,7 @@ from flowroll.replay.precision import check_autocast_option, forward_dtypes
 from flowroll.types import DenoisingEnv, Rollout, Trajectory
 from flowroll.types.arguments import Integers
 from flowroll.types.plain import plain
+from flowroll.types.rules import refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +119,7 @@ def place_of(
     if dtype is None and dtypes and not recorded <= dtypes:
         shown = ", ".join(sorted(map(str, dtypes)))
         wanted = ", ".join(sorted(map(str, recorded)))
-        _refuse(
+        refuse(
             "dtype",
             f"be that of the rollouts, {wanted}",
             f"a transformer in {shown}",
@@ -138,11 +137,11 @@ def sources_of(rollouts: Sequence[Rollout], place: Place) -> list[Source]:
     check_any(rollouts)
     names = sorted({rollout.sampling.family for rollout in rollouts})
     if len(names) > 1:
-        _refuse("rollouts", "be of one model family", " and ".join(names), "replay each family with its own transformer")
+        refuse("rollouts", "be of one model family", " and ".join(names), "replay each family with its own transformer")
     sources = [source_of(index, rollout, place) for index, rollout in enumerate(rollouts)]
     for source in sources:
         if fault := grid_fault(source.rollout):
-            _refuse(
+            refuse(
                 "dit_trajectory", "have the record's grid", f"rollout {source.index}, where {fault}", "use it as it was sent"
             )
     return sources
@@ -155,7 +154,7 @@ def check_any(rollouts: Sequence[Rollout]) -> None:
         InvalidRequestError: There is no rollout.
     """
     if not rollouts:
-        _refuse("rollouts", "hold at least one rollout", "none", "pass the rollouts of a request")
+        refuse("rollouts", "hold at least one rollout", "none", "pass the rollouts of a request")
 
 
 def check_weights(transformer: Transformer) -> None:
@@ -166,7 +165,7 @@ def check_weights(transformer: Transformer) -> None:
     """
     names = unaligned_weights(transformer) if isinstance(transformer, nn.Module) else []
     if names:
-        _refuse(
+        refuse(
             "transformer",
             "have its float32 weights at multiples of 16 bytes, as allocated memory is",
             f"{len(names)} that a file's mapping put elsewhere, such as {names[0]}",
@@ -187,7 +186,7 @@ def check_kernels(transformer: Transformer, rollouts: Sequence[Rollout], merge: 
     for index, rollout in enumerate(rollouts):
         if parts := fast_parts_of(rollout):
             if merge != "fast":
-                _refuse(
+                refuse(
                     "rollouts",
                     "be of an exact engine for an exact replay",
                     f"rollout {index} of a fast one ({', '.join(parts)})",
@@ -200,7 +199,7 @@ def check_kernels(transformer: Transformer, rollouts: Sequence[Rollout], merge: 
                 else "prepare it with flowroll.replay.compile_blocks, on the engine's versions of torch and of the C++ compiler"
             )
             shown = f"{own or 'kernels compiled with settings that are not known'}, where rollout {index} was made by {made_by}"
-            _refuse("transformer", "run the kernels that made the rollouts", shown, remedy)
+            refuse("transformer", "run the kernels that made the rollouts", shown, remedy)
 
 
 def kernels_that_made(rollout: Rollout) -> str:
@@ -224,7 +223,7 @@ def check_autocast(place: Place) -> None:
     """
     if place.autocast == "refuse" and place.is_autocast:
         kind = place.device.type
-        _refuse(
+        refuse(
             "autocast",
             "be off, since the engine rolls out without it",
             f"torch.autocast to {torch.get_autocast_dtype(kind)} on {kind}",
@@ -239,7 +238,7 @@ def check_noticed_autocast(place: Place, dtypes: set[torch.dtype]) -> None:
         InvalidRequestError: There was some, and the caller did not ask for it.
     """
     if place.autocast == "refuse" and dtypes:
-        _refuse(
+        refuse(
             "autocast",
             "be off, since the engine rolls out without it",
             f"a transformer whose forward turns on torch.autocast to {', '.join(sorted(map(str, dtypes)))}",
@@ -269,25 +268,25 @@ def steps_of(sources: Sequence[Source], steps: Integers | None) -> tuple[int, ..
     if steps is None:
         if len(lengths) > 1:
             shown = f"rollouts of {' and '.join(map(str, lengths))} steps"
-            _refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
+            refuse("steps", "be given for rollouts of different lengths", shown, "name the steps, or call once per length")
         runs = sorted({(source.steps_run.start, source.steps_run.stop) for source in sources})
         if len(runs) > 1:
             shown = " and ".join(f"steps {start} to {stop - 1}" for start, stop in runs)
-            _refuse("steps", "be given for rollouts of different runs", shown, "name the steps, or call once per run")
+            refuse("steps", "be given for rollouts of different runs", shown, "name the steps, or call once per run")
         return tuple(range(*runs[0]))
     chosen = tuple(plain(steps))
     if not chosen:
-        _refuse("steps", "hold at least one step", "none", "leave it out for all steps")
+        refuse("steps", "hold at least one step", "none", "leave it out for all steps")
     for step in chosen:
         if not isinstance(step, int) or not 0 <= step < lengths[0]:
-            _refuse("steps", f"lie in 0..{lengths[0] - 1}", step, "count steps from 0")
+            refuse("steps", f"lie in 0..{lengths[0] - 1}", step, "count steps from 0")
         for source in sources:
             if step not in source.steps_run:
                 run = source.steps_run
                 shown = f"{step}, where rollout {source.index} ran {run.start} to {run.stop - 1}"
-                _refuse("steps", "be among the steps that were run", shown, "leave that step out")
+                refuse("steps", "be among the steps that were run", shown, "leave that step out")
     if len(set(chosen)) != len(chosen):
-        _refuse("steps", "hold each step once", list(chosen), "remove the duplicates")
+        refuse("steps", "hold each step once", list(chosen), "remove the duplicates")
     return chosen
 
 
@@ -299,7 +298,7 @@ def check_states(source: Source, step: int) -> None:
     """
     if not source.has_states(step):
         states = " and ".join(map(str, source.states_of(step)))
-        _refuse(
+        refuse(
             "dit_trajectory",
             f"hold the states {states} to replay step {step}",
             f"the states {list(source.trajectory.latent_step_indices)} in rollout {source.index}",
@@ -325,13 +324,13 @@ def source_of(index: int, rollout: Rollout, place: Place) -> Source:
     record = rollout.sampling
     family = FAMILIES.get(record.family)
     if family is None:
-        _refuse("family", f"be one of {', '.join(FAMILIES)}", record.family, "use the flowroll that made the rollout")
+        refuse("family", f"be one of {', '.join(FAMILIES)}", record.family, "use the flowroll that made the rollout")
     if rollout.log_probs is None or rollout.sde_step_indices is None:
-        _refuse("rollouts", "have log-probs", f"an evaluation at index {index}", "roll out with rollout=True")
+        refuse("rollouts", "have log-probs", f"an evaluation at index {index}", "roll out with rollout=True")
     if rollout.denoising_env is None:
-        _refuse("denoising_env", "be there to replay", f"none in rollout {index}", "roll out with return_denoising_env=True")
+        refuse("denoising_env", "be there to replay", f"none in rollout {index}", "roll out with return_denoising_env=True")
     if rollout.dit_trajectory is None:
-        _refuse("dit_trajectory", "be there to replay", f"none in rollout {index}", "roll out with return_dit_trajectory=True")
+        refuse("dit_trajectory", "be there to replay", f"none in rollout {index}", "roll out with return_dit_trajectory=True")
     recipe = Recipe.of(record, family, sde_step_indices=rollout.sde_step_indices, device=place.device, dtype=place.dtype)
     recipe.check_env(rollout.denoising_env, where=f" in rollout {index}")
     return Source(
@@ -342,7 +341,3 @@ def source_of(index: int, rollout: Rollout, place: Place) -> Source:
         trajectory=rollout.dit_trajectory,
         env=rollout.denoising_env,
     )
-
-
-def _refuse(field: str, rule: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidRequestError(f"{field} must {rule}, got {value}; {remedy}.", field=field)

@@ -20,6 +20,7 @@ from tests.weights import REQUEST, with_other
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import AdapterLimits, Engine
 from flowroll.engine.adapters.patterns import check_patterns
+from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import InvalidRequestError, OutdatedWeightsError, WeightsRejectedError
 from flowroll.families import FAMILIES
 
@@ -92,21 +93,18 @@ def test_new_weights_below_reach_every_adapter(how: str, checkpoints: dict[str, 
 
 
 def test_an_update_that_fails_at_its_end_leaves_merged_adapters(
-    engine: Engine, checkpoints: dict[str, Path], tmp_path: Path
+    engine: Engine, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = with_other(checkpoints[engine.info.family], tmp_path / "other")
     (before,) = engine.rollout(**REQUEST, lora_name="m")
 
-    def fail(version: str) -> None:
+    def fail(state: VersionState, name: str) -> None:
         raise MemoryError("no memory left")
 
-    advance = engine._weights.versions.advanced
-    engine._weights.versions.advanced = fail  # type: ignore[method-assign]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(VersionState, "after", fail)
         with pytest.raises(MemoryError):
             engine.update_weights_from_disk(other)
-    finally:
-        engine._weights.versions.advanced = advance  # type: ignore[method-assign]
     assert_same_bits(engine.rollout(**REQUEST, lora_name="m")[0], before)
 
 

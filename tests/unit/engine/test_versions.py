@@ -64,4 +64,4 @@ def test_age_counts_the_versions_between_and_those_that_wait(most: int | None, v
 
 def test_a_given_name_is_checked():
     with raises(InvalidRequestError):
-        WeightVersions().following("")
+        WeightVersions().state.following("")

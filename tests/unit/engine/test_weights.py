@@ -354,7 +354,7 @@ def test_versions_are_counted_from_the_highest_number() -> None:
     versions = WeightVersions()
     counted = []
     for given in (None, "7", None, "3", None, "step-1", None, "007", None):
-        version = versions.following(given)
+        version = versions.state.following(given)
         versions.advance(version)
         counted.append(version)
     assert counted == ["1", "7", "8", "3", "9", "step-1", "10", "007", "11"]

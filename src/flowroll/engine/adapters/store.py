@@ -142,7 +142,7 @@ class AdapterStore:
     ) -> AdapterChange:
         self._offload.check_awake()
         started_s = time.perf_counter()
-        version, previous = self._versions.following(weight_version), self._versions.current
+        version, previous = self._versions.state.following(weight_version), self._versions.current
         adapter = change(version)
         self._versions.advance(version)
         return AdapterChange(

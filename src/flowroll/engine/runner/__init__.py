@@ -8,7 +8,6 @@ pipeline.py       the text encoder and the VAE, which only rank 0 has
 executor.py       rank 0's operations: each is sent to the other ranks, then run here
 peers.py          how rank 0 reaches the other ranks: if there are none, by doing nothing
 rank_group.py     the same for several ranks: starts, watches and ends their processes
-rank_watch.py     notices when another rank ends or falls silent
 messages.py       the messages from rank 0 to the other ranks
 changes.py        those that change the weights: what every rank prepares, then puts into effect
 shapes.py         the tensors of a message without their data

@@ -22,15 +22,15 @@ from flowroll.engine.outline import check_layout, outline_model
 from flowroll.engine.runner.changes import AnyChange
 from flowroll.engine.runner.messages import DropStaged, Message, Serve, Stop, encode_message
 from flowroll.engine.runner.peers import Peers
-from flowroll.engine.runner.rank_watch import RankWatch
 from flowroll.errors import CheckpointError, InvalidRequestError, RankLostError, fresh
 from flowroll.families import ModelSpec
-from flowroll.parallel.channel import Channel
+from flowroll.parallel.channel import Channel, Pulse
 from flowroll.parallel.mesh import Mesh, check_alone
 from flowroll.parallel.processes import RankProcesses
 from flowroll.parallel.rendezvous import (
     check_devices,
     check_world,
+    second_connection,
     serve_store,
     torchrun_rank,
     torchrun_store,
@@ -48,6 +48,8 @@ _JOIN_S = 5.0
 _START_S = 300.0
 # A rank announces this once it has tried to prepare a change, with an empty text or the reason why it could not.
 STAGED = "staged"
+# A rank announces this, with the reason, before it ends because of an error.
+ERRED = "erred"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +104,8 @@ class RankGroup(Peers):
         else:
             self._store = torchrun_store()
         self._channel = Channel(self._store, rank=0, num_ranks=config.layout.num_ranks)
-        watch = RankWatch(
-            self._channel,
-            self._processes,
-            num_ranks=config.layout.num_ranks,
-            timeout_s=config.timeout_s,
-            closing=self._closing,
-            report=self.lose,
-        )
-        self._watch = threading.Thread(target=watch.run, args=(self._store,), name="flowroll-ranks", daemon=True)
-        self._watch.start()
+        self._watching = threading.Thread(target=self._watch, name="flowroll-ranks", daemon=True)
+        self._watching.start()
         try:
             self._wait_for_all("here", _START_S)
             self._channel.announce("here")
@@ -206,7 +200,7 @@ class RankGroup(Peers):
         finally:
             if self._processes is not None:
                 self._processes.join(_JOIN_S if self.failure is None and self._is_up else 0.0)
-            self._watch.join()
+            self._watching.join()
             # Closing a broken process group on GPUs could block forever, so it is left to the end of the process.
             if self.mesh is not None and (self.failure is None or self.mesh.device.type == "cpu"):
                 self.mesh.close()
@@ -248,6 +242,36 @@ class RankGroup(Peers):
         if self.failure is not None:
             return fresh(self.failure)
         return RankLostError("every rank must run to take a step, got the engine's end; restart it.")
+
+    def _watch(self) -> None:
+        """Watches the other ranks until the engine closes or one of them is lost; the target of a thread."""
+        try:
+            # Signs of life use a second connection to the store.
+            pulse = Pulse(second_connection(self._store), num_ranks=self._config.layout.num_ranks)
+            while not self._closing.wait(_POLL_S):
+                if reason := self._ended_rank() or self._silent_rank(pulse):
+                    self.lose(reason)
+                    return
+        except Exception as error:
+            self.lose(f"the ranks' store must answer, got {type(error).__name__}: {error}; restart the engine.")
+
+    def _ended_rank(self) -> str | None:
+        if self._processes is None or not (ended := self._processes.ended()) or self._closing.is_set():
+            return None
+        rank, status = next(iter(ended.items()))
+        if reason := self._channel.announced(ERRED).get(rank):
+            return f"rank {rank} must run every step, got {reason}; see the log and restart the engine."
+        how = f"its end by signal {-status}" if status < 0 else f"its end with status {status}"
+        return f"rank {rank} must live as long as its engine, got {how}; see the log and restart the engine."
+
+    def _silent_rank(self, pulse: Pulse) -> str | None:
+        for rank, silence_s in pulse.silent_for_s().items():
+            if silence_s > self._config.timeout_s:
+                return (
+                    f"rank {rank} must give a sign of life within {self._config.timeout_s:g} s, got {silence_s:.0f} s of "
+                    "silence; look after its machine and restart the engine."
+                )
+        return None
 
     def _join(self) -> None:
         """Waits for ranks that torchrun started, so that the store exists until they have read the last message."""

@@ -26,8 +26,7 @@ from flowroll.engine.runner import messages
 from flowroll.engine.runner.changes import Change, RankWeights
 from flowroll.engine.runner.messages import Message, Serve, Stop, decode_message
 from flowroll.engine.runner.model_runner import ModelRunner
-from flowroll.engine.runner.rank_group import STAGED, RankConfig
-from flowroll.engine.runner.rank_watch import ERRED
+from flowroll.engine.runner.rank_group import ERRED, STAGED, RankConfig
 from flowroll.engine.runner.sample import Conditioning
 from flowroll.engine.weights.offload import WeightOffload
 from flowroll.engine.weights.staged import slots_of

@@ -13,11 +13,10 @@ counters.py    the numbers of requests, how they ended, and how their time was s
 """
 
 from flowroll.engine.scheduler.counters import STAGES, LoadStats, RequestCounts, StageSpan, Timing
-from flowroll.engine.scheduler.inbox import PauseMode
 from flowroll.engine.scheduler.policy import BatchLimits
 from flowroll.engine.scheduler.request import RequestFuture
 from flowroll.engine.scheduler.scheduler import Scheduler
-from flowroll.engine.scheduler.tasks import ExclusiveMode
+from flowroll.engine.scheduler.tasks import ExclusiveMode, PauseMode
 
 __all__ = [
     "STAGES",

@@ -113,8 +113,6 @@ class View:
     """What other threads may know of the loop: one immutable object, which the loop replaces as a whole.
 
     Attributes:
-        num_taken: The number of submitted requests that the loop has taken from its inbox since the start.
-        num_waiting: The number of requests that wait in the queue.
         has_room: Whether the next request would be admitted immediately.
         work_ahead: The amount of work of the requests that wait, and half of those that run.
         seconds_per_work: The seconds that the engine takes for a unit of work; None if no request has completed yet.
@@ -124,8 +122,6 @@ class View:
         task_since_s: When the current control task was begun, in monotonic seconds; None if there is none.
     """
 
-    num_taken: int = 0
-    num_waiting: int = 0
     has_room: bool = True
     work_ahead: float = 0.0
     seconds_per_work: float | None = None

@@ -18,17 +18,16 @@ import torch
 
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Conditioning, Sample, StepOutcome
-from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.ahead import EncodedAhead
 from flowroll.engine.scheduler.counters import LoadStats, View
-from flowroll.engine.scheduler.inbox import Inbox, PauseMode
+from flowroll.engine.scheduler.inbox import Inbox
 from flowroll.engine.scheduler.policy import BatchLimits, Gathering, Watchdog
 from flowroll.engine.scheduler.queue import RequestQueue
 from flowroll.engine.scheduler.request import Request, RequestSample, RunningSample, cancelled, end_future
 from flowroll.engine.scheduler.retry import Throughput
 from flowroll.engine.scheduler.samples import RunningSamples
 from flowroll.engine.scheduler.stages import Stage, decoding, encoding
-from flowroll.engine.scheduler.tasks import ControlTask, TaskQueue
+from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode, PauseMode, TaskQueue
 from flowroll.errors import FlowrollError, PausedError, fresh
 from flowroll.types import StepStamp
 
@@ -71,7 +70,6 @@ class Loop:
         self._gathers_until_s: float | None = None
         # The policy whose weights are in place; None: those that the engine was last given, which all tasks are about.
         self._policy: str | None = None
-        self._num_taken = 0
         self._pause: PauseMode | None = None
         self._is_holding = False
         # Futures of callers, with the results that they get at the end of this turn.
@@ -134,7 +132,7 @@ class Loop:
         """Handles all messages, expires what is due, and admits requests; returns whether there was a message."""
         has_taken = False
         for message in self._inbox.take_all():
-            self._handle(message)
+            message(self)
             has_taken = True
         self._queue.expire()
         self._tasks.expire(self._clock())
@@ -156,40 +154,45 @@ class Loop:
         self._publish()
         self._deliver_ends()
 
-    def _handle(self, message: messages.Message) -> None:
-        match message:
-            case messages.Submit(request):
-                self._num_taken += 1
-                self._queue.accept(request)
-                if self.stopped is not None:
-                    self._queue.fail(request, fresh(self.stopped))
-            case messages.Cancel(future):
-                self._cancel(lambda request: request.future is future, lambda task: task.future is future)
-            case messages.Abort(request_id, answer, keep_partial):
-                count = self._cancel(
-                    lambda request: request_id in (None, request.plan.request_id),
-                    lambda task: request_id in (None, task.request_id),
-                    keep_partial=keep_partial,
-                )
-                self._answers.append((answer, count))
-            case messages.Pause(mode, answer):
-                self._pause = mode
-                self._answers.append((answer, None))
-            case messages.Hold(is_holding):
-                self._is_holding = is_holding
-            case messages.Do(task, mode):
-                self._take_task(task, mode)
-            case messages.Encoded():
-                self._take_encoded(message)
-            case messages.Decoded():
-                self._take_decoded(message)
-            case messages.StageDied(error):
-                # Whoever drives the loop ends everything with this reason, as after an error of the loop's own.
-                raise error
-            case messages.Stop(error):
-                self.fail_all(error)
-            case messages.Halt():
-                self.is_halted = True
+    # What messages call, on the loop's thread
+
+    def accept(self, request: Request) -> None:
+        """Accepts a new request."""
+        self._queue.accept(request)
+        if self.stopped is not None:
+            self._queue.fail(request, fresh(self.stopped))
+
+    def cancel(self, future: Future[Any]) -> None:
+        """Cancels a request or a task, because its caller no longer wants it."""
+        self._cancel(lambda request: request.future is future, lambda task: task.future is future)
+
+    def abort(self, request_id: str | None, answer: Future[int], *, keep_partial: bool = False) -> None:
+        """Ends all requests with this id, or all requests if it is None; the answer is their number.
+
+        Args:
+            request_id: The id.
+            answer: The future of the number.
+            keep_partial: Whether requests of which samples are finished end in these.
+        """
+        count = self._cancel(
+            lambda request: request_id in (None, request.plan.request_id),
+            lambda task: request_id in (None, task.request_id),
+            keep_partial=keep_partial,
+        )
+        self._answers.append((answer, count))
+
+    def pause(self, mode: PauseMode | None, answer: Future[None]) -> None:
+        """Admits no more requests; those that run finish, or freeze before their next step. The mode None ends the pause."""
+        self._pause = mode
+        self._answers.append((answer, None))
+
+    def hold(self, is_holding: bool) -> None:
+        """Admits no requests while `is_holding` is set. Running requests go on."""
+        self._is_holding = is_holding
+
+    def halt(self) -> None:
+        """Ends the loop's thread after this turn."""
+        self.is_halted = True
 
     def _cancel(
         self,
@@ -206,7 +209,8 @@ class Loop:
                 self._queue.fail(request, cancelled())
         return len(meant) + self._tasks.cancel(is_task_meant)
 
-    def _take_task(self, task: ControlTask, mode: str) -> None:
+    def take_task(self, task: ControlTask, mode: ExclusiveMode) -> None:
+        """Accepts a control task; `mode` says what happens to running requests if it needs that none runs."""
         if self.stopped is not None:
             end_future(task.future, error=fresh(self.stopped))
             return
@@ -243,20 +247,29 @@ class Loop:
         for request in self._ahead.clear():
             request.restart()
 
-    def _take_encoded(self, message: messages.Encoded) -> None:
-        request, conditioning = message.request, message.conditioning
+    def take_encoded(
+        self, request: Request, attempt: int, outcome: Conditioning | BaseException, started_s: float | None = None
+    ) -> None:
+        """Takes what the encode stage made of a request.
+
+        Args:
+            request: The request.
+            attempt: The attempt of it that was encoded.
+            outcome: Its conditioning, or the error.
+            started_s: When its encoding began; None: it was skipped.
+        """
         self._num_encoding -= 1
-        self._note_piece(message.started_s)
-        if request.attempt != message.attempt:
+        self._note_piece(started_s)
+        if request.attempt != attempt:
             return
-        if message.error is not None:
-            self._queue.fail(request, message.error)
+        if isinstance(outcome, BaseException):
+            self._queue.fail(request, outcome)
             return
-        assert conditioning is not None and message.started_s is not None
-        request.note_encoded(message.started_s, self._clock())
-        if not self._ahead.keep(request, conditioning):
+        assert started_s is not None
+        request.note_encoded(started_s, self._clock())
+        if not self._ahead.keep(request, outcome):
             self._encoding = None
-            self._add(request, conditioning)
+            self._add(request, outcome)
 
     def _add(self, request: Request, conditioning: Conditioning) -> None:
         """Lets the samples of an admitted request wait to start."""
@@ -268,16 +281,23 @@ class Loop:
         request.conditioning = conditioning
         self._samples.add_ready(request)
 
-    def _take_decoded(self, message: messages.Decoded) -> None:
-        sample, request = message.sample, message.sample.request
+    def take_decoded(self, sample: RequestSample, outcome: Any = None, started_s: float | None = None) -> None:
+        """Takes what the decode stage made of a sample.
+
+        Args:
+            sample: The sample.
+            outcome: Its answer, or the error.
+            started_s: When its decoding began; None: it was skipped, because it is no longer wanted.
+        """
+        request = sample.request
         self._samples.end_decoding(request)
-        self._note_piece(message.started_s)
+        self._note_piece(started_s)
         if not sample.is_wanted:
             return
-        if message.error is not None:
-            self._queue.fail(request, message.error)
+        if isinstance(outcome, BaseException):
+            self._queue.fail(request, outcome)
             return
-        request.results[sample.index] = message.answer
+        request.results[sample.index] = outcome
         if len(request.results) == request.plan.num_answers:
             self._note_completion(request)
             self._queue.complete(request)
@@ -512,8 +532,6 @@ class Loop:
         )
         oldest = next(iter(self._queue.running), None)
         self.view = View(
-            num_taken=self._num_taken,
-            num_waiting=self._queue.num_waiting,
             has_room=self._has_room(),
             work_ahead=self._queue.work_ahead,
             seconds_per_work=self._throughput.seconds_per_work,

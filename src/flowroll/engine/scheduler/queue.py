@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from flowroll.engine.scheduler.counters import Counters, RequestCounts
@@ -13,26 +13,6 @@ from flowroll.engine.scheduler.request import Request, cancelled, end_future, en
 from flowroll.errors import FlowrollError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _End:
-    """How a request ends: in results or in an error. `cause` is the original exception, for the log, if `error` shows less."""
-
-    request: Request
-    results: list[Any] | None = None
-    error: FlowrollError | None = None
-    cause: BaseException | None = None
-
-    def deliver(self) -> None:
-        request = self.request
-        if self.cause is not None:
-            _log.error("the request failed in the engine", exc_info=self.cause, extra={"request_id": request.plan.request_id})
-            # The frames of the traceback hold tensors, and they refer back to the exception.
-            self.cause.__traceback__ = None
-        if not request.has_begun and not request.future.set_running_or_notify_cancel():
-            return
-        end_future(request.future, self.results, error=self.error)
 
 
 class RequestQueue:
@@ -48,7 +28,8 @@ class RequestQueue:
         self.counters = Counters()
         self._waiting: deque[Request] = deque()
         self._running: dict[Request, None] = {}
-        self._ends: list[_End] = []
+        # The requests that have ended, each with its results or its error.
+        self._ends: list[tuple[Request, list[Any] | None, FlowrollError | None]] = []
         # Kept, not summed up: the loop asks in every turn, and any number may wait.
         self._waiting_work = self._running_work = 0
 
@@ -142,21 +123,22 @@ class RequestQueue:
 
     def complete(self, request: Request) -> None:
         """Ends a request with its results."""
-        self._end(_End(request=request, results=[request.results[index] for index in range(request.plan.num_answers)]))
+        self._end(request, [request.results[index] for index in range(request.plan.num_answers)])
 
     def complete_partly(self, request: Request) -> None:
         """Ends a request with the results that it has so far, of which there is at least one."""
         left_out = tuple(index for index in range(request.plan.num_answers) if index not in request.results)
-        results = [replace(request.results[index], left_out=left_out) for index in sorted(request.results)]
-        self._end(_End(request=request, results=results))
+        self._end(request, [replace(request.results[index], left_out=left_out) for index in sorted(request.results)])
 
     def fail(self, request: Request, error: BaseException) -> None:
         """Ends a request in an error. Unless it is a `FlowrollError`, the caller gets one line of it, and the log all of it."""
-        if isinstance(error, FlowrollError):
-            # Without its traceback, whose frames hold tensors, as those of any error that was raised in a step.
-            self._end(_End(request=request, error=error.with_traceback(None)))
-        else:
-            self._end(_End(request=request, error=engine_error(error), cause=error))
+        shown = error
+        if not isinstance(shown, FlowrollError):
+            shown = engine_error(error)
+            _log.error("the request failed in the engine", exc_info=error, extra={"request_id": request.plan.request_id})
+        # The frames of the traceback hold tensors, and they refer back to the error.
+        error.__traceback__ = None
+        self._end(request, error=shown)
 
     def expire(self) -> None:
         """Ends the requests whose deadline has passed, and those whose future was cancelled while they waited."""
@@ -174,11 +156,11 @@ class RequestQueue:
     def deliver_ends(self) -> None:
         """Ends the futures of the requests that have ended. The futures' callbacks run in this call."""
         ends, self._ends = self._ends, []
-        for end in ends:
-            end.deliver()
+        for request, results, error in ends:
+            if request.has_begun or request.future.set_running_or_notify_cancel():
+                end_future(request.future, results, error=error)
 
-    def _end(self, end: _End) -> None:
-        request = end.request
+    def _end(self, request: Request, results: list[Any] | None = None, *, error: FlowrollError | None = None) -> None:
         if request in self._running:
             del self._running[request]
             self._running_work -= request.work
@@ -187,7 +169,7 @@ class RequestQueue:
             self._waiting_work -= request.work
         self._release(request)
         request.future.spans = request.spans(self._clock())
-        self.counters.note_end(request.future.timing, None if end.error is None else end.error.code)
+        self.counters.note_end(request.future.timing, None if error is None else error.code)
         # A new attempt, so that results of work that is still under way for the request are dropped.
         request.restart()
-        self._ends.append(end)
+        self._ends.append((request, results, error))

@@ -20,15 +20,14 @@ import torch
 
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.executor import Executor
-from flowroll.engine.scheduler import inbox as messages
 from flowroll.engine.scheduler.counters import LoadStats
-from flowroll.engine.scheduler.inbox import Inbox, PauseMode
+from flowroll.engine.scheduler.inbox import Inbox, Message
 from flowroll.engine.scheduler.loop import Loop
 from flowroll.engine.scheduler.policy import BatchLimits
 from flowroll.engine.scheduler.request import Finish, Request, RequestFuture, end_future, engine_error
 from flowroll.engine.scheduler.retry import RetrySchedule
 from flowroll.engine.scheduler.stages import Stage
-from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode
+from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode, PauseMode
 from flowroll.errors import FlowrollError, PausedError, QueueFullError, fresh
 from flowroll.heap import trim_heap
 
@@ -72,7 +71,7 @@ class Scheduler:
         self.loop = Loop(runner, limits, self._inbox, encoder=self._stages[0], decoder=self._stages[1], clock=clock)
         for stage in self._stages:
             weakref.finalize(self.loop, stage.stop)
-        weakref.finalize(self.loop, self._inbox.put, messages.Halt())
+        weakref.finalize(self.loop, self._inbox.put, Loop.halt)
         self._thread: threading.Thread | None = None
         self._stopped: FlowrollError | None = None
         self._pause: PauseMode | None = None
@@ -115,22 +114,22 @@ class Scheduler:
                 id=self._num_submitted, plan=plan, finish=finish, future=future, accepted_s=now_s, deadline_s=deadline_s
             )
             self._num_submitted += 1
-            self._put(messages.Submit(request), future)
+            self._put(lambda loop: loop.accept(request), future)
         return future
 
     def cancel(self, future: Future[Any]) -> None:
         """Ends a request in a `CancelledRequestError` after the current step; also a request to recompute log-probs."""
-        self._inbox.put(messages.Cancel(future))
+        self._inbox.put(lambda loop: loop.cancel(future))
 
     def abort(self, request_id: str | None, *, keep_partial: bool = False) -> Future[int]:
-        """Ends the requests with this id, or all requests if it is None; the future gives their number.
+        """Ends the requests with this id, or all if it is None, also those to recompute log-probs; gives their number.
 
         Args:
             request_id: The id.
             keep_partial: Whether requests of which samples are finished end in these. All others are cancelled.
         """
         answer: Future[int] = Future()
-        self._put(messages.Abort(request_id, answer, keep_partial), answer)
+        self._put(lambda loop: loop.abort(request_id, answer, keep_partial=keep_partial), answer)
         return answer
 
     def pause(self, mode: PauseMode, *, refuses: bool = True) -> Future[None]:
@@ -157,7 +156,7 @@ class Scheduler:
     def _set_pause(self, mode: PauseMode | None) -> Future[None]:
         self._pause = mode
         answer: Future[None] = Future()
-        self._put(messages.Pause(mode, answer), answer)
+        self._put(lambda loop: loop.pause(mode, answer), answer)
         return answer
 
     def hold_starts(self, is_holding: bool) -> None:
@@ -167,7 +166,7 @@ class Scheduler:
         is submitted, no request can be admitted between the two.
         """
         self._is_holding = is_holding
-        self._inbox.put(messages.Hold(is_holding))
+        self._inbox.put(lambda loop: loop.hold(is_holding))
 
     def exclusive(
         self,
@@ -199,7 +198,8 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
-        return self._do(self._task(action, True, request_id, timeout_s, is_newer=is_newer), mode)
+        task = ControlTask(action=action, needs_idle=True, is_newer=is_newer, request_id=request_id)
+        return self._do(task, timeout_s, mode)
 
     def between_steps(self, action: Callable[[], Any], *, request_id: str | None = None, timeout_s: float | None = None) -> Any:
         """Runs an action on the model between two steps.
@@ -217,26 +217,7 @@ class Scheduler:
         Raises:
             FlowrollError: The scheduler was stopped; it is the error that `stop` was called with.
         """
-        return self._do(self._task(action, False, request_id, timeout_s), "drain")
-
-    def _task(
-        self,
-        action: Callable[[], Any],
-        needs_idle: bool,
-        request_id: str | None,
-        timeout_s: float | None,
-        *,
-        is_newer: bool = False,
-    ) -> ControlTask:
-        now_s = self._clock()
-        return ControlTask(
-            action=action,
-            needs_idle=needs_idle,
-            is_newer=is_newer,
-            request_id=request_id,
-            accepted_s=now_s,
-            deadline_s=None if timeout_s is None else now_s + timeout_s,
-        )
+        return self._do(ControlTask(action=action, needs_idle=False, request_id=request_id), timeout_s)
 
     def load(self) -> LoadStats:
         """Returns the load that the loop published last, all numbers from one moment; only `is_holding` is from now."""
@@ -293,7 +274,7 @@ class Scheduler:
         """
         with self._submitting:
             self._stopped = self._stopped or error
-        self._inbox.put(messages.Stop(error))
+        self._inbox.put(lambda loop: loop.fail_all(error))
         if self._thread is None:
             self.loop.settle()
         elif patience_s is not None:
@@ -319,7 +300,7 @@ class Scheduler:
             return False
         for stage in self._stages:
             stage.stop()
-        self._inbox.put(messages.Halt())
+        self._inbox.put(Loop.halt)
         self._thread.join(left_s())
         has_ended = not self._thread.is_alive()
         has_ended &= all([stage.join(left_s()) for stage in self._stages])
@@ -352,13 +333,15 @@ class Scheduler:
         for future in list(self._open):
             end_future(future, error=fresh(self._stopped))
 
-    def _do(self, task: ControlTask, mode: ExclusiveMode) -> Future[Any]:
+    def _do(self, task: ControlTask, timeout_s: float | None, mode: ExclusiveMode = "drain") -> Future[Any]:
+        task.accepted_s = self._clock()
+        task.deadline_s = None if timeout_s is None else task.accepted_s + timeout_s
         with self._submitting:
             self._check_open()
-            self._put(messages.Do(task, mode), task.future)
+            self._put(lambda loop: loop.take_task(task, mode), task.future)
         return task.future
 
-    def _put(self, message: messages.Message, future: Future[Any]) -> None:
+    def _put(self, message: Message, future: Future[Any]) -> None:
         self._open[future] = None
         future.add_done_callback(lambda ended: self._open.pop(ended, None) and None)
         self._inbox.put(message)
@@ -370,7 +353,8 @@ class Scheduler:
     def _check_queue(self, work: int, max_waiting: int | None, now_s: float) -> None:
         view = self.loop.view
         # If there is room, one of the waiting requests is about to be admitted and is not counted.
-        waiting = view.num_waiting + self._num_submitted - view.num_taken - view.has_room
+        requests = view.stats.requests
+        waiting = requests.pending + self._num_submitted - requests.accepted - view.has_room
         if max_waiting is None or waiting < max_waiting:
             if max_waiting is None or waiting < max_waiting / 2:
                 self._retries.clear()
@@ -385,7 +369,13 @@ class Scheduler:
 
 
 def _tell_of_death(inbox: Inbox, error: BaseException) -> None:
-    inbox.put(messages.StageDied(error))
+    """Makes the loop go on no more, because the thread of a stage has died of this error."""
+
+    def die(loop: Loop) -> None:
+        # Whoever drives the loop ends everything with this reason, as after an error of the loop's own.
+        raise error
+
+    inbox.put(die)
 
 
 def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Callable[[BaseException], None]]) -> None:

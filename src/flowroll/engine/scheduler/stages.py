@@ -5,16 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from flowroll.engine.outputs import Finished
 from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample
-from flowroll.engine.scheduler.inbox import Decoded, Encoded, Inbox
+from flowroll.engine.scheduler.inbox import Inbox
 from flowroll.engine.scheduler.request import Request, RunningSample, cancelled
 
+T = TypeVar("T")
 Work: TypeAlias = Callable[[], None]
 
 
@@ -24,16 +25,11 @@ def encoding(runner: Executor, inbox: Inbox, request: Request, clock: Callable[[
 
     def encode() -> None:
         if request.attempt != attempt or request.future.cancelled():
-            inbox.put(Encoded(request, attempt, error=cancelled()))
+            inbox.put(lambda loop: loop.take_encoded(request, attempt, cancelled()))
             return
         started_s = clock()
-        try:
-            runner.use_threads(request.num_threads)
-            with torch.no_grad():
-                done = Encoded(request, attempt, started_s, runner.encode(request.plan))
-        except BaseException as error:
-            done = Encoded(request, attempt, started_s, error=error)
-        inbox.put(done)
+        outcome = _outcome(runner, request, lambda: runner.encode(request.plan))
+        inbox.put(lambda loop: loop.take_encoded(request, attempt, outcome, started_s))
 
     return encode
 
@@ -58,28 +54,35 @@ def decoding(
     """
     of, request = running.of, running.of.request
 
+    def answer() -> Any:
+        finished = Finished(
+            sample=sample,
+            image=runner.decode(sample, [other for later, other in following if later.of.is_wanted]),
+            seconds=clock() - running.started_s,
+            first_step=running.first_step,
+            last_step=running.last_step,
+        )
+        return request.finish(request.plan, finished)
+
     def decode() -> None:
         if not of.is_wanted:
-            inbox.put(Decoded(of))
+            inbox.put(lambda loop: loop.take_decoded(of))
             return
         started_s = clock()
-        try:
-            runner.use_threads(request.num_threads)
-            with torch.no_grad():
-                image = runner.decode(sample, [other for later, other in following if later.of.is_wanted])
-                finished = Finished(
-                    sample=sample,
-                    image=image,
-                    seconds=clock() - running.started_s,
-                    first_step=running.first_step,
-                    last_step=running.last_step,
-                )
-                done = Decoded(of, started_s, request.finish(request.plan, finished))
-        except BaseException as error:
-            done = Decoded(of, started_s, error=error)
-        inbox.put(done)
+        outcome = _outcome(runner, request, answer)
+        inbox.put(lambda loop: loop.take_decoded(of, outcome, started_s))
 
     return decode
+
+
+def _outcome(runner: Executor, request: Request, make: Callable[[], T]) -> T | BaseException:
+    """Returns what is made for a request, with the CPU threads of its caller, or the error."""
+    try:
+        runner.use_threads(request.num_threads)
+        with torch.no_grad():
+            return make()
+    except BaseException as error:
+        return error
 
 
 class Stage:

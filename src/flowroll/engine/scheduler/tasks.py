@@ -15,6 +15,7 @@ from flowroll.engine.scheduler.request import cancelled, end_future, too_late
 from flowroll.errors import FlowrollError
 
 ExclusiveMode: TypeAlias = Literal["drain", "abort"]
+PauseMode: TypeAlias = Literal["finish", "freeze"]
 # A task in pieces: samples take steps between the pieces, and the value that the generator returns is the result.
 Pieces: TypeAlias = Generator[None, None, Any]
 

@@ -24,7 +24,7 @@ from flowroll.engine.adapters.pushed import read_factors
 from flowroll.engine.adapters.store import StagedAdapter
 from flowroll.engine.engine import Engine, RequestKind
 from flowroll.engine.plan import RequestPlan
-from flowroll.engine.scheduler import ExclusiveMode, PauseMode, RequestFuture
+from flowroll.engine.scheduler import ExclusiveMode, RequestFuture, Scheduler
 from flowroll.engine.scoring import ScorePlan
 from flowroll.engine.service.open_tasks import OpenTasks
 from flowroll.engine.service.probe import GenerationProbe
@@ -45,7 +45,7 @@ from flowroll.engine.weights.store import WeightStore
 from flowroll.errors import NotFoundError, RankLostError, ShuttingDownError, fresh
 from flowroll.parallel.broadcasting import Backend
 from flowroll.parallel.shared_memory import SharedMemory, placed, tensor_at
-from flowroll.types import AdapterChange, LoraAdapter, Policy, ScoreAnswer, WeightUpdate
+from flowroll.types import AdapterChange, ScoreAnswer, WeightUpdate
 from flowroll.wire.pickled import SentTensors, named_tensors
 from flowroll.wire.safetensors import DTYPES, StoredTensor, TensorHead
 
@@ -85,7 +85,18 @@ def _of_engine(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concaten
         result: T = getattr(self.engine, method.__name__)(*args, **options)
         return result
 
-    return working(on_engine)
+    return on_engine
+
+
+def _of_scheduler(method: Callable[Concatenate[Scheduler, P], T]) -> Callable[Concatenate[EngineService, P], T]:
+    """Makes the method of the service that has the engine's scheduler do what its method of this name does."""
+
+    @functools.wraps(method)
+    def on_scheduler(self: EngineService, /, *args: P.args, **options: P.kwargs) -> T:
+        result: T = getattr(self.engine.scheduler, method.__name__)(*args, **options)
+        return result
+
+    return on_scheduler
 
 
 def bucket_bytes(heads: Sequence[TensorHead]) -> int:
@@ -234,32 +245,12 @@ class EngineService:
         self.engine.check_ready_to_score(plan.params)
         return self._scores.add(lambda: self.engine.submit_scores(plan, timeout_s=timeout_s), work=plan.work)
 
-    def cancel(self, future: Future[Any]) -> None:
-        """Cancels a request whose caller has disconnected, whether it waits or runs."""
-        self.engine.scheduler.cancel(future)
-
-    def abort(self, request_id: str | None, *, keep_partial: bool = False) -> Future[int]:
-        """Ends the requests with this id, or all if it is None, also those to recompute log-probs; gives their number.
-
-        Args:
-            request_id: The id.
-            keep_partial: Whether requests of which samples are finished end in these. All others are cancelled.
-        """
-        return self.engine.scheduler.abort(request_id, keep_partial=keep_partial)
-
-    def pause(self, mode: PauseMode, *, refuses: bool = True) -> Future[None]:
-        """Admits no request until `resume` is called, and may refuse new ones; see `Scheduler.pause`."""
-        return self.engine.scheduler.pause(mode, refuses=refuses)
-
-    def resume(self) -> Future[None]:
-        """Ends a `pause`."""
-        return self.engine.scheduler.resume()
-
-    def hold_starts(self, is_held: bool) -> None:
-        """Stops admitting requests while a push of weights is incomplete, or admits them again."""
-        self.engine.scheduler.hold_starts(is_held)
-
-    decode = _of_engine(Engine.decode)
+    cancel = _of_scheduler(Scheduler.cancel)
+    abort = _of_scheduler(Scheduler.abort)
+    pause = _of_scheduler(Scheduler.pause)
+    resume = _of_scheduler(Scheduler.resume)
+    hold_starts = _of_scheduler(Scheduler.hold_starts)
+    decode = working(_of_engine(Engine.decode))
 
     # Weights that are read from disk, and checks of the weights in memory
 
@@ -421,7 +412,7 @@ class EngineService:
         if self._staged is not None and self._staged[0] == staged_id:
             self._staged = None
 
-    restore_versions = _of_engine(Engine.restore_versions)
+    restore_versions = working(_of_engine(Engine.restore_versions))
 
     def _ended(self, update_id: str) -> StagedWeights:
         """Ends an update, and returns its weights, which have arrived."""
@@ -478,9 +469,7 @@ class EngineService:
 
     # Adapters
 
-    def lora_adapters(self) -> tuple[LoraAdapter, ...]:
-        """Returns the loaded adapters."""
-        return self.engine.lora_adapters()
+    lora_adapters = _of_engine(Engine.lora_adapters)
 
     @working
     def load_adapter(
@@ -528,18 +517,15 @@ class EngineService:
 
     # Policies
 
-    def policies(self) -> tuple[Policy, ...]:
-        """Returns the policies beside the default."""
-        return self.engine.policies()
-
-    copy_policy = _of_engine(Engine.copy_policy)
-    average_policy = _of_engine(Engine.average_policy)
-    drop_policy = _of_engine(Engine.drop_policy)
+    policies = _of_engine(Engine.policies)
+    copy_policy = working(_of_engine(Engine.copy_policy))
+    average_policy = working(_of_engine(Engine.average_policy))
+    drop_policy = working(_of_engine(Engine.drop_policy))
 
     # Memory and life
 
-    sleep = _of_engine(Engine.sleep)
-    wake = _of_engine(Engine.wake)
+    sleep = working(_of_engine(Engine.sleep))
+    wake = working(_of_engine(Engine.wake))
 
     def drain(self) -> None:
         """Accepts no more requests; accepted ones go on."""

@@ -66,7 +66,7 @@ class WeightStore:
         staged.check_whole()
         started_s = time.perf_counter()
         module, previous = staged.module, self.versions.current
-        version = self.versions.following(weight_version)
+        version = self.versions.state.following(weight_version)
         num_tensors, num_bytes = staged.num_tensors, staged.num_bytes
         is_transformer = module == "transformer"
         if is_transformer:
@@ -77,7 +77,7 @@ class WeightStore:
             self._digests.forget(module)
             adapters = self._adapters.over_new_base() if is_transformer else None
             # Everything that can fail comes before the other ranks' commit, which cannot be undone. Only assignments follow.
-            advanced = self.versions.advanced(version)
+            advanced = self.versions.state.after(version)
             if is_transformer:
                 self._executor.commit()
             self.versions.adopt(advanced)

@@ -96,17 +96,9 @@ class WeightVersions:
         """The name of the version of the weights."""
         return self.state.current
 
-    def following(self, given: str | None) -> str:
-        """Returns the version of the next weights; see `VersionState.following`."""
-        return self.state.following(given)
-
     def advance(self, version: str) -> None:
         """Makes `version` the current version."""
-        self.adopt(self.advanced(version))
-
-    def advanced(self, version: str) -> VersionState:
-        """Returns the state once `version` is the current version, for `adopt`."""
-        return self.state.after(version)
+        self.adopt(self.state.after(version))
 
     def adopt(self, state: VersionState) -> None:
         """Puts a state into effect. It cannot fail."""
