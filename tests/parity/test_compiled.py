@@ -69,9 +69,9 @@ def rollouts_of_many_shapes(family: str, dtype: str, device: str, checkpoint: Pa
     """Groups of other shapes, and with guidance and without, after a group of which the first sample is as alone."""
     request = in_words_of(family, REQUEST)
     with PicturedEngine(checkpoint, device=device, dtype=dtype, compile=True) as engine:
+        known = num_compiled()
         group = engine.rollout(**request, num_outputs_per_prompt=2)
         groups = [group, engine.rollout(**guided(family, 4.0, **REQUEST))]
-        known = num_compiled()
         assert torch.equal(latents_of(engine.rollout(**request)), latents_of(group)[:1])
         for other in OTHERS:
             groups.append(engine.rollout(**in_words_of(family, {**REQUEST, **other})))
