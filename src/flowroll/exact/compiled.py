@@ -200,7 +200,7 @@ def _has_numbers(value: Any) -> bool:
 def _as_whole(value: Any) -> Any:
     """Returns an argument whose tensors are not known as parts of others, which would be kinds of their own to compile.
 
-    So would be the strides that a part has in dimensions of size 1, which a tensor with all its elements in order does not need.
+    So would be the strides that a part has in dimensions of size 1, which one with its elements in order does not need.
     """
     if isinstance(value, Tensor):
         if not value._is_view():
