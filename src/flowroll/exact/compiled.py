@@ -42,9 +42,11 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # The transformers whose compiled blocks were shown to be exact among themselves, with gradients and without, whichever shape
 # was compiled first, and the dtypes in which they were (tests/parity/test_compiled.py).
 _PROVED: Mapping[str, tuple[torch.dtype, ...]] = {
+    "Flux2Transformer2DModel": (torch.bfloat16,),
     "FluxTransformer2DModel": (torch.bfloat16,),
     "QwenImage21Transformer2DModel": (torch.bfloat16,),
     "QwenImageTransformer2DModel": (torch.bfloat16, torch.float32),
+    "SD3Transformer2DModel": (torch.bfloat16,),
     "ZImageTransformer2DModel": (torch.bfloat16,),
 }
 
