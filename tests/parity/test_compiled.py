@@ -66,7 +66,9 @@ def rollouts_of_many_shapes(family: str, dtype: str, device: str, checkpoint: Pa
     with PicturedEngine(checkpoint, device=device, dtype=dtype, compile=True) as engine:
         known = num_compiled()
         group = engine.rollout(**request, num_outputs_per_prompt=2)
+        assert num_compiled() == known
         groups = [group, engine.rollout(**guided(family, 4.0, **REQUEST))]
+        known = num_compiled()
         assert torch.equal(latents_of(engine.rollout(**request)), latents_of(group)[:1])
         for other in OTHERS:
             groups.append(engine.rollout(**in_words_of(family, {**REQUEST, **other})))

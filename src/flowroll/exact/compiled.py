@@ -202,13 +202,15 @@ def _has_numbers(value: Any) -> bool:
 def _as_whole(value: Any) -> Any:
     """Returns an argument whose tensors are not known as parts of others, which would be kinds of their own to compile.
 
-    So would be the strides that a part has in dimensions of size 1, which one with its elements in order does not need.
+    So would be a tensor that does not begin where its memory does, which is copied, and the strides that a part has in
+    dimensions of size 1.
     """
     if isinstance(value, Tensor):
+        if value.storage_offset():
+            return value.clone(memory_format=torch.contiguous_format)
         if not value._is_view():
             return value
-        in_order = value.flatten() if value.is_contiguous() else value
-        return torch.ops.aten._unsafe_view.default(in_order, value.shape)
+        return torch.ops.aten._unsafe_view.default(value.flatten() if value.is_contiguous() else value, value.shape)
     if type(value) in (tuple, list):
         return type(value)(map(_as_whole, value))
     return {name: _as_whole(part) for name, part in value.items()} if type(value) is dict else value
