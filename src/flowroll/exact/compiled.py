@@ -44,7 +44,7 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _PROVED: Mapping[str, tuple[torch.dtype, ...]] = {
     "Flux2Transformer2DModel": (torch.bfloat16,),
     "FluxTransformer2DModel": (torch.bfloat16,),
-    "QwenImage21Transformer2DModel": (torch.bfloat16,),
+    "QwenImage21Transformer2DModel": (torch.bfloat16, torch.float32),
     "QwenImageTransformer2DModel": (torch.bfloat16, torch.float32),
     "SD3Transformer2DModel": (torch.bfloat16,),
     "ZImageTransformer2DModel": (torch.bfloat16,),
