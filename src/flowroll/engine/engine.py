@@ -909,12 +909,20 @@ class Engine:
             )
 
     def _compile(self) -> None:
-        """Compiles the blocks by a step of a small sample, so that no request has to wait for it."""
+        """Compiles the blocks by the steps of a small sample, so that no request has to wait for it.
+
+        A first step may run other calls than a later one: the one of Qwen-Image-2.1 fills a cache, and none of its calls is
+        compiled.
+        """
         side = _WARM_TOKENS * self.info.pixel_unit
         images = (blank_image(),) if self.info.max_images else None
-        plan = self.plan(SamplingParams(prompt="a red circle", images=images, height=side, width=side, rollout=False))
+        plan = self.plan(
+            SamplingParams(prompt="a red circle", images=images, height=side, width=side, num_inference_steps=2, rollout=False)
+        )
+        sample = Sample.start(self._work.encode(plan).handed_over(), plan.samples[0])
         with torch.no_grad():
-            forward([Sample.start(self._work.encode(plan).handed_over(), plan.samples[0])])
+            while sample.num_steps_left:
+                sample.take_step(*forward([sample]))
 
     def _check_open(self) -> None:
         if (stopped := self.failure or self.scheduler.stopped) is not None:

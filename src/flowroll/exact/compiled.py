@@ -42,9 +42,11 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # The transformers whose compiled blocks were shown to be exact among themselves, with gradients and without, whichever shape
 # was compiled first, and the dtypes in which they were (tests/parity/test_compiled.py).
 _PROVED: Mapping[str, tuple[torch.dtype, ...]] = {
+    "Flux2Transformer2DModel": (torch.bfloat16,),
     "FluxTransformer2DModel": (torch.bfloat16,),
-    "QwenImage21Transformer2DModel": (torch.bfloat16,),
+    "QwenImage21Transformer2DModel": (torch.bfloat16, torch.float32),
     "QwenImageTransformer2DModel": (torch.bfloat16, torch.float32),
+    "SD3Transformer2DModel": (torch.bfloat16,),
     "ZImageTransformer2DModel": (torch.bfloat16,),
 }
 
@@ -198,9 +200,17 @@ def _has_numbers(value: Any) -> bool:
 
 
 def _as_whole(value: Any) -> Any:
-    """Returns an argument whose tensors are not known as parts of others, which would be kinds of their own to compile."""
+    """Returns an argument whose tensors are not known as parts of others, which would be kinds of their own to compile.
+
+    So would be a tensor that does not begin where its memory does, which is copied, and the strides that a part has in
+    dimensions of size 1.
+    """
     if isinstance(value, Tensor):
-        return torch.ops.aten._unsafe_view.default(value, value.shape) if value._is_view() else value
+        if value.storage_offset():
+            return value.clone(memory_format=torch.contiguous_format)
+        if not value._is_view():
+            return value
+        return torch.ops.aten._unsafe_view.default(value.flatten() if value.is_contiguous() else value, value.shape)
     if type(value) in (tuple, list):
         return type(value)(map(_as_whole, value))
     return {name: _as_whole(part) for name, part in value.items()} if type(value) is dict else value
