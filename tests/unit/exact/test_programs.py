@@ -67,6 +67,20 @@ def test_a_forward_that_is_known_runs_without_the_models_code() -> None:
     assert run(shared, model, 22) == 0
 
 
+@torch.no_grad()
+def test_another_number_of_threads_has_programs_of_its_own() -> None:
+    """The ways that were found with one thread may be wrong with two, and the shapes are the same."""
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE):
+        run(shared, model, seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - before if before < 3 else 1)
+    try:
+        assert all(run(shared, model, seed) for seed in range(BEFORE)) and run(shared, model, 8) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_forward_with_gradients_runs_the_models_code() -> None:
     shared, model = sharing(), Net()
     for seed in range(BEFORE + 3):
