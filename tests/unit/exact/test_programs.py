@@ -33,10 +33,11 @@ class Net(nn.Module):
         super().__init__()
         self.linear, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
         self.extra, self.calls, self.factor = extra, 0, 2.0
+        self.register_buffer("offset", torch.ones(12))
 
     def forward(self, x: Tensor, *, return_dict: bool) -> tuple[Tensor]:
         self.calls += 1
-        x = F.silu(self.norm(self.linear(x))).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2) * self.factor
+        x = F.silu(self.norm(self.linear(x))).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2) * self.factor + self.offset
         first, second = x.chunk(2, dim=-1)
         x = torch.cat([second, first.clone()], dim=-1)
         return (x if self.extra is None else self.extra(self, x),)
@@ -228,6 +229,10 @@ def replaced_parameter(model: Net) -> None:
     model.linear.weight = nn.Parameter(torch.randn(12, 12))
 
 
+def replaced_buffer(model: Net) -> None:
+    model.offset = torch.randn(12)
+
+
 def replaced_module(model: Net) -> None:
     model.norm = nn.LayerNorm(12, bias=False)
 
@@ -241,7 +246,7 @@ def patched(model: Net) -> None:
     linear.forward = lambda x: F.linear(x, linear.weight)  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("change", [replaced_parameter, replaced_module, hooked, patched, Net.train])
+@pytest.mark.parametrize("change", [replaced_parameter, replaced_buffer, replaced_module, hooked, patched, Net.train])
 @torch.no_grad()
 def test_a_changed_model_runs_its_own_code_again(change: Callable[[Net], object]) -> None:
     shared, model = sharing(), Net()
