@@ -1,5 +1,6 @@
 """alone == pipeline and ratio == 1 for what no table lists: drawn checkpoints, schedules, sizes, prompts, steps and scales.
 
+And mixed == alone for drawn mixtures of requests that share prompts, forwards and kept texts, with new weights in between.
 A draw is the same in every run, by the name of its family and its number.
 """
 
@@ -14,14 +15,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from tests.guiding import UNITS, image_file, in_words_of
 from tests.processors import load_without_torchvision
 from tests.proofs.cases import DTYPES, DYNAMICS, EVERYTHING, FAMILIES
+from tests.proofs.doors import WAIT_S, assert_same_samples, one_by_one
 from tests.proofs.test_pipeline import pipeline_output
+from tests.weights import WEIGHTS
 
-from flowroll import replay
-from flowroll.engine import Engine
+from flowroll import Rollout, SamplingParams, replay
+from flowroll.engine import BatchLimits, Engine
 from flowroll.engine.loading import modules_of
+from flowroll.exact import Merged
 from flowroll.testing import make_checkpoint
 
 DRAWS = 8
@@ -118,3 +123,88 @@ def test_a_drawn_request_has_the_bits_of_its_pipeline_and_replays_exactly(family
         assert latents.dtype == expected.dtype and torch.equal(latents, expected)
     assert torch.equal(plain.image, ode.image)
     assert torch.equal(replay.log_prob(pipeline.transformer, [rollout]).detach()[0], rollout.log_probs)
+
+
+# So many samples, which start together, and so many steps that a shared forward is known and runs without the model's code.
+GROUP: Mapping[str, Any] = {"num_outputs_per_prompt": 3, "num_inference_steps": 6}
+ROUNDS, REQUESTS = 2, 7
+
+
+def drawn_company(draw: random.Random, family: str, prompts: list[str]) -> dict[str, Any]:
+    """A rollout of a few sizes, prompts, scales and numbers of steps, so that others are likely to share its forwards."""
+    steps = draw.choice((3, 6))
+    kept = {name: draw.random() < 0.7 for name in EVERYTHING}
+    scale = draw.choice((1, 4.0, 4.0, 2.5))
+    options: dict[str, Any] = {"prompt": draw.choice(prompts), "guidance_scale": scale, "seed": draw.randrange(2**31)}
+    options |= {"height": 64, "width": draw.choice((64, 64, 96)), "num_outputs_per_prompt": draw.choice((1, 2, 3))}
+    options["num_inference_steps"] = steps
+    options |= {"sde_type": draw.choice(DYNAMICS), "noise_level": draw.uniform(0.1, 1.0), **kept}
+    if draw.random() < 0.4:
+        options["negative_prompt"] = draw.choice(prompts)
+    if draw.random() < 0.3 and options["sde_type"] == "sde":
+        options["sde_step_indices"] = tuple(sorted(draw.sample(range(steps), draw.randint(1, steps))))
+    if draw.random() < 0.3:
+        options["return_fields"] = tuple(draw.sample(("x0", "velocity", "mean", "std", "noise"), 2))
+    if draw.random() < 0.3:
+        options["decode_step_indices"] = (draw.randrange(steps),)
+    return in_words_of(family, options)
+
+
+def num_programs(engine: Engine) -> int:
+    """How many kinds of shared forwards run without the model's code."""
+    strategy = engine._model.strategy
+    assert isinstance(strategy, Merged)
+    known = (one.programs for one in strategy._shared._known.values() if one.programs is not None)
+    return sum(candidate.is_confirmed for programs in known for candidate in programs._candidates.values())
+
+
+# A short one is part of every run.
+MIXTURES = [
+    pytest.param(family, number, marks=() if (family, number) == ("qwen_image", 0) else pytest.mark.proof)
+    for family in FAMILIES
+    for number in range(4)
+]
+
+
+@pytest.mark.parametrize(("family", "number"), MIXTURES)
+def test_drawn_mixtures_keep_their_bits_through_new_weights(checkpoints: dict[str, Path], family: str, number: int) -> None:
+    """Requests are sent while others run, and new weights come before all have ended: each has the bits of its version."""
+    draw = random.Random(f"mixture/{family}/{number}")
+    prompts, dtype = [drawn_text(draw)[:200] for _ in range(2)], draw.choice(DTYPES)
+    weights = load_file(checkpoints[family] / "transformer" / WEIGHTS)
+    limits = BatchLimits(max_batch_samples=1, max_running_samples=1)
+    folder = checkpoints[family]
+    with (
+        Engine(folder, dtype=dtype, device="cpu") as engine,
+        Engine(folder, dtype=dtype, device="cpu", batching=limits) as alone,
+    ):
+        group = {
+            **drawn_company(random.Random(7), family, prompts),
+            **GROUP,
+            "sde_step_indices": None,
+            "decode_step_indices": None,
+        }
+        assert_same_samples(engine.rollout(**group), one_by_one(alone, group))
+        if engine._model.family.shares_forwards:
+            assert num_programs(engine)
+        waiting: list[tuple[dict[str, Any], Any]] = []
+
+        def compare(version: str) -> None:
+            for request, future in list(waiting):
+                found: list[Rollout] = future.result(WAIT_S)
+                if found[0].weight_version == version:
+                    assert_same_samples(found, one_by_one(alone, request))
+                    waiting.remove((request, future))
+
+        for _ in range(ROUNDS if number else 1):
+            sent = [drawn_company(draw, family, prompts) for _ in range(REQUESTS if number else 3)] + [
+                {**group, "seed": draw.randrange(2**31)}
+            ]
+            waiting += [(one, engine.submit(engine.plan(SamplingParams(**one)), "rollout")) for one in sent]
+            version, factor = engine.weight_version, draw.uniform(0.9, 1.1)
+            new = {name: one * factor if one.is_floating_point() else one for name, one in weights.items()}
+            engine.update_weights_from_tensors(new, mode=draw.choice(("drain", "abort")))
+            compare(version)
+            alone.update_weights_from_tensors(new)
+        compare(engine.weight_version)
+        assert not waiting

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from flowroll.exact.calls import has_tensor
-from flowroll.exact.functions import FACTORIES, GATHERS, METADATA, NEW, WRITES, functions, named
+from flowroll.exact.functions import (
+    COPIES,
+    ELEMENTWISE,
+    FACTORIES,
+    GATHERS,
+    METADATA,
+    NEW,
+    POINTWISE,
+    WRITES,
+    functions,
+    named,
+)
 from flowroll.exact.layout import same_outputs
 from flowroll.exact.mode import Getter, Notes, Repetition, repeat
 from flowroll.exact.rules import RULES
@@ -37,13 +48,20 @@ _PROGRAMS = 32
 # A forward is written down after it was repeated so often, and given up after so many recordings that differ.
 _SEEN, _RECORDINGS = 1, 4
 
-# What tells nothing of a tensor but what the shapes and dtypes of the arguments decide.
-_SHAPES = METADATA - functions("data_ptr", "__hash__", "requires_grad_")
+# What tells nothing of a tensor but what the shapes, strides and dtypes of the arguments decide.
+_SHAPES = METADATA - functions("data_ptr", "__hash__", "requires_grad_", "storage_offset")
+_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_meta"})
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 # The shape of what these return follows from the shapes of their arguments, but for the exceptions in `_reads_numbers`.
 _KNOWN = (frozenset(RULES) | FACTORIES | NEW | GATHERS | WRITES | {gather_parts}) - METADATA
-_CHOOSING, _WHERE, _REPEATING = functions("__getitem__"), functions("where"), functions("repeat_interleave")
+_CHOOSING, _WHERE = functions("__getitem__"), functions("where")
+# What is as long as the numbers of any tensor say; of the second, the first argument is the data.
 _SIZED = functions("zeros", "ones", "full", "empty", "arange", "eye")
+_COUNTED = functions("repeat_interleave", "tensor_split")
+# Of these no tensor can be taken for a size, beside those that `_reads_numbers` knows.
+_UNSIZED = (
+    ELEMENTWISE | POINTWISE | COPIES | GATHERS | WRITES | functions("embedding", "index_select", "gather") | _CHOOSING | _WHERE
+)
 # Where a tensor's variable is kept: an attribute of the tensor, so that it goes when the tensor goes.
 _VARIABLE = "_flowroll_variable"
 
@@ -209,7 +227,10 @@ class Recording(Repetition):
                 if self._variable(value) is not None:
                     self._reason = "two arguments are one tensor"
                 self._lines.append(f"{self._new(value)} = batched[{name!r}]")
-            for index, entry in enumerate(value) if isinstance(value, list) else ():
+            entries = value if isinstance(value, list) else ()
+            if any(map(_holds_tensor, entries or (value,))):
+                self._reason = "tensors lie deeper in an argument than in a list"
+            for index, entry in enumerate(entries):
                 if isinstance(entry, Tensor):
                     # Samples may share a tensor in this forward and not in the next one: each entry is a variable of its own.
                     value[index] = entry.detach()
@@ -222,7 +243,7 @@ class Recording(Repetition):
         given = self._arguments(args), {name: self._text(value) for name, value in (kwargs or {}).items()}
         way = None if type(func) is Getter else self.way
         result = super().__torch_function__(func, types, args, kwargs)
-        self._write(func, way, given, result, args)
+        self._write(func, way, given, result, args, kwargs or {})
         return result
 
     def program(self, transformer: nn.Module, output: Output) -> Program:
@@ -244,14 +265,23 @@ class Recording(Repetition):
         body = "\n".join(f"    {line}" for line in (*lines, f"return {found}"))
         return Program.of(f"def run(batched, samples):\n{body}\n", self._constants, transformer)
 
-    def _write(self, func: Any, way: Any, given: tuple[list[str], dict[str, str]], result: Any, args: tuple[Any, ...]) -> None:
+    def _write(
+        self,
+        func: Any,
+        way: Any,
+        given: tuple[list[str], dict[str, str]],
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
         """Writes a call down, if it computes something; ends the recording where it may have read numbers."""
-        if type(func) is Getter or func in _SHAPES:
-            if not has_tensor(result):
-                return
-            if type(func) is not Getter or func.__self__.__name__ not in _VIEWS:
-                self._reason = f"{named(func)} returns a tensor"
-        elif func not in _KNOWN or _reads_numbers(func, args):
+        attribute = func.__self__.__name__ if type(func) is Getter else None
+        if attribute in _ATTRIBUTES or (func in _SHAPES and not has_tensor(result)):
+            return
+        if attribute is not None or func in _SHAPES:
+            if attribute not in _VIEWS:
+                self._reason = f"{attribute or named(func)} may differ in the next forward"
+        elif func not in _KNOWN or _reads_numbers(func, args, kwargs):
             self._reason = f"{named(func)} may read numbers"
         elif result is not None and not has_tensor(result):
             self._reason = f"{named(func)} returns no tensor"
@@ -311,17 +341,36 @@ class Recording(Repetition):
         return f"v{len(self._last_use) - 1}"
 
 
-def _reads_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+def _reads_numbers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Tells whether the shape of a known function's result may depend on the numbers in its arguments."""
     if func in _CHOOSING:
         index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
         bounds = [bound for one in index if isinstance(one, slice) for bound in (one.start, one.stop, one.step)]
         masks = [one for one in index if isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)]
-        return bool(masks) or any(isinstance(bound, Tensor) for bound in bounds)
+        return bool(masks) or any(isinstance(bound, Tensor) for bound in bounds) or any(map(_holds_tensor, index))
     if func in _WHERE:
-        return len(args) == 1
-    sizes = args[1:] if func in _REPEATING else args if func in _SIZED else ()
-    return any(isinstance(one, Tensor) for one in sizes)
+        return len(args) + len(kwargs) == 1
+    if func in _UNSIZED:
+        return False
+    options = list(_tensors((*(args if func in _SIZED else args[1:]), *kwargs.values())))
+    # An integer is a size to torch also where it is a tensor.
+    return any(func in _SIZED | _COUNTED or (one.numel() == 1 and not one.is_floating_point()) for one in options)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in an argument, however deep they lie."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Tells whether tensors lie in a value that is none itself."""
+    return not isinstance(value, Tensor) and any(True for _ in _tensors(value))
 
 
 def _has_own_code(module: nn.Module) -> bool:

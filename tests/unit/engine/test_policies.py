@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowroll import Rollout, SamplingParams, replay
 from flowroll.engine import AdapterLimits, Engine
-from flowroll.errors import CancelledRequestError, InvalidRequestError
+from flowroll.errors import AsleepError, CancelledRequestError, InvalidRequestError
 from flowroll.replay.remote import score_params
 from flowroll.types import Policy, ScoreAnswer
 
@@ -125,6 +125,26 @@ def test_requests_of_several_policies_have_their_own_bits_in_any_order(z_image: 
     assert torch.equal(score.velocity, recorded.debug_tensors.model_output[0])
     counts = z_image.scheduler.load().requests
     assert counts.completed == counts.accepted and counts.running == counts.pending == 0
+
+
+@pytest.mark.parametrize("mode", ["offload", "disk", "discard"])
+def test_a_request_of_a_policy_that_waits_in_a_sleep_touches_no_weights(z_image: Engine, mode: Any) -> None:
+    """It was admitted before the check that the engine is awake, and its weights were put over memory that was given away."""
+    z_image.copy_policy("old")
+    given = {name: tensor.clone() for name, tensor in z_image._model.transformer.state_dict().items()}
+    expected = z_image.rollout(**REQUEST, policy="old")
+    z_image.scheduler.pause("finish", refuses=False).result(60)
+    waiting = z_image.submit(z_image.plan(SamplingParams(**REQUEST, policy="old")), "rollout")
+    z_image.sleep(mode)
+    z_image.scheduler.resume().result(60)
+    with pytest.raises(AsleepError):
+        waiting.result(60)
+    assert z_image._executor._weights.held.active is None
+    z_image.wake()
+    if mode == "discard":
+        z_image.update_weights_from_tensors(given)
+    assert_same(z_image.rollout(**REQUEST, policy="old"), expected)
+    assert_same(z_image.rollout(**REQUEST), expected)
 
 
 def test_a_policy_of_an_adapter_is_that_of_a_trainer_that_averages(z_image: Engine, tmp_path: Path) -> None:

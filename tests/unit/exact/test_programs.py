@@ -33,10 +33,11 @@ class Net(nn.Module):
         super().__init__()
         self.linear, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
         self.extra, self.calls, self.factor = extra, 0, 2.0
+        self.register_buffer("offset", torch.ones(12))
 
     def forward(self, x: Tensor, *, return_dict: bool) -> tuple[Tensor]:
         self.calls += 1
-        x = F.silu(self.norm(self.linear(x))).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2) * self.factor
+        x = F.silu(self.norm(self.linear(x))).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2) * self.factor + self.offset
         first, second = x.chunk(2, dim=-1)
         x = torch.cat([second, first.clone()], dim=-1)
         return (x if self.extra is None else self.extra(self, x),)
@@ -65,6 +66,20 @@ def test_a_forward_that_is_known_runs_without_the_models_code() -> None:
     assert [run(shared, model, seed) for seed in range(9, 12)] == [0, 0, 0]
     assert run(shared, model, 20, count=4) and run(shared, model, 21, rows=6), "another kind of forward has no program yet"
     assert run(shared, model, 22) == 0
+
+
+@torch.no_grad()
+def test_another_number_of_threads_has_programs_of_its_own() -> None:
+    """The ways that were found with one thread may be wrong with two, and the shapes are the same."""
+    shared, model = sharing(), Net()
+    for seed in range(BEFORE):
+        run(shared, model, seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - before if before < 3 else 1)
+    try:
+        assert all(run(shared, model, seed) for seed in range(BEFORE)) and run(shared, model, 8) == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_forward_with_gradients_runs_the_models_code() -> None:
@@ -107,6 +122,47 @@ def counts_to_a_number(net: Net, x: Tensor) -> Tensor:
 
 def leaves_torch(net: Net, x: Tensor) -> Tensor:
     return x * torch.from_numpy(np.array([float(net.factor)], dtype=np.float32))
+
+
+def num_positive(net: Net) -> Any:
+    """A size that is the number of a tensor."""
+    return (net.linear.bias > 0).sum()
+
+
+# Each returns what is as long, or as many, as the numbers of the model's bias say.
+SIZED: dict[str, Callable[[Net], Any]] = {
+    "zeros": lambda net: torch.zeros((num_positive(net), 1)),
+    "zeros by name": lambda net: torch.zeros(size=(num_positive(net),)),
+    "arange by name": lambda net: torch.arange(end=num_positive(net)),
+    "new_zeros": lambda net: net.linear.bias.new_zeros(num_positive(net)),
+    "new_ones": lambda net: net.linear.bias.new_ones((num_positive(net), 2)),
+    "repeat": lambda net: net.linear.bias.repeat(num_positive(net)),
+    "tile": lambda net: net.linear.bias.tile((num_positive(net),)),
+    "repeat_interleave by name": lambda net: torch.repeat_interleave(net.linear.bias, repeats=(net.linear.bias > 0).long()),
+    "where by name": lambda net: torch.where(condition=net.linear.bias > 0)[0],
+    "expand": lambda net: net.linear.bias[:1].expand(num_positive(net)),
+    "narrow": lambda net: net.linear.bias.narrow(0, 0, num_positive(net)),
+    "tensor_split": lambda net: net.linear.bias.tensor_split(num_positive(net).reshape(1))[0],
+    "pad": lambda net: F.pad(net.linear.bias, (0, num_positive(net))),
+    "topk": lambda net: net.linear.bias.topk(num_positive(net))[0],
+    "unflatten": lambda net: net.linear.bias.new_zeros(27720).unflatten(0, (num_positive(net), -1)),
+    "diagonal": lambda net: net.linear.weight.diagonal(num_positive(net)),
+    "interpolate": lambda net: F.interpolate(net.linear.weight[None], size=num_positive(net))[0].T,
+    "version": lambda net: range(net.linear.bias._version),
+    "requires_grad": lambda net: range(1 + net.linear.weight.requires_grad),
+}
+
+
+@pytest.mark.parametrize("sized", SIZED.values(), ids=SIZED)
+@torch.no_grad()
+def test_a_size_that_is_a_number_of_a_tensor_is_never_written_down(sized: Callable[[Net], Any]) -> None:
+    """Wherever it stands among the arguments: the shape that the model's code reads may be another one in the next forward."""
+    shared, model = sharing(), Net(lambda net, x: x * len(sized(net)))
+    for seed in range(BEFORE + 4):
+        assert run(shared, model, seed)
+        if seed > BEFORE:
+            model.linear.bias.copy_(torch.where(torch.arange(12) < 3 + seed % 2, 1.0, -1.0))
+            model.linear.weight.requires_grad_(seed % 2 == 0)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +229,10 @@ def replaced_parameter(model: Net) -> None:
     model.linear.weight = nn.Parameter(torch.randn(12, 12))
 
 
+def replaced_buffer(model: Net) -> None:
+    model.offset = torch.randn(12)
+
+
 def replaced_module(model: Net) -> None:
     model.norm = nn.LayerNorm(12, bias=False)
 
@@ -186,7 +246,7 @@ def patched(model: Net) -> None:
     linear.forward = lambda x: F.linear(x, linear.weight)  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("change", [replaced_parameter, replaced_module, hooked, patched, Net.train])
+@pytest.mark.parametrize("change", [replaced_parameter, replaced_buffer, replaced_module, hooked, patched, Net.train])
 @torch.no_grad()
 def test_a_changed_model_runs_its_own_code_again(change: Callable[[Net], object]) -> None:
     shared, model = sharing(), Net()
@@ -241,6 +301,33 @@ def test_an_object_of_which_nothing_is_known_is_not_kept() -> None:
         inputs = [{**one, "kept": kept} for one in random_inputs(3, 1, 5, 12, seed=seed)]
         shared.outputs(model, cast(Any, inputs))
         assert len(model.lengths) > before
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda one: {"one": one}, lambda one: (one,), lambda one: [[one]]], ids=("dict", "tuple", "lists")
+)
+@torch.no_grad()
+def test_a_tensor_inside_of_another_argument_is_not_kept(pack: Callable[[Tensor], Any]) -> None:
+    """Samples of one request share it, and so it looks like a part of the model; those of the next request have another one."""
+
+    class Packing(Stacking):
+        def collate_key(self, forward_input: Any) -> Any:
+            return forward_input["x"].shape
+
+        def collate(self, forward_inputs: Any) -> Any:
+            return {"x": torch.cat([one["x"] for one in forward_inputs]), "kept": forward_inputs[0]["kept"]}
+
+    def factor(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else factor(next(iter(kept.values() if isinstance(kept, dict) else kept)))
+
+    shared = SharedForwards(cast(Any, Packing()), with_programs=True)
+    model = Model(lambda x, kept: x * factor(kept))
+    for request in range(3):
+        kept = pack(torch.tensor(2.0 + request))
+        for seed in range(BEFORE + 2):
+            inputs = [{**one, "kept": kept} for one in random_inputs(3, 1, 5, 12, seed=seed)]
+            for one, own in zip(inputs, shared.outputs(model, cast(Any, inputs)), strict=True):
+                assert same_bits(cast(Tensor, own), one["x"] * (2.0 + request))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [row for row in FAMILY_WITH_DTYPE if row[0] in NAMES])

@@ -187,7 +187,14 @@ class PutInPlace(Change, frozen=True):
     name: str | None
 
     def prepare(self, weights: RankWeights) -> Callable[[], Any]:
-        """Finds room for the weights in place."""
+        """Finds room for the weights in place.
+
+        Raises:
+            AsleepError: There are none, since the engine sleeps.
+            InvalidRequestError: There is no such set any more.
+        """
+        if self.name is not None:
+            weights.offload.check_awake()
         return weights.held.prepare_exchange(self.name)
 
 

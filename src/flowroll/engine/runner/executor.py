@@ -240,6 +240,7 @@ class Executor:
         """Puts the held weights of a policy in place on every rank, or, for None, those that the engine was last given.
 
         Raises:
+            AsleepError: The memory of the weights is released.
             InvalidRequestError: There is no such policy any more.
             EngineError: A rank has no room for the weights in place. No rank has exchanged them.
         """
