@@ -14,32 +14,17 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from flowroll.exact.calls import has_tensor
-from flowroll.exact.functions import (
-    COPIES,
-    ELEMENTWISE,
-    FACTORIES,
-    GATHERS,
-    METADATA,
-    NEW,
-    POINTWISE,
-    WRITES,
-    functions,
-    named,
-)
 from flowroll.exact.layout import same_outputs
 from flowroll.exact.mode import Getter, Notes, Repetition, repeat
-from flowroll.exact.rules import RULES
+from flowroll.exact.recordable import computes_nothing, fault_of, holds_tensor
 from flowroll.exact.ways import Samples
 from flowroll.families import ForwardInput, Output
-from flowroll.parallel.mesh import gather_parts
 
 _log = logging.getLogger(__name__)
 
@@ -48,20 +33,6 @@ _PROGRAMS = 32
 # A forward is written down after it was repeated so often, and given up after so many recordings that differ.
 _SEEN, _RECORDINGS = 1, 4
 
-# What tells nothing of a tensor but what the shapes, strides and dtypes of the arguments decide.
-_SHAPES = METADATA - functions("data_ptr", "__hash__", "requires_grad_", "storage_offset")
-_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_meta"})
-_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
-# The shape of what these return follows from the shapes of their arguments, but for the exceptions in `_reads_numbers`.
-_KNOWN = (frozenset(RULES) | FACTORIES | NEW | GATHERS | WRITES | {gather_parts}) - METADATA
-_CHOOSING, _WHERE = functions("__getitem__"), functions("where")
-# What is as long as the numbers of any tensor say; of the second, the first argument is the data.
-_SIZED = functions("zeros", "ones", "full", "empty", "arange", "eye")
-_COUNTED = functions("repeat_interleave", "tensor_split")
-# Of these no tensor can be taken for a size, beside those that `_reads_numbers` knows.
-_UNSIZED = (
-    ELEMENTWISE | POINTWISE | COPIES | GATHERS | WRITES | functions("embedding", "index_select", "gather") | _CHOOSING | _WHERE
-)
 # Where a tensor's variable is kept: an attribute of the tensor, so that it goes when the tensor goes.
 _VARIABLE = "_flowroll_variable"
 
@@ -228,7 +199,7 @@ class Recording(Repetition):
                     self._reason = "two arguments are one tensor"
                 self._lines.append(f"{self._new(value)} = batched[{name!r}]")
             entries = value if isinstance(value, list) else ()
-            if any(map(_holds_tensor, entries or (value,))):
+            if any(map(holds_tensor, entries or (value,))):
                 self._reason = "tensors lie deeper in an argument than in a list"
             for index, entry in enumerate(entries):
                 if isinstance(entry, Tensor):
@@ -275,16 +246,9 @@ class Recording(Repetition):
         kwargs: Mapping[str, Any],
     ) -> None:
         """Writes a call down, if it computes something; ends the recording where it may have read numbers."""
-        attribute = func.__self__.__name__ if type(func) is Getter else None
-        if attribute in _ATTRIBUTES or (func in _SHAPES and not has_tensor(result)):
+        if computes_nothing(func, result):
             return
-        if attribute is not None or func in _SHAPES:
-            if attribute not in _VIEWS:
-                self._reason = f"{attribute or named(func)} may differ in the next forward"
-        elif func not in _KNOWN or _reads_numbers(func, args, kwargs):
-            self._reason = f"{named(func)} may read numbers"
-        elif result is not None and not has_tensor(result):
-            self._reason = f"{named(func)} returns no tensor"
+        self._reason = fault_of(func, args, kwargs, result)
         target, (positional, by_name) = self._target(result, args), given
         if way is None:
             call = f"{self._constant(func)}({', '.join([*positional, *(f'{name}={text}' for name, text in by_name.items())])})"
@@ -339,38 +303,6 @@ class Recording(Repetition):
         setattr(tensor, _VARIABLE, (self._token, len(self._last_use)))
         self._last_use.append(len(self._lines))
         return f"v{len(self._last_use) - 1}"
-
-
-def _reads_numbers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tells whether the shape of a known function's result may depend on the numbers in its arguments."""
-    if func in _CHOOSING:
-        index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
-        bounds = [bound for one in index if isinstance(one, slice) for bound in (one.start, one.stop, one.step)]
-        masks = [one for one in index if isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)]
-        return bool(masks) or any(isinstance(bound, Tensor) for bound in bounds) or any(map(_holds_tensor, index))
-    if func in _WHERE:
-        return len(args) + len(kwargs) == 1
-    if func in _UNSIZED:
-        return False
-    options = list(_tensors((*(args if func in _SIZED else args[1:]), *kwargs.values())))
-    # An integer is a size to torch also where it is a tensor.
-    return any(func in _SIZED | _COUNTED or (one.numel() == 1 and not one.is_floating_point()) for one in options)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in an argument, however deep they lie."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-
-
-def _holds_tensor(value: Any) -> bool:
-    """Tells whether tensors lie in a value that is none itself."""
-    return not isinstance(value, Tensor) and any(True for _ in _tensors(value))
 
 
 def _has_own_code(module: nn.Module) -> bool:

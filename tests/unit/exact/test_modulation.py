@@ -132,6 +132,14 @@ def test_layers_that_are_not_called_once_are_not_kept(model: Model) -> None:
     assert not model.strategy.modulations._kept
 
 
+def test_a_layer_whose_forward_was_replaced_keeps_its_replacement(model: Model) -> None:
+    layer: Any = next(iter(model.kept._modules(model.loaded.transformer).values()))
+    layer.forward = own = lambda x: type(layer).forward(layer, x)
+    for _ in range(2):
+        model.check(0.9)
+    assert not model.kept._kept and layer.__dict__["forward"] is own
+
+
 def test_with_gradients_they_are_computed(model: Model) -> None:
     model.check(0.9)
     calls = forwards_of(model)

@@ -303,6 +303,25 @@ def test_an_object_of_which_nothing_is_known_is_not_kept() -> None:
         assert len(model.lengths) > before
 
 
+@torch.no_grad()
+def test_two_arguments_that_are_one_tensor_are_not_taken_for_each_other() -> None:
+    """In the next forward they may be two."""
+
+    class Twins(Stacking):
+        def collate(self, forward_inputs: Any) -> Any:
+            x = torch.cat([one["x"] for one in forward_inputs])
+            is_one = all(one["x"] is one["y"] for one in forward_inputs)
+            return {"x": x, "y": x if is_one else torch.cat([one["y"] for one in forward_inputs])}
+
+    shared, model = SharedForwards(cast(Any, Twins()), with_programs=True), Model(lambda x, y: x * 2 + y)
+    for seed in range(BEFORE + 4):
+        inputs = [
+            {"x": one["x"], "y": one["x"] if seed < BEFORE else one["x"] * 3} for one in random_inputs(3, 1, 5, 12, seed=seed)
+        ]
+        for one, own in zip(inputs, shared.outputs(model, cast(Any, inputs)), strict=True):
+            assert same_bits(cast(Tensor, own), one["x"] * 2 + one["y"])
+
+
 @pytest.mark.parametrize(
     "pack", [lambda one: {"one": one}, lambda one: (one,), lambda one: [[one]]], ids=("dict", "tuple", "lists")
 )
