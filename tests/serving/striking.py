@@ -46,13 +46,13 @@ def be_engine(moment: str, target: str, sig: int, skipped: int) -> None:
     from flowroll.engine.runner import model_runner
     from flowroll.engine.runner.executor import Executor
     from flowroll.engine.service import __main__ as engine
-    from flowroll.engine.weights.versions import WeightVersions
+    from flowroll.engine.weights.versions import VersionState
 
     owners = {
         "encoding": (Executor, "encode"),
         "stepping": (model_runner, "forward"),
         "decoding": (Executor, "decode"),
-        "committing": (WeightVersions, "advanced"),
+        "committing": (VersionState, "after"),
     }
     if moment in owners:
         strike_at(*owners[moment], target, sig, skipped)

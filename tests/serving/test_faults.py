@@ -87,7 +87,7 @@ def moments(scene: Scene) -> dict[str, tuple[Any, str]]:
         "answering": (rollout_router, "encode_rollouts"),
         "sending": (body.Segment, "piece"),
         "reading weights": (staged, "_read_tensor"),
-        "committing": (versions.WeightVersions, "advanced"),
+        "committing": (versions.VersionState, "after"),
     }
 
 

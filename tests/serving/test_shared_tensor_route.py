@@ -176,6 +176,7 @@ def test_no_sample_starts_between_the_buckets_of_a_push(
         assert gate.entered.wait(60)
         # The bucket waits for what runs, which has one set of weights from its first step to its last.
         bucket = Background(lambda: send(server, list(first.items()), weight_version="8"))
+        until(lambda: is_holding(server))
         waiting = Background(ask)  # type: ignore[arg-type]
         until(lambda: server.get("/server_info").json()["queue"]["pending"] == 1)
         engine.hook = lambda plan: None

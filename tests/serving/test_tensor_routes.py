@@ -25,6 +25,7 @@ from flowroll.client.pushing import buckets_of
 from flowroll.engine import Engine
 from flowroll.engine.service import EngineService
 from flowroll.engine.weights.receiver import WeightReceiver
+from flowroll.engine.weights.versions import VersionState
 from flowroll.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -242,11 +243,11 @@ def test_a_commit_that_cannot_be_made_ready_ends_its_update(
 def test_an_exchange_that_fails_leaves_everything(
     client: Client, engine: HookedEngine, tensors: dict[str, Tensor], untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(version: str) -> None:
+    def fail(state: VersionState, version: str) -> None:
         raise MemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._weights.versions, "advanced", fail)
+        patch.setattr(VersionState, "after", fail)
         with pytest.raises(Exception, match="no memory left"):
             client.update_weights(tensors)
 

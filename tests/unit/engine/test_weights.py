@@ -19,7 +19,7 @@ from flowroll import Rollout, replay
 from flowroll.engine import Engine
 from flowroll.engine.weights import staged as weights
 from flowroll.engine.weights.tensorfile import TensorFile
-from flowroll.engine.weights.versions import WeightVersions
+from flowroll.engine.weights.versions import VersionState, WeightVersions
 from flowroll.errors import (
     InvalidRequestError,
     OutdatedWeightsError,
@@ -292,7 +292,7 @@ def test_what_can_fail_is_done_before_other_ranks_are_told_to_take_the_weights(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._weights, "_executor", Told())
-        patch.setattr(engine._weights.versions, "advanced", fail)
+        patch.setattr(VersionState, "after", fail)
         with pytest.raises(MemoryError):
             engine.update_weights_from_disk(other)
     assert told == ["stage_weights", "drop_staged"]
