@@ -15,7 +15,7 @@ def test_every_sample_has_the_bits_that_it_has_alone(case: Case, engine_of: Engi
         assert_same_samples(answer, alone_of(case.family, case.dtype, request))
 
 
-@pytest.mark.parametrize("case", cases(layout="single", company="group"), ids=str)
+@pytest.mark.parametrize("case", rest_slow(cases(layout="single", company="group"), later=3))
 def test_the_samples_of_a_group_differ(case: Case, alone_of: AloneOf) -> None:
     images = [rollout.image for rollout in alone_of(case.family, case.dtype, case.request)]
     assert not torch.equal(images[0], images[1])

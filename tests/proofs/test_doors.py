@@ -28,7 +28,7 @@ FIRST_CASES = [case for case in CASES if (case.family, case.dtype) in FIRST and 
 ROWS = FIRST_CASES + [case for case in CASES if case not in FIRST_CASES]
 
 
-@pytest.mark.parametrize("case", rest_slow(ROWS, later=len(FIRST_CASES)))
+@pytest.mark.parametrize("case", rest_slow(ROWS, later=3))
 def test_a_server_gives_every_sample_the_bits_that_it_has_alone(case: Case, server_of: ServerOf, alone_of: AloneOf) -> None:
     address = server_of(case.family, case.dtype)
     before = num_shared_steps(address)

@@ -30,12 +30,12 @@ REQUESTS = [{**BASE, "seed": 1}, {**BASE, "seed": 2, "num_outputs_per_prompt": 2
 COLUMNS = {
     "layout": ("single", "sp2", "tp2", "cfg2"),
     "family": FAMILIES,
-    "dtype": DTYPES[::-1],
+    "dtype": DTYPES,
     "door": ("server", "engine", "engine"),
     "way": ("tensors", "disk"),
 }
 # Every value comes in one of the first rows, but for the later families; all pairs come in the others.
-FIRST = deal(*(COLUMNS | {"family": FAMILIES[: len(COLUMNS["layout"])]}).values())
+FIRST = deal(*(COLUMNS | {"family": FAMILIES[: len(COLUMNS["layout"])], "dtype": ("float32", *DTYPES)}).values())
 ROWS = [dict(zip(COLUMNS, row, strict=True)) for row in FIRST] + pairs(**COLUMNS)
 
 
