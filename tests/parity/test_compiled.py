@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.guiding import PicturedEngine, guided, in_words_of
-from tests.pairs import DTYPES
+from tests.pairs import DTYPES, paired
 from tests.weights import with_other
 from torch._inductor import cpp_builder, exc
 
@@ -36,9 +36,6 @@ REQUEST: dict[str, Any] = {
 }
 # Its blocks take least time to compile, so that its proof is in `make test`.
 QUICKEST = "qwen_image_21"
-# What was never seen to the end; a row that is taken out here joins the proof, and `_PROVED`.
-UNSEEN = frozenset((family, "float32") for family in ("flux", "flux2", "sd3", "z_image"))
-PROVED = [(family, dtype) for family in FAMILIES for dtype in DTYPES if (family, dtype) not in UNSEEN]
 # Other sizes and texts than the request has, which is the one that blocks are compiled for.
 OTHERS: tuple[dict[str, Any], ...] = (
     {"height": 96, "prompt": "a red apple on a table"},
@@ -119,7 +116,7 @@ def test_a_compiled_replay_of_a_compiled_rollout_has_ratio_one(
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("family", "dtype"), PROVED)
+@paired(family=tuple(FAMILIES), dtype=DTYPES)
 def test_every_compiled_family_has_ratio_one(
     family: str, dtype: str, device: str, checkpoints: dict[str, Path], pipeline_of: Callable[[str, str], Any]
 ) -> None:
@@ -221,13 +218,15 @@ def test_a_transformer_that_was_not_proved_is_compiled_with_other_settings_alone
     assert name is not None and name != compiled.compiled_kernels(torch.device(device))
 
 
-def test_what_was_not_proved_is_refused_and_nothing_else(checkpoints: dict[str, Path]) -> None:
-    for family, folder in checkpoints.items():
-        kind = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
-        proved = {str(dtype).removeprefix("torch.") for dtype in compiled._PROVED.get(kind, ())}
-        assert proved == {dtype for one, dtype in PROVED if one == family}
-    with pytest.raises(InvalidRequestError, match=r"compile must be off but for what was proved .*got \w+ in float32"):
-        Engine(checkpoints[min(UNSEEN)[0]], device="cpu", dtype="float32", compile=True)
+def test_every_family_was_proved_and_other_dtypes_are_refused(
+    checkpoints: dict[str, Path], pipeline_of: Callable[[str, str], Any]
+) -> None:
+    configs = [json.loads((folder / "transformer" / "config.json").read_text()) for folder in checkpoints.values()]
+    assert {config["_class_name"] for config in configs} == compiled._PROVED
+    assert {getattr(torch, dtype) for dtype in DTYPES} == compiled._PROVED_DTYPES
+    transformer = copy.deepcopy(pipeline_of(QUICKEST, "float32").transformer).half()
+    with pytest.raises(InvalidRequestError, match=r"compile must be off but for .*got \w+ in float16"):
+        replay.compile_blocks(transformer)
 
 
 def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(

@@ -41,14 +41,17 @@ _EVERY_SIZE_FOR_ITSELF = torch.fx.experimental._config.patch(use_duck_shape=Fals
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # The transformers whose compiled blocks were shown to be exact among themselves, with gradients and without, whichever shape
 # was compiled first, and the dtypes in which they were (tests/parity/test_compiled.py).
-_PROVED: Mapping[str, tuple[torch.dtype, ...]] = {
-    "Flux2Transformer2DModel": (torch.bfloat16,),
-    "FluxTransformer2DModel": (torch.bfloat16,),
-    "QwenImage21Transformer2DModel": (torch.bfloat16, torch.float32),
-    "QwenImageTransformer2DModel": (torch.bfloat16, torch.float32),
-    "SD3Transformer2DModel": (torch.bfloat16,),
-    "ZImageTransformer2DModel": (torch.bfloat16,),
-}
+_PROVED = frozenset(
+    {
+        "Flux2Transformer2DModel",
+        "FluxTransformer2DModel",
+        "QwenImage21Transformer2DModel",
+        "QwenImageTransformer2DModel",
+        "SD3Transformer2DModel",
+        "ZImageTransformer2DModel",
+    }
+)
+_PROVED_DTYPES = frozenset({torch.bfloat16, torch.float32})
 
 EAGER = "eager"
 
@@ -164,14 +167,13 @@ def check_can_compile(device: torch.device, settings: Settings = EXACT_SETTINGS)
 def _check_proved(transformer: nn.Module) -> None:
     kind = type(transformer).__name__
     dtypes = {weight.dtype for block in _repeated_blocks(transformer) for weight in block.parameters()}
-    if len(dtypes) > 1 or not dtypes.issubset(_PROVED.get(kind, ())):
-        proved = (f"{name} in {_named(*known)}" for name, known in _PROVED.items())
-        rule = f"be off but for what was proved ({'; '.join(proved)})"
+    if kind not in _PROVED or len(dtypes) > 1 or not dtypes <= _PROVED_DTYPES:
+        rule = f"be off but for what was proved ({', '.join(sorted(_PROVED))}, each in {_named(*_PROVED_DTYPES, of='or')})"
         raise _unfit("compile", rule, f"{kind} in {_named(*dtypes)}", "leave compile out")
 
 
-def _named(*dtypes: torch.dtype) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _named(*dtypes: torch.dtype, of: str = "and") -> str:
+    return f" {of} ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _device_of(transformer: nn.Module) -> torch.device:
