@@ -6,7 +6,7 @@ the model's code reads may follow from numbers. Nothing is taken on trust: what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from flowroll.exact.functions import (
 )
 from flowroll.exact.mode import Getter
 from flowroll.exact.rules import RULES
+from flowroll.exact.tracking import all_tensors
 from flowroll.parallel.mesh import gather_parts
 
 # What tells nothing of a tensor but what the shapes, strides and dtypes of the arguments decide.
@@ -62,7 +63,7 @@ def fault_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
 
 def holds_tensor(value: Any) -> bool:
     """Tells whether tensors lie in a value that is none itself."""
-    return not isinstance(value, Tensor) and any(True for _ in _tensors(value))
+    return not isinstance(value, Tensor) and any(True for _ in all_tensors(value))
 
 
 def _attribute_of(func: Any) -> str | None:
@@ -81,17 +82,6 @@ def _reads_numbers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return len(args) + len(kwargs) == 1
     if func in _UNSIZED:
         return False
-    options = list(_tensors((*(args if func in _SIZED else args[1:]), *kwargs.values())))
+    options = list(all_tensors((*(args if func in _SIZED else args[1:]), *kwargs.values())))
     # An integer is a size to torch also where it is a tensor.
     return any(func in _SIZED | _COUNTED or (one.numel() == 1 and not one.is_floating_point()) for one in options)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in an argument, however deep they lie."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)

@@ -69,6 +69,17 @@ class Constant(Place):
     is_fresh: bool
 
 
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in a value, however deep they lie in its lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from all_tensors(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from all_tensors(one)
+
+
 def tensors_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
     """Yields the tensors among the arguments, and in lists and tuples among them, each with its place there."""
     named: Iterator[tuple[int | str, Any]] = itertools.chain(enumerate(args), kwargs.items())

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowroll.exact.tracking import all_tensors
+
 _SELECTIONS = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index")
 _DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -39,14 +41,14 @@ class ForwardWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and notes what it reads and makes."""
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
+        given = list(all_tensors((args, kwargs)))
         for tensor in given:
             if id(tensor) not in self._known and (key := _storage(tensor)) not in self._made:
                 self._outer.add(key)
                 self._known[id(tensor)] = tensor
                 self.outside.append(tensor)
         result = func(*args, **kwargs)
-        made = list(_tensors(result))
+        made = list(all_tensors(result))
         self.reason = self.reason or self._fault(func, args, kwargs, given, made)
         for tensor in made:
             if (key := _storage(tensor)) in self._outer:
@@ -60,7 +62,7 @@ class ForwardWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Says what an operation does that no recording can repeat; None if there is nothing."""
         name = func._schema.name
         if name in _SELECTIONS:
-            if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(args[1])):
+            if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in all_tensors(args[1])):
                 return f"{name} selects by a mask"
         elif any(tag in func.tags for tag in _DATA_DEPENDENT):
             return f"{name} lets the host read a tensor"
@@ -85,17 +87,7 @@ def _drops_nothing(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
 def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(args[index] if index < len(args) else kwargs.get(argument.name))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+            yield from all_tensors(args[index] if index < len(args) else kwargs.get(argument.name))
 
 
 def _storage(tensor: Tensor) -> int:
