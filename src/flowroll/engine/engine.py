@@ -72,6 +72,7 @@ from flowroll.exact import (
 )
 from flowroll.families import StepScore
 from flowroll.parallel.linears import count_parameters
+from flowroll.openmp import release_team
 from flowroll.types import (
     AdapterChange,
     DenoisingEnv,
@@ -221,6 +222,7 @@ class Engine:
             if compile:
                 self._compile()
             opened.pop_all()
+        release_team()
 
     def __enter__(self) -> Engine:
         return self

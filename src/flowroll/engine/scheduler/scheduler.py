@@ -30,6 +30,7 @@ from flowroll.engine.scheduler.stages import Stage
 from flowroll.engine.scheduler.tasks import ControlTask, ExclusiveMode, PauseMode
 from flowroll.errors import FlowrollError, PausedError, QueueFullError, fresh
 from flowroll.heap import trim_heap
+from flowroll.openmp import release_team
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -342,6 +343,8 @@ class Scheduler:
         return task.future
 
     def _put(self, message: Message, future: Future[Any]) -> None:
+        # Whoever hands over work is about to wait for it.
+        release_team()
         self._open[future] = None
         future.add_done_callback(lambda ended: self._open.pop(ended, None) and None)
         self._inbox.put(message)
@@ -391,6 +394,7 @@ def _drive(held: weakref.ref[Loop], inbox: Inbox, crash: weakref.WeakMethod[Call
             del loop
             if idle_s == 0.0:
                 continue
+            release_team()
             if may_trim:
                 idle_s = _QUIET_S if idle_s is None else min(idle_s, _QUIET_S)
             if not inbox.wait(idle_s) and may_trim:

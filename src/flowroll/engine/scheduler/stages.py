@@ -14,6 +14,7 @@ from flowroll.engine.runner.executor import Executor
 from flowroll.engine.runner.sample import Sample
 from flowroll.engine.scheduler.inbox import Inbox
 from flowroll.engine.scheduler.request import Request, RunningSample, cancelled
+from flowroll.openmp import release_team
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[], None]
@@ -133,5 +134,7 @@ def _work_off(waiting: queue.SimpleQueue[Work | None], on_death: Callable[[BaseE
             work()
             # Deleted, because the work may hold the last reference to an engine.
             del work
+            if waiting.empty():
+                release_team()
     except BaseException as error:
         on_death(error)
