@@ -71,8 +71,8 @@ from flowroll.exact import (
     use_exact_kernels,
 )
 from flowroll.families import StepScore
-from flowroll.parallel.linears import count_parameters
 from flowroll.openmp import release_team
+from flowroll.parallel.linears import count_parameters
 from flowroll.types import (
     AdapterChange,
     DenoisingEnv,
