@@ -2,8 +2,9 @@
 
 `python -m benchmarks.group`: the shipped checkpoints at their own size, guided. Each figure is the median of paired ratios
 of one round: a group against the pipeline called with `num_images_per_prompt=16`; the same with log-probs; both of an engine in
-the fast mode; 16 requests whose prompts differ in length against the group; and replay of the group against a trainer's own
-batches. Neither the pipeline's batches nor the trainer's give a sample the bits that it has alone; ours do, but for "fast".
+the fast mode; 16 requests whose prompts differ in length against the group; replay of the group against a trainer's own
+batches; and, if it is asked for, samples decoded together by a VAE of the published width against an ordinary batch. Neither
+the pipeline's batches nor the trainer's give a sample the bits that it has alone; ours do, but for "fast".
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.models import build
 from benchmarks.measure import Ratio, clock_of, hardware, paired_times, ratio
 from flowroll import Rollout, replay
 from flowroll.checkpoints import SHAPES_FAMILIES, shapes_checkpoint
 from flowroll.engine import Engine
 from flowroll.engine.checkpoint import examine_checkpoint
 from flowroll.engine.loading import LoadedModel, load_model
+from flowroll.exact.decoding import SharedDecoding
 from flowroll.families.recipe import Recipe
 from flowroll.types import SamplingParams
 
@@ -41,6 +44,7 @@ FAMILIES = ("qwen_image", "z_image")
 SAMPLES = 16
 STEPS = 8
 SCALE = 4.0
+DECODED_SAMPLES, DECODED_SIZE = 4, 128
 PROMPT = "a {color} {shape} at the top left"
 # Every round has prompts of its own, since those of the last requests are not encoded again.
 _DRAWN = tuple(itertools.product(("red", "green", "blue", "yellow", "pink", "white"), ("circle", "square", "triangle")))
@@ -57,6 +61,11 @@ REPLAYED = (
     "|---|---|---|---|---|---|---|",
 )
 
+DECODED = (
+    "| family | dtype | threads | batch, ms | exact / batch | one by one / batch | load |",
+    "|---|---|---|---|---|---|---|",
+)
+
 
 def main() -> None:
     """Measures what the flags choose and writes the result file."""
@@ -65,7 +74,8 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=SHAPES_FAMILIES, default=list(FAMILIES))
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--tables", nargs="+", choices=["rollout", "replay"], default=["rollout", "replay"])
+    parser.add_argument("--size", type=int, default=64, help="height and width of the pictures of the first table")
+    parser.add_argument("--tables", nargs="+", choices=["rollout", "replay", "decode"], default=["rollout", "replay"])
     parser.add_argument("--out", type=Path, default=None, help="result file")
     options = parser.parse_args()
     today = datetime.datetime.now(datetime.UTC)
@@ -73,15 +83,20 @@ def main() -> None:
     sections = [
         f"# What exactness costs a group of {SAMPLES}, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.group {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine in each row. "
-        f"Shipped checkpoints, 64 x 64, {STEPS} steps, guidance {SCALE}. Medians of {options.rounds} paired ratios (CPU time "
+        f"Shipped checkpoints, {options.size} x {options.size}, {STEPS} steps, guidance {SCALE}. Medians of {options.rounds} paired ratios (CPU time "
         "with one thread, wall time with more) with their 95 % intervals. Every arm of the first table encodes new prompts, "
         f"denoises and decodes; the pipeline is called with `num_images_per_prompt={SAMPLES}`, the requests have prompts of "
         f"{SAMPLES} lengths. Replay is of {SAMPLES} samples x {STEPS} steps in micro-batches of {SAMPLES} pairs, forward and "
-        "backward; plain is a batch of all samples at each step, with ready arguments.",
+        "backward; plain is a batch of all samples at each step, with ready arguments. The last table is of VAEs with the "
+        f"published configuration and random weights, {DECODED_SAMPLES} samples of {DECODED_SIZE} x {DECODED_SIZE}.",
         "Not claimed: absolute times (the machine is shared), any figure for a GPU, for real weights or for real sizes.",
     ]
-    tables = {"rollout": [*HEAD], "replay": [*REPLAYED]}
-    rows = {"rollout": rollout_row, "replay": replay_row}
+    tables = {"rollout": [*HEAD], "replay": [*REPLAYED], "decode": [*DECODED]}
+    rows: dict[str, Callable[[str, str, int, int], str]] = {
+        "rollout": functools.partial(rollout_row, size=options.size),
+        "replay": replay_row,
+        "decode": decode_row,
+    }
     for name in options.tables:
         for family in options.family:
             for dtype in options.dtype:
@@ -94,7 +109,7 @@ def main() -> None:
                     out.write_text("\n\n".join([*sections, *shown]) + "\n", encoding="utf-8")
 
 
-def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
+def rollout_row(family: str, dtype: str, threads: int, rounds: int, *, size: int = 64) -> str:
     """Returns one line of the first table."""
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]
@@ -102,7 +117,7 @@ def rollout_row(family: str, dtype: str, threads: int, rounds: int) -> str:
     pipeline.set_progress_bar_config(disable=True)
     has_true_cfg = "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters
     scale = {"true_cfg_scale": SCALE, "negative_prompt": " "} if has_true_cfg else {"guidance_scale": SCALE}
-    sizes = {"height": 64, "width": 64, "num_inference_steps": STEPS}
+    sizes = {"height": size, "width": size, "num_inference_steps": STEPS}
 
     fresh: defaultdict[str, Iterator[tuple[str, str]]] = defaultdict(lambda: itertools.cycle(_DRAWN))
 
@@ -184,6 +199,34 @@ def replay_row(family: str, dtype: str, threads: int, rounds: int) -> str:
     assert errors["exact"] == 0
     found = [ratio(times[name], times["plain"]) for name in ("exact", "fast")]
     each = 1000 * statistics.median(times["plain"])
+    return f"| {family} | {dtype} | {threads} | {each:.0f} | {' | '.join(map(shown, found))} | {load:.1f} |"
+
+
+def decode_row(family: str, dtype: str, threads: int, rounds: int) -> str:
+    """Returns one line of the third table."""
+    torch.set_num_threads(threads)
+    load = os.getloadavg()[0]
+    vae = build(family, "vae", torch.device("cpu"), is_tiny=False).to(getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(0)
+    side = DECODED_SIZE // 8
+    frames = (1,) if family == "qwen_image" else ()
+    cells = [torch.randn(1, 16, *frames, side, side, generator=generator).to(vae.dtype) for _ in range(DECODED_SAMPLES)]
+    batch = torch.cat(cells)
+    shared = SharedDecoding(vae.decode, vae.parameters)
+
+    def one_by_one() -> list[Tensor]:
+        return [vae.decode(one, return_dict=False)[0] for one in cells]
+
+    with torch.no_grad():
+        arms: dict[str, Callable[[], object]] = {
+            "batch": lambda: vae.decode(batch, return_dict=False),
+            "exact": lambda: shared.decode(cells),
+            "one by one": one_by_one,
+        }
+        times = measured(arms, rounds, threads)
+        assert all(map(torch.equal, shared.decode(cells), one_by_one()))
+    found = [ratio(times[name], times["batch"]) for name in ("exact", "one by one")]
+    each = 1000 * statistics.median(times["batch"])
     return f"| {family} | {dtype} | {threads} | {each:.0f} | {' | '.join(map(shown, found))} | {load:.1f} |"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowroll.engine.plan import RequestPlan
 from flowroll.engine.runner.streams import Mark, Streams
-from flowroll.families.checksums import tensor_checksum
+from flowroll.families.checksums import tensor_checksum, tensors_digest
 from flowroll.sampling import dynamics, transition
 from flowroll.types import DebugTensors, StepTensors, Trajectory
 
@@ -148,7 +148,8 @@ class Recorder:
                 else:
                     self._leaving.append((self.fields[name][step], made))
         if noise is not None:
-            self._noises[step] = self.fields["noise"][step] if self._streams.are_queued else tensor_checksum(noise)
+            # Drawn here, so without the questions that a caller's tensor is asked.
+            self._noises[step] = self.fields["noise"][step] if self._streams.are_queued else tensors_digest((noise,))
 
     def wait(self) -> None:
         """Waits until everything that was recorded so far has arrived in host memory, and completes the record."""
