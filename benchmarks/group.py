@@ -83,7 +83,8 @@ def main() -> None:
     sections = [
         f"# What exactness costs a group of {SAMPLES}, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.group {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine in each row. "
-        f"Shipped checkpoints, {options.size} x {options.size}, {STEPS} steps, guidance {SCALE}. Medians of {options.rounds} paired ratios (CPU time "
+        f"Shipped checkpoints, {options.size} x {options.size}, {STEPS} steps, guidance {SCALE}. "
+        f"Medians of {options.rounds} paired ratios (CPU time "
         "with one thread, wall time with more) with their 95 % intervals. Every arm of the first table encodes new prompts, "
         f"denoises and decodes; the pipeline is called with `num_images_per_prompt={SAMPLES}`, the requests have prompts of "
         f"{SAMPLES} lengths. Replay is of {SAMPLES} samples x {STEPS} steps in micro-batches of {SAMPLES} pairs, forward and "
