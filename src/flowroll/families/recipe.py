@@ -166,30 +166,10 @@ class Recipe:
             step: The step, counted from 0.
             previous: The clean prediction of the step before; needed exactly if the transition needs it.
         """
-        (found,) = self.evaluate_together([velocity], [latents], [next_latents], step, None if previous is None else [previous])
-        return found
-
-    def evaluate_together(
-        self,
-        velocities: Sequence[Float[Tensor, " *latent"]],
-        latents: Sequence[Float[Tensor, " *latent"]],
-        next_latents: Sequence[Float[Tensor, " *latent"]],
-        step: int,
-        previous: Sequence[Float[Tensor, " *latent"]] | None = None,
-    ) -> list[StepScore]:
-        """Computes the log-probs of several samples at steps with the transition of this one; see `evaluate`.
-
-        Each sample has the bits that it has alone: products, sums and squares of two numbers are rounded correctly wherever
-        they stand, and `transition.log_prob` sums every sample's squares by themselves.
-        """
         this = self.transitions[step]
-        before = None if previous is None else torch.stack(list(previous))
-        mean = dynamics.step_mean(this, torch.stack(list(latents)), torch.stack(list(velocities)), self.dts[step], before)
-        log_probs = transition.log_prob(this, torch.stack(list(next_latents)), mean, form=self.form)
-        return [
-            StepScore(velocity=velocity, mean=own, std=this.std, log_prob=log_prob)
-            for velocity, own, log_prob in zip(velocities, mean.unbind(), log_probs.unbind(), strict=True)
-        ]
+        mean = dynamics.step_mean(this, latents, velocity, self.dts[step], previous)
+        log_prob = transition.log_prob(this, next_latents[None], mean[None], form=self.form)[0]
+        return StepScore(velocity=velocity, mean=mean, std=this.std, log_prob=log_prob)
 
     def clean_prediction(
         self, velocity: Float[Tensor, " *latent"], latents: Float[Tensor, " *latent"], step: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowroll.errors import InvalidRequestError
 from flowroll.exact import Alone, PlainBatch, Strategy, choose_strategy, is_compiled
-from flowroll.families import Family, ForwardInput, Recipe, StepInput, StepScore, Transformer
+from flowroll.families import Family, ForwardInput, StepInput, StepScore, Transformer
 from flowroll.replay.precision import is_sharded
 from flowroll.replay.sources import Place, Source
 from flowroll.types import DenoisingEnv
@@ -77,13 +77,12 @@ def run_pairs(
         dtype: iter(strategy_for(merge, transformer, family, place.device, dtype).velocities(transformer, inputs))
         for dtype, inputs in by_dtype.items()
     }
-    taken = []
+    scores = []
     for pairs in groups:
         source, step = pairs[0]
         velocities = {state: next(found[source.recipe.dtype]) for state in _states_run(source, step)}
-        taken += _taken(pairs, velocities, place)
-    # A caller may take gradients of steps that were run alone one by one.
-    return [_scores([one])[0] for one in taken] if merge == "alone" else _scores(taken)
+        scores += _scores(pairs, velocities, place)
+    return scores
 
 
 def strategy_for(merge: str, transformer: Transformer, family: Family, device: torch.device, dtype: torch.dtype) -> Strategy:
@@ -133,67 +132,12 @@ def _step_input(source: Source, state: int, place: Place, prepared: Prepared) ->
     return source.recipe.step_input(source.state(state, place.device), state, prepared.env, prepared.fixed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Taken:
-    """A recorded step and the velocity that was computed for it.
-
-    Attributes:
-        recipe: The recipe of the sample.
-        step: The step, counted from 0.
-        velocity: The velocity.
-        latents: The recorded latents before the step.
-        following: Those after it.
-        previous: The clean prediction of the step before, if the transition needs it.
-    """
-
-    recipe: Recipe
-    step: int
-    velocity: Tensor
-    latents: Tensor
-    following: Tensor
-    previous: Tensor | None
-
-    @property
-    def kind(self) -> Hashable:
-        """What is equal for steps that can be scored together."""
-        tensors = (self.velocity, self.latents, self.following)
-        return self.recipe.transitions[self.step], self.recipe.form, *((one.shape, one.dtype) for one in tensors)
-
-
-def _taken(pairs: Sequence[Pair], velocities: Mapping[int, Tensor], place: Place) -> list[_Taken]:
-    """Returns a recorded step of several samples that came out of one forward."""
+def _scores(pairs: Sequence[Pair], velocities: Mapping[int, Tensor], place: Place) -> list[StepScore]:
+    """Scores a recorded step of several samples that came out of one forward."""
     source, step = pairs[0]
     recipe, latents, previous = source.recipe, source.state(step, place.device), None
     if recipe.transitions[step].needs_previous:
         previous = recipe.clean_prediction(velocities[step - 1], source.state(step - 1, place.device), step - 1)
     return [
-        _Taken(
-            recipe=one.recipe,
-            step=step,
-            velocity=velocities[step],
-            latents=latents,
-            following=one.state(step + 1, place.device),
-            previous=previous,
-        )
-        for one, _ in pairs
+        one.recipe.evaluate(velocities[step], latents, one.state(step + 1, place.device), step, previous) for one, _ in pairs
     ]
-
-
-def _scores(taken: Sequence[_Taken]) -> list[StepScore]:
-    """Scores steps, those with equal transitions together."""
-    alike: dict[Hashable, list[int]] = {}
-    for index, one in enumerate(taken):
-        alike.setdefault(one.kind, []).append(index)
-    found: dict[int, StepScore] = {}
-    for indices in alike.values():
-        some = [taken[index] for index in indices]
-        previous = [one.previous for one in some if one.previous is not None]
-        scores = some[0].recipe.evaluate_together(
-            [one.velocity for one in some],
-            [one.latents for one in some],
-            [one.following for one in some],
-            some[0].step,
-            previous or None,
-        )
-        found.update(zip(indices, scores, strict=True))
-    return [found[index] for index in range(len(taken))]
