@@ -84,8 +84,8 @@ def main() -> None:
         f"# What exactness costs a group of {SAMPLES}, {today:%Y-%m-%d}",
         f"Command: `python -m benchmarks.group {' '.join(sys.argv[1:])}`. {hardware()}; load of the machine in each row. "
         f"Shipped checkpoints, {options.size} x {options.size}, {STEPS} steps, guidance {SCALE}. "
-        f"Medians of {options.rounds} paired ratios (CPU time "
-        "with one thread, wall time with more) with their 95 % intervals. Every arm of the first table encodes new prompts, "
+        f"Medians of {options.rounds} paired ratios (CPU time with one thread, wall time with more) with their 95 % "
+        "intervals. Every arm of the first table encodes new prompts, "
         f"denoises and decodes; the pipeline is called with `num_images_per_prompt={SAMPLES}`, the requests have prompts of "
         f"{SAMPLES} lengths. Replay is of {SAMPLES} samples x {STEPS} steps in micro-batches of {SAMPLES} pairs, forward and "
         "backward; plain is a batch of all samples at each step, with ready arguments. The last table is of VAEs with the "
@@ -110,7 +110,7 @@ def main() -> None:
                     out.write_text("\n\n".join([*sections, *shown]) + "\n", encoding="utf-8")
 
 
-def rollout_row(family: str, dtype: str, threads: int, rounds: int, *, size: int = 64) -> str:
+def rollout_row(family: str, dtype: str, threads: int, rounds: int, *, size: int) -> str:
     """Returns one line of the first table."""
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]

@@ -10,7 +10,7 @@ from flowroll import openmp
 
 pytestmark = pytest.mark.skipif(openmp._pause is None, reason="torch uses another OpenMP library")
 
-# Prints the number of threads of the process, but for those that Python knows.
+# What the programs of the tests share: `others` counts the threads of the process that Python does not know.
 _COUNT = """
 import os, threading, time
 import torch
